@@ -1,0 +1,336 @@
+"""The life of a run: plan, build parts, pass the gate, publish the manifest. Every job goes through here.
+
+A run is named by a digest of its inputs and options, so a rerun writes the same files, and a job that is up to date is
+known before anything is read. Nothing that a run writes is visible before its manifest, which is written last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from beam_jobs.inputs import raw_digest
+from beam_jobs.partition import Key, Piece, join_pieces
+from feature_repo import datasets
+from feature_repo.schema import Contract
+from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
+from feature_repo.tables import JobFolder, Manifest, Part, digest_of
+
+logger = logging.getLogger(__name__)
+PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of input for one worker: a raw unit of the dataset, or a part of a built table."""
+
+    number: int
+    table: str
+    source: Any
+    rows: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that workers need to know; small and plain, so that it ships with every step."""
+
+    job: str
+    dataset: str
+    home: str
+    run_id: str
+    as_of: int | None  # microseconds; events at or after it are unknown to the run
+    options: dict[str, Any]
+    profile: str
+    catalogue_url: str
+
+    @property
+    def contract(self) -> Contract:
+        """The dataset's contract."""
+        return datasets.load_contract(self.dataset)
+
+    @property
+    def folder(self) -> JobFolder:
+        """Where the run writes."""
+        return JobFolder(self.home, self.job)
+
+
+@dataclass(frozen=True)
+class Built:
+    """One finished part: file content, rows, and counts to be summed over all parts (`max_…` takes the maximum)."""
+
+    table: str
+    name: str
+    data: bytes | pa.Buffer
+    rows: int
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job module declares.
+
+    `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source). `version`
+    changes when the same input would give other bytes. `steps` turns units into named parts. `after` runs once the
+    parts are built and the gate is passed, before the manifest.
+    """
+
+    name: str
+    doc: str
+    reads: dict[str, tuple[str, ...]]
+    version: int
+    options: dict[str, Any]
+    steps: Callable[[RunPlan], beam.PTransform]
+    also_depends_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `built`, or `up to date` with nothing done."""
+
+    manifest: Manifest
+    built: bool
+    docs: str | None = None
+
+
+def settings_of(plan: RunPlan) -> Settings:
+    """The settings under which a run was planned, on any worker."""
+    default = plan.dataset == DEFAULT_DATASET and plan.home == str(CHECKOUT / ".memoir" / plan.dataset)
+    return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
+
+
+class BuildPart(beam.DoFn):  # type: ignore[misc]
+    """Join the pieces of one partition, build its parts and write them with their counts."""
+
+    def __init__(self, plan: RunPlan, builder: Builder) -> None:
+        self.plan, self.builder = plan, builder
+
+    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
+        """Write every part that the partition gives; yields their paths."""
+        key, pieces = element
+        for built in self.builder(self.plan, key, join_pieces(pieces)):
+            yield write_built(self.plan, built)
+
+
+@dataclass
+class BuildTables(beam.PTransform):  # type: ignore[misc]
+    """Units → pieces by partition → parts: the shape of every job that writes tables.
+
+    `read` turns one unit into keyed pieces, `build` one whole partition into parts; both are plain functions.
+    """
+
+    plan: RunPlan
+    read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]
+    build: Builder
+
+    def expand(self, units: beam.PCollection) -> beam.PCollection:
+        """The steps."""
+        return (
+            units
+            | "Spread units" >> beam.Reshuffle()
+            | "Read and partition" >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
+            | "Gather partitions" >> beam.GroupByKey()
+            | "Write parts" >> beam.ParDo(BuildPart(self.plan, self.build)).with_output_types(str)
+        )
+
+
+class ReadUnit(beam.DoFn):  # type: ignore[misc]
+    """One unit as keyed pieces."""
+
+    def __init__(self, plan: RunPlan, read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]) -> None:
+        self.plan, self.read = plan, read
+
+    def process(self, unit: Unit) -> Iterator[tuple[Key, Piece]]:
+        """Yields pieces."""
+        beam.metrics.Metrics.counter(self.plan.job, "units_read").inc()
+        yield from self.read(self.plan, unit)
+
+
+def write_built(plan: RunPlan, built: Built) -> str:
+    """Write a part, then the JSON that says it is whole."""
+    part = plan.folder.write_part(plan.run_id, built.table, built.name, built.data, built.rows)
+    beam.metrics.Metrics.counter(plan.job, f"{built.table}_rows").inc(built.rows)
+    note = json.dumps({"table": built.table, "part": asdict(part), "counts": built.counts}, sort_keys=True).encode()
+    plan.folder.write_part(plan.run_id, PARTS, f"{built.table}-{built.name}.json", note, 0)
+    return part.path
+
+
+def load_job(name: str) -> Job:
+    """The job of that name."""
+    job: Job = importlib.import_module(f"beam_jobs.{name}").JOB
+    return job
+
+
+def plan_run(job: Job, settings: Settings, options: dict[str, Any], as_of: str | None) -> tuple[RunPlan, list[Unit], dict[str, str]]:
+    """Resolve inputs and name the run. Returns the plan, its units and the digests of its inputs.
+
+    Raises:
+        TableNotBuiltError: an input job has not run.
+        RawDataError: the raw data is missing or of another shape.
+    """
+    dataset = datasets.load(settings.dataset)
+    inputs: dict[str, str] = {}
+    units: list[Unit] = []
+    as_of_micros = None
+    for source, tables in job.reads.items():
+        if source == "raw":
+            raw = dataset.raw_units(settings.data)
+            inputs["raw"] = raw_digest(dataset, settings.data)
+            units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
+            continue
+        folder = JobFolder(settings.home, source)
+        manifest = folder.require()
+        inputs[source] = manifest.digest
+        as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
+        for table in tables:
+            parts = manifest.tables[table]
+            units += [Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows) for i, part in enumerate(parts)]
+    for source in job.also_depends_on:
+        inputs[source] = JobFolder(settings.home, source).require().digest
+    if as_of:
+        as_of_micros = _micros(as_of)
+    fingerprint = datasets.load_contract(settings.dataset).fingerprint
+    identity = [job.name, job.version, settings.dataset, fingerprint, options, as_of, inputs]
+    run_id = digest_of([*identity, settings.profile] if job.name == "materialize" else identity)
+    plan = RunPlan(job.name, settings.dataset, settings.home, run_id, as_of_micros, options, settings.profile, settings.catalogue_url)
+    return plan, units, inputs
+
+
+def run(
+    job: Job, settings: Settings, options: dict[str, Any], beam_args: Sequence[str], *, as_of: str | None, max_bad_fraction: float | None
+) -> Outcome:
+    """Run a job unless it is up to date.
+
+    Raises:
+        GateError: too many rows of an input or of a built table are bad; nothing was published.
+    """
+    plan, units, inputs = plan_run(job, settings, options, as_of)
+    published = plan.folder.manifest()
+    if published and published.run_id == plan.run_id:
+        return Outcome(published, built=False)
+    docs = None
+    if "raw" in job.reads:
+        docs = _raw_gate(plan, settings, units, max_bad_fraction)
+    pipeline(job, plan, units, beam_args).run().wait_until_finish()
+    tables, counts = collect(plan)
+    built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
+    end = plan.as_of if plan.as_of is not None else counts.pop("max_event_micros", 0) + 1
+    counts.pop("max_event_micros", None)
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    as_of_text = (epoch + timedelta(microseconds=end)).isoformat()
+    manifest = Manifest(
+        job=job.name,
+        run_id=plan.run_id,
+        dataset=plan.dataset,
+        fingerprint=plan.contract.fingerprint,
+        as_of=as_of_text,
+        options=options,
+        inputs=inputs,
+        counts=dict(sorted(counts.items())),
+        tables=tables,
+    )
+    plan.folder.publish(manifest)
+    return Outcome(manifest, built=True, docs=docs or built_docs)
+
+
+def pipeline(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]) -> beam.Pipeline:
+    """The job's pipeline, not yet run."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+    _ = made | "List inputs" >> beam.Create(units) | job.name >> job.steps(plan)
+    return made
+
+
+def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:
+    """Parts and summed counts of a run whose pipeline has finished."""
+    folder = plan.folder
+    root = f"{folder.root}/{plan.run_id}/{PARTS}"
+    fs = folder.filesystem
+    tables: dict[str, list[Part]] = {}
+    counts: Counter[str] = Counter()
+    if fs.get_file_info(root).type == pafs.FileType.NotFound:
+        return tables, {}
+    for info in sorted(fs.get_file_info(pafs.FileSelector(root)), key=lambda i: i.base_name):
+        if info.base_name.startswith("."):
+            continue
+        with fs.open_input_stream(info.path) as stream:
+            note = json.loads(stream.read())
+        part = Part(**note["part"])
+        tables.setdefault(note["table"], []).append(part)
+        counts[f"rows_{note['table']}"] += part.rows
+        for name, value in note["counts"].items():
+            counts[name] = max(counts[name], value) if name.startswith("max_") else counts[name] + value
+    return tables, dict(counts)
+
+
+def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]) -> str:
+    """What a run would do: graph, inputs, estimated rows. Nothing is read or written."""
+    from apache_beam.pipeline import PipelineVisitor
+
+    steps: list[str] = []
+
+    class Visitor(PipelineVisitor):  # type: ignore[misc]
+        def enter_composite_transform(self, node: Any) -> None:
+            if node.full_label:
+                steps.append(f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}")
+
+        def visit_transform(self, node: Any) -> None:
+            steps.append(f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}")
+
+    pipeline(job, plan, units, beam_args).visit(Visitor())
+    by_table: Counter[str] = Counter()
+    for unit in units:
+        by_table[unit.table] += unit.rows
+    inputs = [f"  {table}: {sum(u.table == table for u in units)} pieces, about {rows:,} rows" for table, rows in by_table.items()]
+    current = plan.folder.manifest()
+    state = "up to date" if current and current.run_id == plan.run_id else "would be built"
+    return "\n".join([f"{job.name}: {job.doc}", f"run {plan.run_id}: {state}", "inputs:", *inputs, "graph:", *steps])
+
+
+def _raw_gate(plan: RunPlan, settings: Settings, units: list[Unit], max_bad_fraction: float | None) -> str:
+    from feature_repo import expectations
+
+    dataset = datasets.load(plan.dataset)
+    limit = dataset.SPEC.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
+    raw = (dataset.read_raw(unit.source) for unit in units if unit.source.kind == "events")
+    return expectations.gate(dataset.SPEC.raw, expectations.rebatch(raw), docs_folder(settings), limit).docs
+
+
+def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]], limit: float) -> str | None:
+    from feature_repo import expectations
+
+    folder, docs = plan.folder, None
+    for table in plan.contract.tables:
+        parts = tables.get(table.name)
+        if parts and table.name != "dead_letters":
+            batches = (pq.read_table(f"{folder.root}/{part.path}", filesystem=folder.filesystem) for part in parts)
+            docs = expectations.gate(table, expectations.rebatch(batches), docs_folder(settings), limit).docs
+    return docs
+
+
+def docs_folder(settings: Settings) -> Path:
+    """Where Great Expectations keeps its project and Data Docs: always local."""
+    if "://" in settings.home:
+        return Path(".memoir", settings.dataset, "expectations")
+    return Path(settings.home, "expectations")
+
+
+def _micros(iso: str) -> int:
+    time = datetime.fromisoformat(iso)
+    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
+    return int((time - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))

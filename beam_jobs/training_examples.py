@@ -1,0 +1,188 @@
+"""Job `training_examples`: events and item statistics → requests with candidates, labels and their period.
+
+Which events are asked about together is the dataset's to say (`assign_requests`). Where a dataset has no explicit
+negatives, they are drawn from the items already sold by the request's day: half by popularity to date, half uniformly,
+without repeats and never a positive. The draw is seeded by request, so it does not depend on partitions or order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache, partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.events import by_user
+from beam_jobs.partition import Key, sort_by_key_and_time
+from beam_jobs.runs import Built, BuildTables, Job, RunPlan
+from feature_repo import datasets
+from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
+from feature_repo.history import run_starts
+from feature_repo.tables import JobFolder, parquet_bytes
+
+POPULARITY_ROUNDS = 20  # draws before the popularity half is filled uniformly, where a few items hold nearly all events
+
+
+class NotEnoughItemsError(ValueError):
+    """An evaluation request cannot get its fixed number of negatives."""
+
+
+class ItemPool:
+    """Items sold by a given time with their counts, swept forward in time.
+
+    Args:
+        stats: rows of `item_stats`.
+    """
+
+    def __init__(self, items: pa.Array, stats: pa.Table, item_key: str) -> None:
+        self.items = items
+        stamps = micros(stats["event_timestamp"])
+        order = np.argsort(stamps, kind="stable")
+        self._stamps = stamps[order]
+        self._item = pc.index_in(stats[item_key].combine_chunks(), items).to_numpy()[order]
+        self._count = stats["count_total"].to_numpy()[order]
+        self._now = np.zeros(len(items), np.int64)
+        self._next = 0
+        self._taken = np.zeros(len(items), bool)
+        self.known = np.zeros(0, np.int64)
+        self.cumulative = np.zeros(0, np.int64)
+
+    def advance(self, time: int) -> None:
+        """Move to a time not before the last one: rows stamped at or before it are known."""
+        end = int(np.searchsorted(self._stamps, time, side="right"))
+        if end > self._next:
+            self._now[self._item[self._next : end]] = self._count[self._next : end]
+            self._next = end
+            self.known = np.flatnonzero(self._now)
+            self.cumulative = np.cumsum(self._now[self.known])
+
+    def draw(self, rng: np.random.Generator, positives: np.ndarray, number: int) -> np.ndarray:
+        """Distinct known items that are no positives: half by popularity, half uniform; fewer where fewer are left."""
+        taken = self._taken
+        taken[positives] = True
+        number = min(number, int((~taken[self.known]).sum()))
+        chosen = [positives[:0]]
+        for by_popularity, missing in ((True, number // 2), (False, number - number // 2)):
+            rounds = 0
+            while missing:
+                rounds += 1
+                size = 2 * missing + 8
+                if by_popularity and rounds <= POPULARITY_ROUNDS:
+                    at = np.searchsorted(self.cumulative, rng.integers(0, self.cumulative[-1], size), side="right")
+                else:
+                    at = rng.integers(0, len(self.known), size)
+                drawn = self.known[at]
+                drawn = drawn[~taken[drawn]]
+                _, first = np.unique(drawn, return_index=True)
+                drawn = drawn[np.sort(first)][:missing]
+                taken[drawn] = True
+                chosen.append(drawn)
+                missing -= len(drawn)
+        result = np.concatenate(chosen)
+        taken[positives] = taken[result] = False
+        return result
+
+
+@lru_cache(maxsize=1)
+def _read_stats(home: str, run_id: str) -> pa.Table:
+    """`item_stats` once for each process; `run_id` only names the version."""
+    return JobFolder(home, "item_stats").read("item_stats")
+
+
+def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
+    """One partition of users: their requests, candidates and labels."""
+    stats_run = JobFolder(plan.home, "item_stats").require().run_id
+    rows, counts = example_rows(plan.dataset, events, _read_stats(plan.home, stats_run), plan.options["seed"])
+    yield Built("training_examples", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
+
+
+def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int) -> tuple[pa.Table, dict[str, int]]:
+    """Training examples of whole users, sorted by user and request; and counts.
+
+    Raises:
+        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol fixes.
+    """
+    dataset, contract = datasets.load(dataset_name), datasets.load_contract(dataset_name)
+    rules, item_key, user_key = contract.spec.requests, contract.item.join_key, contract.user.join_key
+    events = sort_by_key_and_time(events, user_key)
+    assigned = dataset.assign_requests(events)
+    asked = np.flatnonzero(assigned.request >= 0)
+    items = pc.unique(pa.chunked_array([*stats[item_key].chunks, *events[item_key].chunks])).sort()
+    item = pc.index_in(events[item_key].combine_chunks(), items).to_numpy()[asked]
+    request, label = assigned.request[asked], assigned.label[asked]
+    first = np.flatnonzero(np.r_[True, np.diff(request) != 0][: len(request)])
+    last = np.r_[first[1:], len(request)].astype(np.int64)
+
+    users = events[user_key].combine_chunks().take(pa.array(asked[first]))
+    ordinal = _number_within(users)
+    seeds = hash_keys(users)
+    bounds = [_micros(rules.validation_from), _micros(rules.test_from)]
+    times = assigned.request_time[request[first]] if len(first) else assigned.request_time[:0]
+    split = np.searchsorted(bounds, times, side="right")
+
+    pool = ItemPool(items, stats, item_key)
+    candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(first)
+    labels: list[np.ndarray] = [np.zeros(0, np.int8)] * len(first)
+    for index in np.argsort(times, kind="stable"):
+        own, own_label = item[first[index] : last[index]], label[first[index] : last[index]]
+        positives = int(own_label.sum())
+        wanted = rules.eval_negatives if split[index] else rules.train_negatives_per_positive * positives
+        rng = np.random.default_rng([seed, int(seeds[index]), int(times[index]), int(ordinal[index])])
+        pool.advance(int(times[index]))
+        negatives = pool.draw(rng, own, wanted) if wanted else own[:0]
+        if split[index] and len(negatives) < wanted:
+            raise NotEnoughItemsError(
+                f"request {ordinal[index]} of user {users[int(index)]} finds {len(negatives)} items already sold, the protocol needs {wanted}: "
+                "move validation_from later, or lower eval_negatives in the dataset module"
+            )
+        shuffled = rng.permutation(len(own) + len(negatives))
+        candidates[index] = np.concatenate([own, negatives])[shuffled]
+        labels[index] = np.concatenate([own_label, np.zeros(len(negatives), np.int8)])[shuffled]
+
+    sizes = np.array([len(c) for c in candidates], np.int64)
+    owner = pa.array(np.repeat(np.arange(len(first)), sizes))
+    names = np.array(["train", "validation", "test"])
+    ids = pa.array([f"{user}:{n}" for user, n in zip(users.to_pylist(), ordinal.tolist(), strict=True)], pa.string())
+    flat = np.concatenate(candidates) if len(candidates) else np.zeros(0, np.int64)
+    rows = pa.table(
+        [
+            ids.take(owner),
+            users.take(owner),
+            items.take(pa.array(flat)),
+            from_micros(times).take(owner),
+            pa.array(np.concatenate(labels) if len(labels) else np.zeros(0, np.int8), pa.int8()),
+            pa.array(names[split].tolist(), pa.string()).take(owner),
+        ],
+        schema=arrow_schema(contract.table("training_examples")),
+    )
+    counts = Counter({f"requests_{names[s]}": int(n) for s, n in zip(*np.unique(split, return_counts=True), strict=True)})
+    counts["positives"] = int(label.sum())
+    counts["requests_short_of_negatives"] = int(
+        sum(len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum() for i, c in enumerate(candidates) if not split[i])
+    )
+    return rows, dict(counts)
+
+
+def _number_within(keys: pa.Array) -> np.ndarray:
+    """0, 1, 2, … within each run of equal keys."""
+    starts = run_starts(keys)
+    return np.arange(len(keys)) - np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+
+
+def _micros(iso: str) -> int:
+    return int(micros(pa.array([iso]).cast(pa.timestamp("us", tz="UTC")))[0])
+
+
+JOB = Job(
+    name="training_examples",
+    doc="events and item statistics → requests with candidates and labels",
+    reads={"events": ("events",)},
+    version=1,
+    options={"num_partitions": 8, "seed": 17},
+    steps=partial(BuildTables, read=by_user, build=build),
+    also_depends_on=("item_stats",),
+)
+

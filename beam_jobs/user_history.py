@@ -1,0 +1,75 @@
+"""Job `user_history`: events → history log, history index, and the newest events of each user for the online store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from beam_jobs.events import by_user
+from beam_jobs.partition import Key, sort_by_key_and_time
+from beam_jobs.runs import Built, BuildTables, Job, RunPlan
+from feature_repo import history
+from feature_repo.arrow import arrow_schema, from_micros, micros
+from feature_repo.schema import NUM_HISTORY_ONLINE, Contract
+from feature_repo.tables import parquet_bytes
+
+
+def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
+    """One partition of users: a log part, its index rows, and packed newest events."""
+    contract, partition = plan.contract, key[1]
+    events = sort_by_key_and_time(events, contract.user.join_key)
+    log = history.log_part(contract, events)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, log.schema) as writer:
+        writer.write_batch(log)
+    counts = {"users": log.num_rows, "events": events.num_rows}
+    yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
+    for table, rows in (("user_history_index", index_rows(contract, events)), ("user_history", newest_rows(contract, events))):
+        yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
+
+
+def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
+    """A row for each user and distinct event time: how many events are known just after it.
+
+    Args:
+        events: sorted by user and time.
+    """
+    user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
+    starts = history.run_starts(user)
+    first = np.repeat(starts, np.diff(np.r_[starts, len(user)]))
+    last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
+    at = np.flatnonzero(last_of_instant)
+    known = from_micros(time[at] + 1)
+    return pa.table([user.take(pa.array(at)), pa.array(at - first[at] + 1), known, known], schema=arrow_schema(contract.table("user_history_index")))
+
+
+def newest_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_ONLINE) -> pa.Table:
+    """Each user's newest events, packed, stamped just after the last of them.
+
+    Args:
+        events: sorted by user and time.
+    """
+    user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
+    starts = history.run_starts(user)
+    ends = np.r_[starts[1:], len(user)].astype(np.int64)
+    columns = events.select([c.name for c in contract.history_columns])
+    ids = user.take(pa.array(starts))
+    packed = [
+        history.pack(contract, user_id, columns.slice(max(start, end - length), end - max(start, end - length)))
+        for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
+    ]
+    known = from_micros(time[ends - 1] + 1)
+    return pa.table([ids, pa.array(packed, pa.binary()), known, known], schema=arrow_schema(contract.table("user_history")))
+
+
+JOB = Job(
+    name="user_history",
+    doc="events → history log, history index, newest events packed",
+    reads={"events": ("events",)},
+    version=1,
+    options={"num_partitions": 8},
+    steps=partial(BuildTables, read=by_user, build=build),
+)

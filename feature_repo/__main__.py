@@ -1,0 +1,71 @@
+"""`python -m feature_repo apply | store_config | dictionary`: register the definitions, or say where things are."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+
+from feature_repo.settings import CHECKOUT, Settings
+
+
+def main() -> None:
+    """Dispatch."""
+    parser = argparse.ArgumentParser(prog="python -m feature_repo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("apply", help="`feast apply` for the dataset in force; skipped when nothing changed")
+    commands.add_parser("store_config", help="path of the Feast configuration in force")
+    commands.add_parser("dictionary", help="every table and column of the dataset in force")
+    command = parser.parse_args().command
+    settings = Settings.from_env()
+    if command == "apply":
+        _apply(settings)
+    elif command == "store_config":
+        from feature_repo.store import yaml_path
+
+        print(yaml_path(settings))
+    else:
+        _dictionary(settings)
+
+
+def _apply(settings: Settings) -> None:
+    from feature_repo import datasets
+    from feature_repo.catalogue import Catalogue
+    from feature_repo.store import REPO, feast_apply, yaml_path
+
+    catalogue, config = Catalogue(settings.catalogue_url), yaml_path(settings)
+    content = hashlib.sha256(datasets.load_contract(settings.dataset).fingerprint.encode())
+    for file in (REPO / "feature_definitions.py", config):
+        content.update(file.read_bytes())
+    content.update(settings.home.encode())
+    registry = REPO / "data" / "registry.db" if settings.is_default_home else settings.path("registry.db")
+    inputs = content.hexdigest()
+    exists = settings.profile == "production" or registry.exists()
+    if exists and catalogue.is_current(settings.dataset, "apply", inputs):
+        print("feast apply: up to date")
+        return
+    with catalogue.stage(settings.dataset, "apply", inputs):
+        print(feast_apply(settings).strip())
+    shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
+    print(f"feast apply: registered {settings.dataset} with {shown}")
+
+
+def _dictionary(settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    from feature_repo import datasets
+
+    contract = datasets.load_contract(settings.dataset)
+    console = Console()
+    console.print(f"{contract.spec.title}, contract {contract.fingerprint}")
+    for table in contract.tables:
+        shown = RichTable(title=f"{table.name}: {table.doc}", title_justify="left", show_header=True)
+        for heading in ("column", "type", "unit", "meaning"):
+            shown.add_column(heading)
+        for column in table.all_columns:
+            shown.add_row(column.name, column.dtype.value, column.unit, column.doc)
+        console.print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Arrow types and schemas of the contract, and the stable hash that partitions keys."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.schema import Contract, DType, Table
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+_TYPES: dict[DType, pa.DataType] = {
+    DType.INT8: pa.int8(),
+    DType.INT32: pa.int32(),
+    DType.INT64: pa.int64(),
+    DType.FLOAT32: pa.float32(),
+    DType.STRING: pa.string(),
+    DType.STRING_LIST: pa.list_(pa.string()),
+    DType.BYTES: pa.binary(),
+    DType.TIMESTAMP: TIMESTAMP,
+}
+
+
+def arrow_type(dtype: DType) -> pa.DataType:
+    """Arrow type of a contract type."""
+    return _TYPES[dtype]
+
+
+def arrow_schema(table: Table) -> pa.Schema:
+    """Arrow schema of a table, columns in contract order."""
+    return pa.schema([pa.field(c.name, arrow_type(c.dtype), nullable=c.nullable) for c in table.all_columns])
+
+
+def history_schema(contract: Contract) -> pa.Schema:
+    """Arrow schema of the events inside one history."""
+    return pa.schema([pa.field(c.name, arrow_type(c.dtype), nullable=False) for c in contract.history_columns])
+
+
+def micros(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A timestamp column as int64 microseconds since the epoch."""
+    return pc.cast(column, pa.int64()).to_numpy(zero_copy_only=False)
+
+
+def from_micros(values: np.ndarray) -> pa.Array:
+    """int64 microseconds since the epoch as a timestamp column."""
+    return pa.array(values, pa.int64()).cast(TIMESTAMP)
+
+
+def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A stable uint64 hash of each key, the same in every process and version."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()
+    if pa.types.is_integer(keys.type):
+        hashed = keys.to_numpy(zero_copy_only=False).astype(np.uint64)
+    else:
+        encoded = keys.dictionary_encode()
+        crc = np.array([zlib.crc32(str(value).encode()) for value in encoded.dictionary.to_pylist()], dtype=np.uint64)
+        hashed = crc[encoded.indices.to_numpy()] if len(crc) else np.zeros(0, np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = (hashed ^ (hashed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+        return mixed ^ (mixed >> np.uint64(33))

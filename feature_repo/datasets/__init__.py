@@ -1,0 +1,105 @@
+"""One module per dataset: where its raw tables are, and how a raw row becomes an event, a user or an item.
+
+A dataset module declares `SPEC` (a `DatasetSpec`) and three pure functions:
+
+- `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or None.
+- `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row of the events
+  source is counted as kept or dead; timestamps are UTC.
+- `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events of whole users
+  sorted by (user, time, position).
+
+To add a dataset, write one such file here and set `MEMOIR_DATASET` to its name. No other file changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo.arrow import arrow_schema
+from feature_repo.schema import Contract, DatasetSpec, contract
+
+
+class RawDataError(ValueError):
+    """The raw data is missing or has another shape than its dataset module expects."""
+
+
+@dataclass(frozen=True)
+class RawUnit:
+    """A piece of the raw source that one worker reads: `rows` rows of `file` from `start`. `kind` is the module's own."""
+
+    file: str
+    start: int
+    rows: int
+    kind: str = "events"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """One raw piece, split: `events + dead letters = rows read` for pieces that hold events."""
+
+    events: pa.Table
+    users: pa.Table
+    items: pa.Table
+    dead_letters: pa.Table
+    rows_read: int
+
+
+@dataclass(frozen=True)
+class AssignedRequests:
+    """For events of one or more whole users: which request each belongs to, and its label.
+
+    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the given events.
+    `request_time` holds one time in microseconds for each request.
+    """
+
+    request: np.ndarray
+    label: np.ndarray
+    request_time: np.ndarray
+
+
+class Dataset(Protocol):
+    """What a dataset module offers; see the module docstring."""
+
+    SPEC: DatasetSpec
+
+    def raw_units(self, data: str | None) -> list[RawUnit]: ...
+
+    def read_raw(self, unit: RawUnit) -> pa.Table: ...
+
+    def parse(self, unit: RawUnit) -> Parsed: ...
+
+    def assign_requests(self, events: pa.Table) -> AssignedRequests: ...
+
+
+def names() -> list[str]:
+    """Datasets that exist."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> Dataset:
+    """The dataset module of that name.
+
+    Raises:
+        ValueError: no such module; the message lists those that exist.
+    """
+    if name not in names():
+        raise ValueError(f"no dataset {name!r}; there are {names()}. Set MEMOIR_DATASET, or add feature_repo/datasets/{name}.py")
+    module: ModuleType = importlib.import_module(f"feature_repo.datasets.{name}")
+    return cast(Dataset, module)
+
+
+def load_contract(name: str) -> Contract:
+    """The contract of a dataset."""
+    return contract(load(name).SPEC)
+
+
+def empty(spec: DatasetSpec, table: str) -> pa.Table:
+    """An empty table of the dataset's contract."""
+    return arrow_schema(contract(spec).table(table)).empty_table()

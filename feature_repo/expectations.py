@@ -1,0 +1,200 @@
+"""Great Expectations suites, derived from the contract, and the gate that stops a run before anything is published.
+
+Three gates: raw tables, built tables, training set. Each sees whole batches of rows, never single rows in a hot path,
+writes Data Docs, and raises `GateError` when more than the allowed fraction of rows is bad.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo.schema import Column, Table
+
+BATCH_ROWS = 1_000_000
+NUM_EXAMPLES = 3
+
+
+class GateError(ValueError):
+    """Too many rows of a table are bad; nothing was published."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one expectation saw over all batches of a table."""
+
+    column: str
+    expectation: str
+    bad: int
+    observed: list[Any]
+    rows: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a gate: rows seen, rows with at least one failure, findings, and where the Data Docs are."""
+
+    suite: str
+    rows: int
+    bad_rows: int
+    findings: list[Finding]
+    docs: str
+
+    @property
+    def bad_fraction(self) -> float:
+        """Share of rows with at least one failure."""
+        return self.bad_rows / self.rows if self.rows else 0.0
+
+
+def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *, suite: str | None = None) -> Verdict:
+    """Validate a table, batch by batch, and write Data Docs.
+
+    Args:
+        table: the contract's table; every limit of every column becomes an expectation.
+        batches: the rows; each batch is validated as a whole.
+        docs_folder: folder of the Great Expectations project that collects the Data Docs.
+        suite: name of the suite; the table's name unless given.
+    """
+    gx, context = _context(docs_folder)
+    name = suite or table.name
+    expectations = expectations_of(table)
+    context.suites.add_or_update(gx.ExpectationSuite(name=name, expectations=[e for e, _ in expectations]))
+    definition = _definition(gx, context, name)
+
+    merged: dict[tuple[str, str], Finding] = {}
+    rows = bad_rows = 0
+    for batch in batches:
+        frame = _frame(batch)
+        bad = np.zeros(len(frame), bool)
+        result = definition.run(
+            batch_parameters={"dataframe": frame},
+            result_format={"result_format": "COMPLETE", "partial_unexpected_count": NUM_EXAMPLES},
+        )
+        for outcome in result.results:
+            if outcome.success:
+                continue
+            if outcome.exception_info and outcome.exception_info.get("raised_exception"):
+                raise GateError(f"suite {name!r}: {outcome.expectation_config.type} could not run: {outcome.exception_info}")
+            index = np.asarray(outcome.result.get("unexpected_index_list") or [], dtype=np.int64)
+            bad[index] = True
+            _merge(merged, outcome, frame, index)
+        rows += len(frame)
+        bad_rows += int(bad.sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context.build_data_docs()
+    docs = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site", "index.html")
+    return Verdict(name, rows, bad_rows, list(merged.values()), str(docs))
+
+
+def gate(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, max_bad_fraction: float, *, suite: str | None = None) -> Verdict:
+    """`check`, and stop when too many rows are bad.
+
+    Raises:
+        GateError: names suite, column, expectation, observed value and three offending rows.
+    """
+    verdict = check(table, batches, docs_folder, suite=suite)
+    if verdict.bad_fraction > max_bad_fraction:
+        lines = [
+            f"suite {verdict.suite!r}: {verdict.bad_rows:,} of {verdict.rows:,} rows are bad ({verdict.bad_fraction:.1%}); "
+            f"--max_bad_fraction allows {max_bad_fraction:.1%}. Nothing was published. Data Docs: {verdict.docs}"
+        ]
+        for finding in sorted(verdict.findings, key=lambda f: -f.bad):
+            lines.append(f"  column {finding.column!r}, {finding.expectation}: {finding.bad:,} bad, observed {finding.observed}; rows:")
+            lines += [f"    {row}" for row in finding.rows]
+        raise GateError("\n".join(lines))
+    return verdict
+
+
+def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
+    """The expectations that a table's columns imply."""
+    import great_expectations.expectations as gxe
+
+    found: list[tuple[Any, Column | None]] = []
+    for column in table.all_columns:
+        name = column.name
+        if not column.nullable:
+            found.append((gxe.ExpectColumnValuesToNotBeNull(column=name), column))
+        if column.minimum is not None or column.maximum is not None:
+            bounds = {"min_value": column.minimum, "max_value": column.maximum}
+            found.append((gxe.ExpectColumnValuesToBeBetween(column=name, **bounds), column))
+        if column.values is not None:
+            found.append((gxe.ExpectColumnValuesToBeInSet(column=name, value_set=list(column.values)), column))
+        if column.pattern is not None:
+            found.append((gxe.ExpectColumnValuesToMatchRegex(column=name, regex=column.pattern), column))
+    if table.unique:
+        unique = {"column_list": list(table.unique), "ignore_row_if": "never"}
+        found.append((gxe.ExpectCompoundColumnsToBeUnique(**unique), None))
+    return found
+
+
+def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.Table]:
+    """Join small tables until a batch has at least `rows` rows: a run of a suite has a fixed cost."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(t.num_rows for t in held) >= rows:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _context(folder: str | Path) -> tuple[Any, Any]:
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    import logging
+
+    logging.getLogger("great_expectations").setLevel(logging.ERROR)
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    context = gx.get_context(mode="file", project_root_dir=str(folder))
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    return gx, context
+
+
+def _definition(gx: Any, context: Any, name: str) -> Any:
+    try:
+        source = context.data_sources.get("frames")
+    except KeyError:
+        source = context.data_sources.add_pandas("frames")
+    try:
+        asset = source.get_asset(name)
+    except LookupError:
+        asset = source.add_dataframe_asset(name)
+    try:
+        batch = asset.get_batch_definition("whole")
+    except KeyError:
+        batch = asset.add_batch_definition_whole_dataframe("whole")
+    return context.validation_definitions.add_or_update(gx.ValidationDefinition(name=name, data=batch, suite=context.suites.get(name)))
+
+
+def _frame(batch: pa.Table) -> Any:
+    """As pandas, without columns whose values GX cannot count (bytes, lists)."""
+    plain = [f.name for f in batch.schema if not (pa.types.is_binary(f.type) or pa.types.is_list(f.type))]
+    whole = batch.select(plain).to_pandas(integer_object_nulls=True, timestamp_as_object=False)
+    for name in set(batch.column_names) - set(plain):
+        whole[name] = batch[name].is_valid().to_pandas().map({True: "present", False: None})
+    return whole
+
+
+def _merge(merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, index: np.ndarray) -> None:
+    config = outcome.expectation_config
+    column = str(config.kwargs.get("column") or config.kwargs.get("column_list"))
+    previous = merged.get((column, config.type))
+    bad = int(outcome.result.get("unexpected_count") or len(index))
+    rows = [{str(k): v for k, v in row.items()} for row in frame.iloc[index[:NUM_EXAMPLES]].to_dict("records")]
+    observed = list(outcome.result.get("partial_unexpected_list") or [])[:NUM_EXAMPLES]
+    if previous:
+        bad, rows, observed = bad + previous.bad, previous.rows, previous.observed
+    merged[column, config.type] = Finding(column, config.type, bad, observed, rows)
+
+

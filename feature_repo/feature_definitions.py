@@ -1,0 +1,97 @@
+"""Every Feast object, derived from the contract of `MEMOIR_DATASET`: entities, sources, views, services, in that order.
+
+Feast imports this file by its bare name; nothing in the project imports it. Other rooms ask the registry by name.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast.data_format import ParquetFormat
+from feast.types import Array, Bytes, Float32, Int32, Int64, String
+
+from feature_repo import datasets, schema
+from feature_repo.schema import DType
+from feature_repo.settings import Settings
+
+FIELD_TYPES = {
+    DType.INT8: Int32,
+    DType.INT32: Int32,
+    DType.INT64: Int64,
+    DType.FLOAT32: Float32,
+    DType.STRING: String,
+    DType.STRING_LIST: Array(String),
+    DType.BYTES: Bytes,
+}
+KEY_TYPES = {DType.INT64: ValueType.INT64, DType.STRING: ValueType.STRING}
+NO_EXPIRY = timedelta(0)  # Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
+
+settings = Settings.from_env()
+contract = datasets.load_contract(settings.dataset)
+tags = {"dataset": settings.dataset, "fingerprint": contract.fingerprint}
+
+
+
+def _entity(declared: schema.Entity) -> Entity:
+    return Entity(name=declared.name, join_keys=[declared.join_key], value_type=KEY_TYPES[declared.dtype], description=declared.doc)
+
+
+def _source(name: str) -> FileSource:
+    table = contract.table(name)
+    return FileSource(
+        name=f"{name}_source",
+        path=f"{settings.home}/{table.job}/{name}",  # resolved through the job's manifest by our offline store
+        file_format=ParquetFormat(),
+        timestamp_field=schema.EVENT_TIMESTAMP,
+        created_timestamp_column=schema.CREATED_TIMESTAMP,
+        tags=tags,
+        description=f"written by `python -m beam_jobs {table.job}`",
+    )
+
+
+def _view(entity: Entity, source: FileSource) -> FeatureView:
+    table = contract.table(source.name.removesuffix("_source"))
+    assert table.entity is not None and table.entity.name == entity.name
+    return FeatureView(
+        name=table.name,
+        entities=[entity],
+        ttl=NO_EXPIRY,
+        schema=[Field(name=c.name, dtype=FIELD_TYPES[c.dtype], description=c.doc) for c in (table.entity.column, *table.columns)],
+        source=source,
+        online=True,
+        description=table.doc,
+        tags=tags,
+        owner="memoir",
+    )
+
+
+user = _entity(contract.user)
+item = _entity(contract.item)
+
+user_profile_source = _source("user_profile")
+user_history_source = _source("user_history")
+user_history_index_source = _source("user_history_index")
+item_profile_source = _source("item_profile")
+item_stats_source = _source("item_stats")
+
+user_profile = _view(user, user_profile_source)
+user_history = _view(user, user_history_source)
+user_history_index = _view(user, user_history_index_source)
+item_profile = _view(item, item_profile_source)
+item_stats = _view(item, item_stats_source)
+
+# A service names what one kind of ranker reads. Training joins the history index and gathers late from the history log;
+# a request reads the packed history instead, which holds the same events.
+amortised_dlrm_v1 = FeatureService(
+    name="amortised_dlrm_v1",
+    features=[user_profile, user_history_index, item_profile, item_stats],
+    description="training features of the amortised DLRM",
+    tags=tags,
+)
+amortised_dlrm_v1_online = FeatureService(
+    name="amortised_dlrm_v1_online",
+    features=[user_profile, user_history],
+    description="what one request of the amortised DLRM reads of its user",
+    tags=tags,
+)

@@ -1,0 +1,328 @@
+"""The embedded offline store: Feast's DuckDB store with the point-in-time join done by DuckDB's ASOF join.
+
+`get_historical_features` keeps Feast's meaning, which a differential test holds against Feast's own DuckDB store: for
+every entity row, in its order, the newest feature row stamped at or before it; of equal stamps the newest created;
+rows created after the entity row are invisible when `filter_by_created_timestamp` is on; an expired row gives nulls,
+never a missing row. Sources are our tables, resolved through their job's manifest, or any Parquet file or folder.
+
+Source: Feast 0.67 `OfflineStore` interface; DuckDB 1.x `ASOF LEFT JOIN`.
+Differs from Feast's DuckDB store: keeps integer types where a value is missing; no `*_y` column name is lost.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import pandas as pd
+import pyarrow as pa
+from feast.data_source import DataSource
+from feast.feature_view import FeatureView
+from feast.infra.offline_stores import offline_utils
+from feast.infra.offline_stores.duckdb import (
+    DuckDBOfflineStore,
+    DuckDBOfflineStoreConfig,
+    _write_data_source,
+)
+from feast.infra.offline_stores.file_source import FileSource
+from feast.infra.offline_stores.ibis import pull_all_from_table_or_query_ibis, pull_latest_from_table_or_query_ibis
+from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.on_demand_feature_view import OnDemandFeatureView
+from feast.repo_config import RepoConfig
+from feast.saved_dataset import SavedDatasetStorage
+
+from feature_repo.tables import MANIFEST, JobFolder
+
+TYPE = "feature_repo.offline_store.AsofDuckDBOfflineStore"
+
+
+class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
+    """`offline_store:` of `feature_store.yaml`.
+
+    `dataset` guards the registry: definitions of another dataset are refused at `feast apply`.
+    """
+
+    type: str = TYPE
+    dataset: str | None = None
+    memory_limit: str | None = None  # as DuckDB spells it, e.g. "4GB"; joins beyond it spill to disk
+    threads: int | None = None
+
+
+class WrongDatasetError(ValueError):
+    """`feature_store.yaml` belongs to another dataset than the definitions."""
+
+
+class AsofDuckDBOfflineStore(DuckDBOfflineStore):
+    """See the module docstring."""
+
+    supports_filter_by_created_timestamp = True
+
+    @staticmethod
+    def get_historical_features(
+        config: RepoConfig,
+        feature_views: list[FeatureView],
+        feature_refs: list[str],
+        entity_df: pd.DataFrame | str,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        filter_by_created_timestamp: bool = False,
+    ) -> RetrievalJob:
+        """The point-in-time join, as a job that runs when its result is asked for.
+
+        Raises:
+            ValueError: `entity_df` is no DataFrame, or lacks a join key.
+        """
+        if not isinstance(entity_df, pd.DataFrame):
+            raise ValueError(f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}")
+        time = offline_utils.infer_event_timestamp_from_entity_df(dict(zip(entity_df.columns, entity_df.dtypes, strict=True)))
+        entities = _entity_table(entity_df, time)
+        joins, outputs = [], []
+        for number, view in enumerate(feature_views):
+            join, columns = _asof_join(view, feature_refs, entities, time, number, full_feature_names, filter_by_created_timestamp, config)
+            joins.append(join)
+            outputs += columns
+        keep = [f"e.{_quote(name)}" for name in entity_df.columns]
+        sql = f"SELECT {', '.join(keep + outputs)} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
+        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+        stamps = entities[time].to_pandas() if len(entity_df) else pd.Series([datetime.now()])
+        metadata = RetrievalMetadata(
+            features=feature_refs,
+            keys=[name for name in entity_df.columns if name != time],
+            min_event_timestamp=stamps.min().to_pydatetime(),
+            max_event_timestamp=stamps.max().to_pydatetime(),
+        )
+        return AsofJob(config, sql, entities, on_demand, full_feature_names, metadata)
+
+    @staticmethod
+    def pull_latest_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None,
+        start_date: datetime,
+        end_date: datetime,
+    ) -> RetrievalJob:
+        """Newest row of each key, for `feast materialize`."""
+        return pull_latest_from_table_or_query_ibis(
+            config=config,
+            data_source=data_source,
+            join_key_columns=join_key_columns,
+            feature_name_columns=feature_name_columns,
+            timestamp_field=timestamp_field,
+            created_timestamp_column=created_timestamp_column,
+            start_date=start_date,
+            end_date=end_date,
+            data_source_reader=_ibis_table,
+            data_source_writer=_write_data_source,
+        )
+
+    @staticmethod
+    def pull_all_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None = None,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> RetrievalJob:
+        """All rows of a period."""
+        return pull_all_from_table_or_query_ibis(
+            config=config,
+            data_source=data_source,
+            join_key_columns=join_key_columns,
+            feature_name_columns=feature_name_columns,
+            timestamp_field=timestamp_field,
+            created_timestamp_column=created_timestamp_column,
+            start_date=start_date,
+            end_date=end_date,
+            data_source_reader=_ibis_table,
+            data_source_writer=_write_data_source,
+        )
+
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """Refuse definitions of another dataset than the registry is for.
+
+        Raises:
+            WrongDatasetError: the two differ.
+        """
+        expected, found = config.offline_store.dataset, (data_source.tags or {}).get("dataset")
+        if expected and found and expected != found:
+            raise WrongDatasetError(
+                f"this feature_store.yaml is for dataset {expected!r}, but MEMOIR_DATASET makes definitions of {found!r}: use "
+                f"`python -m feature_repo apply`, or `feast -c feature_repo -f <MEMOIR_HOME>/{found}/feature_store.yaml apply`"
+            )
+
+
+class AsofJob(RetrievalJob):
+    """A point-in-time join that is ready to run."""
+
+    def __init__(
+        self,
+        config: RepoConfig,
+        sql: str,
+        entities: pa.Table,
+        on_demand: list[OnDemandFeatureView],
+        full_feature_names: bool,
+        metadata: RetrievalMetadata,
+    ) -> None:
+        super().__init__()
+        self._config, self._sql, self._entities = config, sql, entities
+        self._on_demand, self._full_feature_names, self._metadata = on_demand, full_feature_names, metadata
+
+    def to_batches(self, rows: int = 65_536) -> pa.RecordBatchReader:
+        """The result as a stream of Arrow batches, in entity order."""
+        connection = _connect(self._config)
+        connection.register("entity_rows", self._entities)
+        return connection.execute(self._sql).to_arrow_reader(rows)
+
+    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
+        connection = _connect(self._config)
+        connection.register("entity_rows", self._entities)
+        try:
+            return connection.execute(self._sql).to_arrow_table()
+        finally:
+            connection.close()
+
+    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
+        return self._to_arrow_internal(timeout).to_pandas()
+
+    @property
+    def full_feature_names(self) -> bool:
+        """Whether feature columns carry their view's name."""
+        return self._full_feature_names
+
+    @property
+    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
+        """On-demand views of the request."""
+        return self._on_demand
+
+    @property
+    def metadata(self) -> RetrievalMetadata | None:
+        """Keys, features and time range of the request."""
+        return self._metadata
+
+    def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
+        """Write the result to a saved dataset."""
+        table = ibis.memtable(self.to_arrow())
+        _write_data_source(table, storage.to_data_source(), str(self._config.repo_path), "overwrite", allow_overwrite)
+
+
+def resolve(path: str) -> list[str]:
+    """Files behind a source path: a table of a job through its manifest, a folder's Parquet files, or the file itself.
+
+    Raises:
+        TableNotBuiltError: the path is a job's table that no finished run has written.
+    """
+    if "://" not in path and Path(path).is_file():
+        return [path]
+    if "://" not in path and Path(path).is_dir() and not Path(path).parent.joinpath(MANIFEST).exists():
+        return sorted(str(p) for p in Path(path).glob("*.parquet"))
+    job_folder, table = path.rsplit("/", 1)
+    home, job = job_folder.rsplit("/", 1)
+    files = JobFolder(home, job).paths(table)
+    scheme = path.split("://")[0] + "://" if "://" in path else ""
+    return [f"{scheme}{file}" if scheme else file for file in files]
+
+
+def _source_path(source: DataSource, config_repo: str | Path | None) -> str:
+    if not isinstance(source, FileSource):
+        raise ValueError(f"source {source.name!r} is a {type(source).__name__}; this offline store reads FileSource only")
+    return FileSource.get_uri_for_file_path(config_repo, source.path)
+
+
+def _ibis_table(source: DataSource, repo_path: str) -> Any:
+    return ibis.read_parquet(resolve(_source_path(source, repo_path)))
+
+
+def _connect(config: RepoConfig) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone='UTC'")
+    store = config.offline_store
+    if getattr(store, "memory_limit", None):
+        connection.execute(f"SET memory_limit='{store.memory_limit}'")
+    connection.execute(f"SET threads={getattr(store, 'threads', None) or os.cpu_count() or 1}")
+    return connection
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _entity_table(entity_df: pd.DataFrame, time: str) -> pa.Table:
+    if "__row" in entity_df.columns:
+        raise ValueError("entity_df has a column '__row', a name that the join keeps for itself: rename it")
+    frame = entity_df.reset_index(drop=True)
+    stamps = pd.to_datetime(frame[time], utc=True).astype("datetime64[us, UTC]")
+    table = pa.Table.from_pandas(frame.assign(**{time: stamps}), preserve_index=False)
+    return table.append_column("__row", pa.array(range(len(frame)), pa.int64()))
+
+
+def _asof_join(
+    view: FeatureView,
+    feature_refs: list[str],
+    entities: pa.Table,
+    time: str,
+    number: int,
+    full_feature_names: bool,
+    filter_by_created: bool,
+    config: RepoConfig,
+) -> tuple[str, list[str]]:
+    """SQL of one view: its join, and its output columns."""
+    source = view.batch_source
+    if source is None:
+        raise ValueError(f"feature view {view.name!r} has no batch source and cannot be joined")
+    mapping = {new: old for old, new in source.field_mapping.items()}
+    keys = view.projection.join_key_map or {c.name: c.name for c in view.entity_columns}
+    missing = [entity for entity in keys.values() if entity not in entities.column_names]
+    if missing:
+        raise ValueError(f"feature view {view.name!r} needs entity columns {missing}; entity_df has {entities.column_names[:-1]}")
+    prefix = view.projection.name_to_use()
+    features = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == prefix]
+    alias = view.projection.name_alias or view.name
+
+    def column(name: str) -> str:
+        return _quote(mapping.get(name, name))
+
+    files = ", ".join("'" + file.replace("'", "''") + "'" for file in resolve(_source_path(source, config.repo_path)))
+    stamp = f"{_quote(source.timestamp_field)}::TIMESTAMPTZ"
+    created = f"{_quote(source.created_timestamp_column)}::TIMESTAMPTZ" if source.created_timestamp_column else stamp
+    selected = ", ".join(f"{column(name)} AS {_quote(name)}" for name in dict.fromkeys([*keys, *features]))
+    rows = f"SELECT {selected}, {stamp} AS __time, {created} AS __created FROM read_parquet([{files}])"
+    newest = f"QUALIFY row_number() OVER (PARTITION BY {', '.join(map(_quote, keys))}, __time ORDER BY __created DESC) = 1"
+    equal = " AND ".join(f"e.{_quote(entity)} = v.{_quote(key)}" for key, entity in keys.items())
+    name = f"v{number}"
+    ttl = view.ttl.total_seconds() if view.ttl else 0
+    live = f"{name}.__time >= e.{_quote(time)} - to_microseconds({int(ttl * 1_000_000)})" if ttl else f"{name}.__time IS NOT NULL"
+    outputs = [
+        f"CASE WHEN {live} THEN {name}.{_quote(f)} END AS {_quote(f'{alias}__{f}' if full_feature_names else f)}" for f in features
+    ]
+    if filter_by_created and source.created_timestamp_column:
+        # A row created after its stamp is invisible to some entity rows, so "the newest" differs by entity row. Where
+        # every row is created by its stamp, which is what our tables hold, the plain ASOF join is already right.
+        late = f"SELECT count(*) FROM (SELECT 1 FROM ({rows}) WHERE __created > __time LIMIT 1)"
+        connection = _connect(config)
+        has_late = bool(connection.execute(late).fetchone()[0])  # type: ignore[index]
+        connection.close()
+        if has_late:
+            picked = ", ".join(f"v.{_quote(f)}" for f in features)
+            join = (
+                f"LEFT JOIN (SELECT e.__row AS __of, v.__time{', ' + picked if picked else ''} FROM entity_rows e JOIN ({rows}) v ON {equal} "
+                f"AND v.__time <= e.{_quote(time)} AND v.__created <= e.{_quote(time)} "
+                f"QUALIFY row_number() OVER (PARTITION BY e.__row ORDER BY v.__time DESC, v.__created DESC) = 1) {name} ON {name}.__of = e.__row"
+            )
+            return join, outputs
+    condition = equal.replace("v.", f"{name}.")
+    join = f"ASOF LEFT JOIN ({rows} {newest}) {name} ON {condition} AND e.{_quote(time)} >= {name}.__time"
+    return join, outputs
+
+

@@ -1,0 +1,172 @@
+"""Built tables on disk or in an object store: parts first, a manifest last; what no manifest names does not exist.
+
+A job's folder is `<home>/<job>/`. A run writes `<run_id>/<table>/part-….parquet` and then replaces `manifest.json` in
+one step. The run id is a digest of the job, its options and its inputs, so the same work has the same place and the
+same bytes, and a finished run is recognised without reading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+MANIFEST = "manifest.json"
+LAYOUT = 1
+
+
+class TableNotBuiltError(LookupError):
+    """A table was asked for that no finished run has written."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a table: path below the job's folder, rows, bytes and sha256."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one finished run of a job made: the commit mark of all its tables at once."""
+
+    job: str
+    run_id: str
+    dataset: str
+    fingerprint: str
+    as_of: str  # ISO time; the run knows no event at or after it
+    options: dict[str, Any]
+    inputs: dict[str, str]  # job or raw source → digest
+    counts: dict[str, int]
+    tables: dict[str, list[Part]] = field(default_factory=dict)
+    layout: int = LAYOUT
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything in the manifest."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def as_of_micros(self) -> int:
+        """`as_of` as microseconds since the epoch."""
+        delta = datetime.fromisoformat(self.as_of) - datetime(1970, 1, 1, tzinfo=UTC)
+        return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+    def to_json(self) -> str:
+        """The manifest as it is written."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ValueError: the layout is one that this version does not know.
+        """
+        raw = json.loads(text)
+        if raw.get("layout") != LAYOUT:
+            raise ValueError(f"manifest layout {raw.get('layout')!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs")
+        raw["tables"] = {name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()}
+        return Manifest(**raw)
+
+
+class JobFolder:
+    """One job's folder: write parts, publish, resolve and read its tables.
+
+    Args:
+        home: the dataset's home, a local path or an object-store URI that Arrow knows (`gs://`, `s3://`).
+        job: the job's name.
+    """
+
+    def __init__(self, home: str, job: str) -> None:
+        self.home, self.job = home, job
+        self.filesystem, root = pafs.FileSystem.from_uri(home) if "://" in home else (pafs.LocalFileSystem(), home)
+        self.root = f"{root}/{job}"
+
+    @property
+    def local(self) -> bool:
+        """Whether files can be memory-mapped."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def manifest(self) -> Manifest | None:
+        """The published manifest, or None where no run has finished."""
+        path = f"{self.root}/{MANIFEST}"
+        if self.filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            return None
+        with self.filesystem.open_input_stream(path) as stream:
+            return Manifest.from_json(stream.read().decode())
+
+    def require(self) -> Manifest:
+        """The published manifest.
+
+        Raises:
+            TableNotBuiltError: no run has finished.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise TableNotBuiltError(
+                f"nothing is built under {self.root}: run `python -m beam_jobs {self.job} --runner=FnApiRunner` first"
+            )
+        return manifest
+
+    def paths(self, table: str) -> list[str]:
+        """Absolute paths of a table's parts.
+
+        Raises:
+            TableNotBuiltError: no run has finished, or the job writes no such table.
+        """
+        manifest = self.require()
+        if table not in manifest.tables:
+            raise TableNotBuiltError(f"job {self.job!r} wrote {sorted(manifest.tables)}, not {table!r}")
+        return [f"{self.root}/{part.path}" for part in manifest.tables[table]]
+
+    def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole table, parts in order."""
+        return pa.concat_tables([pq.read_table(path, columns=columns, filesystem=self.filesystem) for path in self.paths(table)])
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A part for reading: memory-mapped where the file is local."""
+        return pa.memory_map(path) if self.local else self.filesystem.open_input_file(path)
+
+    def write_part(self, run_id: str, table: str, name: str, data: bytes | pa.Buffer, rows: int) -> Part:
+        """Write one part in one visible step: a retry or a rerun leaves the same file."""
+        folder = f"{self.root}/{run_id}/{table}"
+        self.filesystem.create_dir(folder, recursive=True)
+        path, draft = f"{folder}/{name}", f"{folder}/.{name}.draft"
+        with self.filesystem.open_output_stream(draft) as stream:
+            stream.write(data)
+        self.filesystem.move(draft, path)
+        return Part(f"{run_id}/{table}/{name}", rows, len(data), hashlib.sha256(data).hexdigest())
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make a run visible, all its tables at once, then drop the folders of runs that no longer are."""
+        path, draft = f"{self.root}/{MANIFEST}", f"{self.root}/.{MANIFEST}.draft"
+        previous = self.manifest()
+        with self.filesystem.open_output_stream(draft) as stream:
+            stream.write(manifest.to_json().encode())
+        self.filesystem.move(draft, path)
+        keep = {manifest.run_id, previous.run_id if previous else manifest.run_id}
+        for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):
+            if info.type == pafs.FileType.Directory and info.base_name not in keep:
+                self.filesystem.delete_dir(info.path)
+
+
+def parquet_bytes(table: pa.Table) -> pa.Buffer:
+    """A table as one Parquet file: zstd, the same bytes for the same rows."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_statistics=True)
+    return sink.getvalue()
+
+
+def digest_of(content: Any) -> str:
+    """16 hex digits of a JSON-able value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
