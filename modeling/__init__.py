@@ -1,0 +1,4 @@
+"""HOW rows become scores: point-in-time training sets, models behind one interface, training, evaluation, bundles.
+
+Imports `feature_repo` only; never Beam, never `serving`.
+"""

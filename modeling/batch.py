@@ -1,0 +1,311 @@
+"""Batch: the typed tensors that every model takes, and how stored columns become them.
+
+Training and serving both go `Requests → encode → collate → Batch`; there is no second path.
+Shape letters: B requests, L history, C candidates, E event features, U user fields, K item category slots, F dense
+features, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from feature_repo.history import Histories
+from feature_repo.schema import NUM_HISTORY_ONLINE, Contract, DType
+from feature_repo.transforms import MATCH_FEATURES, event_ages, match_features, squash
+
+GatherHistories = Callable[[np.ndarray, int], Histories]
+MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
+
+
+class _Tensors:
+    """Dataclasses of tensors: move and slice all at once."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """All tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {f.name: change(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class UserInputs(_Tensors):
+    """What a model knows of the user: history, oldest first and padded on the right, and user fields."""
+
+    item_BL: Tensor  # int64 vocabulary index; 0 is unknown
+    action_BL: Tensor  # int64
+    age_BL: Tensor  # float32, log1p days before the request
+    gap_BL: Tensor  # float32, log1p days since the event before; 0 for the first
+    event_BLE: Tensor  # float32 event features
+    mask_BL: Tensor  # bool, True where there is an event
+    field_BU: Tensor  # int64 user fields
+
+    def events(self, start: int, stop: int | None = None) -> UserInputs:
+        """The same users with only the events `[start, stop)` of the padded history."""
+        cut = {f.name: getattr(self, f.name)[:, start:stop] for f in fields(self) if f.name != "field_BU"}
+        return replace(self, **cut)
+
+
+@dataclass(frozen=True)
+class Candidates(_Tensors):
+    """Items to be ranked, padded on the right."""
+
+    item_BC: Tensor  # int64 vocabulary index
+    category_BCK: Tensor  # int64 category slots, 0 where empty
+    dense_BCF: Tensor  # float32 item statistics and match features
+    mask_BC: Tensor  # bool, True where there is a candidate
+
+    def select(self, index: Tensor | slice) -> Candidates:
+        """Some candidates of every request, in the given order."""
+        return self._map(lambda tensor: tensor[:, index])
+
+
+@dataclass(frozen=True)
+class Batch(_Tensors):
+    """One batch of requests with their candidates, and labels where they are known."""
+
+    user: UserInputs
+    candidates: Candidates
+    labels_BCT: Tensor  # float32; zeros at request time
+
+
+@dataclass(frozen=True)
+class FeatureSizes:
+    """Sizes that a model is built for; they follow from contract and vocabularies."""
+
+    items: int
+    actions: int
+    event_features: int
+    user_fields: tuple[int, ...]
+    categories: tuple[int, ...]  # vocabulary size of each category slot group
+    slots: tuple[int, ...]  # slots of each group
+    dense: int
+    history_length: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Known values of a column; a value's index starts at 1, everything else is 0."""
+
+    values: pa.Array
+
+    @property
+    def size(self) -> int:
+        """Embedding rows: the values and one for the unknown."""
+        return len(self.values) + 1
+
+    def encode(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Indices of a column's values, int64."""
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        if column.type != self.values.type:
+            column = column.cast(self.values.type)
+        return pc.add(pc.fill_null(pc.index_in(column, self.values), -1), 1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def of(column: pa.Array | pa.ChunkedArray, min_count: int = 1) -> Vocabulary:
+        """Values that occur at least `min_count` times, sorted."""
+        counts = pc.value_counts(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+        values = counts.field("values").filter(pc.greater_equal(counts.field("counts"), min_count))
+        return Vocabulary(values.filter(values.is_valid()).sort())
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b], candidate_offsets[b + 1])`.
+
+    `items` lists item ids by item key; `candidate_keys` and the histories' `item_keys` index it.
+    """
+
+    times: np.ndarray  # int64 microseconds, B
+    user_columns: dict[str, pa.Array]  # user features, B
+    items: pa.Array
+    candidate_offsets: np.ndarray
+    candidate_keys: np.ndarray
+    candidate_columns: dict[str, pa.Array]  # item features and statistics, N
+    gather: GatherHistories  # (request numbers, length) → their newest events
+    labels: np.ndarray | None = None  # N
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Requests as numbers, flat; `collate` pads any selection of them into a Batch."""
+
+    times: np.ndarray
+    field_BU: np.ndarray
+    candidate_offsets: np.ndarray
+    candidate_item: np.ndarray
+    candidate_category: np.ndarray
+    candidate_dense: np.ndarray
+    labels: np.ndarray
+    item_of_key: np.ndarray
+    gather: GatherHistories
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def num_candidates(self) -> np.ndarray:
+        """Candidates of each request."""
+        return np.diff(self.candidate_offsets)
+
+
+class Encoder:
+    """Turns stored columns into model inputs, the same way for training and serving.
+
+    Args:
+        contract: the dataset's contract.
+        vocabularies: by column name; the item id's is under the item's join key.
+        history_length: events that the model reads; match features read up to `NUM_HISTORY_ONLINE`.
+    """
+
+    def __init__(self, contract: Contract, vocabularies: dict[str, Vocabulary], history_length: int) -> None:
+        self.contract, self.vocabularies, self.history_length = contract, vocabularies, history_length
+        spec = contract.spec
+        self.item_key = contract.item.join_key
+        self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
+        self.user_fields = spec.ranking_user_features
+        self.categories = spec.ranking_item_features
+        self.event_columns = tuple(c.name for c in spec.event_features)
+        self._slots = tuple(
+            MAX_CATEGORIES if contract.table("item_profile").column(name).dtype is DType.STRING_LIST else 1 for name in self.categories
+        )
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the dense candidate features, in order."""
+        return (*self.stat_columns, *MATCH_FEATURES)
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        """What a model must be built for."""
+        size = {name: vocabulary.size for name, vocabulary in self.vocabularies.items()}
+        return FeatureSizes(
+            items=size[self.item_key],
+            actions=len(self.contract.spec.actions),
+            event_features=len(self.event_columns),
+            user_fields=tuple(size[name] for name in self.user_fields),
+            categories=tuple(size[name] for name in self.categories),
+            slots=self._slots,
+            dense=len(self.dense_names),
+            history_length=self.history_length,
+        )
+
+    def encode(self, requests: Requests, chunk: int = 1024) -> Encoded:
+        """Numbers for all requests at once; match features chunk by chunk, so that histories are never all in memory."""
+        number = len(requests)
+        fields_BU = np.zeros((number, len(self.user_fields)), np.int64)
+        for index, name in enumerate(self.user_fields):
+            fields_BU[:, index] = self.vocabularies[name].encode(requests.user_columns[name])
+        offsets, keys = requests.candidate_offsets, requests.candidate_keys
+        dense = np.empty((len(keys), len(self.dense_names)), np.float32)
+        for index, name in enumerate(self.stat_columns):
+            column = requests.candidate_columns[name]
+            dense[:, index] = squash(pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy(zero_copy_only=False))
+        for start in range(0, number, chunk):
+            chosen = np.arange(start, min(start + chunk, number))
+            first, last = offsets[start], offsets[chosen[-1] + 1]
+            histories = requests.gather(chosen, NUM_HISTORY_ONLINE)
+            within = offsets[start : chosen[-1] + 2] - first
+            dense[first:last, len(self.stat_columns) :] = match_features(histories, within, keys[first:last], requests.times[chosen])
+        item_of_key = self.vocabularies[self.item_key].encode(requests.items)
+        return Encoded(
+            times=requests.times,
+            field_BU=fields_BU,
+            candidate_offsets=offsets,
+            candidate_item=item_of_key[keys],
+            candidate_category=self._categories(requests),
+            candidate_dense=dense,
+            labels=np.zeros(len(keys), np.float32) if requests.labels is None else requests.labels.astype(np.float32),
+            item_of_key=item_of_key,
+            gather=requests.gather,
+        )
+
+    def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
+        """Pad the chosen requests into a Batch.
+
+        Args:
+            chosen: request numbers, in the order of the batch.
+        """
+        histories = encoded.gather(chosen, self.history_length)
+        user = self.user_inputs(histories, encoded.times[chosen], encoded.field_BU[chosen], encoded.item_of_key)
+        lengths = encoded.num_candidates[chosen]
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        flat = np.repeat(encoded.candidate_offsets[chosen], lengths) + _within(lengths)
+        pad = _Padder(mask)
+        candidates = Candidates(
+            item_BC=pad(encoded.candidate_item[flat]),
+            category_BCK=pad(encoded.candidate_category[flat].astype(np.int64)),
+            dense_BCF=pad(encoded.candidate_dense[flat]),
+            mask_BC=torch.from_numpy(mask),
+        )
+        return Batch(user, candidates, pad(encoded.labels[flat][:, None]))
+
+    def user_inputs(self, histories: Histories, times: np.ndarray, fields_BU: np.ndarray, item_of_key: np.ndarray) -> UserInputs:
+        """Pad histories and user fields."""
+        lengths = histories.lengths
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        pad = _Padder(mask)
+        gap = np.diff(histories.times, prepend=histories.times[:1]) / 86_400_000_000
+        starts = histories.offsets[:-1][lengths > 0]
+        gap[starts] = 0
+        events = np.zeros((len(histories.item_keys), len(self.event_columns)), np.float32)
+        for index, name in enumerate(self.event_columns):
+            events[:, index] = squash(histories.columns[name])
+        return UserInputs(
+            item_BL=pad(item_of_key[histories.item_keys]),
+            action_BL=pad(histories.columns["action"].astype(np.int64)),
+            age_BL=pad(event_ages(histories, times)),
+            gap_BL=pad(np.log1p(np.maximum(gap, 0)).astype(np.float32)),
+            event_BLE=pad(events),
+            mask_BL=torch.from_numpy(mask),
+            field_BU=torch.from_numpy(fields_BU),
+        )
+
+    def _categories(self, requests: Requests) -> np.ndarray:
+        columns = []
+        for name, slots in zip(self.categories, self._slots, strict=True):
+            values, vocabulary = requests.candidate_columns[name], self.vocabularies[name]
+            if isinstance(values, pa.ChunkedArray):
+                values = values.combine_chunks()
+            if slots == 1:
+                columns.append(vocabulary.encode(values)[:, None])
+                continue
+            lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+            mask = np.arange(slots) < lengths[:, None]
+            out = np.zeros(mask.shape, np.int64)
+            flat = vocabulary.encode(pc.list_flatten(values))
+            out[mask] = flat[_within(lengths) < slots]
+            columns.append(out)
+        total = len(requests.candidate_keys)
+        return np.concatenate(columns, axis=1).astype(np.int32) if columns else np.zeros((total, 0), np.int32)
+
+
+class _Padder:
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = mask
+
+    def __call__(self, flat: np.ndarray) -> Tensor:
+        padded: np.ndarray[Any, Any] = np.zeros((*self.mask.shape, *flat.shape[1:]), flat.dtype)
+        padded[self.mask] = flat
+        return torch.from_numpy(padded)
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, …, n-1 for each length n, joined."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

@@ -1,0 +1,225 @@
+"""The training set: examples joined point-in-time through a feature service, histories gathered late from the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo import datasets
+from feature_repo.arrow import micros
+from feature_repo.history import Histories, HistoryLog
+from feature_repo.schema import EVENT_TIMESTAMP, Column, Contract, DType, Table
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder, digest_of
+from modeling.batch import Requests, Vocabulary
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+SPLITS = ("train", "validation", "test")
+
+
+class JoinError(RuntimeError):
+    """The point-in-time join lost, added or moved rows."""
+
+
+class StaleFeaturesError(RuntimeError):
+    """Built tables or registry do not fit the contract in force."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One period's requests, with what evaluation needs beside the model's inputs."""
+
+    requests: Requests
+    request_ids: pa.Array
+    users: pa.Array
+    purchases_of_candidate: np.ndarray  # N: the user's own earlier events of the first action with the candidate
+    history_lengths: np.ndarray  # B: events known before the request
+
+
+def point_in_time_join(store: FeatureStore, service: str, entity_rows: pa.Table) -> pa.Table:
+    """Features of every row as of its time, through Feast, rows complete and in order.
+
+    Args:
+        entity_rows: join keys and `event_timestamp`.
+
+    Raises:
+        JoinError: the store returned another number or order of rows.
+        StaleFeaturesError: the registry knows no such service.
+    """
+    from feast.errors import FeatureServiceNotFoundException
+
+    try:
+        features = store.get_feature_service(service)
+    except FeatureServiceNotFoundException as error:
+        raise StaleFeaturesError(f"the registry has no feature service {service!r}: run `python -m feature_repo apply`") from error
+    frame = entity_rows.to_pandas()
+    joined = store.get_historical_features(frame, features, filter_by_created_timestamp=True).to_arrow()
+    check_rows(entity_rows, joined)
+    return joined
+
+
+def check_rows(asked: pa.Table, got: pa.Table) -> None:
+    """Every row asked for is there, once, in its place.
+
+    Raises:
+        JoinError: it is not.
+    """
+    if got.num_rows != asked.num_rows:
+        raise JoinError(f"the point-in-time join returned {got.num_rows:,} rows for {asked.num_rows:,}: this offline store cannot be trained from")
+    for name in asked.column_names:
+        want, have = asked[name].combine_chunks(), got[name].combine_chunks()
+        if pa.types.is_timestamp(want.type):
+            same = bool((micros(want) == micros(have.cast(want.type))).all())
+        else:
+            same = want.equals(have.cast(want.type))
+        if not same:
+            raise JoinError(f"the point-in-time join changed the order or values of {name!r}: this offline store cannot be trained from")
+
+
+class Warehouse:
+    """The built tables of the settings in force, opened for training and evaluation.
+
+    Raises:
+        TableNotBuiltError: a Beam job has not run.
+        StaleFeaturesError: tables were built under another contract.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.contract: Contract = datasets.load_contract(settings.dataset)
+        self.manifests = {job: JobFolder(settings.home, job).require() for job in ("events", "user_history", "item_stats", "training_examples")}
+        for job, manifest in self.manifests.items():
+            if manifest.fingerprint != self.contract.fingerprint:
+                raise StaleFeaturesError(
+                    f"job {job!r} ran under contract {manifest.fingerprint}, the code declares {self.contract.fingerprint}: "
+                    f"run `python -m beam_jobs {job}` again"
+                )
+        self._log: HistoryLog | None = None
+
+    @property
+    def log(self) -> HistoryLog:
+        """The history log, opened at first use."""
+        if self._log is None:
+            self._log = HistoryLog(self.contract, JobFolder(self.settings.home, "user_history"))
+        return self._log
+
+    @property
+    def digest(self) -> str:
+        """Digest of all tables that training reads."""
+        return digest_of({job: manifest.run_id for job, manifest in self.manifests.items()})
+
+    def examples(self, split: str) -> pa.Table:
+        """Training examples of one period, candidates of a request together."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+        rows = JobFolder(self.settings.home, "training_examples").read("training_examples")
+        return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
+
+    def split(self, store: FeatureStore, service: str, split: str) -> Split:
+        """One period, joined and ready to encode.
+
+        Raises:
+            JoinError: the offline store lost or moved rows.
+            GateError: joined features break the contract.
+        """
+        examples = self.examples(split)
+        contract = self.contract
+        keys = [contract.user.join_key, contract.item.join_key, EVENT_TIMESTAMP]
+        joined = point_in_time_join(store, service, examples.select(keys))
+        label = contract.spec.requests.label
+        self._gate(joined.append_column(label, examples[label]), split)
+        return self.assemble(joined, examples["request_id"].combine_chunks(), examples[label].to_numpy())
+
+    def assemble(self, joined: pa.Table, request_ids: pa.Array, labels: np.ndarray) -> Split:
+        """Group joined rows by request; rows of a request stand together."""
+        contract, log = self.contract, self.log
+        item, user = contract.item.join_key, contract.user.join_key
+        joined = joined.combine_chunks()
+        ids = request_ids.dictionary_encode().indices.to_numpy()
+        starts = np.flatnonzero(np.r_[True, np.diff(ids) != 0][: len(ids)])
+        offsets = np.r_[starts, len(ids)].astype(np.int64)
+        first = pa.array(starts)
+        candidates = joined[item].combine_chunks()
+        keys, items = keys_of(candidates, log.items)
+        users = joined[user].combine_chunks().take(first)
+        ends = pc.fill_null(joined["history_end"].combine_chunks().take(first).cast(pa.int64()), 0).to_numpy()
+        rows = log.rows_of(users)
+
+        def gather(chosen: np.ndarray, length: int) -> Histories:
+            return log.gather(rows[chosen], ends[chosen], length)
+
+        features = contract.table("item_profile").columns + contract.table("item_stats").columns
+        requests = Requests(
+            times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
+            user_columns={c.name: joined[c.name].combine_chunks().take(first) for c in contract.table("user_profile").columns},
+            items=items,
+            candidate_offsets=offsets,
+            candidate_keys=keys,
+            candidate_columns={c.name: joined[c.name].combine_chunks() for c in features},
+            gather=gather,
+            labels=labels,
+        )
+        own = own_frequency(log, rows, ends, offsets, keys)
+        return Split(requests, request_ids.take(first), users, own, np.where(rows < 0, 0, ends))
+
+    def _gate(self, joined: pa.Table, split: str) -> None:
+        from feature_repo import expectations
+
+        suite = f"training_set_{split}"
+        expectations.gate(training_set_table(self.contract), [joined], f"{self.settings.home}/expectations", 0.0, suite=suite)
+
+
+def training_set_table(contract: Contract) -> Table:
+    """The contract of a joined training set: keys, label and features, where a missing value is one that is not yet known."""
+    label = contract.table("training_examples").column(contract.spec.requests.label)
+    joined: list[Column] = [contract.user.column, contract.item.column, label]
+    for name in ("user_profile", "user_history_index", "item_profile", "item_stats"):
+        joined += [replace(c, nullable=True) for c in contract.table(name).columns if c.dtype not in (DType.BYTES, DType.STRING_LIST)]
+    return Table("training_set", "Examples joined point-in-time to their features.", tuple(joined))
+
+
+def keys_of(candidates: pa.Array, items: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Item keys of candidates: their place in `items`, or a new place after it; and `items` with the new ones."""
+    keys = pc.index_in(candidates, items)
+    new = pc.unique(candidates.filter(keys.is_null()))
+    if len(new):
+        items = pa.concat_arrays([items, new.cast(items.type)])
+        keys = pc.index_in(candidates, items)
+    return keys.to_numpy().astype(np.int64), items
+
+
+def own_frequency(log: HistoryLog, rows: np.ndarray, ends: np.ndarray, offsets: np.ndarray, keys: np.ndarray, chunk: int = 1024) -> np.ndarray:
+    """How often each candidate occurs in the user's whole earlier history, by the first action; a baseline's feature."""
+    counts = np.zeros(len(keys), np.int64)
+    for start in range(0, len(rows), chunk):
+        stop = min(start + chunk, len(rows))
+        histories = log.gather(rows[start:stop], ends[start:stop])
+        owner = np.repeat(np.arange(stop - start), histories.lengths)
+        acted = histories.columns["action"] == 0
+        span = int(max(histories.item_keys.max(initial=0), keys.max(initial=0))) + 1
+        pairs = np.sort(owner[acted] * span + histories.item_keys[acted])
+        first, last = offsets[start], offsets[stop]
+        wanted = np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1])) * span + keys[first:last]
+        counts[first:last] = np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted, "left")
+    return counts
+
+
+def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Vocabulary]:
+    """Vocabularies of every column that a ranker embeds, from the training period alone."""
+    requests = train.requests
+    labels = requests.labels
+    assert labels is not None
+    bought = requests.candidate_keys[labels > 0] if contract.spec.requests.train_negatives_per_positive else requests.candidate_keys
+    found: dict[str, Vocabulary] = {contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(bought)), min_item_count)}
+    for name in contract.spec.ranking_user_features:
+        found[name] = Vocabulary.of(requests.user_columns[name])
+    for name in contract.spec.ranking_item_features:
+        column: Any = requests.candidate_columns[name]
+        found[name] = Vocabulary.of(pc.list_flatten(column) if pa.types.is_list(column.type) else column)
+    return found

@@ -1,0 +1,55 @@
+"""Embedding tables for fields, category slots and dense features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import FeatureSizes
+
+
+class CategorySlots(nn.Module):
+    """Mean embedding of each group of category slots: category_BCK → B × C × groups × D. Empty slots (0) add nothing."""
+
+    def __init__(self, sizes: FeatureSizes, width: int) -> None:
+        super().__init__()
+        self.slots = sizes.slots
+        self.tables = nn.ModuleList(nn.Embedding(size, width, padding_idx=0) for size in sizes.categories)
+
+    def forward(self, category_BCK: Tensor) -> list[Tensor]:
+        """One B × C × D tensor for each group."""
+        groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
+        return [
+            table(group).sum(-2) / (group > 0).sum(-1, keepdim=True).clamp(min=1) for table, group in zip(self.tables, groups, strict=True)
+        ]
+
+
+class Standardise(nn.Module):
+    """Shift and scale dense features by statistics of the training set, kept with the weights."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
+
+    def fit(self, values_NF: Tensor) -> None:
+        """Take mean and deviation from the training set; a constant feature keeps scale 1."""
+        deviation = values_NF.double().std(0, unbiased=False)
+        self.mean.copy_(values_NF.double().mean(0))
+        self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Standardised values, clipped to ±10."""
+        return ((values - self.mean) / self.scale).clamp(-10, 10)
+
+
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """Sinusoidal encodings of integer positions: … → … × width. Unbounded, so a growing history never runs out."""
+    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000.0) / width))
+    angle = position[..., None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]

@@ -1,0 +1,153 @@
+"""Ranking and calibration metrics, each with a bootstrap interval over users. Ties keep candidate order, stably.
+
+Conventions: AUC counts ties as half; GAUC is AUC within each user, weighted by the user's candidates, users with one
+kind of label left out; NDCG@k has gain 1 and discount 1/log2(rank + 1); MRR is of the first positive; NE is log loss
+over the entropy of the mean label; calibration error is expected |mean probability - mean label| over 20 bins of equal
+size. Requests without a positive count for neither NDCG nor MRR.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_BINS = 20
+RANKING = ("auc", "gauc", "ndcg@10", "mrr")
+PROBABILITY = ("log_loss", "ne", "calibration_error")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def beats(self, other: Estimate) -> bool:
+        """Higher, with intervals that do not overlap."""
+        return self.low > other.high
+
+
+def ranks_within(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Rank of each candidate in its request, from 0 for the best; equal scores keep their order."""
+    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    order = np.lexsort((np.arange(len(scores)), -scores, owner))
+    ranks = np.empty(len(scores), np.int64)
+    ranks[order] = np.arange(len(scores)) - np.repeat(offsets[:-1], np.diff(offsets))
+    return ranks
+
+
+def ndcg_at(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, k: int = 10) -> np.ndarray:
+    """NDCG@k of each request; NaN without a positive."""
+    ranks = ranks_within(scores, offsets)
+    gain = np.where(ranks < k, labels / np.log2(ranks + 2), 0.0)
+    ideal_of = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
+    positives = _sum_by(labels, offsets)
+    ideal = ideal_of[np.minimum(positives, k).astype(np.int64)]
+    return np.where(positives > 0, _sum_by(gain, offsets) / np.maximum(ideal, 1e-12), np.nan)
+
+
+def reciprocal_rank(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """1 / rank of the first positive of each request; NaN without one."""
+    ranks = ranks_within(scores, offsets).astype(np.float64)
+    best = np.minimum.reduceat(np.where(labels > 0, ranks, np.inf), offsets[:-1]) if len(offsets) > 1 else np.zeros(0)
+    return np.where(np.isfinite(best), 1 / (best + 1), np.nan)
+
+
+def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Area under the ROC curve, weighted, ties as half; NaN with one kind of label."""
+    order = np.argsort(scores, kind="stable")
+    return _auc_sorted(labels[order], _tie_groups(scores[order]), None if weights is None else weights[order])
+
+
+def evaluate(
+    labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, users: np.ndarray, probabilities: np.ndarray | None, *, resamples: int = 200, seed: int = 0
+) -> dict[str, Estimate]:
+    """All metrics of one scoring of all requests.
+
+    Args:
+        labels, scores: N candidates.
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
+        users: B user numbers, 0 … U - 1; the bootstrap draws users.
+        probabilities: N; None for scores that are no probabilities, which then get no calibration metrics.
+    """
+    labels = labels.astype(np.float64)
+    sizes = np.diff(offsets)
+    num_users = int(users.max()) + 1
+    user_of = np.repeat(users, sizes)
+    by_score = np.argsort(scores, kind="stable")
+    labels_sorted, user_sorted, ties = labels[by_score], user_of[by_score], _tie_groups(scores[by_score])
+
+    ndcg, rr = ndcg_at(labels, scores, offsets), reciprocal_rank(labels, scores, offsets)
+    sums = {"ndcg": np.bincount(users, np.nan_to_num(ndcg), num_users), "rr": np.bincount(users, np.nan_to_num(rr), num_users)}
+    counted = np.bincount(users, ~np.isnan(ndcg), num_users)
+    user_auc, user_weight = _auc_by_user(labels, scores, user_of, num_users)
+    weighted_auc = np.nan_to_num(user_auc) * user_weight
+    candidates, positives = np.bincount(user_of, minlength=num_users), np.bincount(user_of, labels, num_users)
+    if probabilities is not None:
+        clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+        loss = np.bincount(user_of, -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)), num_users)
+        bins = np.argsort(np.argsort(clipped, kind="stable"), kind="stable") * NUM_BINS // max(len(clipped), 1)
+        cell = user_of * NUM_BINS + bins
+        error = np.bincount(cell, clipped - labels, num_users * NUM_BINS).reshape(num_users, NUM_BINS)
+
+    def measure(weight: np.ndarray) -> dict[str, float]:
+        total, positive = float(candidates @ weight), float(positives @ weight)
+        found = {
+            "auc": _auc_sorted(labels_sorted, ties, weight[user_sorted]),
+            "gauc": float(weighted_auc @ weight) / max(float(user_weight @ weight), 1e-12),
+            "ndcg@10": float(sums["ndcg"] @ weight) / max(float(counted @ weight), 1e-12),
+            "mrr": float(sums["rr"] @ weight) / max(float(counted @ weight), 1e-12),
+        }
+        if probabilities is not None:
+            rate = min(max(positive / total, 1e-7), 1 - 1e-7)
+            found["log_loss"] = float(loss @ weight) / total
+            found["ne"] = found["log_loss"] / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+            found["calibration_error"] = float(np.abs(weight @ error).sum()) / total
+        return found
+
+    value = measure(np.ones(num_users))
+    rng = np.random.default_rng(seed)
+    draws = [measure(np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)) for _ in range(resamples)]
+    intervals = {name: np.percentile([draw[name] for draw in draws], [2.5, 97.5]) for name in value}
+    return {name: Estimate(value[name], float(intervals[name][0]), float(intervals[name][1])) for name in value}
+
+
+def _sum_by(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    running = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return running[offsets[1:]] - running[offsets[:-1]]
+
+
+def _tie_groups(sorted_scores: np.ndarray) -> np.ndarray:
+    """Number of the group of equal scores that each position belongs to."""
+    return np.cumsum(np.r_[False, np.diff(sorted_scores) != 0][: len(sorted_scores)])
+
+
+def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | None) -> float:
+    weights = np.ones(len(labels)) if weights is None else weights
+    positive, negative = weights * labels, weights * (1 - labels)
+    num_groups = int(groups[-1]) + 1 if len(groups) else 0
+    positive, negative = np.bincount(groups, positive, num_groups), np.bincount(groups, negative, num_groups)
+    below = np.cumsum(negative) - negative
+    pairs = positive.sum() * negative.sum()
+    return float((positive * (below + negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
+
+
+def _auc_by_user(labels: np.ndarray, scores: np.ndarray, user_of: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
+    order = np.lexsort((scores, user_of))
+    label, score, user = labels[order], scores[order], user_of[order]
+    group = np.cumsum(np.r_[False, (np.diff(score) != 0) | (np.diff(user) != 0)][: len(score)])
+    num_groups = int(group[-1]) + 1
+    positive, negative = np.bincount(group, label, num_groups), np.bincount(group, 1 - label, num_groups)
+    owner = user[np.r_[0, np.flatnonzero(np.diff(group)) + 1]]
+    running = np.cumsum(negative)
+    total_negative = np.bincount(owner, negative, num_users)
+    before_user = np.concatenate([[0.0], np.cumsum(total_negative)[:-1]])
+    below = running - negative - before_user[owner]
+    wins = np.bincount(owner, positive * (below + negative / 2), num_users)
+    pairs = np.bincount(owner, positive, num_users) * total_negative
+    weight = np.where(pairs > 0, np.bincount(user_of, minlength=num_users), 0).astype(np.float64)
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan), weight

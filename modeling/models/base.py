@@ -1,0 +1,60 @@
+"""The seam: every ranker encodes a user once, then scores any number of candidates against that state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+
+UserState = Any  # each model's own dataclass of tensors
+
+
+class CannotExtendError(TypeError):
+    """This model or configuration has no exact way to extend a user state."""
+
+
+class Ranker(nn.Module, ABC):
+    """A model behind the two-step interface.
+
+    What must hold for each (tests/modeling/test_invariants.py): scores equal one-candidate-at-a-time forwards; no
+    candidate changes another's score; padding is inert; `extend_user` equals encoding anew.
+    """
+
+    sizes: FeatureSizes
+
+    @abstractmethod
+    def encode_user(self, user: UserInputs) -> UserState:
+        """Everything about the user that does not depend on candidates; computed once per request."""
+
+    @abstractmethod
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """Score candidates against encoded users: logits_BCT, float32, before the sigmoid."""
+
+    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
+        """The state after new events, equal to encoding the longer history.
+
+        Args:
+            new_events: only the new events, padded on the right.
+
+        Raises:
+            CannotExtendError: the configuration's states do not grow.
+        """
+        raise CannotExtendError(f"{type(self).__name__} has no exact extend_user: encode the user again")
+
+    @property
+    def can_extend(self) -> bool:
+        """Whether `extend_user` is exact in this configuration."""
+        return False
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Both steps in a row, as training does: logits_BCT."""
+        return self.score(self.encode_user(batch.user), batch.candidates)
+
+    def score_in_micro_batches(self, user_state: UserState, candidates: Candidates, size: int) -> Tensor:
+        """`score`, at most `size` candidates at a time against the same state (M-FALCON, arXiv 2402.17152)."""
+        total = candidates.item_BC.shape[1]
+        return torch.cat([self.score(user_state, candidates.select(slice(i, i + size))) for i in range(0, total, size)], dim=1)

@@ -1,0 +1,255 @@
+"""The training loop: grouped batches, both steps of the model in a row, resume to the bit.
+
+A run's folder holds `metrics.jsonl` (a line for each step and epoch), `checkpoint.pt` (the newest state, read with
+weights_only) and `best.safetensors`. Interrupt it anywhere: the next start continues from the newest checkpoint and
+writes the same lines as a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from modeling.batch import Batch, Encoded, Encoder
+from modeling.metrics import ndcg_at
+from modeling.models.base import Ranker
+from modeling.recipes import Training
+
+console = Console()
+
+
+class LossError(ArithmeticError):
+    """The loss is no finite number."""
+
+
+def masked_bce(logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor) -> Tensor:
+    """Mean binary cross-entropy over real candidates: the same as one row for each candidate, averaged."""
+    loss = binary_cross_entropy_with_logits(logits_BCT, labels_BCT, reduction="none")
+    return (loss * mask_BC[..., None]).sum() / (mask_BC.sum() * loss.shape[-1])
+
+
+def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[np.ndarray]:
+    """Request numbers of every batch of an epoch: shuffled, then grouped by size so that little is padding."""
+    rng = np.random.default_rng([training.seed, epoch])
+    order = rng.permutation(len(num_candidates))
+    window = training.max_requests * 16
+    grouped: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        chosen = order[start : start + window]
+        chosen = chosen[np.argsort(num_candidates[chosen], kind="stable")]
+        first = 0
+        for last in range(1, len(chosen) + 1):
+            full = last - first >= training.max_requests
+            if last == len(chosen) or full or (last - first + 1) * num_candidates[chosen[last]] > training.max_candidates:
+                grouped.append(chosen[first:last])
+                first = last
+    return [grouped[i] for i in rng.permutation(len(grouped))]
+
+
+def predict(model: Ranker, encoder: Encoder, encoded: Encoded, *, max_requests: int = 64, max_candidates: int = 16_384) -> np.ndarray:
+    """Logits of every candidate, in the order of `encoded`."""
+    logits = np.zeros(len(encoded.candidate_item), np.float32)
+    sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
+    order = np.argsort(sizes, kind="stable")
+    model.eval()
+    with torch.inference_mode():
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and stop - start < max_requests and (stop - start + 1) * sizes[order[stop]] <= max_candidates:
+                stop += 1
+            chosen = order[start:stop]
+            batch = encoder.collate(encoded, chosen)
+            scored = model(batch)[..., 0][batch.candidates.mask_BC].numpy()
+            at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+            logits[at] = scored
+            start = stop
+    return logits
+
+
+class Trainer:
+    """One run of one model.
+
+    Args:
+        model: fresh; its weights are set from the checkpoint where the folder has one.
+        folder: the run's folder.
+        identity: what the run depends on; a checkpoint of another identity is refused, not resumed.
+    """
+
+    def __init__(self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str) -> None:
+        self.model, self.encoder, self.training, self.folder, self.identity = model, encoder, training, folder, identity
+        folder.mkdir(parents=True, exist_ok=True)
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.99))
+        self.step = self.epoch = self.next_batch = 0
+        self.best, self.epochs_since_best = -math.inf, 0
+        self.stopped = False
+
+    def fit(self, train: Encoded, validation: Encoded, stop_after: int | None = None) -> dict[str, Any]:
+        """Train to the end, or stop after so many further steps (as an interruption would).
+
+        Returns:
+            Summary of the run: steps, epochs, best validation NDCG@10, seconds.
+
+        Raises:
+            LossError: the loss became NaN or infinite.
+        """
+        torch.manual_seed(self.training.seed)
+        self._resume()
+        started, budget = time.perf_counter(), stop_after
+        plan = [batches(train.num_candidates, self.training, epoch) for epoch in range(self.training.epochs)]
+        total = sum(len(p) for p in plan)
+        with _progress(total) as advance:
+            advance(self.step, "")
+            while self.epoch < self.training.epochs and not self.stopped:
+                chosen = plan[self.epoch]
+                while self.next_batch < len(chosen):
+                    if budget is not None and budget <= 0:
+                        return self._summary(started)
+                    loss, samples = self._train_step(train, chosen[self.next_batch], total)
+                    self.next_batch += 1
+                    self.step += 1
+                    budget = None if budget is None else budget - 1
+                    self._log({"kind": "step", "step": self.step, "epoch": self.epoch, "loss": loss, "samples": samples})
+                    advance(self.step, f"loss {loss:.4f}", samples)
+                    if self.step % self.training.checkpoint_steps == 0:
+                        self._save()
+                self._end_epoch(validation)
+                self._save()
+        return self._summary(started)
+
+    def load_best(self) -> None:
+        """Take the weights of the best epoch."""
+        self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
+
+    def _train_step(self, train: Encoded, chosen: np.ndarray, total: int) -> tuple[float, int]:
+        self.model.train()
+        batch: Batch = self.encoder.collate(train, chosen)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.learning_rate * _schedule(self.step, total, self.training.warmup_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = masked_bce(self.model(batch), batch.labels_BCT, batch.candidates.mask_BC)
+        if not torch.isfinite(loss):
+            raise LossError(
+                f"loss is {loss.item()} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
+                f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        self.optimizer.step()
+        return float(loss.detach()), int(batch.candidates.mask_BC.sum())
+
+    def _end_epoch(self, validation: Encoded) -> None:
+        logits = predict(self.model, self.encoder, validation)
+        ndcg = float(np.nanmean(ndcg_at(validation.labels, logits, validation.candidate_offsets)))
+        probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        clipped = np.clip(probability, 1e-7, 1 - 1e-7)
+        loss = float(-(validation.labels * np.log(clipped) + (1 - validation.labels) * np.log1p(-clipped)).mean())
+        self._log({"kind": "epoch", "epoch": self.epoch, "step": self.step, "validation_loss": loss, "validation_ndcg@10": ndcg})
+        console.print(f"epoch {self.epoch}: validation loss {loss:.4f}, NDCG@10 {ndcg:.4f}", highlight=False)
+        if ndcg > self.best:
+            self.best, self.epochs_since_best = ndcg, 0
+            draft = self.folder / ".best.draft"
+            save_file(self.model.state_dict(), draft)
+            draft.replace(self.folder / "best.safetensors")
+        else:
+            self.epochs_since_best += 1
+            self.stopped = self.epochs_since_best > self.training.patience
+        self.epoch, self.next_batch = self.epoch + 1, 0
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
+            "best": self.best,
+        }
+        draft = self.folder / ".checkpoint.draft"
+        torch.save(state, draft)
+        draft.replace(self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        path, log = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
+        state = torch.load(path, weights_only=True) if path.exists() else None
+        if state is None or state["identity"] != self.identity:
+            log.write_text("")
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
+        self.best, self.stopped = state["best"], bool(stopped)
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= self.step and (line["kind"] == "step" or line["epoch"] < self.epoch)]
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        console.print(f"resumed at step {self.step} (epoch {self.epoch})", highlight=False)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def _summary(self, started: float) -> dict[str, Any]:
+        return {
+            "steps": self.step,
+            "epochs": self.epoch,
+            "best_validation_ndcg@10": self.best if math.isfinite(self.best) else None,
+            "seconds": time.perf_counter() - started,
+            "training": asdict(self.training),
+        }
+
+
+def _schedule(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to one tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+
+class _progress:
+    """A bar with samples/s on a terminal; a line every ten seconds otherwise."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.samples, self.started, self.said = total, 0, time.monotonic(), 0.0
+        self.bar = Progress(TextColumn("train"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) if console.is_terminal else None  # fmt: skip
+
+    def __enter__(self) -> Callable[..., None]:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=self.total, note="")
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def _advance(self, step: int, note: str, samples: int = 0) -> None:
+        self.samples += samples
+        rate = f"{self.samples / max(time.monotonic() - self.started, 1e-9):,.0f} samples/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, note=f"{note}, {rate}")
+        elif samples and time.monotonic() - self.said >= 10:
+            self.said = time.monotonic()
+            console.print(f"train: step {step} of {self.total}, {note}, {rate}", highlight=False)
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`."""
+    with open(folder / "metrics.jsonl") as log:
+        yield from (json.loads(line) for line in log)
