@@ -92,6 +92,10 @@ class AmortisedDLRM(Ranker):
         """Causal states with positions that do not move when events are added."""
         return self.config.causal and self.config.positions == "from_oldest"
 
+    def fit_statistics(self, dense_NF: Tensor) -> None:
+        """Standardise dense features by the training set's mean and deviation."""
+        self.standardise.fit(dense_NF)
+
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
         mask = user.mask_BL

@@ -45,6 +45,9 @@ class Ranker(nn.Module, ABC):
         """
         raise CannotExtendError(f"{type(self).__name__} has no exact extend_user: encode the user again")
 
+    def fit_statistics(self, dense_NF: Tensor) -> None:
+        """Take what the model must know of the training set before the first step, such as means of dense features."""
+
     @property
     def can_extend(self) -> bool:
         """Whether `extend_user` is exact in this configuration."""

@@ -1,0 +1,44 @@
+"""`python -m modeling train | evaluate | export <recipe>`: options only."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without importing torch or Feast."""
+    made = argparse.ArgumentParser(prog="python -m modeling", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train a recipe on the built tables; resumes where it stopped"),
+        ("evaluate", "metrics of the trained recipe on the test period, baselines beside it, and a report"),
+        ("export", "write the bundle of the trained recipe and make it live"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("recipe", nargs="?", default="amortised_dlrm", help="default: amortised_dlrm")
+        if name == "train":
+            command.add_argument("--seed", type=int, help="seed of weights, dropout and order; default: the recipe's")
+            command.add_argument("--epochs", type=int, help="default: the recipe's")
+        if name == "export":
+            command.add_argument("--not_live", action="store_true", help="record the bundle without making it live")
+    commands.add_parser("recipes", help="list recipes")
+    return made
+
+
+def main() -> int:
+    """Dispatch."""
+    arguments = parser().parse_args()
+    if arguments.command == "recipes":
+        from modeling import recipes
+
+        for name, function in sorted(recipes.all_recipes().items()):
+            print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
+        return 0
+    from modeling.command import run_command
+
+    return run_command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Bundle: all that serving reads of a run, in one folder, named by its digest.
+
+`weights.safetensors`, `vocabularies.json`, and `bundle.json`, which holds the config, the feature services, the
+contract's fingerprint, the metrics and the sha256 of every file. The bundle's digest is the sha256 of `bundle.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+
+from feature_repo.arrow import arrow_type
+from feature_repo.schema import Contract, DType
+from modeling import models
+from modeling.batch import Encoder, Vocabulary
+from modeling.models.base import Ranker
+from modeling.recipes import Recipe
+
+LAYOUT = 1
+FILES = ("weights.safetensors", "vocabularies.json")
+
+
+class BundleError(ValueError):
+    """A bundle that must not be served; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: the model in evaluation mode and the encoder that feeds it."""
+
+    digest: str
+    path: Path
+    manifest: dict[str, Any]
+    model: Ranker
+    encoder: Encoder
+
+    @property
+    def name(self) -> str:
+        """Recipe and the first digits of the digest, as answers show it."""
+        return f"{self.manifest['recipe']}@{self.digest[:12]}"
+
+
+def export(
+    folder: Path, *, model: Ranker, encoder: Encoder, recipe: Recipe, metrics: dict[str, Any], trained_on: str, data_as_of: str
+) -> tuple[Path, str]:
+    """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run gives the same digest."""
+    draft = folder / f".{recipe.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / "weights.safetensors")
+    write_vocabularies(encoder, draft / "vocabularies.json")
+    contract = encoder.contract
+    manifest = {
+        "layout": LAYOUT,
+        "dataset": contract.spec.name,
+        "fingerprint": contract.fingerprint,
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "config": recipe.config,
+        "history_length": recipe.history_length,
+        "service": recipe.service,
+        "online_service": f"{recipe.service}_online",
+        "label": contract.spec.requests.label,
+        "trained_on": trained_on,
+        "data_as_of": data_as_of,
+        "metrics": metrics,
+        "files": {name: _sha256(draft / name) for name in FILES},
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (draft / "bundle.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path = folder / f"{recipe.name}-{digest[:12]}"
+    shutil.rmtree(path, ignore_errors=True)
+    draft.rename(path)
+    return path, digest
+
+
+def load(path: Path, contract: Contract, expected_digest: str | None = None) -> Bundle:
+    """Check a bundle and load it.
+
+    Args:
+        contract: the one in force; the bundle must have been trained under it.
+        expected_digest: what the catalogue says; a bundle of another digest is refused.
+
+    Raises:
+        BundleError: missing or changed files, another layout, dataset or contract, or weights that do not fit.
+    """
+    file = path / "bundle.json"
+    if not file.is_file():
+        raise BundleError(f"{path} holds no bundle.json: it is no bundle, or was not exported to its end")
+    text = file.read_text()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if expected_digest is not None and digest != expected_digest:
+        raise BundleError(f"{path}: bundle.json has digest {digest[:12]}, the catalogue says {expected_digest[:12]}: it was changed after export")
+    try:
+        manifest = json.loads(text)
+        layout = manifest["layout"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{file} is no bundle manifest: {error}") from error
+    if layout != LAYOUT:
+        raise BundleError(f"{path} has bundle layout {layout}; this version reads {LAYOUT}: export it again")
+    if manifest["dataset"] != contract.spec.name:
+        raise BundleError(f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}")
+    if manifest["fingerprint"] != contract.fingerprint:
+        raise BundleError(f"{path} was trained under contract {manifest['fingerprint']}, this is {contract.fingerprint}: train and export again")
+    for name, expected in manifest["files"].items():
+        if name not in FILES or not (path / name).is_file() or (path / name).is_symlink():
+            raise BundleError(f"{path}: file {name!r} is missing or is none of a bundle's files {FILES}")
+        if (found := _sha256(path / name)) != expected:
+            raise BundleError(f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed")
+    vocabularies = read_vocabularies(contract, path / "vocabularies.json")
+    encoder = Encoder(contract, vocabularies, manifest["history_length"])
+    model = models.build(manifest["model"], manifest["config"], encoder.sizes)
+    weights = load_file(path / "weights.safetensors")
+    if bad := sorted(name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+        raise BundleError(f"{path}: weights {bad} hold values that are no finite numbers")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BundleError(f"{path}: weights do not fit the model that bundle.json describes: {error}") from error
+    return Bundle(digest, path, manifest, model.eval(), encoder)
+
+
+def write_vocabularies(encoder: Encoder, path: Path) -> None:
+    """Write an encoder's vocabularies as JSON, by column."""
+    path.write_text(json.dumps({name: vocabulary.values.to_pylist() for name, vocabulary in encoder.vocabularies.items()}))
+
+
+def read_vocabularies(contract: Contract, path: Path) -> dict[str, Vocabulary]:
+    """Vocabularies that `write_vocabularies` wrote."""
+    values: dict[str, list[Any]] = json.loads(path.read_text())
+
+    def element(dtype: DType) -> pa.DataType:
+        return pa.string() if dtype is DType.STRING_LIST else arrow_type(dtype)
+
+    types = {contract.item.join_key: arrow_type(contract.item.dtype)}
+    types |= {c.name: element(c.dtype) for name in ("user_profile", "item_profile") for c in contract.table(name).columns}
+    return {name: Vocabulary(pa.array(column, types[name])) for name, column in values.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,219 @@
+"""What `python -m modeling` does once its flags are read. Each stage knows whether it is up to date and says so."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from feature_repo import datasets
+from feature_repo.catalogue import Catalogue
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder, digest_of
+from modeling import recipes
+from modeling.recipes import Recipe
+
+if TYPE_CHECKING:
+    from modeling.batch import Encoder
+    from modeling.dataset import Warehouse
+    from modeling.models.base import Ranker
+
+console = Console()
+TABLES = ("events", "user_history", "item_stats", "training_examples")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe on the tables in force: where it is kept and what it depends on."""
+
+    settings: Settings
+    recipe: Recipe
+    identity: str
+    folder: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `train` left: `run.json`, or nothing."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run one stage. Returns the exit code: 0 done or up to date, 1 refused with a reason."""
+    settings = Settings.from_env()
+    try:
+        recipe = recipes.load(arguments.recipe)
+        changes = {name: value for name in ("seed", "epochs") if (value := getattr(arguments, name, None)) is not None}
+        run = open_run(settings, replace(recipe, training=replace(recipe.training, **changes)))
+        catalogue = Catalogue(settings.catalogue_url)
+        if arguments.command == "train":
+            train(run, catalogue)
+        elif arguments.command == "evaluate":
+            evaluate(trained(run), catalogue)
+        else:
+            export(trained(run), catalogue, live=not arguments.not_live)
+    except (ValueError, LookupError, FileNotFoundError, ArithmeticError, RuntimeError) as error:
+        console.print(f"{arguments.command}: {error}", style="red", highlight=False, markup=False)
+        return 1
+    return 0
+
+
+def open_run(settings: Settings, recipe: Recipe) -> Run:
+    """The run of a recipe on the tables in force."""
+    ids = {}
+    for job in TABLES:
+        ids[job] = JobFolder(settings.home, job).require().run_id
+    identity = digest_of([asdict(recipe), ids, datasets.load_contract(settings.dataset).fingerprint])
+    return Run(settings, recipe, identity, Path(settings.home, "runs", recipe.name))
+
+
+def trained(run: Run) -> Run:
+    """The run as it was trained, seed and epochs included.
+
+    Raises:
+        FileNotFoundError: it was not trained to its end on the tables in force.
+    """
+    if not run.state:
+        raise FileNotFoundError(f"{run.recipe.name} is not trained: run `python -m modeling train {run.recipe.name}` first")
+    as_trained = open_run(run.settings, replace(run.recipe, training=recipes.Training(**run.state["training"])))
+    if run.state["identity"] != as_trained.identity:
+        raise FileNotFoundError(f"{run.recipe.name} was trained on other tables or another recipe: run `python -m modeling train {run.recipe.name}` again")
+    return as_trained
+
+
+def train(run: Run, catalogue: Catalogue) -> None:
+    """Train to the end, from the newest checkpoint."""
+    settings, recipe = run.settings, run.recipe
+    if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
+        console.print(f"train {recipe.name}: up to date (run {run.identity})", highlight=False)
+        return
+    import torch
+
+    from modeling import models
+    from modeling.batch import Encoder
+    from modeling.bundle import write_vocabularies
+    from modeling.dataset import Warehouse, vocabularies
+    from modeling.trainer import Trainer
+
+    with catalogue.stage(settings.dataset, "train", run.identity) as stage:
+        console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
+        store, warehouse = _stores(settings)
+        split, validation = (warehouse.split(store, recipe.service, name) for name in ("train", "validation"))
+        encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, recipe.min_item_count), recipe.history_length)
+        encoded, encoded_validation = encoder.encode(split.requests), encoder.encode(validation.requests)
+        console.print(f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False)
+        torch.manual_seed(recipe.training.seed)
+        model = models.build(recipe.model, recipe.config, encoder.sizes)
+        model.fit_statistics(torch.from_numpy(encoded.candidate_dense))
+        trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity)
+        summary = trainer.fit(encoded, encoded_validation)
+        write_vocabularies(encoder, run.folder / "vocabularies.json")
+        (run.folder / "run.json").write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
+        stage.details = summary
+    best = summary["best_validation_ndcg@10"]
+    console.print(f"train {recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps", highlight=False)
+
+
+def evaluate(run: Run, catalogue: Catalogue) -> None:
+    """Metrics on the test period, baselines, report."""
+    from modeling.evaluate import contract_line, metric_rows, read, unbeaten, write
+
+    report = run.folder / "report.html"
+    if not ((run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == run.identity and report.exists()):
+        from modeling.evaluate import evaluate_run
+        from modeling.report import write_report
+
+        with catalogue.stage(run.settings.dataset, "evaluate", run.identity) as stage:
+            store, warehouse = _stores(run.settings)
+            model, encoder = _load_trained(run)
+            test = warehouse.split(store, run.recipe.service, "test")
+            found, figures = evaluate_run(model, encoder, test)
+            counts = {"requests": len(test.requests), "candidates": len(test.requests.candidate_keys)}
+            write(run.folder, run.identity, found, figures, counts)
+            evaluation = read(run.folder)
+            write_report(run.folder, f"{run.recipe.name} on {warehouse.contract.spec.title}", contract_line(warehouse.contract, counts), evaluation)
+            stage.details = {"metrics": evaluation["metrics"], "counts": counts, "report": str(report)}
+    else:
+        console.print(f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False)
+        evaluation = read(run.folder)
+    contract = datasets.load_contract(run.settings.dataset)
+    console.print(contract_line(contract, evaluation["counts"]), highlight=False)
+    print_metrics(metric_rows(evaluation["metrics"]))
+    for row in unbeaten(evaluation["metrics"]):
+        console.print(f"  not beaten with separate intervals: {row}", style="yellow", highlight=False)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
+    """Write the bundle, record it, make it live."""
+    from modeling.evaluate import read
+
+    evaluation = read(run.folder)
+    if evaluation["identity"] != run.identity:
+        raise FileNotFoundError(f"{run.recipe.name} was evaluated on another run: run `python -m modeling evaluate {run.recipe.name}` again")
+    dataset = run.settings.dataset
+    last = catalogue.last_run(dataset, "export")
+    if last and last.inputs == run.identity and Path(last.details["path"], "bundle.json").exists() and (not live or _is_live(catalogue, dataset, last.details["digest"])):
+        console.print(f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False)
+        return
+    from modeling import bundle
+
+    with catalogue.stage(dataset, "export", run.identity) as stage:
+        model, encoder = _load_trained(run)
+        metrics = evaluation["metrics"]["model"]
+        as_of = JobFolder(run.settings.home, "user_history").require().as_of
+        path, digest = bundle.export(
+            Path(run.settings.home, "bundles"), model=model, encoder=encoder, recipe=run.recipe, metrics=metrics, trained_on=run.identity, data_as_of=as_of
+        )
+        bundle.load(path, encoder.contract, digest)
+        catalogue.add_bundle(digest=digest, dataset=dataset, recipe=run.recipe.name, fingerprint=encoder.contract.fingerprint, path=str(path), metrics=metrics)
+        if live:
+            catalogue.set_live(dataset, digest)
+        stage.details = {"digest": digest, "path": str(path)}
+    state = "live" if live else "recorded, not live"
+    console.print(f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})", highlight=False, soft_wrap=True)
+
+
+def print_metrics(rows: list[list[str]]) -> None:
+    """The metrics table on the terminal."""
+    table = RichTable(show_edge=False, pad_edge=False)
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(width=max(console.width, 160)).print(table)
+
+
+def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:
+    try:
+        return catalogue.live_bundle(dataset).digest == digest
+    except LookupError:
+        return False
+
+
+def _stores(settings: Settings) -> tuple[Any, Warehouse]:
+    from feature_repo.store import open_store
+    from modeling.dataset import Warehouse
+
+    return open_store(settings), Warehouse(settings)
+
+
+def _load_trained(run: Run) -> tuple[Ranker, Encoder]:
+    from safetensors.torch import load_file
+
+    from modeling import bundle, models
+    from modeling.batch import Encoder
+
+    contract = datasets.load_contract(run.settings.dataset)
+    vocabularies = bundle.read_vocabularies(contract, run.folder / "vocabularies.json")
+    encoder = Encoder(contract, vocabularies, run.recipe.history_length)
+    model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
+    model.load_state_dict(load_file(run.folder / "best.safetensors"))
+    return model.eval(), encoder
+
+

@@ -1,0 +1,124 @@
+"""Evaluation of a run on the test period, beside three baselines on the same candidates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from feature_repo.history import Histories
+from feature_repo.schema import Contract
+from modeling.batch import Encoded, Encoder, Requests
+from modeling.dataset import Split
+from modeling.metrics import PROBABILITY, RANKING, Estimate, evaluate, ndcg_at
+from modeling.models.base import Ranker
+from modeling.trainer import predict
+
+MODEL, EMPTY, FREQUENCY, POPULARITY = "model", "same network, empty history", "own frequency", "popularity to date"
+HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
+
+
+def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str, dict[str, Estimate]], dict[str, Any]]:
+    """Metrics of the model and the baselines, and the figures behind the report's pictures."""
+    requests = test.requests
+    encoded = encoder.encode(requests)
+    logits = predict(model, encoder, encoded)
+    empty = predict(model, encoder, encoder.encode(without_history(requests)))
+    users = test.users.dictionary_encode().indices.to_numpy()
+    popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
+    scorings = {
+        MODEL: (logits, _sigmoid(logits)),
+        EMPTY: (empty, _sigmoid(empty)),
+        FREQUENCY: (test.purchases_of_candidate.astype(np.float64), None),
+        POPULARITY: (popularity, None),
+    }
+    labels, offsets = encoded.labels, encoded.candidate_offsets
+    found = {name: evaluate(labels, scores, offsets, users, probability) for name, (scores, probability) in scorings.items()}
+    return found, picture_figures(encoded, logits, test.history_lengths)
+
+
+def without_history(requests: Requests) -> Requests:
+    """The same requests of users of whom nothing is known yet."""
+
+    def gather(chosen: np.ndarray, length: int) -> Histories:
+        histories = requests.gather(chosen, length)
+        nothing = np.zeros(len(chosen), np.int64)
+        return histories.take(nothing, nothing)
+
+    return replace(requests, gather=gather)
+
+
+def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.ndarray) -> dict[str, Any]:
+    """Numbers for calibration, NDCG@10 by history length and the score histogram."""
+    probability, labels = _sigmoid(logits), encoded.labels
+    order = np.array_split(np.argsort(probability, kind="stable"), 20)
+    ndcg = ndcg_at(labels, logits, encoded.candidate_offsets)
+    by_length = []
+    for low, high in zip(HISTORY_BINS[:-1], HISTORY_BINS[1:], strict=True):
+        inside = (history_lengths >= low) & (history_lengths < high) & ~np.isnan(ndcg)
+        if inside.any():
+            name = str(low) if high == low + 1 else f"{low}+" if high == HISTORY_BINS[-1] else f"{low}-{high - 1}"
+            by_length.append([name, int(inside.sum()), float(ndcg[inside].mean())])
+    edges = np.linspace(0, 1, 41)
+    return {
+        "calibration": [[float(probability[part].mean()), float(labels[part].mean())] for part in order if len(part)],
+        "ndcg_by_history_length": by_length,
+        "histogram": {
+            "edges": edges.tolist(),
+            "positive": np.histogram(probability[labels > 0], edges)[0].tolist(),
+            "negative": np.histogram(probability[labels == 0], edges)[0].tolist(),
+        },
+    }
+
+
+def write(folder: Path, identity: str, found: dict[str, dict[str, Estimate]], figures: dict[str, Any], counts: dict[str, int]) -> None:
+    """Write `evaluation.json` in the run's folder."""
+    metrics = {name: {metric: asdict(estimate) for metric, estimate in row.items()} for name, row in found.items()}
+    content = {"identity": identity, "metrics": metrics, "figures": figures, "counts": counts}
+    draft = folder / ".evaluation.draft"
+    draft.write_text(json.dumps(content, indent=1))
+    draft.replace(folder / "evaluation.json")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The run's `evaluation.json`.
+
+    Raises:
+        FileNotFoundError: the run has not been evaluated.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no evaluation: run `python -m modeling evaluate` first")
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def metric_rows(metrics: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """The metrics table as text: a heading row, then a row for each scoring."""
+    names = [*RANKING, *PROBABILITY]
+    rows = [["", *(n.replace("_", " ") for n in names)]]
+    for scoring, values in metrics.items():
+        cells = []
+        for name in names:
+            value = values.get(name)
+            cells.append(f"{value['value']:.4f} ±{(value['high'] - value['low']) / 2:.4f}" if value else "–")
+        rows.append([scoring, *cells])
+    return rows
+
+
+def unbeaten(metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")) -> list[str]:
+    """Baselines whose interval overlaps the model's, or lies above it."""
+    model = {name: Estimate(**metrics[MODEL][name]) for name in names}
+    return [f"{scoring} on {name}" for scoring in metrics if scoring != MODEL for name in names if not model[name].beats(Estimate(**metrics[scoring][name]))]
+
+
+def contract_line(contract: Contract, counts: dict[str, int]) -> str:
+    """What was evaluated, in a line."""
+    return f"{contract.spec.title}, requests from {contract.spec.requests.test_from[:10]}: {counts['requests']:,} requests, {counts['candidates']:,} candidates"
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))  # type: ignore[no-any-return]

@@ -1,0 +1,118 @@
+"""One self-contained HTML file about a run: metrics table, loss, calibration, NDCG@10 by history length, scores."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from modeling.evaluate import metric_rows
+from modeling.trainer import read_metrics
+
+BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"
+
+
+def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, Any]) -> Path:
+    """Write `report.html` (pictures inside) and the same pictures as PNG files; returns the page's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    figures = evaluation["figures"]
+    pictures = {
+        "loss": _loss(plt, folder),
+        "calibration": _calibration(plt, figures["calibration"]),
+        "ndcg_by_history_length": _by_length(plt, figures["ndcg_by_history_length"]),
+        "scores": _histogram(plt, figures["histogram"]),
+    }
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    page = folder / "report.html"
+    page.write_text(_page(title, subtitle, metric_rows(evaluation["metrics"]), pictures))
+    return page
+
+
+def _loss(plt: Any, folder: Path) -> bytes:
+    lines = list(read_metrics(folder))
+    steps = [line for line in lines if line["kind"] == "step"]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
+    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), color=BLUE, label="training")
+    axes.plot([e["step"] for e in epochs], [e["validation_loss"] for e in epochs], "o-", color=ORANGE, label="validation")
+    axes.set(xlabel="step", ylabel="log loss", title="Loss")
+    axes.legend(frameon=False)
+    return _png(plt, figure)
+
+
+def _calibration(plt: Any, points: list[list[float]]) -> bytes:
+    figure, axes = plt.subplots(figsize=(3.9, 3.4))
+    top = max([value for point in points for value in point] + [0.01]) * 1.05
+    axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle="--")
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=BLUE)
+    axes.set(xlabel="mean probability", ylabel="mean label", title="Calibration", xlim=(0, top), ylim=(0, top))
+    return _png(plt, figure)
+
+
+def _by_length(plt: Any, rows: list[list[Any]]) -> bytes:
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
+    axes.bar(range(len(rows)), [row[2] for row in rows], color=BLUE)
+    axes.set_xticks(range(len(rows)), [f"{row[0]}\n({row[1]})" for row in rows], fontsize=8)
+    axes.set(xlabel="events before the request (requests)", ylabel="NDCG@10", title="Quality by history length")
+    return _png(plt, figure)
+
+
+def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
+    figure, axes = plt.subplots(figsize=(3.9, 3.4))
+    edges = histogram["edges"]
+    for name, colour in (("negative", GREY), ("positive", ORANGE)):
+        total = max(sum(histogram[name]), 1)
+        axes.stairs([value / total for value in histogram[name]], edges, color=colour, label=name, linewidth=1.5)
+    axes.set(xlabel="probability", ylabel="share of candidates", title="Scores", yscale="log")
+    axes.legend(frameon=False)
+    return _png(plt, figure)
+
+
+def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
+    smooth, out = values[0] if values else 0.0, []
+    for value in values:
+        smooth = weight * smooth + (1 - weight) * value
+        out.append(smooth)
+    return out
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    sink = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(sink, format="png")
+    plt.close(figure)
+    return sink.getvalue()
+
+
+def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> str:
+    head, *body = rows
+    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for name, png in pictures.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }}
+th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }}
+tr:nth-child(1) td {{ font-weight: 600; }}
+img {{ max-width: 100%; margin: .5rem 0; }}
+</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(subtitle)}. Intervals are half the width of the 95 % bootstrap over users.</p>
+<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>
+<p>{images}</p>
+</body></html>
+"""
