@@ -1,0 +1,4 @@
+"""WHEN a user asks: one request in, a ranked list out, by exactly the code that trained.
+
+Imports `modeling` and `feature_repo`; nothing imports this room.
+"""

@@ -1,0 +1,179 @@
+"""The end of `make demo`: start the server, rank for one real customer, show what came of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from feature_repo import datasets
+from feature_repo.arrow import micros
+from feature_repo.catalogue import Catalogue
+from feature_repo.history import HistoryLog
+from feature_repo.schema import Contract
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder
+
+STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize", "train", "evaluate", "export")
+NUM_CANDIDATES = 500
+START_S = 120
+
+
+def run_demo() -> int:
+    """Start, ask, print. Returns the exit code."""
+    settings = Settings.from_env()
+    contract, console = datasets.load_contract(settings.dataset), Console()
+    user_id, recent = choose_user(settings, contract)
+    candidates, titles = popular_items(settings, contract)
+    began = time.perf_counter()
+    with server() as address:
+        started_s = time.perf_counter() - began
+        body = {"user_id": user_id, "candidates": candidates, "k": 10}
+        post(address, body)
+        answer = post(address, body)
+    console.print()
+    value = f"mean_{contract.spec.stat_value}"
+    ranked = RichTable(title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10", title_justify="left")
+    for heading in ("", "item", contract.spec.item_title, contract.spec.stat_value.replace("_", " "), "score"):
+        ranked.add_column(heading, justify="right" if heading in ("", "score", contract.spec.stat_value.replace("_", " ")) else "left")
+    for place, (item_id, score) in enumerate(zip(answer["item_ids"], answer["scores"], strict=True), 1):
+        title, price = titles[item_id]
+        ranked.add_row(str(place), str(item_id), title or "", "" if price is None else f"{price:.2f}", f"{score:.3f}")
+    history = RichTable(title="recently", title_justify="left")
+    for heading in ("day", "action", contract.spec.item_title):
+        history.add_column(heading)
+    for day, action, item_id in recent:
+        history.add_row(day, action, (titles.get(item_id) or (str(item_id), None))[0] or str(item_id))
+    (console if console.width >= 150 else Console(width=150)).print(Columns([ranked, history], padding=(0, 3)))
+    print(f"bundle {answer['bundle']}, degraded {answer['degraded'] or 'nothing'}, value column: {value}")
+    timings = answer["timings_ms"]
+    print("request: " + ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in timings.items()) + f"; sum {sum(timings.values()):.1f} ms")
+    summary(settings, started_s)
+    return 0
+
+
+def summary(settings: Settings, started_s: float) -> None:
+    """Stage timings, metrics and how to go on."""
+    from modeling.command import print_metrics
+    from modeling.evaluate import metric_rows
+
+    catalogue = Catalogue(settings.catalogue_url)
+    runs = {stage: run for stage in STAGES if (run := catalogue.last_run(settings.dataset, stage))}
+    total = sum(run.duration_s for run in runs.values()) + started_s
+    print("\nstages: " + ", ".join(f"{stage} {run.duration_s:.1f} s" for stage, run in runs.items()) + f", server start {started_s:.1f} s; sum {total:.0f} s")
+    evaluation = runs["evaluate"].details
+    counts = evaluation["counts"]
+    print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
+    print_metrics(metric_rows(evaluation["metrics"]))
+    print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
+    print(
+        "\ngo on:\n"
+        "  make serve     rank over HTTP on port 8000\n"
+        "  make check     lint, types, tests\n"
+        "  bring your own data: README.md, five steps"
+    )
+
+
+def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list[tuple[str, str, int | str]]]:
+    """A user with a history of middling length who acted lately, and their newest events, newest first."""
+    log = HistoryLog(contract, JobFolder(settings.home, "user_history"))
+    index = JobFolder(settings.home, "user_history").read("user_history_index")
+    by_user = index.group_by(contract.user.join_key).aggregate([("history_end", "max"), ("event_timestamp", "max")])
+    length, last = by_user["history_end_max"].to_numpy(), micros(by_user["event_timestamp_max"])
+    fitting = np.flatnonzero((length >= 40) & (length <= 400))
+    if not len(fitting):
+        fitting = np.arange(len(length))
+    ids = by_user[contract.user.join_key].combine_chunks()
+    chosen = fitting[np.lexsort((hash_order(ids.take(pa.array(fitting))), -last[fitting]))[0]]
+    user_id = ids[int(chosen)].as_py()
+    histories = log.gather(log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10)
+    rows = []
+    for event in range(len(histories.item_keys) - 1, -1, -1):
+        day = str(np.datetime64(int(histories.times[event]), "us"))[:10]
+        rows.append((day, contract.spec.actions[int(histories.columns["action"][event])], log.items[int(histories.item_keys[event])].as_py()))
+    return user_id, rows
+
+
+def hash_order(ids: pa.Array) -> np.ndarray:
+    """An order that does not depend on how tables were partitioned."""
+    return pc.rank(ids, sort_keys="ascending", tiebreaker="first").to_numpy()  # type: ignore[no-any-return]
+
+
+def popular_items(settings: Settings, contract: Contract) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
+    """The items that sold most in the newest two weeks, and (title, mean value) of every item."""
+    item = contract.item.join_key
+    stats = newest(JobFolder(settings.home, "item_stats").read("item_stats"), item)
+    profile = newest(JobFolder(settings.home, "events").read("item_profile"), item)
+    joined = stats.join(profile.select([item, contract.spec.item_title]), item, join_type="left outer")
+    joined = joined.sort_by([("count_14d", "descending"), (item, "ascending")])
+    ids, titles = joined[item].to_pylist(), joined[contract.spec.item_title].to_pylist()
+    values = joined[f"mean_{contract.spec.stat_value}"].to_pylist()
+    return ids[:NUM_CANDIDATES], {i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)}
+
+
+def newest(table: pa.Table, key: str) -> pa.Table:
+    """Newest row of each key."""
+    ordered = table.sort_by([(key, "ascending"), ("event_timestamp", "ascending")])
+    ids = ordered[key].combine_chunks()
+    if len(ids) < 2:
+        return ordered
+    last = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+    return ordered.filter(pa.array(np.r_[last, True]))
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """A server of its own process on a free port, ready; stopped at the end.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time; the message holds what it printed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "server.log")
+        command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
+        process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+            while not _is_ready(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the server did not become ready within {timedelta(seconds=START_S)}:\n{log.read_text()}")
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    """`POST /v1/rank`."""
+    request = urllib.request.Request(f"{address}/v1/rank", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read())  # type: ignore[no-any-return]
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

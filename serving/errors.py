@@ -1,0 +1,53 @@
+"""Errors that a client sees.
+
+    ServingError
+    ├── BadRequestError          400  the body is no JSON
+    ├── BodyTooLargeError        413  more bytes than allowed
+    ├── UnsupportedMediaError    415  not JSON
+    ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
+    └── NotReadyError            503  no bundle is loaded, or the store cannot be read
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Base of all; `status` is the HTTP status and `kind` the machine-readable reason."""
+
+    status = 500
+    kind = "internal"
+
+
+class BadRequestError(ServingError):
+    """The body is no JSON."""
+
+    status = 400
+    kind = "bad_json"
+
+
+class BodyTooLargeError(ServingError):
+    """The body has more bytes than the server reads."""
+
+    status = 413
+    kind = "body_too_large"
+
+
+class UnsupportedMediaError(ServingError):
+    """The body is said to be something other than JSON."""
+
+    status = 415
+    kind = "unsupported_media_type"
+
+
+class InvalidRequestError(ServingError):
+    """The JSON has the wrong shape, type or size."""
+
+    status = 422
+    kind = "invalid_request"
+
+
+class NotReadyError(ServingError):
+    """The server cannot rank yet, or no longer."""
+
+    status = 503
+    kind = "not_ready"

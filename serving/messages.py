@@ -1,0 +1,118 @@
+"""What goes over the wire: RankRequest, RankResponse, and the decoder that says what is wrong with a body."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from feature_repo.schema import Contract, DType
+from serving.errors import BadRequestError, InvalidRequestError
+
+MAX_CANDIDATES = 5_000
+MAX_BODY_BYTES = 1 << 20
+MAX_ID_LENGTH = 128
+INT64 = range(-(2**63), 2**63)
+EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
+
+Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)]
+
+
+class RankContext(Struct, forbid_unknown_fields=True):
+    """Circumstances of a request."""
+
+    request_timestamp: datetime | None = None  # when the user asks; the server's clock unless given
+
+
+class RankRequest(Struct, forbid_unknown_fields=True):
+    """Rank these candidates for this user."""
+
+    user_id: Id
+    candidates: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
+    k: Annotated[int, Meta(ge=1)] | None = None  # how many of the best to return; all unless given
+    context: RankContext | None = None
+
+
+class Timings(Struct):
+    """Milliseconds of each stage."""
+
+    queue: float = 0.0
+    user_read: float = 0.0
+    item_read: float = 0.0
+    encode_user: float = 0.0
+    score: float = 0.0
+    sort: float = 0.0
+
+
+class RankResponse(Struct):
+    """Candidates, best first. `scores` are probabilities of the bundle's label.
+
+    `degraded` names what the answer had to do without: `unknown_user`, `no_history`, `history_unreadable`,
+    `store_unavailable`, `unknown_items`; empty when nothing was missing.
+    """
+
+    item_ids: list[int | str]
+    scores: list[float]
+    bundle: str
+    degraded: list[str]
+    unknown_items: list[int | str]
+    timings_ms: Timings
+
+
+class ErrorBody(Struct):
+    """Why a request was refused."""
+
+    error: str
+    message: str
+
+
+_decoder = msgspec.json.Decoder(RankRequest)
+
+
+def decode_request(body: bytes, contract: Contract) -> RankRequest:
+    """A request from its JSON body.
+
+    Raises:
+        BadRequestError: no JSON.
+        InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the wrong kind.
+    """
+    try:
+        request = _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is no JSON: {error}") from error
+    check_id("user_id", request.user_id, contract.user.dtype)
+    for position, candidate in enumerate(request.candidates):
+        check_id(f"candidates[{position}]", candidate, contract.item.dtype)
+    if request.context and (at := request.context.request_timestamp):
+        if at.tzinfo is None:
+            raise InvalidRequestError("context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z")
+        if not EARLIEST <= at <= LATEST:
+            raise InvalidRequestError(f"context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}")
+    return request
+
+
+def check_id(name: str, value: int | str, dtype: DType) -> None:
+    """An id of the contract's type.
+
+    Raises:
+        InvalidRequestError: it is of another type, or out of its range.
+    """
+    if dtype is DType.STRING:
+        if not isinstance(value, str):
+            raise InvalidRequestError(f"{name} must be a string, not {value!r}")
+        if not value.isprintable():
+            raise InvalidRequestError(f"{name} holds characters that are not printable: {value!r}")
+    elif not isinstance(value, int):
+        raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
+    elif value not in INT64:
+        raise InvalidRequestError(f"{name} is beyond 64 bits: {value}")
+
+
+def schemas() -> dict[str, Any]:
+    """JSON schemas of all messages, for OpenAPI."""
+    _, components = msgspec.json.schema_components((RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}")
+    return components

@@ -1,0 +1,139 @@
+"""One ranking call as named steps, without HTTP: look up → encode_user → score → sort."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from feature_repo.arrow import arrow_type
+from feature_repo.history import Histories, from_batches
+from feature_repo.schema import Contract
+from modeling.batch import Requests
+from modeling.bundle import Bundle
+from serving.features import Id, ItemTable, Reader, UserRow
+from serving.messages import RankRequest, RankResponse, Timings
+
+logger = logging.getLogger(__name__)
+
+
+class Ranker:
+    """Ranks with one bundle. Calls may come from several threads; the model runs for one at a time.
+
+    Args:
+        bundle: the loaded bundle.
+        reader: the online store.
+        items: item features.
+        default_time: time of requests that carry none, for sample data of the past; the clock unless given.
+    """
+
+    def __init__(self, bundle: Bundle, reader: Reader, items: ItemTable, default_time: datetime | None = None) -> None:
+        self.bundle, self.reader, self.items, self.default_time = bundle, reader, items, default_time
+        self.contract: Contract = bundle.encoder.contract
+        self._model_lock = threading.Lock()
+
+    def rank(self, request: RankRequest, arrived: float | None = None) -> RankResponse:
+        """Rank a request's candidates, best first; equal scores keep the request's order.
+
+        Args:
+            arrived: `time.perf_counter()` when the request came, for the queue's timing.
+        """
+        clock = _Clock(arrived)
+        clock.lap("queue")
+        user, degraded = self._read_user(request.user_id)
+        clock.lap("user_read")
+        columns, unknown = self.items.take(request.candidates)
+        clock.lap("item_read")
+        given = request.context.request_timestamp if request.context else None
+        at = given or self.default_time or datetime.now(UTC)
+        logits = self._score(user, request.candidates, columns, at, clock)
+        order = np.argsort(-logits, kind="stable")[: request.k]
+        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        clock.lap("sort")
+        return RankResponse(
+            item_ids=[request.candidates[i] for i in order],
+            scores=probabilities[order].tolist(),
+            bundle=self.bundle.name,
+            degraded=[*degraded, *(["unknown_items"] if unknown else [])],
+            unknown_items=unknown,
+            timings_ms=Timings(**clock.laps),
+        )
+
+    def warm_up(self) -> None:
+        """Rank once for nobody, so that the first request pays for no first time."""
+        empty = UserRow({c.name: None for c in self.contract.table("user_profile").columns}, None)
+        ids = list(self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist())
+        columns, _ = self.items.take(ids)
+        self._score(empty, ids, columns, datetime.now(UTC), _Clock(None))
+
+    def requests_of(self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime) -> Requests:
+        """This one request in the shape that training encodes."""
+        ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
+        epoch = datetime(1970, 1, 1, tzinfo=UTC)
+        micros = int((at - epoch).total_seconds() * 1_000_000)
+        history = user.history
+        if history is not None:
+            history = _before(history, micros)
+        histories, keys = from_batches(self.contract, [history], ids)
+        item_ids = ids if history is None else pa.concat_arrays([history[self.contract.item.join_key], ids])
+        first_of_key = np.unique(np.concatenate([histories.item_keys, keys]), return_index=True)[1]
+
+        def gather(chosen: np.ndarray, length: int) -> Histories:
+            return histories.newest(length)
+
+        user_columns = {
+            c.name: pa.array([user.columns[c.name]], arrow_type(c.dtype)) for c in self.contract.table("user_profile").columns
+        }
+        return Requests(
+            times=np.array([micros]),
+            user_columns=user_columns,
+            items=item_ids.take(pa.array(first_of_key)),
+            candidate_offsets=np.array([0, len(ids)]),
+            candidate_keys=keys,
+            candidate_columns=columns,
+            gather=gather,
+        )
+
+    def _read_user(self, user_id: Id) -> tuple[UserRow, list[str]]:
+        try:
+            user = self.reader.read_user(user_id)
+        except Exception:
+            logger.exception("the online store could not be read; ranking without a user")
+            nothing = {c.name: None for c in self.contract.table("user_profile").columns}
+            return UserRow(nothing, None), ["store_unavailable"]
+        return user, list(user.problems)
+
+    def _score(self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime, clock: _Clock) -> np.ndarray:
+        encoder, model = self.bundle.encoder, self.bundle.model
+        encoded = encoder.encode(self.requests_of(user, candidates, columns, at))
+        batch = encoder.collate(encoded, np.array([0]))
+        with self._model_lock, torch.inference_mode():
+            state = model.encode_user(batch.user)
+            clock.lap("encode_user")
+            logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0, :, 0].numpy()
+        clock.lap("score")
+        return logits
+
+
+class _Clock:
+    def __init__(self, arrived: float | None) -> None:
+        self._last = time.perf_counter() if arrived is None else arrived
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+def _before(history: pa.RecordBatch, micros: int) -> pa.RecordBatch:
+    """Events strictly before the request, as in training."""
+    times = history["event_timestamp"].cast(pa.int64()).to_numpy()
+    return history.slice(0, int(np.searchsorted(times, micros, side="left")))
