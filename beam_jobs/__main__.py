@@ -11,12 +11,26 @@ JOBS = ("events", "user_history", "item_stats", "training_examples", "materializ
 def parser() -> argparse.ArgumentParser:
     """The command line, without importing Beam."""
     made = argparse.ArgumentParser(prog="python -m beam_jobs", description=__doc__)
-    made.add_argument("job", choices=JOBS, help="; ".join(("events: raw → events", "user_history", "item_stats", "training_examples", "materialize: offline → online")))
-    made.add_argument("--runner", default="FnApiRunner", help="Beam runner by name (default: FnApiRunner, the local one)")
+    made.add_argument(
+        "job",
+        choices=JOBS,
+        help="; ".join(
+            ("events: raw → events", "user_history", "item_stats", "training_examples", "materialize: offline → online")
+        ),
+    )
+    made.add_argument(
+        "--runner", default="FnApiRunner", help="Beam runner by name (default: FnApiRunner, the local one)"
+    )
     made.add_argument("--dry_run", action="store_true", help="print graph, inputs and estimated rows; write nothing")
     made.add_argument("--as_of", help="ISO time (UTC): build as if now were then; the default is the end of the data")
-    made.add_argument("--max_bad_fraction", type=float, help="stop before publishing when more rows are bad (default: the dataset's for raw rows, 0 for built tables)")
-    made.add_argument("--num_partitions", type=int, help="partitions of the shuffle and parts of each table (default 8)")
+    made.add_argument(
+        "--max_bad_fraction",
+        type=float,
+        help="stop before publishing when more rows are bad (default: the dataset's for raw rows, 0 for built tables)",
+    )
+    made.add_argument(
+        "--num_partitions", type=int, help="partitions of the shuffle and parts of each table (default 8)"
+    )
     made.add_argument("--seed", type=int, help="training_examples: seed of the negatives (default 17)")
     return made
 

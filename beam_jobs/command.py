@@ -39,7 +39,9 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
     from feature_repo.expectations import GateError
 
     job = runs.load_job(known.job)
-    options = {name: given if (given := getattr(known, name)) is not None else default for name, default in job.options.items()}
+    options = {
+        name: given if (given := getattr(known, name)) is not None else default for name, default in job.options.items()
+    }
     arguments = [f"--runner={known.runner}", *beam_args]
     try:
         plan, units, inputs = runs.plan_run(job, settings, options, known.as_of)
@@ -48,8 +50,16 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
             return 0
         catalogue = Catalogue(settings.catalogue_url)
         with catalogue.stage(settings.dataset, known.job, plan.run_id) as stage, _progress(plan, len(units)):
-            outcome = runs.run(job, settings, options, arguments, as_of=known.as_of, max_bad_fraction=known.max_bad_fraction)
-            stage.details = {"counts": outcome.manifest.counts, "run_id": outcome.manifest.run_id, "docs": outcome.docs, "inputs": inputs, "argv": _argv(known)}
+            outcome = runs.run(
+                job, settings, options, arguments, as_of=known.as_of, max_bad_fraction=known.max_bad_fraction
+            )
+            stage.details = {
+                "counts": outcome.manifest.counts,
+                "run_id": outcome.manifest.run_id,
+                "docs": outcome.docs,
+                "inputs": inputs,
+                "argv": _argv(known),
+            }
     except (GateError, RawDataError, TableNotBuiltError, NotEnoughItemsError) as error:
         console.print(f"{known.job}: {error}", style="red", highlight=False, markup=False)
         return 1
@@ -82,7 +92,9 @@ def _up_to_date(known: argparse.Namespace, settings: Settings) -> bool:
 
 
 def _argv(known: argparse.Namespace) -> str:
-    return json.dumps({k: v for k, v in vars(known).items() if k not in ("runner", "dry_run", "max_bad_fraction")}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in vars(known).items() if k not in ("runner", "dry_run", "max_bad_fraction")}, sort_keys=True
+    )
 
 
 def _report(manifest: Manifest, docs: str | None) -> None:
@@ -117,7 +129,14 @@ def _progress(plan: RunPlan, num_units: int) -> Iterator[None]:
             update(parts())  # type: ignore[operator]
 
     if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts"), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("parts"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(plan.job, total=None)
             thread = threading.Thread(target=watch, args=(lambda n: bar.update(task, completed=n),), daemon=True)
@@ -134,7 +153,10 @@ def _progress(plan: RunPlan, num_units: int) -> Iterator[None]:
         nonlocal said
         if time.monotonic() - said >= 10:
             said = time.monotonic()
-            console.print(f"{plan.job}: {num_units} input pieces, {number} parts written, {time.monotonic() - started:.0f} s", highlight=False)
+            console.print(
+                f"{plan.job}: {num_units} input pieces, {number} parts written, {time.monotonic() - started:.0f} s",
+                highlight=False,
+            )
 
     thread = threading.Thread(target=watch, args=(line,), daemon=True)
     thread.start()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beam_jobs.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
-from beam_jobs.runs import Built, BuildTables, Job, RunPlan, Unit
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan, Unit
 from feature_repo import datasets
 from feature_repo.arrow import micros
 from feature_repo.history import run_starts
@@ -58,7 +58,9 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         entity = plan.contract.table(table).entity
         assert entity is not None
         rows = changes_only(sort_by_key_and_time(rows, entity.join_key), entity.join_key)
-    yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows.replace_schema_metadata(None)), rows.num_rows, counts)
+    yield Built(
+        table, f"part-{partition:05d}.parquet", parquet_bytes(rows.replace_schema_metadata(None)), rows.num_rows, counts
+    )
 
 
 def changes_only(rows: pa.Table, key: str) -> pa.Table:
@@ -122,4 +124,3 @@ JOB = Job(
     options={"num_partitions": 8},
     steps=partial(BuildTables, read=parse_unit, build=build),
 )
-

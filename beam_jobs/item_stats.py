@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from beam_jobs.events import by_item
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import Built, BuildTables, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.history import run_starts
 from feature_repo.schema import STAT_WINDOWS_DAYS, Contract
@@ -27,7 +27,9 @@ FIXED_POINT = 1_000_000  # values are summed as integers, so that a sum does not
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of items."""
     rows = stat_rows(plan.contract, events, plan.as_of)
-    yield Built("item_stats", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, {"events": events.num_rows})
+    yield Built(
+        "item_stats", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, {"events": events.num_rows}
+    )
 
 
 def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Table:
@@ -43,12 +45,15 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     number = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(item)]))
     midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
     primary = (events["action"].to_numpy() == 0).astype(np.int64)
-    value = np.round(events[contract.spec.stat_value].to_numpy().astype(np.float64) * FIXED_POINT).astype(np.int64) * primary
+    value = (
+        np.round(events[contract.spec.stat_value].to_numpy().astype(np.float64) * FIXED_POINT).astype(np.int64)
+        * primary
+    )
 
     # One delta row for each event, and one for each window that it leaves.
     nothing = np.zeros_like(primary)
     deltas = [np.stack([primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value])]
-    for index, days in enumerate(STAT_WINDOWS_DAYS):
+    for index in range(len(STAT_WINDOWS_DAYS)):
         leaving = [nothing] * (3 + len(STAT_WINDOWS_DAYS))
         leaving[1 + index] = -primary
         deltas.append(np.stack(leaving))
@@ -75,7 +80,13 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     mean = np.where(total > 0, sums / np.maximum(total, 1) / FIXED_POINT, np.nan)
     known = from_micros(when[first] * MICROS_PER_DAY)
     ids = item.take(pa.array(starts)).take(pa.array(owner)) if len(starts) else item
-    columns = [ids, *(pa.array(row) for row in counts[:-1]), pa.array(mean.astype(np.float32), from_pandas=True), known, known]
+    columns = [
+        ids,
+        *(pa.array(row) for row in counts[:-1]),
+        pa.array(mean.astype(np.float32), from_pandas=True),
+        known,
+        known,
+    ]
     return pa.table(columns, schema=arrow_schema(contract.table("item_stats")))
 
 

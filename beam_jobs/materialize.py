@@ -39,7 +39,7 @@ def newest(rows: pa.Table, key: str) -> pa.Table:
 
 
 @dataclass
-class Materialize(beam.PTransform):  # type: ignore[misc]
+class Materialize(beam.PTransform):
     """Parts of view tables → online store; the counts are the run's only output."""
 
     plan: RunPlan
@@ -50,7 +50,8 @@ class Materialize(beam.PTransform):  # type: ignore[misc]
         return (
             units
             | "Spread parts" >> beam.Reshuffle()
-            | "Newest of each key" >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(tuple[str, bytes])
+            | "Newest of each key"
+            >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(tuple[str, bytes])
             | "Write online" >> beam.ParDo(WriteOnline(plan)).with_output_types(tuple[str, int])
             | "Count by view" >> beam.CombinePerKey(sum)
             | "Note counts" >> beam.Map(lambda kv: note(plan, kv[0], kv[1])).with_output_types(str)
@@ -59,7 +60,9 @@ class Materialize(beam.PTransform):  # type: ignore[misc]
 
 def note(plan: RunPlan, view: str, rows: int) -> str:
     """Write down how many rows of a view went online."""
-    return write_built(plan, Built("materialized", f"{view}.json", f'{{"rows": {rows}}}'.encode(), rows, {f"online_{view}": rows}))
+    return write_built(
+        plan, Built("materialized", f"{view}.json", f'{{"rows": {rows}}}'.encode(), rows, {f"online_{view}": rows})
+    )
 
 
 JOB = Job(

@@ -49,5 +49,7 @@ def split_by_key(table: pa.Table, key_column: str, num_partitions: int) -> Itera
 def sort_by_key_and_time(table: pa.Table, key_column: str) -> pa.Table:
     """Sort by key, then time; equal ones keep their order."""
     row = pa.array(np.arange(table.num_rows))
-    order = table.append_column("__row", row).sort_by([(key_column, "ascending"), (EVENT_TIMESTAMP, "ascending"), ("__row", "ascending")])
+    order = table.append_column("__row", row).sort_by(
+        [(key_column, "ascending"), (EVENT_TIMESTAMP, "ascending"), ("__row", "ascending")]
+    )
     return order.drop_columns(["__row"]).combine_chunks()

@@ -113,7 +113,7 @@ def settings_of(plan: RunPlan) -> Settings:
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
 
 
-class BuildPart(beam.DoFn):  # type: ignore[misc]
+class BuildPart(beam.DoFn):
     """Join the pieces of one partition, build its parts and write them with their counts."""
 
     def __init__(self, plan: RunPlan, builder: Builder) -> None:
@@ -127,7 +127,7 @@ class BuildPart(beam.DoFn):  # type: ignore[misc]
 
 
 @dataclass
-class BuildTables(beam.PTransform):  # type: ignore[misc]
+class BuildTables(beam.PTransform):
     """Units → pieces by partition → parts: the shape of every job that writes tables.
 
     `read` turns one unit into keyed pieces, `build` one whole partition into parts; both are plain functions.
@@ -148,7 +148,7 @@ class BuildTables(beam.PTransform):  # type: ignore[misc]
         )
 
 
-class ReadUnit(beam.DoFn):  # type: ignore[misc]
+class ReadUnit(beam.DoFn):
     """One unit as keyed pieces."""
 
     def __init__(self, plan: RunPlan, read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]) -> None:
@@ -175,7 +175,9 @@ def load_job(name: str) -> Job:
     return job
 
 
-def plan_run(job: Job, settings: Settings, options: dict[str, Any], as_of: str | None) -> tuple[RunPlan, list[Unit], dict[str, str]]:
+def plan_run(
+    job: Job, settings: Settings, options: dict[str, Any], as_of: str | None
+) -> tuple[RunPlan, list[Unit], dict[str, str]]:
     """Resolve inputs and name the run. Returns the plan, its units and the digests of its inputs.
 
     Raises:
@@ -198,7 +200,9 @@ def plan_run(job: Job, settings: Settings, options: dict[str, Any], as_of: str |
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
         for table in tables:
             parts = manifest.tables[table]
-            units += [Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows) for i, part in enumerate(parts)]
+            units += [
+                Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows) for i, part in enumerate(parts)
+            ]
     for source in job.also_depends_on:
         inputs[source] = JobFolder(settings.home, source).require().digest
     if as_of:
@@ -206,12 +210,27 @@ def plan_run(job: Job, settings: Settings, options: dict[str, Any], as_of: str |
     fingerprint = datasets.load_contract(settings.dataset).fingerprint
     identity = [job.name, job.version, settings.dataset, fingerprint, options, as_of, inputs]
     run_id = digest_of([*identity, settings.profile] if job.name == "materialize" else identity)
-    plan = RunPlan(job.name, settings.dataset, settings.home, run_id, as_of_micros, options, settings.profile, settings.catalogue_url)
+    plan = RunPlan(
+        job.name,
+        settings.dataset,
+        settings.home,
+        run_id,
+        as_of_micros,
+        options,
+        settings.profile,
+        settings.catalogue_url,
+    )
     return plan, units, inputs
 
 
 def run(
-    job: Job, settings: Settings, options: dict[str, Any], beam_args: Sequence[str], *, as_of: str | None, max_bad_fraction: float | None
+    job: Job,
+    settings: Settings,
+    options: dict[str, Any],
+    beam_args: Sequence[str],
+    *,
+    as_of: str | None,
+    max_bad_fraction: float | None,
 ) -> Outcome:
     """Run a job unless it is up to date.
 
@@ -284,7 +303,7 @@ def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
 
     steps: list[str] = []
 
-    class Visitor(PipelineVisitor):  # type: ignore[misc]
+    class Visitor(PipelineVisitor):
         def enter_composite_transform(self, node: Any) -> None:
             if node.full_label:
                 steps.append(f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}")
@@ -296,7 +315,10 @@ def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
     by_table: Counter[str] = Counter()
     for unit in units:
         by_table[unit.table] += unit.rows
-    inputs = [f"  {table}: {sum(u.table == table for u in units)} pieces, about {rows:,} rows" for table, rows in by_table.items()]
+    inputs = [
+        f"  {table}: {sum(u.table == table for u in units)} pieces, about {rows:,} rows"
+        for table, rows in by_table.items()
+    ]
     current = plan.folder.manifest()
     state = "up to date" if current and current.run_id == plan.run_id else "would be built"
     return "\n".join([f"{job.name}: {job.doc}", f"run {plan.run_id}: {state}", "inputs:", *inputs, "graph:", *steps])

@@ -14,7 +14,7 @@ from beam_jobs.runs import RunPlan, settings_of
 MAX_ROWS = 10_000  # Feast drops all rows after the first Arrow chunk of a frame, silently; small frames have one chunk
 
 
-class WriteOnline(beam.DoFn):  # type: ignore[misc]
+class WriteOnline(beam.DoFn):
     """Write rows of one view online: `(view, Arrow IPC)` in, `(view, rows written)` out.
 
     The timestamp of a row is the one it has offline, so a repeated write changes nothing on any store.

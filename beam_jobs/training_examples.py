@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.events import by_user
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import Built, BuildTables, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
 from feature_repo.history import run_starts
@@ -158,10 +158,16 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
         ],
         schema=arrow_schema(contract.table("training_examples")),
     )
-    counts = Counter({f"requests_{names[s]}": int(n) for s, n in zip(*np.unique(split, return_counts=True), strict=True)})
+    counts = Counter(
+        {f"requests_{names[s]}": int(n) for s, n in zip(*np.unique(split, return_counts=True), strict=True)}
+    )
     counts["positives"] = int(label.sum())
     counts["requests_short_of_negatives"] = int(
-        sum(len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum() for i, c in enumerate(candidates) if not split[i])
+        sum(
+            len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum()
+            for i, c in enumerate(candidates)
+            if not split[i]
+        )
     )
     return rows, dict(counts)
 
@@ -185,4 +191,3 @@ JOB = Job(
     steps=partial(BuildTables, read=by_user, build=build),
     also_depends_on=("item_stats",),
 )
-

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from beam_jobs.events import by_user
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import Built, BuildTables, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo import history
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.schema import NUM_HISTORY_ONLINE, Contract
@@ -27,7 +27,10 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
         writer.write_batch(log)
     counts = {"users": log.num_rows, "events": events.num_rows}
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
-    for table, rows in (("user_history_index", index_rows(contract, events)), ("user_history", newest_rows(contract, events))):
+    for table, rows in (
+        ("user_history_index", index_rows(contract, events)),
+        ("user_history", newest_rows(contract, events)),
+    ):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
 
 
@@ -43,7 +46,10 @@ def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
     last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
     at = np.flatnonzero(last_of_instant)
     known = from_micros(time[at] + 1)
-    return pa.table([user.take(pa.array(at)), pa.array(at - first[at] + 1), known, known], schema=arrow_schema(contract.table("user_history_index")))
+    return pa.table(
+        [user.take(pa.array(at)), pa.array(at - first[at] + 1), known, known],
+        schema=arrow_schema(contract.table("user_history_index")),
+    )
 
 
 def newest_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_ONLINE) -> pa.Table:
@@ -62,7 +68,9 @@ def newest_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_
         for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
     ]
     known = from_micros(time[ends - 1] + 1)
-    return pa.table([ids, pa.array(packed, pa.binary()), known, known], schema=arrow_schema(contract.table("user_history")))
+    return pa.table(
+        [ids, pa.array(packed, pa.binary()), known, known], schema=arrow_schema(contract.table("user_history"))
+    )
 
 
 JOB = Job(

@@ -83,7 +83,16 @@ class Catalogue:
         with Session(self.engine) as session, session.begin():
             session.execute(delete(Run).where(Run.dataset == dataset, Run.stage == stage, Run.inputs == inputs))
             duration = time.perf_counter() - clock
-            session.add(Run(dataset=dataset, stage=stage, inputs=inputs, started_at=started, duration_s=duration, details=current.details))
+            session.add(
+                Run(
+                    dataset=dataset,
+                    stage=stage,
+                    inputs=inputs,
+                    started_at=started,
+                    duration_s=duration,
+                    details=current.details,
+                )
+            )
 
     def last_run(self, dataset: str, stage: str) -> Run | None:
         """The newest finished run of a stage."""
@@ -96,10 +105,20 @@ class Catalogue:
         run = self.last_run(dataset, stage)
         return run is not None and run.inputs == inputs
 
-    def add_bundle(self, *, digest: str, dataset: str, recipe: str, fingerprint: str, path: str, metrics: dict[str, Any]) -> None:
+    def add_bundle(
+        self, *, digest: str, dataset: str, recipe: str, fingerprint: str, path: str, metrics: dict[str, Any]
+    ) -> None:
         """Record a bundle; recording the same digest again updates its path and metrics."""
         with Session(self.engine) as session, session.begin():
-            row = BundleRow(digest=digest, dataset=dataset, recipe=recipe, fingerprint=fingerprint, path=path, metrics=metrics, created_at=datetime.now(UTC))
+            row = BundleRow(
+                digest=digest,
+                dataset=dataset,
+                recipe=recipe,
+                fingerprint=fingerprint,
+                path=path,
+                metrics=metrics,
+                created_at=datetime.now(UTC),
+            )
             session.merge(row)
 
     def set_live(self, dataset: str, digest: str) -> None:
@@ -121,12 +140,20 @@ class Catalogue:
             NoLiveBundleError: none is live.
         """
         with Session(self.engine) as session:
-            row = session.scalars(select(BundleRow).join(Live, Live.digest == BundleRow.digest).where(Live.dataset == dataset)).first()
+            row = session.scalars(
+                select(BundleRow).join(Live, Live.digest == BundleRow.digest).where(Live.dataset == dataset)
+            ).first()
         if row is None:
-            raise NoLiveBundleError(f"no bundle of {dataset!r} is live: run `python -m modeling train`, `evaluate` and `export` first")
+            raise NoLiveBundleError(
+                f"no bundle of {dataset!r} is live: run `python -m modeling train`, `evaluate` and `export` first"
+            )
         return row
 
     def bundles(self, dataset: str) -> list[BundleRow]:
         """All recorded bundles of a dataset, newest first."""
         with Session(self.engine) as session:
-            return list(session.scalars(select(BundleRow).where(BundleRow.dataset == dataset).order_by(BundleRow.created_at.desc())))
+            return list(
+                session.scalars(
+                    select(BundleRow).where(BundleRow.dataset == dataset).order_by(BundleRow.created_at.desc())
+                )
+            )

@@ -81,7 +81,9 @@ def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *,
             if outcome.success:
                 continue
             if outcome.exception_info and outcome.exception_info.get("raised_exception"):
-                raise GateError(f"suite {name!r}: {outcome.expectation_config.type} could not run: {outcome.exception_info}")
+                raise GateError(
+                    f"suite {name!r}: {outcome.expectation_config.type} could not run: {outcome.exception_info}"
+                )
             index = np.asarray(outcome.result.get("unexpected_index_list") or [], dtype=np.int64)
             bad[index] = True
             _merge(merged, outcome, frame, index)
@@ -94,7 +96,14 @@ def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *,
     return Verdict(name, rows, bad_rows, list(merged.values()), str(docs))
 
 
-def gate(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, max_bad_fraction: float, *, suite: str | None = None) -> Verdict:
+def gate(
+    table: Table,
+    batches: Iterable[pa.Table],
+    docs_folder: str | Path,
+    max_bad_fraction: float,
+    *,
+    suite: str | None = None,
+) -> Verdict:
     """`check`, and stop when too many rows are bad.
 
     Raises:
@@ -107,7 +116,9 @@ def gate(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, max
             f"--max_bad_fraction allows {max_bad_fraction:.1%}. Nothing was published. Data Docs: {verdict.docs}"
         ]
         for finding in sorted(verdict.findings, key=lambda f: -f.bad):
-            lines.append(f"  column {finding.column!r}, {finding.expectation}: {finding.bad:,} bad, observed {finding.observed}; rows:")
+            lines.append(
+                f"  column {finding.column!r}, {finding.expectation}: {finding.bad:,} bad, observed {finding.observed}; rows:"
+            )
             lines += [f"    {row}" for row in finding.rows]
         raise GateError("\n".join(lines))
     return verdict
@@ -174,7 +185,9 @@ def _definition(gx: Any, context: Any, name: str) -> Any:
         batch = asset.get_batch_definition("whole")
     except KeyError:
         batch = asset.add_batch_definition_whole_dataframe("whole")
-    return context.validation_definitions.add_or_update(gx.ValidationDefinition(name=name, data=batch, suite=context.suites.get(name)))
+    return context.validation_definitions.add_or_update(
+        gx.ValidationDefinition(name=name, data=batch, suite=context.suites.get(name))
+    )
 
 
 def _frame(batch: pa.Table) -> Any:
@@ -196,5 +209,3 @@ def _merge(merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, ind
     if previous:
         bad, rows, observed = bad + previous.bad, previous.rows, previous.observed
     merged[column, config.type] = Finding(column, config.type, bad, observed, rows)
-
-

@@ -32,9 +32,13 @@ contract = datasets.load_contract(settings.dataset)
 tags = {"dataset": settings.dataset, "fingerprint": contract.fingerprint}
 
 
-
 def _entity(declared: schema.Entity) -> Entity:
-    return Entity(name=declared.name, join_keys=[declared.join_key], value_type=KEY_TYPES[declared.dtype], description=declared.doc)
+    return Entity(
+        name=declared.name,
+        join_keys=[declared.join_key],
+        value_type=KEY_TYPES[declared.dtype],
+        description=declared.doc,
+    )
 
 
 def _source(name: str) -> FileSource:
@@ -52,12 +56,16 @@ def _source(name: str) -> FileSource:
 
 def _view(entity: Entity, source: FileSource) -> FeatureView:
     table = contract.table(source.name.removesuffix("_source"))
-    assert table.entity is not None and table.entity.name == entity.name
+    assert table.entity is not None
+    assert table.entity.name == entity.name
     return FeatureView(
         name=table.name,
         entities=[entity],
         ttl=NO_EXPIRY,
-        schema=[Field(name=c.name, dtype=FIELD_TYPES[c.dtype], description=c.doc) for c in (table.entity.column, *table.columns)],
+        schema=[
+            Field(name=c.name, dtype=FIELD_TYPES[c.dtype], description=c.doc)
+            for c in (table.entity.column, *table.columns)
+        ],
         source=source,
         online=True,
         description=table.doc,

@@ -114,7 +114,9 @@ def _sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
     order = pc.array_sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    return pa.DictionaryArray.from_arrays(pa.array(rank[encoded.indices.to_numpy()]), encoded.dictionary.take(pa.array(order)))
+    return pa.DictionaryArray.from_arrays(
+        pa.array(rank[encoded.indices.to_numpy()]), encoded.dictionary.take(pa.array(order))
+    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,10 @@ class HistoryLog:
         self._item_key = [pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts]
         self._codes = [part[item].values.indices.to_numpy() for part in parts]
         self._columns = {
-            c.name: [micros(part[c.name].values) if c.name == EVENT_TIMESTAMP else part[c.name].values.to_numpy() for part in parts]
+            c.name: [
+                micros(part[c.name].values) if c.name == EVENT_TIMESTAMP else part[c.name].values.to_numpy()
+                for part in parts
+            ]
             for c in contract.history_columns
             if c.name != item
         }
@@ -210,7 +215,9 @@ class HistoryLog:
         return Histories(offsets, item_keys, columns)
 
 
-def from_batches(contract: Contract, batches: Sequence[pa.RecordBatch | None], candidates: pa.Array) -> tuple[Histories, np.ndarray]:
+def from_batches(
+    contract: Contract, batches: Sequence[pa.RecordBatch | None], candidates: pa.Array
+) -> tuple[Histories, np.ndarray]:
     """Unpacked histories beside the candidates of the same requests: `Histories`, and the candidates' item keys."""
     schema = history_schema(contract)
     whole = pa.Table.from_batches([batch for batch in batches if batch is not None], schema)

@@ -80,11 +80,15 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         """
         if not isinstance(entity_df, pd.DataFrame):
             raise ValueError(f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}")
-        time = offline_utils.infer_event_timestamp_from_entity_df(dict(zip(entity_df.columns, entity_df.dtypes, strict=True)))
+        time = offline_utils.infer_event_timestamp_from_entity_df(
+            dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
+        )
         entities = _entity_table(entity_df, time)
         joins, outputs = [], []
         for number, view in enumerate(feature_views):
-            join, columns = _asof_join(view, feature_refs, entities, time, number, full_feature_names, filter_by_created_timestamp, config)
+            join, columns = _asof_join(
+                view, feature_refs, entities, time, number, full_feature_names, filter_by_created_timestamp, config
+            )
             joins.append(join)
             outputs += columns
         keep = [f"e.{_quote(name)}" for name in entity_df.columns]
@@ -236,7 +240,9 @@ def resolve(path: str) -> list[str]:
 
 def _source_path(source: DataSource, config_repo: str | Path | None) -> str:
     if not isinstance(source, FileSource):
-        raise ValueError(f"source {source.name!r} is a {type(source).__name__}; this offline store reads FileSource only")
+        raise ValueError(
+            f"source {source.name!r} is a {type(source).__name__}; this offline store reads FileSource only"
+        )
     return FileSource.get_uri_for_file_path(config_repo, source.path)
 
 
@@ -285,7 +291,9 @@ def _asof_join(
     keys = view.projection.join_key_map or {c.name: c.name for c in view.entity_columns}
     missing = [entity for entity in keys.values() if entity not in entities.column_names]
     if missing:
-        raise ValueError(f"feature view {view.name!r} needs entity columns {missing}; entity_df has {entities.column_names[:-1]}")
+        raise ValueError(
+            f"feature view {view.name!r} needs entity columns {missing}; entity_df has {entities.column_names[:-1]}"
+        )
     prefix = view.projection.name_to_use()
     features = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == prefix]
     alias = view.projection.name_alias or view.name
@@ -298,20 +306,27 @@ def _asof_join(
     created = f"{_quote(source.created_timestamp_column)}::TIMESTAMPTZ" if source.created_timestamp_column else stamp
     selected = ", ".join(f"{column(name)} AS {_quote(name)}" for name in dict.fromkeys([*keys, *features]))
     rows = f"SELECT {selected}, {stamp} AS __time, {created} AS __created FROM read_parquet([{files}])"
-    newest = f"QUALIFY row_number() OVER (PARTITION BY {', '.join(map(_quote, keys))}, __time ORDER BY __created DESC) = 1"
+    newest = (
+        f"QUALIFY row_number() OVER (PARTITION BY {', '.join(map(_quote, keys))}, __time ORDER BY __created DESC) = 1"
+    )
     equal = " AND ".join(f"e.{_quote(entity)} = v.{_quote(key)}" for key, entity in keys.items())
     name = f"v{number}"
     ttl = view.ttl.total_seconds() if view.ttl else 0
-    live = f"{name}.__time >= e.{_quote(time)} - to_microseconds({int(ttl * 1_000_000)})" if ttl else f"{name}.__time IS NOT NULL"
+    live = (
+        f"{name}.__time >= e.{_quote(time)} - to_microseconds({int(ttl * 1_000_000)})"
+        if ttl
+        else f"{name}.__time IS NOT NULL"
+    )
     outputs = [
-        f"CASE WHEN {live} THEN {name}.{_quote(f)} END AS {_quote(f'{alias}__{f}' if full_feature_names else f)}" for f in features
+        f"CASE WHEN {live} THEN {name}.{_quote(f)} END AS {_quote(f'{alias}__{f}' if full_feature_names else f)}"
+        for f in features
     ]
     if filter_by_created and source.created_timestamp_column:
         # A row created after its stamp is invisible to some entity rows, so "the newest" differs by entity row. Where
         # every row is created by its stamp, which is what our tables hold, the plain ASOF join is already right.
         late = f"SELECT count(*) FROM (SELECT 1 FROM ({rows}) WHERE __created > __time LIMIT 1)"
         connection = _connect(config)
-        has_late = bool(connection.execute(late).fetchone()[0])  # type: ignore[index]
+        has_late = bool(connection.execute(late).fetchone()[0])
         connection.close()
         if has_late:
             picked = ", ".join(f"v.{_quote(f)}" for f in features)
@@ -324,5 +339,3 @@ def _asof_join(
     condition = equal.replace("v.", f"{name}.")
     join = f"ASOF LEFT JOIN ({rows} {newest}) {name} ON {condition} AND e.{_quote(time)} >= {name}.__time"
     return join, outputs
-
-

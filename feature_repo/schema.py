@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Logical column types; `feature_repo.arrow` maps them to Arrow, `feature_definitions` to Feast."""
 
     INT8 = "int8"
@@ -266,7 +266,12 @@ def contract(spec: DatasetSpec) -> Contract:
                 for days in STAT_WINDOWS_DAYS
             ),
             Column("other_total", DType.INT64, "events of any other action to date", **count),  # type: ignore[arg-type]
-            Column(f"mean_{spec.stat_value}", DType.FLOAT32, f"mean {spec.stat_value} of '{primary}' to date", nullable=True),
+            Column(
+                f"mean_{spec.stat_value}",
+                DType.FLOAT32,
+                f"mean {spec.stat_value} of '{primary}' to date",
+                nullable=True,
+            ),
         ),
         item,
         job="item_stats",
@@ -287,5 +292,14 @@ def contract(spec: DatasetSpec) -> Contract:
         job="training_examples",
         unique=("request_id", item.join_key),
     )
-    tables = (events, dead_letters, user_profile, item_profile, user_history, user_history_index, item_stats, training_examples)
+    tables = (
+        events,
+        dead_letters,
+        user_profile,
+        item_profile,
+        user_history,
+        user_history_index,
+        item_stats,
+        training_examples,
+    )
     return Contract(spec, user, item, tables)

@@ -74,7 +74,9 @@ class Manifest:
         """
         raw = json.loads(text)
         if raw.get("layout") != LAYOUT:
-            raise ValueError(f"manifest layout {raw.get('layout')!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs")
+            raise ValueError(
+                f"manifest layout {raw.get('layout')!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs"
+            )
         raw["tables"] = {name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()}
         return Manifest(**raw)
 
@@ -131,7 +133,9 @@ class JobFolder:
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table, parts in order."""
-        return pa.concat_tables([pq.read_table(path, columns=columns, filesystem=self.filesystem) for path in self.paths(table)])
+        return pa.concat_tables(
+            [pq.read_table(path, columns=columns, filesystem=self.filesystem) for path in self.paths(table)]
+        )
 
     def open(self, path: str) -> pa.NativeFile:
         """A part for reading: memory-mapped where the file is local."""

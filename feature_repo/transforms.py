@@ -22,7 +22,9 @@ MATCH_FEATURES = (
 )
 
 
-def match_features(histories: Histories, candidate_offsets: np.ndarray, candidate_keys: np.ndarray, request_times: np.ndarray) -> np.ndarray:
+def match_features(
+    histories: Histories, candidate_offsets: np.ndarray, candidate_keys: np.ndarray, request_times: np.ndarray
+) -> np.ndarray:
     """Match features of every candidate, float32, N × len(MATCH_FEATURES).
 
     Args:

@@ -109,7 +109,11 @@ class Vocabulary:
             column = column.combine_chunks()
         if column.type != self.values.type:
             column = column.cast(self.values.type)
-        return pc.add(pc.fill_null(pc.index_in(column, self.values), -1), 1).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[no-any-return]
+        return (
+            pc.add(pc.fill_null(pc.index_in(column, self.values), -1), 1)
+            .to_numpy(zero_copy_only=False)
+            .astype(np.int64)
+        )
 
     @staticmethod
     def of(column: pa.Array | pa.ChunkedArray, min_count: int = 1) -> Vocabulary:
@@ -180,7 +184,8 @@ class Encoder:
         self.categories = spec.ranking_item_features
         self.event_columns = tuple(c.name for c in spec.event_features)
         self._slots = tuple(
-            MAX_CATEGORIES if contract.table("item_profile").column(name).dtype is DType.STRING_LIST else 1 for name in self.categories
+            MAX_CATEGORIES if contract.table("item_profile").column(name).dtype is DType.STRING_LIST else 1
+            for name in self.categories
         )
 
     @property
@@ -219,7 +224,9 @@ class Encoder:
             first, last = offsets[start], offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, NUM_HISTORY_ONLINE)
             within = offsets[start : chosen[-1] + 2] - first
-            dense[first:last, len(self.stat_columns) :] = match_features(histories, within, keys[first:last], requests.times[chosen])
+            dense[first:last, len(self.stat_columns) :] = match_features(
+                histories, within, keys[first:last], requests.times[chosen]
+            )
         item_of_key = self.vocabularies[self.item_key].encode(requests.items)
         return Encoded(
             times=requests.times,
@@ -254,7 +261,9 @@ class Encoder:
         )
         return Batch(user, candidates, pad(encoded.labels[flat][:, None]))
 
-    def user_inputs(self, histories: Histories, times: np.ndarray, fields_BU: np.ndarray, item_of_key: np.ndarray) -> UserInputs:
+    def user_inputs(
+        self, histories: Histories, times: np.ndarray, fields_BU: np.ndarray, item_of_key: np.ndarray
+    ) -> UserInputs:
         """Pad histories and user fields."""
         lengths = histories.lengths
         width = max(int(lengths.max(initial=0)), 1)

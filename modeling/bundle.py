@@ -49,7 +49,14 @@ class Bundle:
 
 
 def export(
-    folder: Path, *, model: Ranker, encoder: Encoder, recipe: Recipe, metrics: dict[str, Any], trained_on: str, data_as_of: str
+    folder: Path,
+    *,
+    model: Ranker,
+    encoder: Encoder,
+    recipe: Recipe,
+    metrics: dict[str, Any],
+    trained_on: str,
+    data_as_of: str,
 ) -> tuple[Path, str]:
     """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run gives the same digest."""
     draft = folder / f".{recipe.name}.draft"
@@ -99,7 +106,9 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     text = file.read_text()
     digest = hashlib.sha256(text.encode()).hexdigest()
     if expected_digest is not None and digest != expected_digest:
-        raise BundleError(f"{path}: bundle.json has digest {digest[:12]}, the catalogue says {expected_digest[:12]}: it was changed after export")
+        raise BundleError(
+            f"{path}: bundle.json has digest {digest[:12]}, the catalogue says {expected_digest[:12]}: it was changed after export"
+        )
     try:
         manifest = json.loads(text)
         layout = manifest["layout"]
@@ -110,17 +119,23 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     if manifest["dataset"] != contract.spec.name:
         raise BundleError(f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}")
     if manifest["fingerprint"] != contract.fingerprint:
-        raise BundleError(f"{path} was trained under contract {manifest['fingerprint']}, this is {contract.fingerprint}: train and export again")
+        raise BundleError(
+            f"{path} was trained under contract {manifest['fingerprint']}, this is {contract.fingerprint}: train and export again"
+        )
     for name, expected in manifest["files"].items():
         if name not in FILES or not (path / name).is_file() or (path / name).is_symlink():
             raise BundleError(f"{path}: file {name!r} is missing or is none of a bundle's files {FILES}")
         if (found := _sha256(path / name)) != expected:
-            raise BundleError(f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed")
+            raise BundleError(
+                f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
+            )
     vocabularies = read_vocabularies(contract, path / "vocabularies.json")
     encoder = Encoder(contract, vocabularies, manifest["history_length"])
     model = models.build(manifest["model"], manifest["config"], encoder.sizes)
     weights = load_file(path / "weights.safetensors")
-    if bad := sorted(name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()):
+    if bad := sorted(
+        name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ):
         raise BundleError(f"{path}: weights {bad} hold values that are no finite numbers")
     try:
         model.load_state_dict(weights)
@@ -131,7 +146,9 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
 
 def write_vocabularies(encoder: Encoder, path: Path) -> None:
     """Write an encoder's vocabularies as JSON, by column."""
-    path.write_text(json.dumps({name: vocabulary.values.to_pylist() for name, vocabulary in encoder.vocabularies.items()}))
+    path.write_text(
+        json.dumps({name: vocabulary.values.to_pylist() for name, vocabulary in encoder.vocabularies.items()})
+    )
 
 
 def read_vocabularies(contract: Contract, path: Path) -> dict[str, Vocabulary]:
@@ -142,7 +159,9 @@ def read_vocabularies(contract: Contract, path: Path) -> dict[str, Vocabulary]:
         return pa.string() if dtype is DType.STRING_LIST else arrow_type(dtype)
 
     types = {contract.item.join_key: arrow_type(contract.item.dtype)}
-    types |= {c.name: element(c.dtype) for name in ("user_profile", "item_profile") for c in contract.table(name).columns}
+    types |= {
+        c.name: element(c.dtype) for name in ("user_profile", "item_profile") for c in contract.table(name).columns
+    }
     return {name: Vocabulary(pa.array(column, types[name])) for name, column in values.items()}
 
 

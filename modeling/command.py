@@ -79,10 +79,14 @@ def trained(run: Run) -> Run:
         FileNotFoundError: it was not trained to its end on the tables in force.
     """
     if not run.state:
-        raise FileNotFoundError(f"{run.recipe.name} is not trained: run `python -m modeling train {run.recipe.name}` first")
+        raise FileNotFoundError(
+            f"{run.recipe.name} is not trained: run `python -m modeling train {run.recipe.name}` first"
+        )
     as_trained = open_run(run.settings, replace(run.recipe, training=recipes.Training(**run.state["training"])))
     if run.state["identity"] != as_trained.identity:
-        raise FileNotFoundError(f"{run.recipe.name} was trained on other tables or another recipe: run `python -m modeling train {run.recipe.name}` again")
+        raise FileNotFoundError(
+            f"{run.recipe.name} was trained on other tables or another recipe: run `python -m modeling train {run.recipe.name}` again"
+        )
     return as_trained
 
 
@@ -97,16 +101,20 @@ def train(run: Run, catalogue: Catalogue) -> None:
     from modeling import models
     from modeling.batch import Encoder
     from modeling.bundle import write_vocabularies
-    from modeling.dataset import Warehouse, vocabularies
+    from modeling.dataset import vocabularies
     from modeling.trainer import Trainer
 
     with catalogue.stage(settings.dataset, "train", run.identity) as stage:
         console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
         store, warehouse = _stores(settings)
         split, validation = (warehouse.split(store, recipe.service, name) for name in ("train", "validation"))
-        encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, recipe.min_item_count), recipe.history_length)
+        encoder = Encoder(
+            warehouse.contract, vocabularies(warehouse.contract, split, recipe.min_item_count), recipe.history_length
+        )
         encoded, encoded_validation = encoder.encode(split.requests), encoder.encode(validation.requests)
-        console.print(f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False)
+        console.print(
+            f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False
+        )
         torch.manual_seed(recipe.training.seed)
         model = models.build(recipe.model, recipe.config, encoder.sizes)
         model.fit_statistics(torch.from_numpy(encoded.candidate_dense))
@@ -116,7 +124,10 @@ def train(run: Run, catalogue: Catalogue) -> None:
         (run.folder / "run.json").write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
         stage.details = summary
     best = summary["best_validation_ndcg@10"]
-    console.print(f"train {recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps", highlight=False)
+    console.print(
+        f"train {recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps",
+        highlight=False,
+    )
 
 
 def evaluate(run: Run, catalogue: Catalogue) -> None:
@@ -124,7 +135,9 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
     from modeling.evaluate import contract_line, metric_rows, read, unbeaten, write
 
     report = run.folder / "report.html"
-    if not ((run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == run.identity and report.exists()):
+    if not (
+        (run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == run.identity and report.exists()
+    ):
         from modeling.evaluate import evaluate_run
         from modeling.report import write_report
 
@@ -136,7 +149,12 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
             counts = {"requests": len(test.requests), "candidates": len(test.requests.candidate_keys)}
             write(run.folder, run.identity, found, figures, counts)
             evaluation = read(run.folder)
-            write_report(run.folder, f"{run.recipe.name} on {warehouse.contract.spec.title}", contract_line(warehouse.contract, counts), evaluation)
+            write_report(
+                run.folder,
+                f"{run.recipe.name} on {warehouse.contract.spec.title}",
+                contract_line(warehouse.contract, counts),
+                evaluation,
+            )
             stage.details = {"metrics": evaluation["metrics"], "counts": counts, "report": str(report)}
     else:
         console.print(f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False)
@@ -155,11 +173,20 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
 
     evaluation = read(run.folder)
     if evaluation["identity"] != run.identity:
-        raise FileNotFoundError(f"{run.recipe.name} was evaluated on another run: run `python -m modeling evaluate {run.recipe.name}` again")
+        raise FileNotFoundError(
+            f"{run.recipe.name} was evaluated on another run: run `python -m modeling evaluate {run.recipe.name}` again"
+        )
     dataset = run.settings.dataset
     last = catalogue.last_run(dataset, "export")
-    if last and last.inputs == run.identity and Path(last.details["path"], "bundle.json").exists() and (not live or _is_live(catalogue, dataset, last.details["digest"])):
-        console.print(f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False)
+    if (
+        last
+        and last.inputs == run.identity
+        and Path(last.details["path"], "bundle.json").exists()
+        and (not live or _is_live(catalogue, dataset, last.details["digest"]))
+    ):
+        console.print(
+            f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False
+        )
         return
     from modeling import bundle
 
@@ -168,15 +195,32 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         metrics = evaluation["metrics"]["model"]
         as_of = JobFolder(run.settings.home, "user_history").require().as_of
         path, digest = bundle.export(
-            Path(run.settings.home, "bundles"), model=model, encoder=encoder, recipe=run.recipe, metrics=metrics, trained_on=run.identity, data_as_of=as_of
+            Path(run.settings.home, "bundles"),
+            model=model,
+            encoder=encoder,
+            recipe=run.recipe,
+            metrics=metrics,
+            trained_on=run.identity,
+            data_as_of=as_of,
         )
         bundle.load(path, encoder.contract, digest)
-        catalogue.add_bundle(digest=digest, dataset=dataset, recipe=run.recipe.name, fingerprint=encoder.contract.fingerprint, path=str(path), metrics=metrics)
+        catalogue.add_bundle(
+            digest=digest,
+            dataset=dataset,
+            recipe=run.recipe.name,
+            fingerprint=encoder.contract.fingerprint,
+            path=str(path),
+            metrics=metrics,
+        )
         if live:
             catalogue.set_live(dataset, digest)
         stage.details = {"digest": digest, "path": str(path)}
     state = "live" if live else "recorded, not live"
-    console.print(f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})", highlight=False, soft_wrap=True)
+    console.print(
+        f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_metrics(rows: list[list[str]]) -> None:
@@ -215,5 +259,3 @@ def _load_trained(run: Run) -> tuple[Ranker, Encoder]:
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
     model.load_state_dict(load_file(run.folder / "best.safetensors"))
     return model.eval(), encoder
-
-

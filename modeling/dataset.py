@@ -57,7 +57,9 @@ def point_in_time_join(store: FeatureStore, service: str, entity_rows: pa.Table)
     try:
         features = store.get_feature_service(service)
     except FeatureServiceNotFoundException as error:
-        raise StaleFeaturesError(f"the registry has no feature service {service!r}: run `python -m feature_repo apply`") from error
+        raise StaleFeaturesError(
+            f"the registry has no feature service {service!r}: run `python -m feature_repo apply`"
+        ) from error
     frame = entity_rows.to_pandas()
     joined = store.get_historical_features(frame, features, filter_by_created_timestamp=True).to_arrow()
     check_rows(entity_rows, joined)
@@ -71,7 +73,9 @@ def check_rows(asked: pa.Table, got: pa.Table) -> None:
         JoinError: it is not.
     """
     if got.num_rows != asked.num_rows:
-        raise JoinError(f"the point-in-time join returned {got.num_rows:,} rows for {asked.num_rows:,}: this offline store cannot be trained from")
+        raise JoinError(
+            f"the point-in-time join returned {got.num_rows:,} rows for {asked.num_rows:,}: this offline store cannot be trained from"
+        )
     for name in asked.column_names:
         want, have = asked[name].combine_chunks(), got[name].combine_chunks()
         if pa.types.is_timestamp(want.type):
@@ -79,7 +83,9 @@ def check_rows(asked: pa.Table, got: pa.Table) -> None:
         else:
             same = want.equals(have.cast(want.type))
         if not same:
-            raise JoinError(f"the point-in-time join changed the order or values of {name!r}: this offline store cannot be trained from")
+            raise JoinError(
+                f"the point-in-time join changed the order or values of {name!r}: this offline store cannot be trained from"
+            )
 
 
 class Warehouse:
@@ -93,7 +99,10 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.contract: Contract = datasets.load_contract(settings.dataset)
-        self.manifests = {job: JobFolder(settings.home, job).require() for job in ("events", "user_history", "item_stats", "training_examples")}
+        self.manifests = {
+            job: JobFolder(settings.home, job).require()
+            for job in ("events", "user_history", "item_stats", "training_examples")
+        }
         for job, manifest in self.manifests.items():
             if manifest.fingerprint != self.contract.fingerprint:
                 raise StaleFeaturesError(
@@ -157,7 +166,9 @@ class Warehouse:
         features = contract.table("item_profile").columns + contract.table("item_stats").columns
         requests = Requests(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
-            user_columns={c.name: joined[c.name].combine_chunks().take(first) for c in contract.table("user_profile").columns},
+            user_columns={
+                c.name: joined[c.name].combine_chunks().take(first) for c in contract.table("user_profile").columns
+            },
             items=items,
             candidate_offsets=offsets,
             candidate_keys=keys,
@@ -172,7 +183,9 @@ class Warehouse:
         from feature_repo import expectations
 
         suite = f"training_set_{split}"
-        expectations.gate(training_set_table(self.contract), [joined], f"{self.settings.home}/expectations", 0.0, suite=suite)
+        expectations.gate(
+            training_set_table(self.contract), [joined], f"{self.settings.home}/expectations", 0.0, suite=suite
+        )
 
 
 def training_set_table(contract: Contract) -> Table:
@@ -180,7 +193,11 @@ def training_set_table(contract: Contract) -> Table:
     label = contract.table("training_examples").column(contract.spec.requests.label)
     joined: list[Column] = [contract.user.column, contract.item.column, label]
     for name in ("user_profile", "user_history_index", "item_profile", "item_stats"):
-        joined += [replace(c, nullable=True) for c in contract.table(name).columns if c.dtype not in (DType.BYTES, DType.STRING_LIST)]
+        joined += [
+            replace(c, nullable=True)
+            for c in contract.table(name).columns
+            if c.dtype not in (DType.BYTES, DType.STRING_LIST)
+        ]
     return Table("training_set", "Examples joined point-in-time to their features.", tuple(joined))
 
 
@@ -194,7 +211,9 @@ def keys_of(candidates: pa.Array, items: pa.Array) -> tuple[np.ndarray, pa.Array
     return keys.to_numpy().astype(np.int64), items
 
 
-def own_frequency(log: HistoryLog, rows: np.ndarray, ends: np.ndarray, offsets: np.ndarray, keys: np.ndarray, chunk: int = 1024) -> np.ndarray:
+def own_frequency(
+    log: HistoryLog, rows: np.ndarray, ends: np.ndarray, offsets: np.ndarray, keys: np.ndarray, chunk: int = 1024
+) -> np.ndarray:
     """How often each candidate occurs in the user's whole earlier history, by the first action; a baseline's feature."""
     counts = np.zeros(len(keys), np.int64)
     for start in range(0, len(rows), chunk):
@@ -215,8 +234,14 @@ def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[
     requests = train.requests
     labels = requests.labels
     assert labels is not None
-    bought = requests.candidate_keys[labels > 0] if contract.spec.requests.train_negatives_per_positive else requests.candidate_keys
-    found: dict[str, Vocabulary] = {contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(bought)), min_item_count)}
+    bought = (
+        requests.candidate_keys[labels > 0]
+        if contract.spec.requests.train_negatives_per_positive
+        else requests.candidate_keys
+    )
+    found: dict[str, Vocabulary] = {
+        contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(bought)), min_item_count)
+    }
     for name in contract.spec.ranking_user_features:
         found[name] = Vocabulary.of(requests.user_columns[name])
     for name in contract.spec.ranking_item_features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +38,9 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str
         POPULARITY: (popularity, None),
     }
     labels, offsets = encoded.labels, encoded.candidate_offsets
-    found = {name: evaluate(labels, scores, offsets, users, probability) for name, (scores, probability) in scorings.items()}
+    found = {
+        name: evaluate(labels, scores, offsets, users, probability) for name, (scores, probability) in scorings.items()
+    }
     return found, picture_figures(encoded, logits, test.history_lengths)
 
 
@@ -58,7 +61,7 @@ def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.nd
     order = np.array_split(np.argsort(probability, kind="stable"), 20)
     ndcg = ndcg_at(labels, logits, encoded.candidate_offsets)
     by_length = []
-    for low, high in zip(HISTORY_BINS[:-1], HISTORY_BINS[1:], strict=True):
+    for low, high in itertools.pairwise(HISTORY_BINS):
         inside = (history_lengths >= low) & (history_lengths < high) & ~np.isnan(ndcg)
         if inside.any():
             name = str(low) if high == low + 1 else f"{low}+" if high == HISTORY_BINS[-1] else f"{low}-{high - 1}"
@@ -75,7 +78,9 @@ def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.nd
     }
 
 
-def write(folder: Path, identity: str, found: dict[str, dict[str, Estimate]], figures: dict[str, Any], counts: dict[str, int]) -> None:
+def write(
+    folder: Path, identity: str, found: dict[str, dict[str, Estimate]], figures: dict[str, Any], counts: dict[str, int]
+) -> None:
     """Write `evaluation.json` in the run's folder."""
     metrics = {name: {metric: asdict(estimate) for metric, estimate in row.items()} for name, row in found.items()}
     content = {"identity": identity, "metrics": metrics, "figures": figures, "counts": counts}
@@ -93,7 +98,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no evaluation: run `python -m modeling evaluate` first")
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return json.loads(path.read_text())
 
 
 def metric_rows(metrics: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
@@ -109,10 +114,18 @@ def metric_rows(metrics: dict[str, dict[str, dict[str, float]]]) -> list[list[st
     return rows
 
 
-def unbeaten(metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")) -> list[str]:
+def unbeaten(
+    metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")
+) -> list[str]:
     """Baselines whose interval overlaps the model's, or lies above it."""
     model = {name: Estimate(**metrics[MODEL][name]) for name in names}
-    return [f"{scoring} on {name}" for scoring in metrics if scoring != MODEL for name in names if not model[name].beats(Estimate(**metrics[scoring][name]))]
+    return [
+        f"{scoring} on {name}"
+        for scoring in metrics
+        if scoring != MODEL
+        for name in names
+        if not model[name].beats(Estimate(**metrics[scoring][name]))
+    ]
 
 
 def contract_line(contract: Contract, counts: dict[str, int]) -> str:
@@ -121,4 +134,4 @@ def contract_line(contract: Contract, counts: dict[str, int]) -> str:
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))  # type: ignore[no-any-return]
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))

@@ -63,7 +63,14 @@ def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = Non
 
 
 def evaluate(
-    labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, users: np.ndarray, probabilities: np.ndarray | None, *, resamples: int = 200, seed: int = 0
+    labels: np.ndarray,
+    scores: np.ndarray,
+    offsets: np.ndarray,
+    users: np.ndarray,
+    probabilities: np.ndarray | None,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """All metrics of one scoring of all requests.
 
@@ -81,7 +88,10 @@ def evaluate(
     labels_sorted, user_sorted, ties = labels[by_score], user_of[by_score], _tie_groups(scores[by_score])
 
     ndcg, rr = ndcg_at(labels, scores, offsets), reciprocal_rank(labels, scores, offsets)
-    sums = {"ndcg": np.bincount(users, np.nan_to_num(ndcg), num_users), "rr": np.bincount(users, np.nan_to_num(rr), num_users)}
+    sums = {
+        "ndcg": np.bincount(users, np.nan_to_num(ndcg), num_users),
+        "rr": np.bincount(users, np.nan_to_num(rr), num_users),
+    }
     counted = np.bincount(users, ~np.isnan(ndcg), num_users)
     user_auc, user_weight = _auc_by_user(labels, scores, user_of, num_users)
     weighted_auc = np.nan_to_num(user_auc) * user_weight
@@ -110,7 +120,10 @@ def evaluate(
 
     value = measure(np.ones(num_users))
     rng = np.random.default_rng(seed)
-    draws = [measure(np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)) for _ in range(resamples)]
+    draws = [
+        measure(np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(np.float64))
+        for _ in range(resamples)
+    ]
     intervals = {name: np.percentile([draw[name] for draw in draws], [2.5, 97.5]) for name in value}
     return {name: Estimate(value[name], float(intervals[name][0]), float(intervals[name][1])) for name in value}
 
@@ -135,7 +148,9 @@ def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | No
     return float((positive * (below + negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
 
 
-def _auc_by_user(labels: np.ndarray, scores: np.ndarray, user_of: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
+def _auc_by_user(
+    labels: np.ndarray, scores: np.ndarray, user_of: np.ndarray, num_users: int
+) -> tuple[np.ndarray, np.ndarray]:
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
     order = np.lexsort((scores, user_of))
     label, score, user = labels[order], scores[order], user_of[order]

@@ -43,7 +43,9 @@ def _loss(plt: Any, folder: Path) -> bytes:
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
     axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), color=BLUE, label="training")
-    axes.plot([e["step"] for e in epochs], [e["validation_loss"] for e in epochs], "o-", color=ORANGE, label="validation")
+    axes.plot(
+        [e["step"] for e in epochs], [e["validation_loss"] for e in epochs], "o-", color=ORANGE, label="validation"
+    )
     axes.set(xlabel="step", ylabel="log loss", title="Loss")
     axes.legend(frameon=False)
     return _png(plt, figure)
@@ -98,7 +100,8 @@ def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, 
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
     images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for name, png in pictures.items()
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in pictures.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>

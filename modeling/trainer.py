@@ -53,13 +53,19 @@ def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[
         first = 0
         for last in range(1, len(chosen) + 1):
             full = last - first >= training.max_requests
-            if last == len(chosen) or full or (last - first + 1) * num_candidates[chosen[last]] > training.max_candidates:
+            if (
+                last == len(chosen)
+                or full
+                or (last - first + 1) * num_candidates[chosen[last]] > training.max_candidates
+            ):
                 grouped.append(chosen[first:last])
                 first = last
     return [grouped[i] for i in rng.permutation(len(grouped))]
 
 
-def predict(model: Ranker, encoder: Encoder, encoded: Encoded, *, max_requests: int = 64, max_candidates: int = 16_384) -> np.ndarray:
+def predict(
+    model: Ranker, encoder: Encoder, encoded: Encoded, *, max_requests: int = 64, max_candidates: int = 16_384
+) -> np.ndarray:
     """Logits of every candidate, in the order of `encoded`."""
     logits = np.zeros(len(encoded.candidate_item), np.float32)
     sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
@@ -69,7 +75,11 @@ def predict(model: Ranker, encoder: Encoder, encoded: Encoded, *, max_requests: 
         start = 0
         while start < len(order):
             stop = start + 1
-            while stop < len(order) and stop - start < max_requests and (stop - start + 1) * sizes[order[stop]] <= max_candidates:
+            while (
+                stop < len(order)
+                and stop - start < max_requests
+                and (stop - start + 1) * sizes[order[stop]] <= max_candidates
+            ):
                 stop += 1
             chosen = order[start:stop]
             batch = encoder.collate(encoded, chosen)
@@ -125,7 +135,9 @@ class Trainer:
                     self.next_batch += 1
                     self.step += 1
                     budget = None if budget is None else budget - 1
-                    self._log({"kind": "step", "step": self.step, "epoch": self.epoch, "loss": loss, "samples": samples})
+                    self._log(
+                        {"kind": "step", "step": self.step, "epoch": self.epoch, "loss": loss, "samples": samples}
+                    )
                     advance(self.step, f"loss {loss:.4f}", samples)
                     if self.step % self.training.checkpoint_steps == 0:
                         self._save()
@@ -149,7 +161,7 @@ class Trainer:
                 f"loss is {loss.item()} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
                 f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         return float(loss.detach()), int(batch.candidates.mask_BC.sum())
@@ -160,7 +172,15 @@ class Trainer:
         probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
         clipped = np.clip(probability, 1e-7, 1 - 1e-7)
         loss = float(-(validation.labels * np.log(clipped) + (1 - validation.labels) * np.log1p(-clipped)).mean())
-        self._log({"kind": "epoch", "epoch": self.epoch, "step": self.step, "validation_loss": loss, "validation_ndcg@10": ndcg})
+        self._log(
+            {
+                "kind": "epoch",
+                "epoch": self.epoch,
+                "step": self.step,
+                "validation_loss": loss,
+                "validation_ndcg@10": ndcg,
+            }
+        )
         console.print(f"epoch {self.epoch}: validation loss {loss:.4f}, NDCG@10 {ndcg:.4f}", highlight=False)
         if ndcg > self.best:
             self.best, self.epochs_since_best = ndcg, 0
@@ -197,7 +217,11 @@ class Trainer:
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
         self.best, self.stopped = state["best"], bool(stopped)
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["step"] <= self.step and (line["kind"] == "step" or line["epoch"] < self.epoch)]
+        kept = [
+            line
+            for line in lines
+            if line["step"] <= self.step and (line["kind"] == "step" or line["epoch"] < self.epoch)
+        ]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
         console.print(f"resumed at step {self.step} (epoch {self.epoch})", highlight=False)
 

@@ -13,8 +13,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     made.add_argument("--port", type=int, default=8000)
     made.add_argument("--bundle", help="folder of a bundle; default: the live one of the catalogue")
-    made.add_argument("--replay", action="store_true", help="requests without a time are taken as made at the end of the data, for samples of the past")
-    made.add_argument("--item_refresh_s", type=float, default=300.0, help="seconds between refreshes of item features (default 300; 0: never)")
+    made.add_argument(
+        "--replay",
+        action="store_true",
+        help="requests without a time are taken as made at the end of the data, for samples of the past",
+    )
+    made.add_argument(
+        "--item_refresh_s",
+        type=float,
+        default=300.0,
+        help="seconds between refreshes of item features (default 300; 0: never)",
+    )
     return made
 
 

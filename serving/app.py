@@ -26,11 +26,17 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("memoir_requests", "ranking requests by status", ["status"], registry=self.registry)
-        self.degraded = Counter("memoir_degraded", "answers by what they had to do without", ["reason"], registry=self.registry)
-        self.unknown_items = Counter("memoir_unknown_items", "candidates that the store does not know", registry=self.registry)
+        self.degraded = Counter(
+            "memoir_degraded", "answers by what they had to do without", ["reason"], registry=self.registry
+        )
+        self.unknown_items = Counter(
+            "memoir_unknown_items", "candidates that the store does not know", registry=self.registry
+        )
         self.candidates = Counter("memoir_candidates", "candidates scored", registry=self.registry)
         buckets = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-        self.seconds = Histogram("memoir_stage_seconds", "time by stage", ["stage"], buckets=buckets, registry=self.registry)
+        self.seconds = Histogram(
+            "memoir_stage_seconds", "time by stage", ["stage"], buckets=buckets, registry=self.registry
+        )
         self.bundle = Gauge("memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry)
 
 
@@ -77,7 +83,9 @@ def create_app(ranker: Ranker | None, *, max_body_bytes: int = MAX_BODY_BYTES) -
     async def readyz(request: Request) -> Response:
         async def check(_: Request) -> Response:
             active = ready()
-            return Response(encode({"status": "ready", "bundle": active.bundle.name, "items": len(active.items)}), media_type=JSON)
+            return Response(
+                encode({"status": "ready", "bundle": active.bundle.name, "items": len(active.items)}), media_type=JSON
+            )
 
         return await answered(check, request)
 
@@ -95,7 +103,7 @@ def create_app(ranker: Ranker | None, *, max_body_bytes: int = MAX_BODY_BYTES) -
 async def answered(handler: Callable[[Request], Any], request: Request) -> Response:
     """The handler's answer, or its error as a readable body."""
     try:
-        return await handler(request)  # type: ignore[no-any-return]
+        return await handler(request)
     except ServingError as error:
         headers = {"Retry-After": "1"} if error.status == 503 else None
         body = msgspec.json.encode(ErrorBody(error.kind, str(error)))
@@ -132,12 +140,21 @@ def openapi_document() -> dict[str, Any]:
     def reply(description: str, schema: str) -> dict[str, Any]:
         return {"description": description, "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
 
-    errors = {"400": "no JSON", "413": "body too large", "415": "not JSON", "422": "wrong shape, type or size", "503": "not ready"}
+    errors = {
+        "400": "no JSON",
+        "413": "body too large",
+        "415": "not JSON",
+        "422": "wrong shape, type or size",
+        "503": "not ready",
+    }
     post = {
         "operationId": "rank",
         "summary": "Rank candidates for a user",
         "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/RankRequest"}}}},
-        "responses": {"200": reply("best first", "RankResponse"), **{code: reply(text, "ErrorBody") for code, text in errors.items()}},
+        "responses": {
+            "200": reply("best first", "RankResponse"),
+            **{code: reply(text, "ErrorBody") for code, text in errors.items()},
+        },
     }
     plain = {
         path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
@@ -149,7 +166,11 @@ def openapi_document() -> dict[str, Any]:
     }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Memoir", "version": "0.1.0", "description": "Ranks candidates with a user's whole history in view."},
+        "info": {
+            "title": "Memoir",
+            "version": "0.1.0",
+            "description": "Ranks candidates with a user's whole history in view.",
+        },
         "paths": {"/v1/rank": {"post": post}, **plain},
         "components": {"schemas": schemas()},
     }

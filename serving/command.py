@@ -19,7 +19,9 @@ from serving.ranker import Ranker
 console = Console()
 
 
-def open_ranker(settings: Settings, bundle_path: str | None = None, *, replay: bool = False, item_refresh_s: float = 0.0) -> Ranker:
+def open_ranker(
+    settings: Settings, bundle_path: str | None = None, *, replay: bool = False, item_refresh_s: float = 0.0
+) -> Ranker:
     """The live bundle (or the given one) over the online store, warm.
 
     Raises:
@@ -51,7 +53,9 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until stopped. Returns 1 with the reason where the bundle is refused."""
     settings = Settings.from_env()
     try:
-        ranker = open_ranker(settings, arguments.bundle, replay=arguments.replay, item_refresh_s=arguments.item_refresh_s)
+        ranker = open_ranker(
+            settings, arguments.bundle, replay=arguments.replay, item_refresh_s=arguments.item_refresh_s
+        )
     except (ValueError, LookupError) as error:
         console.print(f"serving: {error}", style="red", highlight=False, markup=False)
         return 1
@@ -61,5 +65,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
     address = f"http://{arguments.host}:{arguments.port}"
     console.print(f"serving {ranker.bundle.name} with {len(ranker.items):,} items on {address}", highlight=False)
-    uvicorn.run(create_app(ranker), host=arguments.host, port=arguments.port, log_level="warning", access_log=False, timeout_keep_alive=10)
+    uvicorn.run(
+        create_app(ranker),
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=10,
+    )
     return 0

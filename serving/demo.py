@@ -31,7 +31,17 @@ from feature_repo.schema import Contract
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 
-STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize", "train", "evaluate", "export")
+STAGES = (
+    "events",
+    "user_history",
+    "item_stats",
+    "training_examples",
+    "apply",
+    "materialize",
+    "train",
+    "evaluate",
+    "export",
+)
 NUM_CANDIDATES = 500
 START_S = 120
 
@@ -50,9 +60,14 @@ def run_demo() -> int:
         answer = post(address, body)
     console.print()
     value = f"mean_{contract.spec.stat_value}"
-    ranked = RichTable(title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10", title_justify="left")
+    ranked = RichTable(
+        title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10",
+        title_justify="left",
+    )
     for heading in ("", "item", contract.spec.item_title, contract.spec.stat_value.replace("_", " "), "score"):
-        ranked.add_column(heading, justify="right" if heading in ("", "score", contract.spec.stat_value.replace("_", " ")) else "left")
+        ranked.add_column(
+            heading, justify="right" if heading in ("", "score", contract.spec.stat_value.replace("_", " ")) else "left"
+        )
     for place, (item_id, score) in enumerate(zip(answer["item_ids"], answer["scores"], strict=True), 1):
         title, price = titles[item_id]
         ranked.add_row(str(place), str(item_id), title or "", "" if price is None else f"{price:.2f}", f"{score:.3f}")
@@ -64,7 +79,11 @@ def run_demo() -> int:
     (console if console.width >= 150 else Console(width=150)).print(Columns([ranked, history], padding=(0, 3)))
     print(f"bundle {answer['bundle']}, degraded {answer['degraded'] or 'nothing'}, value column: {value}")
     timings = answer["timings_ms"]
-    print("request: " + ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in timings.items()) + f"; sum {sum(timings.values()):.1f} ms")
+    print(
+        "request: "
+        + ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in timings.items())
+        + f"; sum {sum(timings.values()):.1f} ms"
+    )
     summary(settings, started_s)
     return 0
 
@@ -77,7 +96,11 @@ def summary(settings: Settings, started_s: float) -> None:
     catalogue = Catalogue(settings.catalogue_url)
     runs = {stage: run for stage in STAGES if (run := catalogue.last_run(settings.dataset, stage))}
     total = sum(run.duration_s for run in runs.values()) + started_s
-    print("\nstages: " + ", ".join(f"{stage} {run.duration_s:.1f} s" for stage, run in runs.items()) + f", server start {started_s:.1f} s; sum {total:.0f} s")
+    print(
+        "\nstages: "
+        + ", ".join(f"{stage} {run.duration_s:.1f} s" for stage, run in runs.items())
+        + f", server start {started_s:.1f} s; sum {total:.0f} s"
+    )
     evaluation = runs["evaluate"].details
     counts = evaluation["counts"]
     print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
@@ -107,16 +130,24 @@ def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list
     rows = []
     for event in range(len(histories.item_keys) - 1, -1, -1):
         day = str(np.datetime64(int(histories.times[event]), "us"))[:10]
-        rows.append((day, contract.spec.actions[int(histories.columns["action"][event])], log.items[int(histories.item_keys[event])].as_py()))
+        rows.append(
+            (
+                day,
+                contract.spec.actions[int(histories.columns["action"][event])],
+                log.items[int(histories.item_keys[event])].as_py(),
+            )
+        )
     return user_id, rows
 
 
 def hash_order(ids: pa.Array) -> np.ndarray:
     """An order that does not depend on how tables were partitioned."""
-    return pc.rank(ids, sort_keys="ascending", tiebreaker="first").to_numpy()  # type: ignore[no-any-return]
+    return pc.rank(ids, sort_keys="ascending", tiebreaker="first").to_numpy()
 
 
-def popular_items(settings: Settings, contract: Contract) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
+def popular_items(
+    settings: Settings, contract: Contract
+) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
     """The items that sold most in the newest two weeks, and (title, mean value) of every item."""
     item = contract.item.join_key
     stats = newest(JobFolder(settings.home, "item_stats").read("item_stats"), item)
@@ -156,7 +187,9 @@ def server() -> Iterator[str]:
             address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
             while not _is_ready(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the server did not become ready within {timedelta(seconds=START_S)}:\n{log.read_text()}")
+                    raise RuntimeError(
+                        f"the server did not become ready within {timedelta(seconds=START_S)}:\n{log.read_text()}"
+                    )
                 time.sleep(0.2)
             yield address
         finally:
@@ -166,9 +199,11 @@ def server() -> Iterator[str]:
 
 def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
     """`POST /v1/rank`."""
-    request = urllib.request.Request(f"{address}/v1/rank", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/v1/rank", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read())  # type: ignore[no-any-return]
+        return json.loads(response.read())
 
 
 def _is_ready(address: str) -> bool:

@@ -1,11 +1,11 @@
 """Errors that a client sees.
 
-    ServingError
-    ├── BadRequestError          400  the body is no JSON
-    ├── BodyTooLargeError        413  more bytes than allowed
-    ├── UnsupportedMediaError    415  not JSON
-    ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
-    └── NotReadyError            503  no bundle is loaded, or the store cannot be read
+ServingError
+├── BadRequestError          400  the body is no JSON
+├── BodyTooLargeError        413  more bytes than allowed
+├── UnsupportedMediaError    415  not JSON
+├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
+└── NotReadyError            503  no bundle is loaded, or the store cannot be read
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class FeastReader:
 
     def _read(self, features: Any, rows: list[dict[str, Id]]) -> dict[str, list[Any]]:
         with self._lock:
-            return self._store.get_online_features(features=features, entity_rows=rows).to_dict()  # type: ignore[no-any-return]
+            return self._store.get_online_features(features=features, entity_rows=rows).to_dict()
 
 
 def item_columns(contract: Contract) -> list[tuple[str, Column]]:
@@ -140,10 +140,15 @@ class ItemTable:
 
     def _load(self, item_ids: list[Id]) -> tuple[dict[str, pa.Array], dict[Id, int]]:
         read = self._reader.read_items(item_ids)
-        known = pa.array([any(value is not None for value in row.values()) for row in read.select(self._names).to_pylist()], pa.bool_())
+        known = pa.array(
+            [any(value is not None for value in row.values()) for row in read.select(self._names).to_pylist()],
+            pa.bool_(),
+        )
         read = read.filter(known).combine_chunks()
         ids = read[self._contract.item.join_key].to_pylist()
-        return {name: read[name].combine_chunks() for name in self._names}, {item_id: place for place, item_id in enumerate(ids)}
+        return {name: read[name].combine_chunks() for name in self._names}, {
+            item_id: place for place, item_id in enumerate(ids)
+        }
 
     def _refresh_for_ever(self, seconds: float) -> None:
         import logging

@@ -91,7 +91,9 @@ def decode_request(body: bytes, contract: Contract) -> RankRequest:
         if at.tzinfo is None:
             raise InvalidRequestError("context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z")
         if not EARLIEST <= at <= LATEST:
-            raise InvalidRequestError(f"context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}")
+            raise InvalidRequestError(
+                f"context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}"
+            )
     return request
 
 
@@ -114,5 +116,7 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
 
 def schemas() -> dict[str, Any]:
     """JSON schemas of all messages, for OpenAPI."""
-    _, components = msgspec.json.schema_components((RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}")
+    _, components = msgspec.json.schema_components(
+        (RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
+    )
     return components

@@ -73,7 +73,9 @@ class Ranker:
         columns, _ = self.items.take(ids)
         self._score(empty, ids, columns, datetime.now(UTC), _Clock(None))
 
-    def requests_of(self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime) -> Requests:
+    def requests_of(
+        self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime
+    ) -> Requests:
         """This one request in the shape that training encodes."""
         ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
         epoch = datetime(1970, 1, 1, tzinfo=UTC)
@@ -89,7 +91,8 @@ class Ranker:
             return histories.newest(length)
 
         user_columns = {
-            c.name: pa.array([user.columns[c.name]], arrow_type(c.dtype)) for c in self.contract.table("user_profile").columns
+            c.name: pa.array([user.columns[c.name]], arrow_type(c.dtype))
+            for c in self.contract.table("user_profile").columns
         }
         return Requests(
             times=np.array([micros]),
@@ -110,7 +113,9 @@ class Ranker:
             return UserRow(nothing, None), ["store_unavailable"]
         return user, list(user.problems)
 
-    def _score(self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime, clock: _Clock) -> np.ndarray:
+    def _score(
+        self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime, clock: _Clock
+    ) -> np.ndarray:
         encoder, model = self.bundle.encoder, self.bundle.model
         encoded = encoder.encode(self.requests_of(user, candidates, columns, at))
         batch = encoder.collate(encoded, np.array([0]))

@@ -69,13 +69,17 @@ class Dataset(Protocol):
 
     SPEC: DatasetSpec
 
-    def raw_units(self, data: str | None) -> list[RawUnit]: ...
+    def raw_units(self, data: str | None) -> list[RawUnit]:
+        """The raw source in pieces."""
 
-    def read_raw(self, unit: RawUnit) -> pa.Table: ...
+    def read_raw(self, unit: RawUnit) -> pa.Table:
+        """One piece as it stands, for validation."""
 
-    def parse(self, unit: RawUnit) -> Parsed: ...
+    def parse(self, unit: RawUnit) -> Parsed:
+        """One piece, split."""
 
-    def assign_requests(self, events: pa.Table) -> AssignedRequests: ...
+    def assign_requests(self, events: pa.Table) -> AssignedRequests:
+        """Which events are asked about together."""
 
 
 def names() -> list[str]:
@@ -90,7 +94,9 @@ def load(name: str) -> Dataset:
         ValueError: no such module; the message lists those that exist.
     """
     if name not in names():
-        raise ValueError(f"no dataset {name!r}; there are {names()}. Set MEMOIR_DATASET, or add feature_repo/datasets/{name}.py")
+        raise ValueError(
+            f"no dataset {name!r}; there are {names()}. Set MEMOIR_DATASET, or add feature_repo/datasets/{name}.py"
+        )
     module: ModuleType = importlib.import_module(f"feature_repo.datasets.{name}")
     return cast(Dataset, module)
 

@@ -109,7 +109,12 @@ def parse(unit: RawUnit) -> Parsed:
     users, items = empty(SPEC, "user_profile"), empty(SPEC, "item_profile")
     try:
         if unit.kind == "users":
-            columns = [[int(r[0]) for r in rows], [r[1] for r in rows], [int(r[2]) for r in rows], [int(r[3]) for r in rows]]
+            columns = [
+                [int(r[0]) for r in rows],
+                [r[1] for r in rows],
+                [int(r[2]) for r in rows],
+                [int(r[3]) for r in rows],
+            ]
             users = pa.table([pa.array(c) for c in columns] + [known, known], schema=users.schema)
         else:
             columns = [[int(r[0]) for r in rows], [r[1] for r in rows], [r[2].split("|") for r in rows]]

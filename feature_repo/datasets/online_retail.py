@@ -24,7 +24,9 @@ from feature_repo.schema import Column, DatasetSpec, DType, Requests, Table, con
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
 FILE = "online_retail.parquet"
 LOCAL_TIME = ZoneInfo("Europe/London")
-PRODUCT_CODE = r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
+PRODUCT_CODE = (
+    r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
+)
 INVOICE_NUMBER = r"^C?[0-9]{6}$"
 UNIT_ROWS = 100_000
 
@@ -145,9 +147,16 @@ def parse_lines(raw: pa.Table, unit: RawUnit) -> Parsed:
         }
     ).cast(arrow_schema(CONTRACT.table("events")))
     known = from_micros(micros(time) + 1)
-    users = pa.table([events["user_id"], raw["Country"].take(pa.array(kept)), known, known], schema=_target("user_profile"))
+    users = pa.table(
+        [events["user_id"], raw["Country"].take(pa.array(kept)), known, known], schema=_target("user_profile")
+    )
     items = pa.table(
-        [events["item_id"], pc.utf8_trim_whitespace(pc.cast(raw["Description"], pa.string())).take(pa.array(kept)), known, known],
+        [
+            events["item_id"],
+            pc.utf8_trim_whitespace(pc.cast(raw["Description"], pa.string())).take(pa.array(kept)),
+            known,
+            known,
+        ],
         schema=_target("item_profile"),
     )
     return Parsed(events, users, items, _dead_letters(raw, unit, verdict, [text for _, text in reasons]), raw.num_rows)
@@ -174,11 +183,11 @@ def _target(table: str) -> pa.Schema:
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.fill_null(pc.cast(column, pa.float64()), math.nan).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    return pc.fill_null(pc.cast(column, pa.float64()), math.nan).to_numpy(zero_copy_only=False)
 
 
 def _true(mask: pa.ChunkedArray) -> np.ndarray:
-    return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
 
 
 def _to_utc(local: pa.ChunkedArray | pa.Array) -> pa.Array:

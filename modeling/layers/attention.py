@@ -30,7 +30,10 @@ class HistoryAttentionLayer(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width, eps=1e-5), nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+            nn.LayerNorm(width, eps=1e-5),
+            nn.Linear(width, expansion * width),
+            nn.GELU(),
+            nn.Linear(expansion * width, width),
         )
         self.dropout = nn.Dropout(dropout)
 

@@ -18,11 +18,19 @@ class CategorySlots(nn.Module):
         self.slots = sizes.slots
         self.tables = nn.ModuleList(nn.Embedding(size, width, padding_idx=0) for size in sizes.categories)
 
+    def zero_empty_slots(self) -> None:
+        """Make the rows of empty slots zero again, after initialisation."""
+        for table in self.tables:
+            assert isinstance(table, nn.Embedding)
+            with torch.no_grad():
+                table.weight[0] = 0
+
     def forward(self, category_BCK: Tensor) -> list[Tensor]:
         """One B × C × D tensor for each group."""
         groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
         return [
-            table(group).sum(-2) / (group > 0).sum(-1, keepdim=True).clamp(min=1) for table, group in zip(self.tables, groups, strict=True)
+            table(group).sum(-2) / (group > 0).sum(-1, keepdim=True).clamp(min=1)
+            for table, group in zip(self.tables, groups, strict=True)
         ]
 
 

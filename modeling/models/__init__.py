@@ -8,7 +8,7 @@ from typing import Any
 from modeling.batch import FeatureSizes
 from modeling.models.base import Ranker
 
-__all__ = ["NAMES", "build", "Ranker"]
+__all__ = ["NAMES", "Ranker", "build"]
 
 NAMES = ("amortised_dlrm",)
 

@@ -64,6 +64,8 @@ class AmortisedDLRM(Ranker):
     ```
     """
 
+    _pairs: Tensor
+
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
@@ -72,7 +74,9 @@ class AmortisedDLRM(Ranker):
         self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
-        self.layers = nn.ModuleList(HistoryAttentionLayer(width, config.num_heads, config.dropout) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            HistoryAttentionLayer(width, config.num_heads, config.dropout) for _ in range(config.num_layers)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.fields = nn.ModuleList(nn.Embedding(size, width) for size in sizes.user_fields)
         self.categories = CategorySlots(sizes, width)
@@ -81,11 +85,18 @@ class AmortisedDLRM(Ranker):
         num_fields = 4 + len(sizes.categories)  # read, item, user, dense, categories
         pairs = num_fields * (num_fields - 1) // 2
         self.head = nn.Sequential(
-            nn.Linear(pairs + 2 * width, 2 * width), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1)
+            nn.Linear(pairs + 2 * width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(2 * width, width),
+            nn.GELU(),
+            nn.Linear(width, 1),
         )
         self.register_buffer("_pairs", torch.triu_indices(num_fields, num_fields, 1), persistent=False)
-        for table in (self.item, self.action, self.position, *self.fields, *self.categories.tables):
-            nn.init.normal_(table.weight, std=0.05)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.05)
+        self.categories.zero_empty_slots()
 
     @property
     def can_extend(self) -> bool:
@@ -128,11 +139,13 @@ class AmortisedDLRM(Ranker):
         user = user_state.user_BD[:, None].expand_as(item)
         fields = torch.stack([self.norm(rows), item, user, dense, *self.categories(candidates.category_BCK)], dim=2)
         products = fields @ fields.transpose(2, 3)
-        first, second = self._pairs  # type: ignore[misc]
+        first, second = self._pairs
         logits: Tensor = self.head(torch.cat([products[:, :, first, second], dense, fields[:, :, 0]], dim=-1))
         return logits.float()
 
-    def _through_layers(self, rows: Tensor, mask: Tensor, cached: UserState | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _through_layers(
+        self, rows: Tensor, mask: Tensor, cached: UserState | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         all_keys, all_values = [], []
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys_values(rows)  # type: ignore[operator]
@@ -156,7 +169,7 @@ class AmortisedDLRM(Ranker):
             recency = (user.mask_BL.sum(1, keepdim=True) - index).clamp(1, self.sizes.history_length)
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
-        return self.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position  # type: ignore[no-any-return]
+        return self.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position
 
     def _user(self, field_BU: Tensor) -> Tensor:
         if not self.fields:

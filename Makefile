@@ -1,0 +1,69 @@
+# Two commands do all set-up: `make demo` walks the whole road, `make check` is all that CI runs.
+PYTHON ?= python3.11
+VENV ?= .venv
+RECIPE ?= amortised_dlrm
+RUNNER ?= FnApiRunner
+PORT ?= 8000
+TORCH ?= torch==2.13.0
+# Where a CPU build of torch is found when no local wheel offers one. A CUDA build of the same version does as well.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+export PYTHONUNBUFFERED := 1
+
+.PHONY: setup demo serve check lint types test format bench bench-gpu lock clean
+
+setup: $(VENV)/.installed  ## make the virtual environment from the lock
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --quiet --no-index $(TORCH) 2>/dev/null || $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	touch $@
+
+demo: setup  ## the whole road: raw rows in, a ranked list out
+	$(RUN) -m beam_jobs events --runner=$(RUNNER)
+	$(RUN) -m beam_jobs user_history --runner=$(RUNNER)
+	$(RUN) -m beam_jobs item_stats --runner=$(RUNNER)
+	$(RUN) -m beam_jobs training_examples --runner=$(RUNNER)
+	$(RUN) -m feature_repo apply
+	$(RUN) -m beam_jobs materialize --runner=$(RUNNER)
+	$(RUN) -m modeling train $(RECIPE)
+	$(RUN) -m modeling evaluate $(RECIPE)
+	$(RUN) -m modeling export $(RECIPE)
+	$(RUN) -m serving demo
+
+serve: setup  ## rank over HTTP with the live bundle, as of the end of the data
+	$(RUN) -m serving --replay --port $(PORT)
+
+check: setup lint types test  ## all that CI runs
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: setup
+	$(RUN) -m mypy
+
+test: setup
+	$(RUN) -m pytest
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: setup  ## fast paths beside their plain twins
+	$(RUN) -m modeling.benchmarks.amortised
+	$(RUN) -m feature_repo.benchmarks.point_in_time
+
+bench-gpu: setup
+	$(RUN) -m modeling.benchmarks.amortised --device cuda
+
+lock: setup  ## renew requirements.lock; releases younger than two weeks are left out
+	$(RUN) .ci/lock.py
+
+clean:  ## drop everything that was built, not the environment
+	rm -rf .memoir feature_repo/data/*.db .mypy_cache .pytest_cache .ruff_cache .hypothesis
