@@ -23,6 +23,16 @@ newest = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=14)).dat
 with tempfile.NamedTemporaryFile("w", suffix=".in") as source:
     source.write("\n".join(sorted(wanted) + list(TORCH_NEEDS + BUILD)))
     source.flush()
-    command = ["uv", "pip", "compile", source.name, "--universal", "--python-version", "3.11", "--generate-hashes", "--no-header"]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        source.name,
+        "--universal",
+        "--python-version",
+        "3.11",
+        "--generate-hashes",
+        "--no-header",
+    ]
     command += ["--no-annotate", "--quiet", "--exclude-newer", newest, "--output-file", str(ROOT / "requirements.lock")]
     subprocess.run(command, check=True)

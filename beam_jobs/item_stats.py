@@ -16,7 +16,7 @@ from beam_jobs.events import by_item
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo.arrow import arrow_schema, from_micros, micros
-from feature_repo.history import run_starts
+from feature_repo.history import run_ends, run_starts
 from feature_repo.schema import STAT_WINDOWS_DAYS, Contract
 from feature_repo.tables import parquet_bytes
 from feature_repo.transforms import MICROS_PER_DAY
@@ -42,7 +42,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     events = sort_by_key_and_time(events, contract.item.join_key)
     item = events[contract.item.join_key].combine_chunks()
     starts = run_starts(item)
-    number = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(item)]))
+    number = np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts)
     midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
     primary = (events["action"].to_numpy() == 0).astype(np.int64)
     value = (

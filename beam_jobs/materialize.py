@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,7 +16,7 @@ from beam_jobs.partition import sort_by_key_and_time, to_ipc
 from beam_jobs.runs import Built, Job, RunPlan, Unit, write_built
 from beam_jobs.sinks import WriteOnline
 from feature_repo.arrow import micros
-from feature_repo.history import run_starts
+from feature_repo.history import run_ends, run_starts
 
 
 def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[tuple[str, bytes]]:
@@ -35,7 +34,7 @@ def newest(rows: pa.Table, key: str) -> pa.Table:
     """The newest row of each key."""
     rows = sort_by_key_and_time(rows, key)
     starts = run_starts(rows[key].combine_chunks())
-    return rows.take(pa.array(np.r_[starts[1:], rows.num_rows] - 1))
+    return rows.take(pa.array(run_ends(starts, rows.num_rows) - 1))
 
 
 @dataclass

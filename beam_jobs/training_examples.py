@@ -20,7 +20,7 @@ from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
-from feature_repo.history import run_starts
+from feature_repo.history import run_ends, run_starts
 from feature_repo.tables import JobFolder, parquet_bytes
 
 POPULARITY_ROUNDS = 20  # draws before the popularity half is filled uniformly, where a few items hold nearly all events
@@ -175,7 +175,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
 def _number_within(keys: pa.Array) -> np.ndarray:
     """0, 1, 2, … within each run of equal keys."""
     starts = run_starts(keys)
-    return np.arange(len(keys)) - np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+    return np.arange(len(keys)) - np.repeat(starts, run_ends(starts, len(keys)) - starts)
 
 
 def _micros(iso: str) -> int:

@@ -42,7 +42,7 @@ def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
     """
     user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
     starts = history.run_starts(user)
-    first = np.repeat(starts, np.diff(np.r_[starts, len(user)]))
+    first = np.repeat(starts, history.run_ends(starts, len(user)) - starts)
     last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
     at = np.flatnonzero(last_of_instant)
     known = from_micros(time[at] + 1)
@@ -60,7 +60,7 @@ def newest_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_
     """
     user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
     starts = history.run_starts(user)
-    ends = np.r_[starts[1:], len(user)].astype(np.int64)
+    ends = history.run_ends(starts, len(user))
     columns = events.select([c.name for c in contract.history_columns])
     ids = user.take(pa.array(starts))
     packed = [

@@ -109,6 +109,11 @@ def run_starts(keys: pa.Array) -> np.ndarray:
     return np.flatnonzero(np.r_[True, changed])
 
 
+def run_ends(starts: np.ndarray, length: int) -> np.ndarray:
+    """Ends of the runs that start at `starts` in a column of this length."""
+    return np.r_[starts[1:], length].astype(np.int64)[: len(starts)]
+
+
 def _sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
     encoded = values.dictionary_encode()
     order = pc.array_sort_indices(encoded.dictionary).to_numpy()
@@ -191,8 +196,8 @@ class HistoryLog:
         Raises:
             HistoryError: a `history_end` lies beyond what the log holds; the log and the index are of different runs.
         """
-        ends = np.where(rows < 0, 0, history_end)
-        if (beyond := ends > np.where(rows < 0, 0, self._count[rows])).any():
+        ends = np.where(rows >= 0, history_end, 0)
+        if (beyond := ends > self._of_known(self._count, rows)).any():
             row = int(rows[np.flatnonzero(beyond)[0]])
             raise HistoryError(
                 f"history_end {int(ends[beyond][0])} of user {self.users[row]} lies beyond the {int(self._count[row])} events in the "
@@ -201,9 +206,9 @@ class HistoryLog:
         starts = np.zeros_like(ends) if length is None else np.maximum(ends - length, 0)
         lengths = ends - starts
         offsets = np.r_[0, np.cumsum(lengths)]
-        base = np.where(rows < 0, 0, self._start[rows]) + starts
+        base = self._of_known(self._start, rows) + starts
         flat = np.arange(offsets[-1]) + np.repeat(base - offsets[:-1], lengths)
-        owner = np.repeat(np.where(rows < 0, 0, self._part[rows]), lengths)
+        owner = np.repeat(self._of_known(self._part, rows), lengths)
         item_keys = np.empty(len(flat), np.int64)
         columns = {name: np.empty(len(flat), parts[0].dtype) for name, parts in self._columns.items()}
         for part in np.unique(owner):
@@ -213,6 +218,13 @@ class HistoryLog:
             for name, parts in self._columns.items():
                 columns[name][mine] = parts[part][at]
         return Histories(offsets, item_keys, columns)
+
+    @staticmethod
+    def _of_known(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Values of the rows that the log has; 0 for the others."""
+        found = np.zeros(len(rows), np.int64)
+        found[rows >= 0] = values[rows[rows >= 0]]
+        return found
 
 
 def from_batches(

@@ -1,0 +1,296 @@
+"""Small worlds to test in: a synthetic shop, a synthetic film club, the road walked over them once, and services."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from feature_repo.settings import CHECKOUT, Settings
+
+NUM_CUSTOMERS, NUM_PRODUCTS = 60, 220
+
+
+def shop_lines(seed: int = 0) -> pd.DataFrame:
+    """Invoice lines of a small shop in the raw format of Online Retail: habits, cancellations, and dirt of every kind."""
+    rng = np.random.default_rng(seed)
+    codes = [f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(NUM_PRODUCTS)]
+    taste = {c: rng.permutation(NUM_PRODUCTS)[:12] for c in range(NUM_CUSTOMERS)}
+    days = (datetime(2011, 12, 9) - datetime(2010, 12, 1)).days
+    visits = sorted(
+        (datetime(2010, 12, 1, 9) + timedelta(days=int(rng.integers(days)), minutes=int(rng.integers(480))), customer)
+        for customer in range(NUM_CUSTOMERS)
+        for _ in range(rng.integers(3, 14))
+    )
+    # On the first day somebody buys everything, so that evaluation finds its hundred negatives.
+    rows: list[tuple[Any, ...]] = [
+        ("536000", code, f"PRODUCT {code}", 1.0, datetime(2010, 12, 1, 8), 1.0 + i / 100, 12000.0, "France")
+        for i, code in enumerate(codes)
+    ]
+    for number, (at, customer) in enumerate(visits):
+        invoice, user, country = f"{540000 + number}", 13000.0 + customer, ("France", "United Kingdom")[customer % 2]
+        items = np.concatenate([rng.choice(taste[customer], 4), rng.integers(0, NUM_PRODUCTS, 2)])
+        for item in items:
+            line = (codes[item], f"PRODUCT {codes[item]}", float(rng.integers(1, 9)), at, round(1 + item / 50, 2))
+            rows.append((invoice, *line, user, country))
+            if rng.random() < 0.05:
+                rows.append((f"C{invoice}", line[0], line[1], -line[2], at, line[4], user, country))
+        if rng.random() < 0.3:
+            dirt = [
+                (invoice, "POST", "POSTAGE", 1.0, at, 5.0, user, country),
+                (invoice, codes[0], None, 1.0, at, 2.0, float("nan"), country),
+                (invoice, codes[0], "FREE", 1.0, at, 0.0, user, country),
+                (f"A{invoice}", codes[0], "?", 1.0, at, 2.0, user, country),
+            ]
+            rows.append(dirt[rng.integers(4)])
+    names = ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"]
+    frame = pd.DataFrame(rows, columns=names)
+    return frame.astype({"InvoiceDate": "datetime64[us]"})
+
+
+def write_film_club(folder: Path, seed: int = 0) -> None:
+    """A small folder in the format of MovieLens 1M, one unreadable rating included."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    users = [f"{u}::{'FM'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 21}::00000" for u in range(1, 41)]
+    movies = [f"{m}::Film {m} ({1960 + m % 40})::{('Drama', 'Comedy|Drama', 'Action')[m % 3]}" for m in range(1, 81)]
+    spans = {"train": (974000000, 975700000), "validation": (975800000, 978000000), "test": (978100000, 990000000)}
+    ratings = []
+    for user in range(1, 41):
+        low, high = list(spans.values())[user % 3]
+        times = np.sort(rng.integers(low, high, 24))
+        for movie, at in zip(rng.permutation(80)[:24] + 1, times, strict=True):
+            ratings.append(
+                f"{user}::{movie}::{int(np.clip(3 + movie % 3 - user % 2 + rng.integers(-1, 2), 1, 5))}::{at}"
+            )
+    ratings.insert(7, "1::oops::3::974000001")
+    for name, lines in (("users.dat", users), ("movies.dat", movies), ("ratings.dat", ratings)):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
+
+
+@dataclass
+class Road:
+    """A dataset whose tables are built, registered and materialised under one home."""
+
+    settings: Settings
+    data: Path
+
+    @property
+    def store(self) -> Any:
+        from feature_repo.store import open_store
+
+        return open_store(self.settings)
+
+
+def settings_in(home: Path, dataset: str, data: Path, profile: str = "local") -> Settings:
+    """Settings of a dataset under its own home."""
+    folder = home / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    return Settings(dataset, str(data), str(folder), profile, f"sqlite:///{folder}/catalogue.db", False)
+
+
+def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
+    """Run Beam jobs in this process on the local runner; returns their outcomes."""
+    from beam_jobs import runs
+
+    outcomes = {}
+    for name in names:
+        job = runs.load_job(name)
+        chosen = {**job.options, **{k: v for k, v in options.items() if k in job.options}}
+        outcomes[name] = runs.run(
+            job, settings, chosen, ["--runner=FnApiRunner"], as_of=options.get("as_of"), max_bad_fraction=None
+        )
+    return outcomes
+
+
+TABLE_JOBS = ("events", "user_history", "item_stats", "training_examples")
+
+
+def apply_in_process(settings: Settings) -> Any:
+    """What `feast apply` does, without its eight seconds."""
+    from feast import Entity, FeatureService, FeatureView, FileSource
+
+    from feature_repo.store import REPO, open_store
+
+    before = {name: os.environ.get(name) for name in ("MEMOIR_DATASET", "MEMOIR_HOME")}
+    os.environ |= {"MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": str(Path(settings.home).parent)}
+    try:
+        made = runpy.run_path(str(REPO / "feature_definitions.py"))
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+    store = open_store(settings)
+    store.apply(
+        [value for value in made.values() if isinstance(value, (Entity, FeatureService, FeatureView, FileSource))]
+    )
+    return store
+
+
+def walk(settings: Settings, data: Path) -> Road:
+    """Build, register and materialise."""
+    run_jobs(settings, *TABLE_JOBS, num_partitions=3)
+    apply_in_process(settings)
+    run_jobs(settings, "materialize")
+    return Road(settings, data)
+
+
+@pytest.fixture(scope="session")
+def shop_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the synthetic shop's raw file."""
+    folder = tmp_path_factory.mktemp("shop")
+    shop_lines().to_parquet(folder / "online_retail.parquet", index=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory, shop_data: Path) -> Road:
+    """The road over the synthetic shop, up to the online store."""
+    return walk(settings_in(tmp_path_factory.mktemp("home"), "online_retail", shop_data), shop_data)
+
+
+@pytest.fixture(scope="session")
+def film_club(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The road over the synthetic film club."""
+    data = tmp_path_factory.mktemp("films")
+    write_film_club(data)
+    return walk(settings_in(tmp_path_factory.mktemp("home"), "movielens_1m", data), data)
+
+
+@pytest.fixture(scope="session")
+def trained_shop(shop: Road) -> Road:
+    """The synthetic shop with the tiny recipe trained, evaluated and live."""
+    train_road(shop)
+    return shop
+
+
+def train_road(road: Road) -> None:
+    """Train, evaluate and export the tiny recipe, as the commands do."""
+    from feature_repo.catalogue import Catalogue
+    from modeling import command, recipes
+
+    catalogue = Catalogue(road.settings.catalogue_url)
+    run = command.open_run(road.settings, recipes.load("amortised_dlrm_tiny"))
+    command.train(run, catalogue)
+    command.evaluate(command.trained(run), catalogue)
+    command.export(command.trained(run), catalogue, live=True)
+
+
+def _missing(what: str) -> None:
+    if os.environ.get("MEMOIR_REQUIRE_SERVICES") == "1":
+        pytest.fail(f"{what} is not installed, and MEMOIR_REQUIRE_SERVICES=1 makes that a failure")
+    pytest.skip(f"{what} is not installed")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert process.poll() is None, f"{process.args} ended before it listened"
+        time.sleep(0.05)
+    raise AssertionError(f"{process.args} did not listen within {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis of our own on a free loopback port."""
+    if not shutil.which("redis-server"):
+        _missing("redis-server")
+    port, folder = free_port(), tmp_path_factory.mktemp("redis")
+    command = [
+        "redis-server",
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(folder),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for_port(port, process)
+    yield f"127.0.0.1:{port}"
+    process.terminate()
+    process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL of our own on a free loopback port, as a SQLAlchemy URL of an empty database."""
+    import tempfile
+
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) if Path("/usr/lib/postgresql").exists() else []
+    binary = Path(shutil.which("initdb") or (found[-1] if found else ""))
+    if not binary.name:
+        _missing("postgresql")
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="memoir-pg-"))
+    as_user = []
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    subprocess.run(
+        [*as_user, str(binary), "-D", str(data), "-A", "trust", "-U", "memoir"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    serve = [
+        *as_user,
+        str(binary.with_name("postgres")),
+        "-D",
+        str(data),
+        "-p",
+        str(port),
+        "-h",
+        "127.0.0.1",
+        "-k",
+        str(folder),
+    ]
+    process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    wait_for_port(port, process)
+    time.sleep(0.3)
+    yield f"postgresql+psycopg://memoir@127.0.0.1:{port}/postgres"
+    process.terminate()
+    process.wait(timeout=20)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def helpers() -> Any:
+    """The functions above, for tests that build worlds of their own."""
+
+    class Helpers:
+        pass
+
+    for function in (settings_in, run_jobs, apply_in_process, walk, shop_lines, write_film_club, train_road):
+        setattr(Helpers, function.__name__, staticmethod(function))
+    Helpers.replace = staticmethod(replace)
+    Helpers.checkout = CHECKOUT
+    Helpers.table_jobs = TABLE_JOBS
+    return Helpers

@@ -1,0 +1,237 @@
+"""Histories against an oracle of plain Python: log slice = packed history = what was known then."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from beam_jobs.partition import sort_by_key_and_time
+from beam_jobs.user_history import index_rows, newest_rows
+from feature_repo import history
+from feature_repo.arrow import arrow_schema, micros
+from feature_repo.datasets import load_contract
+from feature_repo.history import Histories, HistoryError, HistoryLog
+from feature_repo.tables import JobFolder
+from feature_repo.transforms import MATCH_FEATURES, MICROS_PER_DAY, match_features
+
+CONTRACT = load_contract("online_retail")
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.sampled_from(["10001", "10002A", "10003"]),
+        st.integers(0, 1),
+        st.integers(0, 9),
+        st.integers(1, 5),
+    ),
+    max_size=40,
+)
+
+
+def events_table(rows: list[tuple[int, str, int, int, int]]) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) if rows else [[]] * 5
+    table = pa.table(
+        [
+            pa.array(columns[0], pa.int64()),
+            pa.array(columns[1], pa.string()),
+            pa.array(columns[2], pa.int8()),
+            pa.array(columns[3], pa.int64()).cast(pa.timestamp("us", "UTC")),
+            pa.array(columns[4], pa.float32()),
+            pa.array([1.0] * len(rows), pa.float32()),
+            pa.array(range(len(rows)), pa.int64()),
+        ],
+        schema=arrow_schema(CONTRACT.table("events")),
+    )
+    return sort_by_key_and_time(table, "user_id")
+
+
+def oracle(rows: list[tuple[int, str, int, int, int]]) -> dict[int, list[tuple[str, int, int, int]]]:
+    """User → events, oldest first, ties in source order."""
+    found = defaultdict(list)
+    for user, item, action, at, quantity in rows:
+        found[user].append((item, action, at, quantity))
+    return {user: sorted(events, key=lambda e: e[2]) for user, events in found.items()}
+
+
+def open_log(folder: Path, events: pa.Table) -> HistoryLog:
+    part = history.log_part(CONTRACT, events)
+    with pa.ipc.new_file(str(folder / "part.arrow"), part.schema) as writer:
+        writer.write_batch(part)
+
+    class OnePart(JobFolder):
+        def paths(self, table: str) -> list[str]:
+            return [str(folder / "part.arrow")]
+
+    return HistoryLog(CONTRACT, OnePart(str(folder), "user_history"))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(EVENTS, st.integers(1, 6))
+def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
+    events, truth = events_table(rows), oracle(rows)
+    index = index_rows(CONTRACT, events)
+    log = open_log(tmp_path, events)
+    for at in range(11):  # a request at this very microsecond
+        known = index.filter(pa.array(micros(index["event_timestamp"]) <= at)) if index.num_rows else index
+        for user in (1, 2, 3, 4, 99):
+            ends = [
+                e
+                for u, e in zip(known["user_id"].to_pylist(), known["history_end"].to_pylist(), strict=True)
+                if u == user
+            ]
+            got = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([max(ends, default=0)]), length)
+            expected = [e for e in truth.get(user, []) if e[2] < at][-length:]
+            assert [log.items[int(k)].as_py() for k in got.item_keys] == [e[0] for e in expected]
+            assert got.columns["action"].tolist() == [e[1] for e in expected]
+            assert got.times.tolist() == [e[2] for e in expected]
+            assert got.columns["quantity"].tolist() == [e[3] for e in expected]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(EVENTS, st.integers(1, 6))
+def test_packed_history_equals_log_slice_at_the_same_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
+    events = events_table(rows)
+    log, newest = open_log(tmp_path, events), newest_rows(CONTRACT, events, length)
+    for user, packed in zip(newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True):
+        online = history.unpack(CONTRACT, user, packed)
+        row = log.rows_of(pa.array([user], pa.int64()))
+        offline = log.gather(row, log._count[row], length)
+        assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+        assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()
+        for name in ("action", "quantity", "unit_price"):
+            assert online[name].to_pylist() == offline.columns[name].tolist()
+
+
+def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
+    events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 0, 7, 1)])
+    index = index_rows(CONTRACT, events)
+    assert micros(index["event_timestamp"]).tolist() == [6, 8]
+    assert index["history_end"].to_pylist() == [1, 2]
+
+
+def packed_example() -> bytes:
+    newest = newest_rows(CONTRACT, events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)]))
+    return newest["history"][0].as_py()
+
+
+def test_every_truncation_and_bit_flip_of_a_packed_history_is_noticed() -> None:
+    data = packed_example()
+    assert history.unpack(CONTRACT, 1, data).num_rows == 2
+    for length in range(len(data)):
+        with pytest.raises(HistoryError):
+            history.unpack(CONTRACT, 1, data[:length])
+    for position in range(len(data)):
+        for bit in range(8):
+            broken = bytearray(data)
+            broken[position] ^= 1 << bit
+            with pytest.raises(HistoryError):
+                history.unpack(CONTRACT, 1, bytes(broken))
+
+
+def test_another_users_or_contracts_history_is_refused() -> None:
+    data = packed_example()
+    with pytest.raises(HistoryError, match="another user"):
+        history.unpack(CONTRACT, 2, data)
+    with pytest.raises(HistoryError, match="written under contract"):
+        history.unpack(load_contract("movielens_1m"), 1, data)
+
+
+def test_a_log_and_an_index_of_different_runs_are_noticed(tmp_path: Path) -> None:
+    log = open_log(tmp_path, events_table([(1, "10001", 0, 5, 1)]))
+    with pytest.raises(HistoryError, match="different runs"):
+        log.gather(np.array([0]), np.array([2]), 5)
+
+
+def plain_match(events: list[tuple[int, int, int]], candidate: int, now: int) -> list[float]:
+    """Match features of one candidate in plain Python; events are (item key, action, time)."""
+    hits = [i for i, e in enumerate(events) if e[0] == candidate and e[1] == 0]
+    last = hits[-1] if hits else None
+    return [
+        np.log1p(len(hits)),
+        len(hits) / max(len(events), 1),
+        np.log1p(sum(e[0] == candidate and e[1] != 0 for e in events)),
+        np.log1p((now - events[last][2]) / MICROS_PER_DAY) if last is not None else 0,
+        np.log1p(len(events) - last) if last is not None else 0,
+        np.log1p(len(events)),
+        np.log1p((now - events[-1][2]) / MICROS_PER_DAY) if events else 0,
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 10**12)), max_size=12),
+            st.lists(st.integers(0, 8), max_size=6),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_match_features_equal_plain_python_for_any_number_of_requests(requests: list[Any]) -> None:
+    now = 10**12 + 5
+    histories = [sorted(events, key=lambda e: e[2]) for events, _ in requests]
+    flat = [e for events in histories for e in events]
+    together = Histories(
+        np.cumsum([0, *map(len, histories)]),
+        np.array([e[0] for e in flat], np.int64),
+        {
+            "action": np.array([e[1] for e in flat], np.int8),
+            "event_timestamp": np.array([e[2] for e in flat], np.int64),
+        },
+    )
+    candidates = [c for _, c in requests]
+    got = match_features(
+        together,
+        np.cumsum([0, *map(len, candidates)]),
+        np.array([c for some in candidates for c in some], np.int64),
+        np.full(len(requests), now),
+    )
+    expected = [plain_match(events, c, now) for events, some in zip(histories, candidates, strict=True) for c in some]
+    np.testing.assert_allclose(got, np.array(expected, np.float32).reshape(-1, len(MATCH_FEATURES)), rtol=1e-6)
+
+
+def test_offline_slice_equals_online_value_for_random_customers(shop: Any) -> None:
+    """Through the stores: packed history read with Feast's SDK against the log."""
+    contract = load_contract("online_retail")
+    log = HistoryLog(contract, JobFolder(shop.settings.home, "user_history"))
+    users = log.users.to_pylist()
+    rng = np.random.default_rng(0)
+    chosen = [int(u) for u in rng.choice(users, 25, replace=False)]
+    read = shop.store.get_online_features(
+        features=["user_history:history", "user_history_index:history_end"],
+        entity_rows=[{"user_id": u} for u in chosen],
+    ).to_dict()
+    for user, packed, end in zip(chosen, read["history"], read["history_end"], strict=True):
+        online = history.unpack(contract, user, packed)
+        offline = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([end]), 512)
+        assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+        assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()
+
+
+def test_offline_slice_equals_online_value_at_random_instants(tmp_path: Path, shop: Any, helpers: Any) -> None:
+    """Build the online value as of an instant, and slice the log of the whole data at that instant."""
+    contract = load_contract("online_retail")
+    log = HistoryLog(contract, JobFolder(shop.settings.home, "user_history"))
+    index = JobFolder(shop.settings.home, "user_history").read("user_history_index")
+    for as_of in ("2011-03-01T10:30:00+00:00", "2011-08-17T00:00:00+00:00", "2011-11-20T15:00:00+00:00"):
+        then = helpers.settings_in(tmp_path / as_of[:10], "online_retail", shop.data)
+        helpers.run_jobs(then, "events", "user_history", as_of=as_of, num_partitions=2)
+        packed = JobFolder(then.home, "user_history").read("user_history")
+        instant = JobFolder(then.home, "user_history").require().as_of_micros
+        known = index.filter(pa.array(micros(index["event_timestamp"]) <= instant))
+        ends = dict(
+            zip(known["user_id"].to_pylist(), known["history_end"].to_pylist(), strict=True)
+        )  # the last row of a user wins
+        assert set(packed["user_id"].to_pylist()) == set(ends)
+        for user, value in zip(packed["user_id"].to_pylist(), packed["history"].to_pylist(), strict=True):
+            online = history.unpack(contract, user, value)
+            offline = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([ends[user]]), 512)
+            assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+            assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()
