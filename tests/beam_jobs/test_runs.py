@@ -1,0 +1,244 @@
+"""Runs: same bytes every time, wherever they are killed; nothing visible before the manifest; nothing lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_repo import datasets
+from feature_repo.tables import JobFolder, Manifest, Part, TableNotBuiltError, parquet_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def snapshot(home: str, job: str) -> tuple[str, dict[str, bytes]]:
+    """Manifest and every byte of the published run."""
+    folder = JobFolder(home, job)
+    manifest = folder.require()
+    return manifest.to_json(), {
+        part.path: Path(folder.root, part.path).read_bytes() for parts in manifest.tables.values() for part in parts
+    }
+
+
+def test_kept_and_dead_rows_add_up_to_the_rows_read(shop: Any, shop_data: Path) -> None:
+    counts = JobFolder(shop.settings.home, "events").require().counts
+    assert counts["rows_read"] == pq.ParquetFile(shop_data / "online_retail.parquet").metadata.num_rows
+    assert counts["rows_read"] == counts["rows_events"] + counts["rows_dead"]
+    assert (
+        counts["rows_dead"]
+        == sum(n for name, n in counts.items() if name.startswith("dead: "))
+        == counts["rows_dead_letters"]
+    )
+
+
+def test_dead_letters_say_where_and_why(shop: Any, shop_data: Path) -> None:
+    raw = pd.read_parquet(shop_data / "online_retail.parquet")
+    letters = JobFolder(shop.settings.home, "events").read("dead_letters").to_pylist()
+    assert letters
+    for letter in letters:
+        assert letter["source_file"] == "online_retail.parquet"
+        assert raw.iloc[letter["source_row"]]["InvoiceNo"] in letter["raw"]
+        row = raw.iloc[letter["source_row"]]
+        expected = (
+            "no customer"
+            if pd.isna(row["CustomerID"])
+            else "product"
+            if row["StockCode"] == "POST"
+            else "positive"
+            if row["UnitPrice"] <= 0
+            else "unreadable"
+        )
+        assert expected in letter["reason"]
+
+
+@pytest.mark.parametrize("job", ["events", "user_history", "item_stats", "training_examples"])
+def test_a_rerun_elsewhere_gives_the_same_bytes(job: str, shop: Any, tmp_path: Path, helpers: Any) -> None:
+    again = helpers.settings_in(tmp_path, "online_retail", shop.data)
+    helpers.run_jobs(again, *helpers.table_jobs[: helpers.table_jobs.index(job) + 1], num_partitions=3)
+    assert snapshot(again.home, job) == snapshot(shop.settings.home, job)
+
+
+def test_a_job_that_is_up_to_date_does_nothing(shop: Any, helpers: Any) -> None:
+    outcome = helpers.run_jobs(shop.settings, "user_history", num_partitions=3)["user_history"]
+    assert not outcome.built
+
+
+def test_other_options_or_inputs_are_another_run(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    from beam_jobs import runs
+
+    job = runs.load_job("training_examples")
+    ids = {
+        runs.plan_run(job, shop.settings, {"num_partitions": 3, "seed": seed}, as_of)[0].run_id
+        for seed in (1, 2)
+        for as_of in (None, "2011-11-01")
+    }
+    assert len(ids) == 4
+
+
+COMMAND = [sys.executable, "-m", "beam_jobs", "--runner=FnApiRunner", "--num_partitions=6"]
+
+
+def environment(home: Path, data: Path) -> dict[str, str]:
+    return {**os.environ, "MEMOIR_HOME": str(home), "MEMOIR_DATA": str(data), "MEMOIR_DATASET": "online_retail"}
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_rerun_gives_the_same_bytes(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    """SIGKILL a real process at random moments; whatever it left, nothing is visible, and the next run heals it."""
+    reference = helpers.settings_in(tmp_path / "reference", "online_retail", shop.data)
+    helpers.run_jobs(reference, "events", "user_history", num_partitions=6)
+    home = tmp_path / "killed"
+    killed = helpers.settings_in(home, "online_retail", shop.data)
+    helpers.run_jobs(killed, "events", num_partitions=6)
+    rng = random.Random(7)
+    job = Path(killed.home, "user_history")
+    kills = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [*COMMAND, "user_history"],
+            env=environment(home, shop.data),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wanted = rng.randint(0, 18)  # parts and notes written before the kill
+        while process.poll() is None and sum(1 for _ in job.rglob("part-*")) < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed_now = process.wait() == -signal.SIGKILL
+        kills += killed_now
+        if killed_now:
+            if (job / "manifest.json").exists():
+                break
+            with pytest.raises(TableNotBuiltError):
+                JobFolder(killed.home, "user_history").paths("history_log")
+    assert kills
+    assert (
+        subprocess.run(
+            [*COMMAND, "user_history"],
+            env=environment(home, shop.data),
+            cwd=ROOT,
+            check=False,
+            stdout=subprocess.DEVNULL,
+        ).returncode
+        == 0
+    )
+    assert snapshot(killed.home, "user_history") == snapshot(reference.home, "user_history")
+
+
+class StopHereError(Exception):
+    """Stands for a crash."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 9, 11])
+def test_a_crash_after_any_number_of_parts_leaves_the_old_run_visible(
+    after: int, shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
+    helpers.run_jobs(settings, "events", "user_history", num_partitions=2)
+    before = snapshot(settings.home, "user_history")
+    written, original = 0, JobFolder.write_part
+
+    def crashing(self: JobFolder, *arguments: Any) -> Part:
+        nonlocal written
+        if written == after:
+            raise StopHereError
+        written += 1
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "write_part", crashing)
+        with pytest.raises(StopHereError):
+            helpers.run_jobs(settings, "user_history", num_partitions=3)
+    assert snapshot(settings.home, "user_history") == before
+    helpers.run_jobs(settings, "user_history", num_partitions=3)
+    assert snapshot(settings.home, "user_history")[0] != before[0]
+
+
+def test_publishing_replaces_a_run_and_drops_older_ones(tmp_path: Path) -> None:
+    folder = JobFolder(str(tmp_path), "job")
+    for number in range(4):
+        data = parquet_bytes(pa.table({"n": [number]}))
+        part = folder.write_part(f"run{number}", "numbers", "part-0.parquet", data, 1)
+        manifest = Manifest(
+            "job", f"run{number}", "shop", "f" * 16, "2011-01-01T00:00:00+00:00", {}, {}, {}, {"numbers": [part]}
+        )
+        folder.publish(manifest)
+        assert folder.read("numbers")["n"].to_pylist() == [number]
+    assert sorted(p.name for p in Path(folder.root).iterdir() if p.is_dir()) == ["run2", "run3"]
+
+
+def test_a_manifest_of_another_layout_is_refused(tmp_path: Path) -> None:
+    folder = JobFolder(str(tmp_path), "job")
+    Path(folder.root).mkdir()
+    Path(folder.root, "manifest.json").write_text('{"layout": 99}')
+    with pytest.raises(ValueError, match="layout 99"):
+        folder.manifest()
+
+
+@pytest.mark.parametrize("job", ["events", "user_history", "item_stats", "training_examples", "materialize"])
+def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(job: str, shop: Any, shop_data: Path) -> None:
+    from beam_jobs import runs
+
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*"))
+    loaded = runs.load_job(job)
+    plan, units, _ = runs.plan_run(loaded, shop.settings, loaded.options, "2011-10-01")
+    shown = runs.describe(loaded, plan, units, ["--runner=FnApiRunner"])
+    for part in ("would be built", "inputs:", "pieces, about", "graph:", job):
+        assert part in shown
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*")) == before
+
+
+def test_unknown_flags_go_to_the_runner() -> None:
+    from beam_jobs.__main__ import parser
+
+    known, rest = parser().parse_known_args(["events", "--runner=DataflowRunner", "--project=p", "--region=r"])
+    assert isinstance(known, argparse.Namespace)
+    assert rest == ["--project=p", "--region=r"]
+
+
+def test_an_event_at_or_after_as_of_is_a_dead_letter(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
+    helpers.run_jobs(settings, "events", as_of="2011-06-01T00:00:00+00:00")
+    whole, cut = (JobFolder(home, "events").require().counts for home in (shop.settings.home, settings.home))
+    late = cut["dead: time is at or after --as_of"]
+    assert late > 0
+    assert cut["rows_events"] + late == whole["rows_events"]
+    assert cut["rows_read"] == cut["rows_events"] + cut["rows_dead"]
+
+
+def test_the_same_job_runs_through_the_portable_runner(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    """The job API, artifact staging and protos that Flink, Spark and Dataflow take, against an embedded endpoint."""
+    from beam_jobs import runs
+
+    settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
+    helpers.run_jobs(settings, "events", num_partitions=3)
+    job = runs.load_job("item_stats")
+    flags = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
+    runs.run(job, settings, {"num_partitions": 3}, flags, as_of=None, max_bad_fraction=None)
+    assert snapshot(settings.home, "item_stats") == snapshot(shop.settings.home, "item_stats")
+
+
+@pytest.mark.parametrize("name", ["shop", "film_club"])
+def test_built_tables_have_the_contracts_columns(name: str, request: pytest.FixtureRequest) -> None:
+    from feature_repo.arrow import arrow_schema
+
+    road = request.getfixturevalue(name)
+    contract = datasets.load_contract(road.settings.dataset)
+    for table in contract.tables:
+        rows = JobFolder(road.settings.home, table.job).read(table.name)
+        assert rows.schema.names == arrow_schema(table).names
+        assert rows.schema.types == arrow_schema(table).types
+        assert rows.num_rows

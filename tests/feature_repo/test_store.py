@@ -1,0 +1,127 @@
+"""Feast over our tables: apply as it is, materialize against our writers, both profiles, guards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_repo import datasets
+from feature_repo.tables import JobFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+FEAST = Path(sys.executable).parent / "feast"
+
+
+def online_values(store: Any, settings: Any) -> dict[str, dict[str, list[Any]]]:
+    """Every value of every view, for every key that the offline store has and one that it has not."""
+    contract, found = datasets.load_contract(settings.dataset), {}
+    for table in contract.views:
+        key = table.entity.join_key
+        ids = sorted(set(JobFolder(settings.home, table.job).read(table.name, [key])[key].to_pylist()))
+        ids.append(type(ids[0])(99999999))
+        refs = [f"{table.name}:{c.name}" for c in table.columns]
+        found[table.name] = store.get_online_features(features=refs, entity_rows=[{key: i} for i in ids]).to_dict()
+    return found
+
+
+def test_feast_materialize_agrees_with_our_writer(shop: Any, tmp_path: Path) -> None:
+    ours = online_values(shop.store, shop.settings)
+    other = replace(shop.settings)
+    store = shop.store
+    store.config.online_store.path = str(tmp_path / "feasts.db")
+    for view in store.list_feature_views():
+        store.provider.online_store.update(store.config, [], [view], [], [], False)
+    store.materialize(datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1))
+    theirs = online_values(store, other)
+    assert (tmp_path / "feasts.db").exists()
+    assert theirs == ours
+    assert any(value is not None for value in ours["user_history"]["history"])
+
+
+def test_newest_row_of_each_key_goes_online(shop: Any) -> None:
+    """An independent look: the value online is the offline row with the greatest timestamp."""
+    contract = datasets.load_contract("online_retail")
+    online = online_values(shop.store, shop.settings)
+    for name in ("item_stats", "user_history_index", "user_profile"):
+        table = contract.table(name)
+        rows = JobFolder(shop.settings.home, table.job).read(name).to_pylist()
+        newest: dict[Any, dict[str, Any]] = {}
+        for row in rows:
+            key = row[table.entity.join_key]
+            if key not in newest or row["event_timestamp"] > newest[key]["event_timestamp"]:
+                newest[key] = row
+        ids = online[name][table.entity.join_key]
+        for column in table.columns:
+            assert online[name][column.name] == [newest.get(i, {}).get(column.name) for i in ids]
+
+
+def run_feast(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(FEAST), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
+    """On a copy of a fresh checkout: no environment, nothing built, nothing to start."""
+    copy = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("*.db", "__pycache__")
+    for room in ("feature_repo",):
+        shutil.copytree(ROOT / room, copy / room, ignore=ignore)
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {"PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [str(FEAST), "-c", "feature_repo", "apply"], capture_output=True, text=True, cwd=copy, env=plain, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in (
+        "entity user",
+        "entity item",
+        *(f"feature view {t.name}" for t in datasets.load_contract("online_retail").views),
+    ):
+        assert f"Created {name}" in done.stdout
+    assert "feature service amortised_dlrm_v1" in done.stdout
+    assert (copy / "feature_repo" / "data" / "registry.db").exists()
+
+
+@pytest.mark.slow
+def test_definitions_of_another_dataset_are_refused_by_this_registry(shop: Any) -> None:
+    from feature_repo.store import yaml_path
+
+    done = run_feast("-c", "feature_repo", "-f", str(yaml_path(shop.settings)), "apply", MEMOIR_DATASET="movielens_1m")
+    assert done.returncode != 0
+    assert "is for dataset 'online_retail'" in done.stdout + done.stderr
+
+
+def test_no_on_demand_views_are_registered(shop: Any, film_club: Any) -> None:
+    """Feast executes registry text for them; we keep none (SECURITY.md)."""
+    for road in (shop, film_club):
+        assert road.store.list_on_demand_feature_views() == []
+
+
+def test_production_profile_serves_the_same_values(
+    shop: Any, redis_address: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch, helpers: Any
+) -> None:
+    """Redis and a SQL registry on PostgreSQL, the same definitions, our writer, read back with Feast's SDK."""
+    monkeypatch.setenv("MEMOIR_REGISTRY_URL", postgres_url)
+    monkeypatch.setenv("MEMOIR_REDIS", redis_address)
+    monkeypatch.setenv("MEMOIR_DATASET", shop.settings.dataset)
+    production = replace(shop.settings, profile="production")
+    local = online_values(shop.store, shop.settings)
+    store = helpers.apply_in_process(production)
+    assert type(store.registry).__name__ == "SqlRegistry"
+    assert str(store.config.registry.path) == postgres_url
+    helpers.run_jobs(production, "materialize")
+    assert online_values(store, production) == local
