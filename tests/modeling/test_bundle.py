@@ -1,0 +1,165 @@
+"""Bundles: what was exported is what is loaded; anything else is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from feature_repo import datasets
+from feature_repo.catalogue import Catalogue
+from modeling import bundle, command, recipes
+from modeling.bundle import BundleError
+from modeling.dataset import Warehouse
+from modeling.trainer import predict
+
+CONTRACT = datasets.load_contract("online_retail")
+
+
+@pytest.fixture
+def exported(trained_shop: Any, tmp_path: Path) -> Path:
+    live = Catalogue(trained_shop.settings.catalogue_url).live_bundle("online_retail")
+    return Path(shutil.copytree(live.path, tmp_path / "bundle"))
+
+
+def test_a_loaded_bundle_scores_as_the_trained_model(trained_shop: Any, exported: Path) -> None:
+    run = command.trained(command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")))
+    model, encoder = command._load_trained(run)
+    loaded = bundle.load(exported, CONTRACT)
+    split = Warehouse(trained_shop.settings).split(trained_shop.store, run.recipe.service, "validation")
+    expected = predict(model, encoder, encoder.encode(split.requests))
+    assert np.array_equal(predict(loaded.model, loaded.encoder, loaded.encoder.encode(split.requests)), expected)
+
+
+def test_the_same_run_exports_the_same_digest(trained_shop: Any, exported: Path, tmp_path: Path) -> None:
+    loaded = bundle.load(exported, CONTRACT)
+    m = loaded.manifest
+    _, digest = bundle.export(
+        tmp_path / "again",
+        model=loaded.model,
+        encoder=loaded.encoder,
+        recipe=recipes.load(m["recipe"]),
+        metrics=m["metrics"],
+        trained_on=m["trained_on"],
+        data_as_of=m["data_as_of"],
+    )
+    assert digest == loaded.digest
+
+
+def test_the_bundle_says_what_it_is(exported: Path) -> None:
+    manifest = bundle.load(exported, CONTRACT).manifest
+    assert manifest["fingerprint"] == CONTRACT.fingerprint
+    assert manifest["service"] == "amortised_dlrm_v1"
+    assert set(manifest["files"]) == {"weights.safetensors", "vocabularies.json"}
+    assert {"ndcg@10", "gauc", "auc", "calibration_error"} <= set(manifest["metrics"])
+
+
+def rewrite(exported: Path, **changes: Any) -> None:
+    file = exported / "bundle.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=1, sort_keys=True))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "vocabularies.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "link"])
+def test_a_damaged_file_is_refused(exported: Path, name: str, damage: str) -> None:
+    file = exported / name
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        file.rename(exported.parent / "elsewhere")
+        file.symlink_to(exported.parent / "elsewhere")
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        bundle.load(exported, CONTRACT)
+
+
+def test_a_manifest_changed_after_export_is_refused_by_its_digest(exported: Path) -> None:
+    digest = bundle.load(exported, CONTRACT).digest
+    assert bundle.load(exported, CONTRACT, digest).digest == digest
+    rewrite(exported, metrics={})
+    with pytest.raises(BundleError, match="changed after export"):
+        bundle.load(exported, CONTRACT, digest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layout": 99}, "layout 99"),
+        ({"fingerprint": "0" * 16}, "trained under contract 0000"),
+        ({"dataset": "movielens_1m"}, "of dataset 'movielens_1m'"),
+        ({"config": {"width": 32, "num_heads": 2}}, "do not fit"),
+        ({"config": {"depth": 3}}, "does not know"),
+        ({"model": "gpt"}, "no model 'gpt'"),
+        ({"files": {"../../etc/passwd": "0"}}, "none of a bundle's files"),
+    ],
+)
+def test_another_layout_contract_or_model_is_refused(exported: Path, changes: dict[str, Any], reason: str) -> None:
+    rewrite(exported, **changes)
+    with pytest.raises(ValueError, match=reason):
+        bundle.load(exported, CONTRACT)
+
+
+def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:
+    weights = load_file(exported / "weights.safetensors")
+    weights["head.0.weight"] = torch.full_like(weights["head.0.weight"], float("nan"))
+    save_file(weights, exported / "weights.safetensors")
+    files = json.loads((exported / "bundle.json").read_text())["files"]
+    rewrite(exported, files={**files, "weights.safetensors": bundle._sha256(exported / "weights.safetensors")})
+    with pytest.raises(BundleError, match="no finite numbers"):
+        bundle.load(exported, CONTRACT)
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle"):
+        bundle.load(tmp_path, CONTRACT)
+
+
+def test_stages_that_are_up_to_date_do_nothing(trained_shop: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    catalogue = Catalogue(trained_shop.settings.catalogue_url)
+    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    before = {stage: catalogue.last_run("online_retail", stage).id for stage in ("train", "evaluate", "export")}  # type: ignore[union-attr]
+    command.train(run, catalogue)
+    command.evaluate(command.trained(run), catalogue)
+    command.export(command.trained(run), catalogue, live=True)
+    after = {stage: catalogue.last_run("online_retail", stage).id for stage in before}  # type: ignore[union-attr]
+    assert after == before
+
+
+def test_evaluation_needs_a_run_on_these_tables(trained_shop: Any, tmp_path: Path) -> None:
+    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    with pytest.raises(FileNotFoundError, match="is not trained"):
+        command.trained(replace(run, folder=tmp_path))
+
+
+def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> None:
+    folder = Path(trained_shop.settings.home, "runs", "amortised_dlrm_tiny")
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http://" not in page
+    assert "https://" not in page
+    for text in ("own frequency", "popularity to date", "same network, empty history", "gauc", "calibration error"):
+        assert text in page
+    for name in ("loss", "calibration", "ndcg_by_history_length", "scores"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) -> None:
+    """Customers there buy their habits again; a model that misses this has lost its history on the way."""
+    evaluation = json.loads(
+        Path(trained_shop.settings.home, "runs", "amortised_dlrm_tiny", "evaluation.json").read_text()
+    )
+    ndcg = {name: row["ndcg@10"]["value"] for name, row in evaluation["metrics"].items()}
+    assert ndcg["model"] > ndcg["same network, empty history"] + 0.1
+    assert ndcg["model"] > ndcg["popularity to date"] + 0.1

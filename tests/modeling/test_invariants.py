@@ -1,0 +1,248 @@
+"""What must hold for every ranker behind the two-step interface, whatever its name (design: one interface)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modeling import models
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.models.base import CannotExtendError, Ranker
+
+TOLERANCE = 1e-5  # fp32 sums in another order; scores are of order 1
+SIZES = FeatureSizes(
+    items=50, actions=2, event_features=2, user_fields=(5, 3), categories=(7,), slots=(3,), dense=4, history_length=12
+)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "amortised_dlrm": ("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4}),
+    "amortised_dlrm_causal": ("amortised_dlrm", {"width": 16, "num_layers": 3, "num_heads": 2, "causal": True}),
+    "amortised_dlrm_extendable": (
+        "amortised_dlrm",
+        {"width": 16, "num_layers": 2, "num_heads": 4, "causal": True, "positions": "from_oldest"},
+    ),
+}
+EXTENDABLE = [name for name, (_, config) in CONFIGS.items() if config.get("positions") == "from_oldest"]
+
+
+def make(name: str) -> Ranker:
+    torch.manual_seed(3)
+    model_name, config = CONFIGS[name]
+    model = models.build(model_name, config, SIZES)
+    for parameter in model.parameters():  # far from initial values, where many things hold by chance
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def user_inputs(lengths: list[int], seed: int, width: int | None = None) -> UserInputs:
+    generator = torch.Generator().manual_seed(seed)
+    batch, width = len(lengths), width or max([*lengths, 1])
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+
+    def real(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def number(limit: int, *shape: int) -> Tensor:
+        return torch.randint(0, limit, shape, generator=generator)
+
+    made = UserInputs(
+        item_BL=number(SIZES.items, batch, width),
+        action_BL=number(SIZES.actions, batch, width),
+        age_BL=real(batch, width).abs(),
+        gap_BL=real(batch, width).abs(),
+        event_BLE=real(batch, width, SIZES.event_features),
+        mask_BL=mask,
+        field_BU=torch.stack([number(size, batch) for size in SIZES.user_fields], dim=1),
+    )
+    return blank_padding(made)
+
+
+def blank_padding(user: UserInputs) -> UserInputs:
+    names = ("item_BL", "action_BL", "age_BL", "gap_BL")
+    changed = {name: getattr(user, name) * user.mask_BL for name in names}
+    return replace(user, **changed, event_BLE=user.event_BLE * user.mask_BL[..., None])
+
+
+def candidates(batch: int, number: int, seed: int) -> Candidates:
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return Candidates(
+        item_BC=torch.randint(0, SIZES.items, (batch, number), generator=generator),
+        category_BCK=torch.randint(0, SIZES.categories[0], (batch, number, SIZES.slots[0]), generator=generator),
+        dense_BCF=torch.randn(batch, number, SIZES.dense, generator=generator),
+        mask_BC=torch.ones(batch, number, dtype=torch.bool),
+    )
+
+
+def close(first: Tensor, second: Tensor) -> None:
+    assert torch.isfinite(first).all()
+    torch.testing.assert_close(first, second, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+every_model = pytest.mark.parametrize("name", CONFIGS)
+worlds = st.tuples(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 10_000))
+few = settings(max_examples=25, deadline=None)
+
+
+@every_model
+@few
+@given(world=worlds)
+def test_scores_equal_one_candidate_at_a_time(name: str, world: Any) -> None:
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    with torch.inference_mode():
+        together = model.score(model.encode_user(user), some)
+        alone = [model(Batch(user, some.select(slice(i, i + 1)), torch.zeros(1))) for i in range(number)]
+    assert together.shape == (len(lengths), number, 1)
+    close(together, torch.cat(alone, dim=1))
+
+
+@every_model
+@few
+@given(world=worlds)
+def test_requests_in_a_batch_equal_requests_alone(name: str, world: Any) -> None:
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    with torch.inference_mode():
+        together = model(Batch(user, some, torch.zeros(1)))
+        for row, length in enumerate(lengths):
+            one = user._map(lambda tensor, row=row: tensor[row : row + 1]).events(0, max(length, 1))
+            close(
+                together[row : row + 1],
+                model(Batch(one, some._map(lambda t, row=row: t[row : row + 1]), torch.zeros(1))),
+            )
+
+
+@every_model
+@few
+@given(world=worlds)
+def test_permuting_candidates_permutes_scores(name: str, world: Any) -> None:
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        state = model.encode_user(user)
+        close(model.score(state, some)[:, order], model.score(state, some.select(order)))
+
+
+@every_model
+@few
+@given(world=worlds)
+def test_adding_removing_or_replacing_candidates_changes_no_other_score(name: str, world: Any) -> None:
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number + 1, seed)
+    other = candidates(len(lengths), number + 1, seed + 5)
+    replaced = Candidates(
+        *(
+            torch.cat([getattr(some, f)[:, :number], getattr(other, f)[:, number:]], dim=1)
+            for f in ("item_BC", "category_BCK", "dense_BCF", "mask_BC")
+        )
+    )
+    with torch.inference_mode():
+        state = model.encode_user(user)
+        expected = model.score(state, some)[:, :number]
+        close(model.score(state, some.select(slice(0, number))), expected)
+        close(model.score(state, replaced)[:, :number], expected)
+
+
+@every_model
+@few
+@given(world=worlds, size=st.integers(1, 10))
+def test_micro_batches_of_any_size_give_the_same_scores(name: str, world: Any, size: int) -> None:
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    with torch.inference_mode():
+        state = model.encode_user(user)
+        close(model.score_in_micro_batches(state, some, size), model.score(state, some))
+
+
+@every_model
+@few
+@given(world=worlds, padding=st.integers(1, 6))
+def test_padding_is_inert(name: str, world: Any, padding: int) -> None:
+    """More padding, and padding with any content, changes no score."""
+    lengths, number, seed = world
+    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    wide = user_inputs(lengths, seed + 1, max([*lengths, 1]) + padding)
+    width = user.mask_BL.shape[1]
+    for field in ("item_BL", "action_BL", "age_BL", "gap_BL", "event_BLE"):
+        fresh = torch.full_like(getattr(wide, field), 1)
+        mask = user.mask_BL if field != "event_BLE" else user.mask_BL[..., None]
+        fresh[:, :width] = torch.where(mask, getattr(user, field), fresh[:, :width])
+        wide = replace(wide, **{field: fresh})
+    wide = replace(wide, field_BU=user.field_BU)
+    with torch.inference_mode():
+        close(model(Batch(wide, some, torch.zeros(1))), model(Batch(user, some, torch.zeros(1))))
+
+
+@every_model
+def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: str) -> None:
+    model, some = make(name), candidates(1, 5, 0)
+    with torch.inference_mode():
+        one, two = (
+            model(Batch(replace(user_inputs([0], seed, 4), field_BU=torch.zeros(1, 2).long()), some, torch.zeros(1)))
+            for seed in (1, 2)
+        )
+    close(one, two)
+
+
+@every_model
+def test_history_changes_scores(name: str) -> None:
+    """The opposite of the invariants: without it they would hold for a model that ignores its inputs."""
+    model, some = make(name), candidates(1, 5, 0)
+    with torch.inference_mode():
+        user = user_inputs([6], 1)
+        base = model(Batch(user, some, torch.zeros(1)))
+        for change in (
+            {"item_BL": (user.item_BL + 1) % SIZES.items},
+            {"action_BL": 1 - user.action_BL},
+            {"event_BLE": user.event_BLE + 1},
+            {"field_BU": (user.field_BU + 1) % 3},
+        ):
+            assert (model(Batch(replace(user, **change), some, torch.zeros(1))) - base).abs().max() > 1e-3
+        assert base.std() > 1e-3
+
+
+@pytest.mark.parametrize("name", EXTENDABLE)
+@few
+@given(lengths=st.lists(st.integers(0, 8), min_size=1, max_size=3), data=st.data(), seed=st.integers(0, 10_000))
+def test_extended_states_score_as_recomputed_ones(name: str, lengths: list[int], data: Any, seed: int) -> None:
+    """Any split of a history, extended in any number of steps, ragged batches included."""
+    model, some = make(name), candidates(len(lengths), 4, seed)
+    user = user_inputs(lengths, seed, 9)
+    cuts = sorted(data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=3, unique=True)))
+    with torch.inference_mode():
+        state = model.encode_user(user.events(0, cuts[0]))
+        for start, stop in zip(cuts, [*cuts[1:], 9], strict=True):
+            state = model.extend_user(state, user.events(start, stop))
+        close(model.score(state, some), model.score(model.encode_user(user), some))
+
+
+@every_model
+def test_models_that_cannot_extend_say_so(name: str) -> None:
+    model = make(name)
+    user = user_inputs([6], 1)
+    assert model.can_extend == (name in EXTENDABLE)
+    if not model.can_extend:
+        with pytest.raises(CannotExtendError, match="Encode the user again"):
+            model.extend_user(model.encode_user(user), user)
+
+
+@pytest.mark.parametrize(
+    "config", [{"causal": False, "positions": "from_oldest"}, {"causal": True, "positions": "from_newest"}]
+)
+def test_guard_extension_would_not_match_where_it_is_refused(config: dict[str, Any]) -> None:
+    """If these were equal, the refusal would be needless: old rows do change."""
+    torch.manual_seed(3)
+    model = models.build("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4, **config}, SIZES).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    user = user_inputs([8], 1)
+    with torch.inference_mode():
+        before, after = model.encode_user(user.events(0, 6)), model.encode_user(user)
+    # The mask of the shorter history makes the same rows; only what the last layers hold differs.
+    assert (after.keys[-1][:, :, :6] - before.keys[-1]).abs().max() > 1e-3

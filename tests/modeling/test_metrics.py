@@ -1,0 +1,117 @@
+"""Metrics against scikit-learn and plain Python; ties and order are stable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
+
+from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
+
+REQUESTS = st.lists(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15), min_size=1, max_size=8
+)
+
+
+def flat(requests: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pairs = [pair for request in requests for pair in request]
+    return (
+        np.array([p[0] for p in pairs], float),
+        np.array([p[1] for p in pairs], float),
+        np.cumsum([0, *map(len, requests)]),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(REQUESTS)
+def test_ranking_metrics_equal_plain_python(requests: Any) -> None:
+    labels, scores, offsets = flat(requests)
+    ndcg, rr = ndcg_at(labels, scores, offsets, 10), reciprocal_rank(labels, scores, offsets)
+    for number, request in enumerate(requests):
+        ranked = [label for label, _ in sorted(request, key=lambda pair: -pair[1])]  # stable: ties keep their order
+        if not any(ranked):
+            assert np.isnan(ndcg[number])
+            assert np.isnan(rr[number])
+            continue
+        gain = sum(label / np.log2(place + 2) for place, label in enumerate(ranked[:10]))
+        ideal = sum(1 / np.log2(place + 2) for place in range(min(sum(ranked), 10)))
+        assert ndcg[number] == pytest.approx(gain / ideal)
+        assert rr[number] == pytest.approx(1 / (ranked.index(1) + 1))
+
+
+def test_ndcg_equals_scikit_learn_without_ties() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        labels, scores = rng.integers(0, 2, 30), rng.permutation(30).astype(float)
+        labels[0] = 1
+        assert ndcg_at(labels, scores, np.array([0, 30]))[0] == pytest.approx(ndcg_score([labels], [scores], k=10))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(1, 4)), min_size=2, max_size=40))
+def test_auc_equals_scikit_learn_with_ties_and_weights(rows: list[tuple[int, int, int]]) -> None:
+    labels, scores, weights = (np.array(column, float) for column in zip(*rows, strict=True))
+    if len(set(labels)) < 2:
+        assert np.isnan(auc(labels, scores))
+        return
+    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
+    assert auc(labels, scores, weights) == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights))
+
+
+def test_the_whole_evaluation_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(2, 30, 60)
+    offsets, users = np.cumsum([0, *sizes]), rng.integers(0, 25, 60)
+    users[:25] = np.arange(25)
+    probability = rng.random(offsets[-1]).round(2).clip(0.01, 0.99)
+    labels = (rng.random(offsets[-1]) < probability).astype(float)
+    found = evaluate(labels, probability, offsets, users, probability, resamples=50)
+    user_of = np.repeat(users, sizes)
+    assert found["auc"].value == pytest.approx(roc_auc_score(labels, probability))
+    assert found["log_loss"].value == pytest.approx(log_loss(labels, probability))
+    rate = labels.mean()
+    assert found["ne"].value == pytest.approx(
+        log_loss(labels, probability) / log_loss(labels, np.full(len(labels), rate))
+    )
+    mixed = [u for u in range(25) if 0 < labels[user_of == u].mean() < 1]
+    weights = [np.sum(user_of == u) for u in mixed]
+    by_user = [roc_auc_score(labels[user_of == u], probability[user_of == u]) for u in mixed]
+    assert found["gauc"].value == pytest.approx(np.average(by_user, weights=weights))
+    for estimate in found.values():
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_a_calibrated_score_has_a_small_error_and_a_shifted_one_a_large_one() -> None:
+    rng = np.random.default_rng(2)
+    probability = rng.random(40_000)
+    labels = (rng.random(40_000) < probability).astype(float)
+    offsets, users = np.arange(0, 40_001, 10), np.arange(4000) % 100
+    good = evaluate(labels, probability, offsets, users, probability, resamples=5)["calibration_error"].value
+    shifted = np.clip(probability + 0.2, 0, 1)
+    bad = evaluate(labels, shifted, offsets, users, shifted, resamples=5)["calibration_error"].value
+    assert good < 0.02
+    assert bad > 0.15
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng, inside = np.random.default_rng(3), 0
+    for trial in range(60):
+        labels = (rng.random(3000) < 0.3).astype(float)
+        found = evaluate(
+            labels, rng.random(3000), np.arange(0, 3001, 10), np.arange(300) % 100, None, resamples=60, seed=trial
+        )["auc"]
+        inside += found.low <= 0.5 <= found.high
+    assert inside >= 50
+
+
+def test_equal_scores_keep_the_order_of_candidates() -> None:
+    assert ranks_within(np.zeros(6), np.array([0, 4, 6])).tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_beating_means_intervals_that_do_not_overlap() -> None:
+    assert Estimate(0.7, 0.68, 0.72).beats(Estimate(0.6, 0.58, 0.67))
+    assert not Estimate(0.7, 0.66, 0.74).beats(Estimate(0.66, 0.64, 0.67))
