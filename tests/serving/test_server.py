@@ -1,0 +1,433 @@
+"""The server: training's scores, readable refusals, honest answers about what is unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_repo import datasets
+from feature_repo.schema import DType
+from feature_repo.tables import JobFolder
+from modeling.dataset import Warehouse, point_in_time_join
+from modeling.trainer import predict
+from serving.app import create_app, read_body
+from serving.command import open_ranker
+from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
+from serving.features import ItemTable, UserRow
+from serving.messages import MAX_BODY_BYTES, MAX_CANDIDATES, MAX_ID_LENGTH, RankContext, RankRequest, decode_request
+from serving.ranker import Ranker
+
+CONTRACT = datasets.load_contract("online_retail")
+
+
+@pytest.fixture(scope="module")
+def ranker(trained_shop: Any) -> Ranker:
+    return open_ranker(trained_shop.settings, replay=True)
+
+
+class Client:
+    """Calls the app in this process."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(call())
+
+    def rank(self, body: Any, **options: Any) -> httpx.Response:
+        return self.request("POST", "/v1/rank", json=body, **options)
+
+
+@pytest.fixture(scope="module")
+def client(ranker: Ranker) -> Client:
+    return Client(create_app(ranker))
+
+
+@pytest.fixture(scope="module")
+def world(trained_shop: Any) -> dict[str, Any]:
+    index = JobFolder(trained_shop.settings.home, "user_history").read("user_history_index")
+    stats = JobFolder(trained_shop.settings.home, "item_stats").read("item_stats")
+    return {"users": sorted(set(index["user_id"].to_pylist())), "items": sorted(set(stats["item_id"].to_pylist()))}
+
+
+def test_training_score_equals_server_score(trained_shop: Any, ranker: Ranker, world: dict[str, Any]) -> None:
+    """The same request: once through the offline store and the log, once through the online store and the packed history."""
+    manifest = JobFolder(trained_shop.settings.home, "user_history").require()
+    rng, at = np.random.default_rng(0), datetime.fromisoformat(manifest.as_of) + timedelta(hours=3)
+    users = [*rng.choice(world["users"], 20, replace=False).tolist(), 99]
+    asked = {user: rng.choice(world["items"], int(rng.integers(1, 40)), replace=False).tolist() for user in users}
+    rows = [(user, item) for user, items in asked.items() for item in items]
+    entity_rows = pa.table(
+        {
+            "user_id": pa.array([user for user, _ in rows], pa.int64()),
+            "item_id": [item for _, item in rows],
+            "event_timestamp": pa.array([at] * len(rows), pa.timestamp("us", "UTC")),
+        }
+    )
+    joined = point_in_time_join(trained_shop.store, ranker.bundle.manifest["service"], entity_rows)
+    split = Warehouse(trained_shop.settings).assemble(
+        joined, pa.array([str(user) for user, _ in rows]), np.zeros(len(rows))
+    )
+    encoder = ranker.bundle.encoder
+    offline = predict(ranker.bundle.model, encoder, encoder.encode(split.requests))
+    expected = dict(zip(rows, 1 / (1 + np.exp(-offline.astype(np.float64))), strict=True))
+    for user, items in asked.items():
+        answer = ranker.rank(RankRequest(user, items, context=RankContext(at)))
+        assert sorted(answer.item_ids) == sorted(items)
+        for item, score in zip(answer.item_ids, answer.scores, strict=True):
+            assert score == pytest.approx(expected[user, item], abs=1e-6)
+        assert answer.scores == sorted(answer.scores, reverse=True)
+        assert answer.degraded == (["unknown_user"] if user == 99 else [])
+    assert np.std(list(expected.values())) > 0.01
+
+
+def test_a_request_in_the_past_sees_nothing_later(ranker: Ranker, world: dict[str, Any]) -> None:
+    """An event at or after the request's time is not in its history, online either."""
+    user = world["users"][3]
+    history = ranker.reader.read_user(user).history
+    cut = history["event_timestamp"][len(history) // 2].as_py()
+    row = UserRow({"country": "France"}, history)
+    requests = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3])[0], cut)
+    times = requests.gather(np.array([0]), 512).times
+    assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
+
+
+def test_an_answer_has_what_it_promises(client: Client, world: dict[str, Any], ranker: Ranker) -> None:
+    body = {"user_id": world["users"][0], "candidates": world["items"][:30], "k": 5}
+    response = client.rank(body)
+    assert response.status_code == 200
+    answer = response.json()
+    assert set(answer) == {"item_ids", "scores", "bundle", "degraded", "unknown_items", "timings_ms"}
+    assert len(answer["item_ids"]) == len(answer["scores"]) == 5
+    assert set(answer["item_ids"]) <= set(body["candidates"])
+    assert all(0 < score < 1 for score in answer["scores"])
+    assert answer["bundle"] == ranker.bundle.name
+    assert set(answer["timings_ms"]) == {"queue", "user_read", "item_read", "encode_user", "score", "sort"}
+    assert "encode_user;dur=" in response.headers["server-timing"]
+    assert answer["item_ids"] == client.rank({**body, "k": None}).json()["item_ids"][:5]
+
+
+def test_unknown_users_and_items_are_served_and_named(client: Client, world: dict[str, Any]) -> None:
+    answer = client.rank(
+        {"user_id": 424242, "candidates": [world["items"][0], "NOPE", world["items"][1], "NADA"]}
+    ).json()
+    assert len(answer["item_ids"]) == 4
+    assert answer["degraded"] == ["unknown_user", "unknown_items"]
+    assert answer["unknown_items"] == ["NOPE", "NADA"]
+    assert all(np.isfinite(answer["scores"]))
+
+
+def test_order_laws_at_the_door(client: Client, world: dict[str, Any]) -> None:
+    """Permuted candidates give permuted scores; another candidate changes no score; equal ones keep their order."""
+    user, items = world["users"][1], world["items"][:40]
+
+    def scores(candidates: list[str]) -> dict[str, float]:
+        answer = client.rank({"user_id": user, "candidates": candidates}).json()
+        return dict(zip(answer["item_ids"], answer["scores"], strict=True))
+
+    base = scores(items)
+    for other in (scores(items[::-1]), scores(items[:20]), scores([*items, "NEW"])):
+        for item in set(other) & set(base):
+            assert other[item] == pytest.approx(base[item], abs=1e-6)
+    unknown = client.rank({"user_id": user, "candidates": ["U3", "U1", "U2"]}).json()
+    assert unknown["item_ids"] == ["U3", "U1", "U2"]
+    assert client.rank({"user_id": user, "candidates": [items[0], items[0]]}).json()["item_ids"] == [items[0]] * 2
+
+
+GOOD = {"user_id": 13000, "candidates": ["20000A"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({**GOOD, "colour": "red"}, 422, "colour"),
+        ({"candidates": ["20000A"]}, 422, "user_id"),
+        ({**GOOD, "user_id": "13000"}, 422, "must be an integer"),
+        ({**GOOD, "user_id": 1.5}, 422, "user_id"),
+        ({**GOOD, "user_id": True}, 422, "user_id"),
+        ({**GOOD, "user_id": None}, 422, "user_id"),
+        ({**GOOD, "user_id": 2**63}, 422, "64 bits"),
+        ({**GOOD, "candidates": []}, 422, "candidates"),
+        ({**GOOD, "candidates": "20000A"}, 422, "candidates"),
+        ({**GOOD, "candidates": [5]}, 422, r"candidates[0] must be a string"),
+        ({**GOOD, "candidates": [""]}, 422, "candidates"),
+        ({**GOOD, "candidates": ["x\x00y"]}, 422, "not printable"),
+        ({**GOOD, "candidates": ["x" * (MAX_ID_LENGTH + 1)]}, 422, "candidates"),
+        ({**GOOD, "candidates": ["20000A"] * (MAX_CANDIDATES + 1)}, 422, "candidates"),
+        ({**GOOD, "k": 0}, 422, "k"),
+        ({**GOOD, "k": 2.5}, 422, "k"),
+        ({**GOOD, "context": {"weather": "rain"}}, 422, "weather"),
+        ({**GOOD, "context": {"request_timestamp": "yesterday"}}, 422, "request_timestamp"),
+        ({**GOOD, "context": {"request_timestamp": "2011-12-09T10:00:00"}}, 422, "time zone"),
+        ({**GOOD, "context": {"request_timestamp": "0001-01-01T00:00:00Z"}}, 422, "between"),
+        ([], 422, "object"),
+        ("text", 422, "object"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_readable_reason(client: Client, body: Any, status: int, says: str) -> None:
+    response = client.rank(body)
+    assert response.status_code == status, response.text
+    assert says in response.json()["message"]
+    assert response.json()["error"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"user_id": 1,}'])
+def test_a_body_that_is_no_json_is_a_400(client: Client, content: bytes) -> None:
+    response = client.request("POST", "/v1/rank", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "no JSON" in response.json()["message"]
+
+
+def test_huge_bodies_are_refused_by_their_declared_length(client: Client) -> None:
+    headers = {"content-type": "application/json", "content-length": str(1 << 40)}
+    assert client.request("POST", "/v1/rank", content=b"{}", headers=headers).status_code == 413
+    response = client.request(
+        "POST", "/v1/rank", content=b" " * (MAX_BODY_BYTES + 1), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 413
+    assert "bytes at most" in response.json()["message"]
+
+
+def test_an_endless_body_is_read_no_further_than_the_limit() -> None:
+    class Endless:
+        headers: ClassVar[dict[str, str]] = {}
+        read = 0
+
+        async def stream(self) -> Any:
+            while True:
+                self.read += 1000
+                yield b" " * 1000
+
+    endless = Endless()
+    with pytest.raises(BodyTooLargeError):
+        asyncio.run(read_body(endless, 50_000))  # type: ignore[arg-type]
+    assert endless.read <= 51_000
+
+
+def test_deep_nesting_is_refused(client: Client) -> None:
+    response = client.request("POST", "/v1/rank", content=b"[" * 100_000, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+
+
+def test_other_media_and_methods_are_refused(client: Client) -> None:
+    assert client.request("POST", "/v1/rank", content=b"<x/>", headers={"content-type": "text/xml"}).status_code == 415
+    compressed = client.request(
+        "POST", "/v1/rank", content=b"x", headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert compressed.status_code == 415
+    assert client.request("GET", "/v1/rank").status_code == 405
+    assert client.request("GET", "/nowhere").status_code == 404
+
+
+def test_health_readiness_metrics_and_openapi(client: Client, ranker: Ranker) -> None:
+    assert client.request("GET", "/livez").json() == {"status": "ok"}
+    assert client.request("GET", "/readyz").json() == {
+        "status": "ready",
+        "bundle": ranker.bundle.name,
+        "items": len(ranker.items),
+    }
+    client.rank({"user_id": 5, "candidates": ["NOPE"]})
+    metrics = client.request("GET", "/metrics").text
+    for line in (
+        'memoir_requests_total{status="200"}',
+        'memoir_degraded_total{reason="unknown_user"}',
+        "memoir_stage_seconds_bucket",
+        ranker.bundle.name,
+    ):
+        assert line in metrics
+    document = client.request("GET", "/openapi.json").json()
+    assert set(document["paths"]) == {"/v1/rank", "/livez", "/readyz", "/metrics"}
+    assert document["components"]["schemas"]["RankRequest"]["additionalProperties"] is False
+    assert document["components"]["schemas"]["RankRequest"]["properties"]["candidates"]["maxItems"] == MAX_CANDIDATES
+
+
+def test_without_a_bundle_the_server_lives_but_is_not_ready() -> None:
+    client = Client(create_app(None))
+    assert client.request("GET", "/livez").status_code == 200
+    for response in (client.request("GET", "/readyz"), client.rank(GOOD)):
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+
+
+class BrokenReader:
+    """A store that fails, or holds damaged values."""
+
+    def __init__(self, reader: Any, damage: str) -> None:
+        self.reader, self.damage = reader, damage
+
+    def read_user(self, user_id: Any) -> UserRow:
+        if self.damage == "down":
+            raise ConnectionError("store is down")
+        return self.reader.read_user(user_id)
+
+    def read_items(self, item_ids: Any) -> Any:
+        return self.reader.read_items(item_ids)
+
+
+def test_a_store_that_fails_costs_the_user_not_the_answer(ranker: Ranker, world: dict[str, Any]) -> None:
+    broken = Ranker(ranker.bundle, BrokenReader(ranker.reader, "down"), ranker.items, ranker.default_time)
+    answer = broken.rank(RankRequest(world["users"][0], world["items"][:5]))
+    assert answer.degraded == ["store_unavailable"]
+    assert len(answer.item_ids) == 5
+
+
+def test_a_damaged_history_is_noticed_and_named(
+    ranker: Ranker, trained_shop: Any, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, original = ranker.reader, ranker.reader._read
+
+    def damaged(features: Any, rows: Any) -> Any:
+        values = original(features, rows)
+        values["history"] = [values["history"][0][:-3] + b"xyz"]
+        return values
+
+    monkeypatch.setattr(reader, "_read", damaged)
+    answer = ranker.rank(RankRequest(world["users"][0], world["items"][:5]))
+    assert answer.degraded == ["history_unreadable"]
+
+
+def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.value = 1
+
+        def read_user(self, user_id: Any) -> UserRow:
+            raise NotImplementedError
+
+        def read_items(self, item_ids: Any) -> pa.Table:
+            known = [i != "gone" for i in item_ids]
+            columns: dict[str, Any] = {
+                "item_id": pa.array(list(item_ids), pa.string()),
+                "description": pa.array([f"v{self.value}" if k else None for k in known]),
+            }
+            for column in CONTRACT.table("item_stats").columns:
+                kind = pa.float32() if column.dtype is DType.FLOAT32 else pa.int64()
+                columns[column.name] = pa.array([self.value if k else None for k in known], kind)
+            return pa.table(columns)
+
+    reader = Counting()
+    table = ItemTable(reader, CONTRACT, ["a", "b"], refresh_s=0.05)
+    assert table.take(["b", "gone", "a"])[1] == ["gone"]
+    assert table.take(["c"])[0]["count_total"].to_pylist() == [1]
+    reader.value = 2
+    deadline = time.monotonic() + 5
+    while table.take(["a"])[0]["count_total"].to_pylist() != [2] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    columns, _ = table.take(["b", "gone", "c"])
+    table.close()
+    assert columns["count_total"].to_pylist() == [2, None, 2]
+    assert len(table) == 3
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["user_id", "candidates", "k", "context", "request_timestamp", "x"]), inner, max_size=5
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(
+        JSON,
+        st.fixed_dictionaries(
+            {"user_id": st.integers(), "candidates": st.lists(st.text(max_size=5), max_size=4)},
+            optional={"k": st.integers(-2, 5)},
+        ),
+    )
+)
+def test_the_decoder_accepts_exactly_what_the_contract_allows(body: Any) -> None:
+    """Oracle in plain Python; whatever comes, only a declared error leaves the decoder."""
+
+    def allowed() -> bool:
+        if not isinstance(body, dict) or not set(body) <= {"user_id", "candidates", "k", "context"}:
+            return False
+        user, some, k, context = (body.get(n) for n in ("user_id", "candidates", "k", "context"))
+        if type(user) is not int or not -(2**63) <= user < 2**63 or not isinstance(some, list) or not some:
+            return False
+        if not all(isinstance(c, str) and c and len(c) <= MAX_ID_LENGTH and c.isprintable() for c in some):
+            return False
+        if k is not None and ((type(k) is not int and not (isinstance(k, float) and k.is_integer())) or k < 1):
+            return False
+        return context is None or (
+            isinstance(context, dict)
+            and set(context) <= {"request_timestamp"}
+            and context.get("request_timestamp") is None
+        )
+
+    try:
+        accepted = decode_request(json.dumps(body).encode(), CONTRACT).candidates == body["candidates"]
+    except InvalidRequestError:
+        accepted = False
+    assert accepted == allowed()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_declared_error_or_a_request(data: bytes) -> None:
+    try:
+        decode_request(data, CONTRACT)
+    except (BadRequestError, InvalidRequestError):
+        pass
+    except msgspec.MsgspecError as error:  # pragma: no cover
+        raise AssertionError("an error of the codec leaked") from error
+
+
+@pytest.fixture
+def damaged_home(trained_shop: Any, tmp_path: Path) -> Any:
+    import shutil
+
+    home = tmp_path / "online_retail"
+    shutil.copytree(trained_shop.settings.home, home)
+    return replace(trained_shop.settings, home=str(home), catalogue_url=f"sqlite:///{home}/catalogue.db")
+
+
+def test_a_bundle_that_does_not_fit_is_refused_at_start(damaged_home: Any) -> None:
+    from feature_repo.catalogue import Catalogue
+    from modeling.bundle import BundleError
+
+    path = Path(Catalogue(damaged_home.catalogue_url).live_bundle("online_retail").path)
+    manifest = path / "bundle.json"
+    original = manifest.read_text()
+    try:
+        manifest.write_text(original.replace('"layout": 1', '"layout": 2'))
+        with pytest.raises(BundleError, match="changed after export"):
+            open_ranker(damaged_home)
+        manifest.write_text(original.replace(CONTRACT.fingerprint, "0" * 16))
+        with pytest.raises(BundleError, match="trained under contract 0000"):
+            open_ranker(damaged_home, str(path))
+    finally:
+        manifest.write_text(original)
+
+
+def test_the_second_dataset_ranks_on_the_same_road(film_club: Any, helpers: Any) -> None:
+    helpers.train_road(film_club)
+    films = open_ranker(film_club.settings, replay=True)
+    client = Client(create_app(films))
+    answer = client.rank({"user_id": 3, "candidates": list(range(1, 41)), "k": 3})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["degraded"] == []
+    assert client.rank({"user_id": 3, "candidates": ["1"]}).status_code == 422
