@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
+from feature_repo.benchmarks.point_in_time import feature_view, join
+
 START = datetime(2024, 1, 1, tzinfo=UTC)
-
-
-class NoOnDemandViews:
-    def list_on_demand_feature_views(self, *_: Any, **__: Any) -> list[Any]:
-        return []
 
 
 def stamps(rng: np.random.Generator, rows: int, hours: int) -> pd.Series:
@@ -43,56 +39,14 @@ def feature_rows(rng: np.random.Generator, rows: int, keys: int, *, late: bool) 
     return whole.sample(frac=1, random_state=1).reset_index(drop=True)
 
 
-def view(path: Path, ttl: timedelta, name: str = "profile", key: str = "user_id") -> Any:
-    from feast import Entity, FeatureView, Field, FileSource, ValueType
-    from feast.data_format import ParquetFormat
+def view(path: Path, ttl: timedelta, name: str = "profile") -> Any:
     from feast.types import Int64, String
 
-    source = FileSource(
-        name=f"{name}_source",
-        path=str(path),
-        file_format=ParquetFormat(),
-        timestamp_field="event_timestamp",
-        created_timestamp_column="created_timestamp",
-    )
-    entity = Entity(name=key, join_keys=[key], value_type=ValueType.INT64)
-    made = FeatureView(
-        name=name,
-        entities=[entity],
-        ttl=ttl,
-        source=source,
-        schema=[Field(name=key, dtype=Int64), Field(name="number", dtype=Int64), Field(name="text", dtype=String)],
-    )
-    made.entity_columns = [Field(name=key, dtype=Int64)]
-    made.features = [Field(name="number", dtype=Int64), Field(name="text", dtype=String)]
-    return made
-
-
-def join(store_class: Any, kind: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> pa.Table:
-    from feast.repo_config import RepoConfig
-
-    config = RepoConfig(
-        project="test",
-        provider="local",
-        registry="unused.db",
-        offline_store={"type": kind},
-        online_store=None,
-        entity_key_serialization_version=3,
-    )
-    config.repo_path = None
-    refs = [f"{v.name}:{f.name}" for v in views for f in v.features]
-    return store_class.get_historical_features(
-        config, views, refs, entity_df.copy(), NoOnDemandViews(), "test", **flags
-    ).to_arrow()
+    return feature_view(name, path, "user_id", {"number": Int64, "text": String}, ttl)
 
 
 def both(views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    from feast.infra.offline_stores.duckdb import DuckDBOfflineStore
-
-    from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
-
-    ours = join(AsofDuckDBOfflineStore, TYPE, views, entity_df, **flags)
-    theirs = join(DuckDBOfflineStore, "duckdb", views, entity_df, **flags)
+    ours, theirs = (join(store, views, entity_df, **flags) for store in ("asof", "duckdb"))
     assert ours.num_rows == len(entity_df)
     return ours.to_pandas(), theirs.to_pandas()
 
@@ -140,8 +94,6 @@ def test_several_views_and_full_names(tmp_path: Path) -> None:
 
 def test_candidates_of_one_request_stay_separate_rows(tmp_path: Path) -> None:
     """Feast's default store collapses rows with equal keys and time; ours returns each, in order, integers whole."""
-    from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
-
     frame = pd.DataFrame(
         {"user_id": [1], "event_timestamp": [START], "number": [2**60 + 1], "text": ["a"], "created_timestamp": [START]}
     )
@@ -156,8 +108,7 @@ def test_candidates_of_one_request_stay_separate_rows(tmp_path: Path) -> None:
         }
     )
     got = join(
-        AsofDuckDBOfflineStore,
-        TYPE,
+        "asof",
         [view(tmp_path / "rows.parquet", timedelta(0))],
         entity_df,
         filter_by_created_timestamp=True,
@@ -167,17 +118,13 @@ def test_candidates_of_one_request_stay_separate_rows(tmp_path: Path) -> None:
 
 
 def test_a_missing_join_key_is_named(tmp_path: Path) -> None:
-    from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
-
     feature_rows(np.random.default_rng(0), 5, 2, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
     entity_df = pd.DataFrame({"customer": [1], "event_timestamp": stamps(np.random.default_rng(0), 1, 5)})
     with pytest.raises(ValueError, match="needs entity columns"):
-        join(AsofDuckDBOfflineStore, TYPE, [view(tmp_path / "rows.parquet", timedelta(0))], entity_df)
+        join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], entity_df)
 
 
 def test_a_late_correction_is_invisible_until_it_was_made(tmp_path: Path) -> None:
-    from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
-
     stamp, corrected = START, START + timedelta(days=3)
     frame = pd.DataFrame(
         {
@@ -194,8 +141,7 @@ def test_a_late_correction_is_invisible_until_it_was_made(tmp_path: Path) -> Non
     )
     entity_df["event_timestamp"] = entity_df["event_timestamp"].astype("datetime64[us, UTC]")
     got = join(
-        AsofDuckDBOfflineStore,
-        TYPE,
+        "asof",
         [view(tmp_path / "rows.parquet", timedelta(0))],
         entity_df,
         filter_by_created_timestamp=True,

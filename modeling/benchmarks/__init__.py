@@ -1,0 +1,1 @@
+"""Fast paths beside their plain twins."""
