@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--seed", type=int, help="seed of weights, dropout and order; default: the recipe's")
             command.add_argument("--epochs", type=int, help="default: the recipe's")
+            command.add_argument("--device", default="cpu", help="where to train, such as cuda (default: cpu)")
         if name == "export":
             command.add_argument("--not_live", action="store_true", help="record the bundle without making it live")
     commands.add_parser("recipes", help="list recipes")

@@ -52,7 +52,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         run = open_run(settings, replace(recipe, training=replace(recipe.training, **changes)))
         catalogue = Catalogue(settings.catalogue_url)
         if arguments.command == "train":
-            train(run, catalogue)
+            train(run, catalogue, arguments.device)
         elif arguments.command == "evaluate":
             evaluate(trained(run), catalogue)
         else:
@@ -90,7 +90,7 @@ def trained(run: Run) -> Run:
     return as_trained
 
 
-def train(run: Run, catalogue: Catalogue) -> None:
+def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
     """Train to the end, from the newest checkpoint."""
     settings, recipe = run.settings, run.recipe
     if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
@@ -118,7 +118,7 @@ def train(run: Run, catalogue: Catalogue) -> None:
         torch.manual_seed(recipe.training.seed)
         model = models.build(recipe.model, recipe.config, encoder.sizes)
         model.fit_statistics(torch.from_numpy(encoded.candidate_dense))
-        trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity)
+        trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
         summary = trainer.fit(encoded, encoded_validation)
         write_vocabularies(encoder, run.folder / "vocabularies.json")
         (run.folder / "run.json").write_text(json.dumps({"identity": run.identity, **summary}, indent=1))

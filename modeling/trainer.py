@@ -70,6 +70,7 @@ def predict(
     logits = np.zeros(len(encoded.candidate_item), np.float32)
     sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
     order = np.argsort(sizes, kind="stable")
+    device = next(model.parameters()).device
     model.eval()
     with torch.inference_mode():
         start = 0
@@ -82,8 +83,8 @@ def predict(
             ):
                 stop += 1
             chosen = order[start:stop]
-            batch = encoder.collate(encoded, chosen)
-            scored = model(batch)[..., 0][batch.candidates.mask_BC].numpy()
+            batch = encoder.collate(encoded, chosen).to(device)
+            scored = model(batch)[..., 0][batch.candidates.mask_BC].cpu().numpy()
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             logits[at] = scored
             start = stop
@@ -96,11 +97,16 @@ class Trainer:
     Args:
         model: fresh; its weights are set from the checkpoint where the folder has one.
         folder: the run's folder.
-        identity: what the run depends on; a checkpoint of another identity is refused, not resumed.
+        identity: what the run depends on; a checkpoint of another identity is not resumed.
+        device: where to train; checkpoints and `best.safetensors` load anywhere.
     """
 
-    def __init__(self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str) -> None:
-        self.model, self.encoder, self.training, self.folder, self.identity = model, encoder, training, folder, identity
+    def __init__(
+        self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str, device: str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.model, self.encoder, self.training = model.to(self.device), encoder, training
+        self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -151,7 +157,7 @@ class Trainer:
 
     def _train_step(self, train: Encoded, chosen: np.ndarray, total: int) -> tuple[float, int]:
         self.model.train()
-        batch: Batch = self.encoder.collate(train, chosen)
+        batch: Batch = self.encoder.collate(train, chosen).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * _schedule(self.step, total, self.training.warmup_steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,6 +204,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
             "best": self.best,
         }
@@ -207,13 +214,15 @@ class Trainer:
 
     def _resume(self) -> None:
         path, log = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
-        state = torch.load(path, weights_only=True) if path.exists() else None
+        state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
         if state is None or state["identity"] != self.identity:
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
         self.best, self.stopped = state["best"], bool(stopped)
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]

@@ -1,0 +1,114 @@
+"""The README's commands run: each one, on the synthetic shop where it needs data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Commands of the README's `sh` blocks; `console` blocks hold what needs things that are not here."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
+
+
+def test_the_readme_opens_with_a_sentence_and_the_two_commands() -> None:
+    lines = [line for line in README.splitlines() if line]
+    assert lines[0] == "# Memoir"
+    assert lines[1].startswith("Memoir ranks") and lines[1].endswith(".")  # noqa: PT018
+    assert commands()[:2] == ["make demo", "make check"]
+
+
+@pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))
+def test_every_make_target_that_is_named_exists(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
+    """`make demo` reads as the data flow, and the README tells the same story."""
+    shown = subprocess.run(["make", "-n", "demo"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    told = [
+        c
+        for c in commands()
+        if c.startswith(".venv/bin/python") and "--dry_run" not in c and "recipes" not in c and "dictionary" not in c
+    ]
+    assert len(told) == 8
+    steps = [line for line in shown.splitlines() if line.startswith(".venv/bin/python -m") and " pip " not in line]
+    assert [step for step in steps if step in told] == told
+    assert steps[-1] == ".venv/bin/python -m serving demo"
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
+    """All of them, in order, in processes of their own, from raw rows to a live bundle; then once more, all up to date."""
+    copy = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("*.db", "__pycache__", "*.parquet")
+    for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
+        shutil.copytree(ROOT / room, copy / room, ignore=ignore)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")}
+    environment |= {"PYTHONPATH": str(copy), "MEMOIR_DATA": str(shop_data)}
+    replaced = {".venv/bin/python": sys.executable, ".venv/bin/feast": str(Path(sys.executable).parent / "feast")}
+    told = [c for c in commands() if c.startswith(".venv/")]
+    assert len(told) == 12
+    for command in told:
+        program, *arguments = shlex.split(command)
+        arguments = ["amortised_dlrm_tiny" if a == "amortised_dlrm" else a for a in arguments]
+        done = subprocess.run(
+            [replaced[program], *arguments], capture_output=True, text=True, cwd=copy, env=environment, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for command in told:
+        if "--runner" in command or "-m modeling" in command and "recipes" not in command:  # noqa: RUF021
+            _, *arguments = shlex.split(command)
+            arguments = ["amortised_dlrm_tiny" if a == "amortised_dlrm" else a for a in arguments]
+            done = subprocess.run(
+                [sys.executable, *arguments], capture_output=True, text=True, cwd=copy, env=environment, check=False
+            )
+            assert "up to date" in done.stdout, f"{command}\n{done.stdout}\n{done.stderr}"
+    shown = subprocess.run(
+        [sys.executable, "-m", "serving", "demo"],
+        capture_output=True,
+        text=True,
+        cwd=copy,
+        env=environment,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    for part in ("the best 10", "recently", "PRODUCT", "stages:", "ndcg@10", "own frequency", "make serve", "report:"):
+        assert part in shown.stdout, shown.stdout
+
+
+def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
+    from feature_repo import datasets
+    from serving.messages import decode_request
+
+    (curl,) = [c for c in commands() if c.startswith("curl")]
+    arguments = shlex.split(curl)
+    assert "localhost:8000/v1/rank" in arguments
+    body = arguments[arguments.index("-d") + 1]
+    request = decode_request(body.encode(), datasets.load_contract("online_retail"))
+    assert request.k == json.loads(body)["k"]
+
+
+def test_links_lead_somewhere() -> None:
+    for file in (
+        ROOT / "README.md",
+        *(ROOT / room / "README.md" for room in ("feature_repo", "beam_jobs", "modeling", "serving")),
+    ):
+        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            if "://" not in link:
+                assert (file.parent / link).exists(), f"{file}: {link}"
