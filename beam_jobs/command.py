@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from beam_jobs.inputs import output_is_there, raw_digest
 from feature_repo.catalogue import Catalogue
 from feature_repo.datasets import RawDataError
 from feature_repo.settings import Settings
@@ -73,14 +74,14 @@ def _up_to_date(known: argparse.Namespace, settings: Settings) -> bool:
 
     last = Catalogue(settings.catalogue_url).last_run(settings.dataset, known.job)
     manifest = JobFolder(settings.home, known.job).manifest()
+    if not output_is_there(known.job, settings):
+        return False
     if last is None or manifest is None or last.inputs != manifest.run_id or last.details.get("argv") != _argv(known):
         return False
     if manifest.fingerprint != datasets.load_contract(settings.dataset).fingerprint:
         return False
     for source, digest in manifest.inputs.items():
         if source == "raw":
-            from beam_jobs.inputs import raw_digest
-
             now = raw_digest(datasets.load(settings.dataset), settings.data)
         else:
             upstream = JobFolder(settings.home, source).manifest()

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from beam_jobs.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan, Unit
@@ -109,7 +108,7 @@ def by_item(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
 
 
 def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Piece]]:
-    events = pq.read_table(unit.source)
+    events = plan.folder.read_path(unit.source)
     if plan.as_of is not None:
         events = events.filter(pa.array(micros(events["event_timestamp"]) < plan.as_of))
     for partition, piece in split_by_key(events, key, plan.options["num_partitions"]):

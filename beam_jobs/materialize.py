@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import apache_beam as beam
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from beam_jobs.partition import sort_by_key_and_time, to_ipc
 from beam_jobs.runs import Built, Job, RunPlan, Unit, write_built
@@ -23,7 +22,7 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[tuple[str, bytes]]:
     """Newest row of each key in one part; parts are partitioned by key, so these are the newest of all."""
     entity = plan.contract.table(unit.table).entity
     assert entity is not None
-    rows = pq.read_table(unit.source)
+    rows = plan.folder.read_path(unit.source)
     if plan.as_of is not None:
         rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
     if rows.num_rows:

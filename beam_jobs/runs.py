@@ -12,18 +12,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from beam_jobs.inputs import raw_digest
+from beam_jobs.inputs import output_is_there, raw_digest
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
+from feature_repo.arrow import iso_micros, micros_iso
 from feature_repo.schema import Contract
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 from feature_repo.tables import JobFolder, Manifest, Part, digest_of
@@ -206,7 +205,7 @@ def plan_run(
     for source in job.also_depends_on:
         inputs[source] = JobFolder(settings.home, source).require().digest
     if as_of:
-        as_of_micros = _micros(as_of)
+        as_of_micros = iso_micros(as_of)
     fingerprint = datasets.load_contract(settings.dataset).fingerprint
     identity = [job.name, job.version, settings.dataset, fingerprint, options, as_of, inputs]
     run_id = digest_of([*identity, settings.profile] if job.name == "materialize" else identity)
@@ -239,8 +238,10 @@ def run(
     """
     plan, units, inputs = plan_run(job, settings, options, as_of)
     published = plan.folder.manifest()
-    if published and published.run_id == plan.run_id:
+    if published and published.run_id == plan.run_id and output_is_there(job.name, settings):
         return Outcome(published, built=False)
+    if not published or published.run_id != plan.run_id:
+        plan.folder.discard(plan.run_id)  # what a killed run of the same name left
     docs = None
     if "raw" in job.reads:
         docs = _raw_gate(plan, settings, units, max_bad_fraction)
@@ -249,14 +250,12 @@ def run(
     built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
     end = plan.as_of if plan.as_of is not None else counts.pop("max_event_micros", 0) + 1
     counts.pop("max_event_micros", None)
-    epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    as_of_text = (epoch + timedelta(microseconds=end)).isoformat()
     manifest = Manifest(
         job=job.name,
         run_id=plan.run_id,
         dataset=plan.dataset,
         fingerprint=plan.contract.fingerprint,
-        as_of=as_of_text,
+        as_of=micros_iso(end),
         options=options,
         inputs=inputs,
         counts=dict(sorted(counts.items())),
@@ -340,7 +339,7 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
     for table in plan.contract.tables:
         parts = tables.get(table.name)
         if parts and table.name != "dead_letters":
-            batches = (pq.read_table(f"{folder.root}/{part.path}", filesystem=folder.filesystem) for part in parts)
+            batches = (folder.read_path(f"{folder.root}/{part.path}") for part in parts)
             docs = expectations.gate(table, expectations.rebatch(batches), docs_folder(settings), limit).docs
     return docs
 
@@ -350,9 +349,3 @@ def docs_folder(settings: Settings) -> Path:
     if "://" in settings.home:
         return Path(".memoir", settings.dataset, "expectations")
     return Path(settings.home, "expectations")
-
-
-def _micros(iso: str) -> int:
-    time = datetime.fromisoformat(iso)
-    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-    return int((time - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1))

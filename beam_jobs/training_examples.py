@@ -19,7 +19,7 @@ from beam_jobs.events import by_user
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo import datasets
-from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
+from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros
 from feature_repo.history import run_ends, run_starts
 from feature_repo.tables import JobFolder, parquet_bytes
 
@@ -119,7 +119,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
     users = events[user_key].combine_chunks().take(pa.array(asked[first]))
     ordinal = _number_within(users)
     seeds = hash_keys(users)
-    bounds = [_micros(rules.validation_from), _micros(rules.test_from)]
+    bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
     times = assigned.request_time[request[first]] if len(first) else assigned.request_time[:0]
     split = np.searchsorted(bounds, times, side="right")
 
@@ -176,10 +176,6 @@ def _number_within(keys: pa.Array) -> np.ndarray:
     """0, 1, 2, … within each run of equal keys."""
     starts = run_starts(keys)
     return np.arange(len(keys)) - np.repeat(starts, run_ends(starts, len(keys)) - starts)
-
-
-def _micros(iso: str) -> int:
-    return int(micros(pa.array([iso]).cast(pa.timestamp("us", tz="UTC")))[0])
 
 
 JOB = Job(

@@ -28,23 +28,26 @@ def main() -> None:
 
 
 def _apply(settings: Settings) -> None:
+    from rich.console import Console
+
     from feature_repo import datasets
     from feature_repo.catalogue import Catalogue
-    from feature_repo.store import REPO, feast_apply, yaml_path
+    from feature_repo.store import REPO, feast_apply, local_store_files, yaml_path
 
     catalogue, config = Catalogue(settings.catalogue_url), yaml_path(settings)
     content = hashlib.sha256(datasets.load_contract(settings.dataset).fingerprint.encode())
     for file in (REPO / "feature_definitions.py", config):
         content.update(file.read_bytes())
     content.update(settings.home.encode())
-    registry = REPO / "data" / "registry.db" if settings.is_default_home else settings.path("registry.db")
     inputs = content.hexdigest()
-    exists = settings.profile == "production" or registry.exists()
-    if exists and catalogue.is_current(settings.dataset, "apply", inputs):
+    if all(file.exists() for file in local_store_files(settings)) and catalogue.is_current(
+        settings.dataset, "apply", inputs
+    ):
         print("feast apply: up to date")
         return
-    with catalogue.stage(settings.dataset, "apply", inputs):
-        print(feast_apply(settings).strip())
+    with catalogue.stage(settings.dataset, "apply", inputs), Console().status("feast apply"):
+        printed = feast_apply(settings)
+    print(printed.strip())
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
     print(f"feast apply: registered {settings.dataset} with {shown}")
 

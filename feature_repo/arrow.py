@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 from feature_repo.schema import Contract, DType, Table
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _TYPES: dict[DType, pa.DataType] = {
     DType.INT8: pa.int8(),
@@ -47,6 +49,22 @@ def micros(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 def from_micros(values: np.ndarray) -> pa.Array:
     """int64 microseconds since the epoch as a timestamp column."""
     return pa.array(values, pa.int64()).cast(TIMESTAMP)
+
+
+def iso_micros(text: str) -> int:
+    """An ISO time as microseconds since the epoch; without a zone it is UTC.
+
+    Raises:
+        ValueError: no ISO time.
+    """
+    time = datetime.fromisoformat(text)
+    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
+    return (time - EPOCH) // timedelta(microseconds=1)
+
+
+def micros_iso(value: int) -> str:
+    """Microseconds since the epoch as an ISO time, UTC."""
+    return (EPOCH + timedelta(microseconds=value)).isoformat()
 
 
 def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -84,6 +84,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
         )
         entities = _entity_table(entity_df, time)
+        _refuse_shared_names(entity_df, feature_refs, full_feature_names)
         joins, outputs = [], []
         for number, view in enumerate(feature_views):
             join, columns = _asof_join(
@@ -273,6 +274,14 @@ def _entity_table(entity_df: pd.DataFrame, time: str) -> pa.Table:
     stamps = pd.to_datetime(frame[time], utc=True).astype("datetime64[us, UTC]")
     table = pa.Table.from_pandas(frame.assign(**{time: stamps}), preserve_index=False)
     return table.append_column("__row", pa.array(range(len(frame)), pa.int64()))
+
+
+def _refuse_shared_names(entity_df: pd.DataFrame, feature_refs: list[str], full_feature_names: bool) -> None:
+    shared = sorted({ref.split(":", 1)[1] for ref in feature_refs} & set(entity_df.columns))
+    if shared and not full_feature_names:
+        raise ValueError(
+            f"entity_df and features share the names {shared}: pass full_feature_names=True, or rename them in entity_df"
+        )
 
 
 def _asof_join(

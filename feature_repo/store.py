@@ -39,6 +39,14 @@ def yaml_path(settings: Settings) -> Path:
     return path
 
 
+def local_store_files(settings: Settings) -> list[Path]:
+    """Registry and online store of the local profile, as files; none for the production profile."""
+    if settings.profile == "production":
+        return []
+    folder = REPO / "data" if settings.is_default_home else Path(settings.home)
+    return [folder / "registry.db", folder / "online_store.db"]
+
+
 def open_store(settings: Settings) -> FeatureStore:
     """The Feast store of these settings. Relative paths of the local profile are taken from `feature_repo/`."""
     from feast import FeatureStore

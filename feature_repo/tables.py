@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+from feature_repo.arrow import iso_micros
 
 MANIFEST = "manifest.json"
 LAYOUT = 1
@@ -58,8 +59,7 @@ class Manifest:
     @property
     def as_of_micros(self) -> int:
         """`as_of` as microseconds since the epoch."""
-        delta = datetime.fromisoformat(self.as_of) - datetime(1970, 1, 1, tzinfo=UTC)
-        return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+        return iso_micros(self.as_of)
 
     def to_json(self) -> str:
         """The manifest as it is written."""
@@ -133,13 +133,20 @@ class JobFolder:
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table, parts in order."""
-        return pa.concat_tables(
-            [pq.read_table(path, columns=columns, filesystem=self.filesystem) for path in self.paths(table)]
-        )
+        return pa.concat_tables([self.read_path(path, columns) for path in self.paths(table)])
 
     def open(self, path: str) -> pa.NativeFile:
         """A part for reading: memory-mapped where the file is local."""
         return pa.memory_map(path) if self.local else self.filesystem.open_input_file(path)
+
+    def read_path(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        """One part by the path that `paths` gives."""
+        return pq.read_table(path, columns=columns, filesystem=self.filesystem)
+
+    def discard(self, run_id: str) -> None:
+        """Remove what an unfinished run left."""
+        if self.filesystem.get_file_info(f"{self.root}/{run_id}").type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(f"{self.root}/{run_id}")
 
     def write_part(self, run_id: str, table: str, name: str, data: bytes | pa.Buffer, rows: int) -> Part:
         """Write one part in one visible step: a retry or a rerun leaves the same file."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -141,7 +142,10 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
         from modeling.evaluate import evaluate_run
         from modeling.report import write_report
 
-        with catalogue.stage(run.settings.dataset, "evaluate", run.identity) as stage:
+        with (
+            catalogue.stage(run.settings.dataset, "evaluate", run.identity) as stage,
+            console.status("evaluate: joining, scoring, bootstrapping"),
+        ):
             store, warehouse = _stores(run.settings)
             model, encoder = _load_trained(run)
             test = warehouse.split(store, run.recipe.service, "test")
@@ -190,7 +194,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         return
     from modeling import bundle
 
-    with catalogue.stage(dataset, "export", run.identity) as stage:
+    with catalogue.stage(dataset, "export", run.identity) as stage, console.status("export"):
         model, encoder = _load_trained(run)
         metrics = evaluation["metrics"]["model"]
         as_of = JobFolder(run.settings.home, "user_history").require().as_of
@@ -225,7 +229,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
 
 def print_metrics(rows: list[list[str]]) -> None:
     """The metrics table on the terminal."""
-    table = RichTable(show_edge=False, pad_edge=False)
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows[1:]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -53,16 +54,16 @@ def run_demo() -> int:
     user_id, recent = choose_user(settings, contract)
     candidates, titles = popular_items(settings, contract)
     began = time.perf_counter()
-    with server() as address:
+    with console.status("starting the server"), server() as address:
         started_s = time.perf_counter() - began
         body = {"user_id": user_id, "candidates": candidates, "k": 10}
         post(address, body)
         answer = post(address, body)
     console.print()
-    value = f"mean_{contract.spec.stat_value}"
     ranked = RichTable(
         title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     for heading in ("", "item", contract.spec.item_title, contract.spec.stat_value.replace("_", " "), "score"):
         ranked.add_column(
@@ -71,13 +72,13 @@ def run_demo() -> int:
     for place, (item_id, score) in enumerate(zip(answer["item_ids"], answer["scores"], strict=True), 1):
         title, price = titles[item_id]
         ranked.add_row(str(place), str(item_id), title or "", "" if price is None else f"{price:.2f}", f"{score:.3f}")
-    history = RichTable(title="recently", title_justify="left")
+    history = RichTable(title="recently", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("day", "action", contract.spec.item_title):
         history.add_column(heading)
     for day, action, item_id in recent:
         history.add_row(day, action, (titles.get(item_id) or (str(item_id), None))[0] or str(item_id))
     (console if console.width >= 150 else Console(width=150)).print(Columns([ranked, history], padding=(0, 3)))
-    print(f"bundle {answer['bundle']}, degraded {answer['degraded'] or 'nothing'}, value column: {value}")
+    print(f"bundle {answer['bundle']}, degraded by {', '.join(answer['degraded']) or 'nothing'}")
     timings = answer["timings_ms"]
     print(
         "request: "

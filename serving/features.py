@@ -134,7 +134,7 @@ class ItemTable:
         rows, index = self._load(item_ids)
         if index:
             with self._lock:
-                start = len(self._index)
+                start = len(self._rows[self._names[0]])
                 self._rows = {name: pa.concat_arrays([self._rows[name], rows[name]]) for name in self._names}
                 self._index = self._index | {item_id: start + place for item_id, place in index.items()}
 

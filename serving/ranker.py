@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from feature_repo.arrow import arrow_type
+from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.history import Histories, from_batches
 from feature_repo.schema import Contract
 from modeling.batch import Requests
@@ -78,8 +78,7 @@ class Ranker:
     ) -> Requests:
         """This one request in the shape that training encodes."""
         ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
-        epoch = datetime(1970, 1, 1, tzinfo=UTC)
-        micros = int((at - epoch).total_seconds() * 1_000_000)
+        micros = (at - EPOCH) // timedelta(microseconds=1)
         history = user.history
         if history is not None:
             history = _before(history, micros)
