@@ -52,7 +52,7 @@ def _loss(plt: Any, folder: Path) -> bytes:
 
 
 def _calibration(plt: Any, points: list[list[float]]) -> bytes:
-    figure, axes = plt.subplots(figsize=(3.9, 3.4))
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
     top = max([value for point in points for value in point] + [0.01]) * 1.05
     axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle="--")
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=BLUE)
@@ -69,7 +69,7 @@ def _by_length(plt: Any, rows: list[list[Any]]) -> bytes:
 
 
 def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
-    figure, axes = plt.subplots(figsize=(3.9, 3.4))
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
     edges = histogram["edges"]
     for name, colour in (("negative", GREY), ("positive", ORANGE)):
         total = max(sum(histogram[name]), 1)
@@ -106,16 +106,18 @@ def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, 
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }}
 th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 tr:nth-child(1) td {{ font-weight: 600; }}
-img {{ max-width: 100%; margin: .5rem 0; }}
+table {{ display: block; overflow-x: auto; }}
+.pictures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }}
+img {{ width: 100%; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(subtitle)}. Intervals are half the width of the 95 % bootstrap over users.</p>
 <table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>
-<p>{images}</p>
+<div class="pictures">{images}</div>
 </body></html>
 """
