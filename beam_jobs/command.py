@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from beam_jobs.inputs import output_is_there, raw_digest
+from beam_jobs.inputs import current_inputs, output_is_there
 from feature_repo.catalogue import Catalogue
 from feature_repo.datasets import RawDataError
 from feature_repo.settings import Settings
@@ -25,6 +25,7 @@ from feature_repo.tables import JobFolder, Manifest, TableNotBuiltError
 if TYPE_CHECKING:
     from beam_jobs.runs import RunPlan
 
+PLAIN_LINE_S = 10  # seconds between lines where there is no terminal
 console = Console()
 
 
@@ -50,9 +51,18 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
             console.print(runs.describe(job, plan, units, arguments), highlight=False, markup=False)
             return 0
         catalogue = Catalogue(settings.catalogue_url)
-        with catalogue.stage(settings.dataset, known.job, plan.run_id) as stage, _progress(plan, len(units)):
+        with (
+            catalogue.stage(settings.dataset, known.job, plan.run_id) as stage,
+            _progress(plan, job.num_parts(plan, len(units))) as tell,
+        ):
             outcome = runs.run(
-                job, settings, options, arguments, as_of=known.as_of, max_bad_fraction=known.max_bad_fraction
+                job,
+                settings,
+                options,
+                arguments,
+                as_of=known.as_of,
+                max_bad_fraction=known.max_bad_fraction,
+                tell=tell,
             )
             stage.details = {
                 "counts": outcome.manifest.counts,
@@ -80,14 +90,8 @@ def _up_to_date(known: argparse.Namespace, settings: Settings) -> bool:
         return False
     if manifest.fingerprint != datasets.load_contract(settings.dataset).fingerprint:
         return False
-    for source, digest in manifest.inputs.items():
-        if source == "raw":
-            now = raw_digest(datasets.load(settings.dataset), settings.data)
-        else:
-            upstream = JobFolder(settings.home, source).manifest()
-            now = upstream.digest if upstream else ""
-        if now != digest:
-            return False
+    if manifest.inputs != current_inputs(known.job, list(manifest.inputs), settings):
+        return False
     console.print(f"{known.job}: up to date (run {manifest.run_id})", highlight=False)
     return True
 
@@ -114,55 +118,43 @@ def _report(manifest: Manifest, docs: str | None) -> None:
 
 
 @contextmanager
-def _progress(plan: RunPlan, num_units: int) -> Iterator[None]:
-    """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder."""
+def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder; yields `tell`."""
     from beam_jobs.runs import PARTS
 
-    folder, done = plan.folder, threading.Event()
+    folder, done, phase, started = plan.folder, threading.Event(), "starting", time.monotonic()
     root = f"{folder.root}/{plan.run_id}/{PARTS}"
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(plan.job, total=num_parts)
 
-    def parts() -> int:
-        selector = pafs.FileSelector(root, allow_not_found=True)
-        return sum(not info.base_name.startswith(".") for info in folder.filesystem.get_file_info(selector))
+    def tell(new_phase: str) -> None:
+        nonlocal phase
+        phase = new_phase
 
-    def watch(update: object) -> None:
-        while not done.wait(0.5):
-            update(parts())  # type: ignore[operator]
+    def watch() -> None:
+        said = 0.0
+        while not done.wait(0.2):
+            infos = folder.filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+            parts, now = sum(not info.base_name.startswith(".") for info in infos), time.monotonic()
+            bar.update(task, completed=parts, description=f"{plan.job}: {phase}")
+            if not console.is_terminal and now - said >= PLAIN_LINE_S:
+                said = now
+                console.print(
+                    f"{plan.job}: {phase}, {parts} of {num_parts} parts, {now - started:.0f} s", highlight=False
+                )
 
-    if console.is_terminal:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("parts"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(plan.job, total=None)
-            thread = threading.Thread(target=watch, args=(lambda n: bar.update(task, completed=n),), daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-        return
-    started, said = time.monotonic(), 0.0
-
-    def line(number: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
-            console.print(
-                f"{plan.job}: {num_units} input pieces, {number} parts written, {time.monotonic() - started:.0f} s",
-                highlight=False,
-            )
-
-    thread = threading.Thread(target=watch, args=(line,), daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield
+        with bar:
+            yield tell
     finally:
         done.set()
         thread.join()

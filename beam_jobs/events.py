@@ -119,7 +119,7 @@ JOB = Job(
     name="events",
     doc="raw rows → events by user, profiles, dead letters",
     reads={"raw": ()},
-    version=1,
     options={"num_partitions": 8},
     steps=partial(BuildTables, read=parse_unit, build=build),
+    num_parts=lambda plan, units: 3 * plan.options["num_partitions"] + units,
 )

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
+from feature_repo import datasets
 from feature_repo.datasets import Dataset
 from feature_repo.settings import Settings
 from feature_repo.store import local_store_files
-from feature_repo.tables import digest_of
+from feature_repo.tables import JobFolder, digest_of
+
+# Raised when the same input would give other bytes: then everything that the job built is stale.
+VERSIONS = {"events": 1, "user_history": 1, "item_stats": 1, "training_examples": 1, "materialize": 1}
+
+
+def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[str, str]:
+    """Digest of each input as it is now.
+
+    Args:
+        names: "code", "profile", "raw" or the name of a job; a job that has not run has no digest.
+    """
+    found = {}
+    for name in names:
+        if name == "code":
+            found[name] = str(VERSIONS[job])
+        elif name == "profile":
+            found[name] = settings.profile
+        elif name == "raw":
+            found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
+        elif manifest := JobFolder(settings.home, name).manifest():
+            found[name] = manifest.digest
+    return found
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:

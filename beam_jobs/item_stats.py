@@ -94,7 +94,7 @@ JOB = Job(
     name="item_stats",
     doc="events → windowed counts and mean values by item",
     reads={"events": ("events",)},
-    version=1,
     options={"num_partitions": 8},
     steps=partial(BuildTables, read=by_item, build=build),
+    num_parts=lambda plan, units: plan.options["num_partitions"],
 )

@@ -71,8 +71,7 @@ JOB = Job(
         "user_history": ("user_history", "user_history_index"),
         "item_stats": ("item_stats",),
     },
-    version=1,
     options={},
     steps=Materialize,
-    also_depends_on=(),
+    num_parts=lambda plan, units: len(plan.contract.views),
 )

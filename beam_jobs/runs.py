@@ -19,7 +19,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from beam_jobs.inputs import output_is_there, raw_digest
+from beam_jobs.inputs import current_inputs, output_is_there
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import iso_micros, micros_iso
@@ -83,17 +83,16 @@ Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
 class Job:
     """What a job module declares.
 
-    `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source). `version`
-    changes when the same input would give other bytes. `steps` turns units into named parts. `after` runs once the
-    parts are built and the gate is passed, before the manifest.
+    `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
+    turns units of them into named parts.
     """
 
     name: str
     doc: str
     reads: dict[str, tuple[str, ...]]
-    version: int
     options: dict[str, Any]
     steps: Callable[[RunPlan], beam.PTransform]
+    num_parts: Callable[[RunPlan, int], int]  # of the plan and the number of its units; at most
     also_depends_on: tuple[str, ...] = ()
 
 
@@ -184,31 +183,30 @@ def plan_run(
         RawDataError: the raw data is missing or of another shape.
     """
     dataset = datasets.load(settings.dataset)
-    inputs: dict[str, str] = {}
+    names = ["code", *job.reads, *job.also_depends_on, *(["profile"] if job.name == "materialize" else [])]
+    for source in (*job.reads, *job.also_depends_on):
+        if source != "raw":
+            JobFolder(settings.home, source).require()
+    inputs = current_inputs(job.name, names, settings)
     units: list[Unit] = []
     as_of_micros = None
     for source, tables in job.reads.items():
         if source == "raw":
             raw = dataset.raw_units(settings.data)
-            inputs["raw"] = raw_digest(dataset, settings.data)
             units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
             continue
         folder = JobFolder(settings.home, source)
         manifest = folder.require()
-        inputs[source] = manifest.digest
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
         for table in tables:
             parts = manifest.tables[table]
             units += [
                 Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows) for i, part in enumerate(parts)
             ]
-    for source in job.also_depends_on:
-        inputs[source] = JobFolder(settings.home, source).require().digest
     if as_of:
         as_of_micros = iso_micros(as_of)
     fingerprint = datasets.load_contract(settings.dataset).fingerprint
-    identity = [job.name, job.version, settings.dataset, fingerprint, options, as_of, inputs]
-    run_id = digest_of([*identity, settings.profile] if job.name == "materialize" else identity)
+    run_id = digest_of([job.name, settings.dataset, fingerprint, options, as_of, inputs])
     plan = RunPlan(
         job.name,
         settings.dataset,
@@ -230,8 +228,9 @@ def run(
     *,
     as_of: str | None,
     max_bad_fraction: float | None,
+    tell: Callable[[str], None] = lambda phase: None,
 ) -> Outcome:
-    """Run a job unless it is up to date.
+    """Run a job unless it is up to date; `tell` hears of each phase as it begins.
 
     Raises:
         GateError: too many rows of an input or of a built table are bad; nothing was published.
@@ -244,8 +243,11 @@ def run(
         plan.folder.discard(plan.run_id)  # what a killed run of the same name left
     docs = None
     if "raw" in job.reads:
+        tell("checking raw rows")
         docs = _raw_gate(plan, settings, units, max_bad_fraction)
+    tell("building")
     pipeline(job, plan, units, beam_args).run().wait_until_finish()
+    tell("checking built tables")
     tables, counts = collect(plan)
     built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
     end = plan.as_of if plan.as_of is not None else counts.pop("max_event_micros", 0) + 1

@@ -182,8 +182,8 @@ JOB = Job(
     name="training_examples",
     doc="events and item statistics → requests with candidates and labels",
     reads={"events": ("events",)},
-    version=1,
     options={"num_partitions": 8, "seed": 17},
     steps=partial(BuildTables, read=by_user, build=build),
+    num_parts=lambda plan, units: plan.options["num_partitions"],
     also_depends_on=("item_stats",),
 )

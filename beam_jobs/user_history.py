@@ -77,7 +77,7 @@ JOB = Job(
     name="user_history",
     doc="events → history log, history index, newest events packed",
     reads={"events": ("events",)},
-    version=1,
     options={"num_partitions": 8},
     steps=partial(BuildTables, read=by_user, build=build),
+    num_parts=lambda plan, units: 3 * plan.options["num_partitions"],
 )
