@@ -9,7 +9,7 @@ from pathlib import Path
 from feature_repo import datasets
 from feature_repo.datasets import Dataset
 from feature_repo.settings import Settings
-from feature_repo.store import local_store_files
+from feature_repo.store import local_store_files, store_digest
 from feature_repo.tables import JobFolder, digest_of
 
 # Raised when the same input would give other bytes: then everything that the job built is stale.
@@ -20,14 +20,14 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     """Digest of each input as it is now.
 
     Args:
-        names: "code", "profile", "raw" or the name of a job; a job that has not run has no digest.
+        names: "code", "store", "raw" or the name of a job; a job that has not run has no digest.
     """
     found = {}
     for name in names:
         if name == "code":
             found[name] = str(VERSIONS[job])
-        elif name == "profile":
-            found[name] = settings.profile
+        elif name == "store":
+            found[name] = store_digest(settings)
         elif name == "raw":
             found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
         elif manifest := JobFolder(settings.home, name).manifest():
@@ -42,8 +42,12 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
-    """Whether what a finished job wrote outside its folder still exists: a deleted online store is not up to date."""
-    return job != "materialize" or all(file.exists() for file in local_store_files(settings))
+    """Whether what a finished job wrote outside its folder is still there: a deleted online store is not up to date.
+
+    An online store elsewhere cannot be known without asking it, so `materialize` always runs in the production profile.
+    """
+    files = local_store_files(settings)
+    return job != "materialize" or (bool(files) and all(file.exists() for file in files))
 
 
 def _sha256(file: str) -> str:

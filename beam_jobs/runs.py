@@ -12,7 +12,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -183,7 +182,7 @@ def plan_run(
         RawDataError: the raw data is missing or of another shape.
     """
     dataset = datasets.load(settings.dataset)
-    names = ["code", *job.reads, *job.also_depends_on, *(["profile"] if job.name == "materialize" else [])]
+    names = ["code", *job.reads, *job.also_depends_on, *(["store"] if job.name == "materialize" else [])]
     for source in (*job.reads, *job.also_depends_on):
         if source != "raw":
             JobFolder(settings.home, source).require()
@@ -331,7 +330,7 @@ def _raw_gate(plan: RunPlan, settings: Settings, units: list[Unit], max_bad_frac
     dataset = datasets.load(plan.dataset)
     limit = dataset.SPEC.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
     raw = (dataset.read_raw(unit.source) for unit in units if unit.source.kind == "events")
-    return expectations.gate(dataset.SPEC.raw, expectations.rebatch(raw), docs_folder(settings), limit).docs
+    return expectations.gate(dataset.SPEC.raw, expectations.rebatch(raw), settings.path("expectations"), limit).docs
 
 
 def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]], limit: float) -> str | None:
@@ -342,12 +341,5 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
         parts = tables.get(table.name)
         if parts and table.name != "dead_letters":
             batches = (folder.read_path(f"{folder.root}/{part.path}") for part in parts)
-            docs = expectations.gate(table, expectations.rebatch(batches), docs_folder(settings), limit).docs
+            docs = expectations.gate(table, expectations.rebatch(batches), settings.path("expectations"), limit).docs
     return docs
-
-
-def docs_folder(settings: Settings) -> Path:
-    """Where Great Expectations keeps its project and Data Docs: always local."""
-    if "://" in settings.home:
-        return Path(".memoir", settings.dataset, "expectations")
-    return Path(settings.home, "expectations")

@@ -32,13 +32,12 @@ def _apply(settings: Settings) -> None:
 
     from feature_repo import datasets
     from feature_repo.catalogue import Catalogue
-    from feature_repo.store import REPO, feast_apply, local_store_files, yaml_path
+    from feature_repo.store import REPO, feast_apply, local_store_files, store_digest, yaml_path
 
     catalogue, config = Catalogue(settings.catalogue_url), yaml_path(settings)
     content = hashlib.sha256(datasets.load_contract(settings.dataset).fingerprint.encode())
-    for file in (REPO / "feature_definitions.py", config):
-        content.update(file.read_bytes())
-    content.update(settings.home.encode())
+    content.update((REPO / "feature_definitions.py").read_bytes())
+    content.update(f"{store_digest(settings)} {settings.home}".encode())
     inputs = content.hexdigest()
     if all(file.exists() for file in local_store_files(settings)) and catalogue.is_current(
         settings.dataset, "apply", inputs

@@ -80,11 +80,12 @@ def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *,
         for outcome in result.results:
             if outcome.success:
                 continue
-            if outcome.exception_info and outcome.exception_info.get("raised_exception"):
-                raise GateError(
-                    f"suite {name!r}: {outcome.expectation_config.type} could not run: {outcome.exception_info}"
-                )
             index = np.asarray(outcome.result.get("unexpected_index_list") or [], dtype=np.int64)
+            if not len(index):  # it failed without naming a row: it could not run
+                config = outcome.expectation_config
+                raise GateError(
+                    f"suite {name!r}: {config.type} on {config.kwargs} could not run: {_exceptions(outcome)}. Nothing was published"
+                )
             bad[index] = True
             _merge(merged, outcome, frame, index)
         rows += len(frame)
@@ -107,7 +108,8 @@ def gate(
     """`check`, and stop when too many rows are bad.
 
     Raises:
-        GateError: names suite, column, expectation, observed value and three offending rows.
+        GateError: names suite, column, expectation, observed value and three offending rows; also where an
+            expectation cannot run, as on a column that is missing.
     """
     verdict = check(table, batches, docs_folder, suite=suite)
     if verdict.bad_fraction > max_bad_fraction:
@@ -199,6 +201,12 @@ def _frame(batch: pa.Table) -> Any:
     return whole
 
 
+def _exceptions(outcome: Any) -> str:
+    info = outcome.exception_info or {}
+    nested = [value for value in info.values() if isinstance(value, dict)] or [info]
+    return "; ".join(str(value.get("exception_message")) for value in nested)
+
+
 def _merge(merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, index: np.ndarray) -> None:
     config = outcome.expectation_config
     column = str(config.kwargs.get("column") or config.kwargs.get("column_list"))
@@ -207,5 +215,6 @@ def _merge(merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, ind
     rows = [{str(k): v for k, v in row.items()} for row in frame.iloc[index[:NUM_EXAMPLES]].to_dict("records")]
     observed = list(outcome.result.get("partial_unexpected_list") or [])[:NUM_EXAMPLES]
     if previous:
-        bad, rows, observed = bad + previous.bad, previous.rows, previous.observed
+        bad += previous.bad
+        rows, observed = (previous.rows + rows)[:NUM_EXAMPLES], (previous.observed + observed)[:NUM_EXAMPLES]
     merged[column, config.type] = Finding(column, config.type, bad, observed, rows)

@@ -45,12 +45,24 @@ class Settings:
         if profile not in ("local", "production"):
             raise ValueError(f"MEMOIR_PROFILE must be 'local' or 'production', not {profile!r}")
         home = f"{root}/{dataset}"
-        catalogue = os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{home}/catalogue.db"
+        catalogue = os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
         default = root == str(CHECKOUT / ".memoir") and dataset == DEFAULT_DATASET
         return Settings(dataset, os.environ.get("MEMOIR_DATA"), home, profile, catalogue, default)
 
+    @property
+    def root(self) -> str:
+        """What `MEMOIR_HOME` is: the home without the dataset."""
+        return self.home.rsplit("/", 1)[0]
+
     def path(self, *parts: str) -> Path:
-        """A local path under the home, its folder made."""
-        path = Path(self.home, *parts)
+        """A local path, its folder made: under the home, or under `.memoir` where the home is an object store.
+
+        Runs, bundles, Data Docs and Feast's configuration are files of the machine that trains and serves.
+        """
+        path = Path(_local(self.home, self.dataset), *parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _local(home: str, dataset: str) -> str:
+    return str(CHECKOUT / ".memoir" / dataset) if "://" in home else home

@@ -7,6 +7,7 @@ work there too: `feast -c feature_repo -f <home>/feature_store.yaml …`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def yaml_path(settings: Settings) -> Path:
         return LOCAL_YAML
     text = LOCAL_YAML.read_text()
     for name in ("registry.db", "online_store.db"):
-        text = text.replace(f"data/{name}", str(Path(settings.home, name)))
+        text = text.replace(f"data/{name}", str(settings.path(name)))
     text = text.replace("dataset: online_retail", f"dataset: {settings.dataset}")
     path = settings.path("feature_store.yaml")
     if not path.exists() or path.read_text() != text:
@@ -43,8 +44,13 @@ def local_store_files(settings: Settings) -> list[Path]:
     """Registry and online store of the local profile, as files; none for the production profile."""
     if settings.profile == "production":
         return []
-    folder = REPO / "data" if settings.is_default_home else Path(settings.home)
-    return [folder / "registry.db", folder / "online_store.db"]
+    names = ("registry.db", "online_store.db")
+    return [REPO / "data" / name if settings.is_default_home else settings.path(name) for name in names]
+
+
+def store_digest(settings: Settings) -> str:
+    """Digest of the Feast configuration with its environment filled in: which registry and online store are meant."""
+    return hashlib.sha256(os.path.expandvars(yaml_path(settings).read_text()).encode()).hexdigest()[:16]
 
 
 def open_store(settings: Settings) -> FeatureStore:
@@ -66,7 +72,7 @@ def feast_apply(settings: Settings) -> str:
     Raises:
         RuntimeError: it failed; the message holds its output.
     """
-    environment = {**os.environ, "MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": str(Path(settings.home).parent)}
+    environment = {**os.environ, "MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": settings.root}
     command = [str(Path(sys.executable).parent / "feast"), "-c", str(REPO), "-f", str(yaml_path(settings)), "apply"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False)
     if done.returncode:

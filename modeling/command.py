@@ -70,7 +70,7 @@ def open_run(settings: Settings, recipe: Recipe) -> Run:
     for job in TABLES:
         ids[job] = JobFolder(settings.home, job).require().run_id
     identity = digest_of([asdict(recipe), ids, datasets.load_contract(settings.dataset).fingerprint])
-    return Run(settings, recipe, identity, Path(settings.home, "runs", recipe.name))
+    return Run(settings, recipe, identity, settings.path("runs", recipe.name))
 
 
 def trained(run: Run) -> Run:
@@ -199,7 +199,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         metrics = evaluation["metrics"]["model"]
         as_of = JobFolder(run.settings.home, "user_history").require().as_of
         path, digest = bundle.export(
-            Path(run.settings.home, "bundles"),
+            run.settings.path("bundles"),
             model=model,
             encoder=encoder,
             recipe=run.recipe,

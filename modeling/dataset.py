@@ -184,7 +184,7 @@ class Warehouse:
 
         suite = f"training_set_{split}"
         expectations.gate(
-            training_set_table(self.contract), [joined], f"{self.settings.home}/expectations", 0.0, suite=suite
+            training_set_table(self.contract), [joined], self.settings.path("expectations"), 0.0, suite=suite
         )
 
 
