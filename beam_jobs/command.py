@@ -20,7 +20,7 @@ from beam_jobs.inputs import current_inputs, output_is_there
 from feature_repo.catalogue import Catalogue
 from feature_repo.datasets import RawDataError
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder, Manifest, TableNotBuiltError
+from feature_repo.tables import JobFolder, JobRunningError, Manifest, TableNotBuiltError
 
 if TYPE_CHECKING:
     from beam_jobs.runs import RunPlan
@@ -64,6 +64,8 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
                 max_bad_fraction=known.max_bad_fraction,
                 tell=tell,
             )
+            if not outcome.built:
+                stage.discard()
             stage.details = {
                 "counts": outcome.manifest.counts,
                 "run_id": outcome.manifest.run_id,
@@ -71,10 +73,20 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
                 "inputs": inputs,
                 "argv": _argv(known),
             }
-    except (GateError, RawDataError, TableNotBuiltError, NotEnoughItemsError) as error:
+    except (
+        GateError,
+        RawDataError,
+        TableNotBuiltError,
+        NotEnoughItemsError,
+        JobRunningError,
+        runs.LostRowsError,
+    ) as error:
         console.print(f"{known.job}: {error}", style="red", highlight=False, markup=False)
         return 1
-    _report(outcome.manifest, outcome.docs)
+    if outcome.built:
+        _report(outcome.manifest, outcome.docs)
+    else:
+        console.print(f"{known.job}: up to date (run {outcome.manifest.run_id})", highlight=False)
     return 0
 
 

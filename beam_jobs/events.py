@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -21,21 +21,19 @@ ROWS_READ = b"rows_read"
 
 
 def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
-    """One raw unit as keyed pieces; events that the run cannot know yet become dead letters."""
+    """One raw unit as keyed pieces; events at or after `as_of` become dead letters."""
     dataset, contract = datasets.load(plan.dataset), plan.contract
     parsed = dataset.parse(unit.source)
-    known_until = plan.as_of if plan.as_of is not None else int(time.time() * 1e6)
-    late = micros(parsed.events["event_timestamp"]) >= known_until
-    dead = parsed.dead_letters
-    if late.any():
-        reason = "time is at or after --as_of" if plan.as_of is not None else "time is in the future"
-        dead = pa.concat_tables([dead, _late_letters(parsed.events.filter(pa.array(late)), unit, reason, dead.schema)])
-    events = parsed.events.filter(pa.array(~late))
+    events, dead = parsed.events, parsed.dead_letters
+    if plan.as_of is not None:
+        late = micros(events["event_timestamp"]) >= plan.as_of
+        dead = pa.concat_tables([dead, _late_letters(events.filter(pa.array(late)), unit, dead.schema)])
+        events = events.filter(pa.array(~late))
     partitions = plan.options["num_partitions"]
     for table, rows, key in (
         ("events", events, contract.user.join_key),
-        ("user_profile", _known(parsed.users, known_until), contract.user.join_key),
-        ("item_profile", _known(parsed.items, known_until), contract.item.join_key),
+        ("user_profile", _known(parsed.users, plan.as_of), contract.user.join_key),
+        ("item_profile", _known(parsed.items, plan.as_of), contract.item.join_key),
     ):
         for partition, piece in split_by_key(rows, key, partitions):
             yield (table, partition), (unit.number, to_ipc(piece))
@@ -86,15 +84,17 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     return differs
 
 
-def _known(rows: pa.Table, known_until: int) -> pa.Table:
-    return rows.filter(pa.array(micros(rows["event_timestamp"]) <= known_until)) if rows.num_rows else rows
+def _known(rows: pa.Table, as_of: int | None) -> pa.Table:
+    return rows if as_of is None else rows.filter(pa.array(micros(rows["event_timestamp"]) <= as_of))
 
 
-def _late_letters(events: pa.Table, unit: Unit, reason: str, schema: pa.Schema) -> pa.Table:
+def _late_letters(events: pa.Table, unit: Unit, schema: pa.Schema) -> pa.Table:
     rows = events.num_rows
-    raw = [str(row) for row in events.to_pylist()]
+    raw = [json.dumps(row, default=str) for row in events.to_pylist()]
     file = unit.source.file.rsplit("/", 1)[-1]
-    return pa.table([[file] * rows, events["source_position"], [reason] * rows, raw], schema=schema)
+    return pa.table(
+        [[file] * rows, events["source_position"], ["time is at or after --as_of"] * rows, raw], schema=schema
+    )
 
 
 def by_user(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import apache_beam as beam
 import pyarrow as pa
 
-from beam_jobs.partition import sort_by_key_and_time, to_ipc
+from beam_jobs.partition import to_ipc
 from beam_jobs.runs import Built, Job, RunPlan, Unit, write_built
 from beam_jobs.sinks import WriteOnline
 from feature_repo.arrow import micros
-from feature_repo.history import run_ends, run_starts
+from feature_repo.history import newest_rows
 
 
 def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[tuple[str, bytes]]:
@@ -26,14 +26,7 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[tuple[str, bytes]]:
     if plan.as_of is not None:
         rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
     if rows.num_rows:
-        yield unit.table, to_ipc(newest(rows, entity.join_key))
-
-
-def newest(rows: pa.Table, key: str) -> pa.Table:
-    """The newest row of each key."""
-    rows = sort_by_key_and_time(rows, key)
-    starts = run_starts(rows[key].combine_chunks())
-    return rows.take(pa.array(run_ends(starts, rows.num_rows) - 1))
+        yield unit.table, to_ipc(newest_rows(rows, entity.join_key))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,10 +22,10 @@ import pyarrow.fs as pafs
 from beam_jobs.inputs import current_inputs, output_is_there
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
-from feature_repo.arrow import iso_micros, micros_iso
+from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.schema import Contract
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
-from feature_repo.tables import JobFolder, Manifest, Part, digest_of
+from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
 
 logger = logging.getLogger(__name__)
 PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
@@ -108,6 +109,10 @@ def settings_of(plan: RunPlan) -> Settings:
     """The settings under which a run was planned, on any worker."""
     default = plan.dataset == DEFAULT_DATASET and plan.home == str(CHECKOUT / ".memoir" / plan.dataset)
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
+
+
+class LostRowsError(RuntimeError):
+    """Rows that went into a run did not come out of it."""
 
 
 class BuildPart(beam.DoFn):
@@ -235,35 +240,85 @@ def run(
         GateError: too many rows of an input or of a built table are bad; nothing was published.
     """
     plan, units, inputs = plan_run(job, settings, options, as_of)
-    published = plan.folder.manifest()
-    if published and published.run_id == plan.run_id and output_is_there(job.name, settings):
-        return Outcome(published, built=False)
-    if not published or published.run_id != plan.run_id:
-        plan.folder.discard(plan.run_id)  # what a killed run of the same name left
-    docs = None
-    if "raw" in job.reads:
-        tell("checking raw rows")
-        docs = _raw_gate(plan, settings, units, max_bad_fraction)
-    tell("building")
-    pipeline(job, plan, units, beam_args).run().wait_until_finish()
-    tell("checking built tables")
-    tables, counts = collect(plan)
-    built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
-    end = plan.as_of if plan.as_of is not None else counts.pop("max_event_micros", 0) + 1
-    counts.pop("max_event_micros", None)
-    manifest = Manifest(
-        job=job.name,
-        run_id=plan.run_id,
-        dataset=plan.dataset,
-        fingerprint=plan.contract.fingerprint,
-        as_of=micros_iso(end),
-        options=options,
-        inputs=inputs,
-        counts=dict(sorted(counts.items())),
-        tables=tables,
-    )
-    plan.folder.publish(manifest)
+    with plan.folder.lock():
+        published = plan.folder.manifest()
+        if published and published.run_id == plan.run_id and output_is_there(job.name, settings):
+            return Outcome(published, built=False)
+        if not published or published.run_id != plan.run_id:
+            plan.folder.discard(plan.run_id)  # what a killed run of the same name left
+        docs = None
+        if "raw" in job.reads:
+            tell("checking raw rows")
+            docs = _raw_gate(plan, settings, units, max_bad_fraction)
+        tell("building")
+        pipeline(job, plan, units, beam_args).run().wait_until_finish()
+        _add_empty_tables(plan)
+        tables, counts = collect(plan)
+        _account(job, plan, units, counts)
+        tell("checking built tables")
+        built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
+        newest = counts.pop("max_event_micros", 0)
+        manifest = Manifest(
+            job=job.name,
+            run_id=plan.run_id,
+            dataset=plan.dataset,
+            fingerprint=plan.contract.fingerprint,
+            as_of=micros_iso(newest + 1 if plan.as_of is None else plan.as_of),
+            options=options,
+            inputs=inputs,
+            counts=dict(sorted(counts.items())),
+            tables=tables,
+        )
+        plan.folder.publish(manifest)
     return Outcome(manifest, built=True, docs=docs or built_docs)
+
+
+def _add_empty_tables(plan: RunPlan) -> None:
+    """A declared table without a row is an empty table, not a missing one."""
+    written = collect(plan)[0]
+    for table in plan.contract.tables:
+        if table.job == plan.job and table.name not in written:
+            write_built(
+                plan, Built(table.name, "part-00000.parquet", parquet_bytes(arrow_schema(table).empty_table()), 0)
+            )
+
+
+def _account(job: Job, plan: RunPlan, units: list[Unit], counts: dict[str, int]) -> None:
+    """Every row that went in came out: as an event, a dead letter or a counted input.
+
+    Raises:
+        LostRowsError: it did not.
+        RawDataError: not one raw row is an event.
+    """
+    if "raw" in job.reads:
+        given = sum(unit.rows for unit in units if unit.source.kind == "events")
+        kept, dead = counts.get("rows_events", 0), counts.get("rows_dead", 0)
+        if not given == counts.get("rows_read", 0) == kept + dead:
+            raise LostRowsError(
+                f"{given:,} raw rows, {counts.get('rows_read', 0):,} read, {kept:,} kept + {dead:,} dead: the run was not published"
+            )
+        if not kept:
+            raise datasets.RawDataError(
+                f"all {dead:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published"
+            )
+        if plan.as_of is None and counts["max_event_micros"] > time.time() * 1e6:
+            raise datasets.RawDataError(
+                f"the newest event is of {micros_iso(counts['max_event_micros'])}, which is yet to come: pass --as_of, and later rows "
+                "become dead letters. Nothing was published"
+            )
+    elif "events" in counts and plan.as_of is not None:
+        given = sum(_rows_before(plan, unit) for unit in units)
+        if given != counts["events"]:
+            raise LostRowsError(
+                f"{given:,} events before {micros_iso(plan.as_of)} went in, {counts['events']:,} were counted: the run was not published"
+            )
+
+
+def _rows_before(plan: RunPlan, unit: Unit) -> int:
+    """Events of a part that the run may know, from its timestamps alone."""
+    assert plan.as_of is not None
+    times = micros(plan.folder.read_path(unit.source, ["event_timestamp"])["event_timestamp"])
+    return int((times < plan.as_of).sum())
 
 
 def pipeline(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]) -> beam.Pipeline:
@@ -298,7 +353,7 @@ def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:
 
 
 def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]) -> str:
-    """What a run would do: graph, inputs, estimated rows. Nothing is read or written."""
+    """What a run would do: graph, inputs, estimated rows. Writes nothing."""
     from apache_beam.pipeline import PipelineVisitor
 
     steps: list[str] = []

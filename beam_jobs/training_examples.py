@@ -162,6 +162,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
         {f"requests_{names[s]}": int(n) for s, n in zip(*np.unique(split, return_counts=True), strict=True)}
     )
     counts["positives"] = int(label.sum())
+    counts["events"] = events.num_rows
     counts["requests_short_of_negatives"] = int(
         sum(
             len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum()

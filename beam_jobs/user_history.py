@@ -29,7 +29,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     for table, rows in (
         ("user_history_index", index_rows(contract, events)),
-        ("user_history", newest_rows(contract, events)),
+        ("user_history", packed_rows(contract, events)),
     ):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
 
@@ -52,7 +52,7 @@ def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
     )
 
 
-def newest_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_ONLINE) -> pa.Table:
+def packed_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_ONLINE) -> pa.Table:
     """Each user's newest events, packed, stamped just after the last of them.
 
     Args:

@@ -63,6 +63,11 @@ class Stage:
     """A stage that is under way; `details` is what the catalogue will remember of it."""
 
     details: dict[str, Any] = field(default_factory=dict)
+    recorded: bool = True
+
+    def discard(self) -> None:
+        """Do not record the stage: it turned out that there was nothing to do."""
+        self.recorded = False
 
 
 class Catalogue:
@@ -80,6 +85,8 @@ class Catalogue:
         """Time a stage and record it when it finishes without an error."""
         started, clock, current = datetime.now(UTC), time.perf_counter(), Stage()
         yield current
+        if not current.recorded:
+            return
         with Session(self.engine) as session, session.begin():
             session.execute(delete(Run).where(Run.dataset == dataset, Run.stage == stage, Run.inputs == inputs))
             duration = time.perf_counter() - clock

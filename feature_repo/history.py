@@ -114,6 +114,12 @@ def run_ends(starts: np.ndarray, length: int) -> np.ndarray:
     return np.r_[starts[1:], length].astype(np.int64)[: len(starts)]
 
 
+def newest_rows(rows: pa.Table, key: str) -> pa.Table:
+    """The newest row of each key of a table with event timestamps."""
+    rows = rows.sort_by([(key, "ascending"), (EVENT_TIMESTAMP, "ascending")])
+    return rows.take(pa.array(run_ends(run_starts(rows[key].combine_chunks()), rows.num_rows) - 1))
+
+
 def _sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
     encoded = values.dictionary_encode()
     order = pc.array_sort_indices(encoded.dictionary).to_numpy()

@@ -7,9 +7,13 @@ same bytes, and a finished run is recognised without reading it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +28,10 @@ LAYOUT = 1
 
 class TableNotBuiltError(LookupError):
     """A table was asked for that no finished run has written."""
+
+
+class JobRunningError(RuntimeError):
+    """Another run of the same job holds its folder."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,26 @@ class JobFolder:
     def local(self) -> bool:
         """Whether files can be memory-mapped."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs of this job out. On one machine; an object store has no lock, so start a job there once.
+
+        Raises:
+            JobRunningError: another run holds it.
+        """
+        if not self.local:
+            yield
+            return
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        with open(f"{self.root}/.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise JobRunningError(
+                    f"another run of {self.job!r} is under way in {self.root}: wait for it, or stop it"
+                ) from error
+            yield
 
     def manifest(self) -> Manifest | None:
         """The published manifest, or None where no run has finished."""

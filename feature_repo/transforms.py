@@ -11,6 +11,7 @@ import numpy as np
 from feature_repo.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
+VERSION = 1  # raised when a feature of this file changes its meaning: bundles of another version are refused
 MATCH_FEATURES = (
     "match_times",  # log1p: events of the first action with this item
     "match_share",  # the same as a share of the history

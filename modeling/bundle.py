@@ -19,12 +19,26 @@ from safetensors.torch import load_file, save_file
 
 from feature_repo.arrow import arrow_type
 from feature_repo.schema import Contract, DType
+from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
 from modeling.batch import Encoder, Vocabulary
 from modeling.models.base import Ranker
 from modeling.recipes import Recipe
 
 LAYOUT = 1
+ENTRIES = (
+    "dataset",
+    "fingerprint",
+    "recipe",
+    "model",
+    "config",
+    "history_length",
+    "online_service",
+    "data_as_of",
+    "dense_features",
+    "transforms",
+    "files",
+)
 FILES = ("weights.safetensors", "vocabularies.json")
 
 
@@ -79,6 +93,8 @@ def export(
         "trained_on": trained_on,
         "data_as_of": data_as_of,
         "metrics": metrics,
+        "dense_features": list(encoder.dense_names),
+        "transforms": TRANSFORMS_VERSION,
         "files": {name: _sha256(draft / name) for name in FILES},
     }
     text = json.dumps(manifest, indent=1, sort_keys=True)
@@ -116,21 +132,28 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         raise BundleError(f"{file} is no bundle manifest: {error}") from error
     if layout != LAYOUT:
         raise BundleError(f"{path} has bundle layout {layout}; this version reads {LAYOUT}: export it again")
+    if missing := [name for name in ENTRIES if name not in manifest]:
+        raise BundleError(f"{file} lacks {missing}: export it again")
     if manifest["dataset"] != contract.spec.name:
         raise BundleError(f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}")
     if manifest["fingerprint"] != contract.fingerprint:
         raise BundleError(
             f"{path} was trained under contract {manifest['fingerprint']}, this is {contract.fingerprint}: train and export again"
         )
+    if set(manifest["files"]) != set(FILES):
+        raise BundleError(f"{path}: bundle.json lists files {sorted(manifest['files'])}, a bundle has {sorted(FILES)}")
     for name, expected in manifest["files"].items():
-        if name not in FILES or not (path / name).is_file() or (path / name).is_symlink():
-            raise BundleError(f"{path}: file {name!r} is missing or is none of a bundle's files {FILES}")
+        if not (path / name).is_file() or (path / name).is_symlink():
+            raise BundleError(f"{path}: file {name!r} is missing")
         if (found := _sha256(path / name)) != expected:
             raise BundleError(
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
     vocabularies = read_vocabularies(contract, path / "vocabularies.json")
     encoder = Encoder(contract, vocabularies, manifest["history_length"])
+    features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
+    if (trained := {name: manifest[name] for name in features}) != features:
+        raise BundleError(f"{path} was trained on {trained}, this version computes {features}: train and export again")
     model = models.build(manifest["model"], manifest["config"], encoder.sizes)
     weights = load_file(path / "weights.safetensors")
     if bad := sorted(

@@ -21,7 +21,7 @@ from modeling.recipes import Recipe
 
 if TYPE_CHECKING:
     from modeling.batch import Encoder
-    from modeling.dataset import Warehouse
+    from modeling.dataset import Split, Warehouse
     from modeling.models.base import Ranker
 
 console = Console()
@@ -105,10 +105,12 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
     from modeling.dataset import vocabularies
     from modeling.trainer import Trainer
 
-    with catalogue.stage(settings.dataset, "train", run.identity) as stage:
+    with catalogue.stage(settings.dataset, f"train {recipe.name}", run.identity) as stage:
         console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
         store, warehouse = _stores(settings)
         split, validation = (warehouse.split(store, recipe.service, name) for name in ("train", "validation"))
+        refuse_unless_trainable(warehouse, split, validation, recipe)
+        refuse_if_rebuilt(run)
         encoder = Encoder(
             warehouse.contract, vocabularies(warehouse.contract, split, recipe.min_item_count), recipe.history_length
         )
@@ -122,13 +124,42 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
         trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
         summary = trainer.fit(encoded, encoded_validation)
         write_vocabularies(encoder, run.folder / "vocabularies.json")
-        (run.folder / "run.json").write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
+        draft = run.folder / ".run.draft"
+        draft.write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
+        draft.replace(run.folder / "run.json")
         stage.details = summary
     best = summary["best_validation_ndcg@10"]
     console.print(
         f"train {recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps",
         highlight=False,
     )
+
+
+def refuse_unless_trainable(warehouse: Warehouse, train: Split, validation: Split, recipe: Recipe) -> None:
+    """Refuse periods from which nothing can be learned or chosen.
+
+    Raises:
+        ValueError: a period has no request with a positive, or there are no epochs.
+    """
+    rules = warehouse.contract.spec.requests
+    for name, split in (("train", train), ("validation", validation)):
+        if split.requests.labels is None or not split.requests.labels.any():
+            raise ValueError(
+                f"the {name} period has no positive example: move validation_from ({rules.validation_from}) or "
+                f"test_from ({rules.test_from}) in the dataset module to where the data is"
+            )
+    if recipe.training.epochs < 1:
+        raise ValueError(f"epochs must be 1 or more, not {recipe.training.epochs}")
+
+
+def refuse_if_rebuilt(run: Run) -> None:
+    """Refuse to go on with tables that a Beam job replaced while they were read.
+
+    Raises:
+        RuntimeError: the tables are no longer those that the run was opened on.
+    """
+    if open_run(run.settings, run.recipe).identity != run.identity:
+        raise RuntimeError("tables were rebuilt while they were read: run the same command again")
 
 
 def evaluate(run: Run, catalogue: Catalogue) -> None:
@@ -143,12 +174,13 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
         from modeling.report import write_report
 
         with (
-            catalogue.stage(run.settings.dataset, "evaluate", run.identity) as stage,
+            catalogue.stage(run.settings.dataset, f"evaluate {run.recipe.name}", run.identity) as stage,
             console.status("evaluate: joining, scoring, bootstrapping"),
         ):
             store, warehouse = _stores(run.settings)
             model, encoder = _load_trained(run)
             test = warehouse.split(store, run.recipe.service, "test")
+            refuse_if_rebuilt(run)
             found, figures = evaluate_run(model, encoder, test)
             counts = {"requests": len(test.requests), "candidates": len(test.requests.candidate_keys)}
             write(run.folder, run.identity, found, figures, counts)
@@ -181,7 +213,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
             f"{run.recipe.name} was evaluated on another run: run `python -m modeling evaluate {run.recipe.name}` again"
         )
     dataset = run.settings.dataset
-    last = catalogue.last_run(dataset, "export")
+    last = catalogue.last_run(dataset, f"export {run.recipe.name}")
     if (
         last
         and last.inputs == run.identity
@@ -194,7 +226,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         return
     from modeling import bundle
 
-    with catalogue.stage(dataset, "export", run.identity) as stage, console.status("export"):
+    with catalogue.stage(dataset, f"export {run.recipe.name}", run.identity) as stage, console.status("export"):
         model, encoder = _load_trained(run)
         metrics = evaluation["metrics"]["model"]
         as_of = JobFolder(run.settings.home, "user_history").require().as_of

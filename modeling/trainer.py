@@ -195,7 +195,7 @@ class Trainer:
             draft.replace(self.folder / "best.safetensors")
         else:
             self.epochs_since_best += 1
-            self.stopped = self.epochs_since_best > self.training.patience
+            self.stopped = self.epochs_since_best >= self.training.patience
         self.epoch, self.next_batch = self.epoch + 1, 0
 
     def _save(self) -> None:
@@ -216,6 +216,8 @@ class Trainer:
         path, log = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
         state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
         if state is None or state["identity"] != self.identity:
+            for stale in self.folder.iterdir():  # nothing of another run may be taken for this one's
+                stale.unlink()
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])

@@ -27,22 +27,13 @@ from rich.table import Table as RichTable
 from feature_repo import datasets
 from feature_repo.arrow import micros
 from feature_repo.catalogue import Catalogue
-from feature_repo.history import HistoryLog
+from feature_repo.history import HistoryLog, newest_rows
 from feature_repo.schema import Contract
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 
-STAGES = (
-    "events",
-    "user_history",
-    "item_stats",
-    "training_examples",
-    "apply",
-    "materialize",
-    "train",
-    "evaluate",
-    "export",
-)
+STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize")
+RECIPE_STAGES = ("train", "evaluate", "export")
 NUM_CANDIDATES = 500
 START_S = 120
 
@@ -95,7 +86,9 @@ def summary(settings: Settings, started_s: float) -> None:
     from modeling.evaluate import metric_rows
 
     catalogue = Catalogue(settings.catalogue_url)
-    runs = {stage: run for stage in STAGES if (run := catalogue.last_run(settings.dataset, stage))}
+    recipe = catalogue.live_bundle(settings.dataset).recipe
+    stages = {stage: stage for stage in STAGES} | {stage: f"{stage} {recipe}" for stage in RECIPE_STAGES}
+    runs = {stage: run for stage, name in stages.items() if (run := catalogue.last_run(settings.dataset, name))}
     total = sum(run.duration_s for run in runs.values()) + started_s
     print(
         "\nstages: "
@@ -125,7 +118,8 @@ def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list
     if not len(fitting):
         fitting = np.arange(len(length))
     ids = by_user[contract.user.join_key].combine_chunks()
-    chosen = fitting[np.lexsort((hash_order(ids.take(pa.array(fitting))), -last[fitting]))[0]]
+    by_id = pc.rank(ids.take(pa.array(fitting)), tiebreaker="first").to_numpy()
+    chosen = fitting[np.lexsort((by_id, -last[fitting]))[0]]  # the latest, and of those the first id
     user_id = ids[int(chosen)].as_py()
     histories = log.gather(log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10)
     rows = []
@@ -141,33 +135,18 @@ def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list
     return user_id, rows
 
 
-def hash_order(ids: pa.Array) -> np.ndarray:
-    """An order that does not depend on how tables were partitioned."""
-    return pc.rank(ids, sort_keys="ascending", tiebreaker="first").to_numpy()
-
-
 def popular_items(
     settings: Settings, contract: Contract
 ) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
     """The items that sold most in the newest two weeks, and (title, mean value) of every item."""
     item = contract.item.join_key
-    stats = newest(JobFolder(settings.home, "item_stats").read("item_stats"), item)
-    profile = newest(JobFolder(settings.home, "events").read("item_profile"), item)
+    stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats"), item)
+    profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
     joined = stats.join(profile.select([item, contract.spec.item_title]), item, join_type="left outer")
     joined = joined.sort_by([("count_14d", "descending"), (item, "ascending")])
     ids, titles = joined[item].to_pylist(), joined[contract.spec.item_title].to_pylist()
     values = joined[f"mean_{contract.spec.stat_value}"].to_pylist()
     return ids[:NUM_CANDIDATES], {i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)}
-
-
-def newest(table: pa.Table, key: str) -> pa.Table:
-    """Newest row of each key."""
-    ordered = table.sort_by([(key, "ascending"), ("event_timestamp", "ascending")])
-    ids = ordered[key].combine_chunks()
-    if len(ids) < 2:
-        return ordered
-    last = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
-    return ordered.filter(pa.array(np.r_[last, True]))
 
 
 @contextmanager

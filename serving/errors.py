@@ -5,7 +5,7 @@ ServingError
 ├── BodyTooLargeError        413  more bytes than allowed
 ├── UnsupportedMediaError    415  not JSON
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
-└── NotReadyError            503  no bundle is loaded, or the store cannot be read
+└── NotReadyError            503  no bundle is loaded
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InvalidRequestError(ServingError):
 
 
 class NotReadyError(ServingError):
-    """The server cannot rank yet, or no longer."""
+    """The server cannot rank: it has no bundle."""
 
     status = 503
     kind = "not_ready"

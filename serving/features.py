@@ -6,6 +6,7 @@ loaded from the store at start, kept here, and refreshed in the background.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Id = int | str
 READ_ITEMS = 500  # items in one read from the store
+MAX_ABSENT = 100_000  # ids remembered as unknown to the store
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def item_columns(contract: Contract) -> list[tuple[str, Column]]:
 
 
 class ItemTable:
-    """Item features in the process. Lookups never wait for a refresh; an item it has not seen is read once.
+    """Item features in the process. Lookups never wait for a refresh; an item that it lacks is looked up in the store.
 
     Args:
         reader: where rows come from.
@@ -102,6 +105,7 @@ class ItemTable:
         self._reader, self._contract = reader, contract
         self._names = [column.name for _, column in item_columns(contract)]
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._absent: set[Id] = set()
         self._rows, self._index = self._load(list(item_ids))
         if refresh_s > 0:
             threading.Thread(target=self._refresh_for_ever, args=(refresh_s,), daemon=True, name="item-refresh").start()
@@ -109,22 +113,36 @@ class ItemTable:
     def __len__(self) -> int:
         return len(self._index)
 
-    def take(self, item_ids: Sequence[Id]) -> tuple[dict[str, pa.Array], list[Id]]:
-        """Columns for these items in order, nulls for unknown ones; and the unknown ones."""
-        missing = [item_id for item_id in dict.fromkeys(item_ids) if item_id not in self._index]
+    def take(self, item_ids: Sequence[Id]) -> tuple[dict[str, pa.Array], list[Id], bool]:
+        """Columns for these items in order, nulls for unknown ones; the unknown ones; whether the store could be read.
+
+        Items that the table lacks are looked up in the store; what the store lacks too is remembered until the next
+        refresh, so that made-up ids cost one read.
+        """
+        wanted, reached = list(dict.fromkeys(item_ids)), True
+        missing = [item_id for item_id in wanted if item_id not in self._index and item_id not in self._absent]
         if missing:
-            self._add(missing)
+            try:
+                self._add(missing)
+            except Exception:
+                logger.exception("the online store could not be read; unseen items are ranked without features")
+                reached = False
         with self._lock:
             rows, index = self._rows, self._index
-        unknown = [item_id for item_id in missing if item_id not in index]
         places = pa.array([index.get(item_id) for item_id in item_ids], pa.int64())
-        return {name: rows[name].take(places) for name in self._names}, unknown
+        columns = {name: rows[name].take(places) for name in self._names}
+        return columns, [item_id for item_id in wanted if item_id not in index], reached
 
     def refresh(self) -> None:
         """Read every known item again and swap the table."""
-        rows, index = self._load(list(self._index))
+        known = list(self._index)
+        rows, index = self._load(known)
+        if known and not index:
+            raise LookupError(
+                f"the store has lost all of {len(known):,} items: materialize again; the last features stay in use"
+            )
         with self._lock:
-            self._rows, self._index = rows, index
+            self._rows, self._index, self._absent = rows, index, set()
 
     def close(self) -> None:
         """Stop refreshing."""
@@ -132,8 +150,10 @@ class ItemTable:
 
     def _add(self, item_ids: list[Id]) -> None:
         rows, index = self._load(item_ids)
-        if index:
-            with self._lock:
+        with self._lock:
+            if len(self._absent) < MAX_ABSENT:
+                self._absent |= set(item_ids) - set(index)
+            if index:
                 start = len(self._rows[self._names[0]])
                 self._rows = {name: pa.concat_arrays([self._rows[name], rows[name]]) for name in self._names}
                 self._index = self._index | {item_id: start + place for item_id, place in index.items()}
@@ -151,10 +171,8 @@ class ItemTable:
         }
 
     def _refresh_for_ever(self, seconds: float) -> None:
-        import logging
-
         while not self._stop.wait(seconds):
             try:
                 self.refresh()
             except Exception:
-                logging.getLogger(__name__).exception("item features could not be refreshed; the last ones stay in use")
+                logger.exception("item features could not be refreshed; the last ones stay in use")

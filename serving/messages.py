@@ -50,7 +50,8 @@ class RankResponse(Struct):
     """Candidates, best first. `scores` are probabilities of the bundle's label.
 
     `degraded` names what the answer had to do without: `unknown_user`, `no_history`, `history_unreadable`,
-    `store_unavailable`, `unknown_items`; empty when nothing was missing.
+    `store_unavailable`, `unknown_items`; and `newer_features` where the request lies before the newest event: its
+    history is cut there, but profile and item statistics are of now. Empty when nothing was missing.
     """
 
     item_ids: list[int | str]

@@ -49,10 +49,14 @@ class Ranker:
         clock.lap("queue")
         user, degraded = self._read_user(request.user_id)
         clock.lap("user_read")
-        columns, unknown = self.items.take(request.candidates)
+        columns, unknown, reached = self.items.take(request.candidates)
+        if not reached and "store_unavailable" not in degraded:
+            degraded.append("store_unavailable")
         clock.lap("item_read")
         given = request.context.request_timestamp if request.context else None
         at = given or self.default_time or datetime.now(UTC)
+        if user.history is not None and user.history.num_rows and user.history["event_timestamp"][-1].as_py() >= at:
+            degraded.append("newer_features")
         logits = self._score(user, request.candidates, columns, at, clock)
         order = np.argsort(-logits, kind="stable")[: request.k]
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -70,7 +74,7 @@ class Ranker:
         """Rank once for nobody, so that the first request pays for no first time."""
         empty = UserRow({c.name: None for c in self.contract.table("user_profile").columns}, None)
         ids = list(self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist())
-        columns, _ = self.items.take(ids)
+        columns, _, _ = self.items.take(ids)
         self._score(empty, ids, columns, datetime.now(UTC), _Clock(None))
 
     def requests_of(

@@ -1,8 +1,9 @@
 """One module per dataset: where its raw tables are, and how a raw row becomes an event, a user or an item.
 
-A dataset module declares `SPEC` (a `DatasetSpec`) and three pure functions:
+A dataset module declares `SPEC` (a `DatasetSpec`) and four pure functions:
 
 - `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or None.
+- `read_raw(unit) -> Table`: one piece as it stands, which the raw gate validates.
 - `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row of the events
   source is counted as kept or dead; timestamps are UTC.
 - `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events of whole users

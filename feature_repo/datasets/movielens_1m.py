@@ -161,11 +161,19 @@ def _parse_ratings(unit: RawUnit) -> Parsed:
             "source_file": [Path(unit.file).name] * len(dead),
             "source_row": unit.start + dead,
             "reason": ["unreadable: a field is missing, no number or out of range"] * len(dead),
-            "raw": [json.dumps(row) for row in raw.take(pa.array(dead)).to_pylist()],
+            "raw": _as_they_stand(unit, raw, dead),
         },
         schema=arrow_schema(CONTRACT.table("dead_letters")),
     )
     return Parsed(events, empty(SPEC, "user_profile"), empty(SPEC, "item_profile"), dead_letters, raw.num_rows)
+
+
+def _as_they_stand(unit: RawUnit, raw: pa.Table, rows: np.ndarray) -> list[str]:
+    """Raw rows as JSON: the line of a text file, the fields of a Parquet row."""
+    if Path(unit.file).suffix == ".parquet":
+        return [json.dumps(row) for row in raw.take(pa.array(rows)).to_pylist()]
+    lines = _lines(Path(unit.file)) if len(rows) else []
+    return [json.dumps(lines[unit.start + row]) for row in rows]
 
 
 def _ratings_file(folder: Path) -> Path:

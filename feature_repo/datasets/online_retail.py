@@ -191,7 +191,7 @@ def _true(mask: pa.ChunkedArray) -> np.ndarray:
 
 
 def _to_utc(local: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """London wall-clock times to UTC. An hour that comes twice is read as its first; one that does not exist, as summer time."""
+    """London wall-clock times to UTC. An hour that comes twice is read as its first; one that does not exist, as winter time."""
     local = local.combine_chunks() if isinstance(local, pa.ChunkedArray) else local
     encoded = pc.cast(local, pa.int64()).dictionary_encode()
     epoch = datetime(1970, 1, 1, tzinfo=UTC)

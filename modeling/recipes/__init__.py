@@ -20,7 +20,7 @@ class Training:
     weight_decay: float = 1e-5
     warmup_steps: int = 50
     clip_norm: float = 1.0
-    patience: int = 1  # epochs without a better validation NDCG@10 before the run stops
+    patience: int = 2  # epochs without a better validation NDCG@10 before the run stops
     checkpoint_steps: int = 100
     seed: int = 1
 

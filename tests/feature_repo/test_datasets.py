@@ -153,6 +153,7 @@ def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -
     parsed = [movielens_1m.parse(unit) for unit in units]
     dead = pa.concat_tables([p.dead_letters for p in parsed]).to_pylist()
     assert [(row["source_file"], row["source_row"]) for row in dead] == [("ratings.dat", 7)]
+    assert dead[0]["raw"] == '"1::oops::3::974000001"'
     assert sum(p.rows_read for p in parsed) == sum(p.events.num_rows for p in parsed) + 1 == 40 * 24 + 1
     assert parsed[0].users.num_rows == 40
     assert parsed[1].items["genres"].to_pylist()[0] == ["Comedy", "Drama"]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import index_rows, newest_rows
+from beam_jobs.user_history import index_rows, packed_rows
 from feature_repo import history
 from feature_repo.arrow import arrow_schema, micros
 from feature_repo.datasets import load_contract
@@ -97,7 +97,7 @@ def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any
 @given(EVENTS, st.integers(1, 6))
 def test_packed_history_equals_log_slice_at_the_same_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
     events = events_table(rows)
-    log, newest = open_log(tmp_path, events), newest_rows(CONTRACT, events, length)
+    log, newest = open_log(tmp_path, events), packed_rows(CONTRACT, events, length)
     for user, packed in zip(newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True):
         online = history.unpack(CONTRACT, user, packed)
         row = log.rows_of(pa.array([user], pa.int64()))
@@ -116,7 +116,7 @@ def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
 
 
 def packed_example() -> bytes:
-    newest = newest_rows(CONTRACT, events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)]))
+    newest = packed_rows(CONTRACT, events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)]))
     return newest["history"][0].as_py()
 
 

@@ -102,7 +102,10 @@ def test_a_manifest_changed_after_export_is_refused_by_its_digest(exported: Path
         ({"config": {"width": 32, "num_heads": 2}}, "do not fit"),
         ({"config": {"depth": 3}}, "does not know"),
         ({"model": "gpt"}, "no model 'gpt'"),
-        ({"files": {"../../etc/passwd": "0"}}, "none of a bundle's files"),
+        ({"files": {"../../etc/passwd": "0"}}, "a bundle has"),
+        ({"files": {}}, "a bundle has"),
+        ({"transforms": 0}, "train and export again"),
+        ({"dense_features": ["count_total"]}, "train and export again"),
     ],
 )
 def test_another_layout_contract_or_model_is_refused(exported: Path, changes: dict[str, Any], reason: str) -> None:
@@ -129,11 +132,14 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_stages_that_are_up_to_date_do_nothing(trained_shop: Any, capsys: pytest.CaptureFixture[str]) -> None:
     catalogue = Catalogue(trained_shop.settings.catalogue_url)
     run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
-    before = {stage: catalogue.last_run("online_retail", stage).id for stage in ("train", "evaluate", "export")}  # type: ignore[union-attr]
+    before = {
+        stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
+        for stage in ("train", "evaluate", "export")
+    }  # type: ignore[union-attr]
     command.train(run, catalogue)
     command.evaluate(command.trained(run), catalogue)
     command.export(command.trained(run), catalogue, live=True)
-    after = {stage: catalogue.last_run("online_retail", stage).id for stage in before}  # type: ignore[union-attr]
+    after = {stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id for stage in before}  # type: ignore[union-attr]
     assert after == before
 
 

@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_with_a_reason(encoded: Any, tmp_path: Pa
 
 def test_training_stops_early_without_improvement(encoded: Any, tmp_path: Path) -> None:
     encoder, train, validation = encoded
-    training = replace(RECIPE.training, epochs=9, patience=0, learning_rate=0.0)
+    training = replace(RECIPE.training, epochs=9, patience=1, learning_rate=0.0)
     summary = Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "early").fit(train, validation)
     assert summary["epochs"] == 2  # the first sets the best, the second is no better
 

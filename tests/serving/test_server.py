@@ -108,6 +108,7 @@ def test_a_request_in_the_past_sees_nothing_later(ranker: Ranker, world: dict[st
     requests = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3])[0], cut)
     times = requests.gather(np.array([0]), 512).times
     assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
+    assert ranker.rank(RankRequest(user, world["items"][:3], context=RankContext(cut))).degraded == ["newer_features"]
 
 
 def test_an_answer_has_what_it_promises(client: Client, world: dict[str, Any], ranker: Ranker) -> None:
@@ -279,14 +280,19 @@ class BrokenReader:
         return self.reader.read_user(user_id)
 
     def read_items(self, item_ids: Any) -> Any:
-        return self.reader.read_items(item_ids)
+        raise ConnectionError("store is down")
 
 
 def test_a_store_that_fails_costs_the_user_not_the_answer(ranker: Ranker, world: dict[str, Any]) -> None:
-    broken = Ranker(ranker.bundle, BrokenReader(ranker.reader, "down"), ranker.items, ranker.default_time)
-    answer = broken.rank(RankRequest(world["users"][0], world["items"][:5]))
-    assert answer.degraded == ["store_unavailable"]
-    assert len(answer.item_ids) == 5
+    reader = BrokenReader(ranker.reader, "down")
+    items = ItemTable(ranker.reader, CONTRACT, world["items"][:5])
+    items._reader = reader
+    broken = Ranker(ranker.bundle, reader, items, ranker.default_time)
+    answer = broken.rank(RankRequest(world["users"][0], [*world["items"][:5], "UNSEEN"]))
+    assert answer.degraded == ["store_unavailable", "unknown_items"]
+    assert answer.unknown_items == ["UNSEEN"]
+    assert len(answer.item_ids) == 6
+    assert Client(create_app(broken)).rank({"user_id": 1, "candidates": ["ALSO UNSEEN"]}).status_code == 200
 
 
 def test_a_damaged_history_is_noticed_and_named(
@@ -331,10 +337,37 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
     deadline = time.monotonic() + 5
     while table.take(["a"])[0]["count_total"].to_pylist() != [2] and time.monotonic() < deadline:
         time.sleep(0.02)
-    columns, _ = table.take(["b", "gone", "c"])
+    columns, unknown, reached = table.take(["b", "gone", "c"])
     table.close()
+    assert (unknown, reached) == (["gone"], True)
     assert columns["count_total"].to_pylist() == [2, None, 2]
     assert len(table) == 3
+
+
+def test_a_made_up_item_costs_one_read_and_a_lost_store_loses_no_features(
+    ranker: Ranker, world: dict[str, Any]
+) -> None:
+    reads: list[list[Any]] = []
+
+    class Recording:
+        lost = False
+
+        def read_user(self, user_id: Any) -> UserRow:
+            return ranker.reader.read_user(user_id)
+
+        def read_items(self, item_ids: Any) -> pa.Table:
+            reads.append(list(item_ids))
+            return ranker.reader.read_items([f"x{i}" for i in item_ids] if self.lost else item_ids)
+
+    reader = Recording()
+    table = ItemTable(reader, CONTRACT, world["items"][:3])
+    for _ in range(3):
+        assert table.take([world["items"][0], "MADE UP"])[1] == ["MADE UP"]
+    assert reads == [world["items"][:3], ["MADE UP"]]
+    reader.lost = True
+    with pytest.raises(LookupError, match="lost all"):
+        table.refresh()
+    assert table.take(world["items"][:3])[1] == []
 
 
 JSON = st.recursive(
