@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_repo import datasets
-from feature_repo.tables import JobFolder, Manifest, Part, TableNotBuiltError, parquet_bytes
+from feature_repo.tables import JobFolder, JobRunningError, Manifest, Part, TableNotBuiltError, parquet_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,48 +94,123 @@ def environment(home: Path, data: Path) -> dict[str, str]:
     return {**os.environ, "MEMOIR_HOME": str(home), "MEMOIR_DATA": str(data), "MEMOIR_DATASET": "online_retail"}
 
 
+def parts_since(folder: Path, started: float) -> int:
+    """Parts and notes written since a moment; folders that vanish while they are counted count nothing."""
+    count = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                count += (
+                    name.startswith(("part-", "dead", "user", "history"))
+                    and Path(where, name).stat().st_mtime >= started
+                )
+            except FileNotFoundError:
+                continue
+    return count
+
+
 @pytest.mark.slow
-def test_killed_at_random_points_and_rerun_gives_the_same_bytes(shop: Any, tmp_path: Path, helpers: Any) -> None:
+@pytest.mark.parametrize(("job", "table", "most"), [("user_history", "history_log", 36), ("events", "events", 30)])
+def test_killed_at_random_points_and_rerun_gives_the_same_bytes(
+    job: str, table: str, most: int, shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     """SIGKILL a real process at random moments; whatever it left, nothing is visible, and the next run heals it."""
+    jobs = helpers.table_jobs[: helpers.table_jobs.index(job) + 1]
     reference = helpers.settings_in(tmp_path / "reference", "online_retail", shop.data)
-    helpers.run_jobs(reference, "events", "user_history", num_partitions=6)
+    helpers.run_jobs(reference, *jobs, num_partitions=6)
     home = tmp_path / "killed"
     killed = helpers.settings_in(home, "online_retail", shop.data)
-    helpers.run_jobs(killed, "events", num_partitions=6)
-    rng = random.Random(7)
-    job = Path(killed.home, "user_history")
-    kills = 0
-    for _ in range(6):
+    helpers.run_jobs(killed, *jobs[:-1], num_partitions=6)
+    rng, folder, kills = random.Random(7), Path(killed.home, job), 0
+    for wanted in [1, *rng.sample(range(2, most), 3)]:
+        started = time.time()
         process = subprocess.Popen(
-            [*COMMAND, "user_history"],
+            [*COMMAND, job],
             env=environment(home, shop.data),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wanted = rng.randint(0, 18)  # parts and notes written before the kill
-        while process.poll() is None and sum(1 for _ in job.rglob("part-*")) < wanted:
-            time.sleep(0.002)
+        while process.poll() is None and parts_since(folder, started) < wanted:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        killed_now = process.wait() == -signal.SIGKILL
-        kills += killed_now
-        if killed_now:
-            if (job / "manifest.json").exists():
-                break
+        if process.wait() == -signal.SIGKILL and not (folder / "manifest.json").exists():
+            kills += 1
+            assert parts_since(folder, started) > 0
             with pytest.raises(TableNotBuiltError):
-                JobFolder(killed.home, "user_history").paths("history_log")
-    assert kills
-    assert (
-        subprocess.run(
-            [*COMMAND, "user_history"],
-            env=environment(home, shop.data),
-            cwd=ROOT,
-            check=False,
-            stdout=subprocess.DEVNULL,
-        ).returncode
-        == 0
+                JobFolder(killed.home, job).paths(table)
+    assert kills >= 2
+    done = subprocess.run(
+        [*COMMAND, job], env=environment(home, shop.data), cwd=ROOT, check=False, stdout=subprocess.DEVNULL
     )
-    assert snapshot(killed.home, "user_history") == snapshot(reference.home, "user_history")
+    assert done.returncode == 0
+    assert snapshot(killed.home, job) == snapshot(reference.home, job)
+
+
+def test_two_runs_of_a_job_at_once_are_refused(shop: Any, helpers: Any) -> None:
+    with JobFolder(shop.settings.home, "item_stats").lock(), pytest.raises(JobRunningError, match="under way"):
+        helpers.run_jobs(shop.settings, "item_stats", num_partitions=3)
+
+
+def test_a_run_that_lost_rows_is_not_published(
+    shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beam_jobs import runs
+
+    settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
+    collect = runs.collect
+
+    def losing(plan: Any) -> Any:
+        tables, counts = collect(plan)
+        return tables, {
+            **counts,
+            "rows_events": counts.get("rows_events", 0) - 1,
+            "events": counts.get("events", 0) - 1,
+        }
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "collect", losing)
+        with pytest.raises(runs.LostRowsError, match="not published"):
+            helpers.run_jobs(settings, "events")
+    helpers.run_jobs(settings, "events")
+    monkeypatch.setattr(runs, "collect", losing)
+    for job in ("user_history", "item_stats"):
+        with pytest.raises(runs.LostRowsError, match="went in"):
+            helpers.run_jobs(settings, job)
+        assert JobFolder(settings.home, job).manifest() is None
+
+
+def test_a_table_without_rows_is_empty_and_not_missing(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    frame = pd.read_parquet(shop.data / "online_retail.parquet")
+    frame = frame[frame["CustomerID"].notna() & frame["StockCode"].str.match("^[0-9]{5}A?$") & (frame["UnitPrice"] > 0)]
+    frame = frame[frame["InvoiceNo"].str.match("^C?[0-9]{6}$")]
+    frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
+    settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
+    helpers.run_jobs(settings, "events")
+    assert JobFolder(settings.home, "events").read("dead_letters").num_rows == 0
+
+
+@pytest.mark.parametrize(("year", "says"), [(2099, "yet to come"), (None, "dead letters")])
+def test_data_of_the_future_or_of_no_event_is_refused(
+    year: int | None, says: str, shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    frame = pd.read_parquet(shop.data / "online_retail.parquet").head(3)
+    if year:
+        frame.loc[0, "InvoiceDate"] = pd.Timestamp(year, 1, 1)
+    else:
+        frame["UnitPrice"] = -1.0
+    frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
+    settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
+    job = runs_module().load_job("events")
+    with pytest.raises(datasets.RawDataError, match=says):
+        runs_module().run(job, settings, job.options, ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0)
+    assert JobFolder(settings.home, "events").manifest() is None
+
+
+def runs_module() -> Any:
+    from beam_jobs import runs
+
+    return runs
 
 
 class StopHereError(Exception):
@@ -199,6 +274,31 @@ def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(job: str, shop: 
     for part in ("would be built", "inputs:", "pieces, about", "graph:", job):
         assert part in shown
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*")) == before
+
+
+def test_a_skip_looks_at_inputs_flags_store_and_code(
+    shop: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `python -m beam_jobs` decides without importing Beam."""
+    from beam_jobs import inputs
+    from beam_jobs.__main__ import parser
+    from beam_jobs.command import _up_to_date, run_command
+
+    def skipped(*flags: str, profile: str = "local") -> bool:
+        known, _ = parser().parse_known_args(flags)
+        return _up_to_date(known, helpers.replace(shop.settings, profile=profile))
+
+    for job in ("item_stats", "materialize"):
+        flags = [job, "--num_partitions=3"]
+        run_command(*parser().parse_known_args(flags), shop.settings)
+        known, rest = parser().parse_known_args(flags)
+        run_command(known, rest, shop.settings)
+        assert "up to date" in capsys.readouterr().out
+    monkeypatch.setenv("MEMOIR_REDIS", "elsewhere:1")
+    assert not skipped("materialize", "--num_partitions=3", profile="production")
+    assert not skipped("item_stats", "--num_partitions=4")
+    monkeypatch.setitem(inputs.VERSIONS, "item_stats", 99)
+    assert not skipped("item_stats", "--num_partitions=3")
 
 
 def test_unknown_flags_go_to_the_runner() -> None:

@@ -66,6 +66,13 @@ def test_each_limit_of_the_contract_is_checked(
     assert message.count("{'key'") >= 1
 
 
+@pytest.mark.parametrize("rows", [batch().drop_columns(["day"]), batch(day=["a", "b", "c", "d"])])
+def test_an_expectation_that_cannot_run_stops_the_run(tmp_path: Path, rows: pa.Table) -> None:
+    """A missing column, or text where a number belongs, is no pass."""
+    with pytest.raises(GateError, match=r"day.* could not run"):
+        expectations.gate(TABLE, [rows], tmp_path, 1.0)
+
+
 def test_a_row_that_fails_twice_counts_once_and_batches_add_up(tmp_path: Path) -> None:
     bad = batch(key=[0, 2, 3, 4], colour=["green", "blue", "red", "red"])
     verdict = expectations.check(TABLE, [bad, batch(), bad], tmp_path)

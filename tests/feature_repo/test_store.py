@@ -125,3 +125,24 @@ def test_production_profile_serves_the_same_values(
     assert str(store.config.registry.path) == postgres_url
     helpers.run_jobs(production, "materialize")
     assert online_values(store, production) == local
+    rebuild_with_other_values(production, helpers)
+    changed = online_values(store, production)
+    assert set(changed["user_profile"]["country"]) == {"Atlantis", None}
+    assert changed["user_history"] == local["user_history"]
+
+
+def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
+    """Materialise countries of another spelling at the very same timestamps, as a rebuild after a fix does."""
+    import pyarrow as pa
+
+    from beam_jobs.partition import to_ipc
+    from beam_jobs.runs import load_job, plan_run
+    from beam_jobs.sinks import WriteOnline
+
+    rows = JobFolder(settings.home, "events").read("user_profile")
+    rows = rows.set_column(
+        rows.schema.get_field_index("country"), rows.schema.field("country"), pa.array(["Atlantis"] * rows.num_rows)
+    )
+    writer = WriteOnline(plan_run(load_job("materialize"), settings, {}, None)[0])
+    writer.setup()
+    assert list(writer.process(("user_profile", to_ipc(rows)))) == [("user_profile", rows.num_rows)]

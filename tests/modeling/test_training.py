@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
+from beam_jobs.training_examples import example_rows
 from feature_repo.arrow import micros
 from feature_repo.tables import JobFolder
 from modeling import models, recipes
@@ -113,6 +114,38 @@ def test_a_checkpoint_of_another_run_is_not_resumed(encoded: Any, tmp_path: Path
     assert len(list(read_metrics(tmp_path))) == 1
 
 
+def test_an_interrupted_retraining_leaves_nothing_to_export(encoded: Any, tmp_path: Path) -> None:
+    """A new run clears the folder first: weights of one run can never stand beside the metrics of another."""
+    encoder, train, validation = encoded
+    training = replace(RECIPE.training, epochs=1)
+    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "one").fit(train, validation)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "evaluation.json").write_text("{}")
+    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "two").fit(train, validation, stop_after=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_periods_without_a_positive_are_refused_before_training(shop: Any, warehouse: Warehouse) -> None:
+    from modeling.command import refuse_unless_trainable
+
+    split = warehouse.split(shop.store, RECIPE.service, "validation")
+    barren = replace(split, requests=replace(split.requests, labels=np.zeros(len(split.requests.candidate_keys))))
+    refuse_unless_trainable(warehouse, split, split, RECIPE)
+    with pytest.raises(ValueError, match="validation period has no positive"):
+        refuse_unless_trainable(warehouse, split, barren, RECIPE)
+    with pytest.raises(ValueError, match="epochs"):
+        refuse_unless_trainable(warehouse, split, split, replace(RECIPE, training=replace(RECIPE.training, epochs=0)))
+
+
+def test_tables_rebuilt_while_they_were_read_are_noticed(shop: Any) -> None:
+    from modeling.command import open_run, refuse_if_rebuilt
+
+    run = open_run(shop.settings, RECIPE)
+    refuse_if_rebuilt(run)
+    with pytest.raises(RuntimeError, match="rebuilt while"):
+        refuse_if_rebuilt(replace(run, identity="before"))
+
+
 def test_a_loss_that_is_no_number_stops_with_a_reason(encoded: Any, tmp_path: Path) -> None:
     encoder, train, validation = encoded
     model = fresh_model(encoder, train)
@@ -161,6 +194,14 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
     return joined, encoder.collate(made, np.arange(len(made)))
 
 
+def earlier(examples: pa.Table, at: Any) -> pa.Table:
+    """Examples of requests before a time, negatives included, in one order."""
+    rows = examples.filter(
+        pc.less(examples["event_timestamp"], pa.scalar(at, examples.schema.field("event_timestamp").type))
+    )
+    return rows.sort_by([("request_id", "ascending"), ("item_id", "ascending")]).combine_chunks()
+
+
 @pytest.mark.parametrize("change", ["delete", "permute", "add"])
 def test_a_future_event_changes_nothing(change: str, shop: Any, shop_data: Path, tmp_path: Path, helpers: Any) -> None:
     """Rebuild everything from raw rows whose future is deleted, shuffled among customers, or added to: rows stay bit-identical."""
@@ -195,6 +236,9 @@ def test_a_future_event_changes_nothing(change: str, shop: Any, shop_data: Path,
     Path(target.root).mkdir(parents=True)
     Path(target.root, "manifest.json").write_text(Path(source.root, "manifest.json").read_text())
     store = helpers.apply_in_process(changed)
+    own = JobFolder(changed.home, "events").read("events")
+    rebuilt, _ = example_rows("online_retail", own, JobFolder(changed.home, "item_stats").read("item_stats"), 17)
+    assert earlier(rebuilt, at).equals(earlier(examples, at))
     before, batch = joined_rows(shop.settings, shop.store, request)
     after, batch_after = joined_rows(changed, store, request)
     assert after.equals(before)
