@@ -93,15 +93,24 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
 
 
 def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
-    from feature_repo import datasets
-    from serving.messages import decode_request
+    from fastapi.testclient import TestClient
+
+    from serving.app import create_app
+    from serving.command import open_ranker
 
     (curl,) = [c for c in commands() if c.startswith("curl")]
     arguments = shlex.split(curl)
     assert "localhost:8000/v1/rank" in arguments
-    body = arguments[arguments.index("-d") + 1]
-    request = decode_request(body.encode(), datasets.load_contract("online_retail"))
-    assert request.k == json.loads(body)["k"]
+    body, header = arguments[arguments.index("-d") + 1], arguments[arguments.index("-H") + 1].split(": ")
+    client = TestClient(create_app(open_ranker(trained_shop.settings, replay=True)))
+    answer = client.post("/v1/rank", content=body, headers=dict([header]))
+    assert answer.status_code == 200
+    assert len(answer.json()["item_ids"]) == json.loads(body)["k"]
+    for name in ("item_ids", "scores", "bundle", "degraded", "unknown_items", "timings_ms"):
+        assert name in answer.json()
+        assert f"`{name}`" in README
+    for path in re.findall(r"`(/[a-z.]+)`", README):
+        assert client.get(path).status_code == 200
 
 
 def test_links_lead_somewhere() -> None:
