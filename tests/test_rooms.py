@@ -77,6 +77,13 @@ def test_shared_modules_import_neither_feast_nor_torch_nor_beam(name: str) -> No
     )
 
 
+@pytest.mark.parametrize("name", ["schema", "settings"])
+def test_the_contract_and_the_settings_need_the_standard_library_only(name: str) -> None:
+    for module in imports(ROOT / "feature_repo" / f"{name}.py"):
+        top = module.split(".")[0]
+        assert top in sys.stdlib_module_names or top == "feature_repo", f"{name}.py imports {module}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_help_answers_within_a_second(room: str) -> None:
     best = min(_help_seconds(room) for _ in range(3))

@@ -78,7 +78,7 @@ def candidates(batch: int, number: int, seed: int) -> Candidates:
     )
 
 
-def close(first: Tensor, second: Tensor) -> None:
+def assert_equal_scores(first: Tensor, second: Tensor) -> None:
     assert torch.isfinite(first).all()
     torch.testing.assert_close(first, second, atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -98,7 +98,7 @@ def test_scores_equal_one_candidate_at_a_time(name: str, world: Any) -> None:
         together = model.score(model.encode_user(user), some)
         alone = [model(Batch(user, some.select(slice(i, i + 1)), torch.zeros(1))) for i in range(number)]
     assert together.shape == (len(lengths), number, 1)
-    close(together, torch.cat(alone, dim=1))
+    assert_equal_scores(together, torch.cat(alone, dim=1))
 
 
 @every_model
@@ -111,7 +111,7 @@ def test_requests_in_a_batch_equal_requests_alone(name: str, world: Any) -> None
         together = model(Batch(user, some, torch.zeros(1)))
         for row, length in enumerate(lengths):
             one = user._map(lambda tensor, row=row: tensor[row : row + 1]).events(0, max(length, 1))
-            close(
+            assert_equal_scores(
                 together[row : row + 1],
                 model(Batch(one, some._map(lambda t, row=row: t[row : row + 1]), torch.zeros(1))),
             )
@@ -126,7 +126,7 @@ def test_permuting_candidates_permutes_scores(name: str, world: Any) -> None:
     order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         state = model.encode_user(user)
-        close(model.score(state, some)[:, order], model.score(state, some.select(order)))
+        assert_equal_scores(model.score(state, some)[:, order], model.score(state, some.select(order)))
 
 
 @every_model
@@ -145,8 +145,8 @@ def test_adding_removing_or_replacing_candidates_changes_no_other_score(name: st
     with torch.inference_mode():
         state = model.encode_user(user)
         expected = model.score(state, some)[:, :number]
-        close(model.score(state, some.select(slice(0, number))), expected)
-        close(model.score(state, replaced)[:, :number], expected)
+        assert_equal_scores(model.score(state, some.select(slice(0, number))), expected)
+        assert_equal_scores(model.score(state, replaced)[:, :number], expected)
 
 
 @every_model
@@ -157,7 +157,7 @@ def test_micro_batches_of_any_size_give_the_same_scores(name: str, world: Any, s
     model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
     with torch.inference_mode():
         state = model.encode_user(user)
-        close(model.score_in_micro_batches(state, some, size), model.score(state, some))
+        assert_equal_scores(model.score_in_micro_batches(state, some, size), model.score(state, some))
 
 
 @every_model
@@ -176,7 +176,7 @@ def test_padding_is_inert(name: str, world: Any, padding: int) -> None:
         wide = replace(wide, **{field: fresh})
     wide = replace(wide, field_BU=user.field_BU)
     with torch.inference_mode():
-        close(model(Batch(wide, some, torch.zeros(1))), model(Batch(user, some, torch.zeros(1))))
+        assert_equal_scores(model(Batch(wide, some, torch.zeros(1))), model(Batch(user, some, torch.zeros(1))))
 
 
 @every_model
@@ -187,7 +187,7 @@ def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: s
             model(Batch(replace(user_inputs([0], seed, 4), field_BU=torch.zeros(1, 2).long()), some, torch.zeros(1)))
             for seed in (1, 2)
         )
-    close(one, two)
+    assert_equal_scores(one, two)
 
 
 @every_model
@@ -219,7 +219,7 @@ def test_extended_states_score_as_recomputed_ones(name: str, lengths: list[int],
         state = model.encode_user(user.events(0, cuts[0]))
         for start, stop in zip(cuts, [*cuts[1:], 9], strict=True):
             state = model.extend_user(state, user.events(start, stop))
-        close(model.score(state, some), model.score(model.encode_user(user), some))
+        assert_equal_scores(model.score(state, some), model.score(model.encode_user(user), some))
 
 
 @every_model
