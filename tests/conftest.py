@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,11 @@ import pytest
 from feature_repo.settings import CHECKOUT, Settings
 
 NUM_CUSTOMERS, NUM_PRODUCTS = 60, 220
+
+# CI tries the same examples each time, so that a change is judged by itself; elsewhere the search goes on.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 def shop_lines(seed: int = 0) -> pd.DataFrame:
