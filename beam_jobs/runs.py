@@ -237,7 +237,11 @@ def run(
     """Run a job unless it is up to date; `tell` hears of each phase as it begins.
 
     Raises:
-        GateError: too many rows of an input or of a built table are bad; nothing was published.
+        GateError: too many rows of an input or of a built table are bad.
+        LostRowsError: rows that went in did not come out.
+        RawDataError: no raw row is an event, or the newest is yet to come and no `as_of` was given.
+        JobRunningError: another run of this job is under way.
+        In every case nothing was published.
     """
     plan, units, inputs = plan_run(job, settings, options, as_of)
     with plan.folder.lock():

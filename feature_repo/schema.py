@@ -193,92 +193,75 @@ def contract(spec: DatasetSpec) -> Contract:
     """Derive every table from what a dataset declares."""
     user = Entity("user", "user_id", spec.user_id, "who acted")
     item = Entity("item", "item_id", spec.item_id, "what was acted on")
-    at = Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC")
-    primary = spec.actions[0]
-    count = {"minimum": 0, "unit": "events"}
-    events = Table(
+    tables = (
+        _events(spec, user, item),
+        DEAD_LETTERS,
+        _view("user_profile", user, "events", PROFILE_DOC.format("a user"), spec.user_features),
+        _view("item_profile", item, "events", PROFILE_DOC.format("an item"), spec.item_features),
+        _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
+        _view("user_history_index", user, "user_history", HISTORY_INDEX_DOC, (HISTORY_END,)),
+        _view("item_stats", item, "item_stats", STATS_DOC, _stat_columns(spec)),
+        _training_examples(spec, user, item),
+    )
+    return Contract(spec, user, item, tables)
+
+
+PROFILE_DOC = "What is known of {} besides events; a row for each change."
+HISTORY_DOC = f"A user's newest {NUM_HISTORY_ONLINE} events, packed (feature_repo/history.py), oldest first."
+HISTORY = Column("history", DType.BYTES, "packed events", max_length=NUM_HISTORY_ONLINE)
+HISTORY_INDEX_DOC = "How many of a user's events were known at an instant: a row for each distinct event time."
+HISTORY_END = Column("history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1)
+STATS_DOC = "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
+DEAD_LETTERS = Table(
+    "dead_letters",
+    "Raw rows that are no event, each with its reason and where it stood.",
+    (
+        Column("source_file", DType.STRING, "file of the raw row"),
+        Column("source_row", DType.INT64, "row in that file, from 0", minimum=0),
+        Column("reason", DType.STRING, "why it was set aside"),
+        Column("raw", DType.STRING, "the raw row as JSON"),
+    ),
+    job="events",
+)
+
+
+def _view(name: str, entity: Entity, job: str, doc: str, columns: tuple[Column, ...]) -> Table:
+    """A table that Feast serves: one row of an entity for each instant."""
+    return Table(name, doc, columns, entity, job=job, view=True, unique=(entity.join_key, EVENT_TIMESTAMP))
+
+
+def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
+    return Table(
         "events",
         "Every readable action, grouped by user, oldest first; equal times keep their order in the source.",
         (
             user.column,
             item.column,
             Column("action", DType.INT8, f"index into {spec.actions}", values=tuple(range(len(spec.actions)))),
-            at,
+            Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC"),
             *spec.event_features,
             Column("source_position", DType.INT64, "row in the raw source; breaks ties in time", minimum=0),
         ),
         job="events",
     )
-    dead_letters = Table(
-        "dead_letters",
-        "Raw rows that are no event, each with its reason and where it stood.",
-        (
-            Column("source_file", DType.STRING, "file of the raw row"),
-            Column("source_row", DType.INT64, "row in that file, from 0", minimum=0),
-            Column("reason", DType.STRING, "why it was set aside"),
-            Column("raw", DType.STRING, "the raw row as JSON"),
-        ),
-        job="events",
+
+
+def _stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+    def count(name: str, doc: str) -> Column:
+        return Column(name, DType.INT64, doc, unit="events", minimum=0)
+
+    primary = spec.actions[0]
+    mean_doc = f"mean {spec.stat_value} of '{primary}' to date"
+    return (
+        count("count_total", f"events '{primary}' to date"),
+        *(count(f"count_{days}d", f"events '{primary}' in {days} days") for days in STAT_WINDOWS_DAYS),
+        count("other_total", "events of any other action to date"),
+        Column(f"mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
     )
-    user_profile = Table(
-        "user_profile",
-        "What is known of a user besides events; a row for each change.",
-        spec.user_features,
-        user,
-        job="events",
-        view=True,
-        unique=(user.join_key, EVENT_TIMESTAMP),
-    )
-    item_profile = Table(
-        "item_profile",
-        "What is known of an item besides events; a row for each change.",
-        spec.item_features,
-        item,
-        job="events",
-        view=True,
-        unique=(item.join_key, EVENT_TIMESTAMP),
-    )
-    user_history = Table(
-        "user_history",
-        f"A user's newest {NUM_HISTORY_ONLINE} events, packed (feature_repo/history.py), oldest first.",
-        (Column("history", DType.BYTES, "packed events", max_length=NUM_HISTORY_ONLINE),),
-        user,
-        job="user_history",
-        view=True,
-        unique=(user.join_key, EVENT_TIMESTAMP),
-    )
-    user_history_index = Table(
-        "user_history_index",
-        "How many of a user's events were known at an instant: a row for each distinct event time.",
-        (Column("history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1),),
-        user,
-        job="user_history",
-        view=True,
-        unique=(user.join_key, EVENT_TIMESTAMP),
-    )
-    item_stats = Table(
-        "item_stats",
-        "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day.",
-        (
-            Column("count_total", DType.INT64, f"events '{primary}' to date", **count),  # type: ignore[arg-type]
-            *(
-                Column(f"count_{days}d", DType.INT64, f"events '{primary}' in {days} days", **count)  # type: ignore[arg-type]
-                for days in STAT_WINDOWS_DAYS
-            ),
-            Column("other_total", DType.INT64, "events of any other action to date", **count),  # type: ignore[arg-type]
-            Column(
-                f"mean_{spec.stat_value}",
-                DType.FLOAT32,
-                f"mean {spec.stat_value} of '{primary}' to date",
-                nullable=True,
-            ),
-        ),
-        item,
-        job="item_stats",
-        view=True,
-        unique=(item.join_key, EVENT_TIMESTAMP),
-    )
-    training_examples = Table(
+
+
+def _training_examples(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
+    return Table(
         "training_examples",
         "One row for each request and candidate, with its label; candidates of a request stand together.",
         (
@@ -292,14 +275,3 @@ def contract(spec: DatasetSpec) -> Contract:
         job="training_examples",
         unique=("request_id", item.join_key),
     )
-    tables = (
-        events,
-        dead_letters,
-        user_profile,
-        item_profile,
-        user_history,
-        user_history_index,
-        item_stats,
-        training_examples,
-    )
-    return Contract(spec, user, item, tables)
