@@ -192,6 +192,11 @@ class HistoryLog:
         self._count = np.concatenate([np.diff(part[item].offsets.to_numpy()) for part in parts])
         self._part = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Events of each row."""
+        return self._count
+
     def rows_of(self, user_ids: pa.Array) -> np.ndarray:
         """Row of each user in the log, -1 where the log has none."""
         return pc.fill_null(pc.index_in(user_ids, self.users), -1).to_numpy().astype(np.int64)

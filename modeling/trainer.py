@@ -1,4 +1,4 @@
-"""The training loop: grouped batches, both steps of the model in a row, resume to the bit.
+"""The training loops: grouped batches, both steps of the model in a row, resume to the bit.
 
 A run's folder holds `metrics.jsonl` (a line for each step and epoch), `checkpoint.pt` (the newest state, read with
 weights_only) and `best.safetensors`. Interrupt it anywhere: the next start continues from the newest checkpoint and
@@ -7,26 +7,28 @@ writes the same lines as a run that was never stopped.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from modeling.batch import Batch, Encoded, Encoder
 from modeling.metrics import ndcg_at
 from modeling.models.base import Ranker
-from modeling.recipes import Training
+from modeling.recipes import Fit, Training
 
 console = Console()
 
@@ -91,8 +93,8 @@ def predict(
     return logits
 
 
-class Trainer:
-    """One run of one model.
+class Loop(ABC):
+    """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping, progress.
 
     Args:
         model: fresh; its weights are set from the checkpoint where the folder has one.
@@ -101,22 +103,41 @@ class Trainer:
         device: where to train; checkpoints and `best.safetensors` load anywhere.
     """
 
-    def __init__(
-        self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str, device: str = "cpu"
-    ) -> None:
+    def __init__(self, model: nn.Module, training: Fit, folder: Path, identity: str, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self.model, self.encoder, self.training = model.to(self.device), encoder, training
+        self.model, self.training = model.to(self.device), training
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True
+        )
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         self.step = self.epoch = self.next_batch = 0
         self.best, self.epochs_since_best = -math.inf, 0
+        self.cpu_seconds = 0.0
         self.stopped = False
 
-    def fit(self, train: Encoded, validation: Encoded, stop_after: int | None = None) -> dict[str, Any]:
+    @abstractmethod
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Batches of an epoch, in order; the same for every call."""
+
+    @abstractmethod
+    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
+        """Loss of one batch, with its graph, and how many samples it held."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Figures on the validation data; `ndcg@10` chooses the best epoch."""
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is validated and kept: the averaged one where there is one."""
+        return self.model if self.averaged is None else self.averaged
+
+    def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end, or stop after so many further steps (as an interruption would).
 
         Returns:
@@ -128,16 +149,16 @@ class Trainer:
         torch.manual_seed(self.training.seed)
         self._resume()
         started, budget = time.perf_counter(), stop_after
-        plan = [batches(train.num_candidates, self.training, epoch) for epoch in range(self.training.epochs)]
-        total = sum(len(p) for p in plan)
+        self._cpu_mark = time.process_time()
+        total = len(self.plan(0)) * self.training.epochs
         with _progress(total) as advance:
             advance(self.step, "")
             while self.epoch < self.training.epochs and not self.stopped:
-                chosen = plan[self.epoch]
+                chosen = self.plan(self.epoch)
                 while self.next_batch < len(chosen):
                     if budget is not None and budget <= 0:
                         return self._summary(started)
-                    loss, samples = self._train_step(train, chosen[self.next_batch], total)
+                    loss, samples = self._train_step(chosen[self.next_batch], total)
                     self.next_batch += 1
                     self.step += 1
                     budget = None if budget is None else budget - 1
@@ -147,21 +168,23 @@ class Trainer:
                     advance(self.step, f"loss {loss:.4f}", samples)
                     if self.step % self.training.checkpoint_steps == 0:
                         self._save()
-                self._end_epoch(validation)
+                self._end_epoch()
                 self._save()
         return self._summary(started)
 
-    def load_best(self) -> None:
-        """Take the weights of the best epoch."""
+    def load_best(self) -> nn.Module:
+        """The model with the weights of the best epoch."""
         self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
+        return self.model
 
-    def _train_step(self, train: Encoded, chosen: np.ndarray, total: int) -> tuple[float, int]:
+    def _train_step(self, chosen: np.ndarray, total: int) -> tuple[float, int]:
         self.model.train()
-        batch: Batch = self.encoder.collate(train, chosen).to(self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.training.learning_rate * _schedule(self.step, total, self.training.warmup_steps)
+            group["lr"] = self.training.learning_rate * _schedule(
+                self.step, total, self.training.warmup_steps, self.training.final_learning_rate
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = masked_bce(self.model(batch), batch.labels_BCT, batch.candidates.mask_BC)
+        loss, samples = self.loss(chosen)
         if not torch.isfinite(loss):
             raise LossError(
                 f"loss is {loss.item()} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
@@ -170,43 +193,51 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
-        return float(loss.detach()), int(batch.candidates.mask_BC.sum())
+        if self.averaged is not None:
+            decay = min(self.training.averaging, (self.step + 1) / (self.step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+        return float(loss.detach()), samples
 
-    def _end_epoch(self, validation: Encoded) -> None:
-        logits = predict(self.model, self.encoder, validation)
-        ndcg = float(np.nanmean(ndcg_at(validation.labels, logits, validation.candidate_offsets)))
-        probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        clipped = np.clip(probability, 1e-7, 1 - 1e-7)
-        loss = float(-(validation.labels * np.log(clipped) + (1 - validation.labels) * np.log1p(-clipped)).mean())
-        self._log(
-            {
-                "kind": "epoch",
-                "epoch": self.epoch,
-                "step": self.step,
-                "validation_loss": loss,
-                "validation_ndcg@10": ndcg,
-            }
-        )
-        console.print(f"epoch {self.epoch}: validation loss {loss:.4f}, NDCG@10 {ndcg:.4f}", highlight=False)
-        if ndcg > self.best:
-            self.best, self.epochs_since_best = ndcg, 0
-            draft = self.folder / ".best.draft"
-            save_file(self.model.state_dict(), draft)
-            draft.replace(self.folder / "best.safetensors")
-        else:
-            self.epochs_since_best += 1
-            self.stopped = self.epochs_since_best >= self.training.patience
+    def _end_epoch(self) -> None:
+        last = self.epoch + 1 == self.training.epochs
+        if last or (self.epoch + 1) % self.training.validate_epochs == 0:
+            figures = self.validate(self.evaluated_model)
+            ndcg = figures["ndcg@10"]
+            self._log(
+                {"kind": "epoch", "epoch": self.epoch, "step": self.step, "cpu_s": self._cpu()}
+                | {f"validation_{name}": value for name, value in figures.items()}
+            )
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            console.print(f"epoch {self.epoch}: validation {shown}", highlight=False)
+            if ndcg > self.best:
+                self.best, self.epochs_since_best = ndcg, 0
+                draft = self.folder / ".best.draft"
+                save_file(self.evaluated_model.state_dict(), draft)
+                draft.replace(self.folder / "best.safetensors")
+            else:
+                self.epochs_since_best += 1
+                self.stopped = self.epochs_since_best >= self.training.patience
         self.epoch, self.next_batch = self.epoch + 1, 0
+
+    def _cpu(self) -> float:
+        """CPU seconds of this process spent on the run so far, over all resumptions."""
+        now = time.process_time()
+        self.cpu_seconds += now - self._cpu_mark
+        self._cpu_mark = now
+        return self.cpu_seconds
 
     def _save(self) -> None:
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
             "best": self.best,
+            "cpu_seconds": self._cpu(),
         }
         draft = self.folder / ".checkpoint.draft"
         torch.save(state, draft)
@@ -221,12 +252,14 @@ class Trainer:
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
-        self.best, self.stopped = state["best"], bool(stopped)
+        self.best, self.stopped, self.cpu_seconds = state["best"], bool(stopped), state["cpu_seconds"]
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [
             line
@@ -246,15 +279,55 @@ class Trainer:
             "epochs": self.epoch,
             "best_validation_ndcg@10": self.best if math.isfinite(self.best) else None,
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": self._cpu(),
             "training": asdict(self.training),
         }
 
 
-def _schedule(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to one tenth."""
+class Trainer(Loop):
+    """A ranking run: grouped batches of requests, labels for every candidate."""
+
+    training: Training
+
+    def __init__(
+        self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str, device: str = "cpu"
+    ) -> None:
+        super().__init__(model, training, folder, identity, device)
+        self.encoder = encoder
+
+    def fit(self, train: Encoded, validation: Encoded, stop_after: int | None = None) -> dict[str, Any]:
+        """`run` on these requests."""
+        self.train, self.validation = train, validation
+        return self.run(stop_after)
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Request numbers of every batch."""
+        return batches(self.train.num_candidates, self.training, epoch)
+
+    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
+        """Binary cross-entropy over the candidates of the chosen requests."""
+        batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
+        loss = masked_bce(self.model(batch), batch.labels_BCT, batch.candidates.mask_BC)
+        return loss, int(batch.candidates.mask_BC.sum())
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Log loss and NDCG@10 of the validation period."""
+        labels = self.validation.labels
+        logits = predict(cast(Ranker, model), self.encoder, self.validation)
+        probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        clipped = np.clip(probability, 1e-7, 1 - 1e-7)
+        return {
+            "loss": float(-(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean()),
+            "ndcg@10": float(np.nanmean(ndcg_at(labels, logits, self.validation.candidate_offsets))),
+        }
+
+
+def _schedule(step: int, total: int, warmup: int, final: float) -> float:
+    """Linear warm-up, then a cosine to the share `final`."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+    cosine = 1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0))
+    return final + (1 - final) / 2 * cosine
 
 
 class _progress:

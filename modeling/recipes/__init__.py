@@ -6,23 +6,46 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a run trains. One seed controls initial weights, dropout and order."""
+class Fit:
+    """What every training loop needs. One seed controls initial weights, dropout, order and negatives."""
 
     epochs: int = 4
-    max_requests: int = 64  # requests in a batch
-    max_candidates: int = 6144  # padded candidates in a batch
     learning_rate: float = 2e-3
+    final_learning_rate: float = 0.1  # share of the learning rate at the end of its cosine; 1 keeps it
+    beta2: float = 0.99
     weight_decay: float = 1e-5
     warmup_steps: int = 50
     clip_norm: float = 1.0
-    patience: int = 2  # epochs without a better validation NDCG@10 before the run stops
+    validate_epochs: int = 1  # epochs from one validation to the next
+    patience: int = 2  # validations without a better NDCG@10 before the run stops
+    averaging: float = 0.0  # decay of the moving average of weights that is validated and kept; 0 keeps the weights
     checkpoint_steps: int = 100
     seed: int = 1
+
+
+@dataclass(frozen=True)
+class Training(Fit):
+    """How a ranking run trains."""
+
+    max_requests: int = 64  # requests in a batch
+    max_candidates: int = 6144  # padded candidates in a batch
+
+
+@dataclass(frozen=True)
+class NextItemTraining(Fit):
+    """How a next-item run trains."""
+
+    epochs: int = 50
+    learning_rate: float = 1e-3
+    beta2: float = 0.98
+    weight_decay: float = 0.0
+    validate_epochs: int = 5
+    checkpoint_steps: int = 500
+    batch_sequences: int = 128
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,30 @@ class Recipe:
     training: Training = field(default_factory=Training)
 
 
-def load(name: str) -> Recipe:
+Objective = Literal["softmax", "sampled_softmax", "gbce", "cloze"]
+
+
+@dataclass(frozen=True)
+class NextItemRecipe:
+    """A next-item run: which sequence model, with which config and objective, trained how."""
+
+    name: str
+    model: str
+    config: dict[str, Any]
+    history_length: int = 200  # events that the model reads
+    objective: Objective = "softmax"
+    num_negatives: int = 0  # of sampled_softmax, shared by a batch's rows, and of gbce, for each row
+    calibration: float = 0.75  # gbce's t
+    mask_probability: float = 0.2  # cloze
+    last_only: float = 0.1  # cloze: share of sequences in which just the last event is masked
+    windows: Literal["newest", "all"] = "newest"  # of users with more events than the model reads
+    training: NextItemTraining = field(default_factory=NextItemTraining)
+
+
+AnyRecipe = Recipe | NextItemRecipe
+
+
+def load(name: str) -> AnyRecipe:
     """The recipe of that name.
 
     Raises:
@@ -50,9 +96,9 @@ def load(name: str) -> Recipe:
     return found[name]()
 
 
-def all_recipes() -> dict[str, Callable[[], Recipe]]:
+def all_recipes() -> dict[str, Callable[[], AnyRecipe]]:
     """Every recipe function by name."""
-    found: dict[str, Callable[[], Recipe]] = {}
+    found: dict[str, Callable[[], AnyRecipe]] = {}
     for module_info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"modeling.recipes.{module_info.name}")
         found |= {name: getattr(module, name) for name in module.RECIPES}

@@ -1,0 +1,168 @@
+"""Leave-one-out evaluation by named protocols. Results are comparable only within one data set and one protocol.
+
+| protocol | candidates of a user |
+|---|---|
+| FULL | the whole catalogue, items seen before the target removed |
+| U100 | the target and 100 items drawn uniformly, with replacement, outside the user's training items (SASRec; the validation item may be drawn) |
+| P100 | the target and 100 distinct items drawn by popularity in training, outside all items of the user (BERT4Rec) |
+
+The model reads everything before the target: for the test target that includes the validation item. An equal score
+ranks behind where its item stands earlier in the catalogue, so that a rank never depends on the sort. U100 and P100 use
+all users up to `MAX_SAMPLED_USERS`, else so many drawn by the seed, as SASRec did.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.models.sequence import SequenceRanker
+from modeling.sequences import Sequences, Target
+
+Protocol = Literal["FULL", "U100", "P100"]
+PROTOCOLS: tuple[Protocol, ...] = ("FULL", "U100", "P100")
+CUTOFFS = (5, 10, 20)
+NUM_NEGATIVES = 100
+MAX_SAMPLED_USERS = 10_000
+ROWS = 16_384  # rows of histories in one forward pass
+
+
+class ScoreError(ArithmeticError):
+    """Scores that cannot be ranked."""
+
+
+def evaluate(
+    model: SequenceRanker,
+    sequences: Sequences,
+    target: Target,
+    protocol: Protocol = "FULL",
+    *,
+    seed: int = 0,
+    users: np.ndarray | None = None,
+) -> dict[str, float]:
+    """HR, NDCG and MRR at 5, 10 and 20, means over users.
+
+    Args:
+        users: evaluate these only; default: all that have targets.
+        seed: of the sampled protocols' negatives.
+    """
+    users = sequences.evaluated if users is None else users
+    if not len(users):
+        raise ValueError("no user has three items or more: there is no target to evaluate on")
+    rng = np.random.default_rng(seed)
+    if protocol != "FULL" and len(users) > MAX_SAMPLED_USERS:
+        users = np.sort(rng.choice(users, MAX_SAMPLED_USERS, replace=False))
+    return metrics_of_ranks(target_ranks(model, sequences, users, target, protocol, rng))
+
+
+def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """Metrics of the targets' ranks, from 0 for the best. One target a user: HR equals recall."""
+    found = {}
+    for name, gain in (
+        ("hr", np.ones(len(ranks))),
+        ("ndcg", 1 / np.log2(ranks + 2)),
+        ("mrr", 1 / (ranks + 1.0)),
+    ):
+        for k in CUTOFFS:
+            found[f"{name}@{k}"] = float(np.where(ranks < k, gain, 0.0).mean())
+    return found
+
+
+def target_ranks(
+    model: SequenceRanker,
+    sequences: Sequences,
+    users: np.ndarray,
+    target: Target,
+    protocol: Protocol,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Rank of each user's target among the protocol's candidates, from 0, in the order of `users`."""
+    stops = sequences.target_rows(users, target)
+    starts = np.maximum(stops - model.sizes.history_length, sequences.offsets[users])
+    sampled = None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
+    ranks = np.empty(len(users), np.int64)
+    order = np.argsort(starts - stops, kind="stable")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        first = 0
+        while first < len(order):
+            longest = int(stops[order[first]] - starts[order[first]])
+            chosen = order[first : first + max(1, ROWS // longest)]
+            first += len(chosen)
+            history = history_vectors(model, sequences, starts[chosen], stops[chosen])
+            scores = history @ model.catalogue.T
+            if not torch.isfinite(scores).all():
+                raise ScoreError("scores hold NaN or infinity: the model's weights are damaged or its training diverged")
+            wanted = torch.from_numpy(sequences.items[stops[chosen]].astype(np.int64) - 1).to(device)
+            if sampled is None:
+                seen = np.concatenate(
+                    [sequences.items[sequences.offsets[u] : stop] for u, stop in zip(users[chosen], stops[chosen], strict=True)]
+                )
+                owner = np.repeat(np.arange(len(chosen)), stops[chosen] - sequences.offsets[users[chosen]])
+                scores[torch.from_numpy(owner), torch.from_numpy(seen.astype(np.int64) - 1)] = -torch.inf
+                candidates = torch.arange(sequences.num_items, device=device).expand_as(scores)
+            else:
+                candidates = torch.from_numpy(sampled[chosen]).to(device)
+                scores, own = scores.gather(1, candidates), scores.gather(1, wanted[:, None])
+                scores, candidates = torch.cat([own, scores], 1), torch.cat([wanted[:, None], candidates], 1)
+            ranks[chosen] = ranks_of(scores, candidates, wanted).cpu().numpy()
+    model.train(was_training)
+    return ranks
+
+
+def ranks_of(scores: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:
+    """Rank of the wanted item in each row: better scores, and equal ones of items earlier in the catalogue.
+
+    Args:
+        scores, candidates: users × candidates.
+        wanted: one catalogue row a user, among its candidates.
+    """
+    is_wanted = candidates == wanted[:, None]
+    own = scores.masked_fill(~is_wanted, -torch.inf).amax(1, keepdim=True)
+    ahead = (scores > own) | ((scores == own) & (candidates < wanted[:, None]))
+    return ahead.sum(1)
+
+
+def history_vectors(model: SequenceRanker, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:
+    """History vectors of slices, B × D: the last row, or [MASK]'s in a bidirectional model."""
+    events, _, order = sequences.packed(starts, stops)
+    encoded = model.encode_histories(events)
+    return encoded[torch.from_numpy(np.argsort(order)).to(encoded.device)]
+
+
+def sample_negatives(
+    sequences: Sequences, users: np.ndarray, target: Target, protocol: Protocol, rng: np.random.Generator
+) -> np.ndarray:
+    """Catalogue rows of the protocol's negatives, users × 100.
+
+    Raises:
+        ValueError: a user has interacted with so many items that fewer than 100 are left.
+    """
+    num_items, ends = sequences.num_items, sequences.training_ends()
+    stops = ends[users] if protocol == "U100" else sequences.offsets[users + 1]
+    lengths = stops - sequences.offsets[users]
+    if num_items - int(lengths.max()) - 1 < NUM_NEGATIVES:
+        raise ValueError(f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}")
+    known = np.zeros((len(users), num_items), bool)
+    for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
+        known[row, sequences.items[sequences.offsets[user] : stop] - 1] = True
+    own = sequences.items[sequences.target_rows(users, target)].astype(np.int64) - 1
+    known[np.arange(len(users)), own] = True
+    if protocol == "U100":
+        drawn = rng.integers(0, num_items, (len(users), NUM_NEGATIVES))
+        while (bad := np.take_along_axis(known, drawn, 1)).any():
+            drawn[bad] = rng.integers(0, num_items, int(bad.sum()))
+        return drawn
+    owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
+    trained = sequences.items[np.arange(len(sequences.items)) < ends[owner]]
+    popularity = np.log(np.maximum(np.bincount(trained - 1, minlength=num_items), 1e-9))
+    drawn = np.empty((len(users), NUM_NEGATIVES), np.int64)
+    for row in range(len(users)):  # the largest of log-popularity plus Gumbel noise are a draw without replacement
+        keys = np.where(known[row], -np.inf, popularity + rng.gumbel(size=num_items))
+        drawn[row] = np.argpartition(-keys, NUM_NEGATIVES)[:NUM_NEGATIVES]
+    return drawn

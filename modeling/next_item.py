@@ -1,0 +1,191 @@
+"""Next-item training and evaluation: a history log in, a sequence model and its leave-one-out metrics out.
+
+One run is a recipe with a seed on one log. Its folder resumes to the bit, like every run's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from feature_repo import datasets, sequence_file
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder, digest_of
+from modeling import leave_one_out, losses, models
+from modeling.leave_one_out import PROTOCOLS
+from modeling.models.sequence import SequenceRanker
+from modeling.recipes import NextItemRecipe
+from modeling.sequences import Sequences, TrainingWindows, causal_batch, cloze_batch, training_windows
+from modeling.trainer import Loop
+
+console = Console()
+VALIDATION_METRICS = ("ndcg@10", "hr@10")
+
+
+class NextItemTrainer(Loop):
+    """Trains a sequence model on whole sequences: every position of a causal one, masked positions of a Cloze one."""
+
+    model: SequenceRanker
+
+    def __init__(
+        self,
+        model: SequenceRanker,
+        recipe: NextItemRecipe,
+        sequences: Sequences,
+        folder: Path,
+        identity: str,
+        device: str = "cpu",
+    ) -> None:
+        sequences.refuse_leaks(sequences.training_ends())
+        if (recipe.objective == "cloze") == model.config.causal:
+            raise ValueError(
+                f"objective {recipe.objective!r} does not fit causal={model.config.causal}: Cloze needs a bidirectional model, the "
+                "others a causal one"
+            )
+        if model.config.time_gaps and sequences.times is None:
+            raise ValueError(
+                "time_gaps need times, and a sequence file knows order only: use positions or decayed_hydra, or a log that a Beam job built"
+            )
+        super().__init__(model, recipe.training, folder, identity, device)
+        self.recipe, self.sequences = recipe, sequences
+        self.windows: TrainingWindows
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Windows of the epoch, shuffled, in batches of so many sequences."""
+        rng = np.random.default_rng([self.recipe.training.seed, epoch])
+        self.windows = training_windows(self.sequences, self.recipe.history_length, self.recipe.windows, rng)
+        number = len(self.windows.starts)
+        size = self.recipe.training.batch_sequences
+        order = rng.permutation(number)
+        return [order[first : first + size] for first in range(0, number, size)]
+
+    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
+        """The recipe's objective over the chosen windows, and the number of targets."""
+        recipe, model = self.recipe, self.model
+        if recipe.objective == "cloze":
+            rng = np.random.default_rng(int(torch.randint(2**31, ())))
+            events, at, targets = cloze_batch(
+                self.sequences,
+                self.windows,
+                chosen,
+                mask_item=model.mask_item,
+                probability=recipe.mask_probability,
+                last_only=recipe.last_only,
+                rng=rng,
+            )
+            events, targets = events.to(self.device), targets.to(self.device)
+            rows = model.encode(events)[at.to(self.device)]
+            return losses.softmax(rows, model.catalogue, targets), len(targets)
+        events, targets = causal_batch(self.sequences, self.windows, chosen)
+        events, targets = events.to(self.device), targets.to(self.device)
+        rows = model.encode(events)
+        if recipe.objective == "softmax":
+            return losses.softmax(rows, model.catalogue, targets), len(targets)
+        negatives, log_expected = losses.uniform_negatives(
+            recipe.num_negatives, self.sequences.num_items, self.device
+        )
+        if recipe.objective == "sampled_softmax":
+            return losses.sampled_softmax(rows, model.catalogue, targets, negatives, log_expected), len(targets)
+        return losses.gbce(rows, model.catalogue, targets, negatives, recipe.calibration), len(targets)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """NDCG@10 and HR@10 on the validation targets, FULL."""
+        found = leave_one_out.evaluate(cast(SequenceRanker, model), self.sequences, "validation")
+        return {name: found[name] for name in VALIDATION_METRICS}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A history log and where runs on it are kept."""
+
+    sequences: Sequences
+    identity: str
+    title: str
+    runs: Path
+
+
+def open_source(settings: Settings, data: Path | None) -> Source:
+    """Sequences of a plain file, or of the log that the Beam job built for the dataset in force.
+
+    Raises:
+        SequenceFileError: the file is none.
+        TableNotBuiltError: no file was given and no job has run.
+    """
+    if data is None:
+        folder = JobFolder(settings.home, "user_history")
+        contract, title = datasets.load_contract(settings.dataset), settings.dataset
+        home = Path(settings.path("next_item"))
+    else:
+        home = Path(settings.root) / "sequence_file" / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
+        folder = sequence_file.write_log(data, str(home))
+        contract, title = sequence_file.sequence_contract(), data.name
+    sequences = Sequences.of(contract, folder, has_times=data is None)
+    identity = digest_of([folder.require().run_id, contract.fingerprint])
+    return Source(sequences, identity, title, home / "runs")
+
+
+def build_model(recipe: NextItemRecipe, sequences: Sequences) -> SequenceRanker:
+    """A fresh model of the recipe for this catalogue; its seed decides the weights."""
+    torch.manual_seed(recipe.training.seed)
+    return cast(SequenceRanker, models.build(recipe.model, recipe.config, sequences.sizes(recipe.history_length)))
+
+
+def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cpu") -> dict[str, Any]:
+    """One run to its end: trained, from its newest checkpoint, and evaluated on the test targets.
+
+    A finished run is not repeated: its `result.json` is read.
+
+    Returns:
+        Recipe, seed, summary of the training, and the test metrics of every protocol.
+    """
+    keep_freed_memory()
+    folder = source.runs / f"{recipe.name}-seed{recipe.training.seed}"
+    identity = digest_of([asdict(recipe), source.identity])
+    done = folder / "result.json"
+    if done.exists() and (result := json.loads(done.read_text()))["identity"] == identity:
+        return cast(dict[str, Any], result)
+    model = build_model(recipe, source.sequences)
+    trainer = NextItemTrainer(model, recipe, source.sequences, folder, identity, device)
+    summary = trainer.run()
+    best = cast(SequenceRanker, trainer.load_best())
+    metrics = {name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in PROTOCOLS}
+    result = {
+        "identity": identity,
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "summary": summary,
+        "test": metrics,
+    }
+    draft = folder / ".result.draft"
+    draft.write_text(json.dumps(result, indent=1))
+    draft.replace(done)
+    return result
+
+
+def with_seed(recipe: NextItemRecipe, seed: int) -> NextItemRecipe:
+    """The recipe under another seed."""
+    return replace(recipe, training=replace(recipe.training, seed=seed))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it page by page at every step; elsewhere nothing happens.
+
+    Blocks of megabytes are otherwise mapped, faulted in and unmapped again for every tensor.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_max = -1, -2, -4
+        for parameter, value in ((mmap_max, 0), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
+            mallopt(parameter, value)

@@ -1,0 +1,108 @@
+"""Next-item recipes. Within a data set they differ in operator, mask and objective only; torch is not imported here.
+
+`*_ml1m`: MovieLens-1M as `user item` lines (3,416 items), 200 events. `*_beauty`: Amazon Beauty 5-core, 50 events.
+Neither is shipped: `--data` names the file. `*_tiny` run on anything in seconds, for tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from modeling.recipes import NextItemRecipe, NextItemTraining, Objective
+
+ML1M = {"width": 64, "num_heads": 1, "dropout": 0.2}
+ML1M_TRAINING = NextItemTraining(epochs=40, learning_rate=2e-3, final_learning_rate=0.02, patience=10)
+
+
+def _ml1m(name: str, model: str, objective: Objective = "softmax", **config: Any) -> NextItemRecipe:
+    """The common net of the comparison on MovieLens-1M: published SASRec's shape, one feed-forward for all."""
+    common = {**ML1M, "expansion": 1, "activation": "relu", **config}
+    return NextItemRecipe(name, model, common, objective=objective, training=ML1M_TRAINING)
+
+
+def sasrec_ml1m() -> NextItemRecipe:
+    """SASRec with the full softmax: the yardstick that the harness must reproduce."""
+    return _ml1m("sasrec_ml1m", "sasrec")
+
+
+def sasrec_sampled_ml1m() -> NextItemRecipe:
+    """SASRec with 512 shared negatives."""
+    return replace(_ml1m("sasrec_sampled_ml1m", "sasrec", "sampled_softmax"), num_negatives=512)
+
+
+def gsasrec_ml1m() -> NextItemRecipe:
+    """SASRec with gBCE, 256 shared negatives, t = 0.75."""
+    return replace(_ml1m("gsasrec_ml1m", "sasrec", "gbce"), num_negatives=256)
+
+
+def hydrarec_ml1m() -> NextItemRecipe:
+    """HydraRec-causal, temporal context by learned positions."""
+    return _ml1m("hydrarec_ml1m", "hydrarec")
+
+
+def hydrarec_decayed_ml1m() -> NextItemRecipe:
+    """HydraRec-causal, temporal context by a decayed prefix sum, and learned positions."""
+    return _ml1m("hydrarec_decayed_ml1m", "hydrarec", operators=("decayed_hydra", "decayed_hydra"))
+
+
+def hydrarec_streaming_ml1m() -> NextItemRecipe:
+    """HydraRec-causal with a decayed prefix sum and no positions: its states extend exactly."""
+    operators = ("decayed_hydra", "decayed_hydra")
+    return _ml1m("hydrarec_streaming_ml1m", "hydrarec", operators=operators, positions="none")
+
+
+def hydrarec_hybrid_ml1m() -> NextItemRecipe:
+    """Softmax in the first layer, decayed Hydra in the last."""
+    return _ml1m("hydrarec_hybrid_ml1m", "hydrarec", operators=("softmax", "decayed_hydra"))
+
+
+def linrec_ml1m() -> NextItemRecipe:
+    """LinRec-causal."""
+    return _ml1m("linrec_ml1m", "linrec", num_heads=8)
+
+
+def hstu_ml1m() -> NextItemRecipe:
+    """HSTU with position bias; the file has no times."""
+    return _ml1m("hstu_ml1m", "hstu")
+
+
+def bert4rec_ml1m() -> NextItemRecipe:
+    """BERT4Rec: Cloze, bidirectional softmax."""
+    return _ml1m("bert4rec_ml1m", "bert4rec", "cloze", num_heads=2)
+
+
+def hydrarec_bidirectional_ml1m() -> NextItemRecipe:
+    """HydraRec-bidirectional: Cloze, Hydra."""
+    return _ml1m("hydrarec_bidirectional_ml1m", "hydrarec", "cloze", causal=False)
+
+
+def sasrec_tiny() -> NextItemRecipe:
+    """Seconds on any machine."""
+    return _tiny("sasrec_tiny", "sasrec")
+
+
+def hydrarec_tiny() -> NextItemRecipe:
+    """Seconds on any machine."""
+    return _tiny("hydrarec_tiny", "hydrarec", operators=("hydra", "decayed_hydra"))
+
+
+def bert4rec_tiny() -> NextItemRecipe:
+    """Seconds on any machine."""
+    return _tiny("bert4rec_tiny", "bert4rec", "cloze")
+
+
+def _tiny(name: str, model: str, objective: Objective = "softmax", **config: Any) -> NextItemRecipe:
+    training = NextItemTraining(
+        epochs=2, batch_sequences=16, validate_epochs=1, checkpoint_steps=3, warmup_steps=2, averaging=0.9
+    )
+    return NextItemRecipe(
+        name, model, {"width": 16, "dropout": 0.1, **config}, 12, objective, windows="all", training=training
+    )
+
+
+RECIPES = tuple(
+    name
+    for name, value in list(globals().items())
+    if callable(value) and name.endswith(("_ml1m", "_beauty", "_tiny")) and not name.startswith("_")
+)

@@ -1,0 +1,219 @@
+"""Next-item data: whole sequences from a history log, the leave-one-out split, and packed batches.
+
+Rules of the split (counted in `Sequences.counts`): the first event of each (user, item) counts, later repeats are
+dropped, since a seen item can be no target; the last item of a user is the test target, the one before it the
+validation target; a user with fewer than three items is trained on and not evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from feature_repo.history import HistoryLog
+from feature_repo.schema import Contract
+from feature_repo.tables import JobFolder
+from modeling.batch import FeatureSizes
+from modeling.layers.packing import Packing
+from modeling.models.sequence import PackedEvents
+
+Target = Literal["validation", "test"]
+Windows = Literal["newest", "all"]
+HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
+MIN_EVENTS = 3
+MICROS_PER_DAY = 86_400_000_000
+
+
+class LeakError(ValueError):
+    """A target of the evaluation is in the training data."""
+
+
+class VocabularyError(ValueError):
+    """An item id that the model has no embedding for."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Each user's items, oldest first, each item once: user u owns `[offsets[u], offsets[u + 1])`."""
+
+    offsets: np.ndarray  # int64, U + 1
+    items: np.ndarray  # int32 vocabulary index, 1 … num_items; 0 is unknown
+    times: np.ndarray | None  # int64 microseconds; None where the source knows only order
+    item_ids: pa.Array
+    user_ids: pa.Array
+    counts: dict[str, int]
+
+    @staticmethod
+    def of(contract: Contract, folder: JobFolder, *, has_times: bool) -> Sequences:
+        """All sequences of a history log."""
+        log = HistoryLog(contract, folder)
+        rows = np.arange(len(log.users))
+        histories = log.gather(rows, log.lengths)
+        owner = np.repeat(rows, histories.lengths)
+        first = np.sort(np.unique(owner * len(log.items) + histories.item_keys, return_index=True)[1])
+        lengths = np.bincount(owner[first], minlength=len(rows))
+        counts = {
+            "users": len(rows),
+            "items": len(log.items),
+            "events": len(first),
+            "repeats_dropped": len(owner) - len(first),
+            "users_not_evaluated": int((lengths < MIN_EVENTS).sum()),
+        }
+        times = histories.times[first] if has_times else None
+        items = (histories.item_keys[first] + 1).astype(np.int32)
+        return Sequences(np.r_[0, np.cumsum(lengths)], items, times, log.items, log.users, counts)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_items(self) -> int:
+        """V, items in the catalogue."""
+        return len(self.item_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Events of each user."""
+        return np.diff(self.offsets)
+
+    def sizes(self, history_length: int) -> FeatureSizes:
+        """What a model must be built for."""
+        return FeatureSizes(self.num_items + 1, 1, 0, (), (), (), 0, history_length)
+
+    @property
+    def evaluated(self) -> np.ndarray:
+        """Users who have targets."""
+        return np.flatnonzero(self.lengths >= MIN_EVENTS)
+
+    def target_rows(self, users: np.ndarray, target: Target) -> np.ndarray:
+        """Where the targets of users stand in `items`."""
+        return self.offsets[users + 1] - HELD_OUT[target]
+
+    def training_ends(self) -> np.ndarray:
+        """End of each user's training events in `items`."""
+        return self.offsets[1:] - np.where(self.lengths >= MIN_EVENTS, 2, 0)
+
+    def refuse_leaks(self, ends: np.ndarray) -> None:
+        """Refuse to train on events up to `ends` if any target is among them.
+
+        Raises:
+            LeakError: a user's validation or test item is one of the user's training items.
+        """
+        users = self.evaluated
+        for target in HELD_OUT:
+            rows = self.target_rows(users, target)
+            owner = np.repeat(np.arange(len(self)), self.lengths)
+            trained = np.arange(len(self.items)) < ends[owner]
+            wanted = np.zeros(len(self), np.int64)
+            wanted[users] = self.items[rows]
+            leaked = trained & (self.items == wanted[owner])
+            if leaked.any():
+                row = int(np.flatnonzero(leaked)[0])
+                user, item = self.user_ids[int(owner[row])], self.item_ids[int(self.items[row]) - 1]
+                raise LeakError(
+                    f"{target} item {item} of user {user} is among the user's training events ({int(leaked.sum())} such "
+                    "cases): its score would be remembered, not predicted; build sequences with Sequences.of"
+                )
+
+    def packed(self, starts: np.ndarray, stops: np.ndarray) -> tuple[PackedEvents, np.ndarray, np.ndarray]:
+        """Slices `[starts, stops)` as packed events, longest first.
+
+        Returns:
+            The events, the rows of `items` they are, and which slice each sequence is.
+
+        Raises:
+            VocabularyError: an item that the catalogue lacks.
+        """
+        lengths = stops - starts
+        order = np.argsort(-lengths, kind="stable")
+        starts, lengths = starts[order], lengths[order]
+        packing = Packing(lengths)
+        rows = packing.from_oldest + np.repeat(starts, lengths)
+        items = self.items[rows].astype(np.int64)
+        if len(items) and (int(items.min()) < 1 or int(items.max()) > self.num_items):
+            bad = int(items[(items < 1) | (items > self.num_items)][0])
+            raise VocabularyError(f"item index {bad} is outside the vocabulary, 1 … {self.num_items}: build sequences with Sequences.of")
+        gap = torch.zeros(len(rows))
+        if self.times is not None:
+            before = np.where(packing.from_oldest > 0, rows - 1, rows)
+            days = (self.times[rows] - self.times[before]) / MICROS_PER_DAY
+            gap = torch.from_numpy(np.log1p(np.maximum(days, 0)).astype(np.float32))
+        index = torch.from_numpy(items)
+        return PackedEvents(index, torch.zeros_like(index), gap, packing), rows, order
+
+
+@dataclass(frozen=True)
+class TrainingWindows:
+    """Slices of training events, each of which gives its events but the last as inputs and but the first as targets."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        """Targets in all."""
+        return int((self.stops - self.starts - 1).sum())
+
+
+def training_windows(
+    sequences: Sequences, history_length: int, windows: Windows, rng: np.random.Generator
+) -> TrainingWindows:
+    """Slices of at most `history_length` targets.
+
+    Args:
+        windows: "newest" takes each user's newest slice; "all" adds slices of what is older, the first of them
+            overlapping the newest by a number that `rng` draws, up to half, so that cuts fall elsewhere each epoch.
+    """
+    starts, stops = sequences.offsets[:-1], sequences.training_ends()
+    older = np.maximum(stops - starts - 1 - history_length, 0)  # targets that the newest slice leaves out
+    number = (stops - starts >= 2).astype(np.int64)
+    shift = np.zeros(len(starts), np.int64)
+    if windows == "all":
+        shift = np.where(older > 0, rng.integers(0, history_length // 2 + 1, len(starts)), 0)
+        number = number + np.where(older > 0, -(-(older + shift) // history_length), 0)
+    owner = np.repeat(np.arange(len(starts)), number)
+    nth = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+    last = stops[owner] - nth * history_length + np.where(nth > 0, shift[owner], 0)
+    first = np.maximum(last - history_length - 1, starts[owner])
+    kept = last - first >= 2
+    return TrainingWindows(first[kept], last[kept])
+
+
+def causal_batch(sequences: Sequences, windows: TrainingWindows, chosen: np.ndarray) -> tuple[PackedEvents, Tensor]:
+    """Inputs, and for every row the catalogue row of the event after it."""
+    events, rows, _ = sequences.packed(windows.starts[chosen], windows.stops[chosen] - 1)
+    return events, torch.from_numpy(sequences.items[rows + 1].astype(np.int64) - 1)
+
+
+def cloze_batch(
+    sequences: Sequences,
+    windows: TrainingWindows,
+    chosen: np.ndarray,
+    *,
+    mask_item: int,
+    probability: float,
+    last_only: float,
+    rng: np.random.Generator,
+) -> tuple[PackedEvents, Tensor, Tensor]:
+    """Sequences with some events replaced by [MASK]: inputs, the masked rows, and their catalogue rows.
+
+    Args:
+        probability: of each row to be masked; at least one row of a sequence is.
+        last_only: share of sequences in which just the last event is masked, as inference will ask.
+    """
+    events, rows, _ = sequences.packed(windows.starts[chosen], windows.stops[chosen])
+    packing = events.packing
+    draw = rng.random(packing.num_rows)
+    masked = draw < probability
+    lowest = np.minimum.reduceat(draw, packing.offsets[:-1])
+    masked |= draw == np.repeat(lowest, packing.lengths)
+    only = np.repeat(rng.random(len(packing.lengths)) < last_only, packing.lengths)
+    masked = np.where(only, packing.from_newest == 0, masked)
+    at = torch.from_numpy(np.flatnonzero(masked))
+    targets = torch.from_numpy(sequences.items[rows[masked]].astype(np.int64) - 1)
+    return replace(events, item_N=events.item_N.index_fill(0, at, mask_item)), at, targets
