@@ -89,7 +89,9 @@ def write_log(path: Path, home: str) -> JobFolder:
         SequenceFileError: see `read`.
     """
     if not path.is_file():
-        raise SequenceFileError(f"{path} is no file: expected lines of 'user item' or 'user item item …', gzipped or not")
+        raise SequenceFileError(
+            f"{path} is no file: expected lines of 'user item' or 'user item item …', gzipped or not"
+        )
     with open(path, "rb") as stream:
         source = hashlib.file_digest(stream, "sha256").hexdigest()
     made, folder = sequence_contract(), JobFolder(home, JOB)
@@ -144,7 +146,9 @@ def _unpacked(path: Path) -> bytes:
         try:
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
-            raise SequenceFileError(f"{path} is a gzip that ends early or is damaged ({error}): fetch it again") from error
+            raise SequenceFileError(
+                f"{path} is a gzip that ends early or is damaged ({error}): fetch it again"
+            ) from error
     if not raw.strip():
         raise SequenceFileError(f"{path} is empty: expected lines of 'user item' or 'user item item …'")
     return raw

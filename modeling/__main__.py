@@ -1,9 +1,13 @@
-"""`python -m modeling train | evaluate | export <recipe>`: options only."""
+"""`python -m modeling train | evaluate | export | compare <recipe>`: options only."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+
+DATA_HELP = "a plain sequence file, for next-item recipes; default: the history log of the dataset in force"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,12 +21,22 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("recipe", nargs="?", default="amortised_dlrm", help="default: amortised_dlrm")
+        command.add_argument("--data", type=Path, help=DATA_HELP)
+        if name == "evaluate":
+            command.add_argument("--seed", type=int, help="of a next-item run; default: the recipe's")
         if name == "train":
             command.add_argument("--seed", type=int, help="seed of weights, dropout and order; default: the recipe's")
             command.add_argument("--epochs", type=int, help="default: the recipe's")
             command.add_argument("--device", default="cpu", help="where to train, such as cuda (default: cpu)")
         if name == "export":
             command.add_argument("--not_live", action="store_true", help="record the bundle without making it live")
+    compare = commands.add_parser("compare", help="next-item recipes × seeds side by side: table, plots, page")
+    compare.add_argument("recipe", nargs="+", help="next-item recipes")
+    compare.add_argument("--data", type=Path, help=DATA_HELP)
+    compare.add_argument("--seeds", type=int, default=1, help="seeds 1 … N of each recipe (default 1)")
+    compare.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    compare.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    compare.add_argument("--no_scaling", action="store_true", help="leave out speed and memory against length")
     commands.add_parser("recipes", help="list recipes")
     return made
 

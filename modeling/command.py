@@ -17,7 +17,7 @@ from feature_repo.catalogue import Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import recipes
-from modeling.recipes import Recipe
+from modeling.recipes import NextItemRecipe, Recipe
 
 if TYPE_CHECKING:
     from modeling.batch import Encoder
@@ -48,8 +48,20 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Run one stage. Returns the exit code: 0 done or up to date, 1 refused with a reason."""
     settings = Settings.from_env()
     try:
+        if arguments.command == "compare":
+            from modeling.comparison import compare
+
+            compare(settings, arguments)
+            return 0
         recipe = recipes.load(arguments.recipe)
         changes = {name: value for name in ("seed", "epochs") if (value := getattr(arguments, name, None)) is not None}
+        if isinstance(recipe, NextItemRecipe):
+            run_next_item(settings, replace(recipe, training=replace(recipe.training, **changes)), arguments)
+            return 0
+        if arguments.data is not None:
+            raise ValueError(
+                f"--data is for next-item recipes; {recipe.name} ranks from the tables of dataset {settings.dataset}"
+            )
         run = open_run(settings, replace(recipe, training=replace(recipe.training, **changes)))
         catalogue = Catalogue(settings.catalogue_url)
         if arguments.command == "train":
@@ -62,6 +74,34 @@ def run_command(arguments: argparse.Namespace) -> int:
         console.print(f"{arguments.command}: {error}", style="red", highlight=False, markup=False)
         return 1
     return 0
+
+
+def run_next_item(settings: Settings, recipe: NextItemRecipe, arguments: argparse.Namespace) -> None:
+    """Train a next-item recipe and show its test metrics, or show those of a finished run.
+
+    Raises:
+        ValueError: an export was asked for, or metrics of a run that is not finished.
+    """
+    from modeling.comparison import metric_lines, print_lines
+    from modeling.next_item import finished, open_source, train_and_evaluate
+
+    if arguments.command == "export":
+        raise ValueError(
+            f"{recipe.name} is a next-item recipe: its items are those of a log, not of a feature service, so there is nothing to serve"
+        )
+    source = open_source(settings, arguments.data)
+    if arguments.command == "train":
+        console.print(f"train {recipe.name}: {source.describe()}", highlight=False)
+        result = train_and_evaluate(source, recipe, arguments.device)
+    else:
+        found = finished(source, recipe)
+        if found is None:
+            raise ValueError(
+                f"{recipe.name} with seed {recipe.training.seed} is not trained to its end on {source.title}: train it first"
+            )
+        result = found
+    console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
+    print_lines(metric_lines(result))
 
 
 def open_run(settings: Settings, recipe: Recipe) -> Run:

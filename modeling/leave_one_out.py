@@ -58,6 +58,12 @@ def evaluate(
     return metrics_of_ranks(target_ranks(model, sequences, users, target, protocol, rng))
 
 
+def supports(sequences: Sequences, protocol: Protocol) -> bool:
+    """Whether the catalogue is large enough for the protocol's negatives of every user."""
+    longest = int(sequences.lengths.max(initial=0))
+    return protocol == "FULL" or sequences.num_items - longest >= NUM_NEGATIVES
+
+
 def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
     """Metrics of the targets' ranks, from 0 for the best. One target a user: HR equals recall."""
     found = {}
@@ -97,11 +103,16 @@ def target_ranks(
             history = history_vectors(model, sequences, starts[chosen], stops[chosen])
             scores = history @ model.catalogue.T
             if not torch.isfinite(scores).all():
-                raise ScoreError("scores hold NaN or infinity: the model's weights are damaged or its training diverged")
+                raise ScoreError(
+                    "scores hold NaN or infinity: the model's weights are damaged or its training diverged"
+                )
             wanted = torch.from_numpy(sequences.items[stops[chosen]].astype(np.int64) - 1).to(device)
             if sampled is None:
                 seen = np.concatenate(
-                    [sequences.items[sequences.offsets[u] : stop] for u, stop in zip(users[chosen], stops[chosen], strict=True)]
+                    [
+                        sequences.items[sequences.offsets[u] : stop]
+                        for u, stop in zip(users[chosen], stops[chosen], strict=True)
+                    ]
                 )
                 owner = np.repeat(np.arange(len(chosen)), stops[chosen] - sequences.offsets[users[chosen]])
                 scores[torch.from_numpy(owner), torch.from_numpy(seen.astype(np.int64) - 1)] = -torch.inf
@@ -145,9 +156,10 @@ def sample_negatives(
     """
     num_items, ends = sequences.num_items, sequences.training_ends()
     stops = ends[users] if protocol == "U100" else sequences.offsets[users + 1]
-    lengths = stops - sequences.offsets[users]
-    if num_items - int(lengths.max()) - 1 < NUM_NEGATIVES:
-        raise ValueError(f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}")
+    if not supports(sequences, protocol):
+        raise ValueError(
+            f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}"
+        )
     known = np.zeros((len(users), num_items), bool)
     for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
         known[row, sequences.items[sequences.offsets[user] : stop] - 1] = True

@@ -25,7 +25,8 @@ def softmax(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> Tensor:
 
     Memory: N × D + V × D beside one chunk.
     """
-    return _ChunkedSoftmax.apply(rows_ND, catalogue_VD, targets_N)  # type: ignore[no-any-return]
+    loss: Tensor = _ChunkedSoftmax.apply(rows_ND, catalogue_VD, targets_N)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         return (total / number).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_rows, grad_catalogue = ctx.saved_tensors
         return grad_rows * grad, grad_catalogue * grad, None
 

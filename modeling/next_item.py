@@ -90,9 +90,7 @@ class NextItemTrainer(Loop):
         rows = model.encode(events)
         if recipe.objective == "softmax":
             return losses.softmax(rows, model.catalogue, targets), len(targets)
-        negatives, log_expected = losses.uniform_negatives(
-            recipe.num_negatives, self.sequences.num_items, self.device
-        )
+        negatives, log_expected = losses.uniform_negatives(recipe.num_negatives, self.sequences.num_items, self.device)
         if recipe.objective == "sampled_softmax":
             return losses.sampled_softmax(rows, model.catalogue, targets, negatives, log_expected), len(targets)
         return losses.gbce(rows, model.catalogue, targets, negatives, recipe.calibration), len(targets)
@@ -111,6 +109,16 @@ class Source:
     identity: str
     title: str
     runs: Path
+
+    def describe(self) -> str:
+        """The source and its counts in a line."""
+        counts = self.sequences.counts
+        line = f"{self.title}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
+        if counts["repeats_dropped"]:
+            line += f"; {counts['repeats_dropped']:,} repeats of a (user, item) dropped"
+        if counts["users_not_evaluated"]:
+            line += f"; {counts['users_not_evaluated']:,} users with fewer than three items are trained on, not evaluated"
+        return line
 
 
 def open_source(settings: Settings, data: Path | None) -> Source:
@@ -145,19 +153,19 @@ def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cp
     A finished run is not repeated: its `result.json` is read.
 
     Returns:
-        Recipe, seed, summary of the training, and the test metrics of every protocol.
+        Recipe, seed, summary of the training, and the test metrics of every protocol that the catalogue allows.
     """
+    if (done := finished(source, recipe)) is not None:
+        return done
     keep_freed_memory()
-    folder = source.runs / f"{recipe.name}-seed{recipe.training.seed}"
-    identity = digest_of([asdict(recipe), source.identity])
-    done = folder / "result.json"
-    if done.exists() and (result := json.loads(done.read_text()))["identity"] == identity:
-        return cast(dict[str, Any], result)
+    folder = run_folder(source, recipe)
+    identity = _identity(source, recipe)
     model = build_model(recipe, source.sequences)
     trainer = NextItemTrainer(model, recipe, source.sequences, folder, identity, device)
     summary = trainer.run()
     best = cast(SequenceRanker, trainer.load_best())
-    metrics = {name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in PROTOCOLS}
+    protocols = [name for name in PROTOCOLS if leave_one_out.supports(source.sequences, name)]
+    metrics = {name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in protocols}
     result = {
         "identity": identity,
         "recipe": recipe.name,
@@ -168,8 +176,26 @@ def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cp
     }
     draft = folder / ".result.draft"
     draft.write_text(json.dumps(result, indent=1))
-    draft.replace(done)
+    draft.replace(folder / "result.json")
     return result
+
+
+def finished(source: Source, recipe: NextItemRecipe) -> dict[str, Any] | None:
+    """The result of a run that came to its end, or None."""
+    path = run_folder(source, recipe) / "result.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result["identity"] == _identity(source, recipe) else None
+
+
+def run_folder(source: Source, recipe: NextItemRecipe) -> Path:
+    """Where a run of this recipe and seed is kept."""
+    return source.runs / f"{recipe.name}-seed{recipe.training.seed}"
+
+
+def _identity(source: Source, recipe: NextItemRecipe) -> str:
+    return digest_of([asdict(recipe), source.identity])
 
 
 def with_seed(recipe: NextItemRecipe, seed: int) -> NextItemRecipe:

@@ -137,7 +137,9 @@ class Sequences:
         items = self.items[rows].astype(np.int64)
         if len(items) and (int(items.min()) < 1 or int(items.max()) > self.num_items):
             bad = int(items[(items < 1) | (items > self.num_items)][0])
-            raise VocabularyError(f"item index {bad} is outside the vocabulary, 1 … {self.num_items}: build sequences with Sequences.of")
+            raise VocabularyError(
+                f"item index {bad} is outside the vocabulary, 1 … {self.num_items}: build sequences with Sequences.of"
+            )
         gap = torch.zeros(len(rows))
         if self.times is not None:
             before = np.where(packing.from_oldest > 0, rows - 1, rows)

@@ -111,13 +111,12 @@ class Loop(ABC):
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         self.step = self.epoch = self.next_batch = 0
         self.best, self.epochs_since_best = -math.inf, 0
         self.cpu_seconds = 0.0
+        self.curve: list[list[float]] = []  # CPU seconds so far and NDCG@10, at each validation
         self.stopped = False
 
     @abstractmethod
@@ -205,9 +204,10 @@ class Loop(ABC):
             figures = self.validate(self.evaluated_model)
             ndcg = figures["ndcg@10"]
             self._log(
-                {"kind": "epoch", "epoch": self.epoch, "step": self.step, "cpu_s": self._cpu()}
+                {"kind": "epoch", "epoch": self.epoch, "step": self.step}
                 | {f"validation_{name}": value for name, value in figures.items()}
             )
+            self.curve.append([self._cpu(), ndcg])
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             console.print(f"epoch {self.epoch}: validation {shown}", highlight=False)
             if ndcg > self.best:
@@ -238,6 +238,7 @@ class Loop(ABC):
             "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
             "best": self.best,
             "cpu_seconds": self._cpu(),
+            "curve": self.curve,
         }
         draft = self.folder / ".checkpoint.draft"
         torch.save(state, draft)
@@ -260,6 +261,7 @@ class Loop(ABC):
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
         self.best, self.stopped, self.cpu_seconds = state["best"], bool(stopped), state["cpu_seconds"]
+        self.curve = state["curve"]
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [
             line
@@ -280,6 +282,7 @@ class Loop(ABC):
             "best_validation_ndcg@10": self.best if math.isfinite(self.best) else None,
             "seconds": time.perf_counter() - started,
             "cpu_seconds": self._cpu(),
+            "curve": self.curve,
             "training": asdict(self.training),
         }
 

@@ -68,7 +68,8 @@ def prefix_sum(rows_BTD: Tensor) -> Tensor:
 
 def decayed_prefix_sum(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
     """G_t = λ ⊙ G_{t-1} + rows_t, for any λ in [0, 1]^D, linear in T and without division by powers of λ."""
-    return _DecayedPrefixSum.apply(rows_BTD, decay_D)  # type: ignore[no-any-return]
+    sums: Tensor = _DecayedPrefixSum.apply(rows_BTD, decay_D)  # type: ignore[no-untyped-call]
+    return sums
 
 
 def decayed_prefix_sum_plain(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class _DecayedPrefixSum(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         sums, decay = ctx.saved_tensors
         grad_rows = _scan(grad.flip(1), decay).flip(1)
         return grad_rows, (grad_rows[:, 1:] * sums[:, :-1]).sum((0, 1))
@@ -131,9 +132,7 @@ class Hydra(Operator):
         """Zeros, B × D."""
         return (torch.zeros_like(like_BD, dtype=torch.float32),)
 
-    def extend(
-        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, State]:
+    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
         """Continue the prefix sum: O(D) a row, whatever came before."""
         sums = state[0][:, None] + prefix_sum(_update(key, value, mask_BT))
         return (unit_rows(query) * sums).to(query.dtype), (sums[:, -1],)
@@ -167,9 +166,7 @@ class DecayedHydra(Operator):
         """Zeros, B × D."""
         return (torch.zeros_like(like_BD, dtype=torch.float32),)
 
-    def extend(
-        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, State]:
+    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
         """Continue the decayed sum; rows of padding neither add nor let time pass."""
         update = torch.cat([state[0][:, None], _update(key, value, mask_BT)], dim=1)
         sums = decayed_prefix_sum(update, self.decay_D)

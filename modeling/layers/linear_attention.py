@@ -13,7 +13,6 @@ by a CHUNK × CHUNK product, before it by the state, K × K for each head.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize, pad
 
@@ -46,7 +45,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool,
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, state: State, denominator: bool) -> Tensor:
     """Chunk by chunk, all chunks at once; `state` is what came before the first row."""
-    batch, heads, length, width = query.shape
+    batch, heads, length, _ = query.shape
     chunk = min(CHUNK, length)
     tail = -length % chunk
 
@@ -107,9 +106,7 @@ class LinearAttention(Operator):
         head = width // self.num_heads
         return like_BD.new_zeros(batch, self.num_heads, head, head), like_BD.new_zeros(batch, self.num_heads, head)
 
-    def extend(
-        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, State]:
+    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
         """Continue the sums: O(K) for each feature of a row, whatever came before."""
         query, key, value = self._project(query, key, value, mask_BT)
         out = _causal(query, key, value, state, self.denominator)

@@ -32,8 +32,6 @@ class Operator(nn.Module, ABC):
         """The state before the first row, for as many sequences, of the dtype and device of `like_BD`."""
         raise NotImplementedError(f"{type(self).__name__} has no streaming form")
 
-    def extend(
-        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, State]:
+    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
         """`forward` for rows that follow those the state has seen, and the state after them."""
         raise NotImplementedError(f"{type(self).__name__} has no streaming form")

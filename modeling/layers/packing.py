@@ -30,15 +30,17 @@ class Group:
     mask_BT: Tensor | None  # True where a slot is real; None likewise
 
     def pad(self, rows: Tensor) -> Tensor:
-        """rows × … → count × width × …, zeros in the padding."""
+        """Rows × … → count × width × …, zeros in the padding."""
         if self.slots is not None:
-            rows = _Pad.apply(rows, self.slots, self.count * self.width)
+            rows = _Pad.apply(rows, self.slots, self.count * self.width)  # type: ignore[no-untyped-call]
         return rows.view(self.count, self.width, *rows.shape[1:])
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The real rows of a padded group."""
         flat = padded.reshape(self.count * self.width, *padded.shape[2:])
-        return flat if self.slots is None else _Unpad.apply(flat, self.slots)  # type: ignore[no-any-return]
+        if self.slots is not None:
+            flat = _Unpad.apply(flat, self.slots)  # type: ignore[no-untyped-call]
+        return flat
 
 
 class Packing:
@@ -120,7 +122,7 @@ class _Pad(torch.autograd.Function):
         return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, slots, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (slots,) = ctx.saved_tensors
         return grad.index_select(0, slots), None, None
 
@@ -135,6 +137,6 @@ class _Unpad(torch.autograd.Function):
         return padded.index_select(0, slots)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (slots,) = ctx.saved_tensors
         return grad.new_zeros(ctx.total, *grad.shape[1:]).index_copy_(0, slots, grad), None

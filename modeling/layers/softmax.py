@@ -45,9 +45,7 @@ class Softmax(Operator):
         empty = like_BD.new_zeros(batch, self.num_heads, 0, width // self.num_heads)
         return empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=like_BD.device)
 
-    def extend(
-        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, State]:
+    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
         """New rows read the cached keys and values and those of new rows up to their own."""
         keys, values, real = state
         keys, values = torch.cat([keys, self._heads(key)], 2), torch.cat([values, self._heads(value)], 2)

@@ -94,7 +94,7 @@ class HSTULayer(nn.Module):
         return self._after(rows_BTD, gate, mixed), (keys, values, real, index, times)
 
     def _bias(self, distance: Tensor, seconds: Tensor) -> Tensor:
-        """rab of row pairs: … × T × S."""
+        """Rab of row pairs: … × T × S."""
         bias = self.distance[distance.clamp(0, len(self.distance) - 1)]
         return bias if self.duration is None else bias + self.duration[seconds_bucket(seconds)]
 

@@ -77,8 +77,8 @@ class PackedEvents:
         """All tensors on a device."""
         if self.item_N.device == torch.device(device):
             return self
-        moved = (tensor.to(device) for tensor in (self.item_N, self.action_N, self.gap_N))
-        return PackedEvents(*moved, Packing(self.packing.lengths, device))
+        item, action, gap = (tensor.to(device) for tensor in (self.item_N, self.action_N, self.gap_N))
+        return PackedEvents(item, action, gap, Packing(self.packing.lengths, device))
 
 
 @dataclass(frozen=True)

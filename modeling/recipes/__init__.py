@@ -43,9 +43,12 @@ class NextItemTraining(Fit):
     learning_rate: float = 1e-3
     beta2: float = 0.98
     weight_decay: float = 0.0
+    warmup_steps: int = 100
+    clip_norm: float = 10.0
     validate_epochs: int = 5
+    patience: int = 10
     checkpoint_steps: int = 500
-    batch_sequences: int = 128
+    batch_sequences: int = 64
 
 
 @dataclass(frozen=True)

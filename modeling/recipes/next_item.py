@@ -11,14 +11,13 @@ from typing import Any
 
 from modeling.recipes import NextItemRecipe, NextItemTraining, Objective
 
-ML1M = {"width": 64, "num_heads": 1, "dropout": 0.2}
-ML1M_TRAINING = NextItemTraining(epochs=40, learning_rate=2e-3, final_learning_rate=0.02, patience=10)
+ML1M = {"width": 64, "num_heads": 1, "dropout": 0.1, "expansion": 1, "activation": "relu"}
+ML1M_TRAINING = NextItemTraining(epochs=55, learning_rate=2e-3, final_learning_rate=0.02)
 
 
 def _ml1m(name: str, model: str, objective: Objective = "softmax", **config: Any) -> NextItemRecipe:
     """The common net of the comparison on MovieLens-1M: published SASRec's shape, one feed-forward for all."""
-    common = {**ML1M, "expansion": 1, "activation": "relu", **config}
-    return NextItemRecipe(name, model, common, objective=objective, training=ML1M_TRAINING)
+    return NextItemRecipe(name, model, {**ML1M, **config}, objective=objective, training=ML1M_TRAINING)
 
 
 def sasrec_ml1m() -> NextItemRecipe:

@@ -43,7 +43,7 @@ def test_chunked_softmax_equals_the_plain_one_gradients_included(
 
 
 def test_chunked_softmax_survives_large_logits() -> None:
-    """exp of the plain logits would overflow."""
+    """Exp of the plain logits would overflow."""
     rows, catalogue, targets = world(20, 30, scale=20.0)
     rows.requires_grad_()
     loss = losses.softmax(rows, catalogue, targets)
@@ -104,7 +104,7 @@ def test_sampled_losses_leave_the_target_out_of_its_negatives() -> None:
 
 
 def test_gbce_with_one_negative_and_no_calibration_is_sasrecs_loss() -> None:
-    """t = 0, K = 1: β = 1, plain binary cross-entropy."""
+    """T = 0, K = 1: β = 1, plain binary cross-entropy."""
     rows, catalogue, targets = world(12, 30)
     targets = targets.clamp(min=1)
     negative = torch.tensor([0])
@@ -121,7 +121,7 @@ def test_gbce_exponent_follows_the_paper(calibration: float, expected: float) ->
 
 
 def test_gbce_equals_the_papers_transformed_logit() -> None:
-    """gSASRec's code turns the positive logit into γ(s) with σ(γ) = σ(s)^β and takes plain BCE."""
+    """GSASRec's code turns the positive logit into γ(s) with σ(γ) = σ(s)^β and takes plain BCE."""
     rows, catalogue, targets = world(12, 30, seed=4)
     negatives = torch.tensor([7, 11, 13])
     keep = ~torch.isin(targets, negatives)
@@ -133,4 +133,6 @@ def test_gbce_equals_the_papers_transformed_logit() -> None:
     labels = torch.zeros_like(logits)
     labels[:, 0] = 1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    torch.testing.assert_close(losses.gbce(rows, catalogue, targets, negatives).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        losses.gbce(rows, catalogue, targets, negatives).double(), expected, rtol=1e-5, atol=1e-6
+    )

@@ -1,0 +1,290 @@
+"""Sequence models: training throughput, encoder cost against history length, and streaming; peers beside them.
+
+Each figure is taken in a process of its own, pinned to `--threads`, so that peak memory is that of one run and CPU
+seconds are the run's. Peers are measured where `--rectools` and `--replay` name Python interpreters that have them
+installed (each wants an environment of its own); the same events, shape and loss for all. Without `--data` the events
+are drawn with MovieLens-1M's shape: 6,040 users, 3,416 items, log-normal lengths.
+
+Floors: one core's matrix product (`gemm`), and for streaming the state's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feature_repo.benchmarks import parser, report
+from feature_repo.settings import CHECKOUT
+
+WIDTH, LAYERS, HISTORY, BATCH = 64, 2, 200, 128
+SHAPE = {"width": WIDTH, "num_heads": 2, "dropout": 0.2}
+PEERS = CHECKOUT / "modeling" / "benchmarks" / "peers.py"
+
+
+def main() -> None:
+    """Run."""
+    flags = parser("modeling.benchmarks.sequence", __doc__)
+    flags.add_argument("--data", type=Path, help="a plain sequence file; default: synthetic, of MovieLens-1M's shape")
+    flags.add_argument("--rectools", type=Path, help="Python interpreter with RecTools 0.19")
+    flags.add_argument("--replay", type=Path, help="Python interpreter with RePlay 0.22")
+    flags.add_argument("--threads", type=int, default=1)
+    flags.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = flags.parse_args()
+    if arguments.child:
+        print(json.dumps(_CHILDREN[arguments.child](json.loads(sys.stdin.read()))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = arguments.data or _synthetic(Path(folder) / "events.txt", 600 if arguments.quick else 6040)
+        rows = _training_rows(arguments, data, folder) + _encoder_rows(arguments) + _streaming_rows(arguments)
+    config = {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH, "threads": arguments.threads}
+    config["data"] = arguments.data.name if arguments.data else "synthetic"
+    report("sequence", config, rows, arguments.json)
+
+
+def encoder_cost(model: str, config: dict[str, Any], length: int, threads: int = 1) -> dict[str, Any]:
+    """Forward and backward of one history through a sequence model's encoder, in a process of its own.
+
+    Returns:
+        `length`, `tokens_per_cpu_s`, and `peak_mb`, the process's peak memory.
+    """
+    return _child("encoder", {"model": model, "config": config, "length": length, "threads": threads})
+
+
+def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> list[dict[str, Any]]:
+    """Interleaved: every library once, then again."""
+    seconds = 6 if arguments.quick else 30
+    ask = {"data": str(data), "seconds": seconds, "threads": arguments.threads, "home": folder}
+    ask |= {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH}
+    libraries = {"memoir": None, "replay": arguments.replay, "rectools": arguments.rectools}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
+        for library, python in libraries.items():
+            if library == "memoir":
+                found.setdefault(library, []).append(_child("training", ask))
+            elif python is not None:
+                found.setdefault(library, []).append(_peer(python, f"{library}_training", ask))
+    rows = []
+    own = float(np.median([run["targets_per_cpu_s"] for run in found["memoir"]]))
+    for library, runs in found.items():
+        rate = float(np.median([run["targets_per_cpu_s"] for run in runs]))
+        rows.append(
+            {
+                "what": "train SASRec, full softmax",
+                "who": library,
+                "length": HISTORY,
+                "per_cpu_s": rate,
+                "unit": "targets",
+                "peak_mb": max(run["peak_mb"] for run in runs),
+                "memoir_over_it": own / rate,
+                "runs": len(runs),
+            }
+        )
+    return rows
+
+
+def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    lengths = (512, 8192) if arguments.quick else (512, 2048, 8192, 65_536)
+    common = {"width": WIDTH, "dropout": 0.0, "expansion": 4, "activation": "gelu"}
+    # One cost each: LayerNorm, projections and feed-forward are the same, only the operator differs.
+    models = {
+        "hydra": ("hydrarec", {**common, "operators": ("hydra",) * LAYERS}),
+        "decayed hydra": ("hydrarec", {**common, "operators": ("decayed_hydra",) * LAYERS}),
+        "linrec, 8 heads": ("linrec", {**common, "operators": ("linrec",) * LAYERS}),
+        "softmax (SDPA), 2 heads": ("sasrec", {**common, "num_heads": 2}),
+    }
+    limit = 8192  # beyond it softmax takes minutes, which is the point of the others
+    rows = []
+    at: dict[int, float] = {}
+    for length in lengths:
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
+            for name, (model, config) in models.items():
+                if "softmax" in name and length > limit:
+                    continue
+                runs.setdefault(name, []).append(encoder_cost(model, config, length, arguments.threads))
+            if arguments.rectools is not None and length <= limit:
+                ask = {"length": length, "width": WIDTH, "layers": LAYERS, "threads": arguments.threads}
+                runs.setdefault("rectools", []).append(_peer(arguments.rectools, "rectools_encoder", ask))
+        rates = {name: float(np.median([run["tokens_per_cpu_s"] for run in many])) for name, many in runs.items()}
+        at[length] = rates["hydra"]
+        rows += [
+            {
+                "what": "encoder, forward + backward",
+                "who": name,
+                "length": length,
+                "per_cpu_s": rates[name],
+                "unit": "tokens",
+                "peak_mb": max(run["peak_mb"] for run in many),
+                "hydra_over_it": rates["hydra"] / rates[name],
+                "of_its_512": rates["hydra"] / at[lengths[0]] if name == "hydra" else None,
+                "runs": len(many),
+            }
+            for name, many in runs.items()
+        ]
+    return rows
+
+
+def _streaming_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    lengths = (1_000, 10_000) if arguments.quick else (1_000, 100_000)
+    found = _child("streaming", {"lengths": lengths, "threads": arguments.threads, "repeats": 200})
+    return [
+        {
+            "what": "one new event",
+            "who": "hydra",
+            "length": length,
+            "ms": ms,
+            "state_floats": found["state_floats"],
+            "of_its_1000": ms / found["ms"][0],
+        }
+        for length, ms in zip(lengths, found["ms"], strict=True)
+    ]
+
+
+def _training(ask: dict[str, Any]) -> dict[str, Any]:
+    """Targets per CPU second of the training loop's own step, after a warm-up of one epoch's tenth."""
+    import torch
+
+    from feature_repo.sequence_file import sequence_contract, write_log
+    from modeling.next_item import NextItemTrainer, build_model, keep_freed_memory
+    from modeling.recipes import NextItemRecipe, NextItemTraining
+    from modeling.sequences import Sequences
+
+    torch.set_num_threads(ask["threads"])
+    keep_freed_memory()
+    folder = write_log(Path(ask["data"]), f"{ask['home']}/log")
+    sequences = Sequences.of(sequence_contract(), folder, has_times=False)
+    recipe = NextItemRecipe("benchmark", "sasrec", SHAPE, HISTORY, training=NextItemTraining(batch_sequences=BATCH))
+    trainer = NextItemTrainer(build_model(recipe, sequences), recipe, sequences, Path(ask["home"]) / "run", "benchmark")
+    trainer.model.train()
+    targets, started, step, epoch = 0, 0.0, 0, 0
+    while True:
+        for chosen in trainer.plan(epoch):
+            if step == 5:
+                started = time.process_time()
+                targets = 0
+            _, samples = trainer._train_step(chosen, 10_000)
+            step, targets = step + 1, targets + samples
+            spent = time.process_time() - started
+            if step > 8 and spent > ask["seconds"]:
+                return {"targets_per_cpu_s": targets / spent, "peak_mb": _peak_mb(), "steps": step}
+        epoch += 1
+
+
+def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from modeling import models
+    from modeling.batch import FeatureSizes
+    from modeling.layers.packing import Packing
+    from modeling.models.sequence import PackedEvents, SequenceRanker
+    from modeling.next_item import keep_freed_memory
+
+    torch.set_num_threads(ask["threads"])
+    keep_freed_memory()
+    length = ask["length"]
+    model = models.build(ask["model"], ask["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)).train()
+    assert isinstance(model, SequenceRanker)
+    items = torch.randint(1, 1000, (length,))
+    events = PackedEvents(items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length])))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model.encode(events).square().mean().backward()
+
+    step()
+    rounds, started = 0, time.process_time()
+    while rounds < 3 or time.process_time() - started < 2:
+        step()
+        rounds += 1
+    spent = time.process_time() - started
+    return {"length": length, "tokens_per_cpu_s": rounds * length / spent, "peak_mb": _peak_mb()}
+
+
+def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from modeling import models
+    from modeling.batch import FeatureSizes, UserInputs
+    from modeling.models.sequence import SequenceRanker
+
+    torch.set_num_threads(ask["threads"])
+    sizes = FeatureSizes(1000, 1, 0, (), (), (), 0, HISTORY)
+    model = models.build("hydrarec", {"width": WIDTH, "dropout": 0.0, "positions": "none"}, sizes).eval()
+    assert isinstance(model, SequenceRanker)
+
+    def events(number: int) -> UserInputs:
+        items, zeros = torch.randint(1, 1000, (1, number)), torch.zeros(1, number)
+        return UserInputs(
+            items, zeros.long(), zeros, zeros, zeros[..., None], zeros == 0, torch.zeros(1, 0, dtype=torch.long)
+        )
+
+    with torch.inference_mode():
+        states = [model.encode_user(events(length)) for length in ask["lengths"]]
+        new = events(1)
+        times: list[list[float]] = [[] for _ in states]
+        for _ in range(ask["repeats"]):
+            for number, state in enumerate(states):
+                started = time.perf_counter()
+                model.extend_user(state, new)
+                times[number].append(1000 * (time.perf_counter() - started))
+    floats = sum(tensor.numel() for layer in states[0].layers for tensor in layer)
+    return {"ms": [float(np.median(taken)) for taken in times], "state_floats": floats}
+
+
+_CHILDREN = {"training": _training, "encoder": _encoder, "streaming": _streaming}
+
+
+def _child(name: str, ask: dict[str, Any]) -> dict[str, Any]:
+    return _ask([sys.executable, "-m", "modeling.benchmarks.sequence", "--child", name], ask)
+
+
+def _peer(python: Path, name: str, ask: dict[str, Any]) -> dict[str, Any]:
+    return _ask([str(python), str(PEERS), name], ask)
+
+
+def _ask(command: list[str], ask: dict[str, Any]) -> dict[str, Any]:
+    """Run a measurement in a process of its own: JSON in, the last line of its output back.
+
+    Raises:
+        RuntimeError: it failed; the message holds the end of what it said.
+    """
+    threads = str(ask["threads"])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    done = subprocess.run(
+        command, input=json.dumps(ask), capture_output=True, text=True, cwd=CHECKOUT, env=environment, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-1500:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def _peak_mb() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _synthetic(path: Path, num_users: int) -> Path:
+    """Events of MovieLens-1M's shape: 20 or more a user, median 96, mean about 165; popular items among 3,416."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(20 + rng.lognormal(np.log(76), 1.15, num_users), 1500).astype(int)
+    share = 1 / (np.arange(3416) + 50.0)
+    with open(path, "w") as lines:
+        for user, length in enumerate(lengths, 1):
+            items = rng.choice(3416, length, replace=False, p=share / share.sum()) + 1
+            lines.writelines(f"{user} {item}\n" for item in items)
+    return path
+
+
+if __name__ == "__main__":
+    main()

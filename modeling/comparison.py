@@ -1,0 +1,194 @@
+"""Next-item recipes side by side: recipes × seeds on one log, one table, and pictures of what quality costs.
+
+`compare` writes `comparison.json`, `comparison.html` and the pictures beside the runs: NDCG@10 against training CPU
+seconds, and speed and peak memory of each recipe's encoder against the length of the history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from feature_repo.settings import Settings
+from modeling import recipes
+from modeling.leave_one_out import CUTOFFS
+from modeling.recipes import NextItemRecipe
+
+console = Console()
+METRICS = ("ndcg@10", "hr@10", "mrr@10")
+LENGTHS = (512, 2048, 8192)
+COLOURS = ("#2f6fb0", "#d9822b", "#3b8f4e", "#a8406c", "#7a5fb0", "#8a8a8a", "#b09a2f", "#2f9aa0", "#c0504d", "#555555")
+
+
+def compare(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Run what is not finished, then write and print the comparison.
+
+    Raises:
+        ValueError: a recipe is no next-item recipe.
+    """
+    import torch
+
+    from modeling.next_item import open_source, train_and_evaluate, with_seed
+
+    torch.set_num_threads(arguments.threads)
+    chosen = [next_item_recipe(name) for name in arguments.recipe]
+    source = open_source(settings, arguments.data)
+    console.print(f"compare: {source.describe()}", highlight=False)
+    results: list[dict[str, Any]] = []
+    for recipe in chosen:
+        for seed in range(1, arguments.seeds + 1):
+            console.print(f"compare: {recipe.name}, seed {seed}", highlight=False)
+            results.append(train_and_evaluate(source, with_seed(recipe, seed), arguments.device))
+    scaling = [] if arguments.no_scaling else [cost for recipe in chosen for cost in _scaling(recipe)]
+    page = write(source.runs.parent, source.describe(), results, scaling)
+    print_lines(summary_lines(results))
+    console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+def next_item_recipe(name: str) -> NextItemRecipe:
+    """The next-item recipe of that name.
+
+    Raises:
+        ValueError: there is none, or it is a ranking recipe.
+    """
+    recipe = recipes.load(name)
+    if not isinstance(recipe, NextItemRecipe):
+        raise ValueError(f"{name} is a ranking recipe: next-item recipes are compared here, see `python -m modeling recipes`")
+    return recipe
+
+
+def metric_lines(result: dict[str, Any]) -> list[list[str]]:
+    """All metrics of one run: a row for each protocol."""
+    names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in CUTOFFS]
+    return [["protocol", *names]] + [
+        [protocol, *(f"{found[name]:.4f}" for name in names)] for protocol, found in result["test"].items()
+    ]
+
+
+def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each recipe: test metrics (FULL) as mean ± standard deviation over seeds, and what they cost."""
+    head = ["recipe", "seeds", *(f"{name}" for name in METRICS), "validation ndcg@10", "parameters", "CPU s"]
+    rows = []
+    for name, runs in by_recipe(results).items():
+        cells = [spread([run["test"]["FULL"][metric] for run in runs]) for metric in METRICS]
+        validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
+        cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
+        rows.append([name, str(len(runs)), *cells, validation, f"{runs[0]['parameters']:,}", f"{cost:,.0f}"])
+    return [head, *rows]
+
+
+def by_recipe(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results of each recipe, in the order of first appearance."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault(result["recipe"], []).append(result)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+
+
+def print_lines(lines: list[list[str]]) -> None:
+    """A table on the terminal."""
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console(width=max(console.width, 160)).print(table)
+
+
+def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list[dict[str, Any]]) -> Path:
+    """Write `comparison.json`, the pictures and the page; returns the page's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    pictures = {"quality_by_cost": _quality_by_cost(plt, results)}
+    if scaling:
+        pictures["cost_by_length"] = _cost_by_length(plt, scaling)
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    (folder / "comparison.json").write_text(json.dumps({"title": title, "results": results, "scaling": scaling}, indent=1))
+    page = folder / "comparison.html"
+    page.write_text(_page(title, summary_lines(results), pictures))
+    return page
+
+
+def _scaling(recipe: NextItemRecipe) -> list[dict[str, Any]]:
+    from modeling.benchmarks.sequence import encoder_cost
+
+    console.print(f"compare: encoder of {recipe.name} at {', '.join(map(str, LENGTHS))} events", highlight=False)
+    return [{"recipe": recipe.name, **encoder_cost(recipe.model, recipe.config, length)} for length in LENGTHS]
+
+
+def _quality_by_cost(plt: Any, results: list[dict[str, Any]]) -> bytes:
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for colour, (name, runs) in zip(_colours(), by_recipe(results).items(), strict=False):
+        for number, run in enumerate(runs):
+            curve = run["summary"]["curve"]
+            label = name if number == 0 else None
+            axes.plot([c for c, _ in curve], [q for _, q in curve], ".-", color=colour, label=label, linewidth=1)
+    axes.set(xlabel="training, CPU seconds", ylabel="validation NDCG@10, FULL")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    return _png(plt, figure)
+
+
+def _cost_by_length(plt: Any, scaling: list[dict[str, Any]]) -> bytes:
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for colour, (name, rows) in zip(_colours(), by_recipe(scaling).items(), strict=False):
+        lengths = [row["length"] for row in rows]
+        speed.plot(lengths, [row["tokens_per_cpu_s"] for row in rows], ".-", color=colour, label=name)
+        memory.plot(lengths, [row["peak_mb"] for row in rows], ".-", color=colour, label=name)
+    speed.set(xscale="log", yscale="log", xlabel="events", ylabel="tokens per CPU second, forward and backward")
+    memory.set(xscale="log", yscale="log", xlabel="events", ylabel="peak memory of the process, MB")
+    speed.legend(frameon=False, fontsize=8)
+    return _png(plt, figure)
+
+
+def _colours() -> list[str]:
+    return list(COLOURS) * 5
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _page(title: str, lines: list[list[str]], pictures: dict[str, bytes]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for name, png in pictures.items()
+    )
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse}td,th{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
+        "td:first-child,th:first-child{text-align:left}img{max-width:100%;margin:1rem 0}"
+    )
+    body = "".join([row(lines[0], "th"), *(row(line, "td") for line in lines[1:])])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{style}</style>'
+        f"<h1>Next-item comparison</h1><p>{html.escape(title)}. Leave-one-out, whole catalogue, seen items removed; "
+        f"mean ± standard deviation over seeds.</p><table>{body}</table>{images}</html>\n"
+    )
