@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-
 DATA_HELP = "a plain sequence file, for next-item recipes; default: the history log of the dataset in force"
 
 

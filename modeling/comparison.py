@@ -63,7 +63,9 @@ def next_item_recipe(name: str) -> NextItemRecipe:
     """
     recipe = recipes.load(name)
     if not isinstance(recipe, NextItemRecipe):
-        raise ValueError(f"{name} is a ranking recipe: next-item recipes are compared here, see `python -m modeling recipes`")
+        raise ValueError(
+            f"{name} is a ranking recipe: next-item recipes are compared here, see `python -m modeling recipes`"
+        )
     return recipe
 
 
@@ -124,7 +126,9 @@ def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list
         pictures["cost_by_length"] = _cost_by_length(plt, scaling)
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    (folder / "comparison.json").write_text(json.dumps({"title": title, "results": results, "scaling": scaling}, indent=1))
+    (folder / "comparison.json").write_text(
+        json.dumps({"title": title, "results": results, "scaling": scaling}, indent=1)
+    )
     page = folder / "comparison.html"
     page.write_text(_page(title, summary_lines(results), pictures))
     return page
@@ -179,7 +183,8 @@ def _page(title: str, lines: list[list[str]], pictures: dict[str, bytes]) -> str
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for name, png in pictures.items()
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in pictures.items()
     )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"

@@ -117,7 +117,9 @@ class Source:
         if counts["repeats_dropped"]:
             line += f"; {counts['repeats_dropped']:,} repeats of a (user, item) dropped"
         if counts["users_not_evaluated"]:
-            line += f"; {counts['users_not_evaluated']:,} users with fewer than three items are trained on, not evaluated"
+            line += (
+                f"; {counts['users_not_evaluated']:,} users with fewer than three items are trained on, not evaluated"
+            )
         return line
 
 

@@ -27,6 +27,7 @@ Windows = Literal["newest", "all"]
 HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
 MIN_EVENTS = 3
 MICROS_PER_DAY = 86_400_000_000
+USERS_AT_ONCE = 512  # whose events are read together: temporaries stay small beside the sequences themselves
 
 
 class LeakError(ValueError):
@@ -52,21 +53,27 @@ class Sequences:
     def of(contract: Contract, folder: JobFolder, *, has_times: bool) -> Sequences:
         """All sequences of a history log."""
         log = HistoryLog(contract, folder)
-        rows = np.arange(len(log.users))
-        histories = log.gather(rows, log.lengths)
-        owner = np.repeat(rows, histories.lengths)
-        first = np.sort(np.unique(owner * len(log.items) + histories.item_keys, return_index=True)[1])
-        lengths = np.bincount(owner[first], minlength=len(rows))
+        items, times, lengths = [], [], []
+        for start in range(0, len(log.users), USERS_AT_ONCE):
+            rows = np.arange(start, min(start + USERS_AT_ONCE, len(log.users)))
+            histories = log.gather(rows, log.lengths[rows])
+            owner = np.repeat(rows - start, histories.lengths)
+            first = np.sort(np.unique(owner * len(log.items) + histories.item_keys, return_index=True)[1])
+            items.append((histories.item_keys[first] + 1).astype(np.int32))
+            times.append(histories.times[first] if has_times else np.zeros(0, np.int64))
+            lengths.append(np.bincount(owner[first], minlength=len(rows)))
+        length = np.concatenate(lengths)
         counts = {
-            "users": len(rows),
+            "users": len(length),
             "items": len(log.items),
-            "events": len(first),
-            "repeats_dropped": len(owner) - len(first),
-            "users_not_evaluated": int((lengths < MIN_EVENTS).sum()),
+            "events": int(length.sum()),
+            "repeats_dropped": int(log.lengths.sum() - length.sum()),
+            "users_not_evaluated": int((length < MIN_EVENTS).sum()),
         }
-        times = histories.times[first] if has_times else None
-        items = (histories.item_keys[first] + 1).astype(np.int32)
-        return Sequences(np.r_[0, np.cumsum(lengths)], items, times, log.items, log.users, counts)
+        offsets = np.r_[0, np.cumsum(length)]
+        joined = np.concatenate(times) if has_times else None
+        pa.default_memory_pool().release_unused()
+        return Sequences(offsets, np.concatenate(items), joined, log.items, log.users, counts)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -104,17 +111,16 @@ class Sequences:
         Raises:
             LeakError: a user's validation or test item is one of the user's training items.
         """
-        users = self.evaluated
+        users, lengths = self.evaluated, self.lengths
+        trained = np.arange(len(self.items)) < np.repeat(ends, lengths)
         for target in HELD_OUT:
-            rows = self.target_rows(users, target)
-            owner = np.repeat(np.arange(len(self)), self.lengths)
-            trained = np.arange(len(self.items)) < ends[owner]
-            wanted = np.zeros(len(self), np.int64)
-            wanted[users] = self.items[rows]
-            leaked = trained & (self.items == wanted[owner])
+            wanted = np.zeros(len(self), np.int32)
+            wanted[users] = self.items[self.target_rows(users, target)]
+            leaked = trained & (self.items == np.repeat(wanted, lengths))
             if leaked.any():
                 row = int(np.flatnonzero(leaked)[0])
-                user, item = self.user_ids[int(owner[row])], self.item_ids[int(self.items[row]) - 1]
+                owner = int(np.searchsorted(self.offsets, row, side="right")) - 1
+                user, item = self.user_ids[owner], self.item_ids[int(self.items[row]) - 1]
                 raise LeakError(
                     f"{target} item {item} of user {user} is among the user's training events ({int(leaked.sum())} such "
                     "cases): its score would be remembered, not predicted; build sequences with Sequences.of"

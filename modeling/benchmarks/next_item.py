@@ -38,7 +38,12 @@ def main() -> None:
     rows = [_row(result, protocol) for result in results for protocol in result["test"]]
     if len(results) > 1:
         rows += [_mean([row for row in rows if row["protocol"] == protocol]) for protocol in results[0]["test"]]
-    config = {"recipe": recipe.name, "data": source.describe(), "threads": arguments.threads, "device": arguments.device}
+    config = {
+        "recipe": recipe.name,
+        "data": source.describe(),
+        "threads": arguments.threads,
+        "device": arguments.device,
+    }
     report("next_item", config, rows, arguments.json)
 
 

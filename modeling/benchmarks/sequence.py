@@ -50,21 +50,26 @@ def main() -> None:
     report("sequence", config, rows, arguments.json)
 
 
-def encoder_cost(model: str, config: dict[str, Any], length: int, threads: int = 1) -> dict[str, Any]:
+def encoder_cost(
+    model: str, config: dict[str, Any], length: int, threads: int = 1, seconds: float = 2.0
+) -> dict[str, Any]:
     """Forward and backward of one history through a sequence model's encoder, in a process of its own.
 
     Returns:
         `length`, `tokens_per_cpu_s`, and `peak_mb`, the process's peak memory.
     """
-    return _child("encoder", {"model": model, "config": config, "length": length, "threads": threads})
+    return _child(
+        "encoder", {"model": model, "config": config, "length": length, "threads": threads, "seconds": seconds}
+    )
 
 
 def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> list[dict[str, Any]]:
     """Interleaved: every library once, then again."""
-    seconds = 6 if arguments.quick else 30
+    seconds = 3 if arguments.quick else 30
     ask = {"data": str(data), "seconds": seconds, "threads": arguments.threads, "home": folder}
     ask |= {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH}
     libraries = {"memoir": None, "replay": arguments.replay, "rectools": arguments.rectools}
+    prepared = _child("log", ask)
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
         for library, python in libraries.items():
@@ -72,7 +77,7 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
                 found.setdefault(library, []).append(_child("training", ask))
             elif python is not None:
                 found.setdefault(library, []).append(_peer(python, f"{library}_training", ask))
-    rows = []
+    rows: list[dict[str, Any]] = [{"what": "history log of the file", "who": "memoir", **prepared}]
     own = float(np.median([run["targets_per_cpu_s"] for run in found["memoir"]]))
     for library, runs in found.items():
         rate = float(np.median([run["targets_per_cpu_s"] for run in runs]))
@@ -92,7 +97,7 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
 
 
 def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    lengths = (512, 8192) if arguments.quick else (512, 2048, 8192, 65_536)
+    lengths = (512, 4096) if arguments.quick else (512, 2048, 8192, 65_536)
     common = {"width": WIDTH, "dropout": 0.0, "expansion": 4, "activation": "gelu"}
     # One cost each: LayerNorm, projections and feed-forward are the same, only the operator differs.
     models = {
@@ -110,7 +115,8 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, (model, config) in models.items():
                 if "softmax" in name and length > limit:
                     continue
-                runs.setdefault(name, []).append(encoder_cost(model, config, length, arguments.threads))
+                cost = encoder_cost(model, config, length, arguments.threads, 0.5 if arguments.quick else 2.0)
+                runs.setdefault(name, []).append(cost)
             if arguments.rectools is not None and length <= limit:
                 ask = {"length": length, "width": WIDTH, "layers": LAYERS, "threads": arguments.threads}
                 runs.setdefault("rectools", []).append(_peer(arguments.rectools, "rectools_encoder", ask))
@@ -149,21 +155,33 @@ def _streaming_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def _log(ask: dict[str, Any]) -> dict[str, Any]:
+    """What a file costs once: reading it and writing its history log."""
+    from feature_repo.sequence_file import write_log
+
+    started = time.process_time()
+    folder = write_log(Path(ask["data"]), f"{ask['home']}/log")
+    spent = time.process_time() - started
+    events = folder.require().counts["events"]
+    return {"per_cpu_s": events / spent, "unit": "events", "peak_mb": _peak_mb(), "runs": 1}
+
+
 def _training(ask: dict[str, Any]) -> dict[str, Any]:
     """Targets per CPU second of the training loop's own step, after a warm-up of one epoch's tenth."""
     import torch
 
-    from feature_repo.sequence_file import sequence_contract, write_log
+    from feature_repo.sequence_file import JOB, sequence_contract
+    from feature_repo.tables import JobFolder
     from modeling.next_item import NextItemTrainer, build_model, keep_freed_memory
     from modeling.recipes import NextItemRecipe, NextItemTraining
     from modeling.sequences import Sequences
 
     torch.set_num_threads(ask["threads"])
-    keep_freed_memory()
-    folder = write_log(Path(ask["data"]), f"{ask['home']}/log")
+    folder = JobFolder(f"{ask['home']}/log", JOB)
     sequences = Sequences.of(sequence_contract(), folder, has_times=False)
     recipe = NextItemRecipe("benchmark", "sasrec", SHAPE, HISTORY, training=NextItemTraining(batch_sequences=BATCH))
     trainer = NextItemTrainer(build_model(recipe, sequences), recipe, sequences, Path(ask["home"]) / "run", "benchmark")
+    keep_freed_memory()
     trainer.model.train()
     targets, started, step, epoch = 0, 0.0, 0, 0
     while True:
@@ -202,7 +220,7 @@ def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
 
     step()
     rounds, started = 0, time.process_time()
-    while rounds < 3 or time.process_time() - started < 2:
+    while rounds < 3 or time.process_time() - started < ask["seconds"]:
         step()
         rounds += 1
     spent = time.process_time() - started
@@ -240,7 +258,7 @@ def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
     return {"ms": [float(np.median(taken)) for taken in times], "state_floats": floats}
 
 
-_CHILDREN = {"training": _training, "encoder": _encoder, "streaming": _streaming}
+_CHILDREN = {"log": _log, "training": _training, "encoder": _encoder, "streaming": _streaming}
 
 
 def _child(name: str, ask: dict[str, Any]) -> dict[str, Any]:

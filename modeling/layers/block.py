@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import gelu, relu_, silu
 
 from modeling.layers.operator import Operator, State
 from modeling.layers.packing import Packing
@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = silu(gate) * hidden
         else:
-            hidden = relu(hidden) if self.activation == "relu" else gelu(hidden)
+            hidden = relu_(hidden) if self.activation == "relu" else gelu(hidden)
         down: Tensor = self.down(hidden)
         return down
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -85,6 +85,11 @@ class NextItemRecipe:
 
 
 AnyRecipe = Recipe | NextItemRecipe
+
+
+def replace_config(recipe: NextItemRecipe, **changes: Any) -> NextItemRecipe:
+    """The recipe with some values of its model's config changed."""
+    return replace(recipe, config={**recipe.config, **changes})
 
 
 def load(name: str) -> AnyRecipe:

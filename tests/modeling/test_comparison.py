@@ -1,0 +1,155 @@
+"""Next-item commands: train, evaluate and compare recipes on a plain file; refusals are one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeling import __main__ as entry
+from modeling import comparison, recipes
+from modeling.command import run_command
+from modeling.recipes import NextItemRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of 150 users around a circle of 130 items, and a home of its own."""
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    path = tmp_path / "walks.txt"
+    with open(path, "w") as out:
+        for user in range(150):
+            start, length = rng.integers(0, 130), rng.integers(3, 25)
+            out.writelines(f"{user} {(start + step) % 130 + 1}\n" for step in range(length))
+    return path
+
+
+def run(*arguments: str | Path) -> int:
+    return run_command(entry.parser().parse_args([str(a) for a in arguments]))
+
+
+def test_train_and_evaluate_show_the_test_metrics(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
+    trained = capsys.readouterr().out
+    assert "walks.txt, 150 users, 130 items" in trained
+    assert "hydrarec_tiny, seed 4, test targets" in trained
+    assert all(name in trained for name in ("FULL", "U100", "P100", "ndcg@10", "mrr@20"))
+    assert run("evaluate", "hydrarec_tiny", "--data", lines) == 1  # another seed, other epochs
+    assert "is not trained to its end on walks.txt: train it first" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_run_is_shown_again_and_not_repeated(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "sasrec_tiny", "--data", lines) == 0
+    first = capsys.readouterr().out
+    assert run("evaluate", "sasrec_tiny", "--data", lines) == 0
+    again = capsys.readouterr().out
+    assert "epoch 0" in first
+    assert "epoch 0" not in again
+    assert [line for line in again.splitlines() if "FULL" in line] == [
+        line for line in first.splitlines() if "FULL" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "sasrec_tiny", "--data", "none.txt"), "none.txt is no file"),
+        (("export", "sasrec_tiny"), "there is nothing to serve"),
+        (("train", "amortised_dlrm_tiny", "--data", "x"), "--data is for next-item recipes"),
+        (("compare", "amortised_dlrm_tiny", "--data", "x"), "is a ranking recipe"),
+        (("compare", "no_such", "--data", "x"), "no recipe 'no_such'"),
+        (("train", "sasrec_tiny"), "nothing is built"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    lines: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert run(*arguments) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_compare_writes_table_pictures_and_page(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["sasrec_tiny", "bert4rec_tiny"]
+    assert run("compare", *names, "--data", lines, "--seeds", "2", "--no_scaling") == 0
+    said = capsys.readouterr().out
+    page = Path(
+        next(line for line in said.splitlines() if line.startswith("comparison: ")).removeprefix("comparison: ")
+    )
+    stored = json.loads((page.parent / "comparison.json").read_text())
+    assert [(r["recipe"], r["seed"]) for r in stored["results"]] == [(n, s) for n in names for s in (1, 2)]
+    text = page.read_text()
+    for name in names:
+        assert name in text
+        values = [r["test"]["FULL"]["ndcg@10"] for r in stored["results"] if r["recipe"] == name]
+        assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in text
+    assert (page.parent / "quality_by_cost.png").read_bytes()[:4] == b"\x89PNG"
+    assert text.count("data:image/png") == 1
+
+
+def test_the_page_shows_cost_by_length_where_it_was_measured(tmp_path: Path) -> None:
+    result = {"recipe": "some <b>", "parameters": 3, "test": {"FULL": dict.fromkeys(comparison.METRICS, 0.5)}}
+    result["summary"] = {"best_validation_ndcg@10": 0.5, "cpu_seconds": 2.0, "curve": [[1.0, 0.1], [2.0, 0.5]]}
+    cost = [{"recipe": "some <b>", "length": n, "tokens_per_cpu_s": 1e4, "peak_mb": 300.0} for n in (512, 2048)]
+    page = comparison.write(tmp_path, "title", [result], cost).read_text()
+    assert page.count("data:image/png") == 2
+    assert "some &lt;b&gt;" in page
+
+
+def test_next_item_training_reads_the_log_that_the_beam_job_built(
+    shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One history format: without --data the dataset's own log is read, with its times."""
+    monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
+    from modeling import next_item
+
+    source = next_item.open_source(shop.settings, None)
+    assert source.sequences.times is not None
+    assert source.sequences.counts["repeats_dropped"] > 0
+    recipe = recipes.load("hydrarec_tiny")
+    assert isinstance(recipe, NextItemRecipe)
+    timed = recipes.replace_config(recipe, time_gaps=True)
+    events, _, _ = source.sequences.packed(source.sequences.offsets[:3], source.sequences.offsets[1:4])
+    assert float(events.gap_N.max()) > 0
+    assert (events.gap_N[events.packing.from_oldest == 0] == 0).all()
+    assert set(next_item.train_and_evaluate(source, timed)["test"]) >= {"FULL"}
+
+
+def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
+    """Recipes are data: this is where a wrong name or value would show."""
+    from modeling import models
+    from modeling.batch import FeatureSizes
+
+    for name, function in recipes.all_recipes().items():
+        recipe = function()
+        assert recipe.name == name
+        if isinstance(recipe, NextItemRecipe):
+            models.build(recipe.model, recipe.config, FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length))
+
+
+@pytest.mark.parametrize("name", ["sequence", "next_item"])
+def test_benchmarks_explain_themselves(name: str) -> None:
+    command = [sys.executable, "-m", f"modeling.benchmarks.{name}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--json" in done.stdout
+    assert "--quick" in done.stdout
+
+
+def test_next_item_benchmark_prints_rows_and_one_json_line(lines: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modeling.benchmarks.next_item", "--data", str(lines), "--recipe", "sasrec_tiny"]
+    command += ["--seeds", "2", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert figures == json.loads((tmp_path / "out.json").read_text())
+    assert [(row["seed"], row["protocol"]) for row in figures["rows"]] == [
+        (seed, protocol) for seed in (1, 2) for protocol in ("FULL", "U100", "P100")
+    ] + [("mean", protocol) for protocol in ("FULL", "U100", "P100")]
+    full = [row["ndcg@10"] for row in figures["rows"] if row["protocol"] == "FULL"]
+    assert full[2] == pytest.approx((full[0] + full[1]) / 2)
