@@ -40,7 +40,7 @@ def timed(library: Any, ask: dict[str, Any], count: Any) -> Any:
     """A Lightning callback that measures and stops training, and where it leaves the rate: trainers copy callbacks."""
     measured: dict[str, float] = {}
 
-    class Timed(library.Callback):  # type: ignore[misc, name-defined]
+    class Timed(library.Callback):  # type: ignore[misc]
         started, targets, steps = 0.0, 0, 0
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
