@@ -334,6 +334,21 @@ def test_cloze_training_learns_too(tmp_path: Path) -> None:
     assert next_item.train_and_evaluate(source, some)["test"]["FULL"]["hr@10"] > 0.5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["sasrec_tiny", "hydrarec_tiny", "bert4rec_tiny"])
+def test_a_gpu_gives_the_same_losses(tmp_path: Path, name: str) -> None:
+    """Without dropout and draws: the first steps agree with the CPU's."""
+    sequences = planted(tmp_path)
+    some = recipes.replace_config(recipe(name, averaging=0.0), dropout=0.0)
+    found = []
+    for device in ("cpu", "cuda"):
+        trainer = NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / device, device, device)
+        trainer.run(stop_after=4)
+        found.append([line["loss"] for line in read_metrics(tmp_path / device) if line["kind"] == "step"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     sequences = planted(tmp_path)
     model = build_model(recipe("sasrec_tiny"), sequences)
