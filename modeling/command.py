@@ -82,7 +82,7 @@ def run_next_item(settings: Settings, recipe: NextItemRecipe, arguments: argpars
     Raises:
         ValueError: an export was asked for, or metrics of a run that is not finished.
     """
-    from modeling.comparison import metric_lines, print_lines
+    from modeling.comparison import metric_lines
     from modeling.next_item import finished, open_source, train_and_evaluate
 
     if arguments.command == "export":
@@ -101,7 +101,7 @@ def run_next_item(settings: Settings, recipe: NextItemRecipe, arguments: argpars
             )
         result = found
     console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
-    print_lines(metric_lines(result))
+    print_table(metric_lines(result))
 
 
 def open_run(settings: Settings, recipe: Recipe) -> Run:
@@ -237,7 +237,7 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
         evaluation = read(run.folder)
     contract = datasets.load_contract(run.settings.dataset)
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
-    print_metrics(metric_rows(evaluation["metrics"]))
+    print_table(metric_rows(evaluation["metrics"]))
     for row in unbeaten(evaluation["metrics"]):
         console.print(f"  not beaten with separate intervals: {row}", style="yellow", highlight=False)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
@@ -299,8 +299,8 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
     )
 
 
-def print_metrics(rows: list[list[str]]) -> None:
-    """The metrics table on the terminal."""
+def print_table(rows: list[list[str]]) -> None:
+    """A table on the terminal; the first row is the heading."""
     table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)

@@ -7,22 +7,19 @@ seconds, and speed and peak memory of each recipe's encoder against the length o
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from feature_repo.settings import Settings
 from modeling import recipes
+from modeling.command import print_table
 from modeling.leave_one_out import CUTOFFS
 from modeling.recipes import NextItemRecipe
+from modeling.report import plots, png_of, write_page
 
 console = Console()
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
@@ -51,7 +48,7 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
             results.append(train_and_evaluate(source, with_seed(recipe, seed), arguments.device))
     scaling = [] if arguments.no_scaling else [cost for recipe in chosen for cost in _scaling(recipe)]
     page = write(source.runs.parent, source.describe(), results, scaling)
-    print_lines(summary_lines(results))
+    print_table(summary_lines(results))
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
@@ -103,35 +100,16 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
 
 
-def print_lines(lines: list[list[str]]) -> None:
-    """A table on the terminal."""
-    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(lines[0]):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=max(console.width, 160)).print(table)
-
-
 def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list[dict[str, Any]]) -> Path:
     """Write `comparison.json`, the pictures and the page; returns the page's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    plt = plots()
     pictures = {"quality_by_cost": _quality_by_cost(plt, results)}
     if scaling:
         pictures["cost_by_length"] = _cost_by_length(plt, scaling)
-    for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
-    (folder / "comparison.json").write_text(
-        json.dumps({"title": title, "results": results, "scaling": scaling}, indent=1)
-    )
-    page = folder / "comparison.html"
-    page.write_text(_page(title, summary_lines(results), pictures))
-    return page
+    stored = {"title": title, "results": results, "scaling": scaling}
+    (folder / "comparison.json").write_text(json.dumps(stored, indent=1))
+    subtitle = f"{title}. Leave-one-out, whole catalogue, seen items removed; mean ± standard deviation over seeds."
+    return write_page(folder / "comparison.html", "Next-item comparison", subtitle, summary_lines(results), pictures)
 
 
 def _scaling(recipe: NextItemRecipe) -> list[dict[str, Any]]:
@@ -151,7 +129,7 @@ def _quality_by_cost(plt: Any, results: list[dict[str, Any]]) -> bytes:
     axes.set(xlabel="training, CPU seconds", ylabel="validation NDCG@10, FULL")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _cost_by_length(plt: Any, scaling: list[dict[str, Any]]) -> bytes:
@@ -163,37 +141,8 @@ def _cost_by_length(plt: Any, scaling: list[dict[str, Any]]) -> bytes:
     speed.set(xscale="log", yscale="log", xlabel="events", ylabel="tokens per CPU second, forward and backward")
     memory.set(xscale="log", yscale="log", xlabel="events", ylabel="peak memory of the process, MB")
     speed.legend(frameon=False, fontsize=8)
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _colours() -> list[str]:
     return list(COLOURS) * 5
-
-
-def _png(plt: Any, figure: Any) -> bytes:
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _page(title: str, lines: list[list[str]], pictures: dict[str, bytes]) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in pictures.items()
-    )
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse}td,th{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%;margin:1rem 0}"
-    )
-    body = "".join([row(lines[0], "th"), *(row(line, "td") for line in lines[1:])])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{style}</style>'
-        f"<h1>Next-item comparison</h1><p>{html.escape(title)}. Leave-one-out, whole catalogue, seen items removed; "
-        f"mean ± standard deviation over seeds.</p><table>{body}</table>{images}</html>\n"
-    )

@@ -1,4 +1,4 @@
-"""One self-contained HTML file about a run: metrics table, loss, calibration, NDCG@10 by history length, scores."""
+"""Self-contained HTML files. Of a ranking run: metrics table, loss, calibration, NDCG@10 by history length, scores."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"
 
 def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, Any]) -> Path:
     """Write `report.html` (pictures inside) and the same pictures as PNG files; returns the page's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    plt = plots()
     figures = evaluation["figures"]
     pictures = {
         "loss": _loss(plt, folder),
@@ -29,11 +24,36 @@ def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, 
         "ndcg_by_history_length": _by_length(plt, figures["ndcg_by_history_length"]),
         "scores": _histogram(plt, figures["histogram"]),
     }
+    subtitle += ". Intervals are half the width of the 95 % bootstrap over users."
+    return write_page(folder / "report.html", title, subtitle, metric_rows(evaluation["metrics"]), pictures)
+
+
+def plots() -> Any:
+    """Matplotlib's pyplot without a screen, in the report's style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    return plt
+
+
+def png_of(plt: Any, figure: Any) -> bytes:
+    """A finished figure as a PNG file."""
+    sink = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(sink, format="png")
+    plt.close(figure)
+    return sink.getvalue()
+
+
+def write_page(path: Path, title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> Path:
+    """Write a self-contained page, its first row being the heading, and its pictures as files beside it."""
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
-    page = folder / "report.html"
-    page.write_text(_page(title, subtitle, metric_rows(evaluation["metrics"]), pictures))
-    return page
+        (path.parent / f"{name}.png").write_bytes(png)
+    path.write_text(_page(title, subtitle, rows, pictures))
+    return path
 
 
 def _loss(plt: Any, folder: Path) -> bytes:
@@ -48,7 +68,7 @@ def _loss(plt: Any, folder: Path) -> bytes:
     )
     axes.set(xlabel="step", ylabel="log loss", title="Loss")
     axes.legend(frameon=False)
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _calibration(plt: Any, points: list[list[float]]) -> bytes:
@@ -57,7 +77,7 @@ def _calibration(plt: Any, points: list[list[float]]) -> bytes:
     axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle="--")
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=BLUE)
     axes.set(xlabel="mean probability", ylabel="mean label", title="Calibration", xlim=(0, top), ylim=(0, top))
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _by_length(plt: Any, rows: list[list[Any]]) -> bytes:
@@ -65,7 +85,7 @@ def _by_length(plt: Any, rows: list[list[Any]]) -> bytes:
     axes.bar(range(len(rows)), [row[2] for row in rows], color=BLUE)
     axes.set_xticks(range(len(rows)), [f"{row[0]}\n({row[1]})" for row in rows], fontsize=8)
     axes.set(xlabel="events before the request (requests)", ylabel="NDCG@10", title="Quality by history length")
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
@@ -76,7 +96,7 @@ def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
         axes.stairs([value / total for value in histogram[name]], edges, color=colour, label=name, linewidth=1.5)
     axes.set(xlabel="probability", ylabel="share of candidates", title="Scores", yscale="log")
     axes.legend(frameon=False)
-    return _png(plt, figure)
+    return png_of(plt, figure)
 
 
 def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
@@ -85,14 +105,6 @@ def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
         smooth = weight * smooth + (1 - weight) * value
         out.append(smooth)
     return out
-
-
-def _png(plt: Any, figure: Any) -> bytes:
-    sink = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(sink, format="png")
-    plt.close(figure)
-    return sink.getvalue()
 
 
 def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> str:
@@ -116,7 +128,7 @@ table {{ display: block; overflow-x: auto; }}
 img {{ width: 100%; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(subtitle)}. Intervals are half the width of the 95 % bootstrap over users.</p>
+<p>{html.escape(subtitle)}</p>
 <table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>
 <div class="pictures">{images}</div>
 </body></html>

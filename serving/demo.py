@@ -82,7 +82,7 @@ def run_demo() -> int:
 
 def summary(settings: Settings, started_s: float) -> None:
     """Stage timings, metrics and how to go on."""
-    from modeling.command import print_metrics
+    from modeling.command import print_table
     from modeling.evaluate import metric_rows
 
     catalogue = Catalogue(settings.catalogue_url)
@@ -98,7 +98,7 @@ def summary(settings: Settings, started_s: float) -> None:
     evaluation = runs["evaluate"].details
     counts = evaluation["counts"]
     print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
-    print_metrics(metric_rows(evaluation["metrics"]))
+    print_table(metric_rows(evaluation["metrics"]))
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
     print(
         "\ngo on:\n"
