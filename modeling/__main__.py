@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("recipe", nargs="+", help="next-item recipes")
     compare.add_argument("--data", type=Path, help=DATA_HELP)
     compare.add_argument("--seeds", type=int, default=1, help="seeds 1 … N of each recipe (default 1)")
+    compare.add_argument("--epochs", type=int, help="the same number for all; default: each recipe's own")
     compare.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     compare.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     compare.add_argument("--no_scaling", action="store_true", help="leave out speed and memory against length")

@@ -35,7 +35,7 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from modeling.next_item import open_source, train_and_evaluate, with_seed
+    from modeling.next_item import open_source, train_and_evaluate, variant
 
     torch.set_num_threads(arguments.threads)
     chosen = [next_item_recipe(name) for name in arguments.recipe]
@@ -45,7 +45,7 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
     for recipe in chosen:
         for seed in range(1, arguments.seeds + 1):
             console.print(f"compare: {recipe.name}, seed {seed}", highlight=False)
-            results.append(train_and_evaluate(source, with_seed(recipe, seed), arguments.device))
+            results.append(train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device))
     scaling = [] if arguments.no_scaling else [cost for recipe in chosen for cost in _scaling(recipe)]
     page = write(source.runs.parent, source.describe(), results, scaling)
     print_table(summary_lines(results))

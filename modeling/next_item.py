@@ -200,9 +200,11 @@ def _identity(source: Source, recipe: NextItemRecipe) -> str:
     return digest_of([asdict(recipe), source.identity])
 
 
-def with_seed(recipe: NextItemRecipe, seed: int) -> NextItemRecipe:
-    """The recipe under another seed."""
-    return replace(recipe, training=replace(recipe.training, seed=seed))
+def variant(recipe: NextItemRecipe, seed: int, epochs: int | None = None) -> NextItemRecipe:
+    """The recipe under another seed, and with another number of epochs, which its name then tells: `sasrec_ml1m@20`."""
+    name = recipe.name if epochs is None else f"{recipe.name}@{epochs}"
+    training = replace(recipe.training, seed=seed, epochs=recipe.training.epochs if epochs is None else epochs)
+    return replace(recipe, name=name, training=training)
 
 
 def keep_freed_memory() -> None:

@@ -20,20 +20,24 @@ def main() -> None:
     flags.add_argument("--data", type=Path, required=True, help="a plain sequence file")
     flags.add_argument("--recipe", required=True, help="a next-item recipe")
     flags.add_argument("--seeds", type=int, default=1, help="seeds 1 … N (default 1)")
+    flags.add_argument("--epochs", type=int, help="default: the recipe's; 1 with --quick")
     flags.add_argument("--device", default="cpu")
     flags.add_argument("--threads", type=int, default=1)
     arguments = flags.parse_args()
+    if arguments.quick and arguments.epochs is None:
+        arguments.epochs = 1
 
     import torch
 
     from modeling.comparison import next_item_recipe
-    from modeling.next_item import open_source, train_and_evaluate, with_seed
+    from modeling.next_item import open_source, train_and_evaluate, variant
 
     torch.set_num_threads(arguments.threads)
     recipe = next_item_recipe(arguments.recipe)
     source = open_source(Settings.from_env(), arguments.data)
     results = [
-        train_and_evaluate(source, with_seed(recipe, seed), arguments.device) for seed in range(1, arguments.seeds + 1)
+        train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device)
+        for seed in range(1, arguments.seeds + 1)
     ]
     rows = [_row(result, protocol) for result in results for protocol in result["test"]]
     if len(results) > 1:

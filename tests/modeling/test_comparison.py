@@ -94,6 +94,13 @@ def test_compare_writes_table_pictures_and_page(lines: Path, capsys: pytest.Capt
     assert text.count("data:image/png") == 1
 
 
+def test_compare_at_another_budget_keeps_runs_of_its_own(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "sasrec_tiny", "--data", lines) == 0
+    assert run("compare", "sasrec_tiny", "--data", lines, "--epochs", "1", "--no_scaling") == 0
+    assert "sasrec_tiny@1 " in capsys.readouterr().out
+    assert run("evaluate", "sasrec_tiny", "--data", lines) == 0
+
+
 def test_the_page_shows_cost_by_length_where_it_was_measured(tmp_path: Path) -> None:
     result = {"recipe": "some <b>", "parameters": 3, "test": {"FULL": dict.fromkeys(comparison.METRICS, 0.5)}}
     result["summary"] = {"best_validation_ndcg@10": 0.5, "cpu_seconds": 2.0, "curve": [[1.0, 0.1], [2.0, 0.5]]}
@@ -151,5 +158,6 @@ def test_next_item_benchmark_prints_rows_and_one_json_line(lines: Path, tmp_path
     assert [(row["seed"], row["protocol"]) for row in figures["rows"]] == [
         (seed, protocol) for seed in (1, 2) for protocol in ("FULL", "U100", "P100")
     ] + [("mean", protocol) for protocol in ("FULL", "U100", "P100")]
+    assert figures["config"]["recipe"] == "sasrec_tiny"
     full = [row["ndcg@10"] for row in figures["rows"] if row["protocol"] == "FULL"]
     assert full[2] == pytest.approx((full[0] + full[1]) / 2)
