@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import recipes
+from modeling.console import console, print_table
 from modeling.recipes import NextItemRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from modeling.dataset import Split, Warehouse
     from modeling.models.base import Ranker
 
-console = Console()
 TABLES = ("events", "user_history", "item_stats", "training_examples")
 
 
@@ -297,16 +293,6 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def print_table(rows: list[list[str]]) -> None:
-    """A table on the terminal; the first row is the heading."""
-    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    Console(width=max(console.width, 160)).print(table)
 
 
 def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:

@@ -12,16 +12,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from feature_repo.settings import Settings
 from modeling import recipes
-from modeling.command import print_table
+from modeling.console import console, print_table
 from modeling.leave_one_out import CUTOFFS
 from modeling.recipes import NextItemRecipe
 from modeling.report import plots, png_of, write_page
 
-console = Console()
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 LENGTHS = (512, 2048, 8192)
 COLOURS = ("#2f6fb0", "#d9822b", "#3b8f4e", "#a8406c", "#7a5fb0", "#8a8a8a", "#b09a2f", "#2f9aa0", "#c0504d", "#555555")

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from feature_repo import datasets, sequence_file
@@ -27,7 +26,6 @@ from modeling.recipes import NextItemRecipe
 from modeling.sequences import Sequences, TrainingWindows, causal_batch, cloze_batch, training_windows
 from modeling.trainer import Loop
 
-console = Console()
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
 
 

@@ -19,18 +19,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from modeling.batch import Batch, Encoded, Encoder
+from modeling.console import console
 from modeling.metrics import ndcg_at
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
-
-console = Console()
 
 
 class LossError(ArithmeticError):

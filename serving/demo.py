@@ -82,7 +82,7 @@ def run_demo() -> int:
 
 def summary(settings: Settings, started_s: float) -> None:
     """Stage timings, metrics and how to go on."""
-    from modeling.command import print_table
+    from modeling.console import print_table
     from modeling.evaluate import metric_rows
 
     catalogue = Catalogue(settings.catalogue_url)
