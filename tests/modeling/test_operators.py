@@ -148,6 +148,29 @@ def test_hydra_is_kernel_linear_attention_with_as_many_heads_as_features() -> No
         torch.testing.assert_close(Hydra(causal=causal)(query, key, value, None), generic, atol=1e-6, rtol=1e-5)
 
 
+def test_linrec_is_its_formula() -> None:
+    """ρ(elu(Q)) (ρ(elu(K))^T V) / √K head by head, written down without the layer's own functions."""
+    query, key, value = rows(1, 30)
+    out = LinRec(4, causal=False)(query, key, value, None)
+    for head in range(4):
+        cut = slice(4 * head, 4 * head + 4)
+        q, k = (torch.where(t > 0, t, t.exp() - 1)[0, :, cut] for t in (query, key))
+        q, k = (t / t.pow(2).sum(-1, keepdim=True).sqrt() for t in (q, k))
+        torch.testing.assert_close(out[0, :, cut], q @ (k.T @ value[0, :, cut]) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_the_linear_kernel_with_denominator_is_a_weighted_mean() -> None:
+    """Katharopoulos: weights (elu(q) + 1)·(elu(k) + 1) over rows up to t, divided by their sum."""
+    query, key, value = rows(1, 70)
+    out = LinearAttention(2, causal=True, denominator=True)(query, key, value, None)
+    for head in range(2):
+        cut = slice(8 * head, 8 * head + 8)
+        q, k = (torch.where(t > 0, t + 1, t.exp())[0, :, cut] for t in (query, key))
+        weight = q[69] @ k.T
+        expected = (weight[:, None] * value[0, :, cut]).sum(0) / weight.sum()
+        torch.testing.assert_close(out[0, 69, cut], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_hydra_pools_without_regard_to_order() -> None:
     """Fact 6: bidirectional Hydra permutes with its rows; the causal form does not."""
     query, key, value = rows(1, 30)
