@@ -1,7 +1,7 @@
 """Next-item recipes. Within a data set they differ in operator, mask and objective only; torch is not imported here.
 
 `*_ml1m`: MovieLens-1M as `user item` lines (3,416 items), 200 events. `*_beauty`: Amazon Beauty 5-core, 50 events.
-Neither is shipped: `--data` names the file. `*_tiny` run on anything in seconds, for tests.
+Neither is shipped: `--data` names the file. `*_retail` read a dataset's own log, times included. `*_tiny` run on anything in seconds, for tests.
 """
 
 from __future__ import annotations
@@ -83,6 +83,38 @@ def gated_ml1m() -> NextItemRecipe:
     return NextItemRecipe("gated_ml1m", "sasrec", config, windows="all", training=training)
 
 
+def sasrec_retail() -> NextItemRecipe:
+    """SASRec on a dataset's own log, such as the shipped Online Retail."""
+    return _retail("sasrec_retail", "sasrec")
+
+
+def hydrarec_retail() -> NextItemRecipe:
+    """HydraRec-causal, temporal context by learned positions."""
+    return _retail("hydrarec_retail", "hydrarec")
+
+
+def hydrarec_gaps_retail() -> NextItemRecipe:
+    """HydraRec-causal, temporal context by learned positions and bucketed time gaps."""
+    return _retail("hydrarec_gaps_retail", "hydrarec", time_gaps=True)
+
+
+def hydrarec_decayed_retail() -> NextItemRecipe:
+    """HydraRec-causal, temporal context by learned positions and a decayed prefix sum."""
+    return _retail("hydrarec_decayed_retail", "hydrarec", operators=("decayed_hydra", "decayed_hydra"))
+
+
+def hydrarec_streaming_retail() -> NextItemRecipe:
+    """HydraRec-causal that streams: decayed prefix sum, time gaps, no positions."""
+    operators = ("decayed_hydra", "decayed_hydra")
+    return _retail("hydrarec_streaming_retail", "hydrarec", operators=operators, positions="none", time_gaps=True)
+
+
+def _retail(name: str, model: str, **config: Any) -> NextItemRecipe:
+    common = {**ML1M, "dropout": 0.3, **config}
+    training = replace(ML1M_TRAINING, epochs=20, validate_epochs=2)
+    return NextItemRecipe(name, model, common, windows="all", training=training)
+
+
 def sasrec_tiny() -> NextItemRecipe:
     """Seconds on any machine."""
     return _tiny("sasrec_tiny", "sasrec")
@@ -110,5 +142,5 @@ def _tiny(name: str, model: str, objective: Objective = "softmax", **config: Any
 RECIPES = tuple(
     name
     for name, value in list(globals().items())
-    if callable(value) and name.endswith(("_ml1m", "_beauty", "_tiny")) and not name.startswith("_")
+    if callable(value) and name.endswith(("_ml1m", "_beauty", "_retail", "_tiny")) and not name.startswith("_")
 )
