@@ -57,6 +57,7 @@ format: setup
 
 bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.amortised
+	$(RUN) -m modeling.benchmarks.sequence
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 
 bench-gpu: setup
