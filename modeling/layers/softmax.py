@@ -51,6 +51,8 @@ class Softmax(Operator):
         keys, values = torch.cat([keys, self._heads(key)], 2), torch.cat([values, self._heads(value)], 2)
         num_old, num_new = real.shape[1], query.shape[1]
         real = torch.cat([real, mask_BT], 1)
+        if num_old == 0:  # the first rows need no mask, and so no T × T of it
+            return self.forward(query, key, value, mask_BT), (keys, values, real)
         rows = torch.arange(num_old + num_new, device=query.device)
         own = rows == rows[num_old:, None]  # padding reads itself, so that no row reads nothing
         readable = (rows <= rows[num_old:, None]) & real[:, None] | own
