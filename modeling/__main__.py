@@ -20,9 +20,11 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("recipe", nargs="?", default="amortised_dlrm", help="default: amortised_dlrm")
-        command.add_argument("--data", type=Path, help=DATA_HELP)
+        if name != "export":
+            command.add_argument("--data", type=Path, help=DATA_HELP)
         if name == "evaluate":
             command.add_argument("--seed", type=int, help="of a next-item run; default: the recipe's")
+            command.add_argument("--epochs", type=int, help="of a next-item run; default: the recipe's")
         if name == "train":
             command.add_argument("--seed", type=int, help="seed of weights, dropout and order; default: the recipe's")
             command.add_argument("--epochs", type=int, help="default: the recipe's")

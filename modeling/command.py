@@ -50,11 +50,11 @@ def run_command(arguments: argparse.Namespace) -> int:
             compare(settings, arguments)
             return 0
         recipe = recipes.load(arguments.recipe)
-        changes = {name: value for name in ("seed", "epochs") if (value := getattr(arguments, name, None)) is not None}
         if isinstance(recipe, NextItemRecipe):
-            run_next_item(settings, replace(recipe, training=replace(recipe.training, **changes)), arguments)
+            run_next_item(settings, recipe, arguments)
             return 0
-        if arguments.data is not None:
+        changes = {name: value for name in ("seed", "epochs") if (value := getattr(arguments, name, None)) is not None}
+        if getattr(arguments, "data", None) is not None:
             raise ValueError(
                 f"--data is for next-item recipes; {recipe.name} ranks from the tables of dataset {settings.dataset}"
             )
@@ -79,23 +79,22 @@ def run_next_item(settings: Settings, recipe: NextItemRecipe, arguments: argpars
         ValueError: an export was asked for, or metrics of a run that is not finished.
     """
     from modeling.comparison import metric_lines
-    from modeling.next_item import finished, open_source, train_and_evaluate
+    from modeling.next_item import finished, open_source, train_and_evaluate, variant
 
     if arguments.command == "export":
         raise ValueError(
             f"{recipe.name} is a next-item recipe: its items are those of a log, not of a feature service, so there is nothing to serve"
         )
     source = open_source(settings, arguments.data)
+    seed = recipe.training.seed if arguments.seed is None else arguments.seed
+    recipe = variant(recipe, seed, arguments.epochs)
+    result = finished(source, recipe)
     if arguments.command == "train":
-        console.print(f"train {recipe.name}: {source.describe()}", highlight=False)
-        result = train_and_evaluate(source, recipe, arguments.device)
-    else:
-        found = finished(source, recipe)
-        if found is None:
-            raise ValueError(
-                f"{recipe.name} with seed {recipe.training.seed} is not trained to its end on {source.title}: train it first"
-            )
-        result = found
+        state = "up to date" if result else source.describe()
+        console.print(f"train {recipe.name}: {state}", highlight=False)
+        result = result or train_and_evaluate(source, recipe, arguments.device)
+    elif result is None:
+        raise ValueError(f"{recipe.name} with seed {seed} is not trained to its end on {source.title}: train it first")
     console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
     print_table(metric_lines(result))
 

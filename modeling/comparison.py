@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,11 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
         for seed in range(1, arguments.seeds + 1):
             console.print(f"compare: {recipe.name}, seed {seed}", highlight=False)
             results.append(train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device))
-    scaling = [] if arguments.no_scaling else [cost for recipe in chosen for cost in _scaling(recipe)]
-    page = write(source.runs.parent, source.describe(), results, scaling)
+    page = write(source.runs.parent, source.describe(), results, [])
     print_table(summary_lines(results))
+    if not arguments.no_scaling:
+        scaling = [cost for recipe in chosen for cost in _scaling(recipe)]
+        page = write(source.runs.parent, source.describe(), results, scaling)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
@@ -141,5 +145,5 @@ def _cost_by_length(plt: Any, scaling: list[dict[str, Any]]) -> bytes:
     return png_of(plt, figure)
 
 
-def _colours() -> list[str]:
-    return list(COLOURS) * 5
+def _colours() -> Iterator[str]:
+    return cycle(COLOURS)

@@ -6,8 +6,8 @@
 | U100 | the target and 100 items drawn uniformly, with replacement, outside the user's training items (SASRec; the validation item may be drawn) |
 | P100 | the target and 100 distinct items drawn by popularity in training, outside all items of the user (BERT4Rec) |
 
-The model reads everything before the target: for the test target that includes the validation item. An equal score
-ranks behind where its item stands earlier in the catalogue, so that a rank never depends on the sort. U100 and P100 use
+The model reads everything before the target: for the test target that includes the validation item. Of equal scores
+the item that stands earlier in the catalogue ranks first, so that a rank never depends on the sort. U100 and P100 use
 all users up to `MAX_SAMPLED_USERS`, else so many drawn by the seed, as SASRec did.
 """
 
@@ -28,6 +28,7 @@ CUTOFFS = (5, 10, 20)
 NUM_NEGATIVES = 100
 MAX_SAMPLED_USERS = 10_000
 ROWS = 16_384  # rows of histories in one forward pass
+SCORES = 8_000_000  # users × catalogue in one forward pass
 
 
 class ScoreError(ArithmeticError):
@@ -41,15 +42,13 @@ def evaluate(
     protocol: Protocol = "FULL",
     *,
     seed: int = 0,
-    users: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """HR, NDCG and MRR at 5, 10 and 20, means over users.
+    """HR, NDCG and MRR at 5, 10 and 20, means over users with targets.
 
     Args:
-        users: evaluate these only; default: all that have targets.
         seed: of the sampled protocols' negatives.
     """
-    users = sequences.evaluated if users is None else users
+    users = sequences.evaluated
     if not len(users):
         raise ValueError("no user has three items or more: there is no target to evaluate on")
     rng = np.random.default_rng(seed)
@@ -91,6 +90,7 @@ def target_ranks(
     sampled = None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
     ranks = np.empty(len(users), np.int64)
     order = np.argsort(starts - stops, kind="stable")
+    most = max(1, SCORES // sequences.num_items)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -98,7 +98,7 @@ def target_ranks(
         first = 0
         while first < len(order):
             longest = int(stops[order[first]] - starts[order[first]])
-            chosen = order[first : first + max(1, ROWS // longest)]
+            chosen = order[first : first + min(most, max(1, ROWS // longest))]
             first += len(chosen)
             history = history_vectors(model, sequences, starts[chosen], stops[chosen])
             scores = history @ model.catalogue.T
@@ -116,33 +116,32 @@ def target_ranks(
                 )
                 owner = np.repeat(np.arange(len(chosen)), stops[chosen] - sequences.offsets[users[chosen]])
                 scores[torch.from_numpy(owner), torch.from_numpy(seen.astype(np.int64) - 1)] = -torch.inf
-                candidates = torch.arange(sequences.num_items, device=device).expand_as(scores)
+                candidates, column = torch.arange(sequences.num_items, device=device).expand_as(scores), wanted
             else:
                 candidates = torch.from_numpy(sampled[chosen]).to(device)
                 scores, own = scores.gather(1, candidates), scores.gather(1, wanted[:, None])
                 scores, candidates = torch.cat([own, scores], 1), torch.cat([wanted[:, None], candidates], 1)
-            ranks[chosen] = ranks_of(scores, candidates, wanted).cpu().numpy()
+                column = torch.zeros_like(wanted)
+            ranks[chosen] = ranks_of(scores, candidates, column).cpu().numpy()
     model.train(was_training)
     return ranks
 
 
-def ranks_of(scores: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:
-    """Rank of the wanted item in each row: better scores, and equal ones of items earlier in the catalogue.
+def ranks_of(scores: Tensor, candidates: Tensor, column_B: Tensor) -> Tensor:
+    """Rank of the target in each row: how many score higher, or equal and stand earlier in the catalogue.
 
     Args:
         scores, candidates: users × candidates.
-        wanted: one catalogue row a user, among its candidates.
+        column_B: where among its candidates each user's target stands.
     """
-    is_wanted = candidates == wanted[:, None]
-    own = scores.masked_fill(~is_wanted, -torch.inf).amax(1, keepdim=True)
-    ahead = (scores > own) | ((scores == own) & (candidates < wanted[:, None]))
-    return ahead.sum(1)
+    own, wanted = scores.gather(1, column_B[:, None]), candidates.gather(1, column_B[:, None])
+    return ((scores > own) | ((scores == own) & (candidates < wanted))).sum(1)
 
 
 def history_vectors(model: SequenceRanker, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:
     """History vectors of slices, B × D: the last row, or [MASK]'s in a bidirectional model."""
     events, _, order = sequences.packed(starts, stops)
-    encoded = model.encode_histories(events)
+    encoded = model.encode_histories(events.to(next(model.parameters()).device))
     return encoded[torch.from_numpy(np.argsort(order)).to(encoded.device)]
 
 
@@ -155,26 +154,24 @@ def sample_negatives(
         ValueError: a user has interacted with so many items that fewer than 100 are left.
     """
     num_items, ends = sequences.num_items, sequences.training_ends()
-    stops = ends[users] if protocol == "U100" else sequences.offsets[users + 1]
     if not supports(sequences, protocol):
         raise ValueError(
             f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}"
         )
-    known = np.zeros((len(users), num_items), bool)
-    for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
-        known[row, sequences.items[sequences.offsets[user] : stop] - 1] = True
-    own = sequences.items[sequences.target_rows(users, target)].astype(np.int64) - 1
-    known[np.arange(len(users)), own] = True
-    if protocol == "U100":
-        drawn = rng.integers(0, num_items, (len(users), NUM_NEGATIVES))
-        while (bad := np.take_along_axis(known, drawn, 1)).any():
-            drawn[bad] = rng.integers(0, num_items, int(bad.sum()))
-        return drawn
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     trained = sequences.items[np.arange(len(sequences.items)) < ends[owner]]
     popularity = np.log(np.maximum(np.bincount(trained - 1, minlength=num_items), 1e-9))
+    stops = ends if protocol == "U100" else sequences.offsets[1:]
+    own = sequences.items[sequences.target_rows(users, target)] - 1
     drawn = np.empty((len(users), NUM_NEGATIVES), np.int64)
-    for row in range(len(users)):  # the largest of log-popularity plus Gumbel noise are a draw without replacement
-        keys = np.where(known[row], -np.inf, popularity + rng.gumbel(size=num_items))
-        drawn[row] = np.argpartition(-keys, NUM_NEGATIVES)[:NUM_NEGATIVES]
+    for row, user in enumerate(users):
+        known = np.append(sequences.items[sequences.offsets[user] : stops[user]] - 1, own[row])
+        if protocol == "U100":
+            drawn[row] = rng.integers(0, num_items, NUM_NEGATIVES)
+            while (bad := np.isin(drawn[row], known)).any():
+                drawn[row, bad] = rng.integers(0, num_items, int(bad.sum()))
+        else:  # the largest of log-popularity plus Gumbel noise are a draw without replacement
+            keys = popularity + rng.gumbel(size=num_items)
+            keys[known] = -np.inf
+            drawn[row] = np.argpartition(-keys, NUM_NEGATIVES)[:NUM_NEGATIVES]
     return drawn

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 CHUNK_BYTES = 1_500_000  # of logits at a time: they stay in a core's second-level cache
+CHUNK_BYTES_CUDA = 500_000_000  # a GPU wants few large products
 
 
 def softmax_plain(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -33,7 +34,8 @@ class _ChunkedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, catalogue: Tensor, targets: Tensor) -> Tensor:
         number, needs = len(rows), any(ctx.needs_input_grad[:2])
-        size = max(16, CHUNK_BYTES // (4 * len(catalogue)))
+        chunk_bytes = CHUNK_BYTES_CUDA if rows.is_cuda else CHUNK_BYTES
+        size = max(16, chunk_bytes // (4 * len(catalogue)))
         buffer = catalogue.new_empty(min(size, number), len(catalogue))
         grad_rows = torch.empty_like(rows) if needs else None
         grad_catalogue = torch.zeros_like(catalogue) if needs else None

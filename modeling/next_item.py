@@ -1,6 +1,7 @@
 """Next-item training and evaluation: a history log in, a sequence model and its leave-one-out metrics out.
 
-One run is a recipe with a seed on one log. Its folder resumes to the bit, like every run's.
+One run is a recipe with a seed on one log. Its folder resumes to the bit on a CPU with the same threads, like every
+run's. What identifies a run is recipe and log: after a change of the code, remove its folder.
 """
 
 from __future__ import annotations
@@ -49,13 +50,17 @@ class NextItemTrainer(Loop):
                 f"objective {recipe.objective!r} does not fit causal={model.config.causal}: Cloze needs a bidirectional model, the "
                 "others a causal one"
             )
-        if model.config.time_gaps and sequences.times is None:
+        if (model.config.time_gaps or model.config.time_bias) and sequences.times is None:
             raise ValueError(
-                "time_gaps need times, and a sequence file knows order only: use positions or decayed_hydra, or a log that a Beam job built"
+                "time_gaps and time_bias need times, and a sequence file knows order only: use positions or decayed_hydra, or a log that a Beam job built"
             )
         super().__init__(model, recipe.training, folder, identity, device)
         self.recipe, self.sequences = recipe, sequences
         self.windows: TrainingWindows
+        if not self.plan(0) or recipe.training.epochs < 1:
+            raise ValueError(
+                f"nothing to train: {recipe.training.epochs} epochs, and {len(self.windows.starts)} users with two training events or more"
+            )
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Windows of the epoch, shuffled, in batches of so many sequences."""
@@ -112,12 +117,12 @@ class Source:
         """The source and its counts in a line."""
         counts = self.sequences.counts
         line = f"{self.title}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
+        if counts["other_actions_dropped"]:
+            line += f"; {counts['other_actions_dropped']:,} events of other actions dropped"
         if counts["repeats_dropped"]:
             line += f"; {counts['repeats_dropped']:,} repeats of a (user, item) dropped"
         if counts["users_not_evaluated"]:
-            line += (
-                f"; {counts['users_not_evaluated']:,} users with fewer than three items are trained on, not evaluated"
-            )
+            line += f"; {counts['users_not_evaluated']:,} users with fewer than three items are not evaluated"
         return line
 
 
@@ -133,7 +138,9 @@ def open_source(settings: Settings, data: Path | None) -> Source:
         contract, title = datasets.load_contract(settings.dataset), settings.dataset
         home = Path(settings.path("next_item"))
     else:
-        home = Path(settings.root) / "sequence_file" / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
+        home = (
+            settings.path().parent / "sequence_file" / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
+        )
         folder = sequence_file.write_log(data, str(home))
         contract, title = sequence_file.sequence_contract(), data.name
     sequences = Sequences.of(contract, folder, has_times=data is None)

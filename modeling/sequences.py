@@ -1,8 +1,9 @@
 """Next-item data: whole sequences from a history log, the leave-one-out split, and packed batches.
 
-Rules of the split (counted in `Sequences.counts`): the first event of each (user, item) counts, later repeats are
-dropped, since a seen item can be no target; the last item of a user is the test target, the one before it the
-validation target; a user with fewer than three items is trained on and not evaluated.
+Rules of the split (counted in `Sequences.counts`): events of the dataset's first action count, since a returned article
+is no target; the first event of each (user, item) counts, later repeats are dropped, since a seen item is none either;
+the last item of a user is the test target, the one before it the validation target; a user with fewer than three items
+is not evaluated, and trained on where there are two.
 """
 
 from __future__ import annotations
@@ -53,21 +54,26 @@ class Sequences:
     def of(contract: Contract, folder: JobFolder, *, has_times: bool) -> Sequences:
         """All sequences of a history log."""
         log = HistoryLog(contract, folder)
-        items, times, lengths = [], [], []
+        items, times, lengths, others = [], [], [], 0
         for start in range(0, len(log.users), USERS_AT_ONCE):
             rows = np.arange(start, min(start + USERS_AT_ONCE, len(log.users)))
             histories = log.gather(rows, log.lengths[rows])
-            owner = np.repeat(rows - start, histories.lengths)
-            first = np.sort(np.unique(owner * len(log.items) + histories.item_keys, return_index=True)[1])
+            primary = np.flatnonzero(histories.columns["action"] == 0)
+            owner = np.repeat(rows - start, histories.lengths)[primary]
+            keys = owner * len(log.items) + histories.item_keys[primary]
+            first = primary[np.sort(np.unique(keys, return_index=True)[1])]
+            others += histories.offsets[-1] - len(primary)
+            owner = np.searchsorted(histories.offsets, first, side="right") - 1
             items.append((histories.item_keys[first] + 1).astype(np.int32))
             times.append(histories.times[first] if has_times else np.zeros(0, np.int64))
-            lengths.append(np.bincount(owner[first], minlength=len(rows)))
+            lengths.append(np.bincount(owner, minlength=len(rows)))
         length = np.concatenate(lengths)
         counts = {
             "users": len(length),
             "items": len(log.items),
             "events": int(length.sum()),
-            "repeats_dropped": int(log.lengths.sum() - length.sum()),
+            "repeats_dropped": int(log.lengths.sum() - length.sum() - others),
+            "other_actions_dropped": int(others),
             "users_not_evaluated": int((length < MIN_EVENTS).sum()),
         }
         offsets = np.r_[0, np.cumsum(length)]

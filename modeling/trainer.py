@@ -1,4 +1,4 @@
-"""The training loops: grouped batches, both steps of the model in a row, resume to the bit.
+"""The training loops: grouped batches, both steps of the model in a row, resume to the bit (on a CPU).
 
 A run's folder holds `metrics.jsonl` (a line for each step and epoch), `checkpoint.pt` (the newest state, read with
 weights_only) and `best.safetensors`. Interrupt it anywhere: the next start continues from the newest checkpoint and
@@ -113,8 +113,8 @@ class Loop(ABC):
         self.averaged = copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         self.step = self.epoch = self.next_batch = 0
         self.best, self.epochs_since_best = -math.inf, 0
-        self.cpu_seconds = 0.0
-        self.curve: list[list[float]] = []  # CPU seconds so far and NDCG@10, at each validation
+        self.cpu_seconds = 0.0  # of training steps, over all resumptions; validation is not counted
+        self.curve: list[list[float]] = []  # CPU seconds and NDCG@10, at each validation
         self.stopped = False
 
     @abstractmethod
@@ -138,15 +138,14 @@ class Loop(ABC):
         """Train to the end, or stop after so many further steps (as an interruption would).
 
         Returns:
-            Summary of the run: steps, epochs, best validation NDCG@10, seconds.
+            Summary of the run: steps, epochs, best validation NDCG@10, CPU seconds of the steps.
 
         Raises:
             LossError: the loss became NaN or infinite.
         """
         torch.manual_seed(self.training.seed)
         self._resume()
-        started, budget = time.perf_counter(), stop_after
-        self._cpu_mark = time.process_time()
+        budget = stop_after
         total = len(self.plan(0)) * self.training.epochs
         with _progress(total) as advance:
             advance(self.step, "")
@@ -154,8 +153,10 @@ class Loop(ABC):
                 chosen = self.plan(self.epoch)
                 while self.next_batch < len(chosen):
                     if budget is not None and budget <= 0:
-                        return self._summary(started)
+                        return self._summary()
+                    started = time.process_time()
                     loss, samples = self._train_step(chosen[self.next_batch], total)
+                    self.cpu_seconds += time.process_time() - started
                     self.next_batch += 1
                     self.step += 1
                     budget = None if budget is None else budget - 1
@@ -167,7 +168,7 @@ class Loop(ABC):
                         self._save()
                 self._end_epoch()
                 self._save()
-        return self._summary(started)
+        return self._summary()
 
     def load_best(self) -> nn.Module:
         """The model with the weights of the best epoch."""
@@ -205,7 +206,7 @@ class Loop(ABC):
                 {"kind": "epoch", "epoch": self.epoch, "step": self.step}
                 | {f"validation_{name}": value for name, value in figures.items()}
             )
-            self.curve.append([self._cpu(), ndcg])
+            self.curve.append([self.cpu_seconds, ndcg])
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             console.print(f"epoch {self.epoch}: validation {shown}", highlight=False)
             if ndcg > self.best:
@@ -218,13 +219,6 @@ class Loop(ABC):
                 self.stopped = self.epochs_since_best >= self.training.patience
         self.epoch, self.next_batch = self.epoch + 1, 0
 
-    def _cpu(self) -> float:
-        """CPU seconds of this process spent on the run so far, over all resumptions."""
-        now = time.process_time()
-        self.cpu_seconds += now - self._cpu_mark
-        self._cpu_mark = now
-        return self.cpu_seconds
-
     def _save(self) -> None:
         state = {
             "identity": self.identity,
@@ -235,7 +229,7 @@ class Loop(ABC):
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
             "best": self.best,
-            "cpu_seconds": self._cpu(),
+            "cpu_seconds": self.cpu_seconds,
             "curve": self.curve,
         }
         draft = self.folder / ".checkpoint.draft"
@@ -273,13 +267,12 @@ class Loop(ABC):
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _summary(self, started: float) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         return {
             "steps": self.step,
             "epochs": self.epoch,
             "best_validation_ndcg@10": self.best if math.isfinite(self.best) else None,
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": self._cpu(),
+            "cpu_seconds": self.cpu_seconds,
             "curve": self.curve,
             "training": asdict(self.training),
         }

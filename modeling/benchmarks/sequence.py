@@ -1,11 +1,11 @@
 """Sequence models: training throughput, encoder cost against history length, and streaming; peers beside them.
 
-Each figure is taken in a process of its own, pinned to `--threads`, so that peak memory is that of one run and CPU
-seconds are the run's. Peers are measured where `--rectools` and `--replay` name Python interpreters that have them
+Each figure is taken in a process of its own with `--threads` threads, so that peak memory and CPU seconds are those of
+one run. Peers are measured where `--rectools` and `--replay` name Python interpreters that have them
 installed (each wants an environment of its own); the same events, shape and loss for all. Without `--data` the events
 are drawn with MovieLens-1M's shape: 6,040 users, 3,416 items, log-normal lengths.
 
-Floors: one core's matrix product (`gemm`), and for streaming the state's size.
+Floor of the encoder: what its matrix products alone would take at the rate of a large one (`gemm`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
+from feature_repo.sequence_file import read
 from feature_repo.settings import CHECKOUT
 
 WIDTH, LAYERS, HISTORY, BATCH = 64, 2, 200, 128
@@ -70,13 +71,17 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
     ask |= {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH}
     libraries = {"memoir": None, "replay": arguments.replay, "rectools": arguments.rectools}
     prepared = _child("log", ask)
+    lines = Path(folder) / "peers.txt"
+    if arguments.replay or arguments.rectools:
+        events = read(data)
+        np.savetxt(lines, np.stack([events.users, events.items], 1), fmt="%d")
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
         for library, python in libraries.items():
             if library == "memoir":
                 found.setdefault(library, []).append(_child("training", ask))
             elif python is not None:
-                found.setdefault(library, []).append(_peer(python, f"{library}_training", ask))
+                found.setdefault(library, []).append(_peer(python, f"{library}_training", {**ask, "data": str(lines)}))
     rows: list[dict[str, Any]] = [{"what": "history log of the file", "who": "memoir", **prepared}]
     own = float(np.median([run["targets_per_cpu_s"] for run in found["memoir"]]))
     for library, runs in found.items():
@@ -107,7 +112,10 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "softmax (SDPA), 2 heads": ("sasrec", {**common, "num_heads": 2}),
     }
     limit = 8192  # beyond it softmax takes minutes, which is the point of the others
-    rows = []
+    floor = _child("gemm", {"threads": arguments.threads})["flop_per_s"] / (LAYERS * 3 * 2 * 12 * WIDTH**2)
+    rows: list[dict[str, Any]] = [
+        {"what": "encoder, forward + backward", "who": "floor (gemm)", "per_cpu_s": floor, "unit": "tokens"}
+    ]
     at: dict[int, float] = {}
     for length in lengths:
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -227,6 +235,19 @@ def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
     return {"length": length, "tokens_per_cpu_s": rounds * length / spent, "peak_mb": _peak_mb()}
 
 
+def _gemm(ask: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(ask["threads"])
+    square = torch.randn(1024, 1024)
+    taken = []
+    for _ in range(20):
+        started = time.process_time()
+        torch.mm(square, square)
+        taken.append(time.process_time() - started)
+    return {"flop_per_s": 2 * 1024**3 / float(np.median(taken))}
+
+
 def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -258,7 +279,7 @@ def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
     return {"ms": [float(np.median(taken)) for taken in times], "state_floats": floats}
 
 
-_CHILDREN = {"log": _log, "training": _training, "encoder": _encoder, "streaming": _streaming}
+_CHILDREN = {"log": _log, "training": _training, "encoder": _encoder, "gemm": _gemm, "streaming": _streaming}
 
 
 def _child(name: str, ask: dict[str, Any]) -> dict[str, Any]:
@@ -287,9 +308,9 @@ def _ask(command: list[str], ask: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_mb() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak memory of this process alone: `ru_maxrss` would remember its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def _synthetic(path: Path, num_users: int) -> Path:

@@ -27,7 +27,7 @@ class Place:
     """Where rows stand in their sequences; packed (N) or padded (B × T), like the rows."""
 
     count: Tensor  # rows that each row reads: itself and those before it, or all of its sequence
-    seconds: Tensor | None = None  # since the oldest row; None where no layer reads it
+    seconds: Tensor | None = None  # float64, since the oldest row; None where no layer reads it
 
 
 class FeedForward(nn.Module):
@@ -91,7 +91,7 @@ class Block(nn.Module):
     def forward(self, rows_ND: Tensor, packing: Packing, place: Place) -> Tensor:
         """Packed rows to packed rows."""
 
-        def mix(projected: Tensor, mask_BT: Tensor | None) -> Tensor:
+        def mix(mask_BT: Tensor | None, projected: Tensor) -> Tensor:
             query, key, value = projected.chunk(3, dim=-1)
             mixed: Tensor = self.operator(query, key, value, mask_BT)
             return mixed

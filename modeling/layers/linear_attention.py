@@ -13,6 +13,7 @@ by a CHUNK × CHUNK product, before it by the state, K × K for each head.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize, pad
 
@@ -36,10 +37,10 @@ def linear_attention_plain(
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, denominator: bool = False) -> Tensor:
     """The same in time and memory linear in T. φ is already applied; padding must have a zero key."""
-    state = key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
-    norm = key.new_zeros(*key.shape[:2], key.shape[-1])
     if not causal:
         return _read(query, key.transpose(-1, -2) @ value, key.sum(2) if denominator else None)
+    state = key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
+    norm = key.new_zeros(*key.shape[:2], key.shape[-1])
     return _causal(query, key, value, (state, norm), denominator)
 
 
@@ -65,7 +66,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, state: State, denominator
 
 def _exclusive(rows: Tensor) -> Tensor:
     """Sums of the chunks before each chunk."""
-    return rows.cumsum(2) - rows
+    sums = rows.cumsum(2)
+    return torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], dim=2)
 
 
 def _read(query: Tensor, state: Tensor, norm: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ class Operator(nn.Module, ABC):
         """
 
     def initial_state(self, like_BD: Tensor) -> State:
-        """The state before the first row, for as many sequences, of the dtype and device of `like_BD`."""
+        """The state before the first row, for as many sequences, on the device of `like_BD`."""
         raise NotImplementedError(f"{type(self).__name__} has no streaming form")
 
     def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:

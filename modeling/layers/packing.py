@@ -76,11 +76,16 @@ class Packing:
         """Distance of each row from the oldest of its sequence, N."""
         return np.arange(self.num_rows) - np.repeat(self.offsets[:-1], self.lengths)
 
-    def apply(self, mix: Callable[[Tensor, Tensor | None], Tensor], rows_ND: Tensor) -> Tensor:
-        """Run `mix(padded_BTD, mask_BT)` on every group and lay the results end to end."""
-        parts = rows_ND.split(self.sizes) if len(self.groups) > 1 else (rows_ND,)
+    def apply(self, mix: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """Run `mix(mask_BT, *padded)` on every group and lay the results end to end.
+
+        Args:
+            rows: one or more tensors of N rows; `mix` gets each as B × T × ….
+        """
+        parts = zip(*(tensor.split(self.sizes) for tensor in rows), strict=True)
         mixed = [
-            group.unpad(mix(group.pad(part), group.mask_BT)) for group, part in zip(self.groups, parts, strict=True)
+            group.unpad(mix(group.mask_BT, *map(group.pad, part)))
+            for group, part in zip(self.groups, parts, strict=True)
         ]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 

@@ -1,4 +1,7 @@
-"""Softmax attention over padded sequences, as an operator: PyTorch's own kernel, T × T never in memory at once."""
+"""Softmax attention over padded sequences, as an operator on PyTorch's own kernel, which holds no T × T at once.
+
+Only `extend` behind earlier rows makes a mask, of new rows × all rows.
+"""
 
 from __future__ import annotations
 

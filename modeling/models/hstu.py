@@ -4,14 +4,15 @@ Source: Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequen
 Recommendations", arXiv 2402.17152, section 3.2.
 
     U, V, Q, K = split(SiLU(W LN(X)))
-    A = SiLU(Q K^T / √K + rab) / N, causal; Y = W_o(Drop(LN(A V) ⊙ U)) + X
+    A = SiLU(Q K^T + rab) / N, causal; Y = W_o(Drop(LN(A V) ⊙ U)) + X
 
 | paper | here |
 |---|---|
 | rab^p, rab^t | learned scalars by distance in rows, and by bucketed time between rows (`time_bias`) |
 | N, the padded maximum length in the reference code | `sizes.history_length`, a constant: full, cached and micro-batched passes divide alike |
 
-Differs: rab^t compares the times of two rows that the model has; the reference compares a key's time with the *next*
+Differs: scores are divided by √K, norms have weights and projections biases, as in the production code (the research
+code has none of them). rab^t compares the times of two rows that the model has; the reference compares a key's time with the *next*
 event's, which tells the model when its target happened. Distances beyond the longest trained one share its bias.
 Memory is quadratic in the history, as in the paper's unfused form.
 """
@@ -32,7 +33,10 @@ from modeling.models.sequence import GAP_BUCKETS, OperatorName, SequenceConfig, 
 
 @dataclass(frozen=True)
 class Config(SequenceConfig):
-    """Two layers of one head; see `SequenceConfig`. Causal only."""
+    """Two layers of one head; see `SequenceConfig`. Causal only.
+
+    A layer has no feed-forward part: `activation`, `expansion`, `gated` and `mixed_scale` say nothing here.
+    """
 
     operators: tuple[OperatorName, ...] = ("hstu", "hstu")
 
@@ -62,28 +66,27 @@ class HSTULayer(nn.Module):
         """Packed rows to packed rows."""
         projected = silu(self.gate_value_query_key(self.norm(rows_ND)))
         gate, rest = projected.split([rows_ND.shape[1], 3 * rows_ND.shape[1]], dim=-1)
-        times = rows_ND.new_zeros(len(rows_ND), 1) if place.seconds is None else place.seconds[:, None]
 
-        def mix(padded: Tensor, _: Tensor | None) -> Tensor:
-            # Seconds ride along as one more column, so that they are padded the same way.
-            value, query, key = padded[..., :-1].chunk(3, dim=-1)
+        def mix(_: Tensor | None, padded: Tensor, *seconds: Tensor) -> Tensor:
+            value, query, key = padded.chunk(3, dim=-1)
             index = torch.arange(padded.shape[1], device=padded.device)
-            bias = self._bias(index[:, None] - index, padded[..., -1][:, :, None] - padded[..., -1][:, None])
+            bias = self._bias(index[:, None] - index, *(s[:, :, None] - s[:, None] for s in seconds))
             return self._read(query, self._heads(key), self._heads(value), bias, index[:, None] >= index)
 
-        return self._after(rows_ND, gate, packing.apply(mix, torch.cat([rest, times], dim=-1)))
+        seconds = () if place.seconds is None else (place.seconds,)
+        return self._after(rows_ND, gate, packing.apply(mix, rest, *seconds))
 
     def initial_state(self, like_BD: Tensor) -> State:
         """An empty KV cache: keys, values, which rows are real, their place and their seconds."""
         batch, width = like_BD.shape
         empty = like_BD.new_zeros(batch, self.num_heads, 0, width // self.num_heads)
         none = torch.zeros(batch, 0, dtype=torch.long, device=like_BD.device)
-        return empty, empty, none.bool(), none, none.to(like_BD.dtype)
+        return empty, empty, none.bool(), none, none.double()
 
     def extend(self, rows_BTD: Tensor, state: State, mask_BT: Tensor, place: Place) -> tuple[Tensor, State]:
         """`forward` for padded rows that follow those in the cache, with the same N."""
         gate, value, query, key = silu(self.gate_value_query_key(self.norm(rows_BTD))).chunk(4, dim=-1)
-        seconds = torch.zeros_like(place.count, dtype=rows_BTD.dtype) if place.seconds is None else place.seconds
+        seconds = torch.zeros_like(place.count, dtype=torch.float64) if place.seconds is None else place.seconds
         new = self._heads(key), self._heads(value), mask_BT, place.count, seconds
         keys, values, real, index, times = (
             torch.cat([old, added], dim=2 if old.ndim == 4 else 1) for old, added in zip(state, new, strict=True)
@@ -93,10 +96,10 @@ class HSTULayer(nn.Module):
         mixed = self._read(query, keys, values, bias, readable)
         return self._after(rows_BTD, gate, mixed), (keys, values, real, index, times)
 
-    def _bias(self, distance: Tensor, seconds: Tensor) -> Tensor:
-        """Rab of row pairs: … × T × S."""
+    def _bias(self, distance: Tensor, *seconds: Tensor) -> Tensor:
+        """The bias of row pairs, … × T × S, by their distance and, where the layer has a time bias, their seconds."""
         bias = self.distance[distance.clamp(0, len(self.distance) - 1)]
-        return bias if self.duration is None else bias + self.duration[seconds_bucket(seconds)]
+        return bias if self.duration is None else bias + self.duration[seconds_bucket(seconds[0])]
 
     def _read(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, readable: Tensor) -> Tensor:
         bias, readable = (t if t.ndim == 2 else t[:, None] for t in (bias, readable))

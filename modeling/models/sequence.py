@@ -88,7 +88,7 @@ class UserState:
     history_BD: Tensor
     layers: tuple[State, ...]
     length_B: Tensor
-    seconds_B: Tensor  # from the first event to the newest; kept for models with a time bias
+    seconds_B: Tensor  # float64, from the first event to the newest; kept for models with a time bias
 
 
 class SequenceRanker(Ranker):
@@ -100,6 +100,12 @@ class SequenceRanker(Ranker):
         width = config.width
         if width % config.num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {config.num_heads}")
+        if config.time_bias and "hstu" not in config.operators:
+            raise ValueError(f"time_bias is of 'hstu' layers, this model has {config.operators}")
+        if not config.causal and (config.time_gaps or config.time_bias):
+            raise ValueError(
+                "a bidirectional model cannot read times: those of a masked event would tell what was masked"
+            )
         self.item = nn.Embedding(sizes.items + (0 if config.causal else 1), width)  # the last: [MASK]
         self.action = nn.Embedding(sizes.actions, width) if sizes.actions > 1 else None
         self.position = nn.Embedding(sizes.history_length + 1, width) if config.positions == "from_newest" else None
@@ -154,7 +160,9 @@ class SequenceRanker(Ranker):
         )
 
     def encode(self, events: PackedEvents) -> Tensor:
-        """Every row of every sequence, N × D; a causal row knows nothing of later ones. Training and evaluation."""
+        """Every row of every sequence, N × D; a causal row knows nothing of later ones (but for their number, with
+        positions from the newest). Training and evaluation.
+        """
         packing = events.packing
         device = events.item_N.device
         index = packing.from_newest if self.config.positions == "from_newest" else packing.from_oldest
@@ -177,13 +185,15 @@ class SequenceRanker(Ranker):
         if self.can_extend:
             like = self.item.weight.new_zeros(len(lengths), self.config.width)
             states = tuple(block.initial_state(like) for block in self.blocks)  # type: ignore[operator]
-            nothing = UserState(like, states, torch.zeros_like(lengths), like.new_zeros(len(lengths)))
+            nothing = UserState(
+                like, states, torch.zeros_like(lengths), like.new_zeros(len(lengths), dtype=torch.float64)
+            )
             return self._extend(nothing, user)
         history = self.item.weight.new_zeros(len(lengths), self.config.width)
         events, owners = self._pack(user, lengths)
         if len(owners):
             history = history.index_copy(0, owners, self.encode_histories(events))
-        return UserState(history, (), lengths, history.new_zeros(len(lengths)))
+        return UserState(history, (), lengths, history.new_zeros(len(lengths), dtype=torch.float64))
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """Continue every layer's state with the new events only."""
@@ -204,7 +214,7 @@ class SequenceRanker(Ranker):
         rows = self._embed(user.item_BL, user.action_BL, user.gap_BL, index)
         seconds = None
         if self.config.time_bias:
-            gap = torch.where(index == 0, 0.0, gap_seconds(user.gap_BL)) * mask
+            gap = torch.where(index == 0, 0.0, gap_seconds(user.gap_BL)).double() * mask
             seconds = state.seconds_B[:, None] + gap.cumsum(1)
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
@@ -224,7 +234,7 @@ class SequenceRanker(Ranker):
         first = torch.as_tensor(packing.from_oldest == 0, device=events.gap_N.device)
         passed = torch.where(first, 0.0, gap_seconds(events.gap_N)).double().cumsum(0)
         starts = torch.as_tensor(np.repeat(packing.offsets[:-1], packing.lengths), device=passed.device)
-        return (passed - passed[starts]).float()
+        return passed - passed[starts]
 
     def _pack(self, user: UserInputs, lengths: Tensor) -> tuple[PackedEvents, Tensor]:
         """Events of the users that have some, longest first, and which users those are."""

@@ -76,7 +76,7 @@ class NextItemRecipe:
     config: dict[str, Any]
     history_length: int = 200  # events that the model reads
     objective: Objective = "softmax"
-    num_negatives: int = 0  # of sampled_softmax, shared by a batch's rows, and of gbce, for each row
+    num_negatives: int = 0  # of sampled_softmax and gbce, shared by a batch's rows
     calibration: float = 0.75  # gbce's t
     mask_probability: float = 0.2  # cloze
     last_only: float = 0.1  # cloze: share of sequences in which just the last event is masked

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from feature_repo.tables import JobFolder
 from modeling import __main__ as entry
 from modeling import comparison, recipes
 from modeling.command import run_command
@@ -40,10 +41,11 @@ def test_train_and_evaluate_show_the_test_metrics(lines: Path, capsys: pytest.Ca
     assert run("train", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
     trained = capsys.readouterr().out
     assert "walks.txt, 150 users, 130 items" in trained
-    assert "hydrarec_tiny, seed 4, test targets" in trained
+    assert "hydrarec_tiny@1, seed 4, test targets" in trained
     assert all(name in trained for name in ("FULL", "U100", "P100", "ndcg@10", "mrr@20"))
     assert run("evaluate", "hydrarec_tiny", "--data", lines) == 1  # another seed, other epochs
     assert "is not trained to its end on walks.txt: train it first" in " ".join(capsys.readouterr().out.split())
+    assert run("evaluate", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,8 @@ def test_a_finished_run_is_shown_again_and_not_repeated(lines: Path, capsys: pyt
     again = capsys.readouterr().out
     assert "epoch 0" in first
     assert "epoch 0" not in again
+    assert run("train", "sasrec_tiny", "--data", lines) == 0
+    assert "train sasrec_tiny: up to date" in capsys.readouterr().out
     assert [line for line in again.splitlines() if "FULL" in line] == [
         line for line in first.splitlines() if "FULL" in line
     ]
@@ -119,7 +123,11 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
 
     source = next_item.open_source(shop.settings, None)
     assert source.sequences.times is not None
-    assert source.sequences.counts["repeats_dropped"] > 0
+    counts = source.sequences.counts
+    assert counts["repeats_dropped"] > 0
+    assert counts["other_actions_dropped"] > 0  # returns
+    logged = JobFolder(shop.settings.home, "user_history").require().counts["events"]
+    assert counts["events"] + counts["repeats_dropped"] + counts["other_actions_dropped"] == logged
     recipe = recipes.load("hydrarec_tiny")
     assert isinstance(recipe, NextItemRecipe)
     timed = recipes.replace_config(recipe, time_gaps=True)

@@ -63,7 +63,7 @@ def items_of(sequences: Sequences, start: int, stop: int) -> list[int]:
 def test_repeats_are_dropped_and_short_users_are_trained_on_only(tmp_path: Path) -> None:
     sequences = sequences_of([[5, 6, 5, 7, 6, 8], [9, 5], [6]], tmp_path)
     assert sequences.counts == {
-        "users": 3, "items": 5, "events": 7, "repeats_dropped": 2, "users_not_evaluated": 2,
+        "users": 3, "items": 5, "events": 7, "repeats_dropped": 2, "other_actions_dropped": 0, "users_not_evaluated": 2,
     }  # fmt: skip
     assert items_of(sequences, 0, 4) == [5, 6, 7, 8]
     assert sequences.evaluated.tolist() == [0]
@@ -184,8 +184,8 @@ def test_equal_scores_rank_in_catalogue_order() -> None:
     ranks = [int(ranks_of(scores, candidates, torch.tensor([wanted]))) for wanted in range(5)]
     assert ranks == [3, 0, 1, 2, 4]
     shuffled = torch.tensor([4, 2, 0, 3, 1])
-    again = [int(ranks_of(scores[:, shuffled], shuffled[None], torch.tensor([wanted]))) for wanted in range(5)]
-    assert again == ranks
+    again = [int(ranks_of(scores[:, shuffled], shuffled[None], torch.tensor([column]))) for column in range(5)]
+    assert again == [ranks[item] for item in shuffled]
 
 
 class Fixed(SequenceRanker):
@@ -344,9 +344,9 @@ def test_a_gpu_gives_the_same_losses(tmp_path: Path, name: str) -> None:
     found = []
     for device in ("cpu", "cuda"):
         trainer = NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / device, device, device)
-        trainer.run(stop_after=4)
+        trainer.run()
         found.append([line["loss"] for line in read_metrics(tmp_path / device) if line["kind"] == "step"])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
@@ -367,12 +367,23 @@ def test_objective_and_mask_must_fit(tmp_path: Path) -> None:
             NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / "x", "x")
 
 
+def test_a_run_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    """Users of three events have no pair of training events; zero epochs train nothing."""
+    short = sequences_of([[1, 2, 3], [4, 5, 6]], tmp_path)
+    for sequences, some in ((short, recipe("sasrec_tiny")), (planted(tmp_path), recipe("sasrec_tiny", epochs=0))):
+        with pytest.raises(ValueError, match="nothing to train"):
+            NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / "x", "x")
+
+
 def test_time_gaps_need_times(tmp_path: Path) -> None:
     sequences = planted(tmp_path)
     some = recipe("hydrarec_tiny")
-    some = replace(some, config={**some.config, "time_gaps": True})
-    with pytest.raises(ValueError, match="a sequence file knows order only"):
-        NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / "x", "x")
+    for timed in (
+        recipes.replace_config(some, time_gaps=True),
+        replace(some, model="hstu", config={"width": 16, "time_bias": True}),
+    ):
+        with pytest.raises(ValueError, match="a sequence file knows order only"):
+            NextItemTrainer(build_model(timed, sequences), timed, sequences, tmp_path / "x", "x")
 
 
 def test_a_batch_of_one_long_window_is_a_batch(tmp_path: Path) -> None:

@@ -244,15 +244,17 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("name", [name for name in operators() if name != "softmax"])
 def test_no_tensor_grows_with_the_square_of_the_length(name: str) -> None:
     """Fact 8: forward and backward; PyTorch's softmax kernel included."""
-    operator = operators()[name]
 
-    def largest(length: int) -> int:
-        inputs = [t.requires_grad_() for t in rows(1, length)]
+    def largest(length: int, width: int = WIDTH) -> int:
+        inputs = [t.requires_grad_() for t in rows(1, length, width=width)]
+        operator = DecayedHydra(width) if name == "decayed hydra" else operators()[name]
         with LargestTensor() as seen:
             operator(*inputs, None).sum().backward()
         return seen.largest
 
     short, long = largest(1024), largest(4096)
+    if "hydra" in name:
+        assert largest(1024, 4 * WIDTH) <= 4.2 * short  # linear in the width, too
     assert long <= 4.2 * short
     assert long <= 4096 * 4096 / 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, silu
 
 from modeling import models
 from modeling.batch import FeatureSizes, UserInputs
+from modeling.layers.block import Place
 from modeling.layers.packing import MAX_WASTE, SMALL_GROUP, Packing
+from modeling.models.hstu import HSTULayer
 from modeling.models.sequence import PackedEvents, SequenceRanker, gap_bucket
 
 TOLERANCE = 1e-5
@@ -171,6 +174,46 @@ def test_hstus_normaliser_does_not_depend_on_the_pass() -> None:
         assert (other.encode_histories(events) - expected).abs().max() > 1e-4
 
 
+def test_hstu_is_its_formula() -> None:
+    """One layer on one sequence, written down with its T × T matrices; times over years, to the second."""
+    torch.manual_seed(0)
+    layer = HSTULayer(8, 2, dropout=0.0, normaliser=20, num_distances=20, time_bias=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rows = torch.randn(6, 8)
+    seconds = torch.tensor([0.0, 5.0, 3e7, 3e7 + 3, 2e8, 2e8 + 1], dtype=torch.float64)
+    out = layer(rows, Packing(np.array([6])), Place(torch.arange(6) + 1, seconds))
+    gate, value, query, key = silu(layer.gate_value_query_key(layer.norm(rows))).chunk(4, dim=-1)
+    mixed = torch.zeros(6, 8)
+    for head in range(2):
+        cut = slice(4 * head, 4 * head + 4)
+        for t in range(6):
+            for s in range(t + 1):
+                bucket = min(127, int(math.log(max(1.0, float(seconds[t] - seconds[s]))) / 0.301))
+                score = query[t, cut] @ key[s, cut] / 2 + layer.distance[t - s] + layer.duration[bucket]
+                mixed[t, cut] += silu(score) / 20 * value[s, cut]
+    expected = rows + layer.out(layer.mixed_norm(mixed) * gate)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hydras_pooled_vector_knows_order_only_through_positions() -> None:
+    """Fact 6: without positions the summary of a history is the same for every order; with them it is not."""
+    for positions, same in (("none", True), ("from_newest", False)):
+        model, events = build("hydrarec", {"causal": False, "positions": positions}), packed([15], 4)
+        order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+        shuffled = PackedEvents(events.item_N[order], events.action_N, events.gap_N, events.packing)
+        with torch.inference_mode():
+            difference = (model.encode_histories(shuffled) - model.encode_histories(events)).abs().max()
+        assert (difference < 1e-5) == same
+
+
+def test_times_are_refused_where_they_would_leak_or_say_nothing() -> None:
+    with pytest.raises(ValueError, match="would tell what was masked"):
+        build("bert4rec", {"time_gaps": True})
+    with pytest.raises(ValueError, match="time_bias is of 'hstu' layers"):
+        build("sasrec", {"time_bias": True})
+
+
 def test_hstu_refuses_other_layers() -> None:
     with pytest.raises(ValueError, match="causal 'hstu' layers only"):
         build("hstu", {"causal": False})
@@ -199,7 +242,7 @@ def test_packing_wastes_little_and_loses_nothing(lengths: list[int], seed: int) 
     rows = torch.randn(packing.num_rows, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     seen: list[Tensor] = []
 
-    def mix(padded: Tensor, mask: Tensor | None) -> Tensor:
+    def mix(mask: Tensor | None, padded: Tensor) -> Tensor:
         seen.append(padded)
         if mask is not None:
             assert (padded[~mask] == 0).all()
@@ -222,4 +265,4 @@ def test_packing_says_what_is_wrong_with_an_empty_sequence() -> None:
 def test_packing_pads_in_double_precision_too() -> None:
     packing = Packing(np.array([700, 300, 5]))
     rows = torch.randn(packing.num_rows, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: packing.apply(lambda p, _: p.cumsum(1), r)[::100], (rows,))
+    assert torch.autograd.gradcheck(lambda r: packing.apply(lambda _, p: p.cumsum(1), r)[::100], (rows,))
