@@ -128,7 +128,6 @@ def _quality_by_cost(plt: Any, results: list[dict[str, Any]]) -> bytes:
             label = name if number == 0 else None
             axes.plot([c for c, _ in curve], [q for _, q in curve], ".-", color=colour, label=label, linewidth=1)
     axes.set(xlabel="training, CPU seconds", ylabel="validation NDCG@10, FULL")
-    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     return png_of(plt, figure)
 

@@ -126,7 +126,8 @@ def rectools_encoder(ask: dict[str, Any]) -> dict[str, Any]:
         get_trainer_func=one_step,
     ).fit(Dataset.construct(frame))
     network = model.torch_model.train()
-    history = torch.randint(1, items, (1, ask["length"]))
+    known = len(network.item_model.get_all_embeddings())  # the model keeps only items that its sessions hold
+    history = torch.randint(1, known, (1, ask["length"]))
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
