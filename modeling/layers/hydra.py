@@ -8,7 +8,7 @@ for sequential recommendation in Mushtaque, "HydraRec", arXiv 2501.01242.
 | φ(x) = x / ‖x‖₂, over all D features of a row | `unit_rows` |
 | O_t = φ(Q)_t ⊙ Σ_s φ(K)_s ⊙ V_s | `Hydra(causal=False)` |
 | the same, s ≤ t | `Hydra(causal=True)`: a prefix sum; the state is one D-vector |
-| – | `DecayedHydra`: G_t = λ ⊙ G_{t-1} + φ(K)_t ⊙ V_t with learned λ in (0, 1)^D |
+| – | `DecayedHydra`: Σ_s λ^|t - s| ⊙ φ(K)_s ⊙ V_s with learned λ in (0, 1)^D; causally, a recurrence |
 
 Differs: the causal and the decayed form are ours (the body of HydraRec is not public). Sums are taken in float32,
 whatever the rows' dtype.
@@ -43,11 +43,12 @@ def hydra_plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, deca
         decay_D: λ of the decayed form.
     """
     weight = torch.einsum("btd,bsd->btsd", unit_rows(query), unit_rows(key))
+    rows = torch.arange(query.shape[1], device=query.device)
+    age = (rows[:, None] - rows)[..., None]
+    if decay_D is not None:
+        weight = weight * decay_D ** age.abs()
     if causal:
-        rows = torch.arange(query.shape[1], device=query.device)
-        age = rows[:, None] - rows
-        factor = torch.ones_like(weight[0]) if decay_D is None else decay_D ** age.clamp(min=0)[..., None]
-        weight = weight * factor * (age >= 0)[..., None]
+        weight = weight * (age >= 0)
     return torch.einsum("btsd,bsd->btd", weight, value)
 
 
@@ -139,17 +140,17 @@ class Hydra(Operator):
 
 
 class DecayedHydra(Operator):
-    """Hydra whose prefix sum forgets: temporal context inside the operator (HydraRec; the mechanism is ours).
+    """Hydra whose sums forget with distance: temporal context inside the operator (HydraRec; the mechanism is ours).
 
     Args:
         width: D.
+        causal: sum what came before, or both directions.
         initial_decay: λ at the start, of every feature.
     """
 
-    causal = can_extend = True
-
-    def __init__(self, width: int, initial_decay: float = 0.99) -> None:
+    def __init__(self, width: int, *, causal: bool = True, initial_decay: float = 0.99) -> None:
         super().__init__()
+        self.causal = self.can_extend = causal
         self.decay_logit = nn.Parameter(torch.full((width,), math.log(initial_decay / (1 - initial_decay))))
 
     @property
@@ -158,8 +159,11 @@ class DecayedHydra(Operator):
         return torch.sigmoid(self.decay_logit.float())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Mix rows, causally."""
-        sums = decayed_prefix_sum(_update(key, value, None), self.decay_D)
+        """Mix rows."""
+        update = _update(key, value, None if self.causal else mask_BT)
+        sums = decayed_prefix_sum(update, self.decay_D)
+        if not self.causal:  # the same from the other end; a row's own part would count twice
+            sums = sums + decayed_prefix_sum(update.flip(1), self.decay_D).flip(1) - update
         return (unit_rows(query) * sums).to(query.dtype)
 
     def initial_state(self, like_BD: Tensor) -> State:

@@ -292,7 +292,7 @@ def make_operator(name: OperatorName, config: SequenceConfig) -> Operator:
     """An operator by name.
 
     Raises:
-        ValueError: no such operator, or one that cannot read both ways in a bidirectional model.
+        ValueError: no such operator.
     """
     causal = config.causal
     if name == "softmax":
@@ -304,7 +304,5 @@ def make_operator(name: OperatorName, config: SequenceConfig) -> Operator:
     if name == "kernel_linear":
         return LinearAttention(config.num_heads, causal=causal, denominator=True)
     if name == "decayed_hydra":
-        if not causal:
-            raise ValueError("decayed_hydra is causal: a bidirectional model takes 'hydra'")
-        return DecayedHydra(config.width)
+        return DecayedHydra(config.width, causal=causal)
     raise ValueError(f"no operator {name!r}; there are softmax, hydra, decayed_hydra, linrec, kernel_linear")

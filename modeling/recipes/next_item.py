@@ -83,6 +83,12 @@ def gated_ml1m() -> NextItemRecipe:
     return NextItemRecipe("gated_ml1m", "sasrec", config, windows="all", training=training)
 
 
+def hydrarec_decayed_bidirectional_ml1m() -> NextItemRecipe:
+    """HydraRec-bidirectional whose sums decay with distance both ways."""
+    operators = ("decayed_hydra", "decayed_hydra")
+    return _ml1m("hydrarec_decayed_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators)
+
+
 def sasrec_beauty() -> NextItemRecipe:
     """SASRec with 1,024 shared negatives and averaged weights, on Amazon Beauty 5-core."""
     config = {**ML1M, "width": 192, "num_heads": 2, "dropout": 0.5}

@@ -36,13 +36,16 @@ def heads(tensor: Tensor, number: int) -> Tensor:
 def operators() -> dict[str, Operator]:
     torch.manual_seed(1)
     decayed = DecayedHydra(WIDTH)
-    torch.nn.init.normal_(decayed.decay_logit, mean=2.0)
+    both_ways = DecayedHydra(WIDTH, causal=False)
+    for operator in (decayed, both_ways):
+        torch.nn.init.normal_(operator.decay_logit, mean=2.0)
     return {
         "softmax causal": Softmax(4, causal=True),
         "softmax": Softmax(4, causal=False),
         "hydra causal": Hydra(causal=True),
         "hydra": Hydra(causal=False),
         "decayed hydra": decayed,
+        "decayed hydra both ways": both_ways,
         "linrec causal": LinRec(4, causal=True),
         "linrec": LinRec(4, causal=False),
         "kernel linear causal": LinearAttention(4, causal=True, denominator=True),
@@ -201,9 +204,13 @@ def test_a_row_of_zeros_stays_zero() -> None:
 def test_decay_one_is_plain_hydra_and_decay_zero_reads_only_the_row_itself() -> None:
     """Fact 9, at both ends exactly."""
     query, key, value = rows(2, 70)
-    decayed = DecayedHydra(WIDTH)
+    decayed, both = DecayedHydra(WIDTH), DecayedHydra(WIDTH, causal=False)
     with torch.no_grad():
         decayed.decay_logit.fill_(200.0)
+        both.decay_logit.fill_(200.0)
+    torch.testing.assert_close(
+        both(query, key, value, None), Hydra(causal=False)(query, key, value, None), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(
         decayed(query, key, value, None), Hydra(causal=True)(query, key, value, None), atol=1e-5, rtol=1e-5
     )
@@ -247,7 +254,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(name: str) -> None:
 
     def largest(length: int, width: int = WIDTH) -> int:
         inputs = [t.requires_grad_() for t in rows(1, length, width=width)]
-        operator = DecayedHydra(width) if name == "decayed hydra" else operators()[name]
+        operator = DecayedHydra(width, causal=name == "decayed hydra") if "decayed" in name else operators()[name]
         with LargestTensor() as seen:
             operator(*inputs, None).sum().backward()
         return seen.largest

@@ -28,6 +28,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert4rec": ("bert4rec", {}),
     "hydrarec": ("hydrarec", {}),
     "hydrarec bidirectional": ("hydrarec", {"causal": False, "mixed_scale": "count"}),
+    "hydrarec bidirectional decayed": ("hydrarec", {"causal": False, "operators": ("decayed_hydra",)}),
     "hydrarec hybrid": ("hydrarec", {"operators": ("softmax", "decayed_hydra")}),
     "linrec": ("linrec", {"num_heads": 4}),
     "hstu": ("hstu", {"time_bias": True}),
@@ -222,11 +223,6 @@ def test_hstu_refuses_other_layers() -> None:
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="no multiple of num_heads"):
         build("sasrec", {"num_heads": 3})
-
-
-def test_decayed_hydra_reads_one_way() -> None:
-    with pytest.raises(ValueError, match="decayed_hydra is causal"):
-        build("hydrarec", {"causal": False, "operators": ("decayed_hydra",)})
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(0, 0), (1, 0), (2, 2), (60, 13), (86_400, 37), (1e30, 127)])
