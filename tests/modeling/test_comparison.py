@@ -131,7 +131,8 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
     recipe = recipes.load("hydrarec_tiny")
     assert isinstance(recipe, NextItemRecipe)
     timed = recipes.replace_config(recipe, time_gaps=True)
-    events, _, _ = source.sequences.packed(source.sequences.offsets[:3], source.sequences.offsets[1:4])
+    # Slices that begin after a user's first event: the gap before a slice is no gap within it.
+    events, _, _ = source.sequences.packed(source.sequences.offsets[:5] + 2, source.sequences.offsets[1:6])
     assert float(events.gap_N.max()) > 0
     assert (events.gap_N[events.packing.from_oldest == 0] == 0).all()
     assert set(next_item.train_and_evaluate(source, timed)["test"]) >= {"FULL"}
