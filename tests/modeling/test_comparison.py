@@ -131,8 +131,14 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
     recipe = recipes.load("hydrarec_tiny")
     assert isinstance(recipe, NextItemRecipe)
     timed = recipes.replace_config(recipe, time_gaps=True)
-    # Slices that begin after a user's first event: the gap before a slice is no gap within it.
-    events, _, _ = source.sequences.packed(source.sequences.offsets[:5] + 2, source.sequences.offsets[1:6])
+    # Slices that begin later than the event before them: the gap before a slice is no gap within it.
+    sequences = source.sequences
+    assert sequences.times is not None
+    later = np.flatnonzero(np.diff(sequences.times) > 0)[:40] + 1
+    owners = np.searchsorted(sequences.offsets, later, side="right") - 1
+    within = later > sequences.offsets[owners]
+    assert within.any()
+    events, _, _ = sequences.packed(later[within], sequences.offsets[owners[within] + 1])
     assert float(events.gap_N.max()) > 0
     assert (events.gap_N[events.packing.from_oldest == 0] == 0).all()
     assert set(next_item.train_and_evaluate(source, timed)["test"]) >= {"FULL"}
