@@ -77,7 +77,7 @@ def metric_lines(result: dict[str, Any]) -> list[list[str]]:
 
 def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each recipe: test metrics (FULL) as mean ± standard deviation over seeds, and what they cost."""
-    head = ["recipe", "seeds", *(f"{name}" for name in METRICS), "validation ndcg@10", "parameters", "CPU s"]
+    head = ["recipe", "seeds", *METRICS, "validation ndcg@10", "parameters", "CPU s"]
     rows = []
     for name, runs in by_recipe(results).items():
         cells = [spread([run["test"]["FULL"][metric] for run in runs]) for metric in METRICS]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +23,12 @@ from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import leave_one_out, losses, models
 from modeling.leave_one_out import PROTOCOLS
-from modeling.models.sequence import SequenceRanker
+from modeling.models.sequence import PackedEvents, SequenceRanker
 from modeling.recipes import NextItemRecipe
 from modeling.sequences import Sequences, TrainingWindows, causal_batch, cloze_batch, training_windows
 from modeling.trainer import Loop
 
+ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
 
 
@@ -56,6 +58,7 @@ class NextItemTrainer(Loop):
             )
         super().__init__(model, recipe.training, folder, identity, device)
         self.recipe, self.sequences = recipe, sequences
+        self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else sys.maxsize
         self.windows: TrainingWindows
         if not self.plan(0) or recipe.training.epochs < 1:
             raise ValueError(
@@ -71,32 +74,47 @@ class NextItemTrainer(Loop):
         order = rng.permutation(number)
         return [order[first : first + size] for first in range(0, number, size)]
 
-    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
-        """The recipe's objective over the chosen windows, and the number of targets."""
+    def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
+        """The recipe's objective, a mean over all targets of the batch, in parts of about `rows_at_once` rows."""
         recipe, model = self.recipe, self.model
-        if recipe.objective == "cloze":
-            rng = np.random.default_rng(int(torch.randint(2**31, ())))
-            events, at, targets = cloze_batch(
-                self.sequences,
-                self.windows,
-                chosen,
-                mask_item=model.mask_item,
-                probability=recipe.mask_probability,
-                last_only=recipe.last_only,
-                rng=rng,
-            )
-            events, targets = events.to(self.device), targets.to(self.device)
-            rows = model.encode(events)[at.to(self.device)]
-            return losses.softmax(rows, model.catalogue, targets), len(targets)
-        events, targets = causal_batch(self.sequences, self.windows, chosen)
-        events, targets = events.to(self.device), targets.to(self.device)
-        rows = model.encode(events)
-        if recipe.objective == "softmax":
-            return losses.softmax(rows, model.catalogue, targets), len(targets)
-        negatives, log_expected = losses.uniform_negatives(recipe.num_negatives, self.sequences.num_items, self.device)
-        if recipe.objective == "sampled_softmax":
-            return losses.sampled_softmax(rows, model.catalogue, targets, negatives, log_expected), len(targets)
-        return losses.gbce(rows, model.catalogue, targets, negatives, recipe.calibration), len(targets)
+        rng = np.random.default_rng(int(torch.randint(2**31, ()))) if recipe.objective == "cloze" else None
+        parts = [self._part(part, rng) for part in self._split(chosen)]
+        total = sum(len(targets) for _, _, targets in parts)
+        drawn = None
+        if recipe.objective in ("sampled_softmax", "gbce"):
+            drawn = losses.uniform_negatives(recipe.num_negatives, self.sequences.num_items, self.device)
+        for events, at, targets in parts:
+            rows = model.encode(events.to(self.device))
+            rows = rows if at is None else rows[at.to(self.device)]
+            targets = targets.to(self.device)
+            if drawn is None:
+                loss = losses.softmax(rows, model.catalogue, targets)
+            elif recipe.objective == "sampled_softmax":
+                loss = losses.sampled_softmax(rows, model.catalogue, targets, *drawn)
+            else:
+                loss = losses.gbce(rows, model.catalogue, targets, drawn[0], recipe.calibration)
+            yield loss * (len(targets) / total), len(targets)
+
+    def _split(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """The batch's windows in parts of as many windows each."""
+        rows = int((self.windows.stops - self.windows.starts)[chosen].sum())
+        return np.array_split(chosen, min(-(-rows // self.rows_at_once), len(chosen)))
+
+    def _part(self, chosen: np.ndarray, rng: np.random.Generator | None) -> tuple[PackedEvents, Tensor | None, Tensor]:
+        """Inputs of some windows, which rows are asked about (None: all), and their targets."""
+        recipe = self.recipe
+        if rng is None:
+            events, targets = causal_batch(self.sequences, self.windows, chosen)
+            return events, None, targets
+        return cloze_batch(
+            self.sequences,
+            self.windows,
+            chosen,
+            mask_item=self.model.mask_item,
+            probability=recipe.mask_probability,
+            last_only=recipe.last_only,
+            rng=rng,
+        )
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """NDCG@10 and HR@10 on the validation targets, FULL."""

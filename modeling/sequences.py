@@ -168,11 +168,6 @@ class TrainingWindows:
     starts: np.ndarray
     stops: np.ndarray
 
-    @property
-    def num_targets(self) -> int:
-        """Targets in all."""
-        return int((self.stops - self.starts - 1).sum())
-
 
 def training_windows(
     sequences: Sequences, history_length: int, windows: Windows, rng: np.random.Generator

@@ -122,8 +122,11 @@ class Loop(ABC):
         """Batches of an epoch, in order; the same for every call."""
 
     @abstractmethod
-    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
-        """Loss of one batch, with its graph, and how many samples it held."""
+    def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
+        """Parts of a batch, each with its graph and its number of samples; their losses sum to the batch's.
+
+        A part's graph is freed before the next is made, so more parts take less memory for the same gradient.
+        """
 
     @abstractmethod
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -182,20 +185,22 @@ class Loop(ABC):
                 self.step, total, self.training.warmup_steps, self.training.final_learning_rate
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss, samples = self.loss(chosen)
-        if not torch.isfinite(loss):
+        loss, samples = 0.0, 0
+        for part, number in self.losses(chosen):
+            part.backward()
+            loss, samples = loss + float(part.detach()), samples + number
+        if not math.isfinite(loss):
             raise LossError(
-                f"loss is {loss.item()} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
+                f"loss is {loss} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
                 f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
             )
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         if self.averaged is not None:
             decay = min(self.training.averaging, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
-        return float(loss.detach()), samples
+        return loss, samples
 
     def _end_epoch(self) -> None:
         last = self.epoch + 1 == self.training.epochs
@@ -298,11 +303,11 @@ class Trainer(Loop):
         """Request numbers of every batch."""
         return batches(self.train.num_candidates, self.training, epoch)
 
-    def loss(self, chosen: np.ndarray) -> tuple[Tensor, int]:
-        """Binary cross-entropy over the candidates of the chosen requests."""
+    def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
+        """Binary cross-entropy over the candidates of the chosen requests, in one part."""
         batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
         loss = masked_bce(self.model(batch), batch.labels_BCT, batch.candidates.mask_BC)
-        return loss, int(batch.candidates.mask_BC.sum())
+        yield loss, int(batch.candidates.mask_BC.sum())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Log loss and NDCG@10 of the validation period."""

@@ -57,18 +57,21 @@ def timed(library: Any, ask: dict[str, Any], count: Any) -> Any:
     return Timed(), measured
 
 
-def quiet_trainer(library: Any, callback: Any) -> Any:
+def quiet_trainer(library: Any, **options: Any) -> Any:
     """A Lightning trainer that writes nothing."""
     return library.Trainer(
-        max_epochs=1000,
-        min_epochs=0,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback],
+        **options,
     )
+
+
+def timed_trainer(library: Any, callback: Any) -> Any:
+    """One that trains until the callback has measured enough."""
+    return quiet_trainer(library, max_epochs=1000, min_epochs=0, callbacks=[callback])
 
 
 def rectools_training(ask: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def rectools_training(ask: dict[str, Any]) -> dict[str, Any]:
         lr=1e-3,
         batch_size=ask["batch"],
         epochs=1000,
-        get_trainer_func=lambda **_: quiet_trainer(lightning, callback),
+        get_trainer_func=lambda **_: timed_trainer(lightning, callback),
     ).fit(Dataset.construct(training_lines(ask)))
     return dict(measured)
 
@@ -105,16 +108,6 @@ def rectools_encoder(ask: dict[str, Any]) -> dict[str, Any]:
     frame = pd.DataFrame({"user_id": 1, "item_id": range(items), "weight": 1.0})
     frame["datetime"] = pd.to_datetime(frame["item_id"], unit="s")
 
-    def one_step(**_: Any) -> Any:
-        return lightning.Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
     model = SASRecModel(
         n_blocks=ask["layers"],
         n_heads=2,
@@ -123,7 +116,7 @@ def rectools_encoder(ask: dict[str, Any]) -> dict[str, Any]:
         session_max_len=ask["length"],
         batch_size=1,
         epochs=1,
-        get_trainer_func=one_step,
+        get_trainer_func=lambda **_: quiet_trainer(lightning, max_steps=1),
     ).fit(Dataset.construct(frame))
     network = model.torch_model.train()
     known = len(network.item_model.get_all_embeddings())  # the model keeps only items that its sessions hold
@@ -181,7 +174,7 @@ def replay_training(ask: dict[str, Any]) -> dict[str, Any]:
         loss_type="CE",
     )
     callback, measured = timed(lightning, ask, _replay_targets)
-    quiet_trainer(lightning, callback).fit(model, loader)
+    timed_trainer(lightning, callback).fit(model, loader)
     return dict(measured)
 
 

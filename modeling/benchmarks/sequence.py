@@ -76,7 +76,7 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
         events = read(data)
         np.savetxt(lines, np.stack([events.users, events.items], 1), fmt="%d")
     found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
+    for _ in range(1 if arguments.quick else arguments.repeats):
         for library, python in libraries.items():
             if library == "memoir":
                 found.setdefault(library, []).append(_child("training", ask))
@@ -119,7 +119,7 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     at: dict[int, float] = {}
     for length in lengths:
         runs: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
+        for _ in range(1 if arguments.quick else arguments.repeats):
             for name, (model, config) in models.items():
                 if "softmax" in name and length > limit:
                     continue

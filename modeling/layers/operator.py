@@ -28,10 +28,10 @@ class Operator(nn.Module, ABC):
             mask_BT: bool, True where a row is real; None where all are.
         """
 
+    @abstractmethod
     def initial_state(self, like_BD: Tensor) -> State:
         """The state before the first row, for as many sequences, on the device of `like_BD`."""
-        raise NotImplementedError(f"{type(self).__name__} has no streaming form")
 
+    @abstractmethod
     def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
-        """`forward` for rows that follow those the state has seen, and the state after them."""
-        raise NotImplementedError(f"{type(self).__name__} has no streaming form")
+        """`forward` for rows that follow those the state has seen, and the state after them; causal operators only."""

@@ -75,7 +75,8 @@ class PackedEvents:
 
     def to(self, device: torch.device | str) -> PackedEvents:
         """All tensors on a device."""
-        if self.item_N.device == torch.device(device):
+        to = torch.device(device)
+        if self.item_N.device.type == to.type and to.index in (None, self.item_N.device.index):
             return self
         item, action, gap = (tensor.to(device) for tensor in (self.item_N, self.action_N, self.gap_N))
         return PackedEvents(item, action, gap, Packing(self.packing.lengths, device))
@@ -210,6 +211,8 @@ class SequenceRanker(Ranker):
 
     def _extend(self, state: UserState, user: UserInputs) -> UserState:
         mask = user.mask_BL
+        if not mask.shape[1]:
+            return state
         index = state.length_B[:, None] + torch.arange(mask.shape[1], device=mask.device)
         rows = self._embed(user.item_BL, user.action_BL, user.gap_BL, index)
         seconds = None
