@@ -76,7 +76,9 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     for name in columns:
         values = rows[name].combine_chunks()
         if pa.types.is_list(values.type):
-            values = pa.array(["\x1f".join(value) for value in values.to_pylist()])
+            values = pa.array(
+                [None if value is None else "\x1f".join(value) for value in values.to_pylist()], pa.string()
+            )
         codes = values.dictionary_encode(null_encoding="encode").indices
         starts = np.zeros(rows.num_rows, bool)
         starts[run_starts(codes)] = True

@@ -61,7 +61,7 @@ JOB = Job(
     doc="newest row of each key → online store",
     reads={
         "events": ("user_profile", "item_profile"),
-        "user_history": ("user_history", "user_history_index"),
+        "user_history": ("user_history", "user_stats"),
         "item_stats": ("item_stats",),
     },
     options={},

@@ -1,4 +1,4 @@
-"""Job `user_history`: events → history log, history index, and the newest events of each user for the online store."""
+"""Job `user_history`: events → history log, user statistics, and the newest events of each user for the online store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from beam_jobs.events import by_user
+from beam_jobs.item_stats import FIXED_POINT
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan
 from feature_repo import history
@@ -18,7 +19,7 @@ from feature_repo.tables import parquet_bytes
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
-    """One partition of users: a log part, its index rows, and packed newest events."""
+    """One partition of users: a log part, statistics, and packed newest events."""
     contract, partition = plan.contract, key[1]
     events = sort_by_key_and_time(events, contract.user.join_key)
     log = history.log_part(contract, events)
@@ -28,14 +29,14 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     counts = {"users": log.num_rows, "events": events.num_rows}
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     for table, rows in (
-        ("user_history_index", index_rows(contract, events)),
+        ("user_stats", stat_rows(contract, events)),
         ("user_history", packed_rows(contract, events)),
     ):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
 
 
-def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
-    """A row for each user and distinct event time: how many events are known just after it.
+def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
+    """A row for each user and distinct event time: what the events up to it come to, known just after it.
 
     Args:
         events: sorted by user and time.
@@ -45,10 +46,28 @@ def index_rows(contract: Contract, events: pa.Table) -> pa.Table:
     first = np.repeat(starts, history.run_ends(starts, len(user)) - starts)
     last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
     at = np.flatnonzero(last_of_instant)
+    primary = events["action"].to_numpy() == 0
+    values = events[contract.spec.stat_value].to_numpy().astype(np.float64)
+    fixed = np.round(values * FIXED_POINT).astype(np.int64) * primary
+
+    def to_date(counted: np.ndarray) -> np.ndarray:
+        running = np.r_[0, np.cumsum(counted)]
+        return (running[at + 1] - running[first[at]]).astype(np.int64)
+
+    number, total = to_date(primary), to_date(fixed)
+    mean = np.where(number > 0, total / np.maximum(number, 1) / FIXED_POINT, np.nan)
     known = from_micros(time[at] + 1)
     return pa.table(
-        [user.take(pa.array(at)), pa.array(at - first[at] + 1), known, known],
-        schema=arrow_schema(contract.table("user_history_index")),
+        [
+            user.take(pa.array(at)),
+            pa.array(at - first[at] + 1),
+            pa.array(time[first[at]] // 1_000_000),
+            pa.array(to_date(~primary)),
+            pa.array(mean.astype(np.float32), from_pandas=True),
+            known,
+            known,
+        ],
+        schema=arrow_schema(contract.table("user_stats")),
     )
 
 
@@ -75,7 +94,7 @@ def packed_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_
 
 JOB = Job(
     name="user_history",
-    doc="events → history log, history index, newest events packed",
+    doc="events → history log, user statistics, newest events packed",
     reads={"events": ("events",)},
     options={"num_partitions": 8},
     steps=partial(BuildTables, read=by_user, build=build),

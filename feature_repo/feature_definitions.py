@@ -79,27 +79,27 @@ item = _entity(contract.item)
 
 user_profile_source = _source("user_profile")
 user_history_source = _source("user_history")
-user_history_index_source = _source("user_history_index")
+user_stats_source = _source("user_stats")
 item_profile_source = _source("item_profile")
 item_stats_source = _source("item_stats")
 
 user_profile = _view(user, user_profile_source)
 user_history = _view(user, user_history_source)
-user_history_index = _view(user, user_history_index_source)
+user_stats = _view(user, user_stats_source)
 item_profile = _view(item, item_profile_source)
 item_stats = _view(item, item_stats_source)
 
-# A service names what one kind of ranker reads. Training joins the history index and gathers late from the history log;
-# a request reads the packed history instead, which holds the same events.
-amortised_dlrm_v1 = FeatureService(
-    name="amortised_dlrm_v1",
-    features=[user_profile, user_history_index, item_profile, item_stats],
-    description="training features of the amortised DLRM",
+# A service names what a kind of ranker reads; all of ours read the same. Training joins user statistics, which say how
+# much of the history was known, and gathers late from the history log; a request reads the packed history as well.
+ranking_v1 = FeatureService(
+    name="ranking_v1",
+    features=[user_profile, user_stats, item_profile, item_stats],
+    description="what rankers train on",
     tags=tags,
 )
-amortised_dlrm_v1_online = FeatureService(
-    name="amortised_dlrm_v1_online",
-    features=[user_profile, user_history],
-    description="what one request of the amortised DLRM reads of its user",
+ranking_v1_online = FeatureService(
+    name="ranking_v1_online",
+    features=[user_profile, user_stats, user_history],
+    description="what one request reads of its user",
     tags=tags,
 )

@@ -2,7 +2,7 @@
 
 **History log**: one row per user, columns are lists of events, oldest first; one Arrow IPC file per partition, read
 by memory map. Item ids are dictionary-encoded within a part. A history is the slice `[history_end - L, history_end)`
-of a user's row, where `history_end` comes from the feature view `user_history_index`: the point-in-time join carries
+of a user's row, where `history_end` comes from the feature view `user_stats`: the point-in-time join carries
 eight bytes for each example, whatever L is.
 
 **Packed history**: the newest N events of one user as bytes, the value of the feature view `user_history`:

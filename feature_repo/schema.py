@@ -129,7 +129,7 @@ class DatasetSpec:
     user_features: tuple[Column, ...]
     item_features: tuple[Column, ...]
     item_title: str  # the item feature that a person reads
-    stat_value: str  # the event feature whose mean `item_stats` keeps
+    stat_value: str  # the event feature whose mean `item_stats` and `user_stats` keep
     requests: Requests
     raw: Table
     max_bad_fraction: float
@@ -172,6 +172,11 @@ class Contract:
         )
 
     @property
+    def user_columns(self) -> tuple[Column, ...]:
+        """What a request reads of its user beside the history."""
+        return self.table("user_profile").columns + self.table("user_stats").columns
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits over every name, type, unit and limit; documentation strings do not count."""
 
@@ -199,8 +204,8 @@ def contract(spec: DatasetSpec) -> Contract:
         _view("user_profile", user, "events", PROFILE_DOC.format("a user"), spec.user_features),
         _view("item_profile", item, "events", PROFILE_DOC.format("an item"), spec.item_features),
         _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
-        _view("user_history_index", user, "user_history", HISTORY_INDEX_DOC, (HISTORY_END,)),
-        _view("item_stats", item, "item_stats", STATS_DOC, _stat_columns(spec)),
+        _view("user_stats", user, "user_history", USER_STATS_DOC, _user_stat_columns(spec)),
+        _view("item_stats", item, "item_stats", ITEM_STATS_DOC, _item_stat_columns(spec)),
         _training_examples(spec, user, item),
     )
     return Contract(spec, user, item, tables)
@@ -209,9 +214,9 @@ def contract(spec: DatasetSpec) -> Contract:
 PROFILE_DOC = "What is known of {} besides events; a row for each change."
 HISTORY_DOC = f"A user's newest {NUM_HISTORY_ONLINE} events, packed (feature_repo/history.py), oldest first."
 HISTORY = Column("history", DType.BYTES, "packed events", max_length=NUM_HISTORY_ONLINE)
-HISTORY_INDEX_DOC = "How many of a user's events were known at an instant: a row for each distinct event time."
+USER_STATS_DOC = "What a user's events came to by an instant: a row for each distinct event time."
 HISTORY_END = Column("history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1)
-STATS_DOC = "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
+ITEM_STATS_DOC = "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
 DEAD_LETTERS = Table(
     "dead_letters",
     "Raw rows that are no event, each with its reason and where it stood.",
@@ -246,7 +251,18 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
     )
 
 
-def _stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+def _user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+    primary = spec.actions[0]
+    mean_doc = f"mean {spec.stat_value} of the user's events '{primary}' to date"
+    return (
+        HISTORY_END,
+        Column("first_event_s", DType.INT64, "time of the user's first event", unit="s since 1970"),
+        Column("other_events", DType.INT64, "events of any other action than the first", unit="events", minimum=0),
+        Column(f"user_mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
+    )
+
+
+def _item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
     def count(name: str, doc: str) -> Column:
         return Column(name, DType.INT64, doc, unit="events", minimum=0)
 

@@ -1,4 +1,5 @@
-"""Features between a history and its candidates: pure functions, run by the same code in training and at request time.
+"""Features of a request and between a history and its candidates: pure functions, run by the same code in training and
+at request time.
 
 Exact matches ("bought this before") are hard to learn from embeddings and a few thousand requests, and cheap to say.
 All functions take flat arrays of any number of requests, so one request is served by the code that trained on many.
@@ -11,20 +12,71 @@ import numpy as np
 from feature_repo.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
-VERSION = 1  # raised when a feature of this file changes its meaning: bundles of another version are refused
+VERSION = 2  # raised when a feature of this file changes its meaning: bundles of another version are refused
 MATCH_FEATURES = (
     "match_times",  # log1p: events of the first action with this item
     "match_share",  # the same as a share of the history
     "match_other_times",  # log1p: events of other actions with this item
     "match_days_ago",  # log1p days since the newest such event; 0 without one
     "match_events_ago",  # log1p events since the newest such event; 0 without one
-    "history_length",  # log1p events
-    "history_days_ago",  # log1p days since the newest event of all; 0 without one
+    "value_ratio",  # log: the item's mean value over the user's; 0 where one is unknown
+    "item_other_share",  # other actions among the item's events, such as its return rate
 )
+USER_FEATURES = (
+    "tenure_days",  # log1p days since the first event; 0 without one
+    "events",  # log1p events to date
+    "other_share",  # other actions among them, such as the return rate
+    "mean_value",  # squashed mean value of the user's events of the first action
+    "days_ago",  # log1p days since the newest event of all; 0 without one
+)
+CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
+
+
+def context_fields(request_times: np.ndarray) -> np.ndarray:
+    """Categories of each request's time, int64, B × len(CONTEXT_FIELDS)."""
+    hours = request_times // (MICROS_PER_DAY // 24)
+    return np.stack([hours % 24, (hours // 24 + 3) % 7], axis=1)  # 1970 began on a Thursday
+
+
+def user_features(
+    histories: Histories,
+    request_times: np.ndarray,
+    first_event_s: np.ndarray,
+    events: np.ndarray,
+    other_events: np.ndarray,
+    mean_value: np.ndarray,
+) -> np.ndarray:
+    """Dense features of each request's user, float32, B × len(USER_FEATURES).
+
+    Args:
+        histories: of B requests, events strictly before each request.
+        request_times: B times, microseconds.
+        first_event_s: seconds since 1970; with `events` and `other_events` the user's statistics, NaN where there are none.
+        mean_value: of the user's events, NaN where there is none.
+    """
+    tenure = request_times / MICROS_PER_DAY - np.nan_to_num(first_event_s) / 86_400
+    known = np.isfinite(first_event_s)
+    number = np.nan_to_num(events)
+    some = histories.lengths > 0
+    newest = np.zeros(len(request_times))
+    newest[some] = (request_times[some] - histories.times[histories.offsets[1:][some] - 1]) / MICROS_PER_DAY
+    features = [
+        np.log1p(np.maximum(np.where(known, tenure, 0), 0)),
+        np.log1p(number),
+        np.nan_to_num(other_events) / np.maximum(number, 1),
+        squash(mean_value),
+        np.log1p(np.maximum(newest, 0)),
+    ]
+    return np.stack(features, axis=1).astype(np.float32)
 
 
 def match_features(
-    histories: Histories, candidate_offsets: np.ndarray, candidate_keys: np.ndarray, request_times: np.ndarray
+    histories: Histories,
+    candidate_offsets: np.ndarray,
+    candidate_keys: np.ndarray,
+    request_times: np.ndarray,
+    item_stats: tuple[np.ndarray, np.ndarray, np.ndarray],
+    user_mean: np.ndarray,
 ) -> np.ndarray:
     """Match features of every candidate, float32, N × len(MATCH_FEATURES).
 
@@ -33,6 +85,8 @@ def match_features(
         candidate_offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         candidate_keys: item keys of all N candidates, comparable with `histories.item_keys`.
         request_times: B times, microseconds.
+        item_stats: events of the first action, of all others, and mean value of each candidate's item; NaN: unknown.
+        user_mean: mean value of each request's user, NaN where there is none.
     """
     num_requests = len(request_times)
     owner = np.repeat(np.arange(num_requests), np.diff(candidate_offsets))
@@ -61,17 +115,18 @@ def match_features(
     days_ago[seen] = (request_times[owner[seen]] - histories.times[newest[seen]]) / MICROS_PER_DAY
     events_ago[seen] = histories.offsets[owner[seen] + 1] - newest[seen]
 
-    last_days = np.zeros(num_requests)
-    some = length > 0
-    last_days[some] = (request_times[some] - histories.times[histories.offsets[1:][some] - 1]) / MICROS_PER_DAY
+    item_events, item_others, item_mean = item_stats
+    both = np.nan_to_num(item_events) + np.nan_to_num(item_others)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(item_mean) - np.log(user_mean[owner])
     features = [
         np.log1p(times),
         times / np.maximum(length[owner], 1),
         np.log1p(other_times),
         np.log1p(np.maximum(days_ago, 0)),
         np.log1p(events_ago),
-        np.log1p(length[owner]),
-        np.log1p(np.maximum(last_days, 0))[owner],
+        np.nan_to_num(ratio, nan=0.0, posinf=0.0, neginf=0.0),
+        np.nan_to_num(item_others) / np.maximum(both, 1),
     ]
     return np.stack(features, axis=1).astype(np.float32)
 

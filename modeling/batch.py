@@ -1,8 +1,8 @@
 """Batch: the typed tensors that every model takes, and how stored columns become them.
 
 Training and serving both go `Requests → encode → collate → Batch`; there is no second path.
-Shape letters: B requests, L history, C candidates, E event features, U user fields, K item category slots, F dense
-features, T tasks.
+Shape letters: B requests, L history, C candidates, E event features, U user and context fields, G dense user
+features, K item category slots, F dense candidate features, T tasks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ from torch import Tensor
 
 from feature_repo.history import Histories
 from feature_repo.schema import NUM_HISTORY_ONLINE, Contract, DType
-from feature_repo.transforms import MATCH_FEATURES, event_ages, match_features, squash
+from feature_repo.transforms import (
+    CONTEXT_FIELDS,
+    MATCH_FEATURES,
+    USER_FEATURES,
+    context_fields,
+    event_ages,
+    match_features,
+    squash,
+    user_features,
+)
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
+NOT_EVENTS = ("field_BU", "dense_BG")  # fields of UserInputs that have no history axis
 MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
 
 
@@ -39,7 +49,7 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class UserInputs(_Tensors):
-    """What a model knows of the user: history, oldest first and padded on the right, and user fields."""
+    """What a model knows of the user and the request: history, oldest first and padded on the right, and features."""
 
     item_BL: Tensor  # int64 vocabulary index; 0 is unknown
     action_BL: Tensor  # int64
@@ -47,11 +57,12 @@ class UserInputs(_Tensors):
     gap_BL: Tensor  # float32, log1p days since the event before; 0 for the first
     event_BLE: Tensor  # float32 event features
     mask_BL: Tensor  # bool, True where there is an event
-    field_BU: Tensor  # int64 user fields
+    field_BU: Tensor  # int64 user and context fields
+    dense_BG: Tensor  # float32 user features
 
     def events(self, start: int, stop: int | None = None) -> UserInputs:
         """The same users with only the events `[start, stop)` of the padded history."""
-        cut = {f.name: getattr(self, f.name)[:, start:stop] for f in fields(self) if f.name != "field_BU"}
+        cut = {f.name: getattr(self, f.name)[:, start:stop] for f in fields(self) if f.name not in NOT_EVENTS}
         return replace(self, **cut)
 
 
@@ -90,6 +101,8 @@ class FeatureSizes:
     slots: tuple[int, ...]  # slots of each group
     dense: int
     history_length: int
+    user_dense: int = 0
+    tasks: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Requests:
     """
 
     times: np.ndarray  # int64 microseconds, B
-    user_columns: dict[str, pa.Array]  # user features, B
+    user_columns: dict[str, pa.Array]  # user features and statistics, B
     items: pa.Array
     candidate_offsets: np.ndarray
     candidate_keys: np.ndarray
@@ -149,6 +162,7 @@ class Encoded:
 
     times: np.ndarray
     field_BU: np.ndarray
+    dense_BG: np.ndarray
     candidate_offsets: np.ndarray
     candidate_item: np.ndarray
     candidate_category: np.ndarray
@@ -180,6 +194,8 @@ class Encoder:
         spec = contract.spec
         self.item_key = contract.item.join_key
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
+        self.user_stats = ("first_event_s", "history_end", "other_events", f"user_mean_{spec.stat_value}")
+        self.item_ratios = ("count_total", "other_total", f"mean_{spec.stat_value}")
         self.user_fields = spec.ranking_user_features
         self.categories = spec.ranking_item_features
         self.event_columns = tuple(c.name for c in spec.event_features)
@@ -201,36 +217,42 @@ class Encoder:
             items=size[self.item_key],
             actions=len(self.contract.spec.actions),
             event_features=len(self.event_columns),
-            user_fields=tuple(size[name] for name in self.user_fields),
+            user_fields=(*(size[name] for name in self.user_fields), *CONTEXT_FIELDS.values()),
             categories=tuple(size[name] for name in self.categories),
             slots=self._slots,
             dense=len(self.dense_names),
             history_length=self.history_length,
+            user_dense=len(USER_FEATURES),
         )
 
     def encode(self, requests: Requests, chunk: int = 1024) -> Encoded:
-        """Numbers for all requests at once; match features chunk by chunk, so that histories are never all in memory."""
+        """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they are never all in memory."""
         number = len(requests)
-        fields_BU = np.zeros((number, len(self.user_fields)), np.int64)
-        for index, name in enumerate(self.user_fields):
-            fields_BU[:, index] = self.vocabularies[name].encode(requests.user_columns[name])
+        named = [self.vocabularies[name].encode(requests.user_columns[name]) for name in self.user_fields]
+        fields_BU = np.concatenate([np.array(named, np.int64).reshape(-1, number).T, context_fields(requests.times)], 1)
+        user_stats = [_floats(requests.user_columns[name]) for name in self.user_stats]
+        item_stats = [_floats(requests.candidate_columns[name]) for name in self.item_ratios]
+        dense_BG = np.empty((number, len(USER_FEATURES)), np.float32)
         offsets, keys = requests.candidate_offsets, requests.candidate_keys
         dense = np.empty((len(keys), len(self.dense_names)), np.float32)
         for index, name in enumerate(self.stat_columns):
-            column = requests.candidate_columns[name]
-            dense[:, index] = squash(pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy(zero_copy_only=False))
+            dense[:, index] = squash(_floats(requests.candidate_columns[name]))
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, NUM_HISTORY_ONLINE)
             within = offsets[start : chosen[-1] + 2] - first
+            times, (first_event, events, others, mean) = requests.times[chosen], (s[chosen] for s in user_stats)
+            count, other, item_mean = (s[first:last] for s in item_stats)
             dense[first:last, len(self.stat_columns) :] = match_features(
-                histories, within, keys[first:last], requests.times[chosen]
+                histories, within, keys[first:last], times, (count, other, item_mean), mean
             )
+            dense_BG[chosen] = user_features(histories, times, first_event, events, others, mean)
         item_of_key = self.vocabularies[self.item_key].encode(requests.items)
         return Encoded(
             times=requests.times,
             field_BU=fields_BU,
+            dense_BG=dense_BG,
             candidate_offsets=offsets,
             candidate_item=item_of_key[keys],
             candidate_category=self._categories(requests),
@@ -247,7 +269,9 @@ class Encoder:
             chosen: request numbers, in the order of the batch.
         """
         histories = encoded.gather(chosen, self.history_length)
-        user = self.user_inputs(histories, encoded.times[chosen], encoded.field_BU[chosen], encoded.item_of_key)
+        user = self.user_inputs(
+            histories, encoded.times[chosen], encoded.field_BU[chosen], encoded.dense_BG[chosen], encoded.item_of_key
+        )
         lengths = encoded.num_candidates[chosen]
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -262,9 +286,14 @@ class Encoder:
         return Batch(user, candidates, pad(encoded.labels[flat][:, None]))
 
     def user_inputs(
-        self, histories: Histories, times: np.ndarray, fields_BU: np.ndarray, item_of_key: np.ndarray
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        fields_BU: np.ndarray,
+        dense_BG: np.ndarray,
+        item_of_key: np.ndarray,
     ) -> UserInputs:
-        """Pad histories and user fields."""
+        """Pad histories; the rest stays as it is."""
         lengths = histories.lengths
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -283,6 +312,7 @@ class Encoder:
             event_BLE=pad(events),
             mask_BL=torch.from_numpy(mask),
             field_BU=torch.from_numpy(fields_BU),
+            dense_BG=torch.from_numpy(dense_BG),
         )
 
     def _categories(self, requests: Requests) -> np.ndarray:
@@ -314,6 +344,11 @@ class _Padder:
         padded = torch.zeros((*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype)
         padded.numpy()[self.mask] = flat
         return padded
+
+
+def _floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A number column as float64, NaN where it is null."""
+    return pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:

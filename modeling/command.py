@@ -155,7 +155,7 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
         )
         torch.manual_seed(recipe.training.seed)
         model = models.build(recipe.model, recipe.config, encoder.sizes)
-        model.fit_statistics(torch.from_numpy(encoded.candidate_dense))
+        model.fit_statistics(torch.from_numpy(encoded.candidate_dense), torch.from_numpy(encoded.dense_BG))
         trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
         summary = trainer.fit(encoded, encoded_validation)
         write_vocabularies(encoder, run.folder / "vocabularies.json")

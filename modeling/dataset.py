@@ -166,9 +166,7 @@ class Warehouse:
         features = contract.table("item_profile").columns + contract.table("item_stats").columns
         requests = Requests(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
-            user_columns={
-                c.name: joined[c.name].combine_chunks().take(first) for c in contract.table("user_profile").columns
-            },
+            user_columns={c.name: joined[c.name].combine_chunks().take(first) for c in contract.user_columns},
             items=items,
             candidate_offsets=offsets,
             candidate_keys=keys,
@@ -192,7 +190,7 @@ def training_set_table(contract: Contract) -> Table:
     """The contract of a joined training set: keys, label and features, where a missing value is one that is not yet known."""
     label = contract.table("training_examples").column(contract.spec.requests.label)
     joined: list[Column] = [contract.user.column, contract.item.column, label]
-    for name in ("user_profile", "user_history_index", "item_profile", "item_stats"):
+    for name in ("user_profile", "user_stats", "item_profile", "item_stats"):
         joined += [
             replace(c, nullable=True)
             for c in contract.table(name).columns

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.history import Histories
@@ -28,7 +29,7 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str
     requests = test.requests
     encoded = encoder.encode(requests)
     logits = predict(model, encoder, encoded)
-    empty = predict(model, encoder, encoder.encode(without_history(requests)))
+    empty = predict(model, encoder, encoder.encode(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
     popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
     scorings = {
@@ -44,7 +45,7 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str
     return found, picture_figures(encoded, logits, test.history_lengths)
 
 
-def without_history(requests: Requests) -> Requests:
+def without_history(requests: Requests, contract: Contract) -> Requests:
     """The same requests of users of whom nothing is known yet."""
 
     def gather(chosen: np.ndarray, length: int) -> Histories:
@@ -52,7 +53,9 @@ def without_history(requests: Requests) -> Requests:
         nothing = np.zeros(len(chosen), np.int64)
         return histories.take(nothing, nothing)
 
-    return replace(requests, gather=gather)
+    known = {c.name for c in contract.table("user_stats").columns}
+    nothing_known = {n: pa.nulls(len(c), c.type) if n in known else c for n, c in requests.user_columns.items()}
+    return replace(requests, gather=gather, user_columns=nothing_known)
 
 
 def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.ndarray) -> dict[str, Any]:

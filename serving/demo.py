@@ -111,7 +111,7 @@ def summary(settings: Settings, started_s: float) -> None:
 def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list[tuple[str, str, int | str]]]:
     """A user with a history of middling length who acted lately, and their newest events, newest first."""
     log = HistoryLog(contract, JobFolder(settings.home, "user_history"))
-    index = JobFolder(settings.home, "user_history").read("user_history_index")
+    index = JobFolder(settings.home, "user_history").read("user_stats")
     by_user = index.group_by(contract.user.join_key).aggregate([("history_end", "max"), ("event_timestamp", "max")])
     length, last = by_user["history_end_max"].to_numpy(), micros(by_user["event_timestamp_max"])
     fitting = np.flatnonzero((length >= 40) & (length <= 400))

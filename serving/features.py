@@ -59,7 +59,7 @@ class FeastReader:
         """One user's features and history."""
         key = self.contract.user.join_key
         values = self._read(self._service, [{key: user_id}])
-        columns = {c.name: values[c.name][0] for c in self.contract.table("user_profile").columns}
+        columns = {c.name: values[c.name][0] for c in self.contract.user_columns}
         packed = values["history"][0]
         if packed is None:
             known = any(value is not None for value in columns.values())

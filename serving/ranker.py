@@ -72,7 +72,7 @@ class Ranker:
 
     def warm_up(self) -> None:
         """Rank once for nobody, so that the first request pays for no first time."""
-        empty = UserRow({c.name: None for c in self.contract.table("user_profile").columns}, None)
+        empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
         ids = list(self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist())
         columns, _, _ = self.items.take(ids)
         self._score(empty, ids, columns, datetime.now(UTC), _Clock(None))
@@ -83,9 +83,10 @@ class Ranker:
         """This one request in the shape that training encodes."""
         ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
         micros = (at - EPOCH) // timedelta(microseconds=1)
-        history = user.history
+        history, known = user.history, user.columns
         if history is not None:
-            history = _before(history, micros)
+            whole, history = history, _before(history, micros)
+            known = known | _stats_before(self.contract, known, whole.slice(history.num_rows))
         histories, keys = from_batches(self.contract, [history], ids)
         item_ids = ids if history is None else pa.concat_arrays([history[self.contract.item.join_key], ids])
         first_of_key = np.unique(np.concatenate([histories.item_keys, keys]), return_index=True)[1]
@@ -93,10 +94,7 @@ class Ranker:
         def gather(chosen: np.ndarray, length: int) -> Histories:
             return histories.newest(length)
 
-        user_columns = {
-            c.name: pa.array([user.columns[c.name]], arrow_type(c.dtype))
-            for c in self.contract.table("user_profile").columns
-        }
+        user_columns = {c.name: pa.array([known[c.name]], arrow_type(c.dtype)) for c in self.contract.user_columns}
         return Requests(
             times=np.array([micros]),
             user_columns=user_columns,
@@ -112,7 +110,7 @@ class Ranker:
             user = self.reader.read_user(user_id)
         except Exception:
             logger.exception("the online store could not be read; ranking without a user")
-            nothing = {c.name: None for c in self.contract.table("user_profile").columns}
+            nothing = {c.name: None for c in self.contract.user_columns}
             return UserRow(nothing, None), ["store_unavailable"]
         return user, list(user.problems)
 
@@ -139,6 +137,22 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = round((now - self._last) * 1000, 3)
         self._last = now
+
+
+def _stats_before(contract: Contract, stats: dict[str, Any], later: pa.RecordBatch) -> dict[str, Any]:
+    """A user's statistics without the events at or after the request, as they were before those came."""
+    if not later.num_rows or stats["history_end"] is None:
+        return {}
+    value = contract.spec.stat_value
+    mean = f"user_mean_{value}"
+    primary = later["action"].to_numpy() == 0
+    events, others = stats["history_end"] - later.num_rows, stats["other_events"] - int((~primary).sum())
+    if events <= 0:
+        return dict.fromkeys(("history_end", "first_event_s", "other_events", mean))
+    counted = stats["history_end"] - stats["other_events"]
+    total = (stats[mean] or 0.0) * counted - float(later[value].to_numpy().astype(np.float64)[primary].sum())
+    left = events - others
+    return {"history_end": events, "other_events": others, mean: total / left if left else None}
 
 
 def _before(history: pa.RecordBatch, micros: int) -> pa.RecordBatch:

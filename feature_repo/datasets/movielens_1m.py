@@ -39,6 +39,7 @@ SPEC = DatasetSpec(
     item_features=(
         Column("title", DType.STRING, "title and year"),
         Column("genres", DType.STRING_LIST, "genres"),
+        Column("year", DType.INT64, "of release, from the title", unit="years", nullable=True),
     ),
     item_title="title",
     stat_value="rating",
@@ -62,7 +63,7 @@ SPEC = DatasetSpec(
     ),
     max_bad_fraction=0.01,
     ranking_user_features=("gender", "age", "occupation"),
-    ranking_item_features=("genres",),
+    ranking_item_features=("genres", "year"),
 )
 CONTRACT = contract(SPEC)
 
@@ -118,7 +119,8 @@ def parse(unit: RawUnit) -> Parsed:
             users = pa.table([pa.array(c) for c in columns] + [known, known], schema=users.schema)
         else:
             columns = [[int(r[0]) for r in rows], [r[1] for r in rows], [r[2].split("|") for r in rows]]
-            items = pa.table([pa.array(c) for c in columns] + [known, known], schema=items.schema)
+            years = pa.array([_number(r[1][-5:-1]) for r in rows], pa.int64())
+            items = pa.table([*(pa.array(c) for c in columns), years, known, known], schema=items.schema)
     except (ValueError, IndexError) as error:
         raise RawDataError(f"{unit.file}: expected GroupLens's '::' separated fields; {error}") from error
     return Parsed(empty(SPEC, "events"), users, items, empty(SPEC, "dead_letters"), 0)

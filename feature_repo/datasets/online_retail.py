@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -28,6 +29,7 @@ PRODUCT_CODE = (
     r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
 )
 INVOICE_NUMBER = r"^C?[0-9]{6}$"
+WORD = re.compile("[a-z]{2,}")
 UNIT_ROWS = 100_000
 
 SPEC = DatasetSpec(
@@ -41,7 +43,10 @@ SPEC = DatasetSpec(
         Column("unit_price", DType.FLOAT32, "price of one piece", unit="GBP", minimum=0),
     ),
     user_features=(Column("country", DType.STRING, "country on the invoice"),),
-    item_features=(Column("description", DType.STRING, "what the invoice line says", nullable=True),),
+    item_features=(
+        Column("description", DType.STRING, "what the invoice line says", nullable=True),
+        Column("description_tokens", DType.STRING_LIST, "its words, letters only, in order", nullable=True),
+    ),
     item_title="description",
     stat_value="unit_price",
     requests=Requests(
@@ -68,6 +73,7 @@ SPEC = DatasetSpec(
     ),
     max_bad_fraction=0.4,
     ranking_user_features=("country",),
+    ranking_item_features=("description_tokens",),
 )
 CONTRACT = contract(SPEC)
 
@@ -150,10 +156,12 @@ def parse_lines(raw: pa.Table, unit: RawUnit) -> Parsed:
     users = pa.table(
         [events["user_id"], raw["Country"].take(pa.array(kept)), known, known], schema=_target("user_profile")
     )
+    description = pc.utf8_trim_whitespace(pc.cast(raw["Description"], pa.string())).take(pa.array(kept))
     items = pa.table(
         [
             events["item_id"],
-            pc.utf8_trim_whitespace(pc.cast(raw["Description"], pa.string())).take(pa.array(kept)),
+            description,
+            _tokens(description),
             known,
             known,
         ],
@@ -176,6 +184,14 @@ def assign_requests(events: pa.Table) -> AssignedRequests:
     first.sort()
     request[bought[first]] = number[first]
     return AssignedRequests(request, (request >= 0).astype(np.int8), time[bought[new]])
+
+
+def _tokens(text: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Words of two letters or more, each text's in order."""
+    text = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
+    encoded = text.dictionary_encode()
+    words = [WORD.findall(value.lower()) for value in encoded.dictionary.to_pylist()]
+    return pa.array(words, pa.list_(pa.string())).take(encoded.indices)
 
 
 def _target(table: str) -> pa.Schema:

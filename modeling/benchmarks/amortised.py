@@ -95,6 +95,7 @@ def _world(sizes: FeatureSizes, length: int, number: int) -> tuple[UserInputs, C
         event_BLE=torch.rand(1, length, sizes.event_features),
         mask_BL=torch.ones(1, length, dtype=torch.bool),
         field_BU=torch.ones(1, 1, dtype=torch.long),
+        dense_BG=torch.zeros(1, 0),
     )
     mask = torch.ones(1, number, dtype=torch.bool)
     items = torch.randint(1, sizes.items, (1, number))

@@ -263,7 +263,14 @@ def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
     def events(number: int) -> UserInputs:
         items, zeros = torch.randint(1, 1000, (1, number)), torch.zeros(1, number)
         return UserInputs(
-            items, zeros.long(), zeros, zeros, zeros[..., None], zeros == 0, torch.zeros(1, 0, dtype=torch.long)
+            items,
+            zeros.long(),
+            zeros,
+            zeros,
+            zeros[..., None],
+            zeros == 0,
+            torch.zeros(1, 0, dtype=torch.long),
+            zeros[:, :0],
         )
 
     with torch.inference_mode():

@@ -42,19 +42,32 @@ class HistoryAttentionLayer(nn.Module):
         key, value = self.key_value(self.norm(history_BLD)).chunk(2, dim=-1)
         return self._heads(key), self._heads(value)
 
-    def forward(self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Let rows read the history.
 
         Args:
             mask: bool, B × 1 × L (all rows alike) or B × N × L; True where a row may read a key. A row that may read
-                none reads zeros.
+                none reads zeros. None where every row may read all.
         """
         query = self._heads(self.query(self.norm(rows_BND)))
+        if mask is None:
+            return self._finish(rows_BND, scaled_dot_product_attention(query, keys, values))
         some = mask.any(dim=-1, keepdim=True)
         read = scaled_dot_product_attention(query, keys, values, attn_mask=(mask | ~some)[:, None])
-        read = self.out(read.transpose(1, 2).flatten(2)) * some
-        rows_BND = rows_BND + self.dropout(read)
-        return rows_BND + self.dropout(self.feed_forward(rows_BND))
+        return self._finish(rows_BND, read, some)
+
+    def read_with_own(self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """Let each row read the history and itself, and none of the other rows."""
+        own_keys, own_values = (rows[:, :, :, None] for rows in self.keys_values(rows_BCD))
+        query = self._heads(self.query(self.norm(rows_BCD)))[:, :, :, None]
+        return self._finish(
+            rows_BCD, attend_shared_and_own(query, keys, values, mask_BL, own_keys, own_values)[:, :, :, 0]
+        )
+
+    def _finish(self, rows: Tensor, read: Tensor, some: Tensor | None = None) -> Tensor:
+        read = self.out(read.transpose(1, 2).flatten(2))
+        rows = rows + self.dropout(read if some is None else read * some)
+        return rows + self.dropout(self.feed_forward(rows))
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -66,3 +79,34 @@ def causal_mask(mask_BL: Tensor, num_new: int) -> Tensor:
     row = torch.arange(length - num_new, length, device=mask_BL.device)
     earlier = torch.arange(length, device=mask_BL.device) <= row[:, None]
     return earlier[None] & mask_BL[:, None]
+
+
+def attend_shared_and_own(
+    query: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None, own_keys: Tensor, own_values: Tensor
+) -> Tensor:
+    """Groups of rows that all read the same keys, and each its own group's up to itself; softmax runs over both.
+
+    Candidates read one cached history and themselves, and nothing of one another, without a key being copied.
+
+    Args:
+        query: B × H × C × N × K, N rows in each of C groups.
+        keys: B × H × L × K, read by every row; `values` alike.
+        mask_BL: bool, True where a shared key may be read; None where all may.
+        own_keys: B × H × C × N × K; row n reads its group's rows 0 … n. `own_values` alike.
+
+    Returns:
+        B × H × C × N × K.
+    """
+    number, length = query.shape[3], keys.shape[2]
+    query = query * query.shape[-1] ** -0.5
+    shared = (query.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
+    if mask_BL is not None:
+        shared = shared.masked_fill(~mask_BL[:, None, None, None], -torch.inf)
+    own = query @ own_keys.transpose(-1, -2)
+    if number > 1:
+        later = torch.ones(number, number, dtype=torch.bool, device=own.device).triu(1)
+        own = own.masked_fill(later, -torch.inf)
+    weights = torch.cat([shared, own], dim=-1).softmax(-1)
+    to_shared, to_own = weights.split([length, number], dim=-1)
+    read = (to_shared.flatten(2, 3) @ values).unflatten(2, query.shape[2:4])
+    return read + to_own @ own_values

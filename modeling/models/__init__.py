@@ -1,4 +1,4 @@
-"""One file, one paper, one Config; all behind `base.Ranker`."""
+"""One file, one paper, one Config; all behind `base.Ranker`. What they are compared with: `modeling/baselines/`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from modeling.models.base import Ranker
 
 __all__ = ["NAMES", "Ranker", "build"]
 
-_CLASSES = {  # module → the class in it; each module's config is `Config`
-    "amortised_dlrm": "AmortisedDLRM",
-    "bert4rec": "BERT4Rec",
-    "hstu": "HSTU",
-    "hydrarec": "HydraRec",
-    "linrec": "LinRec",
-    "sasrec": "SASRec",
+_CLASSES = {  # model → room and class; its module is `<room>.<model>`, the module's config is `Config`
+    "amortised_dlrm": ("models", "AmortisedDLRM"),
+    "autoint": ("baselines", "AutoInt"),
+    "bert4rec": ("models", "BERT4Rec"),
+    "dcnv2": ("baselines", "DCNv2"),
+    "din": ("baselines", "DIN"),
+    "dlrm": ("baselines", "DLRM"),
+    "hiformer": ("models", "Hiformer"),
+    "hstu": ("models", "HSTU"),
+    "hydrarec": ("models", "HydraRec"),
+    "linrec": ("models", "LinRec"),
+    "onetrans": ("models", "OneTrans"),
+    "rankmixer": ("baselines", "RankMixer"),
+    "sasrec": ("models", "SASRec"),
+    "transformer": ("baselines", "Transformer"),
+    "wukong": ("baselines", "Wukong"),
 }
 NAMES = tuple(_CLASSES)
 
@@ -30,9 +39,10 @@ def build(name: str, config: dict[str, Any] | object, sizes: FeatureSizes) -> Ra
     """
     if name not in NAMES:
         raise ValueError(f"no model {name!r}; there are {NAMES}")
-    module = importlib.import_module(f"modeling.models.{name}")
+    room, class_name = _CLASSES[name]
+    module = importlib.import_module(f"modeling.{room}.{name}")
     plain = config if isinstance(config, dict) else asdict(config)  # type: ignore[call-overload]
     known = {f.name for f in fields(module.Config)}
     if unknown := sorted(set(plain) - known):
         raise ValueError(f"model {name!r} does not know {unknown}; its config has {sorted(known)}")
-    return cast(Ranker, getattr(module, _CLASSES[name])(module.Config(**plain), sizes))
+    return cast(Ranker, getattr(module, class_name)(module.Config(**plain), sizes))

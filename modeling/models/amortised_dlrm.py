@@ -1,25 +1,29 @@
-"""Amortised DLRM: append the candidate, cross-attend, encode the history once per request.
+"""Amortised DLRM: fuse the candidate early with the user's history, and still encode the history once per request.
 
 Source: Hertel, Daftary, Borisyuk, Gupta, Mazumder, "Efficient user history modeling with amortized inference for deep
-learning recommendation models", arXiv 2412.06924: appended candidate with cross-attention, Q from history and
-candidate rows, K and V from history rows only. Micro-batches after M-FALCON (arXiv 2402.17152, section 3).
+learning recommendation models", arXiv 2412.06924. Micro-batches after M-FALCON (arXiv 2402.17152, section 3).
 
 | paper | here |
 |---|---|
 | history H_1 … H_n | `UserInputs`, n ≤ L |
 | candidate C, m of them | `Candidates`, m ≤ C |
-| Q = W_q [H, C]; K, V = W_k H, W_v H | `HistoryAttentionLayer.query`, `.key_value` |
+| CONCAT: X_j = [H_j; C] W_in, every row a candidate's | `fusion="concat"` |
+| APPEND with self-attention: Q, K, V of [H, C] | `fusion="append_self_plain"` |
+| the same where H does not read C, nor candidates one another | `fusion="append_self"` |
+| APPEND with cross-attention: Q of [H, C]; K, V of H alone | `fusion="append_cross"`, the default |
 | encoder output at C | `read_BCD`, one field of the dot interaction |
+
+Only the last two are amortised; the first two are what they are measured against.
 
 Differs: the body of the paper is not public; what it leaves open is chosen as follows. Pre-norm layers, GELU; the
 history part of the last layer stops at its keys and values, since nothing reads its output; positions count from the
-newest event (candidates stand at 0) or from the oldest; the rest of the DLRM is a dot interaction (arXiv 1906.00091)
-and a two-layer head; one task.
+newest event (candidates stand at 0) or from the oldest; CONCAT pools its ten newest rows and the maximum of all; the
+rest of the DLRM is a dot interaction (arXiv 1906.00091) and a head for each task.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,8 +31,14 @@ from torch import Tensor, nn
 
 from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
-from modeling.layers.embedding import CategorySlots, Standardise, sinusoids
+from modeling.layers.embedding import sinusoids
+from modeling.layers.features import FeatureTokens
+from modeling.layers.interaction import DotInteraction, TaskHeads
 from modeling.models.base import CannotExtendError, Ranker
+
+NEWEST = 10  # rows that CONCAT pools beside the maximum
+
+Fusion = Literal["concat", "append_self_plain", "append_self", "append_cross"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,22 @@ class Config:
     num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.1
+    fusion: Fusion = "append_cross"
     causal: bool = False
     positions: Literal["from_newest", "from_oldest"] = "from_newest"
 
 
 @dataclass(frozen=True)
 class UserState:
-    """KV cache of the history, layer by layer, and the user's own fields."""
+    """KV cache of the history, layer by layer, and the request's own fields. Without amortisation: the embedded rows."""
 
     keys: tuple[Tensor, ...]  # num_layers × (B × H × L × K)
     values: tuple[Tensor, ...]
+    rows_BLD: Tensor | None
     mask_BL: Tensor
+    full: bool  # no padding in any row
     length_B: Tensor  # events so far, padding not counted
-    user_BD: Tensor
+    request_BRD: Tensor
 
 
 class AmortisedDLRM(Ranker):
@@ -60,91 +73,134 @@ class AmortisedDLRM(Ranker):
     ```
     history ─► event embedding ─► layers ──► keys, values ─┐ once per request
     candidate ─► item embedding ─► the same layers, reading ┴► read_BCD ─┐
-    item, categories, dense, user ───────────────────────────────────────┴► dot interaction ─► head ─► logit
+    item, categories, dense, user, context ──────────────────────────────┴► dot interaction ─► heads ─► logits
     ```
     """
-
-    _pairs: Tensor
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
         width = config.width
-        self.item = nn.Embedding(sizes.items, width)
+        self.features = FeatureTokens(sizes, width, bags=False)
         self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
         self.layers = nn.ModuleList(
             HistoryAttentionLayer(width, config.num_heads, config.dropout) for _ in range(config.num_layers)
         )
+        if config.fusion == "concat":
+            self.join_history = nn.Linear(width, width)  # W_in, its half for H
+            self.join_candidate = nn.Linear(width, width, bias=False)  # and its half for C
+            self.pool = nn.Linear((NEWEST + 1) * width, width)
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.fields = nn.ModuleList(nn.Embedding(size, width) for size in sizes.user_fields)
-        self.categories = CategorySlots(sizes, width)
-        self.standardise = Standardise(sizes.dense)
-        self.dense = nn.Sequential(nn.Linear(sizes.dense, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        num_fields = 4 + len(sizes.categories)  # read, item, user, dense, categories
-        pairs = num_fields * (num_fields - 1) // 2
-        self.head = nn.Sequential(
-            nn.Linear(pairs + 2 * width, 2 * width),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(2 * width, width),
-            nn.GELU(),
-            nn.Linear(width, 1),
+        request, candidate = self.features.num_request, self.features.num_candidate
+        self.dot = DotInteraction(request, 1 + candidate)
+        self.heads = TaskHeads(
+            self.dot.request_pairs.shape[1] + request * width,
+            self.dot.pairs.shape[1] + (1 + candidate) * width,
+            2 * width,
+            sizes.tasks,
+            config.dropout,
         )
-        self.register_buffer("_pairs", torch.triu_indices(num_fields, num_fields, 1), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.05)
-        self.categories.zero_empty_slots()
+        for table in (self.action, self.position):
+            nn.init.normal_(table.weight, std=0.05)
+
+    @property
+    def amortised(self) -> bool:
+        """Whether the history is encoded once, whatever the candidates."""
+        return self.config.fusion in ("append_self", "append_cross")
 
     @property
     def can_extend(self) -> bool:
         """Causal states with positions that do not move when events are added."""
-        return self.config.causal and self.config.positions == "from_oldest"
+        return self.amortised and self.config.causal and self.config.positions == "from_oldest"
 
-    def fit_statistics(self, dense_NF: Tensor) -> None:
+    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
         """Standardise dense features by the training set's mean and deviation."""
-        self.standardise.fit(dense_NF)
+        self.features.fit_statistics(dense_NF, dense_BG)
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
-        mask = user.mask_BL
-        read_mask = causal_mask(mask, mask.shape[1]) if self.config.causal else mask[:, None]
-        rows = self._events(user, torch.zeros_like(mask[:, 0], dtype=torch.long))
-        keys, values = self._through_layers(rows, read_mask, None)
-        return UserState(keys, values, mask, mask.sum(1), self._user(user.field_BU))
+        mask, request = user.mask_BL, self.features.request(user)
+        rows, full = self._events(user, torch.zeros_like(mask[:, 0], dtype=torch.long)), bool(mask.all())
+        state = UserState((), (), rows, mask, full, mask.sum(1), request)
+        if not self.amortised:
+            return state
+        keys, values = self._through_layers(rows, self._history_mask(mask, full), None)
+        return replace(state, keys=keys, values=values, rows_BLD=None)
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """Add new events: only their rows are computed, against cached keys and values."""
         if not self.can_extend:
             raise CannotExtendError(
-                "extend_user is exact only with causal=True and positions='from_oldest': a bidirectional history changes every old "
-                "row, and positions from the newest event shift with each new one. Encode the user again"
+                "extend_user is exact only with an amortised fusion, causal=True and positions='from_oldest': a bidirectional history "
+                "changes every old row, and positions from the newest event shift with each new one. Encode the user again"
             )
         mask = torch.cat([user_state.mask_BL, new_events.mask_BL], dim=1)
         rows = self._events(new_events, user_state.length_B)
         keys, values = self._through_layers(rows, causal_mask(mask, rows.shape[1]), user_state)
-        return UserState(keys, values, mask, mask.sum(1), user_state.user_BD)
+        full = user_state.full and bool(new_events.mask_BL.all())
+        return UserState(keys, values, None, mask, full, mask.sum(1), self.features.request(new_events))
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        """Score candidates: each reads the cached history and nothing of the others. logits_BCT with T = 1."""
-        item = self.item(candidates.item_BC)
-        unknown = self.action.weight[-1] + self.position.weight[0]
-        rows = item + unknown
-        mask = user_state.mask_BL[:, None]
-        for layer, keys, values in zip(self.layers, user_state.keys, user_state.values, strict=True):
-            rows = layer(rows, keys, values, mask)
-        dense = self.dense(self.standardise(candidates.dense_BCF))
-        user = user_state.user_BD[:, None].expand_as(item)
-        fields = torch.stack([self.norm(rows), item, user, dense, *self.categories(candidates.category_BCK)], dim=2)
-        products = fields @ fields.transpose(2, 3)
-        first, second = self._pairs
-        logits: Tensor = self.head(torch.cat([products[:, :, first, second], dense, fields[:, :, 0]], dim=-1))
-        return logits.float()
+        """Score candidates: each reads the history and nothing of the others. logits_BCT."""
+        tokens = self.features.candidates(candidates)
+        rows = tokens[:, :, 0] + self.action.weight[-1] + self.position.weight[0]
+        mask = None if user_state.full else user_state.mask_BL
+        if self.config.fusion == "concat":
+            rows = self._concatenated(user_state, rows)
+        elif self.config.fusion == "append_self_plain":
+            rows = self._appended(user_state, rows)
+        else:
+            for layer, keys, values in zip(self.layers, user_state.keys, user_state.values, strict=True):
+                if self.config.fusion == "append_self":
+                    rows = layer.read_with_own(rows, keys, values, mask)  # type: ignore[operator]
+                else:
+                    rows = layer(rows, keys, values, None if mask is None else mask[:, None])
+        request, own = user_state.request_BRD, torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
+        within, across = self.dot(request, own)
+        logits: Tensor = self.heads(
+            torch.cat([within, request.flatten(1)], dim=-1), torch.cat([across, own.flatten(2)], dim=-1)
+        )
+        return logits
+
+    def _concatenated(self, state: UserState, rows_BCD: Tensor) -> Tensor:
+        """CONCAT: an encoder run for every candidate."""
+        assert state.rows_BLD is not None
+        number, length = rows_BCD.shape[1], state.rows_BLD.shape[1]
+        joined = self.join_history(state.rows_BLD)[:, None] + self.join_candidate(rows_BCD)[:, :, None]
+        mask = state.mask_BL.repeat_interleave(number, 0)
+        rows, visible = joined.flatten(0, 1), self._history_mask(mask, state.full)
+        for layer in self.layers:
+            rows = layer(rows, *layer.keys_values(rows), visible)  # type: ignore[operator]
+        back = state.length_B.repeat_interleave(number)[:, None] - 1 - torch.arange(NEWEST, device=rows.device)
+        newest = rows.gather(1, back.clamp(0, length - 1)[..., None].expand(-1, -1, rows.shape[-1]))
+        newest = newest * (back >= 0)[..., None]
+        highest = rows.masked_fill(~mask[..., None], -torch.inf).amax(1)
+        highest = torch.where(mask.any(1, keepdim=True), highest, 0.0)
+        pooled: Tensor = self.pool(torch.cat([newest.flatten(1), highest], dim=-1)).unflatten(0, (-1, number))
+        return pooled
+
+    def _appended(self, state: UserState, rows_BCD: Tensor) -> Tensor:
+        """APPEND with self-attention as it stands: [H, C] through every layer for every candidate."""
+        assert state.rows_BLD is not None
+        number = rows_BCD.shape[1]
+        history = state.rows_BLD.repeat_interleave(number, 0)
+        rows = torch.cat([history, rows_BCD.flatten(0, 1)[:, None]], dim=1)
+        mask = state.mask_BL.repeat_interleave(number, 0)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        visible = self._history_mask(mask, state.full)
+        for layer in self.layers:
+            rows = layer(rows, *layer.keys_values(rows), visible)  # type: ignore[operator]
+        return rows[:, -1].unflatten(0, (-1, number))
+
+    def _history_mask(self, mask_BL: Tensor, full: bool) -> Tensor | None:
+        if self.config.causal:
+            return causal_mask(mask_BL, mask_BL.shape[1])
+        return None if full else mask_BL[:, None]
 
     def _through_layers(
-        self, rows: Tensor, mask: Tensor, cached: UserState | None
+        self, rows: Tensor, mask: Tensor | None, cached: UserState | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         all_keys, all_values = [], []
         for number, layer in enumerate(self.layers):
@@ -169,9 +225,4 @@ class AmortisedDLRM(Ranker):
             recency = (user.mask_BL.sum(1, keepdim=True) - index).clamp(1, self.sizes.history_length)
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
-        return self.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position
-
-    def _user(self, field_BU: Tensor) -> Tensor:
-        if not self.fields:
-            return self.item.weight.new_zeros(len(field_BU), self.config.width)
-        return torch.stack([table(field_BU[:, i]) for i, table in enumerate(self.fields)]).sum(0)
+        return self.features.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position

@@ -38,15 +38,20 @@ class Ranker(nn.Module, ABC):
         """The state after new events, equal to encoding the longer history.
 
         Args:
-            new_events: only the new events, padded on the right.
+            new_events: only the new events, padded on the right; its features of user and context are the new request's.
 
         Raises:
             CannotExtendError: the configuration's states do not grow.
         """
-        raise CannotExtendError(f"{type(self).__name__} has no exact extend_user: encode the user again")
+        raise CannotExtendError(f"{type(self).__name__} has no exact extend_user. Encode the user again")
 
-    def fit_statistics(self, dense_NF: Tensor) -> None:
-        """Take what the model must know of the training set before the first step, such as means of dense features."""
+    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
+        """Take what the model must know of the training set before the first step, such as means of dense features.
+
+        Args:
+            dense_NF: dense features of all its candidates.
+            dense_BG: of all its requests.
+        """
 
     @property
     def can_extend(self) -> bool:

@@ -12,7 +12,7 @@ def amortised_dlrm() -> Recipe:
     return Recipe(
         name="amortised_dlrm",
         model="amortised_dlrm",
-        service="amortised_dlrm_v1",
+        service="ranking_v1",
         config={"width": 48, "num_layers": 2, "num_heads": 4, "dropout": 0.1},
         history_length=96,
     )
@@ -23,7 +23,7 @@ def amortised_dlrm_tiny() -> Recipe:
     return Recipe(
         name="amortised_dlrm_tiny",
         model="amortised_dlrm",
-        service="amortised_dlrm_v1",
+        service="ranking_v1",
         config={"width": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0},
         history_length=16,
         min_item_count=2,

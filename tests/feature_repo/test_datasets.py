@@ -157,6 +157,17 @@ def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -
     assert sum(p.rows_read for p in parsed) == sum(p.events.num_rows for p in parsed) + 1 == 40 * 24 + 1
     assert parsed[0].users.num_rows == 40
     assert parsed[1].items["genres"].to_pylist()[0] == ["Comedy", "Drama"]
+    title, year = (parsed[1].items[name][0].as_py() for name in ("title", "year"))
+    assert title.endswith(f"({year})")
+    assert 1900 < year < 2001
+
+
+def test_descriptions_become_words() -> None:
+    texts = pa.array(
+        ["WHITE HANGING HEART T-LIGHT HOLDER", None, "  3 DOG'S 12cm ", "WHITE HANGING HEART T-LIGHT HOLDER"]
+    )
+    words = online_retail._tokens(texts).to_pylist()
+    assert words == [["white", "hanging", "heart", "light", "holder"], None, ["dog", "cm"], words[0]]
 
 
 def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:

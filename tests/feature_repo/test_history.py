@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import index_rows, packed_rows
+from beam_jobs.user_history import packed_rows, stat_rows
 from feature_repo import history
-from feature_repo.arrow import arrow_schema, micros
+from feature_repo.arrow import EPOCH, arrow_schema, micros
 from feature_repo.datasets import load_contract
 from feature_repo.history import Histories, HistoryError, HistoryLog
 from feature_repo.tables import JobFolder
-from feature_repo.transforms import MATCH_FEATURES, MICROS_PER_DAY, match_features
+from feature_repo.transforms import (
+    CONTEXT_FIELDS,
+    MATCH_FEATURES,
+    MICROS_PER_DAY,
+    USER_FEATURES,
+    context_fields,
+    match_features,
+    user_features,
+)
 
 CONTRACT = load_contract("online_retail")
 EVENTS = st.lists(
@@ -43,7 +53,7 @@ def events_table(rows: list[tuple[int, str, int, int, int]]) -> pa.Table:
             pa.array(columns[2], pa.int8()),
             pa.array(columns[3], pa.int64()).cast(pa.timestamp("us", "UTC")),
             pa.array(columns[4], pa.float32()),
-            pa.array([1.0] * len(rows), pa.float32()),
+            pa.array([0.37 * q for q in columns[4]], pa.float32()),
             pa.array(range(len(rows)), pa.int64()),
         ],
         schema=arrow_schema(CONTRACT.table("events")),
@@ -75,7 +85,7 @@ def open_log(folder: Path, events: pa.Table) -> HistoryLog:
 @given(EVENTS, st.integers(1, 6))
 def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
     events, truth = events_table(rows), oracle(rows)
-    index = index_rows(CONTRACT, events)
+    index = stat_rows(CONTRACT, events)
     log = open_log(tmp_path, events)
     for at in range(11):  # a request at this very microsecond
         known = index.filter(pa.array(micros(index["event_timestamp"]) <= at)) if index.num_rows else index
@@ -110,7 +120,7 @@ def test_packed_history_equals_log_slice_at_the_same_instant(tmp_path: Path, row
 
 def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
     events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 0, 7, 1)])
-    index = index_rows(CONTRACT, events)
+    index = stat_rows(CONTRACT, events)
     assert micros(index["event_timestamp"]).tolist() == [6, 8]
     assert index["history_end"].to_pylist() == [1, 2]
 
@@ -148,8 +158,11 @@ def test_a_log_and_an_index_of_different_runs_are_noticed(tmp_path: Path) -> Non
         log.gather(np.array([0]), np.array([2]), 5)
 
 
-def plain_match(events: list[tuple[int, int, int]], candidate: int, now: int) -> list[float]:
+def plain_match(
+    events: list[tuple[int, int, int]], candidate: int, now: int, item: list[float], user_mean: float
+) -> list[float]:
     """Match features of one candidate in plain Python; events are (item key, action, time)."""
+    count, others, item_mean = item
     hits = [i for i, e in enumerate(events) if e[0] == candidate and e[1] == 0]
     last = hits[-1] if hits else None
     return [
@@ -158,8 +171,8 @@ def plain_match(events: list[tuple[int, int, int]], candidate: int, now: int) ->
         np.log1p(sum(e[0] == candidate and e[1] != 0 for e in events)),
         np.log1p((now - events[last][2]) / MICROS_PER_DAY) if last is not None else 0,
         np.log1p(len(events) - last) if last is not None else 0,
-        np.log1p(len(events)),
-        np.log1p((now - events[-1][2]) / MICROS_PER_DAY) if events else 0,
+        0 if math.isnan(item_mean) or math.isnan(user_mean) else np.log(item_mean / user_mean),
+        0 if math.isnan(others) else others / max(count + others, 1),
     ]
 
 
@@ -187,14 +200,69 @@ def test_match_features_equal_plain_python_for_any_number_of_requests(requests: 
         },
     )
     candidates = [c for _, c in requests]
+    known = [[float(c), float(c % 3), 1.5 + c] if c % 4 else [math.nan] * 3 for some in candidates for c in some]
+    means = [2.5 if len(events) % 2 else math.nan for events in histories]
     got = match_features(
         together,
         np.cumsum([0, *map(len, candidates)]),
         np.array([c for some in candidates for c in some], np.int64),
         np.full(len(requests), now),
+        tuple(np.array(known).reshape(-1, 3).T),
+        np.array(means),
     )
-    expected = [plain_match(events, c, now) for events, some in zip(histories, candidates, strict=True) for c in some]
+    pairs = [(b, c) for b, some in enumerate(candidates) for c in some]
+    expected = [plain_match(histories[b], c, now, known[i], means[b]) for i, (b, c) in enumerate(pairs)]
     np.testing.assert_allclose(got, np.array(expected, np.float32).reshape(-1, len(MATCH_FEATURES)), rtol=1e-6)
+    statistics = [
+        [e[0][2] / 1e6, len(e), sum(x[1] for x in e), m] if e else [math.nan] * 4
+        for e, m in zip(histories, means, strict=True)
+    ]
+    users = user_features(together, np.full(len(requests), now), *np.array(statistics).T)
+    for row, events, mean in zip(users, histories, means, strict=True):
+        if not events:
+            assert row.tolist() == [0] * len(USER_FEATURES)
+            continue
+        expected_row = [
+            np.log1p((now - events[0][2]) / MICROS_PER_DAY),
+            np.log1p(len(events)),
+            sum(e[1] for e in events) / len(events),
+            0 if math.isnan(mean) else np.log1p(mean),
+            np.log1p((now - events[-1][2]) / MICROS_PER_DAY),
+        ]
+        np.testing.assert_allclose(row, expected_row, rtol=1e-5, atol=1e-7)
+
+
+def test_hour_and_weekday_are_those_of_the_calendar() -> None:
+    times = [datetime(2026, 11, 22, 8, 59, 59, tzinfo=UTC), datetime(1969, 12, 31, 23, tzinfo=UTC)]
+    found = context_fields(np.array([int(time.timestamp() * 1e6) for time in times]))
+    assert found.tolist() == [[8, 6], [23, 2]]  # a Sunday, a Wednesday
+    assert found.max(0).tolist() < list(CONTEXT_FIELDS.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS)
+def test_user_statistics_equal_plain_python_at_every_instant(rows: list[Any]) -> None:
+    events = events_table(rows)
+    found = stat_rows(CONTRACT, events).to_pylist()
+    prices = events["unit_price"].to_pylist()
+    everything = list(
+        zip(events["user_id"].to_pylist(), events["action"].to_pylist(), micros(events["event_timestamp"]), prices, strict=True)
+    )  # fmt: skip
+    assert {(row["user_id"], micros_of(row) - 1) for row in found} == {(e[0], e[2]) for e in everything}
+    for row in found:
+        known = [e for e in everything if e[0] == row["user_id"] and e[2] < micros_of(row)]
+        bought = [e[3] for e in known if e[1] == 0]
+        assert row["history_end"] == len(known)
+        assert row["other_events"] == len(known) - len(bought)
+        assert row["first_event_s"] == min(e[2] for e in known) // 1_000_000
+        if bought:
+            assert row["user_mean_unit_price"] == pytest.approx(sum(bought) / len(bought), rel=1e-5)
+        else:
+            assert row["user_mean_unit_price"] is None
+
+
+def micros_of(row: dict[str, Any]) -> int:
+    return (row["event_timestamp"] - EPOCH) // timedelta(microseconds=1)
 
 
 def test_offline_slice_equals_online_value_for_random_customers(shop: Any) -> None:
@@ -205,7 +273,7 @@ def test_offline_slice_equals_online_value_for_random_customers(shop: Any) -> No
     rng = np.random.default_rng(0)
     chosen = [int(u) for u in rng.choice(users, 25, replace=False)]
     read = shop.store.get_online_features(
-        features=["user_history:history", "user_history_index:history_end"],
+        features=["user_history:history", "user_stats:history_end"],
         entity_rows=[{"user_id": u} for u in chosen],
     ).to_dict()
     for user, packed, end in zip(chosen, read["history"], read["history_end"], strict=True):
@@ -219,7 +287,7 @@ def test_offline_slice_equals_online_value_at_random_instants(tmp_path: Path, sh
     """Build the online value as of an instant, and slice the log of the whole data at that instant."""
     contract = load_contract("online_retail")
     log = HistoryLog(contract, JobFolder(shop.settings.home, "user_history"))
-    index = JobFolder(shop.settings.home, "user_history").read("user_history_index")
+    index = JobFolder(shop.settings.home, "user_history").read("user_stats")
     for as_of in ("2011-03-01T10:30:00+00:00", "2011-08-17T00:00:00+00:00", "2011-11-20T15:00:00+00:00"):
         then = helpers.settings_in(tmp_path / as_of[:10], "online_retail", shop.data)
         helpers.run_jobs(then, "events", "user_history", as_of=as_of, num_partitions=2)

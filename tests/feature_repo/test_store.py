@@ -50,7 +50,7 @@ def test_newest_row_of_each_key_goes_online(shop: Any) -> None:
     """An independent look: the value online is the offline row with the greatest timestamp."""
     contract = datasets.load_contract("online_retail")
     online = online_values(shop.store, shop.settings)
-    for name in ("item_stats", "user_history_index", "user_profile"):
+    for name in ("item_stats", "user_stats", "user_profile"):
         table = contract.table(name)
         rows = JobFolder(shop.settings.home, table.job).read(name).to_pylist()
         newest: dict[Any, dict[str, Any]] = {}
@@ -92,7 +92,7 @@ def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
         *(f"feature view {t.name}" for t in datasets.load_contract("online_retail").views),
     ):
         assert f"Created {name}" in done.stdout
-    assert "feature service amortised_dlrm_v1" in done.stdout
+    assert "feature service ranking_v1" in done.stdout
     assert (copy / "feature_repo" / "data" / "registry.db").exists()
 
 

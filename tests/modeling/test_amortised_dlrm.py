@@ -24,6 +24,7 @@ def world(length: int, number: int) -> tuple[UserInputs, Candidates]:
         event_BLE=torch.rand(1, length, 1),
         mask_BL=torch.ones(1, length, dtype=torch.bool),
         field_BU=torch.zeros(1, 1, dtype=torch.long),
+        dense_BG=torch.zeros(1, 0),
     )
     mask = torch.ones(1, number, dtype=torch.bool)
     return user, Candidates(

@@ -114,7 +114,8 @@ def test_streaming_form_equals_the_whole_sequence(name: str, shape: Any, data: A
         out, state = operator.extend(state, *padded, mask)
         for row, piece in enumerate(pieces):
             streamed[row, piece] = out[row, : widths[row]]
-    torch.testing.assert_close(streamed, whole, atol=TOLERANCE, rtol=TOLERANCE)
+    scale = max(1.0, float(whole.abs().max()))
+    torch.testing.assert_close(streamed / scale, whole / scale, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @causal

@@ -80,7 +80,7 @@ def as_user_inputs(events: PackedEvents) -> UserInputs:
     nothing = torch.zeros(*real.shape)
     return UserInputs(
         padded(events.item_N), nothing.long(), nothing, padded(events.gap_N), nothing[..., None], real,
-        torch.zeros(len(real), 0).long(),
+        torch.zeros(len(real), 0).long(), torch.zeros(len(real), 0),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_hstus_normaliser_does_not_depend_on_the_pass() -> None:
     model, events = build(*STREAMING["hstu"]), packed([6], 2)
     user = as_user_inputs(events)
     wide = UserInputs(*(pad(t, (0, 9)) for t in (user.item_BL, user.action_BL, user.age_BL, user.gap_BL)),
-                      pad(user.event_BLE, (0, 0, 0, 9)), pad(user.mask_BL, (0, 9)), user.field_BU)  # fmt: skip
+                      pad(user.event_BLE, (0, 0, 0, 9)), pad(user.mask_BL, (0, 9)), user.field_BU, user.dense_BG)  # fmt: skip
     with torch.inference_mode():
         expected = model.encode_histories(events)
         torch.testing.assert_close(model.encode_user(wide).history_BD, expected, atol=TOLERANCE, rtol=TOLERANCE)

@@ -44,7 +44,7 @@ def encoded(shop: Any, warehouse: Warehouse) -> tuple[Encoder, Encoded, Encoded]
 def fresh_model(encoder: Encoder, train: Encoded, **config: Any) -> Ranker:
     torch.manual_seed(5)
     model = models.build(RECIPE.model, {**RECIPE.config, **config}, encoder.sizes)
-    model.fit_statistics(torch.from_numpy(train.candidate_dense))
+    model.fit_statistics(torch.from_numpy(train.candidate_dense), torch.from_numpy(train.dense_BG))
     return model
 
 
@@ -60,9 +60,9 @@ def test_grouped_loss_equals_one_candidate_per_row(encoded: Any) -> None:
             one = Batch(alone.user, alone.candidates.select(slice(c, c + 1)), alone.labels_BCT[:, c : c + 1])
             losses.append(masked_bce(model(one), one.labels_BCT, one.candidates.mask_BC))
     torch.testing.assert_close(grouped, torch.stack(losses).mean(), atol=1e-6, rtol=1e-6)
-    gradient = torch.autograd.grad(grouped, model.item.weight)[0]
+    gradient = torch.autograd.grad(grouped, model.features.item.weight)[0]
     torch.testing.assert_close(
-        gradient, torch.autograd.grad(torch.stack(losses).mean(), model.item.weight)[0], atol=1e-6, rtol=1e-4
+        gradient, torch.autograd.grad(torch.stack(losses).mean(), model.features.item.weight)[0], atol=1e-6, rtol=1e-4
     )
 
 
@@ -188,6 +188,7 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
     vocabulary = {
         "item_id": Vocabulary(pa.array(sorted({f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(220)}))),
         "country": Vocabulary(pa.array(["France"])),
+        "description_tokens": Vocabulary(pa.array(["thing"])),
     }
     encoder = Encoder(warehouse.contract, vocabulary, 512)
     made = encoder.encode(split.requests)
@@ -306,13 +307,15 @@ def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Pa
     split, validation = (warehouse.split(film_club.store, RECIPE.service, name) for name in ("train", "validation"))
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, 1), 16)
     train = encoder.encode(split.requests)
-    assert encoder.sizes.categories == (4,)
+    assert encoder.sizes.categories[0] == 4
+    assert encoder.sizes.slots == (8, 1)
     assert int(split.requests.candidate_offsets[1]) <= 16
     assert 0.2 < train.labels.mean() < 0.9
-    genres = split.requests.candidate_columns["genres"]
+    genres, years = (split.requests.candidate_columns[name] for name in ("genres", "year"))
     slots = encoder.collate(train, np.array([0])).candidates.category_BCK[0]
     for row, names in enumerate(genres.to_pylist()[: len(slots)]):
-        found = [encoder.vocabularies["genres"].values[int(i) - 1].as_py() for i in slots[row] if i]
+        found = [encoder.vocabularies["genres"].values[int(i) - 1].as_py() for i in slots[row, :8] if i]
         assert found == names
+        assert encoder.vocabularies["year"].values[int(slots[row, 8]) - 1] == years[row]
     trainer = Trainer(fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=1), tmp_path, "films")
     assert trainer.fit(train, encoder.encode(validation.requests))["epochs"] == 1

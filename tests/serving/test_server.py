@@ -62,7 +62,7 @@ def client(ranker: Ranker) -> Client:
 
 @pytest.fixture(scope="module")
 def world(trained_shop: Any) -> dict[str, Any]:
-    index = JobFolder(trained_shop.settings.home, "user_history").read("user_history_index")
+    index = JobFolder(trained_shop.settings.home, "user_history").read("user_stats")
     stats = JobFolder(trained_shop.settings.home, "item_stats").read("item_stats")
     return {"users": sorted(set(index["user_id"].to_pylist())), "items": sorted(set(stats["item_id"].to_pylist()))}
 
@@ -98,15 +98,27 @@ def test_training_score_equals_server_score(trained_shop: Any, ranker: Ranker, w
     assert np.std(list(expected.values())) > 0.01
 
 
-def test_a_request_in_the_past_sees_nothing_later(ranker: Ranker, world: dict[str, Any]) -> None:
+def test_a_request_in_the_past_sees_nothing_later(ranker: Ranker, world: dict[str, Any], trained_shop: Any) -> None:
     """An event at or after the request's time is not in its history, online either."""
     user = world["users"][3]
     history = ranker.reader.read_user(user).history
     cut = history["event_timestamp"][len(history) // 2].as_py()
-    row = UserRow({"country": "France"}, history)
+    row = ranker.reader.read_user(user)
     requests = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3])[0], cut)
     times = requests.gather(np.array([0]), 512).times
     assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
+    stats = JobFolder(trained_shop.settings.home, "user_history").read("user_stats").to_pylist()
+    then = max(
+        (row for row in stats if row["user_id"] == user and row["event_timestamp"] <= cut),
+        key=lambda row: row["event_timestamp"],
+    )
+    for name in ("history_end", "first_event_s", "other_events"):
+        assert requests.user_columns[name].to_pylist() == [then[name]]
+    mean = requests.user_columns["user_mean_unit_price"][0].as_py()
+    assert mean == pytest.approx(then["user_mean_unit_price"], rel=1e-5)
+    early = history["event_timestamp"][0].as_py()
+    nothing = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3])[0], early)
+    assert nothing.user_columns["history_end"].to_pylist() == [None]
     assert ranker.rank(RankRequest(user, world["items"][:3], context=RankContext(cut))).degraded == ["newer_features"]
 
 
@@ -322,6 +334,7 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
             columns: dict[str, Any] = {
                 "item_id": pa.array(list(item_ids), pa.string()),
                 "description": pa.array([f"v{self.value}" if k else None for k in known]),
+                "description_tokens": pa.array([["v"] if k else None for k in known], pa.list_(pa.string())),
             }
             for column in CONTRACT.table("item_stats").columns:
                 kind = pa.float32() if column.dtype is DType.FLOAT32 else pa.int64()

@@ -1,0 +1,88 @@
+"""A baseline: feature tokens and a token read from the history → an interaction → the heads that all models share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.layers.features import FeatureTokens
+from modeling.layers.interaction import TaskHeads
+from modeling.layers.reader import History, HistoryReader
+from modeling.models.base import Ranker
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every baseline has."""
+
+    width: int = 32
+    history: History = "din"
+    history_hidden: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class UserState:
+    """The request's tokens, and what the history reader prepared."""
+
+    request_BRD: Tensor
+    history: Any
+
+
+class Interaction(nn.Module, ABC):
+    """Mixes R request tokens and N candidate tokens into what the heads read."""
+
+    out: tuple[int, int]  # widths of what a request and a candidate give the heads
+
+    @abstractmethod
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
+        """B × out[0], or None where that is 0, and B × C × out[1]."""
+
+
+class Baseline(Ranker):
+    """See the module docstring."""
+
+    def __init__(self, config: Config, sizes: FeatureSizes) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        self.features = FeatureTokens(sizes, config.width, bags=True)
+        self.reader = None
+        if config.history != "bags":
+            self.reader = HistoryReader(config.width, sizes, config.history, config.history_hidden)
+        number = self.features.num_candidate + (self.reader is not None)
+        self.interaction = self.make_interaction(self.features.num_request, number)
+        self.heads = TaskHeads(*self.interaction.out, 2 * config.width, sizes.tasks, config.dropout)
+
+    @abstractmethod
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
+        """The interaction of so many request and candidate tokens."""
+
+    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
+        """Standardise dense features by the training set."""
+        self.features.fit_statistics(dense_NF, dense_BG)
+
+    def encode_user(self, user: UserInputs) -> UserState:
+        """The request's tokens and the history's half of the reader."""
+        return UserState(
+            self.features.request(user),
+            None if self.reader is None else self.reader.prepare(user, self.features.item(user.item_BL)),
+        )
+
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """logits_BCT."""
+        tokens = self.features.candidates(candidates)
+        if self.reader is not None:
+            tokens = torch.cat([tokens, self.reader(user_state.history, tokens[:, :, 0])[:, :, None]], dim=2)
+        logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
+        return logits
+
+
+def all_tokens(request_BRD: Tensor, candidate_BCND: Tensor) -> Tensor:
+    """Both kinds in one list for every candidate, B × C × (R + N) × D."""
+    request = request_BRD[:, None].expand(-1, candidate_BCND.shape[1], -1, -1)
+    return torch.cat([request, candidate_BCND], dim=2)

@@ -1,0 +1,66 @@
+"""What interaction models share: maps and dot products over a request's half and a candidate's half."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+
+class SplitLinear(nn.Module):
+    """A linear map of [request, candidate], whose request half is multiplied once per request."""
+
+    def __init__(self, request: int, candidate: int, out: int) -> None:
+        super().__init__()
+        self.request = nn.Linear(request, out, bias=False) if request else None
+        self.candidate = nn.Linear(candidate, out)
+
+    def forward(self, request_BX: Tensor | None, candidate_BCX: Tensor) -> Tensor:
+        """B × C × out."""
+        mapped: Tensor = self.candidate(candidate_BCX)
+        return mapped if self.request is None else mapped + self.request(request_BX)[:, None]
+
+
+class TaskHeads(nn.Module):
+    """A two-layer network for each task over [request, candidate]."""
+
+    def __init__(self, request: int, candidate: int, hidden: int, tasks: int, dropout: float) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.hidden = SplitLinear(request, candidate, tasks * hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Parameter(torch.empty(tasks, hidden))
+        self.bias = nn.Parameter(torch.zeros(tasks))
+        nn.init.normal_(self.out, std=hidden**-0.5)
+
+    def forward(self, request_BX: Tensor | None, candidate_BCX: Tensor) -> Tensor:
+        """logits_BCT, float32."""
+        hidden = self.dropout(gelu(self.hidden(request_BX, candidate_BCX))).unflatten(-1, (self.tasks, -1))
+        return ((hidden * self.out).sum(-1) + self.bias).float()
+
+
+class DotInteraction(nn.Module):
+    """Dot products of all pairs of R request fields and N candidate fields (DLRM, arXiv 1906.00091).
+
+    Pairs within the request are taken once per request.
+    """
+
+    request_pairs: Tensor
+    pairs: Tensor
+
+    def __init__(self, request: int, candidate: int) -> None:
+        super().__init__()
+        both = torch.triu_indices(request + candidate, request + candidate, 1)
+        within = both[1] < request
+        self.register_buffer("request_pairs", both[:, within], persistent=False)
+        self.register_buffer("pairs", both[:, ~within], persistent=False)
+
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
+        """Products within the request, B × P, and those with a candidate's field, B × C × Q."""
+        number = request_BRD.shape[1]
+        first, second = self.request_pairs
+        alike = (request_BRD @ request_BRD.transpose(1, 2))[:, first, second]
+        across = candidate_BCND @ request_BRD[:, None].transpose(2, 3)
+        products = torch.cat([across, candidate_BCND @ candidate_BCND.transpose(2, 3)], dim=-1)
+        first, second = self.pairs  # the second of a pair is never the request's
+        return alike, products[:, :, second - number, first]

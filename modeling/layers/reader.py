@@ -1,0 +1,58 @@
+"""How a model without a sequence of its own reads the history: an encoded state once per request, one token a candidate."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import FeatureSizes, UserInputs
+from modeling.layers.attention import HistoryAttentionLayer
+from modeling.layers.embedding import sinusoids
+from modeling.layers.target_attention import TargetAttention
+
+History = Literal["bags", "din", "transformer"]
+
+
+class HistoryReader(nn.Module):
+    """Reads events for candidates.
+
+    Args:
+        kind: "din": target attention; "transformer": encoded by bidirectional layers, then read by attention.
+    """
+
+    def __init__(self, width: int, sizes: FeatureSizes, kind: Literal["din", "transformer"], hidden: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.action = nn.Embedding(sizes.actions, width)
+        self.numbers = nn.Linear(sizes.event_features + 1, width)
+        nn.init.normal_(self.action.weight, std=0.05)
+        if kind == "din":
+            self.attention = TargetAttention(width, hidden)
+        else:
+            self.layers = nn.ModuleList(HistoryAttentionLayer(width, 4, 0.0) for _ in range(2))
+
+    def prepare(self, user: UserInputs, items_BLD: Tensor) -> Any:
+        """The history's half, once per request.
+
+        Args:
+            items_BLD: its items as candidates are embedded.
+        """
+        numbers = torch.cat([user.event_BLE, user.age_BL[..., None]], dim=-1)
+        rows = items_BLD + self.action(user.action_BL) + self.numbers(numbers)
+        if self.kind == "din":
+            return self.attention.prepare(rows, user.mask_BL)
+        index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)
+        rows, mask = rows + sinusoids(index.clamp(min=0), rows.shape[-1]), user.mask_BL[:, None]
+        encode, read = self.layers
+        rows = encode(rows, *encode.keys_values(rows), mask)  # type: ignore[operator]
+        return (*read.keys_values(rows), mask)  # type: ignore[operator]
+
+    def forward(self, prepared: Any, candidate_BCD: Tensor) -> Tensor:
+        """What each candidate reads, B × C × D."""
+        if self.kind == "din":
+            read: Tensor = self.attention(prepared, candidate_BCD)
+            return read
+        rows: Tensor = self.layers[1](candidate_BCD, *prepared)
+        return rows

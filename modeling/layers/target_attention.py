@@ -1,0 +1,57 @@
+"""Target attention: a candidate weighs each event of the history by a small network (DIN, arXiv 1706.06978)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import prelu
+
+
+class Read(NamedTuple):
+    """What target attention needs of a history, once per request."""
+
+    rows_BLD: Tensor
+    hidden_BLX: Tensor  # the history's half of the first layer
+    mask_BL: Tensor
+
+
+class TargetAttention(nn.Module):
+    """Σ_j a(e_j, c) e_j with a = MLP([e_j, c, e_j - c, e_j ⊙ c]) and no softmax.
+
+    The first layer is linear in [e, c, e - c, e ⊙ c], so e (W_1 + W_3) is computed once per request and c (W_2 - W_3)
+    once per candidate; only e ⊙ c belongs to the pair, and (e ⊙ c) W_4 = e (diag(c) W_4) is one matrix product.
+
+    Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its batch.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.event, self.candidate = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
+        self.pair = nn.Parameter(torch.empty(width, hidden))
+        nn.init.xavier_normal_(self.pair)
+        self.slope = nn.Parameter(torch.full((hidden,), 0.25))
+        self.out = nn.Linear(hidden, 1)
+
+    def prepare(self, rows_BLD: Tensor, mask_BL: Tensor) -> Read:
+        """The history's half."""
+        return Read(rows_BLD, self.event(rows_BLD), mask_BL)
+
+    def forward(self, read: Read, candidate_BCD: Tensor) -> Tensor:
+        """What each candidate reads, B × C × D; zeros of an empty history."""
+        scaled = candidate_BCD[..., None] * self.pair
+        hidden = read.rows_BLD[:, None] @ scaled + read.hidden_BLX[:, None] + self.candidate(candidate_BCD)[:, :, None]
+        weight = self.out(prelu(hidden.flatten(0, -2), self.slope)).view(hidden.shape[:-1])
+        return (weight * read.mask_BL[:, None]) @ read.rows_BLD
+
+    def plain(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
+        """The plain twin: the first layer over [e, c, e - c, e ⊙ c], with W_3 = 0, for every pair."""
+        event = rows_BLD[:, None].expand(-1, candidate_BCD.shape[1], -1, -1)
+        candidate = candidate_BCD[:, :, None].expand_as(event)
+        joined = torch.cat([event, candidate, event - candidate, event * candidate], dim=-1)
+        nothing = torch.zeros_like(self.pair)
+        first = torch.cat([self.event.weight.T, self.candidate.weight.T, nothing, self.pair])
+        hidden = prelu((joined @ first + self.event.bias).flatten(0, -2), self.slope)
+        weight = self.out(hidden).view(joined.shape[:-1])
+        return ((weight * mask_BL[:, None])[..., None] * event).sum(2)

@@ -1,0 +1,397 @@
+"""OneTrans: one causal Transformer over behaviour tokens and feature tokens, with KV caches within and across requests.
+
+Source: Zhang et al., "OneTrans: Unified feature interaction and sequence modeling with one Transformer in industrial
+recommender", arXiv 2510.26104 (v3): tokenisers (section 3.2), mixed parameterisation and pyramid (3.3, 3.4), caches
+(3.5).
+
+| paper | here |
+|---|---|
+| S tokens, L_S of them, merged from n sequences | events of `UserInputs`; a sequence is the events of one action |
+| NS tokens, L_NS of them, Auto-Split or group-wise | `request_tokens` of the request, then `candidate_tokens` of each candidate |
+| MixedMHA, MixedFFN: shared for S, own for each NS token | `MixedLayer` |
+| pyramid: the tail of S emits queries | `tail_lengths`, each layer's input |
+| stage I, once per request; stage II, per candidate | `encode_user`; `score` |
+| cross-request cache | `extend_user`, `must_refresh` |
+
+Differs, where the paper is silent or our choice (dated in modeling/README.md): request-level NS tokens stand before
+candidate-level ones, so that their keys and values are computed once per request too; W_O is shared unless asked for;
+behaviour tokens know their place from the oldest event and the gap to the event before, never their distance from now,
+so that cached keys stay true; heads read every final NS state, each normalised by itself.
+
+**Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a cache is then not what
+a new forward would give. Here the tails' starts stay where the last full encoding put them, and extension is exact with
+respect to them; `must_refresh` says when a tail has grown by 32 rows and the user is to be encoded again. Training
+lengthens all tails by 0 to 31 rows at random, so that both situations are known to the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.layers.attention import attend_shared_and_own
+from modeling.layers.embedding import sinusoids
+from modeling.layers.features import Bags, FeatureTokens
+from modeling.layers.interaction import TaskHeads
+from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
+from modeling.models.base import CannotExtendError, Ranker
+
+ROUND_TO = 32  # rows; tails are multiples of it, and may grow by as many before a refresh
+
+
+@dataclass(frozen=True)
+class Config:
+    """Auto-Split, timestamp-aware and with a pyramid by default, as the paper's best.
+
+    `request_tokens = 0` makes one Auto-Split of all features; every NS token is then a candidate's.
+    """
+
+    width: int = 64
+    num_layers: int = 3
+    num_heads: int = 4
+    expansion: int = 4
+    dropout: float = 0.0
+    tokeniser: Literal["auto_split", "group_wise"] = "auto_split"
+    request_tokens: int = 4  # of auto_split; group_wise has one for each semantic group
+    candidate_tokens: int = 4
+    merge: Literal["timestamp_aware", "timestamp_agnostic"] = "timestamp_aware"
+    separators: bool = True  # learned rows between the sequences of a timestamp-agnostic merge
+    pyramid: bool = True
+    own_weights: bool = True  # each NS token has its own; False shares those of S
+    own_output: bool = False  # W_O too
+
+
+@dataclass(frozen=True)
+class UserState:
+    """Keys and values of S and of the request's NS tokens in every layer, and what extension needs."""
+
+    keys: tuple[Tensor, ...]  # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
+    values: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]  # num_layers × (B × (S_l + R)), True where a row is real
+    request_BRD: Tensor  # final states of the request's NS tokens
+    bags: Bags
+    length_B: Tensor  # events so far
+    added_B: Tensor  # of them, since the last full encoding
+
+
+def tail_lengths(length: int, top: int, num_layers: int, pyramid: bool = True) -> tuple[int, ...]:
+    """S rows in each layer's input: `length` falling linearly to `top`, rounded to 32 (arXiv 2510.26104, section 3.4)."""
+    if not pyramid:
+        return (length,) * num_layers
+
+    def rounded(layer: int) -> int:
+        exact = length + (top - length) * layer / num_layers
+        return min(length, max(top, ROUND_TO * round(exact / ROUND_TO)))
+
+    return (length, *(rounded(layer) for layer in range(1, num_layers)))
+
+
+class MixedLayer(nn.Module):
+    """Pre-norm block; S rows share weights, each NS token has its own (arXiv 2510.26104, section 3.3)."""
+
+    def __init__(self, config: Config, num_ns: int) -> None:
+        super().__init__()
+        width, own = config.width, num_ns if config.own_weights else 0
+        self.num_heads = config.num_heads
+        self.norm, self.norm_out = MixedRMSNorm(width, own), MixedRMSNorm(width, own)
+        self.query = MixedLinear(width, width, own)
+        self.key_value = MixedLinear(width, 2 * width, own)
+        self.out = MixedLinear(width, width, own if config.own_output else 0)
+        self.up = MixedLinear(width, config.expansion * width, own)
+        self.down = MixedLinear(config.expansion * width, width, own)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, rows: Tensor, first: int | None = None, keep: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of B × … × D, each B × H × … × K.
+
+        Args:
+            first: see MixedLinear.
+            keep: queries of so many last S rows only.
+        """
+        normed = self.norm(rows, first)
+        asking = normed if keep is None else normed[:, normed.shape[1] - keep :]
+        keys, values = self.key_value(normed, first).chunk(2, dim=-1)
+        return self._heads(self.query(asking, first)), self._heads(keys), self._heads(values)
+
+    def finish(self, rows: Tensor, read: Tensor, first: int | None = None) -> Tensor:
+        """Output projection, residuals and feed-forward; `read` is B × H × … × K."""
+        rows = rows + self.dropout(self.out(read.movedim(1, -2).flatten(-2), first))
+        hidden = gelu(self.up(self.norm_out(rows, first), first))
+        return rows + self.dropout(self.down(hidden, first))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.num_heads, -1)).movedim(-2, 1)
+
+
+class OneTrans(Ranker):
+    """See the module docstring."""
+
+    def __init__(self, config: Config, sizes: FeatureSizes) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        width = config.width
+        if width % config.num_heads:
+            raise ValueError(f"width {width} is no multiple of num_heads {config.num_heads}")
+        self.features = FeatureTokens(sizes, width, bags=True)
+        features = self.features
+        self.request_nodes: nn.Module | None
+        self.candidate_nodes: nn.Module
+        if config.tokeniser == "auto_split":
+            self.num_request, self.num_candidate = config.request_tokens, config.candidate_tokens
+            alone = self.num_request == 0
+            inputs = features.num_candidate + (features.num_request if alone else 0)
+            self.request_nodes = None if alone else AutoSplit(features.num_request, width, self.num_request)
+            self.candidate_nodes = AutoSplit(inputs, width, self.num_candidate)
+        else:
+            self.num_request, self.num_candidate = len(features.request_groups), len(features.candidate_groups)
+            self.request_nodes = GroupWise(features.request_groups, width)
+            self.candidate_nodes = GroupWise(features.candidate_groups, width)
+        self.num_ns = self.num_request + self.num_candidate
+        # One network for each behaviour sequence, shared by its events.
+        self.event_up = PerTokenLinear(sizes.actions, width + sizes.event_features + 1, width, bias=True)
+        self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
+        self.sequence_type = nn.Embedding(sizes.actions, width)
+        self.separator = nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
+        self.layers = nn.ModuleList(MixedLayer(config, self.num_ns) for _ in range(config.num_layers))
+        self.final_norm = MixedRMSNorm(width, self.num_ns)
+        self.heads = TaskHeads(
+            self.num_request * width, self.num_candidate * width, 2 * width, sizes.tasks, config.dropout
+        )
+        for table in (self.sequence_type, self.separator):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.05)
+
+    @property
+    def can_extend(self) -> bool:
+        """New events stand last in a timestamp-aware merge only."""
+        return self.config.merge == "timestamp_aware"
+
+    @property
+    def tails(self) -> tuple[int, ...]:
+        """S rows of each layer's input for a full history, before any extension."""
+        length = self.sizes.history_length + (self.sizes.actions - 1 if self._has_separators else 0)
+        return tail_lengths(length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid)
+
+    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
+        """Standardise dense features by the training set."""
+        self.features.fit_statistics(dense_NF, dense_BG)
+
+    def encode_user(self, user: UserInputs) -> UserState:
+        """Stage I: every S row and the request's NS tokens through all layers."""
+        rows, mask = self._sequence(user)
+        longer = int(torch.randint(ROUND_TO, ())) if self.training and self.config.pyramid else 0
+        cache = []
+        for number, layer in enumerate(self.layers):
+            last = number + 1 == len(self.layers)
+            keep = 0 if last else min(rows.shape[1], self.tails[number + 1] + longer)
+            query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]
+            cache.append((keys, values, mask))
+            if not last:
+                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(mask, keep))
+                rows, mask = layer.finish(rows[:, -keep:], read), mask[:, -keep:]  # type: ignore[operator]
+        length = user.mask_BL.sum(1)
+        return self._with_request(cache, user, self.features.bag(user), length, torch.zeros_like(length))
+
+    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
+        """Only the new events' rows, against cached keys and values; exact with respect to the pinned tails.
+
+        The request's features are those of `new_events`.
+        """
+        if not self.can_extend:
+            raise CannotExtendError(
+                "a timestamp-agnostic merge puts new events between old ones, which changes every row after them. Encode the user again"
+            )
+        new, request = new_events.mask_BL, self.num_request
+        rows = self._embed(new_events, user_state.length_B)
+        cache = []
+        for number, layer in enumerate(self.layers):
+            old = slice(0, user_state.keys[number].shape[2] - request)
+            query, keys, values = layer.project(rows)  # type: ignore[operator]
+            keys = torch.cat([user_state.keys[number][:, :, old], keys], dim=2)
+            values = torch.cat([user_state.values[number][:, :, old], values], dim=2)
+            mask = torch.cat([user_state.masks[number][:, old], new], dim=1)
+            cache.append((keys, values, mask))
+            if number + 1 < len(self.layers) and rows.shape[1]:
+                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(mask, rows.shape[1]))
+                rows = layer.finish(rows, read)  # type: ignore[operator]
+        added = new.sum(1)
+        bags = self.features.bag(new_events, user_state.bags)
+        return self._with_request(cache, new_events, bags, user_state.length_B + added, user_state.added_B + added)
+
+    def must_refresh(self, user_state: UserState) -> Tensor:
+        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows: encode them again.
+
+        Users of another model version must be encoded again too; a state does not know, the caller does.
+        """
+        before = user_state.length_B - user_state.added_B
+        grown = torch.stack([before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails])
+        return (grown > ROUND_TO).any(0)
+
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """Stage II: each candidate's NS tokens against the cache; candidates never see one another. logits_BCT."""
+        tokens = self.features.candidates(candidates)
+        if self.num_request == 0:
+            before = user_state.request_BRD[:, None].expand(-1, tokens.shape[1], -1, -1)
+            tokens = torch.cat([before, tokens], dim=2)
+        rows = self.candidate_nodes(tokens)
+        rows = self._through(rows, user_state.keys, user_state.values, user_state.masks, self.num_request)
+        final = self.final_norm(rows, self.num_request).flatten(2)
+        request = self.final_norm(user_state.request_BRD, 0).flatten(1) if self.num_request else None
+        logits: Tensor = self.heads(request, final)
+        return logits
+
+    def forward_plain(self, batch: Batch, starts_Bn: Tensor | None = None) -> Tensor:
+        """The plain twin: for every candidate one forward over [S; NS], tails as masks on full attention. Slow.
+
+        Args:
+            starts_Bn: first S row of each layer's input by user, as an absolute place in the history; default: where a
+                full encoding puts them.
+        """
+        user, found = batch.user, []
+        rows_S, mask_S = self._sequence(user)
+        length = rows_S.shape[1]
+        place = torch.arange(length, device=rows_S.device) - (length - mask_S.sum(1, keepdim=True))
+        if starts_Bn is None:
+            starts_Bn = torch.stack([(mask_S.sum(1) - tail).clamp(min=0) for tail in self.tails], dim=1)
+        for index in range(batch.candidates.item_BC.shape[1]):
+            one = self.features.candidates(batch.candidates.select(slice(index, index + 1)))
+            request = self.features.request(user)
+            if self.request_nodes is None:
+                nodes = self.candidate_nodes(torch.cat([request[:, None], one], dim=2))[:, 0]
+            else:
+                nodes = torch.cat([self.request_nodes(request), self.candidate_nodes(one)[:, 0]], dim=1)
+            rows = torch.cat([rows_S, nodes], dim=1)
+            for number, layer in enumerate(self.layers):
+                inside = mask_S & (place >= starts_Bn[:, number : number + 1])
+                real = torch.cat([inside, torch.ones_like(nodes[..., 0], dtype=torch.bool)], dim=1)
+                parts = [layer.project(part, at) for part, at in ((rows[:, :length], None), (rows[:, length:], 0))]  # type: ignore[operator]
+                query, keys, values = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
+                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(real, rows.shape[1]))
+                rows = torch.cat(
+                    [
+                        layer.finish(rows[:, :length], read[:, :, :length]),  # type: ignore[operator]
+                        layer.finish(rows[:, length:], read[:, :, length:], 0),  # type: ignore[operator]
+                    ],
+                    dim=1,
+                )
+            final = self.final_norm(rows[:, length:], 0)
+            request_final = final[:, : self.num_request].flatten(1) if self.num_request else None
+            found.append(self.heads(request_final, final[:, None, self.num_request :].flatten(2)))
+        return torch.cat(found, dim=1)
+
+    @property
+    def _has_separators(self) -> bool:
+        return self.config.merge == "timestamp_agnostic" and self.config.separators and self.sizes.actions > 1
+
+    def _with_request(
+        self,
+        cache: list[tuple[Tensor, Tensor, Tensor]],
+        user: UserInputs,
+        bags: Bags,
+        length_B: Tensor,
+        added_B: Tensor,
+    ) -> UserState:
+        """The state: the S cache with the request's NS tokens behind it."""
+        keys, values, masks = (tuple(kind) for kind in zip(*cache, strict=True))
+        tokens = self.features.request(user, bags)
+        state = UserState(keys, values, masks, tokens, bags, length_B, added_B)
+        if self.request_nodes is None:
+            return state  # `score` joins them with each candidate's
+        own: list[tuple[Tensor, Tensor]] = []
+        rows = self._through(self.request_nodes(tokens)[:, None], keys, values, masks, 0, own)[:, 0]
+        real = torch.ones_like(rows[..., 0], dtype=torch.bool)
+        return replace(
+            state,
+            keys=tuple(torch.cat([old, new[:, :, 0]], dim=2) for old, (new, _) in zip(keys, own, strict=True)),
+            values=tuple(torch.cat([old, new[:, :, 0]], dim=2) for old, (_, new) in zip(values, own, strict=True)),
+            masks=tuple(torch.cat([mask, real], dim=1) for mask in masks),
+            request_BRD=rows,
+        )
+
+    def _through(
+        self,
+        rows: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        first: int,
+        own: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """NS rows, B × C × N × D, through all layers against what is cached; `own` collects their keys and values."""
+        for number, layer in enumerate(self.layers):
+            query, own_keys, own_values = layer.project(rows, first)  # type: ignore[operator]
+            read = attend_shared_and_own(query, keys[number], values[number], masks[number], own_keys, own_values)
+            rows = layer.finish(rows, read, first)  # type: ignore[operator]
+            if own is not None:
+                own.append((own_keys, own_values))
+        return rows
+
+    def _sequence(self, user: UserInputs) -> tuple[Tensor, Tensor]:
+        """S tokens, merged and padded on the left, so that tails are slices; and where they are real."""
+        rows, mask = self._embed(user, torch.zeros_like(user.mask_BL[:, 0], dtype=torch.long)), user.mask_BL
+        if self.config.merge == "timestamp_agnostic":
+            kind = torch.where(mask, user.action_BL * 2, 2 * self.sizes.actions)
+            if self.separator is not None:
+                between = self.separator.weight[None].expand(len(rows), -1, -1)
+                rows = torch.cat([rows, between], dim=1)
+                mask = torch.cat([mask, torch.ones_like(between[..., 0], dtype=torch.bool)], dim=1)
+                after = 2 * torch.arange(between.shape[1], device=mask.device) + 1
+                kind = torch.cat([kind, after.expand(len(rows), -1)], dim=1)
+        else:
+            kind = (~mask).long()
+        order = torch.where(mask, kind, -1).argsort(dim=1, stable=True)  # padding first, the rest in its order
+        return rows.gather(1, order[..., None].expand_as(rows)), mask.gather(1, order)
+
+    def _embed(self, user: UserInputs, before_B: Tensor) -> Tensor:
+        """Event tokens in the order of time, B × L × D. `before_B` events of each user came before these."""
+        numbers = torch.cat([self.features.item(user.item_BL), user.event_BLE, user.gap_BL[..., None]], dim=-1)
+        every = self.event_down(gelu(self.event_up(numbers[:, :, None].expand(-1, -1, self.sizes.actions, -1))))
+        chosen = user.action_BL[..., None, None].expand(-1, -1, 1, self.config.width)
+        event = every.gather(2, chosen)[:, :, 0]
+        index = before_B[:, None] + torch.arange(event.shape[1], device=event.device)
+        return event + self.sequence_type(user.action_BL) + sinusoids(index, self.config.width)
+
+
+class AutoSplit(nn.Module):
+    """All features through one matrix product, split into tokens (arXiv 2510.26104, section 3.2)."""
+
+    def __init__(self, num_features: int, width: int, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.network = nn.Linear(num_features * width, num_tokens * width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """… × features × D → … × tokens × D."""
+        tokens: Tensor = self.network(features.flatten(-2)).unflatten(-1, (self.num_tokens, -1))
+        return tokens
+
+
+class GroupWise(nn.Module):
+    """A network and a token for each semantic group of features (arXiv 2510.26104, section 3.2)."""
+
+    def __init__(self, groups: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.networks = nn.ModuleList(
+            nn.Sequential(nn.Linear(size * width, width), nn.GELU(), nn.Linear(width, width)) for size in groups
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """… × features × D → … × groups × D."""
+        parts = features.split(self.groups, dim=-2)
+        return torch.stack(
+            [network(part.flatten(-2)) for network, part in zip(self.networks, parts, strict=True)], dim=-2
+        )
+
+
+def _causal(mask: Tensor, number: int) -> Tensor:
+    """What the last `number` rows may read, B × 1 × number × L: real rows up to themselves; padding reads itself."""
+    length = mask.shape[1]
+    row = torch.arange(length - number, length, device=mask.device)[:, None]
+    key = torch.arange(length, device=mask.device)
+    return (((key <= row) & mask[:, None]) | (key == row))[:, None]
