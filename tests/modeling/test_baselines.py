@@ -1,0 +1,104 @@
+"""Baselines: each does what its paper says, where that can be said in a line."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling.baselines import autoint, dcnv2, rankmixer, wukong
+from modeling.layers.interaction import DotInteraction
+from modeling.layers.target_attention import TargetAttention
+
+WIDTH = 8
+
+
+def tokens(request: int, candidate: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(2, request, WIDTH, generator=generator),
+        torch.randn(2, 3, candidate, WIDTH, generator=generator),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 1000))
+def test_target_attention_equals_its_plain_twin(lengths: list[int], number: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    attention = TargetAttention(WIDTH, 12)
+    rows, candidates = torch.randn(len(lengths), 9, WIDTH), torch.randn(len(lengths), number, WIDTH)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    with torch.inference_mode():
+        fast = attention(attention.prepare(rows, mask), candidates)
+        torch.testing.assert_close(fast, attention.plain(rows, mask, candidates), atol=1e-5, rtol=1e-5)
+        for row, length in enumerate(lengths):
+            if not length:
+                assert not fast[row].any()
+
+
+def test_dot_interaction_takes_every_pair_once() -> None:
+    request, candidate = tokens(3, 2)
+    within, across = DotInteraction(3, 2)(request, candidate)
+    for b in range(2):
+        for c in range(3):
+            fields = torch.cat([request[b], candidate[b, c]])
+            pairs = sorted(float(fields[i] @ fields[j]) for i in range(5) for j in range(i))
+            found = sorted([*within[b].tolist(), *across[b, c].tolist()])
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(pairs), atol=1e-5, rtol=1e-5)
+
+
+def test_cross_layers_are_x0_times_wx_plus_b_plus_x() -> None:
+    for rank in (0, 4):
+        made = dcnv2.CrossAndDeep(2, 2, dcnv2.Config(width=WIDTH, num_layers=3, rank=rank, hidden=5))
+        request, candidate = tokens(2, 2)
+        out = made(request, candidate)[1][..., : 4 * WIDTH]
+        for b in range(2):
+            for c in range(3):
+                start = torch.cat([request[b], candidate[b, c]]).flatten()
+                first = made.first(request[b : b + 1].flatten(1), candidate[b : b + 1, c : c + 1].flatten(2))[0, 0]
+                crossed = start * (first if made.first_up is None else made.first_up(first)) + start
+                for cross in made.crosses:
+                    crossed = start * cross(crossed) + crossed
+                torch.testing.assert_close(out[b, c], crossed, atol=1e-5, rtol=1e-5)
+
+
+def test_token_mixing_gives_token_h_head_h_of_every_token() -> None:
+    config = rankmixer.Config(width=WIDTH, num_tokens=4, mixed_width=8, num_layers=1)
+    made = rankmixer.Mixer(2 * WIDTH, WIDTH, config)
+    made.norms[1] = torch.nn.Identity()
+    made.networks[0] = Nothing()
+    seen: list[torch.Tensor] = []
+    made.norms[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    request, candidate = tokens(2, 1)
+    made(request, candidate)
+    rows = made.split(request.flatten(1), candidate.flatten(2)).unflatten(-1, (4, 8))
+    for head in range(4):
+        mixed = torch.cat([rows[0, 0, token, 2 * head : 2 * head + 2] for token in range(4)])
+        torch.testing.assert_close(seen[0][0, 0, head], mixed + rows[0, 0, head])
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(rows)
+
+
+def test_autoint_does_not_scale_its_scores() -> None:
+    config = autoint.Config(width=WIDTH, num_layers=1, num_heads=1)
+    made = autoint.FieldAttention(5, config)
+    request, candidate = tokens(3, 2)
+    rows = torch.cat([request[0], candidate[0, 0]])
+    query, key, value, residual = (rows @ part.T for part in made.layers[0].weight.chunk(4))
+    expected = torch.relu((query @ key.T).softmax(-1) @ value + residual)
+    torch.testing.assert_close(made(request, candidate)[1][0, 0], expected.flatten(), atol=1e-5, rtol=1e-5)
+
+
+def test_wukong_crosses_and_compresses_side_by_side() -> None:
+    config = wukong.Config(width=WIDTH, fm_tokens=3, linear_tokens=2, fm_rank=4, hidden=10)
+    layer = wukong.Layer(5, config)
+    rows = torch.randn(1, 1, 5, WIDTH)
+    crossed = (rows[0, 0] @ rows[0, 0].T @ layer.project).flatten()
+    interacted = torch.relu(layer.machine(crossed)).view(3, WIDTH)
+    joined = torch.cat([interacted, layer.compress @ rows[0, 0]]) + rows[0, 0]  # as many tokens: residual as it is
+    assert layer.residual is None
+    torch.testing.assert_close(layer(rows)[0, 0], layer.norm(joined), atol=1e-5, rtol=1e-5)
+    assert wukong.Layer(9, config)(torch.randn(2, 3, 9, WIDTH)).shape == (2, 3, 5, WIDTH)
