@@ -31,11 +31,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--device", default="cpu", help="where to train, such as cuda (default: cpu)")
         if name == "export":
             command.add_argument("--not_live", action="store_true", help="record the bundle without making it live")
-    compare = commands.add_parser("compare", help="next-item recipes × seeds side by side: table, plots, page")
-    compare.add_argument("recipe", nargs="+", help="next-item recipes")
+    compare = commands.add_parser("compare", help="recipes × seeds side by side: table, plots, page")
+    compare.add_argument("recipe", nargs="+", help="next-item recipes, or ranking recipes")
     compare.add_argument("--data", type=Path, help=DATA_HELP)
     compare.add_argument("--seeds", type=int, default=1, help="seeds 1 … N of each recipe (default 1)")
     compare.add_argument("--epochs", type=int, help="the same number for all; default: each recipe's own")
+    rates_help = "ranking recipes: try each with seed 1, go on with the best on validation"
+    compare.add_argument("--learning_rates", type=float, nargs="+", help=rates_help)
     compare.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     compare.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     compare.add_argument("--no_scaling", action="store_true", help="leave out speed and memory against length")

@@ -45,8 +45,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     settings = Settings.from_env()
     try:
         if arguments.command == "compare":
-            from modeling.comparison import compare
-
+            kinds = {type(recipes.load(name)) for name in arguments.recipe}
+            if kinds == {Recipe}:
+                if arguments.data is not None:
+                    raise ValueError(
+                        f"--data is for next-item recipes; ranking reads the tables of dataset {settings.dataset}"
+                    )
+                from modeling.ranking import compare
+            else:
+                from modeling.comparison import compare
             compare(settings, arguments)
             return 0
         recipe = recipes.load(arguments.recipe)
@@ -132,12 +139,10 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
     if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
         console.print(f"train {recipe.name}: up to date (run {run.identity})", highlight=False)
         return
-    import torch
-
-    from modeling import models
     from modeling.batch import Encoder
     from modeling.bundle import write_vocabularies
     from modeling.dataset import vocabularies
+    from modeling.ranking import build_model
     from modeling.trainer import Trainer
 
     with catalogue.stage(settings.dataset, f"train {recipe.name}", run.identity) as stage:
@@ -153,9 +158,7 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
         console.print(
             f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False
         )
-        torch.manual_seed(recipe.training.seed)
-        model = models.build(recipe.model, recipe.config, encoder.sizes)
-        model.fit_statistics(torch.from_numpy(encoded.candidate_dense), torch.from_numpy(encoded.dense_BG))
+        model = build_model(recipe, encoder, encoded)
         trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
         summary = trainer.fit(encoded, encoded_validation)
         write_vocabularies(encoder, run.folder / "vocabularies.json")

@@ -62,7 +62,7 @@ def next_item_recipe(name: str) -> NextItemRecipe:
     recipe = recipes.load(name)
     if not isinstance(recipe, NextItemRecipe):
         raise ValueError(
-            f"{name} is a ranking recipe: next-item recipes are compared here, see `python -m modeling recipes`"
+            f"{name} is a ranking recipe and cannot be compared with next-item recipes: see `python -m modeling recipes`"
         )
     return recipe
 
@@ -104,7 +104,7 @@ def spread(values: list[float]) -> str:
 def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list[dict[str, Any]]) -> Path:
     """Write `comparison.json`, the pictures and the page; returns the page's path."""
     plt = plots()
-    pictures = {"quality_by_cost": _quality_by_cost(plt, results)}
+    pictures = {"quality_by_cost": quality_by_cost(plt, results, "validation NDCG@10, FULL")}
     if scaling:
         pictures["cost_by_length"] = _cost_by_length(plt, scaling)
     stored = {"title": title, "results": results, "scaling": scaling}
@@ -120,14 +120,15 @@ def _scaling(recipe: NextItemRecipe) -> list[dict[str, Any]]:
     return [{"recipe": recipe.name, **encoder_cost(recipe.model, recipe.config, length)} for length in LENGTHS]
 
 
-def _quality_by_cost(plt: Any, results: list[dict[str, Any]]) -> bytes:
+def quality_by_cost(plt: Any, results: list[dict[str, Any]], quality: str) -> bytes:
+    """A picture: validation quality against training CPU seconds, a curve for each run."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     for colour, (name, runs) in zip(_colours(), by_recipe(results).items(), strict=False):
         for number, run in enumerate(runs):
             curve = run["summary"]["curve"]
             label = name if number == 0 else None
             axes.plot([c for c, _ in curve], [q for _, q in curve], ".-", color=colour, label=label, linewidth=1)
-    axes.set(xlabel="training, CPU seconds", ylabel="validation NDCG@10, FULL")
+    axes.set(xlabel="training, CPU seconds", ylabel=quality)
     axes.legend(frameon=False, fontsize=8)
     return png_of(plt, figure)
 

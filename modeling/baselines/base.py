@@ -22,7 +22,7 @@ class Config:
 
     width: int = 32
     history: History = "din"
-    history_hidden: int = 32
+    history_hidden: int = 16
     dropout: float = 0.0
 
 

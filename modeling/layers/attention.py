@@ -99,9 +99,12 @@ def attend_shared_and_own(
     """
     number, length = query.shape[3], keys.shape[2]
     query = query * query.shape[-1] ** -0.5
-    shared = (query.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
-    if mask_BL is not None:
-        shared = shared.masked_fill(~mask_BL[:, None, None, None], -torch.inf)
+    asking = query.flatten(2, 3)
+    if mask_BL is not None:  # as one more dimension of the product, which costs less than another pass over the scores
+        hidden = torch.zeros_like(mask_BL, dtype=keys.dtype).masked_fill(~mask_BL, torch.finfo(keys.dtype).min / 2)
+        keys = torch.cat([keys, hidden[:, None, :, None].expand(-1, keys.shape[1], -1, -1)], dim=-1)
+        asking = torch.cat([asking, torch.ones_like(asking[..., :1])], dim=-1)
+    shared = (asking @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
     own = query @ own_keys.transpose(-1, -2)
     if number > 1:
         later = torch.ones(number, number, dtype=torch.bool, device=own.device).triu(1)

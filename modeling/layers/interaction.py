@@ -31,7 +31,7 @@ class TaskHeads(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Parameter(torch.empty(tasks, hidden))
         self.bias = nn.Parameter(torch.zeros(tasks))
-        nn.init.normal_(self.out, std=hidden**-0.5)
+        nn.init.normal_(self.out, std=0.1 * hidden**-0.5)
 
     def forward(self, request_BX: Tensor | None, candidate_BCX: Tensor) -> Tensor:
         """logits_BCT, float32."""
@@ -50,7 +50,7 @@ class DotInteraction(nn.Module):
 
     def __init__(self, request: int, candidate: int) -> None:
         super().__init__()
-        both = torch.triu_indices(request + candidate, request + candidate, 1)
+        both = torch.triu_indices(request + candidate, request + candidate, 1, device="cpu")
         within = both[1] < request
         self.register_buffer("request_pairs", both[:, within], persistent=False)
         self.register_buffer("pairs", both[:, ~within], persistent=False)

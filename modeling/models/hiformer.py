@@ -50,7 +50,7 @@ class Config:
     composite_query: bool = True
     shared_output: bool = False
     history: History = "din"
-    history_hidden: int = 32
+    history_hidden: int = 16
     dropout: float = 0.0
 
 

@@ -89,6 +89,12 @@ def hydrarec_decayed_bidirectional_ml1m() -> NextItemRecipe:
     return _ml1m("hydrarec_decayed_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators)
 
 
+def hydrarec_hybrid_bidirectional_ml1m() -> NextItemRecipe:
+    """HydraRec-bidirectional with a softmax layer first."""
+    operators = ("softmax", "decayed_hydra")
+    return _ml1m("hydrarec_hybrid_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators)
+
+
 def sasrec_beauty() -> NextItemRecipe:
     """SASRec with 1,024 shared negatives and averaged weights, on Amazon Beauty 5-core."""
     config = {**ML1M, "width": 192, "num_heads": 2, "dropout": 0.5}

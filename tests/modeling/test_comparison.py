@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from feature_repo.tables import JobFolder
 from modeling import __main__ as entry
@@ -68,7 +69,9 @@ def test_a_finished_run_is_shown_again_and_not_repeated(lines: Path, capsys: pyt
         (("train", "sasrec_tiny", "--data", "none.txt"), "none.txt is no file"),
         (("export", "sasrec_tiny"), "there is nothing to serve"),
         (("train", "amortised_dlrm_tiny", "--data", "x"), "--data is for next-item recipes"),
-        (("compare", "amortised_dlrm_tiny", "--data", "x"), "is a ranking recipe"),
+        (("compare", "amortised_dlrm_tiny", "sasrec_tiny", "--data", "x"), "is a ranking recipe"),
+        (("compare", "amortised_dlrm_tiny", "--data", "x"), "--data is for next-item recipes"),
+        (("compare", "onetrans_tiny"), "nothing is built"),
         (("compare", "no_such", "--data", "x"), "no recipe 'no_such'"),
         (("train", "sasrec_tiny"), "nothing is built"),
     ],
@@ -114,6 +117,31 @@ def test_the_page_shows_cost_by_length_where_it_was_measured(tmp_path: Path) -> 
     assert "some &lt;b&gt;" in page
 
 
+def test_ranking_recipes_are_compared_on_the_same_join(
+    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two recipes, two rates each, two seeds at the better one; a second call reads what is there."""
+    monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
+    names = ("onetrans_tiny", "amortised_dlrm_tiny")
+    ask = ("compare", *names, "--seeds", "2", "--learning_rates", "1e-3", "1e-2", "--epochs", "1")
+    assert run(*ask) == 0
+    said = capsys.readouterr().out
+    assert said.count("train: step") + said.count("epoch 0") >= 6
+    page = Path(shop.settings.path("comparison", "comparison.html"))
+    stored = json.loads(page.with_suffix(".json").read_text())["results"]
+    assert [(r["recipe"].split("@")[0], r["seed"]) for r in stored] == [(n, s) for n in names for s in (1, 2)]
+    for first, second in (stored[:2], stored[2:]):
+        assert first["recipe"] == second["recipe"]
+        other = first["recipe"].replace("@0.001", "@x").replace("@0.01", "@0.001").replace("@x", "@0.01")
+        tried = json.loads(Path(shop.settings.path("comparison", f"{other}-seed1", "result.json")).read_text())
+        assert tried["summary"]["best_validation_ndcg@10"] <= first["summary"]["best_validation_ndcg@10"]
+        assert first["dense_parameters"] < first["parameters"]
+        assert 0 < first["test"]["gauc"]["value"] < 1
+        assert f"{first['recipe']}" in page.read_text()
+    assert run(*ask) == 0
+    assert "epoch 0" not in capsys.readouterr().out
+
+
 def test_next_item_training_reads_the_log_that_the_beam_job_built(
     shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +182,10 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
         assert recipe.name == name
         if isinstance(recipe, NextItemRecipe):
             models.build(recipe.model, recipe.config, FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length))
+            continue
+        sizes = FeatureSizes(50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5)
+        with torch.device("meta"):
+            models.build(recipe.model, recipe.config, sizes)
 
 
 @pytest.mark.parametrize("name", ["sequence", "next_item"])

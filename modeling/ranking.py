@@ -1,0 +1,202 @@
+"""Ranking runs: a recipe with a seed on a dataset's tables, trained and evaluated; and recipes × seeds side by side.
+
+The tables are joined once and shared by all runs. Each run has a folder of its own, resumes, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from feature_repo.settings import Settings
+from feature_repo.tables import digest_of
+from modeling import metrics, models, recipes
+from modeling.batch import Encoded, Encoder
+from modeling.comparison import by_recipe, quality_by_cost, spread
+from modeling.console import console, print_table
+from modeling.dataset import SPLITS, Split, Warehouse, vocabularies
+from modeling.models.base import Ranker
+from modeling.next_item import keep_freed_memory
+from modeling.recipes import Recipe
+from modeling.report import plots, write_page
+from modeling.trainer import Trainer, predict
+
+if TYPE_CHECKING:
+    from feature_repo.schema import Contract
+
+METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
+
+
+@dataclass(frozen=True)
+class Periods:
+    """Joined training, validation and test requests of a dataset, and the digest of the tables they come from."""
+
+    contract: Contract
+    train: Split
+    validation: Split
+    test: Split
+    digest: str
+
+    @staticmethod
+    def of(settings: Settings, service: str) -> Periods:
+        """Join all three periods through a feature service.
+
+        Raises:
+            TableNotBuiltError: a Beam job has not run.
+            StaleFeaturesError: tables were built under another contract.
+        """
+        from feature_repo.store import open_store
+
+        warehouse, store = Warehouse(settings), open_store(settings)
+        train, validation, test = (warehouse.split(store, service, name) for name in SPLITS)
+        return Periods(warehouse.contract, train, validation, test, warehouse.digest)
+
+    def describe(self) -> str:
+        """The dataset and its counts in a line."""
+        splits = (self.train, self.validation, self.test)
+        counts = [f"{len(split.requests):,} {name}" for name, split in zip(SPLITS, splits, strict=True)]
+        return f"{self.contract.spec.title}, requests: {', '.join(counts)}"
+
+
+class Encodings:
+    """Encoded periods, once for all recipes that read them alike."""
+
+    def __init__(self, periods: Periods) -> None:
+        self.periods = periods
+        self._encoded = cache(self._encode)
+
+    def of(self, recipe: Recipe) -> tuple[Encoder, Encoded, Encoded, Encoded]:
+        """Encoder, and training, validation and test requests of a recipe."""
+        encoder, encoded = self._encoded(recipe.min_item_count)
+        own = Encoder(self.periods.contract, encoder.vocabularies, recipe.history_length)
+        return own, *encoded
+
+    def _encode(self, min_item_count: int) -> tuple[Encoder, tuple[Encoded, Encoded, Encoded]]:
+        periods = self.periods
+        encoder = Encoder(periods.contract, vocabularies(periods.contract, periods.train, min_item_count), 1)
+        train, validation, test = (
+            encoder.encode(s.requests) for s in (periods.train, periods.validation, periods.test)
+        )
+        return encoder, (train, validation, test)
+
+
+def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
+    """A fresh model of the recipe; its seed decides the weights."""
+    torch.manual_seed(recipe.training.seed)
+    model = models.build(recipe.model, recipe.config, encoder.sizes)
+    model.fit_statistics(torch.from_numpy(train.candidate_dense), torch.from_numpy(train.dense_BG))
+    return model
+
+
+def variant(recipe: Recipe, seed: int, epochs: int | None = None, learning_rate: float | None = None) -> Recipe:
+    """The recipe under another seed, and with other epochs or another learning rate, which its name then tells."""
+    name, changes = recipe.name, {"seed": seed}
+    if epochs is not None:
+        name, changes = f"{name}@{epochs}", {**changes, "epochs": epochs}
+    training = replace(recipe.training, **changes)
+    if learning_rate is not None:
+        name, training = f"{name}@{learning_rate:g}", replace(training, learning_rate=learning_rate)
+    return replace(recipe, name=name, training=training)
+
+
+def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
+    """One run to its end, or the result of a finished one.
+
+    Returns:
+        Recipe, seed, parameters with and without item and other embeddings, training summary, test metrics.
+    """
+    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
+    identity = digest_of([asdict(recipe), encodings.periods.digest, encodings.periods.contract.fingerprint])
+    stored = Path(folder, "result.json")
+    if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
+        return cast(dict[str, Any], done)
+    keep_freed_memory()
+    encoder, train, validation, test = encodings.of(recipe)
+    model = build_model(recipe, encoder, train)
+    trainer = Trainer(model, encoder, recipe.training, Path(folder), identity, device)
+    summary = trainer.fit(train, validation)
+    logits = predict(cast(Ranker, trainer.load_best()), encoder, test)
+    users = encodings.periods.test.users.dictionary_encode().indices.to_numpy()
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    found = metrics.evaluate(test.labels, logits, test.candidate_offsets, users, probability)
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    result = {
+        "identity": identity,
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dense_parameters": sum(p.numel() for p in model.parameters() if id(p) not in tables),
+        "summary": summary,
+        "test": {name: asdict(estimate) for name, estimate in found.items()},
+    }
+    draft = stored.with_name(".result.draft")
+    draft.write_text(json.dumps(result, indent=1))
+    draft.replace(stored)
+    return result
+
+
+def compare(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Run what is not finished, then write and print the comparison.
+
+    With several learning rates, each recipe gets the same trials: seed 1 at every rate, and the rate of the best
+    validation NDCG@10 for all its seeds.
+
+    Raises:
+        ValueError: a recipe is no ranking recipe, or recipes read different feature services.
+    """
+    torch.set_num_threads(arguments.threads)
+    chosen = [_ranking_recipe(name) for name in arguments.recipe]
+    if len(services := sorted({recipe.service for recipe in chosen})) > 1:
+        raise ValueError(f"recipes of one comparison must read one feature service, these read {services}")
+    console.print("compare: joining features point-in-time", highlight=False)
+    encodings = Encodings(Periods.of(settings, chosen[0].service))
+    title = encodings.periods.describe()
+    console.print(f"compare: {title}", highlight=False)
+    results: list[dict[str, Any]] = []
+
+    def run(recipe: Recipe, seed: int, rate: float | None) -> dict[str, Any]:
+        one = variant(recipe, seed, arguments.epochs, rate)
+        console.print(f"compare: {one.name}, seed {seed}", highlight=False)
+        return train_and_evaluate(settings, encodings, one, arguments.device)
+
+    for recipe in chosen:
+        rates = arguments.learning_rates or [None]
+        trials = [run(recipe, 1, rate) for rate in rates]
+        best = int(np.argmax([trial["summary"]["best_validation_ndcg@10"] for trial in trials]))
+        results.append(trials[best])
+        results += [run(recipe, seed, rates[best]) for seed in range(2, arguments.seeds + 1)]
+    folder = Path(settings.path("comparison"))
+    pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
+    (folder / "comparison.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
+    subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
+    page = write_page(folder / "comparison.html", "Ranking comparison", subtitle, summary_lines(results), pictures)
+    print_table(summary_lines(results))
+    console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each recipe: test metrics over seeds, sizes, and what training cost."""
+    head = ["recipe", "seeds", *METRICS, "validation ndcg@10", "parameters", "beside embeddings", "CPU s"]
+    rows = []
+    for name, runs in by_recipe(results).items():
+        cells = [spread([run["test"][metric]["value"] for run in runs]) for metric in METRICS]
+        validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
+        sizes = [f"{runs[0][size]:,}" for size in ("parameters", "dense_parameters")]
+        cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
+        rows.append([name, str(len(runs)), *cells, validation, *sizes, f"{cost:,.0f}"])
+    return [head, *rows]
+
+
+def _ranking_recipe(name: str) -> Recipe:
+    recipe = recipes.load(name)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name} is a next-item recipe and cannot be compared with ranking recipes")
+    return recipe

@@ -1,0 +1,88 @@
+"""Ranking recipes: the three systems and the baselines of their tables, of about equal size, on either dataset.
+
+`*_retail` and `*_ml1m` differ in history length only, and in nothing that was tuned for one model alone: width, batch,
+epochs and features are common, the learning rate is the best of the same three trials for each (modeling/README.md).
+`*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from modeling.recipes import Recipe, Training
+
+WIDTH = 32
+SERVICE = "ranking_v1"
+HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # title, and events that are read
+ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 4, "candidate_tokens": 4}
+AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2}
+HIFORMER: dict[str, Any] = {"num_heads": 2, "key_width": 16, "value_width": 16, "rank_key": 32, "rank_value": 64}  # fmt: skip
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
+    "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
+    "amortised_self": ("Amortised DLRM, self-attention", "amortised_dlrm", {**AMORTISED, "fusion": "append_self"}),
+    "concat": ("The same DLRM with CONCAT, not amortised", "amortised_dlrm", {**AMORTISED, "fusion": "concat"}),
+    "hiformer": ("Hiformer, low rank, pruned", "hiformer", HIFORMER),
+    "hiformer_full_rank": ("Hiformer, full rank, pruned", "hiformer", {**HIFORMER, "kind": "composite"}),
+    "heteroatt": ("Heterogeneous attention", "hiformer", {**HIFORMER, "kind": "hetero", "num_layers": 2}),
+    "transformer": ("Transformer over features", "transformer", {**HIFORMER, "kind": "vanilla", "num_layers": 2}),
+    "din": ("DIN", "din", {}),
+    "dcnv2": ("DCNv2 with target attention", "dcnv2", {"rank": 64}),
+    "dlrm": ("DLRM with target attention", "dlrm", {}),
+    "autoint": ("AutoInt with target attention", "autoint", {}),
+    "rankmixer": ("RankMixer with a separate Transformer", "rankmixer", {"mixed_width": 32, "history": "transformer"}),
+    "wukong": ("Wukong with target attention", "wukong", {}),
+}
+PUBLISHED = {  # shapes of arXiv 2510.26104's table: history, NS tokens, layers, width
+    "onetrans_s": (1190, 12, 6, 256),
+    "onetrans_l": (1500, 16, 8, 384),
+}
+TINY = {
+    "onetrans_tiny": ("onetrans", {**ONETRANS, "width": 16, "num_layers": 2, "num_heads": 2}),
+    "hiformer_tiny": ("hiformer", {**HIFORMER, "width": 16}),
+}
+
+
+def _recipe(name: str) -> Recipe:
+    model_name, _, dataset = name.rpartition("_")
+    _, model, config = MODELS[model_name]
+    return Recipe(
+        name,
+        model,
+        SERVICE,
+        {"width": WIDTH, "dropout": 0.1, **config},
+        history_length=HISTORY[dataset][1],
+        training=Training(epochs=2),
+    )
+
+
+def _published(name: str) -> Recipe:
+    history, tokens, layers, width = PUBLISHED[name]
+    config = {"width": width, "num_layers": layers, "num_heads": 4, "request_tokens": tokens // 2, "candidate_tokens": tokens // 2}  # fmt: skip
+    return Recipe(name, "onetrans", SERVICE, config, history)
+
+
+def _tiny(name: str) -> Recipe:
+    model, config = TINY[name]
+    training = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
+    return Recipe(name, model, SERVICE, config, history_length=16, min_item_count=2, training=training)
+
+
+def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], Recipe]:
+    def recipe() -> Recipe:
+        return make(name)
+
+    recipe.__name__, recipe.__doc__ = name, doc
+    return recipe
+
+
+_FUNCTIONS = {
+    f"{name}_{dataset}": _named(_recipe, f"{name}_{dataset}", f"{doc}, on {title}.")
+    for name, (doc, _, _) in MODELS.items()
+    for dataset, (title, _) in HISTORY.items()
+}
+_FUNCTIONS |= {name: _named(_published, name, "OneTrans in a published shape.") for name in PUBLISHED}
+_FUNCTIONS |= {name: _named(_tiny, name, "Seconds on any machine, for tests.") for name in TINY}
+globals().update(_FUNCTIONS)
+RECIPES = tuple(_FUNCTIONS)
