@@ -9,13 +9,13 @@ import argparse
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
+from modeling.next_item import keep_freed_memory
 
-NAIVE_SAMPLE = 16  # candidates that the plain twin scores; its time for all is their mean times C
+NAIVE_SAMPLE = 8  # candidates that the plain twin scores; its time for all is their mean times C
 
 
 def main() -> None:
@@ -27,79 +27,65 @@ def main() -> None:
     flags.add_argument("--layers", type=int, default=4)
     arguments = flags.parse_args()
     torch.set_num_threads(arguments.threads)
-    shapes = [(64, 64), (128, 128)] if arguments.quick else [(256, 100), (256, 500), (1024, 500)]
-    rows = [_measure(length, number, arguments) for length, number in shapes]
-    config = {
-        "width": arguments.width,
-        "layers": arguments.layers,
-        "threads": arguments.threads,
-        "device": arguments.device,
-    }
-    config["naive"] = f"mean of {NAIVE_SAMPLE} candidates times C"
-    report("amortised", config, rows, arguments.json)
+    keep_freed_memory()
+    shapes = [(64, 64), (256, 500)] if arguments.quick else [(256, 100), (256, 500), (1024, 500), (4096, 256)]
+    config = {"width": arguments.width, "num_layers": arguments.layers, "num_heads": 4, "dropout": 0.0}
+    rows = []
+    for length, number in shapes:
+        rows.append(_measure("amortised_dlrm", config, length, number, arguments))
+        if (length, number) == (256, 500):
+            rows.append(_measure("amortised_dlrm", {**config, "fusion": "append_self"}, length, number, arguments))
+            rows.append(_measure("onetrans", config, length, number, arguments))
+            rows.append(_measure("hiformer", {"width": arguments.width, "num_layers": 1}, length, number, arguments))
+    report(
+        "amortised",
+        {
+            "width": arguments.width,
+            "layers": arguments.layers,
+            "threads": arguments.threads,
+            "device": arguments.device,
+            "naive": f"mean of {NAIVE_SAMPLE} candidates times C",
+        },
+        rows,
+        arguments.json,
+    )
 
 
-def _measure(length: int, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = FeatureSizes(10_000, 2, 2, (50,), (), (), 13, length)
+def _measure(
+    name: str, config: dict[str, Any], length: int, number: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     torch.manual_seed(0)
-    config = {"width": arguments.width, "num_layers": arguments.layers, "num_heads": 4}
-    model = models.build("amortised_dlrm", config, sizes).eval().to(arguments.device)
-    user, candidates = _world(sizes, length, number)
-    user, candidates = user.to(arguments.device), candidates.to(arguments.device)
-    nothing = torch.zeros(1, device=arguments.device)
+    sizes = sizes_of(length)
+    model = models.build(name, config, sizes).eval().to(arguments.device)
+    batch = requests(sizes, 1, length, number).to(arguments.device)
+    alone = [
+        type(batch)(batch.user, batch.candidates.select(slice(i, i + 1)), batch.labels_BCT) for i in range(NAIVE_SAMPLE)
+    ]
 
-    def synchronise() -> None:
-        if arguments.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
+    @torch.inference_mode()
     def amortised() -> torch.Tensor:
-        with torch.inference_mode():
-            scored = model(Batch(user, candidates, nothing))
-        synchronise()
-        return scored
+        return model(batch)
 
+    @torch.inference_mode()
     def naive() -> torch.Tensor:
-        with torch.inference_mode():
-            scored = torch.cat(
-                [model(Batch(user, candidates.select(slice(i, i + 1)), nothing)) for i in range(NAIVE_SAMPLE)], dim=1
-            )
-        synchronise()
-        return scored
+        return torch.cat([model(one) for one in alone], dim=1)
 
     difference = float((amortised()[:, :NAIVE_SAMPLE] - naive()).abs().max())
-    seconds = interleaved({"amortised": amortised, "naive": naive}, arguments.repeats)
-    scale = number / NAIVE_SAMPLE
-    with FlopCounterMode(display=False) as once:
-        amortised()
-    with FlopCounterMode(display=False) as each:
-        naive()
+    calls = {"amortised": synchronised(amortised, arguments.device), "naive": synchronised(naive, arguments.device)}
+    seconds = interleaved(calls, arguments.repeats)
+    scale, once = number / NAIVE_SAMPLE, flops(amortised)
     return {
+        "model": name + (f" {config['fusion']}" if "fusion" in config else ""),
         "L": length,
         "C": number,
         "amortised_ms": 1000 * seconds["amortised"]["wall_s"],
         "amortised_cpu_ms": 1000 * seconds["amortised"]["cpu_s"],
         "naive_ms": 1000 * seconds["naive"]["wall_s"] * scale,
         "ratio": seconds["naive"]["wall_s"] * scale / seconds["amortised"]["wall_s"],
-        "flop_ratio": each.get_total_flops() * scale / once.get_total_flops(),
-        "gflop": once.get_total_flops() / 1e9,
+        "flop_ratio": flops(naive) * scale / once,
+        "gflop": once / 1e9,
         "max_difference": difference,
     }
-
-
-def _world(sizes: FeatureSizes, length: int, number: int) -> tuple[UserInputs, Candidates]:
-    user = UserInputs(
-        item_BL=torch.randint(1, sizes.items, (1, length)),
-        action_BL=torch.randint(0, sizes.actions, (1, length)),
-        age_BL=torch.rand(1, length),
-        gap_BL=torch.rand(1, length),
-        event_BLE=torch.rand(1, length, sizes.event_features),
-        mask_BL=torch.ones(1, length, dtype=torch.bool),
-        field_BU=torch.ones(1, 1, dtype=torch.long),
-        dense_BG=torch.zeros(1, 0),
-    )
-    mask = torch.ones(1, number, dtype=torch.bool)
-    items = torch.randint(1, sizes.items, (1, number))
-    return user, Candidates(items, torch.zeros(1, number, 0).long(), torch.rand(1, number, sizes.dense), mask)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ import numpy as np
 from feature_repo.benchmarks import parser, report
 from feature_repo.sequence_file import read
 from feature_repo.settings import CHECKOUT
+from modeling.benchmarks.processes import ask, ask_command, peak_mb
 
 WIDTH, LAYERS, HISTORY, BATCH = 64, 2, 200, 128
 SHAPE = {"width": WIDTH, "num_heads": 2, "dropout": 0.2}
@@ -67,10 +66,10 @@ def encoder_cost(
 def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> list[dict[str, Any]]:
     """Interleaved: every library once, then again."""
     seconds = 3 if arguments.quick else 30
-    ask = {"data": str(data), "seconds": seconds, "threads": arguments.threads, "home": folder}
-    ask |= {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH}
+    question = {"data": str(data), "seconds": seconds, "threads": arguments.threads, "home": folder}
+    question |= {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH}
     libraries = {"memoir": None, "replay": arguments.replay, "rectools": arguments.rectools}
-    prepared = _child("log", ask)
+    prepared = _child("log", question)
     lines = Path(folder) / "peers.txt"
     if arguments.replay or arguments.rectools:
         events = read(data)
@@ -79,9 +78,11 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
     for _ in range(1 if arguments.quick else arguments.repeats):
         for library, python in libraries.items():
             if library == "memoir":
-                found.setdefault(library, []).append(_child("training", ask))
+                found.setdefault(library, []).append(_child("training", question))
             elif python is not None:
-                found.setdefault(library, []).append(_peer(python, f"{library}_training", {**ask, "data": str(lines)}))
+                found.setdefault(library, []).append(
+                    _peer(python, f"{library}_training", {**question, "data": str(lines)})
+                )
     rows: list[dict[str, Any]] = [{"what": "history log of the file", "who": "memoir", **prepared}]
     own = float(np.median([run["targets_per_cpu_s"] for run in found["memoir"]]))
     for library, runs in found.items():
@@ -126,8 +127,8 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 cost = encoder_cost(model, config, length, arguments.threads, 0.5 if arguments.quick else 2.0)
                 runs.setdefault(name, []).append(cost)
             if arguments.rectools is not None and length <= limit:
-                ask = {"length": length, "width": WIDTH, "layers": LAYERS, "threads": arguments.threads}
-                runs.setdefault("rectools", []).append(_peer(arguments.rectools, "rectools_encoder", ask))
+                question = {"length": length, "width": WIDTH, "layers": LAYERS, "threads": arguments.threads}
+                runs.setdefault("rectools", []).append(_peer(arguments.rectools, "rectools_encoder", question))
         rates = {name: float(np.median([run["tokens_per_cpu_s"] for run in many])) for name, many in runs.items()}
         at[length] = rates["hydra"]
         rows += [
@@ -163,18 +164,18 @@ def _streaming_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _log(ask: dict[str, Any]) -> dict[str, Any]:
+def _log(question: dict[str, Any]) -> dict[str, Any]:
     """What a file costs once: reading it and writing its history log."""
     from feature_repo.sequence_file import write_log
 
     started = time.process_time()
-    folder = write_log(Path(ask["data"]), f"{ask['home']}/log")
+    folder = write_log(Path(question["data"]), f"{question['home']}/log")
     spent = time.process_time() - started
     events = folder.require().counts["events"]
-    return {"per_cpu_s": events / spent, "unit": "events", "peak_mb": _peak_mb(), "runs": 1}
+    return {"per_cpu_s": events / spent, "unit": "events", "peak_mb": peak_mb(), "runs": 1}
 
 
-def _training(ask: dict[str, Any]) -> dict[str, Any]:
+def _training(question: dict[str, Any]) -> dict[str, Any]:
     """Targets per CPU second of the training loop's own step, after a warm-up of one epoch's tenth."""
     import torch
 
@@ -184,11 +185,13 @@ def _training(ask: dict[str, Any]) -> dict[str, Any]:
     from modeling.recipes import NextItemRecipe, NextItemTraining
     from modeling.sequences import Sequences
 
-    torch.set_num_threads(ask["threads"])
-    folder = JobFolder(f"{ask['home']}/log", JOB)
+    torch.set_num_threads(question["threads"])
+    folder = JobFolder(f"{question['home']}/log", JOB)
     sequences = Sequences.of(sequence_contract(), folder, has_times=False)
     recipe = NextItemRecipe("benchmark", "sasrec", SHAPE, HISTORY, training=NextItemTraining(batch_sequences=BATCH))
-    trainer = NextItemTrainer(build_model(recipe, sequences), recipe, sequences, Path(ask["home"]) / "run", "benchmark")
+    trainer = NextItemTrainer(
+        build_model(recipe, sequences), recipe, sequences, Path(question["home"]) / "run", "benchmark"
+    )
     keep_freed_memory()
     trainer.model.train()
     targets, started, step, epoch = 0, 0.0, 0, 0
@@ -200,12 +203,12 @@ def _training(ask: dict[str, Any]) -> dict[str, Any]:
             _, samples = trainer._train_step(chosen, 10_000)
             step, targets = step + 1, targets + samples
             spent = time.process_time() - started
-            if step > 8 and spent > ask["seconds"]:
-                return {"targets_per_cpu_s": targets / spent, "peak_mb": _peak_mb(), "steps": step}
+            if step > 8 and spent > question["seconds"]:
+                return {"targets_per_cpu_s": targets / spent, "peak_mb": peak_mb(), "steps": step}
         epoch += 1
 
 
-def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
+def _encoder(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from modeling import models
@@ -214,10 +217,10 @@ def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
     from modeling.models.sequence import PackedEvents, SequenceRanker
     from modeling.next_item import keep_freed_memory
 
-    torch.set_num_threads(ask["threads"])
+    torch.set_num_threads(question["threads"])
     keep_freed_memory()
-    length = ask["length"]
-    model = models.build(ask["model"], ask["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)).train()
+    length = question["length"]
+    model = models.build(question["model"], question["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)).train()
     assert isinstance(model, SequenceRanker)
     items = torch.randint(1, 1000, (length,))
     events = PackedEvents(items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length])))
@@ -228,17 +231,17 @@ def _encoder(ask: dict[str, Any]) -> dict[str, Any]:
 
     step()
     rounds, started = 0, time.process_time()
-    while rounds < 3 or time.process_time() - started < ask["seconds"]:
+    while rounds < 3 or time.process_time() - started < question["seconds"]:
         step()
         rounds += 1
     spent = time.process_time() - started
-    return {"length": length, "tokens_per_cpu_s": rounds * length / spent, "peak_mb": _peak_mb()}
+    return {"length": length, "tokens_per_cpu_s": rounds * length / spent, "peak_mb": peak_mb()}
 
 
-def _gemm(ask: dict[str, Any]) -> dict[str, Any]:
+def _gemm(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(ask["threads"])
+    torch.set_num_threads(question["threads"])
     square = torch.randn(1024, 1024)
     taken = []
     for _ in range(20):
@@ -248,14 +251,14 @@ def _gemm(ask: dict[str, Any]) -> dict[str, Any]:
     return {"flop_per_s": 2 * 1024**3 / float(np.median(taken))}
 
 
-def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
+def _streaming(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from modeling import models
     from modeling.batch import FeatureSizes, UserInputs
     from modeling.models.sequence import SequenceRanker
 
-    torch.set_num_threads(ask["threads"])
+    torch.set_num_threads(question["threads"])
     sizes = FeatureSizes(1000, 1, 0, (), (), (), 0, HISTORY)
     model = models.build("hydrarec", {"width": WIDTH, "dropout": 0.0, "positions": "none"}, sizes).eval()
     assert isinstance(model, SequenceRanker)
@@ -274,10 +277,10 @@ def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
         )
 
     with torch.inference_mode():
-        states = [model.encode_user(events(length)) for length in ask["lengths"]]
+        states = [model.encode_user(events(length)) for length in question["lengths"]]
         new = events(1)
         times: list[list[float]] = [[] for _ in states]
-        for _ in range(ask["repeats"]):
+        for _ in range(question["repeats"]):
             for number, state in enumerate(states):
                 started = time.perf_counter()
                 model.extend_user(state, new)
@@ -289,35 +292,12 @@ def _streaming(ask: dict[str, Any]) -> dict[str, Any]:
 _CHILDREN = {"log": _log, "training": _training, "encoder": _encoder, "gemm": _gemm, "streaming": _streaming}
 
 
-def _child(name: str, ask: dict[str, Any]) -> dict[str, Any]:
-    return _ask([sys.executable, "-m", "modeling.benchmarks.sequence", "--child", name], ask)
+def _child(name: str, question: dict[str, Any]) -> dict[str, Any]:
+    return ask("modeling.benchmarks.sequence", name, question)
 
 
-def _peer(python: Path, name: str, ask: dict[str, Any]) -> dict[str, Any]:
-    return _ask([str(python), str(PEERS), name], ask)
-
-
-def _ask(command: list[str], ask: dict[str, Any]) -> dict[str, Any]:
-    """Run a measurement in a process of its own: JSON in, the last line of its output back.
-
-    Raises:
-        RuntimeError: it failed; the message holds the end of what it said.
-    """
-    threads = str(ask["threads"])
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    done = subprocess.run(
-        command, input=json.dumps(ask), capture_output=True, text=True, cwd=CHECKOUT, env=environment, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-1500:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
-
-
-def _peak_mb() -> float:
-    """Peak memory of this process alone: `ru_maxrss` would remember its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+def _peer(python: Path, name: str, question: dict[str, Any]) -> dict[str, Any]:
+    return ask_command([str(python), str(PEERS), name], question)
 
 
 def _synthetic(path: Path, num_users: int) -> Path:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from modeling.batch import FeatureSizes
 
@@ -28,8 +29,9 @@ class CategorySlots(nn.Module):
     def forward(self, category_BCK: Tensor) -> list[Tensor]:
         """One B × C × D tensor for each group."""
         groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
+        shape = category_BCK.shape[:-1]
         return [
-            table(group).sum(-2) / (group > 0).sum(-1, keepdim=True).clamp(min=1)
+            embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0).view(*shape, -1)  # type: ignore[arg-type]
             for table, group in zip(self.tables, groups, strict=True)
         ]
 

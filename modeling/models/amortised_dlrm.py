@@ -97,7 +97,7 @@ class AmortisedDLRM(Ranker):
         self.dot = DotInteraction(request, 1 + candidate)
         self.heads = TaskHeads(
             self.dot.request_pairs.shape[1] + request * width,
-            self.dot.pairs.shape[1] + (1 + candidate) * width,
+            self.dot.pairs.shape[1] + 2 * width,
             2 * width,
             sizes.tasks,
             config.dropout,
@@ -159,8 +159,9 @@ class AmortisedDLRM(Ranker):
                     rows = layer(rows, keys, values, None if mask is None else mask[:, None])
         request, own = user_state.request_BRD, torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
         within, across = self.dot(request, own)
+        dense = tokens[:, :, -self.features.candidate_dense.num_tokens :].sum(2)  # DLRM's one dense vector
         logits: Tensor = self.heads(
-            torch.cat([within, request.flatten(1)], dim=-1), torch.cat([across, own.flatten(2)], dim=-1)
+            torch.cat([within, request.flatten(1)], dim=-1), torch.cat([across, own[:, :, 0], dense], dim=-1)
         )
         return logits
 

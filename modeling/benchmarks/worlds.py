@@ -1,0 +1,91 @@
+"""Random requests of a given shape, for benchmarks that measure speed and need no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+
+
+def sizes_of(history_length: int) -> FeatureSizes:
+    """Features like Online Retail's."""
+    return FeatureSizes(10_000, 2, 2, (50, 24, 7), (2_000,), (8,), 13, history_length, user_dense=5)
+
+
+def requests(sizes: FeatureSizes, number: int, length: int, candidates: int, seed: int = 0) -> Batch:
+    """Requests with full histories and as many candidates each; labels are random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(limit: int, *shape: int) -> Tensor:
+        return torch.randint(0, limit, shape, generator=generator)
+
+    def real(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    user = UserInputs(
+        item_BL=whole(sizes.items, number, length),
+        action_BL=whole(sizes.actions, number, length),
+        age_BL=real(number, length),
+        gap_BL=real(number, length),
+        event_BLE=real(number, length, sizes.event_features),
+        mask_BL=torch.ones(number, length, dtype=torch.bool),
+        field_BU=torch.stack([whole(size, number) for size in sizes.user_fields], dim=1),
+        dense_BG=real(number, sizes.user_dense),
+    )
+    categories = [
+        whole(size, number, candidates, slots) for size, slots in zip(sizes.categories, sizes.slots, strict=True)
+    ]
+    chosen = Candidates(
+        item_BC=whole(sizes.items, number, candidates),
+        category_BCK=torch.cat(categories, dim=-1),
+        dense_BCF=real(number, candidates, sizes.dense),
+        mask_BC=torch.ones(number, candidates, dtype=torch.bool),
+    )
+    return Batch(user, chosen, (real(number, candidates, sizes.tasks) < 0.2).float())
+
+
+def one_candidate_per_row(batch: Batch) -> Batch:
+    """The same samples, each a request of its own with the whole history: what grouping saves."""
+    number = batch.candidates.item_BC.shape[1]
+    user = batch.user._map(lambda tensor: tensor.repeat_interleave(number, 0))
+    candidates = batch.candidates._map(lambda tensor: tensor.flatten(0, 1)[:, None])
+    return Batch(user, candidates, batch.labels_BCT.flatten(0, 1)[:, None])
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """FLOPs of a call's matrix products, attention on a CPU included, which torch does not count by itself."""
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The call, which returns when its device has finished."""
+
+    def run() -> Any:
+        result = call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return result
+
+    return run
