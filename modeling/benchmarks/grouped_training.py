@@ -64,7 +64,7 @@ def _grouped(length: int, requests: int, candidates: int, arguments: argparse.Na
 def _pyramid(length: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """OneTrans-S's tokens, layers, width and schedule, against every row through every layer, which is its ablation."""
     config = {"width": 256, "num_layers": 6, "num_heads": 4, "request_tokens": 6, "candidate_tokens": 6, "dropout": 0.0}
-    shape = {"model": "onetrans", "config": config, "length": length, "requests": 1, "candidates": 1, "grouped": True}
+    shape = {"model": "onetrans", "config": config, "length": length, "requests": 4, "candidates": 1, "grouped": True}
     with_it, without = _both(shape, {**shape, "plain": True}, arguments)
     return [
         {

@@ -230,14 +230,12 @@ class SequenceRanker(Ranker):
         return UserState(history, tuple(layers), state.length_B + number, seconds_B)
 
     def _seconds_packed(self, events: PackedEvents) -> Tensor | None:
-        """Seconds of each row since the oldest of its sequence, where the model reads them."""
+        """Seconds of each row since an instant of its sequence's, where the model reads them: differences count."""
         if not self.config.time_bias:
             return None
         packing = events.packing
         first = torch.as_tensor(packing.from_oldest == 0, device=events.gap_N.device)
-        passed = torch.where(first, 0.0, gap_seconds(events.gap_N)).double().cumsum(0)
-        starts = torch.as_tensor(np.repeat(packing.offsets[:-1], packing.lengths), device=passed.device)
-        return passed - passed[starts]
+        return torch.where(first, 0.0, gap_seconds(events.gap_N)).double().cumsum(0)
 
     def _pack(self, user: UserInputs, lengths: Tensor) -> tuple[PackedEvents, Tensor]:
         """Events of the users that have some, longest first, and which users those are."""

@@ -20,6 +20,7 @@ from feature_repo.tables import JobFolder
 from modeling import models, recipes
 from modeling.batch import Batch, Encoded, Encoder, Vocabulary
 from modeling.dataset import JoinError, StaleFeaturesError, Warehouse, check_rows, vocabularies
+from modeling.evaluate import without_history
 from modeling.models.base import Ranker
 from modeling.recipes import Training
 from modeling.trainer import LossError, Trainer, batches, masked_bce, predict, read_metrics
@@ -262,6 +263,19 @@ def test_an_event_at_the_requests_own_time_is_not_in_its_history(shop: Any, ware
     asked = pa.array(requests.times).cast(pa.timestamp("us", "UTC")).to_pylist()
     for user, at, length in zip(split.users.to_pylist(), asked, split.history_lengths, strict=True):
         assert length == sum(t < at for t in times[user])
+
+
+def test_the_empty_history_baseline_knows_no_statistics_of_the_user_either(
+    shop: Any, warehouse: Warehouse, encoded: Any
+) -> None:
+    encoder, _, _ = encoded
+    requests = warehouse.split(shop.store, RECIPE.service, "test").requests
+    blank = encoder.encode(without_history(requests, warehouse.contract))
+    known = encoder.encode(requests)
+    assert not blank.dense_BG.any()
+    assert (known.dense_BG[:, 0] > 0).any()
+    for name in ("field_BU", "candidate_item", "candidate_category"):  # the rest of the request is the same
+        assert (getattr(blank, name) == getattr(known, name)).all()
 
 
 def test_the_join_returns_every_row_in_order(shop: Any, warehouse: Warehouse) -> None:
