@@ -229,7 +229,9 @@ class Encoder:
         """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they are never all in memory."""
         number = len(requests)
         named = [self.vocabularies[name].encode(requests.user_columns[name]) for name in self.user_fields]
-        fields_BU = np.concatenate([np.array(named, np.int64).reshape(-1, number).T, context_fields(requests.times)], 1)
+        fields_BU = np.concatenate(
+            [np.array(named, np.int64).reshape(len(named), number).T, context_fields(requests.times)], 1
+        )
         user_stats = [_floats(requests.user_columns[name]) for name in self.user_stats]
         item_stats = [_floats(requests.candidate_columns[name]) for name in self.item_ratios]
         dense_BG = np.empty((number, len(USER_FEATURES)), np.float32)

@@ -12,6 +12,7 @@ from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
+from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import recipes
 from modeling.console import console, print_table
 from modeling.recipes import NextItemRecipe, Recipe
@@ -111,7 +112,9 @@ def open_run(settings: Settings, recipe: Recipe) -> Run:
     ids = {}
     for job in TABLES:
         ids[job] = JobFolder(settings.home, job).require().run_id
-    identity = digest_of([asdict(recipe), ids, datasets.load_contract(settings.dataset).fingerprint])
+    identity = digest_of(
+        [asdict(recipe), ids, datasets.load_contract(settings.dataset).fingerprint, TRANSFORMS_VERSION]
+    )
     return Run(settings, recipe, identity, settings.path("runs", recipe.name))
 
 
@@ -179,13 +182,10 @@ def refuse_unless_trainable(warehouse: Warehouse, train: Split, validation: Spli
     Raises:
         ValueError: a period has no request with a positive, or there are no epochs.
     """
-    rules = warehouse.contract.spec.requests
+    from modeling.dataset import refuse_without_positives
+
     for name, split in (("train", train), ("validation", validation)):
-        if split.requests.labels is None or not split.requests.labels.any():
-            raise ValueError(
-                f"the {name} period has no positive example: move validation_from ({rules.validation_from}) or "
-                f"test_from ({rules.test_from}) in the dataset module to where the data is"
-            )
+        refuse_without_positives(warehouse.contract, name, split)
     if recipe.training.epochs < 1:
         raise ValueError(f"epochs must be 1 or more, not {recipe.training.epochs}")
 

@@ -186,6 +186,20 @@ class Warehouse:
         )
 
 
+def refuse_without_positives(contract: Contract, name: str, split: Split) -> None:
+    """Refuse a period from which nothing can be learned, chosen or measured.
+
+    Raises:
+        ValueError: it has no request with a positive.
+    """
+    rules = contract.spec.requests
+    if split.requests.labels is None or not split.requests.labels.any():
+        raise ValueError(
+            f"the {name} period has no positive example: move validation_from ({rules.validation_from}) or "
+            f"test_from ({rules.test_from}) in the dataset module to where the data is"
+        )
+
+
 def training_set_table(contract: Contract) -> Table:
     """The contract of a joined training set: keys, label and features, where a missing value is one that is not yet known."""
     label = contract.table("training_examples").column(contract.spec.requests.label)

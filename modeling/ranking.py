@@ -18,11 +18,12 @@ import torch
 
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
+from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import metrics, models, recipes
 from modeling.batch import Encoded, Encoder
 from modeling.comparison import by_recipe, quality_by_cost, spread
 from modeling.console import console, print_table
-from modeling.dataset import SPLITS, Split, Warehouse, vocabularies
+from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
 from modeling.models.base import Ranker
 from modeling.next_item import keep_freed_memory
 from modeling.recipes import Recipe
@@ -111,10 +112,12 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
     """One run to its end, or the result of a finished one.
 
     Returns:
-        Recipe, seed, parameters with and without item and other embeddings, training summary, test metrics.
+        Recipe, seed, parameters with and without embeddings (OneTrans's count its last layer's S weights, which nothing reads), training summary, test metrics.
     """
     folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
-    identity = digest_of([asdict(recipe), encodings.periods.digest, encodings.periods.contract.fingerprint])
+    identity = digest_of(
+        [asdict(recipe), encodings.periods.digest, encodings.periods.contract.fingerprint, TRANSFORMS_VERSION]
+    )
     stored = Path(folder, "result.json")
     if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
         return cast(dict[str, Any], done)
@@ -157,7 +160,10 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
     if len(services := sorted({recipe.service for recipe in chosen})) > 1:
         raise ValueError(f"recipes of one comparison must read one feature service, these read {services}")
     console.print("compare: joining features point-in-time", highlight=False)
-    encodings = Encodings(Periods.of(settings, chosen[0].service))
+    periods = Periods.of(settings, chosen[0].service)
+    for name, split in (("train", periods.train), ("validation", periods.validation), ("test", periods.test)):
+        refuse_without_positives(periods.contract, name, split)
+    encodings = Encodings(periods)
     title = encodings.periods.describe()
     console.print(f"compare: {title}", highlight=False)
     results: list[dict[str, Any]] = []

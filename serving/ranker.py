@@ -86,7 +86,7 @@ class Ranker:
         history, known = user.history, user.columns
         if history is not None:
             whole, history = history, _before(history, micros)
-            known = known | _stats_before(self.contract, known, whole.slice(history.num_rows))
+            known = known | _stats_before(self.contract, known, whole, history.num_rows)
         histories, keys = from_batches(self.contract, [history], ids)
         item_ids = ids if history is None else pa.concat_arrays([history[self.contract.item.join_key], ids])
         first_of_key = np.unique(np.concatenate([histories.item_keys, keys]), return_index=True)[1]
@@ -139,15 +139,19 @@ class _Clock:
         self._last = now
 
 
-def _stats_before(contract: Contract, stats: dict[str, Any], later: pa.RecordBatch) -> dict[str, Any]:
-    """A user's statistics without the events at or after the request, as they were before those came."""
+def _stats_before(contract: Contract, stats: dict[str, Any], history: pa.RecordBatch, kept: int) -> dict[str, Any]:
+    """A user's statistics without the events at or after the request, as they were before those came.
+
+    Where no packed event is earlier than the request, nothing is known: older ones are not packed, and may be later too.
+    """
+    later = history.slice(kept)
     if not later.num_rows or stats["history_end"] is None:
         return {}
     value = contract.spec.stat_value
     mean = f"user_mean_{value}"
     primary = later["action"].to_numpy() == 0
     events, others = stats["history_end"] - later.num_rows, stats["other_events"] - int((~primary).sum())
-    if events <= 0:
+    if not kept:
         return dict.fromkeys(("history_end", "first_event_s", "other_events", mean))
     counted = stats["history_end"] - stats["other_events"]
     total = (stats[mean] or 0.0) * counted - float(later[value].to_numpy().astype(np.float64)[primary].sum())

@@ -1,7 +1,7 @@
 """Training steps with a request's candidates together, beside one row for each; pyramid and low rank beside their whole.
 
-Each measurement runs in a process of its own, so that peak memory is that of one run. Loss and gradients of both forms
-are compared. The floor is the FLOP ratio.
+Each measurement runs in a process of its own, so that peak memory is that of one run. Loss and gradient (along a random
+direction) of both forms are compared. The floor is the FLOP ratio.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _grouped(length: int, requests: int, candidates: int, arguments: argparse.Na
                 "step_mb": together["step_mb"],
                 "memory_ratio": together["step_mb"] / alone["step_mb"],
                 "flop_ratio": alone["flop"] / together["flop"],
-                "max_difference": abs(together["loss"] - alone["loss"]),
+                "loss_difference": abs(together["loss"] - alone["loss"]),
+                "gradient_difference": abs(together["gradient"] / alone["gradient"] - 1),
             }
         )
     return rows
@@ -140,6 +141,12 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
 
     before = peak_mb()
     loss = step()
+    weight = torch.Generator().manual_seed(1)  # a random direction: gradients that differ differ along it
+    gradient = sum(
+        float((p.grad * torch.randn(p.shape, generator=weight)).sum())
+        for p in module.parameters()
+        if p.grad is not None
+    )
     rounds, started = 0, time.process_time()
     while rounds < 2 or time.process_time() - started < 2:
         step()
@@ -153,6 +160,7 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
         "peak_mb": peak,
         "step_mb": peak - before,
         "loss": loss,
+        "gradient": gradient,
         "flop": flops(step),
         "parameters": sum(p.numel() for p in module.parameters()),
     }

@@ -86,7 +86,7 @@ def attend_shared_and_own(
 ) -> Tensor:
     """Groups of rows that all read the same keys, and each its own group's up to itself; softmax runs over both.
 
-    Candidates read one cached history and themselves, and nothing of one another, without a key being copied.
+    Candidates read one cached history and themselves, and nothing of one another; no key is copied for a candidate.
 
     Args:
         query: B × H × C × N × K, N rows in each of C groups.

@@ -30,10 +30,12 @@ class CategorySlots(nn.Module):
         """One B × C × D tensor for each group."""
         groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
         shape = category_BCK.shape[:-1]
-        return [
-            embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0).view(*shape, -1)  # type: ignore[arg-type]
-            for table, group in zip(self.tables, groups, strict=True)
-        ]
+        found = []
+        for table, group in zip(self.tables, groups, strict=True):
+            assert isinstance(table, nn.Embedding)
+            mean = embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0)
+            found.append(mean.view(*shape, table.embedding_dim))
+        return found
 
 
 class Standardise(nn.Module):

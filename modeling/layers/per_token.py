@@ -12,7 +12,6 @@ class PerTokenLinear(nn.Module):
 
     Args:
         bias: one for each token.
-        fan_in: what the initial weights are scaled by, default D.
     """
 
     def __init__(self, num_tokens: int, width: int, out: int, *, bias: bool = False) -> None:
@@ -29,7 +28,7 @@ class PerTokenLinear(nn.Module):
         mapped = torch.bmm(flat, self.weight[first : first + number]).transpose(0, 1)
         if self.bias is not None:
             mapped = mapped + self.bias[first : first + number]
-        return mapped.reshape(*tokens.shape[:-1], -1)
+        return mapped.reshape(*tokens.shape[:-1], self.weight.shape[-1])
 
 
 class PerTokenLayerNorm(nn.Module):

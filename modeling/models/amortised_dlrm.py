@@ -122,7 +122,7 @@ class AmortisedDLRM(Ranker):
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
         mask, request = user.mask_BL, self.features.request(user)
-        rows, full = self._events(user, torch.zeros_like(mask[:, 0], dtype=torch.long)), bool(mask.all())
+        rows, full = self._events(user, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
         state = UserState((), (), rows, mask, full, mask.sum(1), request)
         if not self.amortised:
             return state
@@ -159,7 +159,9 @@ class AmortisedDLRM(Ranker):
                     rows = layer(rows, keys, values, None if mask is None else mask[:, None])
         request, own = user_state.request_BRD, torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
         within, across = self.dot(request, own)
-        dense = tokens[:, :, -self.features.candidate_dense.num_tokens :].sum(2)  # DLRM's one dense vector
+        dense = tokens[:, :, tokens.shape[2] - self.features.candidate_dense.num_tokens :].sum(
+            2
+        )  # DLRM's one dense vector
         logits: Tensor = self.heads(
             torch.cat([within, request.flatten(1)], dim=-1), torch.cat([across, own[:, :, 0], dense], dim=-1)
         )

@@ -38,7 +38,8 @@ class Ranker(nn.Module, ABC):
         """The state after new events, equal to encoding the longer history.
 
         Args:
-            new_events: only the new events, padded on the right; its features of user and context are the new request's.
+            new_events: only the new events, padded on the right; its features of user and context are the new request's,
+                and its first gap counts from the last event that the state has seen.
 
         Raises:
             CannotExtendError: the configuration's states do not grow.

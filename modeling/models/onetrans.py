@@ -21,7 +21,8 @@ so that cached keys stay true; heads read every final NS state, each normalised 
 **Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a cache is then not what
 a new forward would give. Here the tails' starts stay where the last full encoding put them, and extension is exact with
 respect to them; `must_refresh` says when a tail has grown by 32 rows and the user is to be encoded again. Training
-lengthens all tails by 0 to 31 rows at random, so that both situations are known to the model.
+lengthens every tail but the first by 0 to 31 rows at random, so that both situations are known to the model; the first
+is the history itself, which is as long as the data makes it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class UserState:
     keys: tuple[Tensor, ...]  # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
     values: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]  # num_layers × (B × (S_l + R)), True where a row is real
-    request_BRD: Tensor  # final states of the request's NS tokens
+    request_BRD: Tensor  # final states of the request's NS tokens; with request_tokens 0 its features, as they are
+    full: bool  # no padding in any row
     bags: Bags
     length_B: Tensor  # events so far
     added_B: Tensor  # of them, since the last full encoding
@@ -195,7 +197,8 @@ class OneTrans(Ranker):
                 read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(mask, keep))
                 rows, mask = layer.finish(rows[:, -keep:], read), mask[:, -keep:]  # type: ignore[operator]
         length = user.mask_BL.sum(1)
-        return self._with_request(cache, user, self.features.bag(user), length, torch.zeros_like(length))
+        full = bool(user.mask_BL.all())
+        return self._with_request(cache, user, self.features.bag(user), length, torch.zeros_like(length), full)
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """Only the new events' rows, against cached keys and values; exact with respect to the pinned tails.
@@ -221,7 +224,10 @@ class OneTrans(Ranker):
                 rows = layer.finish(rows, read)  # type: ignore[operator]
         added = new.sum(1)
         bags = self.features.bag(new_events, user_state.bags)
-        return self._with_request(cache, new_events, bags, user_state.length_B + added, user_state.added_B + added)
+        full = user_state.full and bool(new.all())
+        return self._with_request(
+            cache, new_events, bags, user_state.length_B + added, user_state.added_B + added, full
+        )
 
     def must_refresh(self, user_state: UserState) -> Tensor:
         """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows: encode them again.
@@ -230,7 +236,7 @@ class OneTrans(Ranker):
         """
         before = user_state.length_B - user_state.added_B
         grown = torch.stack([before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails])
-        return (grown > ROUND_TO).any(0)
+        return (grown >= ROUND_TO).any(0)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Stage II: each candidate's NS tokens against the cache; candidates never see one another. logits_BCT."""
@@ -239,7 +245,7 @@ class OneTrans(Ranker):
             before = user_state.request_BRD[:, None].expand(-1, tokens.shape[1], -1, -1)
             tokens = torch.cat([before, tokens], dim=2)
         rows = self.candidate_nodes(tokens)
-        rows = self._through(rows, user_state.keys, user_state.values, user_state.masks, self.num_request)
+        rows = self._through(rows, user_state, self.num_request)
         final = self.final_norm(rows, self.num_request).flatten(2)
         request = self.final_norm(user_state.request_BRD, 0).flatten(1) if self.num_request else None
         logits: Tensor = self.heads(request, final)
@@ -295,15 +301,16 @@ class OneTrans(Ranker):
         bags: Bags,
         length_B: Tensor,
         added_B: Tensor,
+        full: bool,
     ) -> UserState:
         """The state: the S cache with the request's NS tokens behind it."""
         keys, values, masks = (tuple(kind) for kind in zip(*cache, strict=True))
         tokens = self.features.request(user, bags)
-        state = UserState(keys, values, masks, tokens, bags, length_B, added_B)
+        state = UserState(keys, values, masks, tokens, full, bags, length_B, added_B)
         if self.request_nodes is None:
             return state  # `score` joins them with each candidate's
         own: list[tuple[Tensor, Tensor]] = []
-        rows = self._through(self.request_nodes(tokens)[:, None], keys, values, masks, 0, own)[:, 0]
+        rows = self._through(self.request_nodes(tokens)[:, None], state, 0, own)[:, 0]
         real = torch.ones_like(rows[..., 0], dtype=torch.bool)
         return replace(
             state,
@@ -314,18 +321,13 @@ class OneTrans(Ranker):
         )
 
     def _through(
-        self,
-        rows: Tensor,
-        keys: tuple[Tensor, ...],
-        values: tuple[Tensor, ...],
-        masks: tuple[Tensor, ...],
-        first: int,
-        own: list[tuple[Tensor, Tensor]] | None = None,
+        self, rows: Tensor, state: UserState, first: int, own: list[tuple[Tensor, Tensor]] | None = None
     ) -> Tensor:
         """NS rows, B × C × N × D, through all layers against what is cached; `own` collects their keys and values."""
         for number, layer in enumerate(self.layers):
             query, own_keys, own_values = layer.project(rows, first)  # type: ignore[operator]
-            read = attend_shared_and_own(query, keys[number], values[number], masks[number], own_keys, own_values)
+            mask = None if state.full else state.masks[number]
+            read = attend_shared_and_own(query, state.keys[number], state.values[number], mask, own_keys, own_values)
             rows = layer.finish(rows, read, first)  # type: ignore[operator]
             if own is not None:
                 own.append((own_keys, own_values))
@@ -333,7 +335,7 @@ class OneTrans(Ranker):
 
     def _sequence(self, user: UserInputs) -> tuple[Tensor, Tensor]:
         """S tokens, merged and padded on the left, so that tails are slices; and where they are real."""
-        rows, mask = self._embed(user, torch.zeros_like(user.mask_BL[:, 0], dtype=torch.long)), user.mask_BL
+        rows, mask = self._embed(user, user.mask_BL.new_zeros(len(user.mask_BL), dtype=torch.long)), user.mask_BL
         if self.config.merge == "timestamp_agnostic":
             kind = torch.where(mask, user.action_BL * 2, 2 * self.sizes.actions)
             if self.separator is not None:

@@ -105,12 +105,12 @@ def test_a_tail_that_has_grown_by_32_rows_asks_for_a_refresh() -> None:
     with torch.inference_mode():
         state = model.encode_user(user)
         assert model.must_refresh(state).tolist() == [False, False]
-        for events, expected in ((32, [False, False]), (1, [True, False])):
+        for events, expected in ((31, [False, False]), (1, [True, False])):
             state = model.extend_user(state, user_inputs([events, events], 2))
             assert model.must_refresh(state).tolist() == expected
     plain = build(pyramid=False)
     with torch.inference_mode():
-        state = plain.extend_user(plain.encode_user(user), user_inputs([40, 40], 2))
+        state = plain.extend_user(plain.encode_user(user), user_inputs([40, 40], 2))  # 160 and 60 of 160
         assert plain.must_refresh(state).tolist() == [False, False]
         assert plain.must_refresh(plain.extend_user(state, user_inputs([40, 40], 3))).tolist() == [True, False]
 
@@ -151,7 +151,8 @@ def test_causality_of_every_token() -> None:
         read = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
         current = layer.finish(current, read)  # type: ignore[operator]
     keys, values, masks = (tuple(kind) for kind in zip(*cache, strict=True))
-    final = model._through(nodes, keys, values, masks, 0)[0, 0]
+    state = replace(model.encode_user(batch.user), keys=keys, values=values, masks=masks)
+    final = model._through(nodes, state, 0)[0, 0]
     for token in range(model.num_ns):
         by_node, by_row = torch.autograd.grad(final[token].sum(), (nodes, rows), retain_graph=True)
         felt = by_node[0, 0].abs().amax(-1)
@@ -297,6 +298,19 @@ def test_a_sequence_projection_is_its_own() -> None:
         model.event_up.weight[1] = 0
         changed = (model._embed(user, torch.zeros(1, dtype=torch.long)) - before).abs().amax(-1) > 0
     assert torch.equal(changed, user.action_BL == 1)
+
+
+def test_nothing_new_changes_nothing() -> None:
+    """An extension by no events, a history of no width, and no candidates."""
+    model, batch = build(), batch_of([40, 7], 3, 1)
+    with torch.inference_mode():
+        state = model.encode_user(batch.user)
+        same = model.extend_user(state, batch.user.events(40))
+        assert_close(model.score(same, batch.candidates), model.score(state, batch.candidates))
+        nobody = user_inputs([0, 0], 1)
+        empty = model.score(model.encode_user(nobody.events(0, 0)), batch.candidates)
+        assert_close(empty, model.score(model.encode_user(nobody), batch.candidates))
+        assert model.score(state, batch.candidates.select(slice(0, 0))).shape == (2, 0, 2)
 
 
 def tensors(state: UserState) -> tuple[Tensor, ...]:

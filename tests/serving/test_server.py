@@ -119,6 +119,11 @@ def test_a_request_in_the_past_sees_nothing_later(ranker: Ranker, world: dict[st
     early = history["event_timestamp"][0].as_py()
     nothing = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3])[0], early)
     assert nothing.user_columns["history_end"].to_pylist() == [None]
+    older = UserRow(
+        row.columns | {"history_end": row.columns["history_end"] + 300}, history
+    )  # of which 300 are not packed
+    unknown = ranker.requests_of(older, world["items"][:3], ranker.items.take(world["items"][:3])[0], early)
+    assert unknown.user_columns["history_end"].to_pylist() == [None]
     assert ranker.rank(RankRequest(user, world["items"][:3], context=RankContext(cut))).degraded == ["newer_features"]
 
 
