@@ -57,6 +57,8 @@ format: setup
 
 bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.amortised
+	$(RUN) -m modeling.benchmarks.kv_cache
+	$(RUN) -m modeling.benchmarks.grouped_training
 	$(RUN) -m modeling.benchmarks.sequence
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 

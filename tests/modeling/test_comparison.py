@@ -188,7 +188,7 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
             models.build(recipe.model, recipe.config, sizes)
 
 
-@pytest.mark.parametrize("name", ["sequence", "next_item"])
+@pytest.mark.parametrize("name", ["sequence", "next_item", "amortised", "kv_cache", "grouped_training"])
 def test_benchmarks_explain_themselves(name: str) -> None:
     command = [sys.executable, "-m", f"modeling.benchmarks.{name}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
