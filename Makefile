@@ -64,6 +64,7 @@ bench: setup  ## fast paths beside their plain twins
 
 bench-gpu: setup
 	$(RUN) -m modeling.benchmarks.amortised --device cuda
+	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
 
 lock: setup  ## renew requirements.lock; releases younger than two weeks are left out
 	$(RUN) .ci/lock.py
