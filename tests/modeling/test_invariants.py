@@ -265,9 +265,10 @@ def test_history_changes_scores(name: str) -> None:
         ):
             if not name.startswith(RANKING) and NOT_READ & set(change):
                 continue
+            limit = 1e-4 if name == "baseline_rankmixer" else 1e-3  # its norms and mean leave less of a change
             if name == "hiformer_full_rank" and "event_BLE" in change:  # it reads pooled items only
                 continue
-            assert (model(Batch(replace(user, **change), some, torch.zeros(1))) - base).abs().max() > 1e-4
+            assert (model(Batch(replace(user, **change), some, torch.zeros(1))) - base).abs().max() > limit
         if name in ("hydrarec_extendable", "hstu_extendable"):
             change = replace(user, gap_BL=user.gap_BL + 1)
             assert (model(Batch(change, some, torch.zeros(1))) - base).abs().max() > 1e-3
