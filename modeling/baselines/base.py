@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import TaskHeads
-from modeling.layers.reader import History, HistoryReader
+from modeling.layers.reader import History, HistoryReader, with_read
 from modeling.models.base import Ranker
 
 
@@ -75,9 +75,7 @@ class Baseline(Ranker):
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """logits_BCT."""
-        tokens = self.features.candidates(candidates)
-        if self.reader is not None:
-            tokens = torch.cat([tokens, self.reader(user_state.history, tokens[:, :, 0])[:, :, None]], dim=2)
+        tokens = with_read(self.features.candidates(candidates), self.reader, user_state.history)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits
 

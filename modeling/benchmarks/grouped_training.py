@@ -115,7 +115,7 @@ def _both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Medians of interleaved runs of two cases."""
     runs: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for _ in range(1 if arguments.quick else min(arguments.repeats, 3)):
+    for _ in range(1 if arguments.quick else arguments.repeats):
         for case, kept in zip((first, second), runs, strict=True):
             kept.append(ask("modeling.benchmarks.grouped_training", "step", {**case, "threads": arguments.threads}))
     one, two = ({name: float(np.median([run[name] for run in kept])) for name in kept[0]} for kept in runs)

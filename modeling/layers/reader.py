@@ -56,3 +56,10 @@ class HistoryReader(nn.Module):
             return read
         rows: Tensor = self.layers[1](candidate_BCD, *prepared)
         return rows
+
+
+def with_read(tokens_BCND: Tensor, reader: HistoryReader | None, prepared: Any) -> Tensor:
+    """Candidate tokens, the item's first, and behind them what the candidate reads where there is a reader."""
+    if reader is None:
+        return tokens_BCND
+    return torch.cat([tokens_BCND, reader(prepared, tokens_BCND[:, :, 0])[:, :, None]], dim=2)

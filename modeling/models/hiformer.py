@@ -12,9 +12,10 @@ arXiv 2311.05884.
 
 Differs. The paper caches nothing: composite keys and values mix all tokens. But their product splits, x K̂ = x_request
 K̂_top + x_candidate K̂_bottom, and its first half is here a `UserState`, computed once per request; likewise projections
-by token of the first layer. What the paper leaves open: pre-norm with each token's own gain; Xavier for maps by token, composite ones scaled by all their inputs; queries
-of inner layers are composite too; the paper has no sequences, so a pooled token for each behaviour sequence is among
-the request's, and `history` adds a token that the candidate reads from the events.
+by token of the first layer. What the paper leaves open: pre-norm with each token's own gain; Xavier for maps by token,
+composite ones scaled by all their inputs; queries of inner layers are composite too; the paper has no sequences, so a
+pooled token for each behaviour sequence is among the request's, and `history` adds a token that the candidate reads
+from the events.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
 from modeling.layers.heterogeneous import HeterogeneousLayer, Kind, Known, Shape
 from modeling.layers.interaction import TaskHeads
-from modeling.layers.reader import History, HistoryReader
+from modeling.layers.reader import History, HistoryReader, with_read
 from modeling.models.base import Ranker
 
 
@@ -111,23 +112,19 @@ class Hiformer(Ranker):
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """The candidates' half, and all that follows. logits_BCT."""
-        rows = self._tokens(user_state, candidates)
-        for number, layer in enumerate(self.layers):
-            rows = layer(user_state.known if number == 0 else None, rows)
-        logits: Tensor = self.heads(None, self.norm(rows[:, :, : self.sizes.tasks]).flatten(2))
-        return logits
+        return self._score(user_state.known, self._tokens(user_state, candidates))
 
     def score_unsplit(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """The plain twin: the first layer over all tokens of each candidate, nothing of it known beforehand."""
         rest = self._tokens(user_state, candidates)
-        rows = torch.cat([user_state.known.rows.expand(-1, rest.shape[1], -1, -1), rest], dim=2)
-        for layer in self.layers:
-            rows = layer(None, rows)
+        return self._score(None, torch.cat([user_state.known.rows.expand(-1, rest.shape[1], -1, -1), rest], dim=2))
+
+    def _score(self, known: Known | None, rows: Tensor) -> Tensor:
+        """Tokens of each candidate through all layers to the heads; `known` is the first layer's other half."""
+        for number, layer in enumerate(self.layers):
+            rows = layer(known if number == 0 else None, rows)
         logits: Tensor = self.heads(None, self.norm(rows[:, :, : self.sizes.tasks]).flatten(2))
         return logits
 
     def _tokens(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        tokens = self.features.candidates(candidates)
-        if self.reader is None:
-            return tokens
-        return torch.cat([tokens, self.reader(user_state.history, tokens[:, :, 0])[:, :, None]], dim=2)
+        return with_read(self.features.candidates(candidates), self.reader, user_state.history)

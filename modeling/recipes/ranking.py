@@ -1,7 +1,7 @@
-"""Ranking recipes: the three systems and the baselines of their tables, of about equal size, on either dataset.
+"""Ranking recipes: the three systems and the baselines of their tables, on either dataset.
 
-`*_retail` and `*_ml1m` differ in history length only, and in nothing that was tuned for one model alone: width, batch,
-epochs and features are common, the learning rate is the best of the same three trials for each (modeling/README.md).
+`*_retail` and `*_ml1m` differ in history length only. Width, batch, epochs, learning rate and features are common to all;
+sizes beside embeddings are not yet matched. `compare --learning_rates` gives each recipe the same trials.
 `*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
 """
 
