@@ -97,6 +97,12 @@ def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
     return model
 
 
+def dense_parameters(model: torch.nn.Module) -> int:
+    """Parameters beside embedding tables."""
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in tables)
+
+
 def variant(recipe: Recipe, seed: int, epochs: int | None = None, learning_rate: float | None = None) -> Recipe:
     """The recipe under another seed, and with other epochs or another learning rate, which its name then tells."""
     name, changes = recipe.name, {"seed": seed}
@@ -130,13 +136,12 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
     users = encodings.periods.test.users.dictionary_encode().indices.to_numpy()
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     found = metrics.evaluate(test.labels, logits, test.candidate_offsets, users, probability)
-    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     result = {
         "identity": identity,
         "recipe": recipe.name,
         "seed": recipe.training.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dense_parameters": sum(p.numel() for p in model.parameters() if id(p) not in tables),
+        "dense_parameters": dense_parameters(model),
         "summary": summary,
         "test": {name: asdict(estimate) for name, estimate in found.items()},
     }

@@ -23,6 +23,7 @@ class Config:
     width: int = 32
     history: History = "din"
     history_hidden: int = 16
+    head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.0
 
 
@@ -56,7 +57,9 @@ class Baseline(Ranker):
             self.reader = HistoryReader(config.width, sizes, config.history, config.history_hidden)
         number = self.features.num_candidate + (self.reader is not None)
         self.interaction = self.make_interaction(self.features.num_request, number)
-        self.heads = TaskHeads(*self.interaction.out, 2 * config.width, sizes.tasks, config.dropout)
+        self.heads = TaskHeads(
+            *self.interaction.out, config.head_hidden or 2 * config.width, sizes.tasks, config.dropout
+        )
 
     @abstractmethod
     def make_interaction(self, request: int, candidate: int) -> Interaction:

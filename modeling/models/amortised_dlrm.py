@@ -48,6 +48,7 @@ class Config:
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
+    head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.1
     fusion: Fusion = "append_cross"
     causal: bool = False
@@ -98,7 +99,7 @@ class AmortisedDLRM(Ranker):
         self.heads = TaskHeads(
             self.dot.request_pairs.shape[1] + request * width,
             self.dot.pairs.shape[1] + 2 * width,
-            2 * width,
+            config.head_hidden or 2 * width,
             sizes.tasks,
             config.dropout,
         )

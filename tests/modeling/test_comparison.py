@@ -14,9 +14,11 @@ import torch
 
 from feature_repo.tables import JobFolder
 from modeling import __main__ as entry
-from modeling import comparison, recipes
+from modeling import comparison, models, recipes
+from modeling.batch import FeatureSizes
 from modeling.command import run_command
-from modeling.recipes import NextItemRecipe
+from modeling.ranking import dense_parameters
+from modeling.recipes import NextItemRecipe, ranking
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,6 +188,19 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
         sizes = FeatureSizes(50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5)
         with torch.device("meta"):
             models.build(recipe.model, recipe.config, sizes)
+
+
+SIZES = {  # of the vocabularies and features of the whole datasets
+    "retail": FeatureSizes(3061, 2, 2, (31, 24, 7), (1958,), (8,), dense=13, history_length=96, user_dense=5),
+    "ml1m": FeatureSizes(3350, 2, 1, (3, 8, 22, 24, 7), (19, 82), (8, 1), dense=13, history_length=128, user_dense=5),
+}
+
+
+@pytest.mark.parametrize("dataset", SIZES)
+def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
+    made = [recipes.load(f"{name}_{dataset}") for name in ranking.MODELS]
+    counts = {r.name: dense_parameters(models.build(r.model, r.config, SIZES[dataset])) for r in made}
+    assert max(counts.values()) <= 1.05 * min(counts.values()), counts
 
 
 @pytest.mark.parametrize("name", ["sequence", "next_item", "amortised", "kv_cache", "grouped_training"])
