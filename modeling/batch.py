@@ -340,9 +340,11 @@ class _Padder:
     """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same from run to run."""
 
     def __init__(self, mask: np.ndarray) -> None:
-        self.mask = mask
+        self.mask, self.full = mask, bool(mask.all())
 
     def __call__(self, flat: np.ndarray) -> Tensor:
+        if self.full:
+            return torch.from_numpy(flat).view(*self.mask.shape, *flat.shape[1:]).clone()
         padded = torch.zeros((*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype)
         padded.numpy()[self.mask] = flat
         return padded

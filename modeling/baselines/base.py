@@ -71,10 +71,9 @@ class Baseline(Ranker):
 
     def encode_user(self, user: UserInputs) -> UserState:
         """The request's tokens and the history's half of the reader."""
-        return UserState(
-            self.features.request(user),
-            None if self.reader is None else self.reader.prepare(user, self.features.item(user.item_BL)),
-        )
+        items = self.features.item(user.item_BL)
+        request = self.features.request(user, self.features.bag(user, items_BLD=items))
+        return UserState(request, None if self.reader is None else self.reader.prepare(user, items))
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """logits_BCT."""

@@ -1,13 +1,16 @@
 """Other libraries on the same events, run by an interpreter that has them: `PYTHON peers.py CASE`, JSON in, JSON out.
 
 This file imports nothing of the project, since it runs in the peers' own environments. Each library is used by its
-public API with its own loader; a callback counts trained targets (real ones, padding left out) and CPU seconds after a
-warm-up of five steps. Every user's last two events are left out, as in our own runs.
+public API with its own loader. Sequence models: a callback counts trained targets (real ones, padding left out) and CPU
+seconds after a warm-up of five steps; every user's last two events are left out, as in our own runs. Rankers: one epoch
+of the library's own `fit`, all of its CPU seconds; then one user's candidates, the user's columns repeated for each.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 WARM_UP = 5
@@ -183,7 +186,193 @@ def _replay_targets(batch: Any) -> int:
     return int(mask.sum())
 
 
-CASES = {
+def ranker_answer(ask: dict[str, Any], fit: Any, predict: Any, score: Any, labels: Any) -> dict[str, Any]:
+    """Time one epoch and the scoring of one user's candidates; AUC on the test rows."""
+    import statistics
+
+    import torch
+    from sklearn.metrics import roc_auc_score
+
+    started = time.process_time()
+    fit()
+    spent = time.process_time() - started
+    times = []
+    with torch.no_grad():
+        for _ in range(ask["score_repeats"]):
+            started = time.process_time()
+            score()
+            times.append(1000 * (time.process_time() - started))
+    auc = roc_auc_score(labels, predict())
+    return {"samples_per_cpu_s": ask["rows"] / spent, "score_ms": statistics.median(times), "auc": float(auc)}
+
+
+def ranker_rows(ask: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Columns of the training rows, the test rows, and one user's candidates."""
+    import os
+
+    import numpy as np
+
+    parts = (dict(np.load(os.path.join(ask["folder"], f"{part}.npz"))) for part in ("train", "test", "one_user"))
+    train, test, one_user = parts
+    return train, test, one_user
+
+
+def one_row_each(one_user: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
+    """The request's columns, of which one row is known, again for each candidate."""
+    import numpy as np
+
+    number = len(one_user["item"])
+    return {n: np.repeat(c[:1], number, axis=0) if n in ask["of_request"] else c for n, c in one_user.items()}
+
+
+def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
+    """FuxiCTR: its wheel has no models, so its layers are put together as the papers say, under its BaseModel."""
+    import os
+
+    import torch
+    from fuxictr.features import FeatureMap
+    from fuxictr.pytorch.dataloaders.npz_dataloader import NpzDataLoader
+    from fuxictr.pytorch.layers import CrossNetV2, DIN_Attention, FeatureEmbeddingDict, MaskedAveragePooling, MLP_Block
+    from fuxictr.pytorch.models import BaseModel
+    from torch import nn
+
+    width, fields = ask["width"], list(ask["sizes"])
+    feature_map = FeatureMap("rows", ask["folder"])
+    feature_map.labels = ["label"]
+    for name, size in ask["sizes"].items():
+        feature_map.features[name] = {"source": "", "type": "categorical", "vocab_size": size}
+    feature_map.features["history"] = {
+        "source": "",
+        "type": "sequence",
+        "vocab_size": ask["sizes"]["item"],
+        "max_len": ask["history"],
+        "share_embedding": "item",
+        "padding_idx": 0,
+    }
+    feature_map.set_column_index()
+
+    class Model(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(feature_map, model_id=kind, verbose=0, metrics=["AUC"], model_root=ask["folder"])
+            self.embedding = FeatureEmbeddingDict(feature_map, width)
+            total = (len(fields) + 1) * width
+            if kind == "din":
+                self.attention = DIN_Attention(width, attention_units=ask["attention"])
+                self.tower = MLP_Block(total, hidden_units=ask["tower"], output_dim=1)
+            else:
+                self.pool = MaskedAveragePooling()
+                self.cross = CrossNetV2(total, ask["cross_layers"])
+                self.tower = MLP_Block(total, hidden_units=ask["tower"])
+                self.head = nn.Linear(total + ask["tower"][-1], 1)
+            self.compile("adam", "binary_crossentropy", 1e-3)
+            self.reset_parameters()
+            self.model_to_device()
+
+        def forward(self, inputs: Any) -> Any:
+            columns = self.get_inputs(inputs)
+            found, real = self.embedding(columns), columns["history"] > 0
+            if kind == "din":
+                read = self.attention(found["item"], found["history"], real)
+            else:
+                read = self.pool(found["history"] * real[..., None], real)
+            every = torch.cat([*(found[name] for name in fields), read], dim=-1)
+            if kind == "din":
+                return {"y_pred": self.output_activation(self.tower(every))}
+            return {"y_pred": self.output_activation(self.head(torch.cat([self.cross(every), self.tower(every)], -1)))}
+
+        def eval_step(self) -> None:
+            self.save_weights(self.checkpoint)
+
+    def loader(part: str, shuffle: bool) -> Any:
+        path = os.path.join(ask["folder"], f"{part}.npz")
+        return NpzDataLoader(feature_map, path, batch_size=ask["batch"], shuffle=shuffle, num_workers=0)
+
+    os.makedirs(os.path.join(ask["folder"], "rows"), exist_ok=True)
+    model, training, testing = Model(), loader("train", True), loader("test", False)
+    _, test, one_user = ranker_rows(ask)
+    del one_user["label"]
+
+    def score() -> None:
+        model.eval()({name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()})
+
+    return ranker_answer(
+        ask, lambda: model.fit(training, epochs=1), lambda: model.predict(testing), score, test["label"]
+    )
+
+
+def rechub(ask: dict[str, Any], kind: str) -> dict[str, Any]:
+    """torch-rechub's own models and CTRTrainer."""
+    import torch
+    from torch_rechub.basic.features import SequenceFeature, SparseFeature
+    from torch_rechub.models.ranking import DIN, DCNv2
+    from torch_rechub.trainers import CTRTrainer
+    from torch_rechub.utils.data import DataGenerator
+
+    train, test, one_user = ranker_rows(ask)
+    labels = train.pop("label"), test.pop("label")
+    one_user.pop("label")
+    fields = {name: SparseFeature(name, size, ask["width"]) for name, size in ask["sizes"].items()}
+    pooling = "concat" if kind == "din" else "mean"
+    history = SequenceFeature(
+        "history", ask["sizes"]["item"], ask["width"], pooling=pooling, shared_with="item", padding_idx=0
+    )
+    if kind == "din":
+        others = [field for name, field in fields.items() if name != "item"]
+        attention = {"dims": ask["attention"]}
+        model = DIN(others, [history], [fields["item"]], {"dims": ask["tower"]}, attention)
+    else:
+        model = DCNv2(
+            [*fields.values(), history], ask["cross_layers"], {"dims": ask["tower"]}, use_low_rank_mixture=False
+        )
+    trainer = CTRTrainer(model, optimizer_params={"lr": 1e-3}, n_epoch=1, model_path=ask["folder"])
+    generator = DataGenerator(train, labels[0])
+    training, _, testing = generator.generate_dataloader(
+        x_val=test, y_val=labels[1], x_test=test, y_test=labels[1], batch_size=ask["batch"]
+    )
+
+    def score() -> None:
+        model.eval()({name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()})
+
+    return ranker_answer(ask, lambda: trainer.fit(training), lambda: trainer.predict(model, testing), score, labels[1])
+
+
+def deepctr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
+    """DeepCTR-Torch's own models; its DCN with matrices is DCNv2."""
+    import numpy as np
+    import torch
+    from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat
+    from deepctr_torch.models import DCN, DIN
+
+    fields = [SparseFeat(name, size, embedding_dim=ask["width"]) for name, size in ask["sizes"].items()]
+    past = SparseFeat("hist_item", ask["sizes"]["item"], embedding_dim=ask["width"], embedding_name="item")
+    columns = [*fields, VarLenSparseFeat(past, maxlen=ask["history"], combiner="mean", length_name="length")]
+    if kind == "din":
+        model = DIN(columns, ["item"], dnn_hidden_units=ask["tower"], att_hidden_size=ask["attention"])
+    else:
+        model = DCN([], columns, ask["cross_layers"], cross_parameterization="matrix", dnn_hidden_units=ask["tower"])
+    parts = []
+    for part in ranker_rows(ask):
+        label, history = part.pop("label"), part.pop("history")
+        parts.append(({**part, "hist_item": history, "length": (history > 0).sum(1)}, label))
+    (train, train_label), (test, test_label), (one_user, _) = parts
+    model.compile("adam", "binary_crossentropy")
+
+    def score() -> None:
+        repeated = one_row_each(one_user, ask)
+        columns = [np.atleast_2d(repeated[name].T).T for name in model.feature_index]
+        model.eval()(torch.from_numpy(np.concatenate(columns, axis=1)).float())
+
+    return ranker_answer(
+        ask,
+        lambda: model.fit(train, train_label.astype(np.float32), batch_size=ask["batch"], epochs=1, verbose=0),
+        lambda: model.predict(test, ask["batch"]),
+        score,
+        test_label,
+    )
+
+
+CASES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **{f"{f.__name__}_{kind}": partial(f, kind=kind) for f in (fuxictr, rechub, deepctr) for kind in ("din", "dcnv2")},
     "rectools_training": rectools_training,
     "rectools_encoder": rectools_encoder,
     "replay_training": replay_training,

@@ -33,6 +33,9 @@ class CategorySlots(nn.Module):
         found = []
         for table, group in zip(self.tables, groups, strict=True):
             assert isinstance(table, nn.Embedding)
+            if group.shape[-1] == 1:
+                found.append(table(group[..., 0]))
+                continue
             mean = embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0)
             found.append(mean.view(*shape, table.embedding_dim))
         return found

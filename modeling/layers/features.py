@@ -74,11 +74,16 @@ class FeatureTokens(nn.Module):
         self.candidate_dense.standardise.fit(dense_NF)
         self.user_dense.standardise.fit(dense_BG)
 
-    def bag(self, user: UserInputs, before: Bags | None = None) -> Bags:
-        """Sums of the events by action, on top of those of earlier events."""
+    def bag(self, user: UserInputs, before: Bags | None = None, items_BLD: Tensor | None = None) -> Bags:
+        """Sums of the events by action, on top of those of earlier events.
+
+        Args:
+            items_BLD: the events' item rows, where they are at hand.
+        """
+        items_BLD = self.item(user.item_BL) if items_BLD is None else items_BLD
         which = torch.arange(self.sizes.actions, device=user.action_BL.device)
         member = ((user.action_BL[:, None] == which[:, None]) & user.mask_BL[:, None]).to(self.item.weight.dtype)
-        sums, counts = member @ self.item(user.item_BL), member.sum(-1)
+        sums, counts = member @ items_BLD, member.sum(-1)
         return Bags(sums, counts) if before is None else Bags(before.sum_BAD + sums, before.count_BA + counts)
 
     def request(self, user: UserInputs, bags: Bags | None = None) -> Tensor:

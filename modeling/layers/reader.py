@@ -39,8 +39,10 @@ class HistoryReader(nn.Module):
         Args:
             items_BLD: its items as candidates are embedded.
         """
-        numbers = torch.cat([user.event_BLE, user.age_BL[..., None]], dim=-1)
-        rows = items_BLD + self.action(user.action_BL) + self.numbers(numbers)
+        action = user.action_BL[..., None] == torch.arange(self.action.num_embeddings, device=user.action_BL.device)
+        inputs = torch.cat([user.event_BLE, user.age_BL[..., None], action.to(items_BLD.dtype)], dim=-1)
+        weight = torch.cat([self.numbers.weight.T, self.action.weight + self.numbers.bias])
+        rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(items_BLD)  # in one pass
         if self.kind == "din":
             return self.attention.prepare(rows, user.mask_BL)
         index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)

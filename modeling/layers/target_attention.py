@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import prelu
+
+BLOCK = 1 << 18  # hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
 
 
 class Read(NamedTuple):
     """What target attention needs of a history, once per request."""
 
     rows_BLD: Tensor
-    with_one_BLD: Tensor  # the rows with a 1 behind each, which carries the biases
     mask_BL: Tensor
 
 
@@ -22,8 +25,8 @@ class TargetAttention(nn.Module):
 
     The first layer is linear in [e, c, e - c, e ⊙ c]: e (W_1 + W_3 + diag(c) W_4) + c (W_2 - W_3), a matrix of each
     candidate's times the event. Those of all candidates stand side by side in one product with the request's history,
-    and no tensor of a pair but its hidden units is ever made. PReLU with slope s is s x + (1 - s) max(x, 0), whose linear
-    half needs no hidden units at all.
+    and no tensor of a pair but its hidden units is ever made, block by block and again in the backward pass. PReLU with
+    slope s is s x + (1 - s) max(x, 0), whose linear half needs no hidden units at all.
 
     Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its batch.
     """
@@ -38,17 +41,19 @@ class TargetAttention(nn.Module):
 
     def prepare(self, rows_BLD: Tensor, mask_BL: Tensor) -> Read:
         """The history's half."""
-        return Read(rows_BLD, torch.cat([rows_BLD, torch.ones_like(rows_BLD[..., :1])], dim=-1), mask_BL)
+        return Read(rows_BLD, mask_BL)
 
     def forward(self, read: Read, candidate_BCD: Tensor) -> Tensor:
         """What each candidate reads, B × C × D; zeros of an empty history."""
-        of_event = self.event.weight.T[:, None] + candidate_BCD.transpose(1, 2)[..., None] * self.pair[:, None]
-        of_one = (self.candidate(candidate_BCD) + self.event.bias)[:, None]
-        matrix = torch.cat([of_event, of_one], dim=1)  # B × (D + 1) × C × hidden
-        hidden = (read.with_one_BLD @ matrix.flatten(2)).unflatten(-1, matrix.shape[2:]).relu_()
-        out = self.out.weight[0]
-        weight = hidden @ (out * (1 - self.slope)) + read.with_one_BLD @ (matrix @ (out * self.slope)) + self.out.bias
-        return (weight * read.mask_BL[..., None]).transpose(1, 2) @ read.rows_BLD
+        rows, event, out = read.rows_BLD, self.event.weight.T, self.out.weight[0]
+        shift = self.candidate(candidate_BCD) + self.event.bias  # B × C × H
+        weight: Tensor = _RectifiedPairs.apply(  # type: ignore[no-untyped-call]
+            rows, candidate_BCD, torch.stack([self.pair, event], dim=1), shift, out * (1 - self.slope)
+        )
+        linear = out * self.slope
+        of_event = (event @ linear)[:, None] + candidate_BCD.transpose(1, 2) * (self.pair @ linear)[:, None]
+        weight = weight + torch.baddbmm((shift @ linear + self.out.bias)[:, None], rows, of_event)
+        return (weight * read.mask_BL[..., None]).transpose(1, 2) @ rows
 
     def plain(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
         """The plain twin: the first layer over [e, c, e - c, e ⊙ c], with W_3 = 0, for every pair."""
@@ -60,3 +65,75 @@ class TargetAttention(nn.Module):
         hidden = prelu((joined @ first + self.event.bias).flatten(0, -2), self.slope)
         weight = self.out(hidden).view(joined.shape[:-1])
         return ((weight * mask_BL[:, None])[..., None] * event).sum(2)
+
+
+class _RectifiedPairs(torch.autograd.Function):
+    """max(e (W + diag(c) P) + shift_c, 0) @ out for every event e and candidate c: B × L × C, never B × L × C × H.
+
+    Rows carry a 1 behind them, so that a product adds the shift; so do candidates, whose W and P are one matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_BLD: Tensor, candidate_BCD: Tensor, both_D2H: Tensor, shift_BCH: Tensor, out_H: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_BLD, candidate_BCD, both_D2H, shift_BCH, out_H)
+        weight = rows_BLD.new_empty(*rows_BLD.shape[:2], candidate_BCD.shape[1])
+        for some, chosen in _blocks(rows_BLD, shift_BCH):
+            matrix = _matrix(_by_width(candidate_BCD[some, chosen]), both_D2H, shift_BCH[some, chosen])
+            weight[some, :, chosen] = _hidden(_with_one(rows_BLD[some]), matrix) @ out_H
+        return weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BLC: Tensor) -> tuple[Tensor, ...]:
+        rows, candidate, both, shift, out = ctx.saved_tensors
+        to_rows, to_candidate, to_shift = torch.zeros_like(rows), torch.empty_like(candidate), torch.empty_like(shift)
+        to_both, to_out = torch.zeros_like(both), torch.zeros_like(out)
+        for some, chosen in _blocks(rows, shift):
+            events, chosen_by_width = _with_one(rows[some]), _by_width(candidate[some, chosen])
+            matrix, into = _matrix(chosen_by_width, both, shift[some, chosen]), gradient_BLC[some, :, chosen]
+            hidden = _hidden(events, matrix)
+            to_out += hidden.flatten(0, -2).T @ into.flatten()
+            hidden = hidden.sign_().mul_(into[..., None]).flatten(2)
+            to_rows[some] += hidden @ (matrix[:, :-1] * out).flatten(2).transpose(1, 2)
+            to_matrix = (events.transpose(1, 2) @ hidden).view_as(matrix).mul_(out)
+            to_shift[some, chosen] = to_matrix[:, -1]
+            by_width = to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)  # D × pairs of request and candidate × H
+            to_both += chosen_by_width.transpose(1, 2) @ by_width
+            to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(candidate[some, chosen])
+        return to_rows, to_candidate, to_both, to_shift, to_out
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
+
+
+def _by_width(candidate: Tensor) -> Tensor:
+    """Candidates and a 1 for each of their numbers, D × (n × C) × 2."""
+    return _with_one(candidate.flatten(0, 1).T[..., None])
+
+
+def _matrix(candidate_by_width: Tensor, both: Tensor, shift: Tensor) -> Tensor:
+    """What multiplies an event and its 1, of each candidate: n × (D + 1) × C × H."""
+    of_event = (candidate_by_width @ both).unflatten(1, shift.shape[:2]).transpose(0, 1)
+    return torch.cat([of_event, shift[:, None]], dim=1)
+
+
+def _hidden(events: Tensor, matrix: Tensor) -> Tensor:
+    """Hidden units of some pairs, n × L × C × H."""
+    return (events @ matrix.flatten(2)).unflatten(-1, matrix.shape[2:]).relu_()
+
+
+def _blocks(rows: Tensor, shift: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Requests and candidates of each block; on an accelerator all in one."""
+    number, candidates, hidden = shift.shape
+    if rows.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    a_pair = max(rows.shape[1] * hidden, 1)
+    wide = max(min(BLOCK // a_pair, candidates), 1)
+    deep = max(BLOCK // (a_pair * wide), 1) if wide == candidates else 1
+    for start in range(0, number, deep):
+        for first in range(0, candidates, wide):
+            yield slice(start, start + deep), slice(first, first + wide)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
+from modeling.layers import target_attention
 from modeling.layers.interaction import DotInteraction
 from modeling.layers.target_attention import TargetAttention
 
@@ -34,6 +36,25 @@ def test_target_attention_equals_its_plain_twin(lengths: list[int], number: int,
         for row, length in enumerate(lengths):
             if not length:
                 assert not fast[row].any()
+
+
+@pytest.mark.parametrize("block", [1, 40, 200, 1 << 18])
+def test_target_attention_has_the_gradient_of_its_plain_twin(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a block holds several requests, one, or some of its candidates."""
+    monkeypatch.setattr(target_attention, "BLOCK", block)
+    torch.manual_seed(block)
+    attention = TargetAttention(5, 7).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    rows, candidates = (torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 3))
+    mask, direction = torch.rand(4, 6) < 0.7, torch.randn(4, 3, 5, dtype=torch.double)
+    inputs = [rows, candidates, *attention.parameters()]
+    fast = attention(attention.prepare(rows, mask), candidates)
+    plain = attention.plain(rows, mask, candidates)
+    torch.testing.assert_close(fast, plain)
+    for one, other in zip(*(torch.autograd.grad((x * direction).sum(), inputs) for x in (fast, plain)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_dot_interaction_takes_every_pair_once() -> None:
