@@ -39,6 +39,37 @@ class TaskHeads(nn.Module):
         return ((hidden * self.out).sum(-1) + self.bias).float()
 
 
+class CrossNetwork(nn.Module):
+    """Cross layers, x_{l+1} = x_0 ⊙ (W x_l + b) + x_l, over [request, candidate] (DCNv2, arXiv 2008.13535, equation 1).
+
+    The first layer multiplies the request's half once per request.
+
+    Args:
+        rank: of the matrices W; 0 keeps them whole.
+    """
+
+    def __init__(self, request: int, candidate: int, num_layers: int, rank: int) -> None:
+        super().__init__()
+        width = request + candidate
+        self.first: nn.Module = SplitLinear(request, candidate, rank or width)
+        self.first_up = nn.Linear(rank, width) if rank else None
+        self.crosses = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
+            if rank
+            else nn.Linear(width, width)
+            for _ in range(num_layers - 1)
+        )
+
+    def forward(self, request_BX: Tensor, candidate_BCX: Tensor) -> Tensor:
+        """B × C × (request + candidate)."""
+        start = torch.cat([request_BX[:, None].expand(-1, candidate_BCX.shape[1], -1), candidate_BCX], dim=-1)
+        crossed = self.first(request_BX, candidate_BCX)
+        crossed = start * (crossed if self.first_up is None else self.first_up(crossed)) + start
+        for cross in self.crosses:
+            crossed = torch.addcmul(crossed, start, cross(crossed))
+        return crossed
+
+
 class DotInteraction(nn.Module):
     """Dot products of all pairs of R request fields and N candidate fields (DLRM, arXiv 1906.00091).
 

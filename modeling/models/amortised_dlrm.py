@@ -18,7 +18,8 @@ Only the last two are amortised; the first two are what they are measured agains
 Differs: the body of the paper is not public; what it leaves open is chosen as follows. Pre-norm layers, GELU; the
 history part of the last layer stops at its keys and values, since nothing reads its output; positions count from the
 newest event (candidates stand at 0) or from the oldest; CONCAT pools its ten newest rows and the maximum of all; the
-rest of the DLRM is a dot interaction (arXiv 1906.00091) and a head for each task.
+rest of the DLRM is a dot interaction (arXiv 1906.00091) or cross layers (DCNv2, arXiv 2008.13535) over all fields, and a
+head for each task.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import FeatureTokens
-from modeling.layers.interaction import DotInteraction, TaskHeads
+from modeling.layers.interaction import CrossNetwork, DotInteraction, TaskHeads
 from modeling.models.base import CannotExtendError, Ranker
 
 NEWEST = 10  # rows that CONCAT pools beside the maximum
@@ -51,6 +52,9 @@ class Config:
     head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.1
     fusion: Fusion = "append_cross"
+    interaction: Literal["dot", "cross"] = "dot"
+    cross_layers: int = 2
+    cross_rank: int = 0  # 0 keeps the cross matrices whole
     causal: bool = False
     positions: Literal["from_newest", "from_oldest"] = "from_newest"
 
@@ -95,14 +99,13 @@ class AmortisedDLRM(Ranker):
             self.pool = nn.Linear((NEWEST + 1) * width, width)
         self.norm = nn.LayerNorm(width, eps=1e-5)
         request, candidate = self.features.num_request, self.features.num_candidate
-        self.dot = DotInteraction(request, 1 + candidate)
-        self.heads = TaskHeads(
-            self.dot.request_pairs.shape[1] + request * width,
-            self.dot.pairs.shape[1] + 2 * width,
-            config.head_hidden or 2 * width,
-            sizes.tasks,
-            config.dropout,
-        )
+        self.interaction: Dot | Crossed
+        if config.interaction == "cross":
+            self.interaction = Crossed(request * width, (1 + candidate) * width, config.cross_layers, config.cross_rank)
+        else:
+            self.interaction = Dot(request, candidate, width, self.features.candidate_dense.num_tokens)
+        hidden = config.head_hidden or 2 * width
+        self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
         for table in (self.action, self.position):
             nn.init.normal_(table.weight, std=0.05)
 
@@ -158,14 +161,8 @@ class AmortisedDLRM(Ranker):
                     rows = layer.read_with_own(rows, keys, values, mask)  # type: ignore[operator]
                 else:
                     rows = layer(rows, keys, values, None if mask is None else mask[:, None])
-        request, own = user_state.request_BRD, torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
-        within, across = self.dot(request, own)
-        dense = tokens[:, :, tokens.shape[2] - self.features.candidate_dense.num_tokens :].sum(
-            2
-        )  # DLRM's one dense vector
-        logits: Tensor = self.heads(
-            torch.cat([within, request.flatten(1)], dim=-1), torch.cat([across, own[:, :, 0], dense], dim=-1)
-        )
+        own = torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
+        logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, own))
         return logits
 
     def _concatenated(self, state: UserState, rows_BCD: Tensor) -> Tensor:
@@ -230,3 +227,39 @@ class AmortisedDLRM(Ranker):
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
         return self.features.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position
+
+
+class Dot(nn.Module):
+    """Products of all pairs of fields; what the history gave, the dense vector and the request go to the heads as well."""
+
+    out: tuple[int, int]
+
+    def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
+        super().__init__()
+        self.dense, self.pairs = dense, DotInteraction(request, 1 + candidate)
+        self.out = (
+            self.pairs.request_pairs.shape[1] + request * width,
+            self.pairs.pairs.shape[1] + 2 * width,
+        )
+
+    def forward(self, request_BRD: Tensor, own_BCND: Tensor) -> tuple[Tensor, Tensor]:
+        """What a request and a candidate give the heads. The candidate's first field is what it read."""
+        within, across = self.pairs(request_BRD, own_BCND)
+        dense = own_BCND[:, :, own_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
+        return torch.cat([within, request_BRD.flatten(1)], dim=-1), torch.cat(
+            [across, own_BCND[:, :, 0], dense], dim=-1
+        )
+
+
+class Crossed(nn.Module):
+    """Cross layers over all fields, and the heads over them (DCNv2's stacked form)."""
+
+    out: tuple[int, int]
+
+    def __init__(self, request: int, candidate: int, num_layers: int, rank: int) -> None:
+        super().__init__()
+        self.network, self.out = CrossNetwork(request, candidate, num_layers, rank), (0, request + candidate)
+
+    def forward(self, request_BRD: Tensor, own_BCND: Tensor) -> tuple[None, Tensor]:
+        """Nothing of the request, all of the candidate."""
+        return None, self.network(request_BRD.flatten(1), own_BCND.flatten(2))

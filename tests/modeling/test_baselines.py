@@ -76,9 +76,11 @@ def test_cross_layers_are_x0_times_wx_plus_b_plus_x() -> None:
         for b in range(2):
             for c in range(3):
                 start = torch.cat([request[b], candidate[b, c]]).flatten()
-                first = made.first(request[b : b + 1].flatten(1), candidate[b : b + 1, c : c + 1].flatten(2))[0, 0]
-                crossed = start * (first if made.first_up is None else made.first_up(first)) + start
-                for cross in made.crosses:
+                first = made.cross.first(request[b : b + 1].flatten(1), candidate[b : b + 1, c : c + 1].flatten(2))[
+                    0, 0
+                ]
+                crossed = start * (first if made.cross.first_up is None else made.cross.first_up(first)) + start
+                for cross in made.cross.crosses:
                     crossed = start * cross(crossed) + crossed
                 torch.testing.assert_close(out[b, c], crossed, atol=1e-5, rtol=1e-5)
 
