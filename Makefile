@@ -60,11 +60,14 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.kv_cache
 	$(RUN) -m modeling.benchmarks.grouped_training
 	$(RUN) -m modeling.benchmarks.sequence
+	$(RUN) -m modeling.benchmarks.ctr
+	$(RUN) -m modeling.benchmarks.precision
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 
 bench-gpu: setup
 	$(RUN) -m modeling.benchmarks.amortised --device cuda
 	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
+	$(RUN) -m modeling.benchmarks.precision --device cuda
 
 lock: setup  ## renew requirements.lock; releases younger than two weeks are left out
 	$(RUN) .ci/lock.py

@@ -44,8 +44,13 @@ class TargetAttention(nn.Module):
         return Read(rows_BLD, mask_BL)
 
     def forward(self, read: Read, candidate_BCD: Tensor) -> Tensor:
-        """What each candidate reads, B × C × D; zeros of an empty history."""
-        rows, event, out = read.rows_BLD, self.event.weight.T, self.out.weight[0]
+        """What each candidate reads, B × C × D; zeros of an empty history. In the weights' precision, under autocast too."""
+        kind = self.pair.dtype
+        with torch.autocast(candidate_BCD.device.type, enabled=False):
+            return self._read(read.rows_BLD.to(kind), read.mask_BL, candidate_BCD.to(kind))
+
+    def _read(self, rows: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
+        event, out = self.event.weight.T, self.out.weight[0]
         shift = self.candidate(candidate_BCD) + self.event.bias  # B × C × H
         weight: Tensor = _RectifiedPairs.apply(  # type: ignore[no-untyped-call]
             rows, candidate_BCD, torch.stack([self.pair, event], dim=1), shift, out * (1 - self.slope)
@@ -53,7 +58,7 @@ class TargetAttention(nn.Module):
         linear = out * self.slope
         of_event = (event @ linear)[:, None] + candidate_BCD.transpose(1, 2) * (self.pair @ linear)[:, None]
         weight = weight + torch.baddbmm((shift @ linear + self.out.bias)[:, None], rows, of_event)
-        return (weight * read.mask_BL[..., None]).transpose(1, 2) @ rows
+        return (weight * mask_BL[..., None]).transpose(1, 2) @ rows
 
     def plain(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
         """The plain twin: the first layer over [e, c, e - c, e ⊙ c], with W_3 = 0, for every pair."""

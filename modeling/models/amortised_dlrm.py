@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
-from modeling.layers.features import FeatureTokens
+from modeling.layers.features import Bags, FeatureTokens
 from modeling.layers.interaction import CrossNetwork, DotInteraction, TaskHeads
 from modeling.models.base import CannotExtendError, Ranker
 
@@ -55,6 +55,7 @@ class Config:
     interaction: Literal["dot", "cross"] = "dot"
     cross_layers: int = 2
     cross_rank: int = 0  # 0 keeps the cross matrices whole
+    bags: bool = False  # pooled sequences among the request's fields
     causal: bool = False
     positions: Literal["from_newest", "from_oldest"] = "from_newest"
 
@@ -70,6 +71,7 @@ class UserState:
     full: bool  # no padding in any row
     length_B: Tensor  # events so far, padding not counted
     request_BRD: Tensor
+    bags: Bags | None = None
 
 
 class AmortisedDLRM(Ranker):
@@ -86,7 +88,7 @@ class AmortisedDLRM(Ranker):
         super().__init__()
         self.config, self.sizes = config, sizes
         width = config.width
-        self.features = FeatureTokens(sizes, width, bags=False)
+        self.features = FeatureTokens(sizes, width, bags=config.bags)
         self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
@@ -125,9 +127,9 @@ class AmortisedDLRM(Ranker):
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
-        mask, request = user.mask_BL, self.features.request(user)
+        mask, bags = user.mask_BL, self.features.bag(user) if self.config.bags else None
         rows, full = self._events(user, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
-        state = UserState((), (), rows, mask, full, mask.sum(1), request)
+        state = UserState((), (), rows, mask, full, mask.sum(1), self.features.request(user, bags), bags)
         if not self.amortised:
             return state
         keys, values = self._through_layers(rows, self._history_mask(mask, full), None)
@@ -144,7 +146,9 @@ class AmortisedDLRM(Ranker):
         rows = self._events(new_events, user_state.length_B)
         keys, values = self._through_layers(rows, causal_mask(mask, rows.shape[1]), user_state)
         full = user_state.full and bool(new_events.mask_BL.all())
-        return UserState(keys, values, None, mask, full, mask.sum(1), self.features.request(new_events))
+        bags = self.features.bag(new_events, user_state.bags) if self.config.bags else None
+        request = self.features.request(new_events, bags)
+        return UserState(keys, values, None, mask, full, mask.sum(1), request, bags)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Score candidates: each reads the history and nothing of the others. logits_BCT."""

@@ -203,7 +203,9 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
 
 
-@pytest.mark.parametrize("name", ["sequence", "next_item", "amortised", "kv_cache", "grouped_training", "ctr"])
+@pytest.mark.parametrize(
+    "name", ["sequence", "next_item", "amortised", "kv_cache", "grouped_training", "ctr", "precision"]
+)
 def test_benchmarks_explain_themselves(name: str) -> None:
     command = [sys.executable, "-m", f"modeling.benchmarks.{name}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
