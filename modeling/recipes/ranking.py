@@ -16,7 +16,7 @@ WIDTH = 32
 SERVICE = "ranking_v1"
 HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # title, and events that are read
 ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 3, "candidate_tokens": 3}
-AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2}
+AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "interaction": "cross", "cross_rank": 64, "bags": True}
 HIFORMER: dict[str, Any] = {"num_heads": 2, "key_width": 16, "value_width": 16, "rank_key": 64}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
@@ -36,9 +36,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,649 and 224,801
     "retail": {
-        "amortised": {"head_hidden": 784},
-        "amortised_self": {"head_hidden": 784},
-        "concat": {"head_hidden": 720},
+        "amortised": {"head_hidden": 232},
+        "amortised_self": {"head_hidden": 232},
+        "concat": {"head_hidden": 192},
         "hiformer": {"rank_value": 160},
         "hiformer_full_rank": {"key_width": 9, "value_width": 8},
         "heteroatt": {"hidden": 128},
@@ -51,9 +51,9 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "wukong": {"hidden": 224},
     },
     "ml1m": {
-        "amortised": {"head_hidden": 584},
-        "amortised_self": {"head_hidden": 584},
-        "concat": {"head_hidden": 544},
+        "amortised": {"head_hidden": 152},
+        "amortised_self": {"head_hidden": 152},
+        "concat": {"head_hidden": 124},
         "hiformer": {"rank_value": 128},
         "hiformer_full_rank": {"key_width": 6, "value_width": 6},
         "heteroatt": {"hidden": 96},
