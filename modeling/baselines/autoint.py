@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from modeling.baselines import base
+from modeling.layers.interaction import Interaction, all_tokens
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class AutoInt(base.Baseline):
 
     config: Config
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """Attention layers."""
         return FieldAttention(request + candidate, self.config)
 
 
-class FieldAttention(base.Interaction):
+class FieldAttention(Interaction):
     """Every token asks in every layer, since the heads read all."""
 
     def __init__(self, tokens: int, config: Config) -> None:
@@ -40,7 +41,7 @@ class FieldAttention(base.Interaction):
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Nothing of the request, all of the candidate."""
-        rows = base.all_tokens(request_BRD, candidate_BCND)
+        rows = all_tokens(request_BRD, candidate_BCND)
         for layer in self.layers:
             query, key, value, residual = layer(rows).chunk(4, dim=-1)
             query, key, value = (

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
-from modeling.layers.interaction import TaskHeads
+from modeling.layers.interaction import Interaction, TaskHeads
 from modeling.layers.reader import History, HistoryReader, with_read
 from modeling.models.base import Ranker
 
@@ -33,16 +32,6 @@ class UserState:
 
     request_BRD: Tensor
     history: Any
-
-
-class Interaction(nn.Module, ABC):
-    """Mixes R request tokens and N candidate tokens into what the heads read."""
-
-    out: tuple[int, int]  # widths of what a request and a candidate give the heads
-
-    @abstractmethod
-    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
-        """B × out[0], or None where that is 0, and B × C × out[1]."""
 
 
 class Baseline(Ranker):
@@ -72,7 +61,7 @@ class Baseline(Ranker):
     def encode_user(self, user: UserInputs) -> UserState:
         """The request's tokens and the history's half of the reader."""
         items = self.features.item(user.item_BL)
-        request = self.features.request(user, self.features.bag(user, items_BLD=items))
+        request = self.features.request(user, items_BLD=items)
         return UserState(request, None if self.reader is None else self.reader.prepare(user, items))
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
@@ -80,9 +69,3 @@ class Baseline(Ranker):
         tokens = with_read(self.features.candidates(candidates), self.reader, user_state.history)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits
-
-
-def all_tokens(request_BRD: Tensor, candidate_BCND: Tensor) -> Tensor:
-    """Both kinds in one list for every candidate, B × C × (R + N) × D."""
-    request = request_BRD[:, None].expand(-1, candidate_BCND.shape[1], -1, -1)
-    return torch.cat([request, candidate_BCND], dim=2)

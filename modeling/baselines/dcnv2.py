@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from modeling.baselines import base
-from modeling.layers.interaction import CrossNetwork, SplitLinear
+from modeling.layers.interaction import CrossNetwork, Interaction, SplitLinear
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class DCNv2(base.Baseline):
 
     config: Config
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """Cross and deep in parallel."""
         return CrossAndDeep(request, candidate, self.config)
 
 
-class CrossAndDeep(base.Interaction):
+class CrossAndDeep(Interaction):
     """Both multiply the request's half once per request."""
 
     def __init__(self, request: int, candidate: int, config: Config) -> None:
         super().__init__()
-        known, rest = request * config.width, candidate * config.width
-        self.cross = CrossNetwork(known, rest, config.num_layers, config.rank)
-        self.deep = SplitLinear(known, rest, config.hidden)
-        self.out = (0, known + rest + config.hidden)
+        width = config.width
+        self.cross = CrossNetwork(request, candidate, width, config.num_layers, config.rank)
+        self.deep = SplitLinear(request * width, candidate * width, config.hidden)
+        self.out = (0, self.cross.out[1] + config.hidden)
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Nothing of the request, all of the candidate."""
-        request, candidate = request_BRD.flatten(1), candidate_BCND.flatten(2)
-        return None, torch.cat([self.cross(request, candidate), relu(self.deep(request, candidate))], dim=-1)
+        _, crossed = self.cross(request_BRD, candidate_BCND)
+        return None, torch.cat([crossed, relu(self.deep(request_BRD.flatten(1), candidate_BCND.flatten(2)))], dim=-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from modeling.baselines import base
-from modeling.layers.interaction import SplitLinear
+from modeling.layers.interaction import Interaction, SplitLinear
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class DIN(base.Baseline):
 
     config: Config
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """One wide layer; the heads are the next."""
         return Deep(request * self.config.width, candidate * self.config.width, self.config.hidden)
 
 
-class Deep(base.Interaction):
+class Deep(Interaction):
     """A layer over all fields."""
 
     def __init__(self, request: int, candidate: int, hidden: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling.baselines import base
-from modeling.layers.interaction import DotInteraction
+from modeling.layers.interaction import DotInteraction, Interaction
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Config(base.Config):
 class DLRM(base.Baseline):
     """Pairs and the fields themselves go to the heads."""
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """Dot products."""
         return Dot(request, candidate, self.config.width)
 
 
-class Dot(base.Interaction):
+class Dot(Interaction):
     """Pairs beside fields."""
 
     def __init__(self, request: int, candidate: int, width: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from modeling.baselines import base
-from modeling.layers.interaction import SplitLinear
+from modeling.layers.interaction import Interaction, SplitLinear
 from modeling.layers.per_token import PerTokenFeedForward
 
 
@@ -26,7 +26,7 @@ class RankMixer(base.Baseline):
 
     config: Config
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """Mixing layers."""
         if self.config.mixed_width % self.config.num_tokens:
             raise ValueError(
@@ -35,7 +35,7 @@ class RankMixer(base.Baseline):
         return Mixer(request * self.config.width, candidate * self.config.width, self.config)
 
 
-class Mixer(base.Interaction):
+class Mixer(Interaction):
     """S = LN(mix(X) + X); X' = LN(PFFN(S) + S); the mean over tokens goes to the heads."""
 
     def __init__(self, request: int, candidate: int, config: Config) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from modeling.baselines import base
+from modeling.layers.interaction import Interaction, all_tokens
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Wukong(base.Baseline):
 
     config: Config
 
-    def make_interaction(self, request: int, candidate: int) -> base.Interaction:
+    def make_interaction(self, request: int, candidate: int) -> Interaction:
         """Wukong layers."""
         return Stack(request + candidate, self.config)
 
 
-class Stack(base.Interaction):
+class Stack(Interaction):
     """Layers; the residual is compressed linearly where the number of tokens changes."""
 
     def __init__(self, tokens: int, config: Config) -> None:
@@ -44,7 +45,7 @@ class Stack(base.Interaction):
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Nothing of the request, all of the candidate."""
-        rows = base.all_tokens(request_BRD, candidate_BCND)
+        rows = all_tokens(request_BRD, candidate_BCND)
         for layer in self.layers:
             rows = layer(rows)
         return None, rows.flatten(2)

@@ -55,24 +55,21 @@ def _measure(
     model = models.build(name, config, sizes).eval().to(device)
     batch = requests(sizes, number, length, candidates).to(device)
 
-    def score(network: Any) -> Tensor:
-        with torch.inference_mode():
+    def score(network: Any, bf16: bool = False) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             scores: Tensor = network(batch)
             return scores
 
-    def train(network: Any) -> Tensor:
+    def train(network: Any, bf16: bool = False) -> Tensor:
         model.zero_grad(set_to_none=True)
-        scores: Tensor = network(batch)
-        masked_bce(scores, batch.labels_BCT, batch.candidates.mask_BC).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            scores: Tensor = network(batch)
+            loss = masked_bce(scores, batch.labels_BCT, batch.candidates.mask_BC)
+        loss.backward()
         return scores.detach()
 
     one = score if work == "score" else train
-
-    def bf16() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return one(model)
-
-    calls: dict[str, Call] = {"fp32": lambda: one(model), "bf16": bf16}
+    calls: dict[str, Call] = {"fp32": lambda: one(model), "bf16": lambda: one(model, bf16=True)}
     compile_s = None
     if arguments.compile:
         compiled = torch.compile(model)

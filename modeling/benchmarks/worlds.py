@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +79,17 @@ def _attention_backward(
     gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
     return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def gemm_rate() -> float:
+    """FLOPs a CPU second of a large matrix product on this thread: the floor that benchmarks print."""
+    square = torch.randn(1024, 1024)
+    taken = []
+    for _ in range(20):
+        started = time.process_time()
+        torch.mm(square, square)
+        taken.append(time.process_time() - started)
+    return 2 * 1024**3 / statistics.median(taken)
 
 
 def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:

@@ -86,17 +86,18 @@ class FeatureTokens(nn.Module):
         sums, counts = member @ items_BLD, member.sum(-1)
         return Bags(sums, counts) if before is None else Bags(before.sum_BAD + sums, before.count_BA + counts)
 
-    def request(self, user: UserInputs, bags: Bags | None = None) -> Tensor:
+    def request(self, user: UserInputs, bags: Bags | None = None, items_BLD: Tensor | None = None) -> Tensor:
         """Tokens of each request, B × R × D.
 
         Args:
             bags: of all events where `user` holds only the newest; default: of the user's events.
+            items_BLD: the events' item rows, where they are at hand.
         """
         found = [table(user.field_BU[:, i])[:, None] for i, table in enumerate(self.fields)]
         if self.user_dense.num_tokens:
             found.append(self.user_dense(user.dense_BG))
         if self.nothing is not None:
-            sums, counts = self.bag(user) if bags is None else bags
+            sums, counts = self.bag(user, items_BLD=items_BLD) if bags is None else bags
             mean = sums / counts.clamp(min=1)[..., None]
             found.append(torch.where(counts[..., None] > 0, mean, self.nothing))
         if not found:

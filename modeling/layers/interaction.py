@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -39,35 +41,53 @@ class TaskHeads(nn.Module):
         return ((hidden * self.out).sum(-1) + self.bias).float()
 
 
-class CrossNetwork(nn.Module):
-    """Cross layers, x_{l+1} = x_0 ⊙ (W x_l + b) + x_l, over [request, candidate] (DCNv2, arXiv 2008.13535, equation 1).
+class Interaction(nn.Module, ABC):
+    """Mixes R request tokens and N candidate tokens into what the heads read."""
+
+    out: tuple[int, int]  # widths of what a request and a candidate give the heads
+
+    @abstractmethod
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
+        """B × out[0], or None where that is 0, and B × C × out[1]."""
+
+
+def all_tokens(request_BRD: Tensor, candidate_BCND: Tensor) -> Tensor:
+    """Both kinds in one list for every candidate, B × C × (R + N) × D."""
+    request = request_BRD[:, None].expand(-1, candidate_BCND.shape[1], -1, -1)
+    return torch.cat([request, candidate_BCND], dim=2)
+
+
+class CrossNetwork(Interaction):
+    """Cross layers, x_{l+1} = x_0 ⊙ (W x_l + b) + x_l, over all tokens (DCNv2, arXiv 2008.13535, equation 1).
 
     The first layer multiplies the request's half once per request.
 
     Args:
+        request: its tokens; `candidate` likewise.
         rank: of the matrices W; 0 keeps them whole.
     """
 
-    def __init__(self, request: int, candidate: int, num_layers: int, rank: int) -> None:
+    def __init__(self, request: int, candidate: int, width: int, num_layers: int, rank: int) -> None:
         super().__init__()
-        width = request + candidate
-        self.first: nn.Module = SplitLinear(request, candidate, rank or width)
-        self.first_up = nn.Linear(rank, width) if rank else None
+        total = (request + candidate) * width
+        self.out = (0, total)
+        self.first: nn.Module = SplitLinear(request * width, candidate * width, rank or total)
+        self.first_up = nn.Linear(rank, total) if rank else None
         self.crosses = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
+            nn.Sequential(nn.Linear(total, rank, bias=False), nn.Linear(rank, total))
             if rank
-            else nn.Linear(width, width)
+            else nn.Linear(total, total)
             for _ in range(num_layers - 1)
         )
 
-    def forward(self, request_BX: Tensor, candidate_BCX: Tensor) -> Tensor:
-        """B × C × (request + candidate)."""
-        start = torch.cat([request_BX[:, None].expand(-1, candidate_BCX.shape[1], -1), candidate_BCX], dim=-1)
-        crossed = self.first(request_BX, candidate_BCX)
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[None, Tensor]:
+        """Nothing of the request, all of the candidate."""
+        start = all_tokens(request_BRD, candidate_BCND).flatten(2)
+        crossed = self.first(request_BRD.flatten(1), candidate_BCND.flatten(2))
         crossed = start * (crossed if self.first_up is None else self.first_up(crossed)) + start
         for cross in self.crosses:
             crossed = torch.addcmul(crossed, start, cross(crossed))
-        return crossed
+        return None, crossed
 
 
 class DotInteraction(nn.Module):

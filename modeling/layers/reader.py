@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from modeling.batch import FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer
@@ -39,12 +40,13 @@ class HistoryReader(nn.Module):
         Args:
             items_BLD: its items as candidates are embedded.
         """
-        action = user.action_BL[..., None] == torch.arange(self.action.num_embeddings, device=user.action_BL.device)
-        inputs = torch.cat([user.event_BLE, user.age_BL[..., None], action.to(items_BLD.dtype)], dim=-1)
+        action = one_hot(user.action_BL, self.action.num_embeddings).to(items_BLD.dtype)
+        inputs = torch.cat([user.event_BLE, user.age_BL[..., None], action], dim=-1)
         weight = torch.cat([self.numbers.weight.T, self.action.weight + self.numbers.bias])
-        rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(items_BLD)  # in one pass
+        with torch.autocast(items_BLD.device.type, enabled=False):  # a sum of embeddings, in one pass
+            rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(items_BLD)
         if self.kind == "din":
-            return self.attention.prepare(rows, user.mask_BL)
+            return rows, user.mask_BL
         index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)
         rows, mask = rows + sinusoids(index.clamp(min=0), rows.shape[-1]), user.mask_BL[:, None]
         encode, read = self.layers
@@ -54,7 +56,7 @@ class HistoryReader(nn.Module):
     def forward(self, prepared: Any, candidate_BCD: Tensor) -> Tensor:
         """What each candidate reads, B × C × D."""
         if self.kind == "din":
-            read: Tensor = self.attention(prepared, candidate_BCD)
+            read: Tensor = self.attention(*prepared, candidate_BCD)
             return read
         rows: Tensor = self.layers[1](candidate_BCD, *prepared)
         return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,13 @@ from torch.nn.functional import prelu
 BLOCK = 1 << 18  # hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
 
 
-class Read(NamedTuple):
-    """What target attention needs of a history, once per request."""
-
-    rows_BLD: Tensor
-    mask_BL: Tensor
-
-
 class TargetAttention(nn.Module):
     """Σ_j a(e_j, c) e_j with a = MLP([e_j, c, e_j - c, e_j ⊙ c]) and no softmax.
 
     The first layer is linear in [e, c, e - c, e ⊙ c]: e (W_1 + W_3 + diag(c) W_4) + c (W_2 - W_3), a matrix of each
     candidate's times the event. Those of all candidates stand side by side in one product with the request's history,
-    and no tensor of a pair but its hidden units is ever made, block by block and again in the backward pass. PReLU with
-    slope s is s x + (1 - s) max(x, 0), whose linear half needs no hidden units at all.
+    and no tensor of a pair but its hidden units is ever made: on a CPU block by block, and again in the backward pass.
+    PReLU with slope s is s x + (1 - s) max(x, 0), whose linear half needs no hidden units at all.
 
     Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its batch.
     """
@@ -39,15 +32,11 @@ class TargetAttention(nn.Module):
         self.slope = nn.Parameter(torch.full((hidden,), 0.25))
         self.out = nn.Linear(hidden, 1)
 
-    def prepare(self, rows_BLD: Tensor, mask_BL: Tensor) -> Read:
-        """The history's half."""
-        return Read(rows_BLD, mask_BL)
-
-    def forward(self, read: Read, candidate_BCD: Tensor) -> Tensor:
+    def forward(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
         """What each candidate reads, B × C × D; zeros of an empty history. In the weights' precision, under autocast too."""
         kind = self.pair.dtype
         with torch.autocast(candidate_BCD.device.type, enabled=False):
-            return self._read(read.rows_BLD.to(kind), read.mask_BL, candidate_BCD.to(kind))
+            return self._read(rows_BLD.to(kind), mask_BL, candidate_BCD.to(kind))
 
     def _read(self, rows: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
         event, out = self.event.weight.T, self.out.weight[0]
@@ -73,7 +62,7 @@ class TargetAttention(nn.Module):
 
 
 class _RectifiedPairs(torch.autograd.Function):
-    """max(e (W + diag(c) P) + shift_c, 0) @ out for every event e and candidate c: B × L × C, never B × L × C × H.
+    """max(e (W + diag(c) P) + shift_c, 0) @ out for every event e and candidate c, B × L × C.
 
     Rows carry a 1 behind them, so that a product adds the shift; so do candidates, whose W and P are one matrix.
     """
@@ -92,22 +81,28 @@ class _RectifiedPairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BLC: Tensor) -> tuple[Tensor, ...]:
-        rows, candidate, both, shift, out = ctx.saved_tensors
-        to_rows, to_candidate, to_shift = torch.zeros_like(rows), torch.empty_like(candidate), torch.empty_like(shift)
-        to_both, to_out = torch.zeros_like(both), torch.zeros_like(out)
-        for some, chosen in _blocks(rows, shift):
-            events, chosen_by_width = _with_one(rows[some]), _by_width(candidate[some, chosen])
-            matrix, into = _matrix(chosen_by_width, both, shift[some, chosen]), gradient_BLC[some, :, chosen]
-            hidden = _hidden(events, matrix)
-            to_out += hidden.flatten(0, -2).T @ into.flatten()
-            hidden = hidden.sign_().mul_(into[..., None]).flatten(2)
-            to_rows[some] += hidden @ (matrix[:, :-1] * out).flatten(2).transpose(1, 2)
-            to_matrix = (events.transpose(1, 2) @ hidden).view_as(matrix).mul_(out)
-            to_shift[some, chosen] = to_matrix[:, -1]
-            by_width = to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)  # D × pairs of request and candidate × H
-            to_both += chosen_by_width.transpose(1, 2) @ by_width
-            to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(candidate[some, chosen])
-        return to_rows, to_candidate, to_both, to_shift, to_out
+        with torch.autocast(gradient_BLC.device.type, enabled=False):
+            return _gradients(gradient_BLC, *ctx.saved_tensors)
+
+
+def _gradients(
+    gradient_BLC: Tensor, rows: Tensor, candidate: Tensor, both: Tensor, shift: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    to_rows, to_candidate, to_shift = torch.zeros_like(rows), torch.empty_like(candidate), torch.empty_like(shift)
+    to_both, to_out = torch.zeros_like(both), torch.zeros_like(out)
+    for some, chosen in _blocks(rows, shift):
+        events, chosen_by_width = _with_one(rows[some]), _by_width(candidate[some, chosen])
+        matrix, into = _matrix(chosen_by_width, both, shift[some, chosen]), gradient_BLC[some, :, chosen]
+        hidden = _hidden(events, matrix)
+        to_out += hidden.flatten(0, -2).T @ into.flatten()
+        hidden = hidden.sign_().mul_(into[..., None]).flatten(2)
+        to_rows[some] += hidden @ (matrix[:, :-1] * out).flatten(2).transpose(1, 2)
+        to_matrix = (events.transpose(1, 2) @ hidden).view_as(matrix).mul_(out)
+        to_shift[some, chosen] = to_matrix[:, -1]
+        by_width = to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)  # D × pairs of request and candidate × H
+        to_both += chosen_by_width.transpose(1, 2) @ by_width
+        to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(candidate[some, chosen])
+    return to_rows, to_candidate, to_both, to_shift, to_out
 
 
 def _with_one(rows: Tensor) -> Tensor:
@@ -136,7 +131,7 @@ def _blocks(rows: Tensor, shift: Tensor) -> Iterator[tuple[slice, slice]]:
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    a_pair = max(rows.shape[1] * hidden, 1)
+    a_pair = max(rows.shape[1], rows.shape[2] + 1) * hidden  # hidden units, or the candidate's matrix
     wide = max(min(BLOCK // a_pair, candidates), 1)
     deep = max(BLOCK // (a_pair * wide), 1) if wide == candidates else 1
     for start in range(0, number, deep):

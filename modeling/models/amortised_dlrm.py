@@ -11,7 +11,7 @@ learning recommendation models", arXiv 2412.06924. Micro-batches after M-FALCON 
 | APPEND with self-attention: Q, K, V of [H, C] | `fusion="append_self_plain"` |
 | the same where H does not read C, nor candidates one another | `fusion="append_self"` |
 | APPEND with cross-attention: Q of [H, C]; K, V of H alone | `fusion="append_cross"`, the default |
-| encoder output at C | `read_BCD`, one field of the dot interaction |
+| encoder output at C | `read_BCD`, one field of the interaction |
 
 Only the last two are amortised; the first two are what they are measured against.
 
@@ -34,7 +34,7 @@ from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
-from modeling.layers.interaction import CrossNetwork, DotInteraction, TaskHeads
+from modeling.layers.interaction import CrossNetwork, DotInteraction, Interaction, TaskHeads
 from modeling.models.base import CannotExtendError, Ranker
 
 NEWEST = 10  # rows that CONCAT pools beside the maximum
@@ -80,7 +80,7 @@ class AmortisedDLRM(Ranker):
     ```
     history ─► event embedding ─► layers ──► keys, values ─┐ once per request
     candidate ─► item embedding ─► the same layers, reading ┴► read_BCD ─┐
-    item, categories, dense, user, context ──────────────────────────────┴► dot interaction ─► heads ─► logits
+    item, categories, dense, user, context ──────────────────────────────┴► interaction ─► heads ─► logits
     ```
     """
 
@@ -101,11 +101,12 @@ class AmortisedDLRM(Ranker):
             self.pool = nn.Linear((NEWEST + 1) * width, width)
         self.norm = nn.LayerNorm(width, eps=1e-5)
         request, candidate = self.features.num_request, self.features.num_candidate
-        self.interaction: Dot | Crossed
-        if config.interaction == "cross":
-            self.interaction = Crossed(request * width, (1 + candidate) * width, config.cross_layers, config.cross_rank)
-        else:
-            self.interaction = Dot(request, candidate, width, self.features.candidate_dense.num_tokens)
+        width_of = (request, 1 + candidate, width)
+        self.interaction: Interaction = (
+            CrossNetwork(*width_of, config.cross_layers, config.cross_rank)
+            if config.interaction == "cross"
+            else Dot(*width_of, self.features.candidate_dense.num_tokens)
+        )
         hidden = config.head_hidden or 2 * width
         self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
         for table in (self.action, self.position):
@@ -127,8 +128,9 @@ class AmortisedDLRM(Ranker):
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
-        mask, bags = user.mask_BL, self.features.bag(user) if self.config.bags else None
-        rows, full = self._events(user, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
+        mask, items = user.mask_BL, self.features.item(user.item_BL)
+        bags = self.features.bag(user, items_BLD=items) if self.config.bags else None
+        rows, full = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
         state = UserState((), (), rows, mask, full, mask.sum(1), self.features.request(user, bags), bags)
         if not self.amortised:
             return state
@@ -143,10 +145,11 @@ class AmortisedDLRM(Ranker):
                 "changes every old row, and positions from the newest event shift with each new one. Encode the user again"
             )
         mask = torch.cat([user_state.mask_BL, new_events.mask_BL], dim=1)
-        rows = self._events(new_events, user_state.length_B)
+        items = self.features.item(new_events.item_BL)
+        rows = self._events(new_events, items, user_state.length_B)
         keys, values = self._through_layers(rows, causal_mask(mask, rows.shape[1]), user_state)
         full = user_state.full and bool(new_events.mask_BL.all())
-        bags = self.features.bag(new_events, user_state.bags) if self.config.bags else None
+        bags = self.features.bag(new_events, user_state.bags, items) if self.config.bags else None
         request = self.features.request(new_events, bags)
         return UserState(keys, values, None, mask, full, mask.sum(1), request, bags)
 
@@ -219,7 +222,7 @@ class AmortisedDLRM(Ranker):
                 rows = layer(rows, keys, values, mask)
         return tuple(all_keys), tuple(all_values)
 
-    def _events(self, user: UserInputs, before_B: Tensor) -> Tensor:
+    def _events(self, user: UserInputs, items_BLD: Tensor, before_B: Tensor) -> Tensor:
         """Embedded events. `before_B` events of each user came before these."""
         from_oldest = self.config.positions == "from_oldest"
         time = user.gap_BL if from_oldest else user.age_BL
@@ -230,40 +233,20 @@ class AmortisedDLRM(Ranker):
             recency = (user.mask_BL.sum(1, keepdim=True) - index).clamp(1, self.sizes.history_length)
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
-        return self.features.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + position
+        return items_BLD + self.action(user.action_BL) + self.event(numbers) + position
 
 
-class Dot(nn.Module):
+class Dot(Interaction):
     """Products of all pairs of fields; what the history gave, the dense vector and the request go to the heads as well."""
-
-    out: tuple[int, int]
 
     def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
         super().__init__()
-        self.dense, self.pairs = dense, DotInteraction(request, 1 + candidate)
-        self.out = (
-            self.pairs.request_pairs.shape[1] + request * width,
-            self.pairs.pairs.shape[1] + 2 * width,
-        )
+        self.dense, self.pairs = dense, DotInteraction(request, candidate)
+        self.out = (self.pairs.request_pairs.shape[1] + request * width, self.pairs.pairs.shape[1] + 2 * width)
 
-    def forward(self, request_BRD: Tensor, own_BCND: Tensor) -> tuple[Tensor, Tensor]:
-        """What a request and a candidate give the heads. The candidate's first field is what it read."""
-        within, across = self.pairs(request_BRD, own_BCND)
-        dense = own_BCND[:, :, own_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
-        return torch.cat([within, request_BRD.flatten(1)], dim=-1), torch.cat(
-            [across, own_BCND[:, :, 0], dense], dim=-1
-        )
-
-
-class Crossed(nn.Module):
-    """Cross layers over all fields, and the heads over them (DCNv2's stacked form)."""
-
-    out: tuple[int, int]
-
-    def __init__(self, request: int, candidate: int, num_layers: int, rank: int) -> None:
-        super().__init__()
-        self.network, self.out = CrossNetwork(request, candidate, num_layers, rank), (0, request + candidate)
-
-    def forward(self, request_BRD: Tensor, own_BCND: Tensor) -> tuple[None, Tensor]:
-        """Nothing of the request, all of the candidate."""
-        return None, self.network(request_BRD.flatten(1), own_BCND.flatten(2))
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
+        """What a request and a candidate give the heads. The candidate's first token is what it read of the history."""
+        within, across = self.pairs(request_BRD, candidate_BCND)
+        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
+        own = torch.cat([across, candidate_BCND[:, :, 0], dense], dim=-1)
+        return torch.cat([within, request_BRD.flatten(1)], dim=-1), own

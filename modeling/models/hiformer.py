@@ -106,7 +106,7 @@ class Hiformer(Ranker):
     def encode_user(self, user: UserInputs) -> UserState:
         """The task tokens' and the request's half of the first layer."""
         items = self.features.item(user.item_BL)
-        request = self.features.request(user, self.features.bag(user, items_BLD=items))
+        request = self.features.request(user, items_BLD=items)
         known = torch.cat([self.tasks.expand(len(request), -1, -1), request], dim=1)
         history = None if self.reader is None else self.reader.prepare(user, items)
         return UserState(self.layers[0].prepare(known), history)  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """Ranking recipes: the three systems and the baselines of their tables, on either dataset.
 
 Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ in history length and
-in the one size, in SIZES, that brings a model to OneTrans's parameters beside embeddings. `compare --learning_rates`
+in what, in SIZES, brings a model to OneTrans's parameters beside embeddings. `compare --learning_rates`
 gives each recipe the same trials. `*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
 """
 

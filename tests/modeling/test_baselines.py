@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
+from modeling.batch import FeatureSizes
 from modeling.layers import target_attention
+from modeling.layers.embedding import CategorySlots
 from modeling.layers.interaction import DotInteraction
 from modeling.layers.target_attention import TargetAttention
 
@@ -31,7 +33,7 @@ def test_target_attention_equals_its_plain_twin(lengths: list[int], number: int,
     rows, candidates = torch.randn(len(lengths), 9, WIDTH), torch.randn(len(lengths), number, WIDTH)
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
-        fast = attention(attention.prepare(rows, mask), candidates)
+        fast = attention(rows, mask, candidates)
         torch.testing.assert_close(fast, attention.plain(rows, mask, candidates), atol=1e-5, rtol=1e-5)
         for row, length in enumerate(lengths):
             if not length:
@@ -50,11 +52,38 @@ def test_target_attention_has_the_gradient_of_its_plain_twin(block: int, monkeyp
     rows, candidates = (torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 3))
     mask, direction = torch.rand(4, 6) < 0.7, torch.randn(4, 3, 5, dtype=torch.double)
     inputs = [rows, candidates, *attention.parameters()]
-    fast = attention(attention.prepare(rows, mask), candidates)
+    fast = attention(rows, mask, candidates)
     plain = attention.plain(rows, mask, candidates)
     torch.testing.assert_close(fast, plain)
     for one, other in zip(*(torch.autograd.grad((x * direction).sum(), inputs) for x in (fast, plain)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_target_attention_keeps_its_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    attention = TargetAttention(WIDTH, 12)
+    rows, candidates, mask = torch.randn(2, 9, WIDTH), torch.randn(2, 3, WIDTH), torch.ones(2, 9, dtype=torch.bool)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            read = attention(rows, mask, candidates)
+        found.append([read, *torch.autograd.grad(read.square().sum(), list(attention.parameters()))])
+    for plain, mixed in zip(*found, strict=True):
+        torch.testing.assert_close(mixed, plain)
+
+
+def test_one_category_slot_is_read_as_several_with_the_rest_empty() -> None:
+    sizes = FeatureSizes(5, 1, 0, (), (7, 7), (1, 3), dense=0, history_length=4)
+    one, several = tables = CategorySlots(sizes, WIDTH).tables
+    for table in tables:
+        torch.nn.init.normal_(table.weight, std=0.05)
+    several.weight = one.weight
+    slots = CategorySlots(sizes, WIDTH)
+    slots.tables = tables
+    slots.zero_empty_slots()
+    values = torch.tensor([0, 1, 6])
+    alone, padded = slots(torch.stack([values, values, values * 0, values * 0], dim=-1)[None])
+    torch.testing.assert_close(alone, padded)
 
 
 def test_dot_interaction_takes_every_pair_once() -> None:

@@ -21,8 +21,8 @@ SIZES = FeatureSizes(
     actions=2,
     event_features=2,
     user_fields=(5, 3),
-    categories=(7,),
-    slots=(3,),
+    categories=(7, 5),
+    slots=(3, 1),
     dense=4,
     history_length=12,
     user_dense=3,
@@ -35,6 +35,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised_dlrm_extendable": (
         "amortised_dlrm",
         {"width": 16, "num_layers": 2, "num_heads": 4, "causal": True, "positions": "from_oldest"},
+    ),
+    "amortised_cross": ("amortised_dlrm", {"width": 16, "interaction": "cross", "cross_rank": 8, "bags": True}),
+    "amortised_cross_extendable": (
+        "amortised_dlrm",
+        {"width": 16, "interaction": "cross", "bags": True, "causal": True, "positions": "from_oldest"},
     ),
     "amortised_concat": ("amortised_dlrm", {"width": 16, "fusion": "concat"}),
     "amortised_self_plain": ("amortised_dlrm", {"width": 16, "fusion": "append_self_plain"}),
@@ -122,9 +127,13 @@ def blank_padding(user: UserInputs) -> UserInputs:
 
 def candidates(batch: int, number: int, seed: int) -> Candidates:
     generator = torch.Generator().manual_seed(seed + 1000)
+    slots = [
+        torch.randint(0, size, (batch, number, slots), generator=generator)
+        for size, slots in zip(SIZES.categories, SIZES.slots, strict=True)
+    ]
     return Candidates(
         item_BC=torch.randint(0, SIZES.items, (batch, number), generator=generator),
-        category_BCK=torch.randint(0, SIZES.categories[0], (batch, number, SIZES.slots[0]), generator=generator),
+        category_BCK=torch.cat(slots, dim=-1),
         dense_BCF=torch.randn(batch, number, SIZES.dense, generator=generator),
         mask_BC=torch.ones(batch, number, dtype=torch.bool),
     )

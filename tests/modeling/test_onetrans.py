@@ -20,7 +20,7 @@ from tests.modeling.test_invariants import candidates, user_inputs
 
 TOLERANCE = 1e-5
 LONG = FeatureSizes(
-    items=50, actions=2, event_features=2, user_fields=(5, 3), categories=(7,), slots=(3,), dense=4, history_length=160,
+    items=50, actions=2, event_features=2, user_fields=(5, 3), categories=(7, 5), slots=(3, 1), dense=4, history_length=160,
     user_dense=3, tasks=2,
 )  # fmt: skip
 few = settings(max_examples=12, deadline=None)
