@@ -306,7 +306,9 @@ class Trainer(Loop):
     def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
         """Binary cross-entropy over the candidates of the chosen requests, in one part."""
         batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
-        loss = masked_bce(self.model(batch), batch.labels_BCT, batch.candidates.mask_BC)
+        logits, further = cast(Ranker, self.model).training_forward(batch)
+        loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC)
+        loss = loss if further is None else loss + further
         yield loss, int(batch.candidates.mask_BC.sum())
 
     def validate(self, model: nn.Module) -> dict[str, float]:

@@ -26,6 +26,7 @@ _CLASSES = {  # model → room and class; its module is `<room>.<model>`, the mo
     "rankmixer": ("baselines", "RankMixer"),
     "sasrec": ("models", "SASRec"),
     "transformer": ("baselines", "Transformer"),
+    "vista": ("models", "VISTA"),
     "wukong": ("baselines", "Wukong"),
 }
 NAMES = tuple(_CLASSES)

@@ -63,6 +63,10 @@ class Ranker(nn.Module, ABC):
         """Both steps in a row, as training does: logits_BCT."""
         return self.score(self.encode_user(batch.user), batch.candidates)
 
+    def training_forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What a training step needs: `forward`, and a further loss where the model has one, weighted."""
+        return self(batch), None
+
     def score_in_micro_batches(self, user_state: UserState, candidates: Candidates, size: int) -> Tensor:
         """`score`, at most `size` candidates at a time against the same state (M-FALCON, arXiv 2402.17152)."""
         total = candidates.item_BC.shape[1]

@@ -18,6 +18,7 @@ HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # ti
 ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 3, "candidate_tokens": 3}
 AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "interaction": "cross", "cross_rank": 64, "bags": True}
 HIFORMER: dict[str, Any] = {"num_heads": 2, "key_width": 16, "value_width": 16, "rank_key": 64}
+VISTA: dict[str, Any] = {"num_heads": 2, "num_seeds": 32, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 64}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
     "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
@@ -25,6 +26,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "concat": ("The same DLRM with CONCAT, not amortised", "amortised_dlrm", {**AMORTISED, "fusion": "concat"}),
     "hiformer": ("Hiformer, low rank, pruned", "hiformer", HIFORMER),
     "hiformer_full_rank": ("Hiformer, full rank, pruned", "hiformer", {**HIFORMER, "kind": "composite"}),
+    "vista": ("VISTA, summary tokens", "vista", VISTA),
     "heteroatt": ("Heterogeneous attention", "hiformer", {**HIFORMER, "kind": "hetero", "num_layers": 2}),
     "transformer": ("Transformer over features", "transformer", {**HIFORMER, "kind": "vanilla", "num_layers": 4}),
     "din": ("DIN", "din", {}),
@@ -39,6 +41,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "amortised": {"head_hidden": 232},
         "amortised_self": {"head_hidden": 232},
         "concat": {"head_hidden": 192},
+        "vista": {"head_hidden": 232},
         "hiformer": {"rank_value": 160},
         "hiformer_full_rank": {"key_width": 9, "value_width": 8},
         "heteroatt": {"hidden": 128},
@@ -54,6 +57,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "amortised": {"head_hidden": 152},
         "amortised_self": {"head_hidden": 152},
         "concat": {"head_hidden": 124},
+        "vista": {"head_hidden": 144},
         "hiformer": {"rank_value": 128},
         "hiformer_full_rank": {"key_width": 6, "value_width": 6},
         "heteroatt": {"hidden": 96},

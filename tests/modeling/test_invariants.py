@@ -28,7 +28,7 @@ SIZES = FeatureSizes(
     user_dense=3,
     tasks=2,
 )
-RANKING = ("amortised", "onetrans", "hiformer", *(f"baseline_{n}" for n in ("din", "dcnv2", "dlrm", "autoint", "transformer", "rankmixer", "wukong")))  # fmt: skip
+RANKING = ("amortised", "vista", "onetrans", "hiformer", *(f"baseline_{n}" for n in ("din", "dcnv2", "dlrm", "autoint", "transformer", "rankmixer", "wukong")))  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised_dlrm": ("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4}),
     "amortised_dlrm_causal": ("amortised_dlrm", {"width": 16, "num_layers": 3, "num_heads": 2, "causal": True}),
@@ -65,6 +65,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"baseline_{name}": (name, {"width": 16}) for name in ("din", "dlrm", "autoint", "transformer", "wukong")},
     "baseline_dcnv2": ("dcnv2", {"width": 16, "num_layers": 3, "rank": 8}),
     "baseline_rankmixer": ("rankmixer", {"width": 16, "num_tokens": 4, "mixed_width": 16, "history": "transformer"}),
+    "vista": ("vista", {"width": 16, "num_seeds": 5, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 8}),
+    "vista_target": ("vista", {"width": 16, "num_seeds": 5, "seed_role": "target", "divide": False}),
+    "vista_softmax": ("vista", {"width": 16, "num_seeds": 5, "attention": "softmax", "ranking_layers": 1}),
+    "vista_extendable": (
+        "vista",
+        {"width": 16, "num_seeds": 5, "seed_role": "target", "causal": True, "block": 4, "ranking_layers": 2},
+    ),
     "sasrec": ("sasrec", {"width": 16, "num_heads": 2}),
     "sasrec_extendable": ("sasrec", {"width": 16, "gated": True, "activation": "swiglu", "positions": "from_oldest"}),
     "bert4rec": ("bert4rec", {"width": 16, "expansion": 2}),

@@ -1,0 +1,165 @@
+"""Quasi-linear attention: a history in one K × K matrix a head, which any rows read (VISTA, arXiv 2510.22049, section 3.2).
+
+    Z = φ(K)^T V, a sum over source rows;  W = φ(Z / N), N source rows
+    a source row reads   φ(q) W
+    a target row reads   φ(q) W + ⟨φ(q), φ(k)⟩ v, which is itself, and no other target
+
+φ is SiLU. Rows read all source rows, or, in the streaming form (ours), those of the blocks before their own, and
+themselves: then W stands still within a block, a row never changes once it is computed, and Z, N and W are all that new
+rows need, however many came before.
+
+Differs: 1/N stands inside the outer φ, where the main text has none and Appendix B has it outside; without it SiLU(Z)
+saturates as histories grow. `divide=False` is the literal formula.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+
+class Stream(NamedTuple):
+    """All that a layer keeps of the rows so far; its size does not depend on their number."""
+
+    total: Tensor  # Z of all rows, B × H × K × K
+    number: Tensor  # N of all rows, int64 B
+    block_total: Tensor  # Z and N of the rows before the current block
+    block_number: Tensor
+    filled: Tensor  # rows of the current block, int64 B
+
+
+class SGLU(nn.Module):
+    """((x W_v) ⊙ (x W_u)) W_o, no activation (TransNormerLLM, arXiv 2307.14995)."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * expansion * width, bias=False)
+        self.down = nn.Linear(expansion * width, width, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Row by row."""
+        value, gate = self.up(rows).chunk(2, dim=-1)
+        mixed: Tensor = self.down(value * gate)
+        return mixed
+
+
+class QuasiLinearLayer(nn.Module):
+    """Pre-norm layer: quasi-linear attention, then SGLU.
+
+    Args:
+        num_heads: H; the width must be a multiple of it.
+        divide: by N inside the outer φ.
+        outer: the outer φ; without it the attention is linear.
+        block: rows of a block in the streaming form.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        expansion: int = 2,
+        dropout: float = 0.0,
+        divide: bool = True,
+        outer: bool = True,
+        block: int = 32,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is no multiple of num_heads {num_heads}")
+        self.num_heads, self.divide, self.outer, self.block = num_heads, divide, outer, block
+        self.norm, self.norm_read, self.norm_mix = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mix = SGLU(width, expansion)
+        self.dropout = nn.Dropout(dropout)
+
+    def sums(self, rows_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and N of source rows. Sums of parts of a history add up to the history's."""
+        keys, values = self._keys_values(self.norm(rows_BLD))
+        return _sum(keys, values, mask_BL), mask_BL.sum(1)
+
+    def matrix(self, total: Tensor, count: Tensor) -> Tensor:
+        """W, B × H × K × K."""
+        scaled = total / count.clamp(min=1)[:, None, None, None] if self.divide else total
+        return silu(scaled) if self.outer else scaled
+
+    def forward(self, rows_BRD: Tensor, matrix: Tensor, *, target: bool) -> Tensor:
+        """Rows that read W: source rows, or target rows, which read themselves as well."""
+        normed = self.norm(rows_BRD)
+        query = silu(self._heads(self.query(normed)))
+        read = query @ matrix
+        if target:
+            keys, values = self._keys_values(normed)
+            read = read + (query * keys).sum(-1, keepdim=True) * values
+        return self._finish(rows_BRD, read)
+
+    def start(self, batch: int, like: Tensor) -> Stream:
+        """No rows yet."""
+        width = self.query.in_features // self.num_heads
+        total = like.new_zeros(batch, self.num_heads, width, width)
+        count = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return Stream(total, count, total, count, count)
+
+    def advance(self, rows_BPD: Tensor, mask_BP: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """The next rows of a stream, at most a block of them, real ones first: each reads the blocks before its own.
+
+        Returns:
+            The rows after this layer, and the stream behind them.
+        """
+        if rows_BPD.shape[1] > self.block:
+            raise ValueError(f"advance takes at most {self.block} rows at a time, got {rows_BPD.shape[1]}")
+        normed = self.norm(rows_BPD)
+        query = silu(self._heads(self.query(normed)))
+        keys, values = self._keys_values(normed)
+        index = torch.arange(rows_BPD.shape[1], device=rows_BPD.device)
+        within = (index < (self.block - stream.filled)[:, None]) & mask_BP  # of the block that is being filled
+        old = self.matrix(stream.block_total, stream.block_number)
+        first, rest = _sum(keys, values, within), _sum(keys, values, mask_BP & ~within)
+        number, later = within.sum(1), (mask_BP & ~within).sum(1)
+        full = stream.filled + number == self.block
+        total, count = stream.total + first, stream.number + number
+        block_total = torch.where(full[:, None, None, None], total, stream.block_total)
+        block_count = torch.where(full, count, stream.block_number)
+        read = query @ old
+        if bool(later.any()):
+            read = torch.where(within[:, None, :, None], read, query @ self.matrix(block_total, block_count))
+        read = read + (query * keys).sum(-1, keepdim=True) * values
+        filled = torch.where(full, later, stream.filled + number)
+        behind = Stream(total + rest, count + later, block_total, block_count, filled)
+        return self._finish(rows_BPD, read), behind
+
+    def _finish(self, rows: Tensor, read: Tensor) -> Tensor:
+        rows = rows + self.dropout(self.out(self.norm_read(read.transpose(1, 2).flatten(2))))
+        mixed: Tensor = rows + self.dropout(self.mix(self.norm_mix(rows)))
+        return mixed
+
+    def _keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(K) and V."""
+        keys, values = self.key_value(normed).chunk(2, dim=-1)
+        return silu(self._heads(keys)), self._heads(values)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _sum(keys: Tensor, values: Tensor, mask_BL: Tensor) -> Tensor:
+    """φ(K)^T V over real rows: padding is taken away after φ."""
+    return (keys * mask_BL[:, None, :, None]).transpose(-1, -2) @ values
+
+
+def quasi_linear_plain(query: Tensor, key: Tensor, value: Tensor, num_targets: int) -> Tensor:
+    """((φ(Q) φ(K)^T) ⊙ M) V with its matrix of pairs: the plain twin without the outer φ and without 1/N.
+
+    Args:
+        query: B × H × (n + m) × K, source rows first, then `num_targets` target rows; `key` and `value` alike.
+    """
+    length = query.shape[2]
+    visible = torch.eye(length, dtype=torch.bool, device=query.device)
+    visible[:, : length - num_targets] = True
+    visible[: length - num_targets, length - num_targets :] = False
+    return ((silu(query) @ silu(key).transpose(-1, -2)) * visible) @ value

@@ -1,0 +1,302 @@
+"""VISTA: a user's whole history in a few summary tokens; candidates attend to the tokens.
+
+Source: Chen, Wang, Guan et al., "Massive Memorization with Hundreds of Trillions of Parameters for Sequential Transducer
+Generative Recommenders", arXiv 2510.22049.
+
+| paper | here |
+|---|---|
+| UIH, n events | `UserInputs`, n ≤ L; or chunks of any number of events (`summarise`) |
+| seeds, k of them | `seeds`, S |
+| stage 1: QLU, SGLU | `layers/quasi_linear.py` |
+| personalised seed embeddings | `tokens_BSD`, the summary tokens |
+| generative reconstruction loss | `reconstruction_loss`, in training only |
+| stage 2: target-aware attention | candidates read tokens and themselves |
+
+Differs, where the paper is silent: seeds are source rows, or target rows (`seed_role`); an event knows when it happened
+(age, or in the streaming form the gap before it); targets of the reconstruction carry no gradient, and its mean is
+taken over events and width, so that a weight of 1 means the same at any size; tokens attend to tokens, never to
+candidates; what a candidate read goes to the same cross layers and heads as the amortised DLRM's.
+
+Ours: `causal=True` streams. Events read the blocks before their own; each layer's state has a fixed size; `extend_user`
+is exact at a cost that does not depend on the history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.layers.attention import HistoryAttentionLayer, causal_mask
+from modeling.layers.features import FeatureTokens
+from modeling.layers.interaction import CrossNetwork, TaskHeads
+from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
+from modeling.models.base import CannotExtendError, Ranker
+
+AGE_BUCKETS = 16  # of the logarithm of an event's age, half a unit each
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's stage 1 by default; `causal` with target seeds makes states that can be extended."""
+
+    width: int = 64
+    num_heads: int = 4
+    num_seeds: int = 128
+    summary_layers: int = 3  # stage 1
+    ranking_layers: int = 3  # stage 2
+    attention: Literal["quasi_linear", "softmax"] = "quasi_linear"  # of stage 1
+    seed_role: Literal["source", "target"] = "source"
+    causal: bool = False
+    block: int = 32  # events of a block in the streaming form
+    divide: bool = True  # by N inside the outer activation; False is the paper's literal formula
+    reconstruction: float = 1.0  # weight of the loss
+    reconstructed: int = 128  # newest events that the decoder reads
+    cross_layers: int = 2
+    cross_rank: int = 0
+    head_hidden: int | None = None  # None: twice the width
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class UserState:
+    """Summary tokens, what stage 2 reads of them, the request's fields; and the streams, where they can be extended."""
+
+    tokens_BSD: Tensor
+    keys: tuple[Tensor, ...]  # ranking_layers × (B × H × S × K)
+    values: tuple[Tensor, ...]
+    request_BRD: Tensor
+    streams: tuple[Stream, ...] = ()
+
+
+class VISTA(Ranker):
+    """See the module docstring.
+
+    ```
+    events ─┐
+    seeds ──┴► stage 1 ──► summary tokens ──► stage 2's keys, values ─┐ once per request, or from a store
+    candidate ─► item embedding ──────────────► stage 2, reading ─────┴► read_BCD ─┐
+    item, categories, dense, user, context ────────────────────────────────────────┴► cross layers ─► heads ─► logits
+    ```
+    """
+
+    def __init__(self, config: Config, sizes: FeatureSizes) -> None:
+        super().__init__()
+        if config.causal and (config.seed_role == "source" or config.attention == "softmax"):
+            raise ValueError(
+                "causal=True wants seed_role='target' and attention='quasi_linear': a seed that events read changes them "
+                "with every new event, and softmax keeps no state of a fixed size"
+            )
+        self.config, self.sizes = config, sizes
+        width, heads = config.width, config.num_heads
+        self.features = FeatureTokens(sizes, width, bags=False)
+        self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
+        self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
+        self.age = nn.Embedding(AGE_BUCKETS, width)
+        self.seeds = nn.Parameter(torch.randn(config.num_seeds, width) * 0.5)
+        self.summary = nn.ModuleList(
+            HistoryAttentionLayer(width, heads, config.dropout)
+            if config.attention == "softmax"
+            else QuasiLinearLayer(width, heads, dropout=config.dropout, divide=config.divide, block=config.block)
+            for _ in range(config.summary_layers)
+        )
+        self.token_norm, self.read_norm = (nn.LayerNorm(width, eps=1e-5) for _ in range(2))
+        self.decoder = HistoryAttentionLayer(width, heads, config.dropout)
+        self.ranking = nn.ModuleList(
+            HistoryAttentionLayer(width, heads, config.dropout) for _ in range(config.ranking_layers)
+        )
+        request, candidate = self.features.num_request, self.features.num_candidate
+        self.interaction = CrossNetwork(request, 1 + candidate, width, config.cross_layers, config.cross_rank)
+        hidden = config.head_hidden or 2 * width
+        self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
+        for table in (self.action, self.age):
+            nn.init.normal_(table.weight, std=0.05)
+
+    @property
+    def can_extend(self) -> bool:
+        """Streams can."""
+        return self.config.causal
+
+    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
+        """Standardise dense features by the training set."""
+        self.features.fit_statistics(dense_NF, dense_BG)
+
+    def encode_user(self, user: UserInputs) -> UserState:
+        """Stage 1, and what stage 2 reads of its tokens."""
+        if self.config.causal:
+            streams = tuple(layer.start(len(user.item_BL), self.seeds) for layer in self.summary)  # type: ignore[operator]
+            return self._advance(streams, user)
+        return self.state_of(self._summary(user), user)
+
+    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
+        """The streams take the new events; seeds read them anew."""
+        if not self.can_extend:
+            raise CannotExtendError(
+                "every event reads every other in this configuration. Encode the user again, or train with causal=True and "
+                "seed_role='target'"
+            )
+        return self._advance(user_state.streams, new_events)
+
+    def state_of(self, tokens_BSD: Tensor, user: UserInputs, streams: tuple[Stream, ...] = ()) -> UserState:
+        """The state of summary tokens, fresh or from a store; no event of `user` is read, only its fields."""
+        rows, keys, values = tokens_BSD, [], []
+        for number, layer in enumerate(self.ranking):
+            key, value = layer.keys_values(rows)  # type: ignore[operator]
+            keys.append(key)
+            values.append(value)
+            if number + 1 < len(self.ranking):
+                rows = layer(rows, key, value, None)
+        return UserState(tokens_BSD, tuple(keys), tuple(values), self.features.request(user), streams)
+
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """Stage 2: each candidate reads the tokens and itself. logits_BCT."""
+        tokens = self.features.candidates(candidates)
+        rows = tokens[:, :, 0] + self.action.weight[-1]
+        for layer, keys, values in zip(self.ranking, user_state.keys, user_state.values, strict=True):
+            rows = layer.read_with_own(rows, keys, values, None)  # type: ignore[operator]
+        own = torch.cat([self.read_norm(rows)[:, :, None], tokens], dim=2)
+        logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, own))
+        return logits
+
+    def training_forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the reconstruction loss with its weight."""
+        state = self.encode_user(batch.user)
+        logits = self.score(state, batch.candidates)
+        if not self.config.reconstruction:
+            return logits, None
+        return logits, self.config.reconstruction * self.reconstruction_loss(state.tokens_BSD, batch.user)
+
+    def reconstruction_loss(self, tokens_BSD: Tensor, user: UserInputs) -> Tensor:
+        """Mean squared error of each event's item embedding from the tokens and the events before it (section 4)."""
+        predicted, items, real = self.reconstruct(tokens_BSD, user)
+        pairs = (real[:, 1:] & real[:, :-1])[..., None]
+        error = (predicted[:, :-1] - items[:, 1:].detach()).square() * pairs
+        return error.sum() / (pairs.sum().clamp(min=1) * items.shape[-1])
+
+    def reconstruct(self, tokens_BSD: Tensor, user: UserInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decoder says of the item after each event, the item embeddings, and which events are real.
+
+        All B × M (× D), M newest events; row i has read the tokens and the events up to i.
+        """
+        number = min(self.config.reconstructed, user.mask_BL.shape[1])
+        length = user.mask_BL.sum(1, keepdim=True)
+        index = (length - number).clamp(min=0) + torch.arange(number, device=length.device)
+        real = index < length
+        chosen = user.item_BL.gather(1, index.clamp(max=user.mask_BL.shape[1] - 1)) if number else user.item_BL
+        items = self.features.item(chosen)
+        rows = torch.cat([tokens_BSD, items], dim=1)
+        mask = torch.cat([torch.ones_like(tokens_BSD[..., 0], dtype=torch.bool), real], dim=1)
+        predicted = self.decoder(rows, *self.decoder.keys_values(rows), causal_mask(mask, rows.shape[1]))
+        return predicted[:, tokens_BSD.shape[1] :], items, real
+
+    @torch.inference_mode()
+    def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
+        """Summary tokens of histories of any length, in the memory of one chunk: the same as of the whole at once.
+
+        A layer's sums want every event, so layer l reads the chunks once more and takes them through the l layers before
+        it, whose matrices are known by then.
+
+        Args:
+            chunks: an iteration over parts of the same users' events, oldest first; called once for each layer.
+        """
+        if self.config.attention == "softmax":
+            raise ValueError("softmax reads every pair of events and has no summary in parts")
+        if self.config.causal:
+            streams: tuple[Stream, ...] | None = None
+            for chunk in chunks():
+                if streams is None:
+                    streams = tuple(layer.start(len(chunk.item_BL), self.seeds) for layer in self.summary)  # type: ignore[operator]
+                streams = self._through_streams(streams, chunk)
+            if streams is None:
+                raise ValueError("summarise got no chunk; an empty history is one chunk without events")
+            return self._read_streams(streams)
+        matrices: list[Tensor] = []
+        seeds: Tensor | None = None
+        for layer in self.summary:
+            sums = None
+            for chunk in chunks():
+                rows = self._events(chunk)
+                for before, matrix in zip(self.summary, matrices, strict=False):
+                    rows = before(rows, matrix, target=False)
+                part = layer.sums(rows, chunk.mask_BL)  # type: ignore[operator]
+                sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
+            if sums is None:
+                raise ValueError("summarise got no chunk; an empty history is one chunk without events")
+            seeds = self.seeds.expand(len(sums[1]), -1, -1) if seeds is None else seeds
+            seeds, matrix = self._seeds_through(layer, seeds, *sums)
+            matrices.append(matrix)
+        assert seeds is not None
+        tokens: Tensor = self.token_norm(seeds)
+        return tokens
+
+    def _summary(self, user: UserInputs) -> Tensor:
+        """Stage 1 over whole histories."""
+        rows, mask = self._events(user), user.mask_BL
+        seeds = self.seeds.expand(len(rows), -1, -1)
+        for index, layer in enumerate(self.summary):
+            last = index + 1 == len(self.summary)
+            if self.config.attention == "softmax":
+                rows, seeds = self._softmax_layer(layer, rows, seeds, mask, last)
+                continue
+            seeds, matrix = self._seeds_through(layer, seeds, *layer.sums(rows, mask))  # type: ignore[operator]
+            if not last:
+                rows = layer(rows, matrix, target=False)
+        tokens: Tensor = self.token_norm(seeds)
+        return tokens
+
+    def _seeds_through(self, layer: nn.Module, seeds: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Seeds after a layer, and the layer's matrix; as source rows they are in its sums as well."""
+        target = self.config.seed_role == "target"
+        if not target:
+            more, number = layer.sums(seeds, torch.ones_like(seeds[..., 0], dtype=torch.bool))  # type: ignore[operator]
+            total, count = total + more, count + number
+        matrix = layer.matrix(total, count)  # type: ignore[operator]
+        return layer(seeds, matrix, target=target), matrix
+
+    def _softmax_layer(
+        self, layer: nn.Module, rows: Tensor, seeds: Tensor, mask: Tensor, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The same roles with softmax: sources read sources, targets read sources and themselves."""
+        if self.config.seed_role == "target":
+            keys, values = layer.keys_values(rows)  # type: ignore[operator]
+            seeds = layer.read_with_own(seeds, keys, values, mask)  # type: ignore[operator]
+            return (rows if last else layer(rows, keys, values, mask[:, None])), seeds
+        every = torch.cat([seeds, rows], dim=1)
+        visible = torch.cat([torch.ones_like(seeds[..., 0], dtype=torch.bool), mask], dim=1)[:, None]
+        number = seeds.shape[1]
+        keys, values = layer.keys_values(every)  # type: ignore[operator]
+        every = layer(every[:, :number] if last else every, keys, values, visible)
+        return every[:, number:], every[:, :number]
+
+    def _advance(self, streams: tuple[Stream, ...], user: UserInputs) -> UserState:
+        streams = self._through_streams(streams, user)
+        return self.state_of(self._read_streams(streams), user, streams)
+
+    def _through_streams(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Stream, ...]:
+        """Every layer's stream behind the user's events, a block at a time."""
+        found = list(streams)
+        for start in range(0, user.mask_BL.shape[1], self.config.block):
+            part = user.events(start, start + self.config.block)
+            rows = self._events(part)
+            for number, layer in enumerate(self.summary):
+                rows, found[number] = layer.advance(rows, part.mask_BL, found[number])  # type: ignore[operator]
+        return tuple(found)
+
+    def _read_streams(self, streams: tuple[Stream, ...]) -> Tensor:
+        """Seeds read all events so far."""
+        seeds = self.seeds.expand(len(streams[0].number), -1, -1)
+        for layer, stream in zip(self.summary, streams, strict=True):
+            seeds, _ = self._seeds_through(layer, seeds, stream.total, stream.number)
+        tokens: Tensor = self.token_norm(seeds)
+        return tokens
+
+    def _events(self, user: UserInputs) -> Tensor:
+        """Embedded events, B × L × D. Streams know the gap before an event, which no later request changes."""
+        time = user.gap_BL if self.config.causal else user.age_BL
+        numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
+        bucket = (2 * time).long().clamp(0, AGE_BUCKETS - 1)
+        return self.features.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + self.age(bucket)
