@@ -47,7 +47,7 @@ def pack(contract: Contract, user_id: int | str, events: pa.Table) -> bytes:
     batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=history_schema(contract))
     header = _HEADER.pack(MAGIC, LAYOUT, bytes.fromhex(contract.fingerprint), batch.num_rows)
     body = header + batch.serialize().to_pybytes()
-    return body + _CRC.pack(_checksum(user_id, body))
+    return body + _CRC.pack(checksum(user_id, body))
 
 
 def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatch:
@@ -69,7 +69,7 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
             f"this is {contract.fingerprint}: rebuild and materialise user_history"
         )
     body, (crc,) = data[: -_CRC.size], _CRC.unpack_from(data, len(data) - _CRC.size)
-    if crc != _checksum(user_id, body):
+    if crc != checksum(user_id, body):
         raise HistoryError(f"packed history of user {user_id!r} fails its checksum: damaged, or another user's")
     batch = pa.ipc.read_record_batch(pa.py_buffer(body[_HEADER.size :]), history_schema(contract))
     if batch.num_rows != count:
@@ -77,7 +77,8 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
     return batch
 
 
-def _checksum(user_id: int | str, body: bytes) -> int:
+def checksum(user_id: int | str, body: bytes) -> int:
+    """CRC-32 seeded with a user's key: bytes stored for another user do not match."""
     return zlib.crc32(body, zlib.crc32(str(user_id).encode()))
 
 

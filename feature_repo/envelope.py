@@ -1,0 +1,147 @@
+"""Summary tokens of one user as bytes: what they are, of whom, made by which model, how old.
+
+    magic "MTOK" 4 | layout u8 | kind u8 | flags u16 | tokens u16 | width u16 | token fingerprint 16
+    | as_of i64 µs | computed_at i64 µs | events u64 | payload | crc32 u32
+
+The checksum is seeded with the user's key, so another user's tokens under this key are noticed as well. Kinds of
+payload: fp32, fp16, and int8 with a scale for each token (symmetric, rounded to nearest; scales are fp16 and come first).
+A tombstone says that the user has no tokens any more; its payload is empty.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from feature_repo.history import checksum
+
+MAGIC = b"MTOK"
+LAYOUT = 1
+Kind = Literal["fp32", "fp16", "int8"]
+KINDS: tuple[Kind, ...] = ("fp32", "fp16", "int8")
+_HEADER = struct.Struct("<4sBBHHH16sqqQ")
+_CRC = struct.Struct("<I")
+_TOMBSTONE = 1
+_LARGEST = 127  # of an int8, so that a token and its negative are stored alike
+
+
+class EnvelopeError(ValueError):
+    """Bytes are no envelope of this user, or tokens cannot be stored as asked; the message says what differs."""
+
+
+class LayoutError(EnvelopeError):
+    """An envelope of a layout that this version does not read; a newer version wrote it."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Summary tokens and their identity.
+
+    Args:
+        fingerprint: of the stage 1 that made them, 32 hexadecimal digits; tokens of another are never scored.
+        as_of: events up to this time are in them, microseconds.
+        computed_at: when they were made, microseconds.
+        num_events: events behind them.
+        tokens_SD: float32; None in a tombstone.
+    """
+
+    fingerprint: str
+    as_of: int
+    computed_at: int
+    num_events: int
+    tokens_SD: np.ndarray | None
+
+    @property
+    def tombstone(self) -> bool:
+        """Whether it says that there are no tokens any more."""
+        return self.tokens_SD is None
+
+
+def encode(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> bytes:
+    """The bytes to store under the user's key.
+
+    Raises:
+        EnvelopeError: tokens that are no finite S × D array, or that fp16 cannot hold; a fingerprint of another length.
+    """
+    if kind not in KINDS:
+        raise EnvelopeError(f"no kind of payload {kind!r}; there are {KINDS}")
+    try:
+        fingerprint = bytes.fromhex(envelope.fingerprint)
+    except ValueError:
+        fingerprint = b""
+    if len(fingerprint) != 16:
+        raise EnvelopeError(f"a token fingerprint has 32 hexadecimal digits, got {envelope.fingerprint!r}")
+    tokens = envelope.tokens_SD
+    shape, payload = (0, 0), b""
+    if tokens is not None:
+        if tokens.ndim != 2 or not all(0 < size < 1 << 16 for size in tokens.shape):
+            raise EnvelopeError(f"tokens are an S × D array with sizes from 1 to 65,535, got shape {tokens.shape}")
+        if not np.isfinite(tokens).all():
+            raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
+        shape, payload = tokens.shape, _payload(tokens.astype(np.float32), kind, user_id)
+    header = _HEADER.pack(
+        MAGIC,
+        LAYOUT,
+        KINDS.index(kind),
+        _TOMBSTONE if tokens is None else 0,
+        *shape,
+        fingerprint,
+        envelope.as_of,
+        envelope.computed_at,
+        envelope.num_events,
+    )
+    body = header + payload
+    return body + _CRC.pack(checksum(user_id, body))
+
+
+def decode(data: bytes, user_id: int | str) -> Envelope:
+    """What the bytes under a user's key say.
+
+    Raises:
+        LayoutError: of a layout that this version does not read.
+        EnvelopeError: damaged, truncated, no envelope at all, or stored for another user.
+    """
+    if data[:4] != MAGIC:
+        raise EnvelopeError(f"tokens of user {user_id!r} start with {data[:4]!r}, expected {MAGIC!r}: no envelope")
+    if len(data) > 4 and data[4] != LAYOUT:
+        raise LayoutError(
+            f"tokens of user {user_id!r} have layout {data[4]}, this version reads {LAYOUT}: update it, or build tokens anew"
+        )
+    if len(data) < _HEADER.size + _CRC.size:
+        raise EnvelopeError(f"tokens of user {user_id!r} have {len(data)} bytes: too short to be an envelope")
+    body, (stored,) = data[: -_CRC.size], _CRC.unpack(data[-_CRC.size :])
+    if checksum(user_id, body) != stored:
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} are damaged, or were stored for another user: checksum differs"
+        )
+    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events = _HEADER.unpack_from(body)
+    payload = body[_HEADER.size :]
+    tokens = None if flags & _TOMBSTONE else _tokens(payload, KINDS[kind], number, width)
+    return Envelope(fingerprint.hex(), as_of, computed_at, events, tokens)
+
+
+def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:
+    if kind == "fp32":
+        return tokens.astype("<f4").tobytes()
+    largest = float(np.abs(tokens).max())
+    if largest > np.finfo(np.float16).max:
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} reach {largest:.3g}, more than {kind} can hold: store them as fp32"
+        )
+    if kind == "fp16":
+        return tokens.astype("<f2").tobytes()
+    scale = (np.abs(tokens).max(axis=1) / _LARGEST).astype("<f2")
+    rounded = scale.astype(np.float32)[:, None]  # what the reader will multiply by
+    steps = np.divide(tokens, rounded, out=np.zeros_like(tokens), where=rounded > 0)
+    return scale.tobytes() + np.rint(steps).clip(-_LARGEST, _LARGEST).astype(np.int8).tobytes()
+
+
+def _tokens(payload: bytes, kind: Kind, number: int, width: int) -> np.ndarray:
+    if kind == "int8":
+        scale = np.frombuffer(payload, "<f2", number).astype(np.float32)
+        steps = np.frombuffer(payload, np.int8, offset=2 * number).reshape(number, width)
+        return steps * scale[:, None]
+    return np.frombuffer(payload, "<f4" if kind == "fp32" else "<f2").reshape(number, width).astype(np.float32)
