@@ -6,6 +6,7 @@ writes Data Docs, and raises `GateError` when more than the allowed fraction of 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import warnings
 from collections.abc import Iterable
@@ -62,8 +63,14 @@ def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *,
         docs_folder: folder of the Great Expectations project that collects the Data Docs.
         suite: name of the suite; the table's name unless given.
     """
+    Path(docs_folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(docs_folder, ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a project is files; a run that comes meanwhile waits for its turn
+        return _check(table, batches, docs_folder, suite or table.name)
+
+
+def _check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, name: str) -> Verdict:
     gx, context = _context(docs_folder)
-    name = suite or table.name
     expectations = expectations_of(table)
     context.suites.add_or_update(gx.ExpectationSuite(name=name, expectations=[e for e, _ in expectations]))
     definition = _definition(gx, context, name)
@@ -168,7 +175,6 @@ def _context(folder: str | Path) -> tuple[Any, Any]:
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
     context = gx.get_context(mode="file", project_root_dir=str(folder))
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     return gx, context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,20 @@ def test_too_much_dirt_stops_the_run_before_anything_is_published(
         assert part in message
     assert message.count("'InvoiceNo'") >= 3
     assert JobFolder(settings.home, "events").manifest() is None
+
+
+def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
+    """Two runs that wrote one project at once refused each other's suites."""
+    found: list[expectations.Verdict] = []
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = threading.Thread(target=lambda: found.append(expectations.check(TABLE, [batch()], tmp_path)))
+        second.start()
+        second.join(0.2)
+        assert not found
+        assert second.is_alive()
+    second.join()
+    assert found[0].rows == len(batch())
 
 
 @pytest.mark.parametrize("name", datasets.names())
