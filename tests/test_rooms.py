@@ -23,6 +23,7 @@ LIBRARIES = {
     "feast": {
         "feature_repo/feature_definitions.py",
         "feature_repo/offline_store.py",
+        "feature_repo/redis_writer.py",
         "feature_repo/store.py",
         "feature_repo/benchmarks/point_in_time.py",
         "modeling/dataset.py",
@@ -33,7 +34,7 @@ LIBRARIES = {
     "apache_beam": {"beam_jobs"},
     "great_expectations": {"feature_repo/expectations.py"},
 }
-FOR_ALL = ("schema", "datasets", "transforms", "history", "tables", "settings", "catalogue", "arrow")
+FOR_ALL = ("schema", "datasets", "transforms", "history", "tables", "settings", "catalogue", "arrow", "envelope")
 
 
 def files() -> list[Path]:
