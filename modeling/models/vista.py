@@ -201,7 +201,14 @@ class VISTA(Ranker):
         it, whose matrices are known by then.
 
         Args:
-            chunks: an iteration over parts of the same users' events, oldest first; called once for each layer.
+            chunks: an iteration over parts of the same users' events, oldest first; called once for each layer, or once
+                where `causal`.
+
+        Returns:
+            tokens_BSD.
+
+        Raises:
+            ValueError: stage 1 is softmax, or there is no chunk.
         """
         if self.config.attention == "softmax":
             raise ValueError("softmax reads every pair of events and has no summary in parts")

@@ -1,9 +1,9 @@
 """Ranking recipes: the three systems and the baselines of their tables, on either dataset.
 
 Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ in history length and
-in what, in SIZES, brings a model to OneTrans's parameters beside embeddings. `compare --learning_rates`
-gives each recipe the same trials. Not so the Transformer: every token of a candidate would go through all of as many
-shared weights, at twenty times the cost. `*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
+in what, in SIZES, brings a model to OneTrans's parameters beside embeddings. Only the Transformer stays small: every
+token of a candidate would go through all of as many shared weights, at twenty times the cost. `compare --learning_rates`
+gives each recipe the same trials. `*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
 """
 
 from __future__ import annotations
