@@ -35,6 +35,7 @@ from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
 from modeling.layers.interaction import CrossNetwork, DotInteraction, Interaction, TaskHeads
+from modeling.layers.pointwise_attention import PointwiseAttentionLayer
 from modeling.models.base import CannotExtendError, Ranker
 
 NEWEST = 10  # rows that CONCAT pools beside the maximum
@@ -52,6 +53,7 @@ class Config:
     head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.1
     fusion: Fusion = "append_cross"
+    attention: Literal["softmax", "pointwise"] = "softmax"  # pointwise: HSTU's, for comparison
     interaction: Literal["dot", "cross"] = "dot"
     cross_layers: int = 2
     cross_rank: int = 0  # 0 keeps the cross matrices whole
@@ -93,7 +95,10 @@ class AmortisedDLRM(Ranker):
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
         self.layers = nn.ModuleList(
-            HistoryAttentionLayer(width, config.num_heads, config.dropout) for _ in range(config.num_layers)
+            HistoryAttentionLayer(width, config.num_heads, config.dropout)
+            if config.attention == "softmax"
+            else PointwiseAttentionLayer(width, config.num_heads, config.dropout, sizes.history_length + 1)
+            for _ in range(config.num_layers)
         )
         if config.fusion == "concat":
             self.join_history = nn.Linear(width, width)  # W_in, its half for H

@@ -19,7 +19,9 @@ HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # ti
 ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 3, "candidate_tokens": 3}
 AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "interaction": "cross", "cross_rank": 64, "bags": True}
 HIFORMER: dict[str, Any] = {"num_heads": 2, "key_width": 16, "value_width": 16, "rank_key": 64}
+APPEND: dict[str, Any] = {**AMORTISED, "fusion": "append_self", "bags": False, "causal": True}
 VISTA: dict[str, Any] = {"num_heads": 2, "num_seeds": 32, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 64}
+STREAM: dict[str, Any] = {**VISTA, "causal": True, "seed_role": "target"}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
     "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
@@ -28,6 +30,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hiformer": ("Hiformer, low rank, pruned", "hiformer", HIFORMER),
     "hiformer_full_rank": ("Hiformer, full rank, pruned", "hiformer", {**HIFORMER, "kind": "composite"}),
     "vista": ("VISTA, summary tokens", "vista", VISTA),
+    "vista_softmax": ("VISTA with softmax in stage 1", "vista", {**VISTA, "attention": "softmax"}),
+    "vista_stream": ("VISTA, causal: summary tokens that take new events", "vista", STREAM),
+    "sasrec_rank": ("SASRec-style: causal softmax, candidate appended", "amortised_dlrm", APPEND),
+    "hstu_rank": ("HSTU layers, candidate appended", "amortised_dlrm", {**APPEND, "attention": "pointwise"}),
     "heteroatt": ("Heterogeneous attention", "hiformer", {**HIFORMER, "kind": "hetero", "num_layers": 2}),
     "transformer": ("Transformer over features", "transformer", {**HIFORMER, "kind": "vanilla", "num_layers": 2}),
     "din": ("DIN", "din", {}),
@@ -43,6 +49,10 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "amortised_self": {"head_hidden": 232},
         "concat": {"head_hidden": 192},
         "vista": {"head_hidden": 232},
+        "vista_softmax": {"head_hidden": 244},
+        "vista_stream": {"head_hidden": 232},
+        "sasrec_rank": {"head_hidden": 328},
+        "hstu_rank": {"head_hidden": 348},
         "hiformer": {"rank_value": 160},
         "hiformer_full_rank": {"key_width": 9, "value_width": 8},
         "heteroatt": {"hidden": 128},
@@ -58,6 +68,10 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "amortised_self": {"head_hidden": 152},
         "concat": {"head_hidden": 124},
         "vista": {"head_hidden": 144},
+        "vista_softmax": {"head_hidden": 152},
+        "vista_stream": {"head_hidden": 140},
+        "sasrec_rank": {"head_hidden": 216},
+        "hstu_rank": {"head_hidden": 228},
         "hiformer": {"rank_value": 128},
         "hiformer_full_rank": {"key_width": 6, "value_width": 6},
         "heteroatt": {"hidden": 96},

@@ -48,6 +48,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "amortised_dlrm",
         {"width": 16, "fusion": "append_self", "causal": True, "positions": "from_oldest"},
     ),
+    "amortised_pointwise": ("amortised_dlrm", {"width": 16, "attention": "pointwise", "fusion": "append_self"}),
+    "amortised_pointwise_extendable": (
+        "amortised_dlrm",
+        {"width": 16, "attention": "pointwise", "fusion": "append_self", "causal": True, "positions": "from_oldest"},
+    ),
     "onetrans_extendable": ("onetrans", {"width": 16, "num_layers": 2, "pyramid": False}),
     "onetrans_group_wise_extendable": (
         "onetrans",
