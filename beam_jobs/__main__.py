@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-JOBS = ("events", "user_history", "item_stats", "training_examples", "materialize")
+JOBS = ("events", "user_history", "item_stats", "training_examples", "materialize", "summary_tokens")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,7 +15,14 @@ def parser() -> argparse.ArgumentParser:
         "job",
         choices=JOBS,
         help="; ".join(
-            ("events: raw → events", "user_history", "item_stats", "training_examples", "materialize: offline → online")
+            (
+                "events: raw → events",
+                "user_history",
+                "item_stats",
+                "training_examples",
+                "materialize: offline → online",
+                "summary_tokens: histories → tokens",
+            )
         ),
     )
     made.add_argument(
@@ -32,6 +39,22 @@ def parser() -> argparse.ArgumentParser:
         "--num_partitions", type=int, help="partitions of the shuffle and parts of each table (default 8)"
     )
     made.add_argument("--seed", type=int, help="training_examples: seed of the negatives (default 17)")
+    tokens = made.add_argument_group("summary_tokens")
+    tokens.add_argument(
+        "--bundle", help="recipe or digest of the bundle whose stage 1 makes them (default: the live one)"
+    )
+    tokens.add_argument("--kind", choices=("fp32", "fp16", "int8"), help="how tokens are stored (default fp16)")
+    tokens.add_argument(
+        "--every_days", type=float, help="also as they were every so many days, for training (default: only as of now)"
+    )
+    tokens.add_argument(
+        "--full",
+        action="store_const",
+        const=True,
+        help="skip nobody: build this version anew, such as after a change of --kind or an emptied online store",
+    )
+    tokens.add_argument("--computed_at", help="ISO time of the run (default: the clock, or what a killed run claimed)")
+    tokens.add_argument("--not_live", action="store_const", const=True, help="leave the live bundle as it is")
     return made
 
 

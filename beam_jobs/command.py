@@ -46,6 +46,7 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
     }
     arguments = [f"--runner={known.runner}", *beam_args]
     try:
+        options = job.resolve(settings, options)
         plan, units, inputs = runs.plan_run(job, settings, options, known.as_of)
         if known.dry_run:
             console.print(runs.describe(job, plan, units, arguments), highlight=False, markup=False)
@@ -80,11 +81,15 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
         NotEnoughItemsError,
         JobRunningError,
         runs.LostRowsError,
+        LookupError,
+        ValueError,
     ) as error:
         console.print(f"{known.job}: {error}", style="red", highlight=False, markup=False)
         return 1
     if outcome.built:
         _report(outcome.manifest, outcome.docs)
+        for line in outcome.said:
+            console.print(f"  {line}", highlight=False)
     else:
         console.print(f"{known.job}: up to date (run {outcome.manifest.run_id})", highlight=False)
     return 0
@@ -104,8 +109,20 @@ def _up_to_date(known: argparse.Namespace, settings: Settings) -> bool:
         return False
     if manifest.inputs != current_inputs(known.job, list(manifest.inputs), settings):
         return False
+    if known.job == "summary_tokens" and not _made_by(known, settings, manifest):
+        return False
     console.print(f"{known.job}: up to date (run {manifest.run_id})", highlight=False)
     return True
+
+
+def _made_by(known: argparse.Namespace, settings: Settings, manifest: Manifest) -> bool:
+    """Whether the bundle that is asked for is still the one that made the published tokens."""
+    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    try:
+        row = catalogue.bundle(dataset, known.bundle) if known.bundle else catalogue.live_bundle(dataset)
+    except LookupError:
+        return False
+    return bool(manifest.options["bundle"] == row.digest)
 
 
 def _argv(known: argparse.Namespace) -> str:

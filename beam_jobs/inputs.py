@@ -13,7 +13,16 @@ from feature_repo.store import local_store_files, store_digest
 from feature_repo.tables import JobFolder, digest_of
 
 # Raised when the same input would give other bytes: then everything that the job built is stale.
-VERSIONS = {"events": 1, "user_history": 1, "item_stats": 1, "training_examples": 1, "materialize": 1}
+VERSIONS = {
+    "events": 1,
+    "user_history": 1,
+    "item_stats": 1,
+    "training_examples": 1,
+    "materialize": 1,
+    "summary_tokens": 1,
+}
+
+WRITES_ONLINE = ("materialize", "summary_tokens")
 
 
 def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[str, str]:
@@ -47,7 +56,7 @@ def output_is_there(job: str, settings: Settings) -> bool:
     An online store elsewhere cannot be known without asking it, so `materialize` always runs in the production profile.
     """
     files = local_store_files(settings)
-    return job != "materialize" or (bool(files) and all(file.exists() for file in files))
+    return job not in WRITES_ONLINE or (bool(files) and all(file.exists() for file in files))
 
 
 def _sha256(file: str) -> str:

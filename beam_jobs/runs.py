@@ -19,7 +19,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from beam_jobs.inputs import current_inputs, output_is_there
+from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
@@ -64,6 +64,10 @@ class RunPlan:
         """Where the run writes."""
         return JobFolder(self.home, self.job)
 
+    def folder_of(self, job: str) -> JobFolder:
+        """Where another job has written."""
+        return JobFolder(self.home, job)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -84,7 +88,9 @@ class Job:
     """What a job module declares.
 
     `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
-    turns units of them into named parts.
+    turns units of them into named parts. `resolve` makes options definite before the run is named; `prepare` may add to
+    the plan once the run holds its folder; `carried` names parts of the published run that stay; `finish` is called when
+    the manifest is there, and returns lines to tell.
     """
 
     name: str
@@ -94,6 +100,10 @@ class Job:
     steps: Callable[[RunPlan], beam.PTransform]
     num_parts: Callable[[RunPlan, int], int]  # of the plan and the number of its units; at most
     also_depends_on: tuple[str, ...] = ()
+    resolve: Callable[[Settings, dict[str, Any]], dict[str, Any]] = lambda settings, options: options
+    prepare: Callable[[RunPlan, Manifest | None], RunPlan] = lambda plan, published: plan
+    carried: Callable[[RunPlan, Manifest | None], dict[str, list[Part]]] = lambda plan, published: {}
+    finish: Callable[[RunPlan, Manifest, Settings], list[str]] = lambda plan, manifest, settings: []
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class Outcome:
     manifest: Manifest
     built: bool
     docs: str | None = None
+    said: tuple[str, ...] = ()
 
 
 def settings_of(plan: RunPlan) -> Settings:
@@ -187,7 +198,7 @@ def plan_run(
         RawDataError: the raw data is missing or of another shape.
     """
     dataset = datasets.load(settings.dataset)
-    names = ["code", *job.reads, *job.also_depends_on, *(["store"] if job.name == "materialize" else [])]
+    names = ["code", *job.reads, *job.also_depends_on, *(["store"] if job.name in WRITES_ONLINE else [])]
     for source in (*job.reads, *job.also_depends_on):
         if source != "raw":
             JobFolder(settings.home, source).require()
@@ -246,10 +257,12 @@ def run(
     plan, units, inputs = plan_run(job, settings, options, as_of)
     with plan.folder.lock():
         published = plan.folder.manifest()
-        if published and published.run_id == plan.run_id and output_is_there(job.name, settings):
-            return Outcome(published, built=False)
-        if not published or published.run_id != plan.run_id:
+        if published and plan.run_id in published.runs and output_is_there(job.name, settings):
+            said = job.finish(plan, published, settings) if plan.run_id == published.run_id else []
+            return Outcome(published, built=False, said=tuple(said))
+        if not published or plan.run_id not in published.runs:
             plan.folder.discard(plan.run_id)  # what a killed run of the same name left
+        plan = job.prepare(plan, published)
         docs = None
         if "raw" in job.reads:
             tell("checking raw rows")
@@ -261,6 +274,7 @@ def run(
         _account(job, plan, units, counts)
         tell("checking built tables")
         built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
+        carried = job.carried(plan, published)
         newest = counts.pop("max_event_micros", 0)
         manifest = Manifest(
             job=job.name,
@@ -271,10 +285,11 @@ def run(
             options=options,
             inputs=inputs,
             counts=dict(sorted(counts.items())),
-            tables=tables,
+            tables={**tables, **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()}},
         )
         plan.folder.publish(manifest)
-    return Outcome(manifest, built=True, docs=docs or built_docs)
+        said = job.finish(plan, manifest, settings)
+    return Outcome(manifest, built=True, docs=docs or built_docs, said=tuple(said))
 
 
 def _add_empty_tables(plan: RunPlan) -> None:
@@ -310,6 +325,10 @@ def _account(job: Job, plan: RunPlan, units: list[Unit], counts: dict[str, int])
                 f"the newest event is of {micros_iso(counts['max_event_micros'])}, which is yet to come: pass --as_of, and later rows "
                 "become dead letters. Nothing was published"
             )
+    elif "users_in_log" in counts and counts["users_in_log"] != (given := sum(unit.rows for unit in units)):
+        raise LostRowsError(
+            f"{given:,} users went in, {counts['users_in_log']:,} were counted: the run was not published"
+        )
     elif "events" in counts and plan.as_of is not None:
         given = sum(_rows_before(plan, unit) for unit in units)
         if given != counts["events"]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import JSON, DateTime, Float, ForeignKey, String, create_engine, delete, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+COVERAGE_TO_GO_LIVE = (
+    0.99  # share of users with a history who must have tokens before a bundle that reads them goes live
+)
 
 
 class Base(DeclarativeBase):
@@ -52,6 +57,43 @@ class Live(Base):
     dataset: Mapped[str] = mapped_column(String(64), primary_key=True)
     digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"))
     since: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+class LiveSince(Base):
+    """Which bundle became live when; the last row of a dataset is the live one's."""
+
+    __tablename__ = "live_since"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    dataset: Mapped[str] = mapped_column(String(64), index=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    since: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+class TokenVersion(Base):
+    """Summary tokens of one stage 1: whose they are, and how many users have them online."""
+
+    __tablename__ = "token_versions"
+    fingerprint: Mapped[str] = mapped_column(String(32), primary_key=True)
+    dataset: Mapped[str] = mapped_column(String(64), primary_key=True)
+    recipe: Mapped[str] = mapped_column(String(64))
+    users: Mapped[int] = mapped_column(doc="users with a history, when the tokens were built last")
+    covered: Mapped[int] = mapped_column(doc="of those, users with tokens")
+    num_tokens: Mapped[int]
+    width: Mapped[int]
+    built_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+    @property
+    def coverage(self) -> float:
+        """Share of users with a history who have tokens."""
+        return self.covered / self.users if self.users else 0.0
+
+
+class AcceptedTokens(Base):
+    """The one token version that a bundle accepts."""
+
+    __tablename__ = "accepted_tokens"
+    digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(32), index=True)
 
 
 class NoLiveBundleError(LookupError):
@@ -113,9 +155,21 @@ class Catalogue:
         return run is not None and run.inputs == inputs
 
     def add_bundle(
-        self, *, digest: str, dataset: str, recipe: str, fingerprint: str, path: str, metrics: dict[str, Any]
+        self,
+        *,
+        digest: str,
+        dataset: str,
+        recipe: str,
+        fingerprint: str,
+        path: str,
+        metrics: dict[str, Any],
+        tokens: str | None = None,
     ) -> None:
-        """Record a bundle; recording the same digest again updates its path and metrics."""
+        """Record a bundle; recording the same digest again updates its path and metrics.
+
+        Args:
+            tokens: the token version that it accepts, where it reads tokens.
+        """
         with Session(self.engine) as session, session.begin():
             row = BundleRow(
                 digest=digest,
@@ -127,6 +181,9 @@ class Catalogue:
                 created_at=datetime.now(UTC),
             )
             session.merge(row)
+            session.flush()
+            if tokens is not None:
+                session.merge(AcceptedTokens(digest=digest, fingerprint=tokens))
 
     def set_live(self, dataset: str, digest: str) -> None:
         """Make a recorded bundle the live one of its dataset.
@@ -138,6 +195,9 @@ class Catalogue:
             row = session.get(BundleRow, digest)
             if row is None or row.dataset != dataset:
                 raise LookupError(f"no bundle {digest[:12]} of dataset {dataset!r} in the catalogue: export it first")
+            current = session.get(Live, dataset)
+            if current is None or current.digest != digest:
+                session.add(LiveSince(dataset=dataset, digest=digest, since=datetime.now(UTC)))
             session.merge(Live(dataset=dataset, digest=digest, since=datetime.now(UTC)))
 
     def live_bundle(self, dataset: str) -> BundleRow:
@@ -164,3 +224,91 @@ class Catalogue:
                     select(BundleRow).where(BundleRow.dataset == dataset).order_by(BundleRow.created_at.desc())
                 )
             )
+
+    def bundle(self, dataset: str, name: str) -> BundleRow:
+        """The newest bundle of a recipe, or the one whose digest begins so.
+
+        Raises:
+            LookupError: there is none.
+        """
+        for row in self.bundles(dataset):
+            if row.recipe == name or row.digest.startswith(name) or f"{row.recipe}@{row.digest[:12]}" == name:
+                return row
+        raise LookupError(
+            f"no bundle {name!r} of dataset {dataset!r} in the catalogue: run `python -m modeling train`, `evaluate` and `export`"
+        )
+
+    def accepted_tokens(self, digest: str) -> str | None:
+        """The token version that a bundle accepts, if it reads tokens."""
+        with Session(self.engine) as session:
+            row = session.get(AcceptedTokens, digest)
+            return None if row is None else row.fingerprint
+
+    def record_tokens(
+        self, *, fingerprint: str, dataset: str, recipe: str, users: int, covered: int, shape: tuple[int, int]
+    ) -> None:
+        """Note that tokens of a version were built, and for how many users."""
+        with Session(self.engine) as session, session.begin():
+            row = TokenVersion(
+                fingerprint=fingerprint,
+                dataset=dataset,
+                recipe=recipe,
+                users=users,
+                covered=covered,
+                num_tokens=shape[0],
+                width=shape[1],
+                built_at=datetime.now(UTC),
+            )
+            session.merge(row)
+
+    def token_versions(self, dataset: str) -> list[TokenVersion]:
+        """Token versions that were built, newest first."""
+        with Session(self.engine) as session:
+            query = select(TokenVersion).where(TokenVersion.dataset == dataset)
+            return list(session.scalars(query.order_by(TokenVersion.built_at.desc())))
+
+    def tokens_of_recipe(self, dataset: str, recipe: str) -> TokenVersion:
+        """The newest token version that a recipe's bundles made.
+
+        Raises:
+            LookupError: none was built.
+        """
+        for row in self.token_versions(dataset):
+            if row.recipe == recipe:
+                return row
+        raise LookupError(
+            f"no summary tokens of recipe {recipe!r} are built for {dataset!r}: train, evaluate and export it, then run "
+            f"`python -m beam_jobs summary_tokens --bundle {recipe} --every_days 7`"
+        )
+
+    def forget_tokens(self, dataset: str, fingerprint: str) -> None:
+        """Drop a token version from the catalogue."""
+        with Session(self.engine) as session, session.begin():
+            session.execute(
+                delete(TokenVersion).where(TokenVersion.dataset == dataset, TokenVersion.fingerprint == fingerprint)
+            )
+
+    def retirable_tokens(self, dataset: str, longest_life: timedelta, now: datetime | None = None) -> list[str]:
+        """Token versions that no server can still need.
+
+        A version is needed by a bundle that accepts it and is live, was live less than `longest_life` ago, or was
+        exported less than that ago and may yet go live.
+        """
+        limit = (now or datetime.now(UTC)) - longest_life
+        with Session(self.engine) as session:
+            log = session.scalars(select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id)).all()
+            ended = {row.digest: _utc(after.since) for row, after in itertools.pairwise(log)}
+            if log:
+                ended[log[-1].digest] = datetime.max.replace(tzinfo=UTC)
+            query = select(AcceptedTokens, BundleRow).join(BundleRow, BundleRow.digest == AcceptedTokens.digest)
+            needed = {
+                accepted.fingerprint
+                for accepted, bundle in session.execute(query.where(BundleRow.dataset == dataset)).all()
+                if max(ended.get(bundle.digest, _utc(bundle.created_at)), _utc(bundle.created_at)) > limit
+            }
+        return [row.fingerprint for row in self.token_versions(dataset) if row.fingerprint not in needed]
+
+
+def _utc(time: datetime) -> datetime:
+    """SQLite forgets the zone."""
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

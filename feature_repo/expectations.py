@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from feature_repo.schema import Column, Table
 
-BATCH_ROWS = 1_000_000
+BATCH_ROWS, BATCH_BYTES = 1_000_000, 1 << 28
 NUM_EXAMPLES = 3
 
 
@@ -156,11 +156,11 @@ def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
 
 
 def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.Table]:
-    """Join small tables until a batch has at least `rows` rows: a run of a suite has a fixed cost."""
+    """Join small tables until a batch has at least `rows` rows or many bytes: a run of a suite has a fixed cost."""
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
-        if sum(t.num_rows for t in held) >= rows:
+        if sum(t.num_rows for t in held) >= rows or sum(t.nbytes for t in held) >= BATCH_BYTES:
             yield pa.concat_tables(held)
             held = []
     if held:

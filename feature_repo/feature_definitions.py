@@ -43,31 +43,31 @@ def _entity(declared: schema.Entity) -> Entity:
 
 def _source(name: str) -> FileSource:
     table = contract.table(name)
+    optional = {"optional": "true"} if table.version else {}  # nothing to materialize until some bundle has tokens
     return FileSource(
         name=f"{name}_source",
         path=f"{settings.home}/{table.job}/{name}",  # resolved through the job's manifest by our offline store
         file_format=ParquetFormat(),
         timestamp_field=schema.EVENT_TIMESTAMP,
         created_timestamp_column=schema.CREATED_TIMESTAMP,
-        tags=tags,
+        tags=tags | optional,
         description=f"written by `python -m beam_jobs {table.job}`",
     )
 
 
-def _view(entity: Entity, source: FileSource) -> FeatureView:
+def _view(entities: list[Entity], source: FileSource, *, online: bool = True) -> FeatureView:
     table = contract.table(source.name.removesuffix("_source"))
-    assert table.entity is not None
-    assert table.entity.name == entity.name
+    assert [declared.name for declared in table.entities] == [entity.name for entity in entities]
     return FeatureView(
         name=table.name,
-        entities=[entity],
+        entities=entities,
         ttl=NO_EXPIRY,
         schema=[
             Field(name=c.name, dtype=FIELD_TYPES[c.dtype], description=c.doc)
-            for c in (table.entity.column, *table.columns)
+            for c in (*(declared.column for declared in table.entities), *table.columns)
         ],
         source=source,
-        online=True,
+        online=online,
         description=table.doc,
         tags=tags,
         owner="memoir",
@@ -76,18 +76,23 @@ def _view(entity: Entity, source: FileSource) -> FeatureView:
 
 user = _entity(contract.user)
 item = _entity(contract.item)
+token_version = _entity(schema.TOKEN_VERSION)
 
 user_profile_source = _source("user_profile")
 user_history_source = _source("user_history")
 user_stats_source = _source("user_stats")
 item_profile_source = _source("item_profile")
 item_stats_source = _source("item_stats")
+summary_tokens_source = _source("summary_tokens")
+token_rows_source = _source("token_rows")
 
-user_profile = _view(user, user_profile_source)
-user_history = _view(user, user_history_source)
-user_stats = _view(user, user_stats_source)
-item_profile = _view(item, item_profile_source)
-item_stats = _view(item, item_stats_source)
+user_profile = _view([user], user_profile_source)
+user_history = _view([user], user_history_source)
+user_stats = _view([user], user_stats_source)
+item_profile = _view([item], item_profile_source)
+item_stats = _view([item], item_stats_source)
+summary_tokens = _view([user, token_version], summary_tokens_source)
+token_rows = _view([user, token_version], token_rows_source, online=False)
 
 # A service names what a kind of ranker reads; all of ours read the same. Training joins user statistics, which say how
 # much of the history was known, and gathers late from the history log; a request reads the packed history as well.
@@ -101,5 +106,18 @@ ranking_v1_online = FeatureService(
     name="ranking_v1_online",
     features=[user_profile, user_stats, user_history],
     description="what one request reads of its user",
+    tags=tags,
+)
+# The same with summary tokens of the one version that a bundle names: by row number in training, as bytes online.
+ranking_v1_tokens = FeatureService(
+    name="ranking_v1_tokens",
+    features=[user_profile, user_stats, item_profile, item_stats, token_rows],
+    description="what rankers with summary tokens train on",
+    tags=tags,
+)
+ranking_v1_tokens_online = FeatureService(
+    name="ranking_v1_tokens_online",
+    features=[user_profile, user_stats, user_history, summary_tokens[["tokens"]]],
+    description="what one request of a ranker with summary tokens reads of its user",
     tags=tags,
 )

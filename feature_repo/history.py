@@ -171,11 +171,13 @@ class HistoryLog:
     Args:
         contract: the dataset's contract.
         folder: job folder of `user_history`.
+        paths: only these parts; default: all.
     """
 
-    def __init__(self, contract: Contract, folder: JobFolder) -> None:
+    def __init__(self, contract: Contract, folder: JobFolder, paths: Sequence[str] | None = None) -> None:
         self.contract = contract
-        parts = [pa.ipc.open_file(folder.open(path)).get_batch(0) for path in folder.paths("history_log")]
+        paths = folder.paths("history_log") if paths is None else paths
+        parts = [pa.ipc.open_file(folder.open(path)).get_batch(0) for path in paths]
         item, user = contract.item.join_key, contract.user.join_key
         self.items: pa.Array = pc.unique(pa.concat_arrays([part[item].values.dictionary for part in parts])).sort()
         self._item_key = [pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts]

@@ -36,7 +36,9 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import RepoConfig
 from feast.saved_dataset import SavedDatasetStorage
 
-from feature_repo.tables import MANIFEST, JobFolder
+from feature_repo import datasets
+from feature_repo.arrow import arrow_schema
+from feature_repo.tables import MANIFEST, JobFolder, TableNotBuiltError
 
 TYPE = "feature_repo.offline_store.AsofDuckDBOfflineStore"
 
@@ -115,7 +117,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         start_date: datetime,
         end_date: datetime,
     ) -> RetrievalJob:
-        """Newest row of each key, for `feast materialize`."""
+        """Newest row of each key, for `feast materialize`; none of an optional source that is not built."""
         return pull_latest_from_table_or_query_ibis(
             config=config,
             data_source=data_source,
@@ -125,7 +127,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             created_timestamp_column=created_timestamp_column,
             start_date=start_date,
             end_date=end_date,
-            data_source_reader=_ibis_table,
+            data_source_reader=_ibis_table_or_empty,
             data_source_writer=_write_data_source,
         )
 
@@ -249,6 +251,18 @@ def _source_path(source: DataSource, config_repo: str | Path | None) -> str:
 
 def _ibis_table(source: DataSource, repo_path: str) -> Any:
     return ibis.read_parquet(resolve(_source_path(source, repo_path)))
+
+
+def _ibis_table_or_empty(source: DataSource, repo_path: str) -> Any:
+    """A source tagged as optional is empty until its job has run."""
+    try:
+        return _ibis_table(source, repo_path)
+    except TableNotBuiltError:
+        tags = source.tags or {}
+        if tags.get("optional") != "true":
+            raise
+        table = datasets.load_contract(tags["dataset"]).table(source.name.removesuffix("_source"))
+        return ibis.memtable(arrow_schema(table).empty_table())
 
 
 def _connect(config: RepoConfig) -> duckdb.DuckDBPyConnection:

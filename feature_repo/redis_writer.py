@@ -49,10 +49,10 @@ class RedisWriter:
 
     Args:
         store: whose online store is Redis.
-        view: a feature view of one entity.
+        view: the feature view.
 
     Raises:
-        ValueError: another online store, or a view of several entities.
+        ValueError: another online store.
     """
 
     def __init__(self, store: FeatureStore, view: str) -> None:
@@ -65,56 +65,74 @@ class RedisWriter:
                 f"compare-and-set wants Redis, the online store is {config.online_store.type!r}: write through Feast there"
             )
         definition = store.get_feature_view(view)
-        if len(definition.entity_columns) != 1:
-            names = [column.name for column in definition.entity_columns]
-            raise ValueError(f"view {view!r} has the entities {names}; exactly one is expected")
-        (entity,) = definition.entity_columns
-        self._join_key, self._key_type = entity.name, entity.dtype.to_value_type()
+        self._keys = {column.name: column.dtype.to_value_type() for column in definition.entity_columns}
         self._fields = {f.name: (_mmh3(f"{view}:{f.name}"), f.dtype.to_value_type()) for f in definition.features}
         self._time_field = f"_ts:{view}"
         self._project, self._version = config.project, config.entity_key_serialization_version
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(COMPARE_AND_SET)
 
-    def write(self, keys: Sequence[Any], values: Mapping[str, Sequence[Any]], times: Sequence[int]) -> int:
+    def write(
+        self, keys: Mapping[str, Sequence[Any]], values: Mapping[str, Sequence[Any]], times: Sequence[int]
+    ) -> int:
         """Write rows; one that is not newer than what is stored changes nothing.
 
         Args:
-            keys: entity keys.
-            values: of every feature of the view, a row for each key.
+            keys: of every join key of the view, a value for each row.
+            values: of every feature of the view, a value for each row; None where there is none.
             times: microseconds since 1970, not negative.
 
         Returns:
             Rows that were newer and are now stored.
 
         Raises:
-            ValueError: features that are not the view's, lengths that differ, or a negative time.
+            ValueError: keys or features that are not the view's, lengths that differ, or a negative time.
         """
         from feast.infra.online_stores.helpers import _redis_key
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.type_map import python_values_to_proto_values
         from google.protobuf.timestamp_pb2 import Timestamp
 
-        if set(values) != set(self._fields):
-            raise ValueError(f"expected the features {sorted(self._fields)}, got {sorted(values)}")
-        if lengths := {name: len(column) for name, column in values.items() if len(column) != len(keys)}:
-            raise ValueError(f"expected a value for each of {len(keys)} keys, got {lengths}")
-        if len(times) != len(keys) or min(times, default=0) < 0:
-            raise ValueError(f"expected {len(keys)} times, none of them negative, got {list(times)[:5]} …")
-        key_values = python_values_to_proto_values(list(keys), self._key_type)
-        columns = [
+        for what, expected, given in (("join keys", self._keys, keys), ("features", self._fields, values)):
+            if set(given) != set(expected):
+                raise ValueError(f"expected the {what} {sorted(expected)}, got {sorted(given)}")
+        number = len(times)
+        if lengths := {name: len(column) for name, column in {**keys, **values}.items() if len(column) != number}:
+            raise ValueError(f"expected a value for each of {number} times, got {lengths}")
+        if min(times, default=0) < 0:
+            raise ValueError(f"expected times that are not negative, got {min(times)}")
+        names = sorted(keys)
+        columns = [python_values_to_proto_values(list(keys[name]), self._keys[name]) for name in names]
+        features = [
             (field, python_values_to_proto_values(list(values[name]), kind))
             for name, (field, kind) in self._fields.items()
         ]
         written = 0
-        for start in range(0, len(keys), PIECE):
+        for start in range(0, number, PIECE):
             with self._client.pipeline(transaction=False) as pipe:
-                for row in range(start, min(start + PIECE, len(keys))):
-                    entity = EntityKey(join_keys=[self._join_key], entity_values=[key_values[row]])
+                for row in range(start, min(start + PIECE, number)):
+                    entity = EntityKey(join_keys=names, entity_values=[column[row] for column in columns])
                     seconds, micros = divmod(int(times[row]), 1_000_000)
                     time = Timestamp(seconds=seconds, nanos=1000 * micros).SerializeToString()
-                    pairs = [part for field, column in columns for part in (field, column[row].SerializeToString())]
+                    pairs = [part for field, column in features for part in (field, column[row].SerializeToString())]
                     key = _redis_key(self._project, entity, entity_key_serialization_version=self._version)
                     self._script(keys=[key], args=[self._time_field, time, *pairs], client=pipe)
                 written += sum(pipe.execute())
         return written
+
+    def remove(self, prefix: bytes) -> int:
+        """Remove the rows of this view from all keys that begin so; returns how many there were.
+
+        Args:
+            prefix: of the serialised entity key.
+        """
+        special = b"\\*?[]^-"
+        pattern = b"".join(b"\\" + bytes([c]) if c in special else bytes([c]) for c in prefix) + b"*"
+        fields, removed = [self._time_field, *(field for field, _ in self._fields.values())], 0
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in self._client.scan_iter(match=pattern, count=PIECE):
+                if key.endswith(self._project.encode()):
+                    pipe.hdel(key, *fields)
+                if len(pipe) >= PIECE:
+                    removed += sum(gone > 0 for gone in pipe.execute())
+            return removed + sum(gone > 0 for gone in pipe.execute())

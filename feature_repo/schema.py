@@ -73,6 +73,7 @@ class Table:
     job: str = ""
     view: bool = False
     unique: tuple[str, ...] = ()
+    version: Entity | None = None  # a second key: rows of several versions stand side by side
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.all_columns]
@@ -82,9 +83,19 @@ class Table:
 
     @property
     def all_columns(self) -> tuple[Column, ...]:
-        """Entity key first, then features, then the two timestamps of a view."""
-        key = (self.entity.column,) if self.entity else ()
+        """Entity keys first, then features, then the two timestamps of a view."""
+        key = tuple(entity.column for entity in self.entities)
         return key + self.columns + (TIMESTAMPS if self.view else ())
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        """What a row is about."""
+        return tuple(entity for entity in (self.entity, self.version) if entity)
+
+    @property
+    def join_keys(self) -> tuple[str, ...]:
+        """Names of the key columns."""
+        return tuple(entity.join_key for entity in self.entities)
 
     def column(self, name: str) -> Column:
         """The column of that name.
@@ -206,6 +217,9 @@ def contract(spec: DatasetSpec) -> Contract:
         _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
         _view("user_stats", user, "user_history", USER_STATS_DOC, _user_stat_columns(spec)),
         _view("item_stats", item, "item_stats", ITEM_STATS_DOC, _item_stat_columns(spec)),
+        _view("summary_tokens", user, "summary_tokens", NEWEST_TOKENS_DOC, (TOKENS, STATE), TOKEN_VERSION),
+        _view("token_rows", user, "summary_tokens", WHICH_ROW_DOC, (TOKEN_ROW, TOKEN_EVENTS), TOKEN_VERSION),
+        _token_dead_letters(user),
         _training_examples(spec, user, item),
     )
     return Contract(spec, user, item, tables)
@@ -217,6 +231,15 @@ HISTORY = Column("history", DType.BYTES, "packed events", max_length=NUM_HISTORY
 USER_STATS_DOC = "What a user's events came to by an instant: a row for each distinct event time."
 HISTORY_END = Column("history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1)
 ITEM_STATS_DOC = "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
+TOKEN_VERSION = Entity(
+    "token_version", "token_version", DType.STRING, "fingerprint of the stage 1 that made the tokens"
+)
+NEWEST_TOKENS_DOC = "A user's newest summary tokens of each token version, in an envelope (feature_repo/envelope.py)."
+TOKENS = Column("tokens", DType.BYTES, "summary tokens with their identity")
+STATE = Column("state", DType.BYTES, "what stage 1 keeps to take new events; none where it cannot", nullable=True)
+WHICH_ROW_DOC = "Which row of the token log holds a user's tokens as they were at an instant."
+TOKEN_ROW = Column("token_row", DType.INT64, "place in the token log (feature_repo/token_log.py)", minimum=0)
+TOKEN_EVENTS = Column("token_events", DType.INT64, "events behind the tokens", unit="events", minimum=0)
 DEAD_LETTERS = Table(
     "dead_letters",
     "Raw rows that are no event, each with its reason and where it stood.",
@@ -230,9 +253,25 @@ DEAD_LETTERS = Table(
 )
 
 
-def _view(name: str, entity: Entity, job: str, doc: str, columns: tuple[Column, ...]) -> Table:
-    """A table that Feast serves: one row of an entity for each instant."""
-    return Table(name, doc, columns, entity, job=job, view=True, unique=(entity.join_key, EVENT_TIMESTAMP))
+def _view(
+    name: str, entity: Entity, job: str, doc: str, columns: tuple[Column, ...], version: Entity | None = None
+) -> Table:
+    """A table that Feast serves: one row of an entity (and version) for each instant."""
+    keys = (entity.join_key, *([version.join_key] if version else []), EVENT_TIMESTAMP)
+    return Table(name, doc, columns, entity, job=job, view=True, unique=keys, version=version)
+
+
+def _token_dead_letters(user: Entity) -> Table:
+    return Table(
+        "token_dead_letters",
+        "Users without tokens in a run of summary_tokens, each with the reason.",
+        (
+            user.column,
+            Column("num_events", DType.INT64, "events of the user", minimum=0),
+            Column("reason", DType.STRING, "why there are no tokens"),
+        ),
+        job="summary_tokens",
+    )
 
 
 def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:

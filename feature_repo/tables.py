@@ -65,6 +65,11 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
+    def runs(self) -> set[str]:
+        """Every run that wrote a part of it: this one, and those whose parts it carries on."""
+        return {self.run_id} | {part.path.split("/")[0] for parts in self.tables.values() for part in parts}
+
+    @property
     def as_of_micros(self) -> int:
         """`as_of` as microseconds since the epoch."""
         return iso_micros(self.as_of)
@@ -129,11 +134,8 @@ class JobFolder:
 
     def manifest(self) -> Manifest | None:
         """The published manifest, or None where no run has finished."""
-        path = f"{self.root}/{MANIFEST}"
-        if self.filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-            return None
-        with self.filesystem.open_input_stream(path) as stream:
-            return Manifest.from_json(stream.read().decode())
+        stored = self.read_bytes(f"{self.root}/{MANIFEST}")
+        return None if stored is None else Manifest.from_json(stored.decode())
 
     def require(self) -> Manifest:
         """The published manifest.
@@ -171,6 +173,21 @@ class JobFolder:
         """One part by the path that `paths` gives."""
         return pq.read_table(path, columns=columns, filesystem=self.filesystem)
 
+    def read_bytes(self, path: str) -> bytes | None:
+        """A small file's content, None where there is no such file."""
+        if self.filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            return None
+        with self.filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, path: str, data: bytes | pa.Buffer) -> None:
+        """Write a small file in one visible step."""
+        folder, name = path.rsplit("/", 1)
+        self.filesystem.create_dir(folder, recursive=True)
+        with self.filesystem.open_output_stream(f"{folder}/.{name}.draft") as stream:
+            stream.write(data)
+        self.filesystem.move(f"{folder}/.{name}.draft", path)
+
     def discard(self, run_id: str) -> None:
         """Remove what an unfinished run left."""
         if self.filesystem.get_file_info(f"{self.root}/{run_id}").type == pafs.FileType.Directory:
@@ -178,22 +195,14 @@ class JobFolder:
 
     def write_part(self, run_id: str, table: str, name: str, data: bytes | pa.Buffer, rows: int) -> Part:
         """Write one part in one visible step: a retry or a rerun leaves the same file."""
-        folder = f"{self.root}/{run_id}/{table}"
-        self.filesystem.create_dir(folder, recursive=True)
-        path, draft = f"{folder}/{name}", f"{folder}/.{name}.draft"
-        with self.filesystem.open_output_stream(draft) as stream:
-            stream.write(data)
-        self.filesystem.move(draft, path)
+        self.write_bytes(f"{self.root}/{run_id}/{table}/{name}", data)
         return Part(f"{run_id}/{table}/{name}", rows, len(data), hashlib.sha256(data).hexdigest())
 
     def publish(self, manifest: Manifest) -> None:
         """Make a run visible, all its tables at once, then drop the folders of runs that no longer are."""
-        path, draft = f"{self.root}/{MANIFEST}", f"{self.root}/.{MANIFEST}.draft"
         previous = self.manifest()
-        with self.filesystem.open_output_stream(draft) as stream:
-            stream.write(manifest.to_json().encode())
-        self.filesystem.move(draft, path)
-        keep = {manifest.run_id, previous.run_id if previous else manifest.run_id}
+        self.write_bytes(f"{self.root}/{MANIFEST}", manifest.to_json().encode())
+        keep = manifest.runs | (previous.runs if previous else set())
         for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):
             if info.type == pafs.FileType.Directory and info.base_name not in keep:
                 self.filesystem.delete_dir(info.path)

@@ -31,7 +31,8 @@ from feature_repo.transforms import (
 )
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
-NOT_EVENTS = ("field_BU", "dense_BG")  # fields of UserInputs that have no history axis
+GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+NOT_EVENTS = ("field_BU", "dense_BG", "tokens_BSX", "has_tokens_B")  # fields of UserInputs that have no history axis
 MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
 
 
@@ -43,7 +44,8 @@ class _Tensors:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed = {f.name: change(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {name: change(value) for name, value in values.items() if value is not None}
         return replace(self, **changed)  # type: ignore[type-var]
 
 
@@ -59,6 +61,8 @@ class UserInputs(_Tensors):
     mask_BL: Tensor  # bool, True where there is an event
     field_BU: Tensor  # int64 user and context fields
     dense_BG: Tensor  # float32 user features
+    tokens_BSX: Tensor | None = None  # float32 summary tokens from a store, zeros where a user has none
+    has_tokens_B: Tensor | None = None  # bool
 
     def events(self, start: int, stop: int | None = None) -> UserInputs:
         """The same users with only the events `[start, stop)` of the padded history."""
@@ -103,6 +107,7 @@ class FeatureSizes:
     history_length: int
     user_dense: int = 0
     tasks: int = 1
+    tokens: tuple[int, int] = (0, 0)  # number and width of stored summary tokens that a user may have
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ class Requests:
     candidate_columns: dict[str, pa.Array]  # item features and statistics, N
     gather: GatherHistories  # (request numbers, length) → their newest events
     labels: np.ndarray | None = None  # N
+    gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
 
     def __len__(self) -> int:
         return len(self.times)
@@ -170,6 +176,7 @@ class Encoded:
     labels: np.ndarray
     item_of_key: np.ndarray
     gather: GatherHistories
+    gather_tokens: GatherTokens | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -187,10 +194,18 @@ class Encoder:
         contract: the dataset's contract.
         vocabularies: by column name; the item id's is under the item's join key.
         history_length: events that the model reads; match features read up to `NUM_HISTORY_ONLINE`.
+        tokens: number and width of stored summary tokens, where the model reads some.
     """
 
-    def __init__(self, contract: Contract, vocabularies: dict[str, Vocabulary], history_length: int) -> None:
+    def __init__(
+        self,
+        contract: Contract,
+        vocabularies: dict[str, Vocabulary],
+        history_length: int,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> None:
         self.contract, self.vocabularies, self.history_length = contract, vocabularies, history_length
+        self.tokens = tokens
         spec = contract.spec
         self.item_key = contract.item.join_key
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
@@ -223,6 +238,7 @@ class Encoder:
             dense=len(self.dense_names),
             history_length=self.history_length,
             user_dense=len(USER_FEATURES),
+            tokens=self.tokens,
         )
 
     def encode(self, requests: Requests, chunk: int = 1024) -> Encoded:
@@ -262,6 +278,7 @@ class Encoder:
             labels=np.zeros(len(keys), np.float32) if requests.labels is None else requests.labels.astype(np.float32),
             item_of_key=item_of_key,
             gather=requests.gather,
+            gather_tokens=requests.gather_tokens,
         )
 
     def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
@@ -274,6 +291,9 @@ class Encoder:
         user = self.user_inputs(
             histories, encoded.times[chosen], encoded.field_BU[chosen], encoded.dense_BG[chosen], encoded.item_of_key
         )
+        if encoded.gather_tokens is not None:
+            tokens, has = encoded.gather_tokens(chosen)
+            user = replace(user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has))
         lengths = encoded.num_candidates[chosen]
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -294,8 +314,14 @@ class Encoder:
         fields_BU: np.ndarray,
         dense_BG: np.ndarray,
         item_of_key: np.ndarray,
+        before: np.ndarray | None = None,
     ) -> UserInputs:
-        """Pad histories; the rest stays as it is."""
+        """Pad histories; the rest stays as it is.
+
+        Args:
+            before: time of the event before each history's first, microseconds, -1 without one; the first gap counts
+                from it. Default: there is none.
+        """
         lengths = histories.lengths
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -303,6 +329,9 @@ class Encoder:
         gap = np.diff(histories.times, prepend=histories.times[:1]) / 86_400_000_000
         starts = histories.offsets[:-1][lengths > 0]
         gap[starts] = 0
+        if before is not None:
+            known = before[lengths > 0]
+            gap[starts] = np.where(known >= 0, histories.times[starts] - known, 0) / 86_400_000_000
         events = np.zeros((len(histories.item_keys), len(self.event_columns)), np.float32)
         for index, name in enumerate(self.event_columns):
             events[:, index] = squash(histories.columns[name])

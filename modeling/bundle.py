@@ -23,7 +23,8 @@ from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
 from modeling.batch import Encoder, Vocabulary
 from modeling.models.base import Ranker
-from modeling.recipes import Recipe
+from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
+from modeling.summary import token_fingerprint
 
 LAYOUT = 1
 ENTRIES = (
@@ -36,6 +37,7 @@ ENTRIES = (
     "online_service",
     "data_as_of",
     "dense_features",
+    "tokens",
     "transforms",
     "files",
 )
@@ -61,6 +63,23 @@ class Bundle:
         """Recipe and the first digits of the digest, as answers show it."""
         return f"{self.manifest['recipe']}@{self.digest[:12]}"
 
+    @property
+    def tokens(self) -> str | None:
+        """The one token version that it accepts; None where it reads no summary tokens."""
+        tokens = self.manifest["tokens"]
+        return None if tokens is None else str(tokens["version"])
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """S, D of those tokens; zeros without any."""
+        tokens = self.manifest["tokens"]
+        return (0, 0) if tokens is None else tuple(tokens["shape"])
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether its own stage 1 makes the tokens that it accepts."""
+        return self.model.token_shape is not None
+
 
 def export(
     folder: Path,
@@ -71,14 +90,21 @@ def export(
     metrics: dict[str, Any],
     trained_on: str,
     data_as_of: str,
+    tokens: str | None = None,
 ) -> tuple[Path, str]:
-    """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run gives the same digest."""
+    """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run gives the same digest.
+
+    Args:
+        tokens: the token version that the model was trained on, where it reads tokens of another model's.
+    """
     draft = folder / f".{recipe.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / "weights.safetensors")
     write_vocabularies(encoder, draft / "vocabularies.json")
     contract = encoder.contract
+    accepted = tokens or token_fingerprint(model, encoder)
+    shape = model.token_shape or encoder.tokens
     manifest = {
         "layout": LAYOUT,
         "dataset": contract.spec.name,
@@ -88,7 +114,8 @@ def export(
         "config": recipe.config,
         "history_length": recipe.history_length,
         "service": recipe.service,
-        "online_service": f"{recipe.service}_online",
+        "online_service": f"{SERVICE_WITH_TOKENS if accepted else recipe.service}_online",
+        "tokens": {"version": accepted, "shape": shape, "made_here": tokens is None} if accepted else None,
         "label": contract.spec.requests.label,
         "trained_on": trained_on,
         "data_as_of": data_as_of,
@@ -150,7 +177,9 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
     vocabularies = read_vocabularies(contract, path / "vocabularies.json")
-    encoder = Encoder(contract, vocabularies, manifest["history_length"])
+    tokens = manifest["tokens"] or {"made_here": True, "version": None}
+    read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
+    encoder = Encoder(contract, vocabularies, manifest["history_length"], read)
     features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
     if (trained := {name: manifest[name] for name in features}) != features:
         raise BundleError(f"{path} was trained on {trained}, this version computes {features}: train and export again")
@@ -164,7 +193,18 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise BundleError(f"{path}: weights do not fit the model that bundle.json describes: {error}") from error
+    made = token_fingerprint(model, encoder)
+    if tokens["made_here"] and made != tokens["version"]:
+        raise BundleError(
+            f"{path} says that it makes tokens of version {tokens['version']}, this code makes {made}: export it again"
+        )
     return Bundle(digest, path, manifest, model.eval(), encoder)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """`bundle.json` as it stands; `load` is what checks it."""
+    found: dict[str, Any] = json.loads(Path(path, "bundle.json").read_text())
+    return found
 
 
 def write_vocabularies(encoder: Encoder, path: Path) -> None:

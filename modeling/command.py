@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
+from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from modeling.models.base import Ranker
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
+Tokens = tuple[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Run:
     recipe: Recipe
     identity: str
     folder: Path
+    tokens: Tokens | None = None  # version and shape of the stored tokens that it reads
 
     @property
     def state(self) -> dict[str, Any]:
@@ -112,10 +114,15 @@ def open_run(settings: Settings, recipe: Recipe) -> Run:
     ids = {}
     for job in TABLES:
         ids[job] = JobFolder(settings.home, job).require().run_id
+    tokens = None
+    if recipe.tokens is not None:
+        made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
+        tokens = (made.fingerprint, (made.num_tokens, made.width))
+        ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require().run_id
     identity = digest_of(
-        [asdict(recipe), ids, datasets.load_contract(settings.dataset).fingerprint, TRANSFORMS_VERSION]
+        [asdict(recipe), ids, tokens, datasets.load_contract(settings.dataset).fingerprint, TRANSFORMS_VERSION]
     )
-    return Run(settings, recipe, identity, settings.path("runs", recipe.name))
+    return Run(settings, recipe, identity, settings.path("runs", recipe.name), tokens)
 
 
 def trained(run: Run) -> Run:
@@ -151,11 +158,16 @@ def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
     with catalogue.stage(settings.dataset, f"train {recipe.name}", run.identity) as stage:
         console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
         store, warehouse = _stores(settings)
-        split, validation = (warehouse.split(store, recipe.service, name) for name in ("train", "validation"))
+        split, validation = (
+            warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation")
+        )
         refuse_unless_trainable(warehouse, split, validation, recipe)
         refuse_if_rebuilt(run)
         encoder = Encoder(
-            warehouse.contract, vocabularies(warehouse.contract, split, recipe.min_item_count), recipe.history_length
+            warehouse.contract,
+            vocabularies(warehouse.contract, split, recipe.min_item_count),
+            recipe.history_length,
+            run.tokens[1] if run.tokens else (0, 0),
         )
         encoded, encoded_validation = encoder.encode(split.requests), encoder.encode(validation.requests)
         console.print(
@@ -217,7 +229,7 @@ def evaluate(run: Run, catalogue: Catalogue) -> None:
         ):
             store, warehouse = _stores(run.settings)
             model, encoder = _load_trained(run)
-            test = warehouse.split(store, run.recipe.service, "test")
+            test = warehouse.split(store, run.recipe.service, "test", run.tokens)
             refuse_if_rebuilt(run)
             found, figures = evaluate_run(model, encoder, test)
             counts = {"requests": len(test.requests), "candidates": len(test.requests.candidate_keys)}
@@ -256,7 +268,7 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         last
         and last.inputs == run.identity
         and Path(last.details["path"], "bundle.json").exists()
-        and (not live or _is_live(catalogue, dataset, last.details["digest"]))
+        and (not live or _is_live(catalogue, dataset, last.details["digest"]) or last.details.get("waiting"))
     ):
         console.print(
             f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False
@@ -276,8 +288,9 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
             metrics=metrics,
             trained_on=run.identity,
             data_as_of=as_of,
+            tokens=run.tokens[0] if run.tokens else None,
         )
-        bundle.load(path, encoder.contract, digest)
+        loaded = bundle.load(path, encoder.contract, digest)
         catalogue.add_bundle(
             digest=digest,
             dataset=dataset,
@@ -285,16 +298,26 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
             fingerprint=encoder.contract.fingerprint,
             path=str(path),
             metrics=metrics,
+            tokens=loaded.tokens,
         )
-        if live:
+        waiting = loaded.makes_tokens and not tokens_are_built(catalogue, dataset, loaded.tokens)
+        if live and not waiting:
             catalogue.set_live(dataset, digest)
-        stage.details = {"digest": digest, "path": str(path)}
+        stage.details = {"digest": digest, "path": str(path), "waiting": waiting}
     state = "live" if live else "recorded, not live"
+    if waiting:
+        state = f"live once its summary tokens are there: python -m beam_jobs summary_tokens --bundle {run.recipe.name}"
     console.print(
         f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def tokens_are_built(catalogue: Catalogue, dataset: str, version: str | None) -> bool:
+    """Whether enough users have tokens of this version for a bundle that accepts it to go live."""
+    built = {row.fingerprint: row.coverage for row in catalogue.token_versions(dataset)}
+    return version is not None and built.get(version, 0.0) >= COVERAGE_TO_GO_LIVE
 
 
 def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:
@@ -319,7 +342,7 @@ def _load_trained(run: Run) -> tuple[Ranker, Encoder]:
 
     contract = datasets.load_contract(run.settings.dataset)
     vocabularies = bundle.read_vocabularies(contract, run.folder / "vocabularies.json")
-    encoder = Encoder(contract, vocabularies, run.recipe.history_length)
+    encoder = Encoder(contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0))
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
     model.load_state_dict(load_file(run.folder / "best.safetensors"))
     return model.eval(), encoder

@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 from feature_repo import datasets
 from feature_repo.arrow import micros
 from feature_repo.history import Histories, HistoryLog
-from feature_repo.schema import EVENT_TIMESTAMP, Column, Contract, DType, Table
+from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_ROW, TOKEN_VERSION, Column, Contract, DType, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
+from feature_repo.token_log import TokenLog
 from modeling.batch import Requests, Vocabulary
 
 if TYPE_CHECKING:
@@ -130,8 +131,14 @@ class Warehouse:
         rows = JobFolder(self.settings.home, "training_examples").read("training_examples")
         return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
 
-    def split(self, store: FeatureStore, service: str, split: str) -> Split:
+    def split(
+        self, store: FeatureStore, service: str, split: str, tokens: tuple[str, tuple[int, int]] | None = None
+    ) -> Split:
         """One period, joined and ready to encode.
+
+        Args:
+            tokens: version and shape of the summary tokens to read, as they were at each request; the service must
+                join `token_rows`.
 
         Raises:
             JoinError: the offline store lost or moved rows.
@@ -140,12 +147,22 @@ class Warehouse:
         examples = self.examples(split)
         contract = self.contract
         keys = [contract.user.join_key, contract.item.join_key, EVENT_TIMESTAMP]
-        joined = point_in_time_join(store, service, examples.select(keys))
+        asked = examples.select(keys)
+        if tokens is not None:
+            version = pa.repeat(pa.scalar(tokens[0]), len(asked))
+            asked = asked.append_column(TOKEN_VERSION.join_key, version)
+        joined = point_in_time_join(store, service, asked)
         label = contract.spec.requests.label
         self._gate(joined.append_column(label, examples[label]), split)
-        return self.assemble(joined, examples["request_id"].combine_chunks(), examples[label].to_numpy())
+        return self.assemble(joined, examples["request_id"].combine_chunks(), examples[label].to_numpy(), tokens)
 
-    def assemble(self, joined: pa.Table, request_ids: pa.Array, labels: np.ndarray) -> Split:
+    def assemble(
+        self,
+        joined: pa.Table,
+        request_ids: pa.Array,
+        labels: np.ndarray,
+        tokens: tuple[str, tuple[int, int]] | None = None,
+    ) -> Split:
         """Group joined rows by request; rows of a request stand together."""
         contract, log = self.contract, self.log
         item, user = contract.item.join_key, contract.user.join_key
@@ -163,6 +180,16 @@ class Warehouse:
         def gather(chosen: np.ndarray, length: int) -> Histories:
             return log.gather(rows[chosen], ends[chosen], length)
 
+        gather_tokens = None
+        if tokens is not None:
+            token_log = TokenLog(contract, self.settings.home, tokens[0])
+            token_rows = pc.fill_null(
+                joined[TOKEN_ROW.name].combine_chunks().take(first).cast(pa.int64()), -1
+            ).to_numpy()
+
+            def gather_tokens(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                return token_log.gather(token_rows[chosen], tokens[1])
+
         features = contract.table("item_profile").columns + contract.table("item_stats").columns
         requests = Requests(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
@@ -173,6 +200,7 @@ class Warehouse:
             candidate_columns={c.name: joined[c.name].combine_chunks() for c in features},
             gather=gather,
             labels=labels,
+            gather_tokens=gather_tokens,
         )
         own = own_frequency(log, rows, ends, offsets, keys)
         return Split(requests, request_ids.take(first), users, own, np.where(rows < 0, 0, ends))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from feature_repo.catalogue import Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
@@ -26,7 +27,7 @@ from modeling.console import console, print_table
 from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
 from modeling.models.base import Ranker
 from modeling.next_item import keep_freed_memory
-from modeling.recipes import Recipe
+from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.report import plots, write_page
 from modeling.trainer import Trainer, predict
 
@@ -45,10 +46,14 @@ class Periods:
     validation: Split
     test: Split
     digest: str
+    tokens: tuple[str, tuple[int, int]] | None = None
 
     @staticmethod
-    def of(settings: Settings, service: str) -> Periods:
+    def of(settings: Settings, service: str, tokens: tuple[str, tuple[int, int]] | None = None) -> Periods:
         """Join all three periods through a feature service.
+
+        Args:
+            tokens: version and shape of stored summary tokens, where some recipe reads them.
 
         Raises:
             TableNotBuiltError: a Beam job has not run.
@@ -57,8 +62,8 @@ class Periods:
         from feature_repo.store import open_store
 
         warehouse, store = Warehouse(settings), open_store(settings)
-        train, validation, test = (warehouse.split(store, service, name) for name in SPLITS)
-        return Periods(warehouse.contract, train, validation, test, warehouse.digest)
+        train, validation, test = (warehouse.split(store, service, name, tokens) for name in SPLITS)
+        return Periods(warehouse.contract, train, validation, test, warehouse.digest, tokens)
 
     def describe(self) -> str:
         """The dataset and its counts in a line."""
@@ -77,7 +82,13 @@ class Encodings:
     def of(self, recipe: Recipe) -> tuple[Encoder, Encoded, Encoded, Encoded]:
         """Encoder, and training, validation and test requests of a recipe."""
         encoder, encoded = self._encoded(recipe.min_item_count)
-        own = Encoder(self.periods.contract, encoder.vocabularies, recipe.history_length)
+        tokens = self.periods.tokens if recipe.tokens else None
+        own = Encoder(
+            self.periods.contract, encoder.vocabularies, recipe.history_length, tokens[1] if tokens else (0, 0)
+        )
+        if tokens is None:
+            train, validation, test = (replace(period, gather_tokens=None) for period in encoded)
+            return own, train, validation, test
         return own, *encoded
 
     def _encode(self, min_item_count: int) -> tuple[Encoder, tuple[Encoded, Encoded, Encoded]]:
@@ -122,7 +133,13 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
     """
     folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
     identity = digest_of(
-        [asdict(recipe), encodings.periods.digest, encodings.periods.contract.fingerprint, TRANSFORMS_VERSION]
+        [
+            asdict(recipe),
+            encodings.periods.digest,
+            encodings.periods.tokens if recipe.tokens else None,
+            encodings.periods.contract.fingerprint,
+            TRANSFORMS_VERSION,
+        ]
     )
     stored = Path(folder, "result.json")
     if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
@@ -162,10 +179,22 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
     """
     torch.set_num_threads(arguments.threads)
     chosen = [_ranking_recipe(name) for name in arguments.recipe]
-    if len(services := sorted({recipe.service for recipe in chosen})) > 1:
-        raise ValueError(f"recipes of one comparison must read one feature service, these read {services}")
+    services, made_by = {r.service for r in chosen}, sorted({r.tokens for r in chosen if r.tokens})
+    if (
+        len(services - {SERVICE_WITH_TOKENS}) > 1
+        or (made_by and services - {SERVICE, SERVICE_WITH_TOKENS})
+        or len(made_by) > 1
+    ):
+        raise ValueError(
+            f"recipes of one comparison must read one feature service and one recipe's tokens, these read {sorted(services)} and "
+            f"tokens of {made_by}"
+        )
     console.print("compare: joining features point-in-time", highlight=False)
-    periods = Periods.of(settings, chosen[0].service)
+    tokens = None
+    if made_by:
+        made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, made_by[0])
+        tokens = (made.fingerprint, (made.num_tokens, made.width))
+    periods = Periods.of(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
     for name, split in (("train", periods.train), ("validation", periods.validation), ("test", periods.test)):
         refuse_without_positives(periods.contract, name, split)
     encodings = Encodings(periods)

@@ -39,7 +39,7 @@ def open_ranker(
     else:
         live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
         bundle = bundles.load(Path(live.path), contract, live.digest)
-    reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"])
+    reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens)
     known = bundle.encoder.vocabularies[contract.item.join_key].values.to_pylist()
     items = ItemTable(reader, contract, known, item_refresh_s)
     ranker = Ranker(bundle, reader, items, datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from feature_repo.arrow import arrow_type
+from feature_repo.envelope import Envelope, EnvelopeError, decode
 from feature_repo.history import HistoryError, unpack
-from feature_repo.schema import Column, Contract
+from feature_repo.schema import TOKEN_VERSION, Column, Contract
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -29,11 +30,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class UserRow:
-    """What the store knows of a user. `history` is None where there is none; `problems` says what could not be read."""
+    """What the store knows of a user. `history` and `tokens` are None where there are none that can be used.
+
+    `problems` says what could not be read.
+    """
 
     columns: dict[str, Any]
     history: pa.RecordBatch | None
     problems: tuple[str, ...] = ()
+    tokens: Envelope | None = None  # of the one version that the bundle accepts
+
+    @property
+    def events_behind(self) -> int:
+        """Known events that the tokens have not seen."""
+        return max((self.columns["history_end"] or 0) - self.tokens.num_events, 0) if self.tokens else 0
 
 
 class Reader(Protocol):
@@ -47,10 +57,16 @@ class Reader(Protocol):
 
 
 class FeastReader:
-    """Reads through Feast's SDK: any online store that Feast has."""
+    """Reads through Feast's SDK: any online store that Feast has.
 
-    def __init__(self, store: FeatureStore, contract: Contract, online_service: str) -> None:
-        self.contract = contract
+    Args:
+        token_version: of the summary tokens to read; no tokens of another are ever returned.
+    """
+
+    def __init__(
+        self, store: FeatureStore, contract: Contract, online_service: str, token_version: str | None = None
+    ) -> None:
+        self.contract, self.token_version = contract, token_version
         self._store, self._service = store, store.get_feature_service(online_service)
         self._item_refs = [f"{view}:{column.name}" for view, column in item_columns(contract)]
         self._lock = threading.Lock()  # one connection of an embedded store is not for several threads
@@ -58,16 +74,34 @@ class FeastReader:
     def read_user(self, user_id: Id) -> UserRow:
         """One user's features and history."""
         key = self.contract.user.join_key
-        values = self._read(self._service, [{key: user_id}])
+        version = {} if self.token_version is None else {TOKEN_VERSION.join_key: self.token_version}
+        values = self._read(self._service, [{key: user_id, **version}])
+        tokens, problems = self._tokens(user_id, values.get("tokens", [None])[0])
         columns = {c.name: values[c.name][0] for c in self.contract.user_columns}
         packed = values["history"][0]
         if packed is None:
-            known = any(value is not None for value in columns.values())
-            return UserRow(columns, None, ("no_history",) if known else ("unknown_user",))
+            if tokens is None and all(value is None for value in columns.values()):
+                return UserRow(columns, None, ("unknown_user",))
+            return UserRow(columns, None, ("no_history", *problems), tokens)
         try:
-            return UserRow(columns, unpack(self.contract, user_id, packed))
+            return UserRow(columns, unpack(self.contract, user_id, packed), problems, tokens)
         except HistoryError:
-            return UserRow(columns, None, ("history_unreadable",))
+            return UserRow(columns, None, ("history_unreadable", *problems), tokens)
+
+    def _tokens(self, user_id: Id, stored: bytes | None) -> tuple[Envelope | None, tuple[str, ...]]:
+        """The user's tokens, if they are whole and of the version that is accepted; or why there are none."""
+        if self.token_version is None:
+            return None, ()
+        if stored is None:
+            return None, ("no_tokens",)
+        try:
+            found = decode(stored, user_id)
+        except EnvelopeError:
+            logger.exception("summary tokens could not be read; the ranker does without")
+            return None, ("tokens_unreadable",)
+        if found.fingerprint != self.token_version:
+            return None, ("tokens_mismatched",)
+        return (None, ("no_tokens",)) if found.tombstone else (found, ())
 
     def read_items(self, item_ids: Sequence[Id]) -> pa.Table:
         """Item features, a row for each id; nulls where the store has none."""

@@ -50,13 +50,16 @@ class RankResponse(Struct):
     """Candidates, best first. `scores` are probabilities of the bundle's label.
 
     `degraded` names what the answer had to do without: `unknown_user`, `no_history`, `history_unreadable`,
-    `store_unavailable`, `unknown_items`; and `newer_features` where the request lies before the newest event: its
+    `store_unavailable`, `unknown_items`; where the bundle ranks with summary tokens, `no_tokens`, `tokens_unreadable` or
+    `tokens_mismatched` (then they are made of the short history, where the bundle can) and `stale_tokens` (events came
+    that they have not seen), `newer_tokens` (the request lies before events in them, so they are not used); and `newer_features` where the request lies before the newest event: its
     history is cut there, but profile and item statistics are of now. Empty when nothing was missing.
     """
 
     item_ids: list[int | str]
     scores: list[float]
     bundle: str
+    tokens: str | None  # version of the stored summary tokens that were ranked with
     degraded: list[str]
     unknown_items: list[int | str]
     timings_ms: Timings

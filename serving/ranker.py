@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.history import Histories, from_batches
 from feature_repo.schema import Contract
-from modeling.batch import Requests
+from modeling.batch import GatherTokens, Requests
 from modeling.bundle import Bundle
 from serving.features import Id, ItemTable, Reader, UserRow
 from serving.messages import RankRequest, RankResponse, Timings
@@ -57,6 +58,11 @@ class Ranker:
         at = given or self.default_time or datetime.now(UTC)
         if user.history is not None and user.history.num_rows and user.history["event_timestamp"][-1].as_py() >= at:
             degraded.append("newer_features")
+        if user.tokens is not None and user.tokens.as_of >= (at - EPOCH) // timedelta(microseconds=1):
+            degraded.append("newer_tokens")
+            user = replace(user, tokens=None)  # they know what comes after the request
+        elif user.events_behind:
+            degraded.append("stale_tokens")
         logits = self._score(user, request.candidates, columns, at, clock)
         order = np.argsort(-logits, kind="stable")[: request.k]
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -65,6 +71,7 @@ class Ranker:
             item_ids=[request.candidates[i] for i in order],
             scores=probabilities[order].tolist(),
             bundle=self.bundle.name,
+            tokens=None if user.tokens is None else user.tokens.fingerprint,
             degraded=[*degraded, *(["unknown_items"] if unknown else [])],
             unknown_items=unknown,
             timings_ms=Timings(**clock.laps),
@@ -103,7 +110,28 @@ class Ranker:
             candidate_keys=keys,
             candidate_columns=columns,
             gather=gather,
+            gather_tokens=self._tokens_of(user),
         )
+
+    def _tokens_of(self, user: UserRow) -> GatherTokens | None:
+        """The user's stored tokens for the model; without any, a model with a stage 1 reads the short history.
+
+        Raises:
+            ValueError: tokens of another version or shape; the reader lets none through, so this is a fault of ours.
+        """
+        bundle = self.bundle
+        if bundle.tokens is None or (user.tokens is None and bundle.makes_tokens):
+            return None
+        if user.tokens is None or user.tokens.tokens_SD is None:
+            nothing = np.zeros((1, *bundle.token_shape), np.float32)
+            return lambda chosen: (nothing, np.array([False]))
+        found = user.tokens.tokens_SD
+        if (user.tokens.fingerprint, found.shape) != (bundle.tokens, bundle.token_shape):
+            raise ValueError(
+                f"tokens of version {user.tokens.fingerprint} and shape {found.shape} came to bundle {bundle.name}, which "
+                f"accepts {bundle.tokens} of shape {bundle.token_shape}"
+            )
+        return lambda chosen: (found[None], np.array([True]))
 
     def _read_user(self, user_id: Id) -> tuple[UserRow, list[str]]:
         try:

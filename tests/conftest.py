@@ -114,7 +114,7 @@ def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     outcomes = {}
     for name in names:
         job = runs.load_job(name)
-        chosen = {**job.options, **{k: v for k, v in options.items() if k in job.options}}
+        chosen = job.resolve(settings, {**job.options, **{k: v for k, v in options.items() if k in job.options}})
         outcomes[name] = runs.run(
             job, settings, chosen, ["--runner=FnApiRunner"], as_of=options.get("as_of"), max_bad_fraction=None
         )
@@ -184,13 +184,38 @@ def trained_shop(shop: Road) -> Road:
     return shop
 
 
-def train_road(road: Road) -> None:
-    """Train, evaluate and export the tiny recipe, as the commands do."""
+@pytest.fixture(scope="session")
+def token_shop(shop: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """A synthetic shop of its own whose customers have summary tokens, as of now and of every thirty days before."""
+    return token_road(shop, tmp_path_factory.mktemp("tokens"))
+
+
+def token_road(road: Road, folder: Path, recipe: str = "vista_tiny", **options: Any) -> Road:
+    """A copy of a road, with the recipe trained and its summary tokens built."""
+    copy = copied(road, folder)
+    train_road(copy, recipe)
+    run_jobs(copy.settings, "summary_tokens", bundle=recipe, every_days=30.0, **options)
+    return copy
+
+
+def copied(road: Road, folder: Path) -> Road:
+    """The same tables in another home."""
+    copy = Road(settings_in(folder, road.settings.dataset, road.data), road.data)
+    shutil.copytree(
+        road.settings.home, copy.settings.home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.db", "*.yaml")
+    )
+    apply_in_process(copy.settings)
+    run_jobs(copy.settings, "materialize")
+    return copy
+
+
+def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
+    """Train, evaluate and export a recipe, as the commands do."""
     from feature_repo.catalogue import Catalogue
     from modeling import command, recipes
 
     catalogue = Catalogue(road.settings.catalogue_url)
-    run = command.open_run(road.settings, recipes.load("amortised_dlrm_tiny"))
+    run = command.open_run(road.settings, recipes.load(recipe))
     command.train(run, catalogue)
     command.evaluate(command.trained(run), catalogue)
     command.export(command.trained(run), catalogue, live=True)
@@ -294,7 +319,17 @@ def helpers() -> Any:
     class Helpers:
         pass
 
-    for function in (settings_in, run_jobs, apply_in_process, walk, shop_lines, write_film_club, train_road):
+    for function in (
+        settings_in,
+        run_jobs,
+        apply_in_process,
+        walk,
+        shop_lines,
+        write_film_club,
+        train_road,
+        token_road,
+        copied,
+    ):
         setattr(Helpers, function.__name__, staticmethod(function))
     Helpers.replace = staticmethod(replace)
     Helpers.checkout = CHECKOUT

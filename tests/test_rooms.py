@@ -18,11 +18,14 @@ MAY_IMPORT = {
     "modeling": {"modeling", "feature_repo"},
     "serving": {"serving", "modeling", "feature_repo"},
 }
+# The summary job runs a model: the one exception.
+EXCEPTIONS = {"beam_jobs/summary_tokens.py": {"modeling.bundle", "modeling.summary", "torch"}}
 # Files that may import a library; a room stands for all its files.
 LIBRARIES = {
     "feast": {
         "feature_repo/feature_definitions.py",
         "feature_repo/offline_store.py",
+        "feature_repo/online_tokens.py",
         "feature_repo/redis_writer.py",
         "feature_repo/store.py",
         "feature_repo/benchmarks/point_in_time.py",
@@ -58,7 +61,7 @@ def imports(path: Path) -> set[str]:
 def test_a_file_imports_only_what_its_room_may(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     name = str(path.relative_to(ROOT))
-    for module in imports(path):
+    for module in imports(path) - EXCEPTIONS.get(name, set()):
         top = module.split(".")[0]
         if top in ROOMS:
             assert top in MAY_IMPORT[room], f"{name} imports {module}"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 
 class Stream(NamedTuple):
@@ -132,6 +132,31 @@ class QuasiLinearLayer(nn.Module):
         filled = torch.where(full, later, stream.filled + number)
         behind = Stream(total + rest, count + later, block_total, block_count, filled)
         return self._finish(rows_BPD, read), behind
+
+    def advance_blocks(self, rows_BLD: Tensor, mask_BL: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """Any number of next rows at once, of streams that stand at the beginning of a block: `advance`'s fast twin.
+
+        Within a layer no block waits for another: the sums before each block are a running sum over blocks.
+        """
+        normed, length, size = self.norm(rows_BLD), rows_BLD.shape[1], self.block
+        missing = -length % size
+        query, keys, values = (
+            pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, size))  # B × H × blocks × P × K
+            for rows in (silu(self._heads(self.query(normed))), *self._keys_values(normed))
+        )
+        real = pad(mask_BL, (0, missing)).unflatten(1, (-1, size))
+        sums = (keys * real[:, None, :, :, None]).transpose(-1, -2) @ values
+        counts = real.sum(-1)
+        totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(2)  # before each block, and after the last
+        numbers = torch.cat([stream.number[:, None], counts], dim=1).cumsum(1)
+        scaled = totals / numbers.clamp(min=1)[:, None, :, None, None] if self.divide else totals
+        matrices = silu(scaled[:, :, :-1]) if self.outer else scaled[:, :, :-1]
+        read = query @ matrices + (query * keys).sum(-1, keepdim=True) * values
+        full = (counts == size).sum(1)  # real rows stand first, so full blocks do
+        at = full[:, None, None, None, None].expand(-1, totals.shape[1], 1, *totals.shape[3:])
+        block_total, block_number = totals.gather(2, at)[:, :, 0], numbers.gather(1, full[:, None])[:, 0]
+        behind = Stream(totals[:, :, -1], numbers[:, -1], block_total, block_number, numbers[:, -1] - block_number)
+        return self._finish(rows_BLD, read.flatten(2, 3)[:, :, :length]), behind
 
     def _finish(self, rows: Tensor, read: Tensor) -> Tensor:
         rows = rows + self.dropout(self.out(self.norm_read(read.transpose(1, 2).flatten(2))))

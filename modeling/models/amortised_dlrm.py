@@ -36,6 +36,7 @@ from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
 from modeling.layers.interaction import CrossNetwork, DotInteraction, Interaction, TaskHeads
 from modeling.layers.pointwise_attention import PointwiseAttentionLayer
+from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
 NEWEST = 10  # rows that CONCAT pools beside the maximum
@@ -93,6 +94,9 @@ class AmortisedDLRM(Ranker):
         self.features = FeatureTokens(sizes, width, bags=config.bags)
         self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
+        self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
+        if self.stored is not None and not self.amortised:
+            raise ValueError(f"fusion={config.fusion!r} reads no stored summary tokens: choose an amortised one")
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
         self.layers = nn.ModuleList(
             HistoryAttentionLayer(width, config.num_heads, config.dropout)
@@ -136,7 +140,12 @@ class AmortisedDLRM(Ranker):
         mask, items = user.mask_BL, self.features.item(user.item_BL)
         bags = self.features.bag(user, items_BLD=items) if self.config.bags else None
         rows, full = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
-        state = UserState((), (), rows, mask, full, mask.sum(1), self.features.request(user, bags), bags)
+        length = mask.sum(1)
+        if self.stored is not None:  # before the events: more history, already summarised
+            tokens = self.stored(user)
+            rows = torch.cat([tokens, rows], dim=1)
+            mask = torch.cat([torch.ones_like(tokens[..., 0], dtype=torch.bool), mask], dim=1)
+        state = UserState((), (), rows, mask, full, length, self.features.request(user, bags), bags)
         if not self.amortised:
             return state
         keys, values = self._through_layers(rows, self._history_mask(mask, full), None)
@@ -156,7 +165,8 @@ class AmortisedDLRM(Ranker):
         full = user_state.full and bool(new_events.mask_BL.all())
         bags = self.features.bag(new_events, user_state.bags, items) if self.config.bags else None
         request = self.features.request(new_events, bags)
-        return UserState(keys, values, None, mask, full, mask.sum(1), request, bags)
+        length = user_state.length_B + new_events.mask_BL.sum(1)
+        return UserState(keys, values, None, mask, full, length, request, bags)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Score candidates: each reads the history and nothing of the others. logits_BCT."""

@@ -55,6 +55,11 @@ class Ranker(nn.Module, ABC):
         """
 
     @property
+    def token_shape(self) -> tuple[int, int] | None:
+        """S, D of the summary tokens that this model makes of a history, or None: see `models/vista.py`."""
+        return None
+
+    @property
     def can_extend(self) -> bool:
         """Whether `extend_user` is exact in this configuration."""
         return False

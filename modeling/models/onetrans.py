@@ -40,6 +40,7 @@ from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
 from modeling.layers.interaction import TaskHeads
 from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
+from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
 ROUND_TO = 32  # rows; tails are multiples of it, and may grow by as many before a refresh
@@ -159,6 +160,7 @@ class OneTrans(Ranker):
         self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
         self.sequence_type = nn.Embedding(sizes.actions, width)
         self.separator = nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
+        self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
         self.layers = nn.ModuleList(MixedLayer(config, self.num_ns) for _ in range(config.num_layers))
         self.final_norm = MixedRMSNorm(width, self.num_ns)
         self.heads = TaskHeads(
@@ -177,6 +179,7 @@ class OneTrans(Ranker):
     def tails(self) -> tuple[int, ...]:
         """S rows of each layer's input for a full history, before any extension."""
         length = self.sizes.history_length + (self.sizes.actions - 1 if self._has_separators else 0)
+        length += self.sizes.tokens[0]
         return tail_lengths(length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid)
 
     def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
@@ -234,7 +237,7 @@ class OneTrans(Ranker):
 
         Users of another model version must be encoded again too; a state does not know, the caller does.
         """
-        before = user_state.length_B - user_state.added_B
+        before = user_state.length_B - user_state.added_B + self.sizes.tokens[0]
         grown = torch.stack([before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails])
         return (grown >= ROUND_TO).any(0)
 
@@ -346,6 +349,11 @@ class OneTrans(Ranker):
                 kind = torch.cat([kind, after.expand(len(rows), -1)], dim=1)
         else:
             kind = (~mask).long()
+        if self.stored is not None:  # first: more history, already summarised
+            tokens = self.stored(user)
+            real = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+            rows, mask = torch.cat([tokens, rows], dim=1), torch.cat([real, mask], dim=1)
+            kind = torch.cat([torch.zeros_like(real, dtype=torch.long), kind + 1], dim=1)
         order = torch.where(mask, kind, -1).argsort(dim=1, stable=True)  # padding first, the rest in its order
         return rows.gather(1, order[..., None].expand_as(rows)), mask.gather(1, order)
 

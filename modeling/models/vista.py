@@ -24,7 +24,7 @@ is exact at a cost that does not depend on the history.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, TaskHeads
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
+from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
 AGE_BUCKETS = 16  # of the logarithm of an event's age, half a unit each
@@ -60,6 +61,10 @@ class Config:
     cross_rank: int = 0
     head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.0
+    stored: bool = False  # stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
+
+
+STAGE_1 = ("features.item.", "action.", "event.", "age.", "seeds", "summary.", "token_norm.")
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,19 @@ class VISTA(Ranker):
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.age = nn.Embedding(AGE_BUCKETS, width)
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, width) * 0.5)
+        if config.stored and (config.causal or config.reconstruction):
+            raise ValueError("stored=True has no stage 1: it wants causal=False and reconstruction=0")
+        if config.stored != bool(sizes.tokens[0]):
+            raise ValueError(f"stored={config.stored} does not go with stored tokens of shape {sizes.tokens}")
+        self.stored = StoredTokens(sizes, width) if config.stored else None
         self.summary = nn.ModuleList(
             HistoryAttentionLayer(width, heads, config.dropout)
             if config.attention == "softmax"
             else QuasiLinearLayer(width, heads, dropout=config.dropout, divide=config.divide, block=config.block)
-            for _ in range(config.summary_layers)
+            for _ in range(0 if config.stored else config.summary_layers)
         )
         self.token_norm, self.read_norm = (nn.LayerNorm(width, eps=1e-5) for _ in range(2))
-        self.decoder = HistoryAttentionLayer(width, heads, config.dropout)
+        self.decoder = None if config.stored else HistoryAttentionLayer(width, heads, config.dropout)
         self.ranking = nn.ModuleList(
             HistoryAttentionLayer(width, heads, config.dropout) for _ in range(config.ranking_layers)
         )
@@ -125,12 +135,28 @@ class VISTA(Ranker):
         """Standardise dense features by the training set."""
         self.features.fit_statistics(dense_NF, dense_BG)
 
+    @property
+    def token_shape(self) -> tuple[int, int] | None:
+        """S, D; None where there is no stage 1."""
+        return None if self.config.stored else (self.config.num_seeds, self.config.width)
+
+    def stage_1(self) -> dict[str, Tensor]:
+        """All weights that summary tokens depend on, by name."""
+        return {name: value for name, value in self.state_dict().items() if name.startswith(STAGE_1)}
+
     def encode_user(self, user: UserInputs) -> UserState:
-        """Stage 1, and what stage 2 reads of its tokens."""
+        """Stage 1, and what stage 2 reads of its tokens. A user's tokens from a store, where given, stand for stage 1."""
+        if self.stored is not None:
+            return self.state_of(self.stored(user), user)
+        if user.tokens_BSX is not None and user.has_tokens_B is not None:
+            has, tokens = user.has_tokens_B, user.tokens_BSX
+            if not bool(has.all()):
+                fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
+                tokens = torch.where(has[:, None, None], tokens, fresh)
+            return self.state_of(tokens, user)
         if self.config.causal:
-            streams = tuple(layer.start(len(user.item_BL), self.seeds) for layer in self.summary)  # type: ignore[operator]
-            return self._advance(streams, user)
-        return self.state_of(self._summary(user), user)
+            return self._advance(self._started(len(user.item_BL)), user)
+        return self.state_of(self.tokens_of(user), user)
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """The streams take the new events; seeds read them anew."""
@@ -140,6 +166,30 @@ class VISTA(Ranker):
                 "seed_role='target'"
             )
         return self._advance(user_state.streams, new_events)
+
+    def stored_streams(self, streams: tuple[Stream, ...]) -> Tensor:
+        """What has to be kept of streams, B × rows × K: both sums of every layer; counts follow from the events' number."""
+        sums = [total for stream in streams for total in (stream.total, stream.block_total)]
+        return torch.stack(sums, dim=1).flatten(1, 3)
+
+    def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> tuple[Stream, ...]:
+        """The streams behind `stored_streams`, after so many events.
+
+        Raises:
+            ValueError: the rows are not those of this configuration.
+        """
+        layers, heads = len(self.summary), self.config.num_heads
+        size = self.config.width // heads
+        if stored_BRK.shape[1:] != (layers * 2 * heads * size, size):
+            raise ValueError(
+                f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {(layers * 2 * heads * size, size)}"
+            )
+        filled = num_events_B % self.config.block
+        parts = stored_BRK.unflatten(1, (layers, 2, heads, size))
+        return tuple(
+            Stream(parts[:, layer, 0], num_events_B, parts[:, layer, 1], num_events_B - filled, filled)
+            for layer in range(layers)
+        )
 
     def state_of(self, tokens_BSD: Tensor, user: UserInputs, streams: tuple[Stream, ...] = ()) -> UserState:
         """The state of summary tokens, fresh or from a store; no event of `user` is read, only its fields."""
@@ -187,6 +237,7 @@ class VISTA(Ranker):
         index = (length - number).clamp(min=0) + torch.arange(number, device=length.device)
         real = index < length
         chosen = user.item_BL.gather(1, index.clamp(max=user.mask_BL.shape[1] - 1)) if number else user.item_BL
+        assert self.decoder is not None
         items = self.features.item(chosen)
         rows = torch.cat([tokens_BSD, items], dim=1)
         mask = torch.cat([torch.ones_like(tokens_BSD[..., 0], dtype=torch.bool), real], dim=1)
@@ -213,14 +264,7 @@ class VISTA(Ranker):
         if self.config.attention == "softmax":
             raise ValueError("softmax reads every pair of events and has no summary in parts")
         if self.config.causal:
-            streams: tuple[Stream, ...] | None = None
-            for chunk in chunks():
-                if streams is None:
-                    streams = tuple(layer.start(len(chunk.item_BL), self.seeds) for layer in self.summary)  # type: ignore[operator]
-                streams = self._through_streams(streams, chunk)
-            if streams is None:
-                raise ValueError("summarise got no chunk; an empty history is one chunk without events")
-            return self._read_streams(streams)
+            return self.stream(chunks())[0]
         matrices: list[Tensor] = []
         seeds: Tensor | None = None
         for layer in self.summary:
@@ -240,8 +284,34 @@ class VISTA(Ranker):
         tokens: Tensor = self.token_norm(seeds)
         return tokens
 
-    def _summary(self, user: UserInputs) -> Tensor:
-        """Stage 1 over whole histories."""
+    @torch.inference_mode()
+    def stream(
+        self, chunks: Iterable[UserInputs], streams: tuple[Stream, ...] | None = None
+    ) -> tuple[Tensor, tuple[Stream, ...]]:
+        """Tokens after chunks of any number of events, and the streams behind them.
+
+        Args:
+            chunks: parts of the same users' events, oldest first.
+            streams: of the events before; default: there were none.
+
+        Raises:
+            ValueError: there is no chunk.
+        """
+        for chunk in chunks:
+            streams = self._started(len(chunk.item_BL)) if streams is None else streams
+            streams = self._through_streams(streams, chunk)
+        if streams is None:
+            raise ValueError("summarise got no chunk; an empty history is one chunk without events")
+        return self._read_streams(streams), streams
+
+    def _started(self, batch: int) -> tuple[Stream, ...]:
+        """Streams of users without events."""
+        return tuple(layer.start(batch, self.seeds) for layer in self.summary)  # type: ignore[operator]
+
+    def tokens_of(self, user: UserInputs) -> Tensor:
+        """Stage 1 alone, over whole histories: tokens_BSD. Reads events and nothing of the request."""
+        if self.config.causal:
+            return self._read_streams(self._through_streams(self._started(len(user.item_BL)), user))
         rows, mask = self._events(user), user.mask_BL
         seeds = self.seeds.expand(len(rows), -1, -1)
         for index, layer in enumerate(self.summary):
@@ -284,8 +354,13 @@ class VISTA(Ranker):
         return self.state_of(self._read_streams(streams), user, streams)
 
     def _through_streams(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Stream, ...]:
-        """Every layer's stream behind the user's events, a block at a time."""
+        """Every layer's stream behind the user's events: all at once from the beginning of a block, else block by block."""
         found = list(streams)
+        if not bool(streams[0].filled.any()):
+            rows = self._events(user)
+            for number, layer in enumerate(self.summary):
+                rows, found[number] = layer.advance_blocks(rows, user.mask_BL, found[number])  # type: ignore[operator]
+            return tuple(found)
         for start in range(0, user.mask_BL.shape[1], self.config.block):
             part = user.events(start, start + self.config.block)
             rows = self._events(part)

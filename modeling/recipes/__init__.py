@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+SERVICE, SERVICE_WITH_TOKENS = "ranking_v1", "ranking_v1_tokens"  # feature services that rankers train on
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -61,6 +63,7 @@ class Recipe:
     config: dict[str, Any]
     history_length: int  # events that the encoder reads
     min_item_count: int = 5  # rarer items share one embedding
+    tokens: str | None = None  # the recipe whose stored summary tokens it reads; its service must join them
     training: Training = field(default_factory=Training)
 
 

@@ -9,12 +9,12 @@ gives each recipe the same trials. `*_tiny` run in seconds, for tests. Torch is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from modeling.recipes import Recipe, Training
+from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 WIDTH = 32
-SERVICE = "ranking_v1"
 HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # title, and events that are read
 ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 3, "candidate_tokens": 3}
 AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "interaction": "cross", "cross_rank": 64, "bags": True}
@@ -83,6 +83,11 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "wukong": {"hidden": 232},
     },
 }
+TOKENS: dict[str, tuple[str, dict[str, Any]]] = {  # rankers that read the tokens of `vista_stream_*`, and what changes
+    "amortised_tokens": ("amortised", {}),
+    "onetrans_tokens": ("onetrans", {}),
+    "vista_stage_2": ("vista", {"stored": True, "reconstruction": 0.0}),
+}
 PUBLISHED = {  # shapes of arXiv 2510.26104's table: history, NS tokens, layers, width
     "onetrans_s": (1190, 12, 6, 256),
     "onetrans_l": (1500, 16, 8, 384),
@@ -98,6 +103,19 @@ def _recipe(name: str) -> Recipe:
     _, model, config = MODELS[model_name]
     config = {"width": WIDTH, "dropout": 0.1, **config, **SIZES[dataset].get(model_name, {})}
     return Recipe(name, model, SERVICE, config, HISTORY[dataset][1], training=Training(epochs=2))
+
+
+def _with_tokens(name: str) -> Recipe:
+    model_name, _, dataset = name.rpartition("_")
+    base, changes = TOKENS[model_name]
+    recipe = _recipe(f"{base}_{dataset}")
+    return replace(
+        recipe,
+        name=name,
+        service=SERVICE_WITH_TOKENS,
+        tokens=f"vista_stream_{dataset}",
+        config={**recipe.config, **changes},
+    )
 
 
 def _published(name: str) -> Recipe:
@@ -123,6 +141,13 @@ def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], R
 _FUNCTIONS = {
     f"{name}_{dataset}": _named(_recipe, f"{name}_{dataset}", f"{doc}, on {title}.")
     for name, (doc, _, _) in MODELS.items()
+    for dataset, (title, _) in HISTORY.items()
+}
+_FUNCTIONS |= {
+    f"{name}_{dataset}": _named(
+        _with_tokens, f"{name}_{dataset}", f"{MODELS[base][0]}, with stored summary tokens, on {title}."
+    )
+    for name, (base, _) in TOKENS.items()
     for dataset, (title, _) in HISTORY.items()
 }
 _FUNCTIONS |= {name: _named(_published, name, "OneTrans in a published shape.") for name in PUBLISHED}

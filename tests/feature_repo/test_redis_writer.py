@@ -46,7 +46,7 @@ def read(store: Any, keys: list[str]) -> dict[str, list[Any]]:
 def test_what_is_written_is_what_feast_reads_and_what_feast_would_have_written(store: Any) -> None:
     keys, tokens = ["u1", "u2", "ü"], [b"\x00\xff" * 9, b"", b"x" * 70_000]
     writer = RedisWriter(store, "summary")
-    assert writer.write(keys, {"tokens": tokens, "events": [1, 2, 3]}, [NOW] * 3) == 3
+    assert writer.write({"user_id": keys}, {"tokens": tokens, "events": [1, 2, 3]}, [NOW] * 3) == 3
     found = read(store, [*keys, "nobody"])
     assert found["tokens"] == [*tokens, None]
     assert found["events"] == [1, 2, 3, None]
@@ -62,7 +62,7 @@ def test_only_a_newer_value_replaces_an_older_one(store: Any) -> None:
     writer = RedisWriter(store, "summary")
 
     def write(events: int, time: int) -> int:
-        return writer.write(["u"], {"tokens": [b"t"], "events": [events]}, [time])
+        return writer.write({"user_id": ["u"]}, {"tokens": [b"t"], "events": [events]}, [time])
 
     assert write(1, NOW) == 1
     assert [write(2, NOW), write(3, NOW - 1), write(4, NOW - 1_000_000), write(5, 0)] == [0, 0, 0, 0]
@@ -82,7 +82,7 @@ def test_racing_writers_leave_no_older_value(store: Any) -> None:
             with lock:
                 for key, time in zip(keys, times, strict=True):
                     newest[key] = max(newest.get(key, 0), time)
-            writer.write(keys, {"tokens": [b"t"] * len(keys), "events": times}, times)
+            writer.write({"user_id": keys}, {"tokens": [b"t"] * len(keys), "events": times}, times)
 
     lock, newest = threading.Lock(), dict[str, int]()
     threads = [threading.Thread(target=race, args=(seed,)) for seed in range(4)]
@@ -98,11 +98,11 @@ def test_what_cannot_be_written_is_refused(store: Any, tmp_path: Path) -> None:
     for values, times, what in (
         ({"tokens": [b""]}, [NOW], "expected the features"),
         ({"tokens": [b"", b""], "events": [1]}, [NOW], "a value for each"),
-        ({"tokens": [b""], "events": [1]}, [-1], "none of them negative"),
+        ({"tokens": [b""], "events": [1]}, [-1], "not negative"),
     ):
         with pytest.raises(ValueError, match=what):
-            writer.write(["u"], values, times)
-    assert writer.write([], {"tokens": [], "events": []}, []) == 0
+            writer.write({"user_id": ["u"]}, values, times)
+    assert writer.write({"user_id": []}, {"tokens": [], "events": []}, []) == 0
     from feast.infra.online_stores.sqlite import SqliteOnlineStoreConfig
 
     store.config.online_config = {"type": "sqlite"}

@@ -145,6 +145,29 @@ def test_a_stream_in_any_pieces_equals_one_piece(pieces: list[int], block: int, 
     torch.testing.assert_close(state.tokens_BSD, whole.tokens_BSD, atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 9), st.integers(0, 3), st.integers(0, 99))
+def test_all_blocks_at_once_equal_block_by_block(lengths: list[int], block: int, before: int, seed: int) -> None:
+    """The fast path and its plain twin, from the beginning and behind some full blocks; gradients too."""
+    torch.manual_seed(seed)
+    layer, width = QuasiLinearLayer(8, 2, block=block).double(), max(*lengths, 1)
+    start = layer.start(len(lengths), torch.zeros(1, dtype=torch.double))
+    every = torch.ones(len(lengths), before * block, dtype=torch.bool)
+    _, start = layer.advance_blocks(torch.randn(len(lengths), before * block, 8, dtype=torch.double), every, start)
+    rows = torch.randn(len(lengths), width, 8, dtype=torch.double, requires_grad=True)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    fast, fast_stream = layer.advance_blocks(rows, mask, start)
+    parts, stream = [], start
+    for first in range(0, width, block):
+        part, stream = layer.advance(rows[:, first : first + block], mask[:, first : first + block], stream)
+        parts.append(part)
+    plain = torch.cat(parts, dim=1)
+    for one, other in zip((*fast_stream, fast * mask[..., None]), (*stream, plain * mask[..., None]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    gradients = [torch.autograd.grad((out * mask[..., None]).square().sum(), rows)[0] for out in (fast, plain)]
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
+
+
 def test_an_event_adds_its_own_product_to_one_layers_sum() -> None:
     model = build(**STREAMING, summary_layers=1)
     user = user_inputs([9], 5)

@@ -1,0 +1,523 @@
+"""Job `summary_tokens`: histories → summary tokens, offline as they were at each snapshot and online as they are now.
+
+    history log ─► pieces of a part ─► stage 1 of a bundle ─► token log, row numbers, newest envelopes ─► online store
+
+A user without new events is skipped. Where stage 1 streams, a user with some goes on from the state stored beside the
+tokens; otherwise the whole history is read. The parts of earlier runs stand beside the new ones, other versions' too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.runs import Built, Job, RunPlan, Unit, settings_of, write_built
+from feature_repo import token_log
+from feature_repo.arrow import arrow_schema, from_micros, iso_micros
+from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
+from feature_repo.envelope import EnvelopeError, decode
+from feature_repo.history import Histories, HistoryLog, newest_rows
+from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION
+from feature_repo.settings import Settings
+from feature_repo.tables import Manifest, Part, parquet_bytes
+from feature_repo.token_log import PartName
+from feature_repo.transforms import MICROS_PER_DAY
+
+if TYPE_CHECKING:
+    from modeling.summary import Summariser, Summary
+
+PIECE_BYTES = 64 << 20  # of tokens and states that a piece of a part may hold
+PIECE_EVENTS = 1 << 21  # of all its users; one user with more is a piece of his own
+PIECE_USERS = 4096
+CARRIED = ("token_log", "token_rows", "summary_tokens")
+
+
+@dataclass
+class Piece:
+    """Some users of one log part, summarised: rows for every table, ready to be written."""
+
+    name: PartName
+    users: list[Any] = field(default_factory=list)  # of each token row
+    envelopes: list[bytes] = field(default_factory=list)
+    num_events: list[int] = field(default_factory=list)
+    snapshots: list[int] = field(default_factory=list)
+    newest: dict[Any, tuple[bytes, bytes | None]] = field(default_factory=dict)  # by user
+    dead: list[tuple[Any, int, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class SummariseHistories(beam.PTransform):
+    """Log parts → pieces with tokens → offline parts → online rows."""
+
+    plan: RunPlan
+
+    def expand(self, units: beam.PCollection) -> beam.PCollection:
+        """The steps; they run fused, so that pieces never leave their process."""
+        return (
+            units
+            | "Spread parts" >> beam.Reshuffle()
+            | "Summarise" >> beam.ParDo(Summarise(self.plan)).with_output_types(Piece)
+            | "Write offline" >> beam.ParDo(WriteOffline(self.plan)).with_output_types(Piece)
+            | "Write online" >> beam.ParDo(WriteOnline(self.plan)).with_output_types(str)
+        )
+
+
+class Summarise(beam.DoFn):
+    """One log part → its pieces. The model is loaded once for each process."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+
+    def process(self, unit: Unit) -> Iterator[Piece]:
+        """Yields pieces; a part has at least one, which carries the part's counts."""
+        yield from summarise_part(self.plan, unit, summariser_of(self.plan))
+
+
+class WriteOffline(beam.DoFn):
+    """The parts of a piece."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+
+    def process(self, piece: Piece) -> Iterator[Piece]:
+        """Writes, then passes the piece on: what is online is offline already."""
+        for built in parts_of(self.plan, piece):
+            write_built(self.plan, built)
+        yield piece
+
+
+class WriteOnline(beam.DoFn):
+    """The newest envelopes of a piece."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        self._tokens: Any = None
+
+    def setup(self) -> None:
+        """Open the store once for each worker process."""
+        from feature_repo.online_tokens import OnlineTokens
+        from feature_repo.store import open_store
+
+        self._tokens = OnlineTokens(open_store(settings_of(self.plan)), self.plan.contract)
+
+    def process(self, piece: Piece) -> Iterator[str]:
+        """Writes; yields the piece's name."""
+        if piece.newest:
+            users = list(piece.newest)
+            tokens, states = zip(*piece.newest.values(), strict=True)
+            written = self._tokens.write(
+                self.plan.options["version"], users, tokens, states, self.plan.options["computed_at_micros"]
+            )
+            beam.metrics.Metrics.counter("summary_tokens", "online_rows").inc(written)
+        yield piece.name.file("piece")
+
+
+def summariser_of(plan: RunPlan) -> Summariser:
+    """The bundle's stage 1, on one thread: the same sums on any machine."""
+    import torch
+
+    from modeling.summary import load_summariser
+
+    torch.set_num_threads(1)
+    return load_summariser(plan.options["path"], plan.contract, plan.options["bundle"])
+
+
+def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterator[Piece]:
+    """Every user of a log part, a bounded piece at a time."""
+    log = HistoryLog(plan.contract, plan.folder_of("user_history"), [unit.source])
+    earlier = Earlier(plan, unit.number)
+    users, item_of_key = log.users, summariser.encoder.vocabularies[summariser.encoder.item_key].encode(log.items)
+    snapshots = snapshots_of(plan)
+    rows = piece_ends(log.lengths, summariser.bytes_of_user + len(snapshots) * 2 * token_size(summariser))
+    for number, (start, stop) in enumerate(rows):
+        piece = Piece(PartName(plan.options["run_number"], unit.number, plan.options["log_parts"], number))
+        if number == 0:
+            piece.counts["users_in_log"] = len(users)
+        summarise_piece(plan, log, users, np.arange(start, stop), item_of_key, snapshots, summariser, earlier, piece)
+        yield piece
+
+
+def token_size(summariser: Summariser) -> int:
+    """Numbers in one user's tokens."""
+    shape = summariser.model.token_shape
+    assert shape is not None
+    return shape[0] * shape[1]
+
+
+def piece_ends(lengths: np.ndarray, bytes_of_user: int) -> list[tuple[int, int]]:
+    """Ranges of log rows, each within the bounds of a piece or one user long; one empty range for an empty part."""
+    most, ranges, start, events = min(PIECE_USERS, max(PIECE_BYTES // bytes_of_user, 1)), [], 0, 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > start and (row - start >= most or events + length > PIECE_EVENTS):
+            ranges.append((start, row))
+            start, events = row, 0
+        events += length
+    return [*ranges, (start, len(lengths))]
+
+
+def snapshots_of(plan: RunPlan) -> list[int]:
+    """Instants at which tokens are taken, oldest first: every so many days, and the run's end."""
+    assert plan.as_of is not None
+    step = plan.options["every_days"]
+    found = [plan.as_of]
+    if step:
+        first = plan.options["first_event_micros"]
+        day = int(step * MICROS_PER_DAY)
+        midnight = plan.as_of // MICROS_PER_DAY * MICROS_PER_DAY
+        found += [at for at in range(midnight, first, -day) if at < plan.as_of]
+    return sorted(found)
+
+
+def summarise_piece(
+    plan: RunPlan,
+    log: HistoryLog,
+    users: pa.Array,
+    rows: np.ndarray,
+    item_of_key: np.ndarray,
+    snapshots: list[int],
+    summariser: Summariser,
+    earlier: Earlier,
+    piece: Piece,
+) -> None:
+    """Tokens of some log rows at every snapshot; what is due is computed, everything else is skipped."""
+    if not len(rows):
+        return
+    histories = log.gather(rows, log.lengths[rows])
+    ids = users.take(pa.array(rows)).to_pylist()
+    known = np.zeros(len(rows), np.int64) if plan.options["full"] else earlier.num_events(users.take(pa.array(rows)))
+    streams = earlier.streams(ids, known, histories) if summariser.streams and known.any() else {}
+    dead: dict[int, str] = unordered(histories)
+    for at in snapshots:
+        ends = events_before(histories, at)
+        if at == snapshots[-1]:
+            piece.counts["users"] += int((ends > 0).sum())
+        due = [row for row in np.flatnonzero(ends > known).tolist() if row not in dead]
+        going_on = [row for row in due if row in streams]
+        from_start = [row for row in due if row not in streams]
+        for chosen, extend in ((from_start, False), (going_on, True)):
+            for row, summary, place, reason in summarised(
+                summariser, histories, item_of_key, chosen, known, ends, at, streams if extend else None
+            ):
+                if reason is None:
+                    reason = take(plan, piece, summariser, ids[row], summary, place, at)
+                if reason is not None:
+                    dead[row] = reason
+                    continue
+                known[row] = ends[row]
+                piece.counts["extended" if extend else "from_start"] += 1
+                if summary is not None and summary.streams_BRK is not None:
+                    streams[row] = (summary.streams_BRK[place], int(summary.as_of[place]))
+    last = events_before(histories, snapshots[-1])
+    piece.counts["skipped"] += sum(
+        ids[row] not in piece.newest and row not in dead for row in np.flatnonzero(last > 0).tolist()
+    )
+    piece.counts["covered"] += int((known > 0).sum())
+    piece.dead += [(ids[row], int(last[row]), reason) for row, reason in sorted(dead.items())]
+
+
+def unordered(histories: Histories) -> dict[int, str]:
+    """Users whose events are not in the order of time, and why they are set aside."""
+    back = np.flatnonzero(np.diff(histories.times) < 0) + 1
+    owner = np.searchsorted(histories.offsets, back, side="right") - 1
+    within = back > histories.offsets[owner]
+    return {int(row): "events are not in the order of time" for row in np.unique(owner[within])}
+
+
+def events_before(histories: Histories, at: int) -> np.ndarray:
+    """How many events of each history lie before an instant."""
+    earlier = np.r_[0, np.cumsum(histories.times < at)]
+    return (earlier[histories.offsets[1:]] - earlier[histories.offsets[:-1]]).astype(np.int64)
+
+
+def summarised(
+    summariser: Summariser,
+    histories: Histories,
+    item_of_key: np.ndarray,
+    rows: list[int],
+    known: np.ndarray,
+    ends: np.ndarray,
+    at: int,
+    streams: dict[int, tuple[np.ndarray, int]] | None,
+) -> Iterator[tuple[int, Summary | None, int, str | None]]:
+    """Summaries of these rows, together; where that fails, one by one, so that one bad history costs no other.
+
+    Yields:
+        Row, the summary that holds it, its place in there, or the reason why there is none.
+    """
+    from modeling.summary import Summary
+
+    def of(chosen: list[int]) -> Summary:
+        which = np.array(chosen)
+        starts, stops = histories.offsets[which], histories.offsets[which] + ends[which]
+        times = np.full(len(which), at)
+        if streams is None:
+            return summariser.whole(histories.take(starts, stops), item_of_key, times)
+        stored = np.stack([streams[row][0] for row in chosen])
+        last = np.array([streams[row][1] for row in chosen])
+        before = Summary(np.empty(0), stored, known[which], last)
+        return summariser.extended(before, histories.take(starts + known[which], stops), item_of_key, last)
+
+    if not rows:
+        return
+    try:
+        summary = of(rows)
+    except (ValueError, RuntimeError, IndexError):
+        for row in rows:
+            try:
+                yield row, of([row]), 0, None
+            except (ValueError, RuntimeError, IndexError) as error:
+                yield row, None, 0, f"{type(error).__name__}: {error}"
+        return
+    for place, row in enumerate(rows):
+        yield row, summary, place, None
+
+
+def take(
+    plan: RunPlan, piece: Piece, summariser: Summariser, user_id: Any, summary: Summary | None, place: int, at: int
+) -> str | None:
+    """Add one user's tokens to a piece; or say why they cannot be stored."""
+    from modeling.summary import envelopes
+
+    assert summary is not None
+    try:
+        stored = envelopes(
+            summary, place, user_id, summariser.fingerprint, plan.options["computed_at_micros"], plan.options["kind"]
+        )
+    except EnvelopeError as error:
+        return str(error)
+    piece.users.append(user_id)
+    piece.envelopes.append(stored[0])
+    piece.num_events.append(int(summary.num_events[place]))
+    piece.snapshots.append(at)
+    piece.newest[user_id] = stored
+    return None
+
+
+def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
+    """A piece as parts of its tables; dead letters always, since they carry the counts."""
+    contract, name, version = plan.contract, piece.name, plan.options["version"]
+    user = contract.user.join_key
+    if piece.users:
+        batch = token_log.log_part(contract, pa.array(piece.users), piece.envelopes)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield Built(token_log.TABLE, name.file("arrow"), sink.getvalue(), batch.num_rows)
+        number, known = len(piece.users), from_micros(np.array(piece.snapshots))
+        pointers = pa.table(
+            [
+                pa.array(piece.users),
+                pa.repeat(version, number),
+                pa.array(name.rows(number)),
+                pa.array(piece.num_events),
+                known,
+                known,
+            ],
+            names=[c.name for c in contract.table("token_rows").all_columns],
+        ).cast(arrow_schema(contract.table("token_rows")))
+        yield Built("token_rows", name.file("parquet"), parquet_bytes(pointers), number)
+        tokens, states = zip(*piece.newest.values(), strict=True)
+        computed = from_micros(np.full(len(piece.newest), plan.options["computed_at_micros"]))
+        newest = pa.table(
+            [
+                pa.array(list(piece.newest)),
+                pa.repeat(version, len(piece.newest)),
+                pa.array(tokens, pa.binary()),
+                pa.array(states, pa.binary()),
+                computed,
+                computed,
+            ],
+            names=[c.name for c in contract.table("summary_tokens").all_columns],
+        ).cast(arrow_schema(contract.table("summary_tokens")))
+        yield Built("summary_tokens", name.file("parquet"), parquet_bytes(newest), newest.num_rows)
+    schema = arrow_schema(contract.table("token_dead_letters"))
+    dead = pa.Table.from_pylist(
+        [{user: who, "num_events": events, "reason": why} for who, events, why in piece.dead], schema=schema
+    )
+    counts = {**piece.counts, "tokens": len(piece.users), "users_written": len(piece.newest), "dead_letters": len(dead)}
+    yield Built("token_dead_letters", name.file("parquet"), parquet_bytes(dead), dead.num_rows, counts)
+
+
+class Earlier:
+    """What earlier runs stored of one version for the users of one log part."""
+
+    def __init__(self, plan: RunPlan, part: int) -> None:
+        self._plan, self._user = plan, plan.contract.user.join_key
+        manifest = plan.folder.manifest()
+        self._tables = manifest.tables if manifest else {}
+        self._part = part
+        self._events: pa.Table | None = None
+        self._stored: pa.Table | None = None
+
+    def num_events(self, users: pa.Array) -> np.ndarray:
+        """Events behind each user's newest tokens; 0 without any."""
+        if self._events is None:
+            self._events = self._newest("token_rows", ["token_events"])
+        place = pc.index_in(users, self._events[self._user].combine_chunks())
+        return pc.fill_null(self._events["token_events"].take(place), 0).to_numpy().astype(np.int64)
+
+    def streams(self, ids: list[Any], known: np.ndarray, histories: Histories) -> dict[int, tuple[np.ndarray, int]]:
+        """Stored streams by row, where their last event is still the one that the log has there.
+
+        An event that came late stands before others: then the history is read from its start again.
+        """
+        if self._stored is None:
+            self._stored = self._newest("summary_tokens", ["state"])
+        places = pc.index_in(pa.array(ids), self._stored[self._user].combine_chunks()).to_pylist()
+        found: dict[int, tuple[np.ndarray, int]] = {}
+        for row, place in enumerate(places):
+            stored = None if place is None else self._stored["state"][place].as_py()
+            if stored is None or not known[row]:
+                continue
+            try:
+                state = decode(stored, ids[row])
+            except EnvelopeError:
+                continue  # damaged: the whole history is read instead
+            last = int(histories.offsets[row] + known[row] - 1)
+            same = last < histories.offsets[row + 1] and histories.times[last] == state.as_of
+            if same and state.num_events == known[row] and state.tokens_SD is not None:
+                found[row] = (state.tokens_SD, state.as_of)
+        return found
+
+    def _newest(self, table: str, columns: list[str]) -> pa.Table:
+        keys = [self._user, TOKEN_VERSION.join_key, EVENT_TIMESTAMP]
+        folder, rows = self._plan.folder, [arrow_schema(self._plan.contract.table(table)).empty_table()]
+        for part in self._tables.get(table, []):
+            name = PartName.of(part.path)
+            if name is None or (name.parts == self._plan.options["log_parts"] and name.part != self._part):
+                continue  # of other users: users keep their log part as long as the number of parts stays
+            read = folder.read_path(f"{folder.root}/{part.path}", [*keys, *columns])
+            rows.append(read.filter(pc.equal(read[TOKEN_VERSION.join_key], self._plan.options["version"])))
+        merged = pa.concat_tables([row.select([*keys, *columns]) for row in rows]).combine_chunks()
+        return newest_rows(merged, self._user) if merged.num_rows else merged
+
+
+def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
+    """Give the run its number and its time. A run that was killed finds the time that it had claimed."""
+    folder, claim = plan.folder, f"{plan.folder.root}/claims/{plan.run_id}.json"
+    runs = [
+        name.run
+        for part in (published.tables.get(token_log.TABLE, []) if published else [])
+        if (name := PartName.of(part.path))
+    ]
+    history = plan.folder_of("user_history").require()
+    if plan.options["computed_at"]:
+        computed_at = iso_micros(plan.options["computed_at"])
+    elif (stored := folder.read_bytes(claim)) is not None:
+        computed_at = json.loads(stored)["computed_at"]
+    else:
+        before = published.options.get("computed_at_micros", 0) if published else 0
+        computed_at = max(time.time_ns() // 1000, before + 1)
+        folder.write_bytes(claim, json.dumps({"computed_at": computed_at}).encode())
+    options = {
+        "run_number": max(runs, default=0) + 1,
+        "computed_at_micros": computed_at,
+        "log_parts": len(history.tables["history_log"]),
+        "first_event_micros": first_event(plan) if plan.options["every_days"] else 0,
+    }
+    return replace(plan, options={**plan.options, **options})
+
+
+def first_event(plan: RunPlan) -> int:
+    """Time of the oldest event of all, microseconds."""
+    folder = plan.folder_of("user_history")
+    firsts = [folder.read_path(path, ["first_event_s"])["first_event_s"] for path in folder.paths("user_stats")]
+    return min((pc.min(column).as_py() for column in firsts if len(column)), default=0) * 1_000_000
+
+
+def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
+    """Parts of earlier runs that stay: all of them, but those of this version where everything was built anew."""
+    if published is None:
+        return {}
+    folder, version = plan.folder, plan.options["version"]
+
+    def of_this_version(part: Part) -> bool:
+        name = PartName.of(part.path)
+        if name is None or not plan.options["full"]:
+            return False
+        pointer = next(p for p in published.tables["token_rows"] if PartName.of(p.path) == name)
+        read = folder.read_path(f"{folder.root}/{pointer.path}", [TOKEN_VERSION.join_key])
+        return bool(read.num_rows) and read[TOKEN_VERSION.join_key][0].as_py() == version
+
+    return {
+        table: [part for part in published.tables.get(table, []) if part.rows and not of_this_version(part)]
+        for table in CARRIED
+    }
+
+
+def finish(plan: RunPlan, manifest: Manifest, settings: Settings) -> list[str]:
+    """Note the coverage; the bundle goes live where enough users have tokens. Returns what to tell."""
+    from modeling.bundle import read_manifest
+
+    catalogue, options = Catalogue(settings.catalogue_url), plan.options
+    counts = manifest.counts
+    catalogue.record_tokens(
+        fingerprint=options["version"],
+        dataset=plan.dataset,
+        recipe=options["recipe"],
+        users=counts["users"],
+        covered=counts["covered"],
+        shape=tuple(read_manifest(options["path"])["tokens"]["shape"]),
+    )
+    coverage = counts["covered"] / max(counts["users"], 1)
+    said = (
+        f"tokens {options['version'][:12]}: {counts['covered']:,} of {counts['users']:,} users covered ({coverage:.1%})"
+    )
+    if options["not_live"]:
+        return [said]
+    if coverage < COVERAGE_TO_GO_LIVE:
+        return [f"{said}: fewer than {COVERAGE_TO_GO_LIVE:.0%}, so {options['recipe']} does not go live"]
+    catalogue.set_live(plan.dataset, options["bundle"])
+    return [f"{said}: {options['recipe']}@{options['bundle'][:12]} is live"]
+
+
+def resolve(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+    """Which bundle is meant, and which tokens it makes.
+
+    Raises:
+        LookupError: there is no such bundle.
+        ValueError: it makes no tokens.
+    """
+    catalogue = Catalogue(settings.catalogue_url)
+    row = (
+        catalogue.bundle(settings.dataset, options["bundle"])
+        if options["bundle"]
+        else catalogue.live_bundle(settings.dataset)
+    )
+    version = catalogue.accepted_tokens(row.digest)
+    if version is None:
+        raise ValueError(
+            f"bundle {row.recipe}@{row.digest[:12]} reads no summary tokens: choose one of a VISTA recipe with --bundle"
+        )
+    return {**options, "bundle": row.digest, "recipe": row.recipe, "path": row.path, "version": version}
+
+
+JOB = Job(
+    name="summary_tokens",
+    doc="histories → summary tokens, offline and online",
+    reads={"user_history": ("history_log",)},
+    options={
+        "bundle": None,
+        "kind": "fp16",
+        "every_days": 0.0,
+        "full": False,
+        "computed_at": None,
+        "not_live": False,
+    },
+    steps=SummariseHistories,
+    num_parts=lambda plan, units: 2 * units,
+    resolve=resolve,
+    prepare=prepare,
+    carried=carried,
+    finish=finish,
+)

@@ -1,0 +1,133 @@
+"""The token log: summary tokens of every user and snapshot, stored once; training reads rows of it by number.
+
+One row per user and snapshot, in Arrow IPC parts that are memory-mapped. The feature view `token_rows` says which row
+holds a user's tokens as they were at an instant: the point-in-time join carries eight bytes for each example, and
+`TokenLog.gather` reads the tokens late. A row number names run, log part, piece and row, so that the parts of later runs
+stand beside earlier ones and no number ever changes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo import envelope
+from feature_repo.arrow import arrow_type
+from feature_repo.schema import Contract
+from feature_repo.tables import JobFolder
+
+JOB = "summary_tokens"
+TABLE = "token_log"
+_BITS = (13, 16, 14, 20)  # of run, log part, piece and row: 63 in all
+_NAME = re.compile(r"run-(\d+)-part-(\d+)of(\d+)-piece-(\d+)\.\w+$")
+
+
+class TokenLogError(ValueError):
+    """Rows that the log does not have, or tokens that are not of the version asked for."""
+
+
+@dataclass(frozen=True)
+class PartName:
+    """What the name of a part says: which run wrote it, for which of how many log parts, and which piece of that."""
+
+    run: int
+    part: int
+    parts: int
+    piece: int
+
+    def file(self, extension: str) -> str:
+        """The file name."""
+        return f"run-{self.run:05d}-part-{self.part:05d}of{self.parts:05d}-piece-{self.piece:05d}.{extension}"
+
+    @staticmethod
+    def of(path: str) -> PartName | None:
+        """Read a path's file name; None for a part without rows, which names nothing."""
+        found = _NAME.search(path)
+        return PartName(*(int(number) for number in found.groups())) if found else None
+
+    def rows(self, number: int) -> np.ndarray:
+        """Row numbers of the first `number` rows, int64.
+
+        Raises:
+            TokenLogError: a number does not fit.
+        """
+        base = 0
+        for value, bits in zip((self.run, self.part, self.piece, max(number - 1, 0)), _BITS, strict=True):
+            if value >= 1 << bits:
+                raise TokenLogError(
+                    f"{self.file('arrow')} with {number:,} rows is beyond what row numbers can name: build with --full, or "
+                    "choose other partitions"
+                )
+            base = (base << bits) | value
+        return (base >> _BITS[-1] << _BITS[-1]) + np.arange(number, dtype=np.int64)
+
+
+def log_part(contract: Contract, users: pa.Array, envelopes: list[bytes]) -> pa.RecordBatch:
+    """Rows of one part."""
+    return pa.RecordBatch.from_arrays(
+        [users.cast(arrow_type(contract.user.dtype)), pa.array(envelopes, pa.large_binary())],
+        names=[contract.user.join_key, "tokens"],
+    )
+
+
+class TokenLog:
+    """The token log of one version, memory-mapped.
+
+    Args:
+        contract: the dataset's contract.
+        home: the dataset's home.
+        version: token fingerprint; other versions' rows are refused.
+    """
+
+    def __init__(self, contract: Contract, home: str, version: str) -> None:
+        self._folder, self._user, self.version = JobFolder(home, JOB), contract.user.join_key, version
+        self._paths: dict[int, str] = {}
+        for path in self._folder.paths(TABLE):
+            if (name := PartName.of(path)) is not None:
+                self._paths[int(name.rows(1)[0]) >> _BITS[-1]] = path
+        self._open: dict[int, pa.RecordBatch] = {}
+
+    def gather(self, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of rows.
+
+        Args:
+            rows: B row numbers; -1 where there are no tokens.
+            shape: S, D of the version's tokens.
+
+        Returns:
+            tokens_BSD, float32, zeros where there are none; and which have tokens, bool B.
+
+        Raises:
+            TokenLogError: a row that the log does not have, or tokens of another version or shape.
+        """
+        tokens, has = np.zeros((len(rows), *shape), np.float32), np.zeros(len(rows), bool)
+        for place, row in enumerate(rows.tolist()):
+            if row < 0:
+                continue
+            part = self._part(row)
+            at = row & ((1 << _BITS[-1]) - 1)
+            if at >= part.num_rows:
+                raise TokenLogError(
+                    f"row {row} lies beyond its part of the token log: index and log are of different runs"
+                )
+            stored = envelope.decode(part["tokens"][at].as_py(), part[self._user][at].as_py())
+            if stored.fingerprint != self.version:
+                raise TokenLogError(f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}")
+            if stored.tokens_SD is not None:
+                if stored.tokens_SD.shape != shape:
+                    raise TokenLogError(f"row {row} holds tokens of shape {stored.tokens_SD.shape}, expected {shape}")
+                tokens[place], has[place] = stored.tokens_SD, True
+        return tokens, has
+
+    def _part(self, row: int) -> pa.RecordBatch:
+        number = row >> _BITS[-1]
+        if number not in self._open:
+            if number not in self._paths:
+                raise TokenLogError(
+                    f"row {row} is of no part of the token log: index and log are of different runs; run summary_tokens again"
+                )
+            self._open[number] = pa.ipc.open_file(self._folder.open(self._paths[number])).get_batch(0)
+        return self._open[number]

@@ -1,0 +1,52 @@
+"""Recipes of VISTA and of rankers that read its summary tokens. Torch is not imported here: a recipe is plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
+
+RECIPES = ("vista", "vista_tiny", "vista_bidirectional_tiny", "vista_stage_2_tiny", "amortised_tokens_tiny", "onetrans_tokens_tiny")  # fmt: skip
+
+STREAM: dict[str, Any] = {"causal": True, "seed_role": "target", "num_heads": 2, "summary_layers": 2, "ranking_layers": 2}  # fmt: skip
+SMALL: dict[str, Any] = {**STREAM, "width": 16, "num_seeds": 4, "block": 4}
+SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
+
+
+def vista() -> Recipe:
+    """The default: what `make demo` trains on either dataset. Its summary tokens take new events one by one."""
+    config = {**STREAM, "width": 48, "num_seeds": 32, "cross_rank": 64, "dropout": 0.1}
+    return Recipe("vista", "vista", SERVICE, config, history_length=256)
+
+
+def vista_tiny() -> Recipe:
+    """Seconds on any machine, for tests."""
+    return Recipe("vista_tiny", "vista", SERVICE, SMALL, history_length=16, min_item_count=2, training=SECONDS)
+
+
+def vista_bidirectional_tiny() -> Recipe:
+    """The paper's stage 1, for tests."""
+    config = {**SMALL, "causal": False, "seed_role": "source"}
+    return Recipe(
+        "vista_bidirectional_tiny", "vista", SERVICE, config, history_length=16, min_item_count=2, training=SECONDS
+    )
+
+
+def vista_stage_2_tiny() -> Recipe:
+    """Stage 2 alone, trained on stored tokens."""
+    config = {**SMALL, "causal": False, "reconstruction": 0.0, "stored": True}
+    return _reading("vista_stage_2_tiny", "vista", config)
+
+
+def amortised_tokens_tiny() -> Recipe:
+    """The amortised DLRM with stored tokens before its events."""
+    return _reading("amortised_tokens_tiny", "amortised_dlrm", {"width": 16, "num_layers": 1, "num_heads": 2})
+
+
+def onetrans_tokens_tiny() -> Recipe:
+    """OneTrans with stored tokens before its events."""
+    return _reading("onetrans_tokens_tiny", "onetrans", {"width": 16, "num_layers": 2, "num_heads": 2})
+
+
+def _reading(name: str, model: str, config: dict[str, Any]) -> Recipe:
+    return Recipe(name, model, SERVICE_WITH_TOKENS, config, 16, min_item_count=2, tokens="vista_tiny", training=SECONDS)

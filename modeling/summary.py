@@ -1,0 +1,256 @@
+"""Summary tokens outside a request: whole histories in, envelopes out; and new events into stored states.
+
+What the Beam job and whoever refreshes one user share. Stage 1 reads events only, so neither request nor candidates
+are needed. A bidirectional stage 1 reads as many newest events as its recipe says and takes their age at the snapshot;
+a streaming one reads all of them, and keeps what it needs to take more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feature_repo import envelope
+from feature_repo.envelope import Envelope, Kind
+from feature_repo.history import Histories
+from feature_repo.schema import Contract
+from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
+from modeling.batch import Encoder, UserInputs
+from modeling.models.base import Ranker
+from modeling.models.vista import VISTA
+
+VERSION = 1  # raised when the same weights would give other tokens
+PADDED_EVENTS = 1 << 15  # events, padding counted, that stage 1 reads at a time
+
+
+def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
+    """32 hexadecimal digits over all that summary tokens depend on; None for a model that makes none.
+
+    Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and the code's versions:
+    a bundle that differs in stage 2 alone accepts the same tokens.
+    """
+    if model.token_shape is None:
+        return None
+    vista = cast(VISTA, model)
+    names = ("num_heads", "attention", "seed_role", "causal", "block", "divide")
+    identity = {
+        "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
+        "contract": encoder.contract.fingerprint,
+        "config": {name: getattr(vista.config, name) for name in names},
+        "history_length": None if vista.config.causal else encoder.history_length,
+        "items": encoder.vocabularies[encoder.item_key].values.to_pylist(),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, weight in sorted(vista.stage_1().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Tokens of several users, and what their streams keep.
+
+    Args:
+        tokens_BSD: float32.
+        streams_BRK: float32; None where stage 1 does not stream.
+        num_events: int64, events behind them.
+        as_of: time of the newest of those, microseconds; 0 without one.
+    """
+
+    tokens_BSD: np.ndarray
+    streams_BRK: np.ndarray | None
+    num_events: np.ndarray
+    as_of: np.ndarray
+
+
+class Summariser:
+    """Stage 1 of one bundle, by itself. Calls may come from several threads; the model runs for one at a time.
+
+    Args:
+        model: with a stage 1, in evaluation mode.
+        encoder: the bundle's.
+
+    Raises:
+        ValueError: the model makes no summary tokens.
+    """
+
+    def __init__(self, model: Ranker, encoder: Encoder) -> None:
+        fingerprint = token_fingerprint(model, encoder)
+        if fingerprint is None:
+            raise ValueError(f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1")
+        self.model, self.encoder, self.fingerprint = cast(VISTA, model), encoder, fingerprint
+        self.streams = self.model.config.causal
+        self._lock = Lock()
+
+    @property
+    def bytes_of_user(self) -> int:
+        """What tokens and streams of one user take in memory."""
+        config, size = self.model.config, self.model.config.width // self.model.config.num_heads
+        streams = config.summary_layers * 2 * config.num_heads * size * size if self.streams else 0
+        return 4 * (config.num_seeds * config.width + streams)
+
+    def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
+        """Tokens of whole histories, batched by length; one that is longer than a batch goes through in chunks.
+
+        Args:
+            histories: of B users.
+            item_of_key: vocabulary index of each of their item keys.
+            at: B times, microseconds; ages are taken from here.
+        """
+        number = histories.lengths.astype(np.int64)
+        if not self.streams:
+            histories = histories.newest(self.encoder.history_length)
+        found = self._run(histories, item_of_key, at, np.zeros_like(number), np.full_like(number, -1), None)
+        return replace(found, num_events=number)
+
+    def extended(
+        self, before: Summary, new_events: Histories, item_of_key: np.ndarray, last_time: np.ndarray
+    ) -> Summary:
+        """Stored streams with new events: the same as `whole` of all events, at a cost that their number does not decide.
+
+        Args:
+            before: with streams.
+            last_time: of the newest event behind each, microseconds; -1 without one.
+
+        Raises:
+            ValueError: stage 1 does not stream.
+        """
+        if not self.streams or before.streams_BRK is None:
+            raise ValueError("only a streaming stage 1 (causal=True) takes new events: summarise whole histories")
+        return self._run(new_events, item_of_key, last_time, before.num_events, last_time, before.streams_BRK)
+
+    def _run(
+        self,
+        events: Histories,
+        item_of_key: np.ndarray,
+        at: np.ndarray,
+        seen: np.ndarray,
+        last_time: np.ndarray,
+        streams_BRK: np.ndarray | None,
+    ) -> Summary:
+        number, width = len(events.lengths), self.model.config.width
+        tokens = np.empty((number, self.model.config.num_seeds, width), np.float32)
+        kept: np.ndarray | None = None
+        for chosen in _batches(events.lengths):
+            part = events.take(events.offsets[:-1][chosen], events.offsets[1:][chosen])
+            with self._lock, torch.inference_mode():
+                found, streams = self._batch(
+                    part,
+                    item_of_key,
+                    at[chosen],
+                    seen[chosen],
+                    last_time[chosen],
+                    None if streams_BRK is None else streams_BRK[chosen],
+                )
+            tokens[chosen] = found.numpy()
+            if streams is not None:
+                kept = np.empty((number, *streams.shape[1:]), np.float32) if kept is None else kept
+                kept[chosen] = streams.numpy()
+        newest = np.where(last_time >= 0, last_time, 0)
+        some = events.lengths > 0
+        newest[some] = events.times[events.offsets[1:][some] - 1]
+        return Summary(tokens, kept, seen + events.lengths, newest)
+
+    def _batch(
+        self,
+        events: Histories,
+        item_of_key: np.ndarray,
+        at: np.ndarray,
+        seen: np.ndarray,
+        last_time: np.ndarray,
+        streams_BRK: np.ndarray | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        length = int(events.lengths.max(initial=0))
+        step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
+        if self.streams:  # pieces begin where blocks do, so that every path adds the same numbers in the same order
+            step = max(step // self.model.config.block, 1) * self.model.config.block
+
+        def chunks() -> Iterator[UserInputs]:
+            before = last_time
+            for start in range(0, max(length, 1), step):
+                starts = np.minimum(events.offsets[:-1] + start, events.offsets[1:])
+                part = events.take(starts, np.minimum(starts + step, events.offsets[1:]))
+                yield self._inputs(part, item_of_key, at, before)
+                some = part.lengths > 0
+                before = before.copy()
+                before[some] = part.times[part.offsets[1:][some] - 1]
+
+        if not self.streams:
+            if length <= step:
+                return self.model.tokens_of(next(chunks())), None
+            return self.model.summarise(chunks), None
+        restored = None
+        if streams_BRK is not None:
+            restored = self.model.restored_streams(torch.from_numpy(streams_BRK), torch.from_numpy(seen))
+        tokens, streams = self.model.stream(chunks(), restored)
+        return tokens, self.model.stored_streams(streams)
+
+    def _inputs(self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: np.ndarray) -> UserInputs:
+        """Events without a request: no fields, no dense features."""
+        none = np.zeros((len(at), 0))
+        return self.encoder.user_inputs(events, at, none.astype(np.int64), none.astype(np.float32), item_of_key, before)
+
+
+def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows in groups of like length, so that little is padding and none holds more than fits."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop - start + 1) * max(int(lengths[order[stop]]), 1) <= PADDED_EVENTS:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def envelopes(
+    summary: Summary, row: int, user_id: int | str, fingerprint: str, computed_at: int, kind: Kind
+) -> tuple[bytes, bytes | None]:
+    """A user's tokens and streams as stored bytes; streams are always fp32, since they are added to for years.
+
+    Raises:
+        EnvelopeError: tokens that are not finite, or too large for the kind.
+    """
+    about = (fingerprint, int(summary.as_of[row]), computed_at, int(summary.num_events[row]))
+    tokens = envelope.encode(Envelope(*about, summary.tokens_BSD[row]), user_id, kind)
+    if summary.streams_BRK is None:
+        return tokens, None
+    return tokens, envelope.encode(Envelope(*about, summary.streams_BRK[row]), user_id, "fp32")
+
+
+def stored_summary(tokens: Envelope, state: Envelope) -> Summary:
+    """One user's stored tokens and streams, to be extended."""
+    assert tokens.tokens_SD is not None
+    assert state.tokens_SD is not None
+    number, as_of = np.array([state.num_events]), np.array([state.as_of])
+    return Summary(tokens.tokens_SD[None], state.tokens_SD[None].copy(), number, as_of)
+
+
+_loaded: dict[tuple[str, str], Summariser] = {}
+_loading = Lock()
+
+
+def load_summariser(path: str, contract: Contract, digest: str) -> Summariser:
+    """The summariser of a bundle, loaded once for each process, however many threads ask.
+
+    Raises:
+        BundleError: the bundle must not be used.
+        ValueError: it makes no tokens.
+    """
+    from modeling import bundle
+
+    with _loading:
+        if (path, digest) not in _loaded:
+            loaded = bundle.load(Path(path), contract, digest)
+            _loaded[path, digest] = Summariser(loaded.model, loaded.encoder)
+        return _loaded[path, digest]
