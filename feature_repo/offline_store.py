@@ -117,7 +117,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         start_date: datetime,
         end_date: datetime,
     ) -> RetrievalJob:
-        """Newest row of each key, for `feast materialize`; none of an optional source that is not built."""
+        """Newest row of each key; none of an optional source that is not built."""
         return pull_latest_from_table_or_query_ibis(
             config=config,
             data_source=data_source,
@@ -142,7 +142,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         start_date: datetime | None = None,
         end_date: datetime | None = None,
     ) -> RetrievalJob:
-        """All rows of a period."""
+        """All rows of a period; none of an optional source that is not built."""
         return pull_all_from_table_or_query_ibis(
             config=config,
             data_source=data_source,
@@ -152,7 +152,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             created_timestamp_column=created_timestamp_column,
             start_date=start_date,
             end_date=end_date,
-            data_source_reader=_ibis_table,
+            data_source_reader=_ibis_table_or_empty,
             data_source_writer=_write_data_source,
         )
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 
+DAYS = 1000.0  # that a history spans
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -79,12 +81,13 @@ class Planted:
         label = rng.random(item.shape) < np.where(good, *self.positive)
         start = 0 if newest is None else max(self.events - newest, 0)
         kept = torch.from_numpy(history[:, start:])
-        age = torch.arange(self.events, 0, -1, dtype=torch.float32)[start:].div(100).log1p().expand(kept.shape)
+        days = torch.linspace(DAYS, 0, self.events)[start:]  # however many events, they are of the same years
+        age = days.log1p().expand(kept.shape)
         user = UserInputs(
             item_BL=kept,
             action_BL=torch.zeros_like(kept),
             age_BL=age.contiguous(),
-            gap_BL=torch.full(kept.shape, 0.01),
+            gap_BL=torch.full(kept.shape, DAYS / self.events).log1p(),
             event_BLE=torch.zeros(*kept.shape, 0),
             mask_BL=torch.ones(kept.shape, dtype=torch.bool),
             field_BU=torch.zeros(users, 0, dtype=torch.long),

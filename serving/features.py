@@ -81,7 +81,7 @@ class FeastReader:
         packed = values["history"][0]
         if packed is None:
             if tokens is None and all(value is None for value in columns.values()):
-                return UserRow(columns, None, ("unknown_user",))
+                return UserRow(columns, None, ("unknown_user", *(p for p in problems if p != "no_tokens")))
             return UserRow(columns, None, ("no_history", *problems), tokens)
         try:
             return UserRow(columns, unpack(self.contract, user_id, packed), problems, tokens)

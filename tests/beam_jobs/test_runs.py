@@ -331,14 +331,15 @@ def test_the_same_job_runs_through_the_portable_runner(shop: Any, tmp_path: Path
     assert snapshot(settings.home, "item_stats") == snapshot(shop.settings.home, "item_stats")
 
 
-@pytest.mark.parametrize("name", ["shop", "film_club"])
+@pytest.mark.parametrize("name", ["shop", "film_club", "token_shop"])
 def test_built_tables_have_the_contracts_columns(name: str, request: pytest.FixtureRequest) -> None:
     from feature_repo.arrow import arrow_schema
 
     road = request.getfixturevalue(name)
     contract = datasets.load_contract(road.settings.dataset)
-    for table in contract.tables:
+    built = [table for table in contract.tables if table.job != "summary_tokens" or name == "token_shop"]
+    for table in built:
         rows = JobFolder(road.settings.home, table.job).read(table.name)
         assert rows.schema.names == arrow_schema(table).names
         assert rows.schema.types == arrow_schema(table).types
-        assert rows.num_rows
+        assert rows.num_rows or table.name == "token_dead_letters"

@@ -185,7 +185,9 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
         if isinstance(recipe, NextItemRecipe):
             models.build(recipe.model, recipe.config, FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length))
             continue
-        sizes = FeatureSizes(50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5)
+        tokens = (8, 16) if recipe.tokens else (0, 0)
+        sizes = FeatureSizes(50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5, tokens=tokens)
+        assert recipe.tokens is None or recipes.load(recipe.tokens).model == "vista"
         with torch.device("meta"):
             models.build(recipe.model, recipe.config, sizes)
 

@@ -132,7 +132,7 @@ def test_an_answer_has_what_it_promises(client: Client, world: dict[str, Any], r
     response = client.rank(body)
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"item_ids", "scores", "bundle", "degraded", "unknown_items", "timings_ms"}
+    assert set(answer) == {"item_ids", "scores", "bundle", "tokens", "degraded", "unknown_items", "timings_ms"}
     assert len(answer["item_ids"]) == len(answer["scores"]) == 5
     assert set(answer["item_ids"]) <= set(body["candidates"])
     assert all(0 < score < 1 for score in answer["scores"])

@@ -1,0 +1,207 @@
+"""Ranking from stored tokens: what the server reads, when it does without, and never a token of another version."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feature_repo import datasets
+from feature_repo.catalogue import Catalogue
+from feature_repo.envelope import Envelope, decode, encode
+from feature_repo.online_tokens import OnlineTokens
+from feature_repo.tables import JobFolder
+from modeling import bundle as bundles
+from modeling.dataset import Warehouse
+from modeling.trainer import predict
+from serving.command import open_ranker
+from serving.features import FeastReader
+from serving.messages import RankContext, RankRequest
+from serving.ranker import Ranker
+
+CONTRACT = datasets.load_contract("online_retail")
+
+
+@pytest.fixture(scope="module")
+def ranker(token_shop: Any) -> Ranker:
+    return open_ranker(token_shop.settings, replay=True)
+
+
+@pytest.fixture(scope="module")
+def online(token_shop: Any) -> OnlineTokens:
+    return OnlineTokens(token_shop.store, CONTRACT)
+
+
+@pytest.fixture(scope="module")
+def world(token_shop: Any) -> tuple[list[int], list[str]]:
+    users = JobFolder(token_shop.settings.home, "summary_tokens").read("token_rows")["user_id"].to_pylist()
+    items = JobFolder(token_shop.settings.home, "item_stats").read("item_stats")["item_id"].to_pylist()
+    return sorted(set(users)), sorted(set(items))
+
+
+def test_a_user_is_ranked_from_stored_tokens(ranker: Ranker, world: Any) -> None:
+    users, items = world
+    answer = ranker.rank(RankRequest(users[3], items[:50]))
+    assert answer.tokens == ranker.bundle.tokens
+    assert answer.degraded == []
+
+
+def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ranker: Ranker, world: Any) -> None:
+    """The same logits from the token log and the point-in-time join as from the online store, at the end of the data."""
+    bundle, settings = ranker.bundle, token_shop.settings
+    warehouse = Warehouse(settings)
+    split = warehouse.split(token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", bundle.token_shape))
+    encoded = bundle.encoder.encode(split.requests)
+    logits = predict(bundle.model, bundle.encoder, encoded)
+    without = predict(bundle.model, bundle.encoder, replace(encoded, gather_tokens=None))
+    assert np.isfinite(logits).all()
+    assert np.abs(logits - without).max() > 1e-4  # thirty-day-old tokens are not fresh ones
+    user, chosen = world[0][5], world[1][:40]
+    read = ranker.reader.read_user(user)
+    columns, _, _ = ranker.items.take(chosen)
+    at = datetime.fromisoformat(bundle.manifest["data_as_of"])
+    fresh = ranker.requests_of(replace(read, tokens=None), chosen, columns, at)
+    stored = ranker.requests_of(read, chosen, columns, at)
+    assert stored.gather_tokens is not None
+    scores = [predict(bundle.model, bundle.encoder, bundle.encoder.encode(r)) for r in (stored, fresh)]
+    events = read.columns["history_end"]
+    if events <= bundle.encoder.history_length:  # then stage 1 reads the same events at request time
+        np.testing.assert_allclose(scores[0], scores[1], atol=2e-3)  # fp16
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("none", "no_tokens"),
+        ("torn", "tokens_unreadable"),
+        ("another_user", "tokens_unreadable"),
+        ("another_version", "tokens_mismatched"),
+        ("tombstone", "no_tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_used_are_done_without_and_said(
+    damage: str, reason: str, ranker: Ranker, online: OnlineTokens, world: Any
+) -> None:
+    user, version = world[0][7], ranker.bundle.tokens or ""
+    stored = online.read(version, [user])[0][0]
+    assert stored is not None
+    envelope = decode(stored, user)
+    changed = {
+        "none": None,
+        "torn": stored[:-3],
+        "another_user": encode(envelope, user + 1),
+        "another_version": encode(replace(envelope, fingerprint="ab" * 16), user),
+        "tombstone": encode(replace(envelope, tokens_SD=None), user),
+    }[damage]
+    request = RankRequest(user, world[1][:30])
+    try:
+        if changed is None:
+            online.remove(version)
+        else:
+            online.write(version, [user], [changed], [None], envelope.computed_at + 1)
+        answer = ranker.rank(request)
+    finally:
+        rows = JobFolder(ranker_home(ranker), "summary_tokens").read("summary_tokens").to_pylist()
+        for row in rows:
+            online.write(version, [row["user_id"]], [row["tokens"]], [row["state"]], envelope.computed_at + 2)
+    assert answer.degraded == [reason]
+    assert answer.tokens is None
+    assert len(answer.item_ids) == 30  # ranked from the short history
+    assert ranker.rank(request).degraded == []
+
+
+def ranker_home(ranker: Ranker) -> str:
+    return str(Path(ranker.bundle.path).parent.parent)
+
+
+def test_tokens_that_lag_are_used_and_said(ranker: Ranker, online: OnlineTokens, world: Any) -> None:
+    user, version = world[0][9], ranker.bundle.tokens or ""
+    ((stored, state),) = online.read(version, [user])
+    envelope = decode(stored or b"", user)
+    behind = encode(replace(envelope, num_events=envelope.num_events - 1), user)
+    online.write(version, [user], [behind], [state], envelope.computed_at + 3)
+    answer = ranker.rank(RankRequest(user, world[1][:30]))
+    online.write(version, [user], [stored or b""], [state], envelope.computed_at + 4)
+    assert answer.degraded == ["stale_tokens"]
+    assert answer.tokens == version
+
+
+def test_a_request_of_the_past_does_not_read_tokens_that_know_better(ranker: Ranker, world: Any) -> None:
+    user = world[0][2]
+    tokens = ranker.reader.read_user(user).tokens
+    assert tokens is not None
+    at = datetime.fromisoformat("1970-01-01T00:00:00+00:00") + timedelta(microseconds=tokens.as_of)
+    answer = ranker.rank(RankRequest(user, world[1][:30], context=RankContext(at)))
+    assert "newer_tokens" in answer.degraded
+    assert answer.tokens is None
+    later = ranker.rank(RankRequest(user, world[1][:30], context=RankContext(at + timedelta(microseconds=1))))
+    assert later.tokens == ranker.bundle.tokens
+
+
+class MixedStore:
+    """An online store that careless hands have filled: values under the keys of other versions and other users."""
+
+    def __init__(self, versions: list[str], users: int, shape: tuple[int, int]) -> None:
+        rng, self.values = np.random.default_rng(0), {}
+        for user in range(users):
+            for version in versions:
+                case = rng.random()
+                holds = versions[rng.integers(len(versions))] if case < 0.3 else version
+                whose = user + 1 if 0.3 <= case < 0.35 else user
+                value = np.full(shape, versions.index(holds) + 1.0, np.float32)
+                stored = encode(Envelope(holds, 5, 5, 1, value), whose)
+                if case >= 0.9:
+                    stored = None if case >= 0.95 else stored[:40]
+                self.values[user, version] = (stored, holds if whose == user and case < 0.9 else None)
+
+    def get_feature_service(self, name: str) -> str:
+        return name
+
+    def get_online_features(self, features: Any, entity_rows: list[dict[str, Any]]) -> Any:
+        (row,) = entity_rows
+        found = {column.name: [None] for column in CONTRACT.user_columns}
+        stored = self.values[row["user_id"], row["token_version"]][0]
+        return SimpleNamespace(to_dict=lambda: {**found, "history": [None], "tokens": [stored]})
+
+
+def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: Any) -> None:
+    """Three versions mixed over ten thousand users, bundles flipped at random, a hundred thousand requests."""
+    row = Catalogue(token_shop.settings.catalogue_url).live_bundle("online_retail")
+    bundle = bundles.load(Path(row.path), CONTRACT, row.digest)
+    versions = [f"{number:02x}" * 16 for number in (1, 2, 3)]
+    store = MixedStore(versions, 10_000, bundle.token_shape)
+    rankers, seen = [], Counter[str]()
+    for version in versions:
+        manifest = {**bundle.manifest, "tokens": {**bundle.manifest["tokens"], "version": version}}
+        reader = FeastReader(store, CONTRACT, "any", version)  # type: ignore[arg-type]
+        rankers.append(Ranker(replace(bundle, manifest=manifest), reader, None))  # type: ignore[arg-type]
+    rng, current = np.random.default_rng(1), 0
+    for user in rng.integers(0, 10_000, 100_000).tolist():
+        if rng.random() < 0.01:
+            current = int(rng.integers(3))
+        version, ranker = versions[current], rankers[current]
+        read = ranker.reader.read_user(user)
+        gather = ranker._tokens_of(read)
+        holds = store.values[user, version][1]
+        if gather is None:
+            assert holds != version
+            seen.update(read.problems)
+        else:
+            tokens, has = gather(np.array([0]))
+            assert has.all()
+            assert (tokens == current + 1).all()
+            assert holds == version
+            seen["ranked"] += 1
+    assert min(seen[name] for name in ("ranked", "tokens_mismatched", "tokens_unreadable", "unknown_user")) > 1000
+    with pytest.raises(ValueError, match="which accepts"):  # the last line of defence: a reader at fault
+        rankers[0]._tokens_of(replace(rankers[1].reader.read_user(user_with(store, versions[1]))))
+
+
+def user_with(store: MixedStore, version: str) -> int:
+    return next(user for (user, key), (_, holds) in store.values.items() if key == version == holds)
