@@ -29,7 +29,7 @@ from modeling.models.base import Ranker
 from modeling.models.vista import VISTA
 
 VERSION = 1  # raised when the same weights would give other tokens
-PADDED_EVENTS = 1 << 15  # events, padding counted, that stage 1 reads at a time
+PADDED_EVENTS = 1 << 12  # events, padding counted, that stage 1 reads at a time
 
 
 def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:

@@ -115,3 +115,19 @@ class DotInteraction(nn.Module):
         products = torch.cat([across, candidate_BCND @ candidate_BCND.transpose(2, 3)], dim=-1)
         first, second = self.pairs  # the second of a pair is never the request's
         return alike, products[:, :, second - number, first]
+
+
+class ReadDotInteraction(Interaction):
+    """Products of all pairs of fields; what the history gave, the dense vector and the request go to the heads as well."""
+
+    def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
+        super().__init__()
+        self.dense, self.pairs = dense, DotInteraction(request, candidate)
+        self.out = (self.pairs.request_pairs.shape[1] + request * width, self.pairs.pairs.shape[1] + 2 * width)
+
+    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
+        """What a request and a candidate give the heads. The candidate's first token is what it read of the history."""
+        within, across = self.pairs(request_BRD, candidate_BCND)
+        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
+        own = torch.cat([across, candidate_BCND[:, :, 0], dense], dim=-1)
+        return torch.cat([within, request_BRD.flatten(1)], dim=-1), own

@@ -158,6 +158,29 @@ class QuasiLinearLayer(nn.Module):
         behind = Stream(totals[:, :, -1], numbers[:, -1], block_total, block_number, numbers[:, -1] - block_number)
         return self._finish(rows_BLD, read.flatten(2, 3)[:, :, :length]), behind
 
+    def advance_and_read(
+        self, rows_BPD: Tensor, mask_BP: Tensor, targets_BSD: Tensor, stream: Stream
+    ) -> tuple[Tensor, Tensor, Stream]:
+        """`advance` by rows that do not go beyond the current block, and target rows that read them too, in one pass.
+
+        Returns:
+            New rows after this layer, target rows after it, and the stream behind the new rows.
+        """
+        number, rows = rows_BPD.shape[1], torch.cat([rows_BPD, targets_BSD], dim=1)
+        normed = self.norm(rows)
+        query = silu(self._heads(self.query(normed)))
+        keys, values = self._keys_values(normed)
+        total = stream.total + _sum(keys[:, :, :number], values[:, :, :number], mask_BP)
+        added = mask_BP.sum(1)
+        count, filled = stream.number + added, stream.filled + added
+        old, new = self.matrix(stream.block_total, stream.block_number), self.matrix(total, count)
+        read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
+        rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
+        full = filled == self.block
+        block_total = torch.where(full[:, None, None, None], total, stream.block_total)
+        block_number, filled = torch.where(full, count, stream.block_number), torch.where(full, 0, filled)
+        return rows[:, :number], rows[:, number:], Stream(total, count, block_total, block_number, filled)
+
     def _finish(self, rows: Tensor, read: Tensor) -> Tensor:
         rows = rows + self.dropout(self.out(self.norm_read(read.transpose(1, 2).flatten(2))))
         mixed: Tensor = rows + self.dropout(self.mix(self.norm_mix(rows)))

@@ -34,7 +34,7 @@ from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
-from modeling.layers.interaction import CrossNetwork, DotInteraction, Interaction, TaskHeads
+from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.pointwise_attention import PointwiseAttentionLayer
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
@@ -114,7 +114,7 @@ class AmortisedDLRM(Ranker):
         self.interaction: Interaction = (
             CrossNetwork(*width_of, config.cross_layers, config.cross_rank)
             if config.interaction == "cross"
-            else Dot(*width_of, self.features.candidate_dense.num_tokens)
+            else ReadDotInteraction(*width_of, self.features.candidate_dense.num_tokens)
         )
         hidden = config.head_hidden or 2 * width
         self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
@@ -249,19 +249,3 @@ class AmortisedDLRM(Ranker):
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
         return items_BLD + self.action(user.action_BL) + self.event(numbers) + position
-
-
-class Dot(Interaction):
-    """Products of all pairs of fields; what the history gave, the dense vector and the request go to the heads as well."""
-
-    def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
-        super().__init__()
-        self.dense, self.pairs = dense, DotInteraction(request, candidate)
-        self.out = (self.pairs.request_pairs.shape[1] + request * width, self.pairs.pairs.shape[1] + 2 * width)
-
-    def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
-        """What a request and a candidate give the heads. The candidate's first token is what it read of the history."""
-        within, across = self.pairs(request_BRD, candidate_BCND)
-        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
-        own = torch.cat([across, candidate_BCND[:, :, 0], dense], dim=-1)
-        return torch.cat([within, request_BRD.flatten(1)], dim=-1), own

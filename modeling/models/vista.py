@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.features import FeatureTokens
-from modeling.layers.interaction import CrossNetwork, TaskHeads
+from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
@@ -57,6 +57,7 @@ class Config:
     divide: bool = True  # by N inside the outer activation; False is the paper's literal formula
     reconstruction: float = 1.0  # weight of the loss
     reconstructed: int = 128  # newest events that the decoder reads
+    interaction: Literal["cross", "dot"] = "cross"
     cross_layers: int = 2
     cross_rank: int = 0
     head_hidden: int | None = None  # None: twice the width
@@ -120,7 +121,12 @@ class VISTA(Ranker):
             HistoryAttentionLayer(width, heads, config.dropout) for _ in range(config.ranking_layers)
         )
         request, candidate = self.features.num_request, self.features.num_candidate
-        self.interaction = CrossNetwork(request, 1 + candidate, width, config.cross_layers, config.cross_rank)
+        width_of = (request, 1 + candidate, width)
+        self.interaction: Interaction = (
+            CrossNetwork(*width_of, config.cross_layers, config.cross_rank)
+            if config.interaction == "cross"
+            else ReadDotInteraction(*width_of, self.features.candidate_dense.num_tokens)
+        )
         hidden = config.head_hidden or 2 * width
         self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
         for table in (self.action, self.age):
@@ -297,12 +303,15 @@ class VISTA(Ranker):
         Raises:
             ValueError: there is no chunk.
         """
+        held: UserInputs | None = None
         for chunk in chunks:
             streams = self._started(len(chunk.item_BL)) if streams is None else streams
-            streams = self._through_streams(streams, chunk)
-        if streams is None:
+            if held is not None:
+                streams = self._through_streams(streams, held)
+            held = chunk
+        if streams is None or held is None:
             raise ValueError("summarise got no chunk; an empty history is one chunk without events")
-        return self._read_streams(streams), streams
+        return self._through_and_read(streams, held)
 
     def _started(self, batch: int) -> tuple[Stream, ...]:
         """Streams of users without events."""
@@ -311,7 +320,7 @@ class VISTA(Ranker):
     def tokens_of(self, user: UserInputs) -> Tensor:
         """Stage 1 alone, over whole histories: tokens_BSD. Reads events and nothing of the request."""
         if self.config.causal:
-            return self._read_streams(self._through_streams(self._started(len(user.item_BL)), user))
+            return self._through_and_read(self._started(len(user.item_BL)), user)[0]
         rows, mask = self._events(user), user.mask_BL
         seeds = self.seeds.expand(len(rows), -1, -1)
         for index, layer in enumerate(self.summary):
@@ -350,8 +359,20 @@ class VISTA(Ranker):
         return every[:, number:], every[:, :number]
 
     def _advance(self, streams: tuple[Stream, ...], user: UserInputs) -> UserState:
-        streams = self._through_streams(streams, user)
-        return self.state_of(self._read_streams(streams), user, streams)
+        tokens, streams = self._through_and_read(streams, user)
+        return self.state_of(tokens, user, streams)
+
+    def _through_and_read(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Tensor, tuple[Stream, ...]]:
+        """Tokens behind the user's events, and the streams: in one pass where the events fit into the current block."""
+        mask = user.mask_BL
+        if mask.shape[1] > self.config.block or bool((streams[0].filled + mask.sum(1) > self.config.block).any()):
+            streams = self._through_streams(streams, user)
+            return self._read_streams(streams), streams
+        rows, seeds, found = self._events(user), self.seeds.expand(len(mask), -1, -1), list(streams)
+        for number, layer in enumerate(self.summary):
+            rows, seeds, found[number] = layer.advance_and_read(rows, mask, seeds, found[number])  # type: ignore[operator]
+        tokens: Tensor = self.token_norm(seeds)
+        return tokens, tuple(found)
 
     def _through_streams(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Stream, ...]:
         """Every layer's stream behind the user's events: all at once from the beginning of a block, else block by block."""

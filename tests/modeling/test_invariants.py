@@ -72,6 +72,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseline_rankmixer": ("rankmixer", {"width": 16, "num_tokens": 4, "mixed_width": 16, "history": "transformer"}),
     "vista": ("vista", {"width": 16, "num_seeds": 5, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 8}),
     "vista_target": ("vista", {"width": 16, "num_seeds": 5, "seed_role": "target", "divide": False}),
+    "vista_dot": ("vista", {"width": 16, "num_seeds": 5, "interaction": "dot"}),
     "vista_softmax": ("vista", {"width": 16, "num_seeds": 5, "attention": "softmax", "ranking_layers": 1}),
     "vista_extendable": (
         "vista",
