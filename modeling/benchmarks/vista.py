@@ -33,10 +33,6 @@ from modeling.next_item import keep_freed_memory
 WIDTH, SEEDS, CHUNK = 128, 128, 2048
 STAGE_1: dict[str, Any] = {"width": WIDTH, "num_heads": 4, "num_seeds": SEEDS, "summary_layers": 3}
 STAGE_1["interaction"] = "dot"  # as of the ranker that it is compared with
-    "cross_layers": 1,
-    "cross_rank": 32,
-    "head_hidden": WIDTH,
-}  # no more beside the attention than the ranker compared with
 STREAM: dict[str, Any] = {**STAGE_1, "causal": True, "seed_role": "target", "block": 128}
 
 
