@@ -91,7 +91,7 @@ class QuasiLinearLayer(nn.Module):
     def forward(self, rows_BRD: Tensor, matrix: Tensor, *, target: bool) -> Tensor:
         """Rows that read W: source rows, or target rows, which read themselves as well."""
         normed = self.norm(rows_BRD)
-        query = silu(self._heads(self.query(normed)))
+        query = self._heads(silu(self.query(normed)))
         read = query @ matrix
         if target:
             keys, values = self._keys_values(normed)
@@ -114,7 +114,7 @@ class QuasiLinearLayer(nn.Module):
         if rows_BPD.shape[1] > self.block:
             raise ValueError(f"advance takes at most {self.block} rows at a time, got {rows_BPD.shape[1]}")
         normed = self.norm(rows_BPD)
-        query = silu(self._heads(self.query(normed)))
+        query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         index = torch.arange(rows_BPD.shape[1], device=rows_BPD.device)
         within = (index < (self.block - stream.filled)[:, None]) & mask_BP  # of the block that is being filled
@@ -142,7 +142,7 @@ class QuasiLinearLayer(nn.Module):
         missing = -length % size
         query, keys, values = (
             pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, size))  # B × H × blocks × P × K
-            for rows in (silu(self._heads(self.query(normed))), *self._keys_values(normed))
+            for rows in (self._heads(silu(self.query(normed))), *self._keys_values(normed))
         )
         real = pad(mask_BL, (0, missing)).unflatten(1, (-1, size))
         sums = (keys * real[:, None, :, :, None]).transpose(-1, -2) @ values
@@ -168,7 +168,7 @@ class QuasiLinearLayer(nn.Module):
         """
         number, rows = rows_BPD.shape[1], torch.cat([rows_BPD, targets_BSD], dim=1)
         normed = self.norm(rows)
-        query = silu(self._heads(self.query(normed)))
+        query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         total = stream.total + _sum(keys[:, :, :number], values[:, :, :number], mask_BP)
         added = mask_BP.sum(1)
@@ -176,9 +176,10 @@ class QuasiLinearLayer(nn.Module):
         old, new = self.matrix(stream.block_total, stream.block_number), self.matrix(total, count)
         read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
         rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
-        full = filled == self.block
-        block_total = torch.where(full[:, None, None, None], total, stream.block_total)
-        block_number, filled = torch.where(full, count, stream.block_number), torch.where(full, 0, filled)
+        block_total, block_number, full = stream.block_total, stream.block_number, filled == self.block
+        if bool(full.any()):
+            block_total = torch.where(full[:, None, None, None], total, block_total)
+            block_number, filled = torch.where(full, count, block_number), torch.where(full, 0, filled)
         return rows[:, :number], rows[:, number:], Stream(total, count, block_total, block_number, filled)
 
     def _finish(self, rows: Tensor, read: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class QuasiLinearLayer(nn.Module):
     def _keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """φ(K) and V."""
         keys, values = self.key_value(normed).chunk(2, dim=-1)
-        return silu(self._heads(keys)), self._heads(values)
+        return self._heads(silu(keys)), self._heads(values)
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

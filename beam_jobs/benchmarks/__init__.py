@@ -1,0 +1,1 @@
+"""`python -m beam_jobs.benchmarks.<name>`: jobs beside what they cannot do without."""
