@@ -1,7 +1,7 @@
 # Two commands do all set-up: `make demo` walks the whole road, `make check` is all that CI runs.
 PYTHON ?= python3.11
 VENV ?= .venv
-RECIPE ?= amortised_dlrm
+RECIPE ?= vista
 RUNNER ?= FnApiRunner
 PORT ?= 8000
 TORCH ?= torch==2.13.0
@@ -34,6 +34,9 @@ demo: setup  ## the whole road: raw rows in, a ranked list out
 	$(RUN) -m modeling train $(RECIPE)
 	$(RUN) -m modeling evaluate $(RECIPE)
 	$(RUN) -m modeling export $(RECIPE)
+ifneq ($(filter vista%,$(RECIPE)),)
+	$(RUN) -m beam_jobs summary_tokens --bundle $(RECIPE) --runner=$(RUNNER)
+endif
 	$(RUN) -m serving demo
 
 serve: setup  ## rank over HTTP with the live bundle, as of the end of the data

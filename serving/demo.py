@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from feature_repo import datasets
-from feature_repo.arrow import micros
+from feature_repo.arrow import EPOCH, micros, micros_iso
 from feature_repo.catalogue import Catalogue
 from feature_repo.history import HistoryLog, newest_rows
-from feature_repo.schema import Contract
+from feature_repo.schema import TOKEN_VERSION, Contract
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 
-STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize")
+STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize", "summary_tokens")
 RECIPE_STAGES = ("train", "evaluate", "export")
 NUM_CANDIDATES = 500
 START_S = 120
@@ -50,6 +50,7 @@ def run_demo() -> int:
         body = {"user_id": user_id, "candidates": candidates, "k": 10}
         post(address, body)
         answer = post(address, body)
+        purchase = one_more_purchase(settings, contract, address, body, answer) if answer["tokens"] else None
     console.print()
     ranked = RichTable(
         title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10",
@@ -70,6 +71,10 @@ def run_demo() -> int:
         history.add_row(day, action, (titles.get(item_id) or (str(item_id), None))[0] or str(item_id))
     (console if console.width >= 150 else Console(width=150)).print(Columns([ranked, history], padding=(0, 3)))
     print(f"bundle {answer['bundle']}, degraded by {', '.join(answer['degraded']) or 'nothing'}")
+    if answer["tokens"]:
+        token_summary(settings, answer["tokens"])
+    if purchase:
+        show_purchase(console, titles, *purchase)
     timings = answer["timings_ms"]
     print(
         "request: "
@@ -78,6 +83,94 @@ def run_demo() -> int:
     )
     summary(settings, started_s)
     return 0
+
+
+def token_summary(settings: Settings, version: str) -> None:
+    """Bytes of a user's tokens, and how many users have some."""
+    folder = JobFolder(settings.home, "summary_tokens")
+    rows = folder.read("summary_tokens")
+    rows = newest_rows(rows.filter(pc.equal(rows[TOKEN_VERSION.join_key], version)), rows.column_names[0])
+    tokens, states = (pc.binary_length(rows[name]) for name in ("tokens", "state"))
+    built = next(
+        row for row in Catalogue(settings.catalogue_url).token_versions(settings.dataset) if row.fingerprint == version
+    )
+    print(
+        f"summary tokens {version[:12]}: {built.num_tokens} × {built.width}, {pc.mean(tokens).as_py():,.0f} bytes a user"
+        + (f" (and {pc.mean(states).as_py():,.0f} of state for streaming)" if states.null_count < len(states) else "")
+        + f", whatever the history; {built.covered:,} of {built.users:,} users covered ({built.coverage:.1%})"
+    )
+
+
+def one_more_purchase(
+    settings: Settings, contract: Contract, address: str, body: dict[str, Any], answer: dict[str, Any]
+) -> tuple[Any, dict[str, Any], dict[str, Any], float] | None:
+    """Let the user act once more, now, on the last of the candidates; refresh the tokens, ask again, and put them back.
+
+    Returns:
+        The item, the answers before and after, and the milliseconds of the refresh; None where tokens do not stream.
+    """
+    from feature_repo.online_tokens import OnlineTokens
+    from feature_repo.store import open_store
+    from modeling.summary import load_summariser
+    from serving.refresh import Refresher
+
+    live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+    summariser = load_summariser(live.path, contract, live.digest)
+    if not summariser.streams:
+        return None
+    online = OnlineTokens(open_store(settings), contract)
+    user, version = body["user_id"], answer["tokens"]
+    as_of = JobFolder(settings.home, "user_history").require().as_of_micros
+    whole = {**body, "k": None, "context": {"request_timestamp": micros_iso(as_of + 1_000_000)}}
+    before = post(address, whole)
+    item = before["item_ids"][len(before["item_ids"]) // 2]
+    ((tokens, state),) = online.read(version, [user])
+    event = {c.name: 1 for c in contract.history_columns} | {
+        contract.item.join_key: item,
+        "action": 0,
+        "event_timestamp": EPOCH + timedelta(microseconds=as_of),
+    }
+    refresher = Refresher(summariser, online, contract)
+    refreshed = refresher.refresh(user, [event])
+    try:
+        after = post(address, whole)
+        started = time.perf_counter()
+        refresher.refresh(user, [{**event, "event_timestamp": EPOCH + timedelta(microseconds=as_of + 1)}])
+        taken = 1000 * (time.perf_counter() - started)
+    finally:
+        online.write(version, [user], [tokens or b""], [state], refreshed.computed_at + 1_000_000)
+    return item, before, after, taken
+
+
+def show_purchase(
+    console: Console,
+    titles: dict[Any, tuple[str | None, float | None]],
+    item: Any,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    taken: float,
+) -> None:
+    """What one more purchase did: the items that rose and fell most."""
+    places = [{item_id: place for place, item_id in enumerate(answer["item_ids"], 1)} for answer in (before, after)]
+    moved = sorted(places[0], key=lambda item_id: (places[1][item_id] - places[0][item_id], places[0][item_id]))
+    title = titles[item][0] or item
+    print(
+        f"\none more purchase, {item} ({title}), taken into the tokens by a streaming refresh: read, computed and stored in {taken:.1f} ms"
+    )
+    shown = RichTable(box=SIMPLE_HEAD)
+    for heading in ("item", "", "place before", "after", "score before", "after"):
+        shown.add_column(heading, justify="left" if heading in ("item", "") else "right")
+    scores = [dict(zip(answer["item_ids"], answer["scores"], strict=True)) for answer in (before, after)]
+    for item_id in dict.fromkeys([item, *moved[:3], *moved[-2:]]):
+        shown.add_row(
+            str(item_id),
+            titles[item_id][0] or "",
+            *(str(place[item_id]) for place in places),
+            *(f"{score[item_id]:.3f}" for score in scores),
+        )
+    console.print(shown)
+    changed = sum(one != other for one, other in zip(before["item_ids"][:10], after["item_ids"][:10], strict=True))
+    print(f"{changed} of the first ten places changed; the tokens were put back afterwards")
 
 
 def summary(settings: Settings, started_s: float) -> None:

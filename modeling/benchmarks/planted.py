@@ -100,7 +100,7 @@ def _train(name: str, config: dict[str, Any], steps: int, seed: int, newest: int
         batch, _ = spec.draw(max(4, ROWS // spec.events), CANDIDATES, HELD_OUT * seed + step, newest)
         optimizer.zero_grad()
         loss = masked_bce(model(batch), batch.labels_BCT, batch.candidates.mask_BC)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

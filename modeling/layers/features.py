@@ -120,8 +120,10 @@ class DenseTokens(nn.Module):
         super().__init__()
         self.num_tokens, self.width = math.ceil(num_features / FEATURES_PER_TOKEN), width
         self.standardise = Standardise(num_features)
-        self.network = nn.Sequential(
-            nn.Linear(num_features, 2 * width), nn.GELU(), nn.Linear(2 * width, self.num_tokens * width)
+        self.network = (
+            nn.Sequential(nn.Linear(num_features, 2 * width), nn.GELU(), nn.Linear(2 * width, self.num_tokens * width))
+            if num_features
+            else nn.Identity()
         )
 
     def forward(self, values: Tensor) -> Tensor:

@@ -15,8 +15,17 @@ SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_st
 
 def vista() -> Recipe:
     """The default: what `make demo` trains on either dataset. Its summary tokens take new events one by one."""
-    config = {**STREAM, "width": 48, "num_seeds": 32, "cross_rank": 64, "dropout": 0.1}
-    return Recipe("vista", "vista", SERVICE, config, history_length=256)
+    config = {
+        **STREAM,
+        "width": 32,
+        "num_seeds": 32,
+        "cross_rank": 64,
+        "dropout": 0.1,
+        "block": 128,
+        "reconstructed": 32,
+    }
+    training = Training(epochs=2, learning_rate=4e-3)
+    return Recipe("vista", "vista", SERVICE, config, history_length=256, training=training)
 
 
 def vista_tiny() -> Recipe:
