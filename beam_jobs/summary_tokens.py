@@ -439,15 +439,11 @@ def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
     """Parts of earlier runs that stay: all of them, but those of this version where everything was built anew."""
     if published is None:
         return {}
-    folder, version = plan.folder, plan.options["version"]
+    versions = token_log.versions_of(plan.contract, plan.folder, published) if plan.options["full"] else {}
 
     def of_this_version(part: Part) -> bool:
         name = PartName.of(part.path)
-        if name is None or not plan.options["full"]:
-            return False
-        pointer = next(p for p in published.tables["token_rows"] if PartName.of(p.path) == name)
-        read = folder.read_path(f"{folder.root}/{pointer.path}", [TOKEN_VERSION.join_key])
-        return bool(read.num_rows) and read[TOKEN_VERSION.join_key][0].as_py() == version
+        return name is not None and versions.get(name) == plan.options["version"]
 
     return {
         table: [part for part in published.tables.get(table, []) if part.rows and not of_this_version(part)]

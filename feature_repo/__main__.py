@@ -1,4 +1,4 @@
-"""`python -m feature_repo apply | store_config | dictionary`: register the definitions, or say where things are."""
+"""`python -m feature_repo apply | store_config | dictionary | tokens`: register definitions, say where things are."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ def main() -> None:
     commands.add_parser("apply", help="`feast apply` for the dataset in force; skipped when nothing changed")
     commands.add_parser("store_config", help="path of the Feast configuration in force")
     commands.add_parser("dictionary", help="every table and column of the dataset in force")
-    command = parser.parse_args().command
-    settings = Settings.from_env()
+    tokens = commands.add_parser("tokens", help="token versions: coverage, who accepts them; and removal of old ones")
+    tokens.add_argument("--retire", action="store_true", help="remove versions that no server can still need")
+    tokens.add_argument(
+        "--longest_life_days",
+        type=float,
+        default=7.0,
+        help="how long a server may go on with a bundle that is no longer live (default 7)",
+    )
+    arguments = parser.parse_args()
+    command, settings = arguments.command, Settings.from_env()
     if command == "apply":
         _apply(settings)
     elif command == "store_config":
         from feature_repo.store import yaml_path
 
         print(yaml_path(settings))
+    elif command == "tokens":
+        _tokens(settings, arguments.retire, arguments.longest_life_days)
     else:
         _dictionary(settings)
 
@@ -49,6 +59,39 @@ def _apply(settings: Settings) -> None:
     print(printed.strip())
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
     print(f"feast apply: registered {settings.dataset} with {shown}")
+
+
+def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
+    from datetime import timedelta
+
+    from feature_repo import datasets
+    from feature_repo.catalogue import Catalogue
+
+    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    old = catalogue.retirable_tokens(dataset, timedelta(days=longest_life_days))
+    try:
+        live = catalogue.accepted_tokens(catalogue.live_bundle(dataset).digest)
+    except LookupError:
+        live = None
+    for row in catalogue.token_versions(dataset):
+        state = "live" if row.fingerprint == live else "no longer needed" if row.fingerprint in old else "kept"
+        size = f"{row.num_tokens} × {row.width}"
+        print(
+            f"{row.fingerprint}  {row.recipe}, {size}, {row.covered:,} of {row.users:,} users ({row.coverage:.1%}), {state}"
+        )
+    if retire and old:
+        from feature_repo.online_tokens import OnlineTokens
+        from feature_repo.store import open_store
+        from feature_repo.token_log import drop_version
+
+        contract = datasets.load_contract(dataset)
+        online = OnlineTokens(open_store(settings), contract)
+        for version in old:
+            removed, rows = online.remove(version), drop_version(contract, settings.home, version)
+            catalogue.forget_tokens(dataset, version)
+            print(f"removed {version}: {removed:,} users online, {rows:,} rows of the token log")
+    elif retire:
+        print("nothing to remove")
 
 
 def _dictionary(settings: Settings) -> None:

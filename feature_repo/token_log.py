@@ -9,7 +9,7 @@ stand beside earlier ones and no number ever changes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow as pa
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
 from feature_repo.schema import Contract
-from feature_repo.tables import JobFolder
+from feature_repo.tables import JobFolder, Manifest
 
 JOB = "summary_tokens"
 TABLE = "token_log"
@@ -63,6 +63,47 @@ class PartName:
                 )
             base = (base << bits) | value
         return (base >> _BITS[-1] << _BITS[-1]) + np.arange(number, dtype=np.int64)
+
+
+def versions_of(contract: Contract, folder: JobFolder, manifest: Manifest) -> dict[PartName, str]:
+    """The token version of every part."""
+    found = {}
+    for part in manifest.tables.get("token_rows", []):
+        name = PartName.of(part.path)
+        if name is not None and part.rows:
+            column = contract.table("token_rows").join_keys[1]
+            found[name] = folder.read_path(f"{folder.root}/{part.path}", [column])[column][0].as_py()
+    return found
+
+
+def drop_version(contract: Contract, home: str, version: str) -> int:
+    """Publish the tables of `summary_tokens` without a version; its files go. Returns the rows that went.
+
+    Raises:
+        JobRunningError: the job is under way.
+        TableNotBuiltError: the job has never run.
+    """
+    folder = JobFolder(home, JOB)
+    with folder.lock():
+        manifest = folder.require()
+        gone = {name for name, of in versions_of(contract, folder, manifest).items() if of == version}
+
+        def stays(path: str) -> bool:
+            return PartName.of(path) not in gone
+
+        dropped = [part for part in manifest.tables.get(TABLE, []) if not stays(part.path)]
+        tables = {name: [p for p in parts if stays(p.path)] for name, parts in manifest.tables.items()}
+        if dropped:
+            folder.publish(replace(manifest, tables=tables))
+        for part in dropped:
+            name = PartName.of(part.path)
+            run = part.path.split("/")[0]
+            assert name is not None
+            for table, extension in ((TABLE, "arrow"), ("token_rows", "parquet"), ("summary_tokens", "parquet")):
+                path = f"{folder.root}/{run}/{table}/{name.file(extension)}"
+                if folder.read_bytes(path) is not None:
+                    folder.filesystem.delete_file(path)
+    return sum(part.rows for part in dropped)
 
 
 def log_part(contract: Contract, users: pa.Array, envelopes: list[bytes]) -> pa.RecordBatch:

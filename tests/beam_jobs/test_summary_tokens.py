@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +25,14 @@ from feature_repo.envelope import Envelope, decode
 from feature_repo.history import HistoryLog
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
-from feature_repo.token_log import TokenLog
+from feature_repo.token_log import TokenLog, TokenLogError, drop_version
 from modeling import bundle as bundles
 from modeling.bundle import Bundle
 from modeling.models.vista import VISTA
 from modeling.summary import Summariser
 
 CONTRACT = datasets.load_contract("online_retail")
+ROOT = Path(__file__).resolve().parents[2]
 COMPUTED_AT = "2011-12-20T00:00:00"
 
 
@@ -147,3 +156,303 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
             )
         np.testing.assert_allclose(envelope.tokens_SD, expected, atol=2e-3, rtol=2e-3)
     assert not helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe)["summary_tokens"].built
+
+
+@pytest.fixture
+def fresh(token_shop: Any, tmp_path: Path, helpers: Any) -> Any:
+    """A shop with the same trained bundle, and no tokens yet."""
+    return untokened(token_shop, tmp_path, helpers)
+
+
+def untokened(token_shop: Any, folder: Path, helpers: Any) -> Any:
+    copy = helpers.copied(token_shop, folder)
+    shutil.rmtree(Path(copy.settings.home, "summary_tokens"))
+    helpers.train_road(copy, "vista_tiny")
+    return copy
+
+
+def contents(road: Any) -> tuple[dict[str, bytes], list[Any]]:
+    """Every part by its name, and every value online."""
+    folder = JobFolder(road.settings.home, "summary_tokens")
+    parts = {
+        f"{table}/{Path(part.path).name}": Path(folder.root, part.path).read_bytes()
+        for table, found in folder.require().tables.items()
+        for part in found
+    }
+    users = sorted(folder.read("summary_tokens")["user_id"].to_pylist())
+    return parts, OnlineTokens(road.store, CONTRACT).read(live(road).tokens or "", users)
+
+
+def build(road: Any, helpers: Any, **options: Any) -> Any:
+    chosen = {"bundle": "vista_tiny", "every_days": 60.0, "computed_at": COMPUTED_AT, **options}
+    return helpers.run_jobs(road.settings, "summary_tokens", **chosen)["summary_tokens"]
+
+
+def test_stopped_at_any_write_and_run_again_gives_the_same_bytes(
+    fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline part, note beside it, online row or manifest: wherever it ends, nothing shows, and the next run heals it."""
+    reference = untokened(token_shop, tmp_path / "reference", helpers)
+    build(reference, helpers)
+    for stop_at in (0, 3, 6, 11, 20, 26):
+        left = iter(range(stop_at))
+
+        def counted(write: Any, left: Any = left) -> Any:
+            def stopping(self: Any, *given: Any) -> Any:
+                if next(left, None) is None:
+                    raise OSError("power cut")
+                return write(self, *given)
+
+            return stopping
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JobFolder, "write_bytes", counted(JobFolder.write_bytes))
+            patch.setattr(OnlineTokens, "write", counted(OnlineTokens.write))
+            with pytest.raises(Exception, match="power cut"):
+                build(fresh, helpers)
+        assert JobFolder(fresh.settings.home, "summary_tokens").manifest() is None
+        with pytest.raises(LookupError):
+            Catalogue(fresh.settings.catalogue_url).live_bundle("online_retail")
+    build(fresh, helpers)
+    assert contents(fresh) == contents(reference)
+    assert not build(fresh, helpers).built
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_gives_the_same_bytes(fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any) -> None:
+    """SIGKILL a real process while it writes."""
+    reference = untokened(token_shop, tmp_path / "reference", helpers)
+    command = [sys.executable, "-m", "beam_jobs", "summary_tokens", "--bundle=vista_tiny", "--every_days=60"]
+    command.append(f"--computed_at={COMPUTED_AT}")
+    environment = {**os.environ, "MEMOIR_HOME": fresh.settings.root, "MEMOIR_DATA": str(fresh.data)}
+    folder = Path(fresh.settings.home, "summary_tokens")
+    for wanted in (1, 4):
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(folder.glob("*/*/run-*"))) < wanted:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "manifest.json").exists()
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    build(reference, helpers)
+    assert contents(fresh) == contents(reference)
+
+
+def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(fresh: Any, helpers: Any) -> None:
+    from beam_jobs import runs
+
+    job = runs.load_job("summary_tokens")
+    options = job.resolve(fresh.settings, {**job.options, "bundle": "vista_tiny"})
+    plan, _, _ = runs.plan_run(job, fresh.settings, options, None)
+    first, again = (job.prepare(plan, None).options["computed_at_micros"] for _ in range(2))
+    assert first == again
+    later = replace(build(fresh, helpers).manifest, options={"computed_at_micros": first + 10**15})
+    other = replace(plan, run_id="another")
+    assert job.prepare(other, later).options["computed_at_micros"] > first + 10**15  # time never runs back
+
+
+def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
+    fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    reference = untokened(token_shop, tmp_path / "reference", helpers)
+    build(reference, helpers)
+    folder = JobFolder(fresh.settings.home, "user_history")
+    manifest = folder.require()
+    part = manifest.tables["history_log"][0]
+    path = Path(folder.root, part.path)
+    batch = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).get_batch(0)
+    victim = next(row for row in range(batch.num_rows) if len(set(batch["event_timestamp"][row].as_py())) > 1)
+    lists = batch["event_timestamp"]
+    times = micros(lists.values).copy()
+    start, stop = lists.offsets[victim].as_py(), lists.offsets[victim + 1].as_py()
+    times[start:stop] = times[start:stop][::-1]
+    values = pa.array(times).cast(lists.values.type)
+    columns = [
+        pa.LargeListArray.from_arrays(lists.offsets, values) if name == "event_timestamp" else batch[name]
+        for name in batch.schema.names
+    ]
+    changed = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, changed.schema) as writer:
+        writer.write_batch(changed)
+    counts = build(fresh, helpers).manifest.counts
+    user = changed["user_id"][victim].as_py()
+    (letter,) = JobFolder(fresh.settings.home, "summary_tokens").read("token_dead_letters").to_pylist()
+    assert letter["user_id"] == user
+    assert letter["reason"] == "events are not in the order of time"
+    assert counts["dead_letters"] == 1
+    assert counts["users"] == counts["covered"] + 1
+    expected = {row["user_id"]: row["tokens"] for row in newest(reference)}
+    del expected[user]
+    assert {row["user_id"]: row["tokens"] for row in newest(fresh)} == expected
+
+
+def newest(road: Any) -> list[dict[str, Any]]:
+    return JobFolder(road.settings.home, "summary_tokens").read("summary_tokens").to_pylist()
+
+
+def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
+    token_shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beam_jobs.summary_tokens import summarised
+
+    bundle, (log, _) = live(token_shop), histories(token_shop)
+    summariser = Summariser(bundle.model, bundle.encoder)
+    whole = summariser.whole
+    bad = int(log.lengths[2])
+
+    def failing(found: Any, *given: Any) -> Any:
+        if (found.lengths == bad).any():
+            raise RuntimeError("numbers that no model should see")
+        return whole(found, *given)
+
+    monkeypatch.setattr(summariser, "whole", failing)
+    rows = np.arange(5)
+    read, ends = log.gather(rows, log.lengths[rows]), log.lengths[rows].astype(np.int64)
+    codes = bundle.encoder.vocabularies["item_id"].encode(log.items)
+    found = list(summarised(summariser, read, codes, rows.tolist(), np.zeros(5, np.int64), ends, 0, None))
+    reasons = {row: reason for row, _, _, reason in found}
+    assert all((reasons[row] is not None) == (log.lengths[row] == bad) for row in range(5))
+    assert "numbers that no model should see" in str(reasons[2])
+
+
+def test_a_huge_history_is_a_piece_of_its_own_and_none_holds_more_than_its_bounds() -> None:
+    from beam_jobs.summary_tokens import PIECE_BYTES, PIECE_EVENTS, PIECE_USERS, piece_ends
+
+    rng = np.random.default_rng(0)
+    lengths = np.r_[rng.integers(0, 2000, 9000), 5 * PIECE_EVENTS, rng.integers(0, 2000, 9000)]
+    for size in (1, 1000, PIECE_BYTES // 7, 2 * PIECE_BYTES):
+        ranges = piece_ends(lengths, size)
+        assert [stop for _, stop in ranges][:-1] == [start for start, _ in ranges][1:]
+        assert (ranges[0][0], ranges[-1][1]) == (0, len(lengths))
+        for start, stop in ranges:
+            assert stop - start == 1 or lengths[start:stop].sum() <= PIECE_EVENTS
+            assert stop - start == 1 or (stop - start) * size <= PIECE_BYTES
+            assert stop - start <= PIECE_USERS
+    assert piece_ends(np.zeros(0, np.int64), 5) == [(0, 0)]
+
+
+def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers: Any) -> None:
+    """An event that came late stands before others: the stored state is no longer that of its first events."""
+    from beam_jobs import runs
+    from beam_jobs.summary_tokens import Earlier
+
+    build(fresh, helpers)
+    job = runs.load_job("summary_tokens")
+    options = job.resolve(fresh.settings, {**job.options, "bundle": "vista_tiny"})
+    plan, units, _ = runs.plan_run(job, fresh.settings, options, None)
+    plan = job.prepare(plan, plan.folder.manifest())
+    log = HistoryLog(CONTRACT, plan.folder_of("user_history"), [units[0].source])
+    rows, ids = np.arange(len(log.users)), log.users.to_pylist()
+    read, earlier = log.gather(rows, log.lengths), Earlier(plan, 0)
+    known = earlier.num_events(log.users)
+    np.testing.assert_array_equal(known, log.lengths)
+    assert set(earlier.streams(ids, known, read)) == set(rows.tolist())
+    moved = read.columns["event_timestamp"].copy()
+    moved[read.offsets[1] - 1] += 1
+    late = replace(read, columns={**read.columns, "event_timestamp": moved})
+    assert set(earlier.streams(ids, known, late)) == set(rows.tolist()) - {0}
+    assert Earlier(plan, 1).num_events(log.users).sum() == 0  # another part's users
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp32"])
+def test_full_builds_a_version_anew_in_another_kind(kind: str, fresh: Any, helpers: Any) -> None:
+    build(fresh, helpers)
+    before = {row["user_id"]: row for row in newest(fresh)}
+    outcome = build(fresh, helpers, kind=kind, full=True, computed_at="2011-12-21T00:00:00")
+    assert outcome.manifest.counts["skipped"] == 0
+    after = {row["user_id"]: row for row in newest(fresh)}
+    assert set(after) == set(before)  # the version's earlier rows are gone, so each user stands there once
+    for user, row in after.items():
+        one, other = (decode(stored["tokens"], user).tokens_SD for stored in (before[user], row))
+        assert one is not None
+        assert other is not None
+        np.testing.assert_allclose(one, other, atol=0.02 * np.abs(one).max())
+        assert (len(row["tokens"]) < len(before[user]["tokens"])) == (kind == "int8")
+    assert OnlineTokens(fresh.store, CONTRACT).read(live(fresh).tokens or "", list(after)) == [
+        (row["tokens"], row["state"]) for row in after.values()
+    ]
+
+
+def test_two_versions_stand_side_by_side_and_the_old_one_is_removed_when_nobody_needs_it(
+    fresh: Any, helpers: Any
+) -> None:
+    build(fresh, helpers)
+    catalogue, old = Catalogue(fresh.settings.catalogue_url), live(fresh)
+    first = contents(fresh)
+    helpers.train_road(fresh, "vista_bidirectional_tiny")
+    assert live(fresh).digest == old.digest  # the new bundle waits for its tokens
+    build(fresh, helpers, bundle="vista_bidirectional_tiny", computed_at="2011-12-22T00:00:00")
+    new = live(fresh)
+    assert new.manifest["recipe"] == "vista_bidirectional_tiny"
+    users = sorted({row["user_id"] for row in newest(fresh)})
+    online = OnlineTokens(fresh.store, CONTRACT)
+    assert online.read(old.tokens or "", users) == first[1]
+    assert {decode(tokens or b"", user).fingerprint for user, (tokens, _) in zip(users, online.read(new.tokens or "", users), strict=True)} == {new.tokens}  # fmt: skip
+    for version in (old, new):
+        rows = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").to_pylist()
+        chosen = np.array([row["token_row"] for row in rows if row["token_version"] == version.tokens])
+        assert (
+            TokenLog(CONTRACT, fresh.settings.home, version.tokens or "").gather(chosen, version.token_shape)[1].all()
+        )
+    assert catalogue.retirable_tokens("online_retail", timedelta(days=7)) == []
+    assert catalogue.retirable_tokens("online_retail", timedelta(0)) == [old.tokens]
+    assert online.remove(old.tokens or "") == len(users)
+    assert drop_version(CONTRACT, fresh.settings.home, old.tokens or "") == len(
+        [row for row in rows if row["token_version"] == old.tokens]
+    )
+    catalogue.forget_tokens("online_retail", old.tokens or "")
+    assert online.read(old.tokens or "", users) == [(None, None)] * len(users)
+    assert all(tokens for tokens, _ in online.read(new.tokens or "", users))
+    left = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").to_pylist()
+    assert {row["token_version"] for row in left} == {new.tokens}
+    with pytest.raises(TokenLogError, match="no part of the token log"):
+        TokenLog(CONTRACT, fresh.settings.home, old.tokens or "").gather(chosen_of(rows, old), old.token_shape)
+
+
+def chosen_of(rows: list[dict[str, Any]], bundle: Bundle) -> np.ndarray:
+    return np.array([row["token_row"] for row in rows if row["token_version"] == bundle.tokens])
+
+
+def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
+    fresh: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beam_jobs import summary_tokens
+
+    whole = summary_tokens.take
+    monkeypatch.setattr(summary_tokens, "take", lambda *given: "unlucky" if given[3] % 10 == 0 else whole(*given))
+    outcome = build(fresh, helpers)
+    assert "does not go live" in outcome.said[0]
+    with pytest.raises(LookupError):
+        Catalogue(fresh.settings.catalogue_url).live_bundle("online_retail")
+    monkeypatch.undo()
+    outcome = build(fresh, helpers, computed_at="2011-12-22T00:00:00")
+    assert "is live" in outcome.said[0]
+
+
+@pytest.mark.parametrize("recipe", ["amortised_tokens_tiny", "onetrans_tokens_tiny", "vista_stage_2_tiny"])
+def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_only(
+    recipe: str, fresh: Any, helpers: Any
+) -> None:
+    from modeling import command, recipes
+    from serving.command import open_ranker
+    from serving.messages import RankRequest
+
+    with pytest.raises(LookupError, match="no summary tokens of recipe 'vista_tiny'"):
+        command.open_run(fresh.settings, recipes.load(recipe))
+    build(fresh, helpers)
+    made = live(fresh)
+    helpers.train_road(fresh, recipe)
+    bundle = live(fresh)
+    assert bundle.manifest["recipe"] == recipe
+    assert bundle.tokens == made.tokens
+    assert not bundle.makes_tokens
+    ranker = open_ranker(fresh.settings, replay=True)
+    users = sorted({row["user_id"] for row in newest(fresh)})
+    items = sorted(JobFolder(fresh.settings.home, "item_stats").read("item_stats")["item_id"].unique().to_pylist())[:40]
+    with_tokens = ranker.rank(RankRequest(users[4], items))
+    assert with_tokens.tokens == made.tokens
+    assert with_tokens.degraded == []
+    OnlineTokens(fresh.store, CONTRACT).remove(made.tokens or "")
+    without = ranker.rank(RankRequest(users[4], items))
+    assert without.degraded == ["no_tokens"]
+    assert without.scores != with_tokens.scores

@@ -1,0 +1,258 @@
+"""What summary tokens are worth on a dataset's own tables: refresh policies, how they are stored, how many, reconstruction.
+
+Trains `vista_stream_*` and variants of it (or takes finished runs of the same home), then ranks the test period from
+stored tokens as each refresh policy would have left them: fresh at every event, after every so many events, at whole
+multiples of so many hours, or never after the test period began. A user whom the policy has given no tokens yet is
+ranked from the short history, as the server does. Figures are means over seeds; `±` is their standard deviation.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feature_repo.arrow import iso_micros
+from feature_repo.benchmarks import parser, report
+from feature_repo.envelope import KINDS, Envelope, Kind, decode, encode
+from feature_repo.history import HistoryLog
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder
+from feature_repo.transforms import MICROS_PER_DAY
+from modeling import metrics, recipes
+from modeling.batch import Encoded, Encoder
+from modeling.models.base import Ranker
+from modeling.ranking import Encodings, Periods, build_model, train_and_evaluate
+from modeling.recipes import SERVICE, Recipe
+from modeling.report import BLUE, GREY, ORANGE, plots, png_of
+from modeling.summary import Summariser
+from modeling.trainer import predict
+
+METRICS = ("ndcg@10", "gauc", "auc", "log_loss")
+Policy = Callable[["Asked"], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Test requests: row of the log, events known, time, and all event times of each user."""
+
+    log: HistoryLog
+    rows: np.ndarray
+    ends: np.ndarray
+    times: np.ndarray
+
+    def events_before(self, instants: np.ndarray) -> np.ndarray:
+        """Events of each request's user before an instant, among those known."""
+        histories = self.log.gather(self.rows, self.ends)
+        owner = np.repeat(np.arange(len(self.rows)), histories.lengths)
+        return np.bincount(owner, histories.times < instants[owner], len(self.rows)).astype(np.int64)
+
+
+def main() -> None:
+    """Run."""
+    flags = parser("modeling.benchmarks.token_quality", __doc__)
+    flags.add_argument("--recipe", default="vista_stream_retail")
+    flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--ablation_seeds", type=int, default=2, help="of variants with other tokens (default 2)")
+    flags.add_argument("--learning_rate", type=float, default=4e-3)
+    flags.add_argument("--plots", type=Path, help="folder for the plots")
+    arguments = flags.parse_args()
+    torch.set_num_threads(1)
+    settings, base = Settings.from_env(), recipes.load(arguments.recipe)
+    assert isinstance(base, Recipe)
+    seeds, more = (1, 0) if arguments.quick else (arguments.seeds, arguments.ablation_seeds)
+    base = replace(base, training=replace(base.training, learning_rate=arguments.learning_rate))
+    if arguments.quick:
+        base = replace(base, name=f"{base.name}-quick", training=replace(base.training, epochs=1))
+    periods = Periods.of(settings, SERVICE)
+    encodings = Encodings(periods)
+    rows = _policies(settings, encodings, base, seeds)
+    ablation = _ablation(settings, encodings, base, seeds, more)
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        dataset = settings.dataset
+        (arguments.plots / f"token_refresh_{dataset}.png").write_bytes(_refresh_plot(rows, periods.describe()))
+        if more:
+            (arguments.plots / f"token_ablation_{dataset}.png").write_bytes(_ablation_plot(ablation, base))
+    config = {"dataset": settings.dataset, "recipe": base.name, "seeds": seeds, "ablation_seeds": more}
+    report("token_quality", config, [*rows, *ablation], arguments.json)
+
+
+def policies(test_from: int) -> dict[str, Policy]:
+    """Which events the tokens have seen by each request."""
+
+    def every(number: int) -> Policy:
+        return lambda asked: asked.ends // number * number
+
+    def at_multiples(hours: float) -> Policy:
+        step = int(hours * MICROS_PER_DAY / 24)
+        return lambda asked: asked.events_before(asked.times // step * step)
+
+    return {
+        "every event": lambda asked: asked.ends,
+        **{f"every {number} events": every(number) for number in (8, 32, 128)},
+        **{f"every {hours} hours": at_multiples(hours) for hours in (2, 24, 168)},
+        "never after the test began": lambda asked: asked.events_before(np.full(len(asked.rows), test_from)),
+    }
+
+
+def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
+    periods = encodings.periods
+    log, test = HistoryLog(periods.contract, JobFolder(settings.home, "user_history")), periods.test
+    rows_of = log.rows_of(test.users)
+    asked = Asked(log, rows_of, np.where(rows_of < 0, 0, test.history_lengths), test.requests.times)
+    known = rows_of >= 0
+    asked = Asked(log, np.maximum(rows_of, 0), np.where(known, asked.ends, 0), asked.times)
+    found: dict[str, list[dict[str, float]]] = {}
+    behind: dict[str, tuple[float, float]] = {}
+    for seed in range(1, seeds + 1):
+        one = replace(recipe, training=replace(recipe.training, seed=seed))
+        train_and_evaluate(settings, encodings, one)
+        model, encoder, encoded = _trained(settings, encodings, one)
+        summariser = Summariser(model, encoder)
+        if not summariser.streams:
+            raise ValueError(f"{recipe.name} does not stream: its tokens depend on the time at which they were made")
+        users = test.users.dictionary_encode().indices.to_numpy()
+
+        def note(
+            name: str, ranked: Encoded, model: Ranker = model, encoder: Encoder = encoder, users: np.ndarray = users
+        ) -> None:
+            logits = predict(model, encoder, ranked)
+            probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+            values = metrics.evaluate(ranked.labels, logits, ranked.candidate_offsets, users, probability)
+            found.setdefault(name, []).append({metric: values[metric].value for metric in METRICS})
+
+        note("stage 1 at the request, newest events", encoded)
+        for name, policy in policies(iso_micros(periods.contract.spec.requests.test_from)).items():
+            ends = policy(asked)
+            note(name, replace(encoded, gather_tokens=_gather(summariser, asked, ends, "fp32")))
+            behind[name] = (float((asked.ends - ends).mean()), float((ends == 0).mean()))
+        for kind in KINDS[1:]:
+            note(f"every event, {kind}", replace(encoded, gather_tokens=_gather(summariser, asked, asked.ends, kind)))
+    rows = []
+    reference = found["every event"]
+    for name, values in found.items():
+        row: dict[str, Any] = {"case": "refresh", "tokens": name}
+        if name in behind:
+            row |= {"events_behind": behind[name][0], "without_tokens": behind[name][1]}
+        row |= _spread(values)
+        change = [one["ndcg@10"] / other["ndcg@10"] - 1 for one, other in zip(values, reference, strict=True)]
+        rows.append({**row, "ndcg_change_%": 100 * statistics.mean(change)})
+    return rows
+
+
+def _gather(summariser: Summariser, asked: Asked, ends: np.ndarray, kind: Kind) -> Any:
+    """Tokens of each request, computed once for each user and number of events, and stored as `kind`."""
+    pairs, place = np.unique(np.stack([asked.rows, ends]), axis=1, return_inverse=True)
+    shape = summariser.model.token_shape
+    assert shape is not None
+    tokens = np.zeros((pairs.shape[1], *shape), np.float32)
+    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].encode(asked.log.items)
+    for start in range(0, pairs.shape[1], 512):
+        part = slice(start, start + 512)
+        histories = asked.log.gather(pairs[0, part], pairs[1, part])
+        tokens[part] = summariser.whole(histories, item_of_key, np.zeros(len(histories.lengths), np.int64)).tokens_BSD
+    if kind != "fp32":
+        for index, one in enumerate(tokens):
+            stored = encode(Envelope("0" * 32, 0, 0, 1, one), index, kind)
+            restored = decode(stored, index).tokens_SD
+            assert restored is not None
+            tokens[index] = restored
+    has = ends > 0
+    return lambda chosen: (tokens[place[chosen]], has[chosen])
+
+
+def _ablation(settings: Settings, encodings: Encodings, base: Recipe, seeds: int, more: int) -> list[dict[str, Any]]:
+    variants: dict[str, dict[str, Any]] = {}
+    if more:
+        variants |= {f"{number} tokens": {"num_seeds": number} for number in (4, 8, 128)}
+        variants |= {"no reconstruction": {"reconstruction": 0.0}}
+    rows = []
+    for name, changes in {f"{base.config['num_seeds']} tokens": {}, **variants}.items():
+        results = []
+        for seed in range(1, (more if changes else seeds) + 1):
+            named = base.name if not changes else f"{base.name}-{name.replace(' ', '_')}"
+            one = replace(
+                base, name=named, config={**base.config, **changes}, training=replace(base.training, seed=seed)
+            )
+            results.append(train_and_evaluate(settings, encodings, one))
+        values = [{metric: result["test"][metric]["value"] for metric in METRICS} for result in results]
+        cpu = statistics.mean(result["summary"]["cpu_seconds"] for result in results)
+        bytes_of = 2 * {**base.config, **changes}["num_seeds"] * base.config["width"]
+        rows.append({"case": "ablation", "tokens": name, **_spread(values), "cpu_s": cpu, "fp16_bytes": bytes_of})
+    return rows
+
+
+def _trained(settings: Settings, encodings: Encodings, recipe: Recipe) -> tuple[Ranker, Encoder, Encoded]:
+    from safetensors.torch import load_file
+
+    encoder, train, _, test = encodings.of(recipe)
+    model = build_model(recipe, encoder, train)
+    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
+    model.load_state_dict(load_file(Path(folder, "best.safetensors")))
+    return model.eval(), encoder, test
+
+
+def _spread(values: list[dict[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for metric in METRICS:
+        of_seeds = [value[metric] for value in values]
+        row[metric] = statistics.mean(of_seeds)
+        row[f"{metric} ±"] = statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0
+    return row
+
+
+def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
+    plt = plots()
+    figure, axes = plt.subplots(figsize=(7.2, 4.2))
+    shown = [row for row in rows if "events_behind" in row]
+    for row in shown:
+        colour = ORANGE if "hours" in row["tokens"] else GREY if "never" in row["tokens"] else BLUE
+        x = max(row["events_behind"], 0.3)
+        axes.errorbar(x, row["ndcg@10"], yerr=row["ndcg@10 ±"], fmt="o", color=colour, capsize=3)
+        axes.annotate(row["tokens"], (x, row["ndcg@10"]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set(
+        xscale="log",
+        xlabel="events that the tokens have not seen, mean over requests (0 is drawn at 0.3)",
+        ylabel="NDCG@10",
+    )
+    axes.set_title(f"Refresh policies. {title.split(',')[0]}", fontsize=10)
+    axes.margins(x=0.25)
+    return png_of(plt, figure)
+
+
+def _ablation_plot(rows: list[dict[str, Any]], base: Recipe) -> bytes:
+    plt = plots()
+    figure, (counts, losses) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(2, 1), sharey=True)
+    by_count = sorted((row for row in rows if row["tokens"].split()[0].isdigit()), key=lambda row: row["fp16_bytes"])
+    counts.errorbar(
+        [int(row["tokens"].split()[0]) for row in by_count],
+        [row["ndcg@10"] for row in by_count],
+        yerr=[row["ndcg@10 ±"] for row in by_count],
+        fmt="o-",
+        color=BLUE,
+        capsize=3,
+    )
+    counts.set(xscale="log", xlabel="summary tokens of a user", ylabel="NDCG@10", title="Number of tokens")
+    pair = [f"{base.config['num_seeds']} tokens", "no reconstruction"]
+    chosen = [next(row for row in rows if row["tokens"] == name) for name in pair]
+    losses.errorbar(
+        ["with", "without"],
+        [r["ndcg@10"] for r in chosen],
+        yerr=[r["ndcg@10 ±"] for r in chosen],
+        fmt="o",
+        color=ORANGE,
+        capsize=3,
+    )
+    losses.set(title="Reconstruction loss")
+    losses.margins(x=0.5)
+    return png_of(plt, figure)
+
+
+if __name__ == "__main__":
+    main()
