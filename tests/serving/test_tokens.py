@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import Envelope, decode, encode
+from feature_repo.history import Histories
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
 from modeling import bundle as bundles
@@ -24,6 +27,7 @@ from serving.command import open_ranker
 from serving.features import FeastReader
 from serving.messages import RankContext, RankRequest
 from serving.ranker import Ranker
+from serving.refresh import NoStateError, Refresher
 
 CONTRACT = datasets.load_contract("online_retail")
 
@@ -205,3 +209,52 @@ def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: An
 
 def user_with(store: MixedStore, version: str) -> int:
     return next(user for (user, key), (_, holds) in store.values.items() if key == version == holds)
+
+
+def event_of(item: str, at: int) -> dict[str, Any]:
+    values: dict[str, Any] = {c.name: 1 for c in CONTRACT.history_columns}
+    return values | {
+        "item_id": item,
+        "action": 0,
+        "event_timestamp": datetime.fromtimestamp(0, UTC) + timedelta(microseconds=at),
+    }
+
+
+def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
+    token_shop: Any, ranker: Ranker, online: OnlineTokens, world: Any
+) -> None:
+    from feature_repo.history import HistoryLog
+    from modeling.summary import Summariser
+
+    user, version = world[0][11], ranker.bundle.tokens or ""
+    ((stored, state),) = online.read(version, [user])
+    before = decode(stored or b"", user)
+    summariser = Summariser(ranker.bundle.model, ranker.bundle.encoder)
+    refresher = Refresher(summariser, online, CONTRACT, "fp32")
+    at = before.as_of + 60_000_000
+    events = [event_of(world[1][0], at), event_of(world[1][1], at + 5)]
+    refreshed = [refresher.refresh(user, [event]) for event in events][-1]
+    log = HistoryLog(CONTRACT, JobFolder(token_shop.settings.home, "user_history"))
+    row = log.rows_of(pa.array([user]))
+    found = log.gather(row, log.lengths[row])
+    keys = pc.index_in(pa.array(world[1][:2]), log.items).to_numpy()
+    more = {"action": [0, 0], "event_timestamp": [at, at + 5]}
+    columns = {n: np.r_[v, np.array(more.get(n, [1, 1]), v.dtype)] for n, v in found.columns.items()}
+    whole = Histories(np.array([0, len(found.times) + 2]), np.r_[found.item_keys, keys], columns)
+    codes = ranker.bundle.encoder.vocabularies["item_id"].encode(log.items)
+    expected = summariser.whole(whole, codes, np.array([0]))
+    np.testing.assert_allclose(refreshed.tokens_SD, expected.tokens_BSD[0], atol=1e-5, rtol=1e-4)
+    assert (refreshed.num_events, refreshed.as_of) == (before.num_events + 2, at + 5)
+    assert refreshed.computed_at > before.computed_at
+    answer = ranker.rank(
+        RankRequest(user, world[1][:30], context=RankContext(events[-1]["event_timestamp"] + timedelta(seconds=1)))
+    )
+    assert answer.tokens == version
+    assert answer.degraded == []
+    with pytest.raises(ValueError, match="must be later"):
+        refresher.refresh(user, [event_of(world[1][0], at)])
+    with pytest.raises(ValueError, match="must be later"):
+        refresher.refresh(user, [])
+    with pytest.raises(NoStateError, match="no stored state"):
+        refresher.refresh(-5, [event_of(world[1][0], at)])
+    online.write(version, [user], [stored or b""], [state], refreshed.computed_at + 1)
