@@ -65,6 +65,9 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.sequence
 	$(RUN) -m modeling.benchmarks.ctr
 	$(RUN) -m modeling.benchmarks.precision
+	$(RUN) -m modeling.benchmarks.vista
+	$(RUN) -m modeling.benchmarks.planted
+	$(RUN) -m beam_jobs.benchmarks.summary_tokens
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 
 bench-gpu: setup

@@ -172,11 +172,13 @@ def _ablation(settings: Settings, encodings: Encodings, base: Recipe, seeds: int
     if more:
         variants |= {f"{number} tokens": {"num_seeds": number} for number in (4, 8, 128)}
         variants |= {"no reconstruction": {"reconstruction": 0.0}}
+        nothing = {"summary_layers": 0, "causal": False, "seed_role": "source", "reconstruction": 0.0}
+        variants |= {"no stage 1: the same tokens for everybody": nothing}
     rows = []
     for name, changes in {f"{base.config['num_seeds']} tokens": {}, **variants}.items():
         results = []
         for seed in range(1, (more if changes else seeds) + 1):
-            named = base.name if not changes else f"{base.name}-{name.replace(' ', '_')}"
+            named = base.name if not changes else f"{base.name}-{name.split(':')[0].replace(' ', '_')}"
             one = replace(
                 base, name=named, config={**base.config, **changes}, training=replace(base.training, seed=seed)
             )

@@ -206,7 +206,19 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sequence", "next_item", "amortised", "kv_cache", "grouped_training", "ctr", "precision"]
+    "name",
+    [
+        "sequence",
+        "next_item",
+        "amortised",
+        "kv_cache",
+        "grouped_training",
+        "ctr",
+        "precision",
+        "vista",
+        "planted",
+        "token_quality",
+    ],
 )
 def test_benchmarks_explain_themselves(name: str) -> None:
     command = [sys.executable, "-m", f"modeling.benchmarks.{name}", "--help"]
