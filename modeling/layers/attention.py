@@ -58,8 +58,9 @@ class HistoryAttentionLayer(nn.Module):
 
     def read_with_own(self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None) -> Tensor:
         """Let each row read the history and itself, and none of the other rows."""
-        own_keys, own_values = (rows[:, :, :, None] for rows in self.keys_values(rows_BCD))
-        query = self._heads(self.query(self.norm(rows_BCD)))[:, :, :, None]
+        normed = self.norm(rows_BCD)
+        own_keys, own_values = (self._heads(half)[:, :, :, None] for half in self.key_value(normed).chunk(2, dim=-1))
+        query = self._heads(self.query(normed))[:, :, :, None]
         return self._finish(
             rows_BCD, attend_shared_and_own(query, keys, values, mask_BL, own_keys, own_values)[:, :, :, 0]
         )
@@ -105,11 +106,11 @@ def attend_shared_and_own(
         keys = torch.cat([keys, hidden[:, None, :, None].expand(-1, keys.shape[1], -1, -1)], dim=-1)
         asking = torch.cat([asking, torch.ones_like(asking[..., :1])], dim=-1)
     shared = (asking @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
-    own = query @ own_keys.transpose(-1, -2)
+    own = (query * own_keys).sum(-1, keepdim=True) if number == 1 else query @ own_keys.transpose(-1, -2)
     if number > 1:
         later = torch.ones(number, number, dtype=torch.bool, device=own.device).triu(1)
         own = own.masked_fill(later, -torch.inf)
     weights = torch.cat([shared, own], dim=-1).softmax(-1)
     to_shared, to_own = weights.split([length, number], dim=-1)
     read = (to_shared.flatten(2, 3) @ values).unflatten(2, query.shape[2:4])
-    return read + to_own @ own_values
+    return torch.addcmul(read, to_own, own_values) if number == 1 else read + to_own @ own_values
