@@ -43,15 +43,25 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument(
         "--bundle", help="recipe or digest of the bundle whose stage 1 makes them (default: the live one)"
     )
-    tokens.add_argument("--kind", choices=("fp32", "fp16", "int8"), help="how tokens are stored (default fp16)")
     tokens.add_argument(
-        "--every_days", type=float, help="also as they were every so many days, for training (default: only as of now)"
+        "--kind", choices=("fp32", "fp16", "int8"), help="how tokens are stored (default: as before, fp16 at first)"
+    )
+    tokens.add_argument(
+        "--every_days",
+        type=float,
+        help="also as they were every so many days, for training (default: as before, only as of now at first)",
     )
     tokens.add_argument(
         "--full",
         action="store_const",
         const=True,
-        help="skip nobody: build this version anew, such as after a change of --kind or an emptied online store",
+        help="skip nobody: build this version anew, such as for another --kind",
+    )
+    tokens.add_argument(
+        "--refill",
+        action="store_const",
+        const=True,
+        help="send everybody's stored tokens online, such as to an emptied store",
     )
     tokens.add_argument("--computed_at", help="ISO time of the run (default: the clock, or what a killed run claimed)")
     tokens.add_argument("--not_live", action="store_const", const=True, help="leave the live bundle as it is")

@@ -31,7 +31,7 @@ console = Console()
 
 def run_command(known: argparse.Namespace, beam_args: list[str], settings: Settings) -> int:
     """Run one job. Returns the exit code: 0 built or up to date, 1 refused with a reason."""
-    if not known.dry_run and _up_to_date(known, settings):
+    if not known.dry_run and not known.refill and _up_to_date(known, settings):
         return 0
     warnings.filterwarnings("ignore", module="apache_beam")
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
@@ -81,8 +81,7 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
         NotEnoughItemsError,
         JobRunningError,
         runs.LostRowsError,
-        LookupError,
-        ValueError,
+        runs.OptionsError,
     ) as error:
         console.print(f"{known.job}: {error}", style="red", highlight=False, markup=False)
         return 1
@@ -92,6 +91,8 @@ def run_command(known: argparse.Namespace, beam_args: list[str], settings: Setti
             console.print(f"  {line}", highlight=False)
     else:
         console.print(f"{known.job}: up to date (run {outcome.manifest.run_id})", highlight=False)
+        for line in outcome.said:
+            console.print(f"  {line}", highlight=False)
     return 0
 
 

@@ -53,10 +53,13 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
 def output_is_there(job: str, settings: Settings) -> bool:
     """Whether what a finished job wrote outside its folder is still there: a deleted online store is not up to date.
 
-    An online store elsewhere cannot be known without asking it, so `materialize` always runs in the production profile.
+    An online store elsewhere cannot be known without asking it, so `materialize` always runs in the production profile;
+    `summary_tokens` is asked for with `--refill`.
     """
     files = local_store_files(settings)
-    return job not in WRITES_ONLINE or (bool(files) and all(file.exists() for file in files))
+    if job not in WRITES_ONLINE:
+        return True
+    return all(file.exists() for file in files) and (bool(files) or job != "materialize")
 
 
 def _sha256(file: str) -> str:

@@ -90,7 +90,7 @@ class Job:
     `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
     turns units of them into named parts. `resolve` makes options definite before the run is named; `prepare` may add to
     the plan once the run holds its folder; `carried` names parts of the published run that stay; `finish` is called when
-    the manifest is there, and returns lines to tell.
+    the manifest is there, with the run's counts, or without where it was up to date, and returns lines to tell.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Job:
     resolve: Callable[[Settings, dict[str, Any]], dict[str, Any]] = lambda settings, options: options
     prepare: Callable[[RunPlan, Manifest | None], RunPlan] = lambda plan, published: plan
     carried: Callable[[RunPlan, Manifest | None], dict[str, list[Part]]] = lambda plan, published: {}
-    finish: Callable[[RunPlan, Manifest, Settings], list[str]] = lambda plan, manifest, settings: []
+    finish: Callable[[RunPlan, dict[str, int] | None, Settings], list[str]] = lambda plan, counts, settings: []
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ def settings_of(plan: RunPlan) -> Settings:
     """The settings under which a run was planned, on any worker."""
     default = plan.dataset == DEFAULT_DATASET and plan.home == str(CHECKOUT / ".memoir" / plan.dataset)
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
+
+
+class OptionsError(ValueError):
+    """Options that do not go together, or name what is not there."""
 
 
 class LostRowsError(RuntimeError):
@@ -257,9 +261,9 @@ def run(
     plan, units, inputs = plan_run(job, settings, options, as_of)
     with plan.folder.lock():
         published = plan.folder.manifest()
-        if published and plan.run_id in published.runs and output_is_there(job.name, settings):
-            said = job.finish(plan, published, settings) if plan.run_id == published.run_id else []
-            return Outcome(published, built=False, said=tuple(said))
+        done = published is not None and plan.run_id in published.runs and not options.get("refill")
+        if published and done and output_is_there(job.name, settings):
+            return Outcome(published, built=False, said=tuple(job.finish(plan, None, settings)))
         if not published or plan.run_id not in published.runs:
             plan.folder.discard(plan.run_id)  # what a killed run of the same name left
         plan = job.prepare(plan, published)
@@ -282,13 +286,13 @@ def run(
             dataset=plan.dataset,
             fingerprint=plan.contract.fingerprint,
             as_of=micros_iso(newest + 1 if plan.as_of is None else plan.as_of),
-            options=options,
+            options=plan.options,
             inputs=inputs,
             counts=dict(sorted(counts.items())),
             tables={**tables, **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()}},
         )
         plan.folder.publish(manifest)
-        said = job.finish(plan, manifest, settings)
+        said = job.finish(plan, manifest.counts, settings)
     return Outcome(manifest, built=True, docs=docs or built_docs, said=tuple(said))
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.runs import Built, Job, RunPlan, Unit, settings_of, write_built
+from beam_jobs.inputs import VERSIONS, output_is_there
+from beam_jobs.runs import Built, Job, OptionsError, RunPlan, Unit, settings_of, write_built
 from feature_repo import token_log
 from feature_repo.arrow import arrow_schema, from_micros, iso_micros
 from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
@@ -28,7 +29,8 @@ from feature_repo.envelope import EnvelopeError, decode
 from feature_repo.history import Histories, HistoryLog, newest_rows
 from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION
 from feature_repo.settings import Settings
-from feature_repo.tables import Manifest, Part, parquet_bytes
+from feature_repo.store import store_digest
+from feature_repo.tables import Manifest, Part, digest_of, parquet_bytes
 from feature_repo.token_log import PartName
 from feature_repo.transforms import MICROS_PER_DAY
 
@@ -51,6 +53,9 @@ class Piece:
     num_events: list[int] = field(default_factory=list)
     snapshots: list[int] = field(default_factory=list)
     newest: dict[Any, tuple[bytes, bytes | None]] = field(default_factory=dict)  # by user
+    refilled: dict[Any, tuple[bytes, bytes | None]] = field(
+        default_factory=dict
+    )  # of earlier runs, to be sent online again
     dead: list[tuple[Any, int, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -111,15 +116,18 @@ class WriteOnline(beam.DoFn):
         self._tokens = OnlineTokens(open_store(settings_of(self.plan)), self.plan.contract)
 
     def process(self, piece: Piece) -> Iterator[str]:
-        """Writes; yields the piece's name."""
-        if piece.newest:
-            users = list(piece.newest)
-            tokens, states = zip(*piece.newest.values(), strict=True)
-            written = self._tokens.write(
-                self.plan.options["version"], users, tokens, states, self.plan.options["computed_at_micros"]
-            )
-            beam.metrics.Metrics.counter("summary_tokens", "online_rows").inc(written)
-        yield piece.name.file("piece")
+        """Writes, each value at the time at which it was computed, and notes how many were newer than what was stored."""
+        by_time: dict[int, list[Any]] = {}
+        every = {**piece.refilled, **piece.newest}
+        for user, (envelope, _) in every.items():
+            by_time.setdefault(decode(envelope, user).computed_at, []).append(user)
+        stored = 0
+        for computed_at, users in by_time.items():
+            tokens, states = zip(*(every[user] for user in users), strict=True)
+            stored += self._tokens.write(self.plan.options["version"], users, tokens, states, computed_at)
+        counts = {"online_stored": stored, "online_kept_newer": len(every) - stored}
+        name = piece.name.file("json")
+        yield write_built(self.plan, Built("online_writes", name, json.dumps(counts).encode(), len(every), counts))
 
 
 def summariser_of(plan: RunPlan) -> Summariser:
@@ -195,6 +203,7 @@ def summarise_piece(
     histories = log.gather(rows, log.lengths[rows])
     ids = users.take(pa.array(rows)).to_pylist()
     known = np.zeros(len(rows), np.int64) if plan.options["full"] else earlier.num_events(users.take(pa.array(rows)))
+    known[known > log.lengths[rows]] = 0  # the log has lost events: the tokens know what it does not
     streams = earlier.streams(ids, known, histories) if summariser.streams and known.any() else {}
     dead: dict[int, str] = unordered(histories)
     for at in snapshots:
@@ -221,7 +230,10 @@ def summarise_piece(
     piece.counts["skipped"] += sum(
         ids[row] not in piece.newest and row not in dead for row in np.flatnonzero(last > 0).tolist()
     )
-    piece.counts["covered"] += int((known > 0).sum())
+    piece.counts["covered"] += int(((known > 0) & (last > 0)).sum())
+    if plan.options["refill"]:
+        missing = [ids[row] for row in np.flatnonzero(known > 0).tolist() if ids[row] not in piece.newest]
+        piece.refilled = earlier.stored(missing)
     piece.dead += [(ids[row], int(last[row]), reason) for row, reason in sorted(dead.items())]
 
 
@@ -298,7 +310,9 @@ def take(
     piece.users.append(user_id)
     piece.envelopes.append(stored[0])
     piece.num_events.append(int(summary.num_events[place]))
-    piece.snapshots.append(at)
+    piece.snapshots.append(
+        at + plan.options["run_number"]
+    )  # just after: a later run's row at this instant stands after
     piece.newest[user_id] = stored
     return None
 
@@ -367,12 +381,12 @@ class Earlier:
         return pc.fill_null(self._events["token_events"].take(place), 0).to_numpy().astype(np.int64)
 
     def streams(self, ids: list[Any], known: np.ndarray, histories: Histories) -> dict[int, tuple[np.ndarray, int]]:
-        """Stored streams by row, where their last event is still the one that the log has there.
+        """Stored streams by row, where their last event is still the last of its time that the log has there.
 
-        An event that came late stands before others: then the history is read from its start again.
+        An event that came late moves those after it: then the history is read from its start again.
         """
         if self._stored is None:
-            self._stored = self._newest("summary_tokens", ["state"])
+            self._stored = self._newest("summary_tokens", ["tokens", "state"])
         places = pc.index_in(pa.array(ids), self._stored[self._user].combine_chunks()).to_pylist()
         found: dict[int, tuple[np.ndarray, int]] = {}
         for row, place in enumerate(places):
@@ -385,9 +399,19 @@ class Earlier:
                 continue  # damaged: the whole history is read instead
             last = int(histories.offsets[row] + known[row] - 1)
             same = last < histories.offsets[row + 1] and histories.times[last] == state.as_of
-            if same and state.num_events == known[row] and state.tokens_SD is not None:
+            followed = last + 1 < histories.offsets[row + 1] and histories.times[last + 1] <= state.as_of
+            ours = state.fingerprint == self._plan.options["version"] and state.num_events == known[row]
+            if same and not followed and ours and state.tokens_SD is not None:
                 found[row] = (state.tokens_SD, state.as_of)
         return found
+
+    def stored(self, ids: list[Any]) -> dict[Any, tuple[bytes, bytes | None]]:
+        """Newest envelopes of users."""
+        if self._stored is None:
+            self._stored = self._newest("summary_tokens", ["tokens", "state"])
+        places = pc.index_in(pa.array(ids, self._stored[self._user].type), self._stored[self._user].combine_chunks())
+        rows = self._stored.take(places.drop_null()).select([self._user, "tokens", "state"]).to_pylist()
+        return {row[self._user]: (row["tokens"], row["state"]) for row in rows}
 
     def _newest(self, table: str, columns: list[str]) -> pa.Table:
         keys = [self._user, TOKEN_VERSION.join_key, EVENT_TIMESTAMP]
@@ -403,29 +427,56 @@ class Earlier:
 
 
 def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
-    """Give the run its number and its time. A run that was killed finds the time that it had claimed."""
-    folder, claim = plan.folder, f"{plan.folder.root}/claims/{plan.run_id}.json"
-    runs = [
-        name.run
-        for part in (published.tables.get(token_log.TABLE, []) if published else [])
-        if (name := PartName.of(part.path))
-    ]
-    history = plan.folder_of("user_history").require()
-    if plan.options["computed_at"]:
-        computed_at = iso_micros(plan.options["computed_at"])
-    elif (stored := folder.read_bytes(claim)) is not None:
-        computed_at = json.loads(stored)["computed_at"]
-    else:
-        before = published.options.get("computed_at_micros", 0) if published else 0
-        computed_at = max(time.time_ns() // 1000, before + 1)
-        folder.write_bytes(claim, json.dumps({"computed_at": computed_at}).encode())
+    """Give the run its number and its time; a version keeps the kind and snapshots that it was begun with.
+
+    A run that was killed finds the time that it had claimed. A run of other code than the published one's builds its
+    version anew; where the online store is another one, or gone, what is stored offline goes online again.
+
+    Raises:
+        OptionsError: snapshots or a kind that this version's earlier rows do not have.
+    """
+    before, version = (published.options if published else {}), plan.options["version"]
+    begun = before.get("versions", {}).get(version)
+    full = plan.options["full"] or (begun is not None and begun["code"] != VERSIONS[plan.job])
+    asked = {name: plan.options[name] for name in ("every_days", "kind") if plan.options[name] is not None}
+    kept = {name: begun[name] for name in ("every_days", "kind")} if begun else {"every_days": 0.0, "kind": "fp16"}
+    if begun is not None and not full and (other := {n: v for n, v in asked.items() if v != kept[n]}):
+        raise OptionsError(
+            f"tokens of version {version} were built with {kept}, asked for are {other}: pass --full to build them anew"
+        )
+    chosen = {**kept, **asked}
+    store = store_digest(settings_of(plan))
+    lost = published is not None and (
+        published.inputs.get("store") != store or not output_is_there(plan.job, settings_of(plan))
+    )
+    if published and plan.run_id in published.runs:  # the same work again, so its files must have other names
+        plan = replace(plan, run_id=digest_of([plan.run_id, published.digest]))
+    parts = published.tables.get(token_log.TABLE, []) if published else []
+    runs = [name.run for part in parts if (name := PartName.of(part.path))]
     options = {
+        **chosen,
+        "full": full,
+        "refill": plan.options["refill"] or lost,
+        "versions": {**before.get("versions", {}), version: {**chosen, "code": VERSIONS[plan.job]}},
         "run_number": max(runs, default=0) + 1,
-        "computed_at_micros": computed_at,
-        "log_parts": len(history.tables["history_log"]),
-        "first_event_micros": first_event(plan) if plan.options["every_days"] else 0,
+        "computed_at_micros": _claim(plan, before.get("computed_at_micros", 0)),
+        "log_parts": len(plan.folder_of("user_history").require().tables["history_log"]),
+        "first_event_micros": first_event(plan) if chosen["every_days"] else 0,
     }
     return replace(plan, options={**plan.options, **options})
+
+
+def _claim(plan: RunPlan, before: int) -> int:
+    """The run's time: as asked for, as claimed by a run of this name that was killed, or now; time never runs back."""
+    if plan.options["computed_at"]:
+        return iso_micros(plan.options["computed_at"])
+    folder, claim = plan.folder, f"{plan.folder.root}/claims/{plan.run_id}.json"
+    if (stored := folder.read_bytes(claim)) is not None:
+        claimed: int = json.loads(stored)["computed_at"]
+        return max(claimed, before + 1)
+    computed_at = max(time.time_ns() // 1000, before + 1)
+    folder.write_bytes(claim, json.dumps({"computed_at": computed_at}).encode())
+    return computed_at
 
 
 def first_event(plan: RunPlan) -> int:
@@ -451,51 +502,56 @@ def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
     }
 
 
-def finish(plan: RunPlan, manifest: Manifest, settings: Settings) -> list[str]:
+def finish(plan: RunPlan, counts: dict[str, int] | None, settings: Settings) -> list[str]:
     """Note the coverage; the bundle goes live where enough users have tokens. Returns what to tell."""
     from modeling.bundle import read_manifest
 
     catalogue, options = Catalogue(settings.catalogue_url), plan.options
-    counts = manifest.counts
-    catalogue.record_tokens(
-        fingerprint=options["version"],
-        dataset=plan.dataset,
-        recipe=options["recipe"],
-        users=counts["users"],
-        covered=counts["covered"],
-        shape=tuple(read_manifest(options["path"])["tokens"]["shape"]),
-    )
-    coverage = counts["covered"] / max(counts["users"], 1)
-    said = (
-        f"tokens {options['version'][:12]}: {counts['covered']:,} of {counts['users']:,} users covered ({coverage:.1%})"
-    )
+    if counts is not None:
+        catalogue.record_tokens(
+            fingerprint=options["version"],
+            dataset=plan.dataset,
+            recipe=options["recipe"],
+            users=counts["users"],
+            covered=counts["covered"],
+            shape=tuple(read_manifest(options["path"])["tokens"]["shape"]),
+        )
+    built = {row.fingerprint: row for row in catalogue.token_versions(plan.dataset)}.get(options["version"])
+    if built is None:
+        return []
+    said = [
+        f"tokens {options['version'][:12]}: {built.covered:,} of {built.users:,} users covered ({built.coverage:.1%})"
+    ]
+    if counts and counts.get("online_kept_newer"):
+        said.append(f"{counts['online_kept_newer']:,} users had newer tokens online, which stay")
     if options["not_live"]:
-        return [said]
-    if coverage < COVERAGE_TO_GO_LIVE:
-        return [f"{said}: fewer than {COVERAGE_TO_GO_LIVE:.0%}, so {options['recipe']} does not go live"]
+        return said
+    name = f"{options['recipe']}@{options['bundle'][:12]}"
+    if built.coverage < COVERAGE_TO_GO_LIVE:
+        return [*said, f"fewer than {COVERAGE_TO_GO_LIVE:.0%}, so {name} does not go live"]
     catalogue.set_live(plan.dataset, options["bundle"])
-    return [f"{said}: {options['recipe']}@{options['bundle'][:12]} is live"]
+    return [*said, f"{name} is live"]
 
 
 def resolve(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
     """Which bundle is meant, and which tokens it makes.
 
     Raises:
-        LookupError: there is no such bundle.
-        ValueError: it makes no tokens.
+        OptionsError: there is no such bundle, or it makes no tokens.
     """
-    catalogue = Catalogue(settings.catalogue_url)
-    row = (
-        catalogue.bundle(settings.dataset, options["bundle"])
-        if options["bundle"]
-        else catalogue.live_bundle(settings.dataset)
-    )
-    version = catalogue.accepted_tokens(row.digest)
-    if version is None:
-        raise ValueError(
-            f"bundle {row.recipe}@{row.digest[:12]} reads no summary tokens: choose one of a VISTA recipe with --bundle"
+    from modeling.bundle import read_manifest
+
+    catalogue, name = Catalogue(settings.catalogue_url), options["bundle"]
+    try:
+        row = catalogue.bundle(settings.dataset, name) if name else catalogue.live_bundle(settings.dataset)
+    except LookupError as error:
+        raise OptionsError(str(error)) from error
+    tokens = read_manifest(row.path)["tokens"]
+    if tokens is None or not tokens["made_here"]:
+        raise OptionsError(
+            f"bundle {row.recipe}@{row.digest[:12]} makes no summary tokens: name one of a VISTA recipe with a stage 1 by --bundle"
         )
-    return {**options, "bundle": row.digest, "recipe": row.recipe, "path": row.path, "version": version}
+    return {**options, "bundle": row.digest, "recipe": row.recipe, "path": row.path, "version": tokens["version"]}
 
 
 JOB = Job(
@@ -504,9 +560,10 @@ JOB = Job(
     reads={"user_history": ("history_log",)},
     options={
         "bundle": None,
-        "kind": "fp16",
-        "every_days": 0.0,
+        "kind": None,
+        "every_days": None,
         "full": False,
+        "refill": False,
         "computed_at": None,
         "not_live": False,
     },

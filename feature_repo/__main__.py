@@ -87,7 +87,8 @@ def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
         contract = datasets.load_contract(dataset)
         online = OnlineTokens(open_store(settings), contract)
         for version in old:
-            removed, rows = online.remove(version), drop_version(contract, settings.home, version)
+            rows = drop_version(contract, settings.home, version)  # refused while the job is under way
+            removed = online.remove(version)
             catalogue.forget_tokens(dataset, version)
             print(f"removed {version}: {removed:,} users online, {rows:,} rows of the token log")
     elif retire:

@@ -291,8 +291,8 @@ class Catalogue:
     def retirable_tokens(self, dataset: str, longest_life: timedelta, now: datetime | None = None) -> list[str]:
         """Token versions that no server can still need.
 
-        A version is needed by a bundle that accepts it and is live, was live less than `longest_life` ago, or was
-        exported less than that ago and may yet go live.
+        A version is needed where it was built less than `longest_life` ago, and by a bundle that accepts it and is live,
+        was live less than that ago, or was exported less than that ago and may yet go live.
         """
         limit = (now or datetime.now(UTC)) - longest_life
         with Session(self.engine) as session:
@@ -306,7 +306,11 @@ class Catalogue:
                 for accepted, bundle in session.execute(query.where(BundleRow.dataset == dataset)).all()
                 if max(ended.get(bundle.digest, _utc(bundle.created_at)), _utc(bundle.created_at)) > limit
             }
-        return [row.fingerprint for row in self.token_versions(dataset) if row.fingerprint not in needed]
+        return [
+            row.fingerprint
+            for row in self.token_versions(dataset)
+            if row.fingerprint not in needed and _utc(row.built_at) <= limit
+        ]
 
 
 def _utc(time: datetime) -> datetime:

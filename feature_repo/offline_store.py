@@ -237,6 +237,10 @@ def resolve(path: str) -> list[str]:
     job_folder, table = path.rsplit("/", 1)
     home, job = job_folder.rsplit("/", 1)
     files = JobFolder(home, job).paths(table)
+    if not files:
+        raise TableNotBuiltError(
+            f"table {table!r} of job {job!r} has no parts any more: run `python -m beam_jobs {job}`"
+        )
     scheme = path.split("://")[0] + "://" if "://" in path else ""
     return [f"{scheme}{file}" if scheme else file for file in files]
 

@@ -7,6 +7,7 @@ through Feast's own API, whose last write wins: there, let one job at a time wri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class OnlineTokens:
             )
         import sqlite3
 
-        connection = sqlite3.connect(config.online_store.path)
+        connection = sqlite3.connect(Path(config.repo_path or ".", config.online_store.path))
         with connection:
             query = f'DELETE FROM "{config.project}_{VIEW}" WHERE substr(entity_key, 1, ?) = ?'
             number = len(set(connection.execute(query + " RETURNING entity_key", (len(prefix), prefix)).fetchall()))

@@ -17,7 +17,7 @@ import pyarrow as pa
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
 from feature_repo.schema import Contract
-from feature_repo.tables import JobFolder, Manifest
+from feature_repo.tables import JobFolder, Manifest, digest_of
 
 JOB = "summary_tokens"
 TABLE = "token_log"
@@ -94,7 +94,10 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
         dropped = [part for part in manifest.tables.get(TABLE, []) if not stays(part.path)]
         tables = {name: [p for p in parts if stays(p.path)] for name, parts in manifest.tables.items()}
         if dropped:
-            folder.publish(replace(manifest, tables=tables))
+            options = dict(manifest.options)
+            options["versions"] = {of: how for of, how in options.get("versions", {}).items() if of != version}
+            run_id = digest_of([manifest.run_id, "without", version])
+            folder.publish(replace(manifest, run_id=run_id, options=options, tables=tables))
         for part in dropped:
             name = PartName.of(part.path)
             run = part.path.split("/")[0]

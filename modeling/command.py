@@ -268,7 +268,11 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
         last
         and last.inputs == run.identity
         and Path(last.details["path"], "bundle.json").exists()
-        and (not live or _is_live(catalogue, dataset, last.details["digest"]) or last.details.get("waiting"))
+        and (
+            not live
+            or _is_live(catalogue, dataset, last.details["digest"])
+            or _waits(catalogue, dataset, last.details["digest"])
+        )
     ):
         console.print(
             f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False
@@ -300,12 +304,12 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
             metrics=metrics,
             tokens=loaded.tokens,
         )
-        waiting = loaded.makes_tokens and not tokens_are_built(catalogue, dataset, loaded.tokens)
+        waiting = _waits(catalogue, dataset, digest)
         if live and not waiting:
             catalogue.set_live(dataset, digest)
-        stage.details = {"digest": digest, "path": str(path), "waiting": waiting}
-    state = "live" if live else "recorded, not live"
-    if waiting:
+        stage.details = {"digest": digest, "path": str(path)}
+    state = "live" if live and not waiting else "recorded, not live"
+    if waiting and loaded.makes_tokens:
         state = f"live once its summary tokens are there: python -m beam_jobs summary_tokens --bundle {run.recipe.name}"
     console.print(
         f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})",
@@ -314,10 +318,11 @@ def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
     )
 
 
-def tokens_are_built(catalogue: Catalogue, dataset: str, version: str | None) -> bool:
-    """Whether enough users have tokens of this version for a bundle that accepts it to go live."""
+def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:
+    """Whether a bundle accepts tokens that too few users have for it to go live."""
+    accepted = catalogue.accepted_tokens(digest)
     built = {row.fingerprint: row.coverage for row in catalogue.token_versions(dataset)}
-    return version is not None and built.get(version, 0.0) >= COVERAGE_TO_GO_LIVE
+    return accepted is not None and built.get(accepted, 0.0) < COVERAGE_TO_GO_LIVE
 
 
 def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:

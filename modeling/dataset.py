@@ -187,6 +187,12 @@ class Warehouse:
                 joined[TOKEN_ROW.name].combine_chunks().take(first).cast(pa.int64()), -1
             ).to_numpy()
 
+            if not (token_rows >= 0).any():
+                raise StaleFeaturesError(
+                    f"no request of this period has summary tokens of version {tokens[0]}: build them as they were then with "
+                    "`python -m beam_jobs summary_tokens --full --every_days 7`"
+                )
+
             def gather_tokens(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 return token_log.gather(token_rows[chosen], tokens[1])
 

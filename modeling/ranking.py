@@ -18,7 +18,7 @@ import torch
 
 from feature_repo.catalogue import Catalogue
 from feature_repo.settings import Settings
-from feature_repo.tables import digest_of
+from feature_repo.tables import JobFolder, digest_of
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import metrics, models, recipes
 from modeling.batch import Encoded, Encoder
@@ -47,6 +47,7 @@ class Periods:
     test: Split
     digest: str
     tokens: tuple[str, tuple[int, int]] | None = None
+    token_run: str | None = None  # digest of the job that stored them
 
     @staticmethod
     def of(settings: Settings, service: str, tokens: tuple[str, tuple[int, int]] | None = None) -> Periods:
@@ -62,8 +63,9 @@ class Periods:
         from feature_repo.store import open_store
 
         warehouse, store = Warehouse(settings), open_store(settings)
+        token_run = JobFolder(settings.home, "summary_tokens").require().digest if tokens else None
         train, validation, test = (warehouse.split(store, service, name, tokens) for name in SPLITS)
-        return Periods(warehouse.contract, train, validation, test, warehouse.digest, tokens)
+        return Periods(warehouse.contract, train, validation, test, warehouse.digest, tokens, token_run)
 
     def describe(self) -> str:
         """The dataset and its counts in a line."""
@@ -136,7 +138,7 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
         [
             asdict(recipe),
             encodings.periods.digest,
-            encodings.periods.tokens if recipe.tokens else None,
+            [encodings.periods.tokens, encodings.periods.token_run] if recipe.tokens else None,
             encodings.periods.contract.fingerprint,
             TRANSFORMS_VERSION,
         ]

@@ -111,10 +111,13 @@ def one_more_purchase(
     """
     from feature_repo.online_tokens import OnlineTokens
     from feature_repo.store import open_store
+    from modeling.bundle import read_manifest
     from modeling.summary import load_summariser
     from serving.refresh import Refresher
 
     live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+    if not read_manifest(live.path)["tokens"]["made_here"]:
+        return None
     summariser = load_summariser(live.path, contract, live.digest)
     if not summariser.streams:
         return None

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo.arrow import history_schema
-from feature_repo.envelope import Envelope, Kind, decode
+from feature_repo.envelope import Envelope, EnvelopeError, Kind, decode
 from feature_repo.history import from_batches
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.schema import Contract
@@ -22,6 +22,10 @@ from modeling.summary import Summariser, envelopes, stored_summary
 
 class NoStateError(LookupError):
     """A user has no stored state of this token version to go on from."""
+
+
+class RefusedError(RuntimeError):
+    """The store holds newer tokens by now."""
 
 
 class Refresher:
@@ -52,7 +56,8 @@ class Refresher:
 
         Raises:
             NoStateError: nothing is stored for the user.
-            EnvelopeError: what is stored is damaged.
+            EnvelopeError: what is stored is damaged, or of another token version.
+            RefusedError: somebody wrote newer tokens meanwhile; nothing was stored.
             ValueError: no new event, one that is not later than the last, or a value of the wrong type.
         """
         ((tokens, state),) = self._online.read(self._summariser.fingerprint, [user_id])
@@ -60,12 +65,20 @@ class Refresher:
             raise NoStateError(
                 f"user {user_id!r} has no stored state of token version {self._summariser.fingerprint}: run the summary_tokens job"
             )
-        before, kept = decode(tokens, user_id), decode(state, user_id)
+        before, kept, version = decode(tokens, user_id), decode(state, user_id), self._summariser.fingerprint
+        if before.tombstone or kept.tombstone:
+            raise NoStateError(f"user {user_id!r} has no tokens of version {version} any more")
+        if not before.fingerprint == kept.fingerprint == version or before.num_events != kept.num_events:
+            raise EnvelopeError(
+                f"user {user_id!r}: tokens are of version {before.fingerprint} with {before.num_events} events, their state of "
+                f"{kept.fingerprint} with {kept.num_events}; expected both of {version}: run the summary_tokens job"
+            )
         batch = pa.RecordBatch.from_pylist(new_events, schema=history_schema(self._contract))
         histories, _ = from_batches(self._contract, [batch], pa.array([], batch.schema.field(0).type))
-        if not len(histories.times) or (np.diff(np.r_[kept.as_of, histories.times]) < 0).any():
+        times = histories.times
+        if not len(times) or times[0] <= kept.as_of or (np.diff(times) < 0).any():
             raise ValueError(
-                f"new events of user {user_id!r} must be later than {kept.as_of} µs and in the order of time, got {histories.times.tolist()}"
+                f"new events of user {user_id!r} must be later than {kept.as_of} µs and in the order of time, got {times.tolist()}"
             )
         item = self._contract.item.join_key
         vocabulary = self._summariser.encoder.vocabularies[item]
@@ -75,5 +88,8 @@ class Refresher:
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
         stored, streams = envelopes(summary, 0, user_id, self._summariser.fingerprint, at, self._kind)
-        self._online.write(self._summariser.fingerprint, [user_id], [stored], [streams], at)
+        if not self._online.write(version, [user_id], [stored], [streams], at):
+            raise RefusedError(
+                f"tokens of user {user_id!r} were replaced by newer ones meanwhile: refresh again from those"
+            )
         return decode(stored, user_id)

@@ -171,6 +171,11 @@ class VISTA(Ranker):
                 "every event reads every other in this configuration. Encode the user again, or train with causal=True and "
                 "seed_role='target'"
             )
+        if not user_state.streams:
+            raise CannotExtendError(
+                "this state was made of stored tokens, which do not say what the streams hold. Encode the user again, or go on "
+                "from the stored streams (modeling/summary.py)"
+            )
         return self._advance(user_state.streams, new_events)
 
     def stored_streams(self, streams: tuple[Stream, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from feature_repo import datasets
 from feature_repo.arrow import micros, micros_iso
 from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import Envelope, decode
-from feature_repo.history import HistoryLog
+from feature_repo.history import Histories, HistoryLog
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
 from feature_repo.token_log import TokenLog, TokenLogError, drop_version
@@ -351,6 +351,13 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     moved[read.offsets[1] - 1] += 1
     late = replace(read, columns={**read.columns, "event_timestamp": moved})
     assert set(earlier.streams(ids, known, late)) == set(rows.tolist()) - {0}
+    # One came late before two of one time: at the state's count there stands an event of that time still.
+    places = np.r_[0, np.arange(read.offsets[-1])]
+    shifted = Histories(
+        np.r_[0, read.offsets[1:] + 1], read.item_keys[places], {n: c[places] for n, c in read.columns.items()}
+    )
+    shifted.times[shifted.offsets[1] - 2] = shifted.times[shifted.offsets[1] - 1]
+    assert 0 not in earlier.streams(ids, known, shifted)
     assert Earlier(plan, 1).num_events(log.users).sum() == 0  # another part's users
 
 
@@ -421,12 +428,12 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
     whole = summary_tokens.take
     monkeypatch.setattr(summary_tokens, "take", lambda *given: "unlucky" if given[3] % 10 == 0 else whole(*given))
     outcome = build(fresh, helpers)
-    assert "does not go live" in outcome.said[0]
+    assert "does not go live" in outcome.said[-1]
     with pytest.raises(LookupError):
         Catalogue(fresh.settings.catalogue_url).live_bundle("online_retail")
     monkeypatch.undo()
     outcome = build(fresh, helpers, computed_at="2011-12-22T00:00:00")
-    assert "is live" in outcome.said[0]
+    assert outcome.said[-1].endswith("is live")
 
 
 @pytest.mark.parametrize("recipe", ["amortised_tokens_tiny", "onetrans_tokens_tiny", "vista_stage_2_tiny"])
@@ -456,3 +463,56 @@ def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_on
     without = ranker.rank(RankRequest(users[4], items))
     assert without.degraded == ["no_tokens"]
     assert without.scores != with_tokens.scores
+
+
+def test_a_version_keeps_its_snapshots_and_kind_unless_all_is_built_anew(fresh: Any, helpers: Any) -> None:
+    from beam_jobs.runs import OptionsError
+
+    build(fresh, helpers, every_days=None)
+    for other in ({"every_days": 7.0}, {"every_days": None, "kind": "int8"}):
+        with pytest.raises(OptionsError, match="pass --full"):
+            build(fresh, helpers, **other)
+    build(fresh, helpers, every_days=30.0, full=True, computed_at="2011-12-21T00:00:00")
+    rows = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").num_rows
+    again = build(fresh, helpers, every_days=None, full=True, computed_at="2011-12-22T00:00:00")
+    assert again.manifest.options["every_days"] == 30.0
+    assert JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").num_rows == rows
+
+
+def test_an_emptied_or_another_online_store_is_filled_from_what_is_stored(fresh: Any, helpers: Any) -> None:
+    build(fresh, helpers)
+    parts, values = contents(fresh)
+    OnlineTokens(fresh.store, CONTRACT).remove(live(fresh).tokens or "")
+    outcome = build(fresh, helpers, refill=True)
+    assert outcome.manifest.counts["users_written"] == 0
+    assert outcome.manifest.counts["online_stored"] == len(values)
+    assert contents(fresh)[1] == values
+    OnlineTokens(fresh.store, CONTRACT).remove(live(fresh).tokens or "")
+    assert build(fresh, helpers, refill=True).built  # asked for, although this very work was done before
+    assert contents(fresh)[1] == values
+    tables = ("token_log", "token_rows", "summary_tokens")
+    now = contents(fresh)[0]
+    assert all(now[name] == data for name, data in parts.items() if name.startswith(tables))
+
+
+def test_a_bundle_that_reads_anothers_tokens_makes_none(fresh: Any, helpers: Any) -> None:
+    from beam_jobs.runs import OptionsError
+
+    build(fresh, helpers)
+    helpers.train_road(fresh, "amortised_tokens_tiny")
+    for bundle in (None, "amortised_tokens_tiny"):
+        with pytest.raises(OptionsError, match="makes no summary tokens"):
+            build(fresh, helpers, bundle=bundle)
+    with pytest.raises(OptionsError, match="no bundle 'nothing'"):
+        build(fresh, helpers, bundle="nothing")
+
+
+def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any) -> None:
+    build(fresh, helpers)
+    helpers.train_road(fresh, "vista_bidirectional_tiny")
+    build(fresh, helpers, bundle="vista_bidirectional_tiny")
+    assert live(fresh).manifest["recipe"] == "vista_bidirectional_tiny"
+    outcome = build(fresh, helpers)
+    assert not outcome.built
+    assert outcome.said[-1].endswith("is live")
+    assert live(fresh).manifest["recipe"] == "vista_tiny"

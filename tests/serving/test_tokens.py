@@ -16,7 +16,7 @@ import pytest
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
-from feature_repo.envelope import Envelope, decode, encode
+from feature_repo.envelope import Envelope, EnvelopeError, decode, encode
 from feature_repo.history import Histories
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
@@ -251,10 +251,17 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     )
     assert answer.tokens == version
     assert answer.degraded == []
-    with pytest.raises(ValueError, match="must be later"):
-        refresher.refresh(user, [event_of(world[1][0], at)])
+    for when in (at, at + 5):
+        with pytest.raises(ValueError, match="must be later"):
+            refresher.refresh(user, [event_of(world[1][0], when)])
     with pytest.raises(ValueError, match="must be later"):
         refresher.refresh(user, [])
     with pytest.raises(NoStateError, match="no stored state"):
         refresher.refresh(-5, [event_of(world[1][0], at)])
-    online.write(version, [user], [stored or b""], [state], refreshed.computed_at + 1)
+    foreign = encode(replace(decode(state or b"", user), fingerprint="cd" * 16), user, "fp32")
+    gone = encode(replace(before, tokens_SD=None), user)
+    for tokens, kept, error in ((stored, foreign, EnvelopeError), (gone, state, NoStateError)):
+        online.write(version, [user], [tokens or b""], [kept], refreshed.computed_at + 1)
+        with pytest.raises(error):  # tokens of one version never go on from the state of another
+            refresher.refresh(user, [event_of(world[1][0], at + 9)])
+    online.write(version, [user], [stored or b""], [state], refreshed.computed_at + 2)
