@@ -142,7 +142,9 @@ def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: i
             row |= {"events_behind": behind[name][0], "without_tokens": behind[name][1]}
         row |= _spread(values)
         change = [one["ndcg@10"] / other["ndcg@10"] - 1 for one, other in zip(values, reference, strict=True)]
-        rows.append({**row, "ndcg_change_%": 100 * statistics.mean(change)})
+        auc = [one["auc"] - other["auc"] for one, other in zip(values, reference, strict=True)]
+        row |= {"ndcg_change_%": 100 * statistics.mean(change), "auc_change": statistics.mean(auc)}
+        rows.append({**row, "auc_change ±": statistics.stdev(auc) if len(auc) > 1 else 0.0})
     return rows
 
 
@@ -211,20 +213,28 @@ def _spread(values: list[dict[str, float]]) -> dict[str, Any]:
 
 def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
     plt = plots()
-    figure, axes = plt.subplots(figsize=(7.2, 4.2))
-    shown = [row for row in rows if "events_behind" in row]
-    for row in shown:
+    figure, axes = plt.subplots(figsize=(7.6, 4.6))
+    shown = sorted((row for row in rows if "events_behind" in row), key=lambda row: row["events_behind"])
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    for number, row in enumerate(shown):
         colour = ORANGE if "hours" in row["tokens"] else GREY if "never" in row["tokens"] else BLUE
-        x = max(row["events_behind"], 0.3)
-        axes.errorbar(x, row["ndcg@10"], yerr=row["ndcg@10 ±"], fmt="o", color=colour, capsize=3)
-        axes.annotate(row["tokens"], (x, row["ndcg@10"]), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axes.set(
-        xscale="log",
-        xlabel="events that the tokens have not seen, mean over requests (0 is drawn at 0.3)",
-        ylabel="NDCG@10",
-    )
+        x, y, deviation = max(row["events_behind"], 0.5), row["auc_change"], row["auc_change ±"]
+        axes.errorbar(x, y, yerr=deviation, fmt="o", color=colour, capsize=3)
+        above = number % 2 == 0
+        axes.annotate(
+            row["tokens"],
+            (x, y + deviation if above else y - deviation),
+            xytext=(0, 6 if above else -6),
+            textcoords="offset points",
+            fontsize=8,
+            rotation=40,
+            ha="left" if above else "right",
+            va="bottom" if above else "top",
+        )
+    axes.set(xscale="log", xlabel="events that the tokens have not seen, mean over requests (0 is drawn at 0.5)")
+    axes.set_ylabel("AUC less that of fresh tokens, by seed")
     axes.set_title(f"Refresh policies. {title.split(',')[0]}", fontsize=10)
-    axes.margins(x=0.25)
+    axes.margins(x=0.2, y=0.6)
     return png_of(plt, figure)
 
 
@@ -241,6 +251,9 @@ def _ablation_plot(rows: list[dict[str, Any]], base: Recipe) -> bytes:
         capsize=3,
     )
     counts.set(xscale="log", xlabel="summary tokens of a user", ylabel="NDCG@10", title="Number of tokens")
+    numbers = [int(row["tokens"].split()[0]) for row in by_count]
+    counts.set_xticks(numbers, [str(number) for number in numbers])
+    counts.minorticks_off()
     pair = [f"{base.config['num_seeds']} tokens", "no reconstruction"]
     chosen = [next(row for row in rows if row["tokens"] == name) for name in pair]
     losses.errorbar(
