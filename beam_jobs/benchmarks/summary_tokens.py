@@ -59,24 +59,22 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        homes = {
-            name: make_home(Path(folder, name), users, events, more) for name, more in (("plain", 0), ("huge", huge))
-        }
-        rows += _throughput(homes["plain"], users * events, (1,) if quick else (1, 2))
-        rows += _memory(homes, rows, huge)
+        settings = make_home(Path(folder), users, events)
+        rows += _throughput(settings, users * events, quick)
+        rows += _memory(settings, rows, users, events, huge)
     rows += _race(writes)
     config = {"users": users, "events": events, "huge": huge, "writes": writes, **CONFIG}
     report("summary_tokens", config, rows, arguments.json)
 
 
-def make_home(root: Path, users: int, events: int, huge: int) -> Settings:
+def make_home(root: Path, users: int, events: int) -> Settings:
     """A home with a history log, a bundle of a VISTA with random weights, and an online store; nothing is trained."""
     from feature_repo.store import feast_apply
 
     home = root / "online_retail"
     home.mkdir(parents=True)
     settings = Settings("online_retail", None, str(home), "local", f"sqlite:///{home}/catalogue.db", False)
-    write_log(settings, users, events, huge)
+    write_log(settings, users, events, 0)
     export_bundle(settings)
     feast_apply(settings)
     return settings
@@ -173,10 +171,10 @@ def export_bundle(settings: Settings) -> None:
     )
 
 
-def _throughput(settings: Settings, events: int, workers_of: tuple[int, ...]) -> list[dict[str, Any]]:
+def _throughput(settings: Settings, events: int, quick: bool) -> list[dict[str, Any]]:
     loop = _ask("loop", {"home": settings.home})
     rows = [{"case": "loop", "workers": 1, **loop, "events_per_s": events / loop["wall_s"]}]
-    for workers in workers_of:
+    for workers in (1,) if quick else (1, 2):
         shutil.rmtree(Path(settings.home, "summary_tokens"), ignore_errors=True)
         job = _ask("job", {"home": settings.home, "workers": workers})
         rows.append(
@@ -188,6 +186,8 @@ def _throughput(settings: Settings, events: int, workers_of: tuple[int, ...]) ->
                 "of_loop": job["wall_s"] / loop["wall_s"],
             }
         )
+    if quick:
+        return rows
     users = JobFolder(settings.home, "summary_tokens").require().counts["users"]
     write_log(settings, users, events // users, 0, more_for=max(users // 100, 1))
     again = _ask("job", {"home": settings.home, "workers": 1})
@@ -197,9 +197,11 @@ def _throughput(settings: Settings, events: int, workers_of: tuple[int, ...]) ->
     return rows
 
 
-def _memory(homes: dict[str, Settings], rows: list[dict[str, Any]], huge: int) -> list[dict[str, Any]]:
+def _memory(settings: Settings, rows: list[dict[str, Any]], users: int, events: int, huge: int) -> list[dict[str, Any]]:
     alone = next(row["peak_mb"] for row in rows if row["case"] == "job" and row["workers"] == 1)
-    found = _ask("job", {"home": homes["huge"].home, "workers": 1})
+    write_log(settings, users, events, huge)
+    shutil.rmtree(Path(settings.home, "summary_tokens"), ignore_errors=True)
+    found = _ask("job", {"home": settings.home, "workers": 1})
     return [
         {"case": f"job, one user of {huge:,} events more", "workers": 1, **found, "of_peak": found["peak_mb"] / alone}
     ]
