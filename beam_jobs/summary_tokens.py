@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
@@ -53,9 +54,8 @@ class Piece:
     num_events: list[int] = field(default_factory=list)
     snapshots: list[int] = field(default_factory=list)
     newest: dict[Any, tuple[bytes, bytes | None]] = field(default_factory=dict)  # by user
-    refilled: dict[Any, tuple[bytes, bytes | None]] = field(
-        default_factory=dict
-    )  # of earlier runs, to be sent online again
+    # Of earlier runs, to be sent online again:
+    refilled: dict[Any, tuple[bytes, bytes | None]] = field(default_factory=dict)
     dead: list[tuple[Any, int, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -144,22 +144,15 @@ def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterato
     """Every user of a log part, a bounded piece at a time."""
     log = HistoryLog(plan.contract, plan.folder_of("user_history"), [unit.source])
     earlier = Earlier(plan, unit.number)
-    users, item_of_key = log.users, summariser.encoder.vocabularies[summariser.encoder.item_key].encode(log.items)
+    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].encode(log.items)
     snapshots = snapshots_of(plan)
-    rows = piece_ends(log.lengths, summariser.bytes_of_user + len(snapshots) * 2 * token_size(summariser))
-    for number, (start, stop) in enumerate(rows):
+    ranges = piece_ends(log.lengths, summariser.bytes_of_user(len(snapshots)))
+    for number, (start, stop) in enumerate(ranges):
         piece = Piece(PartName(plan.options["run_number"], unit.number, plan.options["log_parts"], number))
         if number == 0:
-            piece.counts["users_in_log"] = len(users)
-        summarise_piece(plan, log, users, np.arange(start, stop), item_of_key, snapshots, summariser, earlier, piece)
+            piece.counts["users_in_log"] = len(log.users)
+        summarise_piece(plan, log, np.arange(start, stop), item_of_key, snapshots, summariser, earlier, piece)
         yield piece
-
-
-def token_size(summariser: Summariser) -> int:
-    """Numbers in one user's tokens."""
-    shape = summariser.model.token_shape
-    assert shape is not None
-    return shape[0] * shape[1]
 
 
 def piece_ends(lengths: np.ndarray, bytes_of_user: int) -> list[tuple[int, int]]:
@@ -189,7 +182,6 @@ def snapshots_of(plan: RunPlan) -> list[int]:
 def summarise_piece(
     plan: RunPlan,
     log: HistoryLog,
-    users: pa.Array,
     rows: np.ndarray,
     item_of_key: np.ndarray,
     snapshots: list[int],
@@ -201,19 +193,19 @@ def summarise_piece(
     if not len(rows):
         return
     histories = log.gather(rows, log.lengths[rows])
-    ids = users.take(pa.array(rows)).to_pylist()
-    known = np.zeros(len(rows), np.int64) if plan.options["full"] else earlier.num_events(users.take(pa.array(rows)))
+    users, last = log.users.take(pa.array(rows)), events_before(histories, snapshots[-1])
+    ids = users.to_pylist()
+    known = np.zeros(len(rows), np.int64) if plan.options["full"] else earlier.num_events(users)
     known[known > log.lengths[rows]] = 0  # the log has lost events: the tokens know what it does not
-    streams = earlier.streams(ids, known, histories) if summariser.streams and known.any() else {}
+    piece.counts["users"] += int((last > 0).sum())
+    going_on = np.flatnonzero((known > 0) & (last > known)).tolist() if summariser.streams else []
+    streams = earlier.streams(ids, known, histories, going_on)
     dead: dict[int, str] = unordered(histories)
     for at in snapshots:
         ends = events_before(histories, at)
-        if at == snapshots[-1]:
-            piece.counts["users"] += int((ends > 0).sum())
         due = [row for row in np.flatnonzero(ends > known).tolist() if row not in dead]
-        going_on = [row for row in due if row in streams]
-        from_start = [row for row in due if row not in streams]
-        for chosen, extend in ((from_start, False), (going_on, True)):
+        stored, fresh = ([row for row in due if (row in streams) == known_stream] for known_stream in (True, False))
+        for chosen, extend in ((fresh, False), (stored, True)):
             for row, summary, place, reason in summarised(
                 summariser, histories, item_of_key, chosen, known, ends, at, streams if extend else None
             ):
@@ -226,7 +218,6 @@ def summarise_piece(
                 piece.counts["extended" if extend else "from_start"] += 1
                 if summary is not None and summary.streams_BRK is not None:
                     streams[row] = (summary.streams_BRK[place], int(summary.as_of[place]))
-    last = events_before(histories, snapshots[-1])
     piece.counts["skipped"] += sum(
         ids[row] not in piece.newest and row not in dead for row in np.flatnonzero(last > 0).tolist()
     )
@@ -276,8 +267,8 @@ def summarised(
             return summariser.whole(histories.take(starts, stops), item_of_key, times)
         stored = np.stack([streams[row][0] for row in chosen])
         last = np.array([streams[row][1] for row in chosen])
-        before = Summary(np.empty(0), stored, known[which], last)
-        return summariser.extended(before, histories.take(starts + known[which], stops), item_of_key, last)
+        before = Summary(np.empty(len(which)), stored, known[which], last)
+        return summariser.extended(before, histories.take(starts + known[which], stops), item_of_key)
 
     if not rows:
         return
@@ -310,9 +301,8 @@ def take(
     piece.users.append(user_id)
     piece.envelopes.append(stored[0])
     piece.num_events.append(int(summary.num_events[place]))
-    piece.snapshots.append(
-        at + plan.options["run_number"]
-    )  # just after: a later run's row at this instant stands after
+    # Just after the instant, so that the row of a later run at the same one stands after it.
+    piece.snapshots.append(at + plan.options["run_number"])
     piece.newest[user_id] = stored
     return None
 
@@ -370,31 +360,27 @@ class Earlier:
         manifest = plan.folder.manifest()
         self._tables = manifest.tables if manifest else {}
         self._part = part
-        self._events: pa.Table | None = None
-        self._stored: pa.Table | None = None
 
     def num_events(self, users: pa.Array) -> np.ndarray:
         """Events behind each user's newest tokens; 0 without any."""
-        if self._events is None:
-            self._events = self._newest("token_rows", ["token_events"])
         place = pc.index_in(users, self._events[self._user].combine_chunks())
         return pc.fill_null(self._events["token_events"].take(place), 0).to_numpy().astype(np.int64)
 
-    def streams(self, ids: list[Any], known: np.ndarray, histories: Histories) -> dict[int, tuple[np.ndarray, int]]:
-        """Stored streams by row, where their last event is still the last of its time that the log has there.
+    def streams(
+        self, ids: list[Any], known: np.ndarray, histories: Histories, rows: list[int]
+    ) -> dict[int, tuple[np.ndarray, int]]:
+        """Stored streams of these rows, with the time of their last event, where their last event is still the last of its time that the log has there.
 
         An event that came late moves those after it: then the history is read from its start again.
         """
-        if self._stored is None:
-            self._stored = self._newest("summary_tokens", ["tokens", "state"])
-        places = pc.index_in(pa.array(ids), self._stored[self._user].combine_chunks()).to_pylist()
         found: dict[int, tuple[np.ndarray, int]] = {}
-        for row, place in enumerate(places):
-            stored = None if place is None else self._stored["state"][place].as_py()
-            if stored is None or not known[row]:
+        stored = self.stored([ids[row] for row in rows]) if rows else {}
+        for row in rows:
+            _, kept = stored.get(ids[row], (b"", None))
+            if kept is None:
                 continue
             try:
-                state = decode(stored, ids[row])
+                state = decode(kept, ids[row])
             except EnvelopeError:
                 continue  # damaged: the whole history is read instead
             last = int(histories.offsets[row] + known[row] - 1)
@@ -407,11 +393,17 @@ class Earlier:
 
     def stored(self, ids: list[Any]) -> dict[Any, tuple[bytes, bytes | None]]:
         """Newest envelopes of users."""
-        if self._stored is None:
-            self._stored = self._newest("summary_tokens", ["tokens", "state"])
         places = pc.index_in(pa.array(ids, self._stored[self._user].type), self._stored[self._user].combine_chunks())
         rows = self._stored.take(places.drop_null()).select([self._user, "tokens", "state"]).to_pylist()
         return {row[self._user]: (row["tokens"], row["state"]) for row in rows}
+
+    @cached_property
+    def _events(self) -> pa.Table:
+        return self._newest("token_rows", ["token_events"])
+
+    @cached_property
+    def _stored(self) -> pa.Table:
+        return self._newest("summary_tokens", ["tokens", "state"])
 
     def _newest(self, table: str, columns: list[str]) -> pa.Table:
         keys = [self._user, TOKEN_VERSION.join_key, EVENT_TIMESTAMP]
@@ -504,8 +496,6 @@ def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
 
 def finish(plan: RunPlan, counts: dict[str, int] | None, settings: Settings) -> list[str]:
     """Note the coverage; the bundle goes live where enough users have tokens. Returns what to tell."""
-    from modeling.bundle import read_manifest
-
     catalogue, options = Catalogue(settings.catalogue_url), plan.options
     if counts is not None:
         catalogue.record_tokens(
@@ -514,7 +504,7 @@ def finish(plan: RunPlan, counts: dict[str, int] | None, settings: Settings) -> 
             recipe=options["recipe"],
             users=counts["users"],
             covered=counts["covered"],
-            shape=tuple(read_manifest(options["path"])["tokens"]["shape"]),
+            shape=tuple(options["shape"]),
         )
     built = {row.fingerprint: row for row in catalogue.token_versions(plan.dataset)}.get(options["version"])
     if built is None:
@@ -551,7 +541,8 @@ def resolve(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
         raise OptionsError(
             f"bundle {row.recipe}@{row.digest[:12]} makes no summary tokens: name one of a VISTA recipe with a stage 1 by --bundle"
         )
-    return {**options, "bundle": row.digest, "recipe": row.recipe, "path": row.path, "version": tokens["version"]}
+    made = {"version": tokens["version"], "shape": tokens["shape"]}
+    return {**options, "bundle": row.digest, "recipe": row.recipe, "path": row.path, **made}
 
 
 JOB = Job(

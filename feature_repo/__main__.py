@@ -80,7 +80,7 @@ def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
             f"{row.fingerprint}  {row.recipe}, {size}, {row.covered:,} of {row.users:,} users ({row.coverage:.1%}), {state}"
         )
     if retire and old:
-        from feature_repo.online_tokens import OnlineTokens
+        from feature_repo.online_tokens import CannotRemoveError, OnlineTokens
         from feature_repo.store import open_store
         from feature_repo.token_log import drop_version
 
@@ -88,7 +88,11 @@ def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
         online = OnlineTokens(open_store(settings), contract)
         for version in old:
             rows = drop_version(contract, settings.home, version)  # refused while the job is under way
-            removed = online.remove(version)
+            try:
+                removed = online.remove(version)
+            except CannotRemoveError as error:
+                print(error)
+                continue
             catalogue.forget_tokens(dataset, version)
             print(f"removed {version}: {removed:,} users online, {rows:,} rows of the token log")
     elif retire:

@@ -15,9 +15,8 @@ from sqlalchemy import JSON, DateTime, Float, ForeignKey, String, create_engine,
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-COVERAGE_TO_GO_LIVE = (
-    0.99  # share of users with a history who must have tokens before a bundle that reads them goes live
-)
+# Share of users with a history who must have tokens before a bundle that reads them goes live.
+COVERAGE_TO_GO_LIVE = 0.99
 
 
 class Base(DeclarativeBase):

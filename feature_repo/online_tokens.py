@@ -24,6 +24,10 @@ VIEW = "summary_tokens"
 PIECE = 1000  # rows of one write through Feast: far below the 2 GiB at which it drops rows without a word
 
 
+class CannotRemoveError(RuntimeError):
+    """The online store has no way to delete keys that we know."""
+
+
 class OnlineTokens:
     """See the module docstring."""
 
@@ -66,14 +70,14 @@ class OnlineTokens:
         """Remove every user's tokens of a version; returns how many there were.
 
         Raises:
-            NotImplementedError: the online store is neither Redis nor SQLite, and Feast has no way to delete keys.
+            CannotRemoveError: the online store is neither Redis nor SQLite, and Feast has no way to delete keys.
         """
         prefix = self._prefix(version)
         if self._redis is not None:
             return self._redis.remove(prefix)
         config = self._store.config
         if config.online_store.type != "sqlite":
-            raise NotImplementedError(
+            raise CannotRemoveError(
                 f"Feast cannot delete keys from an online store of type {config.online_store.type!r}: delete those of "
                 f"token_version {version} with the store's own tools"
             )

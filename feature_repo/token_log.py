@@ -98,14 +98,10 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
             options["versions"] = {of: how for of, how in options.get("versions", {}).items() if of != version}
             run_id = digest_of([manifest.run_id, "without", version])
             folder.publish(replace(manifest, run_id=run_id, options=options, tables=tables))
-        for part in dropped:
-            name = PartName.of(part.path)
-            run = part.path.split("/")[0]
-            assert name is not None
-            for table, extension in ((TABLE, "arrow"), ("token_rows", "parquet"), ("summary_tokens", "parquet")):
-                path = f"{folder.root}/{run}/{table}/{name.file(extension)}"
-                if folder.read_bytes(path) is not None:
-                    folder.filesystem.delete_file(path)
+        for parts in manifest.tables.values():
+            for part in parts:
+                if not stays(part.path):
+                    folder.filesystem.delete_file(f"{folder.root}/{part.path}")
     return sum(part.rows for part in dropped)
 
 

@@ -72,6 +72,11 @@ class Summary:
     num_events: np.ndarray
     as_of: np.ndarray
 
+    def select(self, chosen: np.ndarray) -> Summary:
+        """Some of the users, in the given order."""
+        streams = None if self.streams_BRK is None else self.streams_BRK[chosen]
+        return Summary(self.tokens_BSD[chosen], streams, self.num_events[chosen], self.as_of[chosen])
+
 
 class Summariser:
     """Stage 1 of one bundle, by itself. Calls may come from several threads; the model runs for one at a time.
@@ -92,12 +97,11 @@ class Summariser:
         self.streams = self.model.config.causal
         self._lock = Lock()
 
-    @property
-    def bytes_of_user(self) -> int:
-        """What tokens and streams of one user take in memory."""
+    def bytes_of_user(self, snapshots: int = 1) -> int:
+        """What one user's streams, and tokens of so many snapshots, take in memory at fp32."""
         config, size = self.model.config, self.model.config.width // self.model.config.num_heads
         streams = config.summary_layers * 2 * config.num_heads * size * size if self.streams else 0
-        return 4 * (config.num_seeds * config.width + streams)
+        return 4 * (snapshots * config.num_seeds * config.width + streams)
 
     def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
         """Tokens of whole histories, batched by length; one that is longer than a batch goes through in chunks.
@@ -110,65 +114,44 @@ class Summariser:
         number = histories.lengths.astype(np.int64)
         if not self.streams:
             histories = histories.newest(self.encoder.history_length)
-        found = self._run(histories, item_of_key, at, np.zeros_like(number), np.full_like(number, -1), None)
-        return replace(found, num_events=number)
+        return replace(self._run(histories, item_of_key, at, None), num_events=number)
 
-    def extended(
-        self, before: Summary, new_events: Histories, item_of_key: np.ndarray, last_time: np.ndarray
-    ) -> Summary:
+    def extended(self, before: Summary, new_events: Histories, item_of_key: np.ndarray) -> Summary:
         """Stored streams with new events: the same as `whole` of all events, at a cost that their number does not decide.
 
         Args:
-            before: with streams.
-            last_time: of the newest event behind each, microseconds; -1 without one.
+            before: with streams; its tokens are not read.
+            new_events: of the same users, later than those behind `before`.
 
         Raises:
             ValueError: stage 1 does not stream.
         """
         if not self.streams or before.streams_BRK is None:
             raise ValueError("only a streaming stage 1 (causal=True) takes new events: summarise whole histories")
-        return self._run(new_events, item_of_key, last_time, before.num_events, last_time, before.streams_BRK)
+        return self._run(new_events, item_of_key, before.as_of, before)
 
-    def _run(
-        self,
-        events: Histories,
-        item_of_key: np.ndarray,
-        at: np.ndarray,
-        seen: np.ndarray,
-        last_time: np.ndarray,
-        streams_BRK: np.ndarray | None,
-    ) -> Summary:
+    def _run(self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None) -> Summary:
+        """Batch by batch; `before` holds what the streams have seen, None where they begin."""
         number, width = len(events.lengths), self.model.config.width
         tokens = np.empty((number, self.model.config.num_seeds, width), np.float32)
         kept: np.ndarray | None = None
         for chosen in _batches(events.lengths):
             part = events.take(events.offsets[:-1][chosen], events.offsets[1:][chosen])
             with self._lock, torch.inference_mode():
-                found, streams = self._batch(
-                    part,
-                    item_of_key,
-                    at[chosen],
-                    seen[chosen],
-                    last_time[chosen],
-                    None if streams_BRK is None else streams_BRK[chosen],
-                )
+                seen = None if before is None else before.select(chosen)
+                found, streams = self._batch(part, item_of_key, at[chosen], seen)
             tokens[chosen] = found.numpy()
             if streams is not None:
                 kept = np.empty((number, *streams.shape[1:]), np.float32) if kept is None else kept
                 kept[chosen] = streams.numpy()
-        newest = np.where(last_time >= 0, last_time, 0)
+        newest = np.zeros(number, np.int64) if before is None else before.as_of.copy()
         some = events.lengths > 0
         newest[some] = events.times[events.offsets[1:][some] - 1]
-        return Summary(tokens, kept, seen + events.lengths, newest)
+        seen_events = 0 if before is None else before.num_events
+        return Summary(tokens, kept, seen_events + events.lengths, newest)
 
     def _batch(
-        self,
-        events: Histories,
-        item_of_key: np.ndarray,
-        at: np.ndarray,
-        seen: np.ndarray,
-        last_time: np.ndarray,
-        streams_BRK: np.ndarray | None,
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
     ) -> tuple[Tensor, Tensor | None]:
         length = int(events.lengths.max(initial=0))
         step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
@@ -176,22 +159,24 @@ class Summariser:
             step = max(step // self.model.config.block, 1) * self.model.config.block
 
         def chunks() -> Iterator[UserInputs]:
-            before = last_time
+            none = np.full(len(at), -1, np.int64)
+            last = none if before is None else np.where(before.num_events > 0, before.as_of, none)
             for start in range(0, max(length, 1), step):
                 starts = np.minimum(events.offsets[:-1] + start, events.offsets[1:])
                 part = events.take(starts, np.minimum(starts + step, events.offsets[1:]))
-                yield self._inputs(part, item_of_key, at, before)
+                yield self._inputs(part, item_of_key, at, last)
                 some = part.lengths > 0
-                before = before.copy()
-                before[some] = part.times[part.offsets[1:][some] - 1]
+                last = last.copy()
+                last[some] = part.times[part.offsets[1:][some] - 1]
 
         if not self.streams:
             if length <= step:
                 return self.model.tokens_of(next(chunks())), None
             return self.model.summarise(chunks), None
         restored = None
-        if streams_BRK is not None:
-            restored = self.model.restored_streams(torch.from_numpy(streams_BRK), torch.from_numpy(seen))
+        if before is not None and before.streams_BRK is not None:
+            streams_BRK, seen = torch.from_numpy(before.streams_BRK), torch.from_numpy(before.num_events)
+            restored = self.model.restored_streams(streams_BRK, seen)
         tokens, streams = self.model.stream(chunks(), restored)
         return tokens, self.model.stored_streams(streams)
 

@@ -60,12 +60,13 @@ class Refresher:
             RefusedError: somebody wrote newer tokens meanwhile; nothing was stored.
             ValueError: no new event, one that is not later than the last, or a value of the wrong type.
         """
-        ((tokens, state),) = self._online.read(self._summariser.fingerprint, [user_id])
+        version = self._summariser.fingerprint
+        ((tokens, state),) = self._online.read(version, [user_id])
         if tokens is None or state is None:
             raise NoStateError(
-                f"user {user_id!r} has no stored state of token version {self._summariser.fingerprint}: run the summary_tokens job"
+                f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
             )
-        before, kept, version = decode(tokens, user_id), decode(state, user_id), self._summariser.fingerprint
+        before, kept = decode(tokens, user_id), decode(state, user_id)
         if before.tombstone or kept.tombstone:
             raise NoStateError(f"user {user_id!r} has no tokens of version {version} any more")
         if not before.fingerprint == kept.fingerprint == version or before.num_events != kept.num_events:
@@ -82,12 +83,11 @@ class Refresher:
             )
         item = self._contract.item.join_key
         vocabulary = self._summariser.encoder.vocabularies[item]
-        codes = vocabulary.encode(batch[item].unique())
-        last = np.array([kept.as_of if kept.num_events else -1])
-        summary = self._summariser.extended(stored_summary(before, kept), histories, codes, last)
+        codes = vocabulary.encode(batch[item].unique())  # in the order of the item keys: of first occurrence
+        summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
-        stored, streams = envelopes(summary, 0, user_id, self._summariser.fingerprint, at, self._kind)
+        stored, streams = envelopes(summary, 0, user_id, version, at, self._kind)
         if not self._online.write(version, [user_id], [stored], [streams], at):
             raise RefusedError(
                 f"tokens of user {user_id!r} were replaced by newer ones meanwhile: refresh again from those"

@@ -226,7 +226,7 @@ def _loop(home: str) -> dict[str, Any]:
     for path in folder.paths("history_log"):
         log = history.HistoryLog(CONTRACT, folder, [path])
         item_of_key = summariser.encoder.vocabularies[CONTRACT.item.join_key].encode(log.items)
-        for start, stop in piece_ends(log.lengths, summariser.bytes_of_user):
+        for start, stop in piece_ends(log.lengths, summariser.bytes_of_user()):
             rows = np.arange(start, stop)
             histories = log.gather(rows, log.lengths[rows])
             summariser.whole(histories, item_of_key, np.zeros(len(rows), np.int64))

@@ -346,18 +346,18 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     read, earlier = log.gather(rows, log.lengths), Earlier(plan, 0)
     known = earlier.num_events(log.users)
     np.testing.assert_array_equal(known, log.lengths)
-    assert set(earlier.streams(ids, known, read)) == set(rows.tolist())
+    assert set(earlier.streams(ids, known, read, rows.tolist())) == set(rows.tolist())
     moved = read.columns["event_timestamp"].copy()
     moved[read.offsets[1] - 1] += 1
     late = replace(read, columns={**read.columns, "event_timestamp": moved})
-    assert set(earlier.streams(ids, known, late)) == set(rows.tolist()) - {0}
+    assert set(earlier.streams(ids, known, late, rows.tolist())) == set(rows.tolist()) - {0}
     # One came late before two of one time: at the state's count there stands an event of that time still.
     places = np.r_[0, np.arange(read.offsets[-1])]
     shifted = Histories(
         np.r_[0, read.offsets[1:] + 1], read.item_keys[places], {n: c[places] for n, c in read.columns.items()}
     )
     shifted.times[shifted.offsets[1] - 2] = shifted.times[shifted.offsets[1] - 1]
-    assert 0 not in earlier.streams(ids, known, shifted)
+    assert 0 not in earlier.streams(ids, known, shifted, rows.tolist())
     assert Earlier(plan, 1).num_events(log.users).sum() == 0  # another part's users
 
 

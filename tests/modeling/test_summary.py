@@ -55,8 +55,7 @@ def test_ten_thousand_random_splits_give_the_tokens_of_the_whole() -> None:
         times = np.zeros(len(lengths), np.int64)
         whole = one.whole(found, CODES, times)
         first = one.whole(found.take(found.offsets[:-1], found.offsets[:-1] + cut), CODES, times)
-        last = np.where(cut > 0, first.as_of, -1)
-        rest = one.extended(first, found.take(found.offsets[:-1] + cut, found.offsets[1:]), CODES, last)
+        rest = one.extended(first, found.take(found.offsets[:-1] + cut, found.offsets[1:]), CODES)
         np.testing.assert_allclose(rest.tokens_BSD, whole.tokens_BSD, atol=1e-5, rtol=1e-4)
         assert rest.streams_BRK is not None
         assert whole.streams_BRK is not None
@@ -97,7 +96,7 @@ def test_stored_bytes_go_on_as_if_they_had_never_been_stored() -> None:
     assert state is not None
     restored = stored_summary(decode(tokens, "u"), decode(state, "u"))
     rest = found.take(np.array([21]), np.array([30]))
-    after, straight = (one.extended(s, rest, CODES, first.as_of) for s in (restored, first))
+    after, straight = (one.extended(s, rest, CODES) for s in (restored, first))
     np.testing.assert_array_equal(after.tokens_BSD, straight.tokens_BSD)  # streams are stored in full precision
 
 
@@ -124,11 +123,11 @@ def test_what_cannot_be_summarised_is_refused() -> None:
         Summariser(dlrm, encoder)
     both = summariser(causal=False)
     with pytest.raises(ValueError, match="only a streaming stage 1"):
-        both.extended(both.whole(drawn([3]), CODES, np.array([0])), drawn([1]), CODES, np.array([5]))
+        both.extended(both.whole(drawn([3]), CODES, np.array([0])), drawn([1]), CODES)
     one = summariser()
     wrong = Summary(np.zeros((1, 4, 16)), np.zeros((1, 3, 3), np.float32), np.array([1]), np.array([1]))
     with pytest.raises(ValueError, match="stored streams have shape"):
-        one.extended(wrong, drawn([1]), CODES, np.array([5]))
+        one.extended(wrong, drawn([1]), CODES)
 
 
 def test_stage_2_alone_wants_tokens_of_its_shape() -> None:
