@@ -12,11 +12,15 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo serve check lint types test format bench bench-gpu lock clean
+.PHONY: help setup demo serve check lint types test format bench bench-gpu lock clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 setup: $(VENV)/.installed  ## make the virtual environment from the lock
 
 $(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "Memoir needs Python 3.11 or 3.12, and $(PYTHON) is neither: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
 	$(PIP) install --quiet --no-index $(TORCH) 2>/dev/null || $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
@@ -44,17 +48,17 @@ serve: setup  ## rank over HTTP with the live bundle, as of the end of the data
 
 check: setup lint types test  ## all that CI runs
 
-lint: setup
+lint: setup  ## ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-types: setup
+types: setup  ## mypy
 	$(RUN) -m mypy
 
-test: setup
+test: setup  ## pytest
 	$(RUN) -m pytest
 
-format: setup
+format: setup  ## ruff, mending
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -70,7 +74,7 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m beam_jobs.benchmarks.summary_tokens
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 
-bench-gpu: setup
+bench-gpu: setup  ## the same on a GPU
 	$(RUN) -m modeling.benchmarks.amortised --device cuda
 	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
 	$(RUN) -m modeling.benchmarks.precision --device cuda

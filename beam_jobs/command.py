@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
@@ -17,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from beam_jobs.inputs import current_inputs, output_is_there
+from beam_jobs.options import Common, Options, TokenOptions
+from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
-from feature_repo.datasets import RawDataError
+from feature_repo.errors import UsageError, nearest
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder, JobRunningError, Manifest, TableNotBuiltError
+from feature_repo.tables import JobFolder, Manifest
 
 if TYPE_CHECKING:
     from beam_jobs.runs import RunPlan
@@ -29,107 +32,119 @@ PLAIN_LINE_S = 10  # seconds between lines where there is no terminal
 console = Console()
 
 
-def run_command(known: argparse.Namespace, beam_args: list[str], settings: Settings) -> int:
-    """Run one job. Returns the exit code: 0 built or up to date, 1 refused with a reason."""
-    if not known.dry_run and not known.refill and _up_to_date(known, settings):
+def run_command(name: str, options: Options, common: Common, beam_args: list[str], settings: Settings) -> int:
+    """Run one job. Returns the exit code 0: built or up to date.
+
+    Raises:
+        ExpectedError: it was refused, with a reason.
+    """
+    datasets.load(settings.dataset)
+    refill = isinstance(options, TokenOptions) and options.refill
+    if not common.dry_run and not refill and not beam_args and _up_to_date(name, options, common, settings):
         return 0
     warnings.filterwarnings("ignore", module="apache_beam")
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
+    refuse_unknown(beam_args, name, options, common)
     from beam_jobs import runs
-    from beam_jobs.training_examples import NotEnoughItemsError
-    from feature_repo.expectations import GateError
 
-    job = runs.load_job(known.job)
-    options = {
-        name: given if (given := getattr(known, name)) is not None else default for name, default in job.options.items()
-    }
-    arguments = [f"--runner={known.runner}", *beam_args]
-    try:
-        options = job.resolve(settings, options)
-        plan, units, inputs = runs.plan_run(job, settings, options, known.as_of)
-        if known.dry_run:
-            console.print(runs.describe(job, plan, units, arguments), highlight=False, markup=False)
-            return 0
-        catalogue = Catalogue(settings.catalogue_url)
-        with (
-            catalogue.stage(settings.dataset, known.job, plan.run_id) as stage,
-            _progress(plan, job.num_parts(plan, len(units))) as tell,
-        ):
-            outcome = runs.run(
-                job,
-                settings,
-                options,
-                arguments,
-                as_of=known.as_of,
-                max_bad_fraction=known.max_bad_fraction,
-                tell=tell,
-            )
-            if not outcome.built:
-                stage.discard()
-            stage.details = {
-                "counts": outcome.manifest.counts,
-                "run_id": outcome.manifest.run_id,
-                "docs": outcome.docs,
-                "inputs": inputs,
-                "argv": _argv(known),
-            }
-    except (
-        GateError,
-        RawDataError,
-        TableNotBuiltError,
-        NotEnoughItemsError,
-        JobRunningError,
-        runs.LostRowsError,
-        runs.OptionsError,
-    ) as error:
-        console.print(f"{known.job}: {error}", style="red", highlight=False, markup=False)
-        return 1
+    job = runs.load_job(name)
+    arguments = [f"--runner={common.runner}", *beam_args]
+    resolved = job.resolve(settings, options)
+    planned = runs.plan_run(job, settings, resolved, common.as_of)
+    plan = planned.plan
+    if common.dry_run:
+        console.print(runs.describe(job, plan, planned.units, arguments), highlight=False, markup=False)
+        return 0
+    catalogue = Catalogue(settings.catalogue_url)
+    with (
+        catalogue.stage(settings.dataset, name, plan.run_id) as stage,
+        _progress(plan, job.num_parts(plan, len(planned.units))) as tell,
+    ):
+        outcome = runs.run(
+            job,
+            settings,
+            resolved,
+            arguments,
+            as_of=common.as_of,
+            max_bad_fraction=common.max_bad_fraction,
+            tell=tell,
+        )
+        if not outcome.built:
+            stage.discard()
+        stage.details = {
+            "counts": outcome.manifest.counts,
+            "run_id": outcome.manifest.run_id,
+            "docs": outcome.docs,
+            "inputs": planned.inputs,
+            "argv": _asked(options, common),
+        }
     if outcome.built:
         _report(outcome.manifest, outcome.docs)
-        for line in outcome.said:
-            console.print(f"  {line}", highlight=False)
     else:
-        console.print(f"{known.job}: up to date (run {outcome.manifest.run_id})", highlight=False)
-        for line in outcome.said:
-            console.print(f"  {line}", highlight=False)
+        console.print(f"{name}: up to date (run {outcome.manifest.run_id})", highlight=False)
+    for line in outcome.said:
+        console.print(f"  {line}", highlight=False)
     return 0
 
 
-def _up_to_date(known: argparse.Namespace, settings: Settings) -> bool:
-    """Say so and skip, without importing Beam, where the last run had these very inputs and flags."""
-    from feature_repo import datasets
+def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Common) -> None:
+    """Refuse arguments that no option class of Beam knows; Beam itself would ignore them.
 
-    last = Catalogue(settings.catalogue_url).last_run(settings.dataset, known.job)
-    manifest = JobFolder(settings.home, known.job).manifest()
-    if not output_is_there(known.job, settings):
+    Raises:
+        UsageError: names the argument, and the nearest option of the job or of Beam.
+    """
+    if not beam_args:
+        return
+    from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+    parser = _BeamArgumentParser(allow_abbrev=False, add_help=False)
+    for options_class in {c.__name__: c for c in PipelineOptions.__subclasses__()}.values():
+        options_class._add_argparse_args(parser)
+    try:
+        _, unknown = parser.parse_known_args(beam_args)
+    except (SystemExit, argparse.ArgumentError) as error:
+        raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}; see above") from error
+    if unknown:
+        known = {f.name for f in (*fields(options), *fields(common))} | set(vars(parser.parse_args([])))
+        word = unknown[0].lstrip("-").split("=")[0]
+        raise UsageError(
+            f"{unknown[0]!r} is an option of neither `beam_jobs {job}` nor Beam{nearest(word, known)} "
+            f"See `python -m beam_jobs {job} --help`"
+        )
+
+
+def _up_to_date(name: str, options: Options, common: Common, settings: Settings) -> bool:
+    """Say so and skip, without importing Beam, where the last run had these very inputs and options."""
+    last = Catalogue(settings.catalogue_url).last_run(settings.dataset, name)
+    manifest = JobFolder(settings.home, name).manifest()
+    if last is None or manifest is None or not output_is_there(name, settings):
         return False
-    if last is None or manifest is None or last.inputs != manifest.run_id or last.details.get("argv") != _argv(known):
+    if last.inputs != manifest.run_id or last.details.get("argv") != _asked(options, common):
         return False
     if manifest.fingerprint != datasets.load_contract(settings.dataset).fingerprint:
         return False
-    if manifest.inputs != current_inputs(known.job, list(manifest.inputs), settings):
+    if manifest.inputs != current_inputs(name, list(manifest.inputs), settings):
         return False
-    if known.job == "summary_tokens" and not _made_by(known, settings, manifest):
+    if isinstance(options, TokenOptions) and not _made_by(options, settings, manifest):
         return False
-    console.print(f"{known.job}: up to date (run {manifest.run_id})", highlight=False)
+    console.print(f"{name}: up to date (run {manifest.run_id})", highlight=False)
     return True
 
 
-def _made_by(known: argparse.Namespace, settings: Settings, manifest: Manifest) -> bool:
+def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> bool:
     """Whether the bundle that is asked for is still the one that made the published tokens."""
     catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
     try:
-        row = catalogue.bundle(dataset, known.bundle) if known.bundle else catalogue.live_bundle(dataset)
+        row = catalogue.bundle(dataset, options.bundle) if options.bundle else catalogue.live_bundle(dataset)
     except LookupError:
         return False
     return bool(manifest.options["bundle"] == row.digest)
 
 
-def _argv(known: argparse.Namespace) -> str:
-    return json.dumps(
-        {k: v for k, v in vars(known).items() if k not in ("runner", "dry_run", "max_bad_fraction")}, sort_keys=True
-    )
+def _asked(options: Options, common: Common) -> str:
+    """What decides a run's rows, as the catalogue keeps it."""
+    return json.dumps({**asdict(options), "as_of": common.as_of}, sort_keys=True)
 
 
 def _report(manifest: Manifest, docs: str | None) -> None:
@@ -172,7 +187,8 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
         said = 0.0
         while not done.wait(0.2):
             infos = folder.filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-            parts, now = sum(not info.base_name.startswith(".") for info in infos), time.monotonic()
+            parts = min(sum(not info.base_name.startswith(".") for info in infos), num_parts)
+            now = time.monotonic()
             bar.update(task, completed=parts, description=f"{plan.job}: {phase}")
             if not console.is_terminal and now - said >= PLAIN_LINE_S:
                 said = now

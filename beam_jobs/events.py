@@ -1,63 +1,126 @@
-"""Job `events`: raw rows → events by user, user and item profiles, dead letters with their reasons."""
+"""Job `events`: raw rows → events by user, user and item profiles, dead letters with their reasons.
+
+Every raw row is an event or a dead letter. A row is set aside by its dataset's `parse`, by a limit of the contract, by
+`--as_of`, or because the same event stands earlier; a profile row by a limit alone, and that costs no other row.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
+from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
-from beam_jobs.runs import BuildTables, Built, Job, RunPlan, Unit
-from feature_repo import datasets
-from feature_repo.arrow import micros
+from beam_jobs.runs import BuildTables, Built, Counts, Job, LostRowsError, RunPlan, Unit
+from feature_repo import datasets, limits
+from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.history import run_starts
+from feature_repo.raw import as_declared
+from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
 
-ROWS_READ = b"rows_read"
+COUNTS = b"counts"  # of a unit, beside its dead letters
+LATE, REPEATED = "time is at or after --as_of", "repeated: the same event stands earlier"
+NOT_BAD = (LATE, REPEATED)  # reasons that say nothing against the data
+
+
+def num_partitions(plan: RunPlan) -> int:
+    """As the options say."""
+    assert isinstance(plan.options, TableOptions)
+    return plan.options.num_partitions
 
 
 def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
-    """One raw unit as keyed pieces; events at or after `as_of` become dead letters."""
+    """One raw unit as keyed pieces, and its dead letters with its counts."""
     dataset, contract = datasets.load(plan.dataset), plan.contract
     parsed = dataset.parse(unit.source)
-    events, dead = parsed.events, parsed.dead_letters
+    letters = [parsed.dead_letters]
+    counts: Counter[str] = Counter({"rows_read": parsed.rows_read})
+
+    # 1. What breaks a limit of the contract, row by row.
+    events = limits.check(contract.table("events"), parsed.events)
+    letters.append(_letters(plan, unit, parsed.events.take(pa.array(events.dead)), events.reasons))
+    profiles = {}
+    for name, rows in (("user_profile", parsed.users), ("item_profile", parsed.items)):
+        checked = limits.check(contract.table(name), rows)
+        reasons = [f"{name}, {reason}" for reason in checked.reasons]
+        letters.append(_letters(plan, unit, rows.take(pa.array(checked.dead)), reasons))
+        counts.update({f"read_{name}": rows.num_rows, f"dead_{name}": len(checked.dead)})
+        counts["nulls_dropped_from_lists"] += checked.nulls_dropped
+        profiles[name] = checked.kept
+
+    # 2. What the run may not know.
+    known = events.kept
     if plan.as_of is not None:
-        late = micros(events["event_timestamp"]) >= plan.as_of
-        dead = pa.concat_tables([dead, _late_letters(events.filter(pa.array(late)), unit, dead.schema)])
-        events = events.filter(pa.array(~late))
-    partitions = plan.options["num_partitions"]
+        late = micros(known["event_timestamp"]) >= plan.as_of
+        letters.append(_letters(plan, unit, known.filter(pa.array(late)), [LATE] * int(late.sum())))
+        known = known.filter(pa.array(~late))
+        profiles = {
+            n: rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of)) for n, rows in profiles.items()
+        }
+
+    # 3. The rest by key.
     for table, rows, key in (
-        ("events", events, contract.user.join_key),
-        ("user_profile", _known(parsed.users, plan.as_of), contract.user.join_key),
-        ("item_profile", _known(parsed.items, plan.as_of), contract.item.join_key),
+        ("events", known, contract.user.join_key),
+        ("user_profile", profiles["user_profile"], contract.user.join_key),
+        ("item_profile", profiles["item_profile"], contract.item.join_key),
     ):
-        for partition, piece in split_by_key(rows, key, partitions):
+        for partition, piece in split_by_key(rows, key, num_partitions(plan)):
             yield (table, partition), (unit.number, to_ipc(piece))
-    dead = dead.replace_schema_metadata({ROWS_READ: str(parsed.rows_read).encode()})
+    dead = pa.concat_tables(letters).replace_schema_metadata({COUNTS: json.dumps(counts).encode()})
     yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
 
 
 def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
-    """One partition of one table, sorted; profiles keep only rows that change something."""
+    """One partition of one table, sorted; events once each, profiles only where a row changes something."""
     table, partition = key
-    counts: dict[str, int] = {}
     if table == "dead_letters":
-        counts = {"rows_read": int((rows.schema.metadata or {}).get(ROWS_READ, b"0")), "rows_dead": rows.num_rows}
-        counts |= {f"dead: {reason}": n for reason, n in Counter(rows["reason"].to_pylist()).items()}
-    elif table == "events":
+        counts = json.loads((rows.schema.metadata or {})[COUNTS])
+        yield _dead_letter_part(rows.replace_schema_metadata(None), f"part-{partition:05d}.parquet", counts)
+        return
+    counts = {}
+    if table == "events":
         rows = sort_by_key_and_time(rows, plan.contract.user.join_key)
+        rows, repeated = without_repeats(rows, plan.contract.spec.event_identity)
+        if repeated.num_rows:
+            letters = _letters(plan, None, repeated, [REPEATED] * repeated.num_rows)
+            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", {})
         counts = {"max_event_micros": int(micros(rows["event_timestamp"]).max())}
     else:
         entity = plan.contract.table(table).entity
         assert entity is not None
         rows = changes_only(sort_by_key_and_time(rows, entity.join_key), entity.join_key)
-    yield Built(
-        table, f"part-{partition:05d}.parquet", parquet_bytes(rows.replace_schema_metadata(None)), rows.num_rows, counts
-    )
+    yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
+
+
+def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+    """Events that stand for the first time, and those that are the same as an earlier one.
+
+    Args:
+        events: sorted by user, time and position.
+        identity: columns that say "the same"; none: no event is.
+    """
+    if not identity or events.num_rows < 2:
+        return events, events.slice(0, 0)
+    codes = [events[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in identity]
+    _, first = np.unique(np.stack(codes), axis=1, return_index=True)
+    kept = np.zeros(events.num_rows, bool)
+    kept[first] = True
+    return events.filter(pa.array(kept)), events.filter(pa.array(~kept))
+
+
+def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
+    reasons = Counter(letters["reason"].to_pylist())
+    of_profiles = sum(n for reason, n in reasons.items() if reason.startswith(("user_profile,", "item_profile,")))
+    counts = {**counts, "rows_dead": letters.num_rows - of_profiles, "profile_rows_dead": of_profiles}
+    counts |= {f"dead: {reason}": n for reason, n in reasons.items()}
+    return Built("dead_letters", name, parquet_bytes(letters), letters.num_rows, counts)
 
 
 def changes_only(rows: pa.Table, key: str) -> pa.Table:
@@ -76,9 +139,7 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     for name in columns:
         values = rows[name].combine_chunks()
         if pa.types.is_list(values.type):
-            values = pa.array(
-                [None if value is None else "\x1f".join(value) for value in values.to_pylist()], pa.string()
-            )
+            values = pa.array([None if v is None else json.dumps(v) for v in values.to_pylist()], pa.string())
         codes = values.dictionary_encode(null_encoding="encode").indices
         starts = np.zeros(rows.num_rows, bool)
         starts[run_starts(codes)] = True
@@ -86,16 +147,18 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     return differs
 
 
-def _known(rows: pa.Table, as_of: int | None) -> pa.Table:
-    return rows if as_of is None else rows.filter(pa.array(micros(rows["event_timestamp"]) <= as_of))
-
-
-def _late_letters(events: pa.Table, unit: Unit, schema: pa.Schema) -> pa.Table:
-    rows = events.num_rows
-    raw = [json.dumps(row, default=str) for row in events.to_pylist()]
-    file = unit.source.file.rsplit("/", 1)[-1]
+def _letters(plan: RunPlan, unit: Unit | None, rows: pa.Table, reasons: list[str]) -> pa.Table:
+    """Rows of a built table as dead letters. Where they stood is known of events alone, and of their file in their unit."""
+    number = rows.num_rows
+    has_position = "source_position" in rows.column_names
     return pa.table(
-        [[file] * rows, events["source_position"], ["time is at or after --as_of"] * rows, raw], schema=schema
+        [
+            pa.array(["" if unit is None else unit.source.file.rsplit("/", 1)[-1]] * number, pa.string()),
+            rows["source_position"] if has_position else pa.nulls(number, pa.int64()),
+            pa.array(reasons, pa.string()),
+            pa.array(limits.raw_rows(rows, np.arange(number)), pa.string()),
+        ],
+        schema=arrow_schema(plan.contract.table("dead_letters")),
     )
 
 
@@ -113,15 +176,91 @@ def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Pie
     events = plan.folder.read_path(unit.source)
     if plan.as_of is not None:
         events = events.filter(pa.array(micros(events["event_timestamp"]) < plan.as_of))
-    for partition, piece in split_by_key(events, key, plan.options["num_partitions"]):
+    for partition, piece in split_by_key(events, key, num_partitions(plan)):
         yield ("events", partition), (unit.number, to_ipc(piece))
+
+
+def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+    """Raw rows, read as their types declare, against the raw table's limits; what cannot be read counts as missing.
+
+    Raises:
+        GateError: too many rows are bad.
+    """
+    from feature_repo import expectations
+
+    dataset = datasets.load(plan.dataset)
+    raw = (
+        as_declared(dataset.SPEC, dataset.read_raw(unit.source), unit.source.file)
+        for unit in units
+        if unit.source.kind == "events"
+    )
+    batches = expectations.rebatch(raw)
+    return expectations.gate(dataset.SPEC.raw, batches, settings.path("expectations"), _limit(plan)).docs
+
+
+def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """Every raw row came out as an event or a dead letter, and not too many as dead letters.
+
+    Raises:
+        LostRowsError: a row came out as neither.
+        RawDataError: not one row is an event, or the newest is yet to come.
+        GateError: more rows are dead letters than is allowed, or more than half of a profile's rows.
+    """
+    given = sum(unit.rows for unit in units if unit.source.kind == "events")
+    read, kept, dead = (counts.get(name, 0) for name in ("rows_read", "rows_events", "rows_dead"))
+    if not given == read == kept + dead:
+        raise LostRowsError(
+            f"{given:,} raw rows, {read:,} read, {kept:,} kept + {dead:,} dead: the run was not published"
+        )
+    if not kept:
+        raise datasets.RawDataError(
+            f"all {dead:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published. "
+            f"Reasons:{_listed(counts)}"
+        )
+    _refuse_too_many_dead(plan, counts)
+    newest = counts.pop("max_event_micros")
+    if plan.as_of is None and newest > time.time() * 1e6:
+        raise datasets.RawDataError(
+            f"the newest event is of {micros_iso(newest)}, which is yet to come: pass --as_of, and later rows become dead "
+            "letters. Nothing was published"
+        )
+    return newest + 1 if plan.as_of is None else plan.as_of
+
+
+def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
+    from feature_repo.expectations import GateError
+
+    limit, read = _limit(plan), counts["rows_read"]
+    dead = counts["rows_dead"] - sum(counts.get(f"dead: {reason}", 0) for reason in NOT_BAD)
+    if dead > limit * read:
+        raise GateError(
+            f"{dead:,} of {read:,} raw rows are dead letters ({dead / read:.1%}); --max_bad_fraction allows {limit:.1%}. "
+            f"Nothing was published. Reasons:{_listed(counts)}"
+        )
+    for table in ("user_profile", "item_profile"):
+        lost, rows = counts.get(f"dead_{table}", 0), counts.get(f"read_{table}", 0)
+        if 2 * lost > rows:
+            raise GateError(
+                f"{lost:,} of {rows:,} rows for {table} break the contract. Nothing was published. Reasons:{_listed(counts)}"
+            )
+
+
+def _limit(plan: RunPlan) -> float:
+    return plan.contract.spec.max_bad_fraction if plan.max_bad_fraction is None else plan.max_bad_fraction
+
+
+def _listed(counts: Counts) -> str:
+    reasons = sorted(((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True)
+    return "".join(f"\n  {n:,}  {reason}" for n, reason in reasons)
 
 
 JOB = Job(
     name="events",
     doc="raw rows → events by user, profiles, dead letters",
     reads={"raw": ()},
-    options={"num_partitions": 8},
+    options=TableOptions,
     steps=partial(BuildTables, read=parse_unit, build=build),
-    num_parts=lambda plan, units: 3 * plan.options["num_partitions"] + units,
+    num_parts=lambda plan, units: 4 * num_partitions(plan) + units,
+    gate=raw_gate,
+    account=account,
 )

@@ -7,20 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from feature_repo import datasets
+from feature_repo.code import code_digest
 from feature_repo.datasets import Dataset
 from feature_repo.settings import Settings
-from feature_repo.store import local_store_files, store_digest
+from feature_repo.store import held_epoch, store_digest
 from feature_repo.tables import JobFolder, digest_of
-
-# Raised when the same input would give other bytes: then everything that the job built is stale.
-VERSIONS = {
-    "events": 1,
-    "user_history": 1,
-    "item_stats": 1,
-    "training_examples": 1,
-    "materialize": 1,
-    "summary_tokens": 1,
-}
 
 WRITES_ONLINE = ("materialize", "summary_tokens")
 
@@ -34,7 +25,7 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     found = {}
     for name in names:
         if name == "code":
-            found[name] = str(VERSIONS[job])
+            found[name] = job_code(job, settings.dataset)
         elif name == "store":
             found[name] = store_digest(settings)
         elif name == "raw":
@@ -44,22 +35,35 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     return found
 
 
+def job_code(job: str, dataset: str) -> str:
+    """Digest of the code that makes a job's rows: its module, the dataset's, and all of ours that they import."""
+    return code_digest(f"beam_jobs.{job}", f"feature_repo.datasets.{dataset}")
+
+
 def raw_digest(dataset: Dataset, data: str | None) -> str:
-    """Digest of the names and contents of all raw files."""
-    files = sorted({unit.file for unit in dataset.raw_units(data)})
-    return digest_of([[Path(file).name, _sha256(file)] for file in files])
+    """Digest of the names and contents of all raw files.
+
+    Raises:
+        RawDataError: two files hold the same bytes: a delivery that came twice, whose events would count twice.
+    """
+    digests = {file: _sha256(file) for file in sorted({unit.file for unit in dataset.raw_units(data)})}
+    first: dict[str, str] = {}
+    for file, digest in digests.items():
+        if digest in first and Path(file).stat().st_size:
+            raise datasets.RawDataError(
+                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice. Remove it; its events "
+                "would count twice"
+            )
+        first[digest] = file
+    return digest_of([[Path(file).name, digest] for file, digest in digests.items()])
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
-    """Whether what a finished job wrote outside its folder is still there: a deleted online store is not up to date.
-
-    An online store elsewhere cannot be known without asking it, so `materialize` always runs in the production profile;
-    `summary_tokens` is asked for with `--refill`.
-    """
-    files = local_store_files(settings)
+    """Whether the online store still holds what the published run of a job wrote there; the store itself is asked."""
     if job not in WRITES_ONLINE:
         return True
-    return all(file.exists() for file in files) and (bool(files) or job != "materialize")
+    manifest = JobFolder(settings.home, job).manifest()
+    return manifest is not None and held_epoch(settings, job) == manifest.run_id
 
 
 def _sha256(file: str) -> str:

@@ -12,16 +12,16 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_item
+from beam_jobs.events import by_item, num_partitions
+from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import BuildTables, Built, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.history import run_ends, run_starts
 from feature_repo.schema import STAT_WINDOWS_DAYS, Contract
+from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes
 from feature_repo.transforms import MICROS_PER_DAY
-
-FIXED_POINT = 1_000_000  # values are summed as integers, so that a sum does not depend on its order
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
@@ -45,16 +45,13 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     number = np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts)
     midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
     primary = (events["action"].to_numpy() == 0).astype(np.int64)
-    value = (
-        np.round(events[contract.spec.stat_value].to_numpy().astype(np.float64) * FIXED_POINT).astype(np.int64)
-        * primary
-    )
+    value = Exact.of(events[contract.spec.stat_value].to_numpy() * primary)
 
     # One delta row for each event, and one for each window that it leaves.
     nothing = np.zeros_like(primary)
-    deltas = [np.stack([primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value])]
+    deltas = [np.stack([primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value.high, value.low])]
     for index in range(len(STAT_WINDOWS_DAYS)):
-        leaving = [nothing] * (3 + len(STAT_WINDOWS_DAYS))
+        leaving = [nothing] * (4 + len(STAT_WINDOWS_DAYS))
         leaving[1 + index] = -primary
         deltas.append(np.stack(leaving))
     when = np.concatenate([midnight, *(midnight + days for days in STAT_WINDOWS_DAYS)])
@@ -76,13 +73,13 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         base = np.concatenate([np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1)
         before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     counts = running - before
-    total, sums = counts[0], counts[-1]
-    mean = np.where(total > 0, sums / np.maximum(total, 1) / FIXED_POINT, np.nan)
+    total, sums = counts[0], Exact(counts[-2], counts[-1]).floats()
+    mean = np.where(total > 0, sums / np.maximum(total, 1), np.nan)
     known = from_micros(when[first] * MICROS_PER_DAY)
     ids = item.take(pa.array(starts)).take(pa.array(owner)) if len(starts) else item
     columns = [
         ids,
-        *(pa.array(row) for row in counts[:-1]),
+        *(pa.array(row) for row in counts[:-2]),
         pa.array(mean.astype(np.float32), from_pandas=True),
         known,
         known,
@@ -94,7 +91,8 @@ JOB = Job(
     name="item_stats",
     doc="events → windowed counts and mean values by item",
     reads={"events": ("events",)},
-    options={"num_partitions": 8},
+    options=TableOptions,
     steps=partial(BuildTables, read=by_item, build=build),
-    num_parts=lambda plan, units: plan.options["num_partitions"],
+    account=account_of_events,
+    num_parts=lambda plan, units: num_partitions(plan),
 )

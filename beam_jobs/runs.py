@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import apache_beam as beam
@@ -20,14 +19,17 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
+from beam_jobs.options import Options
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
+from feature_repo.errors import UsageError
 from feature_repo.schema import Contract
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
 
 logger = logging.getLogger(__name__)
+SET_ASIDE = ("dead_letters", "token_dead_letters")  # tables of what broke a limit
 PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
 
 
@@ -50,9 +52,11 @@ class RunPlan:
     home: str
     run_id: str
     as_of: int | None  # microseconds; events at or after it are unknown to the run
-    options: dict[str, Any]
+    options: Options
     profile: str
     catalogue_url: str
+    pinned: dict[str, Manifest] = field(default_factory=dict, repr=False)  # of the jobs that it reads, as they were
+    max_bad_fraction: float | None = None  # None: the dataset's for raw rows, 0 for built tables
 
     @property
     def contract(self) -> Contract:
@@ -64,14 +68,24 @@ class RunPlan:
         """Where the run writes."""
         return JobFolder(self.home, self.job)
 
-    def folder_of(self, job: str) -> JobFolder:
+    def input_folder(self, job: str) -> JobFolder:
         """Where another job has written."""
         return JobFolder(self.home, job)
+
+    def input_paths(self, job: str, table: str) -> list[str]:
+        """Parts of another job's table in the very run that this one names as its input, republished since or not."""
+        root = self.input_folder(job).root
+        return [f"{root}/{part.path}" for part in self.pinned[job].tables[table]]
+
+    def read_input(self, job: str, table: str) -> pa.Table:
+        """That table, parts in order."""
+        folder = self.input_folder(job)
+        return pa.concat_tables([folder.read_path(path) for path in self.input_paths(job, table)])
 
 
 @dataclass(frozen=True)
 class Built:
-    """One finished part: file content, rows, and counts to be summed over all parts (`max_…` takes the maximum)."""
+    """One finished part: file content, rows, and counts to be summed over all parts (`max_…` takes the maximum, `min_…` the minimum)."""
 
     table: str
     name: str
@@ -83,27 +97,44 @@ class Built:
 Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
 
 
+Counts = dict[str, int]
+
+
+def nothing_to_account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """The account of a job that leaves none."""
+    return plan.as_of
+
+
+def no_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+    """The first gate of a job whose inputs have passed one already."""
+    return None
+
+
 @dataclass(frozen=True)
 class Job:
     """What a job module declares.
 
     `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
-    turns units of them into named parts. `resolve` makes options definite before the run is named; `prepare` may add to
-    the plan once the run holds its folder; `carried` names parts of the published run that stay; `finish` is called when
-    the manifest is there, with the run's counts, or without where it was up to date, and returns lines to tell.
+    turns units of them into named parts. `gate` checks the inputs before anything is built and returns where its Data
+    Docs are. `account` refuses a run into which more went than came out of it, and returns the instant (microseconds)
+    before which it knows all events. `resolve` makes options definite before the run is named; `prepare` may add to the plan once the run holds its folder; `carried`
+    names parts of the published run that stay; `finish` is called when the manifest is there, with the run's counts, or
+    without where it was up to date, and returns lines to tell.
     """
 
     name: str
     doc: str
     reads: dict[str, tuple[str, ...]]
-    options: dict[str, Any]
+    options: type[Options]
     steps: Callable[[RunPlan], beam.PTransform]
     num_parts: Callable[[RunPlan, int], int]  # of the plan and the number of its units; at most
+    gate: Callable[[RunPlan, Sequence[Unit], Settings], str | None] = no_gate
+    account: Callable[[RunPlan, Sequence[Unit], Counts], int | None] = nothing_to_account
     also_depends_on: tuple[str, ...] = ()
-    resolve: Callable[[Settings, dict[str, Any]], dict[str, Any]] = lambda settings, options: options
+    resolve: Callable[[Settings, Options], Options] = lambda settings, options: options
     prepare: Callable[[RunPlan, Manifest | None], RunPlan] = lambda plan, published: plan
     carried: Callable[[RunPlan, Manifest | None], dict[str, list[Part]]] = lambda plan, published: {}
-    finish: Callable[[RunPlan, dict[str, int] | None, Settings], list[str]] = lambda plan, counts, settings: []
+    finish: Callable[[RunPlan, Counts | None, Settings], list[str]] = lambda plan, counts, settings: []
 
 
 @dataclass(frozen=True)
@@ -122,7 +153,7 @@ def settings_of(plan: RunPlan) -> Settings:
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
 
 
-class OptionsError(ValueError):
+class OptionsError(UsageError):
     """Options that do not go together, or name what is not there."""
 
 
@@ -192,21 +223,29 @@ def load_job(name: str) -> Job:
     return job
 
 
-def plan_run(
-    job: Job, settings: Settings, options: dict[str, Any], as_of: str | None
-) -> tuple[RunPlan, list[Unit], dict[str, str]]:
-    """Resolve inputs and name the run. Returns the plan, its units and the digests of its inputs.
+@dataclass(frozen=True)
+class Planned:
+    """A run that is named: its plan, the pieces of its input, and their digests."""
+
+    plan: RunPlan
+    units: list[Unit]
+    inputs: dict[str, str]
+
+
+def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) -> Planned:
+    """Resolve inputs and name the run.
 
     Raises:
         TableNotBuiltError: an input job has not run.
+        StaleTableError: an input was built under another contract than the one in force.
         RawDataError: the raw data is missing or of another shape.
     """
-    dataset = datasets.load(settings.dataset)
-    names = ["code", *job.reads, *job.also_depends_on, *(["store"] if job.name in WRITES_ONLINE else [])]
-    for source in (*job.reads, *job.also_depends_on):
-        if source != "raw":
-            JobFolder(settings.home, source).require()
-    inputs = current_inputs(job.name, names, settings)
+    dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
+    sources = (*job.reads, *job.also_depends_on)
+    pinned = {source: JobFolder(settings.home, source).require(contract) for source in sources if source != "raw"}
+    names = ["code", *sources, *(["store"] if job.name in WRITES_ONLINE else [])]
+    inputs = current_inputs(job.name, [name for name in names if name not in pinned], settings)
+    inputs |= {source: manifest.digest for source, manifest in pinned.items()}
     units: list[Unit] = []
     as_of_micros = None
     for source, tables in job.reads.items():
@@ -214,8 +253,7 @@ def plan_run(
             raw = dataset.raw_units(settings.data)
             units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
             continue
-        folder = JobFolder(settings.home, source)
-        manifest = folder.require()
+        folder, manifest = JobFolder(settings.home, source), pinned[source]
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
         for table in tables:
             parts = manifest.tables[table]
@@ -224,25 +262,25 @@ def plan_run(
             ]
     if as_of:
         as_of_micros = iso_micros(as_of)
-    fingerprint = datasets.load_contract(settings.dataset).fingerprint
-    run_id = digest_of([job.name, settings.dataset, fingerprint, options, as_of, inputs])
+    run_id = digest_of([job.name, settings.dataset, contract.fingerprint, asdict(options), as_of, inputs])
     plan = RunPlan(
-        job.name,
-        settings.dataset,
-        settings.home,
-        run_id,
-        as_of_micros,
-        options,
-        settings.profile,
-        settings.catalogue_url,
+        job=job.name,
+        dataset=settings.dataset,
+        home=settings.home,
+        run_id=run_id,
+        as_of=as_of_micros,
+        options=options,
+        profile=settings.profile,
+        catalogue_url=settings.catalogue_url,
+        pinned=pinned,
     )
-    return plan, units, inputs
+    return Planned(plan, units, inputs)
 
 
 def run(
     job: Job,
     settings: Settings,
-    options: dict[str, Any],
+    options: Options,
     beam_args: Sequence[str],
     *,
     as_of: str | None,
@@ -258,36 +296,35 @@ def run(
         JobRunningError: another run of this job is under way.
         In every case nothing was published.
     """
-    plan, units, inputs = plan_run(job, settings, options, as_of)
+    planned = plan_run(job, settings, options, as_of)
+    plan, units = replace(planned.plan, max_bad_fraction=max_bad_fraction), planned.units
     with plan.folder.lock():
         published = plan.folder.manifest()
-        done = published is not None and plan.run_id in published.runs and not options.get("refill")
+        done = published is not None and plan.run_id in published.runs and not getattr(options, "refill", False)
         if published and done and output_is_there(job.name, settings):
             return Outcome(published, built=False, said=tuple(job.finish(plan, None, settings)))
         if not published or plan.run_id not in published.runs:
             plan.folder.discard(plan.run_id)  # what a killed run of the same name left
         plan = job.prepare(plan, published)
-        docs = None
-        if "raw" in job.reads:
-            tell("checking raw rows")
-            docs = _raw_gate(plan, settings, units, max_bad_fraction)
+        tell("checking inputs")
+        docs = job.gate(plan, units, settings)
         tell("building")
         pipeline(job, plan, units, beam_args).run().wait_until_finish()
         _add_empty_tables(plan)
         tables, counts = collect(plan)
-        _account(job, plan, units, counts)
+        as_of_micros = job.account(plan, units, counts)
+        assert as_of_micros is not None, f"job {job.name} does not say up to when it knows events"
         tell("checking built tables")
-        built_docs = _built_gate(plan, settings, tables, 0.0 if "raw" in job.reads else max_bad_fraction or 0.0)
+        built_docs = _built_gate(plan, settings, tables)
         carried = job.carried(plan, published)
-        newest = counts.pop("max_event_micros", 0)
         manifest = Manifest(
             job=job.name,
             run_id=plan.run_id,
             dataset=plan.dataset,
             fingerprint=plan.contract.fingerprint,
-            as_of=micros_iso(newest + 1 if plan.as_of is None else plan.as_of),
-            options=plan.options,
-            inputs=inputs,
+            as_of=micros_iso(as_of_micros),
+            options=asdict(plan.options),
+            inputs=planned.inputs,
             counts=dict(sorted(counts.items())),
             tables={**tables, **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()}},
         )
@@ -306,39 +343,20 @@ def _add_empty_tables(plan: RunPlan) -> None:
             )
 
 
-def _account(job: Job, plan: RunPlan, units: list[Unit], counts: dict[str, int]) -> None:
-    """Every row that went in came out: as an event, a dead letter or a counted input.
+def account_of_events(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """Every event before `as_of` that went in was counted in some part.
 
     Raises:
-        LostRowsError: it did not.
-        RawDataError: not one raw row is an event.
+        LostRowsError: it was not.
     """
-    if "raw" in job.reads:
-        given = sum(unit.rows for unit in units if unit.source.kind == "events")
-        kept, dead = counts.get("rows_events", 0), counts.get("rows_dead", 0)
-        if not given == counts.get("rows_read", 0) == kept + dead:
-            raise LostRowsError(
-                f"{given:,} raw rows, {counts.get('rows_read', 0):,} read, {kept:,} kept + {dead:,} dead: the run was not published"
-            )
-        if not kept:
-            raise datasets.RawDataError(
-                f"all {dead:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published"
-            )
-        if plan.as_of is None and counts["max_event_micros"] > time.time() * 1e6:
-            raise datasets.RawDataError(
-                f"the newest event is of {micros_iso(counts['max_event_micros'])}, which is yet to come: pass --as_of, and later rows "
-                "become dead letters. Nothing was published"
-            )
-    elif "users_in_log" in counts and counts["users_in_log"] != (given := sum(unit.rows for unit in units)):
+    assert plan.as_of is not None
+    given = sum(_rows_before(plan, unit) for unit in units)
+    if given != counts.get("events", 0):
         raise LostRowsError(
-            f"{given:,} users went in, {counts['users_in_log']:,} were counted: the run was not published"
+            f"{given:,} events before {micros_iso(plan.as_of)} went in, {counts.get('events', 0):,} were counted: the run was "
+            "not published"
         )
-    elif "events" in counts and plan.as_of is not None:
-        given = sum(_rows_before(plan, unit) for unit in units)
-        if given != counts["events"]:
-            raise LostRowsError(
-                f"{given:,} events before {micros_iso(plan.as_of)} went in, {counts['events']:,} were counted: the run was not published"
-            )
+    return plan.as_of
 
 
 def _rows_before(plan: RunPlan, unit: Unit) -> int:
@@ -375,7 +393,8 @@ def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:
         tables.setdefault(note["table"], []).append(part)
         counts[f"rows_{note['table']}"] += part.rows
         for name, value in note["counts"].items():
-            counts[name] = max(counts[name], value) if name.startswith("max_") else counts[name] + value
+            merge = max if name.startswith("max_") else min if name.startswith("min_") else int.__add__
+            counts[name] = merge(counts[name], value) if name in counts else value
     return tables, dict(counts)
 
 
@@ -406,22 +425,18 @@ def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
     return "\n".join([f"{job.name}: {job.doc}", f"run {plan.run_id}: {state}", "inputs:", *inputs, "graph:", *steps])
 
 
-def _raw_gate(plan: RunPlan, settings: Settings, units: list[Unit], max_bad_fraction: float | None) -> str:
-    from feature_repo import expectations
+def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]) -> str | None:
+    """Built tables against the contract: what our own jobs wrote has no bad row, unless a person allows some.
 
-    dataset = datasets.load(plan.dataset)
-    limit = dataset.SPEC.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-    raw = (dataset.read_raw(unit.source) for unit in units if unit.source.kind == "events")
-    return expectations.gate(dataset.SPEC.raw, expectations.rebatch(raw), settings.path("expectations"), limit).docs
-
-
-def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]], limit: float) -> str | None:
+    Rows that broke a limit are dead letters by now, so whatever is found here is a fault of a job.
+    """
     from feature_repo import expectations
 
     folder, docs = plan.folder, None
+    limit = 0.0 if plan.job == "events" else plan.max_bad_fraction or 0.0
     for table in plan.contract.tables:
         parts = tables.get(table.name)
-        if parts and table.name != "dead_letters":
+        if parts and table.name not in SET_ASIDE:
             batches = (folder.read_path(f"{folder.root}/{part.path}") for part in parts)
             docs = expectations.gate(table, expectations.rebatch(batches), settings.path("expectations"), limit).docs
     return docs

@@ -1,4 +1,4 @@
-"""Rows to the online store through Feast's own writer, in batches that it can take whole."""
+"""Rows to the online store, in whole batches."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
-import pyarrow as pa
 
 from beam_jobs.partition import from_ipc
 from beam_jobs.runs import RunPlan, settings_of
 
-MAX_ROWS = 10_000  # Feast drops all rows after the first Arrow chunk of a frame, silently; small frames have one chunk
 
-
-class WriteOnline(beam.DoFn):
+class WriteView(beam.DoFn):
     """Write rows of one view online: `(view, Arrow IPC)` in, `(view, rows written)` out.
 
-    The timestamp of a row is the one it has offline, so a repeated write changes nothing on any store.
+    The timestamp of a row is the one it has offline, so a repeated write changes nothing on any store. A row whose features
+    are all null is a tombstone: whoever reads the key finds nothing.
     """
 
     def __init__(self, plan: RunPlan) -> None:
@@ -32,10 +30,10 @@ class WriteOnline(beam.DoFn):
 
     def process(self, element: tuple[str, bytes]) -> Iterator[tuple[str, int]]:
         """Write one piece."""
+        from feature_repo.online_rows import write_rows
+
         view, data = element
         rows = from_ipc(data)
-        for start in range(0, rows.num_rows, MAX_ROWS):
-            piece: pa.Table = rows.slice(start, MAX_ROWS).combine_chunks()
-            self._store.write_to_online_store(view, df=piece.to_pandas())
-            beam.metrics.Metrics.counter("materialize", f"{view}_rows").inc(piece.num_rows)
+        write_rows(self._store, view, rows)
+        beam.metrics.Metrics.counter("materialize", f"{view}_rows").inc(rows.num_rows)
         yield view, rows.num_rows

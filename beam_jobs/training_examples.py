@@ -1,54 +1,73 @@
 """Job `training_examples`: events and item statistics → requests with candidates, labels and their period.
 
 Which events are asked about together is the dataset's to say (`assign_requests`). Where a dataset has no explicit
-negatives, they are drawn from the items already sold by the request's day: half by popularity to date, half uniformly,
-without repeats and never a positive. The draw is seeded by request, so it does not depend on partitions or order.
+negatives, they are drawn from the items on offer: half by popularity to date, half uniformly, without repeats and never
+a positive. The draw is seeded by request, so it does not depend on partitions or order.
+
+On offer are the items that are known by the request's time: by a row of `item_profile`, or by statistics. Were negatives
+drawn from items with statistics alone, which an item has from the midnight after its first event on, every candidate
+without any would be a positive, and a model would rank whatever it does not know first. Nothing that becomes known later
+has a part in it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.events import by_user
+from beam_jobs.events import by_user, num_partitions
+from beam_jobs.options import ExampleOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import BuildTables, Built, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit, account_of_events
 from feature_repo import datasets
-from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros
+from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros, micros_iso
+from feature_repo.errors import DeclarationError, ExpectedError
 from feature_repo.history import run_ends, run_starts
-from feature_repo.tables import JobFolder, parquet_bytes
+from feature_repo.key_index import KeyIndex
+from feature_repo.tables import parquet_bytes
 
+PERIODS = ("train", "validation", "test")
 POPULARITY_ROUNDS = 20  # draws before the popularity half is filled uniformly, where a few items hold nearly all events
 
 
-class NotEnoughItemsError(ValueError):
+class NotEnoughItemsError(ExpectedError, ValueError):
     """An evaluation request cannot get its fixed number of negatives."""
 
 
 class ItemPool:
-    """Items sold by a given time with their counts, swept forward in time.
+    """Items on offer at a given time, with their counts of events by then, swept forward in time.
 
     Args:
+        items: all of them, sorted.
         stats: rows of `item_stats`.
+        profiles: rows of `item_profile`; the first says since when an item is known that has no statistics yet.
     """
 
-    def __init__(self, items: pa.Array, stats: pa.Table, item_key: str) -> None:
+    def __init__(self, items: pa.Array, stats: pa.Table, profiles: pa.Table, item_key: str) -> None:
         self.items = items
+        index = KeyIndex(items)
         stamps = micros(stats["event_timestamp"])
         order = np.argsort(stamps, kind="stable")
         self._stamps = stamps[order]
-        self._item = pc.index_in(stats[item_key].combine_chunks(), items).to_numpy()[order]
+        self._item = index.places(stats[item_key])[order]
         self._count = stats["count_total"].to_numpy()[order]
+        first = np.full(len(items), np.iinfo(np.int64).max)
+        np.minimum.at(first, self._item, self._stamps)
+        np.minimum.at(first, index.places(profiles[item_key]), micros(profiles["event_timestamp"]))
+        self._offered_from = first
+        self._offers = np.sort(self._offered_from)
         self._now = np.zeros(len(items), np.int64)
-        self._next = 0
+        self._next = self._next_offer = 0
         self._taken = np.zeros(len(items), bool)
         self.known = np.zeros(0, np.int64)
         self.cumulative = np.zeros(0, np.int64)
+        self.offered = np.zeros(0, np.int64)
 
     def advance(self, time: int) -> None:
         """Move to a time not before the last one: rows stamped at or before it are known."""
@@ -58,23 +77,27 @@ class ItemPool:
             self._next = end
             self.known = np.flatnonzero(self._now)
             self.cumulative = np.cumsum(self._now[self.known])
+        offers = int(np.searchsorted(self._offers, time, side="right"))
+        if offers > self._next_offer:
+            self._next_offer = offers
+            self.offered = np.flatnonzero(self._offered_from <= time)
 
     def draw(self, rng: np.random.Generator, positives: np.ndarray, number: int) -> np.ndarray:
-        """Distinct known items that are no positives: half by popularity, half uniform; fewer where fewer are left."""
+        """Distinct items on offer that are no positives: half by popularity, half uniform; fewer where fewer are left."""
         taken = self._taken
         taken[positives] = True
-        number = min(number, int((~taken[self.known]).sum()))
+        number = min(number, int((~taken[self.offered]).sum()))
         chosen = [positives[:0]]
         for by_popularity, missing in ((True, number // 2), (False, number - number // 2)):
             rounds = 0
             while missing:
                 rounds += 1
                 size = 2 * missing + 8
-                if by_popularity and rounds <= POPULARITY_ROUNDS:
+                if by_popularity and rounds <= POPULARITY_ROUNDS and len(self.known):
                     at = np.searchsorted(self.cumulative, rng.integers(0, self.cumulative[-1], size), side="right")
+                    drawn = self.known[at]
                 else:
-                    at = rng.integers(0, len(self.known), size)
-                drawn = self.known[at]
+                    drawn = self.offered[rng.integers(0, len(self.offered), size)]
                 drawn = drawn[~taken[drawn]]
                 _, first = np.unique(drawn, return_index=True)
                 drawn = drawn[np.sort(first)][:missing]
@@ -86,20 +109,34 @@ class ItemPool:
         return result
 
 
-@lru_cache(maxsize=1)
-def _read_stats(home: str, run_id: str) -> pa.Table:
-    """`item_stats` once for each process; `run_id` only names the version."""
-    return JobFolder(home, "item_stats").read("item_stats")
+@dataclass(frozen=True)
+class ItemTables:
+    """What a run reads of items: statistics and profiles."""
+
+    stats: pa.Table
+    profiles: pa.Table
+
+
+_tables_of: dict[str, ItemTables] = {}
+
+
+def item_tables(plan: RunPlan) -> ItemTables:
+    """Both tables of the very runs that this one names, read once for each process."""
+    if plan.run_id not in _tables_of:
+        _tables_of.clear()
+        stats = plan.read_input("item_stats", "item_stats")
+        _tables_of[plan.run_id] = ItemTables(stats, plan.read_input("events", "item_profile"))
+    return _tables_of[plan.run_id]
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of users: their requests, candidates and labels."""
-    stats_run = JobFolder(plan.home, "item_stats").require().run_id
-    rows, counts = example_rows(plan.dataset, events, _read_stats(plan.home, stats_run), plan.options["seed"])
+    assert isinstance(plan.options, ExampleOptions)
+    rows, counts = example_rows(plan.dataset, events, item_tables(plan), plan.options.seed)
     yield Built("training_examples", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
 
 
-def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int) -> tuple[pa.Table, dict[str, int]]:
+def example_rows(dataset_name: str, events: pa.Table, tables: ItemTables, seed: int) -> tuple[pa.Table, dict[str, int]]:
     """Training examples of whole users, sorted by user and request; and counts.
 
     Raises:
@@ -109,9 +146,14 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
     rules, item_key, user_key = contract.spec.requests, contract.item.join_key, contract.user.join_key
     events = sort_by_key_and_time(events, user_key)
     assigned = dataset.assign_requests(events)
+    known = [*tables.stats[item_key].chunks, *tables.profiles[item_key].chunks, *events[item_key].chunks]
+    items = pc.unique(pa.chunked_array(known)).sort()
+    item_of_event = KeyIndex(items).places(events[item_key])
     asked = np.flatnonzero(assigned.request >= 0)
-    items = pc.unique(pa.chunked_array([*stats[item_key].chunks, *events[item_key].chunks])).sort()
-    item = pc.index_in(events[item_key].combine_chunks(), items).to_numpy()[asked]
+    _, first_of_item = np.unique(np.stack([assigned.request[asked], item_of_event[asked]]), axis=1, return_index=True)
+    repeats = len(asked) - len(first_of_item)
+    asked = asked[np.sort(first_of_item)]
+    item = item_of_event[asked]
     request, label = assigned.request[asked], assigned.label[asked]
     first = np.flatnonzero(np.r_[True, np.diff(request) != 0][: len(request)])
     last = np.r_[first[1:], len(request)].astype(np.int64)
@@ -123,7 +165,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
     times = assigned.request_time[request[first]] if len(first) else assigned.request_time[:0]
     split = np.searchsorted(bounds, times, side="right")
 
-    pool = ItemPool(items, stats, item_key)
+    pool = ItemPool(items, tables.stats, tables.profiles, item_key)
     candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(first)
     labels: list[np.ndarray] = [np.zeros(0, np.int8)] * len(first)
     for index in np.argsort(times, kind="stable"):
@@ -135,7 +177,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
         negatives = pool.draw(rng, own, wanted) if wanted else own[:0]
         if split[index] and len(negatives) < wanted:
             raise NotEnoughItemsError(
-                f"request {ordinal[index]} of user {users[int(index)]} finds {len(negatives)} items already sold, the protocol needs {wanted}: "
+                f"request {ordinal[index]} of user {users[int(index)]} finds {len(negatives)} items on offer, the protocol needs {wanted}: "
                 "move validation_from later, or lower eval_negatives in the dataset module"
             )
         shuffled = rng.permutation(len(own) + len(negatives))
@@ -144,7 +186,7 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
 
     sizes = np.array([len(c) for c in candidates], np.int64)
     owner = pa.array(np.repeat(np.arange(len(first)), sizes))
-    names = np.array(["train", "validation", "test"])
+    names = np.array(PERIODS)
     ids = pa.array([f"{user}:{n}" for user, n in zip(users.to_pylist(), ordinal.tolist(), strict=True)], pa.string())
     flat = np.concatenate(candidates) if len(candidates) else np.zeros(0, np.int64)
     rows = pa.table(
@@ -163,6 +205,10 @@ def example_rows(dataset_name: str, events: pa.Table, stats: pa.Table, seed: int
     )
     counts["positives"] = int(label.sum())
     counts["events"] = events.num_rows
+    counts["repeats_in_requests"] = repeats
+    if len(times):
+        counts["max_request_micros"] = int(times.max())
+        counts["min_request_micros"] = int(times.min())
     counts["requests_short_of_negatives"] = int(
         sum(
             len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum()
@@ -179,12 +225,33 @@ def _number_within(keys: pa.Array) -> np.ndarray:
     return np.arange(len(keys)) - np.repeat(starts, run_ends(starts, len(keys)) - starts)
 
 
+def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """Every event was counted, and requests fall into the periods that the dataset declares.
+
+    Raises:
+        LostRowsError: an event was not counted.
+        DeclarationError: no request is in the training period, or all are.
+    """
+    as_of = account_of_events(plan, units, counts)
+    first, last = counts.pop("min_request_micros", 0), counts.pop("max_request_micros", 0)
+    empty = [name for name in PERIODS if not counts.get(f"requests_{name}")]
+    rules = plan.contract.spec.requests
+    if len(empty) > 1 or "train" in empty:
+        raise DeclarationError(
+            f"SPEC.requests of {plan.dataset!r} puts no request into {' and '.join(empty)}: validation_from is "
+            f"{rules.validation_from}, test_from {rules.test_from}, and the requests of this data run from "
+            f"{micros_iso(first)} to {micros_iso(last)}. Nothing was published"
+        )
+    return as_of
+
+
 JOB = Job(
     name="training_examples",
     doc="events and item statistics → requests with candidates and labels",
     reads={"events": ("events",)},
-    options={"num_partitions": 8, "seed": 17},
+    options=ExampleOptions,
     steps=partial(BuildTables, read=by_user, build=build),
-    num_parts=lambda plan, units: plan.options["num_partitions"],
+    num_parts=lambda plan, units: num_partitions(plan),
+    account=account,
     also_depends_on=("item_stats",),
 )

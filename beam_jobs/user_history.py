@@ -8,13 +8,14 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_user
-from beam_jobs.item_stats import FIXED_POINT
+from beam_jobs.events import by_user, num_partitions
+from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import BuildTables, Built, Job, RunPlan
+from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
 from feature_repo import history
-from feature_repo.arrow import arrow_schema, from_micros, micros
-from feature_repo.schema import NUM_HISTORY_ONLINE, Contract
+from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
+from feature_repo.schema import Contract
+from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes
 
 
@@ -47,20 +48,22 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
     last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
     at = np.flatnonzero(last_of_instant)
     primary = events["action"].to_numpy() == 0
-    values = events[contract.spec.stat_value].to_numpy().astype(np.float64)
-    fixed = np.round(values * FIXED_POINT).astype(np.int64) * primary
+    values = Exact.of(events[contract.spec.stat_value].to_numpy() * primary)
 
     def to_date(counted: np.ndarray) -> np.ndarray:
         running = np.r_[0, np.cumsum(counted)]
         return (running[at + 1] - running[first[at]]).astype(np.int64)
 
-    number, total = to_date(primary), to_date(fixed)
-    mean = np.where(number > 0, total / np.maximum(number, 1) / FIXED_POINT, np.nan)
+    number, total = to_date(primary), Exact(to_date(values.high), to_date(values.low)).floats()
+    mean = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    columns = history.event_columns(contract, events)
+    digests = history.event_digests(hash_keys(events[contract.item.join_key]), columns, np.arange(len(user)) - first)
     known = from_micros(time[at] + 1)
     return pa.table(
         [
             user.take(pa.array(at)),
             pa.array(at - first[at] + 1),
+            pa.array(to_date(digests)),
             pa.array(time[first[at]] // 1_000_000),
             pa.array(to_date(~primary)),
             pa.array(mean.astype(np.float32), from_pandas=True),
@@ -71,8 +74,8 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
     )
 
 
-def packed_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_ONLINE) -> pa.Table:
-    """Each user's newest events, packed, stamped just after the last of them.
+def packed_rows(contract: Contract, events: pa.Table) -> pa.Table:
+    """Each user's newest events, as many as are kept online, packed, stamped just after the last of them.
 
     Args:
         events: sorted by user and time.
@@ -80,6 +83,7 @@ def packed_rows(contract: Contract, events: pa.Table, length: int = NUM_HISTORY_
     user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
     starts = history.run_starts(user)
     ends = history.run_ends(starts, len(user))
+    length = contract.spec.num_history_online
     columns = events.select([c.name for c in contract.history_columns])
     ids = user.take(pa.array(starts))
     packed = [
@@ -96,7 +100,8 @@ JOB = Job(
     name="user_history",
     doc="events → history log, user statistics, newest events packed",
     reads={"events": ("events",)},
-    options={"num_partitions": 8},
+    options=TableOptions,
     steps=partial(BuildTables, read=by_user, build=build),
-    num_parts=lambda plan, units: 3 * plan.options["num_partitions"],
+    account=account_of_events,
+    num_parts=lambda plan, units: 3 * num_partitions(plan),
 )

@@ -1,72 +1,111 @@
-"""`python -m feature_repo apply | store_config | dictionary | tokens`: register definitions, say where things are."""
+"""`python -m feature_repo check | apply | store_config | dictionary | tokens`."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from feature_repo import cli
+from feature_repo.errors import UsageError
 from feature_repo.settings import CHECKOUT, Settings
 
+if TYPE_CHECKING:
+    from feature_repo.catalogue import Catalogue
 
-def main() -> None:
-    """Dispatch."""
-    parser = argparse.ArgumentParser(prog="python -m feature_repo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("apply", help="`feast apply` for the dataset in force; skipped when nothing changed")
-    commands.add_parser("store_config", help="path of the Feast configuration in force")
-    commands.add_parser("dictionary", help="every table and column of the dataset in force")
-    tokens = commands.add_parser("tokens", help="token versions: coverage, who accepts them; and removal of old ones")
-    tokens.add_argument("--retire", action="store_true", help="remove versions that no server can still need")
-    tokens.add_argument(
-        "--longest_life_days",
-        type=float,
-        default=7.0,
-        help="how long a server may go on with a bundle that is no longer live (default 7)",
+app = cli.app(
+    "feature_repo",
+    "What a feature is: check a dataset's declaration, register it with Feast, read the data dictionary.",
+)
+
+
+@app.command
+def check() -> None:
+    """Whether the dataset in force can be what its module declares: names, types, limits, functions."""
+    from feature_repo import datasets
+
+    settings = Settings.from_env()
+    dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
+    rows = sum(unit.rows for unit in dataset.raw_units(settings.data))
+    print(
+        f"{settings.dataset}: {contract.spec.title}, contract {contract.fingerprint}, {rows:,} raw rows: nothing to mend"
     )
-    arguments = parser.parse_args()
-    command, settings = arguments.command, Settings.from_env()
-    if command == "apply":
-        _apply(settings)
-    elif command == "store_config":
-        from feature_repo.store import yaml_path
-
-        print(yaml_path(settings))
-    elif command == "tokens":
-        _tokens(settings, arguments.retire, arguments.longest_life_days)
-    else:
-        _dictionary(settings)
 
 
-def _apply(settings: Settings) -> None:
+@app.command
+def apply() -> None:
+    """`feast apply` for the dataset in force; skipped when nothing changed and the online store has its tables."""
     from rich.console import Console
 
     from feature_repo import datasets
     from feature_repo.catalogue import Catalogue
-    from feature_repo.store import REPO, feast_apply, local_store_files, store_digest, yaml_path
+    from feature_repo.store import REGISTRY, feast_apply, local_file, missing_tables, store_digest, yaml_path
 
+    settings = Settings.from_env()
+    contract = datasets.load_contract(settings.dataset)
     catalogue, config = Catalogue(settings.catalogue_url), yaml_path(settings)
-    content = hashlib.sha256(datasets.load_contract(settings.dataset).fingerprint.encode())
-    content.update((REPO / "feature_definitions.py").read_bytes())
+    content = hashlib.sha256(contract.fingerprint.encode())
+    for file in definition_files():
+        content.update(file.name.encode() + file.read_bytes())
     content.update(f"{store_digest(settings)} {settings.home}".encode())
     inputs = content.hexdigest()
-    if all(file.exists() for file in local_store_files(settings)) and catalogue.is_current(
-        settings.dataset, "apply", inputs
-    ):
+    served = [table.name for table in contract.views if table.name != "token_rows"]
+    if not missing_tables(settings, served) and catalogue.is_current(settings.dataset, "apply", inputs):
         print("feast apply: up to date")
         return
-    with catalogue.stage(settings.dataset, "apply", inputs), Console().status("feast apply"):
+    with catalogue.stage(settings.dataset, "apply", inputs), Console(stderr=True).status("feast apply"):
+        _forget_foreign_registry(settings)
         printed = feast_apply(settings)
-    print(printed.strip())
+    log = settings.path("feast_apply.log")
+    log.write_text(printed)
+    changes = re.findall(r"^(Created|Updated|Deleted) ", printed, re.MULTILINE)
+    said = ", ".join(f"{changes.count(kind)} {kind.lower()}" for kind in dict.fromkeys(changes)) or "nothing changed"
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
-    print(f"feast apply: registered {settings.dataset} with {shown}")
+    print(f"feast apply: registered {settings.dataset} with {shown}: {said}; what Feast said is in {log}")
+    assert settings.profile == "production" or local_file(settings, REGISTRY).exists()
 
 
-def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
-    from datetime import timedelta
+def definition_files() -> list[Path]:
+    """Files that `feast apply` imports: ours, and any that a person has put beside it."""
+    from feature_repo.store import REPO
 
-    from feature_repo import datasets
+    ignored = {line for line in (REPO / ".feastignore").read_text().splitlines() if line and not line.startswith("#")}
+    return sorted(file for file in REPO.glob("*.py") if file.name not in ignored)
+
+
+def _forget_foreign_registry(settings: Settings) -> None:
+    """Drop a registry that came with a copied home: from it, Feast would drop the online tables of the original."""
+    from feature_repo.store import REGISTRY, local_file, tables_elsewhere
+
+    if settings.profile == "local" and (elsewhere := tables_elsewhere(settings)):
+        print(f"feast apply: the registry was copied from a home with tables in {elsewhere[0]}; it is made anew here")
+        local_file(settings, REGISTRY).unlink()
+
+
+@app.command
+def store_config() -> None:
+    """Path of the Feast configuration in force, for `feast -c feature_repo -f PATH`."""
+    from feature_repo.store import yaml_path
+
+    print(yaml_path(Settings.from_env()))
+
+
+@app.command
+def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
+    """Token versions: coverage, who accepts them; and removal of old ones.
+
+    Args:
+        retire: remove versions that no server can still need.
+        longest_life_days: how long a server may go on with a bundle that is no longer live.
+    """
     from feature_repo.catalogue import Catalogue
 
+    if not 0 <= longest_life_days < 36_525:
+        raise UsageError(f"--longest_life_days expects a number of days, not {longest_life_days}")
+    settings = Settings.from_env()
     catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
     old = catalogue.retirable_tokens(dataset, timedelta(days=longest_life_days))
     try:
@@ -80,32 +119,41 @@ def _tokens(settings: Settings, retire: bool, longest_life_days: float) -> None:
             f"{row.fingerprint}  {row.recipe}, {size}, {row.covered:,} of {row.users:,} users ({row.coverage:.1%}), {state}"
         )
     if retire and old:
-        from feature_repo.online_tokens import CannotRemoveError, OnlineTokens
-        from feature_repo.store import open_store
-        from feature_repo.token_log import drop_version
-
-        contract = datasets.load_contract(dataset)
-        online = OnlineTokens(open_store(settings), contract)
-        for version in old:
-            rows = drop_version(contract, settings.home, version)  # refused while the job is under way
-            try:
-                removed = online.remove(version)
-            except CannotRemoveError as error:
-                print(error)
-                continue
-            catalogue.forget_tokens(dataset, version)
-            print(f"removed {version}: {removed:,} users online, {rows:,} rows of the token log")
+        _retire(settings, catalogue, old)
     elif retire:
         print("nothing to remove")
 
 
-def _dictionary(settings: Settings) -> None:
+def _retire(settings: Settings, catalogue: Catalogue, versions: list[str]) -> None:
+    from feature_repo import datasets
+    from feature_repo.online_tokens import CannotRemoveError, OnlineTokens
+    from feature_repo.store import note_epoch, open_store
+    from feature_repo.tables import JobFolder
+    from feature_repo.token_log import JOB, drop_version
+
+    contract = datasets.load_contract(settings.dataset)
+    online = OnlineTokens(open_store(settings), contract)
+    for version in versions:
+        rows = drop_version(contract, settings.home, version)  # refused while the job is under way
+        try:
+            removed = online.remove(version)
+        except CannotRemoveError as error:
+            print(error)
+            continue
+        catalogue.forget_tokens(settings.dataset, version)
+        print(f"removed {version}: {removed:,} users online, {rows:,} rows of the token log")
+    note_epoch(settings, JOB, JobFolder(settings.home, JOB).require().run_id)
+
+
+@app.command
+def dictionary() -> None:
+    """Every table and column of the dataset in force."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
     from feature_repo import datasets
 
-    contract = datasets.load_contract(settings.dataset)
+    contract = datasets.load_contract(Settings.from_env().dataset)
     console = Console()
     console.print(f"{contract.spec.title}, contract {contract.fingerprint}")
     for table in contract.tables:
@@ -117,5 +165,10 @@ def _dictionary(settings: Settings) -> None:
         console.print(shown)
 
 
+def main() -> int:
+    """Dispatch."""
+    return cli.run(app)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

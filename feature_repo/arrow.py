@@ -32,13 +32,17 @@ def arrow_type(dtype: DType) -> pa.DataType:
 
 
 def arrow_schema(table: Table) -> pa.Schema:
-    """Arrow schema of a table, columns in contract order."""
-    return pa.schema([pa.field(c.name, arrow_type(c.dtype), nullable=c.nullable) for c in table.all_columns])
+    """Arrow schema of a table, columns in contract order.
+
+    Every field may be null here: what a column may hold is for `limits.py` to check, row by row, and not for a writer,
+    which could only refuse the whole table.
+    """
+    return pa.schema([pa.field(c.name, arrow_type(c.dtype)) for c in table.all_columns])
 
 
 def history_schema(contract: Contract) -> pa.Schema:
     """Arrow schema of the events inside one history."""
-    return pa.schema([pa.field(c.name, arrow_type(c.dtype), nullable=False) for c in contract.history_columns])
+    return pa.schema([pa.field(c.name, arrow_type(c.dtype)) for c in contract.history_columns])
 
 
 def micros(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

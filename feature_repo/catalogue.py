@@ -15,6 +15,8 @@ from sqlalchemy import JSON, DateTime, Float, ForeignKey, String, create_engine,
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from feature_repo.errors import ExpectedError
+
 # Share of users with a history who must have tokens before a bundle that reads them goes live.
 COVERAGE_TO_GO_LIVE = 0.99
 
@@ -23,7 +25,7 @@ class Base(DeclarativeBase):
     """Tables of the catalogue."""
 
 
-class Run(Base):
+class StageRun(Base):
     """One finished run of a stage: a Beam job, apply, training, evaluation, export."""
 
     __tablename__ = "runs"
@@ -95,7 +97,20 @@ class AcceptedTokens(Base):
     fingerprint: Mapped[str] = mapped_column(String(32), index=True)
 
 
-class NoLiveBundleError(LookupError):
+class BundleNote(Base):
+    """How a bundle compared when it was exported: on which test requests, and what holds it back from going live."""
+
+    __tablename__ = "bundle_notes"
+    digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"), primary_key=True)
+    test: Mapped[str] = mapped_column(String(64))
+    held_back: Mapped[str] = mapped_column(String(2048))
+
+
+class NotRecordedError(ExpectedError, LookupError):
+    """The catalogue has no bundle, or no summary tokens, of that name."""
+
+
+class NoLiveBundleError(ExpectedError, LookupError):
     """No bundle of the dataset is live."""
 
 
@@ -129,10 +144,12 @@ class Catalogue:
         if not current.recorded:
             return
         with Session(self.engine) as session, session.begin():
-            session.execute(delete(Run).where(Run.dataset == dataset, Run.stage == stage, Run.inputs == inputs))
+            session.execute(
+                delete(StageRun).where(StageRun.dataset == dataset, StageRun.stage == stage, StageRun.inputs == inputs)
+            )
             duration = time.perf_counter() - clock
             session.add(
-                Run(
+                StageRun(
                     dataset=dataset,
                     stage=stage,
                     inputs=inputs,
@@ -142,10 +159,15 @@ class Catalogue:
                 )
             )
 
-    def last_run(self, dataset: str, stage: str) -> Run | None:
+    def last_run(self, dataset: str, stage: str) -> StageRun | None:
         """The newest finished run of a stage."""
         with Session(self.engine) as session:
-            query = select(Run).where(Run.dataset == dataset, Run.stage == stage).order_by(Run.id.desc()).limit(1)
+            query = (
+                select(StageRun)
+                .where(StageRun.dataset == dataset, StageRun.stage == stage)
+                .order_by(StageRun.id.desc())
+                .limit(1)
+            )
             return session.scalars(query).first()
 
     def is_current(self, dataset: str, stage: str, inputs: str) -> bool:
@@ -188,12 +210,14 @@ class Catalogue:
         """Make a recorded bundle the live one of its dataset.
 
         Raises:
-            LookupError: no such bundle is recorded for this dataset.
+            NotRecordedError: no such bundle is recorded for this dataset.
         """
         with Session(self.engine) as session, session.begin():
             row = session.get(BundleRow, digest)
             if row is None or row.dataset != dataset:
-                raise LookupError(f"no bundle {digest[:12]} of dataset {dataset!r} in the catalogue: export it first")
+                raise NotRecordedError(
+                    f"no bundle {digest[:12]} of dataset {dataset!r} in the catalogue: export it first"
+                )
             current = session.get(Live, dataset)
             if current is None or current.digest != digest:
                 session.add(LiveSince(dataset=dataset, digest=digest, since=datetime.now(UTC)))
@@ -215,6 +239,46 @@ class Catalogue:
             )
         return row
 
+    def live_or_none(self, dataset: str) -> BundleRow | None:
+        """The live bundle of a dataset, if there is one."""
+        try:
+            return self.live_bundle(dataset)
+        except NoLiveBundleError:
+            return None
+
+    def live_before(self, dataset: str) -> BundleRow:
+        """The bundle that was live before the present one.
+
+        Raises:
+            NotRecordedError: none was.
+        """
+        with Session(self.engine) as session:
+            query = select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id.desc())
+            log = [row.digest for row in session.scalars(query)]
+            for digest in log[1:]:
+                row = session.get(BundleRow, digest)
+                if digest != log[0] and row is not None:
+                    return row
+        raise NotRecordedError(f"no bundle of {dataset!r} was live before the present one")
+
+    def note_comparison(self, digest: str, test: str, held_back: str) -> None:
+        """Note on which test requests a bundle was measured, and what holds it back; empty: nothing."""
+        with Session(self.engine) as session, session.begin():
+            session.merge(BundleNote(digest=digest, test=test, held_back=held_back[:2048]))
+
+    def test_of(self, digest: str) -> str | None:
+        """On which test requests a bundle was measured."""
+        with Session(self.engine) as session:
+            row = session.get(BundleNote, digest)
+            return None if row is None else row.test
+
+    def held_back(self, dataset: str, digest: str) -> str:
+        """What holds a bundle back from going live; empty where nothing does, or it is live."""
+        live = self.live_or_none(dataset)
+        with Session(self.engine) as session:
+            row = session.get(BundleNote, digest)
+        return "" if row is None or (live is not None and live.digest == digest) else row.held_back
+
     def bundles(self, dataset: str) -> list[BundleRow]:
         """All recorded bundles of a dataset, newest first."""
         with Session(self.engine) as session:
@@ -228,12 +292,12 @@ class Catalogue:
         """The newest bundle of a recipe, or the one whose digest begins so.
 
         Raises:
-            LookupError: there is none.
+            NotRecordedError: there is none.
         """
         for row in self.bundles(dataset):
             if row.recipe == name or row.digest.startswith(name) or f"{row.recipe}@{row.digest[:12]}" == name:
                 return row
-        raise LookupError(
+        raise NotRecordedError(
             f"no bundle {name!r} of dataset {dataset!r} in the catalogue: run `python -m modeling train`, `evaluate` and `export`"
         )
 
@@ -270,12 +334,12 @@ class Catalogue:
         """The newest token version that a recipe's bundles made.
 
         Raises:
-            LookupError: none was built.
+            NotRecordedError: none was built.
         """
         for row in self.token_versions(dataset):
             if row.recipe == recipe:
                 return row
-        raise LookupError(
+        raise NotRecordedError(
             f"no summary tokens of recipe {recipe!r} are built for {dataset!r}: train, evaluate and export it, then run "
             f"`python -m beam_jobs summary_tokens --bundle {recipe} --every_days 7`"
         )

@@ -1,7 +1,7 @@
 """Summary tokens of one user as bytes: what they are, of whom, made by which model, how old.
 
     magic "MTOK" 4 | layout u8 | kind u8 | flags u16 | tokens u16 | width u16 | token fingerprint 16
-    | as_of i64 µs | computed_at i64 µs | events u64 | payload | crc32 u32
+    | as_of i64 µs | computed_at i64 µs | events u64 | digest i64 | payload | crc32 u32
 
 The checksum is seeded with the user's key, so another user's tokens under this key are noticed as well. Kinds of
 payload: fp32, fp16, and int8 with a scale for each token (symmetric, rounded to nearest; scales are fp16 and come first).
@@ -19,10 +19,10 @@ import numpy as np
 from feature_repo.history import checksum
 
 MAGIC = b"MTOK"
-LAYOUT = 1
+LAYOUT = 2
 Kind = Literal["fp32", "fp16", "int8"]
 KINDS: tuple[Kind, ...] = ("fp32", "fp16", "int8")
-_HEADER = struct.Struct("<4sBBHHH16sqqQ")
+_HEADER = struct.Struct("<4sBBHHH16sqqQq")
 _CRC = struct.Struct("<I")
 _TOMBSTONE = 1
 _LARGEST = 127  # of an int8, so that a token and its negative are stored alike
@@ -46,6 +46,7 @@ class Envelope:
         computed_at: when they were made, microseconds.
         num_events: events behind them.
         tokens_SD: float32; None in a tombstone.
+        digest: of those events (`history.event_digests`): the same number of events with another digest is another past.
     """
 
     fingerprint: str
@@ -53,6 +54,7 @@ class Envelope:
     computed_at: int
     num_events: int
     tokens_SD: np.ndarray | None
+    digest: int = 0
 
     @property
     def tombstone(self) -> bool:
@@ -60,7 +62,7 @@ class Envelope:
         return self.tokens_SD is None
 
 
-def encode(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> bytes:
+def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> bytes:
     """The bytes to store under the user's key.
 
     Raises:
@@ -92,12 +94,13 @@ def encode(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> bytes
         envelope.as_of,
         envelope.computed_at,
         envelope.num_events,
+        envelope.digest,
     )
     body = header + payload
     return body + _CRC.pack(checksum(user_id, body))
 
 
-def decode(data: bytes, user_id: int | str) -> Envelope:
+def from_bytes(data: bytes, user_id: int | str) -> Envelope:
     """What the bytes under a user's key say.
 
     Raises:
@@ -117,10 +120,15 @@ def decode(data: bytes, user_id: int | str) -> Envelope:
         raise EnvelopeError(
             f"tokens of user {user_id!r} are damaged, or were stored for another user: checksum differs"
         )
-    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events = _HEADER.unpack_from(body)
-    payload = body[_HEADER.size :]
-    tokens = None if flags & _TOMBSTONE else _tokens(payload, KINDS[kind], number, width)
-    return Envelope(fingerprint.hex(), as_of, computed_at, events, tokens)
+    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events, digest = _HEADER.unpack_from(body)
+    payload, tokens = body[_HEADER.size :], None
+    if kind >= len(KINDS) or flags & ~_TOMBSTONE:
+        raise EnvelopeError(f"tokens of user {user_id!r} have kind {kind} and flags {flags}, which no version wrote")
+    if not flags & _TOMBSTONE:
+        tokens = _tokens(payload, KINDS[kind], number, width, user_id)
+    elif payload:
+        raise EnvelopeError(f"tombstone of user {user_id!r} holds {len(payload)} bytes of tokens")
+    return Envelope(fingerprint.hex(), as_of, computed_at, events, tokens, digest)
 
 
 def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:
@@ -139,9 +147,18 @@ def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:
     return scale.tobytes() + np.rint(steps).clip(-_LARGEST, _LARGEST).astype(np.int8).tobytes()
 
 
-def _tokens(payload: bytes, kind: Kind, number: int, width: int) -> np.ndarray:
+def _tokens(payload: bytes, kind: Kind, number: int, width: int, user_id: int | str) -> np.ndarray:
+    size = {"fp32": 4 * number * width, "fp16": 2 * number * width, "int8": number * (2 + width)}[kind]
+    if len(payload) != size or not size:
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} have {len(payload)} bytes; {number} × {width} of {kind} take {size}"
+        )
     if kind == "int8":
         scale = np.frombuffer(payload, "<f2", number).astype(np.float32)
         steps = np.frombuffer(payload, np.int8, offset=2 * number).reshape(number, width)
-        return steps * scale[:, None]
-    return np.frombuffer(payload, "<f4" if kind == "fp32" else "<f2").reshape(number, width).astype(np.float32)
+        tokens = steps * scale[:, None]
+    else:
+        tokens = np.frombuffer(payload, "<f4" if kind == "fp32" else "<f2").reshape(number, width).astype(np.float32)
+    if not np.isfinite(tokens).all():
+        raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
+    return tokens

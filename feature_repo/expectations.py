@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from feature_repo.errors import ExpectedError
 from feature_repo.schema import Column, Table
 
 BATCH_ROWS, BATCH_BYTES = 1_000_000, 1 << 28
 NUM_EXAMPLES = 3
 
 
-class GateError(ValueError):
+class GateError(ExpectedError, ValueError):
     """Too many rows of a table are bad; nothing was published."""
 
 

@@ -43,15 +43,18 @@ def _entity(declared: schema.Entity) -> Entity:
 
 def _source(name: str) -> FileSource:
     table = contract.table(name)
-    optional = {"optional": "true"} if table.version else {}  # nothing to materialize until some bundle has tokens
+    # Nothing to materialize until some bundle has tokens; and an epoch comes from whoever writes online, not from a table.
+    optional = {"optional": "true"} if table.version or not table.job else {}
     return FileSource(
         name=f"{name}_source",
-        path=f"{settings.home}/{table.job}/{name}",  # resolved through the job's manifest by our offline store
+        path=f"{settings.home}/{table.job or 'online'}/{name}",  # resolved through the job's manifest by our offline store
         file_format=ParquetFormat(),
         timestamp_field=schema.EVENT_TIMESTAMP,
         created_timestamp_column=schema.CREATED_TIMESTAMP,
         tags=tags | optional,
-        description=f"written by `python -m beam_jobs {table.job}`",
+        description=f"written by `python -m beam_jobs {table.job}`"
+        if table.job
+        else "written by every job that writes online",
     )
 
 
@@ -77,6 +80,7 @@ def _view(entities: list[Entity], source: FileSource, *, online: bool = True) ->
 user = _entity(contract.user)
 item = _entity(contract.item)
 token_version = _entity(schema.TOKEN_VERSION)
+store_part = _entity(schema.STORE_PART)
 
 user_profile_source = _source("user_profile")
 user_history_source = _source("user_history")
@@ -85,6 +89,7 @@ item_profile_source = _source("item_profile")
 item_stats_source = _source("item_stats")
 summary_tokens_source = _source("summary_tokens")
 token_rows_source = _source("token_rows")
+store_epoch_source = _source("store_epoch")
 
 user_profile = _view([user], user_profile_source)
 user_history = _view([user], user_history_source)
@@ -93,6 +98,7 @@ item_profile = _view([item], item_profile_source)
 item_stats = _view([item], item_stats_source)
 summary_tokens = _view([user, token_version], summary_tokens_source)
 token_rows = _view([user, token_version], token_rows_source, online=False)
+store_epoch = _view([store_part], store_epoch_source)
 
 # A service names what a kind of ranker reads; all of ours read the same. Training joins user statistics, which say how
 # much of the history was known, and gathers late from the history log; a request reads the packed history as well.

@@ -7,34 +7,41 @@ eight bytes for each example, whatever L is.
 
 **Packed history**: the newest N events of one user as bytes, the value of the feature view `user_history`:
 
-    magic "MHIS" 4 | layout u8 | contract fingerprint 8 | events u32 | Arrow record batch (no schema) | crc32 u32
+    magic "MHIS" 4 | layout u8 | events u32 | Arrow IPC stream, columns by name | crc32 u32
 
-The checksum is seeded with the user's key, so another user's value under this key is noticed as well.
+The checksum is seeded with the user's key, so another user's value under this key is noticed as well. Columns are read
+by name and type: a reader of an older contract finds what it knows and leaves the rest.
+
+**Digest of a past**: `event_digests` gives each event a number that depends on all of its columns and on its place in
+the history; the sum over a history, modulo 2⁶⁴, is another one when any of its events was corrected, struck or moved.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import history_schema, micros
+from feature_repo.arrow import hash_keys, history_schema, micros
+from feature_repo.key_index import KeyIndex
 from feature_repo.schema import EVENT_TIMESTAMP, Contract
 from feature_repo.tables import JobFolder
 
 MAGIC = b"MHIS"
-LAYOUT = 1
-_HEADER = struct.Struct("<4sB8sI")
+LAYOUT = 2
+END_OF_TIME = 253_402_300_800_000_000  # microseconds of the year 10000, which Python has not
+_HEADER = struct.Struct("<4sBI")
 _CRC = struct.Struct("<I")
 
 
 class HistoryError(ValueError):
-    """Stored bytes are no packed history of this user and contract; the message says what differs."""
+    """Stored bytes are no packed history of this user, or lack what is read of one; the message says what differs."""
 
 
 def pack(contract: Contract, user_id: int | str, events: pa.Table) -> bytes:
@@ -43,43 +50,103 @@ def pack(contract: Contract, user_id: int | str, events: pa.Table) -> bytes:
     Args:
         events: columns of `contract.history_columns`.
     """
-    batches = events.cast(history_schema(contract)).combine_chunks().to_batches()
-    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=history_schema(contract))
-    header = _HEADER.pack(MAGIC, LAYOUT, bytes.fromhex(contract.fingerprint), batch.num_rows)
-    body = header + batch.serialize().to_pybytes()
+    whole = events.cast(history_schema(contract)).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, whole.schema) as writer:
+        writer.write_table(whole)
+    body = _HEADER.pack(MAGIC, LAYOUT, whole.num_rows) + sink.getvalue().to_pybytes()
     return body + _CRC.pack(checksum(user_id, body))
 
 
 def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatch:
-    """The events of a packed history, oldest first.
+    """The events of a packed history, oldest first; columns of `contract.history_columns`.
 
     Raises:
-        HistoryError: damaged, truncated, of another layout or contract, or stored for another user.
+        HistoryError: damaged, truncated, of another layout, stored for another user, without a column that the contract
+            has, or with a value that no event can have.
     """
     if len(data) < _HEADER.size + _CRC.size:
         raise HistoryError(f"packed history of user {user_id!r} has {len(data)} bytes: too short to be one")
-    magic, layout, fingerprint, count = _HEADER.unpack_from(data)
+    magic, layout, count = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise HistoryError(f"value of user {user_id!r} starts with {magic!r}, not {MAGIC!r}: no packed history")
     if layout != LAYOUT:
         raise HistoryError(f"packed history of user {user_id!r} has layout {layout}; this version reads {LAYOUT}")
-    if fingerprint.hex() != contract.fingerprint:
-        raise HistoryError(
-            f"packed history of user {user_id!r} was written under contract {fingerprint.hex()}, "
-            f"this is {contract.fingerprint}: rebuild and materialise user_history"
-        )
     body, (crc,) = data[: -_CRC.size], _CRC.unpack_from(data, len(data) - _CRC.size)
     if crc != checksum(user_id, body):
         raise HistoryError(f"packed history of user {user_id!r} fails its checksum: damaged, or another user's")
-    batch = pa.ipc.read_record_batch(pa.py_buffer(body[_HEADER.size :]), history_schema(contract))
-    if batch.num_rows != count:
-        raise HistoryError(f"packed history of user {user_id!r} holds {batch.num_rows} events, its header says {count}")
-    return batch
+    try:
+        whole = pa.ipc.open_stream(pa.py_buffer(body[_HEADER.size :])).read_all()
+        whole.validate(full=True)  # bytes that are not ours may point anywhere: unchecked, they end the process
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise HistoryError(f"packed history of user {user_id!r} is no Arrow stream: {error}") from error
+    if whole.num_rows != count:
+        raise HistoryError(f"packed history of user {user_id!r} holds {whole.num_rows} events, its header says {count}")
+    return _checked(contract, user_id, whole)
+
+
+def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.RecordBatch:
+    """Columns that the contract reads, of the right types, without nulls, numbers finite, times in order."""
+    schema = history_schema(contract)
+    for field in schema:
+        position = whole.schema.get_field_index(field.name)
+        if position < 0 or whole.schema.field(position).type != field.type:
+            raise HistoryError(
+                f"packed history of user {user_id!r} has no column {field.name} of type {field.type}: it was written under "
+                "another contract; rebuild and materialise user_history"
+            )
+        column = whole.column(position)
+        if column.null_count:
+            raise HistoryError(f"packed history of user {user_id!r} holds nulls in {field.name}")
+        if pa.types.is_floating(field.type) and not np.isfinite(column.to_numpy()).all():
+            raise HistoryError(f"packed history of user {user_id!r} holds NaN or infinity in {field.name}")
+    times = micros(whole[EVENT_TIMESTAMP])
+    if (np.diff(times) < 0).any() or (times < 0).any() or (times >= END_OF_TIME).any():
+        raise HistoryError(
+            f"packed history of user {user_id!r} is not in the order of time, or of no year that there is"
+        )
+    chosen = whole.select(schema.names).cast(schema).combine_chunks()
+    return chosen.to_batches()[0] if chosen.num_rows else pa.RecordBatch.from_pylist([], schema=schema)
 
 
 def checksum(user_id: int | str, body: bytes) -> int:
     """CRC-32 seeded with a user's key: bytes stored for another user do not match."""
     return zlib.crc32(body, zlib.crc32(str(user_id).encode()))
+
+
+def event_digests(item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], positions: np.ndarray) -> np.ndarray:
+    """A number for each event that another event, or the same one elsewhere in its history, does not have: int64.
+
+    Args:
+        item_hashes: `hash_keys` of each event's item.
+        columns: the events' other columns by name, times in microseconds.
+        positions: place of each event in its user's history, from 0.
+    """
+    with np.errstate(over="ignore"):
+        mixed = item_hashes.astype(np.uint64)
+        for name in sorted(columns):
+            values = columns[name]
+            bits = values.view(np.uint32) if values.dtype == np.float32 else values
+            mixed = _mix(mixed ^ (bits.astype(np.uint64) + np.uint64(zlib.crc32(name.encode()))))
+        return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit over all 64 (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def event_columns(contract: Contract, events: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
+    """An event's columns beside its item, as `Histories` holds them: times in microseconds."""
+    return {
+        c.name: micros(events[c.name])
+        if c.name == EVENT_TIMESTAMP
+        else events[c.name].to_numpy(**({"zero_copy_only": False} if isinstance(events, pa.RecordBatch) else {}))
+        for c in contract.history_columns
+        if c.name != contract.item.join_key
+    }
 
 
 def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
@@ -153,6 +220,14 @@ class Histories:
         """Event times, microseconds."""
         return self.columns[EVENT_TIMESTAMP]
 
+    def digests(self, item_hash_of_key: np.ndarray) -> np.ndarray:
+        """Digest of the events up to and including each one, int64; see `event_digests`."""
+        positions = np.arange(len(self.item_keys)) - np.repeat(self.offsets[:-1], self.lengths)
+        each = event_digests(item_hash_of_key[self.item_keys], self.columns, positions)
+        running = np.cumsum(each)
+        before = np.r_[0, running][self.offsets[:-1]]
+        return running - np.repeat(before, self.lengths)
+
     def newest(self, length: int) -> Histories:
         """The newest `length` events of each request."""
         return self.take(np.maximum(self.offsets[1:] - length, self.offsets[:-1]), self.offsets[1:])
@@ -202,10 +277,28 @@ class HistoryLog:
 
     def rows_of(self, user_ids: pa.Array) -> np.ndarray:
         """Row of each user in the log, -1 where the log has none."""
-        return pc.fill_null(pc.index_in(user_ids, self.users), -1).to_numpy().astype(np.int64)
+        return self._index.places(user_ids)
 
-    def gather(self, rows: np.ndarray, history_end: np.ndarray, length: int | None = None) -> Histories:
+    @cached_property
+    def _index(self) -> KeyIndex:
+        return KeyIndex(self.users)
+
+    @cached_property
+    def item_hashes(self) -> np.ndarray:
+        """`hash_keys` of each item key, for digests."""
+        return hash_keys(self.items)
+
+    def gather(
+        self,
+        rows: np.ndarray,
+        history_end: np.ndarray,
+        length: int | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Histories:
         """Late gather: events `[history_end - length, history_end)` of each row; all up to `history_end` without a length.
+
+        Args:
+            columns: only these beside the items; default: all.
 
         Raises:
             HistoryError: a `history_end` lies beyond what the log holds; the log and the index are of different runs.
@@ -224,14 +317,15 @@ class HistoryLog:
         flat = np.arange(offsets[-1]) + np.repeat(base - offsets[:-1], lengths)
         owner = np.repeat(self._of_known(self._part, rows), lengths)
         item_keys = np.empty(len(flat), np.int64)
-        columns = {name: np.empty(len(flat), parts[0].dtype) for name, parts in self._columns.items()}
+        chosen = self._columns if columns is None else {name: self._columns[name] for name in columns}
+        found = {name: np.empty(len(flat), parts[0].dtype) for name, parts in chosen.items()}
         for part in np.unique(owner):
             mine = owner == part
             at = flat[mine]
             item_keys[mine] = self._item_key[part][self._codes[part][at]]
-            for name, parts in self._columns.items():
-                columns[name][mine] = parts[part][at]
-        return Histories(offsets, item_keys, columns)
+            for name, parts in chosen.items():
+                found[name][mine] = parts[part][at]
+        return Histories(offsets, item_keys, found)
 
     @staticmethod
     def _of_known(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -251,9 +345,5 @@ def from_batches(
     ids = pa.concat_arrays([whole[item].combine_chunks(), candidates.cast(schema.field(item).type)])
     keys = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
     offsets = np.r_[0, np.cumsum([0 if batch is None else batch.num_rows for batch in batches])]
-    columns = {
-        c.name: micros(whole[c.name]) if c.name == EVENT_TIMESTAMP else whole[c.name].to_numpy()
-        for c in contract.history_columns
-        if c.name != item
-    }
-    return Histories(offsets, keys[: whole.num_rows], columns), keys[whole.num_rows :]
+    histories = Histories(offsets, keys[: whole.num_rows], event_columns(contract, whole))
+    return histories, keys[whole.num_rows :]

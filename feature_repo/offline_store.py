@@ -12,14 +12,18 @@ Differs from Feast's DuckDB store: keeps integer types where a value is missing;
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import ibis
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+from feast import ValueType
 from feast.data_source import DataSource
 from feast.feature_view import FeatureView
 from feast.infra.offline_stores import offline_utils
@@ -38,6 +42,9 @@ from feast.saved_dataset import SavedDatasetStorage
 
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema
+from feature_repo.errors import ExpectedError
+from feature_repo.raw import whole_numbers
+from feature_repo.store import StoreError, foreign_tables
 from feature_repo.tables import MANIFEST, JobFolder, TableNotBuiltError
 
 TYPE = "feature_repo.offline_store.AsofDuckDBOfflineStore"
@@ -55,7 +62,11 @@ class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
     threads: int | None = None
 
 
-class WrongDatasetError(ValueError):
+class EntityFrameError(ExpectedError, ValueError):
+    """A frame of entity rows that cannot be joined: the message names the column."""
+
+
+class WrongDatasetError(ExpectedError, ValueError):
     """`feature_store.yaml` belongs to another dataset than the definitions."""
 
 
@@ -81,30 +92,34 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             ValueError: `entity_df` is no DataFrame, or lacks a join key.
         """
         if not isinstance(entity_df, pd.DataFrame):
-            raise ValueError(f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}")
+            raise EntityFrameError(f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}")
         time = offline_utils.infer_event_timestamp_from_entity_df(
             dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
         )
-        entities = _entity_table(entity_df, time)
         _refuse_shared_names(entity_df, feature_refs, full_feature_names)
-        joins, outputs = [], []
+        entities = _entity_table(entity_df, time, feature_views)
+        joins: list[str] = []
+        outputs: list[str] = []
+        names: list[str] = []
         for number, view in enumerate(feature_views):
-            join, columns = _asof_join(
+            made = _asof_join(
                 view, feature_refs, entities, time, number, full_feature_names, filter_by_created_timestamp, config
             )
-            joins.append(join)
-            outputs += columns
-        keep = [f"e.{_quote(name)}" for name in entity_df.columns]
-        sql = f"SELECT {', '.join(keep + outputs)} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
+            joins.append(made.sql)
+            outputs += made.columns.values()
+            names += made.columns
+        outputs = [f"e.{inner}" for inner in entities.inner.values()] + outputs
+        names = [*entities.inner, *names]
+        sql = f"SELECT {', '.join(f'{value} AS __o{n}' for n, value in enumerate(outputs))} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
-        stamps = entities[time].to_pandas() if len(entity_df) else pd.Series([datetime.now()])
+        stamps = entities.table[entities.inner[time]].to_pandas() if len(entity_df) else pd.Series([datetime.now()])
         metadata = RetrievalMetadata(
             features=feature_refs,
             keys=[name for name in entity_df.columns if name != time],
             min_event_timestamp=stamps.min().to_pydatetime(),
             max_event_timestamp=stamps.max().to_pydatetime(),
         )
-        return AsofJob(config, sql, entities, on_demand, full_feature_names, metadata)
+        return AsofJob(config, sql, names, entities.table, on_demand, full_feature_names, metadata)
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -157,17 +172,31 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         )
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
-        """Refuse definitions of another dataset than the registry is for.
+        """Refuse definitions of another dataset than the registry is for, and a registry that was copied from elsewhere.
 
         Raises:
             WrongDatasetError: the two differ.
+            StoreError: the registry's tables lie elsewhere: Feast would drop them there.
         """
+        _refuse_foreign_registry(config)
         expected, found = config.offline_store.dataset, (data_source.tags or {}).get("dataset")
         if expected and found and expected != found:
             raise WrongDatasetError(
                 f"this feature_store.yaml is for dataset {expected!r}, but MEMOIR_DATASET makes definitions of {found!r}: use "
                 f"`python -m feature_repo apply`, or `feast -c feature_repo -f <MEMOIR_HOME>/{found}/feature_store.yaml apply`"
             )
+
+
+def _refuse_foreign_registry(config: RepoConfig) -> None:
+    path, online = getattr(config.registry, "path", ""), getattr(config.online_store, "path", None)
+    if getattr(config.registry, "registry_type", "file") != "file" or online is None or "://" in str(path):
+        return
+    root = Path(config.repo_path or ".")
+    if elsewhere := foreign_tables(root / path, root / online):
+        raise StoreError(
+            f"the registry {root / path} says that its tables are in {elsewhere[0]}, and `feast apply` would drop them there: "
+            "it was copied from another checkout or home. Remove it, or run `python -m feature_repo apply`, which does"
+        )
 
 
 class AsofJob(RetrievalJob):
@@ -177,26 +206,30 @@ class AsofJob(RetrievalJob):
         self,
         config: RepoConfig,
         sql: str,
+        names: list[str],
         entities: pa.Table,
         on_demand: list[OnDemandFeatureView],
         full_feature_names: bool,
         metadata: RetrievalMetadata,
     ) -> None:
         super().__init__()
-        self._config, self._sql, self._entities = config, sql, entities
+        self._config, self._sql, self._names, self._entities = config, sql, names, entities
         self._on_demand, self._full_feature_names, self._metadata = on_demand, full_feature_names, metadata
 
     def to_batches(self, rows: int = 65_536) -> pa.RecordBatchReader:
         """The result as a stream of Arrow batches, in entity order."""
         connection = _connect(self._config)
         connection.register("entity_rows", self._entities)
-        return connection.execute(self._sql).to_arrow_reader(rows)
+        reader = connection.execute(self._sql).to_arrow_reader(rows)
+        schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, self._names, strict=True)])
+        renamed = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in reader)
+        return pa.RecordBatchReader.from_batches(schema, renamed)
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
         connection = _connect(self._config)
         connection.register("entity_rows", self._entities)
         try:
-            return connection.execute(self._sql).to_arrow_table()
+            return connection.execute(self._sql).to_arrow_table().rename_columns(self._names)
         finally:
             connection.close()
 
@@ -285,44 +318,117 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _entity_table(entity_df: pd.DataFrame, time: str) -> pa.Table:
-    if "__row" in entity_df.columns:
-        raise ValueError("entity_df has a column '__row', a name that the join keeps for itself: rename it")
+def _entity_table(entity_df: pd.DataFrame, time: str, views: list[FeatureView]) -> EntityRows:
+    """Entity rows as DuckDB joins them: columns under names of their own, times in UTC, keys of their views' types.
+
+    Raises:
+        EntityFrameError: a row without a time, or keys of another kind than the view's.
+    """
     frame = entity_df.reset_index(drop=True)
     stamps = pd.to_datetime(frame[time], utc=True).astype("datetime64[us, UTC]")
+    if stamps.isna().any():
+        row = int(np.flatnonzero(stamps.isna())[0])
+        raise EntityFrameError(
+            f"entity_df has no {time!r} in row {row} (and {int(stamps.isna().sum()) - 1:,} more): a row without a time would see "
+            "the newest values of all. Give each its request's time"
+        )
     table = pa.Table.from_pandas(frame.assign(**{time: stamps}), preserve_index=False)
-    return table.append_column("__row", pa.array(range(len(frame)), pa.int64()))
+    # DuckDB takes names that differ in case alone for one, so inside the join every column has a number for a name.
+    inner = {name: f"__e{number}" for number, name in enumerate(table.column_names)}
+    columns = list(table.columns)
+    for view in views:
+        for key, entity in _join_keys(view).items():
+            if entity not in inner:
+                continue
+            at = table.column_names.index(entity)
+            columns[at] = _as_key(columns[at], entity, view, key)
+    columns.append(pa.chunked_array([pa.array(range(len(frame)), pa.int64())]))
+    return EntityRows(pa.table(columns, names=[*inner.values(), "__row"]), inner)
+
+
+@dataclass(frozen=True)
+class EntityRows:
+    """Entity rows under inner names, and the inner name of each column of the frame."""
+
+    table: pa.Table
+    inner: dict[str, str]
+
+
+def _as_key(column: pa.ChunkedArray, entity: str, view: FeatureView, key: str) -> pa.ChunkedArray:
+    kind = next((c.dtype.to_value_type() for c in view.entity_columns if c.name == key), None)
+    plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    is_text = pa.types.is_string(plain.type) or pa.types.is_large_string(plain.type)
+    if kind in (ValueType.INT64, ValueType.INT32) and not pa.types.is_integer(plain.type):
+        exact = whole_numbers(plain)
+        # Text keys are read as numbers only where they are spelt as one: 001 and ' 1' are other ids than 1.
+        lost = plain.is_valid().combine_chunks().to_numpy(zero_copy_only=False) & exact.is_null().to_numpy(
+            zero_copy_only=False
+        )
+        if pa.types.is_floating(plain.type):
+            lost &= ~np.isnan(plain.to_numpy())
+        if is_text:
+            spelt = pc.equal(exact.cast(pa.string()), plain.combine_chunks().cast(pa.string()))
+            lost |= ~pc.fill_null(spelt, True).to_numpy(zero_copy_only=False)
+        if lost.any():
+            shown = plain[int(np.flatnonzero(lost)[0])].as_py()
+            raise EntityFrameError(
+                f"entity_df column {entity!r} holds {shown!r}; feature view {view.name!r} is keyed by whole numbers"
+            )
+        return pa.chunked_array([exact])
+    if kind is ValueType.STRING and not is_text and not pa.types.is_null(plain.type):
+        raise EntityFrameError(
+            f"entity_df column {entity!r} holds {plain.type}; feature view {view.name!r} is keyed by text: give the ids as text"
+        )
+    return column
+
+
+def _join_keys(view: FeatureView) -> dict[str, str]:
+    """Join keys of a view, each with the entity column that it is joined to; `with_join_key_map` may rename some of them."""
+    renamed = view.projection.join_key_map or {}
+    return {column.name: renamed.get(column.name, column.name) for column in view.entity_columns}
 
 
 def _refuse_shared_names(entity_df: pd.DataFrame, feature_refs: list[str], full_feature_names: bool) -> None:
-    shared = sorted({ref.split(":", 1)[1] for ref in feature_refs} & set(entity_df.columns))
+    names = [str(name) for name in entity_df.columns]
+    if len(set(names)) < len(names):
+        raise EntityFrameError(f"entity_df has two columns of one name: {names}")
+    shared = sorted({ref.split(":", 1)[1] for ref in feature_refs} & set(names))
     if shared and not full_feature_names:
-        raise ValueError(
+        raise EntityFrameError(
             f"entity_df and features share the names {shared}: pass full_feature_names=True, or rename them in entity_df"
         )
+
+
+@dataclass(frozen=True)
+class ViewJoin:
+    """SQL of one view: its join, and an expression for each output column by the column's name."""
+
+    sql: str
+    columns: dict[str, str]
 
 
 def _asof_join(
     view: FeatureView,
     feature_refs: list[str],
-    entities: pa.Table,
+    entities: EntityRows,
     time: str,
     number: int,
     full_feature_names: bool,
     filter_by_created: bool,
     config: RepoConfig,
-) -> tuple[str, list[str]]:
-    """SQL of one view: its join, and its output columns."""
+) -> ViewJoin:
+    """SQL of one view."""
     source = view.batch_source
     if source is None:
         raise ValueError(f"feature view {view.name!r} has no batch source and cannot be joined")
     mapping = {new: old for old, new in source.field_mapping.items()}
-    keys = view.projection.join_key_map or {c.name: c.name for c in view.entity_columns}
-    missing = [entity for entity in keys.values() if entity not in entities.column_names]
+    keys = _join_keys(view)
+    missing = [entity for entity in keys.values() if entity not in entities.inner]
     if missing:
-        raise ValueError(
-            f"feature view {view.name!r} needs entity columns {missing}; entity_df has {entities.column_names[:-1]}"
+        raise EntityFrameError(
+            f"feature view {view.name!r} needs entity columns {missing}; entity_df has {list(entities.inner)}"
         )
+    at = f"e.{entities.inner[time]}"
     prefix = view.projection.name_to_use()
     features = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == prefix]
     alias = view.projection.name_alias or view.name
@@ -335,18 +441,13 @@ def _asof_join(
     created = f"{_quote(source.created_timestamp_column)}::TIMESTAMPTZ" if source.created_timestamp_column else stamp
     selected = ", ".join(f"{column(name)} AS {_quote(name)}" for name in dict.fromkeys([*keys, *features]))
     rows = f"SELECT {selected}, {stamp} AS __time, {created} AS __created FROM read_parquet([{files}])"
-    equal = " AND ".join(f"e.{_quote(entity)} = v.{_quote(key)}" for key, entity in keys.items())
+    equal = " AND ".join(f"e.{entities.inner[entity]} = v.{_quote(key)}" for key, entity in keys.items())
     name = f"v{number}"
     ttl = view.ttl.total_seconds() if view.ttl else 0
-    live = (
-        f"{name}.__time >= e.{_quote(time)} - to_microseconds({int(ttl * 1_000_000)})"
-        if ttl
-        else f"{name}.__time IS NOT NULL"
-    )
-    outputs = [
-        f"CASE WHEN {live} THEN {name}.{_quote(f)} END AS {_quote(f'{alias}__{f}' if full_feature_names else f)}"
-        for f in features
-    ]
+    live = f"{name}.__time >= {at} - to_microseconds({int(ttl * 1_000_000)})" if ttl else f"{name}.__time IS NOT NULL"
+    outputs = {
+        f"{alias}__{f}" if full_feature_names else f: f"CASE WHEN {live} THEN {name}.{_quote(f)} END" for f in features
+    }
     if filter_by_created and source.created_timestamp_column:
         # A row created after its stamp is invisible to some entity rows, so "the newest" differs by entity row. Where
         # every row is created by its stamp, which is what our tables hold, the plain ASOF join is already right.
@@ -358,12 +459,12 @@ def _asof_join(
             picked = ", ".join(f"v.{_quote(f)}" for f in features)
             join = (
                 f"LEFT JOIN (SELECT e.__row AS __of, v.__time{', ' + picked if picked else ''} FROM entity_rows e JOIN ({rows}) v ON {equal} "
-                f"AND v.__time <= e.{_quote(time)} AND v.__created <= e.{_quote(time)} "
+                f"AND v.__time <= {at} AND v.__created <= {at} "
                 f"QUALIFY row_number() OVER (PARTITION BY e.__row ORDER BY v.__time DESC, v.__created DESC) = 1) {name} ON {name}.__of = e.__row"
             )
-            return join, outputs
+            return ViewJoin(join, outputs)
     # Of rows with equal stamps the newest created: both in one key, so that no window has to look for repetitions first.
     keyed = f"SELECT *, row(__time, __created) AS __order FROM ({rows})"
     condition = equal.replace("v.", f"{name}.")
-    join = f"ASOF LEFT JOIN ({keyed}) {name} ON {condition} AND row(e.{_quote(time)}, TIMESTAMPTZ 'infinity') >= {name}.__order"
-    return join, outputs
+    join = f"ASOF LEFT JOIN ({keyed}) {name} ON {condition} AND row({at}, TIMESTAMPTZ 'infinity') >= {name}.__order"
+    return ViewJoin(join, outputs)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo.arrow import from_micros
+from feature_repo.errors import ExpectedError
 from feature_repo.redis_writer import RedisWriter
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
 
@@ -24,7 +25,7 @@ VIEW = "summary_tokens"
 PIECE = 1000  # rows of one write through Feast: far below the 2 GiB at which it drops rows without a word
 
 
-class CannotRemoveError(RuntimeError):
+class CannotRemoveError(ExpectedError, RuntimeError):
     """The online store has no way to delete keys that we know."""
 
 

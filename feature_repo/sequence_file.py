@@ -1,11 +1,12 @@
 """A plain sequence file becomes a history log, the same format as the Beam job's.
 
-Two forms are read, gzipped or not, whole numbers separated by blanks:
+Two forms are read, gzipped or not, whole numbers separated by blanks, tabs or several of them:
 
     user item            one line for each event, a user's lines in order of time
     user item item …     one line for each user, oldest first
 
-The first line's count of fields decides. Such a file knows order and no time: the k-th event of a user is stamped k
+Where every line has two fields the file is of the first form, otherwise of the second. A byte-order mark, blank lines and
+blanks around a line are no matter. Such a file knows order and no time: the k-th event of a user is stamped k
 seconds after the epoch. Lines of one user need not stand together (order within the user is the order of lines; how
 many users are torn apart is counted). Repeated lines are events like any other.
 """
@@ -14,16 +15,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 
 from feature_repo.arrow import arrow_schema, from_micros, micros_iso
+from feature_repo.code import code_digest
+from feature_repo.errors import ExpectedError
 from feature_repo.history import log_part, run_starts
 from feature_repo.schema import Contract, DatasetSpec, DType, Requests, Table, contract
 from feature_repo.tables import JobFolder, Manifest, digest_of
@@ -44,11 +46,11 @@ SPEC = DatasetSpec(
     max_bad_fraction=0.0,
 )
 JOB = "user_history"
-VERSION = 1
 MICROS = 1_000_000
+LIKE_A_TIME = 100_000_000  # seconds since 1970 of any log that has them
 
 
-class SequenceFileError(ValueError):
+class SequenceFileError(ExpectedError, ValueError):
     """The file is no sequence file, or not all of one; the message names the line."""
 
 
@@ -72,11 +74,19 @@ def read(path: Path) -> Events:
     Raises:
         SequenceFileError: missing, empty, a gzip that ends early, or a line that is not as the first line promises.
     """
-    data = _unpacked(path)
-    first = data[: data.find(b"\n") if b"\n" in data else len(data)].split()
-    if len(first) < 2:
-        raise SequenceFileError(f"{path}, line 1: expected 'user item' or 'user item item …', found {first!r}")
-    users, items = _pairs(path, data) if len(first) == 2 else _lists(path, data)
+    fields = _fields(path, _unpacked(path))
+    counts = np.diff(np.r_[fields.starts, len(fields.values)])
+    if (counts == 1).any():
+        line = int(fields.lines[np.flatnonzero(counts == 1)[0]])
+        user = int(fields.values[fields.starts[np.flatnonzero(counts == 1)[0]]])
+        raise SequenceFileError(
+            f"{path}, line {line}: user {user} has no item; expected 'user item' or 'user item item …'"
+        )
+    users = np.repeat(fields.values[fields.starts], counts - 1)
+    items = np.delete(fields.values, fields.starts)
+    if (counts != 2).any():
+        _refuse_records(path, fields, counts)
+        _refuse_second_lines(path, fields)
     torn = len(run_starts(pa.array(users))) - len(np.unique(users))
     counts = {"events": len(users), "users": len(np.unique(users)), "items": len(np.unique(items)), "torn": torn}
     return Events(users, items, counts)
@@ -95,7 +105,7 @@ def write_log(path: Path, home: str) -> JobFolder:
     with open(path, "rb") as stream:
         source = hashlib.file_digest(stream, "sha256").hexdigest()
     made, folder = sequence_contract(), JobFolder(home, JOB)
-    run_id = digest_of([JOB, VERSION, source, made.fingerprint])
+    run_id = digest_of([JOB, code_digest("feature_repo.sequence_file"), source, made.fingerprint])
     with folder.lock():
         published = folder.manifest()
         if published is not None and published.run_id == run_id:
@@ -154,50 +164,77 @@ def _unpacked(path: Path) -> bytes:
     return raw
 
 
-def _pairs(path: Path, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    head = data[: data.find(b"\n") if b"\n" in data else len(data)]
-    delimiter = "\t" if b"\t" in head else " "
+@dataclass(frozen=True)
+class _Fields:
+    """All whole numbers of a file in a row; a line that has some begins at `starts` and is the file's `lines`-th, from 1."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    lines: np.ndarray
+
+
+def _fields(path: Path, data: bytes) -> _Fields:
+    """The file's fields.
+
+    Raises:
+        SequenceFileError: names the first line that holds something other than whole numbers of 64 bits.
+    """
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if (found := NOT_A_NUMBER.search(data)) is not None:
+        raise _located(path, data, found.start())
+    raw = np.frombuffer(data, np.uint8)
+    blank = (raw == 0x20) | (raw == 0x09) | (raw == 0x0D) | (raw == 0x0A)
+    begins = np.flatnonzero(~blank & np.r_[True, blank[:-1]])
+    line_of = np.r_[0, np.cumsum(raw == 0x0A)][begins]
     try:
-        table = pa_csv.read_csv(
-            io.BytesIO(data),
-            pa_csv.ReadOptions(column_names=["user", "item"], use_threads=False),
-            pa_csv.ParseOptions(delimiter=delimiter),
-            pa_csv.ConvertOptions(column_types={"user": pa.int64(), "item": pa.int64()}),
+        values = np.array(data.split(), dtype="S").astype(np.int64)
+    except (ValueError, OverflowError) as error:
+        bad = next(at for at, word in enumerate(data.split()) if not -(2**63) <= int(word) < 2**63)
+        raise _located(path, data, int(begins[bad])) from error
+    starts = np.flatnonzero(np.r_[True, line_of[1:] != line_of[:-1]])
+    return _Fields(values, starts, line_of[starts] + 1)
+
+
+# Something that neither is a whole number nor separates two: hexadecimal, decimal points, names, other encodings.
+NOT_A_NUMBER = re.compile(rb"[^\s0-9-]|[0-9]-|-(?![0-9])|[\v\f]")
+
+
+def _located(path: Path, data: bytes, position: int) -> SequenceFileError:
+    number = data.count(b"\n", 0, position) + 1
+    start = data.rfind(b"\n", 0, position) + 1
+    line = data[start : data.find(b"\n", position) if b"\n" in data[position:] else len(data)]
+    shown = line[:60].decode(errors="replace")
+    return SequenceFileError(
+        f"{path}, line {number}: expected whole numbers of 64 bits with blanks between, 'user item' or 'user item item …', "
+        f"found {shown!r}"
+    )
+
+
+def _refuse_records(path: Path, fields: _Fields, counts: np.ndarray) -> None:
+    """Refuse lines such as `user item rating time`, which would be read as lists of items.
+
+    Raises:
+        SequenceFileError: all lines have as many fields, and the last of each is as large as a time and none else is.
+    """
+    width = int(counts[0])
+    if len(counts) < 2 or width > 5 or (counts != width).any():
+        return
+    rows = fields.values.reshape(-1, width)
+    if (rows[:, -1] >= LIKE_A_TIME).all() and (rows[:, :-1] < LIKE_A_TIME).all():
+        shown = " ".join(map(str, rows[0].tolist()))
+        raise SequenceFileError(
+            f"{path}, line {fields.lines[0]}: expected 'user item' or 'user item item …', found {shown!r}, whose last field looks "
+            "like a time: keep user and item alone, lines in order of time"
         )
-    except pa.ArrowInvalid as error:
-        raise _located(path, data, error) from error
-    if table["user"].null_count or table["item"].null_count:
-        raise _located(path, data, ValueError("a field is empty"))
-    return table["user"].to_numpy(), table["item"].to_numpy()
 
 
-def _located(path: Path, data: bytes, error: Exception) -> SequenceFileError:
-    """The first line that is no pair of whole numbers."""
-    for number, line in enumerate(data.splitlines(), 1):
-        fields = line.split()
-        if line.strip() and (len(fields) != 2 or not all(f.lstrip(b"-").isdigit() for f in fields)):
-            shown = line[:60].decode(errors="replace")
-            return SequenceFileError(f"{path}, line {number}: expected 'user item', two whole numbers, found {shown!r}")
-    return SequenceFileError(f"{path}: expected lines of 'user item'; {error}")
-
-
-def _lists(path: Path, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    rows: list[np.ndarray] = []
-    owners: dict[int, int] = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = np.array(line.split(), dtype=np.int64)
-        except (ValueError, OverflowError) as error:
-            raise SequenceFileError(f"{path}, line {number}: expected whole numbers; {error}") from error
-        if len(row) < 2:
-            raise SequenceFileError(f"{path}, line {number}: user {row[0]} has no item")
-        if row[0] in owners:
-            raise SequenceFileError(
-                f"{path}, line {number}: user {row[0]} already stands on line {owners[int(row[0])]}; one line for each user"
-            )
-        owners[int(row[0])] = number
-        rows.append(row)
-    lengths = [len(row) - 1 for row in rows]
-    return np.repeat([row[0] for row in rows], lengths), np.concatenate([row[1:] for row in rows])
+def _refuse_second_lines(path: Path, fields: _Fields) -> None:
+    users = fields.values[fields.starts]
+    _, first, inverse = np.unique(users, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(users)))
+    if len(again):
+        at = int(again[0])
+        raise SequenceFileError(
+            f"{path}, line {fields.lines[at]}: user {users[at]} already stands on line {fields.lines[first[inverse[at]]]}; one line "
+            "for each user, or 'user item' on every line"
+        )

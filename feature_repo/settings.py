@@ -7,6 +7,8 @@
 | `MEMOIR_HOME` | built tables, runs, bundles, catalogue | `.memoir` in the checkout |
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
+| `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
+| `MEMOIR_REQUIRE_SERVICES` | tests: a missing service is a failure | |
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from feature_repo.errors import SettingsError, nearest
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "online_retail"
+PROFILES = ("local", "production")
+VARIABLES = frozenset(
+    f"MEMOIR_{name}"
+    for name in ("DATASET", "DATA", "HOME", "PROFILE", "CATALOGUE", "REGISTRY_URL", "REDIS", "REQUIRE_SERVICES")
+)
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,27 @@ class Settings:
         """Read the environment.
 
         Raises:
-            ValueError: `MEMOIR_PROFILE` is not a known profile.
+            SettingsError: a variable that begins with `MEMOIR_` is unknown, `MEMOIR_PROFILE` is no profile, or
+                `MEMOIR_DATA` is no folder.
         """
-        dataset = os.environ.get("MEMOIR_DATASET", DEFAULT_DATASET)
-        root = os.environ.get("MEMOIR_HOME", str(CHECKOUT / ".memoir"))
+        refuse_unknown_variables()
+        dataset = os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
+        root = os.environ.get("MEMOIR_HOME") or str(CHECKOUT / ".memoir")
         if "://" not in root:
             root = str(Path(root).resolve())
-        profile = os.environ.get("MEMOIR_PROFILE", "local")
-        if profile not in ("local", "production"):
-            raise ValueError(f"MEMOIR_PROFILE must be 'local' or 'production', not {profile!r}")
+        profile = os.environ.get("MEMOIR_PROFILE") or "local"
+        if profile not in PROFILES:
+            raise SettingsError(
+                f"MEMOIR_PROFILE must be one of {PROFILES}, not {profile!r}{nearest(profile, PROFILES)}"
+            )
+        data = os.environ.get("MEMOIR_DATA") or None
+        if data is not None and "://" not in data and not Path(data).is_dir():
+            what = "a file" if Path(data).exists() else "not there"
+            raise SettingsError(f"MEMOIR_DATA must name the folder that holds the raw data; {data} is {what}")
         home = f"{root}/{dataset}"
         catalogue = os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
         default = root == str(CHECKOUT / ".memoir") and dataset == DEFAULT_DATASET
-        return Settings(dataset, os.environ.get("MEMOIR_DATA"), home, profile, catalogue, default)
+        return Settings(dataset, data, home, profile, catalogue, default)
 
     @property
     def root(self) -> str:
@@ -62,6 +79,20 @@ class Settings:
         path = Path(_local(self.home, self.dataset), *parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def refuse_unknown_variables() -> None:
+    """Refuse a misspelt variable, which would otherwise be ignored without a word.
+
+    Raises:
+        SettingsError: a variable begins with `MEMOIR_` and is none of ours.
+    """
+    unknown = sorted(name for name in os.environ if name.startswith("MEMOIR_") and name not in VARIABLES)
+    if unknown:
+        raise SettingsError(
+            f"environment variable {unknown[0]} is none of Memoir's{nearest(unknown[0], VARIABLES)} "
+            f"There are {', '.join(sorted(VARIABLES))}"
+        )
 
 
 def _local(home: str, dataset: str) -> str:

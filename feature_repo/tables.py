@@ -21,16 +21,22 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from feature_repo.arrow import iso_micros
+from feature_repo.errors import ExpectedError
+from feature_repo.schema import Contract
 
 MANIFEST = "manifest.json"
 LAYOUT = 1
 
 
-class TableNotBuiltError(LookupError):
+class TableNotBuiltError(ExpectedError, LookupError):
     """A table was asked for that no finished run has written."""
 
 
-class JobRunningError(RuntimeError):
+class StaleTableError(ExpectedError, RuntimeError):
+    """A table was built under another contract than the one in force, or is no longer what a run named."""
+
+
+class JobRunningError(ExpectedError, RuntimeError):
     """Another run of the same job holds its folder."""
 
 
@@ -122,31 +128,38 @@ class JobFolder:
         if not self.local:
             yield
             return
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        with open(f"{self.root}/.lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise JobRunningError(
-                    f"another run of {self.job!r} is under way in {self.root}: wait for it, or stop it"
-                ) from error
-            yield
+        try:
+            with locked(Path(self.root)):
+                yield
+        except BlockingIOError as error:
+            raise JobRunningError(
+                f"another run of {self.job!r} is under way in {self.root}: wait for it, or stop it"
+            ) from error
 
     def manifest(self) -> Manifest | None:
         """The published manifest, or None where no run has finished."""
         stored = self.read_bytes(f"{self.root}/{MANIFEST}")
         return None if stored is None else Manifest.from_json(stored.decode())
 
-    def require(self) -> Manifest:
+    def require(self, contract: Contract | None = None) -> Manifest:
         """The published manifest.
+
+        Args:
+            contract: under which it must have been built.
 
         Raises:
             TableNotBuiltError: no run has finished.
+            StaleTableError: it was built under another contract.
         """
         manifest = self.manifest()
         if manifest is None:
             raise TableNotBuiltError(
                 f"nothing is built under {self.root}: run `python -m beam_jobs {self.job} --runner=FnApiRunner` first"
+            )
+        if contract is not None and manifest.fingerprint != contract.fingerprint:
+            raise StaleTableError(
+                f"job {self.job!r} ran under contract {manifest.fingerprint}, the code declares {contract.fingerprint}: run "
+                f"`python -m beam_jobs {self.job}` again"
             )
         return manifest
 
@@ -206,6 +219,19 @@ class JobFolder:
         for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):
             if info.type == pafs.FileType.Directory and info.base_name not in keep:
                 self.filesystem.delete_dir(info.path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder on this machine, for as long as the process lives.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

@@ -16,16 +16,17 @@ import pyarrow as pa
 
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
+from feature_repo.errors import ExpectedError
 from feature_repo.schema import Contract
 from feature_repo.tables import JobFolder, Manifest, digest_of
 
 JOB = "summary_tokens"
 TABLE = "token_log"
-_BITS = (13, 16, 14, 20)  # of run, log part, piece and row: 63 in all
+BITS = (13, 16, 14, 20)  # of run, log part, piece and row: 63 in all
 _NAME = re.compile(r"run-(\d+)-part-(\d+)of(\d+)-piece-(\d+)\.\w+$")
 
 
-class TokenLogError(ValueError):
+class TokenLogError(ExpectedError, ValueError):
     """Rows that the log does not have, or tokens that are not of the version asked for."""
 
 
@@ -55,14 +56,14 @@ class PartName:
             TokenLogError: a number does not fit.
         """
         base = 0
-        for value, bits in zip((self.run, self.part, self.piece, max(number - 1, 0)), _BITS, strict=True):
+        for value, bits in zip((self.run, self.part, self.piece, max(number - 1, 0)), BITS, strict=True):
             if value >= 1 << bits:
                 raise TokenLogError(
                     f"{self.file('arrow')} with {number:,} rows is beyond what row numbers can name: build with --full, or "
                     "choose other partitions"
                 )
             base = (base << bits) | value
-        return (base >> _BITS[-1] << _BITS[-1]) + np.arange(number, dtype=np.int64)
+        return (base >> BITS[-1] << BITS[-1]) + np.arange(number, dtype=np.int64)
 
 
 def versions_of(contract: Contract, folder: JobFolder, manifest: Manifest) -> dict[PartName, str]:
@@ -127,7 +128,7 @@ class TokenLog:
         self._paths: dict[int, str] = {}
         for path in self._folder.paths(TABLE):
             if (name := PartName.of(path)) is not None:
-                self._paths[int(name.rows(1)[0]) >> _BITS[-1]] = path
+                self._paths[int(name.rows(1)[0]) >> BITS[-1]] = path
         self._open: dict[int, pa.RecordBatch] = {}
 
     def gather(self, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -148,12 +149,12 @@ class TokenLog:
             if row < 0:
                 continue
             part = self._part(row)
-            at = row & ((1 << _BITS[-1]) - 1)
+            at = row & ((1 << BITS[-1]) - 1)
             if at >= part.num_rows:
                 raise TokenLogError(
                     f"row {row} lies beyond its part of the token log: index and log are of different runs"
                 )
-            stored = envelope.decode(part["tokens"][at].as_py(), part[self._user][at].as_py())
+            stored = envelope.from_bytes(part["tokens"][at].as_py(), part[self._user][at].as_py())
             if stored.fingerprint != self.version:
                 raise TokenLogError(f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}")
             if stored.tokens_SD is not None:
@@ -163,7 +164,7 @@ class TokenLog:
         return tokens, has
 
     def _part(self, row: int) -> pa.RecordBatch:
-        number = row >> _BITS[-1]
+        number = row >> BITS[-1]
         if number not in self._open:
             if number not in self._paths:
                 raise TokenLogError(

@@ -3,6 +3,8 @@ at request time.
 
 Exact matches ("bought this before") are hard to learn from embeddings and a few thousand requests, and cheap to say.
 All functions take flat arrays of any number of requests, so one request is served by the code that trained on many.
+
+What is not known is NaN, never a zero: a model is told of each number whether it is there (`modeling/layers/features.py`).
 """
 
 from __future__ import annotations
@@ -12,22 +14,22 @@ import numpy as np
 from feature_repo.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
-VERSION = 2  # raised when a feature of this file changes its meaning: bundles of another version are refused
+VERSION = 3  # raised when a feature of this file changes its meaning: bundles of another version are refused
 MATCH_FEATURES = (
     "match_times",  # log1p: events of the first action with this item
     "match_share",  # the same as a share of the history
     "match_other_times",  # log1p: events of other actions with this item
-    "match_days_ago",  # log1p days since the newest such event; 0 without one
-    "match_events_ago",  # log1p events since the newest such event; 0 without one
-    "value_ratio",  # log: the item's mean value over the user's; 0 where one is unknown
-    "item_other_share",  # other actions among the item's events, such as its return rate
+    "match_days_ago",  # log1p days since the newest such event; NaN without one
+    "match_events_ago",  # log1p events since the newest such event; NaN without one
+    "value_ratio",  # log: the item's mean value over the user's; NaN where one is unknown
+    "item_other_share",  # other actions among the item's events, such as its return rate; NaN without statistics
 )
 USER_FEATURES = (
-    "tenure_days",  # log1p days since the first event; 0 without one
-    "events",  # log1p events to date
+    "tenure_days",  # log1p days since the first event; NaN without one
+    "events",  # log1p events to date; NaN where the user has no statistics, which a new user has not
     "other_share",  # other actions among them, such as the return rate
-    "mean_value",  # squashed mean value of the user's events of the first action
-    "days_ago",  # log1p days since the newest event of all; 0 without one
+    "mean_value",  # squashed mean value of the user's events of the first action; NaN without one
+    "days_ago",  # log1p days since the newest event of all; NaN without one
 )
 CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
 
@@ -54,16 +56,14 @@ def user_features(
         first_event_s: seconds since 1970; with `events` and `other_events` the user's statistics, NaN where there are none.
         mean_value: of the user's events, NaN where there is none.
     """
-    tenure = request_times / MICROS_PER_DAY - np.nan_to_num(first_event_s) / 86_400
-    known = np.isfinite(first_event_s)
-    number = np.nan_to_num(events)
+    tenure = request_times / MICROS_PER_DAY - first_event_s / 86_400
     some = histories.lengths > 0
-    newest = np.zeros(len(request_times))
+    newest = np.full(len(request_times), np.nan)
     newest[some] = (request_times[some] - histories.times[histories.offsets[1:][some] - 1]) / MICROS_PER_DAY
     features = [
-        np.log1p(np.maximum(np.where(known, tenure, 0), 0)),
-        np.log1p(number),
-        np.nan_to_num(other_events) / np.maximum(number, 1),
+        np.log1p(np.maximum(tenure, 0)),
+        np.log1p(events),
+        other_events / np.maximum(events, 1),
         squash(mean_value),
         np.log1p(np.maximum(newest, 0)),
     ]
@@ -111,12 +111,12 @@ def match_features(
     times, newest = matches(np.flatnonzero(primary))
     other_times, _ = matches(np.flatnonzero(~primary))
     seen = newest >= 0
-    days_ago, events_ago = np.zeros(len(wanted)), np.zeros(len(wanted))
+    days_ago, events_ago = np.full(len(wanted), np.nan), np.full(len(wanted), np.nan)
     days_ago[seen] = (request_times[owner[seen]] - histories.times[newest[seen]]) / MICROS_PER_DAY
     events_ago[seen] = histories.offsets[owner[seen] + 1] - newest[seen]
 
     item_events, item_others, item_mean = item_stats
-    both = np.nan_to_num(item_events) + np.nan_to_num(item_others)
+    both = item_events + item_others
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(item_mean) - np.log(user_mean[owner])
     features = [
@@ -125,8 +125,8 @@ def match_features(
         np.log1p(other_times),
         np.log1p(np.maximum(days_ago, 0)),
         np.log1p(events_ago),
-        np.nan_to_num(ratio, nan=0.0, posinf=0.0, neginf=0.0),
-        np.nan_to_num(item_others) / np.maximum(both, 1),
+        np.where(np.isfinite(ratio), ratio, np.nan),
+        item_others / np.maximum(both, 1),
     ]
     return np.stack(features, axis=1).astype(np.float32)
 
@@ -139,6 +139,6 @@ def event_ages(histories: Histories, request_times: np.ndarray) -> np.ndarray:
 
 
 def squash(values: np.ndarray) -> np.ndarray:
-    """A heavy-tailed number made gentle: sign(x) · log1p(|x|), float32; missing (NaN) becomes 0."""
-    finite = np.nan_to_num(np.asarray(values, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    return (np.sign(finite) * np.log1p(np.abs(finite))).astype(np.float32)
+    """A heavy-tailed number made gentle: sign(x) · log1p(|x|), float32; missing (NaN) stays so."""
+    numbers = np.asarray(values, np.float64)
+    return (np.sign(numbers) * np.log1p(np.abs(numbers))).astype(np.float32)

@@ -1,62 +1,150 @@
-"""`python -m modeling train | evaluate | export | compare <recipe>`: options only."""
+"""`python -m modeling train | evaluate | export | compare | bundles | recipes`: options only."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
-DATA_HELP = "a plain sequence file, for next-item recipes; default: the history log of the dataset in force"
+from cyclopts import Parameter
+
+from feature_repo import cli
+from feature_repo.errors import UsageError
+
+app = cli.app(
+    "modeling",
+    """Train, evaluate, export and compare rankers.
+
+    Example: `python -m modeling train vista --set model.width=64`, then `evaluate vista` and `export vista`.""",
+)
+Data = Annotated[Path | None, Parameter(help="a plain sequence file, for next-item recipes; default: the built log")]
+Seed = Annotated[int | None, Parameter(help="seed of weights, dropout and order; default: the recipe's")]
+Epochs = Annotated[int | None, Parameter(help="default: the recipe's")]
+Device = Annotated[str, Parameter(help="where to train, such as cuda")]
+Set = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", help="change a field, such as model.width=64; may be repeated", negative=()),
+]
+DEFAULT = "amortised_dlrm"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, without importing torch or Feast."""
-    made = argparse.ArgumentParser(prog="python -m modeling", description=__doc__)
-    commands = made.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("train", "train a recipe on the built tables; resumes where it stopped"),
-        ("evaluate", "metrics of the trained recipe on the test period, baselines beside it, and a report"),
-        ("export", "write the bundle of the trained recipe and make it live"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("recipe", nargs="?", default="amortised_dlrm", help="default: amortised_dlrm")
-        if name != "export":
-            command.add_argument("--data", type=Path, help=DATA_HELP)
-        if name == "evaluate":
-            command.add_argument("--seed", type=int, help="of a next-item run; default: the recipe's")
-            command.add_argument("--epochs", type=int, help="of a next-item run; default: the recipe's")
-        if name == "train":
-            command.add_argument("--seed", type=int, help="seed of weights, dropout and order; default: the recipe's")
-            command.add_argument("--epochs", type=int, help="default: the recipe's")
-            command.add_argument("--device", default="cpu", help="where to train, such as cuda (default: cpu)")
-        if name == "export":
-            command.add_argument("--not_live", action="store_true", help="record the bundle without making it live")
-    compare = commands.add_parser("compare", help="recipes × seeds side by side: table, plots, page")
-    compare.add_argument("recipe", nargs="+", help="next-item recipes, or ranking recipes")
-    compare.add_argument("--data", type=Path, help=DATA_HELP)
-    compare.add_argument("--seeds", type=int, default=1, help="seeds 1 … N of each recipe (default 1)")
-    compare.add_argument("--epochs", type=int, help="the same number for all; default: each recipe's own")
-    rates_help = "ranking recipes: try each with seed 1, go on with the best on validation"
-    compare.add_argument("--learning_rates", type=float, nargs="+", help=rates_help)
-    compare.add_argument("--device", default="cpu", help="where to train (default: cpu)")
-    compare.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
-    compare.add_argument("--no_scaling", action="store_true", help="leave out speed and memory against length")
-    commands.add_parser("recipes", help="list recipes")
-    return made
+@app.command
+def train(
+    recipe: str = DEFAULT,
+    *,
+    data: Data = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    device: Device = "cpu",
+    changes: Set = (),
+) -> None:
+    """Train a recipe on the built tables; resumes where it stopped."""
+    from modeling import command
+
+    command.run_train(recipe, data, _changes(seed, epochs, changes), device)
+
+
+@app.command
+def evaluate(
+    recipe: str = DEFAULT, *, data: Data = None, seed: Seed = None, epochs: Epochs = None, changes: Set = ()
+) -> None:
+    """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default of the newest run."""
+    from modeling import command
+
+    command.run_evaluate(recipe, data, _changes(seed, epochs, changes))
+
+
+@app.command
+def export(
+    recipe: str = DEFAULT,
+    *,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    changes: Set = (),
+    live: bool = False,
+    not_live: bool = False,
+) -> None:
+    """Write the bundle of an evaluated run; it goes live where it is no worse than the live one and the baselines.
+
+    Args:
+        live: go live whatever the comparison says.
+        not_live: record the bundle without making it live.
+    """
+    from modeling import command
+
+    if live and not_live:
+        raise UsageError("--live and --not_live exclude each other")
+    command.run_export(recipe, _changes(seed, epochs, changes), True if live else False if not_live else None)
+
+
+@app.command
+def bundles(*, promote: str | None = None, rollback: bool = False) -> None:
+    """List bundles with their metrics; make one live, or the one before it again.
+
+    Args:
+        promote: recipe, or digest, of the bundle to make live.
+        rollback: make the bundle live that was so before the present one.
+    """
+    from modeling import command
+
+    if promote and rollback:
+        raise UsageError("--promote and --rollback exclude each other")
+    command.run_bundles(promote, rollback)
+
+
+@app.command
+def compare(
+    recipe: Annotated[tuple[str, ...], Parameter(help="next-item recipes, or ranking recipes")],
+    /,
+    *,
+    data: Data = None,
+    seeds: int = 1,
+    epochs: Epochs = None,
+    learning_rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (),
+    device: Device = "cpu",
+    threads: int = 1,
+    no_scaling: bool = False,
+) -> None:
+    """Recipes × seeds side by side: table, plots, page.
+
+    Args:
+        seeds: seeds 1 … N of each recipe.
+        learning_rates: ranking recipes: try each with seed 1, go on with the best on validation.
+        threads: of torch.
+        no_scaling: leave out speed and memory against length.
+    """
+    from modeling import command
+
+    for name, value in (("seeds", seeds), ("threads", threads)):
+        if value < 1:
+            raise UsageError(f"--{name} expects 1 or more, not {value}")
+    command.run_compare(
+        command.Comparison(recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling)
+    )
+
+
+@app.command
+def recipes() -> None:
+    """List recipes."""
+    from modeling import recipes as found
+
+    for name, function in sorted(found.all_recipes().items()):
+        print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
+
+
+def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...]) -> Any:
+    from modeling.changes import Changes
+
+    if seed is not None and seed < 0:
+        raise UsageError(f"--seed expects 0 or more, not {seed}")
+    if epochs is not None and epochs < 1:
+        raise UsageError(f"--epochs expects 1 or more, not {epochs}")
+    return Changes(seed, epochs, assignments)
 
 
 def main() -> int:
     """Dispatch."""
-    arguments = parser().parse_args()
-    if arguments.command == "recipes":
-        from modeling import recipes
-
-        for name, function in sorted(recipes.all_recipes().items()):
-            print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
-        return 0
-    from modeling.command import run_command
-
-    return run_command(arguments)
+    return cli.run(app)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Batch: the typed tensors that every model takes, and how stored columns become them.
 
-Training and serving both go `Requests → encode → collate → Batch`; there is no second path.
+Training and serving both go `RequestColumns → featurise → collate → Batch`; there is no second path.
 Shape letters: B requests, L history, C candidates, E event features, U user and context fields, G dense user
 features, K item category slots, F dense candidate features, T tasks.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from feature_repo.history import Histories
-from feature_repo.schema import NUM_HISTORY_ONLINE, Contract, DType
+from feature_repo.key_index import KeyIndex
+from feature_repo.schema import Contract, DType
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
     MATCH_FEATURES,
@@ -33,6 +35,7 @@ from feature_repo.transforms import (
 GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 NOT_EVENTS = ("field_BU", "dense_BG", "tokens_BSX", "has_tokens_B")  # fields of UserInputs that have no history axis
+UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
 MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
 
 
@@ -60,7 +63,7 @@ class UserInputs(_Tensors):
     event_BLE: Tensor  # float32 event features
     mask_BL: Tensor  # bool, True where there is an event
     field_BU: Tensor  # int64 user and context fields
-    dense_BG: Tensor  # float32 user features
+    dense_BG: Tensor  # float32 user features; NaN where one is not known
     tokens_BSX: Tensor | None = None  # float32 summary tokens from a store, zeros where a user has none
     has_tokens_B: Tensor | None = None  # bool
 
@@ -76,7 +79,7 @@ class Candidates(_Tensors):
 
     item_BC: Tensor  # int64 vocabulary index
     category_BCK: Tensor  # int64 category slots, 0 where empty
-    dense_BCF: Tensor  # float32 item statistics and match features
+    dense_BCF: Tensor  # float32 item statistics and match features; NaN where one is not known
     mask_BC: Tensor  # bool, True where there is a candidate
 
     def select(self, index: Tensor | slice) -> Candidates:
@@ -121,17 +124,13 @@ class Vocabulary:
         """Embedding rows: the values and one for the unknown."""
         return len(self.values) + 1
 
-    def encode(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    @cached_property
+    def _index(self) -> KeyIndex:
+        return KeyIndex(self.values)
+
+    def indices_of(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Indices of a column's values, int64."""
-        if isinstance(column, pa.ChunkedArray):
-            column = column.combine_chunks()
-        if column.type != self.values.type:
-            column = column.cast(self.values.type)
-        return (
-            pc.add(pc.fill_null(pc.index_in(column, self.values), -1), 1)
-            .to_numpy(zero_copy_only=False)
-            .astype(np.int64)
-        )
+        return self._index.places(column) + 1
 
     @staticmethod
     def of(column: pa.Array | pa.ChunkedArray, min_count: int = 1) -> Vocabulary:
@@ -142,7 +141,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Requests:
+class RequestColumns:
     """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b], candidate_offsets[b + 1])`.
 
     `items` lists item ids by item key; `candidate_keys` and the histories' `item_keys` index it.
@@ -193,7 +192,7 @@ class Encoder:
     Args:
         contract: the dataset's contract.
         vocabularies: by column name; the item id's is under the item's join key.
-        history_length: events that the model reads; match features read up to `NUM_HISTORY_ONLINE`.
+        history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
     """
 
@@ -224,6 +223,50 @@ class Encoder:
         """Names of the dense candidate features, in order."""
         return (*self.stat_columns, *MATCH_FEATURES)
 
+    @cached_property
+    def unknown_dense(self) -> np.ndarray:
+        """Dense features of an item that nobody knows: no statistics, and no event of the user's with it."""
+        values = np.full(len(self.dense_names), np.nan, np.float32)
+        for name in ("match_times", "match_share", "match_other_times"):
+            values[self.dense_names.index(name)] = 0
+        return values
+
+    def unknown_candidates(self, encoded: Encoded) -> Encoded:
+        """The same requests, each with one candidate that nobody knows."""
+        number = len(encoded)
+        return replace(
+            encoded,
+            candidate_offsets=np.arange(number + 1),
+            candidate_item=np.zeros(number, np.int64),
+            candidate_category=np.zeros((number, encoded.candidate_category.shape[1]), np.int32),
+            candidate_dense=np.tile(self.unknown_dense, (number, 1)),
+            labels=np.zeros(number, np.float32),
+        )
+
+    def hide(self, batch: Batch, share: float, rng: np.random.Generator) -> Batch:
+        """A batch in which a share of the candidates is unknown, and as large a share has lost its statistics alone.
+
+        What is missing at request time, such as an item that is new or a store that was emptied, is thereby seen in
+        training, and is scored by a prior: positives become unknown half as often as negatives (`UNKNOWN_PRIOR`), so that
+        an item of which nothing is known ranks below what is known of the average candidate.
+        """
+        candidates = batch.candidates
+        device, shape = candidates.item_BC.device, tuple(candidates.item_BC.shape)
+        draw = torch.from_numpy(rng.random(shape, np.float32)).to(device)
+        chance = torch.where(batch.labels_BCT[..., 0] > 0, share * UNKNOWN_PRIOR, share)
+        unknown, bare = draw < chance, draw > 1 - share
+        of_item = [*self.stat_columns, "value_ratio", "item_other_share"]
+        column = torch.tensor([name in of_item for name in self.dense_names], device=device)
+        nothing = torch.from_numpy(self.unknown_dense).to(device)
+        dense = candidates.dense_BCF.masked_fill(bare[..., None] & column, torch.nan)
+        hidden = replace(
+            candidates,
+            item_BC=candidates.item_BC.masked_fill(unknown, 0),
+            category_BCK=candidates.category_BCK.masked_fill(unknown[..., None], 0),
+            dense_BCF=torch.where(unknown[..., None], nothing, dense),
+        )
+        return replace(batch, candidates=hidden)
+
     @property
     def sizes(self) -> FeatureSizes:
         """What a model must be built for."""
@@ -241,10 +284,10 @@ class Encoder:
             tokens=self.tokens,
         )
 
-    def encode(self, requests: Requests, chunk: int = 1024) -> Encoded:
+    def featurise(self, requests: RequestColumns, chunk: int = 1024) -> Encoded:
         """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they are never all in memory."""
         number = len(requests)
-        named = [self.vocabularies[name].encode(requests.user_columns[name]) for name in self.user_fields]
+        named = [self.vocabularies[name].indices_of(requests.user_columns[name]) for name in self.user_fields]
         fields_BU = np.concatenate(
             [np.array(named, np.int64).reshape(len(named), number).T, context_fields(requests.times)], 1
         )
@@ -258,7 +301,7 @@ class Encoder:
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
-            histories = requests.gather(chosen, NUM_HISTORY_ONLINE)
+            histories = requests.gather(chosen, self.contract.spec.num_history_online)
             within = offsets[start : chosen[-1] + 2] - first
             times, (first_event, events, others, mean) = requests.times[chosen], (s[chosen] for s in user_stats)
             count, other, item_mean = (s[first:last] for s in item_stats)
@@ -266,7 +309,7 @@ class Encoder:
                 histories, within, keys[first:last], times, (count, other, item_mean), mean
             )
             dense_BG[chosen] = user_features(histories, times, first_event, events, others, mean)
-        item_of_key = self.vocabularies[self.item_key].encode(requests.items)
+        item_of_key = self.vocabularies[self.item_key].indices_of(requests.items)
         return Encoded(
             times=requests.times,
             field_BU=fields_BU,
@@ -346,19 +389,19 @@ class Encoder:
             dense_BG=torch.from_numpy(dense_BG),
         )
 
-    def _categories(self, requests: Requests) -> np.ndarray:
+    def _categories(self, requests: RequestColumns) -> np.ndarray:
         columns = []
         for name, slots in zip(self.categories, self._slots, strict=True):
             values, vocabulary = requests.candidate_columns[name], self.vocabularies[name]
             if isinstance(values, pa.ChunkedArray):
                 values = values.combine_chunks()
             if slots == 1:
-                columns.append(vocabulary.encode(values)[:, None])
+                columns.append(vocabulary.indices_of(values)[:, None])
                 continue
             lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
             mask = np.arange(slots) < lengths[:, None]
             out = np.zeros(mask.shape, np.int64)
-            flat = vocabulary.encode(pc.list_flatten(values))
+            flat = vocabulary.indices_of(pc.list_flatten(values))
             out[mask] = flat[_within(lengths) < slots]
             columns.append(out)
         total = len(requests.candidate_keys)
@@ -381,7 +424,7 @@ class _Padder:
 
 def _floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A number column as float64, NaN where it is null."""
-    return pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    return pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(zero_copy_only=False)
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:

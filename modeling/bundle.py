@@ -1,7 +1,8 @@
 """Bundle: all that serving reads of a run, in one folder, named by its digest.
 
 `weights.safetensors`, `vocabularies.json`, and `bundle.json`, which holds the config, the feature services, the
-contract's fingerprint, the metrics and the sha256 of every file. The bundle's digest is the sha256 of `bundle.json`.
+contract that it was trained under, the metrics and the sha256 of every file. A bundle is served under its own contract,
+for as long as the one in force has all that it reads. The bundle's digest is the sha256 of `bundle.json`.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from feature_repo import schema
 from feature_repo.arrow import arrow_type
-from feature_repo.schema import Contract, DType
+from feature_repo.errors import ExpectedError
+from feature_repo.schema import Contract, DType, lacks, plain, spec_of
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
 from modeling.batch import Encoder, Vocabulary
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
-from modeling.summary import token_fingerprint
+from modeling.token_identity import token_fingerprint
 
-LAYOUT = 1
+LAYOUT = 2
 ENTRIES = (
     "dataset",
+    "contract",
     "fingerprint",
     "recipe",
     "model",
@@ -44,7 +49,7 @@ ENTRIES = (
 FILES = ("weights.safetensors", "vocabularies.json")
 
 
-class BundleError(ValueError):
+class BundleError(ExpectedError, ValueError):
     """A bundle that must not be served; the message says why."""
 
 
@@ -108,6 +113,7 @@ def export(
     manifest = {
         "layout": LAYOUT,
         "dataset": contract.spec.name,
+        "contract": plain(contract.spec),
         "fingerprint": contract.fingerprint,
         "recipe": recipe.name,
         "model": recipe.model,
@@ -137,7 +143,7 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     """Check a bundle and load it.
 
     Args:
-        contract: the one in force; the bundle must have been trained under it.
+        contract: the one in force; it must have all that the bundle's own has.
         expected_digest: what the catalogue says; a bundle of another digest is refused.
 
     Raises:
@@ -163,9 +169,11 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         raise BundleError(f"{file} lacks {missing}: export it again")
     if manifest["dataset"] != contract.spec.name:
         raise BundleError(f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}")
-    if manifest["fingerprint"] != contract.fingerprint:
+    own = contract_of(path, manifest)
+    if lacking := lacks(own, contract):
         raise BundleError(
-            f"{path} was trained under contract {manifest['fingerprint']}, this is {contract.fingerprint}: train and export again"
+            f"{path} was trained under contract {manifest['fingerprint']}; the one in force, {contract.fingerprint}, has no "
+            f"{', '.join(lacking)}: train and export again"
         )
     if set(manifest["files"]) != set(FILES):
         raise BundleError(f"{path}: bundle.json lists files {sorted(manifest['files'])}, a bundle has {sorted(FILES)}")
@@ -176,15 +184,18 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
             raise BundleError(
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
-    vocabularies = read_vocabularies(contract, path / "vocabularies.json")
+    vocabularies = read_vocabularies(own, path / "vocabularies.json")
     tokens = manifest["tokens"] or {"made_here": True, "version": None}
     read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
-    encoder = Encoder(contract, vocabularies, manifest["history_length"], read)
+    encoder = Encoder(own, vocabularies, manifest["history_length"], read)
     features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
     if (trained := {name: manifest[name] for name in features}) != features:
         raise BundleError(f"{path} was trained on {trained}, this version computes {features}: train and export again")
     model = models.build(manifest["model"], manifest["config"], encoder.sizes)
-    weights = load_file(path / "weights.safetensors")
+    try:
+        weights = load_file(path / "weights.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path}: weights.safetensors cannot be read: {error}") from error
     if bad := sorted(
         name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ):
@@ -199,6 +210,24 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
             f"{path} says that it makes tokens of version {tokens['version']}, this code makes {made}: export it again"
         )
     return Bundle(digest, path, manifest, model.eval(), encoder)
+
+
+def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:
+    """The contract that a bundle was trained under, as it carries it.
+
+    Raises:
+        BundleError: it is none, or not the one whose fingerprint stands beside it.
+    """
+    try:
+        own = schema.contract(spec_of(manifest["contract"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{path}: bundle.json holds no contract that this version reads: {error}") from error
+    if own.fingerprint != manifest["fingerprint"]:
+        raise BundleError(
+            f"{path}: bundle.json holds contract {own.fingerprint} and says that it is {manifest['fingerprint']}: changed, or "
+            "made by another version; train and export again"
+        )
+    return own
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

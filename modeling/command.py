@@ -1,21 +1,23 @@
-"""What `python -m modeling` does once its flags are read. Each stage knows whether it is up to date and says so."""
+"""What `python -m modeling` does once its options are read. Each stage knows whether it is up to date and says so."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_repo import datasets
 from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
+from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
-from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import recipes
+from modeling.changes import Changes, changed
 from modeling.console import console, print_table
+from modeling.errors import DataError, NotTrainedError, RecipeError, RunError
 from modeling.recipes import NextItemRecipe, Recipe
+from modeling.registry import training_code
 
 if TYPE_CHECKING:
     from modeling.batch import Encoder
@@ -23,12 +25,17 @@ if TYPE_CHECKING:
     from modeling.models.base import Ranker
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
+NEWEST = "newest.json"  # beside a recipe's runs: what the last training was asked for
 Tokens = tuple[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A recipe on the tables in force: where it is kept and what it depends on."""
+class TrainingRun:
+    """A recipe on the tables in force: where it is kept and what it depends on.
+
+    Runs of a recipe stand side by side, each in a folder named by its identity: recipe with all its fields, tables,
+    contract, and the code that trains.
+    """
 
     settings: Settings
     recipe: Recipe
@@ -42,280 +49,416 @@ class Run:
         path = self.folder / "run.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
+    @property
+    def evaluation_identity(self) -> str:
+        """The run, and the code that evaluates it."""
+        return digest_of([self.identity, code_digest("modeling.evaluate")])
 
-def run_command(arguments: argparse.Namespace) -> int:
-    """Run one stage. Returns the exit code: 0 done or up to date, 1 refused with a reason."""
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` is asked for; see its help."""
+
+    recipes: tuple[str, ...]
+    data: Path | None = None
+    seeds: int = 1
+    epochs: int | None = None
+    learning_rates: tuple[float, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
+    scaling: bool = True
+
+
+def run_train(name: str, data: Path | None, changes: Changes, device: str) -> None:
+    """Train a recipe to its end."""
     settings = Settings.from_env()
-    try:
-        if arguments.command == "compare":
-            kinds = {type(recipes.load(name)) for name in arguments.recipe}
-            if kinds == {Recipe}:
-                if arguments.data is not None:
-                    raise ValueError(
-                        f"--data is for next-item recipes; ranking reads the tables of dataset {settings.dataset}"
-                    )
-                from modeling.ranking import compare
-            else:
-                from modeling.comparison import compare
-            compare(settings, arguments)
-            return 0
-        recipe = recipes.load(arguments.recipe)
-        if isinstance(recipe, NextItemRecipe):
-            run_next_item(settings, recipe, arguments)
-            return 0
-        changes = {name: value for name in ("seed", "epochs") if (value := getattr(arguments, name, None)) is not None}
-        if getattr(arguments, "data", None) is not None:
-            raise ValueError(
-                f"--data is for next-item recipes; {recipe.name} ranks from the tables of dataset {settings.dataset}"
-            )
-        run = open_run(settings, replace(recipe, training=replace(recipe.training, **changes)))
-        catalogue = Catalogue(settings.catalogue_url)
-        if arguments.command == "train":
-            train(run, catalogue, arguments.device)
-        elif arguments.command == "evaluate":
-            evaluate(trained(run), catalogue)
-        else:
-            export(trained(run), catalogue, live=not arguments.not_live)
-    except (ValueError, LookupError, FileNotFoundError, ArithmeticError, RuntimeError) as error:
-        console.print(f"{arguments.command}: {error}", style="red", highlight=False, markup=False)
-        return 1
-    return 0
+    recipe = changed(recipes.load(name), changes)
+    if isinstance(recipe, NextItemRecipe):
+        train_next_item(settings, recipe, data, changes, device)
+        return
+    _refuse_data(recipe, data, settings)
+    run = open_run(settings, recipe)
+    train(run, Catalogue(settings.catalogue_url), device)
+    draft = run.folder.parent / f".{NEWEST}.draft"
+    draft.write_text(json.dumps(asdict(changes)))
+    draft.replace(run.folder.parent / NEWEST)
 
 
-def run_next_item(settings: Settings, recipe: NextItemRecipe, arguments: argparse.Namespace) -> None:
-    """Train a next-item recipe and show its test metrics, or show those of a finished run.
+def run_evaluate(name: str, data: Path | None, changes: Changes) -> None:
+    """Metrics of a trained recipe."""
+    settings = Settings.from_env()
+    recipe = recipes.load(name)
+    if isinstance(recipe, NextItemRecipe):
+        show_next_item(settings, changed(recipe, changes), data, changes)
+        return
+    _refuse_data(recipe, data, settings)
+    evaluate(trained_run(settings, recipe, changes), Catalogue(settings.catalogue_url))
+
+
+def run_export(name: str, changes: Changes, live: bool | None) -> None:
+    """Write the bundle of an evaluated run.
 
     Raises:
-        ValueError: an export was asked for, or metrics of a run that is not finished.
+        RecipeError: a next-item recipe, which nothing serves.
     """
-    from modeling.comparison import metric_lines
-    from modeling.next_item import finished, open_source, train_and_evaluate, variant
-
-    if arguments.command == "export":
-        raise ValueError(
+    settings = Settings.from_env()
+    recipe = recipes.load(name)
+    if isinstance(recipe, NextItemRecipe):
+        raise RecipeError(
             f"{recipe.name} is a next-item recipe: its items are those of a log, not of a feature service, so there is nothing to serve"
         )
-    source = open_source(settings, arguments.data)
-    seed = recipe.training.seed if arguments.seed is None else arguments.seed
-    recipe = variant(recipe, seed, arguments.epochs)
+    export(trained_run(settings, recipe, changes), Catalogue(settings.catalogue_url), live=live)
+
+
+def run_bundles(promote: str | None, rollback: bool) -> None:
+    """List bundles; make one live."""
+    settings = Settings.from_env()
+    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    if promote is not None:
+        catalogue.set_live(dataset, catalogue.bundle(dataset, promote).digest)
+    if rollback:
+        catalogue.set_live(dataset, catalogue.live_before(dataset).digest)
+    live = next((row.digest for row in catalogue.bundles(dataset) if _is_live(catalogue, dataset, row.digest)), None)
+    rows = [["bundle", "state", "ndcg@10", "gauc", "exported"]]
+    for row in catalogue.bundles(dataset):
+        held = catalogue.held_back(dataset, row.digest)
+        state = "live" if row.digest == live else f"held back: {held}" if held else "recorded"
+        figures = [f"{row.metrics[name]['value']:.4f}" if name in row.metrics else "–" for name in ("ndcg@10", "gauc")]
+        rows.append([f"{row.recipe}@{row.digest[:12]}", state, *figures, f"{row.created_at:%Y-%m-%d %H:%M}"])
+    if len(rows) == 1:
+        console.print(f"no bundle of {dataset!r} yet: run `python -m modeling train`, `evaluate` and `export`")
+        return
+    print_table(rows)
+
+
+def run_compare(asked: Comparison) -> None:
+    """Recipes × seeds side by side.
+
+    Raises:
+        RecipeError: recipes of two kinds, or options of the other kind.
+    """
+    settings = Settings.from_env()
+    if {type(recipes.load(name)) for name in asked.recipes} == {Recipe}:
+        if asked.data is not None:
+            raise RecipeError(
+                f"--data is for next-item recipes; ranking reads the tables of dataset {settings.dataset}"
+            )
+        from modeling.ranking import compare
+    else:
+        from modeling.comparison import compare
+    compare(settings, asked)
+
+
+def _refuse_data(recipe: Recipe, data: Path | None, settings: Settings) -> None:
+    if data is not None:
+        raise RecipeError(
+            f"--data is for next-item recipes; {recipe.name} ranks from the tables of dataset {settings.dataset}"
+        )
+
+
+def train_next_item(
+    settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes, device: str
+) -> None:
+    """Train a next-item recipe, or say that it was, and show its test metrics."""
+    from modeling.comparison import metric_lines
+    from modeling.next_item import finished, named, open_source, train_and_evaluate
+
+    source, recipe = open_source(settings, data), named(recipe, changes.epochs)
     result = finished(source, recipe)
-    if arguments.command == "train":
-        state = "up to date" if result else source.describe()
-        console.print(f"train {recipe.name}: {state}", highlight=False)
-        result = result or train_and_evaluate(source, recipe, arguments.device)
-    elif result is None:
-        raise ValueError(f"{recipe.name} with seed {seed} is not trained to its end on {source.title}: train it first")
+    console.print(f"train {recipe.name}: {'up to date' if result else source.describe()}", highlight=False)
+    result = result or train_and_evaluate(source, recipe, device)
     console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
     print_table(metric_lines(result))
 
 
-def open_run(settings: Settings, recipe: Recipe) -> Run:
-    """The run of a recipe on the tables in force."""
-    ids = {}
-    for job in TABLES:
-        ids[job] = JobFolder(settings.home, job).require().run_id
+def show_next_item(settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes) -> None:
+    """Test metrics of a finished next-item run.
+
+    Raises:
+        NotTrainedError: it is not finished.
+    """
+    from modeling.comparison import metric_lines
+    from modeling.next_item import finished, named, open_source
+
+    source, recipe = open_source(settings, data), named(recipe, changes.epochs)
+    result = finished(source, recipe)
+    if result is None:
+        seed = recipe.training.seed
+        raise NotTrainedError(
+            f"{recipe.name} with seed {seed} is not trained to its end on {source.title}: train it first"
+        )
+    console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
+    print_table(metric_lines(result))
+
+
+def open_run(settings: Settings, recipe: Recipe) -> TrainingRun:
+    """The run of a recipe on the tables in force.
+
+    Raises:
+        TableNotBuiltError: a Beam job has not run.
+        StaleTableError: one ran under another contract.
+    """
+    contract = datasets.load_contract(settings.dataset)
+    ids = {job: JobFolder(settings.home, job).require(contract).run_id for job in TABLES}
     tokens = None
     if recipe.tokens is not None:
         made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
         tokens = (made.fingerprint, (made.num_tokens, made.width))
-        ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require().run_id
-    identity = digest_of(
-        [asdict(recipe), ids, tokens, datasets.load_contract(settings.dataset).fingerprint, TRANSFORMS_VERSION]
-    )
-    return Run(settings, recipe, identity, settings.path("runs", recipe.name), tokens)
+        ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require(contract).run_id
+    identity = digest_of([asdict(recipe), ids, tokens, contract.fingerprint, training_code(recipe, settings.dataset)])
+    return TrainingRun(settings, recipe, identity, settings.path("runs", recipe.name, identity), tokens)
 
 
-def trained(run: Run) -> Run:
-    """The run as it was trained, seed and epochs included.
+def trained_run(settings: Settings, recipe: Recipe, changes: Changes) -> TrainingRun:
+    """The finished run of these changes; where there are none, of those that the last training was asked for.
 
     Raises:
-        FileNotFoundError: it was not trained to its end on the tables in force.
+        NotTrainedError: there is none on the tables in force.
     """
-    if not run.state:
-        raise FileNotFoundError(
-            f"{run.recipe.name} is not trained: run `python -m modeling train {run.recipe.name}` first"
-        )
-    as_trained = open_run(run.settings, replace(run.recipe, training=recipes.Training(**run.state["training"])))
-    if run.state["identity"] != as_trained.identity:
-        raise FileNotFoundError(
-            f"{run.recipe.name} was trained on other tables or another recipe: run `python -m modeling train {run.recipe.name}` again"
-        )
-    return as_trained
+    newest = settings.path("runs", recipe.name, NEWEST)
+    if changes == Changes() and newest.exists():
+        stored = json.loads(newest.read_text())
+        changes = Changes(stored["seed"], stored["epochs"], tuple(stored["assignments"]))
+    return trained(open_run(settings, changed(recipe, changes)))
 
 
-def train(run: Run, catalogue: Catalogue, device: str = "cpu") -> None:
-    """Train to the end, from the newest checkpoint."""
-    settings, recipe = run.settings, run.recipe
+def trained(run: TrainingRun) -> TrainingRun:
+    """The run, if it was trained to its end.
+
+    Raises:
+        NotTrainedError: it was not.
+    """
     if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
-        console.print(f"train {recipe.name}: up to date (run {run.identity})", highlight=False)
-        return
+        return run
+    name = run.recipe.name
+    others = [f for f in run.folder.parent.glob("*/run.json") if f.parent != run.folder]
+    why = " on these tables, with this code and these settings, though it was on others" if others else ""
+    raise NotTrainedError(f"{name} is not trained{why}: run `python -m modeling train {name}` first")
+
+
+def train(run: TrainingRun, catalogue: Catalogue, device: str = "cpu") -> None:
+    """Train to the end, from the newest checkpoint.
+
+    Raises:
+        RunError: another process trains this very run.
+    """
+    from modeling.trainer import locked_run
+
+    with locked_run(run.folder):
+        if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
+            console.print(f"train {run.recipe.name}: up to date (run {run.identity})", highlight=False)
+            return
+        with catalogue.stage(run.settings.dataset, f"train {run.recipe.name}", run.identity) as stage:
+            stage.details = summary = _train(run, device)
+    best = summary["best_validation_ndcg@10"]
+    console.print(
+        f"train {run.recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps",
+        highlight=False,
+    )
+
+
+def _train(run: TrainingRun, device: str) -> dict[str, Any]:
     from modeling.batch import Encoder
     from modeling.bundle import write_vocabularies
     from modeling.dataset import vocabularies
     from modeling.ranking import build_model
     from modeling.trainer import Trainer
 
-    with catalogue.stage(settings.dataset, f"train {recipe.name}", run.identity) as stage:
-        console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
-        store, warehouse = _stores(settings)
-        split, validation = (
-            warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation")
-        )
-        refuse_unless_trainable(warehouse, split, validation, recipe)
-        refuse_if_rebuilt(run)
-        encoder = Encoder(
-            warehouse.contract,
-            vocabularies(warehouse.contract, split, recipe.min_item_count),
-            recipe.history_length,
-            run.tokens[1] if run.tokens else (0, 0),
-        )
-        encoded, encoded_validation = encoder.encode(split.requests), encoder.encode(validation.requests)
-        console.print(
-            f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False
-        )
-        model = build_model(recipe, encoder, encoded)
-        trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
-        summary = trainer.fit(encoded, encoded_validation)
-        write_vocabularies(encoder, run.folder / "vocabularies.json")
-        draft = run.folder / ".run.draft"
-        draft.write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
-        draft.replace(run.folder / "run.json")
-        stage.details = summary
-    best = summary["best_validation_ndcg@10"]
-    console.print(
-        f"train {recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps",
-        highlight=False,
+    recipe = run.recipe
+    # 1. Features as of each request.
+    console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
+    store, warehouse = _stores(run.settings)
+    split, validation = (warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation"))
+    refuse_unless_trainable(warehouse, split, validation)
+    refuse_if_rebuilt(run)
+    # 2. As numbers.
+    encoder = Encoder(
+        warehouse.contract,
+        vocabularies(warehouse.contract, split, recipe.min_item_count),
+        recipe.history_length,
+        run.tokens[1] if run.tokens else (0, 0),
     )
+    encoded, encoded_validation = encoder.featurise(split.requests), encoder.featurise(validation.requests)
+    console.print(
+        f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False
+    )
+    # 3. The run, then what says that it is finished.
+    model = build_model(recipe, encoder, encoded)
+    trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
+    summary = trainer.fit(encoded, encoded_validation)
+    write_vocabularies(encoder, run.folder / "vocabularies.json")
+    draft = run.folder / ".run.draft"
+    draft.write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
+    draft.replace(run.folder / "run.json")
+    return summary
 
 
-def refuse_unless_trainable(warehouse: Warehouse, train: Split, validation: Split, recipe: Recipe) -> None:
+def refuse_unless_trainable(warehouse: Warehouse, train: Split, validation: Split) -> None:
     """Refuse periods from which nothing can be learned or chosen.
 
     Raises:
-        ValueError: a period has no request with a positive, or there are no epochs.
+        DataError: a period has no request with a positive.
     """
     from modeling.dataset import refuse_without_positives
 
     for name, split in (("train", train), ("validation", validation)):
         refuse_without_positives(warehouse.contract, name, split)
-    if recipe.training.epochs < 1:
-        raise ValueError(f"epochs must be 1 or more, not {recipe.training.epochs}")
 
 
-def refuse_if_rebuilt(run: Run) -> None:
+def refuse_if_rebuilt(run: TrainingRun) -> None:
     """Refuse to go on with tables that a Beam job replaced while they were read.
 
     Raises:
-        RuntimeError: the tables are no longer those that the run was opened on.
+        RunError: the tables are no longer those that the run was opened on.
     """
     if open_run(run.settings, run.recipe).identity != run.identity:
-        raise RuntimeError("tables were rebuilt while they were read: run the same command again")
+        raise RunError("tables were rebuilt while they were read: run the same command again")
 
 
-def evaluate(run: Run, catalogue: Catalogue) -> None:
+def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
     """Metrics on the test period, baselines, report."""
-    from modeling.evaluate import contract_line, metric_rows, read, unbeaten, write
+    from modeling.evaluate import contract_line, metric_rows, read, unbeaten, unknown_line, write
 
-    report = run.folder / "report.html"
-    if not (
-        (run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == run.identity and report.exists()
-    ):
+    report, identity = run.folder / "report.html", run.evaluation_identity
+    done = (run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == identity and report.exists()
+    if not done:
+        from modeling.dataset import refuse_without_positives
         from modeling.evaluate import evaluate_run
         from modeling.report import write_report
 
         with (
-            catalogue.stage(run.settings.dataset, f"evaluate {run.recipe.name}", run.identity) as stage,
+            catalogue.stage(run.settings.dataset, f"evaluate {run.recipe.name}", identity) as stage,
             console.status("evaluate: joining, scoring, bootstrapping"),
         ):
             store, warehouse = _stores(run.settings)
             model, encoder = _load_trained(run)
             test = warehouse.split(store, run.recipe.service, "test", run.tokens)
+            refuse_without_positives(warehouse.contract, "test", test)
             refuse_if_rebuilt(run)
-            found, figures = evaluate_run(model, encoder, test)
-            counts = {"requests": len(test.requests), "candidates": len(test.requests.candidate_keys)}
-            write(run.folder, run.identity, found, figures, counts)
+            found = evaluate_run(model, encoder, test)
+            write(run.folder, identity, found)
             evaluation = read(run.folder)
-            write_report(
-                run.folder,
-                f"{run.recipe.name} on {warehouse.contract.spec.title}",
-                contract_line(warehouse.contract, counts),
-                evaluation,
-            )
-            stage.details = {"metrics": evaluation["metrics"], "counts": counts, "report": str(report)}
+            title = f"{run.recipe.name} on {warehouse.contract.spec.title}"
+            write_report(run.folder, title, contract_line(warehouse.contract, evaluation["counts"]), evaluation)
+            stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {"report": str(report)}
     else:
         console.print(f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False)
         evaluation = read(run.folder)
     contract = datasets.load_contract(run.settings.dataset)
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
     print_table(metric_rows(evaluation["metrics"]))
+    console.print(unknown_line(evaluation["unknown"]), highlight=False)
     for row in unbeaten(evaluation["metrics"]):
         console.print(f"  not beaten with separate intervals: {row}", style="yellow", highlight=False)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
-def export(run: Run, catalogue: Catalogue, *, live: bool) -> None:
-    """Write the bundle, record it, make it live."""
+def export(run: TrainingRun, catalogue: Catalogue, *, live: bool | None) -> None:
+    """Write the bundle and record it; make it live.
+
+    Args:
+        live: True: whatever the comparison says; False: not at all; None: where it is no worse than the live bundle and
+            the baselines (`promotion.py`).
+
+    Raises:
+        NotTrainedError: the run was not evaluated.
+        DataError: it reads more events than are kept online.
+    """
+    from modeling import promotion
     from modeling.evaluate import read
 
     evaluation = read(run.folder)
-    if evaluation["identity"] != run.identity:
-        raise FileNotFoundError(
-            f"{run.recipe.name} was evaluated on another run: run `python -m modeling evaluate {run.recipe.name}` again"
+    if evaluation["identity"] != run.evaluation_identity:
+        raise NotTrainedError(
+            f"{run.recipe.name} was evaluated by other code: run `python -m modeling evaluate {run.recipe.name}` again"
         )
-    dataset = run.settings.dataset
-    last = catalogue.last_run(dataset, f"export {run.recipe.name}")
-    if (
-        last
-        and last.inputs == run.identity
-        and Path(last.details["path"], "bundle.json").exists()
-        and (
-            not live
-            or _is_live(catalogue, dataset, last.details["digest"])
-            or _waits(catalogue, dataset, last.details["digest"])
+    refuse_longer_than_kept(run)
+    dataset, name = run.settings.dataset, run.recipe.name
+    test = promotion.test_key(run.settings)
+    row = _exported(run, catalogue)
+    if row is None:
+        with catalogue.stage(dataset, f"export {name}", run.identity) as stage, console.status("export"):
+            stage.details = row = _write_bundle(run, catalogue, evaluation)
+    else:
+        console.print(f"export {name}: up to date ({name}@{row['digest'][:12]})", highlight=False)
+    digest = row["digest"]
+    reasons = promotion.reasons_against(evaluation, catalogue.live_or_none(dataset), catalogue, digest, test)
+    catalogue.note_comparison(digest, test, "; ".join(reasons.hold) if live is None else "")
+    for reason in reasons.warn:
+        console.print(f"  {reason}", style="yellow", highlight=False)
+    state = _go_live(run, catalogue, digest, live, reasons.hold)
+    path = run.settings.path(row["path"])
+    console.print(f"export {name}: {name}@{digest[:12]} is {state} ({path})", highlight=False, soft_wrap=True)
+
+
+def _go_live(run: TrainingRun, catalogue: Catalogue, digest: str, live: bool | None, held: list[str]) -> str:
+    """Make a bundle live unless something speaks against it. Returns the state that it is in."""
+    dataset, name = run.settings.dataset, run.recipe.name
+    if _is_live(catalogue, dataset, digest):
+        return "live"
+    if live is False:
+        return "recorded, not live"
+    if live is None and held:
+        return f"recorded, not live: {'; '.join(held)}. `python -m modeling bundles --promote {name}` makes it live all the same"
+    if not _waits(catalogue, dataset, digest):
+        catalogue.set_live(dataset, digest)
+        return "live"
+    if run.tokens is None:
+        return f"live once its summary tokens are there: python -m beam_jobs summary_tokens --bundle {name}"
+    return "recorded, not live: too few users have the summary tokens that it reads"
+
+
+def refuse_longer_than_kept(run: TrainingRun) -> None:
+    """Refuse a ranker that would be served shorter histories than it was trained on.
+
+    Raises:
+        DataError: its recipe reads more events than are kept online.
+    """
+    kept, read = datasets.load_contract(run.settings.dataset).spec.num_history_online, run.recipe.history_length
+    if read > kept:
+        raise DataError(
+            f"{run.recipe.name} reads {read:,} events of a history, online are kept {kept:,}: it would rank from less than it "
+            f"was trained on. Set num_history_online={read} in feature_repo/datasets/{run.settings.dataset}.py and build again, "
+            "or choose a shorter history_length"
         )
-    ):
-        console.print(
-            f"export {run.recipe.name}: up to date ({run.recipe.name}@{last.details['digest'][:12]})", highlight=False
-        )
-        return
+
+
+def _exported(run: TrainingRun, catalogue: Catalogue) -> dict[str, Any] | None:
+    """Digest and path of the run's bundle, where there is one already."""
+    last = catalogue.last_run(run.settings.dataset, f"export {run.recipe.name}")
+    if last is None or last.inputs != run.identity:
+        return None
+    there = (run.settings.path(last.details["path"]) / "bundle.json").exists()
+    return dict(last.details) if there else None
+
+
+def _write_bundle(run: TrainingRun, catalogue: Catalogue, evaluation: dict[str, Any]) -> dict[str, Any]:
     from modeling import bundle
 
-    with catalogue.stage(dataset, f"export {run.recipe.name}", run.identity) as stage, console.status("export"):
-        model, encoder = _load_trained(run)
-        metrics = evaluation["metrics"]["model"]
-        as_of = JobFolder(run.settings.home, "user_history").require().as_of
-        path, digest = bundle.export(
-            run.settings.path("bundles"),
-            model=model,
-            encoder=encoder,
-            recipe=run.recipe,
-            metrics=metrics,
-            trained_on=run.identity,
-            data_as_of=as_of,
-            tokens=run.tokens[0] if run.tokens else None,
-        )
-        loaded = bundle.load(path, encoder.contract, digest)
-        catalogue.add_bundle(
-            digest=digest,
-            dataset=dataset,
-            recipe=run.recipe.name,
-            fingerprint=encoder.contract.fingerprint,
-            path=str(path),
-            metrics=metrics,
-            tokens=loaded.tokens,
-        )
-        waiting = _waits(catalogue, dataset, digest)
-        if live and not waiting:
-            catalogue.set_live(dataset, digest)
-        stage.details = {"digest": digest, "path": str(path)}
-    state = "live" if live and not waiting else "recorded, not live"
-    if waiting and loaded.makes_tokens:
-        state = f"live once its summary tokens are there: python -m beam_jobs summary_tokens --bundle {run.recipe.name}"
-    console.print(
-        f"export {run.recipe.name}: {run.recipe.name}@{digest[:12]} is {state} ({path})",
-        highlight=False,
-        soft_wrap=True,
+    model, encoder = _load_trained(run)
+    metrics = evaluation["metrics"]["model"]
+    path, digest = bundle.export(
+        run.settings.path("bundles"),
+        model=model,
+        encoder=encoder,
+        recipe=run.recipe,
+        metrics=metrics,
+        trained_on=run.identity,
+        data_as_of=JobFolder(run.settings.home, "user_history").require().as_of,
+        tokens=run.tokens[0] if run.tokens else None,
     )
+    loaded = bundle.load(path, encoder.contract, digest)
+    stored = f"bundles/{path.name}"  # below the home, so that a home can be moved
+    catalogue.add_bundle(
+        digest=digest,
+        dataset=run.settings.dataset,
+        recipe=run.recipe.name,
+        fingerprint=encoder.contract.fingerprint,
+        path=stored,
+        metrics=metrics,
+        tokens=loaded.tokens,
+    )
+    return {"digest": digest, "path": stored}
 
 
 def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:
@@ -326,10 +469,8 @@ def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:
 
 
 def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:
-    try:
-        return catalogue.live_bundle(dataset).digest == digest
-    except LookupError:
-        return False
+    live = catalogue.live_or_none(dataset)
+    return live is not None and live.digest == digest
 
 
 def _stores(settings: Settings) -> tuple[Any, Warehouse]:
@@ -339,7 +480,8 @@ def _stores(settings: Settings) -> tuple[Any, Warehouse]:
     return open_store(settings), Warehouse(settings)
 
 
-def _load_trained(run: Run) -> tuple[Ranker, Encoder]:
+def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from modeling import bundle, models
@@ -349,5 +491,9 @@ def _load_trained(run: Run) -> tuple[Ranker, Encoder]:
     vocabularies = bundle.read_vocabularies(contract, run.folder / "vocabularies.json")
     encoder = Encoder(contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0))
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
-    model.load_state_dict(load_file(run.folder / "best.safetensors"))
+    weights = run.folder / "best.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise RunError(f"{weights} is damaged ({error}): remove {run.folder} and train again") from error
     return model.eval(), encoder

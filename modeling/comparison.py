@@ -6,48 +6,52 @@ seconds, and speed and peak memory of each recipe's encoder against the length o
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feature_repo.settings import Settings
 from modeling import recipes
 from modeling.console import console, print_table
+from modeling.errors import RecipeError
 from modeling.leave_one_out import CUTOFFS
 from modeling.recipes import NextItemRecipe
 from modeling.report import plots, png_of, write_page
+from modeling.scaling import encoder_cost
+
+if TYPE_CHECKING:
+    from modeling.command import Comparison
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 LENGTHS = (512, 2048, 8192)
 COLOURS = ("#2f6fb0", "#d9822b", "#3b8f4e", "#a8406c", "#7a5fb0", "#8a8a8a", "#b09a2f", "#2f9aa0", "#c0504d", "#555555")
 
 
-def compare(settings: Settings, arguments: argparse.Namespace) -> None:
+def compare(settings: Settings, asked: Comparison) -> None:
     """Run what is not finished, then write and print the comparison.
 
     Raises:
-        ValueError: a recipe is no next-item recipe.
+        RecipeError: a recipe is no next-item recipe.
     """
     import torch
 
     from modeling.next_item import open_source, train_and_evaluate, variant
 
-    torch.set_num_threads(arguments.threads)
-    chosen = [next_item_recipe(name) for name in arguments.recipe]
-    source = open_source(settings, arguments.data)
+    torch.set_num_threads(asked.threads)
+    chosen = [next_item_recipe(name) for name in asked.recipes]
+    source = open_source(settings, asked.data)
     console.print(f"compare: {source.describe()}", highlight=False)
     results: list[dict[str, Any]] = []
     for recipe in chosen:
-        for seed in range(1, arguments.seeds + 1):
+        for seed in range(1, asked.seeds + 1):
             console.print(f"compare: {recipe.name}, seed {seed}", highlight=False)
-            results.append(train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device))
+            results.append(train_and_evaluate(source, variant(recipe, seed, asked.epochs), asked.device))
     page = write(source.runs.parent, source.describe(), results, [])
     print_table(summary_lines(results))
-    if not arguments.no_scaling:
+    if asked.scaling:
         scaling = [cost for recipe in chosen for cost in _scaling(recipe)]
         page = write(source.runs.parent, source.describe(), results, scaling)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
@@ -57,11 +61,11 @@ def next_item_recipe(name: str) -> NextItemRecipe:
     """The next-item recipe of that name.
 
     Raises:
-        ValueError: there is none, or it is a ranking recipe.
+        RecipeError: there is none, or it is a ranking recipe.
     """
     recipe = recipes.load(name)
     if not isinstance(recipe, NextItemRecipe):
-        raise ValueError(
+        raise RecipeError(
             f"{name} is a ranking recipe and cannot be compared with next-item recipes: see `python -m modeling recipes`"
         )
     return recipe
@@ -114,8 +118,6 @@ def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list
 
 
 def _scaling(recipe: NextItemRecipe) -> list[dict[str, Any]]:
-    from modeling.benchmarks.sequence import encoder_cost
-
     console.print(f"compare: encoder of {recipe.name} at {', '.join(map(str, LENGTHS))} events", highlight=False)
     return [{"recipe": recipe.name, **encoder_cost(recipe.model, recipe.config, length)} for length in LENGTHS]
 

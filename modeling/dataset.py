@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +12,27 @@ import pyarrow.compute as pc
 
 from feature_repo import datasets
 from feature_repo.arrow import micros
+from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
 from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_ROW, TOKEN_VERSION, Column, Contract, DType, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
-from modeling.batch import Requests, Vocabulary
+from modeling.batch import RequestColumns, Vocabulary
+from modeling.errors import DataError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
+FREQUENCY_EVENTS = 1 << 19  # that the baseline of own frequency reads at a time
 SPLITS = ("train", "validation", "test")
 
 
-class JoinError(RuntimeError):
+class JoinError(ExpectedError, RuntimeError):
     """The point-in-time join lost, added or moved rows."""
 
 
-class StaleFeaturesError(RuntimeError):
+class StaleFeaturesError(ExpectedError, RuntimeError):
     """Built tables or registry do not fit the contract in force."""
 
 
@@ -36,7 +40,7 @@ class StaleFeaturesError(RuntimeError):
 class Split:
     """One period's requests, with what evaluation needs beside the model's inputs."""
 
-    requests: Requests
+    requests: RequestColumns
     request_ids: pa.Array
     users: pa.Array
     purchases_of_candidate: np.ndarray  # N: the user's own earlier events of the first action with the candidate
@@ -94,22 +98,16 @@ class Warehouse:
 
     Raises:
         TableNotBuiltError: a Beam job has not run.
-        StaleFeaturesError: tables were built under another contract.
+        StaleTableError: tables were built under another contract.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.contract: Contract = datasets.load_contract(settings.dataset)
         self.manifests = {
-            job: JobFolder(settings.home, job).require()
+            job: JobFolder(settings.home, job).require(self.contract)
             for job in ("events", "user_history", "item_stats", "training_examples")
         }
-        for job, manifest in self.manifests.items():
-            if manifest.fingerprint != self.contract.fingerprint:
-                raise StaleFeaturesError(
-                    f"job {job!r} ran under contract {manifest.fingerprint}, the code declares {self.contract.fingerprint}: "
-                    f"run `python -m beam_jobs {job}` again"
-                )
         self._log: HistoryLog | None = None
 
     @property
@@ -197,7 +195,7 @@ class Warehouse:
                 return token_log.gather(token_rows[chosen], tokens[1])
 
         features = contract.table("item_profile").columns + contract.table("item_stats").columns
-        requests = Requests(
+        requests = RequestColumns(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
             user_columns={c.name: joined[c.name].combine_chunks().take(first) for c in contract.user_columns},
             items=items,
@@ -224,11 +222,11 @@ def refuse_without_positives(contract: Contract, name: str, split: Split) -> Non
     """Refuse a period from which nothing can be learned, chosen or measured.
 
     Raises:
-        ValueError: it has no request with a positive.
+        DataError: it has no request with a positive.
     """
     rules = contract.spec.requests
     if split.requests.labels is None or not split.requests.labels.any():
-        raise ValueError(
+        raise DataError(
             f"the {name} period has no positive example: move validation_from ({rules.validation_from}) or "
             f"test_from ({rules.test_from}) in the dataset module to where the data is"
         )
@@ -258,21 +256,64 @@ def keys_of(candidates: pa.Array, items: pa.Array) -> tuple[np.ndarray, pa.Array
 
 
 def own_frequency(
-    log: HistoryLog, rows: np.ndarray, ends: np.ndarray, offsets: np.ndarray, keys: np.ndarray, chunk: int = 1024
+    log: HistoryLog,
+    rows: np.ndarray,
+    ends: np.ndarray,
+    offsets: np.ndarray,
+    keys: np.ndarray,
+    max_events: int = FREQUENCY_EVENTS,
 ) -> np.ndarray:
-    """How often each candidate occurs in the user's whole earlier history, by the first action; a baseline's feature."""
+    """How often each candidate occurs in the user's whole earlier history, by the first action; a baseline's feature.
+
+    Each user's events are read once, however many requests they have, and no more than `max_events` (or one user's) at a
+    time: memory follows the longest history, not the number of requests.
+    """
     counts = np.zeros(len(keys), np.int64)
-    for start in range(0, len(rows), chunk):
-        stop = min(start + chunk, len(rows))
-        histories = log.gather(rows[start:stop], ends[start:stop])
-        owner = np.repeat(np.arange(stop - start), histories.lengths)
-        acted = histories.columns["action"] == 0
+    owner = np.repeat(np.arange(len(rows)), np.diff(offsets))  # request of each candidate
+    asked = np.flatnonzero(rows[owner] >= 0)
+    asked = asked[np.argsort(rows[owner[asked]], kind="stable")]  # candidates of one user together
+    users, first = np.unique(rows[owner[asked]], return_index=True)
+    bounds = np.r_[first, len(asked)].astype(np.int64)
+    for start, stop in _groups(log.lengths[users], max_events):
+        chosen = asked[bounds[start] : bounds[stop]]
+        histories = log.gather(users[start:stop], log.lengths[users[start:stop]], columns=("action",))
+        acted = np.flatnonzero(histories.columns["action"] == 0)
+        place = np.arange(len(histories.item_keys)) - np.repeat(histories.offsets[:-1], histories.lengths)
+        holder = np.repeat(np.arange(stop - start), histories.lengths)
         span = int(max(histories.item_keys.max(initial=0), keys.max(initial=0))) + 1
-        pairs = np.sort(owner[acted] * span + histories.item_keys[acted])
-        first, last = offsets[start], offsets[stop]
-        wanted = np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1])) * span + keys[first:last]
-        counts[first:last] = np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted, "left")
+        pairs = (holder * span + histories.item_keys)[acted]
+        order = np.argsort(pairs, kind="stable")  # of one user and item, oldest first
+        pairs, place = pairs[order], place[acted][order]
+        # Of the user's events with the item, those that lie before the request: both parts of the key are in order.
+        wanted = (np.searchsorted(users[start:stop], rows[owner[chosen]])) * span + keys[chosen]
+        low = np.searchsorted(pairs, wanted, "left")
+        high = np.searchsorted(pairs, wanted, "right")
+        counts[chosen] = _count_below(place, low, high, ends[owner[chosen]])
     return counts
+
+
+def _groups(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of users with at most so many events together, or one user long."""
+    start, events = 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        if index > start and events + length > most:
+            yield start, index
+            start, events = index, 0
+        events += length
+    if len(lengths):
+        yield start, len(lengths)
+
+
+def _count_below(values: np.ndarray, low: np.ndarray, high: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """For each range `[low, high)` of values in ascending order: how many lie below a limit, by bisection of all at once."""
+    left, right = low.copy(), high.copy()
+    while (open_ := left < right).any():
+        middle = (left + right) // 2
+        below = np.zeros(len(left), bool)
+        below[open_] = values[middle[open_]] < limits[open_]
+        left = np.where(open_ & below, middle + 1, left)
+        right = np.where(open_ & ~below, middle, right)
+    return left - low
 
 
 def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Vocabulary]:

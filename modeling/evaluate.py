@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pyarrow.compute as pc
 
 from feature_repo.history import Histories
 from feature_repo.schema import Contract
-from modeling.batch import Encoded, Encoder, Requests
+from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
+from modeling.errors import NotTrainedError
 from modeling.metrics import PROBABILITY, RANKING, Estimate, evaluate, ndcg_at
 from modeling.models.base import Ranker
 from modeling.trainer import predict
@@ -24,12 +26,43 @@ MODEL, EMPTY, FREQUENCY, POPULARITY = "model", "same network, empty history", "o
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
-def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str, dict[str, Estimate]], dict[str, Any]]:
-    """Metrics of the model and the baselines, and the figures behind the report's pictures."""
+@dataclass(frozen=True)
+class UnknownFirst:
+    """How often an item that nobody knows comes first among a request's candidates.
+
+    Args:
+        first: share of requests.
+        chance: what it would be if scores were drawn at random.
+        most: the largest share that chance explains, at three standard deviations.
+        percentile: mean place among the others, 0 for below all.
+    """
+
+    first: float
+    chance: float
+    most: float
+    percentile: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of the model and the baselines, the figures behind the report's pictures, and what unknown items do."""
+
+    metrics: dict[str, dict[str, Estimate]]
+    figures: dict[str, Any]
+    counts: dict[str, int]
+    unknown: UnknownFirst
+
+
+def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
+    """Everything that is measured of a model on the test period.
+
+    Raises:
+        ScoresError: the model gives NaN.
+    """
     requests = test.requests
-    encoded = encoder.encode(requests)
+    encoded = encoder.featurise(requests)
     logits = predict(model, encoder, encoded)
-    empty = predict(model, encoder, encoder.encode(without_history(requests, encoder.contract)))
+    empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
     popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
     scorings = {
@@ -42,10 +75,41 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> tuple[dict[str
     found = {
         name: evaluate(labels, scores, offsets, users, probability) for name, (scores, probability) in scorings.items()
     }
-    return found, picture_figures(encoded, logits, test.history_lengths)
+    counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
+    return Evaluation(
+        found,
+        picture_figures(encoded, logits, test.history_lengths),
+        counts,
+        unknown_first(model, encoder, encoded, logits),
+    )
 
 
-def without_history(requests: Requests, contract: Contract) -> Requests:
+def unknown_first(model: Ranker, encoder: Encoder, encoded: Encoded, logits: np.ndarray) -> UnknownFirst:
+    """Score one unknown item for each request, and see where it would stand."""
+    sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
+    unknown = predict(model, encoder, encoder.unknown_candidates(encoded))
+    best = np.maximum.reduceat(logits, offsets[:-1])
+    below = np.add.reduceat((logits < np.repeat(unknown, sizes)).astype(np.float64), offsets[:-1]) / sizes
+    chance = 1 / (sizes + 1)
+    spread = math.sqrt(float((chance * (1 - chance)).sum())) / len(sizes)
+    mean = float(chance.mean())
+    return UnknownFirst(float((unknown > best).mean()), mean, mean + 3 * spread, float(below.mean()))
+
+
+def unknown_line(unknown: dict[str, float]) -> str:
+    """The same in a line, from `evaluation.json`."""
+    return (
+        f"an item that nobody knows comes first in {unknown['first']:.2%} of requests (by chance {unknown['chance']:.2%}), "
+        f"above {unknown['percentile']:.0%} of the candidates on average"
+    )
+
+
+def floors(metrics: dict[str, Any]) -> list[str]:
+    """Scorings that a model must not fall below: those that need no training."""
+    return [name for name in (FREQUENCY, POPULARITY) if name in metrics]
+
+
+def without_history(requests: RequestColumns, contract: Contract) -> RequestColumns:
     """The same requests of users of whom nothing is known yet."""
 
     def gather(chosen: np.ndarray, length: int) -> Histories:
@@ -81,14 +145,21 @@ def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.nd
     }
 
 
-def write(
-    folder: Path, identity: str, found: dict[str, dict[str, Estimate]], figures: dict[str, Any], counts: dict[str, int]
-) -> None:
-    """Write `evaluation.json` in the run's folder."""
-    metrics = {name: {metric: asdict(estimate) for metric, estimate in row.items()} for name, row in found.items()}
-    content = {"identity": identity, "metrics": metrics, "figures": figures, "counts": counts}
+def write(folder: Path, identity: str, found: Evaluation) -> None:
+    """Write `evaluation.json` in the run's folder; what is undefined is left out there."""
+    metrics = {
+        name: {metric: asdict(estimate) for metric, estimate in row.items() if not math.isnan(estimate.value)}
+        for name, row in found.metrics.items()
+    }
+    content = {
+        "identity": identity,
+        "metrics": metrics,
+        "figures": found.figures,
+        "counts": found.counts,
+        "unknown": asdict(found.unknown),
+    }
     draft = folder / ".evaluation.draft"
-    draft.write_text(json.dumps(content, indent=1))
+    draft.write_text(json.dumps(content, indent=1, allow_nan=False))
     draft.replace(folder / "evaluation.json")
 
 
@@ -96,11 +167,11 @@ def read(folder: Path) -> dict[str, Any]:
     """The run's `evaluation.json`.
 
     Raises:
-        FileNotFoundError: the run has not been evaluated.
+        NotTrainedError: the run has not been evaluated.
     """
     path = folder / "evaluation.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} has no evaluation: run `python -m modeling evaluate` first")
+        raise NotTrainedError(f"{folder} has no evaluation: run `python -m modeling evaluate` first")
     return json.loads(path.read_text())
 
 
@@ -121,13 +192,13 @@ def unbeaten(
     metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")
 ) -> list[str]:
     """Baselines whose interval overlaps the model's, or lies above it."""
-    model = {name: Estimate(**metrics[MODEL][name]) for name in names}
+    model = {name: Estimate(**metrics[MODEL][name]) for name in names if name in metrics[MODEL]}
     return [
         f"{scoring} on {name}"
         for scoring in metrics
         if scoring != MODEL
-        for name in names
-        if not model[name].beats(Estimate(**metrics[scoring][name]))
+        for name in model
+        if name in metrics[scoring] and not model[name].beats(Estimate(**metrics[scoring][name]))
     ]
 
 

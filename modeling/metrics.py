@@ -3,7 +3,8 @@
 Conventions: AUC counts ties as half; GAUC is AUC within each user, weighted by the user's candidates, users with one
 kind of label left out; NDCG@k has gain 1 and discount 1/log2(rank + 1); MRR is of the first positive; NE is log loss
 over the entropy of the mean label; calibration error is expected |mean probability - mean label| over 20 bins of equal
-size. Requests without a positive count for neither NDCG nor MRR.
+size. Requests without a positive count for neither NDCG nor MRR. A metric that nothing defines, such as AUC where all
+labels are alike, is NaN, and no number; scores that are NaN are refused, infinite ones are ordered and tie like others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from modeling.errors import ScoresError
 
 NUM_BINS = 20
 RANKING = ("auc", "gauc", "ndcg@10", "mrr")
@@ -26,7 +29,7 @@ class Estimate:
     high: float
 
     def beats(self, other: Estimate) -> bool:
-        """Higher, with intervals that do not overlap."""
+        """Higher, with intervals that do not overlap; False where one is undefined."""
         return self.low > other.high
 
 
@@ -79,7 +82,14 @@ def evaluate(
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         users: B user numbers, 0 … U - 1; the bootstrap draws users.
         probabilities: N; None for scores that are no probabilities, which then get no calibration metrics.
+
+    Raises:
+        ScoresError: scores that are NaN, or no request at all.
     """
+    if not len(users):
+        raise ScoresError("there is no request to measure on")
+    if np.isnan(scores).any():
+        raise ScoresError(f"{int(np.isnan(scores).sum()):,} of {len(scores):,} scores are NaN: no ranking has them")
     labels = labels.astype(np.float64)
     sizes = np.diff(offsets)
     num_users = int(users.max()) + 1
@@ -107,9 +117,9 @@ def evaluate(
         total, positive = float(candidates @ weight), float(positives @ weight)
         found = {
             "auc": _auc_sorted(labels_sorted, ties, weight[user_sorted]),
-            "gauc": float(weighted_auc @ weight) / max(float(user_weight @ weight), 1e-12),
-            "ndcg@10": float(sums["ndcg"] @ weight) / max(float(counted @ weight), 1e-12),
-            "mrr": float(sums["rr"] @ weight) / max(float(counted @ weight), 1e-12),
+            "gauc": _mean(weighted_auc @ weight, user_weight @ weight),
+            "ndcg@10": _mean(sums["ndcg"] @ weight, counted @ weight),
+            "mrr": _mean(sums["rr"] @ weight, counted @ weight),
         }
         if probabilities is not None:
             rate = min(max(positive / total, 1e-7), 1 - 1e-7)
@@ -128,9 +138,17 @@ def evaluate(
     found = {}
     for name, centre in value.items():
         drawn = np.array([draw[name] for draw in draws])
-        low, high = np.maximum(centre + np.percentile(drawn - drawn.mean(), [2.5, 97.5]), 0.0)
+        drawn = drawn[~np.isnan(drawn)]  # a resample may leave a metric undefined that the whole defines
+        low = high = np.nan
+        if len(drawn) and not np.isnan(centre):
+            low, high = np.maximum(centre + np.percentile(drawn - drawn.mean(), [2.5, 97.5]), 0.0)
         found[name] = Estimate(centre, float(low), float(high))
     return found
+
+
+def _mean(total: float, weight: float) -> float:
+    """A weighted mean; NaN where nothing has weight."""
+    return float(total) / float(weight) if weight > 0 else float("nan")
 
 
 def _sum_by(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -140,7 +158,7 @@ def _sum_by(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def _tie_groups(sorted_scores: np.ndarray) -> np.ndarray:
     """Number of the group of equal scores that each position belongs to."""
-    return np.cumsum(np.r_[False, np.diff(sorted_scores) != 0][: len(sorted_scores)])
+    return np.cumsum(np.r_[False, sorted_scores[1:] != sorted_scores[:-1]][: len(sorted_scores)])
 
 
 def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | None) -> float:
@@ -159,7 +177,7 @@ def _auc_by_user(
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
     order = np.lexsort((scores, user_of))
     label, score, user = labels[order], scores[order], user_of[order]
-    group = np.cumsum(np.r_[False, (np.diff(score) != 0) | (np.diff(user) != 0)][: len(score)])
+    group = np.cumsum(np.r_[False, (score[1:] != score[:-1]) | (user[1:] != user[:-1])][: len(score)])
     num_groups = int(group[-1]) + 1
     positive, negative = np.bincount(group, label, num_groups), np.bincount(group, 1 - label, num_groups)
     owner = user[np.r_[0, np.flatnonzero(np.diff(group)) + 1]]

@@ -1,12 +1,11 @@
 """Next-item training and evaluation: a history log in, a sequence model and its leave-one-out metrics out.
 
-One run is a recipe with a seed on one log. Its folder resumes to the bit on a CPU with the same threads, like every
-run's. What identifies a run is recipe and log: after a change of the code, remove its folder.
+One run is a recipe with a seed on one log, by one state of the code. Its folder resumes to the bit on a CPU with the
+same threads, like every run's; runs stand side by side.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Iterator
@@ -19,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from feature_repo import datasets, sequence_file
+from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import leave_one_out, losses, models
+from modeling.errors import DataError
 from modeling.leave_one_out import PROTOCOLS
+from modeling.memory import keep_freed_memory
 from modeling.models.sequence import PackedEvents, SequenceRanker
 from modeling.recipes import NextItemRecipe
 from modeling.sequences import Sequences, TrainingWindows, causal_batch, cloze_batch, training_windows
-from modeling.trainer import Loop
+from modeling.trainer import Loop, locked_run
 
 ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
@@ -48,12 +50,12 @@ class NextItemTrainer(Loop):
     ) -> None:
         sequences.refuse_leaks(sequences.training_ends())
         if (recipe.objective == "cloze") == model.config.causal:
-            raise ValueError(
+            raise DataError(
                 f"objective {recipe.objective!r} does not fit causal={model.config.causal}: Cloze needs a bidirectional model, the "
                 "others a causal one"
             )
         if (model.config.time_gaps or model.config.time_bias) and sequences.times is None:
-            raise ValueError(
+            raise DataError(
                 "time_gaps and time_bias need times, and a sequence file knows order only: use positions or decayed_hydra, or a log that a Beam job built"
             )
         super().__init__(model, recipe.training, folder, identity, device)
@@ -61,7 +63,7 @@ class NextItemTrainer(Loop):
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else sys.maxsize
         self.windows: TrainingWindows
         if not self.plan(0) or recipe.training.epochs < 1:
-            raise ValueError(
+            raise DataError(
                 f"nothing to train: {recipe.training.epochs} epochs, and {len(self.windows.starts)} users with two training events or more"
             )
 
@@ -184,6 +186,11 @@ def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cp
         return done
     keep_freed_memory()
     folder = run_folder(source, recipe)
+    with locked_run(folder):
+        return _train_and_evaluate(source, recipe, folder, device)
+
+
+def _train_and_evaluate(source: Source, recipe: NextItemRecipe, folder: Path, device: str) -> dict[str, Any]:
     identity = _identity(source, recipe)
     model = build_model(recipe, source.sequences)
     trainer = NextItemTrainer(model, recipe, source.sequences, folder, identity, device)
@@ -215,32 +222,21 @@ def finished(source: Source, recipe: NextItemRecipe) -> dict[str, Any] | None:
 
 
 def run_folder(source: Source, recipe: NextItemRecipe) -> Path:
-    """Where a run of this recipe and seed is kept."""
-    return source.runs / f"{recipe.name}-seed{recipe.training.seed}"
+    """Where a run of this recipe and seed, with these settings and this code, is kept."""
+    return source.runs / f"{recipe.name}-seed{recipe.training.seed}-{_identity(source, recipe)[:8]}"
 
 
 def _identity(source: Source, recipe: NextItemRecipe) -> str:
-    return digest_of([asdict(recipe), source.identity])
+    code = code_digest("modeling.next_item", models.module_of(recipe.model))
+    return digest_of([asdict(recipe), source.identity, code])
 
 
 def variant(recipe: NextItemRecipe, seed: int, epochs: int | None = None) -> NextItemRecipe:
     """The recipe under another seed, and with another number of epochs, which its name then tells: `sasrec_ml1m@20`."""
-    name = recipe.name if epochs is None else f"{recipe.name}@{epochs}"
     training = replace(recipe.training, seed=seed, epochs=recipe.training.epochs if epochs is None else epochs)
-    return replace(recipe, name=name, training=training)
+    return named(replace(recipe, training=training), epochs)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it page by page at every step; elsewhere nothing happens.
-
-    Blocks of megabytes are otherwise mapped, faulted in and unmapped again for every tensor.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_max = -1, -2, -4
-        libc.malloc_trim(0)  # what reading the data left behind
-        for parameter, value in ((mmap_max, 0), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
-            mallopt(parameter, value)
+def named(recipe: NextItemRecipe, epochs: int | None) -> NextItemRecipe:
+    """The recipe under a name that tells its epochs, where these were asked for."""
+    return recipe if epochs is None else replace(recipe, name=f"{recipe.name}@{epochs}")

@@ -5,7 +5,6 @@ The tables are joined once and shared by all runs. Each run has a folder of its 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from dataclasses import asdict, dataclass, replace
@@ -17,22 +16,25 @@ import numpy as np
 import torch
 
 from feature_repo.catalogue import Catalogue
+from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
-from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import metrics, models, recipes
 from modeling.batch import Encoded, Encoder
 from modeling.comparison import by_recipe, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
+from modeling.errors import RecipeError
+from modeling.memory import keep_freed_memory
 from modeling.models.base import Ranker
-from modeling.next_item import keep_freed_memory
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
+from modeling.registry import training_code
 from modeling.report import plots, write_page
-from modeling.trainer import Trainer, predict
+from modeling.trainer import Trainer, locked_run, predict
 
 if TYPE_CHECKING:
     from feature_repo.schema import Contract
+    from modeling.command import Comparison
 
 METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
 
@@ -97,7 +99,7 @@ class Encodings:
         periods = self.periods
         encoder = Encoder(periods.contract, vocabularies(periods.contract, periods.train, min_item_count), 1)
         train, validation, test = (
-            encoder.encode(s.requests) for s in (periods.train, periods.validation, periods.test)
+            encoder.featurise(s.requests) for s in (periods.train, periods.validation, periods.test)
         )
         return encoder, (train, validation, test)
 
@@ -133,19 +135,27 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
     Returns:
         Recipe, seed, parameters with and without embeddings (OneTrans's count its last layer's S weights, which nothing reads), training summary, test metrics.
     """
-    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
     identity = digest_of(
         [
             asdict(recipe),
             encodings.periods.digest,
             [encodings.periods.tokens, encodings.periods.token_run] if recipe.tokens else None,
             encodings.periods.contract.fingerprint,
-            TRANSFORMS_VERSION,
+            training_code(recipe, settings.dataset),
+            code_digest("modeling.metrics"),
         ]
     )
+    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}-{identity[:8]}")
     stored = Path(folder, "result.json")
     if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
         return cast(dict[str, Any], done)
+    with locked_run(folder):
+        return _train_and_evaluate(encodings, recipe, folder, identity, device)
+
+
+def _train_and_evaluate(
+    encodings: Encodings, recipe: Recipe, folder: Path, identity: str, device: str
+) -> dict[str, Any]:
     keep_freed_memory()
     encoder, train, validation, test = encodings.of(recipe)
     model = build_model(recipe, encoder, train)
@@ -164,30 +174,30 @@ def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe,
         "summary": summary,
         "test": {name: asdict(estimate) for name, estimate in found.items()},
     }
-    draft = stored.with_name(".result.draft")
+    draft = folder / ".result.draft"
     draft.write_text(json.dumps(result, indent=1))
-    draft.replace(stored)
+    draft.replace(folder / "result.json")
     return result
 
 
-def compare(settings: Settings, arguments: argparse.Namespace) -> None:
+def compare(settings: Settings, asked: Comparison) -> None:
     """Run what is not finished, then write and print the comparison.
 
     With several learning rates, each recipe gets the same trials: seed 1 at every rate, and the rate of the best
     validation NDCG@10 for all its seeds.
 
     Raises:
-        ValueError: a recipe is no ranking recipe, or recipes read different feature services.
+        RecipeError: a recipe is no ranking recipe, or recipes read different feature services.
     """
-    torch.set_num_threads(arguments.threads)
-    chosen = [_ranking_recipe(name) for name in arguments.recipe]
+    torch.set_num_threads(asked.threads)
+    chosen = [_ranking_recipe(name) for name in asked.recipes]
     services, made_by = {r.service for r in chosen}, sorted({r.tokens for r in chosen if r.tokens})
     if (
         len(services - {SERVICE_WITH_TOKENS}) > 1
         or (made_by and services - {SERVICE, SERVICE_WITH_TOKENS})
         or len(made_by) > 1
     ):
-        raise ValueError(
+        raise RecipeError(
             f"recipes of one comparison must read one feature service and one recipe's tokens, these read {sorted(services)} and "
             f"tokens of {made_by}"
         )
@@ -205,16 +215,16 @@ def compare(settings: Settings, arguments: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
 
     def run(recipe: Recipe, seed: int, rate: float | None) -> dict[str, Any]:
-        one = variant(recipe, seed, arguments.epochs, rate)
+        one = variant(recipe, seed, asked.epochs, rate)
         console.print(f"compare: {one.name}, seed {seed}", highlight=False)
-        return train_and_evaluate(settings, encodings, one, arguments.device)
+        return train_and_evaluate(settings, encodings, one, asked.device)
 
     for recipe in chosen:
-        rates = arguments.learning_rates or [None]
+        rates: tuple[float | None, ...] = asked.learning_rates or (None,)
         trials = [run(recipe, 1, rate) for rate in rates]
         best = int(np.argmax([trial["summary"]["best_validation_ndcg@10"] for trial in trials]))
         results.append(trials[best])
-        results += [run(recipe, seed, rates[best]) for seed in range(2, arguments.seeds + 1)]
+        results += [run(recipe, seed, rates[best]) for seed in range(2, asked.seeds + 1)]
     folder = Path(settings.path("comparison"))
     pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
     (folder / "comparison.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
@@ -240,5 +250,5 @@ def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
 def _ranking_recipe(name: str) -> Recipe:
     recipe = recipes.load(name)
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"{name} is a next-item recipe and cannot be compared with ranking recipes")
+        raise RecipeError(f"{name} is a next-item recipe and cannot be compared with ranking recipes")
     return recipe

@@ -7,8 +7,6 @@ a streaming one reads all of them, and keeps what it needs to take more.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,37 +21,13 @@ from feature_repo import envelope
 from feature_repo.envelope import Envelope, Kind
 from feature_repo.history import Histories
 from feature_repo.schema import Contract
-from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
+from modeling import bundle
 from modeling.batch import Encoder, UserInputs
 from modeling.models.base import Ranker
 from modeling.models.vista import VISTA
+from modeling.token_identity import token_fingerprint
 
-VERSION = 1  # raised when the same weights would give other tokens
 PADDED_EVENTS = 1 << 12  # events, padding counted, that stage 1 reads at a time
-
-
-def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
-    """32 hexadecimal digits over all that summary tokens depend on; None for a model that makes none.
-
-    Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and the code's versions:
-    a bundle that differs in stage 2 alone accepts the same tokens.
-    """
-    if model.token_shape is None:
-        return None
-    vista = cast(VISTA, model)
-    names = ("num_heads", "attention", "seed_role", "causal", "block", "divide")
-    identity = {
-        "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
-        "contract": encoder.contract.fingerprint,
-        "config": {name: getattr(vista.config, name) for name in names},
-        "history_length": None if vista.config.causal else encoder.history_length,
-        "items": encoder.vocabularies[encoder.item_key].values.to_pylist(),
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, weight in sorted(vista.stage_1().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -199,18 +173,21 @@ def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def envelopes(
-    summary: Summary, row: int, user_id: int | str, fingerprint: str, computed_at: int, kind: Kind
+    summary: Summary, row: int, user_id: int | str, fingerprint: str, computed_at: int, kind: Kind, digest: int
 ) -> tuple[bytes, bytes | None]:
     """A user's tokens and streams as stored bytes; streams are always fp32, since they are added to for years.
+
+    Args:
+        digest: of the events behind them.
 
     Raises:
         EnvelopeError: tokens that are not finite, or too large for the kind.
     """
     about = (fingerprint, int(summary.as_of[row]), computed_at, int(summary.num_events[row]))
-    tokens = envelope.encode(Envelope(*about, summary.tokens_BSD[row]), user_id, kind)
+    tokens = envelope.to_bytes(Envelope(*about, summary.tokens_BSD[row], digest), user_id, kind)
     if summary.streams_BRK is None:
         return tokens, None
-    return tokens, envelope.encode(Envelope(*about, summary.streams_BRK[row]), user_id, "fp32")
+    return tokens, envelope.to_bytes(Envelope(*about, summary.streams_BRK[row], digest), user_id, "fp32")
 
 
 def stored_summary(tokens: Envelope, state: Envelope) -> Summary:
@@ -232,8 +209,6 @@ def load_summariser(path: str, contract: Contract, digest: str) -> Summariser:
         BundleError: the bundle must not be used.
         ValueError: it makes no tokens.
     """
-    from modeling import bundle
-
     with _loading:
         if (path, digest) not in _loaded:
             loaded = bundle.load(Path(path), contract, digest)

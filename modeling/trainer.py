@@ -13,6 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +25,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from feature_repo.errors import ExpectedError
+from feature_repo.tables import locked
 from modeling.batch import Batch, Encoded, Encoder
 from modeling.console import console
+from modeling.errors import RunError
 from modeling.metrics import ndcg_at
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
 
+UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError  # what torch.load raises
+MIN_HIDDEN, MAX_HIDDEN = 200, 0.2  # candidates of an epoch that are made unknown at least, and their share at most
+CHECKPOINT = "checkpoint.pt"
+OWN_FILES = (
+    CHECKPOINT,
+    "metrics.jsonl",
+    "best.safetensors",
+    "run.json",
+    "evaluation.json",
+    "result.json",
+    "report.html",
+)
 
-class LossError(ArithmeticError):
+
+class LossError(ExpectedError, ArithmeticError):
     """The loss is no finite number."""
+
+
+@contextmanager
+def locked_run(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder.
+
+    Raises:
+        RunError: one is in it.
+    """
+    try:
+        with locked(folder):
+            yield
+    except BlockingIOError as error:
+        raise RunError(f"another process trains the run in {folder}: wait for it, or stop it") from error
 
 
 def masked_bce(logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor) -> Tensor:
@@ -239,14 +270,20 @@ class Loop(ABC):
         }
         draft = self.folder / ".checkpoint.draft"
         torch.save(state, draft)
-        draft.replace(self.folder / "checkpoint.pt")
+        draft.replace(self.folder / CHECKPOINT)
 
     def _resume(self) -> None:
-        path, log = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
-        state = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-        if state is None or state["identity"] != self.identity:
-            for stale in self.folder.iterdir():  # nothing of another run may be taken for this one's
-                stale.unlink()
+        """Go on from the newest checkpoint; without a whole one of this run, begin anew, and say why."""
+        log = self.folder / "metrics.jsonl"
+        state = self._checkpoint()
+        if state is not None and not log.exists():
+            console.print(
+                f"{log} is gone, so {CHECKPOINT} cannot be gone on from: training begins anew", style="yellow"
+            )
+            state = None
+        if state is None:
+            for name in OWN_FILES:  # nothing of another run may be taken for this one's
+                (self.folder / name).unlink(missing_ok=True)
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])
@@ -267,6 +304,26 @@ class Loop(ABC):
         ]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
         console.print(f"resumed at step {self.step} (epoch {self.epoch})", highlight=False)
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint of this run; None without one that is whole."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            return state if state["identity"] == self.identity else None
+        except (
+            RuntimeError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            UnpicklingError,
+        ) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            console.print(f"{path} is damaged ({reason}): training begins anew", style="yellow", highlight=False)
+            return None
 
     def _log(self, line: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a") as log:
@@ -297,6 +354,9 @@ class Trainer(Loop):
     def fit(self, train: Encoded, validation: Encoded, stop_after: int | None = None) -> dict[str, Any]:
         """`run` on these requests."""
         self.train, self.validation = train, validation
+        # Of few samples a larger share, so that the unknown is seen often enough to have a score of its own.
+        few = min(MIN_HIDDEN / max(len(train.candidate_item), 1), MAX_HIDDEN)
+        self.hidden = max(self.training.hidden, few) if self.training.hidden else 0.0
         return self.run(stop_after)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -306,6 +366,11 @@ class Trainer(Loop):
     def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
         """Binary cross-entropy over the candidates of the chosen requests, in one part."""
         batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
+        if self.hidden:
+            rng = np.random.default_rng(
+                [self.training.seed, self.step]
+            )  # of the step, so that a resumed run draws alike
+            batch = self.encoder.hide(batch, self.hidden, rng)
         logits, further = cast(Ranker, self.model).training_forward(batch)
         loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC)
         loss = loss if further is None else loss + further

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from feature_repo import cli
+from feature_repo.errors import UsageError
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, without importing torch or Feast."""
-    made = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
-    made.add_argument("command", nargs="?", choices=("serve", "demo"), default="serve")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    made.add_argument("--port", type=int, default=8000)
-    made.add_argument("--bundle", help="folder of a bundle; default: the live one of the catalogue")
-    made.add_argument(
-        "--replay",
-        action="store_true",
-        help="requests without a time are taken as made at the end of the data, for samples of the past",
-    )
-    made.add_argument(
-        "--item_refresh_s",
-        type=float,
-        default=300.0,
-        help="seconds between refreshes of item features (default 300; 0: never)",
-    )
-    return made
+app = cli.app(
+    "serving",
+    """Rank over HTTP with the live bundle.
+
+    Example: `python -m serving --port 8000 --replay`. `python -m serving demo` starts a server, asks it once, shows it.""",
+)
+
+
+@app.default
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    bundle: str | None = None,
+    replay: bool = False,
+    item_refresh_s: float = 300.0,
+) -> int:
+    """Rank over HTTP until stopped.
+
+    Args:
+        host: address to listen on; by default this machine only.
+        port: port to listen on.
+        bundle: folder of a bundle; by default the live one of the catalogue.
+        replay: requests without a time are taken as made at the end of the data, for samples of the past.
+        item_refresh_s: seconds between refreshes of item features; 0 for never.
+    """
+    if not 0 <= port <= 65_535:
+        raise UsageError(f"--port expects a number from 0 to 65,535, not {port}")
+    if not 0 <= item_refresh_s < 1e9:
+        raise UsageError(f"--item_refresh_s expects seconds, 0 for never, not {item_refresh_s}")
+    from serving import command
+
+    return command.serve(command.ServeOptions(host, port, bundle, replay, item_refresh_s))
+
+
+@app.command
+def demo() -> int:
+    """Start a server, ask it once, show what it answers."""
+    from serving.demo import run_demo
+
+    return run_demo()
 
 
 def main() -> int:
     """Dispatch."""
-    arguments = parser().parse_args()
-    if arguments.command == "demo":
-        from serving.demo import run_demo
-
-        return run_demo()
-    from serving.command import serve
-
-    return serve(arguments)
+    return cli.run(app)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from serving.errors import BodyTooLargeError, NotReadyError, ServingError, UnsupportedMediaError
 from serving.messages import MAX_BODY_BYTES, ErrorBody, decode_request, schemas
-from serving.ranker import Ranker
+from serving.ranker import RankService
 
 JSON = "application/json"
 STAGES = ("queue", "user_read", "item_read", "encode_user", "score", "sort")
@@ -40,7 +40,7 @@ class Metrics:
         self.bundle = Gauge("memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry)
 
 
-def create_app(ranker: Ranker | None, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The app around a ranker; without one it answers that it is not ready."""
     app = FastAPI(title="Memoir", version="0.1.0", docs_url=None, redoc_url=None, openapi_url=None)
     metrics, executor = Metrics(), ThreadPoolExecutor(max_workers=2, thread_name_prefix="rank")
@@ -48,7 +48,7 @@ def create_app(ranker: Ranker | None, *, max_body_bytes: int = MAX_BODY_BYTES) -
     if ranker:
         metrics.bundle.labels(ranker.bundle.name).set(1)
 
-    def ready() -> Ranker:
+    def ready() -> RankService:
         if ranker is None:
             raise NotReadyError("no bundle is loaded")
         return ranker

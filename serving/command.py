@@ -1,9 +1,10 @@
-"""Flags → bundle, store, ranker → server."""
+"""Options → bundle, store, ranker → server."""
 
 from __future__ import annotations
 
-import argparse
 import gc
+import socket
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -11,17 +12,18 @@ from rich.console import Console
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
+from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
 from modeling import bundle as bundles
 from serving.features import FeastReader, ItemTable
-from serving.ranker import Ranker
+from serving.ranker import RankService
 
 console = Console()
 
 
 def open_ranker(
     settings: Settings, bundle_path: str | None = None, *, replay: bool = False, item_refresh_s: float = 0.0
-) -> Ranker:
+) -> RankService:
     """The live bundle (or the given one) over the online store, warm.
 
     Raises:
@@ -38,39 +40,72 @@ def open_ranker(
         bundle = bundles.load(Path(bundle_path), contract)
     else:
         live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
-        bundle = bundles.load(Path(live.path), contract, live.digest)
+        bundle = bundles.load(settings.path(live.path), contract, live.digest)
+    contract = bundle.encoder.contract  # the bundle's own: what it was trained under, the one in force has
     reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens)
     known = bundle.encoder.vocabularies[contract.item.join_key].values.to_pylist()
     items = ItemTable(reader, contract, known, item_refresh_s)
-    ranker = Ranker(bundle, reader, items, datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None)
+    ranker = RankService(
+        bundle, reader, items, datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None
+    )
     ranker.warm_up()
     gc.collect()
     gc.freeze()  # what is loaded now stays; without this, full collections stop requests for tenths of a second
     return ranker
 
 
-def serve(arguments: argparse.Namespace) -> int:
-    """Serve until stopped. Returns 1 with the reason where the bundle is refused."""
+@dataclass(frozen=True)
+class ServeOptions:
+    """What a server is started with; see its help."""
+
+    host: str
+    port: int
+    bundle: str | None
+    replay: bool
+    item_refresh_s: float
+
+
+class PortTakenError(ExpectedError, OSError):
+    """The address cannot be listened on."""
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve until stopped.
+
+    Raises:
+        PortTakenError: the address cannot be listened on.
+        BundleError, NoLiveBundleError: there is nothing to serve.
+    """
     settings = Settings.from_env()
-    try:
-        ranker = open_ranker(
-            settings, arguments.bundle, replay=arguments.replay, item_refresh_s=arguments.item_refresh_s
-        )
-    except (ValueError, LookupError) as error:
-        console.print(f"serving: {error}", style="red", highlight=False, markup=False)
-        return 1
+    listening = listen(options.host, options.port)  # first, so that nobody waits for a bundle to load to hear of it
+    ranker = open_ranker(settings, options.bundle, replay=options.replay, item_refresh_s=options.item_refresh_s)
     import uvicorn
 
     from serving.app import create_app
 
-    address = f"http://{arguments.host}:{arguments.port}"
-    console.print(f"serving {ranker.bundle.name} with {len(ranker.items):,} items on {address}", highlight=False)
-    uvicorn.run(
-        create_app(ranker),
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=10,
+    host, port = listening.getsockname()[:2]
+    console.print(
+        f"serving {ranker.bundle.name} with {len(ranker.items):,} items on http://{host}:{port}", highlight=False
     )
+    config = uvicorn.Config(create_app(ranker), log_level="warning", access_log=False, timeout_keep_alive=10)
+    uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, not yet listened on.
+
+    Raises:
+        PortTakenError: it cannot be.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise PortTakenError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host"
+        ) from error
+    return made

@@ -12,9 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,15 @@ from rich.table import Table as RichTable
 from feature_repo import datasets
 from feature_repo.arrow import EPOCH, micros, micros_iso
 from feature_repo.catalogue import Catalogue
+from feature_repo.envelope import from_bytes
 from feature_repo.history import HistoryLog, newest_rows
-from feature_repo.schema import TOKEN_VERSION, Contract
+from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Contract
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
+
+if TYPE_CHECKING:
+    from feature_repo.online_tokens import OnlineTokens
+    from serving.refresh import Refresher
 
 STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize", "summary_tokens")
 RECIPE_STAGES = ("train", "evaluate", "export")
@@ -43,17 +49,18 @@ def run_demo() -> int:
     settings = Settings.from_env()
     contract, console = datasets.load_contract(settings.dataset), Console()
     user_id, recent = choose_user(settings, contract)
-    candidates, titles = popular_items(settings, contract)
+    seen = set() if contract.spec.items_repeat else seen_items(settings, contract, user_id)
+    candidates, titles = popular_items(settings, contract, seen)
     began = time.perf_counter()
     with console.status("starting the server"), server() as address:
         started_s = time.perf_counter() - began
         body = {"user_id": user_id, "candidates": candidates, "k": 10}
         post(address, body)
         answer = post(address, body)
-        purchase = one_more_purchase(settings, contract, address, body, answer) if answer["tokens"] else None
+        one = one_more(settings, contract, address, body, answer, titles)
     console.print()
     ranked = RichTable(
-        title=f"{NUM_CANDIDATES} candidates ranked for {contract.user.name} {user_id}: the best 10",
+        title=f"{len(candidates)} candidates{' that they have not seen' if seen else ''} ranked for {contract.user.name} {user_id}: the best 10",
         title_justify="left",
         box=SIMPLE_HEAD,
     )
@@ -73,8 +80,7 @@ def run_demo() -> int:
     print(f"bundle {answer['bundle']}, degraded by {', '.join(answer['degraded']) or 'nothing'}")
     if answer["tokens"]:
         token_summary(settings, answer["tokens"])
-    if purchase:
-        show_purchase(console, titles, *purchase)
+    show_one_more(console, contract, titles, one)
     timings = answer["timings_ms"]
     print(
         "request: "
@@ -101,70 +107,90 @@ def token_summary(settings: Settings, version: str) -> None:
     )
 
 
-def one_more_purchase(
-    settings: Settings, contract: Contract, address: str, body: dict[str, Any], answer: dict[str, Any]
-) -> tuple[Any, dict[str, Any], dict[str, Any], float] | None:
-    """Let the user act once more, now, on the last of the candidates; refresh the tokens, ask again, and put them back.
+@dataclass(frozen=True)
+class OneMore:
+    """One more action of a user, and the answers before and after it."""
 
-    Returns:
-        The item, the answers before and after, and the milliseconds of the refresh; None where tokens do not stream.
-    """
+    item: Any
+    before: dict[str, Any]
+    after: dict[str, Any]
+    taken_ms: float
+    tokens_too: bool
+
+
+def one_more(
+    settings: Settings,
+    contract: Contract,
+    address: str,
+    body: dict[str, Any],
+    answer: dict[str, Any],
+    titles: dict[Any, tuple[str | None, float | None]],
+) -> OneMore:
+    """Let the user act once more, now, on the item in the middle of the list; ask again; and put everything back."""
     from feature_repo.online_tokens import OnlineTokens
     from feature_repo.store import open_store
+    from serving.refresh import UserMemory
+
+    store, user, version = open_store(settings), body["user_id"], answer["tokens"]
+    online = OnlineTokens(store, contract)
+    refresher = streaming_refresher(settings, contract, online) if version else None
+    memory = UserMemory(store, contract, refresher)
+    as_of = JobFolder(settings.home, "user_history").require().as_of_micros
+    whole = {**body, "k": None, "context": {"request_timestamp": micros_iso(as_of + 1_000_000)}}
+    before = post(address, whole)
+    item = before["item_ids"][len(before["item_ids"]) // 2]
+    event = {
+        **{c.name: c.minimum or 1 for c in contract.spec.event_features},
+        contract.spec.stat_value: titles[item][1] or 1,
+        contract.item.join_key: item,
+        "action": 0,
+        EVENT_TIMESTAMP: EPOCH + timedelta(microseconds=as_of),
+    }
+    stored = memory.read(user)
+    ((tokens, state),) = online.read(version, [user]) if version else ((None, None),)
+    started = time.perf_counter()
+    try:
+        memory.add(user, [event])
+        taken = 1000 * (time.perf_counter() - started)
+        after = post(address, whole)
+    finally:
+        memory.write(user, stored, as_of + 2)
+        if refresher is not None and tokens is not None:
+            later = from_bytes(online.read(version, [user])[0][0] or tokens, user).computed_at + 1_000_000
+            online.write(version, [user], [tokens], [state], later)
+    return OneMore(item, before, after, taken, refresher is not None)
+
+
+def streaming_refresher(settings: Settings, contract: Contract, online: OnlineTokens) -> Refresher | None:
+    """What takes events into the live bundle's tokens; None where these do not stream, or are another bundle's."""
     from modeling.bundle import read_manifest
     from modeling.summary import load_summariser
     from serving.refresh import Refresher
 
     live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
-    if not read_manifest(live.path)["tokens"]["made_here"]:
+    path = settings.path(live.path)
+    if not read_manifest(path)["tokens"]["made_here"]:
         return None
-    summariser = load_summariser(live.path, contract, live.digest)
-    if not summariser.streams:
-        return None
-    online = OnlineTokens(open_store(settings), contract)
-    user, version = body["user_id"], answer["tokens"]
-    as_of = JobFolder(settings.home, "user_history").require().as_of_micros
-    whole = {**body, "k": None, "context": {"request_timestamp": micros_iso(as_of + 1_000_000)}}
-    before = post(address, whole)
-    item = before["item_ids"][len(before["item_ids"]) // 2]
-    ((tokens, state),) = online.read(version, [user])
-    event = {c.name: 1 for c in contract.history_columns} | {
-        contract.item.join_key: item,
-        "action": 0,
-        "event_timestamp": EPOCH + timedelta(microseconds=as_of),
-    }
-    refresher = Refresher(summariser, online, contract)
-    refreshed = refresher.refresh(user, [event])
-    try:
-        after = post(address, whole)
-        started = time.perf_counter()
-        refresher.refresh(user, [{**event, "event_timestamp": EPOCH + timedelta(microseconds=as_of + 1)}])
-        taken = 1000 * (time.perf_counter() - started)
-    finally:
-        online.write(version, [user], [tokens or b""], [state], refreshed.computed_at + 1_000_000)
-    return item, before, after, taken
+    summariser = load_summariser(str(path), contract, live.digest)
+    return Refresher(summariser, online, contract) if summariser.streams else None
 
 
-def show_purchase(
-    console: Console,
-    titles: dict[Any, tuple[str | None, float | None]],
-    item: Any,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    taken: float,
+def show_one_more(
+    console: Console, contract: Contract, titles: dict[Any, tuple[str | None, float | None]], one: OneMore
 ) -> None:
-    """What one more purchase did: the items that rose and fell most."""
-    places = [{item_id: place for place, item_id in enumerate(answer["item_ids"], 1)} for answer in (before, after)]
+    """What one more action did: the items that rose and fell most."""
+    places = [
+        {item_id: place for place, item_id in enumerate(found["item_ids"], 1)} for found in (one.before, one.after)
+    ]
     moved = sorted(places[0], key=lambda item_id: (places[1][item_id] - places[0][item_id], places[0][item_id]))
-    title = titles[item][0] or item
-    print(
-        f"\none more purchase, {item} ({title}), taken into the tokens by a streaming refresh: read, computed and stored in {taken:.1f} ms"
-    )
+    word, title = contract.spec.actions[0].replace("_", " "), titles[one.item][0] or one.item
+    what = "history, statistics and summary tokens" if one.tokens_too else "history and statistics"
+    print(f"\none more {word}, {one.item} ({title}): {what} read, extended and stored in {one.taken_ms:.1f} ms")
     shown = RichTable(box=SIMPLE_HEAD)
     for heading in ("item", "", "place before", "after", "score before", "after"):
         shown.add_column(heading, justify="left" if heading in ("item", "") else "right")
-    scores = [dict(zip(answer["item_ids"], answer["scores"], strict=True)) for answer in (before, after)]
-    for item_id in dict.fromkeys([item, *moved[:3], *moved[-2:]]):
+    scores = [dict(zip(found["item_ids"], found["scores"], strict=True)) for found in (one.before, one.after)]
+    for item_id in dict.fromkeys([one.item, *moved[:3], *moved[-2:]]):
         shown.add_row(
             str(item_id),
             titles[item_id][0] or "",
@@ -172,8 +198,9 @@ def show_purchase(
             *(f"{score[item_id]:.3f}" for score in scores),
         )
     console.print(shown)
-    changed = sum(one != other for one, other in zip(before["item_ids"][:10], after["item_ids"][:10], strict=True))
-    print(f"{changed} of the first ten places changed; the tokens were put back afterwards")
+    pairs = zip(one.before["item_ids"], one.after["item_ids"], strict=True)
+    changed = sum(first != second for first, second in pairs)
+    print(f"{changed} of {len(places[0])} places changed; everything was put back afterwards")
 
 
 def summary(settings: Settings, started_s: float) -> None:
@@ -231,10 +258,17 @@ def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list
     return user_id, rows
 
 
+def seen_items(settings: Settings, contract: Contract, user_id: Any) -> set[Any]:
+    """All items that a user has acted on."""
+    log = HistoryLog(contract, JobFolder(settings.home, "user_history"))
+    row = log.rows_of(pa.array([user_id], log.users.type))
+    return set(log.items.take(pa.array(log.gather(row, log.lengths[row]).item_keys)).to_pylist())
+
+
 def popular_items(
-    settings: Settings, contract: Contract
+    settings: Settings, contract: Contract, seen: set[Any]
 ) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
-    """The items that sold most in the newest two weeks, and (title, mean value) of every item."""
+    """The items with most events in the newest two weeks, without those seen; and (title, mean value) of every item."""
     item = contract.item.join_key
     stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats"), item)
     profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
@@ -242,7 +276,8 @@ def popular_items(
     joined = joined.sort_by([("count_14d", "descending"), (item, "ascending")])
     ids, titles = joined[item].to_pylist(), joined[contract.spec.item_title].to_pylist()
     values = joined[f"mean_{contract.spec.stat_value}"].to_pylist()
-    return ids[:NUM_CANDIDATES], {i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)}
+    unseen = [item_id for item_id in ids if item_id not in seen]
+    return unseen[:NUM_CANDIDATES], {i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)}
 
 
 @contextmanager

@@ -12,12 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_repo.arrow import arrow_type
-from feature_repo.envelope import Envelope, EnvelopeError, decode
+from feature_repo.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history import HistoryError, unpack
-from feature_repo.schema import TOKEN_VERSION, Column, Contract
+from feature_repo.key_index import KeyIndex
+from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Column, Contract
+from serving.degraded import Degraded
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -37,13 +41,30 @@ class UserRow:
 
     columns: dict[str, Any]
     history: pa.RecordBatch | None
-    problems: tuple[str, ...] = ()
+    problems: tuple[Degraded, ...] = ()
     tokens: Envelope | None = None  # of the one version that the bundle accepts
 
     @property
     def events_behind(self) -> int:
         """Known events that the tokens have not seen."""
         return max((self.columns["history_end"] or 0) - self.tokens.num_events, 0) if self.tokens else 0
+
+    @property
+    def tokens_know_another_past(self) -> bool:
+        """Whether the events behind the tokens are not those that the store knows: a past event was corrected since.
+
+        As many events with another digest are; so are more events than there are, none of which is newer than the newest
+        that is known. Fewer are stale in any case, and more with a newer one are ahead of statistics that lag.
+        """
+        end, digest = self.columns["history_end"], self.columns["history_digest"]
+        if self.tokens is None or end is None:
+            return False
+        if self.tokens.num_events == end:
+            return bool(self.tokens.digest != digest)
+        if self.history is None or not self.history.num_rows:
+            return False
+        newest = self.history[EVENT_TIMESTAMP][-1].cast(pa.int64()).as_py()
+        return bool(self.tokens.num_events > end and self.tokens.as_of <= newest)
 
 
 class Reader(Protocol):
@@ -81,27 +102,29 @@ class FeastReader:
         packed = values["history"][0]
         if packed is None:
             if tokens is None and all(value is None for value in columns.values()):
-                return UserRow(columns, None, ("unknown_user", *(p for p in problems if p != "no_tokens")))
-            return UserRow(columns, None, ("no_history", *problems), tokens)
+                return UserRow(
+                    columns, None, (Degraded.UNKNOWN_USER, *(p for p in problems if p is not Degraded.NO_TOKENS))
+                )
+            return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens)
         try:
             return UserRow(columns, unpack(self.contract, user_id, packed), problems, tokens)
         except HistoryError:
-            return UserRow(columns, None, ("history_unreadable", *problems), tokens)
+            return UserRow(columns, None, (Degraded.HISTORY_UNREADABLE, *problems), tokens)
 
-    def _tokens(self, user_id: Id, stored: bytes | None) -> tuple[Envelope | None, tuple[str, ...]]:
+    def _tokens(self, user_id: Id, stored: bytes | None) -> tuple[Envelope | None, tuple[Degraded, ...]]:
         """The user's tokens, if they are whole and of the version that is accepted; or why there are none."""
         if self.token_version is None:
             return None, ()
         if stored is None:
-            return None, ("no_tokens",)
+            return None, (Degraded.NO_TOKENS,)
         try:
-            found = decode(stored, user_id)
+            found = from_bytes(stored, user_id)
         except EnvelopeError:
             logger.exception("summary tokens could not be read; the ranker does without")
-            return None, ("tokens_unreadable",)
+            return None, (Degraded.TOKENS_UNREADABLE,)
         if found.fingerprint != self.token_version:
-            return None, ("tokens_mismatched",)
-        return (None, ("no_tokens",)) if found.tombstone else (found, ())
+            return None, (Degraded.TOKENS_MISMATCHED,)
+        return (None, (Degraded.NO_TOKENS,)) if found.tombstone else (found, ())
 
     def read_items(self, item_ids: Sequence[Id]) -> pa.Table:
         """Item features, a row for each id; nulls where the store has none."""
@@ -126,6 +149,36 @@ def item_columns(contract: Contract) -> list[tuple[str, Column]]:
     return [(view, column) for view in ("item_profile", "item_stats") for column in contract.table(view).columns]
 
 
+@dataclass(frozen=True)
+class ItemRows:
+    """Item features by place, and the place of each item."""
+
+    index: KeyIndex
+    columns: dict[str, pa.Array]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Features of some items in order, nulls for unknown ones.
+
+    Args:
+        unknown: items that neither table nor store knows.
+        reached: whether the store could be read where it had to be.
+    """
+
+    columns: dict[str, pa.Array]
+    unknown: list[Id]
+    reached: bool
+
+
+def _either(base: pa.Array, places: np.ndarray, added: pa.Array, later: np.ndarray) -> pa.Array:
+    """Values of the base where a place is known there, else of what was added, else null."""
+    taken = base.take(pa.array(places, mask=places < 0))
+    if not (later >= 0).any():
+        return taken
+    return pc.if_else(pa.array(places >= 0), taken, added.take(pa.array(later, mask=later < 0)))
+
+
 class ItemTable:
     """Item features in the process. Lookups never wait for a refresh; an item that it lacks is looked up in the store.
 
@@ -140,69 +193,87 @@ class ItemTable:
         self._names = [column.name for _, column in item_columns(contract)]
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._absent: set[Id] = set()
-        self._rows, self._index = self._load(list(item_ids))
+        self._base = self._load(list(item_ids))
+        self._added = self._nothing()  # what was looked up since; small, so that a new id copies no more than that
         if refresh_s > 0:
             threading.Thread(target=self._refresh_for_ever, args=(refresh_s,), daemon=True, name="item-refresh").start()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._base.index) + len(self._added.index)
 
-    def take(self, item_ids: Sequence[Id]) -> tuple[dict[str, pa.Array], list[Id], bool]:
+    def take(self, item_ids: Sequence[Id]) -> Taken:
         """Columns for these items in order, nulls for unknown ones; the unknown ones; whether the store could be read.
 
         Items that the table lacks are looked up in the store; what the store lacks too is remembered until the next
         refresh, so that made-up ids cost one read.
         """
-        wanted, reached = list(dict.fromkeys(item_ids)), True
-        missing = [item_id for item_id in wanted if item_id not in self._index and item_id not in self._absent]
+        ids, reached = pa.array(list(item_ids), arrow_type(self._contract.item.dtype)), True
+        with self._lock:
+            base, added = self._base, self._added
+        places, later = base.index.places(ids), added.index.places(ids)
+        lacking = np.flatnonzero((places < 0) & (later < 0)).tolist()
+        missing = list(dict.fromkeys(item_ids[at] for at in lacking if item_ids[at] not in self._absent))
         if missing:
             try:
-                self._add(missing)
+                added = self._add(missing)
+                later = added.index.places(ids)
             except Exception:
                 logger.exception("the online store could not be read; unseen items are ranked without features")
                 reached = False
-        with self._lock:
-            rows, index = self._rows, self._index
-        places = pa.array([index.get(item_id) for item_id in item_ids], pa.int64())
-        columns = {name: rows[name].take(places) for name in self._names}
-        return columns, [item_id for item_id in wanted if item_id not in index], reached
+        columns = {name: _either(base.columns[name], places, added.columns[name], later) for name in self._names}
+        unknown = list(dict.fromkeys(item_ids[at] for at in np.flatnonzero((places < 0) & (later < 0)).tolist()))
+        return Taken(columns, unknown, reached)
 
     def refresh(self) -> None:
         """Read every known item again and swap the table."""
-        known = list(self._index)
-        rows, index = self._load(known)
-        if known and not index:
+        with self._lock:
+            known = self._base.index.keys.to_pylist() + self._added.index.keys.to_pylist()
+        rows = self._load(known)
+        if known and not len(rows.index):
             raise LookupError(
                 f"the store has lost all of {len(known):,} items: materialize again; the last features stay in use"
             )
         with self._lock:
-            self._rows, self._index, self._absent = rows, index, set()
+            self._base, self._added, self._absent = rows, self._nothing(), set()
 
     def close(self) -> None:
         """Stop refreshing."""
         self._stop.set()
 
-    def _add(self, item_ids: list[Id]) -> None:
-        rows, index = self._load(item_ids)
+    def _add(self, item_ids: list[Id]) -> ItemRows:
+        """Look items up, and keep those that the store has. Returns all that were added so far."""
+        rows = self._load(item_ids)
         with self._lock:
+            found = set(rows.index.keys.to_pylist())
             if len(self._absent) < MAX_ABSENT:
-                self._absent |= set(item_ids) - set(index)
-            if index:
-                start = len(self._rows[self._names[0]])
-                self._rows = {name: pa.concat_arrays([self._rows[name], rows[name]]) for name in self._names}
-                self._index = self._index | {item_id: start + place for item_id, place in index.items()}
+                self._absent |= set(item_ids) - found
+            new = [at for at, key in enumerate(rows.index.keys.to_pylist()) if key not in self._added_keys()]
+            if new:
+                chosen = pa.array(new)
+                keys = pa.concat_arrays([self._added.index.keys, rows.index.keys.take(chosen)])
+                columns = {
+                    name: pa.concat_arrays([self._added.columns[name], rows.columns[name].take(chosen)])
+                    for name in self._names
+                }
+                self._added = ItemRows(KeyIndex(keys), columns)
+            return self._added
 
-    def _load(self, item_ids: list[Id]) -> tuple[dict[str, pa.Array], dict[Id, int]]:
+    def _added_keys(self) -> set[Id]:
+        return set(self._added.index.keys.to_pylist())
+
+    def _nothing(self) -> ItemRows:
+        columns = {column.name: pa.array([], arrow_type(column.dtype)) for _, column in item_columns(self._contract)}
+        return ItemRows(KeyIndex(pa.array([], arrow_type(self._contract.item.dtype))), columns)
+
+    def _load(self, item_ids: list[Id]) -> ItemRows:
+        """Rows of those items of which the store has anything."""
         read = self._reader.read_items(item_ids)
-        known = pa.array(
-            [any(value is not None for value in row.values()) for row in read.select(self._names).to_pylist()],
-            pa.bool_(),
-        )
+        known = pa.array(np.zeros(read.num_rows, bool))
+        for name in self._names:
+            known = pc.or_(known, read[name].combine_chunks().is_valid())
         read = read.filter(known).combine_chunks()
-        ids = read[self._contract.item.join_key].to_pylist()
-        return {name: read[name].combine_chunks() for name in self._names}, {
-            item_id: place for place, item_id in enumerate(ids)
-        }
+        columns = {name: read[name].combine_chunks() for name in self._names}
+        return ItemRows(KeyIndex(read[self._contract.item.join_key].combine_chunks()), columns)
 
     def _refresh_for_ever(self, seconds: float) -> None:
         while not self._stop.wait(seconds):

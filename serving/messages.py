@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from feature_repo.schema import Contract, DType
+from feature_repo.schema import MAX_ID_BYTES, Contract, DType
+from serving.degraded import Degraded
 from serving.errors import BadRequestError, InvalidRequestError
 
 MAX_CANDIDATES = 5_000
 MAX_BODY_BYTES = 1 << 20
-MAX_ID_LENGTH = 128
 INT64 = range(-(2**63), 2**63)
 EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
 
-Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)]
+Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)]
 
 
 class RankContext(Struct, forbid_unknown_fields=True):
@@ -49,18 +49,14 @@ class Timings(Struct):
 class RankResponse(Struct):
     """Candidates, best first. `scores` are probabilities of the bundle's label.
 
-    `degraded` names what the answer had to do without: `unknown_user`, `no_history`, `history_unreadable`,
-    `store_unavailable`, `unknown_items`; where the bundle ranks with summary tokens, `no_tokens`, `tokens_unreadable` or
-    `tokens_mismatched` (then they are made of the short history, where the bundle can) and `stale_tokens` (events came
-    that they have not seen), `newer_tokens` (the request lies before events in them, so they are not used); and `newer_features` where the request lies before the newest event: its
-    history is cut there, but profile and item statistics are of now. Empty when nothing was missing.
+    `degraded` names what the answer had to do without, and is empty when nothing was missing.
     """
 
     item_ids: list[int | str]
     scores: list[float]
     bundle: str
     tokens: str | None  # version of the stored summary tokens that were ranked with
-    degraded: list[str]
+    degraded: list[Degraded]
     unknown_items: list[int | str]
     timings_ms: Timings
 
@@ -110,8 +106,9 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
     if dtype is DType.STRING:
         if not isinstance(value, str):
             raise InvalidRequestError(f"{name} must be a string, not {value!r}")
-        if not value.isprintable():
-            raise InvalidRequestError(f"{name} holds characters that are not printable: {value!r}")
+        # Ids are what the log holds, whatever characters those are; only their length is bounded, there as here.
+        if len(value.encode(errors="surrogatepass")) > MAX_ID_BYTES:
+            raise InvalidRequestError(f"{name} has more than {MAX_ID_BYTES:,} bytes in UTF-8: {value[:40]!r}…")
     elif not isinstance(value, int):
         raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
     elif value not in INT64:
@@ -123,4 +120,5 @@ def schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components(
         (RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
     )
+    components["Degraded"]["description"] = "; ".join(f"`{reason}`: {reason.meaning}" for reason in Degraded)
     return components

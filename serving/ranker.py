@@ -17,15 +17,17 @@ import torch
 from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.history import Histories, from_batches
 from feature_repo.schema import Contract
-from modeling.batch import GatherTokens, Requests
+from modeling.batch import GatherTokens, RequestColumns
 from modeling.bundle import Bundle
+from serving.degraded import Degraded
 from serving.features import Id, ItemTable, Reader, UserRow
 from serving.messages import RankRequest, RankResponse, Timings
 
+LOGIT_DIGITS = 5
 logger = logging.getLogger(__name__)
 
 
-class Ranker:
+class RankService:
     """Ranks with one bundle. Calls may come from several threads; the model runs for one at a time.
 
     Args:
@@ -43,6 +45,9 @@ class Ranker:
     def rank(self, request: RankRequest, arrived: float | None = None) -> RankResponse:
         """Rank a request's candidates, best first; equal scores keep the request's order.
 
+        Equal are logits that round to the same at `LOGIT_DIGITS`: the last bits of a sum depend on where in the batch its
+        candidate stands.
+
         Args:
             arrived: `time.perf_counter()` when the request came, for the queue's timing.
         """
@@ -50,21 +55,24 @@ class Ranker:
         clock.lap("queue")
         user, degraded = self._read_user(request.user_id)
         clock.lap("user_read")
-        columns, unknown, reached = self.items.take(request.candidates)
-        if not reached and "store_unavailable" not in degraded:
-            degraded.append("store_unavailable")
+        items = self.items.take(request.candidates)
+        if not items.reached and Degraded.STORE_UNAVAILABLE not in degraded:
+            degraded.append(Degraded.STORE_UNAVAILABLE)
         clock.lap("item_read")
         given = request.context.request_timestamp if request.context else None
         at = given or self.default_time or datetime.now(UTC)
         if user.history is not None and user.history.num_rows and user.history["event_timestamp"][-1].as_py() >= at:
-            degraded.append("newer_features")
+            degraded.append(Degraded.NEWER_FEATURES)
         if user.tokens is not None and user.tokens.as_of >= (at - EPOCH) // timedelta(microseconds=1):
-            degraded.append("newer_tokens")
+            degraded.append(Degraded.NEWER_TOKENS)
             user = replace(user, tokens=None)  # they know what comes after the request
+        elif user.tokens_know_another_past:
+            degraded.append(Degraded.TOKENS_OF_ANOTHER_PAST)
+            user = replace(user, tokens=None)
         elif user.events_behind:
-            degraded.append("stale_tokens")
-        logits = self._score(user, request.candidates, columns, at, clock)
-        order = np.argsort(-logits, kind="stable")[: request.k]
+            degraded.append(Degraded.STALE_TOKENS)
+        logits = self._score(user, request.candidates, items.columns, at, clock)
+        order = np.argsort(-np.round(logits.astype(np.float64), LOGIT_DIGITS), kind="stable")[: request.k]
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
         clock.lap("sort")
         return RankResponse(
@@ -72,21 +80,20 @@ class Ranker:
             scores=probabilities[order].tolist(),
             bundle=self.bundle.name,
             tokens=None if user.tokens is None else user.tokens.fingerprint,
-            degraded=[*degraded, *(["unknown_items"] if unknown else [])],
-            unknown_items=unknown,
+            degraded=[*degraded, *([Degraded.UNKNOWN_ITEMS] if items.unknown else [])],
+            unknown_items=items.unknown,
             timings_ms=Timings(**clock.laps),
         )
 
     def warm_up(self) -> None:
-        """Rank once for nobody, so that the first request pays for no first time."""
+        """Rank once without a user, so that the first request does not pay for what is set up on first use."""
         empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
         ids = list(self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist())
-        columns, _, _ = self.items.take(ids)
-        self._score(empty, ids, columns, datetime.now(UTC), _Clock(None))
+        self._score(empty, ids, self.items.take(ids).columns, datetime.now(UTC), _Clock(None))
 
     def requests_of(
         self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime
-    ) -> Requests:
+    ) -> RequestColumns:
         """This one request in the shape that training encodes."""
         ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
         micros = (at - EPOCH) // timedelta(microseconds=1)
@@ -102,7 +109,7 @@ class Ranker:
             return histories.newest(length)
 
         user_columns = {c.name: pa.array([known[c.name]], arrow_type(c.dtype)) for c in self.contract.user_columns}
-        return Requests(
+        return RequestColumns(
             times=np.array([micros]),
             user_columns=user_columns,
             items=item_ids.take(pa.array(first_of_key)),
@@ -133,20 +140,20 @@ class Ranker:
             )
         return lambda chosen: (found[None], np.array([True]))
 
-    def _read_user(self, user_id: Id) -> tuple[UserRow, list[str]]:
+    def _read_user(self, user_id: Id) -> tuple[UserRow, list[Degraded]]:
         try:
             user = self.reader.read_user(user_id)
         except Exception:
             logger.exception("the online store could not be read; ranking without a user")
             nothing = {c.name: None for c in self.contract.user_columns}
-            return UserRow(nothing, None), ["store_unavailable"]
+            return UserRow(nothing, None), [Degraded.STORE_UNAVAILABLE]
         return user, list(user.problems)
 
     def _score(
         self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime, clock: _Clock
     ) -> np.ndarray:
         encoder, model = self.bundle.encoder, self.bundle.model
-        encoded = encoder.encode(self.requests_of(user, candidates, columns, at))
+        encoded = encoder.featurise(self.requests_of(user, candidates, columns, at))
         batch = encoder.collate(encoded, np.array([0]))
         with self._model_lock, torch.inference_mode():
             state = model.encode_user(batch.user)
@@ -180,7 +187,7 @@ def _stats_before(contract: Contract, stats: dict[str, Any], history: pa.RecordB
     primary = later["action"].to_numpy() == 0
     events, others = stats["history_end"] - later.num_rows, stats["other_events"] - int((~primary).sum())
     if not kept:
-        return dict.fromkeys(("history_end", "first_event_s", "other_events", mean))
+        return dict.fromkeys(("history_end", "history_digest", "first_event_s", "other_events", mean))
     counted = stats["history_end"] - stats["other_events"]
     total = (stats[mean] or 0.0) * counted - float(later[value].to_numpy().astype(np.float64)[primary].sum())
     left = events - others

@@ -1,30 +1,38 @@
-"""One user's summary tokens after new events, without reading the old ones: stored state in, stored state out.
+"""New events of one user into everything that the online store holds of them: history, statistics, summary tokens.
 
-What a stream of events would call for each user. The value is written at a newer time, so on Redis two that refresh the
-same user at once cannot leave the older one.
+What a stream of events would call for each user. Tokens go from stored state to stored state, without reading the old
+events, and are written at a newer time, so that on Redis two that refresh the same user at once cannot leave the older
+ones. History and statistics are what the jobs would build, but for the last digits of a mean; the next run of the jobs
+replaces them.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.arrow import history_schema
-from feature_repo.envelope import Envelope, EnvelopeError, Kind, decode
-from feature_repo.history import from_batches
+from feature_repo.arrow import EPOCH, arrow_schema, hash_keys, history_schema, micros
+from feature_repo.envelope import Envelope, EnvelopeError, Kind, from_bytes
+from feature_repo.errors import ExpectedError
+from feature_repo.history import event_columns, event_digests, from_batches, pack, unpack
+from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
-from feature_repo.schema import Contract
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
 from modeling.summary import Summariser, envelopes, stored_summary
 
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
-class NoStateError(LookupError):
+
+class NoStateError(ExpectedError, LookupError):
     """A user has no stored state of this token version to go on from."""
 
 
-class RefusedError(RuntimeError):
+class RefusedError(ExpectedError, RuntimeError):
     """The store holds newer tokens by now."""
 
 
@@ -66,7 +74,7 @@ class Refresher:
             raise NoStateError(
                 f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
             )
-        before, kept = decode(tokens, user_id), decode(state, user_id)
+        before, kept = from_bytes(tokens, user_id), from_bytes(state, user_id)
         if before.tombstone or kept.tombstone:
             raise NoStateError(f"user {user_id!r} has no tokens of version {version} any more")
         if not before.fingerprint == kept.fingerprint == version or before.num_events != kept.num_events:
@@ -83,13 +91,107 @@ class Refresher:
             )
         item = self._contract.item.join_key
         vocabulary = self._summariser.encoder.vocabularies[item]
-        codes = vocabulary.encode(batch[item].unique())  # in the order of the item keys: of first occurrence
+        codes = vocabulary.indices_of(batch[item].unique())  # in the order of the item keys: of first occurrence
         summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
+        places = np.arange(len(times)) + before.num_events
+        with np.errstate(over="ignore"):
+            digest = int(
+                np.int64(before.digest) + event_digests(hash_keys(batch[item]), histories.columns, places).sum()
+            )
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
-        stored, streams = envelopes(summary, 0, user_id, version, at, self._kind)
+        stored, streams = envelopes(summary, 0, user_id, version, at, self._kind, digest)
         if not self._online.write(version, [user_id], [stored], [streams], at):
             raise RefusedError(
                 f"tokens of user {user_id!r} were replaced by newer ones meanwhile: refresh again from those"
             )
-        return decode(stored, user_id)
+        return from_bytes(stored, user_id)
+
+
+class UserMemory:
+    """What the online store remembers of users, taken further by new events.
+
+    Example:
+        >>> memory = UserMemory(store, contract)
+        >>> memory.add(12680, [{"item_id": "22726", "action": 0, "event_timestamp": now, "quantity": 1.0, "unit_price": 3.5}])
+
+    Args:
+        refresher: of the summary tokens; without one these are left as they are, and are stale.
+    """
+
+    def __init__(self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None) -> None:
+        self._store, self._contract, self._refresher = store, contract, refresher
+
+    def read(self, user_id: int | str) -> dict[str, dict[str, Any]]:
+        """What is stored of a user, by view; to be put back by `write`."""
+        found = {}
+        for view in ("user_history", "user_stats"):
+            names = [c.name for c in self._contract.table(view).columns]
+            refs = [f"{view}:{name}" for name in names]
+            rows = self._store.get_online_features(refs, [{self._contract.user.join_key: user_id}]).to_dict()
+            found[view] = {name: rows[name][0] for name in names}
+        return found
+
+    def write(self, user_id: int | str, rows: dict[str, dict[str, Any]], known: int) -> None:
+        """Store rows of a user, by view.
+
+        Args:
+            known: since when, microseconds.
+        """
+        for view, values in rows.items():
+            table = self._contract.table(view)
+            stamp = EPOCH + timedelta(microseconds=known)
+            row = {self._contract.user.join_key: user_id, **values, EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp}
+            write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
+
+    def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> None:
+        """Add a user's new events, oldest first, to history, statistics and tokens.
+
+        Args:
+            new_events: columns of `contract.history_columns`, later than all that is stored.
+
+        Raises:
+            HistoryError: the stored history is damaged.
+            ValueError: an event is not later than those that are stored.
+        """
+        stored = self.read(user_id)
+        events = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
+        times = micros(events[EVENT_TIMESTAMP])
+        packed = stored["user_history"]["history"]
+        earlier = [] if packed is None else [unpack(self._contract, user_id, packed)]
+        whole = pa.Table.from_batches(earlier, events.schema)
+        last = micros(whole[EVENT_TIMESTAMP])[-1] if whole.num_rows else -1
+        if not len(times) or times[0] <= last or (np.diff(times) < 0).any():
+            raise ValueError(
+                f"new events of user {user_id!r} must be later than {last} µs and in order, got {times.tolist()}"
+            )
+        if self._refresher is not None:
+            self._refresher.refresh(user_id, new_events)
+        kept = pa.concat_tables([whole, events])
+        kept = kept.slice(max(kept.num_rows - self._contract.spec.num_history_online, 0)).combine_chunks()
+        rows = {
+            "user_history": {"history": pack(self._contract, user_id, kept)},
+            "user_stats": stats_after(self._contract, stored["user_stats"], events),
+        }
+        self.write(user_id, rows, int(times[-1]) + 1)
+
+
+def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) -> dict[str, Any]:
+    """A user's statistics with new events; `before` holds nulls of whoever had none."""
+    value, mean = contract.spec.stat_value, f"user_mean_{contract.spec.stat_value}"
+    end, others = before["history_end"] or 0, before["other_events"] or 0
+    primary = events["action"].to_numpy() == 0
+    counted = end - others + int(primary.sum())
+    total = (before[mean] or 0.0) * (end - others) + float(events[value].to_numpy().astype(np.float64)[primary].sum())
+    columns = event_columns(contract, events)
+    digests = event_digests(hash_keys(events[contract.item.join_key]), columns, end + np.arange(events.num_rows))
+    with np.errstate(over="ignore"):
+        digest = int(np.int64(before["history_digest"] or 0) + digests.sum())
+    first = before["first_event_s"]
+    return {
+        "history_end": end + events.num_rows,
+        "history_digest": digest,
+        "first_event_s": int(columns[EVENT_TIMESTAMP][0] // 1_000_000) if first is None else first,
+        "other_events": others + int((~primary).sum()),
+        mean: total / counted if counted else None,
+    }

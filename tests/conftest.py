@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,15 @@ def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     outcomes = {}
     for name in names:
         job = runs.load_job(name)
-        chosen = job.resolve(settings, {**job.options, **{k: v for k, v in options.items() if k in job.options}})
+        known = {f.name for f in fields(job.options)}
+        chosen = job.resolve(settings, job.options(**{k: v for k, v in options.items() if k in known}))
         outcomes[name] = runs.run(
-            job, settings, chosen, ["--runner=FnApiRunner"], as_of=options.get("as_of"), max_bad_fraction=None
+            job,
+            settings,
+            chosen,
+            ["--runner=FnApiRunner"],
+            as_of=options.get("as_of"),
+            max_bad_fraction=options.get("max_bad_fraction"),
         )
     return outcomes
 

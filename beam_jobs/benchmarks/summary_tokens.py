@@ -220,12 +220,12 @@ def _loop(home: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     row = Catalogue(_settings(home).catalogue_url).bundle("online_retail", "random")
-    summariser = load_summariser(row.path, CONTRACT, row.digest)
+    summariser = load_summariser(str(_settings(home).path(row.path)), CONTRACT, row.digest)
     folder = JobFolder(home, "user_history")
     started, cpu = time.perf_counter(), time.process_time()
     for path in folder.paths("history_log"):
         log = history.HistoryLog(CONTRACT, folder, [path])
-        item_of_key = summariser.encoder.vocabularies[CONTRACT.item.join_key].encode(log.items)
+        item_of_key = summariser.encoder.vocabularies[CONTRACT.item.join_key].indices_of(log.items)
         for start, stop in piece_ends(log.lengths, summariser.bytes_of_user()):
             rows = np.arange(start, stop)
             histories = log.gather(rows, log.lengths[rows])
@@ -237,12 +237,13 @@ def _job(home: str, workers: int) -> dict[str, Any]:
     """The whole job, from the command's beginning to its manifest."""
     started, cpu = time.perf_counter(), time.process_time()
     from beam_jobs import runs
+    from beam_jobs.options import TokenOptions
 
     job, settings = runs.load_job("summary_tokens"), _settings(home)
     flags = ["--runner=FnApiRunner"]
     if workers > 1:
         flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
-    options = job.resolve(settings, {**job.options, "bundle": "random"})
+    options = job.resolve(settings, TokenOptions(bundle="random"))
     outcome = runs.run(job, settings, options, flags, as_of=None, max_bad_fraction=None)
     counts = outcome.manifest.counts
     found = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_mb": _peak_mb()}

@@ -5,7 +5,8 @@ A dataset module declares `SPEC` (a `DatasetSpec`) and four pure functions:
 - `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or None.
 - `read_raw(unit) -> Table`: one piece as it stands, which the raw gate validates.
 - `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row of the events
-  source is counted as kept or dead; timestamps are UTC.
+  source is counted as kept or dead; timestamps are UTC. Limits of the contract's columns are not for `parse` to check:
+  the job checks every row that it returns, and sets aside what breaks one (`limits.py`).
 - `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events of whole users
   sorted by (user, time, position).
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -24,10 +26,13 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo.arrow import arrow_schema
-from feature_repo.schema import Contract, DatasetSpec, contract
+from feature_repo.errors import DeclarationError, ExpectedError, nearest
+from feature_repo.schema import Contract, DatasetSpec, contract, problems
+
+FUNCTIONS = ("raw_units", "read_raw", "parse", "assign_requests")
 
 
-class RawDataError(ValueError):
+class RawDataError(ExpectedError, ValueError):
     """The raw data is missing or has another shape than its dataset module expects."""
 
 
@@ -56,7 +61,8 @@ class Parsed:
 class AssignedRequests:
     """For events of one or more whole users: which request each belongs to, and its label.
 
-    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the given events.
+    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the given events. Of several
+    events of one item in one request the first is the candidate.
     `request_time` holds one time in microseconds for each request.
     """
 
@@ -88,20 +94,32 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
+@cache
 def load(name: str) -> Dataset:
     """The dataset module of that name.
 
     Raises:
-        ValueError: no such module; the message lists those that exist.
+        DeclarationError: no such module, or one that declares what cannot be; the message names each field.
     """
     if name not in names():
-        raise ValueError(
-            f"no dataset {name!r}; there are {names()}. Set MEMOIR_DATASET, or add feature_repo/datasets/{name}.py"
+        raise DeclarationError(
+            f"no dataset {name!r}; there are {names()}{nearest(name, names())} Set MEMOIR_DATASET, or add "
+            f"feature_repo/datasets/{name}.py"
         )
     module: ModuleType = importlib.import_module(f"feature_repo.datasets.{name}")
+    file = f"feature_repo/datasets/{name}.py"
+    if not isinstance(getattr(module, "SPEC", None), DatasetSpec):
+        raise DeclarationError(f"{file} declares no SPEC: expected SPEC = DatasetSpec(...)")
+    wrong = problems(module.SPEC)
+    if module.SPEC.name != name:
+        wrong.insert(0, f"name is {module.SPEC.name!r}; expected {name!r}, the name of the file")
+    wrong += [f"no function {f}; see feature_repo/datasets/__init__.py" for f in FUNCTIONS if not hasattr(module, f)]
+    if wrong:
+        raise DeclarationError("\n".join([f"{file}, SPEC:", *(f"  {line}" for line in wrong)]))
     return cast(Dataset, module)
 
 
+@cache
 def load_contract(name: str) -> Contract:
     """The contract of a dataset."""
     return contract(load(name).SPEC)

@@ -7,14 +7,13 @@ rating's, so that none of the 16 is in the history.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from feature_repo import limits, raw
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.datasets import AssignedRequests, Parsed, RawDataError, RawUnit, empty
 from feature_repo.schema import Column, DatasetSpec, DType, Requests, Table, contract
@@ -58,14 +57,38 @@ SPEC = DatasetSpec(
             Column("user_id", DType.INT64, "user", minimum=1),
             Column("movie_id", DType.INT64, "movie", minimum=1),
             Column("rating", DType.INT64, "stars", unit="stars", minimum=1, maximum=5),
-            Column("timestamp", DType.INT64, "Unix time", unit="s", minimum=1),
+            Column("timestamp", DType.TIMESTAMP, "whole seconds since 1970"),
         ),
     ),
+    raw_time_unit="seconds",
     max_bad_fraction=0.01,
     ranking_user_features=("gender", "age", "occupation"),
     ranking_item_features=("genres", "year"),
+    event_identity=("user_id", "item_id", "event_timestamp"),
+    items_repeat=False,
 )
 CONTRACT = contract(SPEC)
+RAW_COLUMNS = [column.name for column in SPEC.raw.columns]
+USERS = Table(
+    "users.dat",
+    "Users as GroupLens publishes them.",
+    (
+        Column("user_id", DType.INT64, "user"),
+        Column("gender", DType.STRING, "F or M"),
+        Column("age", DType.INT64, "lower end of the age band"),
+        Column("occupation", DType.INT64, "occupation code"),
+        Column("zip", DType.STRING, "not read", nullable=True),
+    ),
+)
+MOVIES = Table(
+    "movies.dat",
+    "Movies as GroupLens publishes them.",
+    (
+        Column("item_id", DType.INT64, "movie"),
+        Column("title", DType.STRING, "title and year"),
+        Column("genres", DType.STRING, "genres, with | between them"),
+    ),
+)
 
 
 def raw_units(data: str | None) -> list[RawUnit]:
@@ -85,44 +108,34 @@ def raw_units(data: str | None) -> list[RawUnit]:
         RawUnit(str(folder / "movies.dat"), 0, len(_lines(folder / "movies.dat")), "items"),
     ]
     ratings = _ratings_file(folder)
-    rows = pq.ParquetFile(ratings).metadata.num_rows if ratings.suffix == ".parquet" else len(_lines(ratings))
+    rows = raw.parquet_rows(ratings, RAW_COLUMNS) if ratings.suffix == ".parquet" else len(_lines(ratings))
     units += [RawUnit(str(ratings), start, min(UNIT_ROWS, rows - start)) for start in range(0, rows, UNIT_ROWS)]
     return units
 
 
 def read_raw(unit: RawUnit) -> pa.Table:
-    """A range of ratings; fields that are no number are null."""
-    path, names = Path(unit.file), [c.name for c in SPEC.raw.columns]
-    if path.suffix == ".parquet":
-        table = pq.read_table(path, columns=names, memory_map=True)
-        return table.slice(unit.start, unit.rows).cast(pa.schema([(name, pa.int64()) for name in names]))
-    rows = [line.split("::") for line in _lines(path)[unit.start : unit.start + unit.rows]]
-    columns = [[_number(row[i]) if len(row) == len(names) else None for row in rows] for i in range(len(names))]
-    return pa.table([pa.array(column, pa.int64()) for column in columns], names=names)
+    """A range of ratings as text or, of a Parquet table, as it stands."""
+    if Path(unit.file).suffix == ".parquet":
+        return raw.read_parquet(unit.file, RAW_COLUMNS, unit.start, unit.rows)
+    return _fields(_lines(Path(unit.file))[unit.start : unit.start + unit.rows], RAW_COLUMNS)
 
 
 def parse(unit: RawUnit) -> Parsed:
     """One piece as events, users, items and dead letters."""
     if unit.kind == "events":
         return _parse_ratings(unit)
-    rows = [line.split("::") for line in _lines(Path(unit.file))]
-    known = from_micros(np.full(len(rows), KNOWN_SINCE, np.int64))
+    lines = _lines(Path(unit.file))
+    known = from_micros(np.full(len(lines), KNOWN_SINCE, np.int64))
     users, items = empty(SPEC, "user_profile"), empty(SPEC, "item_profile")
-    try:
-        if unit.kind == "users":
-            columns = [
-                [int(r[0]) for r in rows],
-                [r[1] for r in rows],
-                [int(r[2]) for r in rows],
-                [int(r[3]) for r in rows],
-            ]
-            users = pa.table([pa.array(c) for c in columns] + [known, known], schema=users.schema)
-        else:
-            columns = [[int(r[0]) for r in rows], [r[1] for r in rows], [r[2].split("|") for r in rows]]
-            years = pa.array([_number(r[1][-5:-1]) for r in rows], pa.int64())
-            items = pa.table([*(pa.array(c) for c in columns), years, known, known], schema=items.schema)
-    except (ValueError, IndexError) as error:
-        raise RawDataError(f"{unit.file}: expected GroupLens's '::' separated fields; {error}") from error
+    if unit.kind == "users":
+        read = raw.typed(USERS, _fields(lines, [c.name for c in USERS.columns]), unit.file)
+        users = pa.table([*(read[name] for name in read.column_names[:4]), known, known], schema=users.schema)
+    else:
+        read = raw.typed(MOVIES, _fields(lines, [c.name for c in MOVIES.columns]), unit.file)
+        year = pc.extract_regex(read["title"], r"\((?P<year>[0-9]{4})\)\s*$")
+        years = raw.whole_numbers(pc.struct_field(year.combine_chunks(), "year"))
+        genres = pc.split_pattern(read["genres"], "|")
+        items = pa.table([read["item_id"], read["title"], genres, years, known, known], schema=items.schema)
     return Parsed(empty(SPEC, "events"), users, items, empty(SPEC, "dead_letters"), 0)
 
 
@@ -139,43 +152,33 @@ def assign_requests(events: pa.Table) -> AssignedRequests:
 
 
 def _parse_ratings(unit: RawUnit) -> Parsed:
-    raw = read_raw(unit).combine_chunks()
-    readable = np.ones(raw.num_rows, bool)
-    for column in SPEC.raw.columns:
-        values = pc.fill_null(raw[column.name], -1).to_numpy()
-        readable &= values >= column.minimum if column.minimum is not None else True
-        readable &= values <= column.maximum if column.maximum is not None else True
-    kept, dead = np.flatnonzero(readable), np.flatnonzero(~readable)
-    good = raw.take(pa.array(kept))
+    lines = read_raw(unit)
+    read = raw.as_declared(SPEC, lines, unit.file)
+    verdict = limits.check(SPEC.raw, read)
+    alive = np.ones(lines.num_rows, bool)
+    alive[verdict.dead] = False
+    kept, good = np.flatnonzero(alive), verdict.kept
     rating = good["rating"].to_numpy()
     events = pa.table(
         {
             "user_id": good["user_id"],
             "item_id": good["movie_id"],
             "action": (rating < LIKED_FROM).astype(np.int8),
-            "event_timestamp": from_micros(good["timestamp"].to_numpy() * 1_000_000),
+            "event_timestamp": good["timestamp"],
             "rating": rating.astype(np.float32),
             "source_position": unit.start + kept,
         }
     ).cast(arrow_schema(CONTRACT.table("events")))
     dead_letters = pa.table(
         {
-            "source_file": [Path(unit.file).name] * len(dead),
-            "source_row": unit.start + dead,
-            "reason": ["unreadable: a field is missing, no number or out of range"] * len(dead),
-            "raw": _as_they_stand(unit, raw, dead),
+            "source_file": [Path(unit.file).name] * len(verdict.dead),
+            "source_row": unit.start + verdict.dead,
+            "reason": [f"unreadable: {reason}" for reason in verdict.reasons],
+            "raw": limits.raw_rows(lines, verdict.dead),
         },
         schema=arrow_schema(CONTRACT.table("dead_letters")),
     )
-    return Parsed(events, empty(SPEC, "user_profile"), empty(SPEC, "item_profile"), dead_letters, raw.num_rows)
-
-
-def _as_they_stand(unit: RawUnit, raw: pa.Table, rows: np.ndarray) -> list[str]:
-    """Raw rows as JSON: the line of a text file, the fields of a Parquet row."""
-    if Path(unit.file).suffix == ".parquet":
-        return [json.dumps(row) for row in raw.take(pa.array(rows)).to_pylist()]
-    lines = _lines(Path(unit.file)) if len(rows) else []
-    return [json.dumps(lines[unit.start + row]) for row in rows]
+    return Parsed(events, empty(SPEC, "user_profile"), empty(SPEC, "item_profile"), dead_letters, lines.num_rows)
 
 
 def _ratings_file(folder: Path) -> Path:
@@ -186,11 +189,22 @@ def _ratings_file(folder: Path) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="latin-1").splitlines()
+    """Lines that are not blank, whether the file is in UTF-8 (with or without a BOM), Windows-1252 or, as published, Latin-1.
+
+    Lines end at line feeds alone: Python's own `splitlines` would also cut titles at U+0085.
+    """
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for encoding in ("utf-8", "cp1252", "latin-1"):
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    return [line for line in (line.rstrip("\r") for line in text.split("\n")) if line.strip()]
 
 
-def _number(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
+def _fields(lines: list[str], names: list[str]) -> pa.Table:
+    """Fields of GroupLens's `::` separated lines as text; a line with fewer lacks the last ones."""
+    rows = [line.split("::") for line in lines]
+    columns = [[row[i] if i < len(row) and len(row) <= len(names) else None for row in rows] for i in range(len(names))]
+    return pa.table([pa.array(column, pa.string()) for column in columns], names=names)

@@ -1,30 +1,25 @@
 """UCI Online Retail (Chen, Sain and Guo 2012): invoices of a UK gift shop, 2010-12 to 2011-12; shipped with Memoir.
 
-A raw row is one invoice line. Its time is local (Europe/London), to the minute; many lines share one time, and their
-order in the file is kept. A request is one customer at one invoice time; its positives are the items bought then.
+A raw row is one invoice line. Its time is local (Europe/London), to the minute, unless the file's times carry a zone;
+many lines share one time, and their order in the file is kept. A request is one customer at one invoice time; its positives are the items bought then.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from datetime import UTC, datetime
 from pathlib import Path
-from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from feature_repo import limits, raw
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.datasets import AssignedRequests, Parsed, RawDataError, RawUnit, empty
 from feature_repo.schema import Column, DatasetSpec, DType, Requests, Table, contract
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
 FILE = "online_retail.parquet"
-LOCAL_TIME = ZoneInfo("Europe/London")
 PRODUCT_CODE = (
     r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
 )
@@ -71,11 +66,13 @@ SPEC = DatasetSpec(
             Column("Country", DType.STRING, "customer's country"),
         ),
     ),
+    raw_zone="Europe/London",
     max_bad_fraction=0.4,
     ranking_user_features=("country",),
     ranking_item_features=("description_tokens",),
 )
 CONTRACT = contract(SPEC)
+RAW_COLUMNS = [column.name for column in SPEC.raw.columns]
 
 
 def raw_units(data: str | None) -> list[RawUnit]:
@@ -87,18 +84,13 @@ def raw_units(data: str | None) -> list[RawUnit]:
     path = Path(data or SHIPPED) / FILE
     if not path.exists():
         raise RawDataError(f"expected {FILE} in {path.parent}; found none. Unset MEMOIR_DATA to use the shipped copy")
-    file = pq.ParquetFile(path)
-    missing = [c.name for c in SPEC.raw.columns if c.name not in file.schema_arrow.names]
-    if missing:
-        raise RawDataError(f"{path}: columns {missing} are missing; the file has {file.schema_arrow.names}")
-    rows = file.metadata.num_rows
+    rows = raw.parquet_rows(path, RAW_COLUMNS)
     return [RawUnit(str(path), start, min(UNIT_ROWS, rows - start)) for start in range(0, rows, UNIT_ROWS)]
 
 
 def read_raw(unit: RawUnit) -> pa.Table:
     """One row range as it stands in the file."""
-    columns = [c.name for c in SPEC.raw.columns]
-    return pq.read_table(unit.file, columns=columns, memory_map=True).slice(unit.start, unit.rows)
+    return raw.read_parquet(unit.file, RAW_COLUMNS, unit.start, unit.rows)
 
 
 def parse(unit: RawUnit) -> Parsed:
@@ -106,83 +98,70 @@ def parse(unit: RawUnit) -> Parsed:
     return parse_lines(read_raw(unit), unit)
 
 
-def parse_lines(raw: pa.Table, unit: RawUnit) -> Parsed:
+def parse_lines(lines: pa.Table, unit: RawUnit) -> Parsed:
     """Sort invoice lines into events and dead letters; the first reason that holds is the one given.
 
     Args:
-        raw: columns of `SPEC.raw`, in file order.
+        lines: columns of `SPEC.raw`, of any type, in file order.
         unit: where the lines stood.
     """
-    raw = raw.combine_chunks()
-    invoice, code = (pc.cast(raw[name], pa.string()) for name in ("InvoiceNo", "StockCode"))
-    quantity, price, customer = (_floats(raw[name]) for name in ("Quantity", "UnitPrice", "CustomerID"))
+    read = raw.as_declared(SPEC, lines, unit.file)
+    invoice, code = read["InvoiceNo"], pc.utf8_trim_whitespace(read["StockCode"])
+    quantity, price = (_floats(read[name]) for name in ("Quantity", "UnitPrice"))
+    customer = pc.fill_null(read["CustomerID"], 0).to_numpy()
     cancelled = _true(pc.starts_with(invoice, "C"))
-    seconds = pc.cast(raw["InvoiceDate"], pa.timestamp("s"), safe=False)
-    unreadable = (
-        ~_true(pc.match_substring_regex(invoice, INVOICE_NUMBER))
-        | _true(pc.is_null(code))
-        | _true(pc.is_null(seconds))
-        | ~np.isfinite(quantity)
-        | ~np.isfinite(price)
-        | (cancelled != (quantity < 0))
-        | (quantity == 0)
-    )
+    # 1. Each line's first reason to be no event.
     reasons = (
-        (unreadable, "unreadable: invoice number, code, time, quantity, price or its sign"),
-        (~(np.isfinite(customer) & (customer >= 1) & (customer == np.floor(customer))), "no customer"),
+        (~_true(pc.match_substring_regex(invoice, INVOICE_NUMBER)), "unreadable: invoice number"),
+        (_true(pc.is_null(code)), "unreadable: product code"),
+        (_true(pc.is_null(read["InvoiceDate"])), "unreadable: time"),
+        (~np.isfinite(quantity) | (quantity == 0) | (cancelled != (quantity < 0)), "unreadable: quantity or its sign"),
+        (~np.isfinite(price), "unreadable: price"),
+        (_is_blank(lines["CustomerID"], read["CustomerID"]), "no customer"),
+        (customer < 1, "unreadable: customer number"),
         (~_true(pc.match_substring_regex(code, PRODUCT_CODE)), "code is no product"),
         (~cancelled & (price <= 0), "price of a purchase is not positive"),
         (price < 0, "price of a return is negative"),
     )
-    verdict = np.full(raw.num_rows, -1)
+    verdict = np.full(lines.num_rows, -1)
     for index, (holds, _) in enumerate(reasons):
         verdict[(verdict < 0) & holds] = index
     kept = np.flatnonzero(verdict < 0)
-    position = unit.start + np.arange(raw.num_rows)
+    chosen = read.take(pa.array(kept))
 
-    time = _to_utc(seconds.take(pa.array(kept)))
+    # 2. The others as events, and what they say of customer and item.
+    time = chosen["InvoiceDate"].combine_chunks()
     events = pa.table(
         {
-            "user_id": customer[kept].astype(np.int64),
+            "user_id": customer[kept],
             "item_id": pc.utf8_upper(code.take(pa.array(kept))),
             "action": cancelled[kept].astype(np.int8),
             "event_timestamp": time,
             "quantity": np.abs(quantity[kept]).astype(np.float32),
             "unit_price": price[kept].astype(np.float32),
-            "source_position": position[kept],
+            "source_position": unit.start + kept,
         }
-    ).cast(arrow_schema(CONTRACT.table("events")))
+    ).cast(_target("events"))
     known = from_micros(micros(time) + 1)
-    users = pa.table(
-        [events["user_id"], raw["Country"].take(pa.array(kept)), known, known], schema=_target("user_profile")
-    )
-    description = pc.utf8_trim_whitespace(pc.cast(raw["Description"], pa.string())).take(pa.array(kept))
+    users = pa.table([events["user_id"], chosen["Country"], known, known], schema=_target("user_profile"))
+    description = pc.utf8_trim_whitespace(chosen["Description"])
     items = pa.table(
-        [
-            events["item_id"],
-            description,
-            _tokens(description),
-            known,
-            known,
-        ],
-        schema=_target("item_profile"),
+        [events["item_id"], description, _tokens(description), known, known], schema=_target("item_profile")
     )
-    return Parsed(events, users, items, _dead_letters(raw, unit, verdict, [text for _, text in reasons]), raw.num_rows)
+    return Parsed(
+        events, users, items, _dead_letters(lines, unit, verdict, [why for _, why in reasons]), lines.num_rows
+    )
 
 
 def assign_requests(events: pa.Table) -> AssignedRequests:
-    """One request for each customer and invoice time; candidates are the distinct items bought then."""
+    """One request for each customer and invoice time; candidates are the items bought then."""
     user, time = events["user_id"].to_numpy(), micros(events["event_timestamp"])
-    item = events["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     bought = np.flatnonzero(events["action"].to_numpy() == 0)
     request = np.full(len(user), -1, np.int64)
     if not len(bought):
         return AssignedRequests(request, np.zeros(len(user), np.int8), np.zeros(0, np.int64))
     new = np.r_[True, (np.diff(user[bought]) != 0) | (np.diff(time[bought]) != 0)]
-    number = np.cumsum(new) - 1
-    _, first = np.unique(np.stack([number, item[bought]]), axis=1, return_index=True)
-    first.sort()
-    request[bought[first]] = number[first]
+    request[bought] = np.cumsum(new) - 1
     return AssignedRequests(request, (request >= 0).astype(np.int8), time[bought[new]])
 
 
@@ -199,35 +178,30 @@ def _target(table: str) -> pa.Schema:
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.fill_null(pc.cast(column, pa.float64()), math.nan).to_numpy(zero_copy_only=False)
+    return pc.fill_null(column, np.nan).to_numpy(zero_copy_only=False)
 
 
 def _true(mask: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
 
 
-def _to_utc(local: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """London wall-clock times to UTC. An hour that comes twice is read as its first; one that does not exist, as winter time."""
-    local = local.combine_chunks() if isinstance(local, pa.ChunkedArray) else local
-    encoded = pc.cast(local, pa.int64()).dictionary_encode()
-    epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    unique = [
-        int((datetime.fromtimestamp(value, UTC).replace(tzinfo=LOCAL_TIME) - epoch).total_seconds()) * 1_000_000
-        for value in encoded.dictionary.to_pylist()
-    ]
-    return from_micros(np.array(unique, np.int64)[encoded.indices.to_numpy()])
+def _is_blank(given: pa.ChunkedArray, read: pa.ChunkedArray) -> np.ndarray:
+    """Where nothing, blanks or NaN stand instead of a number: a guest."""
+    nothing = _true(pc.is_null(given, nan_is_null=pa.types.is_floating(given.type)))
+    spelt = raw.texts(given) if pa.types.is_string(given.type) or pa.types.is_large_string(given.type) else None
+    blank = spelt is not None and _true(pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(spelt)), pa.array(raw.BLANKS)))
+    return (nothing | blank) & _true(pc.is_null(read))
 
 
-def _dead_letters(raw: pa.Table, unit: RawUnit, verdict: np.ndarray, reasons: list[str]) -> pa.Table:
+def _dead_letters(lines: pa.Table, unit: RawUnit, verdict: np.ndarray, reasons: list[str]) -> pa.Table:
     dead = np.flatnonzero(verdict >= 0)
     if not len(dead):
         return empty(SPEC, "dead_letters")
-    rows = [json.dumps(row, default=str) for row in raw.take(pa.array(dead)).to_pylist()]
     return pa.table(
         {
             "source_file": [Path(unit.file).name] * len(dead),
             "source_row": unit.start + dead,
             "reason": [reasons[index] for index in verdict[dead]],
-            "raw": rows,
+            "raw": limits.raw_rows(lines, dead),
         }
     ).cast(_target("dead_letters"))

@@ -25,7 +25,7 @@ import numpy as np
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.settings import CHECKOUT
-from modeling.benchmarks.processes import ask, ask_command
+from modeling.processes import ask, ask_command
 
 WIDTH, TOWER, ATTENTION, CROSS_LAYERS, BATCH, HISTORY, CANDIDATES = 16, (256, 128), (64,), 2, 1024, 50, 512
 KINDS = 20  # of items; a user likes a few
@@ -153,7 +153,7 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
     from modeling.batch import Encoder
     from modeling.benchmarks.peers import ranker_answer
     from modeling.benchmarks.worlds import flops, gemm_rate
-    from modeling.next_item import keep_freed_memory
+    from modeling.memory import keep_freed_memory
     from modeling.recipes import Training
     from modeling.trainer import Trainer, predict
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from modeling.benchmarks.processes import ask, peak_mb
+from modeling.processes import ask, peak_mb
 
 ONETRANS = {"width": 64, "num_layers": 4, "num_heads": 2, "expansion": 4}
 
@@ -126,7 +126,7 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of one batch, again and again."""
     import torch
 
-    from modeling.next_item import keep_freed_memory
+    from modeling.memory import keep_freed_memory
 
     torch.set_num_threads(case["threads"])
     keep_freed_memory()

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def keep_freed_memory() -> None:
-    """As `modeling.next_item.keep_freed_memory`, which ours uses: glibc keeps what was freed."""
+    """As `modeling.memory.keep_freed_memory`, which ours uses: glibc keeps what was freed."""
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

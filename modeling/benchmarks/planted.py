@@ -15,9 +15,9 @@ import torch
 
 from feature_repo.benchmarks import parser, report
 from modeling import models
+from modeling.memory import keep_freed_memory
 from modeling.metrics import auc
 from modeling.models.base import Ranker
-from modeling.next_item import keep_freed_memory
 from modeling.planted import Planted
 from modeling.trainer import masked_bce
 

@@ -23,7 +23,8 @@ import numpy as np
 from feature_repo.benchmarks import parser, report
 from feature_repo.sequence_file import read
 from feature_repo.settings import CHECKOUT
-from modeling.benchmarks.processes import ask, ask_command, peak_mb
+from modeling.processes import ask, ask_command, peak_mb
+from modeling.scaling import encoder_cost
 
 WIDTH, LAYERS, HISTORY, BATCH = 64, 2, 200, 128
 SHAPE = {"width": WIDTH, "num_heads": 2, "dropout": 0.2}
@@ -48,19 +49,6 @@ def main() -> None:
     config = {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH, "threads": arguments.threads}
     config["data"] = arguments.data.name if arguments.data else "synthetic"
     report("sequence", config, rows, arguments.json)
-
-
-def encoder_cost(
-    model: str, config: dict[str, Any], length: int, threads: int = 1, seconds: float = 2.0
-) -> dict[str, Any]:
-    """Forward and backward of one history through a sequence model's encoder, in a process of its own.
-
-    Returns:
-        `length`, `tokens_per_cpu_s`, and `peak_mb`, the process's peak memory.
-    """
-    return _child(
-        "encoder", {"model": model, "config": config, "length": length, "threads": threads, "seconds": seconds}
-    )
 
 
 def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> list[dict[str, Any]]:
@@ -181,7 +169,8 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
 
     from feature_repo.sequence_file import JOB, sequence_contract
     from feature_repo.tables import JobFolder
-    from modeling.next_item import NextItemTrainer, build_model, keep_freed_memory
+    from modeling.memory import keep_freed_memory
+    from modeling.next_item import NextItemTrainer, build_model
     from modeling.recipes import NextItemRecipe, NextItemTraining
     from modeling.sequences import Sequences
 
@@ -206,36 +195,6 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
             if step > 8 and spent > question["seconds"]:
                 return {"targets_per_cpu_s": targets / spent, "peak_mb": peak_mb(), "steps": step}
         epoch += 1
-
-
-def _encoder(question: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    from modeling import models
-    from modeling.batch import FeatureSizes
-    from modeling.layers.packing import Packing
-    from modeling.models.sequence import PackedEvents, SequenceRanker
-    from modeling.next_item import keep_freed_memory
-
-    torch.set_num_threads(question["threads"])
-    keep_freed_memory()
-    length = question["length"]
-    model = models.build(question["model"], question["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)).train()
-    assert isinstance(model, SequenceRanker)
-    items = torch.randint(1, 1000, (length,))
-    events = PackedEvents(items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length])))
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model.encode(events).square().mean().backward()
-
-    step()
-    rounds, started = 0, time.process_time()
-    while rounds < 3 or time.process_time() - started < question["seconds"]:
-        step()
-        rounds += 1
-    spent = time.process_time() - started
-    return {"length": length, "tokens_per_cpu_s": rounds * length / spent, "peak_mb": peak_mb()}
 
 
 def _gemm(question: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +244,7 @@ def _streaming(question: dict[str, Any]) -> dict[str, Any]:
     return {"ms": [float(np.median(taken)) for taken in times], "state_floats": floats}
 
 
-_CHILDREN = {"log": _log, "training": _training, "encoder": _encoder, "gemm": _gemm, "streaming": _streaming}
+_CHILDREN = {"log": _log, "training": _training, "gemm": _gemm, "streaming": _streaming}
 
 
 def _child(name: str, question: dict[str, Any]) -> dict[str, Any]:

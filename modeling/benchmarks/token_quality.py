@@ -19,7 +19,7 @@ import torch
 
 from feature_repo.arrow import iso_micros
 from feature_repo.benchmarks import parser, report
-from feature_repo.envelope import KINDS, Envelope, Kind, decode, encode
+from feature_repo.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
 from feature_repo.history import HistoryLog
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
@@ -154,15 +154,15 @@ def _gather(summariser: Summariser, asked: Asked, ends: np.ndarray, kind: Kind) 
     shape = summariser.model.token_shape
     assert shape is not None
     tokens = np.zeros((pairs.shape[1], *shape), np.float32)
-    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].encode(asked.log.items)
+    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].indices_of(asked.log.items)
     for start in range(0, pairs.shape[1], 512):
         part = slice(start, start + 512)
         histories = asked.log.gather(pairs[0, part], pairs[1, part])
         tokens[part] = summariser.whole(histories, item_of_key, np.zeros(len(histories.lengths), np.int64)).tokens_BSD
     if kind != "fp32":
         for index, one in enumerate(tokens):
-            stored = encode(Envelope("0" * 32, 0, 0, 1, one), index, kind)
-            restored = decode(stored, index).tokens_SD
+            stored = to_bytes(Envelope("0" * 32, 0, 0, 1, one), index, kind)
+            restored = from_bytes(stored, index).tokens_SD
             assert restored is not None
             tokens[index] = restored
     has = ends > 0

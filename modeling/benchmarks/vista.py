@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from feature_repo.benchmarks import interleaved, parser, report
-from feature_repo.envelope import Envelope, decode, encode
+from feature_repo.envelope import Envelope, from_bytes, to_bytes
 from modeling import models
 from modeling.batch import FeatureSizes, UserInputs
-from modeling.benchmarks.processes import ask, peak_mb
 from modeling.benchmarks.worlds import flops, gemm_rate, requests, sizes_of
+from modeling.memory import keep_freed_memory
 from modeling.models.vista import VISTA
-from modeling.next_item import keep_freed_memory
+from modeling.processes import ask, peak_mb
 
 WIDTH, SEEDS, CHUNK = 128, 128, 2048
 STAGE_1: dict[str, Any] = {"width": WIDTH, "num_heads": 4, "num_seeds": SEEDS, "summary_layers": 3}
@@ -88,10 +88,10 @@ def _ranking(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     model = _build({**STREAM, "ranking_layers": 3}, sizes)
     for length in lengths:
         tokens, _ = model.stream(_chunks(length))
-        stored = encode(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
+        stored = to_bytes(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
 
         def rank(stored: bytes = stored) -> Tensor:
-            found = decode(stored, "user").tokens_SD
+            found = from_bytes(stored, "user").tokens_SD
             assert found is not None
             return model.score(model.state_of(torch.from_numpy(found)[None], none), batch.candidates)
 
@@ -123,10 +123,10 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
     for layers in (1, 2, 3):
         model = _build({**STREAM, "ranking_layers": layers}, sizes)
         tokens = model.tokens_of(batch.user)
-        stored = encode(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
+        stored = to_bytes(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
 
         def rank(model: VISTA = model, stored: bytes = stored) -> Tensor:
-            found = decode(stored, "user").tokens_SD
+            found = from_bytes(stored, "user").tokens_SD
             assert found is not None
             return model.score(model.state_of(torch.from_numpy(found)[None], none), batch.candidates)
 

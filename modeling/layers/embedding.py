@@ -12,12 +12,16 @@ from modeling.batch import FeatureSizes
 
 
 class CategorySlots(nn.Module):
-    """Mean embedding of each group of category slots: category_BCK → B × C × groups × D. Empty slots (0) add nothing."""
+    """Mean embedding of each group of category slots: category_BCK → B × C × groups × D.
+
+    Empty slots (0) add nothing; a group without a known value has a learned row of its own, which says so.
+    """
 
     def __init__(self, sizes: FeatureSizes, width: int) -> None:
         super().__init__()
         self.slots = sizes.slots
         self.tables = nn.ModuleList(nn.Embedding(size, width, padding_idx=0) for size in sizes.categories)
+        self.nothing = nn.Parameter(torch.zeros(len(sizes.categories), width))
 
     def zero_empty_slots(self) -> None:
         """Make the rows of empty slots zero again, after initialisation."""
@@ -31,13 +35,11 @@ class CategorySlots(nn.Module):
         groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
         shape = category_BCK.shape[:-1]
         found = []
-        for table, group in zip(self.tables, groups, strict=True):
+        for number, (table, group) in enumerate(zip(self.tables, groups, strict=True)):
             assert isinstance(table, nn.Embedding)
-            if group.shape[-1] == 1:
-                found.append(table(group[..., 0]))
-                continue
             mean = embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0)
-            found.append(mean.view(*shape, table.embedding_dim))
+            mean = mean.view(*shape, table.embedding_dim)
+            found.append(torch.where((group > 0).any(-1, keepdim=True), mean, self.nothing[number]))
         return found
 
 
@@ -53,14 +55,18 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(num_features))
 
     def fit(self, values_NF: Tensor) -> None:
-        """Take mean and deviation from the training set; a constant feature keeps scale 1."""
-        deviation = values_NF.double().std(0, unbiased=False)
-        self.mean.copy_(values_NF.double().mean(0))
+        """Take mean and deviation of what is known in the training set; a constant feature keeps scale 1."""
+        values = values_NF.double()
+        known = ~values.isnan()
+        number = known.sum(0).clamp(min=1)
+        mean = values.nan_to_num(0.0).sum(0) / number
+        deviation = (((values - mean).nan_to_num(0.0) ** 2).sum(0) / number).sqrt()
+        self.mean.copy_(mean)
         self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
 
     def forward(self, values: Tensor) -> Tensor:
-        """Standardised values, clipped to ±10."""
-        return ((values - self.mean) / self.scale).clamp(-10, 10)
+        """Standardised values, clipped to ±10; a missing one (NaN) is 0, the mean."""
+        return ((values - self.mean) / self.scale).clamp(-10, 10).nan_to_num(0.0)
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:

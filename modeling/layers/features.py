@@ -114,19 +114,26 @@ class FeatureTokens(nn.Module):
 
 
 class DenseTokens(nn.Module):
-    """Dense features → standardised → one two-layer network → tokens (Hiformer, arXiv 2311.05884, input layer)."""
+    """Dense features → standardised → one two-layer network → tokens (Hiformer, arXiv 2311.05884, input layer).
+
+    Differs: beside each number the network sees whether it is there. Missing numbers (NaN) are neither small nor the mean.
+    """
 
     def __init__(self, num_features: int, width: int) -> None:
         super().__init__()
         self.num_tokens, self.width = math.ceil(num_features / FEATURES_PER_TOKEN), width
         self.standardise = Standardise(num_features)
         self.network = (
-            nn.Sequential(nn.Linear(num_features, 2 * width), nn.GELU(), nn.Linear(2 * width, self.num_tokens * width))
+            nn.Sequential(
+                nn.Linear(2 * num_features, 2 * width), nn.GELU(), nn.Linear(2 * width, self.num_tokens * width)
+            )
             if num_features
             else nn.Identity()
         )
 
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
-        tokens: Tensor = self.network(self.standardise(values)).unflatten(-1, (self.num_tokens, self.width))
+        missing = values.isnan().to(self.standardise.mean.dtype)
+        inputs = torch.cat([self.standardise(values), missing], dim=-1)
+        tokens: Tensor = self.network(inputs).unflatten(-1, (self.num_tokens, self.width))
         return tokens

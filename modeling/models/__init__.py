@@ -7,43 +7,29 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from modeling.batch import FeatureSizes
+from modeling.errors import RecipeError
 from modeling.models.base import Ranker
+from modeling.registry import CLASSES, NAMES, module_of
 
-__all__ = ["NAMES", "Ranker", "build"]
+__all__ = ["NAMES", "Ranker", "build", "config_class", "module_of"]
 
-_CLASSES = {  # model → room and class; its module is `<room>.<model>`, the module's config is `Config`
-    "amortised_dlrm": ("models", "AmortisedDLRM"),
-    "autoint": ("baselines", "AutoInt"),
-    "bert4rec": ("models", "BERT4Rec"),
-    "dcnv2": ("baselines", "DCNv2"),
-    "din": ("baselines", "DIN"),
-    "dlrm": ("baselines", "DLRM"),
-    "hiformer": ("models", "Hiformer"),
-    "hstu": ("models", "HSTU"),
-    "hydrarec": ("models", "HydraRec"),
-    "linrec": ("models", "LinRec"),
-    "onetrans": ("models", "OneTrans"),
-    "rankmixer": ("baselines", "RankMixer"),
-    "sasrec": ("models", "SASRec"),
-    "transformer": ("baselines", "Transformer"),
-    "vista": ("models", "VISTA"),
-    "wukong": ("baselines", "Wukong"),
-}
-NAMES = tuple(_CLASSES)
+
+def config_class(name: str) -> type:
+    """The dataclass of a model's config."""
+    found: type = importlib.import_module(module_of(name)).Config
+    return found
 
 
 def build(name: str, config: dict[str, Any] | object, sizes: FeatureSizes) -> Ranker:
     """A model by name, with its config as an object or as plain values.
 
     Raises:
-        ValueError: no such model, or a config value that the model does not know.
+        RecipeError: no such model, or a config value that the model does not know.
     """
-    if name not in NAMES:
-        raise ValueError(f"no model {name!r}; there are {NAMES}")
-    room, class_name = _CLASSES[name]
-    module = importlib.import_module(f"modeling.{room}.{name}")
+    made = config_class(name)
     plain = config if isinstance(config, dict) else asdict(config)  # type: ignore[call-overload]
-    known = {f.name for f in fields(module.Config)}
+    known = {f.name for f in fields(made)}
     if unknown := sorted(set(plain) - known):
-        raise ValueError(f"model {name!r} does not know {unknown}; its config has {sorted(known)}")
-    return cast(Ranker, getattr(module, class_name)(module.Config(**plain), sizes))
+        raise RecipeError(f"model {name!r} does not know {unknown}; its config has {sorted(known)}")
+    model = getattr(importlib.import_module(module_of(name)), CLASSES[name][1])
+    return cast(Ranker, model(made(**plain), sizes))

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from feature_repo.errors import nearest
+from modeling.errors import RecipeError
+
 SERVICE, SERVICE_WITH_TOKENS = "ranking_v1", "ranking_v1_tokens"  # feature services that rankers train on
 
 
@@ -35,6 +38,7 @@ class Training(Fit):
 
     max_requests: int = 64  # requests in a batch
     max_candidates: int = 6144  # padded candidates in a batch
+    hidden: float = 0.02  # share of candidates that a step makes unknown, and as many that lose their statistics
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,11 @@ def load(name: str) -> AnyRecipe:
     """The recipe of that name.
 
     Raises:
-        ValueError: no such recipe; the message lists those that exist.
+        RecipeError: no such recipe; the message lists those that exist.
     """
     found = all_recipes()
     if name not in found:
-        raise ValueError(f"no recipe {name!r}; there are {sorted(found)}")
+        raise RecipeError(f"no recipe {name!r}{nearest(name, found)} There are {sorted(found)}")
     return found[name]()
 
 

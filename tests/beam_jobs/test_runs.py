@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
@@ -80,14 +79,15 @@ def test_other_options_or_inputs_are_another_run(shop: Any, tmp_path: Path, help
 
     job = runs.load_job("training_examples")
     ids = {
-        runs.plan_run(job, shop.settings, {"num_partitions": 3, "seed": seed}, as_of)[0].run_id
+        runs.plan_run(job, shop.settings, job.options(num_partitions=3, seed=seed), as_of).plan.run_id
         for seed in (1, 2)
         for as_of in (None, "2011-11-01")
     }
     assert len(ids) == 4
 
 
-COMMAND = [sys.executable, "-m", "beam_jobs", "--runner=FnApiRunner", "--num_partitions=6"]
+def command(job: str) -> list[str]:
+    return [sys.executable, "-m", "beam_jobs", job, "--runner=FnApiRunner", "--num_partitions=6"]
 
 
 def environment(home: Path, data: Path) -> dict[str, str]:
@@ -125,7 +125,7 @@ def test_killed_at_random_points_and_rerun_gives_the_same_bytes(
     for wanted in [1, *rng.sample(range(2, most), 3)]:
         started = time.time()
         process = subprocess.Popen(
-            [*COMMAND, job],
+            command(job),
             env=environment(home, shop.data),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
@@ -141,7 +141,7 @@ def test_killed_at_random_points_and_rerun_gives_the_same_bytes(
                 JobFolder(killed.home, job).paths(table)
     assert kills >= 2
     done = subprocess.run(
-        [*COMMAND, job], env=environment(home, shop.data), cwd=ROOT, check=False, stdout=subprocess.DEVNULL
+        command(job), env=environment(home, shop.data), cwd=ROOT, check=False, stdout=subprocess.DEVNULL
     )
     assert done.returncode == 0
     assert snapshot(killed.home, job) == snapshot(reference.home, job)
@@ -203,7 +203,7 @@ def test_data_of_the_future_or_of_no_event_is_refused(
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
     job = runs_module().load_job("events")
     with pytest.raises(datasets.RawDataError, match=says):
-        runs_module().run(job, settings, job.options, ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0)
+        runs_module().run(job, settings, job.options(), ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0)
     assert JobFolder(settings.home, "events").manifest() is None
 
 
@@ -269,44 +269,77 @@ def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(job: str, shop: 
 
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*"))
     loaded = runs.load_job(job)
-    plan, units, _ = runs.plan_run(loaded, shop.settings, loaded.options, "2011-10-01")
-    shown = runs.describe(loaded, plan, units, ["--runner=FnApiRunner"])
+    planned = runs.plan_run(loaded, shop.settings, loaded.options(), "2011-10-01")
+    shown = runs.describe(loaded, planned.plan, planned.units, ["--runner=FnApiRunner"])
     for part in ("would be built", "inputs:", "pieces, about", "graph:", job):
         assert part in shown
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*")) == before
 
 
-def test_a_skip_looks_at_inputs_flags_store_and_code(
-    shop: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_skip_looks_at_inputs_options_store_and_code(
+    shop: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What `python -m beam_jobs` decides without importing Beam."""
     from beam_jobs import inputs
-    from beam_jobs.__main__ import parser
     from beam_jobs.command import _up_to_date, run_command
+    from beam_jobs.options import Common, OnlineOptions, Options, TableOptions
+    from feature_repo.store import ONLINE, local_file
 
-    def skipped(*flags: str, profile: str = "local") -> bool:
-        known, _ = parser().parse_known_args(flags)
-        return _up_to_date(known, helpers.replace(shop.settings, profile=profile))
+    road = helpers.copied(shop, tmp_path)
+    asked = {"item_stats": TableOptions(num_partitions=2), "materialize": OnlineOptions()}
 
-    for job in ("item_stats", "materialize"):
-        flags = [job, "--num_partitions=3"]
-        run_command(*parser().parse_known_args(flags), shop.settings)
-        known, rest = parser().parse_known_args(flags)
-        run_command(known, rest, shop.settings)
+    def skipped(job: str, options: Options | None = None, **common: Any) -> bool:
+        return _up_to_date(job, options or asked[job], Common(**common), road.settings)
+
+    for job, options in asked.items():
+        run_command(job, options, Common(), [], road.settings)
+        run_command(job, options, Common(), [], road.settings)
         assert "up to date" in capsys.readouterr().out
-    monkeypatch.setenv("MEMOIR_REDIS", "elsewhere:1")
-    assert not skipped("materialize", "--num_partitions=3", profile="production")
-    assert not skipped("item_stats", "--num_partitions=4")
-    monkeypatch.setitem(inputs.VERSIONS, "item_stats", 99)
-    assert not skipped("item_stats", "--num_partitions=3")
+    assert not skipped("item_stats", TableOptions(num_partitions=4))
+    assert not skipped("item_stats", as_of="2011-06-01")
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "code_digest", lambda *modules: "edited")
+        assert not skipped("item_stats")
+    local_file(road.settings, ONLINE).rename(tmp_path / "elsewhere.db")
+    assert skipped("item_stats")
+    assert not skipped("materialize")
 
 
-def test_unknown_flags_go_to_the_runner() -> None:
-    from beam_jobs.__main__ import parser
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["events", "--max_bad_fractoin", "0.5"], "did you mean max_bad_fraction?"),
+        (["events", "--everydays", "7"], "an option of neither"),
+        (["events", "--seed", "3"], "an option of neither"),
+        (["events", "--as_of", "yesterday"], "--as_of expects an ISO time"),
+        (["events", "--as_of", "2011-13-01"], "--as_of expects an ISO time"),
+        (["events", "--num_partitions", "0"], "--num_partitions expects"),
+        (["events", "--num_partitions", "-1"], "--num_partitions expects"),
+        (["events", "--max_bad_fraction", "nan"], "--max_bad_fraction expects"),
+        (["events", "--num_partitions", "many"], "num_partitions"),
+        (["evnets"], "Did you mean"),
+    ],
+)
+def test_what_a_command_does_not_know_is_refused_in_a_line(
+    arguments: list[str], says: str, shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from beam_jobs.__main__ import app
+    from feature_repo import cli
 
-    known, rest = parser().parse_known_args(["events", "--runner=DataflowRunner", "--project=p", "--region=r"])
-    assert isinstance(known, argparse.Namespace)
-    assert rest == ["--project=p", "--region=r"]
+    monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
+    monkeypatch.setenv("MEMOIR_DATA", str(shop.data))
+    assert cli.run(lambda: app(arguments)) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert "Traceback" not in said.err
+
+
+def test_options_that_beam_knows_go_to_the_runner() -> None:
+    from beam_jobs.command import refuse_unknown
+    from beam_jobs.options import Common, TableOptions
+
+    arguments = ["--project=p", "--region=r", "--temp_location=gs://b/t", "--extra_package", "dist/x.whl"]
+    refuse_unknown(arguments, "events", TableOptions(), Common())
 
 
 def test_an_event_at_or_after_as_of_is_a_dead_letter(shop: Any, tmp_path: Path, helpers: Any) -> None:
@@ -327,7 +360,7 @@ def test_the_same_job_runs_through_the_portable_runner(shop: Any, tmp_path: Path
     helpers.run_jobs(settings, "events", num_partitions=3)
     job = runs.load_job("item_stats")
     flags = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
-    runs.run(job, settings, {"num_partitions": 3}, flags, as_of=None, max_bad_fraction=None)
+    runs.run(job, settings, job.options(num_partitions=3), flags, as_of=None, max_bad_fraction=None)
     assert snapshot(settings.home, "item_stats") == snapshot(shop.settings.home, "item_stats")
 
 
@@ -337,7 +370,7 @@ def test_built_tables_have_the_contracts_columns(name: str, request: pytest.Fixt
 
     road = request.getfixturevalue(name)
     contract = datasets.load_contract(road.settings.dataset)
-    built = [table for table in contract.tables if table.job != "summary_tokens" or name == "token_shop"]
+    built = [t for t in contract.tables if t.job and (t.job != "summary_tokens" or name == "token_shop")]
     for table in built:
         rows = JobFolder(road.settings.home, table.job).read(table.name)
         assert rows.schema.names == arrow_schema(table).names

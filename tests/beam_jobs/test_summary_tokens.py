@@ -21,7 +21,7 @@ import torch
 from feature_repo import datasets
 from feature_repo.arrow import micros, micros_iso
 from feature_repo.catalogue import Catalogue
-from feature_repo.envelope import Envelope, decode
+from feature_repo.envelope import Envelope, from_bytes
 from feature_repo.history import Histories, HistoryLog
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
@@ -38,7 +38,7 @@ COMPUTED_AT = "2011-12-20T00:00:00"
 
 def live(road: Any) -> Bundle:
     row = Catalogue(road.settings.catalogue_url).live_bundle(road.settings.dataset)
-    return bundles.load(Path(row.path), CONTRACT, row.digest)
+    return bundles.load(road.settings.path(row.path), CONTRACT, row.digest)
 
 
 def histories(road: Any) -> tuple[HistoryLog, list[Any]]:
@@ -48,14 +48,14 @@ def histories(road: Any) -> tuple[HistoryLog, list[Any]]:
 
 def online(road: Any, users: list[Any]) -> list[Envelope]:
     stored = OnlineTokens(road.store, CONTRACT).read(live(road).tokens or "", users)
-    return [decode(tokens or b"", user) for user, (tokens, _) in zip(users, stored, strict=True)]
+    return [from_bytes(tokens or b"", user) for user, (tokens, _) in zip(users, stored, strict=True)]
 
 
 def encoded_tokens(bundle: Bundle, log: HistoryLog, row: int, end: int, at: int) -> np.ndarray:
     """One user's tokens as the model makes them of a padded batch: another way than the job's."""
     encoder, found = bundle.encoder, log.gather(np.array([row]), np.array([end]))
     none = np.zeros((1, 0))
-    item_of_key = encoder.vocabularies[encoder.item_key].encode(log.items)
+    item_of_key = encoder.vocabularies[encoder.item_key].indices_of(log.items)
     user = encoder.user_inputs(found, np.array([at]), none.astype(np.int64), none.astype(np.float32), item_of_key)
     with torch.inference_mode():
         tokens: np.ndarray = cast(VISTA, bundle.model).tokens_of(user)[0].numpy()
@@ -120,7 +120,7 @@ def test_reading_back_with_feast_gives_the_bytes_that_were_stored(token_shop: An
     found, has = log.gather(np.array([last[row["user_id"]] for row in rows]), live(token_shop).token_shape)
     assert has.all()
     for row, tokens in zip(rows, found, strict=True):
-        np.testing.assert_array_equal(tokens, decode(row["tokens"], row["user_id"]).tokens_SD)
+        np.testing.assert_array_equal(tokens, from_bytes(row["tokens"], row["user_id"]).tokens_SD)
 
 
 @pytest.mark.parametrize("recipe", ["vista_tiny", "vista_bidirectional_tiny"])
@@ -130,7 +130,7 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
     road = helpers.copied(shop, tmp_path)
     helpers.train_road(road, recipe)
     bundle_row = Catalogue(road.settings.catalogue_url).bundle("online_retail", recipe)
-    bundle = bundles.load(Path(bundle_row.path), CONTRACT, bundle_row.digest)
+    bundle = bundles.load(road.settings.path(bundle_row.path), CONTRACT, bundle_row.digest)
     log, users = histories(road)
     whole = log.gather(np.arange(len(users)), log.lengths)
     middle = int(np.quantile(whole.times, 0.8))
@@ -151,7 +151,7 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
             recent = log.gather(np.array([row]), log.lengths[[row]], bundle.encoder.history_length)
             expected = (
                 Summariser(bundle.model, bundle.encoder)
-                .whole(recent, bundle.encoder.vocabularies["item_id"].encode(log.items), np.array([at]))
+                .whole(recent, bundle.encoder.vocabularies["item_id"].indices_of(log.items), np.array([at]))
                 .tokens_BSD[0]
             )
         np.testing.assert_allclose(envelope.tokens_SD, expected, atol=2e-3, rtol=2e-3)
@@ -240,15 +240,16 @@ def test_killed_and_run_again_gives_the_same_bytes(fresh: Any, token_shop: Any, 
 
 def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(fresh: Any, helpers: Any) -> None:
     from beam_jobs import runs
+    from beam_jobs.summary_tokens import prepared
 
     job = runs.load_job("summary_tokens")
-    options = job.resolve(fresh.settings, {**job.options, "bundle": "vista_tiny"})
-    plan, _, _ = runs.plan_run(job, fresh.settings, options, None)
-    first, again = (job.prepare(plan, None).options["computed_at_micros"] for _ in range(2))
+    options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
+    plan = runs.plan_run(job, fresh.settings, options, None).plan
+    first, again = (prepared(job.prepare(plan, None)).computed_at_micros for _ in range(2))
     assert first == again
     later = replace(build(fresh, helpers).manifest, options={"computed_at_micros": first + 10**15})
     other = replace(plan, run_id="another")
-    assert job.prepare(other, later).options["computed_at_micros"] > first + 10**15  # time never runs back
+    assert prepared(job.prepare(other, later)).computed_at_micros > first + 10**15  # time never runs back
 
 
 def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
@@ -293,7 +294,7 @@ def newest(road: Any) -> list[dict[str, Any]]:
 def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     token_shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.summary_tokens import summarised
+    from beam_jobs.summary_tokens import Users, summarised
 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     summariser = Summariser(bundle.model, bundle.encoder)
@@ -308,11 +309,12 @@ def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     monkeypatch.setattr(summariser, "whole", failing)
     rows = np.arange(5)
     read, ends = log.gather(rows, log.lengths[rows]), log.lengths[rows].astype(np.int64)
-    codes = bundle.encoder.vocabularies["item_id"].encode(log.items)
-    found = list(summarised(summariser, read, codes, rows.tolist(), np.zeros(5, np.int64), ends, 0, None))
-    reasons = {row: reason for row, _, _, reason in found}
-    assert all((reasons[row] is not None) == (log.lengths[row] == bad) for row in range(5))
-    assert "numbers that no model should see" in str(reasons[2])
+    codes = bundle.encoder.vocabularies["item_id"].indices_of(log.items)
+    nothing = np.zeros(5, np.int64)
+    users = Users(rows.tolist(), read, read.digests(log.item_hashes), nothing, nothing > 0, {}, {})
+    reasons = {one.row: one.reason for one in summarised(summariser, users, codes, rows.tolist(), ends, 0)}
+    assert all(bool(reasons[row]) == (log.lengths[row] == bad) for row in range(5))
+    assert "numbers that no model should see" in reasons[2]
 
 
 def test_a_huge_history_is_a_piece_of_its_own_and_none_holds_more_than_its_bounds() -> None:
@@ -338,27 +340,24 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
 
     build(fresh, helpers)
     job = runs.load_job("summary_tokens")
-    options = job.resolve(fresh.settings, {**job.options, "bundle": "vista_tiny"})
-    plan, units, _ = runs.plan_run(job, fresh.settings, options, None)
-    plan = job.prepare(plan, plan.folder.manifest())
-    log = HistoryLog(CONTRACT, plan.folder_of("user_history"), [units[0].source])
+    options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
+    planned = runs.plan_run(job, fresh.settings, options, None)
+    plan, units = job.prepare(planned.plan, planned.plan.folder.manifest()), planned.units
+    log = HistoryLog(CONTRACT, plan.input_folder("user_history"), [units[0].source])
     rows, ids = np.arange(len(log.users)), log.users.to_pylist()
     read, earlier = log.gather(rows, log.lengths), Earlier(plan, 0)
-    known = earlier.num_events(log.users)
-    np.testing.assert_array_equal(known, log.lengths)
-    assert set(earlier.streams(ids, known, read, rows.tolist())) == set(rows.tolist())
-    moved = read.columns["event_timestamp"].copy()
-    moved[read.offsets[1] - 1] += 1
-    late = replace(read, columns={**read.columns, "event_timestamp": moved})
-    assert set(earlier.streams(ids, known, late, rows.tolist())) == set(rows.tolist()) - {0}
-    # One came late before two of one time: at the state's count there stands an event of that time still.
-    places = np.r_[0, np.arange(read.offsets[-1])]
-    shifted = Histories(
+    known = earlier.newest_of(log.users)
+    np.testing.assert_array_equal(known.num_events, log.lengths)
+    digests = read.digests(log.item_hashes)
+    np.testing.assert_array_equal(known.digests, digests[read.offsets[1:] - 1])
+    assert set(earlier.streams(ids, known.num_events, read, rows.tolist())) == set(rows.tolist())
+    # An event that came late, with the time of the last one: the stream cannot take it between what it has seen.
+    places = np.r_[np.arange(read.offsets[1]), np.arange(read.offsets[1] - 1, read.offsets[-1])]
+    longer = Histories(
         np.r_[0, read.offsets[1:] + 1], read.item_keys[places], {n: c[places] for n, c in read.columns.items()}
     )
-    shifted.times[shifted.offsets[1] - 2] = shifted.times[shifted.offsets[1] - 1]
-    assert 0 not in earlier.streams(ids, known, shifted, rows.tolist())
-    assert Earlier(plan, 1).num_events(log.users).sum() == 0  # another part's users
+    assert 0 not in earlier.streams(ids, known.num_events, longer, rows.tolist())
+    assert Earlier(plan, 1).newest_of(log.users).num_events.sum() == 0  # another part's users
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp32"])
@@ -370,7 +369,7 @@ def test_full_builds_a_version_anew_in_another_kind(kind: str, fresh: Any, helpe
     after = {row["user_id"]: row for row in newest(fresh)}
     assert set(after) == set(before)  # the version's earlier rows are gone, so each user stands there once
     for user, row in after.items():
-        one, other = (decode(stored["tokens"], user).tokens_SD for stored in (before[user], row))
+        one, other = (from_bytes(stored["tokens"], user).tokens_SD for stored in (before[user], row))
         assert one is not None
         assert other is not None
         np.testing.assert_allclose(one, other, atol=0.02 * np.abs(one).max())
@@ -394,7 +393,7 @@ def test_two_versions_stand_side_by_side_and_the_old_one_is_removed_when_nobody_
     users = sorted({row["user_id"] for row in newest(fresh)})
     online = OnlineTokens(fresh.store, CONTRACT)
     assert online.read(old.tokens or "", users) == first[1]
-    assert {decode(tokens or b"", user).fingerprint for user, (tokens, _) in zip(users, online.read(new.tokens or "", users), strict=True)} == {new.tokens}  # fmt: skip
+    assert {from_bytes(tokens or b"", user).fingerprint for user, (tokens, _) in zip(users, online.read(new.tokens or "", users), strict=True)} == {new.tokens}  # fmt: skip
     for version in (old, new):
         rows = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").to_pylist()
         chosen = np.array([row["token_row"] for row in rows if row["token_version"] == version.tokens])
@@ -425,8 +424,12 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
 ) -> None:
     from beam_jobs import summary_tokens
 
-    whole = summary_tokens.take
-    monkeypatch.setattr(summary_tokens, "take", lambda *given: "unlucky" if given[3] % 10 == 0 else whole(*given))
+    whole = summary_tokens.stored_row
+
+    def some(plan: Any, summariser: Any, users: Any, result: Any, at: int) -> Any:
+        return "unlucky" if users.ids[result.row] % 10 == 0 else whole(plan, summariser, users, result, at)
+
+    monkeypatch.setattr(summary_tokens, "stored_row", some)
     outcome = build(fresh, helpers)
     assert "does not go live" in outcome.said[-1]
     with pytest.raises(LookupError):

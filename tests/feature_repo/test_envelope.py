@@ -29,7 +29,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 70))
 def test_what_goes_in_comes_out(shape: tuple[int, int], seed: int, scale: float, kind: Kind, user: int | str) -> None:
     tokens = (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
     one = replace(ENVELOPE, tokens_SD=tokens)
-    found = envelope.decode(envelope.encode(one, user, kind), user)
+    found = envelope.from_bytes(envelope.to_bytes(one, user, kind), user)
     assert replace(found, tokens_SD=None) == replace(one, tokens_SD=None)
     assert found.tokens_SD is not None
     largest = np.abs(tokens).max(axis=1, keepdims=True)
@@ -39,41 +39,41 @@ def test_what_goes_in_comes_out(shape: tuple[int, int], seed: int, scale: float,
 
 def test_a_tombstone_has_no_tokens() -> None:
     one = replace(ENVELOPE, tokens_SD=None, num_events=0)
-    assert envelope.decode(envelope.encode(one, "u"), "u") == one
+    assert envelope.from_bytes(envelope.to_bytes(one, "u"), "u") == one
     assert one.tombstone
 
 
 @pytest.mark.parametrize("kind", envelope.KINDS)
 def test_every_flipped_bit_and_every_truncation_is_noticed(kind: Kind) -> None:
-    data = envelope.encode(ENVELOPE, "12346", kind)
+    data = envelope.to_bytes(ENVELOPE, "12346", kind)
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(EnvelopeError):
-            envelope.decode(bytes(flipped), "12346")
+            envelope.from_bytes(bytes(flipped), "12346")
     for length in range(len(data)):
         with pytest.raises(EnvelopeError):
-            envelope.decode(data[:length], "12346")
+            envelope.from_bytes(data[:length], "12346")
     with pytest.raises(EnvelopeError):
-        envelope.decode(data + b"\0", "12346")
+        envelope.from_bytes(data + b"\0", "12346")
 
 
 def test_tokens_of_another_user_and_of_a_later_layout_are_refused() -> None:
-    data = envelope.encode(ENVELOPE, "12346")
+    data = envelope.to_bytes(ENVELOPE, "12346")
     with pytest.raises(EnvelopeError, match="another user"):
-        envelope.decode(data, "12347")
+        envelope.from_bytes(data, "12347")
     later = bytearray(data)
     later[4] = envelope.LAYOUT + 1
     with pytest.raises(LayoutError, match="update it, or build tokens anew"):
-        envelope.decode(bytes(later) + b"what a later layout may add", "12346")
+        envelope.from_bytes(bytes(later) + b"what a later layout may add", "12346")
     with pytest.raises(EnvelopeError, match="no envelope"):
-        envelope.decode(b"", "12346")
+        envelope.from_bytes(b"", "12346")
 
 
 def test_int8_takes_half_of_fp16() -> None:
     tokens = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
     one = replace(ENVELOPE, tokens_SD=tokens)
-    sizes: dict[Kind, int] = {kind: len(envelope.encode(one, "u", kind)) for kind in envelope.KINDS}
+    sizes: dict[Kind, int] = {kind: len(envelope.to_bytes(one, "u", kind)) for kind in envelope.KINDS}
     assert sizes["int8"] <= 0.53 * sizes["fp16"]
     assert sizes["fp16"] <= 0.51 * sizes["fp32"]
 
@@ -92,11 +92,11 @@ def test_int8_takes_half_of_fp16() -> None:
 )
 def test_what_cannot_be_stored_is_refused(change: dict[str, Any], kind: Any, what: str) -> None:
     with pytest.raises(EnvelopeError, match=what):
-        envelope.encode(replace(ENVELOPE, **change), "u", kind)
+        envelope.to_bytes(replace(ENVELOPE, **change), "u", kind)
 
 
 def test_zeros_stay_zeros() -> None:
     one = replace(ENVELOPE, tokens_SD=np.zeros((2, 3), np.float32))
-    found = envelope.decode(envelope.encode(one, "u", "int8"), "u")
+    found = envelope.from_bytes(envelope.to_bytes(one, "u", "int8"), "u")
     assert found.tokens_SD is not None
     assert not found.tokens_SD.any()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,15 @@ from hypothesis import strategies as st
 from beam_jobs.partition import sort_by_key_and_time
 from beam_jobs.user_history import packed_rows, stat_rows
 from feature_repo import history
-from feature_repo.arrow import EPOCH, arrow_schema, micros
+from feature_repo.arrow import EPOCH, arrow_schema, history_schema, micros
 from feature_repo.datasets import load_contract
 from feature_repo.history import Histories, HistoryError, HistoryLog
+from feature_repo.schema import Column, DType, contract
 from feature_repo.tables import JobFolder
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
     MATCH_FEATURES,
     MICROS_PER_DAY,
-    USER_FEATURES,
     context_fields,
     match_features,
     user_features,
@@ -107,7 +109,8 @@ def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any
 @given(EVENTS, st.integers(1, 6))
 def test_packed_history_equals_log_slice_at_the_same_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
     events = events_table(rows)
-    log, newest = open_log(tmp_path, events), packed_rows(CONTRACT, events, length)
+    kept = contract(replace(CONTRACT.spec, num_history_online=length))
+    log, newest = open_log(tmp_path, events), packed_rows(kept, events)
     for user, packed in zip(newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True):
         online = history.unpack(CONTRACT, user, packed)
         row = log.rows_of(pa.array([user], pa.int64()))
@@ -144,11 +147,69 @@ def test_every_truncation_and_bit_flip_of_a_packed_history_is_noticed() -> None:
                 history.unpack(CONTRACT, 1, bytes(broken))
 
 
+def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless() -> None:
+    """The checksum tells damage, not malice: whatever the bytes say, they decode to events or to the one declared error."""
+    data = packed_example()
+    schema = history_schema(CONTRACT)
+    for position in range(len(data) - 4):
+        for value in (0x00, 0x7F, 0xFF):
+            body = bytearray(data[:-4])
+            body[position] = value
+            forged = bytes(body) + struct.pack("<I", history.checksum(1, bytes(body)))
+            try:
+                batch = history.unpack(CONTRACT, 1, forged)
+            except HistoryError:
+                continue
+            assert batch.schema == schema
+            assert np.isfinite(batch["unit_price"].to_numpy()).all()
+            batch.to_pylist()
+
+
+def test_a_history_of_a_wider_contract_is_read_by_name() -> None:
+    extra = Column("margin", DType.FLOAT32, "added later")
+    wider = contract(replace(CONTRACT.spec, event_features=(*CONTRACT.spec.event_features, extra)))
+    events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
+    more = events.append_column("margin", pa.array([0.5, 0.25], pa.float32()))
+    packed = packed_rows(wider, more)["history"][0].as_py()
+    assert history.unpack(CONTRACT, 1, packed).equals(history.unpack(CONTRACT, 1, packed_example()))
+    assert history.unpack(wider, 1, packed)["margin"].to_pylist() == [0.5, 0.25]
+    with pytest.raises(HistoryError, match="no column margin"):
+        history.unpack(wider, 1, packed_example())
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS.filter(bool), st.data())
+def test_a_corrected_event_changes_the_digest_from_there_on_and_of_no_one_else(
+    rows: list[Any], data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(rows) - 1))
+    user, item, action, time, quantity = rows[at]
+    corrected = [*rows[:at], (user, item, action, time, quantity + 1), *rows[at + 1 :]]
+    before, after = (stat_rows(CONTRACT, events_table(some)).to_pylist() for some in (rows, corrected))
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        assert (one["user_id"], one["event_timestamp"]) == (other["user_id"], other["event_timestamp"])
+        touched = one["user_id"] == user and micros_of(one) > time
+        assert (one["history_digest"] != other["history_digest"]) == touched
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(EVENTS.filter(bool))
+def test_the_digest_of_a_log_slice_is_the_one_that_the_statistics_carry(tmp_path: Path, rows: list[Any]) -> None:
+    events = events_table(rows)
+    log = open_log(tmp_path, events)
+    histories = log.gather(np.arange(len(log.users)), log.lengths)
+    digests = histories.digests(log.item_hashes)
+    for row in stat_rows(CONTRACT, events).to_pylist():
+        place = log.rows_of(pa.array([row["user_id"]]))[0]
+        assert digests[histories.offsets[place] + row["history_end"] - 1] == row["history_digest"]
+
+
 def test_another_users_or_contracts_history_is_refused() -> None:
     data = packed_example()
     with pytest.raises(HistoryError, match="another user"):
         history.unpack(CONTRACT, 2, data)
-    with pytest.raises(HistoryError, match="written under contract"):
+    with pytest.raises(HistoryError, match="written under another contract"):
         history.unpack(load_contract("movielens_1m"), 1, data)
 
 
@@ -169,10 +230,10 @@ def plain_match(
         np.log1p(len(hits)),
         len(hits) / max(len(events), 1),
         np.log1p(sum(e[0] == candidate and e[1] != 0 for e in events)),
-        np.log1p((now - events[last][2]) / MICROS_PER_DAY) if last is not None else 0,
-        np.log1p(len(events) - last) if last is not None else 0,
-        0 if math.isnan(item_mean) or math.isnan(user_mean) else np.log(item_mean / user_mean),
-        0 if math.isnan(others) else others / max(count + others, 1),
+        np.log1p((now - events[last][2]) / MICROS_PER_DAY) if last is not None else math.nan,
+        np.log1p(len(events) - last) if last is not None else math.nan,
+        math.nan if math.isnan(item_mean) or math.isnan(user_mean) else np.log(item_mean / user_mean),
+        math.nan if math.isnan(others) else others / max(count + others, 1),
     ]
 
 
@@ -220,13 +281,13 @@ def test_match_features_equal_plain_python_for_any_number_of_requests(requests: 
     users = user_features(together, np.full(len(requests), now), *np.array(statistics).T)
     for row, events, mean in zip(users, histories, means, strict=True):
         if not events:
-            assert row.tolist() == [0] * len(USER_FEATURES)
+            assert np.isnan(row).all()
             continue
         expected_row = [
             np.log1p((now - events[0][2]) / MICROS_PER_DAY),
             np.log1p(len(events)),
             sum(e[1] for e in events) / len(events),
-            0 if math.isnan(mean) else np.log1p(mean),
+            np.log1p(mean),
             np.log1p((now - events[-1][2]) / MICROS_PER_DAY),
         ]
         np.testing.assert_allclose(row, expected_row, rtol=1e-5, atol=1e-7)

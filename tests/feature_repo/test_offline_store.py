@@ -147,3 +147,108 @@ def test_a_late_correction_is_invisible_until_it_was_made(tmp_path: Path) -> Non
         filter_by_created_timestamp=True,
     )
     assert got["text"].to_pylist() == ["first", "corrected"]
+
+
+def as_of(rows: pd.DataFrame, keys: dict[str, Any], at: Any, *, by_created: bool) -> Any:
+    """The oracle, row by row: the newest row of these keys stamped at or before a time; of equal stamps the newest created."""
+    found = rows
+    for name, value in keys.items():
+        found = found[found[name] == value]
+    found = found[found["event_timestamp"] <= at]
+    if by_created:
+        found = found[found["created_timestamp"] <= at]
+    if not len(found):
+        return None
+    return found.sort_values(["event_timestamp", "created_timestamp"]).iloc[-1]["number"]
+
+
+@pytest.mark.parametrize("renamed", [(), ("shop_id",), ("user_id",), ("shop_id", "user_id")])
+@pytest.mark.parametrize("by_created", [True, False])
+def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
+    renamed: tuple[str, ...], by_created: bool, tmp_path: Path
+) -> None:
+    """Feast's DuckDB store forgets the keys that are not renamed, so it cannot be the oracle here."""
+    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+    from feast.data_format import ParquetFormat
+    from feast.repo_config import RepoConfig
+    from feast.types import Int64
+
+    rng = np.random.default_rng(3)
+    rows = feature_rows(rng, 80, 4, late=True).drop(columns="text")
+    rows["shop_id"] = rng.integers(0, 3, len(rows))
+    rows.to_parquet(tmp_path / "rows.parquet", index=False)
+    store = FeatureStore(
+        config=RepoConfig(
+            project="p",
+            provider="local",
+            registry=str(tmp_path / "r.db"),
+            offline_store={"type": "feature_repo.offline_store.AsofDuckDBOfflineStore"},
+            online_store={"type": "sqlite", "path": str(tmp_path / "o.db")},
+            entity_key_serialization_version=3,
+        )
+    )
+    keys = [Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.INT64) for name in ("user", "shop")]
+    source = FileSource(
+        name="rows",
+        path=str(tmp_path / "rows.parquet"),
+        file_format=ParquetFormat(),
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created_timestamp",
+    )
+    made = FeatureView(
+        name="v", entities=keys, ttl=timedelta(0), schema=[Field(name="number", dtype=Int64)], source=source
+    )
+    mapping = {key: f"other_{key}" for key in renamed}
+    service = FeatureService(name="s", features=[made.with_join_key_map(mapping) if mapping else made])
+    store.apply([*keys, made, service])
+    names = {key: mapping.get(key, key) for key in ("user_id", "shop_id")}
+    asked = pd.DataFrame(
+        {
+            names["user_id"]: rng.integers(0, 5, 60),
+            names["shop_id"]: rng.integers(0, 4, 60),
+            "event_timestamp": stamps(rng, 60, 60),
+        }
+    )
+    job = store.get_historical_features(asked, service, filter_by_created_timestamp=by_created)
+    got = job.to_arrow()["number"].to_pylist()
+    expected = [
+        as_of(rows, {k: row[n] for k, n in names.items()}, row["event_timestamp"], by_created=by_created)
+        for _, row in asked.iterrows()
+    ]
+    assert got == expected
+    assert len({value for value in got if value is not None}) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"event_timestamp": [pd.NaT, pd.Timestamp("2024-01-02", tz="UTC")]}, "no 'event_timestamp' in row 0"),
+        ({"user_id": ["001", "2"]}, "'user_id' holds '001'"),
+        ({"user_id": [" 1", "2"]}, "'user_id' holds ' 1'"),
+        ({"user_id": [1.5, 2.0]}, "'user_id' holds 1.5"),
+        ({"number": [1, 2]}, "share the names"),
+    ],
+)
+def test_entity_rows_that_cannot_be_joined_are_refused_by_column(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from feature_repo.offline_store import EntityFrameError
+
+    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
+    asked = pd.DataFrame({"user_id": [1, 2], "event_timestamp": pd.to_datetime(["2024-01-02"] * 2, utc=True)})
+    with pytest.raises(EntityFrameError, match=message):
+        join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], asked.assign(**change))
+
+
+def test_columns_that_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
+    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
+    asked = pd.DataFrame(
+        {
+            "user_id": [1, 2],
+            "event_timestamp": pd.to_datetime(["2024-01-03"] * 2, utc=True),
+            "label": [0, 1],
+            "Label": [7, 8],
+        }
+    )
+    found = join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], asked)
+    assert (found["label"].to_pylist(), found["Label"].to_pylist()) == ([0, 1], [7, 8])

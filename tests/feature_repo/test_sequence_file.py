@@ -72,9 +72,9 @@ def test_a_rerun_leaves_the_same_bytes_and_a_changed_file_another_log(tmp_path: 
     ("text", "message"),
     [
         ("", "is empty"),
-        ("1\n", "line 1: expected 'user item'"),
-        ("1 2\n1 x\n", "line 2: expected 'user item', two whole numbers, found '1 x'"),
-        ("1 2\n1 3 4\n", "line 2: expected 'user item'"),
+        ("1\n", "line 1: user 1 has no item; expected 'user item'"),
+        ("1 2\n1 x\n", "line 2: expected whole numbers of 64 bits .* found '1 x'"),
+        ("1 2\n1 3 4\n", "line 2: user 1 already stands on line 1"),
         ("1 2\n1 3.5\n", "line 2"),
         ("1 2\n1 \n", "line 2"),
         ("1 2 3\n2 a b\n", "line 2: expected whole numbers"),
@@ -99,3 +99,47 @@ def test_a_gzip_that_ends_early_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SequenceFileError, match="is no file"):
         write_log(tmp_path / "none.txt", str(tmp_path / "home"))
+
+
+PAIRS = [(1, 2), (1, 3), (2, 2)]
+LISTS = [(1, 2), (1, 3), (2, 2), (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("data", "events"),
+    [
+        (b"\xef\xbb\xbf1 2\n1 3\n2 2\n", PAIRS),
+        (b"\xef\xbb\xbf1 2 3\n2 2 5\n", LISTS),
+        (b"1 2 \n1 3 \n2 2 \n", PAIRS),
+        (b"1  2\n1  3\n2  2\n", PAIRS),
+        (b" 1 2\n 1 3\n 2 2\n", PAIRS),
+        (b"1 2\n1 3\n2 2\n \n", PAIRS),
+        (b"1\t2\r\n1\t3\r\n2\t2\r\n", PAIRS),
+        (b"1 2\n2 3 4 5\n3 5 6\n", [(1, 2), (2, 3), (2, 4), (2, 5), (3, 5), (3, 6)]),
+        (b"-1 0\n-1 5\n0 0\n", [(-1, 0), (-1, 5), (0, 0)]),
+        (b"5000000000 9007199254740993\n", [(5000000000, 9007199254740993)]),
+    ],
+)
+def test_files_as_people_have_them_are_read(tmp_path: Path, data: bytes, events: list[tuple[int, int]]) -> None:
+    (tmp_path / "f.txt").write_bytes(data)
+    found = read(tmp_path / "f.txt")
+    assert list(zip(found.users.tolist(), found.items.tolist(), strict=True)) == events
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"196 242 3 881250949\n186 302 3 891717742\n", "looks like a time"),
+        (b"1 242 881250949\n1 302 891717742\n", "looks like a time"),
+        (b"0x10 2\n0x11 3\n", "line 1"),
+        (b"1_0 2\n", "line 1"),
+        (b"1 2\n18446744073709551615 1\n", "line 2"),
+        (b"user_id item_id\n1 2\n", "line 1"),
+        ("1 2\n".encode("utf-16"), "line 1"),
+        (b"1 2\n1 2-3\n", "line 2"),
+    ],
+)
+def test_what_is_no_sequence_file_is_refused_by_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "f.txt").write_bytes(data)
+    with pytest.raises(SequenceFileError, match=message):
+        read(tmp_path / "f.txt")

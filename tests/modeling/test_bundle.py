@@ -26,7 +26,7 @@ CONTRACT = datasets.load_contract("online_retail")
 @pytest.fixture
 def exported(trained_shop: Any, tmp_path: Path) -> Path:
     live = Catalogue(trained_shop.settings.catalogue_url).live_bundle("online_retail")
-    return Path(shutil.copytree(live.path, tmp_path / "bundle"))
+    return Path(shutil.copytree(trained_shop.settings.path(live.path), tmp_path / "bundle"))
 
 
 def test_a_loaded_bundle_scores_as_the_trained_model(trained_shop: Any, exported: Path) -> None:
@@ -34,8 +34,8 @@ def test_a_loaded_bundle_scores_as_the_trained_model(trained_shop: Any, exported
     model, encoder = command._load_trained(run)
     loaded = bundle.load(exported, CONTRACT)
     split = Warehouse(trained_shop.settings).split(trained_shop.store, run.recipe.service, "validation")
-    expected = predict(model, encoder, encoder.encode(split.requests))
-    assert np.array_equal(predict(loaded.model, loaded.encoder, loaded.encoder.encode(split.requests)), expected)
+    expected = predict(model, encoder, encoder.featurise(split.requests))
+    assert np.array_equal(predict(loaded.model, loaded.encoder, loaded.encoder.featurise(split.requests)), expected)
 
 
 def test_the_same_run_exports_the_same_digest(trained_shop: Any, exported: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_manifest_changed_after_export_is_refused_by_its_digest(exported: Path
     ("changes", "reason"),
     [
         ({"layout": 99}, "layout 99"),
-        ({"fingerprint": "0" * 16}, "trained under contract 0000"),
+        ({"fingerprint": "0" * 16}, "says that it is 0000"),
         ({"dataset": "movielens_1m"}, "of dataset 'movielens_1m'"),
         ({"config": {"width": 32, "num_heads": 2}}, "do not fit"),
         ({"config": {"depth": 3}}, "does not know"),
@@ -151,7 +151,7 @@ def test_evaluation_needs_a_run_on_these_tables(trained_shop: Any, tmp_path: Pat
 
 
 def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> None:
-    folder = Path(trained_shop.settings.home, "runs", "amortised_dlrm_tiny")
+    folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "http://" not in page
@@ -164,9 +164,8 @@ def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> N
 
 def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) -> None:
     """Customers there buy their habits again; a model that misses this has lost its history on the way."""
-    evaluation = json.loads(
-        Path(trained_shop.settings.home, "runs", "amortised_dlrm_tiny", "evaluation.json").read_text()
-    )
+    folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
+    evaluation = json.loads((folder / "evaluation.json").read_text())
     ndcg = {name: row["ndcg@10"]["value"] for name, row in evaluation["metrics"].items()}
     assert ndcg["model"] > ndcg["same network, empty history"] + 0.1
     assert ndcg["model"] > ndcg["popularity to date"] + 0.1

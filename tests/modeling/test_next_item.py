@@ -349,7 +349,8 @@ def test_training_finds_the_planted_order(tmp_path: Path, name: str, objective: 
     assert untrained["hr@10"] < 0.3
     assert result["test"]["FULL"]["hr@10"] > 0.8
     assert set(result["test"]) == {"FULL", "U100", "P100"}
-    stored = json.loads((tmp_path / "runs" / f"{name}-seed1" / "result.json").read_text())
+    (result_file,) = (tmp_path / "runs").glob(f"{name}-seed1-*/result.json")
+    stored = json.loads(result_file.read_text())
     assert stored == result
     assert next_item.train_and_evaluate(source, some) == result  # read, not repeated
 

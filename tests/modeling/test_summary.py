@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from feature_repo import datasets
-from feature_repo.envelope import decode
+from feature_repo.envelope import from_bytes
 from feature_repo.history import Histories
 from modeling import models, summary
 from modeling.batch import Encoder, Vocabulary
@@ -92,9 +92,9 @@ def test_a_bidirectional_stage_reads_the_newest_events_it_was_trained_for() -> N
 def test_stored_bytes_go_on_as_if_they_had_never_been_stored() -> None:
     one, found = summariser(), drawn([30])
     first = one.whole(found.take(np.array([0]), np.array([21])), CODES, np.array([0]))
-    tokens, state = envelopes(first, 0, "u", one.fingerprint, 7, "int8")
+    tokens, state = envelopes(first, 0, "u", one.fingerprint, 7, "int8", 3)
     assert state is not None
-    restored = stored_summary(decode(tokens, "u"), decode(state, "u"))
+    restored = stored_summary(from_bytes(tokens, "u"), from_bytes(state, "u"))
     rest = found.take(np.array([21]), np.array([30]))
     after, straight = (one.extended(s, rest, CODES) for s in (restored, first))
     np.testing.assert_array_equal(after.tokens_BSD, straight.tokens_BSD)  # streams are stored in full precision

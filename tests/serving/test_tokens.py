@@ -16,7 +16,7 @@ import pytest
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
-from feature_repo.envelope import Envelope, EnvelopeError, decode, encode
+from feature_repo.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
 from feature_repo.history import Histories
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
@@ -26,14 +26,14 @@ from modeling.trainer import predict
 from serving.command import open_ranker
 from serving.features import FeastReader
 from serving.messages import RankContext, RankRequest
-from serving.ranker import Ranker
+from serving.ranker import RankService
 from serving.refresh import NoStateError, Refresher
 
 CONTRACT = datasets.load_contract("online_retail")
 
 
 @pytest.fixture(scope="module")
-def ranker(token_shop: Any) -> Ranker:
+def ranker(token_shop: Any) -> RankService:
     return open_ranker(token_shop.settings, replay=True)
 
 
@@ -49,31 +49,31 @@ def world(token_shop: Any) -> tuple[list[int], list[str]]:
     return sorted(set(users)), sorted(set(items))
 
 
-def test_a_user_is_ranked_from_stored_tokens(ranker: Ranker, world: Any) -> None:
+def test_a_user_is_ranked_from_stored_tokens(ranker: RankService, world: Any) -> None:
     users, items = world
     answer = ranker.rank(RankRequest(users[3], items[:50]))
     assert answer.tokens == ranker.bundle.tokens
     assert answer.degraded == []
 
 
-def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ranker: Ranker, world: Any) -> None:
+def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ranker: RankService, world: Any) -> None:
     """The same logits from the token log and the point-in-time join as from the online store, at the end of the data."""
     bundle, settings = ranker.bundle, token_shop.settings
     warehouse = Warehouse(settings)
     split = warehouse.split(token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", bundle.token_shape))
-    encoded = bundle.encoder.encode(split.requests)
+    encoded = bundle.encoder.featurise(split.requests)
     logits = predict(bundle.model, bundle.encoder, encoded)
     without = predict(bundle.model, bundle.encoder, replace(encoded, gather_tokens=None))
     assert np.isfinite(logits).all()
     assert np.abs(logits - without).max() > 1e-4  # thirty-day-old tokens are not fresh ones
     user, chosen = world[0][5], world[1][:40]
     read = ranker.reader.read_user(user)
-    columns, _, _ = ranker.items.take(chosen)
+    columns = ranker.items.take(chosen).columns
     at = datetime.fromisoformat(bundle.manifest["data_as_of"])
     fresh = ranker.requests_of(replace(read, tokens=None), chosen, columns, at)
     stored = ranker.requests_of(read, chosen, columns, at)
     assert stored.gather_tokens is not None
-    scores = [predict(bundle.model, bundle.encoder, bundle.encoder.encode(r)) for r in (stored, fresh)]
+    scores = [predict(bundle.model, bundle.encoder, bundle.encoder.featurise(r)) for r in (stored, fresh)]
     events = read.columns["history_end"]
     if events <= bundle.encoder.history_length:  # then stage 1 reads the same events at request time
         np.testing.assert_allclose(scores[0], scores[1], atol=2e-3)  # fp16
@@ -90,18 +90,18 @@ def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ra
     ],
 )
 def test_tokens_that_cannot_be_used_are_done_without_and_said(
-    damage: str, reason: str, ranker: Ranker, online: OnlineTokens, world: Any
+    damage: str, reason: str, ranker: RankService, online: OnlineTokens, world: Any
 ) -> None:
     user, version = world[0][7], ranker.bundle.tokens or ""
     stored = online.read(version, [user])[0][0]
     assert stored is not None
-    envelope = decode(stored, user)
+    envelope = from_bytes(stored, user)
     changed = {
         "none": None,
         "torn": stored[:-3],
-        "another_user": encode(envelope, user + 1),
-        "another_version": encode(replace(envelope, fingerprint="ab" * 16), user),
-        "tombstone": encode(replace(envelope, tokens_SD=None), user),
+        "another_user": to_bytes(envelope, user + 1),
+        "another_version": to_bytes(replace(envelope, fingerprint="ab" * 16), user),
+        "tombstone": to_bytes(replace(envelope, tokens_SD=None), user),
     }[damage]
     request = RankRequest(user, world[1][:30])
     try:
@@ -120,15 +120,15 @@ def test_tokens_that_cannot_be_used_are_done_without_and_said(
     assert ranker.rank(request).degraded == []
 
 
-def ranker_home(ranker: Ranker) -> str:
+def ranker_home(ranker: RankService) -> str:
     return str(Path(ranker.bundle.path).parent.parent)
 
 
-def test_tokens_that_lag_are_used_and_said(ranker: Ranker, online: OnlineTokens, world: Any) -> None:
+def test_tokens_that_lag_are_used_and_said(ranker: RankService, online: OnlineTokens, world: Any) -> None:
     user, version = world[0][9], ranker.bundle.tokens or ""
     ((stored, state),) = online.read(version, [user])
-    envelope = decode(stored or b"", user)
-    behind = encode(replace(envelope, num_events=envelope.num_events - 1), user)
+    envelope = from_bytes(stored or b"", user)
+    behind = to_bytes(replace(envelope, num_events=envelope.num_events - 1), user)
     online.write(version, [user], [behind], [state], envelope.computed_at + 3)
     answer = ranker.rank(RankRequest(user, world[1][:30]))
     online.write(version, [user], [stored or b""], [state], envelope.computed_at + 4)
@@ -136,7 +136,7 @@ def test_tokens_that_lag_are_used_and_said(ranker: Ranker, online: OnlineTokens,
     assert answer.tokens == version
 
 
-def test_a_request_of_the_past_does_not_read_tokens_that_know_better(ranker: Ranker, world: Any) -> None:
+def test_a_request_of_the_past_does_not_read_tokens_that_know_better(ranker: RankService, world: Any) -> None:
     user = world[0][2]
     tokens = ranker.reader.read_user(user).tokens
     assert tokens is not None
@@ -159,7 +159,7 @@ class MixedStore:
                 holds = versions[rng.integers(len(versions))] if case < 0.3 else version
                 whose = user + 1 if 0.3 <= case < 0.35 else user
                 value = np.full(shape, versions.index(holds) + 1.0, np.float32)
-                stored = encode(Envelope(holds, 5, 5, 1, value), whose)
+                stored = to_bytes(Envelope(holds, 5, 5, 1, value), whose)
                 if case >= 0.9:
                     stored = None if case >= 0.95 else stored[:40]
                 self.values[user, version] = (stored, holds if whose == user and case < 0.9 else None)
@@ -177,14 +177,14 @@ class MixedStore:
 def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: Any) -> None:
     """Three versions mixed over ten thousand users, bundles flipped at random, a hundred thousand requests."""
     row = Catalogue(token_shop.settings.catalogue_url).live_bundle("online_retail")
-    bundle = bundles.load(Path(row.path), CONTRACT, row.digest)
+    bundle = bundles.load(token_shop.settings.path(row.path), CONTRACT, row.digest)
     versions = [f"{number:02x}" * 16 for number in (1, 2, 3)]
     store = MixedStore(versions, 10_000, bundle.token_shape)
     rankers, seen = [], Counter[str]()
     for version in versions:
         manifest = {**bundle.manifest, "tokens": {**bundle.manifest["tokens"], "version": version}}
         reader = FeastReader(store, CONTRACT, "any", version)  # type: ignore[arg-type]
-        rankers.append(Ranker(replace(bundle, manifest=manifest), reader, None))  # type: ignore[arg-type]
+        rankers.append(RankService(replace(bundle, manifest=manifest), reader, None))  # type: ignore[arg-type]
     rng, current = np.random.default_rng(1), 0
     for user in rng.integers(0, 10_000, 100_000).tolist():
         if rng.random() < 0.01:
@@ -221,14 +221,14 @@ def event_of(item: str, at: int) -> dict[str, Any]:
 
 
 def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
-    token_shop: Any, ranker: Ranker, online: OnlineTokens, world: Any
+    token_shop: Any, ranker: RankService, online: OnlineTokens, world: Any
 ) -> None:
     from feature_repo.history import HistoryLog
     from modeling.summary import Summariser
 
     user, version = world[0][11], ranker.bundle.tokens or ""
     ((stored, state),) = online.read(version, [user])
-    before = decode(stored or b"", user)
+    before = from_bytes(stored or b"", user)
     summariser = Summariser(ranker.bundle.model, ranker.bundle.encoder)
     refresher = Refresher(summariser, online, CONTRACT, "fp32")
     at = before.as_of + 60_000_000
@@ -241,7 +241,7 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     more = {"action": [0, 0], "event_timestamp": [at, at + 5]}
     columns = {n: np.r_[v, np.array(more.get(n, [1, 1]), v.dtype)] for n, v in found.columns.items()}
     whole = Histories(np.array([0, len(found.times) + 2]), np.r_[found.item_keys, keys], columns)
-    codes = ranker.bundle.encoder.vocabularies["item_id"].encode(log.items)
+    codes = ranker.bundle.encoder.vocabularies["item_id"].indices_of(log.items)
     expected = summariser.whole(whole, codes, np.array([0]))
     np.testing.assert_allclose(refreshed.tokens_SD, expected.tokens_BSD[0], atol=1e-5, rtol=1e-4)
     assert (refreshed.num_events, refreshed.as_of) == (before.num_events + 2, at + 5)
@@ -258,8 +258,8 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
         refresher.refresh(user, [])
     with pytest.raises(NoStateError, match="no stored state"):
         refresher.refresh(-5, [event_of(world[1][0], at)])
-    foreign = encode(replace(decode(state or b"", user), fingerprint="cd" * 16), user, "fp32")
-    gone = encode(replace(before, tokens_SD=None), user)
+    foreign = to_bytes(replace(from_bytes(state or b"", user), fingerprint="cd" * 16), user, "fp32")
+    gone = to_bytes(replace(before, tokens_SD=None), user)
     for tokens, kept, error in ((stored, foreign, EnvelopeError), (gone, state, NoStateError)):
         online.write(version, [user], [tokens or b""], [kept], refreshed.computed_at + 1)
         with pytest.raises(error):  # tokens of one version never go on from the state of another

@@ -1,0 +1,77 @@
+"""What all rooms' command lines share: how an app is made, how errors end a command, and how tables fit a terminal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cyclopts import App
+from rich.console import Console
+
+from feature_repo.errors import ExpectedError
+
+INTERRUPTED = 130  # as a shell counts a process that SIGINT ended
+
+
+def app(room: str, help_text: str) -> App:
+    """A command-line app of a room: option names are spelt with underscores, as fields are."""
+    return App(
+        name=f"python -m {room}",
+        help=help_text,
+        name_transform=lambda name: name,
+        version_flags=(),
+        default_parameter=_spelling(),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+    )
+
+
+def _spelling() -> Any:
+    from cyclopts import Parameter
+
+    return Parameter(name_transform=lambda name: name, negative=())
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command line to its exit code: 0 done, 1 refused with a reason, 2 called wrongly, 130 interrupted.
+
+    An `ExpectedError` becomes one line. Any other error is a fault of ours, and its traceback is shown.
+    """
+    from cyclopts import CycloptsError
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that knows ASCII only gets question marks, not a traceback
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except ExpectedError as error:
+        complain(error)
+        return error.exit_code
+    except CycloptsError as error:
+        error.verbose = False
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted; what was not finished is not visible, and the same command goes on from there")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        complain(f"the disk is full{f', writing {error.filename}' if error.filename else ''}: nothing was published")
+        return 1
+
+
+def complain(error: object) -> None:
+    """A line about what went wrong, on standard error's terminal or in its file."""
+    Console(stderr=True, soft_wrap=True).print(str(error), style="red", highlight=False, markup=False)

@@ -1,0 +1,55 @@
+"""Errors that a person can mend. Commands print one as a line; anything else is a fault of ours and shows its traceback.
+
+ExpectedError                     exit code 1
+├── UsageError                    exit code 2: options that do not exist, or values that they do not take
+├── SettingsError                 an environment variable that is unknown, or holds what it may not
+├── DeclarationError              a dataset module declares what cannot be
+├── datasets.RawDataError         raw data is missing, or of another shape than its module expects
+├── sequence_file.SequenceFileError
+├── tables.TableNotBuiltError     a table was asked for that no finished run has written
+├── tables.StaleTableError        a table was built under another contract, or by another run than the one named
+├── tables.JobRunningError        another run holds the folder
+├── expectations.GateError        too many rows are bad
+├── store.StoreError              the registry or the online store is not what the settings name
+├── offline_store.EntityFrameError
+├── catalogue.NoLiveBundleError, catalogue.NotRecordedError
+├── token_log.TokenLogError
+└── online_tokens.CannotRemoveError
+
+Decoders of stored bytes have errors of their own (`history.HistoryError`, `envelope.EnvelopeError`): readers catch them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ExpectedError(Exception):
+    """Base of all errors that a person can mend; the message says what was expected, what came, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(ExpectedError, ValueError):
+    """A command was given an option that it does not have, or a value that the option does not take."""
+
+    exit_code = 2
+
+
+class SettingsError(ExpectedError, ValueError):
+    """An environment variable is unknown, or holds what it may not."""
+
+
+class DeclarationError(ExpectedError, ValueError):
+    """A dataset module declares what cannot be; the message names each field, what it holds and what is possible."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the name that was probably meant, as the end of a message; empty where none is near.
+
+    >>> nearest("max_bad_fractoin", ["max_bad_fraction", "seed"])
+    '; did you mean max_bad_fraction?'
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -1,0 +1,67 @@
+"""Whether a bundle may go live unasked: not where it ranks worse than the live one, or than a baseline without a model.
+
+A bundle is compared with the live one on the test period of the same examples; where those are others, the figures say
+nothing about each other, and only the baselines are asked. Where nothing is live yet, a poor model is better than none:
+what speaks against it is said, and it goes live. A model that ranks unknown items first never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from feature_repo.catalogue import BundleRow, Catalogue
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder
+from modeling.evaluate import MODEL, floors
+from modeling.metrics import Estimate
+
+METRICS = ("ndcg@10", "gauc")
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Against going live: what holds the bundle back, and what is only said."""
+
+    hold: list[str] = field(default_factory=list)
+    warn: list[str] = field(default_factory=list)
+
+
+def test_key(settings: Settings) -> str:
+    """What the test requests are: figures on others cannot be compared."""
+    return JobFolder(settings.home, "training_examples").require().run_id
+
+
+def reasons_against(
+    evaluation: dict[str, Any], live: BundleRow | None, catalogue: Catalogue, digest: str, test: str
+) -> Reasons:
+    """What speaks against a bundle going live.
+
+    Args:
+        evaluation: of its run.
+        live: the live bundle, if any.
+        digest: of the bundle.
+        test: what its test requests are.
+    """
+    metrics = evaluation["metrics"]
+    model = {name: Estimate(**metrics[MODEL][name]) for name in METRICS if metrics[MODEL].get(name)}
+    below = [
+        f"{floor} is better on {name} ({metrics[floor][name]['value']:.4f} against {estimate.value:.4f})"
+        for floor in floors(metrics)
+        for name, estimate in model.items()
+        if metrics[floor].get(name) and metrics[floor][name]["value"] > estimate.value
+    ]
+    hold, warn = ([], below) if live is None else (below, [])
+    unknown = evaluation["unknown"]
+    if unknown["first"] > unknown["most"]:
+        hold.append(
+            f"an item that nobody knows comes first in {unknown['first']:.1%} of requests; by chance it would in {unknown['chance']:.1%}"
+        )
+    if live is not None and live.digest != digest and catalogue.test_of(live.digest) == test:
+        for name, estimate in model.items():
+            now = live.metrics.get(name)
+            if now and estimate.value < now["low"]:
+                hold.append(
+                    f"the live {live.recipe}@{live.digest[:12]} is better on {name} ({now['value']:.4f} against {estimate.value:.4f})"
+                )
+    return Reasons(hold, warn)

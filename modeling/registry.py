@@ -1,0 +1,46 @@
+"""Which models there are and where they live. Imports no torch, so that a run is named without it."""
+
+from __future__ import annotations
+
+from feature_repo.code import code_digest
+from feature_repo.errors import nearest
+from modeling.errors import RecipeError
+from modeling.recipes import Recipe
+
+CLASSES = {  # model → room and class; its module is `<room>.<model>`, the module's config is `Config`
+    "amortised_dlrm": ("models", "AmortisedDLRM"),
+    "autoint": ("baselines", "AutoInt"),
+    "bert4rec": ("models", "BERT4Rec"),
+    "dcnv2": ("baselines", "DCNv2"),
+    "din": ("baselines", "DIN"),
+    "dlrm": ("baselines", "DLRM"),
+    "hiformer": ("models", "Hiformer"),
+    "hstu": ("models", "HSTU"),
+    "hydrarec": ("models", "HydraRec"),
+    "linrec": ("models", "LinRec"),
+    "onetrans": ("models", "OneTrans"),
+    "rankmixer": ("baselines", "RankMixer"),
+    "sasrec": ("models", "SASRec"),
+    "transformer": ("baselines", "Transformer"),
+    "vista": ("models", "VISTA"),
+    "wukong": ("baselines", "Wukong"),
+}
+NAMES = tuple(CLASSES)
+
+
+def module_of(name: str) -> str:
+    """The module of a model.
+
+    Raises:
+        RecipeError: no such model.
+    """
+    if name not in NAMES:
+        raise RecipeError(f"no model {name!r}; there are {NAMES}{nearest(name, NAMES)}")
+    return f"modeling.{CLASSES[name][0]}.{name}"
+
+
+def training_code(recipe: Recipe, dataset: str) -> str:
+    """Digest of the code that decides what a recipe learns: features, loop, its model, and all of ours that they import."""
+    return code_digest(
+        "modeling.trainer", "modeling.dataset", module_of(recipe.model), f"feature_repo.datasets.{dataset}"
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of this room: `python -m serving.benchmarks.<name>`."""

@@ -1,0 +1,121 @@
+"""One ranking call of 500 candidates beside how many items are known: it costs what is asked, not what is known.
+
+The store is a reader in this process, the model a small amortised DLRM with random weights, the user has 256 events. Floor:
+the same call's `encode_user` and `score` alone. Look-ups of 756 ids are shown apart, beside `pyarrow.compute.index_in`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from feature_repo.arrow import arrow_type, from_micros, history_schema
+from feature_repo.benchmarks import interleaved, parser, report
+from feature_repo.datasets import load_contract
+from feature_repo.key_index import KeyIndex
+from modeling import models
+from modeling.batch import Encoder, Vocabulary
+from modeling.bundle import Bundle
+from serving.features import ItemTable, UserRow, item_columns
+from serving.messages import RankContext, RankRequest
+from serving.ranker import RankService
+
+CONTRACT = load_contract("online_retail")
+SIZES, QUICK = (3_000, 200_000, 1_000_000), (3_000, 50_000)
+EVENTS, CANDIDATES = 256, 500
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Reader:
+    """A store in this process."""
+
+    def __init__(self, ids: pa.Array) -> None:
+        rng = np.random.default_rng(0)
+        micros = int(NOW.timestamp() * 1e6) - np.sort(rng.integers(10**9, 10**13, EVENTS))[::-1]
+        columns = {
+            "item_id": ids.take(pa.array(rng.integers(0, len(ids), EVENTS))),
+            "action": pa.array(np.zeros(EVENTS, np.int8)),
+            "event_timestamp": from_micros(micros),
+            "quantity": pa.array(np.ones(EVENTS, np.float32)),
+            "unit_price": pa.array(np.ones(EVENTS, np.float32)),
+        }
+        schema = history_schema(CONTRACT)
+        history = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+        stats = {c.name: 1 for c in CONTRACT.table("user_stats").columns}
+        self.user = UserRow({"country": "France", **stats, "history_end": EVENTS, "other_events": 0}, history)
+
+    def read_user(self, user_id: Any) -> UserRow:
+        """The one user."""
+        return self.user
+
+    def read_items(self, item_ids: Sequence[Any]) -> pa.Table:
+        """The same features for every item."""
+        number = len(item_ids)
+        columns = {"item_id": pa.array(list(item_ids), pa.string())}
+        for _, column in item_columns(CONTRACT):
+            value: Any = ["word"] if column.name == "description_tokens" else "x" if column.name == "description" else 1
+            columns[column.name] = pa.array([value] * number, arrow_type(column.dtype))
+        return pa.table(columns)
+
+
+def service(number: int) -> tuple[RankService, RankRequest]:
+    """A service that knows so many items, and a request."""
+    ids = pa.array(np.arange(number)).cast(pa.string())
+    ids = pa.compute.binary_join_element_wise(pa.scalar("item"), ids, "-")
+    words, countries = Vocabulary(pa.array(["word"])), Vocabulary(pa.array(["France"]))
+    vocabularies = {"item_id": Vocabulary(ids.sort()), "country": countries, "description_tokens": words}
+    encoder = Encoder(CONTRACT, vocabularies, EVENTS)
+    torch.manual_seed(0)
+    config = {"width": 16, "num_layers": 2, "num_heads": 2}
+    model = models.build("amortised_dlrm", config, encoder.sizes).eval()
+    manifest = {"recipe": "random", "tokens": None}
+    reader = Reader(ids)
+    made = RankService(
+        Bundle("0" * 64, Path(), manifest, model, encoder), reader, ItemTable(reader, CONTRACT, ids.to_pylist())
+    )
+    chosen = ids.take(pa.array(np.random.default_rng(1).choice(number, CANDIDATES, replace=False))).to_pylist()
+    return made, RankRequest(1, chosen, k=10, context=RankContext(NOW + timedelta(days=1)))
+
+
+def main() -> None:
+    """Run."""
+    arguments = parser("serving.benchmarks.catalogue_size", __doc__).parse_args()
+    torch.set_num_threads(1)
+    services = {number: service(number) for number in (QUICK if arguments.quick else SIZES)}
+    calls = {number: (lambda made=made, asked=asked: made.rank(asked)) for number, (made, asked) in services.items()}
+    rounds = 20 if arguments.quick else 100
+    times = interleaved({str(number): call for number, call in calls.items()}, rounds, warm_up=5)
+    first, rows = times[str(next(iter(services)))]["wall_s"], []
+    for number, (made, asked) in services.items():
+        keys = made.bundle.encoder.vocabularies["item_id"].values
+        wanted = keys.take(pa.array(np.random.default_rng(2).integers(0, number, EVENTS + CANDIDATES)))
+        index = KeyIndex(keys)
+        looked = interleaved(
+            {"index": lambda i=index, w=wanted: i.places(w), "index_in": lambda w=wanted, k=keys: pc.index_in(w, k)},
+            20,
+            3,
+        )
+        answer = made.rank(asked).timings_ms
+        rows.append(
+            {
+                "items": number,
+                "rank_ms": 1000 * times[str(number)]["wall_s"],
+                "of_smallest": times[str(number)]["wall_s"] / first,
+                "floor_ms (encode_user + score)": answer.encode_user + answer.score,
+                "lookup_ms": 1000 * looked["index"]["wall_s"],
+                "index_in_ms": 1000 * looked["index_in"]["wall_s"],
+            }
+        )
+    config = {"candidates": CANDIDATES, "events": EVENTS, "rounds": rounds, "threads": 1}
+    report("catalogue_size", config, rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

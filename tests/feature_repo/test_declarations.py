@@ -1,0 +1,189 @@
+"""A dataset's declaration is refused where it is made, by the name of the field; commands refuse what they do not know."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_repo import cli, code, datasets
+from feature_repo.datasets import movielens_1m, online_retail
+from feature_repo.errors import DeclarationError, ExpectedError, SettingsError
+from feature_repo.schema import Column, DType, contract, is_iso_time, lacks, plain, problems, spec_of
+from feature_repo.settings import Settings
+
+SPEC = online_retail.SPEC
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", datasets.names())
+def test_the_datasets_here_have_nothing_to_mend(name: str) -> None:
+    assert problems(datasets.load(name).SPEC) == []
+    assert contract(spec_of(plain(datasets.load(name).SPEC))).fingerprint == datasets.load_contract(name).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ranking_item_features": ("desciption_tokens",)}, "did you mean description_tokens?"),
+        ({"item_title": "item_id"}, "item_title names 'item_id'"),
+        ({"stat_value": "price"}, "stat_value names 'price'; there are ['quantity', 'unit_price']"),
+        ({"user_features": ()}, "user_features is ()"),
+        (
+            {"event_features": (Column("device", DType.STRING, ""),), "stat_value": "device"},
+            "event_features 'device' is string",
+        ),
+        ({"event_features": (Column("unit_price", DType.FLOAT32, "", nullable=True),)}, "'unit_price' is nullable"),
+        ({"event_identity": ("invoice",)}, "event_identity names 'invoice'"),
+        ({"actions": ()}, "actions is ()"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
+        ({"raw_zone": "Europe/Londn"}, "raw_zone is 'Europe/Londn'"),
+        ({"raw_time_unit": "s"}, "raw_time_unit is 's'"),
+        ({"requests": replace(SPEC.requests, test_from="2011-13-01")}, "requests.test_from is '2011-13-01'"),
+        ({"requests": replace(SPEC.requests, test_from="2011-11-10")}, "without a zone"),
+        ({"requests": replace(SPEC.requests, test_from=SPEC.requests.validation_from)}, "is not before"),
+    ],
+)
+def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
+    assert any(says in line for line in problems(replace(SPEC, **change))), problems(replace(SPEC, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"item_features": (*SPEC.item_features, Column("Country", DType.STRING, ""))},
+            "item_features 'Country' and user_features",
+        ),
+        ({"user_features": (Column("split", DType.STRING, ""),)}, "a name of Memoir's"),
+        ({"event_features": (*SPEC.event_features, Column("action", DType.FLOAT32, ""))}, "'action'"),
+        ({"requests": replace(SPEC.requests, label="Country")}, "requests.label"),
+    ],
+)
+def test_features_that_would_meet_under_one_name_are_refused_where_they_are_declared(
+    change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(DeclarationError, match=says):
+        contract(replace(SPEC, **change))
+
+
+def test_a_module_of_another_name_or_without_a_function_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from feature_repo.datasets.online_retail import SPEC, parse, raw_units, read_raw\n"
+    )
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    with pytest.raises(DeclarationError, match="expected 'mine'") as refused:
+        datasets.load("mine")
+    assert "no function assign_requests" in str(refused.value)
+    sys.modules.pop("feature_repo.datasets.mine", None)
+    with pytest.raises(DeclarationError, match="did you mean online_retail"):
+        datasets.load("online_retial")
+
+
+def test_a_wider_contract_lacks_nothing_and_a_narrower_one_says_what() -> None:
+    wide = replace(
+        SPEC,
+        user_features=(*SPEC.user_features, Column("segment", DType.STRING, "")),
+        event_features=(*SPEC.event_features, Column("margin", DType.FLOAT32, "")),
+        actions=(*SPEC.actions, "view"),
+    )
+    assert lacks(contract(SPEC), contract(wide)) == []
+    missing = lacks(contract(wide), contract(SPEC))
+    assert any("segment" in line for line in missing)
+    assert any("margin" in line for line in missing)
+    assert any("actions" in line for line in missing)
+    retyped = replace(SPEC, user_features=(Column("country", DType.INT64, ""),))
+    assert lacks(contract(SPEC), contract(retyped)) == ["country (string) of user_profile"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("MEMOIR_DATASETT", "x", "did you mean MEMOIR_DATASET?"),
+        ("MEMOIR_PROFILE", "prod", "must be one of"),
+        ("MEMOIR_DATA", __file__, "is a file"),
+        ("MEMOIR_DATA", "/no/such/folder", "is not there"),
+    ],
+)
+def test_settings_that_are_none_are_refused(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=says.replace("?", r"\?")):
+        Settings.from_env()
+
+
+def test_a_persons_mistake_is_a_line_and_our_own_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistake() -> None:
+        raise ExpectedError("expected this, got that: do so")
+
+    def bug() -> None:
+        raise KeyError("no_such_internal_key")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def disk_full() -> None:
+        raise OSError(28, "No space left on device", "/x")
+
+    assert cli.run(mistake) == 1
+    assert capsys.readouterr().err.strip() == "expected this, got that: do so"
+    with pytest.raises(KeyError):
+        cli.run(bug)
+    assert cli.run(interrupted) == 130
+    assert cli.run(disk_full) == 1
+    assert "disk is full" in capsys.readouterr().err
+
+
+def test_feast_imports_every_file_that_is_not_ours() -> None:
+    ignored = (ROOT / "feature_repo" / ".feastignore").read_text().split("\n")
+    ours = {path.name for path in (ROOT / "feature_repo").glob("*.py")} - {"feature_definitions.py"}
+    assert ours <= set(ignored), ours - set(ignored)
+
+
+def test_code_counts_and_comments_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "CHECKOUT", tmp_path)
+    room = tmp_path / "modeling"
+    room.mkdir()
+    (room / "a.py").write_text("from modeling import b\n\n\ndef f():\n    return b.x\n")
+    (room / "b.py").write_text("x = 1\n")
+
+    def digest() -> str:
+        for cached in (code._file, code._tree, code._imports, code._digest):
+            cached.cache_clear()
+        return code.code_digest("modeling.a")
+
+    before = digest()
+    (room / "a.py").write_text(
+        '"""Says more."""\nfrom modeling import b\n\n# why\ndef f():\n    """Doc."""\n    return b.x\n'
+    )
+    assert digest() == before
+    (room / "b.py").write_text("x = 2\n")
+    assert digest() != before
+    with pytest.raises(ModuleNotFoundError):
+        code.code_digest("modeling.nowhere")
+    monkeypatch.undo()
+    for cached in (code._file, code._tree, code._imports, code._digest):
+        cached.cache_clear()
+
+
+def test_times_of_movielens_in_another_unit_are_refused(tmp_path: Path) -> None:
+    lines = [f"{user}::1::4::{974_000_000_000 + user}" for user in range(1, 9)]
+    (tmp_path / "ratings.dat").write_text("\n".join(lines) + "\n")
+    unit = datasets.RawUnit(str(tmp_path / "ratings.dat"), 0, 8)
+    with pytest.raises(datasets.RawDataError, match="look like milliseconds"):
+        movielens_1m.parse(unit)
+    assert is_iso_time("2011-12-09T12:00:00Z")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "latin-1"])
+def test_titles_are_read_in_the_encodings_that_files_have(encoding: str, tmp_path: Path) -> None:
+    title = "Ådalen 31… (1969)" if encoding != "latin-1" else "Ådalen 31 (1969)"
+    (tmp_path / "movies.dat").write_bytes(f"1::{title}::Drama|War\n\n".encode(encoding))
+    items = movielens_1m.parse(datasets.RawUnit(str(tmp_path / "movies.dat"), 0, 1, "items")).items.to_pylist()
+    assert [(row["title"], row["year"], row["genres"]) for row in items] == [(title, 1969, ["Drama", "War"])]
