@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +90,16 @@ def main() -> None:
     arguments = parser("serving.benchmarks.catalogue_size", __doc__).parse_args()
     torch.set_num_threads(1)
     services = {number: service(number) for number in (QUICK if arguments.quick else SIZES)}
-    calls = {number: (lambda made=made, asked=asked: made.rank(asked)) for number, (made, asked) in services.items()}
+    calls = {str(number): partial(made.rank, asked) for number, (made, asked) in services.items()}
     rounds = 20 if arguments.quick else 100
-    times = interleaved({str(number): call for number, call in calls.items()}, rounds, warm_up=5)
+    times = interleaved(calls, rounds, warm_up=5)
     first, rows = times[str(next(iter(services)))]["wall_s"], []
     for number, (made, asked) in services.items():
         keys = made.bundle.encoder.vocabularies["item_id"].values
         wanted = keys.take(pa.array(np.random.default_rng(2).integers(0, number, EVENTS + CANDIDATES)))
         index = KeyIndex(keys)
         looked = interleaved(
-            {"index": lambda i=index, w=wanted: i.places(w), "index_in": lambda w=wanted, k=keys: pc.index_in(w, k)},
-            20,
-            3,
+            {"index": partial(index.places, wanted), "index_in": partial(pc.index_in, wanted, keys)}, 20, 3
         )
         answer = made.rank(asked).timings_ms
         rows.append(
