@@ -316,6 +316,7 @@ class Loop(ABC):
         except (
             RuntimeError,
             EOFError,
+            OSError,
             KeyError,
             TypeError,
             ValueError,

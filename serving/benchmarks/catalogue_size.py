@@ -6,7 +6,7 @@ the same call's `encode_user` and `score` alone. Look-ups of 756 ids are shown a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,9 @@ def main() -> None:
     arguments = parser("serving.benchmarks.catalogue_size", __doc__).parse_args()
     torch.set_num_threads(1)
     services = {number: service(number) for number in (QUICK if arguments.quick else SIZES)}
-    calls = {str(number): partial(made.rank, asked) for number, (made, asked) in services.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        str(number): partial(made.rank, asked) for number, (made, asked) in services.items()
+    }
     rounds = 20 if arguments.quick else 100
     times = interleaved(calls, rounds, warm_up=5)
     first, rows = times[str(next(iter(services)))]["wall_s"], []

@@ -334,3 +334,29 @@ def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Pa
         assert encoder.vocabularies["year"].values[int(slots[row, 8]) - 1] == years[row]
     trainer = Trainer(fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=1), tmp_path, "films")
     assert trainer.fit(train, encoder.featurise(validation.requests))["epochs"] == 1
+
+
+@pytest.mark.parametrize("damage", ["half", "nothing", "no log", "a folder beside it", "other bytes"])
+def test_what_is_left_of_a_damaged_run_is_trained_anew_and_said(
+    damage: str, encoded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, train, validation = encoded
+    training = replace(RECIPE.training, epochs=1)
+    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "one").fit(train, validation)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    if damage == "no log":
+        (tmp_path / "metrics.jsonl").unlink()
+    elif damage == "a folder beside it":
+        (tmp_path / ".ipynb_checkpoints").mkdir()
+        checkpoint.unlink()
+    else:
+        checkpoint.write_bytes(
+            {"half": whole[: len(whole) // 2], "nothing": b"", "other bytes": b"\x80\x04x" * 99}[damage]
+        )
+    capsys.readouterr()
+    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "one").fit(train, validation)
+    said = " ".join(capsys.readouterr().out.split())
+    assert damage == "a folder beside it" or "training begins anew" in said
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
