@@ -97,3 +97,18 @@ def test_the_bundle_before_comes_back(catalogue: Catalogue) -> None:
     assert catalogue.held_back("d", "a" * 64) == "too weak"
     catalogue.set_live("d", "a" * 64)
     assert catalogue.held_back("d", "a" * 64) == ""
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_table_fits_the_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    from modeling.console import print_table
+
+    rows = [
+        ["", *(f"metric {n}" for n in range(7))],
+        *([name, *["0.1234 ±0.0123"] * 7] for name in ("a model", "floor")),
+    ]
+    print_table(rows, width)
+    shown = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
+    assert all(f"metric {n}" in shown for n in range(7))
+    assert shown.count("0.1234 ±0.0123") == 14
