@@ -143,12 +143,13 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
 
     from beam_jobs.partition import to_ipc
     from beam_jobs.runs import load_job, plan_run
-    from beam_jobs.sinks import WriteOnline
+    from beam_jobs.sinks import WriteView
 
     rows = JobFolder(settings.home, "events").read("user_profile")
     rows = rows.set_column(
         rows.schema.get_field_index("country"), rows.schema.field("country"), pa.array(["Atlantis"] * rows.num_rows)
     )
-    writer = WriteOnline(plan_run(load_job("materialize"), settings, {}, None)[0])
+    job = load_job("materialize")
+    writer = WriteView(plan_run(job, settings, job.options(), None).plan)
     writer.setup()
     assert list(writer.process(("user_profile", to_ipc(rows)))) == [("user_profile", rows.num_rows)]
