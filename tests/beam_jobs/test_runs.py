@@ -376,3 +376,18 @@ def test_built_tables_have_the_contracts_columns(name: str, request: pytest.Fixt
         assert rows.schema.names == arrow_schema(table).names
         assert rows.schema.types == arrow_schema(table).types
         assert rows.num_rows or table.name == "token_dead_letters"
+
+
+def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_meanwhile(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    from beam_jobs import runs
+
+    road = helpers.copied(shop, tmp_path)
+    job = runs.load_job("training_examples")
+    plan = runs.plan_run(job, road.settings, job.options(), None).plan
+    before = plan.read_input("item_stats", "item_stats")
+    helpers.run_jobs(road.settings, "item_stats", as_of="2011-03-01", num_partitions=2)
+    assert JobFolder(road.settings.home, "item_stats").read("item_stats").num_rows < before.num_rows
+    assert plan.read_input("item_stats", "item_stats").equals(before)
+    assert runs.plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id

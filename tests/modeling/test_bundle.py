@@ -169,3 +169,12 @@ def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) 
     ndcg = {name: row["ndcg@10"]["value"] for name, row in evaluation["metrics"].items()}
     assert ndcg["model"] > ndcg["same network, empty history"] + 0.1
     assert ndcg["model"] > ndcg["popularity to date"] + 0.1
+
+
+def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None:
+    from feature_repo.tables import locked
+    from modeling.errors import RunError
+
+    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    with locked(run.folder), pytest.raises(RunError, match="another process trains"):
+        command.train(run, Catalogue(trained_shop.settings.catalogue_url))
