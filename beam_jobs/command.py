@@ -43,7 +43,8 @@ def run_command(name: str, options: Options, common: Common, beam_args: list[str
     if not common.dry_run and not refill and not beam_args and _up_to_date(name, options, common, settings):
         return 0
     warnings.filterwarnings("ignore", module="apache_beam")
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # An error in a worker is raised here again, with its traceback where it is a fault of ours: Beam need not print it too.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
     refuse_unknown(beam_args, name, options, common)
     from beam_jobs import runs

@@ -391,3 +391,22 @@ def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_mea
     assert JobFolder(road.settings.home, "item_stats").read("item_stats").num_rows < before.num_rows
     assert plan.read_input("item_stats", "item_stats").equals(before)
     assert runs.plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id
+
+
+def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(tmp_path: Path, helpers: Any) -> None:
+    films = tmp_path / "films"
+    helpers.write_film_club(films)
+    movies = films / "movies.dat"
+    movies.write_text("".join(f"x{line}\n" for line in movies.read_text(encoding="latin-1").splitlines()))
+    surroundings = {**os.environ, "MEMOIR_HOME": str(tmp_path / "home"), "MEMOIR_DATA": str(films)}
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_jobs", "events"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**surroundings, "MEMOIR_DATASET": "movielens_1m"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "column 'item_id': expected a whole number" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
