@@ -83,4 +83,4 @@ lock: setup  ## renew requirements.lock; releases younger than two weeks are lef
 	$(RUN) .ci/lock.py
 
 clean:  ## drop everything that was built, not the environment
-	rm -rf .memoir feature_repo/data/*.db .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .memoir feature_repo/data/*.db feature_repo/data/*.pb .mypy_cache .pytest_cache .ruff_cache .hypothesis

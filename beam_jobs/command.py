@@ -119,7 +119,7 @@ def _up_to_date(name: str, options: Options, common: Common, settings: Settings)
     """Say so and skip, without importing Beam, where the last run had these very inputs and options."""
     last = Catalogue(settings.catalogue_url).last_run(settings.dataset, name)
     manifest = JobFolder(settings.home, name).manifest()
-    if last is None or manifest is None or not output_is_there(name, settings):
+    if last is None or manifest is None:
         return False
     if last.inputs != manifest.run_id or last.details.get("argv") != _asked(options, common):
         return False
@@ -128,6 +128,8 @@ def _up_to_date(name: str, options: Options, common: Common, settings: Settings)
     if manifest.inputs != current_inputs(name, list(manifest.inputs), settings):
         return False
     if isinstance(options, TokenOptions) and not _made_by(options, settings, manifest):
+        return False
+    if not output_is_there(name, settings):  # last, for a remote store is asked over the network
         return False
     console.print(f"{name}: up to date (run {manifest.run_id})", highlight=False)
     return True

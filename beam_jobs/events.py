@@ -15,9 +15,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from beam_jobs.errors import LostRowsError
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
-from beam_jobs.runs import BuildTables, Built, Counts, Job, LostRowsError, RunPlan, Unit
+from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
 from feature_repo import datasets, limits
 from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.history import run_starts

@@ -12,27 +12,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from beam_jobs.errors import BreaksLiveError
 from beam_jobs.options import OnlineOptions
 from beam_jobs.partition import to_ipc
 from beam_jobs.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
 from beam_jobs.sinks import WriteView
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.catalogue import Catalogue
-from feature_repo.errors import ExpectedError
 from feature_repo.history import newest_rows
 from feature_repo.schema import contract, lacks, spec_of
 from feature_repo.settings import Settings
 from feature_repo.store import note_epoch
 from feature_repo.tables import parquet_bytes
-
-
-class BreaksLiveError(ExpectedError, RuntimeError):
-    """The live bundle reads what would no longer be online."""
-
 
 KEYS = "online_keys"  # a table for each run: which keys it sends online
 ViewRows = tuple[str, bytes]  # view, Arrow IPC
@@ -77,6 +73,7 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     if plan.as_of is not None:
         rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
     newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
+    # Before the rows: were the run killed between the two, the next one would not know what is online.
     keys = newest.select(list(table.join_keys))
     write_built(plan, Built(KEYS, f"{unit.table}-{unit.number:05d}.parquet", parquet_bytes(keys), keys.num_rows))
     yield unit.table, to_ipc(newest)
@@ -100,7 +97,7 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
     gone = earlier.filter(pc.invert(pc.is_in(earlier, here.combine_chunks())))
     if not len(gone):
         return
-    stamp = from_micros(pa.array([plan.as_of or 0] * len(gone)).to_numpy())
+    stamp = from_micros(np.full(len(gone), plan.as_of or 0))
     columns = [
         gone if f.name == key else stamp if pa.types.is_timestamp(f.type) else pa.nulls(len(gone), f.type)
         for f in schema

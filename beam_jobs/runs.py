@@ -18,12 +18,12 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from beam_jobs.errors import LostRowsError
 from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
 from beam_jobs.options import Options
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
-from feature_repo.errors import UsageError
 from feature_repo.schema import Contract
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
@@ -85,7 +85,10 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Built:
-    """One finished part: file content, rows, and counts to be summed over all parts (`max_…` takes the maximum, `min_…` the minimum)."""
+    """One finished part: file content, rows, and counts.
+
+    Counts are summed over all parts; of those named `max_…` and `min_…` the largest and the smallest is taken.
+    """
 
     table: str
     name: str
@@ -95,8 +98,6 @@ class Built:
 
 
 Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
-
-
 Counts = dict[str, int]
 
 
@@ -117,9 +118,9 @@ class Job:
     `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
     turns units of them into named parts. `gate` checks the inputs before anything is built and returns where its Data
     Docs are. `account` refuses a run into which more went than came out of it, and returns the instant (microseconds)
-    before which it knows all events. `resolve` makes options definite before the run is named; `prepare` may add to the plan once the run holds its folder; `carried`
-    names parts of the published run that stay; `finish` is called when the manifest is there, with the run's counts, or
-    without where it was up to date, and returns lines to tell.
+    before which it knows all events. `resolve` makes options definite before the run is named; `prepare` may add to the
+    plan once the run holds its folder; `carried` names parts of the published run that stay; `finish` is called when the
+    manifest is there, with the run's counts, or without where it was up to date, and returns lines to tell.
     """
 
     name: str
@@ -151,14 +152,6 @@ def settings_of(plan: RunPlan) -> Settings:
     """The settings under which a run was planned, on any worker."""
     default = plan.dataset == DEFAULT_DATASET and plan.home == str(CHECKOUT / ".memoir" / plan.dataset)
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
-
-
-class OptionsError(UsageError):
-    """Options that do not go together, or name what is not there."""
-
-
-class LostRowsError(RuntimeError):
-    """Rows that went into a run did not come out of it."""
 
 
 class BuildPart(beam.DoFn):
@@ -297,6 +290,7 @@ def run(
         In every case nothing was published.
     """
     planned = plan_run(job, settings, options, as_of)
+    # Not part of the name: how strict a gate is changes whether there are rows, not which.
     plan, units = replace(planned.plan, max_bad_fraction=max_bad_fraction), planned.units
     with plan.folder.lock():
         published = plan.folder.manifest()
@@ -328,7 +322,7 @@ def run(
             counts=dict(sorted(counts.items())),
             tables={**tables, **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()}},
         )
-        plan.folder.publish(manifest)
+        plan.folder.publish(manifest)  # from here on the run is visible; everything above may be repeated
         said = job.finish(plan, manifest.counts, settings)
     return Outcome(manifest, built=True, docs=docs or built_docs, said=tuple(said))
 

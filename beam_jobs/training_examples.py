@@ -12,7 +12,6 @@ has a part in it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,23 +20,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs.errors import NotEnoughItemsError
 from beam_jobs.events import by_user, num_partitions
 from beam_jobs.options import ExampleOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit, account_of_events
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros, micros_iso
-from feature_repo.errors import DeclarationError, ExpectedError
+from feature_repo.errors import DeclarationError
 from feature_repo.history import run_ends, run_starts
 from feature_repo.key_index import KeyIndex
+from feature_repo.schema import Contract
 from feature_repo.tables import parquet_bytes
 
 PERIODS = ("train", "validation", "test")
 POPULARITY_ROUNDS = 20  # draws before the popularity half is filled uniformly, where a few items hold nearly all events
-
-
-class NotEnoughItemsError(ExpectedError, ValueError):
-    """An evaluation request cannot get its fixed number of negatives."""
 
 
 class ItemPool:
@@ -142,81 +139,140 @@ def example_rows(dataset_name: str, events: pa.Table, tables: ItemTables, seed: 
     Raises:
         NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol fixes.
     """
-    dataset, contract = datasets.load(dataset_name), datasets.load_contract(dataset_name)
-    rules, item_key, user_key = contract.spec.requests, contract.item.join_key, contract.user.join_key
-    events = sort_by_key_and_time(events, user_key)
-    assigned = dataset.assign_requests(events)
+    contract = datasets.load_contract(dataset_name)
+    item_key = contract.item.join_key
+    events = sort_by_key_and_time(events, contract.user.join_key)
     known = [*tables.stats[item_key].chunks, *tables.profiles[item_key].chunks, *events[item_key].chunks]
     items = pc.unique(pa.chunked_array(known)).sort()
-    item_of_event = KeyIndex(items).places(events[item_key])
+    asked = asked_of(dataset_name, events, items)
+    drawn = draw_candidates(asked, ItemPool(items, tables.stats, tables.profiles, item_key), contract, seed)
+    counts = {f"requests_{name}": int((asked.period == number).sum()) for number, name in enumerate(PERIODS)}
+    counts |= {"positives": int(asked.label.sum()), "events": events.num_rows}
+    counts |= {"repeats_in_requests": asked.repeats, "requests_short_of_negatives": drawn.short}
+    if len(asked):
+        counts |= {"max_request_micros": int(asked.times.max()), "min_request_micros": int(asked.times.min())}
+    return as_rows(contract, asked, drawn, items), counts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests of some users, sorted by user and request, with the items that were acted on.
+
+    Args:
+        users: of each request.
+        ordinal: running number of each request within its user, from 0.
+        times: microseconds.
+        period: index into `PERIODS`.
+        item, label: of each item asked about; those of request r are `[first[r], last[r])`, each item once.
+        repeats: further events of an item in one request, which were left out.
+    """
+
+    users: pa.Array
+    ordinal: np.ndarray
+    times: np.ndarray
+    period: np.ndarray
+    item: np.ndarray
+    label: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    repeats: int
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def asked_of(dataset_name: str, events: pa.Table, items: pa.Array) -> Asked:
+    """What was asked, as the dataset says.
+
+    Args:
+        events: of whole users, sorted by user and time.
+        items: all item ids, sorted; items are named by their place there.
+    """
+    dataset, contract = datasets.load(dataset_name), datasets.load_contract(dataset_name)
+    assigned = dataset.assign_requests(events)
+    item_of_event = KeyIndex(items).places(events[contract.item.join_key])
     asked = np.flatnonzero(assigned.request >= 0)
-    _, first_of_item = np.unique(np.stack([assigned.request[asked], item_of_event[asked]]), axis=1, return_index=True)
-    repeats = len(asked) - len(first_of_item)
-    asked = asked[np.sort(first_of_item)]
-    item = item_of_event[asked]
-    request, label = assigned.request[asked], assigned.label[asked]
+    # Of several events of one item in one request the first is the candidate.
+    pairs = np.stack([assigned.request[asked], item_of_event[asked]])
+    _, first_of_item = np.unique(pairs, axis=1, return_index=True)
+    chosen = asked[np.sort(first_of_item)]
+    request = assigned.request[chosen]
     first = np.flatnonzero(np.r_[True, np.diff(request) != 0][: len(request)])
-    last = np.r_[first[1:], len(request)].astype(np.int64)
-
-    users = events[user_key].combine_chunks().take(pa.array(asked[first]))
-    ordinal = _number_within(users)
-    seeds = hash_keys(users)
-    bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
+    users = events[contract.user.join_key].combine_chunks().take(pa.array(chosen[first]))
     times = assigned.request_time[request[first]] if len(first) else assigned.request_time[:0]
-    split = np.searchsorted(bounds, times, side="right")
+    rules = contract.spec.requests
+    bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
+    return Asked(
+        users=users,
+        ordinal=_number_within(users),
+        times=times,
+        period=np.searchsorted(bounds, times, side="right"),
+        item=item_of_event[chosen],
+        label=assigned.label[chosen],
+        first=first,
+        last=np.r_[first[1:], len(request)].astype(np.int64),
+        repeats=len(asked) - len(chosen),
+    )
 
-    pool = ItemPool(items, tables.stats, tables.profiles, item_key)
-    candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(first)
-    labels: list[np.ndarray] = [np.zeros(0, np.int8)] * len(first)
-    for index in np.argsort(times, kind="stable"):
-        own, own_label = item[first[index] : last[index]], label[first[index] : last[index]]
+
+@dataclass(frozen=True)
+class Drawn:
+    """Candidates of each request, shuffled, with their labels; and how many training requests got too few negatives."""
+
+    candidates: list[np.ndarray]
+    labels: list[np.ndarray]
+    short: int
+
+
+def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int) -> Drawn:
+    """The items of each request, and negatives beside them.
+
+    Raises:
+        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol fixes.
+    """
+    rules, seeds, short = contract.spec.requests, hash_keys(asked.users), 0
+    candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
+    labels: list[np.ndarray] = [np.zeros(0, np.int8)] * len(asked)
+    for index in np.argsort(asked.times, kind="stable"):  # by time, as the pool is swept forward
+        own = asked.item[asked.first[index] : asked.last[index]]
+        own_label = asked.label[asked.first[index] : asked.last[index]]
+        evaluated, time = bool(asked.period[index]), int(asked.times[index])
         positives = int(own_label.sum())
-        wanted = rules.eval_negatives if split[index] else rules.train_negatives_per_positive * positives
-        rng = np.random.default_rng([seed, int(seeds[index]), int(times[index]), int(ordinal[index])])
-        pool.advance(int(times[index]))
+        wanted = rules.eval_negatives if evaluated else rules.train_negatives_per_positive * positives
+        # Of the request alone, so that neither partitions nor the order of requests change its draw.
+        rng = np.random.default_rng([seed, int(seeds[index]), time, int(asked.ordinal[index])])
+        pool.advance(time)
         negatives = pool.draw(rng, own, wanted) if wanted else own[:0]
-        if split[index] and len(negatives) < wanted:
+        if evaluated and len(negatives) < wanted:
             raise NotEnoughItemsError(
-                f"request {ordinal[index]} of user {users[int(index)]} finds {len(negatives)} items on offer, the protocol needs {wanted}: "
-                "move validation_from later, or lower eval_negatives in the dataset module"
+                f"request {asked.ordinal[index]} of user {asked.users[int(index)]} finds {len(negatives)} items on offer, the "
+                f"protocol needs {wanted}: move validation_from later, or lower eval_negatives in the dataset module"
             )
+        short += len(negatives) < wanted
         shuffled = rng.permutation(len(own) + len(negatives))
         candidates[index] = np.concatenate([own, negatives])[shuffled]
         labels[index] = np.concatenate([own_label, np.zeros(len(negatives), np.int8)])[shuffled]
+    return Drawn(candidates, labels, short)
 
-    sizes = np.array([len(c) for c in candidates], np.int64)
-    owner = pa.array(np.repeat(np.arange(len(first)), sizes))
-    names = np.array(PERIODS)
-    ids = pa.array([f"{user}:{n}" for user, n in zip(users.to_pylist(), ordinal.tolist(), strict=True)], pa.string())
-    flat = np.concatenate(candidates) if len(candidates) else np.zeros(0, np.int64)
-    rows = pa.table(
+
+def as_rows(contract: Contract, asked: Asked, drawn: Drawn, items: pa.Array) -> pa.Table:
+    """One row for each request and candidate, candidates of a request together."""
+    owner = pa.array(np.repeat(np.arange(len(asked)), [len(c) for c in drawn.candidates]))
+    names = zip(asked.users.to_pylist(), asked.ordinal.tolist(), strict=True)
+    request_ids = pa.array([f"{user}:{number}" for user, number in names], pa.string())
+    periods = pa.array([PERIODS[number] for number in asked.period.tolist()], pa.string())
+    flat = np.concatenate([np.zeros(0, np.int64), *drawn.candidates])
+    return pa.table(
         [
-            ids.take(owner),
-            users.take(owner),
+            request_ids.take(owner),
+            asked.users.take(owner),
             items.take(pa.array(flat)),
-            from_micros(times).take(owner),
-            pa.array(np.concatenate(labels) if len(labels) else np.zeros(0, np.int8), pa.int8()),
-            pa.array(names[split].tolist(), pa.string()).take(owner),
+            from_micros(asked.times).take(owner),
+            pa.array(np.concatenate([np.zeros(0, np.int8), *drawn.labels]), pa.int8()),
+            periods.take(owner),
         ],
         schema=arrow_schema(contract.table("training_examples")),
     )
-    counts = Counter(
-        {f"requests_{names[s]}": int(n) for s, n in zip(*np.unique(split, return_counts=True), strict=True)}
-    )
-    counts["positives"] = int(label.sum())
-    counts["events"] = events.num_rows
-    counts["repeats_in_requests"] = repeats
-    if len(times):
-        counts["max_request_micros"] = int(times.max())
-        counts["min_request_micros"] = int(times.min())
-    counts["requests_short_of_negatives"] = int(
-        sum(
-            len(c) - (last[i] - first[i]) < rules.train_negatives_per_positive * label[first[i] : last[i]].sum()
-            for i, c in enumerate(candidates)
-            if not split[i]
-        )
-    )
-    return rows, dict(counts)
 
 
 def _number_within(keys: pa.Array) -> np.ndarray:

@@ -50,7 +50,7 @@ def apply() -> None:
     content = hashlib.sha256(contract.fingerprint.encode())
     for file in definition_files():
         content.update(file.name.encode() + file.read_bytes())
-    content.update(f"{store_digest(settings)} {settings.home}".encode())
+    content.update(f"{store_digest(settings)} {settings.home}".encode())  # Feast's sources hold absolute paths
     inputs = content.hexdigest()
     served = [table.name for table in contract.views if table.name != "token_rows"]
     if not missing_tables(settings, served) and catalogue.is_current(settings.dataset, "apply", inputs):

@@ -13,6 +13,9 @@ from feature_repo.schema import Contract, DType, Table
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROS = 1_000_000  # of a second
+# No row that we build is of another time: what lies beyond is a time that was read in the wrong unit.
+LATEST = 4_102_444_800 * MICROS  # 2100-01-01
 
 _TYPES: dict[DType, pa.DataType] = {
     DType.INT8: pa.int8(),

@@ -28,14 +28,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import hash_keys, history_schema, micros
+from feature_repo.arrow import LATEST, hash_keys, history_schema, micros
 from feature_repo.key_index import KeyIndex
 from feature_repo.schema import EVENT_TIMESTAMP, Contract
 from feature_repo.tables import JobFolder
 
 MAGIC = b"MHIS"
 LAYOUT = 2
-END_OF_TIME = 253_402_300_800_000_000  # microseconds of the year 10000, which Python has not
 _HEADER = struct.Struct("<4sBI")
 _CRC = struct.Struct("<I")
 
@@ -101,7 +100,7 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
         if pa.types.is_floating(field.type) and not np.isfinite(column.to_numpy()).all():
             raise HistoryError(f"packed history of user {user_id!r} holds NaN or infinity in {field.name}")
     times = micros(whole[EVENT_TIMESTAMP])
-    if (np.diff(times) < 0).any() or (times < 0).any() or (times >= END_OF_TIME).any():
+    if (np.diff(times) < 0).any() or (times < 0).any() or (times >= LATEST).any():
         raise HistoryError(
             f"packed history of user {user_id!r} is not in the order of time, or of no year that there is"
         )
@@ -131,6 +130,14 @@ def event_digests(item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], po
         return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
 
 
+def extended_digest(contract: Contract, digest: int, num_events: int, events: pa.Table | pa.RecordBatch) -> int:
+    """Digest of a past of so many events, with new ones behind it."""
+    hashes = hash_keys(events[contract.item.join_key])
+    places = num_events + np.arange(events.num_rows)
+    with np.errstate(over="ignore"):
+        return int(np.int64(digest) + event_digests(hashes, event_columns(contract, events), places).sum())
+
+
 def _mix(values: np.ndarray) -> np.ndarray:
     """Spread every bit over all 64 (the finaliser of MurmurHash3)."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
@@ -141,9 +148,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def event_columns(contract: Contract, events: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
     """An event's columns beside its item, as `Histories` holds them: times in microseconds."""
     return {
-        c.name: micros(events[c.name])
-        if c.name == EVENT_TIMESTAMP
-        else events[c.name].to_numpy(**({"zero_copy_only": False} if isinstance(events, pa.RecordBatch) else {}))
+        c.name: micros(events[c.name]) if c.name == EVENT_TIMESTAMP else events[c.name].to_numpy(zero_copy_only=False)
         for c in contract.history_columns
         if c.name != contract.item.join_key
     }
@@ -240,6 +245,15 @@ class Histories:
         return Histories(offsets, self.item_keys[flat], {name: column[flat] for name, column in self.columns.items()})
 
 
+def _open_part(folder: JobFolder, path: str) -> pa.RecordBatch:
+    try:
+        part = pa.ipc.open_file(folder.open(path)).get_batch(0)
+        part.validate(full=True)  # offsets and codes that point elsewhere would end the process when they are followed
+    except (pa.ArrowException, OSError) as error:
+        raise HistoryError(f"{path} is damaged: {error}. Run `python -m beam_jobs user_history` again") from error
+    return part
+
+
 class HistoryLog:
     """The history log, memory-mapped; item keys are row numbers of `items`, the sorted ids of all parts.
 
@@ -247,12 +261,15 @@ class HistoryLog:
         contract: the dataset's contract.
         folder: job folder of `user_history`.
         paths: only these parts; default: all.
+
+    Raises:
+        HistoryError: a part is damaged.
     """
 
     def __init__(self, contract: Contract, folder: JobFolder, paths: Sequence[str] | None = None) -> None:
         self.contract = contract
         paths = folder.paths("history_log") if paths is None else paths
-        parts = [pa.ipc.open_file(folder.open(path)).get_batch(0) for path in paths]
+        parts = [_open_part(folder, path) for path in paths]
         item, user = contract.item.join_key, contract.user.join_key
         self.items: pa.Array = pc.unique(pa.concat_arrays([part[item].values.dictionary for part in parts])).sort()
         self._item_key = [pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import arrow_type
+from feature_repo.arrow import LATEST, arrow_type
 from feature_repo.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, NUMBER_TYPES, Column, DType, Table
 
 MAX_SHOWN = 1000  # characters of a value in a dead letter
@@ -42,9 +42,8 @@ def check(table: Table, rows: pa.Table) -> Checked:
     """Split rows of a contract's table into those within its limits and the others."""
     reason = np.full(rows.num_rows, -1)
     texts: list[str] = []
-    keys = set(table.join_keys) | {"item_id"}
     for column in table.all_columns:
-        for broken, text in _broken(column, rows[column.name].combine_chunks(), is_key=column.name in keys):
+        for broken, text in _broken(column, rows[column.name].combine_chunks()):
             fresh = broken & (reason < 0)
             if fresh.any():
                 reason[fresh] = len(texts)
@@ -80,7 +79,7 @@ def raw_rows(raw: pa.Table, positions: np.ndarray) -> list[str]:
     return [as_json(row) for row in chosen.to_pylist()]
 
 
-def _broken(column: Column, values: pa.Array, *, is_key: bool) -> Iterator[tuple[np.ndarray, str]]:
+def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
     """For each limit of a column: which rows break it, and what to say."""
     null = pc.is_null(values).to_numpy(zero_copy_only=False)
     if not column.nullable:
@@ -88,11 +87,14 @@ def _broken(column: Column, values: pa.Array, *, is_key: bool) -> Iterator[tuple
     if column.dtype in NUMBER_TYPES:
         yield from _broken_numbers(column, values, null)
     if column.dtype is DType.STRING:
-        limit = MAX_ID_BYTES if is_key else MAX_TEXT_BYTES
+        limit = MAX_ID_BYTES if column.is_key else MAX_TEXT_BYTES
         length = pc.fill_null(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
         yield length > limit, f"is longer than {limit:,} bytes"
-        if is_key:
+        if column.is_key:
             yield (length == 0) & ~null, "is empty"
+    if column.dtype is DType.TIMESTAMP:
+        at = pc.fill_null(pc.cast(values, pa.int64()), 0).to_numpy(zero_copy_only=False)
+        yield (at < 0) | (at >= LATEST), "is of no year from 1970 to 2099"
     if column.values is not None:
         allowed = pa.array(list(column.values)).cast(arrow_type(column.dtype))
         yield ~pc.is_in(values, allowed).to_numpy(zero_copy_only=False) & ~null, f"is none of {column.values}"

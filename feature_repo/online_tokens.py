@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from feature_repo.arrow import from_micros
 from feature_repo.errors import ExpectedError
+from feature_repo.online_rows import write_rows
 from feature_repo.redis_writer import RedisWriter
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 VIEW = "summary_tokens"
-PIECE = 1000  # rows of one write through Feast: far below the 2 GiB at which it drops rows without a word
 
 
 class CannotRemoveError(ExpectedError, RuntimeError):
@@ -56,9 +56,7 @@ class OnlineTokens:
             return self._redis.write(keys, values, [computed_at] * len(users))
         stamp = from_micros(np.full(len(users), computed_at))
         rows = pa.table({**keys, **values, EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp})
-        for start in range(0, rows.num_rows, PIECE):
-            self._store.write_to_online_store(VIEW, df=rows.slice(start, PIECE).combine_chunks().to_pandas())
-        return len(users)
+        return write_rows(self._store, VIEW, rows)
 
     def read(self, version: str, users: Sequence[Any]) -> list[tuple[bytes | None, bytes | None]]:
         """Envelopes of tokens and state of each user, None where there are none."""

@@ -20,13 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from feature_repo.arrow import EPOCH, TIMESTAMP, iso_micros
+from feature_repo.arrow import EPOCH, LATEST, MICROS, TIMESTAMP, iso_micros
 from feature_repo.datasets import RawDataError
 from feature_repo.schema import MAX_TEXT_BYTES, NUMBER_TYPES, TIME_UNITS, Column, DatasetSpec, DType, Table
 
-# Events outside of these years are taken for unreadable: they are what a time in the wrong unit looks like.
-EARLIEST, LATEST = iso_micros("1980-01-01"), iso_micros("2100-01-01")
-MICROS = 1_000_000
+EARLIEST = iso_micros("1980-01-01")  # raw times before it are seconds that were taken for less, or no times at all
 EXACT_FLOAT = 2**53  # the first whole number that a float64 shares with another
 BLANKS = ["", "nan", "null", "none"]  # text that says "nothing here"
 BATCH_ROWS = 1024  # read at a time: bounds the memory of rows with long texts
@@ -173,22 +171,21 @@ def times(column: pa.ChunkedArray | pa.Array, *, zone: tzinfo = UTC, unit: str |
     elif _is_text(kind) and unit is None:
         micros = _by_value(texts(column), lambda text: _iso_of(text, zone), pa.int64())
     elif unit is not None:
-        exact = whole_numbers(column)
-        scaled = pc.cast(exact, pa.float64(), safe=False).to_numpy(zero_copy_only=False) * TIME_UNITS[unit]
-        inside = (scaled >= EARLIEST) & (scaled < LATEST)
-        values = pc.fill_null(exact, 0).to_numpy(zero_copy_only=False)
-        values = np.where(inside, values, 0)
-        values = values * int(TIME_UNITS[unit]) if TIME_UNITS[unit] >= 1 else values // int(1 / TIME_UNITS[unit])
-        return from_micros_or_null(values, inside)
+        micros = _scaled(whole_numbers(column), TIME_UNITS[unit])
     else:
         return pa.nulls(len(column), TIMESTAMP)
     values = pc.fill_null(micros, EARLIEST - 1).to_numpy(zero_copy_only=False)
-    return from_micros_or_null(values, (values >= EARLIEST) & (values < LATEST))
-
-
-def from_micros_or_null(values: np.ndarray, valid: np.ndarray) -> pa.Array:
-    """int64 microseconds as timestamps, null where not valid."""
+    valid = (values >= EARLIEST) & (values < LATEST)
     return pa.array(np.where(valid, values, 0), pa.int64(), mask=~valid).cast(TIMESTAMP)
+
+
+def _scaled(numbers: pa.Array, micros: float) -> pa.Array:
+    """Whole numbers of a unit as microseconds, null where they do not fit."""
+    if micros < 1:
+        return pc.divide(numbers, round(1 / micros))
+    values = pc.fill_null(numbers, 0).to_numpy(zero_copy_only=False)
+    fits = np.abs(values) < 2**62 // int(micros)
+    return pa.array(np.where(fits, values, 0) * int(micros), mask=_nulls(numbers) | ~fits)
 
 
 def likely_unit(values: np.ndarray) -> str | None:
@@ -211,7 +208,7 @@ def _refuse_unreadable(
         spelt = pc.utf8_lower(pc.utf8_trim_whitespace(texts(given)))
         there &= ~pc.fill_null(pc.is_in(spelt, pa.array(BLANKS)), False).to_numpy(zero_copy_only=False)
     lost = there & pc.is_null(made).to_numpy(zero_copy_only=False)
-    if 2 * lost.sum() <= max(there.sum(), 1) or not lost.any():
+    if 2 * lost.sum() <= there.sum():
         return
     shown = _shown(given, int(np.flatnonzero(lost)[0]))
     expected = {
@@ -300,16 +297,7 @@ def _iso_of(text: str, zone: tzinfo) -> int | None:
 
 def _micros_of(column: pa.Array) -> pa.Array:
     """A timestamp column as int64 microseconds; null where they do not fit."""
-    kind = column.type
-    values = pc.cast(column, pa.int64())
-    if kind.unit == "ns":
-        return pa.array(
-            np.floor_divide(pc.fill_null(values, 0).to_numpy(zero_copy_only=False), 1000), mask=_nulls(values)
-        )
-    factor = {"s": 1_000_000, "ms": 1000, "us": 1}[kind.unit]
-    numpy = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
-    fits = np.abs(numpy) < 2**62 // factor
-    return pa.array(np.where(fits, numpy, 0) * factor, mask=_nulls(values) | ~fits)
+    return _scaled(pc.cast(column, pa.int64()), {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}[column.type.unit])
 
 
 def _nulls(column: pa.Array) -> np.ndarray:

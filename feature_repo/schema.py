@@ -67,6 +67,7 @@ class Column:
     values: tuple[str | int, ...] | None = None
     pattern: str | None = None
     max_length: int | None = None
+    is_key: bool = False
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
@@ -89,7 +90,7 @@ class Entity:
     @property
     def column(self) -> Column:
         """The join key as a column."""
-        return Column(self.join_key, self.dtype, self.doc)
+        return Column(self.join_key, self.dtype, self.doc, is_key=True)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.arrow import arrow_schema, from_micros, micros_iso
+from feature_repo.arrow import MICROS, arrow_schema, from_micros, micros_iso
 from feature_repo.code import code_digest
 from feature_repo.errors import ExpectedError
 from feature_repo.history import log_part, run_starts
@@ -46,7 +46,6 @@ SPEC = DatasetSpec(
     max_bad_fraction=0.0,
 )
 JOB = "user_history"
-MICROS = 1_000_000
 LIKE_A_TIME = 100_000_000  # seconds since 1970 of any log that has them
 
 

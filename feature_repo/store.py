@@ -32,7 +32,7 @@ REPO = CHECKOUT / "feature_repo"
 LOCAL_YAML = REPO / "feature_store.yaml"
 PRODUCTION_YAML = REPO / "profiles" / "production.yaml"
 PROJECT = "memoir"  # of the local profile
-REGISTRY, ONLINE = "registry.db", "online_store.db"
+REGISTRY, ONLINE = "registry.pb", "online_store.db"
 
 
 class StoreError(ExpectedError, RuntimeError):

@@ -89,12 +89,16 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            ValueError: the layout is one that this version does not know.
+            StaleTableError: it is none, or of a layout that this version does not know.
         """
-        raw = json.loads(text)
-        if raw.get("layout") != LAYOUT:
-            raise ValueError(
-                f"manifest layout {raw.get('layout')!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs"
+        try:
+            raw = json.loads(text)
+            layout = raw["layout"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StaleTableError(f"a manifest is damaged ({error}): rebuild with beam_jobs") from error
+        if layout != LAYOUT:
+            raise StaleTableError(
+                f"manifest layout {layout!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs"
             )
         raw["tables"] = {name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()}
         return Manifest(**raw)

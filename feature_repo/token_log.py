@@ -170,5 +170,10 @@ class TokenLog:
                 raise TokenLogError(
                     f"row {row} is of no part of the token log: index and log are of different runs; run summary_tokens again"
                 )
-            self._open[number] = pa.ipc.open_file(self._folder.open(self._paths[number])).get_batch(0)
+            path = self._paths[number]
+            try:
+                self._open[number] = pa.ipc.open_file(self._folder.open(path)).get_batch(0)
+                self._open[number].validate(full=True)
+            except (pa.ArrowException, OSError) as error:
+                raise TokenLogError(f"{path} is damaged: {error}. Run summary_tokens with --full") from error
         return self._open[number]

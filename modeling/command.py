@@ -118,11 +118,13 @@ def run_bundles(promote: str | None, rollback: bool) -> None:
         catalogue.set_live(dataset, catalogue.bundle(dataset, promote).digest)
     if rollback:
         catalogue.set_live(dataset, catalogue.live_before(dataset).digest)
-    live = next((row.digest for row in catalogue.bundles(dataset) if _is_live(catalogue, dataset, row.digest)), None)
+    live = catalogue.live_or_none(dataset)
     rows = [["bundle", "state", "ndcg@10", "gauc", "exported"]]
     for row in catalogue.bundles(dataset):
         held = catalogue.held_back(dataset, row.digest)
-        state = "live" if row.digest == live else f"held back: {held}" if held else "recorded"
+        state = (
+            "live" if live is not None and row.digest == live.digest else f"held back: {held}" if held else "recorded"
+        )
         figures = [f"{row.metrics[name]['value']:.4f}" if name in row.metrics else "–" for name in ("ndcg@10", "gauc")]
         rows.append([f"{row.recipe}@{row.digest[:12]}", state, *figures, f"{row.created_at:%Y-%m-%d %H:%M}"])
     if len(rows) == 1:

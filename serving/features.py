@@ -244,22 +244,18 @@ class ItemTable:
         """Look items up, and keep those that the store has. Returns all that were added so far."""
         rows = self._load(item_ids)
         with self._lock:
-            found = set(rows.index.keys.to_pylist())
             if len(self._absent) < MAX_ABSENT:
-                self._absent |= set(item_ids) - found
-            new = [at for at, key in enumerate(rows.index.keys.to_pylist()) if key not in self._added_keys()]
-            if new:
-                chosen = pa.array(new)
-                keys = pa.concat_arrays([self._added.index.keys, rows.index.keys.take(chosen)])
+                self._absent |= set(item_ids) - set(rows.index.keys.to_pylist())
+            # Another thread may have looked up the same ids meanwhile.
+            new = pa.array(np.flatnonzero(self._added.index.places(rows.index.keys) < 0))
+            if len(new):
+                keys = pa.concat_arrays([self._added.index.keys, rows.index.keys.take(new)])
                 columns = {
-                    name: pa.concat_arrays([self._added.columns[name], rows.columns[name].take(chosen)])
+                    name: pa.concat_arrays([self._added.columns[name], rows.columns[name].take(new)])
                     for name in self._names
                 }
                 self._added = ItemRows(KeyIndex(keys), columns)
             return self._added
-
-    def _added_keys(self) -> set[Id]:
-        return set(self._added.index.keys.to_pylist())
 
     def _nothing(self) -> ItemRows:
         columns = {column.name: pa.array([], arrow_type(column.dtype)) for _, column in item_columns(self._contract)}

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.arrow import EPOCH, arrow_schema, hash_keys, history_schema, micros
+from feature_repo.arrow import EPOCH, MICROS, arrow_schema, history_schema, micros
 from feature_repo.envelope import Envelope, EnvelopeError, Kind, from_bytes
 from feature_repo.errors import ExpectedError
-from feature_repo.history import event_columns, event_digests, from_batches, pack, unpack
+from feature_repo.history import extended_digest, from_batches, pack, unpack
 from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
@@ -93,11 +93,7 @@ class Refresher:
         vocabulary = self._summariser.encoder.vocabularies[item]
         codes = vocabulary.indices_of(batch[item].unique())  # in the order of the item keys: of first occurrence
         summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
-        places = np.arange(len(times)) + before.num_events
-        with np.errstate(over="ignore"):
-            digest = int(
-                np.int64(before.digest) + event_digests(hash_keys(batch[item]), histories.columns, places).sum()
-            )
+        digest = extended_digest(self._contract, before.digest, before.num_events, batch)
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
         stored, streams = envelopes(summary, 0, user_id, version, at, self._kind, digest)
@@ -183,15 +179,11 @@ def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) ->
     primary = events["action"].to_numpy() == 0
     counted = end - others + int(primary.sum())
     total = (before[mean] or 0.0) * (end - others) + float(events[value].to_numpy().astype(np.float64)[primary].sum())
-    columns = event_columns(contract, events)
-    digests = event_digests(hash_keys(events[contract.item.join_key]), columns, end + np.arange(events.num_rows))
-    with np.errstate(over="ignore"):
-        digest = int(np.int64(before["history_digest"] or 0) + digests.sum())
     first = before["first_event_s"]
     return {
         "history_end": end + events.num_rows,
-        "history_digest": digest,
-        "first_event_s": int(columns[EVENT_TIMESTAMP][0] // 1_000_000) if first is None else first,
+        "history_digest": extended_digest(contract, before["history_digest"] or 0, end, events),
+        "first_event_s": int(micros(events[EVENT_TIMESTAMP])[0] // MICROS) if first is None else first,
         "other_events": others + int((~primary).sum()),
         mean: total / counted if counted else None,
     }

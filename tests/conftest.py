@@ -208,7 +208,10 @@ def copied(road: Road, folder: Path) -> Road:
     """The same tables in another home."""
     copy = Road(settings_in(folder, road.settings.dataset, road.data), road.data)
     shutil.copytree(
-        road.settings.home, copy.settings.home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.db", "*.yaml")
+        road.settings.home,
+        copy.settings.home,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.db", "*.pb", "*.yaml"),
     )
     apply_in_process(copy.settings)
     run_jobs(copy.settings, "materialize")

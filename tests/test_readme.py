@@ -60,7 +60,7 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
 def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
     """All of them, in order, in processes of their own, from raw rows to a live bundle; then once more, all up to date."""
     copy = tmp_path / "checkout"
-    ignore = shutil.ignore_patterns("*.db", "__pycache__", "*.parquet")
+    ignore = shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet")
     for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
         shutil.copytree(ROOT / room, copy / room, ignore=ignore)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")}

@@ -215,7 +215,7 @@ def _loop(home: str) -> dict[str, Any]:
     """Stage 1 over every piece of the log, as the job takes them, and nothing else."""
     import torch
 
-    from beam_jobs.summary_tokens import piece_ends
+    from beam_jobs.summarise import piece_ends
     from modeling.summary import load_summariser
 
     torch.set_num_threads(1)

@@ -110,6 +110,7 @@ def load(name: str) -> Dataset:
     file = f"feature_repo/datasets/{name}.py"
     if not isinstance(getattr(module, "SPEC", None), DatasetSpec):
         raise DeclarationError(f"{file} declares no SPEC: expected SPEC = DatasetSpec(...)")
+    # All slips at once: whoever mends one by one runs the same command for each.
     wrong = problems(module.SPEC)
     if module.SPEC.name != name:
         wrong.insert(0, f"name is {module.SPEC.name!r}; expected {name!r}, the name of the file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from beam_jobs.item_stats import stat_rows
 from feature_repo.arrow import from_micros, micros
 from feature_repo.datasets import load_contract
-from feature_repo.schema import STAT_WINDOWS_DAYS
+from feature_repo.schema import STAT_WINDOWS_DAYS, Column, DType, contract
 from feature_repo.transforms import MICROS_PER_DAY
 
 CONTRACT = load_contract("online_retail")
@@ -78,3 +79,14 @@ def test_rows_that_are_not_knowable_yet_are_left_out(rows: list[Any], day: int) 
     whole = stat_rows(CONTRACT, events_table(rows), None)
     cut = stat_rows(CONTRACT, events_table([r for r in rows if r[2] < as_of]), as_of)
     assert cut.equals(whole.filter(pa.array(micros(whole["event_timestamp"]) <= as_of)))
+
+
+def test_means_of_values_whose_sums_pass_every_machine_integer_are_right() -> None:
+    """Whole numbers near 2³¹, and prices near 1e12, a million-fold of which int64 holds nine."""
+    for kind, dtype, value in (("int32", DType.INT32, 2_000_000_000), ("float32", DType.FLOAT32, 1e12)):
+        spec = replace(CONTRACT.spec, event_features=(Column("unit_price", dtype, ""),))
+        rows = [("a", 0, n * MICROS_PER_DAY, 1.0) for n in range(50)]
+        events = events_table(rows).set_column(3, "unit_price", pa.array([value] * 50, kind))
+        found = stat_rows(contract(spec), events, None)
+        assert found["count_total"].to_pylist()[-1] == 50
+        assert set(found["mean_unit_price"].to_pylist()) == {float(np.float32(value))}

@@ -17,7 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_repo import datasets
-from feature_repo.tables import JobFolder, JobRunningError, Manifest, Part, TableNotBuiltError, parquet_bytes
+from feature_repo.tables import (
+    JobFolder,
+    JobRunningError,
+    Manifest,
+    Part,
+    StaleTableError,
+    TableNotBuiltError,
+    parquet_bytes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,7 +267,7 @@ def test_a_manifest_of_another_layout_is_refused(tmp_path: Path) -> None:
     folder = JobFolder(str(tmp_path), "job")
     Path(folder.root).mkdir()
     Path(folder.root, "manifest.json").write_text('{"layout": 99}')
-    with pytest.raises(ValueError, match="layout 99"):
+    with pytest.raises(StaleTableError, match="layout 99"):
         folder.manifest()
 
 
@@ -334,12 +342,21 @@ def test_what_a_command_does_not_know_is_refused_in_a_line(
     assert "Traceback" not in said.err
 
 
-def test_options_that_beam_knows_go_to_the_runner() -> None:
+def test_options_that_beam_knows_go_to_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from beam_jobs import __main__ as entry
+
+    passed: list[list[str]] = []
+    monkeypatch.setattr(entry, "_run", lambda job, options, common, beam: passed.append(list(beam)))
+    given = ["--project=p", "--region=r", "--temp_location=gs://b/t", "--extra_package", "dist/x.whl"]
+    entry.app(["events", "--num_partitions", "3", *given])
+    assert passed == [given]
     from beam_jobs.command import refuse_unknown
     from beam_jobs.options import Common, TableOptions
+    from feature_repo.errors import UsageError
 
-    arguments = ["--project=p", "--region=r", "--temp_location=gs://b/t", "--extra_package", "dist/x.whl"]
-    refuse_unknown(arguments, "events", TableOptions(), Common())
+    refuse_unknown(given, "events", TableOptions(), Common())
+    with pytest.raises(UsageError, match="did you mean region"):
+        refuse_unknown([*given, "--regoin=r"], "events", TableOptions(), Common())
 
 
 def test_an_event_at_or_after_as_of_is_a_dead_letter(shop: Any, tmp_path: Path, helpers: Any) -> None:
@@ -410,3 +427,86 @@ def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(tmp_path: Path
     assert done.returncode == 1
     assert "column 'item_id': expected a whole number" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def films(folder: Path, helpers: Any, **changes: Any) -> Any:
+    """A film club whose files were changed line by line, and settings of a home for it."""
+    helpers.write_film_club(folder / "films")
+    for name, change in changes.items():
+        file = folder / "films" / f"{name}.dat"
+        lines = file.read_text(encoding="latin-1").splitlines()
+        file.write_text("\n".join(change(lines)) + "\n", encoding="latin-1")
+    return helpers.settings_in(folder / "home", "movielens_1m", folder / "films")
+
+
+def test_a_rating_that_was_delivered_twice_is_one_event_and_the_other_is_counted(tmp_path: Path, helpers: Any) -> None:
+    settings = films(tmp_path, helpers, ratings=lambda lines: [*lines, lines[0], lines[20]])
+    manifest = helpers.run_jobs(settings, *helpers.table_jobs)["events"].manifest
+    assert manifest.counts["dead: repeated: the same event stands earlier"] == 2
+    assert manifest.counts["rows_events"] == 40 * 24
+    letters = JobFolder(settings.home, "events").read("dead_letters").to_pylist()
+    assert sum("repeated" in letter["reason"] for letter in letters) == 2
+
+
+def test_one_bad_profile_row_costs_no_other(tmp_path: Path, helpers: Any) -> None:
+    users = {"users": lambda lines: [lines[0].replace("::M::", "::::"), "x::F::1::1::0", *lines[1:]]}
+    settings = films(tmp_path, helpers, **users)
+    helpers.run_jobs(settings, "events")
+    folder = JobFolder(settings.home, "events")
+    assert folder.read("user_profile").num_rows == 39
+    assert folder.require().counts["profile_rows_dead"] == 2
+    reasons = {letter["reason"] for letter in folder.read("dead_letters").to_pylist()}
+    assert {"user_profile, gender: is none of ('F', 'M')", "user_profile, user_id: is missing"} <= reasons
+
+
+def test_an_invoice_without_country_keeps_its_events(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    frame = pd.read_parquet(shop.data / "online_retail.parquet")
+    invoice = frame.loc[frame["CustomerID"] == 13001.0, "InvoiceNo"].iloc[0]
+    lines = int((frame["InvoiceNo"] == invoice).sum())
+    frame.loc[frame["InvoiceNo"] == invoice, "Country"] = None
+    frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
+    settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
+    helpers.run_jobs(settings, "events")
+    counts, whole = (JobFolder(home, "events").require().counts for home in (settings.home, shop.settings.home))
+    assert counts["rows_events"] == whole["rows_events"]
+    assert 0 < counts["dead: user_profile, country: is missing"] <= lines
+
+
+def test_dead_letters_count_towards_the_limit_whoever_found_them(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    """Signs that do not fit their invoice pass every limit of the raw table, and are found by `parse` alone."""
+    from feature_repo.expectations import GateError
+
+    frame = pd.read_parquet(shop.data / "online_retail.parquet")
+    bad = frame["CustomerID"].notna() & ~frame["InvoiceNo"].str.startswith("C") & (frame.index % 10 > 0)
+    frame.loc[bad, "Quantity"] = -frame.loc[bad, "Quantity"].abs()
+    frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
+    settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
+    with pytest.raises(GateError, match=r"raw rows are dead letters[\s\S]*unreadable: quantity or its sign"):
+        helpers.run_jobs(settings, "events")
+    assert JobFolder(settings.home, "events").manifest() is None
+    helpers.run_jobs(settings, "events", max_bad_fraction=0.95)
+
+
+def test_periods_that_the_data_does_not_reach_are_refused_by_name(shop: Any, tmp_path: Path, helpers: Any) -> None:
+    from feature_repo.errors import DeclarationError
+
+    frame = pd.read_parquet(shop.data / "online_retail.parquet")
+    frame[frame["InvoiceDate"] < "2011-06-01"].to_parquet(tmp_path / "online_retail.parquet", index=False)
+    settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
+    with pytest.raises(DeclarationError, match="no request into validation and test: validation_from is 2011-10-25"):
+        helpers.run_jobs(settings, *helpers.table_jobs)
+
+
+def test_the_same_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    from beam_jobs.inputs import raw_digest
+
+    class Delivered:
+        def raw_units(self, data: str | None) -> list[datasets.RawUnit]:
+            return [datasets.RawUnit(str(tmp_path / name), 0, 1) for name in ("a.csv", "b.csv")]
+
+    (tmp_path / "a.csv").write_text("1\n")
+    (tmp_path / "b.csv").write_text("2\n")
+    raw_digest(Delivered(), None)  # type: ignore[arg-type]
+    (tmp_path / "b.csv").write_text("1\n")
+    with pytest.raises(datasets.RawDataError, match=r"b\.csv holds the same bytes as .*a\.csv"):
+        raw_digest(Delivered(), None)  # type: ignore[arg-type]

@@ -72,7 +72,9 @@ def test_an_emptied_or_deleted_store_is_not_up_to_date(shop: Any, tmp_path: Path
 def test_feasts_commands_answer_alike_from_everywhere_and_find_a_persons_own_view(shop: Any, tmp_path: Path) -> None:
     copy = tmp_path / "checkout"
     for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
-        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("*.db", "__pycache__", "*.parquet"))
+        shutil.copytree(
+            ROOT / room, copy / room, ignore=shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet")
+        )
     (copy / "feature_repo" / "my_views.py").write_text(
         "from datetime import timedelta\n"
         "from feast import Entity, FeatureView, Field, FileSource, ValueType\n"
@@ -82,7 +84,10 @@ def test_feasts_commands_answer_alike_from_everywhere_and_find_a_persons_own_vie
         "pets = FeatureView(name='pets', entities=[pet], ttl=timedelta(0), schema=[Field(name='age', dtype=Int64)], source=source)\n"
     )
     feast = str(Path(sys.executable).parent / "feast")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {"PYTHONPATH": str(copy)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {
+        "PYTHONPATH": str(copy),
+        "PYTHONHASHSEED": "0",
+    }
 
     def ask(cwd: Path, *words: str) -> str:
         done = subprocess.run([feast, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False)

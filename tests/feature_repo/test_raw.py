@@ -232,6 +232,13 @@ def test_each_limit_sets_a_row_aside_with_its_reason() -> None:
     assert checked.nulls_dropped == 2
 
 
+@pytest.mark.parametrize(("year", "dead"), [(1900, True), (1970, False), (2026, False), (38504, True)])
+def test_a_row_of_no_year_that_there_is_is_set_aside_whoever_parsed_it(year: int, dead: bool) -> None:
+    table = Table("rows", "", (Column("at", DType.TIMESTAMP, ""),))
+    at = pa.array([(year - 1970) * 31_556_952_000_000]).cast(pa.timestamp("us", "UTC"))
+    assert limits.check(table, pa.table({"at": at})).reasons == ["at: is of no year from 1970 to 2099"] * dead
+
+
 def test_a_dead_letter_is_short_whatever_the_row_holds() -> None:
     table = pa.table({"a": pa.array([b"\xff" * 10_000_000], pa.binary()), "b": ["é"]})
     (letter,) = limits.raw_rows(table, np.array([0]))

@@ -84,7 +84,7 @@ def run_feast(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproce
 def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
     """On a copy of a fresh checkout: no environment, nothing built, nothing to start."""
     copy = tmp_path / "checkout"
-    ignore = shutil.ignore_patterns("*.db", "__pycache__")
+    ignore = shutil.ignore_patterns("*.db", "*.pb", "__pycache__")
     for room in ("feature_repo",):
         shutil.copytree(ROOT / room, copy / room, ignore=ignore)
     plain = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {"PYTHONPATH": str(copy)}
@@ -99,7 +99,7 @@ def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
     ):
         assert f"Created {name}" in done.stdout
     assert "feature service ranking_v1" in done.stdout
-    assert (copy / "feature_repo" / "data" / "registry.db").exists()
+    assert (copy / "feature_repo" / "data" / "registry.pb").exists()
 
 
 @pytest.mark.slow

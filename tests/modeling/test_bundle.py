@@ -178,3 +178,12 @@ def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None
     run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     with locked(run.folder), pytest.raises(RunError, match="another process trains"):
         command.train(run, Catalogue(trained_shop.settings.catalogue_url))
+
+
+def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(trained_shop: Any) -> None:
+    from modeling.errors import DataError
+
+    long = replace(recipes.load("amortised_dlrm_tiny"), history_length=513)
+    run = replace(command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")), recipe=long)
+    with pytest.raises(DataError, match=r"reads 513 events of a history, online are kept 512.*num_history_online=513"):
+        command.refuse_longer_than_kept(run)

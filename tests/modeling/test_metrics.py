@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
+from modeling.errors import ScoresError
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 
 REQUESTS = st.lists(
@@ -115,3 +116,33 @@ def test_equal_scores_keep_the_order_of_candidates() -> None:
 def test_beating_means_intervals_that_do_not_overlap() -> None:
     assert Estimate(0.7, 0.68, 0.72).beats(Estimate(0.6, 0.58, 0.67))
     assert not Estimate(0.7, 0.66, 0.74).beats(Estimate(0.66, 0.64, 0.67))
+
+
+def of_one_request(labels: list[float], scores: list[float], probability: bool = False) -> dict[str, float]:
+    offsets, users = np.array([0, len(labels)]), np.array([0])
+    given = 1 / (1 + np.exp(-np.array(scores))) if probability else None
+    found = evaluate(np.array(labels), np.array(scores), offsets, users, given, resamples=5)
+    return {name: estimate.value for name, estimate in found.items()}
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_what_one_kind_of_label_does_not_define_is_no_number(label: float) -> None:
+    found = of_one_request([label] * 3, [0.2, 0.3, 0.1])
+    assert np.isnan(found["auc"])
+    assert np.isnan(found["gauc"])
+    assert np.isnan(found["ndcg@10"]) == (label == 0.0)
+
+
+def test_scores_that_are_nan_and_periods_without_requests_are_refused() -> None:
+    with pytest.raises(ScoresError, match="1 of 2 scores are NaN"):
+        of_one_request([1.0, 0.0], [float("nan"), 0.1])
+    nothing = np.zeros(0)
+    with pytest.raises(ScoresError, match="no request"):
+        evaluate(nothing, nothing, np.array([0]), np.zeros(0, np.int64), None, resamples=2)
+
+
+def test_infinite_scores_are_ordered_and_tie_like_others() -> None:
+    labels, scores = np.array([1.0, 0, 0, 1]), np.array([np.inf, 0.3, -np.inf, -np.inf])
+    found = evaluate(labels, scores, np.array([0, 2, 4]), np.array([0, 1]), None, resamples=2)
+    assert found["auc"].value == (1 + 1 + 0 + 0.5) / 4
+    assert found["gauc"].value == 0.75

@@ -484,3 +484,20 @@ def test_the_second_dataset_ranks_on_the_same_road(film_club: Any, helpers: Any)
     assert answer.status_code == 200, answer.text
     assert answer.json()["degraded"] == []
     assert client.rank({"user_id": 3, "candidates": ["1"]}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "item", ["x\u00a0y", "青\u3000茶", "\U0001f469\u200d\U0001f52c", "\u202eabc", "p/" * 70, " 7", "07", "x\x00y"]
+)
+def test_any_id_that_the_contract_takes_is_let_in(item: str) -> None:
+    asked = decode_request(json.dumps({"user_id": 1, "candidates": [item]}).encode(), CONTRACT)
+    assert asked.candidates == [item]
+
+
+def test_a_port_that_is_taken_is_said_in_a_line() -> None:
+    from serving.command import PortTakenError, listen
+
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(PortTakenError, match="Choose another --port"):
+            listen("127.0.0.1", taken.getsockname()[1])

@@ -17,7 +17,7 @@ import pytest
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
-from feature_repo.history import Histories
+from feature_repo.history import Histories, unpack
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
 from modeling import bundle as bundles
@@ -27,7 +27,7 @@ from serving.command import open_ranker
 from serving.features import FeastReader
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService
-from serving.refresh import NoStateError, Refresher
+from serving.refresh import NoStateError, Refresher, UserMemory
 
 CONTRACT = datasets.load_contract("online_retail")
 
@@ -265,3 +265,31 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
         with pytest.raises(error):  # tokens of one version never go on from the state of another
             refresher.refresh(user, [event_of(world[1][0], at + 9)])
     online.write(version, [user], [stored or b""], [state], refreshed.computed_at + 2)
+
+
+def test_one_more_event_is_remembered_as_the_jobs_would_build_it(token_shop: Any, world: Any) -> None:
+    from beam_jobs.user_history import packed_rows, stat_rows
+
+    user, store = world[0][1], token_shop.store
+    events = JobFolder(token_shop.settings.home, "events").read("events")
+    own = events.filter(pc.equal(events["user_id"], user)).sort_by([("event_timestamp", "ascending")])
+    at = own["event_timestamp"][-1].as_py() + timedelta(hours=1)
+    event = {"item_id": "20001", "action": 0, "event_timestamp": at, "quantity": 2.0, "unit_price": 1.5}
+    new = pa.Table.from_pylist([{**event, "user_id": user, "source_position": 0}], schema=own.schema)
+    whole = pa.concat_tables([own, new]).combine_chunks()
+    memory = UserMemory(store, CONTRACT)
+    before = memory.read(user)
+    try:
+        memory.add(user, [event])
+        found = memory.read(user)
+        expected = stat_rows(CONTRACT, whole).to_pylist()[-1]
+        mean = "user_mean_unit_price"
+        assert found["user_stats"].pop(mean) == pytest.approx(expected[mean], rel=1e-5)
+        assert found["user_stats"] == {name: expected[name] for name in found["user_stats"]}
+        packed = packed_rows(CONTRACT, whole)["history"][0].as_py()
+        assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(unpack(CONTRACT, user, packed))
+        with pytest.raises(ValueError, match="must be later"):
+            memory.add(user, [event])
+    finally:
+        memory.write(user, before, 1)
+    assert memory.read(user) == before

@@ -1,0 +1,29 @@
+"""Errors of this room that a person can mend; commands print one as a line.
+
+feature_repo.errors.ExpectedError
+├── OptionsError             options that do not go together, or name what is not there (exit code 2)
+├── NotEnoughItemsError      an evaluation request cannot get its fixed number of negatives
+└── BreaksLiveError          the live bundle reads what would no longer be online
+
+`LostRowsError` is none of them: rows that vanish are a fault of ours, and its traceback is shown.
+"""
+
+from __future__ import annotations
+
+from feature_repo.errors import ExpectedError, UsageError
+
+
+class OptionsError(UsageError):
+    """Options that do not go together, or name what is not there."""
+
+
+class NotEnoughItemsError(ExpectedError, ValueError):
+    """An evaluation request cannot get its fixed number of negatives."""
+
+
+class BreaksLiveError(ExpectedError, RuntimeError):
+    """The live bundle reads what would no longer be online."""
+
+
+class LostRowsError(RuntimeError):
+    """Rows that went into a run did not come out of it."""
