@@ -1,7 +1,8 @@
-"""Renew requirements.lock: every extra but `gcp`, with hashes, no release younger than two weeks, and no torch.
+"""Renew requirements.lock: every extra but `gcp`, with hashes, no release younger than two weeks,
+and no torch.
 
-torch is installed by exact version alone (Makefile), so that a CPU or a CUDA build satisfies it; what torch itself
-needs is locked here. Needs `uv` on the PATH (`pipx install uv`).
+torch is installed by exact version alone (Makefile), so that a CPU or a CUDA build satisfies it;
+what torch itself needs is locked here. Needs `uv` on the PATH (`pipx install uv`).
 """
 
 import datetime
@@ -11,7 +12,15 @@ import tempfile
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TORCH_NEEDS = ("filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "setuptools")
+TORCH_NEEDS = (
+    "filelock",
+    "typing-extensions",
+    "sympy",
+    "networkx",
+    "jinja2",
+    "fsspec",
+    "setuptools",
+)
 BUILD = ("hatchling", "editables", "pip")
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,5 +43,12 @@ with tempfile.NamedTemporaryFile("w", suffix=".in") as source:
         "--generate-hashes",
         "--no-header",
     ]
-    command += ["--no-annotate", "--quiet", "--exclude-newer", newest, "--output-file", str(ROOT / "requirements.lock")]
+    command += [
+        "--no-annotate",
+        "--quiet",
+        "--exclude-newer",
+        newest,
+        "--output-file",
+        str(ROOT / "requirements.lock"),
+    ]
     subprocess.run(command, check=True)

@@ -1,4 +1,6 @@
-"""HOW rows are computed: Beam jobs from raw rows to events, histories, item statistics and training examples.
+"""HOW rows are computed: Beam jobs from raw rows to events, histories, item statistics and training
+examples.
 
-Imports `feature_repo` only. Elements are Arrow batches, not single events; a run is visible when its manifest is.
+Imports `feature_repo` only. Elements are Arrow batches, not single events; a run is visible when
+its manifest is.
 """

@@ -1,4 +1,6 @@
-"""`python -m beam_jobs <job>`: options only. Options that neither the job nor Beam knows are refused."""
+"""`python -m beam_jobs <job>`: options only. Options that neither the job nor Beam knows are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from beam_jobs.options import Common, ExampleOptions, OnlineOptions, Options, TableOptions, TokenOptions
+from beam_jobs.options import (
+    Common,
+    ExampleOptions,
+    OnlineOptions,
+    Options,
+    TableOptions,
+    TokenOptions,
+)
 from feature_repo import cli
 
 app = cli.app(

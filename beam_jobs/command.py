@@ -1,4 +1,6 @@
-"""What `python -m beam_jobs` does once its flags are read: progress, counts, dead letters, exit code."""
+"""What `python -m beam_jobs` does once its flags are read: progress, counts, dead letters, exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from beam_jobs.inputs import current_inputs, output_is_there
 from beam_jobs.options import Common, Options, TokenOptions
@@ -32,7 +41,9 @@ PLAIN_LINE_S = 10  # seconds between lines where there is no terminal
 console = Console()
 
 
-def run_command(name: str, options: Options, common: Common, beam_args: list[str], settings: Settings) -> int:
+def run_command(
+    name: str, options: Options, common: Common, beam_args: list[str], settings: Settings
+) -> int:
     """Run one job. Returns the exit code 0: built or up to date.
 
     Raises:
@@ -40,10 +51,16 @@ def run_command(name: str, options: Options, common: Common, beam_args: list[str
     """
     datasets.load(settings.dataset)
     refill = isinstance(options, TokenOptions) and options.refill
-    if not common.dry_run and not refill and not beam_args and _up_to_date(name, options, common, settings):
+    if (
+        not common.dry_run
+        and not refill
+        and not beam_args
+        and _up_to_date(name, options, common, settings)
+    ):
         return 0
     warnings.filterwarnings("ignore", module="apache_beam")
-    # An error in a worker is raised here again, with its traceback where it is a fault of ours: Beam need not print it too.
+    # An error in a worker is raised here again, with its traceback where it is a fault of ours:
+    # Beam need not print it too.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
     refuse_unknown(beam_args, name, options, common)
@@ -55,7 +72,9 @@ def run_command(name: str, options: Options, common: Common, beam_args: list[str
     planned = runs.plan_run(job, settings, resolved, common.as_of)
     plan = planned.plan
     if common.dry_run:
-        console.print(runs.describe(job, plan, planned.units, arguments), highlight=False, markup=False)
+        console.print(
+            runs.describe(job, plan, planned.units, arguments), highlight=False, markup=False
+        )
         return 0
     catalogue = Catalogue(settings.catalogue_url)
     with (
@@ -107,7 +126,9 @@ def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Com
     except (SystemExit, argparse.ArgumentError) as error:
         raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}; see above") from error
     if unknown:
-        known = {f.name for f in (*fields(options), *fields(common))} | set(vars(parser.parse_args([])))
+        known = {f.name for f in (*fields(options), *fields(common))} | set(
+            vars(parser.parse_args([]))
+        )
         word = unknown[0].lstrip("-").split("=")[0]
         raise UsageError(
             f"{unknown[0]!r} is an option of neither `beam_jobs {job}` nor Beam{nearest(word, known)} "
@@ -116,7 +137,9 @@ def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Com
 
 
 def _up_to_date(name: str, options: Options, common: Common, settings: Settings) -> bool:
-    """Say so and skip, without importing Beam, where the last run had these very inputs and options."""
+    """Say so and skip, without importing Beam, where the last run had these very inputs and
+    options.
+    """
     last = Catalogue(settings.catalogue_url).last_run(settings.dataset, name)
     manifest = JobFolder(settings.home, name).manifest()
     if last is None or manifest is None:
@@ -139,7 +162,11 @@ def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> b
     """Whether the bundle that is asked for is still the one that made the published tokens."""
     catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
     try:
-        row = catalogue.bundle(dataset, options.bundle) if options.bundle else catalogue.live_bundle(dataset)
+        row = (
+            catalogue.bundle(dataset, options.bundle)
+            if options.bundle
+            else catalogue.live_bundle(dataset)
+        )
     except LookupError:
         return False
     return bool(manifest.options["bundle"] == row.digest)
@@ -155,19 +182,29 @@ def _report(manifest: Manifest, docs: str | None) -> None:
     console.print(f"{manifest.job}: run {manifest.run_id}, as of {manifest.as_of}", highlight=False)
     if "rows_read" in counts:
         kept, dead = counts.get("rows_events", 0), counts.get("rows_dead", 0)
-        console.print(f"  read {counts['rows_read']:,} = kept {kept:,} + dead letters {dead:,}", highlight=False)
-        reasons = sorted(((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True)
+        console.print(
+            f"  read {counts['rows_read']:,} = kept {kept:,} + dead letters {dead:,}",
+            highlight=False,
+        )
+        reasons = sorted(
+            ((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True
+        )
         for number, reason in reasons:
             console.print(f"    {number:>9,}  {reason}", highlight=False)
     else:
-        console.print("  " + ", ".join(f"{name} {number:,}" for name, number in counts.items()), highlight=False)
+        console.print(
+            "  " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),
+            highlight=False,
+        )
     if docs:
         console.print(f"  data docs: {docs}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder; yields `tell`."""
+    """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder;
+    yields `tell`.
+    """
     from beam_jobs.runs import PARTS
 
     folder, done, phase, started = plan.folder, threading.Event(), "starting", time.monotonic()
@@ -196,7 +233,8 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
             if not console.is_terminal and now - said >= PLAIN_LINE_S:
                 said = now
                 console.print(
-                    f"{plan.job}: {phase}, {parts} of {num_parts} parts, {now - started:.0f} s", highlight=False
+                    f"{plan.job}: {phase}, {parts} of {num_parts} parts, {now - started:.0f} s",
+                    highlight=False,
                 )
 
     thread = threading.Thread(target=watch, daemon=True)

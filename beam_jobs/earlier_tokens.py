@@ -1,4 +1,6 @@
-"""What earlier runs of `summary_tokens` stored: whose tokens, of how many events, of which past, and where streams go on."""
+"""What earlier runs of `summary_tokens` stored: whose tokens, of how many events, of which past,
+and where streams go on.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class KnownTokens:
 
 
 class Earlier:
-    """What earlier runs stored of one version for the users of one log part, or, with no part named, for all users."""
+    """What earlier runs stored of one version for the users of one log part, or, with no part
+    named, for all users.
+    """
 
     def __init__(self, plan: RunPlan, part: int | None) -> None:
         self._plan, self._user = plan, plan.contract.user.join_key
@@ -55,7 +59,9 @@ class Earlier:
         place = self._index.places(users)
         found = {}
         for name in ("token_events", "token_digest"):
-            values = np.r_[self._rows[name].to_numpy(), 0]  # at place -1 stands the zero of whoever has none
+            values = np.r_[
+                self._rows[name].to_numpy(), 0
+            ]  # at place -1 stands the zero of whoever has none
             found[name] = values[place].astype(np.int64)
         return KnownTokens(found["token_events"], found["token_digest"])
 
@@ -64,8 +70,9 @@ class Earlier:
     ) -> dict[int, tuple[np.ndarray, int]]:
         """Stored streams of these rows, with the time of their last event.
 
-        The digest says that the events behind them are still the first of the history. Events that came since with the
-        time of the last one, or before it, cannot be added to what a stream has seen: then the history is read anew.
+        The digest says that the events behind them are still the first of the history. Events that
+        came since with the time of the last one, or before it, cannot be added to what a stream has
+        seen: then the history is read anew.
         """
         found: dict[int, tuple[np.ndarray, int]] = {}
         stored = self.stored([ids[row] for row in rows]) if rows else {}
@@ -78,8 +85,12 @@ class Earlier:
             except EnvelopeError:
                 continue  # damaged: the whole history is read instead
             following = int(histories.offsets[row] + known[row])
-            followed = following < histories.offsets[row + 1] and histories.times[following] <= state.as_of
-            ours = state.fingerprint == prepared(self._plan).version and state.num_events == known[row]
+            followed = (
+                following < histories.offsets[row + 1] and histories.times[following] <= state.as_of
+            )
+            ours = (
+                state.fingerprint == prepared(self._plan).version and state.num_events == known[row]
+            )
             if ours and not followed and state.tokens_SD is not None:
                 found[row] = (state.tokens_SD, state.as_of)
         return found
@@ -87,7 +98,11 @@ class Earlier:
     def stored(self, ids: list[Any]) -> dict[Any, Stored]:
         """Newest envelopes of users."""
         places = self._stored_index.places(pa.array(ids, self._stored_index.keys.type))
-        rows = self._stored.take(pa.array(places[places >= 0])).select([self._user, "tokens", "state"]).to_pylist()
+        rows = (
+            self._stored.take(pa.array(places[places >= 0]))
+            .select([self._user, "tokens", "state"])
+            .to_pylist()
+        )
         return {row[self._user]: (row["tokens"], row["state"]) for row in rows}
 
     @cached_property
@@ -106,9 +121,15 @@ class Earlier:
         rows = rows.append_column("__run", run).sort_by(
             [(self._user, "ascending"), ("__run", "ascending"), (EVENT_TIMESTAMP, "ascending")]
         )
-        stamps = from_micros(np.arange(rows.num_rows))  # the order that was just made, as `newest_rows` reads it
+        stamps = from_micros(
+            np.arange(rows.num_rows)
+        )  # the order that was just made, as `newest_rows` reads it
         at = rows.column_names.index(EVENT_TIMESTAMP)
-        return newest_rows(rows.set_column(at, EVENT_TIMESTAMP, stamps), self._user) if rows.num_rows else rows
+        return (
+            newest_rows(rows.set_column(at, EVENT_TIMESTAMP, stamps), self._user)
+            if rows.num_rows
+            else rows
+        )
 
     @cached_property
     def _stored(self) -> pa.Table:
@@ -117,17 +138,21 @@ class Earlier:
 
     def _read(self, table: str, columns: list[str]) -> pa.Table:
         keys = [self._user, TOKEN_VERSION.join_key, EVENT_TIMESTAMP]
-        folder, rows = self._plan.folder, [arrow_schema(self._plan.contract.table(table)).empty_table()]
+        folder = self._plan.folder
+        rows = [arrow_schema(self._plan.contract.table(table)).empty_table()]
         for part in self._tables.get(table, []):
             name = PartName.of(part.path)
             if name is None or not self._may_hold(name):
                 continue
             read = folder.read_path(f"{folder.root}/{part.path}", [*keys, *columns])
-            rows.append(read.filter(pc.equal(read[TOKEN_VERSION.join_key], prepared(self._plan).version)))
+            rows.append(
+                read.filter(pc.equal(read[TOKEN_VERSION.join_key], prepared(self._plan).version))
+            )
         return pa.concat_tables([row.select([*keys, *columns]) for row in rows]).combine_chunks()
 
     def _may_hold(self, name: PartName) -> bool:
-        """Whether a part may hold users of ours: they keep their log part as long as the number of parts stays.
+        """Whether a part may hold users of ours: they keep their log part as long as the number of
+        parts stays.
 
         Tombstones stand in a part behind the last one, for users of all.
         """

@@ -1,7 +1,8 @@
 """Job `events`: raw rows → events by user, user and item profiles, dead letters with their reasons.
 
-Every raw row is an event or a dead letter. A row is set aside by its dataset's `parse`, by a limit of the contract, by
-`--as_of`, or because the same event stands earlier; a profile row by a limit alone, and that costs no other row.
+Every raw row is an event or a dead letter. A row is set aside by its dataset's `parse`, by a limit
+of the contract, by `--as_of`, or because the same event stands earlier; a profile row by a limit
+alone, and that costs no other row.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
         letters.append(_letters(plan, unit, known.filter(pa.array(late)), [LATE] * int(late.sum())))
         known = known.filter(pa.array(~late))
         profiles = {
-            n: rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of)) for n, rows in profiles.items()
+            n: rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
+            for n, rows in profiles.items()
         }
 
     # 3. The rest by key.
@@ -79,11 +81,15 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
 
 
 def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
-    """One partition of one table, sorted; events once each, profiles only where a row changes something."""
+    """One partition of one table, sorted; events once each, profiles only where a row changes
+    something.
+    """
     table, partition = key
     if table == "dead_letters":
         counts = json.loads((rows.schema.metadata or {})[COUNTS])
-        yield _dead_letter_part(rows.replace_schema_metadata(None), f"part-{partition:05d}.parquet", counts)
+        yield _dead_letter_part(
+            rows.replace_schema_metadata(None), f"part-{partition:05d}.parquet", counts
+        )
         return
     counts = {}
     if table == "events":
@@ -109,7 +115,9 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
     """
     if not identity or events.num_rows < 2:
         return events, events.slice(0, 0)
-    codes = [events[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in identity]
+    codes = [
+        events[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in identity
+    ]
     _, first = np.unique(np.stack(codes), axis=1, return_index=True)
     kept = np.zeros(events.num_rows, bool)
     kept[first] = True
@@ -118,19 +126,29 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 
 def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
     reasons = Counter(letters["reason"].to_pylist())
-    of_profiles = sum(n for reason, n in reasons.items() if reason.startswith(("user_profile,", "item_profile,")))
-    counts = {**counts, "rows_dead": letters.num_rows - of_profiles, "profile_rows_dead": of_profiles}
+    of_profiles = sum(
+        n for reason, n in reasons.items() if reason.startswith(("user_profile,", "item_profile,"))
+    )
+    counts = {
+        **counts,
+        "rows_dead": letters.num_rows - of_profiles,
+        "profile_rows_dead": of_profiles,
+    }
     counts |= {f"dead: {reason}": n for reason, n in reasons.items()}
     return Built("dead_letters", name, parquet_bytes(letters), letters.num_rows, counts)
 
 
 def changes_only(rows: pa.Table, key: str) -> pa.Table:
-    """Of rows sorted by key and time: the last of each instant, and of those the ones that differ from the one before."""
+    """Of rows sorted by key and time: the last of each instant, and of those the ones that differ
+    from the one before.
+    """
     if not rows.num_rows:
         return rows
     ends_instant = np.r_[_differs(rows, [key, "event_timestamp"]), True]
     rows = rows.filter(pa.array(ends_instant))
-    values = [name for name in rows.column_names if name not in ("event_timestamp", "created_timestamp")]
+    values = [
+        name for name in rows.column_names if name not in ("event_timestamp", "created_timestamp")
+    ]
     return rows.filter(pa.array(np.r_[True, _differs(rows, values)]))
 
 
@@ -140,7 +158,9 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     for name in columns:
         values = rows[name].combine_chunks()
         if pa.types.is_list(values.type):
-            values = pa.array([None if v is None else json.dumps(v) for v in values.to_pylist()], pa.string())
+            values = pa.array(
+                [None if v is None else json.dumps(v) for v in values.to_pylist()], pa.string()
+            )
         codes = values.dictionary_encode(null_encoding="encode").indices
         starts = np.zeros(rows.num_rows, bool)
         starts[run_starts(codes)] = True
@@ -149,12 +169,16 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
 
 
 def _letters(plan: RunPlan, unit: Unit | None, rows: pa.Table, reasons: list[str]) -> pa.Table:
-    """Rows of a built table as dead letters. Where they stood is known of events alone, and of their file in their unit."""
+    """Rows of a built table as dead letters. Where they stood is known of events alone, and of
+    their file in their unit.
+    """
     number = rows.num_rows
     has_position = "source_position" in rows.column_names
     return pa.table(
         [
-            pa.array(["" if unit is None else unit.source.file.rsplit("/", 1)[-1]] * number, pa.string()),
+            pa.array(
+                ["" if unit is None else unit.source.file.rsplit("/", 1)[-1]] * number, pa.string()
+            ),
             rows["source_position"] if has_position else pa.nulls(number, pa.int64()),
             pa.array(reasons, pa.string()),
             pa.array(limits.raw_rows(rows, np.arange(number)), pa.string()),
@@ -182,7 +206,8 @@ def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Pie
 
 
 def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
-    """Raw rows, read as their types declare, against the raw table's limits; what cannot be read counts as missing.
+    """Raw rows, read as their types declare, against the raw table's limits; what cannot be read
+    counts as missing.
 
     Raises:
         GateError: too many rows are bad.
@@ -196,7 +221,9 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
         if unit.source.kind == "events"
     )
     batches = expectations.rebatch(raw)
-    return expectations.gate(dataset.SPEC.raw, batches, settings.path("expectations"), _limit(plan)).docs
+    return expectations.gate(
+        dataset.SPEC.raw, batches, settings.path("expectations"), _limit(plan)
+    ).docs
 
 
 def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
@@ -205,7 +232,8 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
     Raises:
         LostRowsError: a row came out as neither.
         RawDataError: not one row is an event, or the newest is yet to come.
-        GateError: more rows are dead letters than is allowed, or more than half of a profile's rows.
+        GateError: more rows are dead letters than is allowed, or more than half of a profile's
+            rows.
     """
     given = sum(unit.rows for unit in units if unit.source.kind == "events")
     read, kept, dead = (counts.get(name, 0) for name in ("rows_read", "rows_events", "rows_dead"))
@@ -247,11 +275,17 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
 
 
 def _limit(plan: RunPlan) -> float:
-    return plan.contract.spec.max_bad_fraction if plan.max_bad_fraction is None else plan.max_bad_fraction
+    return (
+        plan.contract.spec.max_bad_fraction
+        if plan.max_bad_fraction is None
+        else plan.max_bad_fraction
+    )
 
 
 def _listed(counts: Counts) -> str:
-    reasons = sorted(((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True)
+    reasons = sorted(
+        ((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True
+    )
     return "".join(f"\n  {n:,}  {reason}" for n, reason in reasons)
 
 

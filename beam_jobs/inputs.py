@@ -1,4 +1,6 @@
-"""What makes a run stale: raw files that changed, output that is gone. Imports no Beam, so that a skip costs nothing."""
+"""What makes a run stale: raw files that changed, output that is gone. Imports no Beam, so that a
+skip costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
 
 
 def job_code(job: str, dataset: str) -> str:
-    """Digest of the code that makes a job's rows: its module, the dataset's, and all of ours that they import."""
+    """Digest of the code that makes a job's rows: its module, the dataset's, and all of ours that
+    they import.
+    """
     return code_digest(f"beam_jobs.{job}", f"feature_repo.datasets.{dataset}")
 
 
@@ -44,9 +48,12 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
     """Digest of the names and contents of all raw files.
 
     Raises:
-        RawDataError: two files hold the same bytes: a delivery that came twice, whose events would count twice.
+        RawDataError: two files hold the same bytes: a delivery that came twice, whose events would
+            count twice.
     """
-    digests = {file: _sha256(file) for file in sorted({unit.file for unit in dataset.raw_units(data)})}
+    digests = {
+        file: _sha256(file) for file in sorted({unit.file for unit in dataset.raw_units(data)})
+    }
     first: dict[str, str] = {}
     for file, digest in digests.items():
         if digest in first and Path(file).stat().st_size:
@@ -59,7 +66,9 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
-    """Whether the online store still holds what the published run of a job wrote there; the store itself is asked."""
+    """Whether the online store still holds what the published run of a job wrote there; the store
+    itself is asked.
+    """
     if job not in WRITES_ONLINE:
         return True
     manifest = JobFolder(settings.home, job).manifest()

@@ -1,7 +1,9 @@
-"""Job `item_stats`: events → windowed counts and mean values of each item, stamped at the midnight that closes a day.
+"""Job `item_stats`: events → windowed counts and mean values of each item, stamped at the midnight
+that closes a day.
 
-A row appears only where a number changes: a day with events, or one on which events leave a window. So a point-in-time
-join finds the true windowed count at any midnight, and a quiet item costs nothing.
+A row appears only where a number changes: a day with events, or one on which events leave a window.
+So a point-in-time join finds the true windowed count at any midnight, and a quiet item costs
+nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of items."""
     rows = stat_rows(plan.contract, events, plan.as_of)
     yield Built(
-        "item_stats", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, {"events": events.num_rows}
+        "item_stats",
+        f"part-{key[1]:05d}.parquet",
+        parquet_bytes(rows),
+        rows.num_rows,
+        {"events": events.num_rows},
     )
 
 
@@ -49,7 +55,11 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
 
     # One delta row for each event, and one for each window that it leaves.
     nothing = np.zeros_like(primary)
-    deltas = [np.stack([primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value.high, value.low])]
+    deltas = [
+        np.stack(
+            [primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value.high, value.low]
+        )
+    ]
     for index in range(len(STAT_WINDOWS_DAYS)):
         leaving = [nothing] * (4 + len(STAT_WINDOWS_DAYS))
         leaving[1 + index] = -primary
@@ -65,12 +75,18 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     order = np.lexsort((when, what))
     when, what, delta = when[order], what[order], delta[:, order]
     first = np.flatnonzero(np.r_[True, (np.diff(what) != 0) | (np.diff(when) != 0)][: len(when)])
-    running = np.cumsum(delta, axis=1)[:, np.r_[first[1:], len(when)].astype(np.int64) - 1] if len(when) else delta
+    running = (
+        np.cumsum(delta, axis=1)[:, np.r_[first[1:], len(when)].astype(np.int64) - 1]
+        if len(when)
+        else delta
+    )
     owner = what[first]
     before = np.zeros_like(running)
     if len(owner):
         item_first = np.flatnonzero(np.r_[True, np.diff(owner) != 0])
-        base = np.concatenate([np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1)
+        base = np.concatenate(
+            [np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1
+        )
         before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     counts = running - before
     total, sums = counts[0], Exact(counts[-2], counts[-1]).floats()

@@ -1,8 +1,10 @@
-"""Job `materialize`: the online store holds the newest row of each key of every view, and nothing of keys that are gone.
+"""Job `materialize`: the online store holds the newest row of each key of every view, and nothing
+of keys that are gone.
 
-`feast materialize` does the first half for small repos and is the oracle: a test compares the two, value for value. The
-second half is for corrections: a key that an earlier run sent online and that the tables no longer have gets a row of
-nulls. Which keys were sent is written down before they are, so that a killed run's keys are known too.
+`feast materialize` does the first half for small repos and is the oracle: a test compares the two,
+value for value. The second half is for corrections: a key that an earlier run sent online and that
+the tables no longer have gets a row of nulls. Which keys were sent is written down before they are,
+so that a killed run's keys are known too.
 """
 
 from __future__ import annotations
@@ -46,26 +48,35 @@ class Materialize(beam.PTransform):
         present = (
             units
             | "Spread parts" >> beam.Reshuffle()
-            | "Newest of each key" >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(ViewRows)
+            | "Newest of each key"
+            >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(ViewRows)
             | "Write online" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
         written = present | "Count by view" >> beam.CombinePerKey(sum)
         gone = (
             written
-            | "Keys that are gone" >> beam.FlatMap(lambda kv: gone_rows(plan, kv[0])).with_output_types(ViewRows)
-            | "Write nothing for them" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
+            | "Keys that are gone"
+            >> beam.FlatMap(lambda kv: gone_rows(plan, kv[0])).with_output_types(ViewRows)
+            | "Write nothing for them"
+            >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
         notes = (
-            written | "Note rows" >> beam.Map(lambda kv: note(plan, kv[0], "online", kv[1])).with_output_types(str),
-            gone | "Note gone" >> beam.Map(lambda kv: note(plan, kv[0], "gone", kv[1])).with_output_types(str),
+            written
+            | "Note rows"
+            >> beam.Map(lambda kv: note(plan, kv[0], "online", kv[1])).with_output_types(str),
+            gone
+            | "Note gone"
+            >> beam.Map(lambda kv: note(plan, kv[0], "gone", kv[1])).with_output_types(str),
         )
         return notes | beam.Flatten()
 
 
 def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
-    """Newest row of each key in one part; parts are partitioned by key, so these are the newest of all.
+    """Newest row of each key in one part; parts are partitioned by key, so these are the newest of
+    all.
 
-    The keys are written down first: from then on they count as online, whatever becomes of this run.
+    The keys are written down first: from then on they count as online, whatever becomes of this
+    run.
     """
     table = plan.contract.table(unit.table)
     assert table.entity is not None
@@ -73,18 +84,26 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     if plan.as_of is not None:
         rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
     newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
-    # Before the rows: were the run killed between the two, the next one would not know what is online.
+    # Before the rows: were the run killed between the two, the next one would not know what is
+    # online.
     keys = newest.select(list(table.join_keys))
-    write_built(plan, Built(KEYS, f"{unit.table}-{unit.number:05d}.parquet", parquet_bytes(keys), keys.num_rows))
+    write_built(
+        plan,
+        Built(KEYS, f"{unit.table}-{unit.number:05d}.parquet", parquet_bytes(keys), keys.num_rows),
+    )
     yield unit.table, to_ipc(newest)
 
 
 def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
-    """Rows of nulls for the keys of a view that some earlier run sent online and this one does not."""
+    """Rows of nulls for the keys of a view that some earlier run sent online and this one does
+    not.
+    """
     table, root = plan.contract.table(view), plan.folder.root
     key = table.join_keys[0]
     sent: dict[bool, list[pa.Table]] = {True: [], False: []}
-    for info in plan.folder.filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True)):
+    for info in plan.folder.filesystem.get_file_info(
+        pafs.FileSelector(root, recursive=True, allow_not_found=True)
+    ):
         _, _, below = info.path.rpartition(f"{root.strip('/')}/")
         run_id, _, rest = below.partition("/")
         if rest.startswith(f"{KEYS}/{view}-") and info.path.endswith(".parquet"):
@@ -98,24 +117,28 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
     if not len(gone):
         return
     stamp = from_micros(np.full(len(gone), plan.as_of or 0))
-    columns = [
-        gone if f.name == key else stamp if pa.types.is_timestamp(f.type) else pa.nulls(len(gone), f.type)
-        for f in schema
-    ]
+    columns = {f.name: pa.nulls(len(gone), f.type) for f in schema}
+    columns |= {f.name: stamp for f in schema if pa.types.is_timestamp(f.type)}
+    columns[key] = gone
     yield view, to_ipc(pa.table(columns, schema=schema))
 
 
 def note(plan: RunPlan, view: str, what: str, rows: int) -> str:
     """Write down how many rows of a view went online, or lost their values there."""
     data = f'{{"rows": {rows}}}'.encode()
-    return write_built(plan, Built("materialized", f"{view}-{what}.json", data, rows, {f"{what}_{view}": rows}))
+    return write_built(
+        plan, Built("materialized", f"{view}-{what}.json", data, rows, {f"{what}_{view}": rows})
+    )
 
 
-def refuse_to_break_the_live_bundle(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+def refuse_to_break_the_live_bundle(
+    plan: RunPlan, units: Sequence[Unit], settings: Settings
+) -> str | None:
     """Refuse to replace what servers read with rows that lack some of it.
 
     Raises:
-        BreaksLiveError: the live bundle was trained on features that the contract in force does not have.
+        BreaksLiveError: the live bundle was trained on features that the contract in force does not
+            have.
     """
     assert isinstance(plan.options, OnlineOptions)
     live = Catalogue(settings.catalogue_url).live_or_none(plan.dataset)
@@ -147,7 +170,9 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
     if counts is not None:
         note_epoch(settings_of(plan), "materialize", plan.run_id)
     gone = sum(rows for name, rows in (counts or {}).items() if name.startswith("gone_"))
-    return [f"{gone:,} keys that the tables no longer have lost their values online"] if gone else []
+    return (
+        [f"{gone:,} keys that the tables no longer have lost their values online"] if gone else []
+    )
 
 
 JOB = Job(

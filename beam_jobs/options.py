@@ -19,8 +19,8 @@ class Common:
         runner: Beam runner by name.
         dry_run: print graph, inputs and estimated rows; write nothing.
         as_of: ISO time (UTC): build as if now were then; the default is the end of the data.
-        max_bad_fraction: stop before publishing when more rows are bad or dead letters; the default is the dataset's for
-            raw rows, 0 for built tables.
+        max_bad_fraction: stop before publishing when more rows are bad or dead letters; the default
+            is the dataset's for raw rows, 0 for built tables.
     """
 
     runner: str = "FnApiRunner"
@@ -34,7 +34,9 @@ class Common:
                 f"--as_of expects an ISO time such as 2011-12-09 or 2011-12-09T12:00:00Z, not {self.as_of!r}"
             )
         if self.max_bad_fraction is not None and not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max_bad_fraction expects a share from 0 to 1, not {self.max_bad_fraction}")
+            raise UsageError(
+                f"--max_bad_fraction expects a share from 0 to 1, not {self.max_bad_fraction}"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class OnlineOptions(Options):
     """Options of `materialize`.
 
     Args:
-        break_live: write although the live bundle reads features that the contract in force does not have.
+        break_live: write although the live bundle reads features that the contract in force does
+            not have.
     """
 
     break_live: bool = False
@@ -65,7 +68,9 @@ class TableOptions(Options):
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_partitions <= 65_535:
-            raise UsageError(f"--num_partitions expects a number from 1 to 65,535, not {self.num_partitions}")
+            raise UsageError(
+                f"--num_partitions expects a number from 1 to 65,535, not {self.num_partitions}"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,11 @@ class TokenOptions(Options):
     """Options of `summary_tokens`.
 
     Args:
-        bundle: recipe or digest of the bundle whose stage 1 makes them; the default is the live one.
+        bundle: recipe or digest of the bundle whose stage 1 makes them; the default is the live
+            one.
         kind: how tokens are stored; as before by default, fp16 at first.
-        every_days: also as they were every so many days, for training; as before by default, only as of now at first.
+        every_days: also as they were every so many days, for training; as before by default, only
+            as of now at first.
         full: skip nobody: build this version anew, such as for another `--kind`.
         refill: send everybody's stored tokens online, such as to an emptied store.
         computed_at: ISO time of the run; the clock by default, or what a killed run claimed.
@@ -108,7 +115,9 @@ class TokenOptions(Options):
 
     def __post_init__(self) -> None:
         if self.every_days is not None and not 0 <= self.every_days < 36_525:
-            raise UsageError(f"--every_days expects a number of days, 0 for none, not {self.every_days}")
+            raise UsageError(
+                f"--every_days expects a number of days, 0 for none, not {self.every_days}"
+            )
         if self.computed_at is not None and not is_iso_time(self.computed_at):
             raise UsageError(
                 f"--computed_at expects an ISO time such as 2011-12-09T12:00:00Z, not {self.computed_at!r}"

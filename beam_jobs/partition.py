@@ -1,4 +1,6 @@
-"""Arrow batches between Beam steps: hash-partition by key, ship as IPC bytes, join again in source order."""
+"""Arrow batches between Beam steps: hash-partition by key, ship as IPC bytes, join again in source
+order.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def join_pieces(pieces: Iterable[Piece]) -> pa.Table:
     return pa.concat_tables([from_ipc(data) for _, data in sorted(pieces)]).combine_chunks()
 
 
-def split_by_key(table: pa.Table, key_column: str, num_partitions: int) -> Iterator[tuple[int, pa.Table]]:
+def split_by_key(
+    table: pa.Table, key_column: str, num_partitions: int
+) -> Iterator[tuple[int, pa.Table]]:
     """Rows by hash of their key; within a partition rows keep their order."""
     if not table.num_rows:
         return

@@ -1,7 +1,9 @@
-"""The life of a run: plan, build parts, pass the gate, publish the manifest. Every job goes through here.
+"""The life of a run: plan, build parts, pass the gate, publish the manifest. Every job goes through
+here.
 
-A run is named by a digest of its inputs and options, so a rerun writes the same files, and a job that is up to date is
-known before anything is read. Nothing that a run writes is visible before its manifest, which is written last.
+A run is named by a digest of its inputs and options, so a rerun writes the same files, and a job
+that is up to date is known before anything is read. Nothing that a run writes is visible before its
+manifest, which is written last.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class RunPlan:
     options: Options
     profile: str
     catalogue_url: str
-    pinned: dict[str, Manifest] = field(default_factory=dict, repr=False)  # of the jobs that it reads, as they were
+    pinned: dict[str, Manifest] = field(
+        default_factory=dict, repr=False
+    )  # of the jobs that it reads, as they were
     max_bad_fraction: float | None = None  # None: the dataset's for raw rows, 0 for built tables
 
     @property
@@ -73,7 +77,9 @@ class RunPlan:
         return JobFolder(self.home, job)
 
     def input_paths(self, job: str, table: str) -> list[str]:
-        """Parts of another job's table in the very run that this one names as its input, republished since or not."""
+        """Parts of another job's table in the very run that this one names as its input,
+        republished since or not.
+        """
         root = self.input_folder(job).root
         return [f"{root}/{part.path}" for part in self.pinned[job].tables[table]]
 
@@ -87,7 +93,8 @@ class RunPlan:
 class Built:
     """One finished part: file content, rows, and counts.
 
-    Counts are summed over all parts; of those named `max_…` and `min_…` the largest and the smallest is taken.
+    Counts are summed over all parts; of those named `max_…` and `min_…` the largest and the
+    smallest is taken.
     """
 
     table: str
@@ -115,12 +122,14 @@ def no_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | N
 class Job:
     """What a job module declares.
 
-    `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw source); `steps`
-    turns units of them into named parts. `gate` checks the inputs before anything is built and returns where its Data
-    Docs are. `account` refuses a run into which more went than came out of it, and returns the instant (microseconds)
-    before which it knows all events. `resolve` makes options definite before the run is named; `prepare` may add to the
-    plan once the run holds its folder; `carried` names parts of the published run that stay; `finish` is called when the
-    manifest is there, with the run's counts, or without where it was up to date, and returns lines to tell.
+    `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw
+    source); `steps` turns units of them into named parts. `gate` checks the inputs before anything
+    is built and returns where its Data Docs are. `account` refuses a run into which more went than
+    came out of it, and returns the instant (microseconds) before which it knows all events.
+    `resolve` makes options definite before the run is named; `prepare` may add to the plan once the
+    run holds its folder; `carried` names parts of the published run that stay; `finish` is called
+    when the manifest is there, with the run's counts, or without where it was up to date, and
+    returns lines to tell.
     """
 
     name: str
@@ -135,7 +144,9 @@ class Job:
     resolve: Callable[[Settings, Options], Options] = lambda settings, options: options
     prepare: Callable[[RunPlan, Manifest | None], RunPlan] = lambda plan, published: plan
     carried: Callable[[RunPlan, Manifest | None], dict[str, list[Part]]] = lambda plan, published: {}
-    finish: Callable[[RunPlan, Counts | None, Settings], list[str]] = lambda plan, counts, settings: []
+    finish: Callable[[RunPlan, Counts | None, Settings], list[str]] = (
+        lambda plan, counts, settings: []
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,9 @@ class Outcome:
 
 def settings_of(plan: RunPlan) -> Settings:
     """The settings under which a run was planned, on any worker."""
-    default = plan.dataset == DEFAULT_DATASET and plan.home == str(CHECKOUT / ".memoir" / plan.dataset)
+    default = plan.dataset == DEFAULT_DATASET and plan.home == str(
+        CHECKOUT / ".memoir" / plan.dataset
+    )
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
 
 
@@ -171,7 +184,8 @@ class BuildPart(beam.DoFn):
 class BuildTables(beam.PTransform):
     """Units → pieces by partition → parts: the shape of every job that writes tables.
 
-    `read` turns one unit into keyed pieces, `build` one whole partition into parts; both are plain functions.
+    `read` turns one unit into keyed pieces, `build` one whole partition into parts; both are plain
+    functions.
     """
 
     plan: RunPlan
@@ -183,7 +197,8 @@ class BuildTables(beam.PTransform):
         return (
             units
             | "Spread units" >> beam.Reshuffle()
-            | "Read and partition" >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
+            | "Read and partition"
+            >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
             | "Gather partitions" >> beam.GroupByKey()
             | "Write parts" >> beam.ParDo(BuildPart(self.plan, self.build)).with_output_types(str)
         )
@@ -192,7 +207,9 @@ class BuildTables(beam.PTransform):
 class ReadUnit(beam.DoFn):
     """One unit as keyed pieces."""
 
-    def __init__(self, plan: RunPlan, read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]) -> None:
+    def __init__(
+        self, plan: RunPlan, read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]
+    ) -> None:
         self.plan, self.read = plan, read
 
     def process(self, unit: Unit) -> Iterator[tuple[Key, Piece]]:
@@ -205,7 +222,9 @@ def write_built(plan: RunPlan, built: Built) -> str:
     """Write a part, then the JSON that says it is whole."""
     part = plan.folder.write_part(plan.run_id, built.table, built.name, built.data, built.rows)
     beam.metrics.Metrics.counter(plan.job, f"{built.table}_rows").inc(built.rows)
-    note = json.dumps({"table": built.table, "part": asdict(part), "counts": built.counts}, sort_keys=True).encode()
+    note = json.dumps(
+        {"table": built.table, "part": asdict(part), "counts": built.counts}, sort_keys=True
+    ).encode()
     plan.folder.write_part(plan.run_id, PARTS, f"{built.table}-{built.name}.json", note, 0)
     return part.path
 
@@ -235,7 +254,11 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
     """
     dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
     sources = (*job.reads, *job.also_depends_on)
-    pinned = {source: JobFolder(settings.home, source).require(contract) for source in sources if source != "raw"}
+    pinned = {
+        source: JobFolder(settings.home, source).require(contract)
+        for source in sources
+        if source != "raw"
+    }
     names = ["code", *sources, *(["store"] if job.name in WRITES_ONLINE else [])]
     inputs = current_inputs(job.name, [name for name in names if name not in pinned], settings)
     inputs |= {source: manifest.digest for source, manifest in pinned.items()}
@@ -251,11 +274,14 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
         for table in tables:
             parts = manifest.tables[table]
             units += [
-                Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows) for i, part in enumerate(parts)
+                Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows)
+                for i, part in enumerate(parts)
             ]
     if as_of:
         as_of_micros = iso_micros(as_of)
-    run_id = digest_of([job.name, settings.dataset, contract.fingerprint, asdict(options), as_of, inputs])
+    run_id = digest_of(
+        [job.name, settings.dataset, contract.fingerprint, asdict(options), as_of, inputs]
+    )
     plan = RunPlan(
         job=job.name,
         dataset=settings.dataset,
@@ -294,7 +320,11 @@ def run(
     plan, units = replace(planned.plan, max_bad_fraction=max_bad_fraction), planned.units
     with plan.folder.lock():
         published = plan.folder.manifest()
-        done = published is not None and plan.run_id in published.runs and not getattr(options, "refill", False)
+        done = (
+            published is not None
+            and plan.run_id in published.runs
+            and not getattr(options, "refill", False)
+        )
         if published and done and output_is_there(job.name, settings):
             return Outcome(published, built=False, said=tuple(job.finish(plan, None, settings)))
         if not published or plan.run_id not in published.runs:
@@ -320,9 +350,14 @@ def run(
             options=asdict(plan.options),
             inputs=planned.inputs,
             counts=dict(sorted(counts.items())),
-            tables={**tables, **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()}},
+            tables={
+                **tables,
+                **{name: [*kept, *tables.get(name, [])] for name, kept in carried.items()},
+            },
         )
-        plan.folder.publish(manifest)  # from here on the run is visible; everything above may be repeated
+        plan.folder.publish(
+            manifest
+        )  # from here on the run is visible; everything above may be repeated
         said = job.finish(plan, manifest.counts, settings)
     return Outcome(manifest, built=True, docs=docs or built_docs, said=tuple(said))
 
@@ -333,7 +368,13 @@ def _add_empty_tables(plan: RunPlan) -> None:
     for table in plan.contract.tables:
         if table.job == plan.job and table.name not in written:
             write_built(
-                plan, Built(table.name, "part-00000.parquet", parquet_bytes(arrow_schema(table).empty_table()), 0)
+                plan,
+                Built(
+                    table.name,
+                    "part-00000.parquet",
+                    parquet_bytes(arrow_schema(table).empty_table()),
+                    0,
+                ),
             )
 
 
@@ -387,7 +428,9 @@ def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:
         tables.setdefault(note["table"], []).append(part)
         counts[f"rows_{note['table']}"] += part.rows
         for name, value in note["counts"].items():
-            merge = max if name.startswith("max_") else min if name.startswith("min_") else int.__add__
+            merge = (
+                max if name.startswith("max_") else min if name.startswith("min_") else int.__add__
+            )
             counts[name] = merge(counts[name], value) if name in counts else value
     return tables, dict(counts)
 
@@ -401,10 +444,14 @@ def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
     class Visitor(PipelineVisitor):
         def enter_composite_transform(self, node: Any) -> None:
             if node.full_label:
-                steps.append(f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}")
+                steps.append(
+                    f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}"
+                )
 
         def visit_transform(self, node: Any) -> None:
-            steps.append(f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}")
+            steps.append(
+                f"  {'  ' * node.full_label.count('/')}{node.full_label.rsplit('/', 1)[-1]}"
+            )
 
     pipeline(job, plan, units, beam_args).visit(Visitor())
     by_table: Counter[str] = Counter()
@@ -416,11 +463,21 @@ def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
     ]
     current = plan.folder.manifest()
     state = "up to date" if current and current.run_id == plan.run_id else "would be built"
-    return "\n".join([f"{job.name}: {job.doc}", f"run {plan.run_id}: {state}", "inputs:", *inputs, "graph:", *steps])
+    return "\n".join(
+        [
+            f"{job.name}: {job.doc}",
+            f"run {plan.run_id}: {state}",
+            "inputs:",
+            *inputs,
+            "graph:",
+            *steps,
+        ]
+    )
 
 
 def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]) -> str | None:
-    """Built tables against the contract: what our own jobs wrote has no bad row, unless a person allows some.
+    """Built tables against the contract: what our own jobs wrote has no bad row, unless a person
+    allows some.
 
     Rows that broke a limit are dead letters by now, so whatever is found here is a fault of a job.
     """
@@ -432,5 +489,7 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
         parts = tables.get(table.name)
         if parts and table.name not in SET_ASIDE:
             batches = (folder.read_path(f"{folder.root}/{part.path}") for part in parts)
-            docs = expectations.gate(table, expectations.rebatch(batches), settings.path("expectations"), limit).docs
+            docs = expectations.gate(
+                table, expectations.rebatch(batches), settings.path("expectations"), limit
+            ).docs
     return docs

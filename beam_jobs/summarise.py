@@ -1,6 +1,7 @@
-"""Users of the history log → rows of tokens: who is due, their summaries, and what is written of each. Plain functions.
+"""Users of the history log → rows of tokens: who is due, their summaries, and what is written of
+each. Plain functions.
 
-a log part ─► pieces of users ─► due at each snapshot ─► summaries ─► token rows ─► parts of every table
+a log part ─► pieces of users ─► due at each snapshot ─► summaries ─► token rows ─► all tables' parts
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class DeadUser:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some users of one log part, summarised; `refilled` are stored envelopes of earlier runs to be sent online again."""
+    """Some users of one log part, summarised; `refilled` are stored envelopes of earlier runs to be
+    sent online again.
+    """
 
     name: PartName
     rows: list[TokenRow] = field(default_factory=list)
@@ -79,13 +82,17 @@ def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterato
     ranges = piece_ends(log.lengths, summariser.bytes_of_user(len(snapshots_of(plan))))
     for number, (start, stop) in enumerate(ranges):
         name = PartName(options.run_number, unit.number, options.log_parts, number)
-        made = summarise_piece(plan, log, np.arange(start, stop), item_of_key, summariser, earlier, name)
+        made = summarise_piece(
+            plan, log, np.arange(start, stop), item_of_key, summariser, earlier, name
+        )
         counts = {**made.counts, **({"users_in_log": len(log.users)} if number == 0 else {})}
         yield replace(made, counts=Counter(counts))
 
 
 def piece_ends(lengths: np.ndarray, bytes_of_user: int) -> list[tuple[int, int]]:
-    """Ranges of log rows, each within the bounds of a piece or one user long; one empty range for an empty part."""
+    """Ranges of log rows, each within the bounds of a piece or one user long; one empty range for
+    an empty part.
+    """
     most, ranges, start, events = min(PIECE_USERS, max(PIECE_BYTES // bytes_of_user, 1)), [], 0, 0
     for row, length in enumerate(lengths.tolist()):
         if row > start and (row - start >= most or events + length > PIECE_EVENTS):
@@ -133,7 +140,9 @@ class Users:
         return int(self.digests[self.histories.offsets[row] + num_events - 1]) if num_events else 0
 
 
-def users_of_piece(plan: RunPlan, log: HistoryLog, rows: np.ndarray, summariser: Summariser, earlier: Earlier) -> Users:
+def users_of_piece(
+    plan: RunPlan, log: HistoryLog, rows: np.ndarray, summariser: Summariser, earlier: Earlier
+) -> Users:
     """Histories of some log rows beside what earlier runs stored of them."""
     histories = log.gather(rows, log.lengths[rows])
     digests = histories.digests(log.item_hashes)
@@ -143,13 +152,21 @@ def users_of_piece(plan: RunPlan, log: HistoryLog, rows: np.ndarray, summariser:
     stored = before.num_events
     there = (stored > 0) & (stored <= histories.lengths)
     same = np.zeros(len(rows), bool)
-    same[there] = digests[histories.offsets[:-1][there] + stored[there] - 1] == before.digests[there]
+    same[there] = (
+        digests[histories.offsets[:-1][there] + stored[there] - 1] == before.digests[there]
+    )
     known = np.where(same, stored, 0)
     if prepared(plan).full:
         known = np.zeros_like(known)
-    going_on = np.flatnonzero((known > 0) & (histories.lengths > known)).tolist() if summariser.streams else []
+    going_on = (
+        np.flatnonzero((known > 0) & (histories.lengths > known)).tolist()
+        if summariser.streams
+        else []
+    )
     streams = earlier.streams(ids, known, histories, going_on)
-    return Users(ids, histories, digests, known, (stored > 0) & ~same, streams, unordered(histories))
+    return Users(
+        ids, histories, digests, known, (stored > 0) & ~same, streams, unordered(histories)
+    )
 
 
 def summarise_piece(
@@ -161,20 +178,25 @@ def summarise_piece(
     earlier: Earlier,
     name: PartName,
 ) -> Piece:
-    """Tokens of some log rows at every snapshot; what is due is computed, everything else is skipped."""
+    """Tokens of some log rows at every snapshot; what is due is computed, everything else is
+    skipped.
+    """
     options = prepared(plan)
     if not len(rows):
         return Piece(name)
     users = users_of_piece(plan, log, rows, summariser, earlier)
     last = events_before(users.histories, snapshots_of(plan)[-1])
-    counts: Counter[str] = Counter(users=int((last > 0).sum()), corrected=int(users.corrected.sum()))
+    counts: Counter[str] = Counter(
+        users=int((last > 0).sum()), corrected=int(users.corrected.sum())
+    )
     made: list[TokenRow] = []
     ordinary = set(snapshots_of(plan))
     for at in sorted(ordinary | set(options.earlier_as_of)):
         ends = events_before(users.histories, at)
         due = [row for row in np.flatnonzero(ends > users.known).tolist() if row not in users.dead]
         if at not in ordinary:
-            # Tokens that an earlier run left at its own end are of the old past: they too get new ones.
+            # Tokens that an earlier run left at its own end are of the old past: they too get new
+            # ones.
             due = [row for row in due if users.corrected[row]]
         for result in summarised(summariser, users, item_of_key, due, ends, at):
             stored = result.reason or stored_row(plan, summariser, users, result, at)
@@ -191,9 +213,16 @@ def summarise_piece(
     still = [row for row in np.flatnonzero(last > 0).tolist() if users.ids[row] not in written]
     counts["skipped"] = sum(row not in users.dead for row in still)
     counts["covered"] = int(((users.known > 0) & (last > 0)).sum())
-    missing = [users.ids[row] for row in np.flatnonzero(users.known > 0).tolist() if users.ids[row] not in written]
+    missing = [
+        users.ids[row]
+        for row in np.flatnonzero(users.known > 0).tolist()
+        if users.ids[row] not in written
+    ]
     refilled = earlier.stored(missing) if options.refill else {}
-    dead = [DeadUser(users.ids[row], int(last[row]), reason) for row, reason in sorted(users.dead.items())]
+    dead = [
+        DeadUser(users.ids[row], int(last[row]), reason)
+        for row, reason in sorted(users.dead.items())
+    ]
     return Piece(name, made, refilled, dead, counts)
 
 
@@ -223,9 +252,16 @@ class Result:
 
 
 def summarised(
-    summariser: Summariser, users: Users, item_of_key: np.ndarray, due: list[int], ends: np.ndarray, at: int
+    summariser: Summariser,
+    users: Users,
+    item_of_key: np.ndarray,
+    due: list[int],
+    ends: np.ndarray,
+    at: int,
 ) -> Iterator[Result]:
-    """Summaries of the users that are due: from the start, or, where a state is stored, from there."""
+    """Summaries of the users that are due: from the start, or, where a state is stored, from
+    there.
+    """
     # Both lists first: whoever takes the results adds to the streams.
     fresh = [row for row in due if row not in users.streams]
     going_on = [row for row in due if row in users.streams]
@@ -237,7 +273,9 @@ def summarised(
 
 
 def together(make: Callable[[list[int]], Summary], rows: list[int]) -> Iterator[Result]:
-    """Summaries of these rows at once; where that fails, one by one, so that one bad history costs no other."""
+    """Summaries of these rows at once; where that fails, one by one, so that one bad history costs
+    no other.
+    """
     if not rows:
         return
     try:
@@ -254,16 +292,28 @@ def together(make: Callable[[list[int]], Summary], rows: list[int]) -> Iterator[
 
 
 def whole_summary(
-    summariser: Summariser, users: Users, item_of_key: np.ndarray, ends: np.ndarray, at: int, rows: list[int]
+    summariser: Summariser,
+    users: Users,
+    item_of_key: np.ndarray,
+    ends: np.ndarray,
+    at: int,
+    rows: list[int],
 ) -> Summary:
     """Of all events before the instant."""
     which = np.array(rows)
     starts = users.histories.offsets[which]
-    return summariser.whole(users.histories.take(starts, starts + ends[which]), item_of_key, np.full(len(which), at))
+    return summariser.whole(
+        users.histories.take(starts, starts + ends[which]), item_of_key, np.full(len(which), at)
+    )
 
 
 def extended_summary(
-    summariser: Summariser, users: Users, item_of_key: np.ndarray, ends: np.ndarray, at: int, rows: list[int]
+    summariser: Summariser,
+    users: Users,
+    item_of_key: np.ndarray,
+    ends: np.ndarray,
+    at: int,
+    rows: list[int],
 ) -> Summary:
     """Of stored states and the events since."""
     from modeling.summary import Summary
@@ -273,10 +323,14 @@ def extended_summary(
     states = np.stack([users.streams[row][0] for row in rows])
     last = np.array([users.streams[row][1] for row in rows])
     before = Summary(np.empty(len(which)), states, known, last)
-    return summariser.extended(before, users.histories.take(starts + known, starts + ends[which]), item_of_key)
+    return summariser.extended(
+        before, users.histories.take(starts + known, starts + ends[which]), item_of_key
+    )
 
 
-def stored_row(plan: RunPlan, summariser: Summariser, users: Users, result: Result, at: int) -> TokenRow | str:
+def stored_row(
+    plan: RunPlan, summariser: Summariser, users: Users, result: Result, at: int
+) -> TokenRow | str:
     """One user's tokens as they are stored; or why they cannot be."""
     from modeling.summary import envelopes
 
@@ -299,13 +353,19 @@ def tombstones(plan: RunPlan) -> Iterator[Piece]:
     options, before = prepared(plan), Earlier(plan, None)
     if not before.all_events.any():
         return
-    log = HistoryLog(plan.contract, plan.input_folder("user_history"), plan.input_paths("user_history", "history_log"))
+    log = HistoryLog(
+        plan.contract,
+        plan.input_folder("user_history"),
+        plan.input_paths("user_history", "history_log"),
+    )
     gone = before.users.filter(pa.array((log.rows_of(before.users) < 0) & (before.all_events > 0)))
     rows = []
     assert plan.as_of is not None
     for user in gone.to_pylist():
         nothing = Envelope(options.version, plan.as_of, options.computed_at_micros, 0, None)
-        rows.append(TokenRow(user, (to_bytes(nothing, user), None), 0, 0, plan.as_of + options.run_number))
+        rows.append(
+            TokenRow(user, (to_bytes(nothing, user), None), 0, 0, plan.as_of + options.run_number)
+        )
     if rows:
         name = PartName(options.run_number, options.log_parts, options.log_parts, 0)
         yield Piece(name, rows, counts=Counter(tombstones=len(rows)))
@@ -316,7 +376,10 @@ def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
     contract, name, version = plan.contract, piece.name, prepared(plan).version
     user = contract.user.join_key
     if piece.rows:
-        users = pa.array([row.user for row in piece.rows], arrow_schema(contract.table("token_rows")).field(user).type)
+        users = pa.array(
+            [row.user for row in piece.rows],
+            arrow_schema(contract.table("token_rows")).field(user).type,
+        )
         number, known = len(piece.rows), from_micros(np.array([row.snapshot for row in piece.rows]))
         # 1. The envelopes themselves.
         batch = token_log.log_part(contract, users, [row.stored[0] for row in piece.rows])
@@ -356,7 +419,18 @@ def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
         yield Built("summary_tokens", name.file("parquet"), parquet_bytes(rows), rows.num_rows)
     schema = arrow_schema(contract.table("token_dead_letters"))
     dead = pa.Table.from_pylist(
-        [{user: one.user, "num_events": one.num_events, "reason": one.reason} for one in piece.dead], schema=schema
+        [
+            {user: one.user, "num_events": one.num_events, "reason": one.reason}
+            for one in piece.dead
+        ],
+        schema=schema,
     )
-    counts = {**piece.counts, "tokens": len(piece.rows), "users_written": len(piece.newest), "dead_letters": len(dead)}
-    yield Built("token_dead_letters", name.file("parquet"), parquet_bytes(dead), dead.num_rows, counts)
+    counts = {
+        **piece.counts,
+        "tokens": len(piece.rows),
+        "users_written": len(piece.newest),
+        "dead_letters": len(dead),
+    }
+    yield Built(
+        "token_dead_letters", name.file("parquet"), parquet_bytes(dead), dead.num_rows, counts
+    )

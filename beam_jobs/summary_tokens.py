@@ -1,11 +1,14 @@
-"""Job `summary_tokens`: histories → summary tokens, offline as they were at each snapshot and online as they are now.
+"""Job `summary_tokens`: histories → summary tokens, offline as they were at each snapshot and
+online as they are now.
 
-    history log ─► pieces of a part ─► stage 1 of a bundle ─► token log, row numbers, newest envelopes ─► online store
+    history log ─► pieces of a part ─► stage 1 of a bundle ─► token log, row numbers, newest envelopes
+    newest envelopes ─► online store
 
-A user whose past is the one that the stored tokens know, and who has no new events, is skipped. Where stage 1 streams, a
-user with new events goes on from the state stored beside the tokens; otherwise the whole history is read. A user whose
-past was corrected has another digest, and is read from the start; one who is gone gets a tombstone. The parts of earlier
-runs stand beside the new ones, other versions' too.
+A user whose past is the one that the stored tokens know, and who has no new events, is skipped.
+Where stage 1 streams, a user with new events goes on from the state stored beside the tokens;
+otherwise the whole history is read. A user whose past was corrected has another digest, and is read
+from the start; one who is gone gets a tombstone. The parts of earlier runs stand beside the new
+ones, other versions' too.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ class SummariseHistories(beam.PTransform):
         gone = (
             units.pipeline
             | "Once" >> beam.Create([None])
-            | "Users who are gone" >> beam.FlatMap(lambda _: tombstones(plan)).with_output_types(Piece)
+            | "Users who are gone"
+            >> beam.FlatMap(lambda _: tombstones(plan)).with_output_types(Piece)
         )
         return (
             (pieces, gone)
@@ -106,7 +110,9 @@ class WriteTokens(beam.DoFn):
         self._tokens = OnlineTokens(open_store(settings_of(self.plan)), self.plan.contract)
 
     def process(self, piece: Piece) -> Iterator[str]:
-        """Writes, each value at the time at which it was computed, and notes how many were newer than what was stored."""
+        """Writes, each value at the time at which it was computed, and notes how many were newer
+        than what was stored.
+        """
         by_time: dict[int, list[Any]] = {}
         every = {**piece.refilled, **piece.newest}
         for user, (envelope, _) in every.items():
@@ -114,10 +120,14 @@ class WriteTokens(beam.DoFn):
         stored = 0
         for computed_at, users in by_time.items():
             tokens, states = zip(*(every[user] for user in users), strict=True)
-            stored += self._tokens.write(prepared(self.plan).version, users, tokens, states, computed_at)
+            stored += self._tokens.write(
+                prepared(self.plan).version, users, tokens, states, computed_at
+            )
         counts = {"online_stored": stored, "online_kept_newer": len(every) - stored}
         name = piece.name.file("json")
-        yield write_built(self.plan, Built("online_writes", name, json.dumps(counts).encode(), len(every), counts))
+        yield write_built(
+            self.plan, Built("online_writes", name, json.dumps(counts).encode(), len(every), counts)
+        )
 
 
 def summariser_of(plan: RunPlan) -> Summariser:
@@ -132,10 +142,12 @@ def summariser_of(plan: RunPlan) -> Summariser:
 
 
 def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
-    """Give the run its number and its time; a version keeps the kind and snapshots that it was begun with.
+    """Give the run its number and its time; a version keeps the kind and snapshots that it was
+    begun with.
 
-    A run that was killed finds the time that it had claimed. A run of other code than the one that began a version builds
-    it anew; where the online store is another one, or was emptied, what is stored offline goes online again.
+    A run that was killed finds the time that it had claimed. A run of other code than the one that
+    began a version builds it anew; where the online store is another one, or was emptied, what is
+    stored offline goes online again.
 
     Raises:
         OptionsError: snapshots or a kind that this version's earlier rows do not have.
@@ -147,17 +159,28 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     begun = before.get("versions", {}).get(version)
     full = asked.full or (begun is not None and begun["code"] != code)
     wanted = {n: value for n in ("every_days", "kind") if (value := getattr(asked, n)) is not None}
-    kept = {n: begun[n] for n in ("every_days", "kind")} if begun else {"every_days": 0.0, "kind": "fp16"}
-    if begun is not None and not full and (other := {n: v for n, v in wanted.items() if v != kept[n]}):
+    kept = (
+        {n: begun[n] for n in ("every_days", "kind")}
+        if begun
+        else {"every_days": 0.0, "kind": "fp16"}
+    )
+    if (
+        begun is not None
+        and not full
+        and (other := {n: v for n, v in wanted.items() if v != kept[n]})
+    ):
         raise OptionsError(
             f"tokens of version {version} were built with {kept}, asked for are {other}: pass --full to build them anew"
         )
     chosen = {**kept, **wanted}
     settings = settings_of(plan)
     lost = published is not None and (
-        published.inputs.get("store") != store_digest(settings) or not output_is_there(plan.job, settings)
+        published.inputs.get("store") != store_digest(settings)
+        or not output_is_there(plan.job, settings)
     )
-    if published and plan.run_id in published.runs:  # the same work again, so its files must have other names
+    if (
+        published and plan.run_id in published.runs
+    ):  # the same work again, so its files must have other names
         plan = replace(plan, run_id=digest_of([plan.run_id, published.digest]))
     parts = published.tables.get(token_log.TABLE, []) if published else []
     runs = [name.run for part in parts if (name := PartName.of(part.path))]
@@ -165,7 +188,11 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     ends = sorted({*ended, plan.as_of})
     options = PreparedOptions(
         **{**asdict(asked), **chosen, "full": full, "refill": asked.refill or lost},
-        path=str(settings.path(Catalogue(plan.catalogue_url).bundle(plan.dataset, str(asked.bundle)).path)),
+        path=str(
+            settings.path(
+                Catalogue(plan.catalogue_url).bundle(plan.dataset, str(asked.bundle)).path
+            )
+        ),
         versions={**before.get("versions", {}), version: {**chosen, "code": code, "as_of": ends}},
         run_number=max(runs, default=0) + 1,
         computed_at_micros=_claim(plan, asked, before.get("computed_at_micros", 0)),
@@ -177,7 +204,9 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
 
 
 def _claim(plan: RunPlan, asked: ResolvedOptions, before: int) -> int:
-    """The run's time: as asked for, as claimed by a run of this name that was killed, or now; time never runs back."""
+    """The run's time: as asked for, as claimed by a run of this name that was killed, or now; time
+    never runs back.
+    """
     if asked.computed_at:
         return iso_micros(asked.computed_at)
     folder, claim = plan.folder, f"{plan.folder.root}/claims/{plan.run_id}.json"
@@ -198,17 +227,25 @@ def first_event(plan: RunPlan) -> int:
 
 
 def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
-    """Parts of earlier runs that stay: all of them, but those of this version where everything was built anew."""
+    """Parts of earlier runs that stay: all of them, but those of this version where everything was
+    built anew.
+    """
     if published is None:
         return {}
-    versions = token_log.versions_of(plan.contract, plan.folder, published) if prepared(plan).full else {}
+    versions = (
+        token_log.versions_of(plan.contract, plan.folder, published) if prepared(plan).full else {}
+    )
 
     def of_this_version(part: Part) -> bool:
         name = PartName.of(part.path)
         return name is not None and versions.get(name) == prepared(plan).version
 
     return {
-        table: [part for part in published.tables.get(table, []) if part.rows and not of_this_version(part)]
+        table: [
+            part
+            for part in published.tables.get(table, [])
+            if part.rows and not of_this_version(part)
+        ]
         for table in CARRIED
     }
 
@@ -228,7 +265,9 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
 
 
 def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
-    """Note the coverage; the bundle goes live where enough users have tokens. Returns what to tell."""
+    """Note the coverage; the bundle goes live where enough users have tokens. Returns what to
+    tell.
+    """
     catalogue = Catalogue(settings.catalogue_url)
     assert isinstance(plan.options, ResolvedOptions)
     options, said = plan.options, []
@@ -247,7 +286,9 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
                 f"{counts.get('corrected', 0):,} users' past was corrected: summarised anew; "
                 f"{counts.get('tombstones', 0):,} users are gone: tombstones"
             )
-    built = {row.fingerprint: row for row in catalogue.token_versions(plan.dataset)}.get(options.version)
+    built = {row.fingerprint: row for row in catalogue.token_versions(plan.dataset)}.get(
+        options.version
+    )
     if built is None:
         return []
     said.append(
@@ -281,7 +322,11 @@ def resolve(settings: Settings, options: Options) -> Options:
     assert isinstance(options, TokenOptions)
     catalogue, name = Catalogue(settings.catalogue_url), options.bundle
     try:
-        row = catalogue.bundle(settings.dataset, name) if name else catalogue.live_bundle(settings.dataset)
+        row = (
+            catalogue.bundle(settings.dataset, name)
+            if name
+            else catalogue.live_bundle(settings.dataset)
+        )
     except LookupError as error:
         raise OptionsError(str(error)) from error
     tokens = read_manifest(settings.path(row.path))["tokens"]

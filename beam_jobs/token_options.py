@@ -1,4 +1,6 @@
-"""What a run of `summary_tokens` knows beyond what it was asked for: which bundle, which tokens, which names."""
+"""What a run of `summary_tokens` knows beyond what it was asked for: which bundle, which tokens,
+which names.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class PreparedOptions(ResolvedOptions):
 
     Args:
         path: of the bundle.
-        versions: how each version in the manifest was begun: kind, snapshots, code, and the runs' `as_of` so far.
+        versions: how each version in the manifest was begun: kind, snapshots, code, and the runs'
+            `as_of` so far.
         run_number: of the run, in the names of its parts.
         log_parts: parts of the history log.
         earlier_as_of: instants at which earlier runs of this version ended, microseconds.

@@ -1,13 +1,15 @@
-"""Job `training_examples`: events and item statistics → requests with candidates, labels and their period.
+"""Job `training_examples`: events and item statistics → requests with candidates, labels and their
+period.
 
-Which events are asked about together is the dataset's to say (`assign_requests`). Where a dataset has no explicit
-negatives, they are drawn from the items on offer: half by popularity to date, half uniformly, without repeats and never
-a positive. The draw is seeded by request, so it does not depend on partitions or order.
+Which events are asked about together is the dataset's to say (`assign_requests`). Where a dataset
+has no explicit negatives, they are drawn from the items on offer: half by popularity to date, half
+uniformly, without repeats and never a positive. The draw is seeded by request, so it does not
+depend on partitions or order.
 
-On offer are the items that are known by the request's time: by a row of `item_profile`, or by statistics. Were negatives
-drawn from items with statistics alone, which an item has from the midnight after its first event on, every candidate
-without any would be a positive, and a model would rank whatever it does not know first. Nothing that becomes known later
-has a part in it.
+On offer are the items that are known by the request's time: by a row of `item_profile`, or by
+statistics. Were negatives drawn from items with statistics alone, which an item has from the
+midnight after its first event on, every candidate without any would be a positive, and a model
+would rank whatever it does not know first. Nothing that becomes known later has a part in it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class ItemPool:
     Args:
         items: all of them, sorted.
         stats: rows of `item_stats`.
-        profiles: rows of `item_profile`; the first says since when an item is known that has no statistics yet.
+        profiles: rows of `item_profile`; the first says since when an item is known that has no
+            statistics yet.
     """
 
     def __init__(self, items: pa.Array, stats: pa.Table, profiles: pa.Table, item_key: str) -> None:
@@ -80,7 +83,9 @@ class ItemPool:
             self.offered = np.flatnonzero(self._offered_from <= time)
 
     def draw(self, rng: np.random.Generator, positives: np.ndarray, number: int) -> np.ndarray:
-        """Distinct items on offer that are no positives: half by popularity, half uniform; fewer where fewer are left."""
+        """Distinct items on offer that are no positives: half by popularity, half uniform; fewer
+        where fewer are left.
+        """
         taken = self._taken
         taken[positives] = True
         number = min(number, int((~taken[self.offered]).sum()))
@@ -91,7 +96,9 @@ class ItemPool:
                 rounds += 1
                 size = 2 * missing + 8
                 if by_popularity and rounds <= POPULARITY_ROUNDS and len(self.known):
-                    at = np.searchsorted(self.cumulative, rng.integers(0, self.cumulative[-1], size), side="right")
+                    at = np.searchsorted(
+                        self.cumulative, rng.integers(0, self.cumulative[-1], size), side="right"
+                    )
                     drawn = self.known[at]
                 else:
                     drawn = self.offered[rng.integers(0, len(self.offered), size)]
@@ -130,27 +137,48 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of users: their requests, candidates and labels."""
     assert isinstance(plan.options, ExampleOptions)
     rows, counts = example_rows(plan.dataset, events, item_tables(plan), plan.options.seed)
-    yield Built("training_examples", f"part-{key[1]:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
+    yield Built(
+        "training_examples",
+        f"part-{key[1]:05d}.parquet",
+        parquet_bytes(rows),
+        rows.num_rows,
+        counts,
+    )
 
 
-def example_rows(dataset_name: str, events: pa.Table, tables: ItemTables, seed: int) -> tuple[pa.Table, dict[str, int]]:
+def example_rows(
+    dataset_name: str, events: pa.Table, tables: ItemTables, seed: int
+) -> tuple[pa.Table, dict[str, int]]:
     """Training examples of whole users, sorted by user and request; and counts.
 
     Raises:
-        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol fixes.
+        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol
+            fixes.
     """
     contract = datasets.load_contract(dataset_name)
     item_key = contract.item.join_key
     events = sort_by_key_and_time(events, contract.user.join_key)
-    known = [*tables.stats[item_key].chunks, *tables.profiles[item_key].chunks, *events[item_key].chunks]
+    known = [
+        *tables.stats[item_key].chunks,
+        *tables.profiles[item_key].chunks,
+        *events[item_key].chunks,
+    ]
     items = pc.unique(pa.chunked_array(known)).sort()
     asked = asked_of(dataset_name, events, items)
-    drawn = draw_candidates(asked, ItemPool(items, tables.stats, tables.profiles, item_key), contract, seed)
-    counts = {f"requests_{name}": int((asked.period == number).sum()) for number, name in enumerate(PERIODS)}
+    drawn = draw_candidates(
+        asked, ItemPool(items, tables.stats, tables.profiles, item_key), contract, seed
+    )
+    counts = {
+        f"requests_{name}": int((asked.period == number).sum())
+        for number, name in enumerate(PERIODS)
+    }
     counts |= {"positives": int(asked.label.sum()), "events": events.num_rows}
     counts |= {"repeats_in_requests": asked.repeats, "requests_short_of_negatives": drawn.short}
     if len(asked):
-        counts |= {"max_request_micros": int(asked.times.max()), "min_request_micros": int(asked.times.min())}
+        counts |= {
+            "max_request_micros": int(asked.times.max()),
+            "min_request_micros": int(asked.times.min()),
+        }
     return as_rows(contract, asked, drawn, items), counts
 
 
@@ -163,7 +191,8 @@ class Asked:
         ordinal: running number of each request within its user, from 0.
         times: microseconds.
         period: index into `PERIODS`.
-        item, label: of each item asked about; those of request r are `[first[r], last[r])`, each item once.
+        item, label: of each item asked about; those of request r are `[first[r], last[r])`, each
+            item once.
         repeats: further events of an item in one request, which were left out.
     """
 
@@ -217,7 +246,9 @@ def asked_of(dataset_name: str, events: pa.Table, items: pa.Array) -> Asked:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Candidates of each request, shuffled, with their labels; and how many training requests got too few negatives."""
+    """Candidates of each request, shuffled, with their labels; and how many training requests got
+    too few negatives.
+    """
 
     candidates: list[np.ndarray]
     labels: list[np.ndarray]
@@ -228,7 +259,8 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
     """The items of each request, and negatives beside them.
 
     Raises:
-        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol fixes.
+        NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol
+            fixes.
     """
     rules, seeds, short = contract.spec.requests, hash_keys(asked.users), 0
     candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
@@ -238,8 +270,11 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
         own_label = asked.label[asked.first[index] : asked.last[index]]
         evaluated, time = bool(asked.period[index]), int(asked.times[index])
         positives = int(own_label.sum())
-        wanted = rules.eval_negatives if evaluated else rules.train_negatives_per_positive * positives
-        # Of the request alone, so that neither partitions nor the order of requests change its draw.
+        wanted = (
+            rules.eval_negatives if evaluated else rules.train_negatives_per_positive * positives
+        )
+        # Of the request alone, so that neither partitions nor the order of requests change its
+        # draw.
         rng = np.random.default_rng([seed, int(seeds[index]), time, int(asked.ordinal[index])])
         pool.advance(time)
         negatives = pool.draw(rng, own, wanted) if wanted else own[:0]

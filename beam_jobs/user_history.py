@@ -1,4 +1,6 @@
-"""Job `user_history`: events → history log, user statistics, and the newest events of each user for the online store."""
+"""Job `user_history`: events → history log, user statistics, and the newest events of each user for
+the online store.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
 
 
 def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
-    """A row for each user and distinct event time: what the events up to it come to, known just after it.
+    """A row for each user and distinct event time: what the events up to it come to, known just
+    after it.
 
     Args:
         events: sorted by user and time.
@@ -57,7 +60,9 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
     number, total = to_date(primary), Exact(to_date(values.high), to_date(values.low)).floats()
     mean = np.where(number > 0, total / np.maximum(number, 1), np.nan)
     columns = history.event_columns(contract, events)
-    digests = history.event_digests(hash_keys(events[contract.item.join_key]), columns, np.arange(len(user)) - first)
+    digests = history.event_digests(
+        hash_keys(events[contract.item.join_key]), columns, np.arange(len(user)) - first
+    )
     known = from_micros(time[at] + 1)
     return pa.table(
         [
@@ -75,7 +80,8 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
 
 
 def packed_rows(contract: Contract, events: pa.Table) -> pa.Table:
-    """Each user's newest events, as many as are kept online, packed, stamped just after the last of them.
+    """Each user's newest events, as many as are kept online, packed, stamped just after the last of
+    them.
 
     Args:
         events: sorted by user and time.
@@ -87,12 +93,17 @@ def packed_rows(contract: Contract, events: pa.Table) -> pa.Table:
     columns = events.select([c.name for c in contract.history_columns])
     ids = user.take(pa.array(starts))
     packed = [
-        history.pack(contract, user_id, columns.slice(max(start, end - length), end - max(start, end - length)))
+        history.pack(
+            contract,
+            user_id,
+            columns.slice(max(start, end - length), end - max(start, end - length)),
+        )
         for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
     ]
     known = from_micros(time[ends - 1] + 1)
     return pa.table(
-        [ids, pa.array(packed, pa.binary()), known, known], schema=arrow_schema(contract.table("user_history"))
+        [ids, pa.array(packed, pa.binary()), known, known],
+        schema=arrow_schema(contract.table("user_history")),
     )
 
 

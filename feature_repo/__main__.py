@@ -24,7 +24,9 @@ app = cli.app(
 
 @app.command
 def check() -> None:
-    """Whether the dataset in force can be what its module declares: names, types, limits, functions."""
+    """Whether the dataset in force can be what its module declares: names, types, limits,
+    functions.
+    """
     from feature_repo import datasets
 
     settings = Settings.from_env()
@@ -37,12 +39,21 @@ def check() -> None:
 
 @app.command
 def apply() -> None:
-    """`feast apply` for the dataset in force; skipped when nothing changed and the online store has its tables."""
+    """`feast apply` for the dataset in force; skipped when nothing changed and the online store has
+    its tables.
+    """
     from rich.console import Console
 
     from feature_repo import datasets
     from feature_repo.catalogue import Catalogue
-    from feature_repo.store import REGISTRY, feast_apply, local_file, missing_tables, store_digest, yaml_path
+    from feature_repo.store import (
+        REGISTRY,
+        feast_apply,
+        local_file,
+        missing_tables,
+        store_digest,
+        yaml_path,
+    )
 
     settings = Settings.from_env()
     contract = datasets.load_contract(settings.dataset)
@@ -50,21 +61,33 @@ def apply() -> None:
     content = hashlib.sha256(contract.fingerprint.encode())
     for file in definition_files():
         content.update(file.name.encode() + file.read_bytes())
-    content.update(f"{store_digest(settings)} {settings.home}".encode())  # Feast's sources hold absolute paths
+    content.update(
+        f"{store_digest(settings)} {settings.home}".encode()
+    )  # Feast's sources hold absolute paths
     inputs = content.hexdigest()
     served = [table.name for table in contract.views if table.name != "token_rows"]
-    if not missing_tables(settings, served) and catalogue.is_current(settings.dataset, "apply", inputs):
+    if not missing_tables(settings, served) and catalogue.is_current(
+        settings.dataset, "apply", inputs
+    ):
         print("feast apply: up to date")
         return
-    with catalogue.stage(settings.dataset, "apply", inputs), Console(stderr=True).status("feast apply"):
+    with (
+        catalogue.stage(settings.dataset, "apply", inputs),
+        Console(stderr=True).status("feast apply"),
+    ):
         _forget_foreign_registry(settings)
         printed = feast_apply(settings)
     log = settings.path("feast_apply.log")
     log.write_text(printed)
     changes = re.findall(r"^(Created|Updated|Deleted) ", printed, re.MULTILINE)
-    said = ", ".join(f"{changes.count(kind)} {kind.lower()}" for kind in dict.fromkeys(changes)) or "nothing changed"
+    said = (
+        ", ".join(f"{changes.count(kind)} {kind.lower()}" for kind in dict.fromkeys(changes))
+        or "nothing changed"
+    )
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
-    print(f"feast apply: registered {settings.dataset} with {shown}: {said}; what Feast said is in {log}")
+    print(
+        f"feast apply: registered {settings.dataset} with {shown}: {said}; what Feast said is in {log}"
+    )
     assert settings.profile == "production" or local_file(settings, REGISTRY).exists()
 
 
@@ -72,16 +95,24 @@ def definition_files() -> list[Path]:
     """Files that `feast apply` imports: ours, and any that a person has put beside it."""
     from feature_repo.store import REPO
 
-    ignored = {line for line in (REPO / ".feastignore").read_text().splitlines() if line and not line.startswith("#")}
+    ignored = {
+        line
+        for line in (REPO / ".feastignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
     return sorted(file for file in REPO.glob("*.py") if file.name not in ignored)
 
 
 def _forget_foreign_registry(settings: Settings) -> None:
-    """Drop a registry that came with a copied home: from it, Feast would drop the online tables of the original."""
+    """Drop a registry that came with a copied home: from it, Feast would drop the online tables of
+    the original.
+    """
     from feature_repo.store import REGISTRY, local_file, tables_elsewhere
 
     if settings.profile == "local" and (elsewhere := tables_elsewhere(settings)):
-        print(f"feast apply: the registry was copied from a home with tables in {elsewhere[0]}; it is made anew here")
+        print(
+            f"feast apply: the registry was copied from a home with tables in {elsewhere[0]}; it is made anew here"
+        )
         local_file(settings, REGISTRY).unlink()
 
 
@@ -113,7 +144,10 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
     except LookupError:
         live = None
     for row in catalogue.token_versions(dataset):
-        state = "live" if row.fingerprint == live else "no longer needed" if row.fingerprint in old else "kept"
+        if row.fingerprint == live:
+            state = "live"
+        else:
+            state = "no longer needed" if row.fingerprint in old else "kept"
         size = f"{row.num_tokens} × {row.width}"
         print(
             f"{row.fingerprint}  {row.recipe}, {size}, {row.covered:,} of {row.users:,} users ({row.coverage:.1%}), {state}"
@@ -157,7 +191,9 @@ def dictionary() -> None:
     console = Console()
     console.print(f"{contract.spec.title}, contract {contract.fingerprint}")
     for table in contract.tables:
-        shown = RichTable(title=f"{table.name}: {table.doc}", title_justify="left", show_header=True)
+        shown = RichTable(
+            title=f"{table.name}: {table.doc}", title_justify="left", show_header=True
+        )
         for heading in ("column", "type", "unit", "meaning"):
             shown.add_column(heading)
         for column in table.all_columns:

@@ -14,7 +14,8 @@ from feature_repo.schema import Contract, DType, Table
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROS = 1_000_000  # of a second
-# No row that we build is of another time: what lies beyond is a time that was read in the wrong unit.
+# No row that we build is of another time: what lies beyond is a time that was read in the wrong
+# unit.
 LATEST = 4_102_444_800 * MICROS  # 2100-01-01
 
 _TYPES: dict[DType, pa.DataType] = {
@@ -37,8 +38,8 @@ def arrow_type(dtype: DType) -> pa.DataType:
 def arrow_schema(table: Table) -> pa.Schema:
     """Arrow schema of a table, columns in contract order.
 
-    Every field may be null here: what a column may hold is for `limits.py` to check, row by row, and not for a writer,
-    which could only refuse the whole table.
+    Every field may be null here: what a column may hold is for `limits.py` to check, row by row,
+    and not for a writer, which could only refuse the whole table.
     """
     return pa.schema([pa.field(c.name, arrow_type(c.dtype)) for c in table.all_columns])
 
@@ -82,7 +83,10 @@ def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
         hashed = keys.to_numpy(zero_copy_only=False).astype(np.uint64)
     else:
         encoded = keys.dictionary_encode()
-        crc = np.array([zlib.crc32(str(value).encode()) for value in encoded.dictionary.to_pylist()], dtype=np.uint64)
+        crc = np.array(
+            [zlib.crc32(str(value).encode()) for value in encoded.dictionary.to_pylist()],
+            dtype=np.uint64,
+        )
         hashed = crc[encoded.indices.to_numpy()] if len(crc) else np.zeros(0, np.uint64)
     with np.errstate(over="ignore"):
         mixed = (hashed ^ (hashed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)

@@ -1,4 +1,6 @@
-"""The catalogue: what ran, which bundles exist, which one is live. SQLAlchemy; SQLite by default, PostgreSQL works."""
+"""The catalogue: what ran, which bundles exist, which one is live. SQLAlchemy; SQLite by default,
+PostgreSQL works.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ class AcceptedTokens(Base):
 
 
 class BundleNote(Base):
-    """How a bundle compared when it was exported: on which test requests, and what holds it back from going live."""
+    """How a bundle compared when it was exported: on which test requests, and what holds it back
+    from going live.
+    """
 
     __tablename__ = "bundle_notes"
     digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"), primary_key=True)
@@ -131,7 +135,11 @@ class Catalogue:
 
     def __init__(self, url: str) -> None:
         parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
+        if (
+            parsed.get_backend_name() == "sqlite"
+            and parsed.database
+            and parsed.database != ":memory:"
+        ):
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         self.engine = create_engine(url)
         Base.metadata.create_all(self.engine)
@@ -145,7 +153,9 @@ class Catalogue:
             return
         with Session(self.engine) as session, session.begin():
             session.execute(
-                delete(StageRun).where(StageRun.dataset == dataset, StageRun.stage == stage, StageRun.inputs == inputs)
+                delete(StageRun).where(
+                    StageRun.dataset == dataset, StageRun.stage == stage, StageRun.inputs == inputs
+                )
             )
             duration = time.perf_counter() - clock
             session.add(
@@ -231,7 +241,9 @@ class Catalogue:
         """
         with Session(self.engine) as session:
             row = session.scalars(
-                select(BundleRow).join(Live, Live.digest == BundleRow.digest).where(Live.dataset == dataset)
+                select(BundleRow)
+                .join(Live, Live.digest == BundleRow.digest)
+                .where(Live.dataset == dataset)
             ).first()
         if row is None:
             raise NoLiveBundleError(
@@ -253,7 +265,9 @@ class Catalogue:
             NotRecordedError: none was.
         """
         with Session(self.engine) as session:
-            query = select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id.desc())
+            query = (
+                select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id.desc())
+            )
             log = [row.digest for row in session.scalars(query)]
             for digest in log[1:]:
                 row = session.get(BundleRow, digest)
@@ -262,7 +276,9 @@ class Catalogue:
         raise NotRecordedError(f"no bundle of {dataset!r} was live before the present one")
 
     def note_comparison(self, digest: str, test: str, held_back: str) -> None:
-        """Note on which test requests a bundle was measured, and what holds it back; empty: nothing."""
+        """Note on which test requests a bundle was measured, and what holds it back; empty:
+        nothing.
+        """
         with Session(self.engine) as session, session.begin():
             session.merge(BundleNote(digest=digest, test=test, held_back=held_back[:2048]))
 
@@ -284,7 +300,9 @@ class Catalogue:
         with Session(self.engine) as session:
             return list(
                 session.scalars(
-                    select(BundleRow).where(BundleRow.dataset == dataset).order_by(BundleRow.created_at.desc())
+                    select(BundleRow)
+                    .where(BundleRow.dataset == dataset)
+                    .order_by(BundleRow.created_at.desc())
                 )
             )
 
@@ -295,7 +313,11 @@ class Catalogue:
             NotRecordedError: there is none.
         """
         for row in self.bundles(dataset):
-            if row.recipe == name or row.digest.startswith(name) or f"{row.recipe}@{row.digest[:12]}" == name:
+            if (
+                row.recipe == name
+                or row.digest.startswith(name)
+                or f"{row.recipe}@{row.digest[:12]}" == name
+            ):
                 return row
         raise NotRecordedError(
             f"no bundle {name!r} of dataset {dataset!r} in the catalogue: run `python -m modeling train`, `evaluate` and `export`"
@@ -308,7 +330,14 @@ class Catalogue:
             return None if row is None else row.fingerprint
 
     def record_tokens(
-        self, *, fingerprint: str, dataset: str, recipe: str, users: int, covered: int, shape: tuple[int, int]
+        self,
+        *,
+        fingerprint: str,
+        dataset: str,
+        recipe: str,
+        users: int,
+        covered: int,
+        shape: tuple[int, int],
     ) -> None:
         """Note that tokens of a version were built, and for how many users."""
         with Session(self.engine) as session, session.begin():
@@ -348,26 +377,38 @@ class Catalogue:
         """Drop a token version from the catalogue."""
         with Session(self.engine) as session, session.begin():
             session.execute(
-                delete(TokenVersion).where(TokenVersion.dataset == dataset, TokenVersion.fingerprint == fingerprint)
+                delete(TokenVersion).where(
+                    TokenVersion.dataset == dataset, TokenVersion.fingerprint == fingerprint
+                )
             )
 
-    def retirable_tokens(self, dataset: str, longest_life: timedelta, now: datetime | None = None) -> list[str]:
+    def retirable_tokens(
+        self, dataset: str, longest_life: timedelta, now: datetime | None = None
+    ) -> list[str]:
         """Token versions that no server can still need.
 
-        A version is needed where it was built less than `longest_life` ago, and by a bundle that accepts it and is live,
-        was live less than that ago, or was exported less than that ago and may yet go live.
+        A version is needed where it was built less than `longest_life` ago, and by a bundle that
+        accepts it and is live, was live less than that ago, or was exported less than that ago and
+        may yet go live.
         """
         limit = (now or datetime.now(UTC)) - longest_life
         with Session(self.engine) as session:
-            log = session.scalars(select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id)).all()
+            log = session.scalars(
+                select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id)
+            ).all()
             ended = {row.digest: _utc(after.since) for row, after in itertools.pairwise(log)}
             if log:
                 ended[log[-1].digest] = datetime.max.replace(tzinfo=UTC)
-            query = select(AcceptedTokens, BundleRow).join(BundleRow, BundleRow.digest == AcceptedTokens.digest)
+            query = select(AcceptedTokens, BundleRow).join(
+                BundleRow, BundleRow.digest == AcceptedTokens.digest
+            )
             needed = {
                 accepted.fingerprint
-                for accepted, bundle in session.execute(query.where(BundleRow.dataset == dataset)).all()
-                if max(ended.get(bundle.digest, _utc(bundle.created_at)), _utc(bundle.created_at)) > limit
+                for accepted, bundle in session.execute(
+                    query.where(BundleRow.dataset == dataset)
+                ).all()
+                if max(ended.get(bundle.digest, _utc(bundle.created_at)), _utc(bundle.created_at))
+                > limit
             }
         return [
             row.fingerprint

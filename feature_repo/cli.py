@@ -1,4 +1,6 @@
-"""What all rooms' command lines share: how an app is made, how errors end a command, and how tables fit a terminal."""
+"""What all rooms' command lines share: how an app is made, how errors end a command, and how tables
+fit a terminal.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ def _spelling() -> Any:
 
 
 def run(command: Callable[[], Any]) -> int:
-    """Run a command line to its exit code: 0 done, 1 refused with a reason, 2 called wrongly, 130 interrupted.
+    """Run a command line to its exit code: 0 done, 1 refused with a reason, 2 called wrongly, 130
+    interrupted.
 
-    An `ExpectedError` becomes one line. Any other error is a fault of ours, and its traceback is shown.
+    An `ExpectedError` becomes one line. Any other error is a fault of ours, and its traceback is
+    shown.
     """
     from cyclopts import CycloptsError
 
@@ -60,7 +64,9 @@ def run(command: Callable[[], Any]) -> int:
         complain(error)
         return 2
     except KeyboardInterrupt:
-        complain("interrupted; what was not finished is not visible, and the same command goes on from there")
+        complain(
+            "interrupted; what was not finished is not visible, and the same command goes on from there"
+        )
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,10 +74,14 @@ def run(command: Callable[[], Any]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        complain(f"the disk is full{f', writing {error.filename}' if error.filename else ''}: nothing was published")
+        complain(
+            f"the disk is full{f', writing {error.filename}' if error.filename else ''}: nothing was published"
+        )
         return 1
 
 
 def complain(error: object) -> None:
     """A line about what went wrong, on standard error's terminal or in its file."""
-    Console(stderr=True, soft_wrap=True).print(str(error), style="red", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(
+        str(error), style="red", highlight=False, markup=False
+    )

@@ -1,7 +1,8 @@
-"""Digests of our own code: what made a run is part of its name, so that nothing made by other code is taken for it.
+"""Digests of our own code: what made a run is part of its name, so that nothing made by other code
+is taken for it.
 
-A module stands for itself and for all of ours that it imports, however deep. Comments, docstrings and layout do not
-count; what only talks to people does not either.
+A module stands for itself and for all of ours that it imports, however deep. Comments, docstrings
+and layout do not count; what only talks to people does not either.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from pathlib import Path
 from feature_repo.settings import CHECKOUT
 
 ROOMS = ("feature_repo", "beam_jobs", "modeling", "serving")
-TALK = {"feature_repo.cli", "feature_repo.errors", "feature_repo.settings", "modeling.console", "modeling.report"}
+TALK = {
+    "feature_repo.cli",
+    "feature_repo.errors",
+    "feature_repo.settings",
+    "modeling.console",
+    "modeling.report",
+}
 
 
 def code_digest(*modules: str) -> str:
@@ -71,15 +78,17 @@ def _imports(module: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return tuple(sorted(n for n in names if n.split(".")[0] in ROOMS and "." in n and _file(n) is not None))
+    return tuple(
+        sorted(n for n in names if n.split(".")[0] in ROOMS and "." in n and _file(n) is not None)
+    )
 
 
 @cache
 def _digest(module: str) -> str:
     tree = _tree(module)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
-            node, clean=False
-        ):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

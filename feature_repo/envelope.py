@@ -3,9 +3,10 @@
     magic "MTOK" 4 | layout u8 | kind u8 | flags u16 | tokens u16 | width u16 | token fingerprint 16
     | as_of i64 µs | computed_at i64 µs | events u64 | digest i64 | payload | crc32 u32
 
-The checksum is seeded with the user's key, so another user's tokens under this key are noticed as well. Kinds of
-payload: fp32, fp16, and int8 with a scale for each token (symmetric, rounded to nearest; scales are fp16 and come first).
-A tombstone says that the user has no tokens any more; its payload is empty.
+The checksum is seeded with the user's key, so another user's tokens under this key are noticed as
+well. Kinds of payload: fp32, fp16, and int8 with a scale for each token (symmetric, rounded to
+nearest; scales are fp16 and come first). A tombstone says that the user has no tokens any more; its
+payload is empty.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _LARGEST = 127  # of an int8, so that a token and its negative are stored alike
 
 
 class EnvelopeError(ValueError):
-    """Bytes are no envelope of this user, or tokens cannot be stored as asked; the message says what differs."""
+    """Bytes are no envelope of this user, or tokens cannot be stored as asked; the message says
+    what differs.
+    """
 
 
 class LayoutError(EnvelopeError):
@@ -41,12 +44,14 @@ class Envelope:
     """Summary tokens and their identity.
 
     Args:
-        fingerprint: of the stage 1 that made them, 32 hexadecimal digits; tokens of another are never scored.
+        fingerprint: of the stage 1 that made them, 32 hexadecimal digits; tokens of another are
+            never scored.
         as_of: events up to this time are in them, microseconds.
         computed_at: when they were made, microseconds.
         num_events: events behind them.
         tokens_SD: float32; None in a tombstone.
-        digest: of those events (`history.event_digests`): the same number of events with another digest is another past.
+        digest: of those events (`history.event_digests`): the same number of events with another
+            digest is another past.
     """
 
     fingerprint: str
@@ -66,7 +71,8 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
     """The bytes to store under the user's key.
 
     Raises:
-        EnvelopeError: tokens that are no finite S × D array, or that fp16 cannot hold; a fingerprint of another length.
+        EnvelopeError: tokens that are no finite S × D array, or that fp16 cannot hold; a
+            fingerprint of another length.
     """
     if kind not in KINDS:
         raise EnvelopeError(f"no kind of payload {kind!r}; there are {KINDS}")
@@ -75,12 +81,16 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
     except ValueError:
         fingerprint = b""
     if len(fingerprint) != 16:
-        raise EnvelopeError(f"a token fingerprint has 32 hexadecimal digits, got {envelope.fingerprint!r}")
+        raise EnvelopeError(
+            f"a token fingerprint has 32 hexadecimal digits, got {envelope.fingerprint!r}"
+        )
     tokens = envelope.tokens_SD
     shape, payload = (0, 0), b""
     if tokens is not None:
         if tokens.ndim != 2 or not all(0 < size < 1 << 16 for size in tokens.shape):
-            raise EnvelopeError(f"tokens are an S × D array with sizes from 1 to 65,535, got shape {tokens.shape}")
+            raise EnvelopeError(
+                f"tokens are an S × D array with sizes from 1 to 65,535, got shape {tokens.shape}"
+            )
         if not np.isfinite(tokens).all():
             raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
         shape, payload = tokens.shape, _payload(tokens.astype(np.float32), kind, user_id)
@@ -108,22 +118,30 @@ def from_bytes(data: bytes, user_id: int | str) -> Envelope:
         EnvelopeError: damaged, truncated, no envelope at all, or stored for another user.
     """
     if data[:4] != MAGIC:
-        raise EnvelopeError(f"tokens of user {user_id!r} start with {data[:4]!r}, expected {MAGIC!r}: no envelope")
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} start with {data[:4]!r}, expected {MAGIC!r}: no envelope"
+        )
     if len(data) > 4 and data[4] != LAYOUT:
         raise LayoutError(
             f"tokens of user {user_id!r} have layout {data[4]}, this version reads {LAYOUT}: update it, or build tokens anew"
         )
     if len(data) < _HEADER.size + _CRC.size:
-        raise EnvelopeError(f"tokens of user {user_id!r} have {len(data)} bytes: too short to be an envelope")
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} have {len(data)} bytes: too short to be an envelope"
+        )
     body, (stored,) = data[: -_CRC.size], _CRC.unpack(data[-_CRC.size :])
     if checksum(user_id, body) != stored:
         raise EnvelopeError(
             f"tokens of user {user_id!r} are damaged, or were stored for another user: checksum differs"
         )
-    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events, digest = _HEADER.unpack_from(body)
+    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events, digest = (
+        _HEADER.unpack_from(body)
+    )
     payload, tokens = body[_HEADER.size :], None
     if kind >= len(KINDS) or flags & ~_TOMBSTONE:
-        raise EnvelopeError(f"tokens of user {user_id!r} have kind {kind} and flags {flags}, which no version wrote")
+        raise EnvelopeError(
+            f"tokens of user {user_id!r} have kind {kind} and flags {flags}, which no version wrote"
+        )
     if not flags & _TOMBSTONE:
         tokens = _tokens(payload, KINDS[kind], number, width, user_id)
     elif payload:
@@ -148,7 +166,9 @@ def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:
 
 
 def _tokens(payload: bytes, kind: Kind, number: int, width: int, user_id: int | str) -> np.ndarray:
-    size = {"fp32": 4 * number * width, "fp16": 2 * number * width, "int8": number * (2 + width)}[kind]
+    size = {"fp32": 4 * number * width, "fp16": 2 * number * width, "int8": number * (2 + width)}[
+        kind
+    ]
     if len(payload) != size or not size:
         raise EnvelopeError(
             f"tokens of user {user_id!r} have {len(payload)} bytes; {number} × {width} of {kind} take {size}"
@@ -158,7 +178,11 @@ def _tokens(payload: bytes, kind: Kind, number: int, width: int, user_id: int | 
         steps = np.frombuffer(payload, np.int8, offset=2 * number).reshape(number, width)
         tokens = steps * scale[:, None]
     else:
-        tokens = np.frombuffer(payload, "<f4" if kind == "fp32" else "<f2").reshape(number, width).astype(np.float32)
+        tokens = (
+            np.frombuffer(payload, "<f4" if kind == "fp32" else "<f2")
+            .reshape(number, width)
+            .astype(np.float32)
+        )
     if not np.isfinite(tokens).all():
         raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
     return tokens

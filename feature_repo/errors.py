@@ -1,4 +1,5 @@
-"""Errors that a person can mend. Commands print one as a line; anything else is a fault of ours and shows its traceback.
+"""Errors that a person can mend. Commands print one as a line; anything else is a fault of ours and
+shows its traceback.
 
 ExpectedError                     exit code 1
 ├── UsageError                    exit code 2: options that do not exist, or values that they do not take
@@ -16,7 +17,8 @@ ExpectedError                     exit code 1
 ├── token_log.TokenLogError
 └── online_tokens.CannotRemoveError
 
-Decoders of stored bytes have errors of their own (`history.HistoryError`, `envelope.EnvelopeError`): readers catch them.
+Decoders of stored bytes have errors of their own (`history.HistoryError`,
+`envelope.EnvelopeError`): readers catch them.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from collections.abc import Iterable
 
 
 class ExpectedError(Exception):
-    """Base of all errors that a person can mend; the message says what was expected, what came, and what to do."""
+    """Base of all errors that a person can mend; the message says what was expected, what came, and
+    what to do.
+    """
 
     exit_code = 1
 
 
 class UsageError(ExpectedError, ValueError):
-    """A command was given an option that it does not have, or a value that the option does not take."""
+    """A command was given an option that it does not have, or a value that the option does not
+    take.
+    """
 
     exit_code = 2
 
@@ -42,11 +48,14 @@ class SettingsError(ExpectedError, ValueError):
 
 
 class DeclarationError(ExpectedError, ValueError):
-    """A dataset module declares what cannot be; the message names each field, what it holds and what is possible."""
+    """A dataset module declares what cannot be; the message names each field, what it holds and
+    what is possible.
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the name that was probably meant, as the end of a message; empty where none is near.
+    """A hint at the name that was probably meant, as the end of a message; empty where none is
+    near.
 
     >>> nearest("max_bad_fractoin", ["max_bad_fraction", "seed"])
     '; did you mean max_bad_fraction?'

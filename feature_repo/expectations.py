@@ -1,7 +1,9 @@
-"""Great Expectations suites, derived from the contract, and the gate that stops a run before anything is published.
+"""Great Expectations suites, derived from the contract, and the gate that stops a run before
+anything is published.
 
-Three gates: raw tables, built tables, training set. Each sees whole batches of rows, never single rows in a hot path,
-writes Data Docs, and raises `GateError` when more than the allowed fraction of rows is bad.
+Three gates: raw tables, built tables, training set. Each sees whole batches of rows, never single
+rows in a hot path, writes Data Docs, and raises `GateError` when more than the allowed fraction of
+rows is bad.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a gate: rows seen, rows with at least one failure, findings, and where the Data Docs are."""
+    """The outcome of a gate: rows seen, rows with at least one failure, findings, and where the
+    Data Docs are.
+    """
 
     suite: str
     rows: int
@@ -55,7 +59,9 @@ class Verdict:
         return self.bad_rows / self.rows if self.rows else 0.0
 
 
-def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *, suite: str | None = None) -> Verdict:
+def check(
+    table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *, suite: str | None = None
+) -> Verdict:
     """Validate a table, batch by batch, and write Data Docs.
 
     Args:
@@ -66,14 +72,20 @@ def check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, *,
     """
     Path(docs_folder).mkdir(parents=True, exist_ok=True)
     with open(Path(docs_folder, ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a project is files; a run that comes meanwhile waits for its turn
+        fcntl.flock(
+            file, fcntl.LOCK_EX
+        )  # a project is files; a run that comes meanwhile waits for its turn
         return _check(table, batches, docs_folder, suite or table.name)
 
 
-def _check(table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, name: str) -> Verdict:
+def _check(
+    table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, name: str
+) -> Verdict:
     gx, context = _context(docs_folder)
     expectations = expectations_of(table)
-    context.suites.add_or_update(gx.ExpectationSuite(name=name, expectations=[e for e, _ in expectations]))
+    context.suites.add_or_update(
+        gx.ExpectationSuite(name=name, expectations=[e for e, _ in expectations])
+    )
     definition = _definition(gx, context, name)
 
     merged: dict[tuple[str, str], Finding] = {}
@@ -116,8 +128,8 @@ def gate(
     """`check`, and stop when too many rows are bad.
 
     Raises:
-        GateError: names suite, column, expectation, observed value and three offending rows; also where an
-            expectation cannot run, as on a column that is missing.
+        GateError: names suite, column, expectation, observed value and three offending rows; also
+            where an expectation cannot run, as on a column that is missing.
     """
     verdict = check(table, batches, docs_folder, suite=suite)
     if verdict.bad_fraction > max_bad_fraction:
@@ -147,9 +159,16 @@ def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
             bounds = {"min_value": column.minimum, "max_value": column.maximum}
             found.append((gxe.ExpectColumnValuesToBeBetween(column=name, **bounds), column))
         if column.values is not None:
-            found.append((gxe.ExpectColumnValuesToBeInSet(column=name, value_set=list(column.values)), column))
+            found.append(
+                (
+                    gxe.ExpectColumnValuesToBeInSet(column=name, value_set=list(column.values)),
+                    column,
+                )
+            )
         if column.pattern is not None:
-            found.append((gxe.ExpectColumnValuesToMatchRegex(column=name, regex=column.pattern), column))
+            found.append(
+                (gxe.ExpectColumnValuesToMatchRegex(column=name, regex=column.pattern), column)
+            )
     if table.unique:
         unique = {"column_list": list(table.unique), "ignore_row_if": "never"}
         found.append((gxe.ExpectCompoundColumnsToBeUnique(**unique), None))
@@ -157,7 +176,9 @@ def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
 
 
 def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.Table]:
-    """Join small tables until a batch has at least `rows` rows or many bytes: a run of a suite has a fixed cost."""
+    """Join small tables until a batch has at least `rows` rows or many bytes: a run of a suite has
+    a fixed cost.
+    """
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
@@ -201,7 +222,9 @@ def _definition(gx: Any, context: Any, name: str) -> Any:
 
 def _frame(batch: pa.Table) -> Any:
     """As pandas, without columns whose values GX cannot count (bytes, lists)."""
-    plain = [f.name for f in batch.schema if not (pa.types.is_binary(f.type) or pa.types.is_list(f.type))]
+    plain = [
+        f.name for f in batch.schema if not (pa.types.is_binary(f.type) or pa.types.is_list(f.type))
+    ]
     whole = batch.select(plain).to_pandas(integer_object_nulls=True, timestamp_as_object=False)
     for name in set(batch.column_names) - set(plain):
         whole[name] = batch[name].is_valid().to_pandas().map({True: "present", False: None})
@@ -214,14 +237,20 @@ def _exceptions(outcome: Any) -> str:
     return "; ".join(str(value.get("exception_message")) for value in nested)
 
 
-def _merge(merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, index: np.ndarray) -> None:
+def _merge(
+    merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, index: np.ndarray
+) -> None:
     config = outcome.expectation_config
     column = str(config.kwargs.get("column") or config.kwargs.get("column_list"))
     previous = merged.get((column, config.type))
     bad = int(outcome.result.get("unexpected_count") or len(index))
-    rows = [{str(k): v for k, v in row.items()} for row in frame.iloc[index[:NUM_EXAMPLES]].to_dict("records")]
+    rows = [
+        {str(k): v for k, v in row.items()}
+        for row in frame.iloc[index[:NUM_EXAMPLES]].to_dict("records")
+    ]
     observed = list(outcome.result.get("partial_unexpected_list") or [])[:NUM_EXAMPLES]
     if previous:
         bad += previous.bad
-        rows, observed = (previous.rows + rows)[:NUM_EXAMPLES], (previous.observed + observed)[:NUM_EXAMPLES]
+        rows = (previous.rows + rows)[:NUM_EXAMPLES]
+        observed = (previous.observed + observed)[:NUM_EXAMPLES]
     merged[column, config.type] = Finding(column, config.type, bad, observed, rows)

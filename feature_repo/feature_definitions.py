@@ -1,6 +1,8 @@
-"""Every Feast object, derived from the contract of `MEMOIR_DATASET`: entities, sources, views, services, in that order.
+"""Every Feast object, derived from the contract of `MEMOIR_DATASET`: entities, sources, views,
+services, in that order.
 
-Feast imports this file by its bare name; nothing in the project imports it. Other rooms ask the registry by name.
+Feast imports this file by its bare name; nothing in the project imports it. Other rooms ask the
+registry by name.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ FIELD_TYPES = {
     DType.BYTES: Bytes,
 }
 KEY_TYPES = {DType.INT64: ValueType.INT64, DType.STRING: ValueType.STRING}
-NO_EXPIRY = timedelta(0)  # Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
+NO_EXPIRY = timedelta(
+    0
+)  # Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
 
 settings = Settings.from_env()
 contract = datasets.load_contract(settings.dataset)
@@ -43,7 +47,8 @@ def _entity(declared: schema.Entity) -> Entity:
 
 def _source(name: str) -> FileSource:
     table = contract.table(name)
-    # Nothing to materialize until some bundle has tokens; and an epoch comes from whoever writes online, not from a table.
+    # Nothing to materialize until some bundle has tokens; and an epoch comes from whoever writes
+    # online, not from a table.
     optional = {"optional": "true"} if table.version or not table.job else {}
     return FileSource(
         name=f"{name}_source",
@@ -100,8 +105,9 @@ summary_tokens = _view([user, token_version], summary_tokens_source)
 token_rows = _view([user, token_version], token_rows_source, online=False)
 store_epoch = _view([store_part], store_epoch_source)
 
-# A service names what a kind of ranker reads; all of ours read the same. Training joins user statistics, which say how
-# much of the history was known, and gathers late from the history log; a request reads the packed history as well.
+# A service names what a kind of ranker reads; all of ours read the same. Training joins user
+# statistics, which say how much of the history was known, and gathers late from the history log; a
+# request reads the packed history as well.
 ranking_v1 = FeatureService(
     name="ranking_v1",
     features=[user_profile, user_stats, item_profile, item_stats],
@@ -114,7 +120,8 @@ ranking_v1_online = FeatureService(
     description="what one request reads of its user",
     tags=tags,
 )
-# The same with summary tokens of the one version that a bundle names: by row number in training, as bytes online.
+# The same with summary tokens of the one version that a bundle names: by row number in training, as
+# bytes online.
 ranking_v1_tokens = FeatureService(
     name="ranking_v1_tokens",
     features=[user_profile, user_stats, item_profile, item_stats, token_rows],

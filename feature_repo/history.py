@@ -1,19 +1,23 @@
-"""Two stored forms of a user's history: the history log that training slices, and the packed history that serving reads.
+"""Two stored forms of a user's history: the history log that training slices, and the packed
+history that serving reads.
 
-**History log**: one row per user, columns are lists of events, oldest first; one Arrow IPC file per partition, read
-by memory map. Item ids are dictionary-encoded within a part. A history is the slice `[history_end - L, history_end)`
-of a user's row, where `history_end` comes from the feature view `user_stats`: the point-in-time join carries
-eight bytes for each example, whatever L is.
+**History log**: one row per user, columns are lists of events, oldest first; one Arrow IPC file per
+partition, read by memory map. Item ids are dictionary-encoded within a part. A history is the slice
+`[history_end - L, history_end)` of a user's row, where `history_end` comes from the feature view
+`user_stats`: the point-in-time join carries eight bytes for each example, whatever L is.
 
-**Packed history**: the newest N events of one user as bytes, the value of the feature view `user_history`:
+**Packed history**: the newest N events of one user as bytes, the value of the feature view
+`user_history`:
 
     magic "MHIS" 4 | layout u8 | events u32 | Arrow IPC stream, columns by name | crc32 u32
 
-The checksum is seeded with the user's key, so another user's value under this key is noticed as well. Columns are read
-by name and type: a reader of an older contract finds what it knows and leaves the rest.
+The checksum is seeded with the user's key, so another user's value under this key is noticed as
+well. Columns are read by name and type: a reader of an older contract finds what it knows and
+leaves the rest.
 
-**Digest of a past**: `event_digests` gives each event a number that depends on all of its columns and on its place in
-the history; the sum over a history, modulo 2⁶⁴, is another one when any of its events was corrected, struck or moved.
+**Digest of a past**: `event_digests` gives each event a number that depends on all of its columns
+and on its place in the history; the sum over a history, modulo 2⁶⁴, is another one when any of its
+events was corrected, struck or moved.
 """
 
 from __future__ import annotations
@@ -40,7 +44,9 @@ _CRC = struct.Struct("<I")
 
 
 class HistoryError(ValueError):
-    """Stored bytes are no packed history of this user, or lack what is read of one; the message says what differs."""
+    """Stored bytes are no packed history of this user, or lack what is read of one; the message
+    says what differs.
+    """
 
 
 def pack(contract: Contract, user_id: int | str, events: pa.Table) -> bytes:
@@ -61,31 +67,47 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
     """The events of a packed history, oldest first; columns of `contract.history_columns`.
 
     Raises:
-        HistoryError: damaged, truncated, of another layout, stored for another user, without a column that the contract
-            has, or with a value that no event can have.
+        HistoryError: damaged, truncated, of another layout, stored for another user, without a
+            column that the contract has, or with a value that no event can have.
     """
     if len(data) < _HEADER.size + _CRC.size:
-        raise HistoryError(f"packed history of user {user_id!r} has {len(data)} bytes: too short to be one")
+        raise HistoryError(
+            f"packed history of user {user_id!r} has {len(data)} bytes: too short to be one"
+        )
     magic, layout, count = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise HistoryError(f"value of user {user_id!r} starts with {magic!r}, not {MAGIC!r}: no packed history")
+        raise HistoryError(
+            f"value of user {user_id!r} starts with {magic!r}, not {MAGIC!r}: no packed history"
+        )
     if layout != LAYOUT:
-        raise HistoryError(f"packed history of user {user_id!r} has layout {layout}; this version reads {LAYOUT}")
+        raise HistoryError(
+            f"packed history of user {user_id!r} has layout {layout}; this version reads {LAYOUT}"
+        )
     body, (crc,) = data[: -_CRC.size], _CRC.unpack_from(data, len(data) - _CRC.size)
     if crc != checksum(user_id, body):
-        raise HistoryError(f"packed history of user {user_id!r} fails its checksum: damaged, or another user's")
+        raise HistoryError(
+            f"packed history of user {user_id!r} fails its checksum: damaged, or another user's"
+        )
     try:
         whole = pa.ipc.open_stream(pa.py_buffer(body[_HEADER.size :])).read_all()
-        whole.validate(full=True)  # bytes that are not ours may point anywhere: unchecked, they end the process
+        whole.validate(
+            full=True
+        )  # bytes that are not ours may point anywhere: unchecked, they end the process
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise HistoryError(f"packed history of user {user_id!r} is no Arrow stream: {error}") from error
+        raise HistoryError(
+            f"packed history of user {user_id!r} is no Arrow stream: {error}"
+        ) from error
     if whole.num_rows != count:
-        raise HistoryError(f"packed history of user {user_id!r} holds {whole.num_rows} events, its header says {count}")
+        raise HistoryError(
+            f"packed history of user {user_id!r} holds {whole.num_rows} events, its header says {count}"
+        )
     return _checked(contract, user_id, whole)
 
 
 def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.RecordBatch:
-    """Columns that the contract reads, of the right types, without nulls, numbers finite, times in order."""
+    """Columns that the contract reads, of the right types, without nulls, numbers finite, times in
+    order.
+    """
     schema = history_schema(contract)
     for field in schema:
         position = whole.schema.get_field_index(field.name)
@@ -98,14 +120,18 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
         if column.null_count:
             raise HistoryError(f"packed history of user {user_id!r} holds nulls in {field.name}")
         if pa.types.is_floating(field.type) and not np.isfinite(column.to_numpy()).all():
-            raise HistoryError(f"packed history of user {user_id!r} holds NaN or infinity in {field.name}")
+            raise HistoryError(
+                f"packed history of user {user_id!r} holds NaN or infinity in {field.name}"
+            )
     times = micros(whole[EVENT_TIMESTAMP])
     if (np.diff(times) < 0).any() or (times < 0).any() or (times >= LATEST).any():
         raise HistoryError(
             f"packed history of user {user_id!r} is not in the order of time, or of no year that there is"
         )
     chosen = whole.select(schema.names).cast(schema).combine_chunks()
-    return chosen.to_batches()[0] if chosen.num_rows else pa.RecordBatch.from_pylist([], schema=schema)
+    return (
+        chosen.to_batches()[0] if chosen.num_rows else pa.RecordBatch.from_pylist([], schema=schema)
+    )
 
 
 def checksum(user_id: int | str, body: bytes) -> int:
@@ -113,8 +139,11 @@ def checksum(user_id: int | str, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(str(user_id).encode()))
 
 
-def event_digests(item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], positions: np.ndarray) -> np.ndarray:
-    """A number for each event that another event, or the same one elsewhere in its history, does not have: int64.
+def event_digests(
+    item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], positions: np.ndarray
+) -> np.ndarray:
+    """A number for each event that another event, or the same one elsewhere in its history, does
+    not have: int64.
 
     Args:
         item_hashes: `hash_keys` of each event's item.
@@ -127,15 +156,21 @@ def event_digests(item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], po
             values = columns[name]
             bits = values.view(np.uint32) if values.dtype == np.float32 else values
             mixed = _mix(mixed ^ (bits.astype(np.uint64) + np.uint64(zlib.crc32(name.encode()))))
-        return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+        return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(
+            np.int64
+        )
 
 
-def extended_digest(contract: Contract, digest: int, num_events: int, events: pa.Table | pa.RecordBatch) -> int:
+def extended_digest(
+    contract: Contract, digest: int, num_events: int, events: pa.Table | pa.RecordBatch
+) -> int:
     """Digest of a past of so many events, with new ones behind it."""
     hashes = hash_keys(events[contract.item.join_key])
     places = num_events + np.arange(events.num_rows)
     with np.errstate(over="ignore"):
-        return int(np.int64(digest) + event_digests(hashes, event_columns(contract, events), places).sum())
+        return int(
+            np.int64(digest) + event_digests(hashes, event_columns(contract, events), places).sum()
+        )
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -148,14 +183,17 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def event_columns(contract: Contract, events: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
     """An event's columns beside its item, as `Histories` holds them: times in microseconds."""
     return {
-        c.name: micros(events[c.name]) if c.name == EVENT_TIMESTAMP else events[c.name].to_numpy(zero_copy_only=False)
+        c.name: micros(events[c.name])
+        if c.name == EVENT_TIMESTAMP
+        else events[c.name].to_numpy(zero_copy_only=False)
         for c in contract.history_columns
         if c.name != contract.item.join_key
     }
 
 
 def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
-    """One partition's events as a log part: one row per user, list columns, item ids dictionary-encoded.
+    """One partition's events as a log part: one row per user, list columns, item ids
+    dictionary-encoded.
 
     Args:
         events: sorted by (user, time, source position); columns of the `events` table.
@@ -178,7 +216,9 @@ def run_starts(keys: pa.Array) -> np.ndarray:
     """Positions at which a new key starts, for keys that stand together."""
     if not len(keys):
         return np.zeros(0, np.int64)
-    changed = pc.not_equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy(zero_copy_only=False)
+    changed = pc.not_equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy(
+        zero_copy_only=False
+    )
     return np.flatnonzero(np.r_[True, changed])
 
 
@@ -205,10 +245,12 @@ def _sorted_dictionary(values: pa.Array) -> pa.DictionaryArray:
 
 @dataclass(frozen=True)
 class Histories:
-    """Events of several requests, flat: request b owns `[offsets[b], offsets[b + 1])`, oldest first.
+    """Events of several requests, flat: request b owns `[offsets[b], offsets[b + 1])`, oldest
+    first.
 
-    `item_keys` are integers of which equal ones mean the same item (within this object and the `item_keys` of the
-    candidates that came with it); `columns` hold the other event columns, times in microseconds.
+    `item_keys` are integers of which equal ones mean the same item (within this object and the
+    `item_keys` of the candidates that came with it); `columns` hold the other event columns, times
+    in microseconds.
     """
 
     offsets: np.ndarray
@@ -242,20 +284,29 @@ class Histories:
         lengths = ends - starts
         offsets = np.r_[0, np.cumsum(lengths)]
         flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Histories(offsets, self.item_keys[flat], {name: column[flat] for name, column in self.columns.items()})
+        return Histories(
+            offsets,
+            self.item_keys[flat],
+            {name: column[flat] for name, column in self.columns.items()},
+        )
 
 
 def _open_part(folder: JobFolder, path: str) -> pa.RecordBatch:
     try:
         part = pa.ipc.open_file(folder.open(path)).get_batch(0)
-        part.validate(full=True)  # offsets and codes that point elsewhere would end the process when they are followed
+        part.validate(
+            full=True
+        )  # offsets and codes that point elsewhere would end the process when they are followed
     except (pa.ArrowException, OSError) as error:
-        raise HistoryError(f"{path} is damaged: {error}. Run `python -m beam_jobs user_history` again") from error
+        raise HistoryError(
+            f"{path} is damaged: {error}. Run `python -m beam_jobs user_history` again"
+        ) from error
     return part
 
 
 class HistoryLog:
-    """The history log, memory-mapped; item keys are row numbers of `items`, the sorted ids of all parts.
+    """The history log, memory-mapped; item keys are row numbers of `items`, the sorted ids of all
+    parts.
 
     Args:
         contract: the dataset's contract.
@@ -266,17 +317,25 @@ class HistoryLog:
         HistoryError: a part is damaged.
     """
 
-    def __init__(self, contract: Contract, folder: JobFolder, paths: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, contract: Contract, folder: JobFolder, paths: Sequence[str] | None = None
+    ) -> None:
         self.contract = contract
         paths = folder.paths("history_log") if paths is None else paths
         parts = [_open_part(folder, path) for path in paths]
         item, user = contract.item.join_key, contract.user.join_key
-        self.items: pa.Array = pc.unique(pa.concat_arrays([part[item].values.dictionary for part in parts])).sort()
-        self._item_key = [pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts]
+        self.items: pa.Array = pc.unique(
+            pa.concat_arrays([part[item].values.dictionary for part in parts])
+        ).sort()
+        self._item_key = [
+            pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts
+        ]
         self._codes = [part[item].values.indices.to_numpy() for part in parts]
         self._columns = {
             c.name: [
-                micros(part[c.name].values) if c.name == EVENT_TIMESTAMP else part[c.name].values.to_numpy()
+                micros(part[c.name].values)
+                if c.name == EVENT_TIMESTAMP
+                else part[c.name].values.to_numpy()
                 for part in parts
             ]
             for c in contract.history_columns
@@ -312,13 +371,15 @@ class HistoryLog:
         length: int | None = None,
         columns: Sequence[str] | None = None,
     ) -> Histories:
-        """Late gather: events `[history_end - length, history_end)` of each row; all up to `history_end` without a length.
+        """Late gather: events `[history_end - length, history_end)` of each row; all up to
+        `history_end` without a length.
 
         Args:
             columns: only these beside the items; default: all.
 
         Raises:
-            HistoryError: a `history_end` lies beyond what the log holds; the log and the index are of different runs.
+            HistoryError: a `history_end` lies beyond what the log holds; the log and the index are
+                of different runs.
         """
         ends = np.where(rows >= 0, history_end, 0)
         if (beyond := ends > self._of_known(self._count, rows)).any():
@@ -334,7 +395,9 @@ class HistoryLog:
         flat = np.arange(offsets[-1]) + np.repeat(base - offsets[:-1], lengths)
         owner = np.repeat(self._of_known(self._part, rows), lengths)
         item_keys = np.empty(len(flat), np.int64)
-        chosen = self._columns if columns is None else {name: self._columns[name] for name in columns}
+        chosen = (
+            self._columns if columns is None else {name: self._columns[name] for name in columns}
+        )
         found = {name: np.empty(len(flat), parts[0].dtype) for name, parts in chosen.items()}
         for part in np.unique(owner):
             mine = owner == part
@@ -355,7 +418,9 @@ class HistoryLog:
 def from_batches(
     contract: Contract, batches: Sequence[pa.RecordBatch | None], candidates: pa.Array
 ) -> tuple[Histories, np.ndarray]:
-    """Unpacked histories beside the candidates of the same requests: `Histories`, and the candidates' item keys."""
+    """Unpacked histories beside the candidates of the same requests: `Histories`, and the
+    candidates' item keys.
+    """
     schema = history_schema(contract)
     whole = pa.Table.from_batches([batch for batch in batches if batch is not None], schema)
     item = contract.item.join_key

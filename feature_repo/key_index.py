@@ -1,8 +1,9 @@
-"""Where keys stand in a column of keys, looked up in time that depends on how many are asked for, not on how many there are.
+"""Where keys stand in a column of keys, looked up in time that depends on how many are asked for,
+not on how many there are.
 
-`pyarrow.compute.index_in` hashes the whole column anew for each call: 83 ms at a million keys, for however few are asked.
-Here that is done once: 64-bit hashes in order, and where those that begin with the same bits start. A look-up is then a
-handful of gathers, at 16 bytes a key.
+`pyarrow.compute.index_in` hashes the whole column anew for each call: 83 ms at a million keys, for
+however few are asked. Here that is done once: 64-bit hashes in order, and where those that begin
+with the same bits start. A look-up is then a handful of gathers, at 16 bytes a key.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class KeyIndex:
     def __init__(self, keys: pa.Array) -> None:
         self.keys = keys
         hashes = _hashes(keys)
-        self._place = np.argsort(hashes, kind="stable").astype(np.int32 if len(keys) < 2**31 else np.int64)
+        self._place = np.argsort(hashes, kind="stable").astype(
+            np.int32 if len(keys) < 2**31 else np.int64
+        )
         self._hash = hashes[self._place]
         self._shift = np.uint64(64 - max(len(keys).bit_length() + _SLACK_BITS, 1))
         buckets = np.arange(1 << int(np.uint64(64) - self._shift), dtype=np.uint64) << self._shift
@@ -46,7 +49,8 @@ class KeyIndex:
         hashes = _hashes(wanted)
         at = self._start[(hashes >> self._shift).astype(np.int64)]
         asked = np.arange(len(wanted))
-        # One step along every bucket at a time, until the hash is found or the bucket has passed it.
+        # One step along every bucket at a time, until the hash is found or the bucket has passed
+        # it.
         while len(asked):
             within = at < len(self._hash)
             at, asked = at[within], asked[within]
@@ -58,7 +62,9 @@ class KeyIndex:
         return self._verified(wanted, found)
 
     def _verified(self, wanted: pa.Array, found: np.ndarray) -> np.ndarray:
-        """Without nulls, and without texts that share a hash with another; these are looked up the slow way."""
+        """Without nulls, and without texts that share a hash with another; these are looked up the
+        slow way.
+        """
         if wanted.null_count:
             found[pc.is_null(wanted).to_numpy(zero_copy_only=False)] = -1
         if pa.types.is_integer(self.keys.type):  # the hash of a whole number is its own
@@ -71,12 +77,20 @@ class KeyIndex:
 
 
 def _hashes(keys: pa.Array) -> np.ndarray:
-    """A uint64 for each key, spread evenly; of text, Python's own hash, which holds within a process."""
+    """A uint64 for each key, spread evenly; of text, Python's own hash, which holds within a
+    process.
+    """
     if pa.types.is_integer(keys.type):
-        values = pc.fill_null(keys, 0).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
+        values = (
+            pc.fill_null(keys, 0).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
+        )
     else:
         parts = [
-            np.fromiter(map(hash, keys.slice(start, _CHUNK).to_pylist()), np.int64, min(_CHUNK, len(keys) - start))
+            np.fromiter(
+                map(hash, keys.slice(start, _CHUNK).to_pylist()),
+                np.int64,
+                min(_CHUNK, len(keys) - start),
+            )
             for start in range(0, len(keys), _CHUNK)
         ]
         values = np.concatenate([np.zeros(0, np.int64), *parts]).view(np.uint64)

@@ -1,7 +1,9 @@
-"""Rows against what the contract allows: each row that breaks a limit is named with its reason, and costs no other row.
+"""Rows against what the contract allows: each row that breaks a limit is named with its reason, and
+costs no other row.
 
-What holds for a value that is kept holds for what is derived from it: a number that passed here is finite and no larger
-than its column says (`LARGEST_NUMBER` at most), so that sums and means of it are exact (`sums.py`).
+What holds for a value that is kept holds for what is derived from it: a number that passed here is
+finite and no larger than its column says (`LARGEST_NUMBER` at most), so that sums and means of it
+are exact (`sums.py`).
 """
 
 from __future__ import annotations
@@ -55,8 +57,12 @@ def check(table: Table, rows: pa.Table) -> Checked:
 
 
 def as_json(row: dict[str, Any]) -> str:
-    """A raw row as a dead letter keeps it: long values cut, bytes that are no text shown as far as they can be."""
-    return json.dumps({name: shown(value) for name, value in row.items()}, default=str, ensure_ascii=False)
+    """A raw row as a dead letter keeps it: long values cut, bytes that are no text shown as far as
+    they can be.
+    """
+    return json.dumps(
+        {name: shown(value) for name, value in row.items()}, default=str, ensure_ascii=False
+    )
 
 
 def shown(value: Any) -> Any:
@@ -75,7 +81,9 @@ def raw_rows(raw: pa.Table, positions: np.ndarray) -> list[str]:
     chosen = raw.take(pa.array(positions))
     for index, field in enumerate(chosen.schema):
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            chosen = chosen.set_column(index, field.name, pc.cast(chosen[field.name], pa.large_binary()))
+            chosen = chosen.set_column(
+                index, field.name, pc.cast(chosen[field.name], pa.large_binary())
+            )
     return [as_json(row) for row in chosen.to_pylist()]
 
 
@@ -97,13 +105,20 @@ def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]
         yield (at < 0) | (at >= LATEST), "is of no year from 1970 to 2099"
     if column.values is not None:
         allowed = pa.array(list(column.values)).cast(arrow_type(column.dtype))
-        yield ~pc.is_in(values, allowed).to_numpy(zero_copy_only=False) & ~null, f"is none of {column.values}"
+        yield (
+            ~pc.is_in(values, allowed).to_numpy(zero_copy_only=False) & ~null,
+            f"is none of {column.values}",
+        )
     if column.pattern is not None:
-        fits = pc.fill_null(pc.match_substring_regex(values, column.pattern), True).to_numpy(zero_copy_only=False)
+        fits = pc.fill_null(pc.match_substring_regex(values, column.pattern), True).to_numpy(
+            zero_copy_only=False
+        )
         yield ~fits, f"does not match {column.pattern}"
 
 
-def _broken_numbers(column: Column, values: pa.Array, null: np.ndarray) -> Iterator[tuple[np.ndarray, str]]:
+def _broken_numbers(
+    column: Column, values: pa.Array, null: np.ndarray
+) -> Iterator[tuple[np.ndarray, str]]:
     numbers = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
     if column.dtype is DType.FLOAT32:
         yield ~np.isfinite(numbers), "is no finite number"
@@ -125,7 +140,10 @@ def _without_nulls_in_lists(table: Table, rows: pa.Table) -> tuple[pa.Table, int
         if not nulls:
             continue
         dropped += nulls
-        clean = [None if value is None else [v for v in value if v is not None] for value in lists.to_pylist()]
+        clean = [
+            None if value is None else [v for v in value if v is not None]
+            for value in lists.to_pylist()
+        ]
         at = rows.column_names.index(column.name)
         rows = rows.set_column(at, column.name, pa.array(clean, lists.type))
     return rows, dropped

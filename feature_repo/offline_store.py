@@ -1,12 +1,14 @@
-"""The embedded offline store: Feast's DuckDB store with the point-in-time join done by DuckDB's ASOF join.
+"""The embedded offline store: Feast's DuckDB store with the point-in-time join done by DuckDB's
+ASOF join.
 
-`get_historical_features` keeps Feast's meaning, which a differential test holds against Feast's own DuckDB store: for
-every entity row, in its order, the newest feature row stamped at or before it; of equal stamps the newest created;
-rows created after the entity row are invisible when `filter_by_created_timestamp` is on; an expired row gives nulls,
-never a missing row. Sources are our tables, resolved through their job's manifest, or any Parquet file or folder.
+`get_historical_features` keeps Feast's meaning, which a differential test holds against Feast's own
+DuckDB store: for every entity row, in its order, the newest feature row stamped at or before it; of
+equal stamps the newest created; rows created after the entity row are invisible when
+`filter_by_created_timestamp` is on; an expired row gives nulls, never a missing row. Sources are
+our tables, resolved through their job's manifest, or any Parquet file or folder.
 
-Source: Feast 0.67 `OfflineStore` interface; DuckDB 1.x `ASOF LEFT JOIN`.
-Differs from Feast's DuckDB store: keeps integer types where a value is missing; no `*_y` column name is lost.
+Source: Feast 0.67 `OfflineStore` interface; DuckDB 1.x `ASOF LEFT JOIN`. Differs from Feast's
+DuckDB store: keeps integer types where a value is missing; no `*_y` column name is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from feast.infra.offline_stores.duckdb import (
     _write_data_source,
 )
 from feast.infra.offline_stores.file_source import FileSource
-from feast.infra.offline_stores.ibis import pull_all_from_table_or_query_ibis, pull_latest_from_table_or_query_ibis
+from feast.infra.offline_stores.ibis import (
+    pull_all_from_table_or_query_ibis,
+    pull_latest_from_table_or_query_ibis,
+)
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
@@ -58,7 +63,9 @@ class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
 
     type: str = TYPE
     dataset: str | None = None
-    memory_limit: str | None = None  # as DuckDB spells it, e.g. "4GB"; joins beyond it spill to disk
+    memory_limit: str | None = (
+        None  # as DuckDB spells it, e.g. "4GB"; joins beyond it spill to disk
+    )
     threads: int | None = None
 
 
@@ -92,7 +99,9 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             ValueError: `entity_df` is no DataFrame, or lacks a join key.
         """
         if not isinstance(entity_df, pd.DataFrame):
-            raise EntityFrameError(f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}")
+            raise EntityFrameError(
+                f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}"
+            )
         time = offline_utils.infer_event_timestamp_from_entity_df(
             dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
         )
@@ -103,7 +112,14 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         names: list[str] = []
         for number, view in enumerate(feature_views):
             made = _asof_join(
-                view, feature_refs, entities, time, number, full_feature_names, filter_by_created_timestamp, config
+                view,
+                feature_refs,
+                entities,
+                time,
+                number,
+                full_feature_names,
+                filter_by_created_timestamp,
+                config,
             )
             joins.append(made.sql)
             outputs += made.columns.values()
@@ -112,7 +128,11 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         names = [*entities.inner, *names]
         sql = f"SELECT {', '.join(f'{value} AS __o{n}' for n, value in enumerate(outputs))} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
-        stamps = entities.table[entities.inner[time]].to_pandas() if len(entity_df) else pd.Series([datetime.now()])
+        stamps = (
+            entities.table[entities.inner[time]].to_pandas()
+            if len(entity_df)
+            else pd.Series([datetime.now()])
+        )
         metadata = RetrievalMetadata(
             features=feature_refs,
             keys=[name for name in entity_df.columns if name != time],
@@ -172,7 +192,8 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         )
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
-        """Refuse definitions of another dataset than the registry is for, and a registry that was copied from elsewhere.
+        """Refuse definitions of another dataset than the registry is for, and a registry that was
+        copied from elsewhere.
 
         Raises:
             WrongDatasetError: the two differ.
@@ -189,7 +210,11 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
 
 def _refuse_foreign_registry(config: RepoConfig) -> None:
     path, online = getattr(config.registry, "path", ""), getattr(config.online_store, "path", None)
-    if getattr(config.registry, "registry_type", "file") != "file" or online is None or "://" in str(path):
+    if (
+        getattr(config.registry, "registry_type", "file") != "file"
+        or online is None
+        or "://" in str(path)
+    ):
         return
     root = Path(config.repo_path or ".")
     if elsewhere := foreign_tables(root / path, root / online):
@@ -214,14 +239,20 @@ class AsofJob(RetrievalJob):
     ) -> None:
         super().__init__()
         self._config, self._sql, self._names, self._entities = config, sql, names, entities
-        self._on_demand, self._full_feature_names, self._metadata = on_demand, full_feature_names, metadata
+        self._on_demand, self._full_feature_names, self._metadata = (
+            on_demand,
+            full_feature_names,
+            metadata,
+        )
 
     def to_batches(self, rows: int = 65_536) -> pa.RecordBatchReader:
         """The result as a stream of Arrow batches, in entity order."""
         connection = _connect(self._config)
         connection.register("entity_rows", self._entities)
         reader = connection.execute(self._sql).to_arrow_reader(rows)
-        schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, self._names, strict=True)])
+        schema = pa.schema(
+            [field.with_name(name) for field, name in zip(reader.schema, self._names, strict=True)]
+        )
         renamed = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in reader)
         return pa.RecordBatchReader.from_batches(schema, renamed)
 
@@ -251,21 +282,37 @@ class AsofJob(RetrievalJob):
         """Keys, features and time range of the request."""
         return self._metadata
 
-    def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
+    def persist(
+        self,
+        storage: SavedDatasetStorage,
+        allow_overwrite: bool = False,
+        timeout: int | None = None,
+    ) -> None:
         """Write the result to a saved dataset."""
         table = ibis.memtable(self.to_arrow())
-        _write_data_source(table, storage.to_data_source(), str(self._config.repo_path), "overwrite", allow_overwrite)
+        _write_data_source(
+            table,
+            storage.to_data_source(),
+            str(self._config.repo_path),
+            "overwrite",
+            allow_overwrite,
+        )
 
 
 def resolve(path: str) -> list[str]:
-    """Files behind a source path: a table of a job through its manifest, a folder's Parquet files, or the file itself.
+    """Files behind a source path: a table of a job through its manifest, a folder's Parquet files,
+    or the file itself.
 
     Raises:
         TableNotBuiltError: the path is a job's table that no finished run has written.
     """
     if "://" not in path and Path(path).is_file():
         return [path]
-    if "://" not in path and Path(path).is_dir() and not Path(path).parent.joinpath(MANIFEST).exists():
+    if (
+        "://" not in path
+        and Path(path).is_dir()
+        and not Path(path).parent.joinpath(MANIFEST).exists()
+    ):
         return sorted(str(p) for p in Path(path).glob("*.parquet"))
     job_folder, table = path.rsplit("/", 1)
     home, job = job_folder.rsplit("/", 1)
@@ -305,7 +352,8 @@ def _ibis_table_or_empty(source: DataSource, repo_path: str) -> Any:
 def _connect(config: RepoConfig) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     connection.execute("SET TimeZone='UTC'")
-    # DuckDB cannot tell the size of an Arrow table, takes it for small, and joins by nested loops: 60 s where 0.3 will do.
+    # DuckDB cannot tell the size of an Arrow table, takes it for small, and joins by nested loops:
+    # 60 s where 0.3 will do.
     connection.execute("SET asof_loop_join_threshold=0")
     store = config.offline_store
     if getattr(store, "memory_limit", None):
@@ -319,7 +367,8 @@ def _quote(name: str) -> str:
 
 
 def _entity_table(entity_df: pd.DataFrame, time: str, views: list[FeatureView]) -> EntityRows:
-    """Entity rows as DuckDB joins them: columns under names of their own, times in UTC, keys of their views' types.
+    """Entity rows as DuckDB joins them: columns under names of their own, times in UTC, keys of
+    their views' types.
 
     Raises:
         EntityFrameError: a row without a time, or keys of another kind than the view's.
@@ -333,7 +382,8 @@ def _entity_table(entity_df: pd.DataFrame, time: str, views: list[FeatureView]) 
             "the newest values of all. Give each its request's time"
         )
     table = pa.Table.from_pandas(frame.assign(**{time: stamps}), preserve_index=False)
-    # DuckDB takes names that differ in case alone for one, so inside the join every column has a number for a name.
+    # DuckDB takes names that differ in case alone for one, so inside the join every column has a
+    # number for a name.
     inner = {name: f"__e{number}" for number, name in enumerate(table.column_names)}
     columns = list(table.columns)
     for view in views:
@@ -360,10 +410,11 @@ def _as_key(column: pa.ChunkedArray, entity: str, view: FeatureView, key: str) -
     is_text = pa.types.is_string(plain.type) or pa.types.is_large_string(plain.type)
     if kind in (ValueType.INT64, ValueType.INT32) and not pa.types.is_integer(plain.type):
         exact = whole_numbers(plain)
-        # Text keys are read as numbers only where they are spelt as one: 001 and ' 1' are other ids than 1.
-        lost = plain.is_valid().combine_chunks().to_numpy(zero_copy_only=False) & exact.is_null().to_numpy(
+        # Text keys are read as numbers only where they are spelt as one: 001 and ' 1' are other ids
+        # than 1.
+        lost = plain.is_valid().combine_chunks().to_numpy(
             zero_copy_only=False
-        )
+        ) & exact.is_null().to_numpy(zero_copy_only=False)
         if pa.types.is_floating(plain.type):
             lost &= ~np.isnan(plain.to_numpy())
         if is_text:
@@ -383,12 +434,16 @@ def _as_key(column: pa.ChunkedArray, entity: str, view: FeatureView, key: str) -
 
 
 def _join_keys(view: FeatureView) -> dict[str, str]:
-    """Join keys of a view, each with the entity column that it is joined to; `with_join_key_map` may rename some of them."""
+    """Join keys of a view, each with the entity column that it is joined to; `with_join_key_map`
+    may rename some of them.
+    """
     renamed = view.projection.join_key_map or {}
     return {column.name: renamed.get(column.name, column.name) for column in view.entity_columns}
 
 
-def _refuse_shared_names(entity_df: pd.DataFrame, feature_refs: list[str], full_feature_names: bool) -> None:
+def _refuse_shared_names(
+    entity_df: pd.DataFrame, feature_refs: list[str], full_feature_names: bool
+) -> None:
     names = [str(name) for name in entity_df.columns]
     if len(set(names)) < len(names):
         raise EntityFrameError(f"entity_df has two columns of one name: {names}")
@@ -436,21 +491,42 @@ def _asof_join(
     def column(name: str) -> str:
         return _quote(mapping.get(name, name))
 
-    files = ", ".join("'" + file.replace("'", "''") + "'" for file in resolve(_source_path(source, config.repo_path)))
+    files = ", ".join(
+        "'" + file.replace("'", "''") + "'"
+        for file in resolve(_source_path(source, config.repo_path))
+    )
     stamp = f"{_quote(source.timestamp_field)}::TIMESTAMPTZ"
-    created = f"{_quote(source.created_timestamp_column)}::TIMESTAMPTZ" if source.created_timestamp_column else stamp
-    selected = ", ".join(f"{column(name)} AS {_quote(name)}" for name in dict.fromkeys([*keys, *features]))
-    rows = f"SELECT {selected}, {stamp} AS __time, {created} AS __created FROM read_parquet([{files}])"
-    equal = " AND ".join(f"e.{entities.inner[entity]} = v.{_quote(key)}" for key, entity in keys.items())
+    created = (
+        f"{_quote(source.created_timestamp_column)}::TIMESTAMPTZ"
+        if source.created_timestamp_column
+        else stamp
+    )
+    selected = ", ".join(
+        f"{column(name)} AS {_quote(name)}" for name in dict.fromkeys([*keys, *features])
+    )
+    rows = (
+        f"SELECT {selected}, {stamp} AS __time, {created} AS __created FROM read_parquet([{files}])"
+    )
+    equal = " AND ".join(
+        f"e.{entities.inner[entity]} = v.{_quote(key)}" for key, entity in keys.items()
+    )
     name = f"v{number}"
     ttl = view.ttl.total_seconds() if view.ttl else 0
-    live = f"{name}.__time >= {at} - to_microseconds({int(ttl * 1_000_000)})" if ttl else f"{name}.__time IS NOT NULL"
+    live = (
+        f"{name}.__time >= {at} - to_microseconds({int(ttl * 1_000_000)})"
+        if ttl
+        else f"{name}.__time IS NOT NULL"
+    )
     outputs = {
-        f"{alias}__{f}" if full_feature_names else f: f"CASE WHEN {live} THEN {name}.{_quote(f)} END" for f in features
+        f"{alias}__{f}"
+        if full_feature_names
+        else f: f"CASE WHEN {live} THEN {name}.{_quote(f)} END"
+        for f in features
     }
     if filter_by_created and source.created_timestamp_column:
-        # A row created after its stamp is invisible to some entity rows, so "the newest" differs by entity row. Where
-        # every row is created by its stamp, which is what our tables hold, the plain ASOF join is already right.
+        # A row created after its stamp is invisible to some entity rows, so "the newest" differs by
+        # entity row. Where every row is created by its stamp, which is what our tables hold, the
+        # plain ASOF join is already right.
         late = f"SELECT count(*) FROM (SELECT 1 FROM ({rows}) WHERE __created > __time LIMIT 1)"
         connection = _connect(config)
         has_late = bool(connection.execute(late).fetchone()[0])
@@ -463,7 +539,8 @@ def _asof_join(
                 f"QUALIFY row_number() OVER (PARTITION BY e.__row ORDER BY v.__time DESC, v.__created DESC) = 1) {name} ON {name}.__of = e.__row"
             )
             return ViewJoin(join, outputs)
-    # Of rows with equal stamps the newest created: both in one key, so that no window has to look for repetitions first.
+    # Of rows with equal stamps the newest created: both in one key, so that no window has to look
+    # for repetitions first.
     keyed = f"SELECT *, row(__time, __created) AS __order FROM ({rows})"
     condition = equal.replace("v.", f"{name}.")
     join = f"ASOF LEFT JOIN ({keyed}) {name} ON {condition} AND row({at}, TIMESTAMPTZ 'infinity') >= {name}.__order"

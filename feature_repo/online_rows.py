@@ -1,8 +1,10 @@
-"""Rows into the online store, as they are: through Feast's value types and its store, but not through pandas.
+"""Rows into the online store, as they are: through Feast's value types and its store, but not
+through pandas.
 
-`FeatureStore.write_to_online_store` goes by way of pandas, and its Arrow converter by way of NumPy: an int64 column with one
-null becomes float64 there, and values beyond 2⁵³ change. It also drops whatever lies beyond the first Arrow chunk, and skips
-a batch of nothing but nulls, which is what tombstones are, without an error.
+`FeatureStore.write_to_online_store` goes by way of pandas, and its Arrow converter by way of NumPy:
+an int64 column with one null becomes float64 there, and values beyond 2⁵³ change. It also drops
+whatever lies beyond the first Arrow chunk, and skips a batch of nothing but nulls, which is what
+tombstones are, without an error.
 """
 
 from __future__ import annotations

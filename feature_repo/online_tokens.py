@@ -1,7 +1,8 @@
 """Summary tokens in the online store: written, read and removed by user and token version.
 
-On Redis a value is replaced only by one computed later, whoever writes (`redis_writer.py`). Other stores are written
-through Feast's own API, whose last write wins: there, let one job at a time write tokens.
+On Redis a value is replaced only by one computed later, whoever writes (`redis_writer.py`). Other
+stores are written through Feast's own API, whose last write wins: there, let one job at a time
+write tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class OnlineTokens:
 
     def __init__(self, store: FeatureStore, contract: Contract) -> None:
         self._store, self._contract = store, contract
-        self._redis = RedisWriter(store, VIEW) if store.config.online_store.type.startswith("redis") else None
+        self._redis = (
+            RedisWriter(store, VIEW) if store.config.online_store.type.startswith("redis") else None
+        )
 
     def write(
         self,
@@ -69,7 +72,8 @@ class OnlineTokens:
         """Remove every user's tokens of a version; returns how many there were.
 
         Raises:
-            CannotRemoveError: the online store is neither Redis nor SQLite, and Feast has no way to delete keys.
+            CannotRemoveError: the online store is neither Redis nor SQLite, and Feast has no way to
+                delete keys.
         """
         prefix = self._prefix(version)
         if self._redis is not None:
@@ -85,7 +89,13 @@ class OnlineTokens:
         connection = sqlite3.connect(Path(config.repo_path or ".", config.online_store.path))
         with connection:
             query = f'DELETE FROM "{config.project}_{VIEW}" WHERE substr(entity_key, 1, ?) = ?'
-            number = len(set(connection.execute(query + " RETURNING entity_key", (len(prefix), prefix)).fetchall()))
+            number = len(
+                set(
+                    connection.execute(
+                        query + " RETURNING entity_key", (len(prefix), prefix)
+                    ).fetchall()
+                )
+            )
         connection.close()
         return number
 
@@ -96,5 +106,7 @@ class OnlineTokens:
         from feast.protos.feast.types.Value_pb2 import Value
 
         names = sorted(self._contract.table(VIEW).join_keys)
-        key = EntityKey(join_keys=names, entity_values=[Value(string_val=version), Value(string_val="")])
+        key = EntityKey(
+            join_keys=names, entity_values=[Value(string_val=version), Value(string_val="")]
+        )
         return serialize_entity_key(key, self._store.config.entity_key_serialization_version)[:-8]

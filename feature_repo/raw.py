@@ -1,9 +1,11 @@
-"""Raw columns as strangers have them → columns of the contract's types. What cannot be read is null, never a guess.
+"""Raw columns as strangers have them → columns of the contract's types. What cannot be read is
+null, never a guess.
 
-Each function takes a column of any Arrow type (text, dictionaries, decimals, floats, integers) and returns one of one
-type, with a null wherever a value is not what it should be: not text in UTF-8, no whole number, no finite number, no
-time. Dataset modules turn those nulls into dead letters. Where most of a column cannot be read the file is another than
-the module was written for, and `typed` refuses it by name.
+Each function takes a column of any Arrow type (text, dictionaries, decimals, floats, integers) and
+returns one of one type, with a null wherever a value is not what it should be: not text in UTF-8,
+no whole number, no finite number, no time. Dataset modules turn those nulls into dead letters.
+Where most of a column cannot be read the file is another than the module was written for, and
+`typed` refuses it by name.
 """
 
 from __future__ import annotations
@@ -22,9 +24,19 @@ import pyarrow.parquet as pq
 
 from feature_repo.arrow import EPOCH, LATEST, MICROS, TIMESTAMP, iso_micros
 from feature_repo.datasets import RawDataError
-from feature_repo.schema import MAX_TEXT_BYTES, NUMBER_TYPES, TIME_UNITS, Column, DatasetSpec, DType, Table
+from feature_repo.schema import (
+    MAX_TEXT_BYTES,
+    NUMBER_TYPES,
+    TIME_UNITS,
+    Column,
+    DatasetSpec,
+    DType,
+    Table,
+)
 
-EARLIEST = iso_micros("1980-01-01")  # raw times before it are seconds that were taken for less, or no times at all
+EARLIEST = iso_micros(
+    "1980-01-01"
+)  # raw times before it are seconds that were taken for less, or no times at all
 EXACT_FLOAT = 2**53  # the first whole number that a float64 shares with another
 BLANKS = ["", "nan", "null", "none"]  # text that says "nothing here"
 BATCH_ROWS = 1024  # read at a time: bounds the memory of rows with long texts
@@ -33,7 +45,8 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 def read_parquet(path: str | Path, columns: list[str], start: int, rows: int) -> pa.Table:
-    """A range of rows of a Parquet file, read a few at a time, longer texts cut just beyond what is allowed.
+    """A range of rows of a Parquet file, read a few at a time, longer texts cut just beyond what is
+    allowed.
 
     Raises:
         RawDataError: it is no Parquet file, or lacks a column.
@@ -74,7 +87,9 @@ def _open(path: str | Path, columns: list[str]) -> pq.ParquetFile:
         raise RawDataError(f"{path} is no Parquet file that can be read: {error}") from error
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
-        raise RawDataError(f"{path}: columns {missing} are missing; the file has {file.schema_arrow.names}")
+        raise RawDataError(
+            f"{path}: columns {missing} are missing; the file has {file.schema_arrow.names}"
+        )
     return file
 
 
@@ -84,7 +99,12 @@ def as_declared(spec: DatasetSpec, raw: pa.Table, file: str | Path) -> pa.Table:
 
 
 def typed(
-    table: Table, raw: pa.Table, file: str | Path, *, zone: tzinfo = UTC, time_unit: str | None = None
+    table: Table,
+    raw: pa.Table,
+    file: str | Path,
+    *,
+    zone: tzinfo = UTC,
+    time_unit: str | None = None,
 ) -> pa.Table:
     """Raw rows as columns of the contract's types, null where a value cannot be read.
 
@@ -92,10 +112,12 @@ def typed(
         table: the raw table's declaration; only its columns are taken.
         file: where the rows stand, for messages.
         zone: of times that carry none.
-        time_unit: of times that are whole numbers, a key of `TIME_UNITS`; without one such times are refused.
+        time_unit: of times that are whole numbers, a key of `TIME_UNITS`; without one such times
+            are refused.
 
     Raises:
-        RawDataError: most of a column cannot be read; the message names file and column and shows a value.
+        RawDataError: most of a column cannot be read; the message names file and column and shows a
+            value.
     """
     read: dict[DType, Callable[[pa.ChunkedArray | pa.Array], pa.Array]] = {
         DType.STRING: texts,
@@ -113,14 +135,18 @@ def typed(
 
 
 def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Text, null where it is no UTF-8 or longer than `MAX_TEXT_BYTES`. Numbers become their digits."""
+    """Text, null where it is no UTF-8 or longer than `MAX_TEXT_BYTES`. Numbers become their
+    digits.
+    """
     column = _plain(column)
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), pa.string())
     if not _is_text(column.type):
         return pc.cast(column, pa.string())
     data = pc.cast(column, pa.large_binary())
-    data = pc.if_else(pc.less_equal(pc.binary_length(data), MAX_TEXT_BYTES), data, pa.scalar(None, data.type))
+    data = pc.if_else(
+        pc.less_equal(pc.binary_length(data), MAX_TEXT_BYTES), data, pa.scalar(None, data.type)
+    )
     try:
         return pc.cast(pc.cast(data, pa.large_string()), pa.string())
     except pa.ArrowInvalid:
@@ -128,13 +154,17 @@ def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def whole_numbers(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """int64, null where it is no whole number or does not fit. A float beyond 2^53 is null: it may have been another."""
+    """int64, null where it is no whole number or does not fit. A float beyond 2^53 is null: it may
+    have been another.
+    """
     column = _plain(column)
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), pa.int64())
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         if column.type == pa.uint64():
-            column = pc.if_else(pc.less(column, pa.scalar(2**63, pa.uint64())), column, pa.scalar(None, column.type))
+            column = pc.if_else(
+                pc.less(column, pa.scalar(2**63, pa.uint64())), column, pa.scalar(None, column.type)
+            )
         return pc.cast(column, pa.int64())
     if pa.types.is_floating(column.type):
         values = _floats(column)
@@ -154,11 +184,15 @@ def numbers(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return _by_value(texts(column), _number_of, pa.float64())
 
 
-def times(column: pa.ChunkedArray | pa.Array, *, zone: tzinfo = UTC, unit: str | None = None) -> pa.Array:
-    """Instants (microseconds, UTC), null where there is none, or one outside of `EARLIEST` … `LATEST`.
+def times(
+    column: pa.ChunkedArray | pa.Array, *, zone: tzinfo = UTC, unit: str | None = None
+) -> pa.Array:
+    """Instants (microseconds, UTC), null where there is none, or one outside of `EARLIEST` …
+    `LATEST`.
 
-    A time with a zone is its instant, whatever the zone. One without is local time in `zone`: of an hour that comes
-    twice the first, and of one that does not exist winter time. Text is ISO 8601, or the digits of a number in `unit`.
+    A time with a zone is its instant, whatever the zone. One without is local time in `zone`: of an
+    hour that comes twice the first, and of one that does not exist winter time. Text is ISO 8601,
+    or the digits of a number in `unit`.
     """
     column = _plain(column)
     kind = column.type
@@ -206,7 +240,9 @@ def _refuse_unreadable(
     there = pc.is_valid(given).to_numpy()
     if _is_text(kind):
         spelt = pc.utf8_lower(pc.utf8_trim_whitespace(texts(given)))
-        there &= ~pc.fill_null(pc.is_in(spelt, pa.array(BLANKS)), False).to_numpy(zero_copy_only=False)
+        there &= ~pc.fill_null(pc.is_in(spelt, pa.array(BLANKS)), False).to_numpy(
+            zero_copy_only=False
+        )
     lost = there & pc.is_null(made).to_numpy(zero_copy_only=False)
     if 2 * lost.sum() <= there.sum():
         return
@@ -221,7 +257,11 @@ def _refuse_unreadable(
     if column.dtype is DType.TIMESTAMP:
         expected = f"times in {time_unit} since 1970" if time_unit else expected
         temporal = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-        unit = None if temporal else likely_unit(pc.fill_null(whole_numbers(given), 0).to_numpy(zero_copy_only=False))
+        unit = (
+            None
+            if temporal
+            else likely_unit(pc.fill_null(whole_numbers(given), 0).to_numpy(zero_copy_only=False))
+        )
         hint = f"; they look like {unit} since 1970" if unit else ""
         hint = "; day and month cannot be told apart there" if "/" in shown else hint
     raise RawDataError(
@@ -243,17 +283,27 @@ def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )
     return any(test(kind) for test in tests)
 
 
 def _shortened(rows: pa.Table) -> pa.Table:
-    """Long texts cut, in bytes, to one more than what is allowed: they are refused later, and cost nothing until then."""
+    """Long texts cut, in bytes, to one more than what is allowed: they are refused later, and cost
+    nothing until then.
+    """
     for index, field in enumerate(rows.schema):
         if not (_is_text(field.type) or pa.types.is_dictionary(field.type)):
             continue
         column = _plain(rows[field.name])
-        if _is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
+        if (
+            _is_text(column.type)
+            and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES
+        ):
             cut = pc.binary_slice(pc.cast(column, pa.binary()), 0, MAX_TEXT_BYTES + 1)
             rows = rows.set_column(index, field.name, cut)
     return rows
@@ -268,7 +318,11 @@ def _by_value(column: pa.Array, read: Callable[[str], Any], kind: pa.DataType) -
     """Each distinct text read once."""
     encoded = column.dictionary_encode()
     values = pa.array(
-        [None if value is None else read(value.strip()) for value in encoded.dictionary.to_pylist()], kind
+        [
+            None if value is None else read(value.strip())
+            for value in encoded.dictionary.to_pylist()
+        ],
+        kind,
     )
     return values.take(encoded.indices)
 
@@ -292,12 +346,16 @@ def _iso_of(text: str, zone: tzinfo) -> int | None:
         time = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return ((time if time.tzinfo else time.replace(tzinfo=zone)) - EPOCH) // timedelta(microseconds=1)
+    return ((time if time.tzinfo else time.replace(tzinfo=zone)) - EPOCH) // timedelta(
+        microseconds=1
+    )
 
 
 def _micros_of(column: pa.Array) -> pa.Array:
     """A timestamp column as int64 microseconds; null where they do not fit."""
-    return _scaled(pc.cast(column, pa.int64()), {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}[column.type.unit])
+    return _scaled(
+        pc.cast(column, pa.int64()), {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}[column.type.unit]
+    )
 
 
 def _nulls(column: pa.Array) -> np.ndarray:
@@ -305,7 +363,9 @@ def _nulls(column: pa.Array) -> np.ndarray:
 
 
 def _local_to_utc(local: pa.Array, zone: tzinfo) -> pa.Array:
-    """Local microseconds as UTC ones, each distinct one converted once; null outside of our years."""
+    """Local microseconds as UTC ones, each distinct one converted once; null outside of our
+    years.
+    """
     if zone is UTC or getattr(zone, "key", None) == "UTC":
         return local
     encoded = local.dictionary_encode()

@@ -1,10 +1,11 @@
 """A view's values into Redis in Feast's own layout, where only a newer value replaces an older one.
 
-Feast's writer reads the stored times, compares, then writes, so two that race can leave the older value; with
-`skip_dedup` the last write wins, however old. Here one script on the server compares and writes, key by key.
+Feast's writer reads the stored times, compares, then writes, so two that race can leave the older
+value; with `skip_dedup` the last write wins, however old. Here one script on the server compares
+and writes, key by key.
 
-Layout (Feast 0.67): a hash for each entity, its key the serialised entity key and the project; field mmh3("view:feature")
-holds a Value, field "_ts:view" the time of the row.
+Layout (Feast 0.67): a hash for each entity, its key the serialised entity key and the project;
+field mmh3("view:feature") holds a Value, field "_ts:view" the time of the row.
 """
 
 from __future__ import annotations
@@ -65,15 +66,23 @@ class RedisWriter:
                 f"compare-and-set wants Redis, the online store is {config.online_store.type!r}: write through Feast there"
             )
         definition = store.get_feature_view(view)
-        self._keys = {column.name: column.dtype.to_value_type() for column in definition.entity_columns}
-        self._fields = {f.name: (_mmh3(f"{view}:{f.name}"), f.dtype.to_value_type()) for f in definition.features}
+        self._keys = {
+            column.name: column.dtype.to_value_type() for column in definition.entity_columns
+        }
+        self._fields = {
+            f.name: (_mmh3(f"{view}:{f.name}"), f.dtype.to_value_type())
+            for f in definition.features
+        }
         self._time_field = f"_ts:{view}"
         self._project, self._version = config.project, config.entity_key_serialization_version
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(COMPARE_AND_SET)
 
     def write(
-        self, keys: Mapping[str, Sequence[Any]], values: Mapping[str, Sequence[Any]], times: Sequence[int]
+        self,
+        keys: Mapping[str, Sequence[Any]],
+        values: Mapping[str, Sequence[Any]],
+        times: Sequence[int],
     ) -> int:
         """Write rows; one that is not newer than what is stored changes nothing.
 
@@ -86,23 +95,33 @@ class RedisWriter:
             Rows that were newer and are now stored.
 
         Raises:
-            ValueError: keys or features that are not the view's, lengths that differ, or a negative time.
+            ValueError: keys or features that are not the view's, lengths that differ, or a negative
+                time.
         """
         from feast.infra.online_stores.helpers import _redis_key
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.type_map import python_values_to_proto_values
         from google.protobuf.timestamp_pb2 import Timestamp
 
-        for what, expected, given in (("join keys", self._keys, keys), ("features", self._fields, values)):
+        for what, expected, given in (
+            ("join keys", self._keys, keys),
+            ("features", self._fields, values),
+        ):
             if set(given) != set(expected):
                 raise ValueError(f"expected the {what} {sorted(expected)}, got {sorted(given)}")
         number = len(times)
-        if lengths := {name: len(column) for name, column in {**keys, **values}.items() if len(column) != number}:
+        if lengths := {
+            name: len(column)
+            for name, column in {**keys, **values}.items()
+            if len(column) != number
+        }:
             raise ValueError(f"expected a value for each of {number} times, got {lengths}")
         if min(times, default=0) < 0:
             raise ValueError(f"expected times that are not negative, got {min(times)}")
         names = sorted(keys)
-        columns = [python_values_to_proto_values(list(keys[name]), self._keys[name]) for name in names]
+        columns = [
+            python_values_to_proto_values(list(keys[name]), self._keys[name]) for name in names
+        ]
         features = [
             (field, python_values_to_proto_values(list(values[name]), kind))
             for name, (field, kind) in self._fields.items()
@@ -111,11 +130,19 @@ class RedisWriter:
         for start in range(0, number, PIECE):
             with self._client.pipeline(transaction=False) as pipe:
                 for row in range(start, min(start + PIECE, number)):
-                    entity = EntityKey(join_keys=names, entity_values=[column[row] for column in columns])
+                    entity = EntityKey(
+                        join_keys=names, entity_values=[column[row] for column in columns]
+                    )
                     seconds, micros = divmod(int(times[row]), 1_000_000)
                     time = Timestamp(seconds=seconds, nanos=1000 * micros).SerializeToString()
-                    pairs = [part for field, column in features for part in (field, column[row].SerializeToString())]
-                    key = _redis_key(self._project, entity, entity_key_serialization_version=self._version)
+                    pairs = [
+                        part
+                        for field, column in features
+                        for part in (field, column[row].SerializeToString())
+                    ]
+                    key = _redis_key(
+                        self._project, entity, entity_key_serialization_version=self._version
+                    )
                     self._script(keys=[key], args=[self._time_field, time, *pairs], client=pipe)
                 written += sum(pipe.execute())
         return written
@@ -127,7 +154,9 @@ class RedisWriter:
             prefix: of the serialised entity key.
         """
         special = b"\\*?[]^-"
-        pattern = b"".join(b"\\" + bytes([c]) if c in special else bytes([c]) for c in prefix) + b"*"
+        pattern = (
+            b"".join(b"\\" + bytes([c]) if c in special else bytes([c]) for c in prefix) + b"*"
+        )
         fields, removed = [self._time_field, *(field for field, _ in self._fields.values())], 0
         with self._client.pipeline(transaction=False) as pipe:
             for key in self._client.scan_iter(match=pattern, count=PIECE):

@@ -1,7 +1,8 @@
 """The contract: every table, column, entity and their fingerprint. Standard library only.
 
-Feast fields, Arrow schemas, embedding tables and request decoding are all derived from here, each where its library
-lives. A dataset adds its own columns by declaring a `DatasetSpec`; nothing else in the project names a column twice.
+Feast fields, Arrow schemas, embedding tables and request decoding are all derived from here, each
+where its library lives. A dataset adds its own columns by declaring a `DatasetSpec`; nothing else
+in the project names a column twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from feature_repo.errors import DeclarationError, nearest
 
 
 class DType(StrEnum):
-    """Logical column types; `feature_repo.arrow` maps them to Arrow, `feature_definitions` to Feast."""
+    """Logical column types; `feature_repo.arrow` maps them to Arrow, `feature_definitions` to
+    Feast.
+    """
 
     INT8 = "int8"
     INT32 = "int32"
@@ -37,10 +40,12 @@ EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
 NUM_HISTORY_ONLINE = 512  # events of a user kept online unless a dataset declares another number
 STAT_WINDOWS_DAYS = (7, 14, 28)
-# A number without limits of its own stays within this. Sums and means of so large values are still exact in what they are
-# computed with (`feature_repo/sums.py`), and float32 holds them.
+# A number without limits of its own stays within this. Sums and means of so large values are still
+# exact in what they are computed with (`feature_repo/sums.py`), and float32 holds them.
 LARGEST_NUMBER = 1e12
-MAX_ID_BYTES = 1024  # of a text id, in UTF-8; longer ones are dead letters, and the server refuses them alike
+MAX_ID_BYTES = (
+    1024  # of a text id, in UTF-8; longer ones are dead letters, and the server refuses them alike
+)
 MAX_TEXT_BYTES = 1 << 15  # of any other text
 TIME_UNITS = {
     "seconds": 1_000_000.0,
@@ -55,7 +60,9 @@ NUMBER_TYPES = (*WHOLE_TYPES, DType.FLOAT32)
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its type, meaning and limits. Limits become expectations; `None` means unlimited."""
+    """One column: its type, meaning and limits. Limits become expectations; `None` means
+    unlimited.
+    """
 
     name: str
     dtype: DType
@@ -71,7 +78,9 @@ class Column:
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """Smallest and largest number allowed: as declared, and for a float at most `LARGEST_NUMBER` in size."""
+        """Smallest and largest number allowed: as declared, and for a float at most
+        `LARGEST_NUMBER` in size.
+        """
         if self.dtype is not DType.FLOAT32:
             return self.minimum, self.maximum
         low = -LARGEST_NUMBER if self.minimum is None else self.minimum
@@ -95,7 +104,9 @@ class Entity:
 
 @dataclass(frozen=True)
 class Table:
-    """A declared table. `job` names the Beam job that writes it; `view` says whether Feast serves it."""
+    """A declared table. `job` names the Beam job that writes it; `view` says whether Feast serves
+    it.
+    """
 
     name: str
     doc: str
@@ -110,7 +121,9 @@ class Table:
         names = [column.name for column in self.all_columns]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise DeclarationError(f"table {self.name!r}: column names must differ, these appear twice: {twice}")
+            raise DeclarationError(
+                f"table {self.name!r}: column names must differ, these appear twice: {twice}"
+            )
 
     @property
     def all_columns(self) -> tuple[Column, ...]:
@@ -137,12 +150,22 @@ class Table:
         for column in self.all_columns:
             if column.name == name:
                 return column
-        raise KeyError(f"table {self.name!r} has no column {name!r}; it has {[c.name for c in self.all_columns]}")
+        raise KeyError(
+            f"table {self.name!r} has no column {name!r}; it has {[c.name for c in self.all_columns]}"
+        )
 
 
 TIMESTAMPS = (
-    Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when the row became knowable: just after the events it counts"),
-    Column(CREATED_TIMESTAMP, DType.TIMESTAMP, "when the row was first available; joins never look past it"),
+    Column(
+        EVENT_TIMESTAMP,
+        DType.TIMESTAMP,
+        "when the row became knowable: just after the events it counts",
+    ),
+    Column(
+        CREATED_TIMESTAMP,
+        DType.TIMESTAMP,
+        "when the row was first available; joins never look past it",
+    ),
 )
 
 
@@ -160,7 +183,9 @@ class Requests:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What one dataset adds to the contract. The module that declares it also turns raw rows into these columns."""
+    """What one dataset adds to the contract. The module that declares it also turns raw rows into
+    these columns.
+    """
 
     name: str
     title: str
@@ -177,16 +202,26 @@ class DatasetSpec:
     max_bad_fraction: float
     ranking_user_features: tuple[str, ...] = ()  # those a ranker reads; the rest is for people
     ranking_item_features: tuple[str, ...] = ()
-    event_identity: tuple[str, ...] = ()  # columns of `events` that say "the same event"; without any, none is repeated
-    num_history_online: int = NUM_HISTORY_ONLINE  # a ranker that reads more events cannot be exported
+    event_identity: tuple[
+        str, ...
+    ] = ()  # columns of `events` that say "the same event"; without any, none is repeated
+    num_history_online: int = (
+        NUM_HISTORY_ONLINE  # a ranker that reads more events cannot be exported
+    )
     raw_zone: str = "UTC"  # of raw times that carry none
-    raw_time_unit: str | None = None  # of raw times that are whole numbers, such as "seconds"; none: they are refused
-    items_repeat: bool = True  # whether an item that a user has acted on is worth ranking for them again
+    raw_time_unit: str | None = (
+        None  # of raw times that are whole numbers, such as "seconds"; none: they are refused
+    )
+    items_repeat: bool = (
+        True  # whether an item that a user has acted on is worth ranking for them again
+    )
 
 
 @dataclass(frozen=True)
 class Contract:
-    """All tables of one dataset, and the fingerprint that travels in every bundle and stored history."""
+    """All tables of one dataset, and the fingerprint that travels in every bundle and stored
+    history.
+    """
 
     spec: DatasetSpec
     user: Entity
@@ -225,7 +260,9 @@ class Contract:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over every name, type, unit and limit; documentation strings do not count."""
+        """16 hex digits over every name, type, unit and limit; documentation strings do not
+        count.
+        """
 
         def plain(column: Column) -> dict[str, object]:
             return asdict(replace(column, doc=""))
@@ -246,7 +283,8 @@ def contract(spec: DatasetSpec) -> Contract:
     """Derive every table from what a dataset declares.
 
     Raises:
-        DeclarationError: two columns of one table, or two features that Feast would serve together, share a name.
+        DeclarationError: two columns of one table, or two features that Feast would serve together,
+            share a name.
     """
     if shared := _shared_names(spec):
         raise DeclarationError(f"SPEC of {spec.name!r}: {'; '.join(shared)}. Rename one of them")
@@ -260,9 +298,21 @@ def contract(spec: DatasetSpec) -> Contract:
         _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
         _view("user_stats", user, "user_history", USER_STATS_DOC, _user_stat_columns(spec)),
         _view("item_stats", item, "item_stats", ITEM_STATS_DOC, _item_stat_columns(spec)),
-        _view("summary_tokens", user, "summary_tokens", NEWEST_TOKENS_DOC, (TOKENS, STATE), TOKEN_VERSION),
         _view(
-            "token_rows", user, "summary_tokens", WHICH_ROW_DOC, (TOKEN_ROW, TOKEN_EVENTS, TOKEN_DIGEST), TOKEN_VERSION
+            "summary_tokens",
+            user,
+            "summary_tokens",
+            NEWEST_TOKENS_DOC,
+            (TOKENS, STATE),
+            TOKEN_VERSION,
+        ),
+        _view(
+            "token_rows",
+            user,
+            "summary_tokens",
+            WHICH_ROW_DOC,
+            (TOKEN_ROW, TOKEN_EVENTS, TOKEN_DIGEST),
+            TOKEN_VERSION,
         ),
         _view(STORE_EPOCH, STORE_PART, "", STORE_EPOCH_DOC, (EPOCH_RUN,)),
         _token_dead_letters(user),
@@ -275,29 +325,59 @@ PROFILE_DOC = "What is known of {} besides events; a row for each change."
 HISTORY_DOC = "A user's newest events, as many as the dataset declares, packed (feature_repo/history.py), oldest first."
 HISTORY = Column("history", DType.BYTES, "packed events")
 USER_STATS_DOC = "What a user's events came to by an instant: a row for each distinct event time."
-HISTORY_END = Column("history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1)
-HISTORY_DIGEST = Column("history_digest", DType.INT64, "of those events: a corrected past has another one")
-ITEM_STATS_DOC = "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
+HISTORY_END = Column(
+    "history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1
+)
+HISTORY_DIGEST = Column(
+    "history_digest", DType.INT64, "of those events: a corrected past has another one"
+)
+ITEM_STATS_DOC = (
+    "Windowed counts of an item by whole UTC day, stamped at the midnight that closes the day."
+)
 TOKEN_VERSION = Entity(
-    "token_version", "token_version", DType.STRING, "fingerprint of the stage 1 that made the tokens"
+    "token_version",
+    "token_version",
+    DType.STRING,
+    "fingerprint of the stage 1 that made the tokens",
 )
 NEWEST_TOKENS_DOC = "A user's newest summary tokens of each token version, in an envelope (feature_repo/envelope.py)."
 TOKENS = Column("tokens", DType.BYTES, "summary tokens with their identity")
-STATE = Column("state", DType.BYTES, "what stage 1 keeps to take new events; none where it cannot", nullable=True)
+STATE = Column(
+    "state",
+    DType.BYTES,
+    "what stage 1 keeps to take new events; none where it cannot",
+    nullable=True,
+)
 WHICH_ROW_DOC = "Which row of the token log holds a user's tokens as they were at an instant."
-TOKEN_ROW = Column("token_row", DType.INT64, "place in the token log (feature_repo/token_log.py)", minimum=0)
-TOKEN_EVENTS = Column("token_events", DType.INT64, "events behind the tokens", unit="events", minimum=0)
-TOKEN_DIGEST = Column("token_digest", DType.INT64, "of the events behind the tokens, as history_digest")
-STORE_PART = Entity("store_part", "store_part", DType.STRING, "a job that writes to the online store")
+TOKEN_ROW = Column(
+    "token_row", DType.INT64, "place in the token log (feature_repo/token_log.py)", minimum=0
+)
+TOKEN_EVENTS = Column(
+    "token_events", DType.INT64, "events behind the tokens", unit="events", minimum=0
+)
+TOKEN_DIGEST = Column(
+    "token_digest", DType.INT64, "of the events behind the tokens, as history_digest"
+)
+STORE_PART = Entity(
+    "store_part", "store_part", DType.STRING, "a job that writes to the online store"
+)
 STORE_EPOCH = "store_epoch"
-STORE_EPOCH_DOC = "What the online store holds: the newest finished run of each job that writes there."
+STORE_EPOCH_DOC = (
+    "What the online store holds: the newest finished run of each job that writes there."
+)
 EPOCH_RUN = Column("epoch", DType.STRING, "id of the run")
 DEAD_LETTERS = Table(
     "dead_letters",
     "Raw rows that are no event, each with its reason and where it stood.",
     (
         Column("source_file", DType.STRING, "file of the raw row"),
-        Column("source_row", DType.INT64, "row in that file, from 0; none of a profile row", nullable=True, minimum=0),
+        Column(
+            "source_row",
+            DType.INT64,
+            "row in that file, from 0; none of a profile row",
+            nullable=True,
+            minimum=0,
+        ),
         Column("reason", DType.STRING, "why it was set aside"),
         Column("raw", DType.STRING, "the raw row as JSON"),
     ),
@@ -306,7 +386,12 @@ DEAD_LETTERS = Table(
 
 
 def _view(
-    name: str, entity: Entity, job: str, doc: str, columns: tuple[Column, ...], version: Entity | None = None
+    name: str,
+    entity: Entity,
+    job: str,
+    doc: str,
+    columns: tuple[Column, ...],
+    version: Entity | None = None,
 ) -> Table:
     """A table that Feast serves: one row of an entity (and version) for each instant."""
     keys = (entity.join_key, *([version.join_key] if version else []), EVENT_TIMESTAMP)
@@ -333,10 +418,20 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
         (
             user.column,
             item.column,
-            Column("action", DType.INT8, f"index into {spec.actions}", values=tuple(range(len(spec.actions)))),
+            Column(
+                "action",
+                DType.INT8,
+                f"index into {spec.actions}",
+                values=tuple(range(len(spec.actions))),
+            ),
             Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC"),
             *spec.event_features,
-            Column("source_position", DType.INT64, "row in the raw source; breaks ties in time", minimum=0),
+            Column(
+                "source_position",
+                DType.INT64,
+                "row in the raw source; breaks ties in time",
+                minimum=0,
+            ),
         ),
         job="events",
     )
@@ -349,7 +444,13 @@ def _user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
         HISTORY_END,
         HISTORY_DIGEST,
         Column("first_event_s", DType.INT64, "time of the user's first event", unit="s since 1970"),
-        Column("other_events", DType.INT64, "events of any other action than the first", unit="events", minimum=0),
+        Column(
+            "other_events",
+            DType.INT64,
+            "events of any other action than the first",
+            unit="events",
+            minimum=0,
+        ),
         Column(f"user_mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
     )
 
@@ -362,7 +463,10 @@ def _item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
     mean_doc = f"mean {spec.stat_value} of '{primary}' to date"
     return (
         count("count_total", f"events '{primary}' to date"),
-        *(count(f"count_{days}d", f"events '{primary}' in {days} days") for days in STAT_WINDOWS_DAYS),
+        *(
+            count(f"count_{days}d", f"events '{primary}' in {days} days")
+            for days in STAT_WINDOWS_DAYS
+        ),
         count("other_total", "events of any other action to date"),
         Column(f"mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
     )
@@ -376,9 +480,13 @@ def _training_examples(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
             Column("request_id", DType.STRING, "user and running number of the request"),
             user.column,
             item.column,
-            Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "request time; features are those known by then"),
+            Column(
+                EVENT_TIMESTAMP, DType.TIMESTAMP, "request time; features are those known by then"
+            ),
             Column(spec.requests.label, DType.INT8, spec.requests.label_doc, values=(0, 1)),
-            Column("split", DType.STRING, "by request time", values=("train", "validation", "test")),
+            Column(
+                "split", DType.STRING, "by request time", values=("train", "validation", "test")
+            ),
         ),
         job="training_examples",
         unique=("request_id", item.join_key),
@@ -386,14 +494,25 @@ def _training_examples(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
 
 
 RESERVED = frozenset(
-    {"action", EVENT_TIMESTAMP, CREATED_TIMESTAMP, "source_position", "request_id", "split", "user_id", "item_id"}
+    {
+        "action",
+        EVENT_TIMESTAMP,
+        CREATED_TIMESTAMP,
+        "source_position",
+        "request_id",
+        "split",
+        "user_id",
+        "item_id",
+    }
     | {HISTORY.name, TOKENS.name, STATE.name, TOKEN_ROW.name, TOKEN_EVENTS.name, TOKEN_DIGEST.name}
     | {TOKEN_VERSION.join_key, STORE_PART.join_key, EPOCH_RUN.name}
 )
 
 
 def _shared_names(spec: DatasetSpec) -> list[str]:
-    """Names that would meet in one training set, told apart by neither Feast nor DuckDB, which ignores case."""
+    """Names that would meet in one training set, told apart by neither Feast nor DuckDB, which
+    ignores case.
+    """
     owners = {name.casefold(): f"a name of Memoir's ({name})" for name in RESERVED}
     owners[spec.requests.label.casefold()] = f"requests.label {spec.requests.label!r}"
     groups: list[tuple[str, tuple[Column, ...]]] = [
@@ -420,8 +539,15 @@ def _shared_names(spec: DatasetSpec) -> list[str]:
 
 
 def problems(spec: DatasetSpec) -> list[str]:
-    """What a dataset declares and cannot be, a line for each field: its name, what it holds, and what is possible."""
-    return [*_wrong_features(spec), *_wrong_names(spec), *_wrong_requests(spec.requests), *_wrong_limits(spec)]
+    """What a dataset declares and cannot be, a line for each field: its name, what it holds, and
+    what is possible.
+    """
+    return [
+        *_wrong_features(spec),
+        *_wrong_names(spec),
+        *_wrong_requests(spec.requests),
+        *_wrong_limits(spec),
+    ]
 
 
 def _wrong_features(spec: DatasetSpec) -> Iterator[str]:
@@ -435,7 +561,10 @@ def _wrong_features(spec: DatasetSpec) -> Iterator[str]:
             yield f"event_features {column.name!r} is {column.dtype.value}; events carry numbers, {[t.value for t in NUMBER_TYPES]}"
         if column.nullable:
             yield f"event_features {column.name!r} is nullable; an event's numbers must be there, so fill it in `parse`"
-    for field_name, columns in (("user_features", spec.user_features), ("item_features", spec.item_features)):
+    for field_name, columns in (
+        ("user_features", spec.user_features),
+        ("item_features", spec.item_features),
+    ):
         if not columns:
             yield f"{field_name} is (); declare at least one, for Feast has no view without a feature"
         for column in columns:
@@ -454,7 +583,11 @@ def _wrong_names(spec: DatasetSpec) -> Iterator[str]:
         ("ranking_item_features", spec.ranking_item_features, items),
         ("item_title", (spec.item_title,), items),
         ("stat_value", (spec.stat_value,), numbers),
-        ("event_identity", spec.event_identity, ["user_id", "item_id", "action", EVENT_TIMESTAMP, *numbers]),
+        (
+            "event_identity",
+            spec.event_identity,
+            ["user_id", "item_id", "action", EVENT_TIMESTAMP, *numbers],
+        ),
     ):
         for name in named:
             if name not in known:
@@ -541,7 +674,8 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
 
 
 def lacks(needed: Contract, found: Contract) -> list[str]:
-    """What a model of the contract `needed` reads and tables of the contract `found` do not have. Empty: it can go on.
+    """What a model of the contract `needed` reads and tables of the contract `found` do not have.
+    Empty: it can go on.
 
     More features, or more actions behind the known ones, take nothing from it.
     """
@@ -549,9 +683,15 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
     if found.spec.actions[: len(needed.spec.actions)] != needed.spec.actions:
         missing.append(f"actions {needed.spec.actions} in this order")
     names = ("user_profile", "item_profile", "user_stats", "item_stats")
-    groups = [(name, needed.table(name).all_columns, found.table(name).all_columns) for name in names]
+    groups = [
+        (name, needed.table(name).all_columns, found.table(name).all_columns) for name in names
+    ]
     groups.append(("a history", needed.history_columns, found.history_columns))
     for group, wanted, held in groups:
         types = {column.name: column.dtype for column in held}
-        missing += [f"{c.name} ({c.dtype.value}) of {group}" for c in wanted if types.get(c.name) is not c.dtype]
+        missing += [
+            f"{c.name} ({c.dtype.value}) of {group}"
+            for c in wanted
+            if types.get(c.name) is not c.dtype
+        ]
     return missing

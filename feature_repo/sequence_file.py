@@ -5,10 +5,11 @@ Two forms are read, gzipped or not, whole numbers separated by blanks, tabs or s
     user item            one line for each event, a user's lines in order of time
     user item item …     one line for each user, oldest first
 
-Where every line has two fields the file is of the first form, otherwise of the second. A byte-order mark, blank lines and
-blanks around a line are no matter. Such a file knows order and no time: the k-th event of a user is stamped k
-seconds after the epoch. Lines of one user need not stand together (order within the user is the order of lines; how
-many users are torn apart is counted). Repeated lines are events like any other.
+Where every line has two fields the file is of the first form, otherwise of the second. A byte-order
+mark, blank lines and blanks around a line are no matter. Such a file knows order and no time: the
+k-th event of a user is stamped k seconds after the epoch. Lines of one user need not stand together
+(order within the user is the order of lines; how many users are torn apart is counted). Repeated
+lines are events like any other.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def read(path: Path) -> Events:
     """All events of a file.
 
     Raises:
-        SequenceFileError: missing, empty, a gzip that ends early, or a line that is not as the first line promises.
+        SequenceFileError: missing, empty, a gzip that ends early, or a line that is not as the
+            first line promises.
     """
     fields = _fields(path, _unpacked(path))
     counts = np.diff(np.r_[fields.starts, len(fields.values)])
@@ -87,7 +89,12 @@ def read(path: Path) -> Events:
         _refuse_records(path, fields, counts)
         _refuse_second_lines(path, fields)
     torn = len(run_starts(pa.array(users))) - len(np.unique(users))
-    counts = {"events": len(users), "users": len(np.unique(users)), "items": len(np.unique(items)), "torn": torn}
+    counts = {
+        "events": len(users),
+        "users": len(np.unique(users)),
+        "items": len(np.unique(items)),
+        "torn": torn,
+    }
     return Events(users, items, counts)
 
 
@@ -115,7 +122,9 @@ def write_log(path: Path, home: str) -> JobFolder:
         with pa.ipc.new_file(sink, log.schema) as writer:
             writer.write_batch(log)
         folder.discard(run_id)
-        part = folder.write_part(run_id, "history_log", "part-00000.arrow", sink.getvalue(), log.num_rows)
+        part = folder.write_part(
+            run_id, "history_log", "part-00000.arrow", sink.getvalue(), log.num_rows
+        )
         longest = int(np.unique(events.users, return_counts=True)[1].max())
         folder.publish(
             Manifest(
@@ -159,13 +168,17 @@ def _unpacked(path: Path) -> bytes:
                 f"{path} is a gzip that ends early or is damaged ({error}): fetch it again"
             ) from error
     if not raw.strip():
-        raise SequenceFileError(f"{path} is empty: expected lines of 'user item' or 'user item item …'")
+        raise SequenceFileError(
+            f"{path} is empty: expected lines of 'user item' or 'user item item …'"
+        )
     return raw
 
 
 @dataclass(frozen=True)
 class _Fields:
-    """All whole numbers of a file in a row; a line that has some begins at `starts` and is the file's `lines`-th, from 1."""
+    """All whole numbers of a file in a row; a line that has some begins at `starts` and is the
+    file's `lines`-th, from 1.
+    """
 
     values: np.ndarray
     starts: np.ndarray
@@ -176,7 +189,8 @@ def _fields(path: Path, data: bytes) -> _Fields:
     """The file's fields.
 
     Raises:
-        SequenceFileError: names the first line that holds something other than whole numbers of 64 bits.
+        SequenceFileError: names the first line that holds something other than whole numbers of 64
+            bits.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
     if (found := NOT_A_NUMBER.search(data)) is not None:
@@ -194,7 +208,8 @@ def _fields(path: Path, data: bytes) -> _Fields:
     return _Fields(values, starts, line_of[starts] + 1)
 
 
-# Something that neither is a whole number nor separates two: hexadecimal, decimal points, names, other encodings.
+# Something that neither is a whole number nor separates two: hexadecimal, decimal points, names,
+# other encodings.
 NOT_A_NUMBER = re.compile(rb"[^\s0-9-]|[0-9]-|-(?![0-9])|[\v\f]")
 
 
@@ -213,7 +228,8 @@ def _refuse_records(path: Path, fields: _Fields, counts: np.ndarray) -> None:
     """Refuse lines such as `user item rating time`, which would be read as lists of items.
 
     Raises:
-        SequenceFileError: all lines have as many fields, and the last of each is as large as a time and none else is.
+        SequenceFileError: all lines have as many fields, and the last of each is as large as a time
+            and none else is.
     """
     width = int(counts[0])
     if len(counts) < 2 or width > 5 or (counts != width).any():

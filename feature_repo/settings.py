@@ -1,4 +1,5 @@
-"""Where things are: the dataset, its raw data and the working folder, from the environment. Standard library only.
+"""Where things are: the dataset, its raw data and the working folder, from the environment.
+Standard library only.
 
 | variable | meaning | default |
 |---|---|---|
@@ -24,13 +25,24 @@ DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
 VARIABLES = frozenset(
     f"MEMOIR_{name}"
-    for name in ("DATASET", "DATA", "HOME", "PROFILE", "CATALOGUE", "REGISTRY_URL", "REDIS", "REQUIRE_SERVICES")
+    for name in (
+        "DATASET",
+        "DATA",
+        "HOME",
+        "PROFILE",
+        "CATALOGUE",
+        "REGISTRY_URL",
+        "REDIS",
+        "REQUIRE_SERVICES",
+    )
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's surroundings. `home` is this dataset's own folder (or object-store URI) under `MEMOIR_HOME`."""
+    """One run's surroundings. `home` is this dataset's own folder (or object-store URI) under
+    `MEMOIR_HOME`.
+    """
 
     dataset: str
     data: str | None
@@ -44,8 +56,8 @@ class Settings:
         """Read the environment.
 
         Raises:
-            SettingsError: a variable that begins with `MEMOIR_` is unknown, `MEMOIR_PROFILE` is no profile, or
-                `MEMOIR_DATA` is no folder.
+            SettingsError: a variable that begins with `MEMOIR_` is unknown, `MEMOIR_PROFILE` is no
+                profile, or `MEMOIR_DATA` is no folder.
         """
         refuse_unknown_variables()
         dataset = os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
@@ -60,9 +72,13 @@ class Settings:
         data = os.environ.get("MEMOIR_DATA") or None
         if data is not None and "://" not in data and not Path(data).is_dir():
             what = "a file" if Path(data).exists() else "not there"
-            raise SettingsError(f"MEMOIR_DATA must name the folder that holds the raw data; {data} is {what}")
+            raise SettingsError(
+                f"MEMOIR_DATA must name the folder that holds the raw data; {data} is {what}"
+            )
         home = f"{root}/{dataset}"
-        catalogue = os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
+        catalogue = (
+            os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
+        )
         default = root == str(CHECKOUT / ".memoir") and dataset == DEFAULT_DATASET
         return Settings(dataset, data, home, profile, catalogue, default)
 
@@ -72,9 +88,11 @@ class Settings:
         return self.home.rsplit("/", 1)[0]
 
     def path(self, *parts: str) -> Path:
-        """A local path, its folder made: under the home, or under `.memoir` where the home is an object store.
+        """A local path, its folder made: under the home, or under `.memoir` where the home is an
+        object store.
 
-        Runs, bundles, Data Docs and Feast's configuration are files of the machine that trains and serves.
+        Runs, bundles, Data Docs and Feast's configuration are files of the machine that trains and
+        serves.
         """
         path = Path(_local(self.home, self.dataset), *parts)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +105,9 @@ def refuse_unknown_variables() -> None:
     Raises:
         SettingsError: a variable begins with `MEMOIR_` and is none of ours.
     """
-    unknown = sorted(name for name in os.environ if name.startswith("MEMOIR_") and name not in VARIABLES)
+    unknown = sorted(
+        name for name in os.environ if name.startswith("MEMOIR_") and name not in VARIABLES
+    )
     if unknown:
         raise SettingsError(
             f"environment variable {unknown[0]} is none of Memoir's{nearest(unknown[0], VARIABLES)} "

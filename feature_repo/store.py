@@ -1,11 +1,14 @@
-"""The one place that opens the Feast store for the settings in force. Imports Feast, which takes seconds: call late.
+"""The one place that opens the Feast store for the settings in force. Imports Feast, which takes
+seconds: call late.
 
-`feature_store.yaml` is the local profile of the shipped dataset, as `feast -c feature_repo …` reads it. For any other
-dataset or home, a yaml of the same content with its own paths is written into that home, so that Feast's own commands
-work there too: `feast -c feature_repo -f <home>/feature_store.yaml …`.
+`feature_store.yaml` is the local profile of the shipped dataset, as `feast -c feature_repo …` reads
+it. For any other dataset or home, a yaml of the same content with its own paths is written into
+that home, so that Feast's own commands work there too: `feast -c feature_repo -f
+<home>/feature_store.yaml …`.
 
-What an online store holds is asked of the store: each job that writes there leaves its run's id in the view `store_epoch`
-once it is done. A store that was emptied, deleted or replaced has another epoch, or none.
+What an online store holds is asked of the store: each job that writes there leaves its run's id in
+the view `store_epoch` once it is done. A store that was emptied, deleted or replaced has another
+epoch, or none.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import CREATED_TIMESTAMP, EPOCH_RUN, EVENT_TIMESTAMP, STORE_EPOCH, STORE_PART
+from feature_repo.schema import (
+    CREATED_TIMESTAMP,
+    EPOCH_RUN,
+    EVENT_TIMESTAMP,
+    STORE_EPOCH,
+    STORE_PART,
+)
 from feature_repo.settings import CHECKOUT, Settings
 
 if TYPE_CHECKING:
@@ -40,7 +49,9 @@ class StoreError(ExpectedError, RuntimeError):
 
 
 def yaml_path(settings: Settings) -> Path:
-    """The Feast configuration of these settings; written first where the home is not the default one."""
+    """The Feast configuration of these settings; written first where the home is not the default
+    one.
+    """
     if settings.profile == "production":
         return PRODUCTION_YAML
     if settings.is_default_home:
@@ -61,13 +72,17 @@ def local_file(settings: Settings, name: str) -> Path:
 
 
 def store_digest(settings: Settings) -> str:
-    """Digest of the Feast configuration with its environment filled in: which registry and online store are meant.
+    """Digest of the Feast configuration with its environment filled in: which registry and online
+    store are meant.
 
-    The local profile's are files of the home, wherever it lies, so a home that is moved keeps its digest.
+    The local profile's are files of the home, wherever it lies, so a home that is moved keeps its
+    digest.
     """
     if settings.profile == "local":
         return "local"
-    return hashlib.sha256(os.path.expandvars(yaml_path(settings).read_text()).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.path.expandvars(yaml_path(settings).read_text()).encode()).hexdigest()[
+        :16
+    ]
 
 
 def open_store(settings: Settings) -> FeatureStore:
@@ -87,9 +102,11 @@ def open_store(settings: Settings) -> FeatureStore:
 
 
 def tables_elsewhere(settings: Settings) -> list[str]:
-    """Files other than this home's online store in which the local registry says that its tables are.
+    """Files other than this home's online store in which the local registry says that its tables
+    are.
 
-    Feast would drop those tables at the next `feast apply`: they are still in use by whose they are.
+    Feast would drop those tables at the next `feast apply`: they are still in use by whose they
+    are.
     """
     return foreign_tables(local_file(settings, REGISTRY), local_file(settings, ONLINE))
 
@@ -101,17 +118,26 @@ def foreign_tables(registry: Path, online: Path) -> list[str]:
     if not registry.exists():
         return []
     known = Registry.FromString(registry.read_bytes())
-    files = {table.sqlite_table.path for table in known.infra.infra_objects if table.HasField("sqlite_table")}
+    files = {
+        table.sqlite_table.path
+        for table in known.infra.infra_objects
+        if table.HasField("sqlite_table")
+    }
     return sorted(file for file in files if Path(file).resolve() != online.resolve())
 
 
 def missing_tables(settings: Settings, views: list[str]) -> list[str]:
-    """Views of which the local online store has no table; none for the production profile, which has no tables."""
+    """Views of which the local online store has no table; none for the production profile, which
+    has no tables.
+    """
     if settings.profile == "production":
         return []
     if not local_file(settings, REGISTRY).exists():
         return views
-    tables = {row[0] for row in _query(settings, "SELECT name FROM sqlite_master WHERE type = 'table'", ())}
+    tables = {
+        row[0]
+        for row in _query(settings, "SELECT name FROM sqlite_master WHERE type = 'table'", ())
+    }
     return [view for view in views if f"{PROJECT}_{view}" not in tables]
 
 
@@ -122,12 +148,12 @@ def held_epoch(settings: Settings, job: str) -> str | None:
     """
     if settings.profile == "production":
         store = open_store(settings)
-        found = store.get_online_features([f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: job}]).to_dict()
+        found = store.get_online_features(
+            [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: job}]
+        ).to_dict()
         epoch: str | None = found[EPOCH_RUN.name][0]
         return epoch
-    query = (
-        f"SELECT value FROM {PROJECT}_{STORE_EPOCH} WHERE feature_name = ? AND instr(entity_key, CAST(? AS BLOB)) > 0"
-    )
+    query = f"SELECT value FROM {PROJECT}_{STORE_EPOCH} WHERE feature_name = ? AND instr(entity_key, CAST(? AS BLOB)) > 0"
     for (value,) in _query(settings, query, (EPOCH_RUN.name, job)):
         if value[:1] == b"\x12":  # a Value's string, field 2: its length in a byte, then its text
             return bytes(value[2:]).decode()
@@ -139,7 +165,12 @@ def note_epoch(settings: Settings, job: str, run_id: str) -> None:
     from feature_repo.online_rows import write_rows
 
     stamp = pa.array([datetime.now(UTC)], pa.timestamp("us", "UTC"))
-    row = {STORE_PART.join_key: [job], EPOCH_RUN.name: [run_id], EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp}
+    row = {
+        STORE_PART.join_key: [job],
+        EPOCH_RUN.name: [run_id],
+        EVENT_TIMESTAMP: stamp,
+        CREATED_TIMESTAMP: stamp,
+    }
     write_rows(open_store(settings), STORE_EPOCH, pa.table(row))
 
 
@@ -163,8 +194,17 @@ def feast_apply(settings: Settings) -> str:
         StoreError: it failed; the message holds its output.
     """
     environment = {**os.environ, "MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": settings.root}
-    command = [str(Path(sys.executable).parent / "feast"), "-c", str(REPO), "-f", str(yaml_path(settings)), "apply"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False)
+    command = [
+        str(Path(sys.executable).parent / "feast"),
+        "-c",
+        str(REPO),
+        "-f",
+        str(yaml_path(settings)),
+        "apply",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False
+    )
     if done.returncode:
         raise StoreError(f"`{' '.join(command)}` failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout

@@ -1,7 +1,9 @@
-"""Running sums that are exact and so do not depend on their order: numbers as whole millionths, in two int64 halves.
+"""Running sums that are exact and so do not depend on their order: numbers as whole millionths, in
+two int64 halves.
 
-A number within `LARGEST_NUMBER` (1e12) has at most 1e18 millionths, which int64 holds, but ten of them do not. The upper
-and the lower 32 bits are therefore summed apart: neither can overflow below two thousand million numbers.
+A number within `LARGEST_NUMBER` (1e12) has at most 1e18 millionths, which int64 holds, but ten of
+them do not. The upper and the lower 32 bits are therefore summed apart: neither can overflow below
+two thousand million numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _LOW_BITS = 32
 
 @dataclass(frozen=True)
 class Exact:
-    """Numbers as whole millionths: `high · 2³² + low`, each int64; `low` of one number is within 0 … 2³² - 1."""
+    """Numbers as whole millionths: `high · 2³² + low`, each int64; `low` of one number is within 0
+    … 2³² - 1.
+    """
 
     high: np.ndarray
     low: np.ndarray

@@ -1,8 +1,10 @@
-"""Built tables on disk or in an object store: parts first, a manifest last; what no manifest names does not exist.
+"""Built tables on disk or in an object store: parts first, a manifest last; what no manifest names
+does not exist.
 
-A job's folder is `<home>/<job>/`. A run writes `<run_id>/<table>/part-….parquet` and then replaces `manifest.json` in
-one step. The run id is a digest of the job, its options and its inputs, so the same work has the same place and the
-same bytes, and a finished run is recognised without reading it.
+A job's folder is `<home>/<job>/`. A run writes `<run_id>/<table>/part-….parquet` and then replaces
+`manifest.json` in one step. The run id is a digest of the job, its options and its inputs, so the
+same work has the same place and the same bytes, and a finished run is recognised without reading
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class TableNotBuiltError(ExpectedError, LookupError):
 
 
 class StaleTableError(ExpectedError, RuntimeError):
-    """A table was built under another contract than the one in force, or is no longer what a run named."""
+    """A table was built under another contract than the one in force, or is no longer what a run
+    named.
+    """
 
 
 class JobRunningError(ExpectedError, RuntimeError):
@@ -73,7 +77,9 @@ class Manifest:
     @property
     def runs(self) -> set[str]:
         """Every run that wrote a part of it: this one, and those whose parts it carries on."""
-        return {self.run_id} | {part.path.split("/")[0] for parts in self.tables.values() for part in parts}
+        return {self.run_id} | {
+            part.path.split("/")[0] for parts in self.tables.values() for part in parts
+        }
 
     @property
     def as_of_micros(self) -> int:
@@ -95,12 +101,16 @@ class Manifest:
             raw = json.loads(text)
             layout = raw["layout"]
         except (ValueError, KeyError, TypeError) as error:
-            raise StaleTableError(f"a manifest is damaged ({error}): rebuild with beam_jobs") from error
+            raise StaleTableError(
+                f"a manifest is damaged ({error}): rebuild with beam_jobs"
+            ) from error
         if layout != LAYOUT:
             raise StaleTableError(
                 f"manifest layout {layout!r} is not {LAYOUT}: made by another version; rebuild with beam_jobs"
             )
-        raw["tables"] = {name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()}
+        raw["tables"] = {
+            name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()
+        }
         return Manifest(**raw)
 
 
@@ -108,13 +118,16 @@ class JobFolder:
     """One job's folder: write parts, publish, resolve and read its tables.
 
     Args:
-        home: the dataset's home, a local path or an object-store URI that Arrow knows (`gs://`, `s3://`).
+        home: the dataset's home, a local path or an object-store URI that Arrow knows (`gs://`,
+            `s3://`).
         job: the job's name.
     """
 
     def __init__(self, home: str, job: str) -> None:
         self.home, self.job = home, job
-        self.filesystem, root = pafs.FileSystem.from_uri(home) if "://" in home else (pafs.LocalFileSystem(), home)
+        self.filesystem, root = (
+            pafs.FileSystem.from_uri(home) if "://" in home else (pafs.LocalFileSystem(), home)
+        )
         self.root = f"{root}/{job}"
 
     @property
@@ -124,7 +137,8 @@ class JobFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs of this job out. On one machine; an object store has no lock, so start a job there once.
+        """Keep other runs of this job out. On one machine; an object store has no lock, so start a
+        job there once.
 
         Raises:
             JobRunningError: another run holds it.
@@ -175,7 +189,9 @@ class JobFolder:
         """
         manifest = self.require()
         if table not in manifest.tables:
-            raise TableNotBuiltError(f"job {self.job!r} wrote {sorted(manifest.tables)}, not {table!r}")
+            raise TableNotBuiltError(
+                f"job {self.job!r} wrote {sorted(manifest.tables)}, not {table!r}"
+            )
         return [f"{self.root}/{part.path}" for part in manifest.tables[table]]
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
@@ -210,13 +226,17 @@ class JobFolder:
         if self.filesystem.get_file_info(f"{self.root}/{run_id}").type == pafs.FileType.Directory:
             self.filesystem.delete_dir(f"{self.root}/{run_id}")
 
-    def write_part(self, run_id: str, table: str, name: str, data: bytes | pa.Buffer, rows: int) -> Part:
+    def write_part(
+        self, run_id: str, table: str, name: str, data: bytes | pa.Buffer, rows: int
+    ) -> Part:
         """Write one part in one visible step: a retry or a rerun leaves the same file."""
         self.write_bytes(f"{self.root}/{run_id}/{table}/{name}", data)
         return Part(f"{run_id}/{table}/{name}", rows, len(data), hashlib.sha256(data).hexdigest())
 
     def publish(self, manifest: Manifest) -> None:
-        """Make a run visible, all its tables at once, then drop the folders of runs that no longer are."""
+        """Make a run visible, all its tables at once, then drop the folders of runs that no longer
+        are.
+        """
         previous = self.manifest()
         self.write_bytes(f"{self.root}/{MANIFEST}", manifest.to_json().encode())
         keep = manifest.runs | (previous.runs if previous else set())
@@ -247,4 +267,6 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
 
 def digest_of(content: Any) -> str:
     """16 hex digits of a JSON-able value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]

@@ -1,9 +1,11 @@
-"""The token log: summary tokens of every user and snapshot, stored once; training reads rows of it by number.
+"""The token log: summary tokens of every user and snapshot, stored once; training reads rows of it
+by number.
 
-One row per user and snapshot, in Arrow IPC parts that are memory-mapped. The feature view `token_rows` says which row
-holds a user's tokens as they were at an instant: the point-in-time join carries eight bytes for each example, and
-`TokenLog.gather` reads the tokens late. A row number names run, log part, piece and row, so that the parts of later runs
-stand beside earlier ones and no number ever changes.
+One row per user and snapshot, in Arrow IPC parts that are memory-mapped. The feature view
+`token_rows` says which row holds a user's tokens as they were at an instant: the point-in-time join
+carries eight bytes for each example, and `TokenLog.gather` reads the tokens late. A row number
+names run, log part, piece and row, so that the parts of later runs stand beside earlier ones and no
+number ever changes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class TokenLogError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class PartName:
-    """What the name of a part says: which run wrote it, for which of how many log parts, and which piece of that."""
+    """What the name of a part says: which run wrote it, for which of how many log parts, and which
+    piece of that.
+    """
 
     run: int
     part: int
@@ -56,7 +60,9 @@ class PartName:
             TokenLogError: a number does not fit.
         """
         base = 0
-        for value, bits in zip((self.run, self.part, self.piece, max(number - 1, 0)), BITS, strict=True):
+        for value, bits in zip(
+            (self.run, self.part, self.piece, max(number - 1, 0)), BITS, strict=True
+        ):
             if value >= 1 << bits:
                 raise TokenLogError(
                     f"{self.file('arrow')} with {number:,} rows is beyond what row numbers can name: build with --full, or "
@@ -73,12 +79,15 @@ def versions_of(contract: Contract, folder: JobFolder, manifest: Manifest) -> di
         name = PartName.of(part.path)
         if name is not None and part.rows:
             column = contract.table("token_rows").join_keys[1]
-            found[name] = folder.read_path(f"{folder.root}/{part.path}", [column])[column][0].as_py()
+            found[name] = folder.read_path(f"{folder.root}/{part.path}", [column])[column][
+                0
+            ].as_py()
     return found
 
 
 def drop_version(contract: Contract, home: str, version: str) -> int:
-    """Publish the tables of `summary_tokens` without a version; its files go. Returns the rows that went.
+    """Publish the tables of `summary_tokens` without a version; its files go. Returns the rows that
+    went.
 
     Raises:
         JobRunningError: the job is under way.
@@ -87,16 +96,22 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
     folder = JobFolder(home, JOB)
     with folder.lock():
         manifest = folder.require()
-        gone = {name for name, of in versions_of(contract, folder, manifest).items() if of == version}
+        gone = {
+            name for name, of in versions_of(contract, folder, manifest).items() if of == version
+        }
 
         def stays(path: str) -> bool:
             return PartName.of(path) not in gone
 
         dropped = [part for part in manifest.tables.get(TABLE, []) if not stays(part.path)]
-        tables = {name: [p for p in parts if stays(p.path)] for name, parts in manifest.tables.items()}
+        tables = {
+            name: [p for p in parts if stays(p.path)] for name, parts in manifest.tables.items()
+        }
         if dropped:
             options = dict(manifest.options)
-            options["versions"] = {of: how for of, how in options.get("versions", {}).items() if of != version}
+            options["versions"] = {
+                of: how for of, how in options.get("versions", {}).items() if of != version
+            }
             run_id = digest_of([manifest.run_id, "without", version])
             folder.publish(replace(manifest, run_id=run_id, options=options, tables=tables))
         for parts in manifest.tables.values():
@@ -124,7 +139,11 @@ class TokenLog:
     """
 
     def __init__(self, contract: Contract, home: str, version: str) -> None:
-        self._folder, self._user, self.version = JobFolder(home, JOB), contract.user.join_key, version
+        self._folder, self._user, self.version = (
+            JobFolder(home, JOB),
+            contract.user.join_key,
+            version,
+        )
         self._paths: dict[int, str] = {}
         for path in self._folder.paths(TABLE):
             if (name := PartName.of(path)) is not None:
@@ -156,10 +175,14 @@ class TokenLog:
                 )
             stored = envelope.from_bytes(part["tokens"][at].as_py(), part[self._user][at].as_py())
             if stored.fingerprint != self.version:
-                raise TokenLogError(f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}")
+                raise TokenLogError(
+                    f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}"
+                )
             if stored.tokens_SD is not None:
                 if stored.tokens_SD.shape != shape:
-                    raise TokenLogError(f"row {row} holds tokens of shape {stored.tokens_SD.shape}, expected {shape}")
+                    raise TokenLogError(
+                        f"row {row} holds tokens of shape {stored.tokens_SD.shape}, expected {shape}"
+                    )
                 tokens[place], has[place] = stored.tokens_SD, True
         return tokens, has
 
@@ -175,5 +198,7 @@ class TokenLog:
                 self._open[number] = pa.ipc.open_file(self._folder.open(path)).get_batch(0)
                 self._open[number].validate(full=True)
             except (pa.ArrowException, OSError) as error:
-                raise TokenLogError(f"{path} is damaged: {error}. Run summary_tokens with --full") from error
+                raise TokenLogError(
+                    f"{path} is damaged: {error}. Run summary_tokens with --full"
+                ) from error
         return self._open[number]

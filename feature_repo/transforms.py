@@ -1,10 +1,12 @@
-"""Features of a request and between a history and its candidates: pure functions, run by the same code in training and
-at request time.
+"""Features of a request and between a history and its candidates: pure functions, run by the same
+code in training and at request time.
 
-Exact matches ("bought this before") are hard to learn from embeddings and a few thousand requests, and cheap to say.
-All functions take flat arrays of any number of requests, so one request is served by the code that trained on many.
+Exact matches ("bought this before") are hard to learn from embeddings and a few thousand requests,
+and cheap to say. All functions take flat arrays of any number of requests, so one request is served
+by the code that trained on many.
 
-What is not known is NaN, never a zero: a model is told of each number whether it is there (`modeling/layers/features.py`).
+What is not known is NaN, never a zero: a model is told of each number whether it is there
+(`modeling/layers/features.py`).
 """
 
 from __future__ import annotations
@@ -53,13 +55,16 @@ def user_features(
     Args:
         histories: of B requests, events strictly before each request.
         request_times: B times, microseconds.
-        first_event_s: seconds since 1970; with `events` and `other_events` the user's statistics, NaN where there are none.
+        first_event_s: seconds since 1970; with `events` and `other_events` the user's statistics,
+            NaN where there are none.
         mean_value: of the user's events, NaN where there is none.
     """
     tenure = request_times / MICROS_PER_DAY - first_event_s / 86_400
     some = histories.lengths > 0
     newest = np.full(len(request_times), np.nan)
-    newest[some] = (request_times[some] - histories.times[histories.offsets[1:][some] - 1]) / MICROS_PER_DAY
+    newest[some] = (
+        request_times[some] - histories.times[histories.offsets[1:][some] - 1]
+    ) / MICROS_PER_DAY
     features = [
         np.log1p(np.maximum(tenure, 0)),
         np.log1p(events),
@@ -85,7 +90,8 @@ def match_features(
         candidate_offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         candidate_keys: item keys of all N candidates, comparable with `histories.item_keys`.
         request_times: B times, microseconds.
-        item_stats: events of the first action, of all others, and mean value of each candidate's item; NaN: unknown.
+        item_stats: events of the first action, of all others, and mean value of each candidate's
+            item; NaN: unknown.
         user_mean: mean value of each request's user, NaN where there is none.
     """
     num_requests = len(request_times)
@@ -99,7 +105,9 @@ def match_features(
     event_pair = event_owner * span + histories.item_keys
 
     def matches(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How often each candidate occurs among these events, and the index of its newest, -1 without one."""
+        """How often each candidate occurs among these events, and the index of its newest, -1
+        without one.
+        """
         order = events[np.argsort(event_pair[events], kind="stable")]
         pairs = event_pair[order]
         right = np.searchsorted(pairs, wanted, side="right")

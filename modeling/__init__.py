@@ -1,4 +1,5 @@
-"""HOW rows become scores: point-in-time training sets, models behind one interface, training, evaluation, bundles.
+"""HOW rows become scores: point-in-time training sets, models behind one interface, training,
+evaluation, bundles.
 
 Imports `feature_repo` only; never Beam, never `serving`.
 """

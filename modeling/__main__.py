@@ -17,13 +17,20 @@ app = cli.app(
 
     Example: `python -m modeling train vista --set model.width=64`, then `evaluate vista` and `export vista`.""",
 )
-Data = Annotated[Path | None, Parameter(help="a plain sequence file, for next-item recipes; default: the built log")]
-Seed = Annotated[int | None, Parameter(help="seed of weights, dropout and order; default: the recipe's")]
+Data = Annotated[
+    Path | None,
+    Parameter(help="a plain sequence file, for next-item recipes; default: the built log"),
+]
+Seed = Annotated[
+    int | None, Parameter(help="seed of weights, dropout and order; default: the recipe's")
+]
 Epochs = Annotated[int | None, Parameter(help="default: the recipe's")]
 Device = Annotated[str, Parameter(help="where to train, such as cuda")]
 Set = Annotated[
     tuple[str, ...],
-    Parameter(name="--set", help="change a field, such as model.width=64; may be repeated", negative=()),
+    Parameter(
+        name="--set", help="change a field, such as model.width=64; may be repeated", negative=()
+    ),
 ]
 DEFAULT = "amortised_dlrm"
 
@@ -46,9 +53,16 @@ def train(
 
 @app.command
 def evaluate(
-    recipe: str = DEFAULT, *, data: Data = None, seed: Seed = None, epochs: Epochs = None, changes: Set = ()
+    recipe: str = DEFAULT,
+    *,
+    data: Data = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    changes: Set = (),
 ) -> None:
-    """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default of the newest run."""
+    """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default
+    of the newest run.
+    """
     from modeling import command
 
     command.run_evaluate(recipe, data, _changes(seed, epochs, changes))
@@ -64,7 +78,8 @@ def export(
     live: bool = False,
     not_live: bool = False,
 ) -> None:
-    """Write the bundle of an evaluated run; it goes live where it is no worse than the live one and the baselines.
+    """Write the bundle of an evaluated run; it goes live where it is no worse than the live one and
+    the baselines.
 
     Args:
         live: go live whatever the comparison says.
@@ -74,7 +89,9 @@ def export(
 
     if live and not_live:
         raise UsageError("--live and --not_live exclude each other")
-    command.run_export(recipe, _changes(seed, epochs, changes), True if live else False if not_live else None)
+    command.run_export(
+        recipe, _changes(seed, epochs, changes), True if live else False if not_live else None
+    )
 
 
 @app.command
@@ -100,7 +117,9 @@ def compare(
     data: Data = None,
     seeds: int = 1,
     epochs: Epochs = None,
-    learning_rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (),
+    learning_rates: Annotated[
+        tuple[float, ...], Parameter(consume_multiple=True, negative=())
+    ] = (),
     device: Device = "cpu",
     threads: int = 1,
     no_scaling: bool = False,
@@ -119,7 +138,9 @@ def compare(
         if value < 1:
             raise UsageError(f"--{name} expects 1 or more, not {value}")
     command.run_compare(
-        command.Comparison(recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling)
+        command.Comparison(
+            recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling
+        )
     )
 
 

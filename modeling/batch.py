@@ -1,8 +1,8 @@
 """Batch: the typed tensors that every model takes, and how stored columns become them.
 
-Training and serving both go `RequestColumns → featurise → collate → Batch`; there is no second path.
-Shape letters: B requests, L history, C candidates, E event features, U user and context fields, G dense user
-features, K item category slots, F dense candidate features, T tasks.
+Training and serving both go `RequestColumns → featurise → collate → Batch`; there is no second
+path. Shape letters: B requests, L history, C candidates, E event features, U user and context
+fields, G dense user features, K item category slots, F dense candidate features, T tasks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from feature_repo.transforms import (
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-NOT_EVENTS = ("field_BU", "dense_BG", "tokens_BSX", "has_tokens_B")  # fields of UserInputs that have no history axis
+NOT_EVENTS = (
+    "field_BU",
+    "dense_BG",
+    "tokens_BSX",
+    "has_tokens_B",
+)  # fields of UserInputs that have no history axis
 UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
 MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
 
@@ -54,7 +59,9 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class UserInputs(_Tensors):
-    """What a model knows of the user and the request: history, oldest first and padded on the right, and features."""
+    """What a model knows of the user and the request: history, oldest first and padded on the
+    right, and features.
+    """
 
     item_BL: Tensor  # int64 vocabulary index; 0 is unknown
     action_BL: Tensor  # int64
@@ -64,12 +71,18 @@ class UserInputs(_Tensors):
     mask_BL: Tensor  # bool, True where there is an event
     field_BU: Tensor  # int64 user and context fields
     dense_BG: Tensor  # float32 user features; NaN where one is not known
-    tokens_BSX: Tensor | None = None  # float32 summary tokens from a store, zeros where a user has none
+    tokens_BSX: Tensor | None = (
+        None  # float32 summary tokens from a store, zeros where a user has none
+    )
     has_tokens_B: Tensor | None = None  # bool
 
     def events(self, start: int, stop: int | None = None) -> UserInputs:
         """The same users with only the events `[start, stop)` of the padded history."""
-        cut = {f.name: getattr(self, f.name)[:, start:stop] for f in fields(self) if f.name not in NOT_EVENTS}
+        cut = {
+            f.name: getattr(self, f.name)[:, start:stop]
+            for f in fields(self)
+            if f.name not in NOT_EVENTS
+        }
         return replace(self, **cut)
 
 
@@ -110,7 +123,10 @@ class FeatureSizes:
     history_length: int
     user_dense: int = 0
     tasks: int = 1
-    tokens: tuple[int, int] = (0, 0)  # number and width of stored summary tokens that a user may have
+    tokens: tuple[int, int] = (
+        0,
+        0,
+    )  # number and width of stored summary tokens that a user may have
 
 
 @dataclass(frozen=True)
@@ -135,14 +151,17 @@ class Vocabulary:
     @staticmethod
     def of(column: pa.Array | pa.ChunkedArray, min_count: int = 1) -> Vocabulary:
         """Values that occur at least `min_count` times, sorted."""
-        counts = pc.value_counts(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+        counts = pc.value_counts(
+            column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        )
         values = counts.field("values").filter(pc.greater_equal(counts.field("counts"), min_count))
         return Vocabulary(values.filter(values.is_valid()).sort())
 
 
 @dataclass(frozen=True)
 class RequestColumns:
-    """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b], candidate_offsets[b + 1])`.
+    """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b],
+    candidate_offsets[b + 1])`.
 
     `items` lists item ids by item key; `candidate_keys` and the histories' `item_keys` index it.
     """
@@ -203,18 +222,29 @@ class Encoder:
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
     ) -> None:
-        self.contract, self.vocabularies, self.history_length = contract, vocabularies, history_length
+        self.contract, self.vocabularies, self.history_length = (
+            contract,
+            vocabularies,
+            history_length,
+        )
         self.tokens = tokens
         spec = contract.spec
         self.item_key = contract.item.join_key
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
-        self.user_stats = ("first_event_s", "history_end", "other_events", f"user_mean_{spec.stat_value}")
+        self.user_stats = (
+            "first_event_s",
+            "history_end",
+            "other_events",
+            f"user_mean_{spec.stat_value}",
+        )
         self.item_ratios = ("count_total", "other_total", f"mean_{spec.stat_value}")
         self.user_fields = spec.ranking_user_features
         self.categories = spec.ranking_item_features
         self.event_columns = tuple(c.name for c in spec.event_features)
         self._slots = tuple(
-            MAX_CATEGORIES if contract.table("item_profile").column(name).dtype is DType.STRING_LIST else 1
+            MAX_CATEGORIES
+            if contract.table("item_profile").column(name).dtype is DType.STRING_LIST
+            else 1
             for name in self.categories
         )
 
@@ -225,7 +255,9 @@ class Encoder:
 
     @cached_property
     def unknown_dense(self) -> np.ndarray:
-        """Dense features of an item that nobody knows: no statistics, and no event of the user's with it."""
+        """Dense features of an item that nobody knows: no statistics, and no event of the user's
+        with it.
+        """
         values = np.full(len(self.dense_names), np.nan, np.float32)
         for name in ("match_times", "match_share", "match_other_times"):
             values[self.dense_names.index(name)] = 0
@@ -244,11 +276,13 @@ class Encoder:
         )
 
     def hide(self, batch: Batch, share: float, rng: np.random.Generator) -> Batch:
-        """A batch in which a share of the candidates is unknown, and as large a share has lost its statistics alone.
+        """A batch in which a share of the candidates is unknown, and as large a share has lost its
+        statistics alone.
 
-        What is missing at request time, such as an item that is new or a store that was emptied, is thereby seen in
-        training, and is scored by a prior: positives become unknown half as often as negatives (`UNKNOWN_PRIOR`), so that
-        an item of which nothing is known ranks below what is known of the average candidate.
+        What is missing at request time, such as an item that is new or a store that was emptied, is
+        thereby seen in training, and is scored by a prior: positives become unknown half as often
+        as negatives (`UNKNOWN_PRIOR`), so that an item of which nothing is known ranks below what
+        is known of the average candidate.
         """
         candidates = batch.candidates
         device, shape = candidates.item_BC.device, tuple(candidates.item_BC.shape)
@@ -285,11 +319,20 @@ class Encoder:
         )
 
     def featurise(self, requests: RequestColumns, chunk: int = 1024) -> Encoded:
-        """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they are never all in memory."""
+        """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
+        are never all in memory.
+        """
         number = len(requests)
-        named = [self.vocabularies[name].indices_of(requests.user_columns[name]) for name in self.user_fields]
+        named = [
+            self.vocabularies[name].indices_of(requests.user_columns[name])
+            for name in self.user_fields
+        ]
         fields_BU = np.concatenate(
-            [np.array(named, np.int64).reshape(len(named), number).T, context_fields(requests.times)], 1
+            [
+                np.array(named, np.int64).reshape(len(named), number).T,
+                context_fields(requests.times),
+            ],
+            1,
         )
         user_stats = [_floats(requests.user_columns[name]) for name in self.user_stats]
         item_stats = [_floats(requests.candidate_columns[name]) for name in self.item_ratios]
@@ -303,7 +346,10 @@ class Encoder:
             first, last = offsets[start], offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, self.contract.spec.num_history_online)
             within = offsets[start : chosen[-1] + 2] - first
-            times, (first_event, events, others, mean) = requests.times[chosen], (s[chosen] for s in user_stats)
+            times, (first_event, events, others, mean) = (
+                requests.times[chosen],
+                (s[chosen] for s in user_stats),
+            )
             count, other, item_mean = (s[first:last] for s in item_stats)
             dense[first:last, len(self.stat_columns) :] = match_features(
                 histories, within, keys[first:last], times, (count, other, item_mean), mean
@@ -318,7 +364,9 @@ class Encoder:
             candidate_item=item_of_key[keys],
             candidate_category=self._categories(requests),
             candidate_dense=dense,
-            labels=np.zeros(len(keys), np.float32) if requests.labels is None else requests.labels.astype(np.float32),
+            labels=np.zeros(len(keys), np.float32)
+            if requests.labels is None
+            else requests.labels.astype(np.float32),
             item_of_key=item_of_key,
             gather=requests.gather,
             gather_tokens=requests.gather_tokens,
@@ -332,11 +380,17 @@ class Encoder:
         """
         histories = encoded.gather(chosen, self.history_length)
         user = self.user_inputs(
-            histories, encoded.times[chosen], encoded.field_BU[chosen], encoded.dense_BG[chosen], encoded.item_of_key
+            histories,
+            encoded.times[chosen],
+            encoded.field_BU[chosen],
+            encoded.dense_BG[chosen],
+            encoded.item_of_key,
         )
         if encoded.gather_tokens is not None:
             tokens, has = encoded.gather_tokens(chosen)
-            user = replace(user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has))
+            user = replace(
+                user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has)
+            )
         lengths = encoded.num_candidates[chosen]
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -362,8 +416,8 @@ class Encoder:
         """Pad histories; the rest stays as it is.
 
         Args:
-            before: time of the event before each history's first, microseconds, -1 without one; the first gap counts
-                from it. Default: there is none.
+            before: time of the event before each history's first, microseconds, -1 without one; the
+                first gap counts from it. Default: there is none.
         """
         lengths = histories.lengths
         width = max(int(lengths.max(initial=0)), 1)
@@ -405,11 +459,17 @@ class Encoder:
             out[mask] = flat[_within(lengths) < slots]
             columns.append(out)
         total = len(requests.candidate_keys)
-        return np.concatenate(columns, axis=1).astype(np.int32) if columns else np.zeros((total, 0), np.int32)
+        return (
+            np.concatenate(columns, axis=1).astype(np.int32)
+            if columns
+            else np.zeros((total, 0), np.int32)
+        )
 
 
 class _Padder:
-    """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same from run to run."""
+    """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same
+    from run to run.
+    """
 
     def __init__(self, mask: np.ndarray) -> None:
         self.mask, self.full = mask, bool(mask.all())
@@ -417,14 +477,18 @@ class _Padder:
     def __call__(self, flat: np.ndarray) -> Tensor:
         if self.full:
             return torch.from_numpy(flat).view(*self.mask.shape, *flat.shape[1:]).clone()
-        padded = torch.zeros((*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype)
+        padded = torch.zeros(
+            (*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype
+        )
         padded.numpy()[self.mask] = flat
         return padded
 
 
 def _floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A number column as float64, NaN where it is null."""
-    return pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(zero_copy_only=False)
+    return pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(
+        zero_copy_only=False
+    )
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Bundle: all that serving reads of a run, in one folder, named by its digest.
 
-`weights.safetensors`, `vocabularies.json`, and `bundle.json`, which holds the config, the feature services, the
-contract that it was trained under, the metrics and the sha256 of every file. A bundle is served under its own contract,
-for as long as the one in force has all that it reads. The bundle's digest is the sha256 of `bundle.json`.
+`weights.safetensors`, `vocabularies.json`, and `bundle.json`, which holds the config, the feature
+services, the contract that it was trained under, the metrics and the sha256 of every file. A bundle
+is served under its own contract, for as long as the one in force has all that it reads. The
+bundle's digest is the sha256 of `bundle.json`.
 """
 
 from __future__ import annotations
@@ -97,15 +98,20 @@ def export(
     data_as_of: str,
     tokens: str | None = None,
 ) -> tuple[Path, str]:
-    """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run gives the same digest.
+    """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run
+    gives the same digest.
 
     Args:
-        tokens: the token version that the model was trained on, where it reads tokens of another model's.
+        tokens: the token version that the model was trained on, where it reads tokens of another
+            model's.
     """
     draft = folder / f".{recipe.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / "weights.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        draft / "weights.safetensors",
+    )
     write_vocabularies(encoder, draft / "vocabularies.json")
     contract = encoder.contract
     accepted = tokens or token_fingerprint(model, encoder)
@@ -121,7 +127,9 @@ def export(
         "history_length": recipe.history_length,
         "service": recipe.service,
         "online_service": f"{SERVICE_WITH_TOKENS if accepted else recipe.service}_online",
-        "tokens": {"version": accepted, "shape": shape, "made_here": tokens is None} if accepted else None,
+        "tokens": {"version": accepted, "shape": shape, "made_here": tokens is None}
+        if accepted
+        else None,
         "label": contract.spec.requests.label,
         "trained_on": trained_on,
         "data_as_of": data_as_of,
@@ -147,11 +155,14 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         expected_digest: what the catalogue says; a bundle of another digest is refused.
 
     Raises:
-        BundleError: missing or changed files, another layout, dataset or contract, or weights that do not fit.
+        BundleError: missing or changed files, another layout, dataset or contract, or weights that
+            do not fit.
     """
     file = path / "bundle.json"
     if not file.is_file():
-        raise BundleError(f"{path} holds no bundle.json: it is no bundle, or was not exported to its end")
+        raise BundleError(
+            f"{path} holds no bundle.json: it is no bundle, or was not exported to its end"
+        )
     text = file.read_text()
     digest = hashlib.sha256(text.encode()).hexdigest()
     if expected_digest is not None and digest != expected_digest:
@@ -164,11 +175,15 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is no bundle manifest: {error}") from error
     if layout != LAYOUT:
-        raise BundleError(f"{path} has bundle layout {layout}; this version reads {LAYOUT}: export it again")
+        raise BundleError(
+            f"{path} has bundle layout {layout}; this version reads {LAYOUT}: export it again"
+        )
     if missing := [name for name in ENTRIES if name not in manifest]:
         raise BundleError(f"{file} lacks {missing}: export it again")
     if manifest["dataset"] != contract.spec.name:
-        raise BundleError(f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}")
+        raise BundleError(
+            f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}"
+        )
     own = contract_of(path, manifest)
     if lacking := lacks(own, contract):
         raise BundleError(
@@ -176,7 +191,9 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
             f"{', '.join(lacking)}: train and export again"
         )
     if set(manifest["files"]) != set(FILES):
-        raise BundleError(f"{path}: bundle.json lists files {sorted(manifest['files'])}, a bundle has {sorted(FILES)}")
+        raise BundleError(
+            f"{path}: bundle.json lists files {sorted(manifest['files'])}, a bundle has {sorted(FILES)}"
+        )
     for name, expected in manifest["files"].items():
         if not (path / name).is_file() or (path / name).is_symlink():
             raise BundleError(f"{path}: file {name!r} is missing")
@@ -190,20 +207,26 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     encoder = Encoder(own, vocabularies, manifest["history_length"], read)
     features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
     if (trained := {name: manifest[name] for name in features}) != features:
-        raise BundleError(f"{path} was trained on {trained}, this version computes {features}: train and export again")
+        raise BundleError(
+            f"{path} was trained on {trained}, this version computes {features}: train and export again"
+        )
     model = models.build(manifest["model"], manifest["config"], encoder.sizes)
     try:
         weights = load_file(path / "weights.safetensors")
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path}: weights.safetensors cannot be read: {error}") from error
     if bad := sorted(
-        name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        name
+        for name, tensor in weights.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ):
         raise BundleError(f"{path}: weights {bad} hold values that are no finite numbers")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise BundleError(f"{path}: weights do not fit the model that bundle.json describes: {error}") from error
+        raise BundleError(
+            f"{path}: weights do not fit the model that bundle.json describes: {error}"
+        ) from error
     made = token_fingerprint(model, encoder)
     if tokens["made_here"] and made != tokens["version"]:
         raise BundleError(
@@ -221,7 +244,9 @@ def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:
     try:
         own = schema.contract(spec_of(manifest["contract"]))
     except (ValueError, TypeError, KeyError) as error:
-        raise BundleError(f"{path}: bundle.json holds no contract that this version reads: {error}") from error
+        raise BundleError(
+            f"{path}: bundle.json holds no contract that this version reads: {error}"
+        ) from error
     if own.fingerprint != manifest["fingerprint"]:
         raise BundleError(
             f"{path}: bundle.json holds contract {own.fingerprint} and says that it is {manifest['fingerprint']}: changed, or "
@@ -239,7 +264,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 def write_vocabularies(encoder: Encoder, path: Path) -> None:
     """Write an encoder's vocabularies as JSON, by column."""
     path.write_text(
-        json.dumps({name: vocabulary.values.to_pylist() for name, vocabulary in encoder.vocabularies.items()})
+        json.dumps(
+            {
+                name: vocabulary.values.to_pylist()
+                for name, vocabulary in encoder.vocabularies.items()
+            }
+        )
     )
 
 
@@ -252,7 +282,9 @@ def read_vocabularies(contract: Contract, path: Path) -> dict[str, Vocabulary]:
 
     types = {contract.item.join_key: arrow_type(contract.item.dtype)}
     types |= {
-        c.name: element(c.dtype) for name in ("user_profile", "item_profile") for c in contract.table(name).columns
+        c.name: element(c.dtype)
+        for name in ("user_profile", "item_profile")
+        for c in contract.table(name).columns
     }
     return {name: Vocabulary(pa.array(column, types[name])) for name, column in values.items()}
 

@@ -1,4 +1,6 @@
-"""`--set model.width=64`: any field of a recipe from the command line, by name and type; part of the run's identity."""
+"""`--set model.width=64`: any field of a recipe from the command line, by name and type; part of
+the run's identity.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from modeling.errors import RecipeError
 from modeling.recipes import AnyRecipe
 
 R = TypeVar("R", bound=AnyRecipe)
-FIXED = ("name", "config", "training")  # not fields to be set: a name, and what holds further fields
+FIXED = (
+    "name",
+    "config",
+    "training",
+)  # not fields to be set: a name, and what holds further fields
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,24 @@ class Changes:
 
 
 def changed(recipe: R, changes: Changes) -> R:
-    """The recipe with these fields of its own (`history_length`), its model (`model.…`) or its training (`training.…`).
+    """The recipe with these fields of its own (`history_length`), its model (`model.…`) or its
+    training (`training.…`).
 
     Raises:
         RecipeError: no such field, or a value of another type; the message lists what there is.
     """
     words = list(changes.assignments)
     words += [
-        f"training.{name}={value}" for name in ("seed", "epochs") if (value := getattr(changes, name)) is not None
+        f"training.{name}={value}"
+        for name in ("seed", "epochs")
+        if (value := getattr(changes, name)) is not None
     ]
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise RecipeError(f"--set expects a field and a value, such as model.width=64, not {word!r}")
+            raise RecipeError(
+                f"--set expects a field and a value, such as model.width=64, not {word!r}"
+            )
         recipe = _set(recipe, name, text)
     return recipe
 
@@ -50,9 +61,15 @@ def _set(recipe: R, name: str, text: str) -> R:
     from modeling import models
 
     group, _, field = name.rpartition(".")
-    owners = {"": type(recipe), "model": models.config_class(recipe.model), "training": type(recipe.training)}
+    owners = {
+        "": type(recipe),
+        "model": models.config_class(recipe.model),
+        "training": type(recipe.training),
+    }
     if group not in owners:
-        raise RecipeError(f"--set {name}: expected a field of the recipe, model.… or training.…, not {group!r}")
+        raise RecipeError(
+            f"--set {name}: expected a field of the recipe, model.… or training.…, not {group!r}"
+        )
     known = [f.name for f in fields(owners[group]) if group or f.name not in FIXED]
     if field not in known:
         prefix = f"{group}." if group else ""
@@ -81,7 +98,9 @@ def _value(name: str, text: str, kind: Any) -> Any:
             return _as(text, one)
         except ValueError:
             continue
-    shown = " or ".join(str(list(get_args(one))) if get_origin(one) is Literal else one.__name__ for one in kinds)
+    shown = " or ".join(
+        str(list(get_args(one))) if get_origin(one) is Literal else one.__name__ for one in kinds
+    )
     raise RecipeError(f"--set {name}={text}: expected {shown}")
 
 

@@ -1,4 +1,6 @@
-"""What `python -m modeling` does once its options are read. Each stage knows whether it is up to date and says so."""
+"""What `python -m modeling` does once its options are read. Each stage knows whether it is up to
+date and says so.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ Tokens = tuple[str, tuple[int, int]]
 class TrainingRun:
     """A recipe on the tables in force: where it is kept and what it depends on.
 
-    Runs of a recipe stand side by side, each in a folder named by its identity: recipe with all its fields, tables,
-    contract, and the code that trains.
+    Runs of a recipe stand side by side, each in a folder named by its identity: recipe with all its
+    fields, tables, contract, and the code that trains.
     """
 
     settings: Settings
@@ -122,13 +124,21 @@ def run_bundles(promote: str | None, rollback: bool) -> None:
     rows = [["bundle", "state", "ndcg@10", "gauc", "exported"]]
     for row in catalogue.bundles(dataset):
         held = catalogue.held_back(dataset, row.digest)
-        state = (
-            "live" if live is not None and row.digest == live.digest else f"held back: {held}" if held else "recorded"
+        if live is not None and row.digest == live.digest:
+            state = "live"
+        else:
+            state = f"held back: {held}" if held else "recorded"
+        figures = [
+            f"{row.metrics[name]['value']:.4f}" if name in row.metrics else "–"
+            for name in ("ndcg@10", "gauc")
+        ]
+        rows.append(
+            [f"{row.recipe}@{row.digest[:12]}", state, *figures, f"{row.created_at:%Y-%m-%d %H:%M}"]
         )
-        figures = [f"{row.metrics[name]['value']:.4f}" if name in row.metrics else "–" for name in ("ndcg@10", "gauc")]
-        rows.append([f"{row.recipe}@{row.digest[:12]}", state, *figures, f"{row.created_at:%Y-%m-%d %H:%M}"])
     if len(rows) == 1:
-        console.print(f"no bundle of {dataset!r} yet: run `python -m modeling train`, `evaluate` and `export`")
+        console.print(
+            f"no bundle of {dataset!r} yet: run `python -m modeling train`, `evaluate` and `export`"
+        )
         return
     print_table(rows)
 
@@ -167,13 +177,19 @@ def train_next_item(
 
     source, recipe = open_source(settings, data), named(recipe, changes.epochs)
     result = finished(source, recipe)
-    console.print(f"train {recipe.name}: {'up to date' if result else source.describe()}", highlight=False)
+    console.print(
+        f"train {recipe.name}: {'up to date' if result else source.describe()}", highlight=False
+    )
     result = result or train_and_evaluate(source, recipe, device)
-    console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
+    console.print(
+        f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False
+    )
     print_table(metric_lines(result))
 
 
-def show_next_item(settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes) -> None:
+def show_next_item(
+    settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes
+) -> None:
     """Test metrics of a finished next-item run.
 
     Raises:
@@ -189,7 +205,9 @@ def show_next_item(settings: Settings, recipe: NextItemRecipe, data: Path | None
         raise NotTrainedError(
             f"{recipe.name} with seed {seed} is not trained to its end on {source.title}: train it first"
         )
-    console.print(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False)
+    console.print(
+        f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False
+    )
     print_table(metric_lines(result))
 
 
@@ -207,12 +225,17 @@ def open_run(settings: Settings, recipe: Recipe) -> TrainingRun:
         made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
         tokens = (made.fingerprint, (made.num_tokens, made.width))
         ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require(contract).run_id
-    identity = digest_of([asdict(recipe), ids, tokens, contract.fingerprint, training_code(recipe, settings.dataset)])
-    return TrainingRun(settings, recipe, identity, settings.path("runs", recipe.name, identity), tokens)
+    identity = digest_of(
+        [asdict(recipe), ids, tokens, contract.fingerprint, training_code(recipe, settings.dataset)]
+    )
+    return TrainingRun(
+        settings, recipe, identity, settings.path("runs", recipe.name, identity), tokens
+    )
 
 
 def trained_run(settings: Settings, recipe: Recipe, changes: Changes) -> TrainingRun:
-    """The finished run of these changes; where there are none, of those that the last training was asked for.
+    """The finished run of these changes; where there are none, of those that the last training was
+    asked for.
 
     Raises:
         NotTrainedError: there is none on the tables in force.
@@ -234,8 +257,14 @@ def trained(run: TrainingRun) -> TrainingRun:
         return run
     name = run.recipe.name
     others = [f for f in run.folder.parent.glob("*/run.json") if f.parent != run.folder]
-    why = " on these tables, with this code and these settings, though it was on others" if others else ""
-    raise NotTrainedError(f"{name} is not trained{why}: run `python -m modeling train {name}` first")
+    why = (
+        " on these tables, with this code and these settings, though it was on others"
+        if others
+        else ""
+    )
+    raise NotTrainedError(
+        f"{name} is not trained{why}: run `python -m modeling train {name}` first"
+    )
 
 
 def train(run: TrainingRun, catalogue: Catalogue, device: str = "cpu") -> None:
@@ -248,9 +277,13 @@ def train(run: TrainingRun, catalogue: Catalogue, device: str = "cpu") -> None:
 
     with locked_run(run.folder):
         if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
-            console.print(f"train {run.recipe.name}: up to date (run {run.identity})", highlight=False)
+            console.print(
+                f"train {run.recipe.name}: up to date (run {run.identity})", highlight=False
+            )
             return
-        with catalogue.stage(run.settings.dataset, f"train {run.recipe.name}", run.identity) as stage:
+        with catalogue.stage(
+            run.settings.dataset, f"train {run.recipe.name}", run.identity
+        ) as stage:
             stage.details = summary = _train(run, device)
     best = summary["best_validation_ndcg@10"]
     console.print(
@@ -270,7 +303,9 @@ def _train(run: TrainingRun, device: str) -> dict[str, Any]:
     # 1. Features as of each request.
     console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
     store, warehouse = _stores(run.settings)
-    split, validation = (warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation"))
+    split, validation = (
+        warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation")
+    )
     refuse_unless_trainable(warehouse, split, validation)
     refuse_if_rebuilt(run)
     # 2. As numbers.
@@ -280,9 +315,11 @@ def _train(run: TrainingRun, device: str) -> dict[str, Any]:
         recipe.history_length,
         run.tokens[1] if run.tokens else (0, 0),
     )
-    encoded, encoded_validation = encoder.featurise(split.requests), encoder.featurise(validation.requests)
+    encoded = encoder.featurise(split.requests)
+    encoded_validation = encoder.featurise(validation.requests)
     console.print(
-        f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples", highlight=False
+        f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples",
+        highlight=False,
     )
     # 3. The run, then what says that it is finished.
     model = build_model(recipe, encoder, encoded)
@@ -322,7 +359,11 @@ def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
     from modeling.evaluate import contract_line, metric_rows, read, unbeaten, unknown_line, write
 
     report, identity = run.folder / "report.html", run.evaluation_identity
-    done = (run.folder / "evaluation.json").exists() and read(run.folder)["identity"] == identity and report.exists()
+    done = (
+        (run.folder / "evaluation.json").exists()
+        and read(run.folder)["identity"] == identity
+        and report.exists()
+    )
     if not done:
         from modeling.dataset import refuse_without_positives
         from modeling.evaluate import evaluate_run
@@ -341,17 +382,28 @@ def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
             write(run.folder, identity, found)
             evaluation = read(run.folder)
             title = f"{run.recipe.name} on {warehouse.contract.spec.title}"
-            write_report(run.folder, title, contract_line(warehouse.contract, evaluation["counts"]), evaluation)
-            stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {"report": str(report)}
+            write_report(
+                run.folder,
+                title,
+                contract_line(warehouse.contract, evaluation["counts"]),
+                evaluation,
+            )
+            stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {
+                "report": str(report)
+            }
     else:
-        console.print(f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False)
+        console.print(
+            f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False
+        )
         evaluation = read(run.folder)
     contract = datasets.load_contract(run.settings.dataset)
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
     print_table(metric_rows(evaluation["metrics"]))
     console.print(unknown_line(evaluation["unknown"]), highlight=False)
     for row in unbeaten(evaluation["metrics"]):
-        console.print(f"  not beaten with separate intervals: {row}", style="yellow", highlight=False)
+        console.print(
+            f"  not beaten with separate intervals: {row}", style="yellow", highlight=False
+        )
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
@@ -359,8 +411,8 @@ def export(run: TrainingRun, catalogue: Catalogue, *, live: bool | None) -> None
     """Write the bundle and record it; make it live.
 
     Args:
-        live: True: whatever the comparison says; False: not at all; None: where it is no worse than the live bundle and
-            the baselines (`promotion.py`).
+        live: True: whatever the comparison says; False: not at all; None: where it is no worse than
+            the live bundle and the baselines (`promotion.py`).
 
     Raises:
         NotTrainedError: the run was not evaluated.
@@ -379,21 +431,30 @@ def export(run: TrainingRun, catalogue: Catalogue, *, live: bool | None) -> None
     test = promotion.test_key(run.settings)
     row = _exported(run, catalogue)
     if row is None:
-        with catalogue.stage(dataset, f"export {name}", run.identity) as stage, console.status("export"):
+        with (
+            catalogue.stage(dataset, f"export {name}", run.identity) as stage,
+            console.status("export"),
+        ):
             stage.details = row = _write_bundle(run, catalogue, evaluation)
     else:
         console.print(f"export {name}: up to date ({name}@{row['digest'][:12]})", highlight=False)
     digest = row["digest"]
-    reasons = promotion.reasons_against(evaluation, catalogue.live_or_none(dataset), catalogue, digest, test)
+    reasons = promotion.reasons_against(
+        evaluation, catalogue.live_or_none(dataset), catalogue, digest, test
+    )
     catalogue.note_comparison(digest, test, "; ".join(reasons.hold) if live is None else "")
     for reason in reasons.warn:
         console.print(f"  {reason}", style="yellow", highlight=False)
     state = _go_live(run, catalogue, digest, live, reasons.hold)
     path = run.settings.path(row["path"])
-    console.print(f"export {name}: {name}@{digest[:12]} is {state} ({path})", highlight=False, soft_wrap=True)
+    console.print(
+        f"export {name}: {name}@{digest[:12]} is {state} ({path})", highlight=False, soft_wrap=True
+    )
 
 
-def _go_live(run: TrainingRun, catalogue: Catalogue, digest: str, live: bool | None, held: list[str]) -> str:
+def _go_live(
+    run: TrainingRun, catalogue: Catalogue, digest: str, live: bool | None, held: list[str]
+) -> str:
     """Make a bundle live unless something speaks against it. Returns the state that it is in."""
     dataset, name = run.settings.dataset, run.recipe.name
     if _is_live(catalogue, dataset, digest):
@@ -416,7 +477,8 @@ def refuse_longer_than_kept(run: TrainingRun) -> None:
     Raises:
         DataError: its recipe reads more events than are kept online.
     """
-    kept, read = datasets.load_contract(run.settings.dataset).spec.num_history_online, run.recipe.history_length
+    kept = datasets.load_contract(run.settings.dataset).spec.num_history_online
+    read = run.recipe.history_length
     if read > kept:
         raise DataError(
             f"{run.recipe.name} reads {read:,} events of a history, online are kept {kept:,}: it would rank from less than it "
@@ -434,7 +496,9 @@ def _exported(run: TrainingRun, catalogue: Catalogue) -> dict[str, Any] | None:
     return dict(last.details) if there else None
 
 
-def _write_bundle(run: TrainingRun, catalogue: Catalogue, evaluation: dict[str, Any]) -> dict[str, Any]:
+def _write_bundle(
+    run: TrainingRun, catalogue: Catalogue, evaluation: dict[str, Any]
+) -> dict[str, Any]:
     from modeling import bundle
 
     model, encoder = _load_trained(run)
@@ -491,11 +555,15 @@ def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
 
     contract = datasets.load_contract(run.settings.dataset)
     vocabularies = bundle.read_vocabularies(contract, run.folder / "vocabularies.json")
-    encoder = Encoder(contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0))
+    encoder = Encoder(
+        contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0)
+    )
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
     weights = run.folder / "best.safetensors"
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
-        raise RunError(f"{weights} is damaged ({error}): remove {run.folder} and train again") from error
+        raise RunError(
+            f"{weights} is damaged ({error}): remove {run.folder} and train again"
+        ) from error
     return model.eval(), encoder

@@ -1,7 +1,9 @@
-"""Next-item recipes side by side: recipes × seeds on one log, one table, and pictures of what quality costs.
+"""Next-item recipes side by side: recipes × seeds on one log, one table, and pictures of what
+quality costs.
 
-`compare` writes `comparison.json`, `comparison.html` and the pictures beside the runs: NDCG@10 against training CPU
-seconds, and speed and peak memory of each recipe's encoder against the length of the history.
+`compare` writes `comparison.json`, `comparison.html` and the pictures beside the runs: NDCG@10
+against training CPU seconds, and speed and peak memory of each recipe's encoder against the length
+of the history.
 """
 
 from __future__ import annotations
@@ -27,7 +29,18 @@ if TYPE_CHECKING:
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 LENGTHS = (512, 2048, 8192)
-COLOURS = ("#2f6fb0", "#d9822b", "#3b8f4e", "#a8406c", "#7a5fb0", "#8a8a8a", "#b09a2f", "#2f9aa0", "#c0504d", "#555555")
+COLOURS = (
+    "#2f6fb0",
+    "#d9822b",
+    "#3b8f4e",
+    "#a8406c",
+    "#7a5fb0",
+    "#8a8a8a",
+    "#b09a2f",
+    "#2f9aa0",
+    "#c0504d",
+    "#555555",
+)
 
 
 def compare(settings: Settings, asked: Comparison) -> None:
@@ -48,7 +61,9 @@ def compare(settings: Settings, asked: Comparison) -> None:
     for recipe in chosen:
         for seed in range(1, asked.seeds + 1):
             console.print(f"compare: {recipe.name}, seed {seed}", highlight=False)
-            results.append(train_and_evaluate(source, variant(recipe, seed, asked.epochs), asked.device))
+            results.append(
+                train_and_evaluate(source, variant(recipe, seed, asked.epochs), asked.device)
+            )
     page = write(source.runs.parent, source.describe(), results, [])
     print_table(summary_lines(results))
     if asked.scaling:
@@ -75,19 +90,24 @@ def metric_lines(result: dict[str, Any]) -> list[list[str]]:
     """All metrics of one run: a row for each protocol."""
     names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in CUTOFFS]
     return [["protocol", *names]] + [
-        [protocol, *(f"{found[name]:.4f}" for name in names)] for protocol, found in result["test"].items()
+        [protocol, *(f"{found[name]:.4f}" for name in names)]
+        for protocol, found in result["test"].items()
     ]
 
 
 def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each recipe: test metrics (FULL) as mean ± standard deviation over seeds, and what they cost."""
+    """A row for each recipe: test metrics (FULL) as mean ± standard deviation over seeds, and what
+    they cost.
+    """
     head = ["recipe", "seeds", *METRICS, "validation ndcg@10", "parameters", "CPU s"]
     rows = []
     for name, runs in by_recipe(results).items():
         cells = [spread([run["test"]["FULL"][metric] for run in runs]) for metric in METRICS]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
-        rows.append([name, str(len(runs)), *cells, validation, f"{runs[0]['parameters']:,}", f"{cost:,.0f}"])
+        rows.append(
+            [name, str(len(runs)), *cells, validation, f"{runs[0]['parameters']:,}", f"{cost:,.0f}"]
+        )
     return [head, *rows]
 
 
@@ -105,7 +125,9 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
 
 
-def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list[dict[str, Any]]) -> Path:
+def write(
+    folder: Path, title: str, results: list[dict[str, Any]], scaling: list[dict[str, Any]]
+) -> Path:
     """Write `comparison.json`, the pictures and the page; returns the page's path."""
     plt = plots()
     pictures = {"quality_by_cost": quality_by_cost(plt, results, "validation NDCG@10, FULL")}
@@ -114,12 +136,24 @@ def write(folder: Path, title: str, results: list[dict[str, Any]], scaling: list
     stored = {"title": title, "results": results, "scaling": scaling}
     (folder / "comparison.json").write_text(json.dumps(stored, indent=1))
     subtitle = f"{title}. Leave-one-out, whole catalogue, seen items removed; mean ± standard deviation over seeds."
-    return write_page(folder / "comparison.html", "Next-item comparison", subtitle, summary_lines(results), pictures)
+    return write_page(
+        folder / "comparison.html",
+        "Next-item comparison",
+        subtitle,
+        summary_lines(results),
+        pictures,
+    )
 
 
 def _scaling(recipe: NextItemRecipe) -> list[dict[str, Any]]:
-    console.print(f"compare: encoder of {recipe.name} at {', '.join(map(str, LENGTHS))} events", highlight=False)
-    return [{"recipe": recipe.name, **encoder_cost(recipe.model, recipe.config, length)} for length in LENGTHS]
+    console.print(
+        f"compare: encoder of {recipe.name} at {', '.join(map(str, LENGTHS))} events",
+        highlight=False,
+    )
+    return [
+        {"recipe": recipe.name, **encoder_cost(recipe.model, recipe.config, length)}
+        for length in LENGTHS
+    ]
 
 
 def quality_by_cost(plt: Any, results: list[dict[str, Any]], quality: str) -> bytes:
@@ -129,7 +163,14 @@ def quality_by_cost(plt: Any, results: list[dict[str, Any]], quality: str) -> by
         for number, run in enumerate(runs):
             curve = run["summary"]["curve"]
             label = name if number == 0 else None
-            axes.plot([c for c, _ in curve], [q for _, q in curve], ".-", color=colour, label=label, linewidth=1)
+            axes.plot(
+                [c for c, _ in curve],
+                [q for _, q in curve],
+                ".-",
+                color=colour,
+                label=label,
+                linewidth=1,
+            )
     axes.set(xlabel="training, CPU seconds", ylabel=quality)
     axes.legend(frameon=False, fontsize=8)
     return png_of(plt, figure)
@@ -139,9 +180,16 @@ def _cost_by_length(plt: Any, scaling: list[dict[str, Any]]) -> bytes:
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4.2))
     for colour, (name, rows) in zip(_colours(), by_recipe(scaling).items(), strict=False):
         lengths = [row["length"] for row in rows]
-        speed.plot(lengths, [row["tokens_per_cpu_s"] for row in rows], ".-", color=colour, label=name)
+        speed.plot(
+            lengths, [row["tokens_per_cpu_s"] for row in rows], ".-", color=colour, label=name
+        )
         memory.plot(lengths, [row["peak_mb"] for row in rows], ".-", color=colour, label=name)
-    speed.set(xscale="log", yscale="log", xlabel="events", ylabel="tokens per CPU second, forward and backward")
+    speed.set(
+        xscale="log",
+        yscale="log",
+        xlabel="events",
+        ylabel="tokens per CPU second, forward and backward",
+    )
     memory.set(xscale="log", yscale="log", xlabel="events", ylabel="peak memory of the process, MB")
     speed.legend(frameon=False, fontsize=8)
     return png_of(plt, figure)

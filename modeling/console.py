@@ -12,8 +12,8 @@ console = Console()
 def print_table(rows: list[list[str]], width: int | None = None) -> None:
     """A table on the terminal; the first row is the heading.
 
-    Where it is wider than the terminal, rows become columns, and what is still too wide is cut by columns: the first one is
-    repeated before each part.
+    Where it is wider than the terminal, rows become columns, and what is still too wide is cut by
+    columns: the first one is repeated before each part.
 
     Args:
         width: of the terminal; default: as it is, and at least 160 where there is none.
@@ -35,10 +35,15 @@ def _width(rows: list[list[str]]) -> int:
 
 
 def _parts(rows: list[list[str]], available: int) -> list[list[list[str]]]:
-    """The table in parts of as many columns as fit, each with the first column; one column at least."""
+    """The table in parts of as many columns as fit, each with the first column; one column at
+    least.
+    """
     parts, chosen = [], [0]
     for index in range(1, len(rows[0])):
-        if len(chosen) > 1 and _width([[row[i] for i in (*chosen, index)] for row in rows]) > available:
+        if (
+            len(chosen) > 1
+            and _width([[row[i] for i in (*chosen, index)] for row in rows]) > available
+        ):
             parts.append(chosen)
             chosen = [0]
         chosen = [*chosen, index]

@@ -1,4 +1,6 @@
-"""The training set: examples joined point-in-time through a feature service, histories gathered late from the log."""
+"""The training set: examples joined point-in-time through a feature service, histories gathered
+late from the log.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from feature_repo import datasets
 from feature_repo.arrow import micros
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
-from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_ROW, TOKEN_VERSION, Column, Contract, DType, Table
+from feature_repo.schema import (
+    EVENT_TIMESTAMP,
+    TOKEN_ROW,
+    TOKEN_VERSION,
+    Column,
+    Contract,
+    DType,
+    Table,
+)
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
@@ -43,7 +53,9 @@ class Split:
     requests: RequestColumns
     request_ids: pa.Array
     users: pa.Array
-    purchases_of_candidate: np.ndarray  # N: the user's own earlier events of the first action with the candidate
+    purchases_of_candidate: (
+        np.ndarray
+    )  # N: the user's own earlier events of the first action with the candidate
     history_lengths: np.ndarray  # B: events known before the request
 
 
@@ -66,7 +78,9 @@ def point_in_time_join(store: FeatureStore, service: str, entity_rows: pa.Table)
             f"the registry has no feature service {service!r}: run `python -m feature_repo apply`"
         ) from error
     frame = entity_rows.to_pandas()
-    joined = store.get_historical_features(frame, features, filter_by_created_timestamp=True).to_arrow()
+    joined = store.get_historical_features(
+        frame, features, filter_by_created_timestamp=True
+    ).to_arrow()
     check_rows(entity_rows, joined)
     return joined
 
@@ -130,13 +144,17 @@ class Warehouse:
         return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
 
     def split(
-        self, store: FeatureStore, service: str, split: str, tokens: tuple[str, tuple[int, int]] | None = None
+        self,
+        store: FeatureStore,
+        service: str,
+        split: str,
+        tokens: tuple[str, tuple[int, int]] | None = None,
     ) -> Split:
         """One period, joined and ready to encode.
 
         Args:
-            tokens: version and shape of the summary tokens to read, as they were at each request; the service must
-                join `token_rows`.
+            tokens: version and shape of the summary tokens to read, as they were at each request;
+                the service must join `token_rows`.
 
         Raises:
             JoinError: the offline store lost or moved rows.
@@ -152,7 +170,9 @@ class Warehouse:
         joined = point_in_time_join(store, service, asked)
         label = contract.spec.requests.label
         self._gate(joined.append_column(label, examples[label]), split)
-        return self.assemble(joined, examples["request_id"].combine_chunks(), examples[label].to_numpy(), tokens)
+        return self.assemble(
+            joined, examples["request_id"].combine_chunks(), examples[label].to_numpy(), tokens
+        )
 
     def assemble(
         self,
@@ -172,7 +192,9 @@ class Warehouse:
         candidates = joined[item].combine_chunks()
         keys, items = keys_of(candidates, log.items)
         users = joined[user].combine_chunks().take(first)
-        ends = pc.fill_null(joined["history_end"].combine_chunks().take(first).cast(pa.int64()), 0).to_numpy()
+        ends = pc.fill_null(
+            joined["history_end"].combine_chunks().take(first).cast(pa.int64()), 0
+        ).to_numpy()
         rows = log.rows_of(users)
 
         def gather(chosen: np.ndarray, length: int) -> Histories:
@@ -197,7 +219,9 @@ class Warehouse:
         features = contract.table("item_profile").columns + contract.table("item_stats").columns
         requests = RequestColumns(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
-            user_columns={c.name: joined[c.name].combine_chunks().take(first) for c in contract.user_columns},
+            user_columns={
+                c.name: joined[c.name].combine_chunks().take(first) for c in contract.user_columns
+            },
             items=items,
             candidate_offsets=offsets,
             candidate_keys=keys,
@@ -214,7 +238,11 @@ class Warehouse:
 
         suite = f"training_set_{split}"
         expectations.gate(
-            training_set_table(self.contract), [joined], self.settings.path("expectations"), 0.0, suite=suite
+            training_set_table(self.contract),
+            [joined],
+            self.settings.path("expectations"),
+            0.0,
+            suite=suite,
         )
 
 
@@ -233,7 +261,9 @@ def refuse_without_positives(contract: Contract, name: str, split: Split) -> Non
 
 
 def training_set_table(contract: Contract) -> Table:
-    """The contract of a joined training set: keys, label and features, where a missing value is one that is not yet known."""
+    """The contract of a joined training set: keys, label and features, where a missing value is one
+    that is not yet known.
+    """
     label = contract.table("training_examples").column(contract.spec.requests.label)
     joined: list[Column] = [contract.user.column, contract.item.column, label]
     for name in ("user_profile", "user_stats", "item_profile", "item_stats"):
@@ -246,7 +276,9 @@ def training_set_table(contract: Contract) -> Table:
 
 
 def keys_of(candidates: pa.Array, items: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Item keys of candidates: their place in `items`, or a new place after it; and `items` with the new ones."""
+    """Item keys of candidates: their place in `items`, or a new place after it; and `items` with
+    the new ones.
+    """
     keys = pc.index_in(candidates, items)
     new = pc.unique(candidates.filter(keys.is_null()))
     if len(new):
@@ -263,10 +295,11 @@ def own_frequency(
     keys: np.ndarray,
     max_events: int = FREQUENCY_EVENTS,
 ) -> np.ndarray:
-    """How often each candidate occurs in the user's whole earlier history, by the first action; a baseline's feature.
+    """How often each candidate occurs in the user's whole earlier history, by the first action; a
+    baseline's feature.
 
-    Each user's events are read once, however many requests they have, and no more than `max_events` (or one user's) at a
-    time: memory follows the longest history, not the number of requests.
+    Each user's events are read once, however many requests they have, and no more than `max_events`
+    (or one user's) at a time: memory follows the longest history, not the number of requests.
     """
     counts = np.zeros(len(keys), np.int64)
     owner = np.repeat(np.arange(len(rows)), np.diff(offsets))  # request of each candidate
@@ -276,15 +309,20 @@ def own_frequency(
     bounds = np.r_[first, len(asked)].astype(np.int64)
     for start, stop in _groups(log.lengths[users], max_events):
         chosen = asked[bounds[start] : bounds[stop]]
-        histories = log.gather(users[start:stop], log.lengths[users[start:stop]], columns=("action",))
+        histories = log.gather(
+            users[start:stop], log.lengths[users[start:stop]], columns=("action",)
+        )
         acted = np.flatnonzero(histories.columns["action"] == 0)
-        place = np.arange(len(histories.item_keys)) - np.repeat(histories.offsets[:-1], histories.lengths)
+        place = np.arange(len(histories.item_keys)) - np.repeat(
+            histories.offsets[:-1], histories.lengths
+        )
         holder = np.repeat(np.arange(stop - start), histories.lengths)
         span = int(max(histories.item_keys.max(initial=0), keys.max(initial=0))) + 1
         pairs = (holder * span + histories.item_keys)[acted]
         order = np.argsort(pairs, kind="stable")  # of one user and item, oldest first
         pairs, place = pairs[order], place[acted][order]
-        # Of the user's events with the item, those that lie before the request: both parts of the key are in order.
+        # Of the user's events with the item, those that lie before the request: both parts of the
+        # key are in order.
         wanted = (np.searchsorted(users[start:stop], rows[owner[chosen]])) * span + keys[chosen]
         low = np.searchsorted(pairs, wanted, "left")
         high = np.searchsorted(pairs, wanted, "right")
@@ -304,8 +342,12 @@ def _groups(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         yield start, len(lengths)
 
 
-def _count_below(values: np.ndarray, low: np.ndarray, high: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """For each range `[low, high)` of values in ascending order: how many lie below a limit, by bisection of all at once."""
+def _count_below(
+    values: np.ndarray, low: np.ndarray, high: np.ndarray, limits: np.ndarray
+) -> np.ndarray:
+    """For each range `[low, high)` of values in ascending order: how many lie below a limit, by
+    bisection of all at once.
+    """
     left, right = low.copy(), high.copy()
     while (open_ := left < right).any():
         middle = (left + right) // 2
@@ -333,5 +375,7 @@ def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[
         found[name] = Vocabulary.of(requests.user_columns[name])
     for name in contract.spec.ranking_item_features:
         column: Any = requests.candidate_columns[name]
-        found[name] = Vocabulary.of(pc.list_flatten(column) if pa.types.is_list(column.type) else column)
+        found[name] = Vocabulary.of(
+            pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        )
     return found

@@ -22,7 +22,9 @@ class RecipeError(ExpectedError, ValueError):
 
 
 class DataError(ExpectedError, ValueError):
-    """Data from which nothing can be learned, chosen or measured, or that does not fit the recipe."""
+    """Data from which nothing can be learned, chosen or measured, or that does not fit the
+    recipe.
+    """
 
 
 class NotTrainedError(ExpectedError, FileNotFoundError):
@@ -30,7 +32,9 @@ class NotTrainedError(ExpectedError, FileNotFoundError):
 
 
 class RunError(ExpectedError, RuntimeError):
-    """A run that cannot go on: its folder is held, its tables were rebuilt, or what it left is damaged."""
+    """A run that cannot go on: its folder is held, its tables were rebuilt, or what it left is
+    damaged.
+    """
 
 
 class ScoresError(ExpectedError, ValueError):

@@ -22,7 +22,10 @@ from modeling.metrics import PROBABILITY, RANKING, Estimate, evaluate, ndcg_at
 from modeling.models.base import Ranker
 from modeling.trainer import predict
 
-MODEL, EMPTY, FREQUENCY, POPULARITY = "model", "same network, empty history", "own frequency", "popularity to date"
+MODEL = "model"
+EMPTY = "same network, empty history"
+FREQUENCY = "own frequency"
+POPULARITY = "popularity to date"
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
@@ -45,7 +48,9 @@ class UnknownFirst:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of the model and the baselines, the figures behind the report's pictures, and what unknown items do."""
+    """Metrics of the model and the baselines, the figures behind the report's pictures, and what
+    unknown items do.
+    """
 
     metrics: dict[str, dict[str, Estimate]]
     figures: dict[str, Any]
@@ -64,7 +69,9 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     logits = predict(model, encoder, encoded)
     empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
-    popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
+    popularity = (
+        pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
+    )
     scorings = {
         MODEL: (logits, _sigmoid(logits)),
         EMPTY: (empty, _sigmoid(empty)),
@@ -73,7 +80,8 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     }
     labels, offsets = encoded.labels, encoded.candidate_offsets
     found = {
-        name: evaluate(labels, scores, offsets, users, probability) for name, (scores, probability) in scorings.items()
+        name: evaluate(labels, scores, offsets, users, probability)
+        for name, (scores, probability) in scorings.items()
     }
     counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
     return Evaluation(
@@ -84,16 +92,23 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     )
 
 
-def unknown_first(model: Ranker, encoder: Encoder, encoded: Encoded, logits: np.ndarray) -> UnknownFirst:
+def unknown_first(
+    model: Ranker, encoder: Encoder, encoded: Encoded, logits: np.ndarray
+) -> UnknownFirst:
     """Score one unknown item for each request, and see where it would stand."""
     sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
     unknown = predict(model, encoder, encoder.unknown_candidates(encoded))
     best = np.maximum.reduceat(logits, offsets[:-1])
-    below = np.add.reduceat((logits < np.repeat(unknown, sizes)).astype(np.float64), offsets[:-1]) / sizes
+    below = (
+        np.add.reduceat((logits < np.repeat(unknown, sizes)).astype(np.float64), offsets[:-1])
+        / sizes
+    )
     chance = 1 / (sizes + 1)
     spread = math.sqrt(float((chance * (1 - chance)).sum())) / len(sizes)
     mean = float(chance.mean())
-    return UnknownFirst(float((unknown > best).mean()), mean, mean + 3 * spread, float(below.mean()))
+    return UnknownFirst(
+        float((unknown > best).mean()), mean, mean + 3 * spread, float(below.mean())
+    )
 
 
 def unknown_line(unknown: dict[str, float]) -> str:
@@ -118,11 +133,15 @@ def without_history(requests: RequestColumns, contract: Contract) -> RequestColu
         return histories.take(nothing, nothing)
 
     known = {c.name for c in contract.table("user_stats").columns}
-    nothing_known = {n: pa.nulls(len(c), c.type) if n in known else c for n, c in requests.user_columns.items()}
+    nothing_known = {
+        n: pa.nulls(len(c), c.type) if n in known else c for n, c in requests.user_columns.items()
+    }
     return replace(requests, gather=gather, user_columns=nothing_known)
 
 
-def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.ndarray) -> dict[str, Any]:
+def picture_figures(
+    encoded: Encoded, logits: np.ndarray, history_lengths: np.ndarray
+) -> dict[str, Any]:
     """Numbers for calibration, NDCG@10 by history length and the score histogram."""
     probability, labels = _sigmoid(logits), encoded.labels
     order = np.array_split(np.argsort(probability, kind="stable"), 20)
@@ -131,11 +150,18 @@ def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.nd
     for low, high in itertools.pairwise(HISTORY_BINS):
         inside = (history_lengths >= low) & (history_lengths < high) & ~np.isnan(ndcg)
         if inside.any():
-            name = str(low) if high == low + 1 else f"{low}+" if high == HISTORY_BINS[-1] else f"{low}-{high - 1}"
+            if high == low + 1:
+                name = str(low)
+            else:
+                name = f"{low}+" if high == HISTORY_BINS[-1] else f"{low}-{high - 1}"
             by_length.append([name, int(inside.sum()), float(ndcg[inside].mean())])
     edges = np.linspace(0, 1, 41)
     return {
-        "calibration": [[float(probability[part].mean()), float(labels[part].mean())] for part in order if len(part)],
+        "calibration": [
+            [float(probability[part].mean()), float(labels[part].mean())]
+            for part in order
+            if len(part)
+        ],
         "ndcg_by_history_length": by_length,
         "histogram": {
             "edges": edges.tolist(),
@@ -148,7 +174,11 @@ def picture_figures(encoded: Encoded, logits: np.ndarray, history_lengths: np.nd
 def write(folder: Path, identity: str, found: Evaluation) -> None:
     """Write `evaluation.json` in the run's folder; what is undefined is left out there."""
     metrics = {
-        name: {metric: asdict(estimate) for metric, estimate in row.items() if not math.isnan(estimate.value)}
+        name: {
+            metric: asdict(estimate)
+            for metric, estimate in row.items()
+            if not math.isnan(estimate.value)
+        }
         for name, row in found.metrics.items()
     }
     content = {
@@ -171,7 +201,9 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "evaluation.json"
     if not path.exists():
-        raise NotTrainedError(f"{folder} has no evaluation: run `python -m modeling evaluate` first")
+        raise NotTrainedError(
+            f"{folder} has no evaluation: run `python -m modeling evaluate` first"
+        )
     return json.loads(path.read_text())
 
 
@@ -183,7 +215,9 @@ def metric_rows(metrics: dict[str, dict[str, dict[str, float]]]) -> list[list[st
         cells = []
         for name in names:
             value = values.get(name)
-            cells.append(f"{value['value']:.4f} ±{(value['high'] - value['low']) / 2:.4f}" if value else "–")
+            cells.append(
+                f"{value['value']:.4f} ±{(value['high'] - value['low']) / 2:.4f}" if value else "–"
+            )
         rows.append([scoring, *cells])
     return rows
 

@@ -1,4 +1,5 @@
-"""Leave-one-out evaluation by named protocols. Results are comparable only within one data set and one protocol.
+"""Leave-one-out evaluation by named protocols. Results are comparable only within one data set and
+one protocol.
 
 | protocol | candidates of a user |
 |---|---|
@@ -6,9 +7,10 @@
 | U100 | the target and 100 items drawn uniformly, with replacement, outside the user's training items (SASRec; the validation item may be drawn) |
 | P100 | the target and 100 distinct items drawn by popularity in training, outside all items of the user (BERT4Rec) |
 
-The model reads everything before the target: for the test target that includes the validation item. Of equal scores
-the item that stands earlier in the catalogue ranks first, so that a rank never depends on the sort. U100 and P100 use
-all users up to `MAX_SAMPLED_USERS`, else so many drawn by the seed, as SASRec did.
+The model reads everything before the target: for the test target that includes the validation item.
+Of equal scores the item that stands earlier in the catalogue ranks first, so that a rank never
+depends on the sort. U100 and P100 use all users up to `MAX_SAMPLED_USERS`, else so many drawn by
+the seed, as SASRec did.
 """
 
 from __future__ import annotations
@@ -84,10 +86,14 @@ def target_ranks(
     protocol: Protocol,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Rank of each user's target among the protocol's candidates, from 0, in the order of `users`."""
+    """Rank of each user's target among the protocol's candidates, from 0, in the order of
+    `users`.
+    """
     stops = sequences.target_rows(users, target)
     starts = np.maximum(stops - model.sizes.history_length, sequences.offsets[users])
-    sampled = None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
+    sampled = (
+        None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
+    )
     ranks = np.empty(len(users), np.int64)
     order = np.argsort(starts - stops, kind="stable")
     most = max(1, SCORES // sequences.num_items)
@@ -106,7 +112,9 @@ def target_ranks(
                 raise ScoreError(
                     "scores hold NaN or infinity: the model's weights are damaged or its training diverged"
                 )
-            wanted = torch.from_numpy(sequences.items[stops[chosen]].astype(np.int64) - 1).to(device)
+            wanted = torch.from_numpy(sequences.items[stops[chosen]].astype(np.int64) - 1).to(
+                device
+            )
             if sampled is None:
                 seen = np.concatenate(
                     [
@@ -114,13 +122,19 @@ def target_ranks(
                         for u, stop in zip(users[chosen], stops[chosen], strict=True)
                     ]
                 )
-                owner = np.repeat(np.arange(len(chosen)), stops[chosen] - sequences.offsets[users[chosen]])
-                scores[torch.from_numpy(owner), torch.from_numpy(seen.astype(np.int64) - 1)] = -torch.inf
-                candidates, column = torch.arange(sequences.num_items, device=device).expand_as(scores), wanted
+                owner = np.repeat(
+                    np.arange(len(chosen)), stops[chosen] - sequences.offsets[users[chosen]]
+                )
+                scores[
+                    torch.from_numpy(owner), torch.from_numpy(seen.astype(np.int64) - 1)
+                ] = -torch.inf
+                candidates = torch.arange(sequences.num_items, device=device).expand_as(scores)
+                column = wanted
             else:
                 candidates = torch.from_numpy(sampled[chosen]).to(device)
                 scores, own = scores.gather(1, candidates), scores.gather(1, wanted[:, None])
-                scores, candidates = torch.cat([own, scores], 1), torch.cat([wanted[:, None], candidates], 1)
+                scores = torch.cat([own, scores], 1)
+                candidates = torch.cat([wanted[:, None], candidates], 1)
                 column = torch.zeros_like(wanted)
             ranks[chosen] = ranks_of(scores, candidates, column).cpu().numpy()
     model.train(was_training)
@@ -128,7 +142,8 @@ def target_ranks(
 
 
 def ranks_of(scores: Tensor, candidates: Tensor, column_B: Tensor) -> Tensor:
-    """Rank of the target in each row: how many score higher, or equal and stand earlier in the catalogue.
+    """Rank of the target in each row: how many score higher, or equal and stand earlier in the
+    catalogue.
 
     Args:
         scores, candidates: users × candidates.
@@ -138,7 +153,9 @@ def ranks_of(scores: Tensor, candidates: Tensor, column_B: Tensor) -> Tensor:
     return ((scores > own) | ((scores == own) & (candidates < wanted))).sum(1)
 
 
-def history_vectors(model: SequenceRanker, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:
+def history_vectors(
+    model: SequenceRanker, sequences: Sequences, starts: np.ndarray, stops: np.ndarray
+) -> Tensor:
     """History vectors of slices, B × D: the last row, or [MASK]'s in a bidirectional model."""
     events, _, order = sequences.packed(starts, stops)
     encoded = model.encode_histories(events.to(next(model.parameters()).device))
@@ -146,7 +163,11 @@ def history_vectors(model: SequenceRanker, sequences: Sequences, starts: np.ndar
 
 
 def sample_negatives(
-    sequences: Sequences, users: np.ndarray, target: Target, protocol: Protocol, rng: np.random.Generator
+    sequences: Sequences,
+    users: np.ndarray,
+    target: Target,
+    protocol: Protocol,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Catalogue rows of the protocol's negatives, users × 100.
 

@@ -1,6 +1,7 @@
 """Next-item losses over a catalogue, none of which holds rows × catalogue numbers at once.
 
-Each takes packed rows_ND, the catalogue's output rows_VD and targets_N, and gives the mean over rows.
+Each takes packed rows_ND, the catalogue's output rows_VD and targets_N, and gives the mean over
+rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def softmax_plain(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> T
 
 
 def softmax(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy over the whole catalogue, chunk by chunk; gradients are made on the way and kept instead of logits.
+    """Cross-entropy over the whole catalogue, chunk by chunk; gradients are made on the way and
+    kept instead of logits.
 
     Memory: N × D + V × D beside one chunk.
     """
@@ -73,9 +75,9 @@ def sampled_softmax(
 ) -> Tensor:
     """Softmax over the target and K shared negatives, corrected for how they were drawn.
 
-    The partition sum is e^{s+} + Σ_k e^{s_k} / E[count of k], over negatives that are not the target: an unbiased
-    estimate of the whole catalogue's, whatever the negatives' distribution (logQ correction; Bengio and Senécal 2008,
-    Yi et al. 2019, with the target left uncorrected).
+    The partition sum is e^{s+} + Σ_k e^{s_k} / E[count of k], over negatives that are not the
+    target: an unbiased estimate of the whole catalogue's, whatever the negatives' distribution
+    (logQ correction; Bengio and Senécal 2008, Yi et al. 2019, with the target left uncorrected).
 
     Args:
         negatives_K: catalogue rows, drawn with replacement.
@@ -88,15 +90,21 @@ def sampled_softmax(
 
 
 def gbce(
-    rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor, negatives_K: Tensor, calibration: float = 0.75
+    rows_ND: Tensor,
+    catalogue_VD: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    calibration: float = 0.75,
 ) -> Tensor:
-    """Generalised BCE of gSASRec (Petrov and Macdonald, arXiv 2308.07192), mean over rows and K + 1 logits.
+    """Generalised BCE of gSASRec (Petrov and Macdonald, arXiv 2308.07192), mean over rows and K + 1
+    logits.
 
-    σ(s+)^β with β = α (t (1 - 1/α) + 1/α) and α = K / (V - 1); t = `calibration`. t = 0 with K = 1 is SASRec's own
-    loss; t = 1 gives calibrated probabilities. Since log σ(s)^β = β log σ(s), no transform of the logit is needed.
+    σ(s+)^β with β = α (t (1 - 1/α) + 1/α) and α = K / (V - 1); t = `calibration`. t = 0 with K = 1
+    is SASRec's own loss; t = 1 gives calibrated probabilities. Since log σ(s)^β = β log σ(s), no
+    transform of the logit is needed.
 
-    Differs: the negatives are shared by the rows, so that they cost one matrix product; a row's own target among them
-    is left out.
+    Differs: the negatives are shared by the rows, so that they cost one matrix product; a row's own
+    target among them is left out.
     """
     beta = gbce_beta(len(negatives_K), len(catalogue_VD), calibration)
     positive = (rows_ND * catalogue_VD[targets_N]).sum(-1)
@@ -111,7 +119,9 @@ def gbce_beta(num_negatives: int, num_items: int, calibration: float) -> float:
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 
-def uniform_negatives(number: int, num_items: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def uniform_negatives(
+    number: int, num_items: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Catalogue rows drawn uniformly, and their log expected counts, for `sampled_softmax`."""
     drawn = torch.randint(num_items, (number,), device=device)
     return drawn, torch.full((number,), math.log(number / num_items), device=device)

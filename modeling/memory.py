@@ -7,7 +7,8 @@ import sys
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it page by page at every step; elsewhere nothing happens.
+    """Tell glibc to keep freed memory instead of returning it page by page at every step; elsewhere
+    nothing happens.
 
     Blocks of megabytes are otherwise mapped, faulted in and unmapped again for every tensor.
     """

@@ -1,10 +1,13 @@
-"""Ranking and calibration metrics, each with a bootstrap interval over users. Ties keep candidate order, stably.
+"""Ranking and calibration metrics, each with a bootstrap interval over users. Ties keep candidate
+order, stably.
 
-Conventions: AUC counts ties as half; GAUC is AUC within each user, weighted by the user's candidates, users with one
-kind of label left out; NDCG@k has gain 1 and discount 1/log2(rank + 1); MRR is of the first positive; NE is log loss
-over the entropy of the mean label; calibration error is expected |mean probability - mean label| over 20 bins of equal
-size. Requests without a positive count for neither NDCG nor MRR. A metric that nothing defines, such as AUC where all
-labels are alike, is NaN, and no number; scores that are NaN are refused, infinite ones are ordered and tie like others.
+Conventions: AUC counts ties as half; GAUC is AUC within each user, weighted by the user's
+candidates, users with one kind of label left out; NDCG@k has gain 1 and discount 1/log2(rank + 1);
+MRR is of the first positive; NE is log loss over the entropy of the mean label; calibration error
+is expected |mean probability - mean label| over 20 bins of equal size. Requests without a positive
+count for neither NDCG nor MRR. A metric that nothing defines, such as AUC where all labels are
+alike, is NaN, and no number; scores that are NaN are refused, infinite ones are ordered and tie
+like others.
 """
 
 from __future__ import annotations
@@ -55,14 +58,20 @@ def ndcg_at(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, k: int 
 def reciprocal_rank(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """1 / rank of the first positive of each request; NaN without one."""
     ranks = ranks_within(scores, offsets).astype(np.float64)
-    best = np.minimum.reduceat(np.where(labels > 0, ranks, np.inf), offsets[:-1]) if len(offsets) > 1 else np.zeros(0)
+    best = (
+        np.minimum.reduceat(np.where(labels > 0, ranks, np.inf), offsets[:-1])
+        if len(offsets) > 1
+        else np.zeros(0)
+    )
     return np.where(np.isfinite(best), 1 / (best + 1), np.nan)
 
 
 def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Area under the ROC curve, weighted, ties as half; NaN with one kind of label."""
     order = np.argsort(scores, kind="stable")
-    return _auc_sorted(labels[order], _tie_groups(scores[order]), None if weights is None else weights[order])
+    return _auc_sorted(
+        labels[order], _tie_groups(scores[order]), None if weights is None else weights[order]
+    )
 
 
 def evaluate(
@@ -81,7 +90,8 @@ def evaluate(
         labels, scores: N candidates.
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         users: B user numbers, 0 … U - 1; the bootstrap draws users.
-        probabilities: N; None for scores that are no probabilities, which then get no calibration metrics.
+        probabilities: N; None for scores that are no probabilities, which then get no calibration
+            metrics.
 
     Raises:
         ScoresError: scores that are NaN, or no request at all.
@@ -89,13 +99,17 @@ def evaluate(
     if not len(users):
         raise ScoresError("there is no request to measure on")
     if np.isnan(scores).any():
-        raise ScoresError(f"{int(np.isnan(scores).sum()):,} of {len(scores):,} scores are NaN: no ranking has them")
+        raise ScoresError(
+            f"{int(np.isnan(scores).sum()):,} of {len(scores):,} scores are NaN: no ranking has them"
+        )
     labels = labels.astype(np.float64)
     sizes = np.diff(offsets)
     num_users = int(users.max()) + 1
     user_of = np.repeat(users, sizes)
     by_score = np.argsort(scores, kind="stable")
-    labels_sorted, user_sorted, ties = labels[by_score], user_of[by_score], _tie_groups(scores[by_score])
+    labels_sorted = labels[by_score]
+    user_sorted = user_of[by_score]
+    ties = _tie_groups(scores[by_score])
 
     ndcg, rr = ndcg_at(labels, scores, offsets), reciprocal_rank(labels, scores, offsets)
     sums = {
@@ -105,13 +119,22 @@ def evaluate(
     counted = np.bincount(users, ~np.isnan(ndcg), num_users)
     user_auc, user_weight = _auc_by_user(labels, scores, user_of, num_users)
     weighted_auc = np.nan_to_num(user_auc) * user_weight
-    candidates, positives = np.bincount(user_of, minlength=num_users), np.bincount(user_of, labels, num_users)
+    candidates = np.bincount(user_of, minlength=num_users)
+    positives = np.bincount(user_of, labels, num_users)
     if probabilities is not None:
         clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-        loss = np.bincount(user_of, -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)), num_users)
-        bins = np.argsort(np.argsort(clipped, kind="stable"), kind="stable") * NUM_BINS // max(len(clipped), 1)
+        loss = np.bincount(
+            user_of, -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)), num_users
+        )
+        bins = (
+            np.argsort(np.argsort(clipped, kind="stable"), kind="stable")
+            * NUM_BINS
+            // max(len(clipped), 1)
+        )
         cell = user_of * NUM_BINS + bins
-        error = np.bincount(cell, clipped - labels, num_users * NUM_BINS).reshape(num_users, NUM_BINS)
+        error = np.bincount(cell, clipped - labels, num_users * NUM_BINS).reshape(
+            num_users, NUM_BINS
+        )
 
     def measure(weight: np.ndarray) -> dict[str, float]:
         total, positive = float(candidates @ weight), float(positives @ weight)
@@ -131,14 +154,21 @@ def evaluate(
     value = measure(np.ones(num_users))
     rng = np.random.default_rng(seed)
     draws = [
-        measure(np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(np.float64))
+        measure(
+            np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(
+                np.float64
+            )
+        )
         for _ in range(resamples)
     ]
-    # Centred on the value: resampling alone moves some metrics (calibration error grows with noise).
+    # Centred on the value: resampling alone moves some metrics (calibration error grows with
+    # noise).
     found = {}
     for name, centre in value.items():
         drawn = np.array([draw[name] for draw in draws])
-        drawn = drawn[~np.isnan(drawn)]  # a resample may leave a metric undefined that the whole defines
+        drawn = drawn[
+            ~np.isnan(drawn)
+        ]  # a resample may leave a metric undefined that the whole defines
         low = high = np.nan
         if len(drawn) and not np.isnan(centre):
             low, high = np.maximum(centre + np.percentile(drawn - drawn.mean(), [2.5, 97.5]), 0.0)
@@ -165,7 +195,8 @@ def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | No
     weights = np.ones(len(labels)) if weights is None else weights
     positive, negative = weights * labels, weights * (1 - labels)
     num_groups = int(groups[-1]) + 1 if len(groups) else 0
-    positive, negative = np.bincount(groups, positive, num_groups), np.bincount(groups, negative, num_groups)
+    positive = np.bincount(groups, positive, num_groups)
+    negative = np.bincount(groups, negative, num_groups)
     below = np.cumsum(negative) - negative
     pairs = positive.sum() * negative.sum()
     return float((positive * (below + negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
@@ -177,9 +208,12 @@ def _auc_by_user(
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
     order = np.lexsort((scores, user_of))
     label, score, user = labels[order], scores[order], user_of[order]
-    group = np.cumsum(np.r_[False, (score[1:] != score[:-1]) | (user[1:] != user[:-1])][: len(score)])
+    group = np.cumsum(
+        np.r_[False, (score[1:] != score[:-1]) | (user[1:] != user[:-1])][: len(score)]
+    )
     num_groups = int(group[-1]) + 1
-    positive, negative = np.bincount(group, label, num_groups), np.bincount(group, 1 - label, num_groups)
+    positive = np.bincount(group, label, num_groups)
+    negative = np.bincount(group, 1 - label, num_groups)
     owner = user[np.r_[0, np.flatnonzero(np.diff(group)) + 1]]
     running = np.cumsum(negative)
     total_negative = np.bincount(owner, negative, num_users)

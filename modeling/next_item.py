@@ -1,7 +1,8 @@
-"""Next-item training and evaluation: a history log in, a sequence model and its leave-one-out metrics out.
+"""Next-item training and evaluation: a history log in, a sequence model and its leave-one-out
+metrics out.
 
-One run is a recipe with a seed on one log, by one state of the code. Its folder resumes to the bit on a CPU with the
-same threads, like every run's; runs stand side by side.
+One run is a recipe with a seed on one log, by one state of the code. Its folder resumes to the bit
+on a CPU with the same threads, like every run's; runs stand side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from modeling.leave_one_out import PROTOCOLS
 from modeling.memory import keep_freed_memory
 from modeling.models.sequence import PackedEvents, SequenceRanker
 from modeling.recipes import NextItemRecipe
-from modeling.sequences import Sequences, TrainingWindows, causal_batch, cloze_batch, training_windows
+from modeling.sequences import (
+    Sequences,
+    TrainingWindows,
+    causal_batch,
+    cloze_batch,
+    training_windows,
+)
 from modeling.trainer import Loop, locked_run
 
 ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
@@ -35,7 +42,9 @@ VALIDATION_METRICS = ("ndcg@10", "hr@10")
 
 
 class NextItemTrainer(Loop):
-    """Trains a sequence model on whole sequences: every position of a causal one, masked positions of a Cloze one."""
+    """Trains a sequence model on whole sequences: every position of a causal one, masked positions
+    of a Cloze one.
+    """
 
     model: SequenceRanker
 
@@ -70,21 +79,31 @@ class NextItemTrainer(Loop):
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Windows of the epoch, shuffled, in batches of so many sequences."""
         rng = np.random.default_rng([self.recipe.training.seed, epoch])
-        self.windows = training_windows(self.sequences, self.recipe.history_length, self.recipe.windows, rng)
+        self.windows = training_windows(
+            self.sequences, self.recipe.history_length, self.recipe.windows, rng
+        )
         number = len(self.windows.starts)
         size = self.recipe.training.batch_sequences
         order = rng.permutation(number)
         return [order[first : first + size] for first in range(0, number, size)]
 
     def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
-        """The recipe's objective, a mean over all targets of the batch, in parts of about `rows_at_once` rows."""
+        """The recipe's objective, a mean over all targets of the batch, in parts of about
+        `rows_at_once` rows.
+        """
         recipe, model = self.recipe, self.model
-        rng = np.random.default_rng(int(torch.randint(2**31, ()))) if recipe.objective == "cloze" else None
+        rng = (
+            np.random.default_rng(int(torch.randint(2**31, ())))
+            if recipe.objective == "cloze"
+            else None
+        )
         parts = [self._part(part, rng) for part in self._split(chosen)]
         total = sum(len(targets) for _, _, targets in parts)
         drawn = None
         if recipe.objective in ("sampled_softmax", "gbce"):
-            drawn = losses.uniform_negatives(recipe.num_negatives, self.sequences.num_items, self.device)
+            drawn = losses.uniform_negatives(
+                recipe.num_negatives, self.sequences.num_items, self.device
+            )
         for events, at, targets in parts:
             rows = model.encode(events.to(self.device))
             rows = rows if at is None else rows[at.to(self.device)]
@@ -102,7 +121,9 @@ class NextItemTrainer(Loop):
         rows = int((self.windows.stops - self.windows.starts)[chosen].sum())
         return np.array_split(chosen, min(-(-rows // self.rows_at_once), len(chosen)))
 
-    def _part(self, chosen: np.ndarray, rng: np.random.Generator | None) -> tuple[PackedEvents, Tensor | None, Tensor]:
+    def _part(
+        self, chosen: np.ndarray, rng: np.random.Generator | None
+    ) -> tuple[PackedEvents, Tensor | None, Tensor]:
         """Inputs of some windows, which rows are asked about (None: all), and their targets."""
         recipe = self.recipe
         if rng is None:
@@ -159,7 +180,9 @@ def open_source(settings: Settings, data: Path | None) -> Source:
         home = Path(settings.path("next_item"))
     else:
         home = (
-            settings.path().parent / "sequence_file" / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
+            settings.path().parent
+            / "sequence_file"
+            / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
         )
         folder = sequence_file.write_log(data, str(home))
         contract, title = sequence_file.sequence_contract(), data.name
@@ -171,16 +194,22 @@ def open_source(settings: Settings, data: Path | None) -> Source:
 def build_model(recipe: NextItemRecipe, sequences: Sequences) -> SequenceRanker:
     """A fresh model of the recipe for this catalogue; its seed decides the weights."""
     torch.manual_seed(recipe.training.seed)
-    return cast(SequenceRanker, models.build(recipe.model, recipe.config, sequences.sizes(recipe.history_length)))
+    return cast(
+        SequenceRanker,
+        models.build(recipe.model, recipe.config, sequences.sizes(recipe.history_length)),
+    )
 
 
-def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cpu") -> dict[str, Any]:
+def train_and_evaluate(
+    source: Source, recipe: NextItemRecipe, device: str = "cpu"
+) -> dict[str, Any]:
     """One run to its end: trained, from its newest checkpoint, and evaluated on the test targets.
 
     A finished run is not repeated: its `result.json` is read.
 
     Returns:
-        Recipe, seed, summary of the training, and the test metrics of every protocol that the catalogue allows.
+        Recipe, seed, summary of the training, and the test metrics of every protocol that the
+        catalogue allows.
     """
     if (done := finished(source, recipe)) is not None:
         return done
@@ -190,14 +219,18 @@ def train_and_evaluate(source: Source, recipe: NextItemRecipe, device: str = "cp
         return _train_and_evaluate(source, recipe, folder, device)
 
 
-def _train_and_evaluate(source: Source, recipe: NextItemRecipe, folder: Path, device: str) -> dict[str, Any]:
+def _train_and_evaluate(
+    source: Source, recipe: NextItemRecipe, folder: Path, device: str
+) -> dict[str, Any]:
     identity = _identity(source, recipe)
     model = build_model(recipe, source.sequences)
     trainer = NextItemTrainer(model, recipe, source.sequences, folder, identity, device)
     summary = trainer.run()
     best = cast(SequenceRanker, trainer.load_best())
     protocols = [name for name in PROTOCOLS if leave_one_out.supports(source.sequences, name)]
-    metrics = {name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in protocols}
+    metrics = {
+        name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in protocols
+    }
     result = {
         "identity": identity,
         "recipe": recipe.name,
@@ -232,8 +265,12 @@ def _identity(source: Source, recipe: NextItemRecipe) -> str:
 
 
 def variant(recipe: NextItemRecipe, seed: int, epochs: int | None = None) -> NextItemRecipe:
-    """The recipe under another seed, and with another number of epochs, which its name then tells: `sasrec_ml1m@20`."""
-    training = replace(recipe.training, seed=seed, epochs=recipe.training.epochs if epochs is None else epochs)
+    """The recipe under another seed, and with another number of epochs, which its name then tells:
+    `sasrec_ml1m@20`.
+    """
+    training = replace(
+        recipe.training, seed=seed, epochs=recipe.training.epochs if epochs is None else epochs
+    )
     return named(replace(recipe, training=training), epochs)
 
 

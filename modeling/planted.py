@@ -1,9 +1,11 @@
-"""Planted-signal requests: what a user likes shows only in events long ago, and the AUC that can be reached is known.
+"""Planted-signal requests: what a user likes shows only in events long ago, and the AUC that can be
+reached is known.
 
-Items fall into groups, item i into group i mod G. A user likes a few groups. Of the oldest events a share is of liked
-groups; all other events, the newest ones among them, are of any. A candidate of a liked group is positive with one
-probability, any other with a smaller one. So a ranker that reads the newest events only is at chance, and none can beat
-`attainable_auc`, which knows the liked groups.
+Items fall into groups, item i into group i mod G. A user likes a few groups. Of the oldest events a
+share is of liked groups; all other events, the newest ones among them, are of any. A candidate of a
+liked group is positive with one probability, any other with a smaller one. So a ranker that reads
+the newest events only is at chance, and none can beat `attainable_auc`, which knows the liked
+groups.
 """
 
 from __future__ import annotations
@@ -47,11 +49,16 @@ class Planted:
     def attainable_auc(self) -> float:
         """AUC of whoever knows the liked groups; half of the candidates are of one."""
         high, low = self.positive
-        of_positives, of_negatives = high / (high + low), (1 - high) / (2 - high - low)  # that are of liked groups
+        of_positives, of_negatives = (
+            high / (high + low),
+            (1 - high) / (2 - high - low),
+        )  # that are of liked groups
         ties = of_positives * of_negatives + (1 - of_positives) * (1 - of_negatives)
         return of_positives * (1 - of_negatives) + ties / 2
 
-    def draw(self, users: int, candidates: int, seed: int, newest: int | None = None) -> tuple[Batch, Tensor]:
+    def draw(
+        self, users: int, candidates: int, seed: int, newest: int | None = None
+    ) -> tuple[Batch, Tensor]:
         """Requests of users that no other seed draws.
 
         Args:
@@ -66,7 +73,9 @@ class Planted:
         old = int(self.planted * self.events)
         chosen = np.take_along_axis(liked, rng.integers(0, self.liked, (users, old)), 1)
         intended = history[:, :old] // self.groups * self.groups + chosen
-        history[:, :old] = np.where(rng.random((users, old)) < self.strength, intended, history[:, :old])
+        history[:, :old] = np.where(
+            rng.random((users, old)) < self.strength, intended, history[:, :old]
+        )
         item = rng.integers(0, self.items, (users, candidates))
         rest = rng.permuted(np.tile(np.arange(self.groups), (users, 1)), axis=1)
         is_liked = (rest[:, :, None] == liked[:, None]).any(-1)
@@ -81,7 +90,9 @@ class Planted:
         label = rng.random(item.shape) < np.where(good, *self.positive)
         start = 0 if newest is None else max(self.events - newest, 0)
         kept = torch.from_numpy(history[:, start:])
-        days = torch.linspace(DAYS, 0, self.events)[start:]  # however many events, they are of the same years
+        days = torch.linspace(DAYS, 0, self.events)[
+            start:
+        ]  # however many events, they are of the same years
         age = days.log1p().expand(kept.shape)
         user = UserInputs(
             item_BL=kept,
@@ -99,4 +110,6 @@ class Planted:
             dense_BCF=torch.zeros(*item.shape, 0),
             mask_BC=torch.ones(item.shape, dtype=torch.bool),
         )
-        return Batch(user, chosen_items, torch.from_numpy(label)[..., None].float()), torch.from_numpy(good)
+        return Batch(
+            user, chosen_items, torch.from_numpy(label)[..., None].float()
+        ), torch.from_numpy(good)

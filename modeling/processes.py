@@ -13,7 +13,9 @@ from feature_repo.settings import CHECKOUT
 
 
 def ask(module: str, case: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Run `python -m <module> --child <case>` with a question, whose `threads` it gets, and read its answer."""
+    """Run `python -m <module> --child <case>` with a question, whose `threads` it gets, and read
+    its answer.
+    """
     return ask_command([sys.executable, "-m", module, "--child", case], question)
 
 
@@ -26,7 +28,13 @@ def ask_command(command: list[str], question: dict[str, Any]) -> dict[str, Any]:
     threads = str(question["threads"])
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     done = subprocess.run(
-        command, input=json.dumps(question), capture_output=True, text=True, cwd=CHECKOUT, env=environment, check=False
+        command,
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-1500:]}")

@@ -1,8 +1,10 @@
-"""Whether a bundle may go live unasked: not where it ranks worse than the live one, or than a baseline without a model.
+"""Whether a bundle may go live unasked: not where it ranks worse than the live one, or than a
+baseline without a model.
 
-A bundle is compared with the live one on the test period of the same examples; where those are others, the figures say
-nothing about each other, and only the baselines are asked. Where nothing is live yet, a poor model is better than none:
-what speaks against it is said, and it goes live. A model that ranks unknown items first never does.
+A bundle is compared with the live one on the test period of the same examples; where those are
+others, the figures say nothing about each other, and only the baselines are asked. Where nothing is
+live yet, a poor model is better than none: what speaks against it is said, and it goes live. A
+model that ranks unknown items first never does.
 """
 
 from __future__ import annotations

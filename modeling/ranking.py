@@ -1,6 +1,8 @@
-"""Ranking runs: a recipe with a seed on a dataset's tables, trained and evaluated; and recipes × seeds side by side.
+"""Ranking runs: a recipe with a seed on a dataset's tables, trained and evaluated; and recipes ×
+seeds side by side.
 
-The tables are joined once and shared by all runs. Each run has a folder of its own, resumes, and is not repeated.
+The tables are joined once and shared by all runs. Each run has a folder of its own, resumes, and is
+not repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
 
 @dataclass(frozen=True)
 class Periods:
-    """Joined training, validation and test requests of a dataset, and the digest of the tables they come from."""
+    """Joined training, validation and test requests of a dataset, and the digest of the tables they
+    come from.
+    """
 
     contract: Contract
     train: Split
@@ -52,7 +56,9 @@ class Periods:
     token_run: str | None = None  # digest of the job that stored them
 
     @staticmethod
-    def of(settings: Settings, service: str, tokens: tuple[str, tuple[int, int]] | None = None) -> Periods:
+    def of(
+        settings: Settings, service: str, tokens: tuple[str, tuple[int, int]] | None = None
+    ) -> Periods:
         """Join all three periods through a feature service.
 
         Args:
@@ -67,12 +73,16 @@ class Periods:
         warehouse, store = Warehouse(settings), open_store(settings)
         token_run = JobFolder(settings.home, "summary_tokens").require().digest if tokens else None
         train, validation, test = (warehouse.split(store, service, name, tokens) for name in SPLITS)
-        return Periods(warehouse.contract, train, validation, test, warehouse.digest, tokens, token_run)
+        return Periods(
+            warehouse.contract, train, validation, test, warehouse.digest, tokens, token_run
+        )
 
     def describe(self) -> str:
         """The dataset and its counts in a line."""
         splits = (self.train, self.validation, self.test)
-        counts = [f"{len(split.requests):,} {name}" for name, split in zip(SPLITS, splits, strict=True)]
+        counts = [
+            f"{len(split.requests):,} {name}" for name, split in zip(SPLITS, splits, strict=True)
+        ]
         return f"{self.contract.spec.title}, requests: {', '.join(counts)}"
 
 
@@ -88,7 +98,10 @@ class Encodings:
         encoder, encoded = self._encoded(recipe.min_item_count)
         tokens = self.periods.tokens if recipe.tokens else None
         own = Encoder(
-            self.periods.contract, encoder.vocabularies, recipe.history_length, tokens[1] if tokens else (0, 0)
+            self.periods.contract,
+            encoder.vocabularies,
+            recipe.history_length,
+            tokens[1] if tokens else (0, 0),
         )
         if tokens is None:
             train, validation, test = (replace(period, gather_tokens=None) for period in encoded)
@@ -97,7 +110,9 @@ class Encodings:
 
     def _encode(self, min_item_count: int) -> tuple[Encoder, tuple[Encoded, Encoded, Encoded]]:
         periods = self.periods
-        encoder = Encoder(periods.contract, vocabularies(periods.contract, periods.train, min_item_count), 1)
+        encoder = Encoder(
+            periods.contract, vocabularies(periods.contract, periods.train, min_item_count), 1
+        )
         train, validation, test = (
             encoder.featurise(s.requests) for s in (periods.train, periods.validation, periods.test)
         )
@@ -114,12 +129,18 @@ def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
 
 def dense_parameters(model: torch.nn.Module) -> int:
     """Parameters beside embedding tables."""
-    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    tables = {
+        id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()
+    }
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
 
-def variant(recipe: Recipe, seed: int, epochs: int | None = None, learning_rate: float | None = None) -> Recipe:
-    """The recipe under another seed, and with other epochs or another learning rate, which its name then tells."""
+def variant(
+    recipe: Recipe, seed: int, epochs: int | None = None, learning_rate: float | None = None
+) -> Recipe:
+    """The recipe under another seed, and with other epochs or another learning rate, which its name
+    then tells.
+    """
     name, changes = recipe.name, {"seed": seed}
     if epochs is not None:
         name, changes = f"{name}@{epochs}", {**changes, "epochs": epochs}
@@ -129,11 +150,14 @@ def variant(recipe: Recipe, seed: int, epochs: int | None = None, learning_rate:
     return replace(recipe, name=name, training=training)
 
 
-def train_and_evaluate(settings: Settings, encodings: Encodings, recipe: Recipe, device: str = "cpu") -> dict[str, Any]:
+def train_and_evaluate(
+    settings: Settings, encodings: Encodings, recipe: Recipe, device: str = "cpu"
+) -> dict[str, Any]:
     """One run to its end, or the result of a finished one.
 
     Returns:
-        Recipe, seed, parameters with and without embeddings (OneTrans's count its last layer's S weights, which nothing reads), training summary, test metrics.
+        Recipe, seed, parameters with and without embeddings (OneTrans's count its last layer's S
+        weights, which nothing reads), training summary, test metrics.
     """
     identity = digest_of(
         [
@@ -183,8 +207,8 @@ def _train_and_evaluate(
 def compare(settings: Settings, asked: Comparison) -> None:
     """Run what is not finished, then write and print the comparison.
 
-    With several learning rates, each recipe gets the same trials: seed 1 at every rate, and the rate of the best
-    validation NDCG@10 for all its seeds.
+    With several learning rates, each recipe gets the same trials: seed 1 at every rate, and the
+    rate of the best validation NDCG@10 for all its seeds.
 
     Raises:
         RecipeError: a recipe is no ranking recipe, or recipes read different feature services.
@@ -207,7 +231,11 @@ def compare(settings: Settings, asked: Comparison) -> None:
         made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, made_by[0])
         tokens = (made.fingerprint, (made.num_tokens, made.width))
     periods = Periods.of(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
-    for name, split in (("train", periods.train), ("validation", periods.validation), ("test", periods.test)):
+    for name, split in (
+        ("train", periods.train),
+        ("validation", periods.validation),
+        ("test", periods.test),
+    ):
         refuse_without_positives(periods.contract, name, split)
     encodings = Encodings(periods)
     title = encodings.periods.describe()
@@ -227,16 +255,28 @@ def compare(settings: Settings, asked: Comparison) -> None:
         results += [run(recipe, seed, rates[best]) for seed in range(2, asked.seeds + 1)]
     folder = Path(settings.path("comparison"))
     pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
-    (folder / "comparison.json").write_text(json.dumps({"title": title, "results": results}, indent=1))
+    (folder / "comparison.json").write_text(
+        json.dumps({"title": title, "results": results}, indent=1)
+    )
     subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
-    page = write_page(folder / "comparison.html", "Ranking comparison", subtitle, summary_lines(results), pictures)
+    page = write_page(
+        folder / "comparison.html", "Ranking comparison", subtitle, summary_lines(results), pictures
+    )
     print_table(summary_lines(results))
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
 def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each recipe: test metrics over seeds, sizes, and what training cost."""
-    head = ["recipe", "seeds", *METRICS, "validation ndcg@10", "parameters", "beside embeddings", "CPU s"]
+    head = [
+        "recipe",
+        "seeds",
+        *METRICS,
+        "validation ndcg@10",
+        "parameters",
+        "beside embeddings",
+        "CPU s",
+    ]
     rows = []
     for name, runs in by_recipe(results).items():
         cells = [spread([run["test"][metric]["value"] for run in runs]) for metric in METRICS]
@@ -250,5 +290,7 @@ def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
 def _ranking_recipe(name: str) -> Recipe:
     recipe = recipes.load(name)
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{name} is a next-item recipe and cannot be compared with ranking recipes")
+        raise RecipeError(
+            f"{name} is a next-item recipe and cannot be compared with ranking recipes"
+        )
     return recipe

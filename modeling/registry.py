@@ -1,4 +1,6 @@
-"""Which models there are and where they live. Imports no torch, so that a run is named without it."""
+"""Which models there are and where they live. Imports no torch, so that a run is named without
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def module_of(name: str) -> str:
 
 
 def training_code(recipe: Recipe, dataset: str) -> str:
-    """Digest of the code that decides what a recipe learns: features, loop, its model, and all of ours that they import."""
+    """Digest of the code that decides what a recipe learns: features, loop, its model, and all of
+    ours that they import.
+    """
     return code_digest(
-        "modeling.trainer", "modeling.dataset", module_of(recipe.model), f"feature_repo.datasets.{dataset}"
+        "modeling.trainer",
+        "modeling.dataset",
+        module_of(recipe.model),
+        f"feature_repo.datasets.{dataset}",
     )

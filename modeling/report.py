@@ -1,4 +1,6 @@
-"""Self-contained HTML files. Of a ranking run: metrics table, loss, calibration, NDCG@10 by history length, scores."""
+"""Self-contained HTML files. Of a ranking run: metrics table, loss, calibration, NDCG@10 by history
+length, scores.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"
 
 
 def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, Any]) -> Path:
-    """Write `report.html` (pictures inside) and the same pictures as PNG files; returns the page's path."""
+    """Write `report.html` (pictures inside) and the same pictures as PNG files; returns the page's
+    path.
+    """
     plt = plots()
     figures = evaluation["figures"]
     pictures = {
@@ -25,7 +29,9 @@ def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, 
         "scores": _histogram(plt, figures["histogram"]),
     }
     subtitle += ". Intervals are half the width of the 95 % bootstrap over users."
-    return write_page(folder / "report.html", title, subtitle, metric_rows(evaluation["metrics"]), pictures)
+    return write_page(
+        folder / "report.html", title, subtitle, metric_rows(evaluation["metrics"]), pictures
+    )
 
 
 def plots() -> Any:
@@ -35,7 +41,9 @@ def plots() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    plt.rcParams.update(
+        {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    )
     return plt
 
 
@@ -48,8 +56,12 @@ def png_of(plt: Any, figure: Any) -> bytes:
     return sink.getvalue()
 
 
-def write_page(path: Path, title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> Path:
-    """Write a self-contained page, its first row being the heading, and its pictures as files beside it."""
+def write_page(
+    path: Path, title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]
+) -> Path:
+    """Write a self-contained page, its first row being the heading, and its pictures as files
+    beside it.
+    """
     for name, png in pictures.items():
         (path.parent / f"{name}.png").write_bytes(png)
     path.write_text(_page(title, subtitle, rows, pictures))
@@ -61,10 +73,25 @@ def _loss(plt: Any, folder: Path) -> bytes:
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
-    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, alpha=0.25, linewidth=0.8)
-    axes.plot([s["step"] for s in steps], _smooth([s["loss"] for s in steps]), color=BLUE, label="training")
     axes.plot(
-        [e["step"] for e in epochs], [e["validation_loss"] for e in epochs], "o-", color=ORANGE, label="validation"
+        [s["step"] for s in steps],
+        [s["loss"] for s in steps],
+        color=BLUE,
+        alpha=0.25,
+        linewidth=0.8,
+    )
+    axes.plot(
+        [s["step"] for s in steps],
+        _smooth([s["loss"] for s in steps]),
+        color=BLUE,
+        label="training",
+    )
+    axes.plot(
+        [e["step"] for e in epochs],
+        [e["validation_loss"] for e in epochs],
+        "o-",
+        color=ORANGE,
+        label="validation",
     )
     axes.set(xlabel="step", ylabel="log loss", title="Loss")
     axes.legend(frameon=False)
@@ -76,7 +103,13 @@ def _calibration(plt: Any, points: list[list[float]]) -> bytes:
     top = max([value for point in points for value in point] + [0.01]) * 1.05
     axes.plot([0, top], [0, top], color=GREY, linewidth=1, linestyle="--")
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=BLUE)
-    axes.set(xlabel="mean probability", ylabel="mean label", title="Calibration", xlim=(0, top), ylim=(0, top))
+    axes.set(
+        xlabel="mean probability",
+        ylabel="mean label",
+        title="Calibration",
+        xlim=(0, top),
+        ylim=(0, top),
+    )
     return png_of(plt, figure)
 
 
@@ -84,7 +117,11 @@ def _by_length(plt: Any, rows: list[list[Any]]) -> bytes:
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
     axes.bar(range(len(rows)), [row[2] for row in rows], color=BLUE)
     axes.set_xticks(range(len(rows)), [f"{row[0]}\n({row[1]})" for row in rows], fontsize=8)
-    axes.set(xlabel="events before the request (requests)", ylabel="NDCG@10", title="Quality by history length")
+    axes.set(
+        xlabel="events before the request (requests)",
+        ylabel="NDCG@10",
+        title="Quality by history length",
+    )
     return png_of(plt, figure)
 
 
@@ -93,7 +130,13 @@ def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
     edges = histogram["edges"]
     for name, colour in (("negative", GREY), ("positive", ORANGE)):
         total = max(sum(histogram[name]), 1)
-        axes.stairs([value / total for value in histogram[name]], edges, color=colour, label=name, linewidth=1.5)
+        axes.stairs(
+            [value / total for value in histogram[name]],
+            edges,
+            color=colour,
+            label=name,
+            linewidth=1.5,
+        )
     axes.set(xlabel="probability", ylabel="share of candidates", title="Scores", yscale="log")
     axes.legend(frameon=False)
     return png_of(plt, figure)
@@ -110,7 +153,9 @@ def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
 def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> str:
     head, *body = rows
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
+    )
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in pictures.items()

@@ -1,4 +1,6 @@
-"""What a sequence model's encoder costs against the length of the history, measured in a process of its own."""
+"""What a sequence model's encoder costs against the length of the history, measured in a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ def encoder_cost(
     Returns:
         `length`, `tokens_per_cpu_s`, and `peak_mb`, the process's peak memory.
     """
-    question = {"model": model, "config": config, "length": length, "threads": threads, "seconds": seconds}
+    question = {
+        "model": model,
+        "config": config,
+        "length": length,
+        "threads": threads,
+        "seconds": seconds,
+    }
     return ask("modeling.scaling", "encoder", question)
 
 
@@ -37,10 +45,14 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(question["threads"])
     keep_freed_memory()
     length = question["length"]
-    model = models.build(question["model"], question["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)).train()
+    model = models.build(
+        question["model"], question["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)
+    ).train()
     assert isinstance(model, SequenceRanker)
     items = torch.randint(1, 1000, (length,))
-    events = PackedEvents(items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length])))
+    events = PackedEvents(
+        items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length]))
+    )
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -1,9 +1,10 @@
 """Next-item data: whole sequences from a history log, the leave-one-out split, and packed batches.
 
-Rules of the split (counted in `Sequences.counts`): events of the dataset's first action count, since a returned article
-is no target; the first event of each (user, item) counts, later repeats are dropped, since a seen item is none either;
-the last item of a user is the test target, the one before it the validation target; a user with fewer than three items
-is not evaluated, and trained on where there are two.
+Rules of the split (counted in `Sequences.counts`): events of the dataset's first action count,
+since a returned article is no target; the first event of each (user, item) counts, later repeats
+are dropped, since a seen item is none either; the last item of a user is the test target, the one
+before it the validation target; a user with fewer than three items is not evaluated, and trained on
+where there are two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ Windows = Literal["newest", "all"]
 HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
 MIN_EVENTS = 3
 MICROS_PER_DAY = 86_400_000_000
-USERS_AT_ONCE = 512  # whose events are read together: temporaries stay small beside the sequences themselves
+USERS_AT_ONCE = (
+    512  # whose events are read together: temporaries stay small beside the sequences themselves
+)
 
 
 class LeakError(ValueError):
@@ -41,7 +44,9 @@ class VocabularyError(ValueError):
 
 @dataclass(frozen=True)
 class Sequences:
-    """Each user's items, oldest first, each item once: user u owns `[offsets[u], offsets[u + 1])`."""
+    """Each user's items, oldest first, each item once: user u owns `[offsets[u], offsets[u +
+    1])`.
+    """
 
     offsets: np.ndarray  # int64, U + 1
     items: np.ndarray  # int32 vocabulary index, 1 … num_items; 0 is unknown
@@ -132,7 +137,9 @@ class Sequences:
                     "cases): its score would be remembered, not predicted; build sequences with Sequences.of"
                 )
 
-    def packed(self, starts: np.ndarray, stops: np.ndarray) -> tuple[PackedEvents, np.ndarray, np.ndarray]:
+    def packed(
+        self, starts: np.ndarray, stops: np.ndarray
+    ) -> tuple[PackedEvents, np.ndarray, np.ndarray]:
         """Slices `[starts, stops)` as packed events, longest first.
 
         Returns:
@@ -163,7 +170,9 @@ class Sequences:
 
 @dataclass(frozen=True)
 class TrainingWindows:
-    """Slices of training events, each of which gives its events but the last as inputs and but the first as targets."""
+    """Slices of training events, each of which gives its events but the last as inputs and but the
+    first as targets.
+    """
 
     starts: np.ndarray
     stops: np.ndarray
@@ -175,11 +184,14 @@ def training_windows(
     """Slices of at most `history_length` targets.
 
     Args:
-        windows: "newest" takes each user's newest slice; "all" adds slices of what is older, the first of them
-            overlapping the newest by a number that `rng` draws, up to half, so that cuts fall elsewhere each epoch.
+        windows: "newest" takes each user's newest slice; "all" adds slices of what is older, the
+            first of them overlapping the newest by a number that `rng` draws, up to half, so that
+            cuts fall elsewhere each epoch.
     """
     starts, stops = sequences.offsets[:-1], sequences.training_ends()
-    older = np.maximum(stops - starts - 1 - history_length, 0)  # targets that the newest slice leaves out
+    older = np.maximum(
+        stops - starts - 1 - history_length, 0
+    )  # targets that the newest slice leaves out
     number = (stops - starts >= 2).astype(np.int64)
     shift = np.zeros(len(starts), np.int64)
     if windows == "all":
@@ -193,7 +205,9 @@ def training_windows(
     return TrainingWindows(first[kept], last[kept])
 
 
-def causal_batch(sequences: Sequences, windows: TrainingWindows, chosen: np.ndarray) -> tuple[PackedEvents, Tensor]:
+def causal_batch(
+    sequences: Sequences, windows: TrainingWindows, chosen: np.ndarray
+) -> tuple[PackedEvents, Tensor]:
     """Inputs, and for every row the catalogue row of the event after it."""
     events, rows, _ = sequences.packed(windows.starts[chosen], windows.stops[chosen] - 1)
     return events, torch.from_numpy(sequences.items[rows + 1].astype(np.int64) - 1)
@@ -209,7 +223,8 @@ def cloze_batch(
     last_only: float,
     rng: np.random.Generator,
 ) -> tuple[PackedEvents, Tensor, Tensor]:
-    """Sequences with some events replaced by [MASK]: inputs, the masked rows, and their catalogue rows.
+    """Sequences with some events replaced by [MASK]: inputs, the masked rows, and their catalogue
+    rows.
 
     Args:
         probability: of each row to be masked; at least one row of a sequence is.

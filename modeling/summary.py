@@ -1,8 +1,10 @@
-"""Summary tokens outside a request: whole histories in, envelopes out; and new events into stored states.
+"""Summary tokens outside a request: whole histories in, envelopes out; and new events into stored
+states.
 
-What the Beam job and whoever refreshes one user share. Stage 1 reads events only, so neither request nor candidates
-are needed. A bidirectional stage 1 reads as many newest events as its recipe says and takes their age at the snapshot;
-a streaming one reads all of them, and keeps what it needs to take more.
+What the Beam job and whoever refreshes one user share. Stage 1 reads events only, so neither
+request nor candidates are needed. A bidirectional stage 1 reads as many newest events as its recipe
+says and takes their age at the snapshot; a streaming one reads all of them, and keeps what it needs
+to take more.
 """
 
 from __future__ import annotations
@@ -49,11 +51,14 @@ class Summary:
     def select(self, chosen: np.ndarray) -> Summary:
         """Some of the users, in the given order."""
         streams = None if self.streams_BRK is None else self.streams_BRK[chosen]
-        return Summary(self.tokens_BSD[chosen], streams, self.num_events[chosen], self.as_of[chosen])
+        return Summary(
+            self.tokens_BSD[chosen], streams, self.num_events[chosen], self.as_of[chosen]
+        )
 
 
 class Summariser:
-    """Stage 1 of one bundle, by itself. Calls may come from several threads; the model runs for one at a time.
+    """Stage 1 of one bundle, by itself. Calls may come from several threads; the model runs for one
+    at a time.
 
     Args:
         model: with a stage 1, in evaluation mode.
@@ -66,7 +71,9 @@ class Summariser:
     def __init__(self, model: Ranker, encoder: Encoder) -> None:
         fingerprint = token_fingerprint(model, encoder)
         if fingerprint is None:
-            raise ValueError(f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1")
+            raise ValueError(
+                f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
+            )
         self.model, self.encoder, self.fingerprint = cast(VISTA, model), encoder, fingerprint
         self.streams = self.model.config.causal
         self._lock = Lock()
@@ -78,7 +85,8 @@ class Summariser:
         return 4 * (snapshots * config.num_seeds * config.width + streams)
 
     def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
-        """Tokens of whole histories, batched by length; one that is longer than a batch goes through in chunks.
+        """Tokens of whole histories, batched by length; one that is longer than a batch goes
+        through in chunks.
 
         Args:
             histories: of B users.
@@ -91,7 +99,8 @@ class Summariser:
         return replace(self._run(histories, item_of_key, at, None), num_events=number)
 
     def extended(self, before: Summary, new_events: Histories, item_of_key: np.ndarray) -> Summary:
-        """Stored streams with new events: the same as `whole` of all events, at a cost that their number does not decide.
+        """Stored streams with new events: the same as `whole` of all events, at a cost that their
+        number does not decide.
 
         Args:
             before: with streams; its tokens are not read.
@@ -101,10 +110,14 @@ class Summariser:
             ValueError: stage 1 does not stream.
         """
         if not self.streams or before.streams_BRK is None:
-            raise ValueError("only a streaming stage 1 (causal=True) takes new events: summarise whole histories")
+            raise ValueError(
+                "only a streaming stage 1 (causal=True) takes new events: summarise whole histories"
+            )
         return self._run(new_events, item_of_key, before.as_of, before)
 
-    def _run(self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None) -> Summary:
+    def _run(
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
+    ) -> Summary:
         """Batch by batch; `before` holds what the streams have seen, None where they begin."""
         number, width = len(events.lengths), self.model.config.width
         tokens = np.empty((number, self.model.config.num_seeds, width), np.float32)
@@ -149,15 +162,20 @@ class Summariser:
             return self.model.summarise(chunks), None
         restored = None
         if before is not None and before.streams_BRK is not None:
-            streams_BRK, seen = torch.from_numpy(before.streams_BRK), torch.from_numpy(before.num_events)
+            streams_BRK = torch.from_numpy(before.streams_BRK)
+            seen = torch.from_numpy(before.num_events)
             restored = self.model.restored_streams(streams_BRK, seen)
         tokens, streams = self.model.stream(chunks(), restored)
         return tokens, self.model.stored_streams(streams)
 
-    def _inputs(self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: np.ndarray) -> UserInputs:
+    def _inputs(
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: np.ndarray
+    ) -> UserInputs:
         """Events without a request: no fields, no dense features."""
         none = np.zeros((len(at), 0))
-        return self.encoder.user_inputs(events, at, none.astype(np.int64), none.astype(np.float32), item_of_key, before)
+        return self.encoder.user_inputs(
+            events, at, none.astype(np.int64), none.astype(np.float32), item_of_key, before
+        )
 
 
 def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -166,16 +184,26 @@ def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and (stop - start + 1) * max(int(lengths[order[stop]]), 1) <= PADDED_EVENTS:
+        while (
+            stop < len(order)
+            and (stop - start + 1) * max(int(lengths[order[stop]]), 1) <= PADDED_EVENTS
+        ):
             stop += 1
         yield order[start:stop]
         start = stop
 
 
 def envelopes(
-    summary: Summary, row: int, user_id: int | str, fingerprint: str, computed_at: int, kind: Kind, digest: int
+    summary: Summary,
+    row: int,
+    user_id: int | str,
+    fingerprint: str,
+    computed_at: int,
+    kind: Kind,
+    digest: int,
 ) -> tuple[bytes, bytes | None]:
-    """A user's tokens and streams as stored bytes; streams are always fp32, since they are added to for years.
+    """A user's tokens and streams as stored bytes; streams are always fp32, since they are added to
+    for years.
 
     Args:
         digest: of the events behind them.
@@ -187,7 +215,9 @@ def envelopes(
     tokens = envelope.to_bytes(Envelope(*about, summary.tokens_BSD[row], digest), user_id, kind)
     if summary.streams_BRK is None:
         return tokens, None
-    return tokens, envelope.to_bytes(Envelope(*about, summary.streams_BRK[row], digest), user_id, "fp32")
+    return tokens, envelope.to_bytes(
+        Envelope(*about, summary.streams_BRK[row], digest), user_id, "fp32"
+    )
 
 
 def stored_summary(tokens: Envelope, state: Envelope) -> Summary:

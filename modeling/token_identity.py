@@ -1,4 +1,6 @@
-"""What summary tokens are of: the identity that a bundle names, an envelope carries, and the server matches."""
+"""What summary tokens are of: the identity that a bundle names, an envelope carries, and the server
+matches.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ VERSION = 1  # raised when the same weights would give other tokens
 
 
 def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
-    """32 hexadecimal digits over all that summary tokens depend on; None for a model that makes none.
+    """32 hexadecimal digits over all that summary tokens depend on; None for a model that makes
+    none.
 
-    Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and the code's versions:
-    a bundle that differs in stage 2 alone accepts the same tokens.
+    Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and
+    the code's versions: a bundle that differs in stage 2 alone accepts the same tokens.
     """
     if model.token_shape is None:
         return None

@@ -1,8 +1,9 @@
-"""The training loops: grouped batches, both steps of the model in a row, resume to the bit (on a CPU).
+"""The training loops: grouped batches, both steps of the model in a row, resume to the bit (on a
+CPU).
 
-A run's folder holds `metrics.jsonl` (a line for each step and epoch), `checkpoint.pt` (the newest state, read with
-weights_only) and `best.safetensors`. Interrupt it anywhere: the next start continues from the newest checkpoint and
-writes the same lines as a run that was never stopped.
+A run's folder holds `metrics.jsonl` (a line for each step and epoch), `checkpoint.pt` (the newest
+state, read with weights_only) and `best.safetensors`. Interrupt it anywhere: the next start
+continues from the newest checkpoint and writes the same lines as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ from modeling.metrics import ndcg_at
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
 
-UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError  # what torch.load raises
-MIN_HIDDEN, MAX_HIDDEN = 200, 0.2  # candidates of an epoch that are made unknown at least, and their share at most
+UnpicklingError: type[Exception] = vars(torch.serialization)[
+    "pickle"
+].UnpicklingError  # what torch.load raises
+MIN_HIDDEN, MAX_HIDDEN = (
+    200,
+    0.2,
+)  # candidates of an epoch that are made unknown at least, and their share at most
 CHECKPOINT = "checkpoint.pt"
 OWN_FILES = (
     CHECKPOINT,
@@ -63,17 +69,23 @@ def locked_run(folder: Path) -> Iterator[None]:
         with locked(folder):
             yield
     except BlockingIOError as error:
-        raise RunError(f"another process trains the run in {folder}: wait for it, or stop it") from error
+        raise RunError(
+            f"another process trains the run in {folder}: wait for it, or stop it"
+        ) from error
 
 
 def masked_bce(logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor) -> Tensor:
-    """Mean binary cross-entropy over real candidates: the same as one row for each candidate, averaged."""
+    """Mean binary cross-entropy over real candidates: the same as one row for each candidate,
+    averaged.
+    """
     loss = binary_cross_entropy_with_logits(logits_BCT, labels_BCT, reduction="none")
     return (loss * mask_BC[..., None]).sum() / (mask_BC.sum() * loss.shape[-1])
 
 
 def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[np.ndarray]:
-    """Request numbers of every batch of an epoch: shuffled, then grouped by size so that little is padding."""
+    """Request numbers of every batch of an epoch: shuffled, then grouped by size so that little is
+    padding.
+    """
     rng = np.random.default_rng([training.seed, epoch])
     order = rng.permutation(len(num_candidates))
     window = training.max_requests * 16
@@ -95,7 +107,12 @@ def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[
 
 
 def predict(
-    model: Ranker, encoder: Encoder, encoded: Encoded, *, max_requests: int = 64, max_candidates: int = 16_384
+    model: Ranker,
+    encoder: Encoder,
+    encoded: Encoded,
+    *,
+    max_requests: int = 64,
+    max_candidates: int = 16_384,
 ) -> np.ndarray:
     """Logits of every candidate, in the order of `encoded`."""
     logits = np.zeros(len(encoded.candidate_item), np.float32)
@@ -123,7 +140,8 @@ def predict(
 
 
 class Loop(ABC):
-    """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping, progress.
+    """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping,
+    progress.
 
     Args:
         model: fresh; its weights are set from the checkpoint where the folder has one.
@@ -132,16 +150,25 @@ class Loop(ABC):
         device: where to train; checkpoints and `best.safetensors` load anywhere.
     """
 
-    def __init__(self, model: nn.Module, training: Fit, folder: Path, identity: str, device: str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, training: Fit, folder: Path, identity: str, device: str = "cpu"
+    ) -> None:
         self.device = torch.device(device)
         self.model, self.training = model.to(self.device), training
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
+        groups = [
+            {"params": decay, "weight_decay": training.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True
+        )
+        self.averaged = (
+            copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
+        )
         self.step = self.epoch = self.next_batch = 0
         self.best, self.epochs_since_best = -math.inf, 0
         self.cpu_seconds = 0.0  # of training steps, over all resumptions; validation is not counted
@@ -154,9 +181,11 @@ class Loop(ABC):
 
     @abstractmethod
     def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
-        """Parts of a batch, each with its graph and its number of samples; their losses sum to the batch's.
+        """Parts of a batch, each with its graph and its number of samples; their losses sum to the
+        batch's.
 
-        A part's graph is freed before the next is made, so more parts take less memory for the same gradient.
+        A part's graph is freed before the next is made, so more parts take less memory for the same
+        gradient.
         """
 
     @abstractmethod
@@ -195,7 +224,13 @@ class Loop(ABC):
                     self.step += 1
                     budget = None if budget is None else budget - 1
                     self._log(
-                        {"kind": "step", "step": self.step, "epoch": self.epoch, "loss": loss, "samples": samples}
+                        {
+                            "kind": "step",
+                            "step": self.step,
+                            "epoch": self.epoch,
+                            "loss": loss,
+                            "samples": samples,
+                        }
                     )
                     advance(self.step, f"loss {loss:.4f}", samples)
                     if self.step % self.training.checkpoint_steps == 0:
@@ -230,7 +265,9 @@ class Loop(ABC):
         if self.averaged is not None:
             decay = min(self.training.averaging, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+                torch._foreach_lerp_(
+                    list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
+                )
         return loss, samples
 
     def _end_epoch(self) -> None:
@@ -263,7 +300,13 @@ class Loop(ABC):
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "place": [self.step, self.epoch, self.next_batch, self.epochs_since_best, int(self.stopped)],
+            "place": [
+                self.step,
+                self.epoch,
+                self.next_batch,
+                self.epochs_since_best,
+                int(self.stopped),
+            ],
             "best": self.best,
             "cpu_seconds": self.cpu_seconds,
             "curve": self.curve,
@@ -273,12 +316,15 @@ class Loop(ABC):
         draft.replace(self.folder / CHECKPOINT)
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint; without a whole one of this run, begin anew, and say why."""
+        """Go on from the newest checkpoint; without a whole one of this run, begin anew, and say
+        why.
+        """
         log = self.folder / "metrics.jsonl"
         state = self._checkpoint()
         if state is not None and not log.exists():
             console.print(
-                f"{log} is gone, so {CHECKPOINT} cannot be gone on from: training begins anew", style="yellow"
+                f"{log} is gone, so {CHECKPOINT} cannot be gone on from: training begins anew",
+                style="yellow",
             )
             state = None
         if state is None:
@@ -294,7 +340,11 @@ class Loop(ABC):
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
-        self.best, self.stopped, self.cpu_seconds = state["best"], bool(stopped), state["cpu_seconds"]
+        self.best, self.stopped, self.cpu_seconds = (
+            state["best"],
+            bool(stopped),
+            state["cpu_seconds"],
+        )
         self.curve = state["curve"]
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [
@@ -323,7 +373,11 @@ class Loop(ABC):
             UnpicklingError,
         ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            console.print(f"{path} is damaged ({reason}): training begins anew", style="yellow", highlight=False)
+            console.print(
+                f"{path} is damaged ({reason}): training begins anew",
+                style="yellow",
+                highlight=False,
+            )
             return None
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -347,15 +401,24 @@ class Trainer(Loop):
     training: Training
 
     def __init__(
-        self, model: Ranker, encoder: Encoder, training: Training, folder: Path, identity: str, device: str = "cpu"
+        self,
+        model: Ranker,
+        encoder: Encoder,
+        training: Training,
+        folder: Path,
+        identity: str,
+        device: str = "cpu",
     ) -> None:
         super().__init__(model, training, folder, identity, device)
         self.encoder = encoder
 
-    def fit(self, train: Encoded, validation: Encoded, stop_after: int | None = None) -> dict[str, Any]:
+    def fit(
+        self, train: Encoded, validation: Encoded, stop_after: int | None = None
+    ) -> dict[str, Any]:
         """`run` on these requests."""
         self.train, self.validation = train, validation
-        # Of few samples a larger share, so that the unknown is seen often enough to have a score of its own.
+        # Of few samples a larger share, so that the unknown is seen often enough to have a score of
+        # its own.
         few = min(MIN_HIDDEN / max(len(train.candidate_item), 1), MAX_HIDDEN)
         self.hidden = max(self.training.hidden, few) if self.training.hidden else 0.0
         return self.run(stop_after)
@@ -385,7 +448,9 @@ class Trainer(Loop):
         clipped = np.clip(probability, 1e-7, 1 - 1e-7)
         return {
             "loss": float(-(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean()),
-            "ndcg@10": float(np.nanmean(ndcg_at(labels, logits, self.validation.candidate_offsets))),
+            "ndcg@10": float(
+                np.nanmean(ndcg_at(labels, logits, self.validation.candidate_offsets))
+            ),
         }
 
 
@@ -402,7 +467,19 @@ class _progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.samples, self.started, self.said = total, 0, time.monotonic(), 0.0
-        self.bar = Progress(TextColumn("train"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) if console.is_terminal else None  # fmt: skip
+        self.bar = (
+            Progress(
+                TextColumn("train"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Callable[..., None]:
         if self.bar:

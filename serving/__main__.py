@@ -1,4 +1,6 @@
-"""`python -m serving`: rank over HTTP with the live bundle. `python -m serving demo`: start it, ask it once, show it."""
+"""`python -m serving`: rank over HTTP with the live bundle. `python -m serving demo`: start it, ask
+it once, show it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def serve(
         host: address to listen on; by default this machine only.
         port: port to listen on.
         bundle: folder of a bundle; by default the live one of the catalogue.
-        replay: requests without a time are taken as made at the end of the data, for samples of the past.
+        replay: requests without a time are taken as made at the end of the data, for samples of the
+            past.
         item_refresh_s: seconds between refreshes of item features; 0 for never.
     """
     if not 0 <= port <= 65_535:

@@ -1,4 +1,6 @@
-"""The HTTP surface: routes, limits, errors to statuses, metrics. The hot route reads the raw body itself."""
+"""The HTTP surface: routes, limits, errors to statuses, metrics. The hot route reads the raw body
+itself.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,32 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("memoir_requests", "ranking requests by status", ["status"], registry=self.registry)
+        self.requests = Counter(
+            "memoir_requests", "ranking requests by status", ["status"], registry=self.registry
+        )
         self.degraded = Counter(
-            "memoir_degraded", "answers by what they had to do without", ["reason"], registry=self.registry
+            "memoir_degraded",
+            "answers by what they had to do without",
+            ["reason"],
+            registry=self.registry,
         )
         self.unknown_items = Counter(
-            "memoir_unknown_items", "candidates that the store does not know", registry=self.registry
+            "memoir_unknown_items",
+            "candidates that the store does not know",
+            registry=self.registry,
         )
         self.candidates = Counter("memoir_candidates", "candidates scored", registry=self.registry)
         buckets = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
         self.seconds = Histogram(
-            "memoir_stage_seconds", "time by stage", ["stage"], buckets=buckets, registry=self.registry
+            "memoir_stage_seconds",
+            "time by stage",
+            ["stage"],
+            buckets=buckets,
+            registry=self.registry,
         )
-        self.bundle = Gauge("memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry)
+        self.bundle = Gauge(
+            "memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry
+        )
 
 
 def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
@@ -58,7 +73,9 @@ def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYT
         active = ready()
         body = await read_body(request, max_body_bytes)
         asked = decode_request(body, active.contract)
-        answer = await asyncio.get_running_loop().run_in_executor(executor, active.rank, asked, arrived)
+        answer = await asyncio.get_running_loop().run_in_executor(
+            executor, active.rank, asked, arrived
+        )
         for reason in answer.degraded:
             metrics.degraded.labels(reason).inc()
         metrics.unknown_items.inc(len(answer.unknown_items))
@@ -84,7 +101,10 @@ def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYT
         async def check(_: Request) -> Response:
             active = ready()
             return Response(
-                encode({"status": "ready", "bundle": active.bundle.name, "items": len(active.items)}), media_type=JSON
+                encode(
+                    {"status": "ready", "bundle": active.bundle.name, "items": len(active.items)}
+                ),
+                media_type=JSON,
             )
 
         return await answered(check, request)
@@ -121,7 +141,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared != JSON:
         raise UnsupportedMediaError(f"Content-Type must be {JSON}, not {declared!r}")
     if encoding := request.headers.get("content-encoding"):
-        raise UnsupportedMediaError(f"Content-Encoding {encoding!r} is not accepted: send plain JSON")
+        raise UnsupportedMediaError(
+            f"Content-Encoding {encoding!r} is not accepted: send plain JSON"
+        )
     too_large = BodyTooLargeError(f"the body may have {limit:,} bytes at most")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
@@ -138,7 +160,10 @@ def openapi_document() -> dict[str, Any]:
     """OpenAPI 3.1, derived from the messages."""
 
     def reply(description: str, schema: str) -> dict[str, Any]:
-        return {"description": description, "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+        return {
+            "description": description,
+            "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        }
 
     errors = {
         "400": "no JSON",
@@ -150,7 +175,10 @@ def openapi_document() -> dict[str, Any]:
     post = {
         "operationId": "rank",
         "summary": "Rank candidates for a user",
-        "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/RankRequest"}}}},
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": {"$ref": "#/components/schemas/RankRequest"}}},
+        },
         "responses": {
             "200": reply("best first", "RankResponse"),
             **{code: reply(text, "ErrorBody") for code, text in errors.items()},

@@ -22,7 +22,11 @@ console = Console()
 
 
 def open_ranker(
-    settings: Settings, bundle_path: str | None = None, *, replay: bool = False, item_refresh_s: float = 0.0
+    settings: Settings,
+    bundle_path: str | None = None,
+    *,
+    replay: bool = False,
+    item_refresh_s: float = 0.0,
 ) -> RankService:
     """The live bundle (or the given one) over the online store, warm.
 
@@ -41,12 +45,19 @@ def open_ranker(
     else:
         live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
         bundle = bundles.load(settings.path(live.path), contract, live.digest)
-    contract = bundle.encoder.contract  # the bundle's own: what it was trained under, the one in force has
-    reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens)
+    contract = (
+        bundle.encoder.contract
+    )  # the bundle's own: what it was trained under, the one in force has
+    reader = FeastReader(
+        open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens
+    )
     known = bundle.encoder.vocabularies[contract.item.join_key].values.to_pylist()
     items = ItemTable(reader, contract, known, item_refresh_s)
     ranker = RankService(
-        bundle, reader, items, datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None
+        bundle,
+        reader,
+        items,
+        datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None,
     )
     ranker.warm_up()
     gc.collect()
@@ -77,17 +88,24 @@ def serve(options: ServeOptions) -> int:
         BundleError, NoLiveBundleError: there is nothing to serve.
     """
     settings = Settings.from_env()
-    listening = listen(options.host, options.port)  # first, so that nobody waits for a bundle to load to hear of it
-    ranker = open_ranker(settings, options.bundle, replay=options.replay, item_refresh_s=options.item_refresh_s)
+    listening = listen(
+        options.host, options.port
+    )  # first, so that nobody waits for a bundle to load to hear of it
+    ranker = open_ranker(
+        settings, options.bundle, replay=options.replay, item_refresh_s=options.item_refresh_s
+    )
     import uvicorn
 
     from serving.app import create_app
 
     host, port = listening.getsockname()[:2]
     console.print(
-        f"serving {ranker.bundle.name} with {len(ranker.items):,} items on http://{host}:{port}", highlight=False
+        f"serving {ranker.bundle.name} with {len(ranker.items):,} items on http://{host}:{port}",
+        highlight=False,
     )
-    config = uvicorn.Config(create_app(ranker), log_level="warning", access_log=False, timeout_keep_alive=10)
+    config = uvicorn.Config(
+        create_app(ranker), log_level="warning", access_log=False, timeout_keep_alive=10
+    )
     uvicorn.Server(config).run(sockets=[listening])
     return 0
 

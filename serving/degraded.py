@@ -1,4 +1,6 @@
-"""What an answer had to do without: one enum, which documents itself and is all of the `degraded` of answers and metrics."""
+"""What an answer had to do without: one enum, which documents itself and is all of the `degraded`
+of answers and metrics.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,20 @@ class Degraded(StrEnum):
         made.meaning = meaning
         return made
 
-    UNKNOWN_USER = "unknown_user", "the store knows nothing of the user: ranked from the candidates alone"
+    UNKNOWN_USER = (
+        "unknown_user",
+        "the store knows nothing of the user: ranked from the candidates alone",
+    )
     NO_HISTORY = "no_history", "the store has no history of the user"
-    HISTORY_UNREADABLE = "history_unreadable", "the user's stored history is damaged, or lacks what the bundle reads"
+    HISTORY_UNREADABLE = (
+        "history_unreadable",
+        "the user's stored history is damaged, or lacks what the bundle reads",
+    )
     STORE_UNAVAILABLE = "store_unavailable", "the online store could not be read"
-    UNKNOWN_ITEMS = "unknown_items", "some candidates have no features and were ranked by a prior; they are named"
+    UNKNOWN_ITEMS = (
+        "unknown_items",
+        "some candidates have no features and were ranked by a prior; they are named",
+    )
     NO_TOKENS = "no_tokens", "the user has no summary tokens of the bundle's version"
     TOKENS_UNREADABLE = "tokens_unreadable", "the user's summary tokens are damaged"
     TOKENS_MISMATCHED = "tokens_mismatched", "the stored summary tokens are of another version"
@@ -30,7 +41,10 @@ class Degraded(StrEnum):
         "the user's past was corrected since the summary tokens were made",
     )
     STALE_TOKENS = "stale_tokens", "events came that the summary tokens have not seen"
-    NEWER_TOKENS = "newer_tokens", "the request lies before events in the summary tokens, which were not used"
+    NEWER_TOKENS = (
+        "newer_tokens",
+        "the request lies before events in the summary tokens, which were not used",
+    )
     NEWER_FEATURES = (
         "newer_features",
         "the request lies before the user's newest event: the history is cut there, profile and statistics are of now",

@@ -38,7 +38,15 @@ if TYPE_CHECKING:
     from feature_repo.online_tokens import OnlineTokens
     from serving.refresh import Refresher
 
-STAGES = ("events", "user_history", "item_stats", "training_examples", "apply", "materialize", "summary_tokens")
+STAGES = (
+    "events",
+    "user_history",
+    "item_stats",
+    "training_examples",
+    "apply",
+    "materialize",
+    "summary_tokens",
+)
 RECIPE_STAGES = ("train", "evaluate", "export")
 NUM_CANDIDATES = 500
 START_S = 120
@@ -64,19 +72,40 @@ def run_demo() -> int:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("", "item", contract.spec.item_title, contract.spec.stat_value.replace("_", " "), "score"):
+    for heading in (
+        "",
+        "item",
+        contract.spec.item_title,
+        contract.spec.stat_value.replace("_", " "),
+        "score",
+    ):
         ranked.add_column(
-            heading, justify="right" if heading in ("", "score", contract.spec.stat_value.replace("_", " ")) else "left"
+            heading,
+            justify="right"
+            if heading in ("", "score", contract.spec.stat_value.replace("_", " "))
+            else "left",
         )
-    for place, (item_id, score) in enumerate(zip(answer["item_ids"], answer["scores"], strict=True), 1):
+    for place, (item_id, score) in enumerate(
+        zip(answer["item_ids"], answer["scores"], strict=True), 1
+    ):
         title, price = titles[item_id]
-        ranked.add_row(str(place), str(item_id), title or "", "" if price is None else f"{price:.2f}", f"{score:.3f}")
+        ranked.add_row(
+            str(place),
+            str(item_id),
+            title or "",
+            "" if price is None else f"{price:.2f}",
+            f"{score:.3f}",
+        )
     history = RichTable(title="recently", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("day", "action", contract.spec.item_title):
         history.add_column(heading)
     for day, action, item_id in recent:
-        history.add_row(day, action, (titles.get(item_id) or (str(item_id), None))[0] or str(item_id))
-    (console if console.width >= 150 else Console(width=150)).print(Columns([ranked, history], padding=(0, 3)))
+        history.add_row(
+            day, action, (titles.get(item_id) or (str(item_id), None))[0] or str(item_id)
+        )
+    (console if console.width >= 150 else Console(width=150)).print(
+        Columns([ranked, history], padding=(0, 3))
+    )
     print(f"bundle {answer['bundle']}, degraded by {', '.join(answer['degraded']) or 'nothing'}")
     if answer["tokens"]:
         token_summary(settings, answer["tokens"])
@@ -95,14 +124,22 @@ def token_summary(settings: Settings, version: str) -> None:
     """Bytes of a user's tokens, and how many users have some."""
     folder = JobFolder(settings.home, "summary_tokens")
     rows = folder.read("summary_tokens")
-    rows = newest_rows(rows.filter(pc.equal(rows[TOKEN_VERSION.join_key], version)), rows.column_names[0])
+    rows = newest_rows(
+        rows.filter(pc.equal(rows[TOKEN_VERSION.join_key], version)), rows.column_names[0]
+    )
     tokens, states = (pc.binary_length(rows[name]) for name in ("tokens", "state"))
     built = next(
-        row for row in Catalogue(settings.catalogue_url).token_versions(settings.dataset) if row.fingerprint == version
+        row
+        for row in Catalogue(settings.catalogue_url).token_versions(settings.dataset)
+        if row.fingerprint == version
     )
     print(
         f"summary tokens {version[:12]}: {built.num_tokens} × {built.width}, {pc.mean(tokens).as_py():,.0f} bytes a user"
-        + (f" (and {pc.mean(states).as_py():,.0f} of state for streaming)" if states.null_count < len(states) else "")
+        + (
+            f" (and {pc.mean(states).as_py():,.0f} of state for streaming)"
+            if states.null_count < len(states)
+            else ""
+        )
         + f", whatever the history; {built.covered:,} of {built.users:,} users covered ({built.coverage:.1%})"
     )
 
@@ -126,7 +163,9 @@ def one_more(
     answer: dict[str, Any],
     titles: dict[Any, tuple[str | None, float | None]],
 ) -> OneMore:
-    """Let the user act once more, now, on the item in the middle of the list; ask again; and put everything back."""
+    """Let the user act once more, now, on the item in the middle of the list; ask again; and put
+    everything back.
+    """
     from feature_repo.online_tokens import OnlineTokens
     from feature_repo.store import open_store
     from serving.refresh import UserMemory
@@ -156,13 +195,20 @@ def one_more(
     finally:
         memory.write(user, stored, as_of + 2)
         if refresher is not None and tokens is not None:
-            later = from_bytes(online.read(version, [user])[0][0] or tokens, user).computed_at + 1_000_000
+            later = (
+                from_bytes(online.read(version, [user])[0][0] or tokens, user).computed_at
+                + 1_000_000
+            )
             online.write(version, [user], [tokens], [state], later)
     return OneMore(item, before, after, taken, refresher is not None)
 
 
-def streaming_refresher(settings: Settings, contract: Contract, online: OnlineTokens) -> Refresher | None:
-    """What takes events into the live bundle's tokens; None where these do not stream, or are another bundle's."""
+def streaming_refresher(
+    settings: Settings, contract: Contract, online: OnlineTokens
+) -> Refresher | None:
+    """What takes events into the live bundle's tokens; None where these do not stream, or are
+    another bundle's.
+    """
     from modeling.bundle import read_manifest
     from modeling.summary import load_summariser
     from serving.refresh import Refresher
@@ -176,20 +222,31 @@ def streaming_refresher(settings: Settings, contract: Contract, online: OnlineTo
 
 
 def show_one_more(
-    console: Console, contract: Contract, titles: dict[Any, tuple[str | None, float | None]], one: OneMore
+    console: Console,
+    contract: Contract,
+    titles: dict[Any, tuple[str | None, float | None]],
+    one: OneMore,
 ) -> None:
     """What one more action did: the items that rose and fell most."""
     places = [
-        {item_id: place for place, item_id in enumerate(found["item_ids"], 1)} for found in (one.before, one.after)
+        {item_id: place for place, item_id in enumerate(found["item_ids"], 1)}
+        for found in (one.before, one.after)
     ]
-    moved = sorted(places[0], key=lambda item_id: (places[1][item_id] - places[0][item_id], places[0][item_id]))
+    moved = sorted(
+        places[0], key=lambda item_id: (places[1][item_id] - places[0][item_id], places[0][item_id])
+    )
     word, title = contract.spec.actions[0].replace("_", " "), titles[one.item][0] or one.item
     what = "history, statistics and summary tokens" if one.tokens_too else "history and statistics"
-    print(f"\none more {word}, {one.item} ({title}): {what} read, extended and stored in {one.taken_ms:.1f} ms")
+    print(
+        f"\none more {word}, {one.item} ({title}): {what} read, extended and stored in {one.taken_ms:.1f} ms"
+    )
     shown = RichTable(box=SIMPLE_HEAD)
     for heading in ("item", "", "place before", "after", "score before", "after"):
         shown.add_column(heading, justify="left" if heading in ("item", "") else "right")
-    scores = [dict(zip(found["item_ids"], found["scores"], strict=True)) for found in (one.before, one.after)]
+    scores = [
+        dict(zip(found["item_ids"], found["scores"], strict=True))
+        for found in (one.before, one.after)
+    ]
     for item_id in dict.fromkeys([one.item, *moved[:3], *moved[-2:]]):
         shown.add_row(
             str(item_id),
@@ -210,8 +267,14 @@ def summary(settings: Settings, started_s: float) -> None:
 
     catalogue = Catalogue(settings.catalogue_url)
     recipe = catalogue.live_bundle(settings.dataset).recipe
-    stages = {stage: stage for stage in STAGES} | {stage: f"{stage} {recipe}" for stage in RECIPE_STAGES}
-    runs = {stage: run for stage, name in stages.items() if (run := catalogue.last_run(settings.dataset, name))}
+    stages = {stage: stage for stage in STAGES} | {
+        stage: f"{stage} {recipe}" for stage in RECIPE_STAGES
+    }
+    runs = {
+        stage: run
+        for stage, name in stages.items()
+        if (run := catalogue.last_run(settings.dataset, name))
+    }
     total = sum(run.duration_s for run in runs.values()) + started_s
     print(
         "\nstages: "
@@ -231,20 +294,30 @@ def summary(settings: Settings, started_s: float) -> None:
     )
 
 
-def choose_user(settings: Settings, contract: Contract) -> tuple[int | str, list[tuple[str, str, int | str]]]:
-    """A user with a history of middling length who acted lately, and their newest events, newest first."""
+def choose_user(
+    settings: Settings, contract: Contract
+) -> tuple[int | str, list[tuple[str, str, int | str]]]:
+    """A user with a history of middling length who acted lately, and their newest events, newest
+    first.
+    """
     log = HistoryLog(contract, JobFolder(settings.home, "user_history"))
     index = JobFolder(settings.home, "user_history").read("user_stats")
-    by_user = index.group_by(contract.user.join_key).aggregate([("history_end", "max"), ("event_timestamp", "max")])
+    by_user = index.group_by(contract.user.join_key).aggregate(
+        [("history_end", "max"), ("event_timestamp", "max")]
+    )
     length, last = by_user["history_end_max"].to_numpy(), micros(by_user["event_timestamp_max"])
     fitting = np.flatnonzero((length >= 40) & (length <= 400))
     if not len(fitting):
         fitting = np.arange(len(length))
     ids = by_user[contract.user.join_key].combine_chunks()
     by_id = pc.rank(ids.take(pa.array(fitting)), tiebreaker="first").to_numpy()
-    chosen = fitting[np.lexsort((by_id, -last[fitting]))[0]]  # the latest, and of those the first id
+    chosen = fitting[
+        np.lexsort((by_id, -last[fitting]))[0]
+    ]  # the latest, and of those the first id
     user_id = ids[int(chosen)].as_py()
-    histories = log.gather(log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10)
+    histories = log.gather(
+        log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10
+    )
     rows = []
     for event in range(len(histories.item_keys) - 1, -1, -1):
         day = str(np.datetime64(int(histories.times[event]), "us"))[:10]
@@ -268,16 +341,22 @@ def seen_items(settings: Settings, contract: Contract, user_id: Any) -> set[Any]
 def popular_items(
     settings: Settings, contract: Contract, seen: set[Any]
 ) -> tuple[list[Any], dict[Any, tuple[str | None, float | None]]]:
-    """The items with most events in the newest two weeks, without those seen; and (title, mean value) of every item."""
+    """The items with most events in the newest two weeks, without those seen; and (title, mean
+    value) of every item.
+    """
     item = contract.item.join_key
     stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats"), item)
     profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
-    joined = stats.join(profile.select([item, contract.spec.item_title]), item, join_type="left outer")
+    joined = stats.join(
+        profile.select([item, contract.spec.item_title]), item, join_type="left outer"
+    )
     joined = joined.sort_by([("count_14d", "descending"), (item, "ascending")])
     ids, titles = joined[item].to_pylist(), joined[contract.spec.item_title].to_pylist()
     values = joined[f"mean_{contract.spec.stat_value}"].to_pylist()
     unseen = [item_id for item_id in ids if item_id not in seen]
-    return unseen[:NUM_CANDIDATES], {i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)}
+    return unseen[:NUM_CANDIDATES], {
+        i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)
+    }
 
 
 @contextmanager

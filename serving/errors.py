@@ -7,8 +7,8 @@ ServingError
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
 └── NotReadyError            503  no bundle is loaded
 
-What a person at the command line can mend (feature_repo.errors.ExpectedError): `command.PortTakenError`,
-`refresh.NoStateError`, `refresh.RefusedError`.
+What a person at the command line can mend (feature_repo.errors.ExpectedError):
+`command.PortTakenError`, `refresh.NoStateError`, `refresh.RefusedError`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Features at request time: the user by key through Feast, items from a table in the process.
 
-Feast's SDK takes tens of milliseconds for 500 candidates and a tenth of one for a table lookup, so item features are
-loaded from the store at start, kept here, and refreshed in the background.
+Feast's SDK takes tens of milliseconds for 500 candidates and a tenth of one for a table lookup, so
+item features are loaded from the store at start, kept here, and refreshed in the background.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class UserRow:
-    """What the store knows of a user. `history` and `tokens` are None where there are none that can be used.
+    """What the store knows of a user. `history` and `tokens` are None where there are none that can
+    be used.
 
     `problems` says what could not be read.
     """
@@ -47,14 +48,20 @@ class UserRow:
     @property
     def events_behind(self) -> int:
         """Known events that the tokens have not seen."""
-        return max((self.columns["history_end"] or 0) - self.tokens.num_events, 0) if self.tokens else 0
+        return (
+            max((self.columns["history_end"] or 0) - self.tokens.num_events, 0)
+            if self.tokens
+            else 0
+        )
 
     @property
     def tokens_know_another_past(self) -> bool:
-        """Whether the events behind the tokens are not those that the store knows: a past event was corrected since.
+        """Whether the events behind the tokens are not those that the store knows: a past event was
+        corrected since.
 
-        As many events with another digest are; so are more events than there are, none of which is newer than the newest
-        that is known. Fewer are stale in any case, and more with a newer one are ahead of statistics that lag.
+        As many events with another digest are; so are more events than there are, none of which is
+        newer than the newest that is known. Fewer are stale in any case, and more with a newer one
+        are ahead of statistics that lag.
         """
         end, digest = self.columns["history_end"], self.columns["history_digest"]
         if self.tokens is None or end is None:
@@ -85,12 +92,18 @@ class FeastReader:
     """
 
     def __init__(
-        self, store: FeatureStore, contract: Contract, online_service: str, token_version: str | None = None
+        self,
+        store: FeatureStore,
+        contract: Contract,
+        online_service: str,
+        token_version: str | None = None,
     ) -> None:
         self.contract, self.token_version = contract, token_version
         self._store, self._service = store, store.get_feature_service(online_service)
         self._item_refs = [f"{view}:{column.name}" for view, column in item_columns(contract)]
-        self._lock = threading.Lock()  # one connection of an embedded store is not for several threads
+        self._lock = (
+            threading.Lock()
+        )  # one connection of an embedded store is not for several threads
 
     def read_user(self, user_id: Id) -> UserRow:
         """One user's features and history."""
@@ -103,7 +116,9 @@ class FeastReader:
         if packed is None:
             if tokens is None and all(value is None for value in columns.values()):
                 return UserRow(
-                    columns, None, (Degraded.UNKNOWN_USER, *(p for p in problems if p is not Degraded.NO_TOKENS))
+                    columns,
+                    None,
+                    (Degraded.UNKNOWN_USER, *(p for p in problems if p is not Degraded.NO_TOKENS)),
                 )
             return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens)
         try:
@@ -111,8 +126,12 @@ class FeastReader:
         except HistoryError:
             return UserRow(columns, None, (Degraded.HISTORY_UNREADABLE, *problems), tokens)
 
-    def _tokens(self, user_id: Id, stored: bytes | None) -> tuple[Envelope | None, tuple[Degraded, ...]]:
-        """The user's tokens, if they are whole and of the version that is accepted; or why there are none."""
+    def _tokens(
+        self, user_id: Id, stored: bytes | None
+    ) -> tuple[Envelope | None, tuple[Degraded, ...]]:
+        """The user's tokens, if they are whole and of the version that is accepted; or why there
+        are none.
+        """
         if self.token_version is None:
             return None, ()
         if stored is None:
@@ -146,7 +165,11 @@ class FeastReader:
 
 def item_columns(contract: Contract) -> list[tuple[str, Column]]:
     """Every item feature with its view."""
-    return [(view, column) for view in ("item_profile", "item_stats") for column in contract.table(view).columns]
+    return [
+        (view, column)
+        for view in ("item_profile", "item_stats")
+        for column in contract.table(view).columns
+    ]
 
 
 @dataclass(frozen=True)
@@ -180,7 +203,8 @@ def _either(base: pa.Array, places: np.ndarray, added: pa.Array, later: np.ndarr
 
 
 class ItemTable:
-    """Item features in the process. Lookups never wait for a refresh; an item that it lacks is looked up in the store.
+    """Item features in the process. Lookups never wait for a refresh; an item that it lacks is
+    looked up in the store.
 
     Args:
         reader: where rows come from.
@@ -188,40 +212,58 @@ class ItemTable:
         refresh_s: seconds between refreshes; 0 for none.
     """
 
-    def __init__(self, reader: Reader, contract: Contract, item_ids: Iterable[Id], refresh_s: float = 0.0) -> None:
+    def __init__(
+        self, reader: Reader, contract: Contract, item_ids: Iterable[Id], refresh_s: float = 0.0
+    ) -> None:
         self._reader, self._contract = reader, contract
         self._names = [column.name for _, column in item_columns(contract)]
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._absent: set[Id] = set()
         self._base = self._load(list(item_ids))
-        self._added = self._nothing()  # what was looked up since; small, so that a new id copies no more than that
+        self._added = (
+            self._nothing()
+        )  # what was looked up since; small, so that a new id copies no more than that
         if refresh_s > 0:
-            threading.Thread(target=self._refresh_for_ever, args=(refresh_s,), daemon=True, name="item-refresh").start()
+            threading.Thread(
+                target=self._refresh_for_ever, args=(refresh_s,), daemon=True, name="item-refresh"
+            ).start()
 
     def __len__(self) -> int:
         return len(self._base.index) + len(self._added.index)
 
     def take(self, item_ids: Sequence[Id]) -> Taken:
-        """Columns for these items in order, nulls for unknown ones; the unknown ones; whether the store could be read.
+        """Columns for these items in order, nulls for unknown ones; the unknown ones; whether the
+        store could be read.
 
-        Items that the table lacks are looked up in the store; what the store lacks too is remembered until the next
-        refresh, so that made-up ids cost one read.
+        Items that the table lacks are looked up in the store; what the store lacks too is
+        remembered until the next refresh, so that made-up ids cost one read.
         """
         ids, reached = pa.array(list(item_ids), arrow_type(self._contract.item.dtype)), True
         with self._lock:
             base, added = self._base, self._added
         places, later = base.index.places(ids), added.index.places(ids)
         lacking = np.flatnonzero((places < 0) & (later < 0)).tolist()
-        missing = list(dict.fromkeys(item_ids[at] for at in lacking if item_ids[at] not in self._absent))
+        missing = list(
+            dict.fromkeys(item_ids[at] for at in lacking if item_ids[at] not in self._absent)
+        )
         if missing:
             try:
                 added = self._add(missing)
                 later = added.index.places(ids)
             except Exception:
-                logger.exception("the online store could not be read; unseen items are ranked without features")
+                logger.exception(
+                    "the online store could not be read; unseen items are ranked without features"
+                )
                 reached = False
-        columns = {name: _either(base.columns[name], places, added.columns[name], later) for name in self._names}
-        unknown = list(dict.fromkeys(item_ids[at] for at in np.flatnonzero((places < 0) & (later < 0)).tolist()))
+        columns = {
+            name: _either(base.columns[name], places, added.columns[name], later)
+            for name in self._names
+        }
+        unknown = list(
+            dict.fromkeys(
+                item_ids[at] for at in np.flatnonzero((places < 0) & (later < 0)).tolist()
+            )
+        )
         return Taken(columns, unknown, reached)
 
     def refresh(self) -> None:
@@ -251,14 +293,19 @@ class ItemTable:
             if len(new):
                 keys = pa.concat_arrays([self._added.index.keys, rows.index.keys.take(new)])
                 columns = {
-                    name: pa.concat_arrays([self._added.columns[name], rows.columns[name].take(new)])
+                    name: pa.concat_arrays(
+                        [self._added.columns[name], rows.columns[name].take(new)]
+                    )
                     for name in self._names
                 }
                 self._added = ItemRows(KeyIndex(keys), columns)
             return self._added
 
     def _nothing(self) -> ItemRows:
-        columns = {column.name: pa.array([], arrow_type(column.dtype)) for _, column in item_columns(self._contract)}
+        columns = {
+            column.name: pa.array([], arrow_type(column.dtype))
+            for _, column in item_columns(self._contract)
+        }
         return ItemRows(KeyIndex(pa.array([], arrow_type(self._contract.item.dtype))), columns)
 
     def _load(self, item_ids: list[Id]) -> ItemRows:

@@ -1,4 +1,6 @@
-"""What goes over the wire: RankRequest, RankResponse, and the decoder that says what is wrong with a body."""
+"""What goes over the wire: RankRequest, RankResponse, and the decoder that says what is wrong with
+a body.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ def decode_request(body: bytes, contract: Contract) -> RankRequest:
 
     Raises:
         BadRequestError: no JSON.
-        InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the wrong kind.
+        InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the
+            wrong kind.
     """
     try:
         request = _decoder.decode(body)
@@ -89,7 +92,9 @@ def decode_request(body: bytes, contract: Contract) -> RankRequest:
         check_id(f"candidates[{position}]", candidate, contract.item.dtype)
     if request.context and (at := request.context.request_timestamp):
         if at.tzinfo is None:
-            raise InvalidRequestError("context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z")
+            raise InvalidRequestError(
+                "context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z"
+            )
         if not EARLIEST <= at <= LATEST:
             raise InvalidRequestError(
                 f"context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}"
@@ -106,9 +111,12 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
     if dtype is DType.STRING:
         if not isinstance(value, str):
             raise InvalidRequestError(f"{name} must be a string, not {value!r}")
-        # Ids are what the log holds, whatever characters those are; only their length is bounded, there as here.
+        # Ids are what the log holds, whatever characters those are; only their length is bounded,
+        # there as here.
         if len(value.encode(errors="surrogatepass")) > MAX_ID_BYTES:
-            raise InvalidRequestError(f"{name} has more than {MAX_ID_BYTES:,} bytes in UTF-8: {value[:40]!r}…")
+            raise InvalidRequestError(
+                f"{name} has more than {MAX_ID_BYTES:,} bytes in UTF-8: {value[:40]!r}…"
+            )
     elif not isinstance(value, int):
         raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
     elif value not in INT64:
@@ -120,5 +128,7 @@ def schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components(
         (RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
     )
-    components["Degraded"]["description"] = "; ".join(f"`{reason}`: {reason.meaning}" for reason in Degraded)
+    components["Degraded"]["description"] = "; ".join(
+        f"`{reason}`: {reason.meaning}" for reason in Degraded
+    )
     return components

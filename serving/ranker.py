@@ -34,19 +34,27 @@ class RankService:
         bundle: the loaded bundle.
         reader: the online store.
         items: item features.
-        default_time: time of requests that carry none, for sample data of the past; the clock unless given.
+        default_time: time of requests that carry none, for sample data of the past; the clock
+            unless given.
     """
 
-    def __init__(self, bundle: Bundle, reader: Reader, items: ItemTable, default_time: datetime | None = None) -> None:
-        self.bundle, self.reader, self.items, self.default_time = bundle, reader, items, default_time
+    def __init__(
+        self, bundle: Bundle, reader: Reader, items: ItemTable, default_time: datetime | None = None
+    ) -> None:
+        self.bundle, self.reader, self.items, self.default_time = (
+            bundle,
+            reader,
+            items,
+            default_time,
+        )
         self.contract: Contract = bundle.encoder.contract
         self._model_lock = threading.Lock()
 
     def rank(self, request: RankRequest, arrived: float | None = None) -> RankResponse:
         """Rank a request's candidates, best first; equal scores keep the request's order.
 
-        Equal are logits that round to the same at `LOGIT_DIGITS`: the last bits of a sum depend on where in the batch its
-        candidate stands.
+        Equal are logits that round to the same at `LOGIT_DIGITS`: the last bits of a sum depend on
+        where in the batch its candidate stands.
 
         Args:
             arrived: `time.perf_counter()` when the request came, for the queue's timing.
@@ -61,9 +69,15 @@ class RankService:
         clock.lap("item_read")
         given = request.context.request_timestamp if request.context else None
         at = given or self.default_time or datetime.now(UTC)
-        if user.history is not None and user.history.num_rows and user.history["event_timestamp"][-1].as_py() >= at:
+        if (
+            user.history is not None
+            and user.history.num_rows
+            and user.history["event_timestamp"][-1].as_py() >= at
+        ):
             degraded.append(Degraded.NEWER_FEATURES)
-        if user.tokens is not None and user.tokens.as_of >= (at - EPOCH) // timedelta(microseconds=1):
+        if user.tokens is not None and user.tokens.as_of >= (at - EPOCH) // timedelta(
+            microseconds=1
+        ):
             degraded.append(Degraded.NEWER_TOKENS)
             user = replace(user, tokens=None)  # they know what comes after the request
         elif user.tokens_know_another_past:
@@ -72,7 +86,9 @@ class RankService:
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
         logits = self._score(user, request.candidates, items.columns, at, clock)
-        order = np.argsort(-np.round(logits.astype(np.float64), LOGIT_DIGITS), kind="stable")[: request.k]
+        order = np.argsort(-np.round(logits.astype(np.float64), LOGIT_DIGITS), kind="stable")[
+            : request.k
+        ]
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
         clock.lap("sort")
         return RankResponse(
@@ -86,9 +102,13 @@ class RankService:
         )
 
     def warm_up(self) -> None:
-        """Rank once without a user, so that the first request does not pay for what is set up on first use."""
+        """Rank once without a user, so that the first request does not pay for what is set up on
+        first use.
+        """
         empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
-        ids = list(self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist())
+        ids = list(
+            self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist()
+        )
         self._score(empty, ids, self.items.take(ids).columns, datetime.now(UTC), _Clock(None))
 
     def requests_of(
@@ -102,13 +122,20 @@ class RankService:
             whole, history = history, _before(history, micros)
             known = known | _stats_before(self.contract, known, whole, history.num_rows)
         histories, keys = from_batches(self.contract, [history], ids)
-        item_ids = ids if history is None else pa.concat_arrays([history[self.contract.item.join_key], ids])
+        item_ids = (
+            ids
+            if history is None
+            else pa.concat_arrays([history[self.contract.item.join_key], ids])
+        )
         first_of_key = np.unique(np.concatenate([histories.item_keys, keys]), return_index=True)[1]
 
         def gather(chosen: np.ndarray, length: int) -> Histories:
             return histories.newest(length)
 
-        user_columns = {c.name: pa.array([known[c.name]], arrow_type(c.dtype)) for c in self.contract.user_columns}
+        user_columns = {
+            c.name: pa.array([known[c.name]], arrow_type(c.dtype))
+            for c in self.contract.user_columns
+        }
         return RequestColumns(
             times=np.array([micros]),
             user_columns=user_columns,
@@ -121,10 +148,12 @@ class RankService:
         )
 
     def _tokens_of(self, user: UserRow) -> GatherTokens | None:
-        """The user's stored tokens for the model; without any, a model with a stage 1 reads the short history.
+        """The user's stored tokens for the model; without any, a model with a stage 1 reads the
+        short history.
 
         Raises:
-            ValueError: tokens of another version or shape; the reader lets none through, so this is a fault of ours.
+            ValueError: tokens of another version or shape; the reader lets none through, so this is
+                a fault of ours.
         """
         bundle = self.bundle
         if bundle.tokens is None or (user.tokens is None and bundle.makes_tokens):
@@ -150,7 +179,12 @@ class RankService:
         return user, list(user.problems)
 
     def _score(
-        self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime, clock: _Clock
+        self,
+        user: UserRow,
+        candidates: Sequence[Id],
+        columns: dict[str, pa.Array],
+        at: datetime,
+        clock: _Clock,
     ) -> np.ndarray:
         encoder, model = self.bundle.encoder, self.bundle.model
         encoded = encoder.featurise(self.requests_of(user, candidates, columns, at))
@@ -174,10 +208,14 @@ class _Clock:
         self._last = now
 
 
-def _stats_before(contract: Contract, stats: dict[str, Any], history: pa.RecordBatch, kept: int) -> dict[str, Any]:
-    """A user's statistics without the events at or after the request, as they were before those came.
+def _stats_before(
+    contract: Contract, stats: dict[str, Any], history: pa.RecordBatch, kept: int
+) -> dict[str, Any]:
+    """A user's statistics without the events at or after the request, as they were before those
+    came.
 
-    Where no packed event is earlier than the request, nothing is known: older ones are not packed, and may be later too.
+    Where no packed event is earlier than the request, nothing is known: older ones are not packed,
+    and may be later too.
     """
     later = history.slice(kept)
     if not later.num_rows or stats["history_end"] is None:
@@ -185,11 +223,16 @@ def _stats_before(contract: Contract, stats: dict[str, Any], history: pa.RecordB
     value = contract.spec.stat_value
     mean = f"user_mean_{value}"
     primary = later["action"].to_numpy() == 0
-    events, others = stats["history_end"] - later.num_rows, stats["other_events"] - int((~primary).sum())
+    events = stats["history_end"] - later.num_rows
+    others = stats["other_events"] - int((~primary).sum())
     if not kept:
-        return dict.fromkeys(("history_end", "history_digest", "first_event_s", "other_events", mean))
+        return dict.fromkeys(
+            ("history_end", "history_digest", "first_event_s", "other_events", mean)
+        )
     counted = stats["history_end"] - stats["other_events"]
-    total = (stats[mean] or 0.0) * counted - float(later[value].to_numpy().astype(np.float64)[primary].sum())
+    total = (stats[mean] or 0.0) * counted - float(
+        later[value].to_numpy().astype(np.float64)[primary].sum()
+    )
     left = events - others
     return {"history_end": events, "other_events": others, mean: total / left if left else None}
 

@@ -1,9 +1,10 @@
-"""New events of one user into everything that the online store holds of them: history, statistics, summary tokens.
+"""New events of one user into everything that the online store holds of them: history, statistics,
+summary tokens.
 
-What a stream of events would call for each user. Tokens go from stored state to stored state, without reading the old
-events, and are written at a newer time, so that on Redis two that refresh the same user at once cannot leave the older
-ones. History and statistics are what the jobs would build, but for the last digits of a mean; the next run of the jobs
-replaces them.
+What a stream of events would call for each user. Tokens go from stored state to stored state,
+without reading the old events, and are written at a newer time, so that on Redis two that refresh
+the same user at once cannot leave the older ones. History and statistics are what the jobs would
+build, but for the last digits of a mean; the next run of the jobs replaces them.
 """
 
 from __future__ import annotations
@@ -48,14 +49,23 @@ class Refresher:
         ValueError: stage 1 does not stream.
     """
 
-    def __init__(self, summariser: Summariser, online: OnlineTokens, contract: Contract, kind: Kind = "fp16") -> None:
+    def __init__(
+        self, summariser: Summariser, online: OnlineTokens, contract: Contract, kind: Kind = "fp16"
+    ) -> None:
         if not summariser.streams:
             raise ValueError(
                 "only a streaming stage 1 (causal=True) takes new events: run the summary_tokens job instead"
             )
-        self._summariser, self._online, self._contract, self._kind = summariser, online, contract, kind
+        self._summariser, self._online, self._contract, self._kind = (
+            summariser,
+            online,
+            contract,
+            kind,
+        )
 
-    def refresh(self, user_id: int | str, new_events: list[dict[str, Any]], computed_at: int | None = None) -> Envelope:
+    def refresh(
+        self, user_id: int | str, new_events: list[dict[str, Any]], computed_at: int | None = None
+    ) -> Envelope:
         """Add a user's new events, oldest first, and store what comes of it.
 
         Args:
@@ -66,7 +76,8 @@ class Refresher:
             NoStateError: nothing is stored for the user.
             EnvelopeError: what is stored is damaged, or of another token version.
             RefusedError: somebody wrote newer tokens meanwhile; nothing was stored.
-            ValueError: no new event, one that is not later than the last, or a value of the wrong type.
+            ValueError: no new event, one that is not later than the last, or a value of the wrong
+                type.
         """
         version = self._summariser.fingerprint
         ((tokens, state),) = self._online.read(version, [user_id])
@@ -77,13 +88,18 @@ class Refresher:
         before, kept = from_bytes(tokens, user_id), from_bytes(state, user_id)
         if before.tombstone or kept.tombstone:
             raise NoStateError(f"user {user_id!r} has no tokens of version {version} any more")
-        if not before.fingerprint == kept.fingerprint == version or before.num_events != kept.num_events:
+        if (
+            not before.fingerprint == kept.fingerprint == version
+            or before.num_events != kept.num_events
+        ):
             raise EnvelopeError(
                 f"user {user_id!r}: tokens are of version {before.fingerprint} with {before.num_events} events, their state of "
                 f"{kept.fingerprint} with {kept.num_events}; expected both of {version}: run the summary_tokens job"
             )
         batch = pa.RecordBatch.from_pylist(new_events, schema=history_schema(self._contract))
-        histories, _ = from_batches(self._contract, [batch], pa.array([], batch.schema.field(0).type))
+        histories, _ = from_batches(
+            self._contract, [batch], pa.array([], batch.schema.field(0).type)
+        )
         times = histories.times
         if not len(times) or times[0] <= kept.as_of or (np.diff(times) < 0).any():
             raise ValueError(
@@ -91,7 +107,9 @@ class Refresher:
             )
         item = self._contract.item.join_key
         vocabulary = self._summariser.encoder.vocabularies[item]
-        codes = vocabulary.indices_of(batch[item].unique())  # in the order of the item keys: of first occurrence
+        codes = vocabulary.indices_of(
+            batch[item].unique()
+        )  # in the order of the item keys: of first occurrence
         summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
         digest = extended_digest(self._contract, before.digest, before.num_events, batch)
         at = time.time_ns() // 1000 if computed_at is None else computed_at
@@ -115,7 +133,9 @@ class UserMemory:
         refresher: of the summary tokens; without one these are left as they are, and are stale.
     """
 
-    def __init__(self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None) -> None:
+    def __init__(
+        self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None
+    ) -> None:
         self._store, self._contract, self._refresher = store, contract, refresher
 
     def read(self, user_id: int | str) -> dict[str, dict[str, Any]]:
@@ -124,7 +144,9 @@ class UserMemory:
         for view in ("user_history", "user_stats"):
             names = [c.name for c in self._contract.table(view).columns]
             refs = [f"{view}:{name}" for name in names]
-            rows = self._store.get_online_features(refs, [{self._contract.user.join_key: user_id}]).to_dict()
+            rows = self._store.get_online_features(
+                refs, [{self._contract.user.join_key: user_id}]
+            ).to_dict()
             found[view] = {name: rows[name][0] for name in names}
         return found
 
@@ -137,7 +159,12 @@ class UserMemory:
         for view, values in rows.items():
             table = self._contract.table(view)
             stamp = EPOCH + timedelta(microseconds=known)
-            row = {self._contract.user.join_key: user_id, **values, EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp}
+            row = {
+                self._contract.user.join_key: user_id,
+                **values,
+                EVENT_TIMESTAMP: stamp,
+                CREATED_TIMESTAMP: stamp,
+            }
             write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
 
     def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> None:
@@ -164,7 +191,9 @@ class UserMemory:
         if self._refresher is not None:
             self._refresher.refresh(user_id, new_events)
         kept = pa.concat_tables([whole, events])
-        kept = kept.slice(max(kept.num_rows - self._contract.spec.num_history_online, 0)).combine_chunks()
+        kept = kept.slice(
+            max(kept.num_rows - self._contract.spec.num_history_online, 0)
+        ).combine_chunks()
         rows = {
             "user_history": {"history": pack(self._contract, user_id, kept)},
             "user_stats": stats_after(self._contract, stored["user_stats"], events),
@@ -178,12 +207,16 @@ def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) ->
     end, others = before["history_end"] or 0, before["other_events"] or 0
     primary = events["action"].to_numpy() == 0
     counted = end - others + int(primary.sum())
-    total = (before[mean] or 0.0) * (end - others) + float(events[value].to_numpy().astype(np.float64)[primary].sum())
+    total = (before[mean] or 0.0) * (end - others) + float(
+        events[value].to_numpy().astype(np.float64)[primary].sum()
+    )
     first = before["first_event_s"]
     return {
         "history_end": end + events.num_rows,
         "history_digest": extended_digest(contract, before["history_digest"] or 0, end, events),
-        "first_event_s": int(micros(events[EVENT_TIMESTAMP])[0] // MICROS) if first is None else first,
+        "first_event_s": int(micros(events[EVENT_TIMESTAMP])[0] // MICROS)
+        if first is None
+        else first,
         "other_events": others + int((~primary).sum()),
         mean: total / counted if counted else None,
     }

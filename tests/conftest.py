@@ -1,4 +1,6 @@
-"""Small worlds to test in: a synthetic shop, a synthetic film club, the road walked over them once, and services."""
+"""Small worlds to test in: a synthetic shop, a synthetic film club, the road walked over them once,
+and services.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +25,57 @@ from feature_repo.settings import CHECKOUT, Settings
 
 NUM_CUSTOMERS, NUM_PRODUCTS = 60, 220
 
-# CI tries the same examples each time, so that a change is judged by itself; elsewhere the search goes on.
+# CI tries the same examples each time, so that a change is judged by itself; elsewhere the search
+# goes on.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
 def shop_lines(seed: int = 0) -> pd.DataFrame:
-    """Invoice lines of a small shop in the raw format of Online Retail: habits, cancellations, and dirt of every kind."""
+    """Invoice lines of a small shop in the raw format of Online Retail: habits, cancellations, and
+    dirt of every kind.
+    """
     rng = np.random.default_rng(seed)
     codes = [f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(NUM_PRODUCTS)]
     taste = {c: rng.permutation(NUM_PRODUCTS)[:12] for c in range(NUM_CUSTOMERS)}
     days = (datetime(2011, 12, 9) - datetime(2010, 12, 1)).days
     visits = sorted(
-        (datetime(2010, 12, 1, 9) + timedelta(days=int(rng.integers(days)), minutes=int(rng.integers(480))), customer)
+        (
+            datetime(2010, 12, 1, 9)
+            + timedelta(days=int(rng.integers(days)), minutes=int(rng.integers(480))),
+            customer,
+        )
         for customer in range(NUM_CUSTOMERS)
         for _ in range(rng.integers(3, 14))
     )
     # On the first day somebody buys everything, so that evaluation finds its hundred negatives.
     rows: list[tuple[Any, ...]] = [
-        ("536000", code, f"PRODUCT {code}", 1.0, datetime(2010, 12, 1, 8), 1.0 + i / 100, 12000.0, "France")
+        (
+            "536000",
+            code,
+            f"PRODUCT {code}",
+            1.0,
+            datetime(2010, 12, 1, 8),
+            1.0 + i / 100,
+            12000.0,
+            "France",
+        )
         for i, code in enumerate(codes)
     ]
     for number, (at, customer) in enumerate(visits):
-        invoice, user, country = f"{540000 + number}", 13000.0 + customer, ("France", "United Kingdom")[customer % 2]
+        invoice = f"{540000 + number}"
+        user = 13000.0 + customer
+        country = ("France", "United Kingdom")[customer % 2]
         items = np.concatenate([rng.choice(taste[customer], 4), rng.integers(0, NUM_PRODUCTS, 2)])
         for item in items:
-            line = (codes[item], f"PRODUCT {codes[item]}", float(rng.integers(1, 9)), at, round(1 + item / 50, 2))
+            line = (
+                codes[item],
+                f"PRODUCT {codes[item]}",
+                float(rng.integers(1, 9)),
+                at,
+                round(1 + item / 50, 2),
+            )
             rows.append((invoice, *line, user, country))
             if rng.random() < 0.05:
                 rows.append((f"C{invoice}", line[0], line[1], -line[2], at, line[4], user, country))
@@ -61,7 +87,16 @@ def shop_lines(seed: int = 0) -> pd.DataFrame:
                 (f"A{invoice}", codes[0], "?", 1.0, at, 2.0, user, country),
             ]
             rows.append(dirt[rng.integers(4)])
-    names = ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"]
+    names = [
+        "InvoiceNo",
+        "StockCode",
+        "Description",
+        "Quantity",
+        "InvoiceDate",
+        "UnitPrice",
+        "CustomerID",
+        "Country",
+    ]
     frame = pd.DataFrame(rows, columns=names)
     return frame.astype({"InvoiceDate": "datetime64[us]"})
 
@@ -71,8 +106,15 @@ def write_film_club(folder: Path, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     users = [f"{u}::{'FM'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 21}::00000" for u in range(1, 41)]
-    movies = [f"{m}::Film {m} ({1960 + m % 40})::{('Drama', 'Comedy|Drama', 'Action')[m % 3]}" for m in range(1, 81)]
-    spans = {"train": (974000000, 975700000), "validation": (975800000, 978000000), "test": (978100000, 990000000)}
+    movies = [
+        f"{m}::Film {m} ({1960 + m % 40})::{('Drama', 'Comedy|Drama', 'Action')[m % 3]}"
+        for m in range(1, 81)
+    ]
+    spans = {
+        "train": (974000000, 975700000),
+        "validation": (975800000, 978000000),
+        "test": (978100000, 990000000),
+    }
     ratings = []
     for user in range(1, 41):
         low, high = list(spans.values())[user % 3]
@@ -104,7 +146,9 @@ def settings_in(home: Path, dataset: str, data: Path, profile: str = "local") ->
     """Settings of a dataset under its own home."""
     folder = home / dataset
     folder.mkdir(parents=True, exist_ok=True)
-    return Settings(dataset, str(data), str(folder), profile, f"sqlite:///{folder}/catalogue.db", False)
+    return Settings(
+        dataset, str(data), str(folder), profile, f"sqlite:///{folder}/catalogue.db", False
+    )
 
 
 def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
@@ -115,7 +159,9 @@ def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     for name in names:
         job = runs.load_job(name)
         known = {f.name for f in fields(job.options)}
-        chosen = job.resolve(settings, job.options(**{k: v for k, v in options.items() if k in known}))
+        chosen = job.resolve(
+            settings, job.options(**{k: v for k, v in options.items() if k in known})
+        )
         outcomes[name] = runs.run(
             job,
             settings,
@@ -137,7 +183,10 @@ def apply_in_process(settings: Settings) -> Any:
     from feature_repo.store import REPO, open_store
 
     before = {name: os.environ.get(name) for name in ("MEMOIR_DATASET", "MEMOIR_HOME")}
-    os.environ |= {"MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": str(Path(settings.home).parent)}
+    os.environ |= {
+        "MEMOIR_DATASET": settings.dataset,
+        "MEMOIR_HOME": str(Path(settings.home).parent),
+    }
     try:
         made = runpy.run_path(str(REPO / "feature_definitions.py"))
     finally:
@@ -148,7 +197,11 @@ def apply_in_process(settings: Settings) -> Any:
                 os.environ[name] = value
     store = open_store(settings)
     store.apply(
-        [value for value in made.values() if isinstance(value, (Entity, FeatureService, FeatureView, FileSource))]
+        [
+            value
+            for value in made.values()
+            if isinstance(value, (Entity, FeatureService, FeatureView, FileSource))
+        ]
     )
     return store
 
@@ -192,7 +245,9 @@ def trained_shop(shop: Road) -> Road:
 
 @pytest.fixture(scope="session")
 def token_shop(shop: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
-    """A synthetic shop of its own whose customers have summary tokens, as of now and of every thirty days before."""
+    """A synthetic shop of its own whose customers have summary tokens, as of now and of every
+    thirty days before.
+    """
     return token_road(shop, tmp_path_factory.mktemp("tokens"))
 
 
@@ -284,7 +339,11 @@ def postgres_url() -> Iterator[str]:
     """A PostgreSQL of our own on a free loopback port, as a SQLAlchemy URL of an empty database."""
     import tempfile
 
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) if Path("/usr/lib/postgresql").exists() else []
+    found = (
+        sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        if Path("/usr/lib/postgresql").exists()
+        else []
+    )
     binary = Path(shutil.which("initdb") or (found[-1] if found else ""))
     if not binary.name:
         _missing("postgresql")
@@ -312,7 +371,9 @@ def postgres_url() -> Iterator[str]:
         "-k",
         str(folder),
     ]
-    process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    process = subprocess.Popen(
+        serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+    )
     wait_for_port(port, process)
     time.sleep(0.3)
     yield f"postgresql+psycopg://memoir@127.0.0.1:{port}/postgres"

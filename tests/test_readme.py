@@ -19,7 +19,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[str]:
-    """Commands of the README's `sh` blocks; `console` blocks hold what needs things that are not here."""
+    """Commands of the README's `sh` blocks; `console` blocks hold what needs things that are not
+    here.
+    """
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
@@ -34,13 +36,17 @@ def test_the_readme_opens_with_a_sentence_and_the_two_commands() -> None:
 
 @pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))
 def test_every_make_target_that_is_named_exists(target: str) -> None:
-    done = subprocess.run(["make", "-n", target], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        ["make", "-n", target], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
     """`make demo` reads as the data flow, and the README tells the same story."""
-    shown = subprocess.run(["make", "-n", "demo"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    shown = subprocess.run(
+        ["make", "-n", "demo"], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
     told = [
         c
         for c in commands()
@@ -51,28 +57,42 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
         and not c.endswith("tokens")
     ]
     assert len(told) == 9
-    steps = [line for line in shown.splitlines() if line.startswith(".venv/bin/python -m") and " pip " not in line]
+    steps = [
+        line
+        for line in shown.splitlines()
+        if line.startswith(".venv/bin/python -m") and " pip " not in line
+    ]
     assert [step for step in steps if step in told] == told
     assert steps[-1] == ".venv/bin/python -m serving demo"
 
 
 @pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
-    """All of them, in order, in processes of their own, from raw rows to a live bundle; then once more, all up to date."""
+    """All of them, in order, in processes of their own, from raw rows to a live bundle; then once
+    more, all up to date.
+    """
     copy = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet")
     for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
         shutil.copytree(ROOT / room, copy / room, ignore=ignore)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")}
     environment |= {"PYTHONPATH": str(copy), "MEMOIR_DATA": str(shop_data)}
-    replaced = {".venv/bin/python": sys.executable, ".venv/bin/feast": str(Path(sys.executable).parent / "feast")}
+    replaced = {
+        ".venv/bin/python": sys.executable,
+        ".venv/bin/feast": str(Path(sys.executable).parent / "feast"),
+    }
     told = [c for c in commands() if c.startswith(".venv/")]
     assert len(told) == 14
     for command in told:
         program, *arguments = shlex.split(command)
         arguments = ["vista_tiny" if a == "vista" else a for a in arguments]
         done = subprocess.run(
-            [replaced[program], *arguments], capture_output=True, text=True, cwd=copy, env=environment, check=False
+            [replaced[program], *arguments],
+            capture_output=True,
+            text=True,
+            cwd=copy,
+            env=environment,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for command in told:
@@ -80,7 +100,12 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
             _, *arguments = shlex.split(command)
             arguments = ["vista_tiny" if a == "vista" else a for a in arguments]
             done = subprocess.run(
-                [sys.executable, *arguments], capture_output=True, text=True, cwd=copy, env=environment, check=False
+                [sys.executable, *arguments],
+                capture_output=True,
+                text=True,
+                cwd=copy,
+                env=environment,
+                check=False,
             )
             assert "up to date" in done.stdout, f"{command}\n{done.stdout}\n{done.stderr}"
     shown = subprocess.run(
@@ -116,12 +141,21 @@ def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
     (curl,) = [c for c in commands() if c.startswith("curl")]
     arguments = shlex.split(curl)
     assert "localhost:8000/v1/rank" in arguments
-    body, header = arguments[arguments.index("-d") + 1], arguments[arguments.index("-H") + 1].split(": ")
+    body = arguments[arguments.index("-d") + 1]
+    header = arguments[arguments.index("-H") + 1].split(": ")
     client = TestClient(create_app(open_ranker(trained_shop.settings, replay=True)))
     answer = client.post("/v1/rank", content=body, headers=dict([header]))
     assert answer.status_code == 200
     assert len(answer.json()["item_ids"]) == json.loads(body)["k"]
-    for name in ("item_ids", "scores", "bundle", "tokens", "degraded", "unknown_items", "timings_ms"):
+    for name in (
+        "item_ids",
+        "scores",
+        "bundle",
+        "tokens",
+        "degraded",
+        "unknown_items",
+        "timings_ms",
+    ):
         assert name in answer.json()
         assert f"`{name}`" in README
     for path in re.findall(r"`(/[a-z.]+)`", README):
@@ -131,7 +165,10 @@ def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
 def test_links_lead_somewhere() -> None:
     for file in (
         ROOT / "README.md",
-        *(ROOT / room / "README.md" for room in ("feature_repo", "beam_jobs", "modeling", "serving")),
+        *(
+            ROOT / room / "README.md"
+            for room in ("feature_repo", "beam_jobs", "modeling", "serving")
+        ),
     ):
         for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
             if "://" not in link:

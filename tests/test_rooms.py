@@ -95,7 +95,9 @@ def test_a_file_imports_only_what_its_room_may(path: Path) -> None:
         top = module.split(".")[0]
         if top in ROOMS:
             assert top in MAY_IMPORT[room], f"{name} imports {module}"
-            assert module != "feature_repo.feature_definitions", f"{name}: ask the registry by name instead"
+            assert module != "feature_repo.feature_definitions", (
+                f"{name}: ask the registry by name instead"
+            )
         if top in LIBRARIES:
             assert LIBRARIES[top] & {room, name}, f"{name} imports {module}"
 
@@ -115,7 +117,9 @@ def test_shared_modules_import_neither_feast_nor_torch_nor_beam(name: str) -> No
 def test_the_contract_and_the_settings_need_the_standard_library_only(name: str) -> None:
     for module in imports(ROOT / "feature_repo" / f"{name}.py"):
         top = module.split(".")[0]
-        assert top in sys.stdlib_module_names or top == "feature_repo", f"{name}.py imports {module}"
+        assert top in sys.stdlib_module_names or top == "feature_repo", (
+            f"{name}.py imports {module}"
+        )
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -126,7 +130,9 @@ def test_help_answers_within_a_second(room: str) -> None:
 
 def _help_seconds(room: str) -> float:
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", room, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", room, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.startswith("Usage: python -m " + room)
     return time.perf_counter() - started
 
@@ -138,6 +144,11 @@ def test_nothing_unpickles(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {"eval", "exec", "yaml.load"}, f"{path}:{node.lineno} calls {called}"
+            assert called not in {"eval", "exec", "yaml.load"}, (
+                f"{path}:{node.lineno} calls {called}"
+            )
             if called == "torch.load":
-                assert any(k.arg == "weights_only" and getattr(k.value, "value", False) is True for k in node.keywords)
+                assert any(
+                    k.arg == "weights_only" and getattr(k.value, "value", False) is True
+                    for k in node.keywords
+                )

@@ -1,9 +1,11 @@
-"""The job summary_tokens beside stage 1 alone in a loop; memory with one huge history; later runs; racing writers.
+"""The job summary_tokens beside stage 1 alone in a loop; memory with one huge history; later runs;
+racing writers.
 
-`loop` reads the same histories from the same log and calls the same stage 1, one piece after another, and writes
-nothing: the floor. `job` is the whole job on the local runner, writing offline and online (SQLite), import of Feast and
-Beam included; `again` is the next run after one user in a hundred has new events. `race` has four processes write the
-same keys in Redis at random times, and counts keys whose stored time is not the newest written.
+`loop` reads the same histories from the same log and calls the same stage 1, one piece after
+another, and writes nothing: the floor. `job` is the whole job on the local runner, writing offline
+and online (SQLite), import of Feast and Beam included; `again` is the next run after one user in a
+hundred has new events. `race` has four processes write the same keys in Redis at random times, and
+counts keys whose stored time is not the newest written.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ from feature_repo.tables import JobFolder, Manifest
 
 CONTRACT = datasets.load_contract("online_retail")
 START, PARTS, ITEMS = 1_600_000_000_000_000, 4, 2000
-CONFIG = {"width": 64, "num_heads": 2, "num_seeds": 64, "summary_layers": 3, "causal": True, "seed_role": "target", "block": 64}  # fmt: skip
+CONFIG = {
+    "width": 64,
+    "num_heads": 2,
+    "num_seeds": 64,
+    "summary_layers": 3,
+    "causal": True,
+    "seed_role": "target",
+    "block": 64,
+}
 MODULE = "beam_jobs.benchmarks.summary_tokens"
 
 
@@ -42,21 +52,30 @@ def main() -> None:
     flags = parser(MODULE, __doc__)
     flags.add_argument("--users", type=int, help="default 10,000; 300 with --quick")
     flags.add_argument("--events", type=int, help="of each user; default 1,000; 200 with --quick")
-    flags.add_argument("--huge", type=int, help="events of the huge history; default a million; 30,000 with --quick")
-    flags.add_argument("--writes", type=int, help="of all racing writers; default a million; 4,000 with --quick")
+    flags.add_argument(
+        "--huge",
+        type=int,
+        help="events of the huge history; default a million; 30,000 with --quick",
+    )
+    flags.add_argument(
+        "--writes", type=int, help="of all racing writers; default a million; 4,000 with --quick"
+    )
     flags.add_argument("--child", choices=("loop", "job", "race"), help="internal")
     arguments = flags.parse_args()
     if arguments.child:
         question = json.loads(sys.stdin.read())
-        children: dict[str, Callable[..., dict[str, Any]]] = {"loop": _loop, "job": _job, "race": _race_child}
+        children: dict[str, Callable[..., dict[str, Any]]] = {
+            "loop": _loop,
+            "job": _job,
+            "race": _race_child,
+        }
         print(json.dumps(children[arguments.child](**question)))
         return
     quick = arguments.quick
-    users, events = arguments.users or (300 if quick else 10_000), arguments.events or (200 if quick else 1000)
-    huge, writes = (
-        arguments.huge or (30_000 if quick else 1_000_000),
-        arguments.writes or (4000 if quick else 1_000_000),
-    )
+    users = arguments.users or (300 if quick else 10_000)
+    events = arguments.events or (200 if quick else 1000)
+    huge = arguments.huge or (30_000 if quick else 1_000_000)
+    writes = arguments.writes or (4000 if quick else 1_000_000)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = make_home(Path(folder), users, events)
@@ -68,12 +87,16 @@ def main() -> None:
 
 
 def make_home(root: Path, users: int, events: int) -> Settings:
-    """A home with a history log, a bundle of a VISTA with random weights, and an online store; nothing is trained."""
+    """A home with a history log, a bundle of a VISTA with random weights, and an online store;
+    nothing is trained.
+    """
     from feature_repo.store import feast_apply
 
     home = root / "online_retail"
     home.mkdir(parents=True)
-    settings = Settings("online_retail", None, str(home), "local", f"sqlite:///{home}/catalogue.db", False)
+    settings = Settings(
+        "online_retail", None, str(home), "local", f"sqlite:///{home}/catalogue.db", False
+    )
     write_log(settings, users, events, 0)
     export_bundle(settings)
     feast_apply(settings)
@@ -81,7 +104,9 @@ def make_home(root: Path, users: int, events: int) -> Settings:
 
 
 def write_log(settings: Settings, users: int, events: int, huge: int, more_for: int = 0) -> None:
-    """Publish a history log: so many users with so many random events, one with `huge`; some with a few more."""
+    """Publish a history log: so many users with so many random events, one with `huge`; some with a
+    few more.
+    """
     folder, run_id = JobFolder(settings.home, "user_history"), f"{users}-{events}-{huge}-{more_for}"
     lengths = np.full(users, events)
     lengths[: more_for or 0] += 3
@@ -94,16 +119,28 @@ def write_log(settings: Settings, users: int, events: int, huge: int, more_for: 
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         name = f"part-{number:05d}.arrow"
-        parts.append(folder.write_part(run_id, "history_log", name, sink.getvalue(), batch.num_rows))
+        parts.append(
+            folder.write_part(run_id, "history_log", name, sink.getvalue(), batch.num_rows)
+        )
     end = micros_iso(START + int(lengths.max()) * 1_000_000 + 1)
     manifest = Manifest(
-        "user_history", run_id, "online_retail", CONTRACT.fingerprint, end, {}, {}, {}, {"history_log": parts}
+        "user_history",
+        run_id,
+        "online_retail",
+        CONTRACT.fingerprint,
+        end,
+        {},
+        {},
+        {},
+        {"history_log": parts},
     )
     folder.publish(manifest)
 
 
 def events_of(users: np.ndarray, lengths: np.ndarray) -> pa.Table:
-    """Random events, grouped by user, oldest first; a user's first events are the same however many follow."""
+    """Random events, grouped by user, oldest first; a user's first events are the same however many
+    follow.
+    """
     columns: dict[str, list[np.ndarray]] = {}
     ids = np.array([f"{20000 + item}" for item in range(ITEMS)])
     for user, length in zip(users.tolist(), lengths.tolist(), strict=True):
@@ -123,13 +160,15 @@ def events_of(users: np.ndarray, lengths: np.ndarray) -> pa.Table:
     arrays: dict[str, pa.Array] = {}
     for name, value in whole.items():
         if name == CONTRACT.item.join_key:
-            arrays[name] = pa.DictionaryArray.from_arrays(pa.array(value.astype(np.int32)), pa.array(ids)).cast(
-                pa.string()
-            )
+            arrays[name] = pa.DictionaryArray.from_arrays(
+                pa.array(value.astype(np.int32)), pa.array(ids)
+            ).cast(pa.string())
         elif name == "event_timestamp":
             arrays[name] = from_micros(value)
         else:
-            arrays[name] = pa.array(value).cast(arrow_type(CONTRACT.table("events").column(name).dtype), safe=False)
+            arrays[name] = pa.array(value).cast(
+                arrow_type(CONTRACT.table("events").column(name).dtype), safe=False
+            )
     return pa.table(arrays)
 
 
@@ -192,18 +231,30 @@ def _throughput(settings: Settings, events: int, quick: bool) -> list[dict[str, 
     write_log(settings, users, events // users, 0, more_for=max(users // 100, 1))
     again = _ask("job", {"home": settings.home, "workers": 1})
     rows.append(
-        {"case": "again, 1 % with new events", "workers": 1, **again, "of_loop": again["wall_s"] / loop["wall_s"]}
+        {
+            "case": "again, 1 % with new events",
+            "workers": 1,
+            **again,
+            "of_loop": again["wall_s"] / loop["wall_s"],
+        }
     )
     return rows
 
 
-def _memory(settings: Settings, rows: list[dict[str, Any]], users: int, events: int, huge: int) -> list[dict[str, Any]]:
+def _memory(
+    settings: Settings, rows: list[dict[str, Any]], users: int, events: int, huge: int
+) -> list[dict[str, Any]]:
     alone = next(row["peak_mb"] for row in rows if row["case"] == "job" and row["workers"] == 1)
     write_log(settings, users, events, huge)
     shutil.rmtree(Path(settings.home, "summary_tokens"), ignore_errors=True)
     found = _ask("job", {"home": settings.home, "workers": 1})
     return [
-        {"case": f"job, one user of {huge:,} events more", "workers": 1, **found, "of_peak": found["peak_mb"] / alone}
+        {
+            "case": f"job, one user of {huge:,} events more",
+            "workers": 1,
+            **found,
+            "of_peak": found["peak_mb"] / alone,
+        }
     ]
 
 
@@ -230,7 +281,11 @@ def _loop(home: str) -> dict[str, Any]:
             rows = np.arange(start, stop)
             histories = log.gather(rows, log.lengths[rows])
             summariser.whole(histories, item_of_key, np.zeros(len(rows), np.int64))
-    return {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_mb": _peak_mb()}
+    return {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - cpu,
+        "peak_mb": _peak_mb(),
+    }
 
 
 def _job(home: str, workers: int) -> dict[str, Any]:
@@ -246,7 +301,11 @@ def _job(home: str, workers: int) -> dict[str, Any]:
     options = job.resolve(settings, TokenOptions(bundle="random"))
     outcome = runs.run(job, settings, options, flags, as_of=None, max_bad_fraction=None)
     counts = outcome.manifest.counts
-    found = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "peak_mb": _peak_mb()}
+    found = {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - cpu,
+        "peak_mb": _peak_mb(),
+    }
     return {**found, "written": counts["users_written"], "dead": counts["dead_letters"]}
 
 
@@ -280,7 +339,12 @@ def _race(writes: int) -> list[dict[str, Any]]:
         try:
             _wait(port)
             keys = max(writes // 100, 10)
-            question = {"address": f"127.0.0.1:{port}", "folder": folder, "keys": keys, "writes": writes // 4}
+            question = {
+                "address": f"127.0.0.1:{port}",
+                "folder": folder,
+                "keys": keys,
+                "writes": writes // 4,
+            }
             _ask("race", {**question, "seed": -1})  # registers the view
             started = time.perf_counter()
             racing = [_start("race", {**question, "seed": seed}) for seed in range(4)]
@@ -294,7 +358,16 @@ def _race(writes: int) -> list[dict[str, Any]]:
             redis.terminate()
             redis.wait(timeout=10)
     older = sum(stored[key] != at for key, at in newest.items())
-    return [{"case": "race", "workers": 4, "wall_s": wall, "written": writes, "keys": len(newest), "older_left": older}]
+    return [
+        {
+            "case": "race",
+            "workers": 4,
+            "wall_s": wall,
+            "written": writes,
+            "keys": len(newest),
+            "older_left": older,
+        }
+    ]
 
 
 def _race_child(address: str, folder: str, keys: int, writes: int, seed: int) -> dict[str, Any]:
@@ -316,12 +389,18 @@ def _race_child(address: str, folder: str, keys: int, writes: int, seed: int) ->
         user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
         fields = [Field(name="tokens", dtype=Bytes), Field(name="at", dtype=Int64)]
         source = FileSource(path=f"{folder}/none.parquet", timestamp_field="event_timestamp")
-        store.apply([user, FeatureView(name="summary", entities=[user], schema=fields, source=source)])
+        store.apply(
+            [user, FeatureView(name="summary", entities=[user], schema=fields, source=source)]
+        )
         return {}
     if seed == -2:
-        read = store.get_online_features(["summary:at"], [{"user_id": key} for key in range(keys)]).to_dict()
+        read = store.get_online_features(
+            ["summary:at"], [{"user_id": key} for key in range(keys)]
+        ).to_dict()
         return {"stored": {str(key): at for key, at in enumerate(read["at"])}}
-    rng, writer, newest = np.random.default_rng(seed), RedisWriter(store, "summary"), dict[str, int]()
+    rng = np.random.default_rng(seed)
+    writer = RedisWriter(store, "summary")
+    newest = dict[str, int]()
     for start in range(0, writes, 1000):
         chosen = rng.integers(keys, size=min(1000, writes - start)).tolist()
         times = (START + rng.integers(10**12, size=len(chosen))).tolist()

@@ -18,15 +18,26 @@ from feature_repo.settings import CHECKOUT
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Flags that all benchmarks take."""
-    made = argparse.ArgumentParser(prog=f"python -m {name}", description=(doc or "").splitlines()[0])
+    made = argparse.ArgumentParser(
+        prog=f"python -m {name}", description=(doc or "").splitlines()[0]
+    )
     made.add_argument("--json", type=Path, help="also write the figures to this file")
     made.add_argument("--quick", action="store_true", help="smaller sizes: under a minute")
-    made.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are reported (default 5)")
+    made.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="interleaved repeats; medians are reported (default 5)",
+    )
     return made
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, dict[str, float]]:
-    """Median wall and CPU seconds of each call, taken in turns, so that a slow moment meets all of them."""
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, dict[str, float]]:
+    """Median wall and CPU seconds of each call, taken in turns, so that a slow moment meets all of
+    them.
+    """
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + repeats):
@@ -36,10 +47,15 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int 
             if turn >= warm_up:
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - started_cpu)
-    return {name: {"wall_s": statistics.median(wall[name]), "cpu_s": statistics.median(cpu[name])} for name in calls}
+    return {
+        name: {"wall_s": statistics.median(wall[name]), "cpu_s": statistics.median(cpu[name])}
+        for name in calls
+    }
 
 
-def report(name: str, config: dict[str, Any], rows: list[dict[str, Any]], file: Path | None) -> None:
+def report(
+    name: str, config: dict[str, Any], rows: list[dict[str, Any]], file: Path | None
+) -> None:
     """Print a table of rows, write the file if one is wanted, end with one JSON line."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_show(row.get(column)) for column in columns] for row in rows]
@@ -62,7 +78,11 @@ def _show(value: Any) -> str:
 
 def _commit() -> str:
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CHECKOUT, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        check=False,
     )
     return done.stdout.strip() or "unknown"
 
@@ -72,7 +92,9 @@ def _hardware() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         model = names[0] if names else model
     return f"{os.cpu_count()} × {model}, load {os.getloadavg()[0]:.1f}"

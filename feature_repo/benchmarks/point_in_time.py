@@ -1,4 +1,5 @@
-"""The ASOF offline store beside Feast's DuckDB store: the same call, the same rows, seconds and ratio.
+"""The ASOF offline store beside Feast's DuckDB store: the same call, the same rows, seconds and
+ratio.
 
 The floor is DuckDB's own time to read the features once.
 """
@@ -30,7 +31,8 @@ def main() -> None:
     rows, keys, versions = (20_000, 5_000, 10) if arguments.quick else (500_000, 50_000, 20)
     with tempfile.TemporaryDirectory() as folder:
         views = [
-            _features(Path(folder), name, keys, versions, seed) for seed, name in enumerate(("user_id", "item_id"))
+            _features(Path(folder), name, keys, versions, seed)
+            for seed, name in enumerate(("user_id", "item_id"))
         ]
         rng = np.random.default_rng(9)
         entity_df = pd.DataFrame({
@@ -42,9 +44,12 @@ def main() -> None:
         files = [view.batch_source.path for view in views]
         calls: dict[str, Callable[[], Any]] = {
             "asof": lambda: join("asof", views, entity_df, filter_by_created_timestamp=True),
-            "feast duckdb": lambda: join("duckdb", views, entity_df, filter_by_created_timestamp=True),
+            "feast duckdb": lambda: join(
+                "duckdb", views, entity_df, filter_by_created_timestamp=True
+            ),
             "floor: read once": lambda: [
-                duckdb.sql(f"select * from read_parquet('{file}')").to_arrow_table() for file in files
+                duckdb.sql(f"select * from read_parquet('{file}')").to_arrow_table()
+                for file in files
             ],
         }
         ours, theirs = calls["asof"](), calls["feast duckdb"]().sort_by("row")
@@ -55,7 +60,11 @@ def main() -> None:
         )
         seconds = interleaved(calls, arguments.repeats, warm_up=0)
     table = [
-        {"store": name, **times, "times slower than asof": times["wall_s"] / seconds["asof"]["wall_s"]}
+        {
+            "store": name,
+            **times,
+            "times slower than asof": times["wall_s"] / seconds["asof"]["wall_s"],
+        }
         for name, times in seconds.items()
     ]
     config = {
@@ -68,9 +77,9 @@ def main() -> None:
 
 
 def _stamps(rng: np.random.Generator, rows: int) -> pd.Series:
-    return pd.Series(pd.to_datetime(START) + pd.to_timedelta(rng.integers(0, 86_400 * 365, rows), unit="s")).astype(
-        "datetime64[us, UTC]"
-    )
+    return pd.Series(
+        pd.to_datetime(START) + pd.to_timedelta(rng.integers(0, 86_400 * 365, rows), unit="s")
+    ).astype("datetime64[us, UTC]")
 
 
 def _features(folder: Path, key: str, keys: int, versions: int, seed: int) -> Any:
@@ -78,7 +87,9 @@ def _features(folder: Path, key: str, keys: int, versions: int, seed: int) -> An
 
     rng, rows = np.random.default_rng(seed), keys * versions
     names = [f"f{seed}_{i}" for i in range(NUM_FEATURES)]
-    frame = pd.DataFrame({key: np.repeat(np.arange(keys), versions), "event_timestamp": _stamps(rng, rows)})
+    frame = pd.DataFrame(
+        {key: np.repeat(np.arange(keys), versions), "event_timestamp": _stamps(rng, rows)}
+    )
     frame["created_timestamp"] = frame["event_timestamp"]
     for column in names:
         frame[column] = rng.random(rows).astype(np.float32)
@@ -100,9 +111,12 @@ def feature_view(name: str, path: Path, key: str, features: dict[str, Any], ttl:
         timestamp_field="event_timestamp",
         created_timestamp_column="created_timestamp",
     )
-    key_field, fields = Field(name=key, dtype=Int64), [Field(name=f, dtype=kind) for f, kind in features.items()]
+    key_field = Field(name=key, dtype=Int64)
+    fields = [Field(name=f, dtype=kind) for f, kind in features.items()]
     entity = Entity(name=key, join_keys=[key], value_type=ValueType.INT64)
-    view = FeatureView(name=name, entities=[entity], ttl=ttl, schema=[key_field, *fields], source=source)
+    view = FeatureView(
+        name=name, entities=[entity], ttl=ttl, schema=[key_field, *fields], source=source
+    )
     view.entity_columns, view.features = [key_field], fields
     return view
 
@@ -114,7 +128,9 @@ def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) ->
 
     from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
 
-    kind, store_class = (TYPE, AsofDuckDBOfflineStore) if store == "asof" else ("duckdb", DuckDBOfflineStore)
+    kind, store_class = (
+        (TYPE, AsofDuckDBOfflineStore) if store == "asof" else ("duckdb", DuckDBOfflineStore)
+    )
     config = RepoConfig(
         project="straight",
         provider="local",

@@ -1,16 +1,20 @@
-"""One module per dataset: where its raw tables are, and how a raw row becomes an event, a user or an item.
+"""One module per dataset: where its raw tables are, and how a raw row becomes an event, a user or
+an item.
 
 A dataset module declares `SPEC` (a `DatasetSpec`) and four pure functions:
 
-- `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or None.
+- `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or
+  None.
 - `read_raw(unit) -> Table`: one piece as it stands, which the raw gate validates.
-- `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row of the events
-  source is counted as kept or dead; timestamps are UTC. Limits of the contract's columns are not for `parse` to check:
-  the job checks every row that it returns, and sets aside what breaks one (`limits.py`).
-- `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events of whole users
-  sorted by (user, time, position).
+- `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row
+  of the events source is counted as kept or dead; timestamps are UTC. Limits of the contract's
+  columns are not for `parse` to check: the job checks every row that it returns, and sets aside
+  what breaks one (`limits.py`).
+- `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events
+  of whole users sorted by (user, time, position).
 
-To add a dataset, write one such file here and set `MEMOIR_DATASET` to its name. No other file changes.
+To add a dataset, write one such file here and set `MEMOIR_DATASET` to its name. No other file
+changes.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ class RawDataError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class RawUnit:
-    """A piece of the raw source that one worker reads: `rows` rows of `file` from `start`. `kind` is the module's own."""
+    """A piece of the raw source that one worker reads: `rows` rows of `file` from `start`. `kind`
+    is the module's own.
+    """
 
     file: str
     start: int
@@ -61,8 +67,8 @@ class Parsed:
 class AssignedRequests:
     """For events of one or more whole users: which request each belongs to, and its label.
 
-    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the given events. Of several
-    events of one item in one request the first is the candidate.
+    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the
+    given events. Of several events of one item in one request the first is the candidate.
     `request_time` holds one time in microseconds for each request.
     """
 
@@ -99,7 +105,8 @@ def load(name: str) -> Dataset:
     """The dataset module of that name.
 
     Raises:
-        DeclarationError: no such module, or one that declares what cannot be; the message names each field.
+        DeclarationError: no such module, or one that declares what cannot be; the message names
+            each field.
     """
     if name not in names():
         raise DeclarationError(
@@ -114,7 +121,11 @@ def load(name: str) -> Dataset:
     wrong = problems(module.SPEC)
     if module.SPEC.name != name:
         wrong.insert(0, f"name is {module.SPEC.name!r}; expected {name!r}, the name of the file")
-    wrong += [f"no function {f}; see feature_repo/datasets/__init__.py" for f in FUNCTIONS if not hasattr(module, f)]
+    wrong += [
+        f"no function {f}; see feature_repo/datasets/__init__.py"
+        for f in FUNCTIONS
+        if not hasattr(module, f)
+    ]
     if wrong:
         raise DeclarationError("\n".join([f"{file}, SPEC:", *(f"  {line}" for line in wrong)]))
     return cast(Dataset, module)

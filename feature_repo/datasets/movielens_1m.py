@@ -1,8 +1,9 @@
-"""MovieLens 1M (Harper and Konstan 2015), read from a folder that a person gives; it is never shipped.
+"""MovieLens 1M (Harper and Konstan 2015), read from a folder that a person gives; it is never
+shipped.
 
-The folder holds `users.dat`, `movies.dat` and either `ratings.dat` or a Parquet table of the same rows with columns
-user_id, movie_id, rating, timestamp. A request is up to 16 consecutive ratings of one user; its time is the first
-rating's, so that none of the 16 is in the history.
+The folder holds `users.dat`, `movies.dat` and either `ratings.dat` or a Parquet table of the same
+rows with columns user_id, movie_id, rating, timestamp. A request is up to 16 consecutive ratings of
+one user; its time is the first rating's, so that none of the 16 is in the history.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def raw_units(data: str | None) -> list[RawUnit]:
         RawDataError: no folder was given, or a file is missing.
     """
     if data is None:
-        raise RawDataError("MovieLens 1M is not shipped: download it from GroupLens and set MEMOIR_DATA to its folder")
+        raise RawDataError(
+            "MovieLens 1M is not shipped: download it from GroupLens and set MEMOIR_DATA to its folder"
+        )
     folder = Path(data)
     for name in ("users.dat", "movies.dat"):
         if not (folder / name).exists():
@@ -108,8 +111,15 @@ def raw_units(data: str | None) -> list[RawUnit]:
         RawUnit(str(folder / "movies.dat"), 0, len(_lines(folder / "movies.dat")), "items"),
     ]
     ratings = _ratings_file(folder)
-    rows = raw.parquet_rows(ratings, RAW_COLUMNS) if ratings.suffix == ".parquet" else len(_lines(ratings))
-    units += [RawUnit(str(ratings), start, min(UNIT_ROWS, rows - start)) for start in range(0, rows, UNIT_ROWS)]
+    rows = (
+        raw.parquet_rows(ratings, RAW_COLUMNS)
+        if ratings.suffix == ".parquet"
+        else len(_lines(ratings))
+    )
+    units += [
+        RawUnit(str(ratings), start, min(UNIT_ROWS, rows - start))
+        for start in range(0, rows, UNIT_ROWS)
+    ]
     return units
 
 
@@ -129,13 +139,17 @@ def parse(unit: RawUnit) -> Parsed:
     users, items = empty(SPEC, "user_profile"), empty(SPEC, "item_profile")
     if unit.kind == "users":
         read = raw.typed(USERS, _fields(lines, [c.name for c in USERS.columns]), unit.file)
-        users = pa.table([*(read[name] for name in read.column_names[:4]), known, known], schema=users.schema)
+        users = pa.table(
+            [*(read[name] for name in read.column_names[:4]), known, known], schema=users.schema
+        )
     else:
         read = raw.typed(MOVIES, _fields(lines, [c.name for c in MOVIES.columns]), unit.file)
         year = pc.extract_regex(read["title"], r"\((?P<year>[0-9]{4})\)\s*$")
         years = raw.whole_numbers(pc.struct_field(year.combine_chunks(), "year"))
         genres = pc.split_pattern(read["genres"], "|")
-        items = pa.table([read["item_id"], read["title"], genres, years, known, known], schema=items.schema)
+        items = pa.table(
+            [read["item_id"], read["title"], genres, years, known, known], schema=items.schema
+        )
     return Parsed(empty(SPEC, "events"), users, items, empty(SPEC, "dead_letters"), 0)
 
 
@@ -178,18 +192,27 @@ def _parse_ratings(unit: RawUnit) -> Parsed:
         },
         schema=arrow_schema(CONTRACT.table("dead_letters")),
     )
-    return Parsed(events, empty(SPEC, "user_profile"), empty(SPEC, "item_profile"), dead_letters, lines.num_rows)
+    return Parsed(
+        events,
+        empty(SPEC, "user_profile"),
+        empty(SPEC, "item_profile"),
+        dead_letters,
+        lines.num_rows,
+    )
 
 
 def _ratings_file(folder: Path) -> Path:
     for name in ("ratings.dat", "ratings.parquet", "ratings_reconstructed.parquet"):
         if (folder / name).exists():
             return folder / name
-    raise RawDataError(f"expected ratings.dat, or the same rows as ratings.parquet, in {folder}; found neither")
+    raise RawDataError(
+        f"expected ratings.dat, or the same rows as ratings.parquet, in {folder}; found neither"
+    )
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines that are not blank, whether the file is in UTF-8 (with or without a BOM), Windows-1252 or, as published, Latin-1.
+    """Lines that are not blank, whether the file is in UTF-8 (with or without a BOM), Windows-1252
+    or, as published, Latin-1.
 
     Lines end at line feeds alone: Python's own `splitlines` would also cut titles at U+0085.
     """
@@ -206,5 +229,8 @@ def _lines(path: Path) -> list[str]:
 def _fields(lines: list[str], names: list[str]) -> pa.Table:
     """Fields of GroupLens's `::` separated lines as text; a line with fewer lacks the last ones."""
     rows = [line.split("::") for line in lines]
-    columns = [[row[i] if i < len(row) and len(row) <= len(names) else None for row in rows] for i in range(len(names))]
+    columns = [
+        [row[i] if i < len(row) and len(row) <= len(names) else None for row in rows]
+        for i in range(len(names))
+    ]
     return pa.table([pa.array(column, pa.string()) for column in columns], names=names)

@@ -1,7 +1,9 @@
-"""UCI Online Retail (Chen, Sain and Guo 2012): invoices of a UK gift shop, 2010-12 to 2011-12; shipped with Memoir.
+"""UCI Online Retail (Chen, Sain and Guo 2012): invoices of a UK gift shop, 2010-12 to 2011-12;
+shipped with Memoir.
 
-A raw row is one invoice line. Its time is local (Europe/London), to the minute, unless the file's times carry a zone;
-many lines share one time, and their order in the file is kept. A request is one customer at one invoice time; its positives are the items bought then.
+A raw row is one invoice line. Its time is local (Europe/London), to the minute, unless the file's
+times carry a zone; many lines share one time, and their order in the file is kept. A request is one
+customer at one invoice time; its positives are the items bought then.
 """
 
 from __future__ import annotations
@@ -20,9 +22,7 @@ from feature_repo.schema import Column, DatasetSpec, DType, Requests, Table, con
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
 FILE = "online_retail.parquet"
-PRODUCT_CODE = (
-    r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
-)
+PRODUCT_CODE = r"^[0-9]{5}[A-Za-z]{0,2}$"  # five digits and at most two letters; all else is postage, fees, samples, tests
 INVOICE_NUMBER = r"^C?[0-9]{6}$"
 WORD = re.compile("[a-z]{2,}")
 UNIT_ROWS = 100_000
@@ -34,13 +34,20 @@ SPEC = DatasetSpec(
     item_id=DType.STRING,
     actions=("purchase", "return"),
     event_features=(
-        Column("quantity", DType.FLOAT32, "pieces; positive for returns too", unit="pieces", minimum=1),
+        Column(
+            "quantity", DType.FLOAT32, "pieces; positive for returns too", unit="pieces", minimum=1
+        ),
         Column("unit_price", DType.FLOAT32, "price of one piece", unit="GBP", minimum=0),
     ),
     user_features=(Column("country", DType.STRING, "country on the invoice"),),
     item_features=(
         Column("description", DType.STRING, "what the invoice line says", nullable=True),
-        Column("description_tokens", DType.STRING_LIST, "its words, letters only, in order", nullable=True),
+        Column(
+            "description_tokens",
+            DType.STRING_LIST,
+            "its words, letters only, in order",
+            nullable=True,
+        ),
     ),
     item_title="description",
     stat_value="unit_price",
@@ -56,7 +63,12 @@ SPEC = DatasetSpec(
         "raw_invoice_lines",
         "Invoice lines as the shop logged them.",
         (
-            Column("InvoiceNo", DType.STRING, "six digits, C before them for a cancellation", pattern=INVOICE_NUMBER),
+            Column(
+                "InvoiceNo",
+                DType.STRING,
+                "six digits, C before them for a cancellation",
+                pattern=INVOICE_NUMBER,
+            ),
             Column("StockCode", DType.STRING, "product code", pattern=PRODUCT_CODE),
             Column("Description", DType.STRING, "product text", nullable=True),
             Column("Quantity", DType.FLOAT32, "pieces, negative on cancellations", unit="pieces"),
@@ -83,9 +95,14 @@ def raw_units(data: str | None) -> list[RawUnit]:
     """
     path = Path(data or SHIPPED) / FILE
     if not path.exists():
-        raise RawDataError(f"expected {FILE} in {path.parent}; found none. Unset MEMOIR_DATA to use the shipped copy")
+        raise RawDataError(
+            f"expected {FILE} in {path.parent}; found none. Unset MEMOIR_DATA to use the shipped copy"
+        )
     rows = raw.parquet_rows(path, RAW_COLUMNS)
-    return [RawUnit(str(path), start, min(UNIT_ROWS, rows - start)) for start in range(0, rows, UNIT_ROWS)]
+    return [
+        RawUnit(str(path), start, min(UNIT_ROWS, rows - start))
+        for start in range(0, rows, UNIT_ROWS)
+    ]
 
 
 def read_raw(unit: RawUnit) -> pa.Table:
@@ -99,7 +116,8 @@ def parse(unit: RawUnit) -> Parsed:
 
 
 def parse_lines(lines: pa.Table, unit: RawUnit) -> Parsed:
-    """Sort invoice lines into events and dead letters; the first reason that holds is the one given.
+    """Sort invoice lines into events and dead letters; the first reason that holds is the one
+    given.
 
     Args:
         lines: columns of `SPEC.raw`, of any type, in file order.
@@ -115,7 +133,10 @@ def parse_lines(lines: pa.Table, unit: RawUnit) -> Parsed:
         (~_true(pc.match_substring_regex(invoice, INVOICE_NUMBER)), "unreadable: invoice number"),
         (_true(pc.is_null(code)), "unreadable: product code"),
         (_true(pc.is_null(read["InvoiceDate"])), "unreadable: time"),
-        (~np.isfinite(quantity) | (quantity == 0) | (cancelled != (quantity < 0)), "unreadable: quantity or its sign"),
+        (
+            ~np.isfinite(quantity) | (quantity == 0) | (cancelled != (quantity < 0)),
+            "unreadable: quantity or its sign",
+        ),
         (~np.isfinite(price), "unreadable: price"),
         (_is_blank(lines["CustomerID"], read["CustomerID"]), "no customer"),
         (customer < 1, "unreadable: customer number"),
@@ -143,13 +164,20 @@ def parse_lines(lines: pa.Table, unit: RawUnit) -> Parsed:
         }
     ).cast(_target("events"))
     known = from_micros(micros(time) + 1)
-    users = pa.table([events["user_id"], chosen["Country"], known, known], schema=_target("user_profile"))
+    users = pa.table(
+        [events["user_id"], chosen["Country"], known, known], schema=_target("user_profile")
+    )
     description = pc.utf8_trim_whitespace(chosen["Description"])
     items = pa.table(
-        [events["item_id"], description, _tokens(description), known, known], schema=_target("item_profile")
+        [events["item_id"], description, _tokens(description), known, known],
+        schema=_target("item_profile"),
     )
     return Parsed(
-        events, users, items, _dead_letters(lines, unit, verdict, [why for _, why in reasons]), lines.num_rows
+        events,
+        users,
+        items,
+        _dead_letters(lines, unit, verdict, [why for _, why in reasons]),
+        lines.num_rows,
     )
 
 
@@ -188,12 +216,20 @@ def _true(mask: pa.ChunkedArray) -> np.ndarray:
 def _is_blank(given: pa.ChunkedArray, read: pa.ChunkedArray) -> np.ndarray:
     """Where nothing, blanks or NaN stand instead of a number: a guest."""
     nothing = _true(pc.is_null(given, nan_is_null=pa.types.is_floating(given.type)))
-    spelt = raw.texts(given) if pa.types.is_string(given.type) or pa.types.is_large_string(given.type) else None
-    blank = spelt is not None and _true(pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(spelt)), pa.array(raw.BLANKS)))
+    spelt = (
+        raw.texts(given)
+        if pa.types.is_string(given.type) or pa.types.is_large_string(given.type)
+        else None
+    )
+    blank = spelt is not None and _true(
+        pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(spelt)), pa.array(raw.BLANKS))
+    )
     return (nothing | blank) & _true(pc.is_null(read))
 
 
-def _dead_letters(lines: pa.Table, unit: RawUnit, verdict: np.ndarray, reasons: list[str]) -> pa.Table:
+def _dead_letters(
+    lines: pa.Table, unit: RawUnit, verdict: np.ndarray, reasons: list[str]
+) -> pa.Table:
     dead = np.flatnonzero(verdict >= 0)
     if not len(dead):
         return empty(SPEC, "dead_letters")

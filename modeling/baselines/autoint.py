@@ -1,4 +1,6 @@
-"""AutoInt: self-attention over fields, all of whose outputs are read (Song et al., arXiv 1810.11921)."""
+"""AutoInt: self-attention over fields, all of whose outputs are read (Song et al., arXiv
+1810.11921).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class FieldAttention(Interaction):
         for layer in self.layers:
             query, key, value, residual = layer(rows).chunk(4, dim=-1)
             query, key, value = (
-                part.unflatten(-1, (self.num_heads, -1)).transpose(2, 3) for part in (query, key, value)
+                part.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
+                for part in (query, key, value)
             )
             read = (query @ key.transpose(-1, -2)).softmax(-1) @ value
             rows = relu(read.transpose(2, 3).flatten(3) + residual)

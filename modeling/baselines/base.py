@@ -1,4 +1,6 @@
-"""A baseline: feature tokens and a token read from the history → an interaction → the heads that all models share."""
+"""A baseline: feature tokens and a token read from the history → an interaction → the heads that
+all models share.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ class Baseline(Ranker):
         number = self.features.num_candidate + (self.reader is not None)
         self.interaction = self.make_interaction(self.features.num_request, number)
         self.heads = TaskHeads(
-            *self.interaction.out, config.head_hidden or 2 * config.width, sizes.tasks, config.dropout
+            *self.interaction.out,
+            config.head_hidden or 2 * config.width,
+            sizes.tasks,
+            config.dropout,
         )
 
     @abstractmethod

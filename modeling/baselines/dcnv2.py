@@ -44,4 +44,6 @@ class CrossAndDeep(Interaction):
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Nothing of the request, all of the candidate."""
         _, crossed = self.cross(request_BRD, candidate_BCND)
-        return None, torch.cat([crossed, relu(self.deep(request_BRD.flatten(1), candidate_BCND.flatten(2)))], dim=-1)
+        return None, torch.cat(
+            [crossed, relu(self.deep(request_BRD.flatten(1), candidate_BCND.flatten(2)))], dim=-1
+        )

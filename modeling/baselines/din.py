@@ -1,6 +1,8 @@
-"""DIN: fields and what target attention reads of the history, into a network (Zhou et al., arXiv 1706.06978).
+"""DIN: fields and what target attention reads of the history, into a network (Zhou et al., arXiv
+1706.06978).
 
-The attention itself is `layers/target_attention.py`, which the other baselines may read the history by as well.
+The attention itself is `layers/target_attention.py`, which the other baselines may read the history
+by as well.
 """
 
 from __future__ import annotations

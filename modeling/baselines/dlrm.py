@@ -30,7 +30,10 @@ class Dot(Interaction):
     def __init__(self, request: int, candidate: int, width: int) -> None:
         super().__init__()
         self.dot = DotInteraction(request, candidate)
-        self.out = (self.dot.request_pairs.shape[1] + request * width, self.dot.pairs.shape[1] + candidate * width)
+        self.out = (
+            self.dot.request_pairs.shape[1] + request * width,
+            self.dot.pairs.shape[1] + candidate * width,
+        )
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Both halves."""

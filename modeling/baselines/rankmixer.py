@@ -1,4 +1,6 @@
-"""RankMixer: parameter-free token mixing and a feed-forward network for each token (arXiv 2507.15551)."""
+"""RankMixer: parameter-free token mixing and a feed-forward network for each token (arXiv
+2507.15551).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from modeling.layers.per_token import PerTokenFeedForward
 
 @dataclass(frozen=True)
 class Config(base.Config):
-    """T tokens of `mixed_width`, a multiple of T; "transformer" is the separate sequence module of its tables."""
+    """T tokens of `mixed_width`, a multiple of T; "transformer" is the separate sequence module of
+    its tables.
+    """
 
     num_layers: int = 2
     num_tokens: int = 8
@@ -22,7 +26,9 @@ class Config(base.Config):
 
 
 class RankMixer(base.Baseline):
-    """Differs: tokens are split from one projection of all features, as OneTrans's Auto-Split, not by hand-made groups."""
+    """Differs: tokens are split from one projection of all features, as OneTrans's Auto-Split, not
+    by hand-made groups.
+    """
 
     config: Config
 
@@ -45,14 +51,19 @@ class Mixer(Interaction):
         self.split = SplitLinear(request, candidate, tokens * width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * config.num_layers))
         self.networks = nn.ModuleList(
-            PerTokenFeedForward(tokens, width, config.expansion * width) for _ in range(config.num_layers)
+            PerTokenFeedForward(tokens, width, config.expansion * width)
+            for _ in range(config.num_layers)
         )
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
         """Nothing of the request, all of the candidate."""
-        rows = self.split(request_BRD.flatten(1), candidate_BCND.flatten(2)).unflatten(-1, (self.tokens, -1))
+        rows = self.split(request_BRD.flatten(1), candidate_BCND.flatten(2)).unflatten(
+            -1, (self.tokens, -1)
+        )
         for number, network in enumerate(self.networks):
-            mixed = rows.unflatten(-1, (self.tokens, -1)).transpose(2, 3).flatten(3)  # head h of every token → token h
+            mixed = (
+                rows.unflatten(-1, (self.tokens, -1)).transpose(2, 3).flatten(3)
+            )  # head h of every token → token h
             rows = self.norms[2 * number](mixed + rows)
             rows = self.norms[2 * number + 1](network(rows) + rows)
         return None, rows.mean(2)

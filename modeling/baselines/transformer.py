@@ -1,4 +1,6 @@
-"""Transformer over feature tokens: one projection for all, task tokens, pruned last layer (arXiv 2311.05884's baseline)."""
+"""Transformer over feature tokens: one projection for all, task tokens, pruned last layer (arXiv
+2311.05884's baseline).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Wukong: stacked factorisation machines beside linear compression (Zhang et al., arXiv 2403.02545)."""
+"""Wukong: stacked factorisation machines beside linear compression (Zhang et al., arXiv
+2403.02545).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class Layer(nn.Module):
             nn.Linear(config.hidden, config.fm_tokens * width),
         )
         self.compress = nn.Parameter(torch.randn(config.linear_tokens, tokens) * tokens**-0.5)
-        self.residual = nn.Parameter(torch.randn(after, tokens) * tokens**-0.5) if after != tokens else None
+        self.residual = (
+            nn.Parameter(torch.randn(after, tokens) * tokens**-0.5) if after != tokens else None
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, rows: Tensor) -> Tensor:

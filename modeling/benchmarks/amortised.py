@@ -1,4 +1,5 @@
-"""Amortised scoring beside its plain twin, one full forward per candidate; scores are compared, FLOPs are printed.
+"""Amortised scoring beside its plain twin, one full forward per candidate; scores are compared,
+FLOPs are printed.
 
 The floor is the FLOP ratio: what amortisation could save if every FLOP cost the same.
 """
@@ -28,15 +29,36 @@ def main() -> None:
     arguments = flags.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    shapes = [(64, 64), (256, 500)] if arguments.quick else [(256, 100), (256, 500), (1024, 500), (4096, 256)]
-    config = {"width": arguments.width, "num_layers": arguments.layers, "num_heads": 4, "dropout": 0.0}
+    shapes = (
+        [(64, 64), (256, 500)]
+        if arguments.quick
+        else [(256, 100), (256, 500), (1024, 500), (4096, 256)]
+    )
+    config = {
+        "width": arguments.width,
+        "num_layers": arguments.layers,
+        "num_heads": 4,
+        "dropout": 0.0,
+    }
     rows = []
     for length, number in shapes:
         rows.append(_measure("amortised_dlrm", config, length, number, arguments))
         if (length, number) == (256, 500):
-            rows.append(_measure("amortised_dlrm", {**config, "fusion": "append_self"}, length, number, arguments))
+            rows.append(
+                _measure(
+                    "amortised_dlrm", {**config, "fusion": "append_self"}, length, number, arguments
+                )
+            )
             rows.append(_measure("onetrans", config, length, number, arguments))
-            rows.append(_measure("hiformer", {"width": arguments.width, "num_layers": 1}, length, number, arguments))
+            rows.append(
+                _measure(
+                    "hiformer",
+                    {"width": arguments.width, "num_layers": 1},
+                    length,
+                    number,
+                    arguments,
+                )
+            )
     report(
         "amortised",
         {
@@ -59,7 +81,8 @@ def _measure(
     model = models.build(name, config, sizes).eval().to(arguments.device)
     batch = requests(sizes, 1, length, number).to(arguments.device)
     alone = [
-        type(batch)(batch.user, batch.candidates.select(slice(i, i + 1)), batch.labels_BCT) for i in range(NAIVE_SAMPLE)
+        type(batch)(batch.user, batch.candidates.select(slice(i, i + 1)), batch.labels_BCT)
+        for i in range(NAIVE_SAMPLE)
     ]
 
     @torch.inference_mode()
@@ -71,7 +94,10 @@ def _measure(
         return torch.cat([model(one) for one in alone], dim=1)
 
     difference = float((amortised()[:, :NAIVE_SAMPLE] - naive()).abs().max())
-    calls = {"amortised": synchronised(amortised, arguments.device), "naive": synchronised(naive, arguments.device)}
+    calls = {
+        "amortised": synchronised(amortised, arguments.device),
+        "naive": synchronised(naive, arguments.device),
+    }
     seconds = interleaved(calls, arguments.repeats)
     scale, once = number / NAIVE_SAMPLE, flops(amortised)
     return {

@@ -1,15 +1,17 @@
 """DCNv2 and DIN beside those of FuxiCTR, torch-rechub and DeepCTR-Torch, on the same rows.
 
-Rows are drawn: requests of a user with candidates in a row, seven fields and up to 50 history items; labels follow from
-the candidate's brand and from whether it is of a kind that the user likes, as four in five events of the history are.
-Every library trains one epoch by its own `fit` with its own loader; then one user's 512 candidates are scored, from
-columns to scores, the history repeated for each by those that need it. Ours is trained with the candidates of a request
-together, and with every row a request of its own, as in the others. All run with the same allocator settings.
+Rows are drawn: requests of a user with candidates in a row, seven fields and up to 50 history
+items; labels follow from the candidate's brand and from whether it is of a kind that the user
+likes, as four in five events of the history are. Every library trains one epoch by its own `fit`
+with its own loader; then one user's 512 candidates are scored, from columns to scores, the history
+repeated for each by those that need it. Ours is trained with the candidates of a request together,
+and with every row a request of its own, as in the others. All run with the same allocator settings.
 
-Width, tower, attention and cross layers are alike. Not alike: our models also read the pooled history, and of an event
-its action, age and rating; the second layer of our DCNv2's tower reads the crosses too; activations are each library's.
-A peer is measured where its option names a Python interpreter that has it. Floor: what the matrix products of our
-scoring take at the rate of a large one.
+Width, tower, attention and cross layers are alike. Not alike: our models also read the pooled
+history, and of an event its action, age and rating; the second layer of our DCNv2's tower reads the
+crosses too; activations are each library's. A peer is measured where its option names a Python
+interpreter that has it. Floor: what the matrix products of our scoring take at the rate of a large
+one.
 """
 
 from __future__ import annotations
@@ -27,16 +29,34 @@ from feature_repo.benchmarks import parser, report
 from feature_repo.settings import CHECKOUT
 from modeling.processes import ask, ask_command
 
-WIDTH, TOWER, ATTENTION, CROSS_LAYERS, BATCH, HISTORY, CANDIDATES = 16, (256, 128), (64,), 2, 1024, 50, 512
+WIDTH = 16
+TOWER = (256, 128)
+ATTENTION = (64,)
+CROSS_LAYERS = 2
+BATCH = 1024
+HISTORY = 50
+CANDIDATES = 512
 KINDS = 20  # of items; a user likes a few
-SIZES = {"country": 50, "hour": 24, "weekday": 7, "item": 4_000, "brand": 200, "shelf": 50, "colour": 20}
+SIZES = {
+    "country": 50,
+    "hour": 24,
+    "weekday": 7,
+    "item": 4_000,
+    "brand": 200,
+    "shelf": 50,
+    "colour": 20,
+}
 REQUEST_FIELDS, ITEM_FIELDS = ("country", "hour", "weekday"), ("brand", "shelf", "colour")
 SHARED: dict[str, Any] = {"width": WIDTH, "hidden": TOWER[0], "head_hidden": TOWER[1]}
 MODELS: dict[str, dict[str, Any]] = {
     "din": {**SHARED, "history_hidden": ATTENTION[0]},
     "dcnv2": {**SHARED, "history": "bags", "num_layers": CROSS_LAYERS},
 }
-PEERS = {"fuxictr": "FuxiCTR 2.3.10", "rechub": "torch-rechub 0.9.0", "deepctr": "DeepCTR-Torch 0.3.0"}
+PEERS = {
+    "fuxictr": "FuxiCTR 2.3.10",
+    "rechub": "torch-rechub 0.9.0",
+    "deepctr": "DeepCTR-Torch 0.3.0",
+}
 
 
 def main() -> None:
@@ -75,13 +95,23 @@ def main() -> None:
             for model in MODELS:
                 for label, one in (("ours, by request", group), ("ours, row by row", 1)):
                     asked = {**question, "model": model, "group": one}
-                    runs.setdefault((model, label), []).append(ask("modeling.benchmarks.ctr", "ours", asked))
+                    runs.setdefault((model, label), []).append(
+                        ask("modeling.benchmarks.ctr", "ours", asked)
+                    )
                 for name, title in PEERS.items():
                     if python := getattr(arguments, name):
-                        command = [str(python), str(CHECKOUT / "modeling" / "benchmarks" / "peers.py")]
+                        command = [
+                            str(python),
+                            str(CHECKOUT / "modeling" / "benchmarks" / "peers.py"),
+                        ]
                         answer = ask_command([*command, f"{name}_{model}"], question)
                         runs.setdefault((model, title), []).append(answer)
-    config = {"rows": question["rows"], "history": HISTORY, "width": WIDTH, "tower": "-".join(map(str, TOWER))}
+    config = {
+        "rows": question["rows"],
+        "history": HISTORY,
+        "width": WIDTH,
+        "tower": "-".join(map(str, TOWER)),
+    }
     config |= {"batch": BATCH, "group": group, "threads": arguments.threads}
     report("ctr", config, _rows(runs), arguments.json)
 
@@ -92,20 +122,26 @@ def _rows(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> list[dict[str, A
     rows = []
     for (model, label), found in runs.items():
         row: dict[str, Any] = {"model": model, "library": label}
-        row |= {name: float(np.median([run[name] for run in found])) for name in figures if name in found[0]}
+        row |= {
+            name: float(np.median([run[name] for run in found]))
+            for name in figures
+            if name in found[0]
+        }
         rows.append(row)
     for row in rows:
         peers = [r for r in rows if r["model"] == row["model"] and r["library"] in PEERS.values()]
         if peers and row["library"] not in PEERS.values():
-            row["training_ratio"] = row["samples_per_cpu_s"] / max(r["samples_per_cpu_s"] for r in peers)
+            row["training_ratio"] = row["samples_per_cpu_s"] / max(
+                r["samples_per_cpu_s"] for r in peers
+            )
             if "score_ms" in row:
                 row["scoring_ratio"] = min(r["score_ms"] for r in peers) / row["score_ms"]
     return rows
 
 
 def draw(folder: Path, requests: int, group: int) -> None:
-    """`train.npz`, `test.npz` (an eighth as many requests) and `one_user.npz`: a column for each field, histories
-    padded on the right with 0, and labels.
+    """`train.npz`, `test.npz` (an eighth as many requests) and `one_user.npz`: a column for each
+    field, histories padded on the right with 0, and labels.
     """
     rng = np.random.default_rng(0)
     popular = 1 / (np.arange(1, SIZES["item"]) + 50.0)
@@ -116,8 +152,12 @@ def draw(folder: Path, requests: int, group: int) -> None:
     def rows(number: int, candidates: int) -> dict[str, np.ndarray]:
         liked = rng.integers(0, KINDS, (number, 3))
         drawn = rng.choice(items, (number, HISTORY), p=popular / popular.sum())
-        of_a_kind = drawn // KINDS * KINDS + np.take_along_axis(liked, rng.integers(0, 3, (number, HISTORY)), 1)
-        history = np.where(rng.random((number, HISTORY)) < 0.8, np.clip(of_a_kind, 1, SIZES["item"] - 1), drawn)
+        of_a_kind = drawn // KINDS * KINDS + np.take_along_axis(
+            liked, rng.integers(0, 3, (number, HISTORY)), 1
+        )
+        history = np.where(
+            rng.random((number, HISTORY)) < 0.8, np.clip(of_a_kind, 1, SIZES["item"] - 1), drawn
+        )
         if number > 1:  # the one user that is scored has a whole history
             history[np.arange(HISTORY) >= rng.integers(HISTORY // 2, HISTORY + 1, (number, 1))] = 0
         columns = {
@@ -127,7 +167,9 @@ def draw(folder: Path, requests: int, group: int) -> None:
         half = rng.random((number, candidates)) < 0.5
         candidate = rng.choice(items, (number, candidates), p=popular / popular.sum())
         kind = np.take_along_axis(liked, rng.integers(0, 3, (number, candidates)), 1)
-        candidate = np.where(half, np.clip(candidate // KINDS * KINDS + kind, 1, SIZES["item"] - 1), candidate)
+        candidate = np.where(
+            half, np.clip(candidate // KINDS * KINDS + kind, 1, SIZES["item"] - 1), candidate
+        )
         matches = (candidate[..., None] % KINDS == liked[:, None]).any(-1)
         item = candidate.reshape(-1)
         chance = 1 / (1 + np.exp(2 - liking[field_of["brand"][item]] - 1.5 * matches.reshape(-1)))
@@ -228,11 +270,15 @@ def _encoded(path: Path, group: int) -> Any:
         dense_BG=np.zeros((requests, 0), np.float32),
         candidate_offsets=np.arange(requests + 1) * group,
         candidate_item=columns["item"],
-        candidate_category=np.stack([columns[name] for name in ITEM_FIELDS], axis=1).astype(np.int32),
+        candidate_category=np.stack([columns[name] for name in ITEM_FIELDS], axis=1).astype(
+            np.int32
+        ),
         candidate_dense=np.zeros((number, 0), np.float32),
         labels=columns["label"].astype(np.float32),
         item_of_key=np.arange(SIZES["item"]),
-        gather=lambda chosen, length: events.take(offsets[chosen], offsets[chosen + 1]).newest(length),
+        gather=lambda chosen, length: events.take(offsets[chosen], offsets[chosen + 1]).newest(
+            length
+        ),
     )
 
 

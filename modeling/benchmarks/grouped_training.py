@@ -1,7 +1,8 @@
-"""Training steps with a request's candidates together, beside one row for each; pyramid and low rank beside their whole.
+"""Training steps with a request's candidates together, beside one row for each; pyramid and low
+rank beside their whole.
 
-Each measurement runs in a process of its own, so that peak memory is that of one run. Loss and gradient (along a random
-direction) of both forms are compared. The floor is the FLOP ratio.
+Each measurement runs in a process of its own, so that peak memory is that of one run. Loss and
+gradient (along a random direction) of both forms are compared. The floor is the FLOP ratio.
 """
 
 from __future__ import annotations
@@ -37,11 +38,24 @@ def main() -> None:
     report("grouped_training", {"threads": arguments.threads}, rows, arguments.json)
 
 
-def _grouped(length: int, requests: int, candidates: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """OneTrans and the amortised DLRM, K candidates of a request together, or each with its own history."""
+def _grouped(
+    length: int, requests: int, candidates: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """OneTrans and the amortised DLRM, K candidates of a request together, or each with its own
+    history.
+    """
     rows = []
-    for model, config in (("onetrans", ONETRANS), ("amortised_dlrm", {"width": 64, "num_layers": 4, "num_heads": 2})):
-        shape = {"model": model, "config": {**config, "dropout": 0.0}, "length": length, "requests": requests, "candidates": candidates}  # fmt: skip
+    for model, config in (
+        ("onetrans", ONETRANS),
+        ("amortised_dlrm", {"width": 64, "num_layers": 4, "num_heads": 2}),
+    ):
+        shape = {
+            "model": model,
+            "config": {**config, "dropout": 0.0},
+            "length": length,
+            "requests": requests,
+            "candidates": candidates,
+        }
         together, alone = _both(shape | {"grouped": True}, shape | {"grouped": False}, arguments)
         rows.append(
             {
@@ -63,9 +77,25 @@ def _grouped(length: int, requests: int, candidates: int, arguments: argparse.Na
 
 
 def _pyramid(length: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """OneTrans-S's tokens, layers, width and schedule, against every row through every layer, which is its ablation."""
-    config = {"width": 256, "num_layers": 6, "num_heads": 4, "request_tokens": 6, "candidate_tokens": 6, "dropout": 0.0}
-    shape = {"model": "onetrans", "config": config, "length": length, "requests": 4, "candidates": 1, "grouped": True}
+    """OneTrans-S's tokens, layers, width and schedule, against every row through every layer, which
+    is its ablation.
+    """
+    config = {
+        "width": 256,
+        "num_layers": 6,
+        "num_heads": 4,
+        "request_tokens": 6,
+        "candidate_tokens": 6,
+        "dropout": 0.0,
+    }
+    shape = {
+        "model": "onetrans",
+        "config": config,
+        "length": length,
+        "requests": 4,
+        "candidates": 1,
+        "grouped": True,
+    }
     with_it, without = _both(shape, {**shape, "plain": True}, arguments)
     return [
         {
@@ -93,7 +123,9 @@ def _hiformer(candidates: int, arguments: argparse.Namespace) -> list[dict[str, 
     }
     for name, (kind, queries) in layers.items():
         shape = {"layer": kind, "queries": queries, "candidates": candidates}
-        found[name] = ask("modeling.benchmarks.grouped_training", "step", {**shape, "threads": arguments.threads})
+        found[name] = ask(
+            "modeling.benchmarks.grouped_training", "step", {**shape, "threads": arguments.threads}
+        )
     best = found["low rank, pruned"]
     return [
         {
@@ -117,8 +149,16 @@ def _both(
     runs: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for _ in range(1 if arguments.quick else arguments.repeats):
         for case, kept in zip((first, second), runs, strict=True):
-            kept.append(ask("modeling.benchmarks.grouped_training", "step", {**case, "threads": arguments.threads}))
-    one, two = ({name: float(np.median([run[name] for run in kept])) for name in kept[0]} for kept in runs)
+            kept.append(
+                ask(
+                    "modeling.benchmarks.grouped_training",
+                    "step",
+                    {**case, "threads": arguments.threads},
+                )
+            )
+    one, two = (
+        {name: float(np.median([run[name] for run in kept])) for name in kept[0]} for kept in runs
+    )
     return one, two
 
 
@@ -141,7 +181,9 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
 
     before = peak_mb()
     loss = step()
-    weight = torch.Generator().manual_seed(1)  # a random direction: gradients that differ differ along it
+    weight = torch.Generator().manual_seed(
+        1
+    )  # a random direction: gradients that differ differ along it
     gradient = sum(
         float((p.grad * torch.randn(p.shape, generator=weight)).sum())
         for p in module.parameters()
@@ -179,7 +221,11 @@ def _model_case(case: dict[str, Any]) -> tuple[Any, Any, int]:
     if not case["grouped"]:
         batch = one_candidate_per_row(batch)
     samples = case["requests"] * case["candidates"]
-    return lambda: masked_bce(model(batch), batch.labels_BCT, batch.candidates.mask_BC), model, samples
+    return (
+        lambda: masked_bce(model(batch), batch.labels_BCT, batch.candidates.mask_BC),
+        model,
+        samples,
+    )
 
 
 def _layer_case(case: dict[str, Any]) -> tuple[Any, Any, int]:

@@ -1,7 +1,8 @@
-"""The same user again with a few new events: cached keys and values extended, beside encoding everything anew.
+"""The same user again with a few new events: cached keys and values extended, beside encoding
+everything anew.
 
-Scores of both are compared. `refresh` says whether OneTrans's pinned tails would ask for a new encoding; `cache_kb` is
-the state at fp32. The floor is the FLOP ratio of the two.
+Scores of both are compared. `refresh` says whether OneTrans's pinned tails would ask for a new
+encoding; `cache_kb` is the state at fp32. The floor is the FLOP ratio of the two.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ def main() -> None:
             ("onetrans", width),
         )
     ]
-    config = {"width": 128, "layers": 4, "threads": arguments.threads, "device": arguments.device, "new": arguments.new}
+    config = {
+        "width": 128,
+        "layers": 4,
+        "threads": arguments.threads,
+        "device": arguments.device,
+        "new": arguments.new,
+    }
     report("kv_cache", config, rows, arguments.json)
 
 
@@ -64,13 +71,20 @@ def _measure(
     extended = model.extend_user(cached, late)
     sliding = isinstance(model, OneTrans) and model.config.pyramid
     expected = anew()
-    if isinstance(model, OneTrans) and sliding:  # exact against its pinned tails, which a new encoding moves
-        starts = torch.tensor([[max(length - new - tail, 0) for tail in model.tails]], device=arguments.device)
+    if (
+        isinstance(model, OneTrans) and sliding
+    ):  # exact against its pinned tails, which a new encoding moves
+        starts = torch.tensor(
+            [[max(length - new - tail, 0) for tail in model.tails]], device=arguments.device
+        )
         expected = model.forward_plain(
             type(batch)(batch.user, batch.candidates.select(slice(0, 2)), batch.labels_BCT), starts
         )
     difference = (again()[:, : expected.shape[1]] - expected).abs().max()
-    calls = {"again": synchronised(again, arguments.device), "anew": synchronised(anew, arguments.device)}
+    calls = {
+        "again": synchronised(again, arguments.device),
+        "anew": synchronised(anew, arguments.device),
+    }
     seconds = interleaved(calls, arguments.repeats)
     return {
         "model": name + (" pyramid" if sliding else ""),

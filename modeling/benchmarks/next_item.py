@@ -1,7 +1,9 @@
-"""Quality of one next-item recipe over seeds: leave-one-out metrics of every protocol, and what training cost.
+"""Quality of one next-item recipe over seeds: leave-one-out metrics of every protocol, and what
+training cost.
 
-Runs are kept and resumed, so an interrupted benchmark goes on where it stopped, and a finished one only prints. The
-published figures to hold the rows against are in the result pages beside this file.
+Runs are kept and resumed, so an interrupted benchmark goes on where it stopped, and a finished one
+only prints. The published figures to hold the rows against are in the result pages beside this
+file.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def main() -> None:
     ]
     rows = [_row(result, protocol) for result in results for protocol in result["test"]]
     if len(results) > 1:
-        rows += [_mean([row for row in rows if row["protocol"] == protocol]) for protocol in results[0]["test"]]
+        rows += [
+            _mean([row for row in rows if row["protocol"] == protocol])
+            for protocol in results[0]["test"]
+        ]
     config = {
         "recipe": recipe.name,
         "data": source.describe(),

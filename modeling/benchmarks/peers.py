@@ -1,9 +1,11 @@
-"""Other libraries on the same events, run by an interpreter that has them: `PYTHON peers.py CASE`, JSON in, JSON out.
+"""Other libraries on the same events, run by an interpreter that has them: `PYTHON peers.py CASE`,
+JSON in, JSON out.
 
-This file imports nothing of the project, since it runs in the peers' own environments. Each library is used by its
-public API with its own loader. Sequence models: a callback counts trained targets (real ones, padding left out) and CPU
-seconds after a warm-up of five steps; every user's last two events are left out, as in our own runs. Rankers: one epoch
-of the library's own `fit`, all of its CPU seconds; then one user's candidates, the user's columns repeated for each.
+This file imports nothing of the project, since it runs in the peers' own environments. Each library
+is used by its public API with its own loader. Sequence models: a callback counts trained targets
+(real ones, padding left out) and CPU seconds after a warm-up of five steps; every user's last two
+events are left out, as in our own runs. Rankers: one epoch of the library's own `fit`, all of its
+CPU seconds; then one user's candidates, the user's columns repeated for each.
 """
 
 import json
@@ -25,7 +27,9 @@ def main() -> None:
     keep_freed_memory()
     answer = CASES[sys.argv[1]](ask)
     with open("/proc/self/status") as status:  # ru_maxrss would remember the parent's peak
-        answer["peak_mb"] = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+        answer["peak_mb"] = (
+            int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+        )
     print(json.dumps(answer))
 
 
@@ -51,13 +55,17 @@ def training_lines(ask: dict[str, Any]) -> Any:
 
 
 def timed(library: Any, ask: dict[str, Any], count: Any) -> Any:
-    """A Lightning callback that measures and stops training, and where it leaves the rate: trainers copy callbacks."""
+    """A Lightning callback that measures and stops training, and where it leaves the rate: trainers
+    copy callbacks.
+    """
     measured: dict[str, float] = {}
 
     class Timed(library.Callback):  # type: ignore[misc]
         started, targets, steps = 0.0, 0, 0
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
             self.steps += 1
             if self.steps == WARM_UP:
                 self.started, self.targets = time.process_time(), 0
@@ -133,12 +141,16 @@ def rectools_encoder(ask: dict[str, Any]) -> dict[str, Any]:
         get_trainer_func=lambda **_: quiet_trainer(lightning, max_steps=1),
     ).fit(Dataset.construct(frame))
     network = model.torch_model.train()
-    known = len(network.item_model.get_all_embeddings())  # the model keeps only items that its sessions hold
+    known = len(
+        network.item_model.get_all_embeddings()
+    )  # the model keeps only items that its sessions hold
     history = torch.randint(1, known, (1, ask["length"]))
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
-        network.encode_sessions({"x": history}, network.item_model.get_all_embeddings()).square().mean().backward()
+        network.encode_sessions(
+            {"x": history}, network.item_model.get_all_embeddings()
+        ).square().mean().backward()
 
     step()
     rounds, started = 0, time.process_time()
@@ -156,7 +168,12 @@ def replay_training(ask: dict[str, Any]) -> dict[str, Any]:
     import lightning
     import numpy as np
     from replay.data import FeatureHint, FeatureSource, FeatureType
-    from replay.data.nn import PandasSequentialDataset, TensorFeatureInfo, TensorFeatureSource, TensorSchema
+    from replay.data.nn import (
+        PandasSequentialDataset,
+        TensorFeatureInfo,
+        TensorFeatureSource,
+        TensorSchema,
+    )
     from replay.models.nn.sequential import SasRec
     from replay.models.nn.sequential.sasrec import SasRecTrainingDataset
     from torch.utils.data import DataLoader
@@ -177,7 +194,9 @@ def replay_training(ask: dict[str, Any]) -> dict[str, Any]:
     )
     sequences = frame.groupby("user_id")["item_id"].agg(list).map(np.array).reset_index()
     sequential = PandasSequentialDataset(schema, "user_id", "item_id", sequences)
-    loader = DataLoader(SasRecTrainingDataset(sequential, ask["history"]), batch_size=ask["batch"], shuffle=True)
+    loader = DataLoader(
+        SasRecTrainingDataset(sequential, ask["history"]), batch_size=ask["batch"], shuffle=True
+    )
     model = SasRec(
         schema,
         block_count=ask["layers"],
@@ -197,7 +216,9 @@ def _replay_targets(batch: Any) -> int:
     return int(mask.sum())
 
 
-def ranker_answer(ask: dict[str, Any], model: Any, fit: Any, predict: Any, score: Any, labels: Any) -> dict[str, Any]:
+def ranker_answer(
+    ask: dict[str, Any], model: Any, fit: Any, predict: Any, score: Any, labels: Any
+) -> dict[str, Any]:
     """Time one epoch and the scoring of one user's candidates; AUC on the test rows."""
     import statistics
 
@@ -214,7 +235,11 @@ def ranker_answer(ask: dict[str, Any], model: Any, fit: Any, predict: Any, score
             score()
             times.append(1000 * (time.process_time() - started))
     auc = area_under_curve(labels, predict())
-    return {"samples_per_cpu_s": ask["rows"] / spent, "score_ms": statistics.median(times), "auc": auc}
+    return {
+        "samples_per_cpu_s": ask["rows"] / spent,
+        "score_ms": statistics.median(times),
+        "auc": auc,
+    }
 
 
 def area_under_curve(labels: Any, scores: Any) -> float:
@@ -234,7 +259,10 @@ def ranker_rows(ask: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], di
 
     import numpy as np
 
-    parts = (dict(np.load(os.path.join(ask["folder"], f"{part}.npz"))) for part in ("train", "test", "one_user"))
+    parts = (
+        dict(np.load(os.path.join(ask["folder"], f"{part}.npz")))
+        for part in ("train", "test", "one_user")
+    )
     train, test, one_user = parts
     return train, test, one_user
 
@@ -244,17 +272,28 @@ def one_row_each(one_user: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any
     import numpy as np
 
     number = len(one_user["item"])
-    return {n: np.repeat(c[:1], number, axis=0) if n in ask["of_request"] else c for n, c in one_user.items()}
+    return {
+        n: np.repeat(c[:1], number, axis=0) if n in ask["of_request"] else c
+        for n, c in one_user.items()
+    }
 
 
 def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
-    """FuxiCTR: its wheel has no models, so its layers are put together as the papers say, under its BaseModel."""
+    """FuxiCTR: its wheel has no models, so its layers are put together as the papers say, under its
+    BaseModel.
+    """
     import os
 
     import torch
     from fuxictr.features import FeatureMap
     from fuxictr.pytorch.dataloaders.npz_dataloader import NpzDataLoader
-    from fuxictr.pytorch.layers import CrossNetV2, DIN_Attention, FeatureEmbeddingDict, MaskedAveragePooling, MLP_Block
+    from fuxictr.pytorch.layers import (
+        CrossNetV2,
+        DIN_Attention,
+        FeatureEmbeddingDict,
+        MaskedAveragePooling,
+        MLP_Block,
+    )
     from fuxictr.pytorch.models import BaseModel
     from torch import nn
 
@@ -275,7 +314,9 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
 
     class Model(BaseModel):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(feature_map, model_id=kind, verbose=0, metrics=["AUC"], model_root=ask["folder"])
+            super().__init__(
+                feature_map, model_id=kind, verbose=0, metrics=["AUC"], model_root=ask["folder"]
+            )
             self.embedding = FeatureEmbeddingDict(feature_map, width)
             total = (len(fields) + 1) * width
             if kind == "din":
@@ -300,14 +341,20 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
             every = torch.cat([*(found[name] for name in fields), read], dim=-1)
             if kind == "din":
                 return {"y_pred": self.output_activation(self.tower(every))}
-            return {"y_pred": self.output_activation(self.head(torch.cat([self.cross(every), self.tower(every)], -1)))}
+            return {
+                "y_pred": self.output_activation(
+                    self.head(torch.cat([self.cross(every), self.tower(every)], -1))
+                )
+            }
 
         def eval_step(self) -> None:
             self.save_weights(self.checkpoint)
 
     def loader(part: str, shuffle: bool) -> Any:
         path = os.path.join(ask["folder"], f"{part}.npz")
-        return NpzDataLoader(feature_map, path, batch_size=ask["batch"], shuffle=shuffle, num_workers=0)
+        return NpzDataLoader(
+            feature_map, path, batch_size=ask["batch"], shuffle=shuffle, num_workers=0
+        )
 
     os.makedirs(os.path.join(ask["folder"], "rows"), exist_ok=True)
     model, training, testing = Model(), loader("train", True), loader("test", False)
@@ -315,10 +362,17 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     del one_user["label"]
 
     def score() -> None:
-        model({name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()})
+        model(
+            {name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()}
+        )
 
     return ranker_answer(
-        ask, model, lambda: model.fit(training, epochs=1), lambda: model.predict(testing), score, test["label"]
+        ask,
+        model,
+        lambda: model.fit(training, epochs=1),
+        lambda: model.predict(testing),
+        score,
+        test["label"],
     )
 
 
@@ -336,7 +390,12 @@ def rechub(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     fields = {name: SparseFeature(name, size, ask["width"]) for name, size in ask["sizes"].items()}
     pooling = "concat" if kind == "din" else "mean"
     history = SequenceFeature(
-        "history", ask["sizes"]["item"], ask["width"], pooling=pooling, shared_with="item", padding_idx=0
+        "history",
+        ask["sizes"]["item"],
+        ask["width"],
+        pooling=pooling,
+        shared_with="item",
+        padding_idx=0,
     )
     if kind == "din":
         others = [field for name, field in fields.items() if name != "item"]
@@ -344,7 +403,10 @@ def rechub(ask: dict[str, Any], kind: str) -> dict[str, Any]:
         model = DIN(others, [history], [fields["item"]], {"dims": ask["tower"]}, attention)
     else:
         model = DCNv2(
-            [*fields.values(), history], ask["cross_layers"], {"dims": ask["tower"]}, use_low_rank_mixture=False
+            [*fields.values(), history],
+            ask["cross_layers"],
+            {"dims": ask["tower"]},
+            use_low_rank_mixture=False,
         )
     trainer = CTRTrainer(model, optimizer_params={"lr": 1e-3}, n_epoch=1, model_path=ask["folder"])
     generator = DataGenerator(train, labels[0])
@@ -353,10 +415,17 @@ def rechub(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     )
 
     def score() -> None:
-        model({name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()})
+        model(
+            {name: torch.from_numpy(column) for name, column in one_row_each(one_user, ask).items()}
+        )
 
     return ranker_answer(
-        ask, model, lambda: trainer.fit(training), lambda: trainer.predict(model, testing), score, labels[1]
+        ask,
+        model,
+        lambda: trainer.fit(training),
+        lambda: trainer.predict(model, testing),
+        score,
+        labels[1],
     )
 
 
@@ -367,15 +436,32 @@ def deepctr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat
     from deepctr_torch.models import DCN, DIN
 
-    fields = [SparseFeat(name, size, embedding_dim=ask["width"]) for name, size in ask["sizes"].items()]
-    past = SparseFeat("hist_item", ask["sizes"]["item"], embedding_dim=ask["width"], embedding_name="item")
-    columns = [*fields, VarLenSparseFeat(past, maxlen=ask["history"], combiner="mean", length_name="length")]
+    fields = [
+        SparseFeat(name, size, embedding_dim=ask["width"]) for name, size in ask["sizes"].items()
+    ]
+    past = SparseFeat(
+        "hist_item", ask["sizes"]["item"], embedding_dim=ask["width"], embedding_name="item"
+    )
+    columns = [
+        *fields,
+        VarLenSparseFeat(past, maxlen=ask["history"], combiner="mean", length_name="length"),
+    ]
     if kind == "din":
         model = DIN(
-            columns, ["item"], dnn_hidden_units=ask["tower"], att_hidden_size=ask["attention"], att_activation="PReLU"
+            columns,
+            ["item"],
+            dnn_hidden_units=ask["tower"],
+            att_hidden_size=ask["attention"],
+            att_activation="PReLU",
         )
     else:
-        model = DCN([], columns, ask["cross_layers"], cross_parameterization="matrix", dnn_hidden_units=ask["tower"])
+        model = DCN(
+            [],
+            columns,
+            ask["cross_layers"],
+            cross_parameterization="matrix",
+            dnn_hidden_units=ask["tower"],
+        )
     parts = []
     for part in ranker_rows(ask):
         label, history = part.pop("label"), part.pop("history")
@@ -391,7 +477,9 @@ def deepctr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     return ranker_answer(
         ask,
         model,
-        lambda: model.fit(train, train_label.astype(np.float32), batch_size=ask["batch"], epochs=1, verbose=0),
+        lambda: model.fit(
+            train, train_label.astype(np.float32), batch_size=ask["batch"], epochs=1, verbose=0
+        ),
         lambda: model.predict(test, ask["batch"]),
         score,
         test_label,
@@ -399,7 +487,11 @@ def deepctr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    **{f"{f.__name__}_{kind}": partial(f, kind=kind) for f in (fuxictr, rechub, deepctr) for kind in ("din", "dcnv2")},
+    **{
+        f"{f.__name__}_{kind}": partial(f, kind=kind)
+        for f in (fuxictr, rechub, deepctr)
+        for kind in ("din", "dcnv2")
+    },
     "rectools_training": rectools_training,
     "rectools_encoder": rectools_encoder,
     "replay_training": replay_training,

@@ -1,8 +1,10 @@
-"""Planted signal: what a user likes shows in events far back only; who reads them comes near a bound that is known.
+"""Planted signal: what a user likes shows in events far back only; who reads them comes near a
+bound that is known.
 
-A streaming VISTA is trained on short histories that grow (`planted.py` draws them), then ranks behind histories of any
-length: `whole` reads all events, `newest` the newest thousand only. A ranker trained on the newest events alone learns
-nothing, since they hold nothing. `bound` is the AUC of whoever knows what the user likes, on the same requests.
+A streaming VISTA is trained on short histories that grow (`planted.py` draws them), then ranks
+behind histories of any length: `whole` reads all events, `newest` the newest thousand only. A
+ranker trained on the newest events alone learns nothing, since they hold nothing. `bound` is the
+AUC of whoever knows what the user likes, on the same requests.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.planted", __doc__)
     flags.add_argument("--steps", type=int, help="of training (default 4,000; 1,200 with --quick)")
-    flags.add_argument("--events", type=int, help="of the longest histories (default 100,000; 8,000 with --quick)")
+    flags.add_argument(
+        "--events", type=int, help="of the longest histories (default 100,000; 8,000 with --quick)"
+    )
     flags.add_argument("--users", type=int, default=64, help="of each evaluation (default 64)")
     flags.add_argument("--seed", type=int, default=0)
     arguments = flags.parse_args()
@@ -84,20 +88,29 @@ def shop(events: int, planted: float = 0.5, strength: float = 0.5) -> Planted:
 
 
 def lesson(done: float) -> Planted:
-    """What is drawn when so large a share of training is done: first short and plain, then long and faint."""
-    longer, fainter = min(max((done - 0.25) / 0.65, 0.0), 1.0), min(max((done - 0.35) / 0.35, 0.0), 1.0)
+    """What is drawn when so large a share of training is done: first short and plain, then long and
+    faint.
+    """
+    longer = min(max((done - 0.25) / 0.65, 0.0), 1.0)
+    fainter = min(max((done - 0.35) / 0.35, 0.0), 1.0)
     return shop(int(SHORTEST * (LONGEST / SHORTEST) ** longer), 1 - fainter / 2, 1 - fainter / 2)
 
 
-def _train(name: str, config: dict[str, Any], steps: int, seed: int, newest: int | None = None) -> Ranker:
+def _train(
+    name: str, config: dict[str, Any], steps: int, seed: int, newest: int | None = None
+) -> Ranker:
     torch.manual_seed(seed)
     model = models.build(name, config, shop(LONGEST).sizes)
     torch.nn.init.normal_(model.features.item.weight)  # type: ignore[union-attr, arg-type]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-2, total_steps=steps, pct_start=0.05
+    )
     for step in range(steps):
         spec = lesson(step / steps) if newest is None else shop(LONGEST)
-        batch, _ = spec.draw(max(4, ROWS // spec.events), CANDIDATES, HELD_OUT * seed + step, newest)
+        batch, _ = spec.draw(
+            max(4, ROWS // spec.events), CANDIDATES, HELD_OUT * seed + step, newest
+        )
         optimizer.zero_grad()
         loss = masked_bce(model(batch), batch.labels_BCT, batch.candidates.mask_BC)
         loss.backward()
@@ -108,8 +121,12 @@ def _train(name: str, config: dict[str, Any], steps: int, seed: int, newest: int
 
 
 @torch.inference_mode()
-def _auc(model: Ranker, spec: Planted, users: int, newest: int | None = None) -> tuple[float, float]:
-    """AUC of who knows, and of the model, over the same requests of users that training never drew."""
+def _auc(
+    model: Ranker, spec: Planted, users: int, newest: int | None = None
+) -> tuple[float, float]:
+    """AUC of who knows, and of the model, over the same requests of users that training never
+    drew.
+    """
     labels, known, scores = [], [], []
     for number in range(users):
         batch, good = spec.draw(1, 400, 10**9 + number, newest)

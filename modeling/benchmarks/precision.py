@@ -1,7 +1,9 @@
-"""What bf16 or torch.compile would gain: scoring and a training step of the three systems, each beside plain fp32.
+"""What bf16 or torch.compile would gain: scoring and a training step of the three systems, each
+beside plain fp32.
 
-`ratio` is fp32's time over the variant's; `difference` that of the scores, relative to their largest. Compilation wants a
-C++ compiler and minutes for each shape (`compile_s`, not in the times), so it is measured on request only.
+`ratio` is fp32's time over the variant's; `difference` that of the scores, relative to their
+largest. Compilation wants a C++ compiler and minutes for each shape (`compile_s`, not in the
+times), so it is measured on request only.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ def main() -> None:
 
 
 def _measure(
-    name: str, config: dict[str, Any], work: str, length: int, number: int, candidates: int, arguments: Any
+    name: str,
+    config: dict[str, Any],
+    work: str,
+    length: int,
+    number: int,
+    candidates: int,
+    arguments: Any,
 ) -> list[dict[str, Any]]:
     """A row for each variant of one piece of work."""
     torch.manual_seed(0)
@@ -78,8 +86,13 @@ def _measure(
         compile_s = time.perf_counter() - started
         calls["compiled"] = lambda: one(compiled)
     expected = calls["fp32"]()
-    difference = {kind: float((call() - expected).abs().max() / expected.abs().max()) for kind, call in calls.items()}
-    seconds = interleaved({k: synchronised(c, arguments.device) for k, c in calls.items()}, arguments.repeats)
+    difference = {
+        kind: float((call() - expected).abs().max() / expected.abs().max())
+        for kind, call in calls.items()
+    }
+    seconds = interleaved(
+        {k: synchronised(c, arguments.device) for k, c in calls.items()}, arguments.repeats
+    )
     work_flops = flops(calls["fp32"])
     return [
         {

@@ -1,9 +1,11 @@
-"""Sequence models: training throughput, encoder cost against history length, and streaming; peers beside them.
+"""Sequence models: training throughput, encoder cost against history length, and streaming; peers
+beside them.
 
-Each figure is taken in a process of its own with `--threads` threads, so that peak memory and CPU seconds are those of
-one run. Peers are measured where `--rectools` and `--replay` name Python interpreters that have them
-installed (each wants an environment of its own); the same events, shape and loss for all. Without `--data` the events
-are drawn with MovieLens-1M's shape: 6,040 users, 3,416 items, log-normal lengths.
+Each figure is taken in a process of its own with `--threads` threads, so that peak memory and CPU
+seconds are those of one run. Peers are measured where `--rectools` and `--replay` name Python
+interpreters that have them installed (each wants an environment of its own); the same events, shape
+and loss for all. Without `--data` the events are drawn with MovieLens-1M's shape: 6,040 users,
+3,416 items, log-normal lengths.
 
 Floor of the encoder: what its matrix products alone would take at the rate of a large one (`gemm`).
 """
@@ -34,7 +36,11 @@ PEERS = CHECKOUT / "modeling" / "benchmarks" / "peers.py"
 def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.sequence", __doc__)
-    flags.add_argument("--data", type=Path, help="a plain sequence file; default: synthetic, of MovieLens-1M's shape")
+    flags.add_argument(
+        "--data",
+        type=Path,
+        help="a plain sequence file; default: synthetic, of MovieLens-1M's shape",
+    )
     flags.add_argument("--rectools", type=Path, help="Python interpreter with RecTools 0.19")
     flags.add_argument("--replay", type=Path, help="Python interpreter with RePlay 0.22")
     flags.add_argument("--threads", type=int, default=1)
@@ -44,9 +50,21 @@ def main() -> None:
         print(json.dumps(_CHILDREN[arguments.child](json.loads(sys.stdin.read()))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data or _synthetic(Path(folder) / "events.txt", 600 if arguments.quick else 6040)
-        rows = _training_rows(arguments, data, folder) + _encoder_rows(arguments) + _streaming_rows(arguments)
-    config = {"width": WIDTH, "layers": LAYERS, "history": HISTORY, "batch": BATCH, "threads": arguments.threads}
+        data = arguments.data or _synthetic(
+            Path(folder) / "events.txt", 600 if arguments.quick else 6040
+        )
+        rows = (
+            _training_rows(arguments, data, folder)
+            + _encoder_rows(arguments)
+            + _streaming_rows(arguments)
+        )
+    config = {
+        "width": WIDTH,
+        "layers": LAYERS,
+        "history": HISTORY,
+        "batch": BATCH,
+        "threads": arguments.threads,
+    }
     config["data"] = arguments.data.name if arguments.data else "synthetic"
     report("sequence", config, rows, arguments.json)
 
@@ -93,7 +111,8 @@ def _training_rows(arguments: argparse.Namespace, data: Path, folder: str) -> li
 def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = (512, 4096) if arguments.quick else (512, 2048, 8192, 65_536)
     common = {"width": WIDTH, "dropout": 0.0, "expansion": 4, "activation": "gelu"}
-    # One cost each: LayerNorm, projections and feed-forward are the same, only the operator differs.
+    # One cost each: LayerNorm, projections and feed-forward are the same, only the operator
+    # differs.
     models = {
         "hydra": ("hydrarec", {**common, "operators": ("hydra",) * LAYERS}),
         "decayed hydra": ("hydrarec", {**common, "operators": ("decayed_hydra",) * LAYERS}),
@@ -101,9 +120,16 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "softmax (SDPA), 2 heads": ("sasrec", {**common, "num_heads": 2}),
     }
     limit = 8192  # beyond it softmax takes minutes, which is the point of the others
-    floor = _child("gemm", {"threads": arguments.threads})["flop_per_s"] / (LAYERS * 3 * 2 * 12 * WIDTH**2)
+    floor = _child("gemm", {"threads": arguments.threads})["flop_per_s"] / (
+        LAYERS * 3 * 2 * 12 * WIDTH**2
+    )
     rows: list[dict[str, Any]] = [
-        {"what": "encoder, forward + backward", "who": "floor (gemm)", "per_cpu_s": floor, "unit": "tokens"}
+        {
+            "what": "encoder, forward + backward",
+            "who": "floor (gemm)",
+            "per_cpu_s": floor,
+            "unit": "tokens",
+        }
     ]
     at: dict[int, float] = {}
     for length in lengths:
@@ -112,12 +138,24 @@ def _encoder_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, (model, config) in models.items():
                 if "softmax" in name and length > limit:
                     continue
-                cost = encoder_cost(model, config, length, arguments.threads, 0.5 if arguments.quick else 2.0)
+                cost = encoder_cost(
+                    model, config, length, arguments.threads, 0.5 if arguments.quick else 2.0
+                )
                 runs.setdefault(name, []).append(cost)
             if arguments.rectools is not None and length <= limit:
-                question = {"length": length, "width": WIDTH, "layers": LAYERS, "threads": arguments.threads}
-                runs.setdefault("rectools", []).append(_peer(arguments.rectools, "rectools_encoder", question))
-        rates = {name: float(np.median([run["tokens_per_cpu_s"] for run in many])) for name, many in runs.items()}
+                question = {
+                    "length": length,
+                    "width": WIDTH,
+                    "layers": LAYERS,
+                    "threads": arguments.threads,
+                }
+                runs.setdefault("rectools", []).append(
+                    _peer(arguments.rectools, "rectools_encoder", question)
+                )
+        rates = {
+            name: float(np.median([run["tokens_per_cpu_s"] for run in many]))
+            for name, many in runs.items()
+        }
         at[length] = rates["hydra"]
         rows += [
             {
@@ -164,7 +202,9 @@ def _log(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(question: dict[str, Any]) -> dict[str, Any]:
-    """Targets per CPU second of the training loop's own step, after a warm-up of one epoch's tenth."""
+    """Targets per CPU second of the training loop's own step, after a warm-up of one epoch's
+    tenth.
+    """
     import torch
 
     from feature_repo.sequence_file import JOB, sequence_contract
@@ -177,9 +217,15 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(question["threads"])
     folder = JobFolder(f"{question['home']}/log", JOB)
     sequences = Sequences.of(sequence_contract(), folder, has_times=False)
-    recipe = NextItemRecipe("benchmark", "sasrec", SHAPE, HISTORY, training=NextItemTraining(batch_sequences=BATCH))
+    recipe = NextItemRecipe(
+        "benchmark", "sasrec", SHAPE, HISTORY, training=NextItemTraining(batch_sequences=BATCH)
+    )
     trainer = NextItemTrainer(
-        build_model(recipe, sequences), recipe, sequences, Path(question["home"]) / "run", "benchmark"
+        build_model(recipe, sequences),
+        recipe,
+        sequences,
+        Path(question["home"]) / "run",
+        "benchmark",
     )
     keep_freed_memory()
     trainer.model.train()
@@ -215,7 +261,9 @@ def _streaming(question: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(question["threads"])
     sizes = FeatureSizes(1000, 1, 0, (), (), (), 0, HISTORY)
-    model = models.build("hydrarec", {"width": WIDTH, "dropout": 0.0, "positions": "none"}, sizes).eval()
+    model = models.build(
+        "hydrarec", {"width": WIDTH, "dropout": 0.0, "positions": "none"}, sizes
+    ).eval()
     assert isinstance(model, SequenceRanker)
 
     def events(number: int) -> UserInputs:
@@ -256,7 +304,9 @@ def _peer(python: Path, name: str, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _synthetic(path: Path, num_users: int) -> Path:
-    """Events of MovieLens-1M's shape: 20 or more a user, median 96, mean about 165; popular items among 3,416."""
+    """Events of MovieLens-1M's shape: 20 or more a user, median 96, mean about 165; popular items
+    among 3,416.
+    """
     rng = np.random.default_rng(0)
     lengths = np.minimum(20 + rng.lognormal(np.log(76), 1.15, num_users), 1500).astype(int)
     share = 1 / (np.arange(3416) + 50.0)

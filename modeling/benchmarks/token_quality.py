@@ -1,9 +1,11 @@
-"""What summary tokens are worth on a dataset's own tables: refresh policies, how they are stored, how many, reconstruction.
+"""What summary tokens are worth on a dataset's own tables: refresh policies, how they are stored,
+how many, reconstruction.
 
-Trains `vista_stream_*` and variants of it (or takes finished runs of the same home), then ranks the test period from
-stored tokens as each refresh policy would have left them: fresh at every event, after every so many events, at whole
-multiples of so many hours, or never after the test period began. A user whom the policy has given no tokens yet is
-ranked from the short history, as the server does. Figures are means over seeds; `±` is their standard deviation.
+Trains `vista_stream_*` and variants of it (or takes finished runs of the same home), then ranks the
+test period from stored tokens as each refresh policy would have left them: fresh at every event,
+after every so many events, at whole multiples of so many hours, or never after the test period
+began. A user whom the policy has given no tokens yet is ranked from the short history, as the
+server does. Figures are means over seeds; `±` is their standard deviation.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Asked:
         """Events of each request's user before an instant, among those known."""
         histories = self.log.gather(self.rows, self.ends)
         owner = np.repeat(np.arange(len(self.rows)), histories.lengths)
-        return np.bincount(owner, histories.times < instants[owner], len(self.rows)).astype(np.int64)
+        return np.bincount(owner, histories.times < instants[owner], len(self.rows)).astype(
+            np.int64
+        )
 
 
 def main() -> None:
@@ -58,7 +62,9 @@ def main() -> None:
     flags = parser("modeling.benchmarks.token_quality", __doc__)
     flags.add_argument("--recipe", default="vista_stream_retail")
     flags.add_argument("--seeds", type=int, default=3)
-    flags.add_argument("--ablation_seeds", type=int, default=2, help="of variants with other tokens (default 2)")
+    flags.add_argument(
+        "--ablation_seeds", type=int, default=2, help="of variants with other tokens (default 2)"
+    )
     flags.add_argument("--learning_rate", type=float, default=4e-3)
     flags.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = flags.parse_args()
@@ -76,10 +82,19 @@ def main() -> None:
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
         dataset = settings.dataset
-        (arguments.plots / f"token_refresh_{dataset}.png").write_bytes(_refresh_plot(rows, periods.describe()))
+        (arguments.plots / f"token_refresh_{dataset}.png").write_bytes(
+            _refresh_plot(rows, periods.describe())
+        )
         if more:
-            (arguments.plots / f"token_ablation_{dataset}.png").write_bytes(_ablation_plot(ablation, base))
-    config = {"dataset": settings.dataset, "recipe": base.name, "seeds": seeds, "ablation_seeds": more}
+            (arguments.plots / f"token_ablation_{dataset}.png").write_bytes(
+                _ablation_plot(ablation, base)
+            )
+    config = {
+        "dataset": settings.dataset,
+        "recipe": base.name,
+        "seeds": seeds,
+        "ablation_seeds": more,
+    }
     report("token_quality", config, [*rows, *ablation], arguments.json)
 
 
@@ -97,11 +112,15 @@ def policies(test_from: int) -> dict[str, Policy]:
         "every event": lambda asked: asked.ends,
         **{f"every {number} events": every(number) for number in (8, 32, 128)},
         **{f"every {hours} hours": at_multiples(hours) for hours in (2, 24, 168)},
-        "never after the test began": lambda asked: asked.events_before(np.full(len(asked.rows), test_from)),
+        "never after the test began": lambda asked: asked.events_before(
+            np.full(len(asked.rows), test_from)
+        ),
     }
 
 
-def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
+def _policies(
+    settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int
+) -> list[dict[str, Any]]:
     periods = encodings.periods
     log, test = HistoryLog(periods.contract, JobFolder(settings.home, "user_history")), periods.test
     rows_of = log.rows_of(test.users)
@@ -116,15 +135,23 @@ def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: i
         model, encoder, encoded = _trained(settings, encodings, one)
         summariser = Summariser(model, encoder)
         if not summariser.streams:
-            raise ValueError(f"{recipe.name} does not stream: its tokens depend on the time at which they were made")
+            raise ValueError(
+                f"{recipe.name} does not stream: its tokens depend on the time at which they were made"
+            )
         users = test.users.dictionary_encode().indices.to_numpy()
 
         def note(
-            name: str, ranked: Encoded, model: Ranker = model, encoder: Encoder = encoder, users: np.ndarray = users
+            name: str,
+            ranked: Encoded,
+            model: Ranker = model,
+            encoder: Encoder = encoder,
+            users: np.ndarray = users,
         ) -> None:
             logits = predict(model, encoder, ranked)
             probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-            values = metrics.evaluate(ranked.labels, logits, ranked.candidate_offsets, users, probability)
+            values = metrics.evaluate(
+                ranked.labels, logits, ranked.candidate_offsets, users, probability
+            )
             found.setdefault(name, []).append({metric: values[metric].value for metric in METRICS})
 
         note("stage 1 at the request, newest events", encoded)
@@ -133,7 +160,10 @@ def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: i
             note(name, replace(encoded, gather_tokens=_gather(summariser, asked, ends, "fp32")))
             behind[name] = (float((asked.ends - ends).mean()), float((ends == 0).mean()))
         for kind in KINDS[1:]:
-            note(f"every event, {kind}", replace(encoded, gather_tokens=_gather(summariser, asked, asked.ends, kind)))
+            note(
+                f"every event, {kind}",
+                replace(encoded, gather_tokens=_gather(summariser, asked, asked.ends, kind)),
+            )
     rows = []
     reference = found["every event"]
     for name, values in found.items():
@@ -141,7 +171,10 @@ def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: i
         if name in behind:
             row |= {"events_behind": behind[name][0], "without_tokens": behind[name][1]}
         row |= _spread(values)
-        change = [one["ndcg@10"] / other["ndcg@10"] - 1 for one, other in zip(values, reference, strict=True)]
+        change = [
+            one["ndcg@10"] / other["ndcg@10"] - 1
+            for one, other in zip(values, reference, strict=True)
+        ]
         auc = [one["auc"] - other["auc"] for one, other in zip(values, reference, strict=True)]
         row |= {"ndcg_change_%": 100 * statistics.mean(change), "auc_change": statistics.mean(auc)}
         rows.append({**row, "auc_change ±": statistics.stdev(auc) if len(auc) > 1 else 0.0})
@@ -149,16 +182,22 @@ def _policies(settings: Settings, encodings: Encodings, recipe: Recipe, seeds: i
 
 
 def _gather(summariser: Summariser, asked: Asked, ends: np.ndarray, kind: Kind) -> Any:
-    """Tokens of each request, computed once for each user and number of events, and stored as `kind`."""
+    """Tokens of each request, computed once for each user and number of events, and stored as
+    `kind`.
+    """
     pairs, place = np.unique(np.stack([asked.rows, ends]), axis=1, return_inverse=True)
     shape = summariser.model.token_shape
     assert shape is not None
     tokens = np.zeros((pairs.shape[1], *shape), np.float32)
-    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].indices_of(asked.log.items)
+    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].indices_of(
+        asked.log.items
+    )
     for start in range(0, pairs.shape[1], 512):
         part = slice(start, start + 512)
         histories = asked.log.gather(pairs[0, part], pairs[1, part])
-        tokens[part] = summariser.whole(histories, item_of_key, np.zeros(len(histories.lengths), np.int64)).tokens_BSD
+        tokens[part] = summariser.whole(
+            histories, item_of_key, np.zeros(len(histories.lengths), np.int64)
+        ).tokens_BSD
     if kind != "fp32":
         for index, one in enumerate(tokens):
             stored = to_bytes(Envelope("0" * 32, 0, 0, 1, one), index, kind)
@@ -169,30 +208,54 @@ def _gather(summariser: Summariser, asked: Asked, ends: np.ndarray, kind: Kind) 
     return lambda chosen: (tokens[place[chosen]], has[chosen])
 
 
-def _ablation(settings: Settings, encodings: Encodings, base: Recipe, seeds: int, more: int) -> list[dict[str, Any]]:
+def _ablation(
+    settings: Settings, encodings: Encodings, base: Recipe, seeds: int, more: int
+) -> list[dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {}
     if more:
         variants |= {f"{number} tokens": {"num_seeds": number} for number in (4, 8, 128)}
         variants |= {"no reconstruction": {"reconstruction": 0.0}}
-        nothing = {"summary_layers": 0, "causal": False, "seed_role": "source", "reconstruction": 0.0}
+        nothing = {
+            "summary_layers": 0,
+            "causal": False,
+            "seed_role": "source",
+            "reconstruction": 0.0,
+        }
         variants |= {"no stage 1: the same tokens for everybody": nothing}
     rows = []
     for name, changes in {f"{base.config['num_seeds']} tokens": {}, **variants}.items():
         results = []
         for seed in range(1, (more if changes else seeds) + 1):
-            named = base.name if not changes else f"{base.name}-{name.split(':')[0].replace(' ', '_')}"
+            named = (
+                base.name if not changes else f"{base.name}-{name.split(':')[0].replace(' ', '_')}"
+            )
             one = replace(
-                base, name=named, config={**base.config, **changes}, training=replace(base.training, seed=seed)
+                base,
+                name=named,
+                config={**base.config, **changes},
+                training=replace(base.training, seed=seed),
             )
             results.append(train_and_evaluate(settings, encodings, one))
-        values = [{metric: result["test"][metric]["value"] for metric in METRICS} for result in results]
+        values = [
+            {metric: result["test"][metric]["value"] for metric in METRICS} for result in results
+        ]
         cpu = statistics.mean(result["summary"]["cpu_seconds"] for result in results)
         bytes_of = 2 * {**base.config, **changes}["num_seeds"] * base.config["width"]
-        rows.append({"case": "ablation", "tokens": name, **_spread(values), "cpu_s": cpu, "fp16_bytes": bytes_of})
+        rows.append(
+            {
+                "case": "ablation",
+                "tokens": name,
+                **_spread(values),
+                "cpu_s": cpu,
+                "fp16_bytes": bytes_of,
+            }
+        )
     return rows
 
 
-def _trained(settings: Settings, encodings: Encodings, recipe: Recipe) -> tuple[Ranker, Encoder, Encoded]:
+def _trained(
+    settings: Settings, encodings: Encodings, recipe: Recipe
+) -> tuple[Ranker, Encoder, Encoded]:
     from safetensors.torch import load_file
 
     encoder, train, _, test = encodings.of(recipe)
@@ -214,7 +277,9 @@ def _spread(values: list[dict[str, float]]) -> dict[str, Any]:
 def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
     plt = plots()
     figure, axes = plt.subplots(figsize=(7.6, 4.6))
-    shown = sorted((row for row in rows if "events_behind" in row), key=lambda row: row["events_behind"])
+    shown = sorted(
+        (row for row in rows if "events_behind" in row), key=lambda row: row["events_behind"]
+    )
     axes.axhline(0, color=GREY, linewidth=0.8)
     for number, row in enumerate(shown):
         colour = ORANGE if "hours" in row["tokens"] else GREY if "never" in row["tokens"] else BLUE
@@ -231,7 +296,10 @@ def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
             ha="left" if above else "right",
             va="bottom" if above else "top",
         )
-    axes.set(xscale="log", xlabel="events that the tokens have not seen, mean over requests (0 is drawn at 0.5)")
+    axes.set(
+        xscale="log",
+        xlabel="events that the tokens have not seen, mean over requests (0 is drawn at 0.5)",
+    )
     axes.set_ylabel("AUC less that of fresh tokens, by seed")
     axes.set_title(f"Refresh policies. {title.split(',')[0]}", fontsize=10)
     axes.margins(x=0.2, y=0.6)
@@ -240,8 +308,13 @@ def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
 
 def _ablation_plot(rows: list[dict[str, Any]], base: Recipe) -> bytes:
     plt = plots()
-    figure, (counts, losses) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(2, 1), sharey=True)
-    by_count = sorted((row for row in rows if row["tokens"].split()[0].isdigit()), key=lambda row: row["fp16_bytes"])
+    figure, (counts, losses) = plt.subplots(
+        1, 2, figsize=(9.2, 3.8), width_ratios=(2, 1), sharey=True
+    )
+    by_count = sorted(
+        (row for row in rows if row["tokens"].split()[0].isdigit()),
+        key=lambda row: row["fp16_bytes"],
+    )
     counts.errorbar(
         [int(row["tokens"].split()[0]) for row in by_count],
         [row["ndcg@10"] for row in by_count],
@@ -250,7 +323,9 @@ def _ablation_plot(rows: list[dict[str, Any]], base: Recipe) -> bytes:
         color=BLUE,
         capsize=3,
     )
-    counts.set(xscale="log", xlabel="summary tokens of a user", ylabel="NDCG@10", title="Number of tokens")
+    counts.set(
+        xscale="log", xlabel="summary tokens of a user", ylabel="NDCG@10", title="Number of tokens"
+    )
     numbers = [int(row["tokens"].split()[0]) for row in by_count]
     counts.set_xticks(numbers, [str(number) for number in numbers])
     counts.minorticks_off()

@@ -1,10 +1,12 @@
-"""VISTA: ranking from summary tokens behind any history, stage 1 on growing ones, and one more event.
+"""VISTA: ranking from summary tokens behind any history, stage 1 on growing ones, and one more
+event.
 
-`ranking`: 500 candidates against 128 stored tokens (decoded, keys and values made, scored) behind 1,000 to a million
-events. `against`: the same at L = 4,096, C = 256 beside the amortised DLRM of four layers with its KV cache at hand,
-anew, and once for each candidate. `stage 1`: whole histories in chunks, in a process of its own for peak memory, beside
-the rate of a large matrix product. `refresh`: one new event into a stored stream, beside computing it anew. `drift`: a
-stream in single precision after very many single events, beside double precision.
+`ranking`: 500 candidates against 128 stored tokens (decoded, keys and values made, scored) behind
+1,000 to a million events. `against`: the same at L = 4,096, C = 256 beside the amortised DLRM of
+four layers with its KV cache at hand, anew, and once for each candidate. `stage 1`: whole histories
+in chunks, in a process of its own for peak memory, beside the rate of a large matrix product.
+`refresh`: one new event into a stored stream, beside computing it anew. `drift`: a stream in single
+precision after very many single events, beside double precision.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def main() -> None:
     flags = parser("modeling.benchmarks.vista", __doc__)
     flags.add_argument("--threads", type=int, default=1)
     flags.add_argument("--drift_events", type=int, help="default: a million; 20,000 with --quick")
-    flags.add_argument("--only", choices=("ranking", "against", "stage_1", "refresh", "drift"), nargs="*")
+    flags.add_argument(
+        "--only", choices=("ranking", "against", "stage_1", "refresh", "drift"), nargs="*"
+    )
     flags.add_argument("--child", choices=("stage_1",), help=argparse.SUPPRESS)
     arguments = flags.parse_args()
     if arguments.child:
@@ -57,9 +61,16 @@ def main() -> None:
         ),
         "stage_1": lambda: _stage_1(lengths, arguments.threads),
         "refresh": lambda: _refresh(lengths, arguments.repeats),
-        "drift": lambda: _drift(arguments.drift_events or (20_000 if arguments.quick else 1_000_000)),
+        "drift": lambda: _drift(
+            arguments.drift_events or (20_000 if arguments.quick else 1_000_000)
+        ),
     }
-    rows = [row for name, case in cases.items() if not arguments.only or name in arguments.only for row in case()]
+    rows = [
+        row
+        for name, case in cases.items()
+        if not arguments.only or name in arguments.only
+        for row in case()
+    ]
     config = {"width": WIDTH, "seeds": SEEDS, "stage 1 layers": 3, "threads": arguments.threads}
     report("vista", config, rows, arguments.json)
 
@@ -93,7 +104,9 @@ def _ranking(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
         def rank(stored: bytes = stored) -> Tensor:
             found = from_bytes(stored, "user").tokens_SD
             assert found is not None
-            return model.score(model.state_of(torch.from_numpy(found)[None], none), batch.candidates)
+            return model.score(
+                model.state_of(torch.from_numpy(found)[None], none), batch.candidates
+            )
 
         calls[str(length)] = rank
     seconds = interleaved(calls, 3 * repeats, 3)
@@ -128,13 +141,22 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
         def rank(model: VISTA = model, stored: bytes = stored) -> Tensor:
             found = from_bytes(stored, "user").tokens_SD
             assert found is not None
-            return model.score(model.state_of(torch.from_numpy(found)[None], none), batch.candidates)
+            return model.score(
+                model.state_of(torch.from_numpy(found)[None], none), batch.candidates
+            )
 
         calls[f"summary tokens, {layers} stage 2 layers"] = rank
     calls["KV cache at hand"] = lambda: amortised.score(cached, batch.candidates)
     calls["amortised, anew"] = lambda: amortised(batch)
     seconds = interleaved(calls, repeats)
-    once = interleaved({"": lambda: amortised(type(batch)(batch.user, batch.candidates.select(slice(0, 1)), batch.labels_BCT))}, repeats)  # fmt: skip
+    once = interleaved(
+        {
+            "": lambda: amortised(
+                type(batch)(batch.user, batch.candidates.select(slice(0, 1)), batch.labels_BCT)
+            )
+        },
+        repeats,
+    )
     naive = once[""]["wall_s"] * number
     rows = []
     for name, call in calls.items():
@@ -154,7 +176,15 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
                 "naive_over_it": naive / taken,
             }
         rows.append(row)
-    rows.append({"case": "against", "what": "naive: once a candidate", "L": length, "C": number, "ms": 1000 * naive})
+    rows.append(
+        {
+            "case": "against",
+            "what": "naive: once a candidate",
+            "L": length,
+            "C": number,
+            "ms": 1000 * naive,
+        }
+    )
     return rows
 
 
@@ -235,9 +265,18 @@ def _refresh(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _drift(events: int) -> list[dict[str, Any]]:
-    """Two layers of width 32: a stream fed one event at a time, beside the same in double precision, whole."""
+    """Two layers of width 32: a stream fed one event at a time, beside the same in double
+    precision, whole.
+    """
     sizes = sizes_of(512)
-    small = {**STREAM, "width": 32, "num_heads": 2, "num_seeds": 8, "summary_layers": 2, "block": 32}
+    small = {
+        **STREAM,
+        "width": 32,
+        "num_heads": 2,
+        "num_seeds": 8,
+        "summary_layers": 2,
+        "block": 32,
+    }
     single, double = _build(small, sizes), _build(small, sizes).double()
     streams, rows, marks = None, [], sorted({events // 100, events // 10, events})
     exact = None
@@ -247,7 +286,10 @@ def _drift(events: int) -> list[dict[str, Any]]:
         for index in range(chunk.mask_BL.shape[1]):
             tokens, streams = single.stream([chunk.events(index, index + 1)], streams)
         precise = UserInputs(
-            **{k: v.double() if v is not None and v.is_floating_point() else v for k, v in vars(chunk).items()}
+            **{
+                k: v.double() if v is not None and v.is_floating_point() else v
+                for k, v in vars(chunk).items()
+            }
         )
         expected, exact = double.stream([precise], exact)
         done += chunk.mask_BL.shape[1]

@@ -19,7 +19,9 @@ def sizes_of(history_length: int) -> FeatureSizes:
     return FeatureSizes(10_000, 2, 2, (50, 24, 7), (2_000,), (8,), 13, history_length, user_dense=5)
 
 
-def requests(sizes: FeatureSizes, number: int, length: int, candidates: int, seed: int = 0) -> Batch:
+def requests(
+    sizes: FeatureSizes, number: int, length: int, candidates: int, seed: int = 0
+) -> Batch:
     """Requests with full histories and as many candidates each; labels are random."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,7 +42,8 @@ def requests(sizes: FeatureSizes, number: int, length: int, candidates: int, see
         dense_BG=real(number, sizes.user_dense),
     )
     categories = [
-        whole(size, number, candidates, slots) for size, slots in zip(sizes.categories, sizes.slots, strict=True)
+        whole(size, number, candidates, slots)
+        for size, slots in zip(sizes.categories, sizes.slots, strict=True)
     ]
     chosen = Candidates(
         item_BC=whole(sizes.items, number, candidates),
@@ -60,7 +63,9 @@ def one_candidate_per_row(batch: Batch) -> Batch:
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """FLOPs of a call's matrix products, attention on a CPU included, which torch does not count by itself."""
+    """FLOPs of a call's matrix products, attention on a CPU included, which torch does not count by
+    itself.
+    """
     aten = torch.ops.aten
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -82,7 +87,9 @@ def _attention_backward(
 
 
 def gemm_rate() -> float:
-    """FLOPs a CPU second of a large matrix product on this thread: the floor that benchmarks print."""
+    """FLOPs a CPU second of a large matrix product on this thread: the floor that benchmarks
+    print.
+    """
     square = torch.randn(1024, 1024)
     taken = []
     for _ in range(20):

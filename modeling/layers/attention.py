@@ -1,4 +1,6 @@
-"""Attention over a history whose keys and values outlive the queries: the building block of amortised encoders."""
+"""Attention over a history whose keys and values outlive the queries: the building block of
+amortised encoders.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 class HistoryAttentionLayer(nn.Module):
     """One pre-norm Transformer layer whose queries may be other rows than its keys and values.
 
-    `keys_values` projects history rows once; `forward` lets any rows (history or candidates) read them. Both kinds of
-    rows share every weight, which is what "append the candidate" means.
+    `keys_values` projects history rows once; `forward` lets any rows (history or candidates) read
+    them. Both kinds of rows share every weight, which is what "append the candidate" means.
 
     Args:
         width: D.
@@ -42,12 +44,14 @@ class HistoryAttentionLayer(nn.Module):
         key, value = self.key_value(self.norm(history_BLD)).chunk(2, dim=-1)
         return self._heads(key), self._heads(value)
 
-    def forward(self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Let rows read the history.
 
         Args:
-            mask: bool, B × 1 × L (all rows alike) or B × N × L; True where a row may read a key. A row that may read
-                none reads zeros. None where every row may read all.
+            mask: bool, B × 1 × L (all rows alike) or B × N × L; True where a row may read a key. A
+                row that may read none reads zeros. None where every row may read all.
         """
         query = self._heads(self.query(self.norm(rows_BND)))
         if mask is None:
@@ -56,13 +60,18 @@ class HistoryAttentionLayer(nn.Module):
         read = scaled_dot_product_attention(query, keys, values, attn_mask=(mask | ~some)[:, None])
         return self._finish(rows_BND, read, some)
 
-    def read_with_own(self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None) -> Tensor:
+    def read_with_own(
+        self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None
+    ) -> Tensor:
         """Let each row read the history and itself, and none of the other rows."""
         normed = self.norm(rows_BCD)
-        own_keys, own_values = (self._heads(half)[:, :, :, None] for half in self.key_value(normed).chunk(2, dim=-1))
+        own_keys, own_values = (
+            self._heads(half)[:, :, :, None] for half in self.key_value(normed).chunk(2, dim=-1)
+        )
         query = self._heads(self.query(normed))[:, :, :, None]
         return self._finish(
-            rows_BCD, attend_shared_and_own(query, keys, values, mask_BL, own_keys, own_values)[:, :, :, 0]
+            rows_BCD,
+            attend_shared_and_own(query, keys, values, mask_BL, own_keys, own_values)[:, :, :, 0],
         )
 
     def _finish(self, rows: Tensor, read: Tensor, some: Tensor | None = None) -> Tensor:
@@ -75,7 +84,9 @@ class HistoryAttentionLayer(nn.Module):
 
 
 def causal_mask(mask_BL: Tensor, num_new: int) -> Tensor:
-    """Which keys the newest `num_new` rows may read when each reads itself and what came before, B × num_new × L."""
+    """Which keys the newest `num_new` rows may read when each reads itself and what came before, B
+    × num_new × L.
+    """
     length = mask_BL.shape[1]
     row = torch.arange(length - num_new, length, device=mask_BL.device)
     earlier = torch.arange(length, device=mask_BL.device) <= row[:, None]
@@ -83,11 +94,18 @@ def causal_mask(mask_BL: Tensor, num_new: int) -> Tensor:
 
 
 def attend_shared_and_own(
-    query: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None, own_keys: Tensor, own_values: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask_BL: Tensor | None,
+    own_keys: Tensor,
+    own_values: Tensor,
 ) -> Tensor:
-    """Groups of rows that all read the same keys, and each its own group's up to itself; softmax runs over both.
+    """Groups of rows that all read the same keys, and each its own group's up to itself; softmax
+    runs over both.
 
-    Candidates read one cached history and themselves, and nothing of one another; no key is copied for a candidate.
+    Candidates read one cached history and themselves, and nothing of one another; no key is copied
+    for a candidate.
 
     Args:
         query: B × H × C × N × K, N rows in each of C groups.
@@ -101,12 +119,20 @@ def attend_shared_and_own(
     number, length = query.shape[3], keys.shape[2]
     query = query * query.shape[-1] ** -0.5
     asking = query.flatten(2, 3)
-    if mask_BL is not None:  # as one more dimension of the product, which costs less than another pass over the scores
-        hidden = torch.zeros_like(mask_BL, dtype=keys.dtype).masked_fill(~mask_BL, torch.finfo(keys.dtype).min / 2)
+    if (
+        mask_BL is not None
+    ):  # as one more dimension of the product, which costs less than another pass over the scores
+        hidden = torch.zeros_like(mask_BL, dtype=keys.dtype).masked_fill(
+            ~mask_BL, torch.finfo(keys.dtype).min / 2
+        )
         keys = torch.cat([keys, hidden[:, None, :, None].expand(-1, keys.shape[1], -1, -1)], dim=-1)
         asking = torch.cat([asking, torch.ones_like(asking[..., :1])], dim=-1)
     shared = (asking @ keys.transpose(-1, -2)).unflatten(2, query.shape[2:4])
-    own = (query * own_keys).sum(-1, keepdim=True) if number == 1 else query @ own_keys.transpose(-1, -2)
+    own = (
+        (query * own_keys).sum(-1, keepdim=True)
+        if number == 1
+        else query @ own_keys.transpose(-1, -2)
+    )
     if number > 1:
         later = torch.ones(number, number, dtype=torch.bool, device=own.device).triu(1)
         own = own.masked_fill(later, -torch.inf)

@@ -1,9 +1,11 @@
-"""Block: one layer of a sequence model around any operator. Only the operator differs between the models.
+"""Block: one layer of a sequence model around any operator. Only the operator differs between the
+models.
 
     x + Drop(W_o mix(Q, K, V)) with [Q, K, V] = W LN(x), then x + Drop(FFN(LN(x)))
 
-`gated` multiplies each branch by a sigmoid gate of the branch's input x (LiGR layers, arXiv 2502.03417, as in eSASRec,
-arXiv 2508.06450). Row-wise parts run on packed rows; the operator sees padded groups.
+`gated` multiplies each branch by a sigmoid gate of the branch's input x (LiGR layers, arXiv
+2502.03417, as in eSASRec, arXiv 2508.06450). Row-wise parts run on packed rows; the operator sees
+padded groups.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ class Block(nn.Module):
     """See the module docstring.
 
     Args:
-        mixed_scale: what happens to the operator's output before W_o: nothing, LayerNorm, or division by the rows read
-            so far. Operators without a denominator grow with the history and want one of the latter.
+        mixed_scale: what happens to the operator's output before W_o: nothing, LayerNorm, or
+            division by the rows read so far. Operators without a denominator grow with the history
+            and want one of the latter.
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class Block(nn.Module):
         mixed = packing.apply(mix, self.query_key_value(self.norm(rows_ND)))
         return self._after(rows_ND, mixed, place.count)
 
-    def extend(self, rows_BTD: Tensor, state: State, mask_BT: Tensor, place: Place) -> tuple[Tensor, State]:
+    def extend(
+        self, rows_BTD: Tensor, state: State, mask_BT: Tensor, place: Place
+    ) -> tuple[Tensor, State]:
         """`forward` for padded rows that follow those the state has seen."""
         query, key, value = self.query_key_value(self.norm(rows_BTD)).chunk(3, dim=-1)
         mixed, state = self.operator.extend(state, query, key, value, mask_BT)
@@ -111,7 +116,9 @@ class Block(nn.Module):
         elif self.mixed_scale == "count":
             mixed = mixed / count[..., None]
         rows = rows + self._gated(0, rows, self.dropout(self.out(mixed)))
-        return rows + self._gated(1, rows, self.dropout(self.feed_forward(self.feed_forward_norm(rows))))
+        return rows + self._gated(
+            1, rows, self.dropout(self.feed_forward(self.feed_forward_norm(rows)))
+        )
 
     def _gated(self, branch: int, rows: Tensor, out: Tensor) -> Tensor:
         return out if self.gates is None else out * torch.sigmoid(self.gates[branch](rows))

@@ -14,13 +14,16 @@ from modeling.batch import FeatureSizes
 class CategorySlots(nn.Module):
     """Mean embedding of each group of category slots: category_BCK → B × C × groups × D.
 
-    Empty slots (0) add nothing; a group without a known value has a learned row of its own, which says so.
+    Empty slots (0) add nothing; a group without a known value has a learned row of its own, which
+    says so.
     """
 
     def __init__(self, sizes: FeatureSizes, width: int) -> None:
         super().__init__()
         self.slots = sizes.slots
-        self.tables = nn.ModuleList(nn.Embedding(size, width, padding_idx=0) for size in sizes.categories)
+        self.tables = nn.ModuleList(
+            nn.Embedding(size, width, padding_idx=0) for size in sizes.categories
+        )
         self.nothing = nn.Parameter(torch.zeros(len(sizes.categories), width))
 
     def zero_empty_slots(self) -> None:
@@ -55,7 +58,9 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(num_features))
 
     def fit(self, values_NF: Tensor) -> None:
-        """Take mean and deviation of what is known in the training set; a constant feature keeps scale 1."""
+        """Take mean and deviation of what is known in the training set; a constant feature keeps
+        scale 1.
+        """
         values = values_NF.double()
         known = ~values.isnan()
         number = known.sum(0).clamp(min=1)
@@ -70,7 +75,11 @@ class Standardise(nn.Module):
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
-    """Sinusoidal encodings of integer positions: … → … × width. Unbounded, so a growing history never runs out."""
-    rate = torch.exp(torch.arange(0, width, 2, device=position.device) * (-math.log(10_000.0) / width))
+    """Sinusoidal encodings of integer positions: … → … × width. Unbounded, so a growing history
+    never runs out.
+    """
+    rate = torch.exp(
+        torch.arange(0, width, 2, device=position.device) * (-math.log(10_000.0) / width)
+    )
     angle = position[..., None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]

@@ -1,5 +1,5 @@
-"""Features as tokens of one width: what the interaction models interact, split into what a request knows and what a
-candidate adds, so that the request's half is computed once.
+"""Features as tokens of one width: what the interaction models interact, split into what a request
+knows and what a candidate adds, so that the request's half is computed once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Bags(NamedTuple):
 class FeatureTokens(nn.Module):
     """Every feature as a token of width D.
 
-    Of a request: a token for each user and context field, dense user features in tokens of five, and the mean item of
-    each action's events (a behaviour sequence is the events of one action). Of a candidate: item, category groups,
-    dense features in tokens of five.
+    Of a request: a token for each user and context field, dense user features in tokens of five,
+    and the mean item of each action's events (a behaviour sequence is the events of one action). Of
+    a candidate: item, category groups, dense features in tokens of five.
 
     Args:
         bags: whether pooled sequences are among the request's tokens.
@@ -42,7 +42,9 @@ class FeatureTokens(nn.Module):
         self.categories = CategorySlots(sizes, width)
         self.user_dense = DenseTokens(sizes.user_dense, width)
         self.candidate_dense = DenseTokens(sizes.dense, width)
-        self.nothing = nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None  # of an empty sequence
+        self.nothing = (
+            nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
+        )  # of an empty sequence
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.05)
@@ -51,13 +53,21 @@ class FeatureTokens(nn.Module):
     @property
     def request_groups(self) -> tuple[int, ...]:
         """Tokens of each semantic group of the request: fields, dense features, each sequence."""
-        groups = (len(self.fields), self.user_dense.num_tokens, *((1,) * self.sizes.actions if self.bags else ()))
+        groups = (
+            len(self.fields),
+            self.user_dense.num_tokens,
+            *((1,) * self.sizes.actions if self.bags else ()),
+        )
         return tuple(size for size in groups if size)
 
     @property
     def candidate_groups(self) -> tuple[int, ...]:
         """Tokens of each semantic group of a candidate: item, categories, dense features."""
-        return tuple(size for size in (1, len(self.sizes.categories), self.candidate_dense.num_tokens) if size)
+        return tuple(
+            size
+            for size in (1, len(self.sizes.categories), self.candidate_dense.num_tokens)
+            if size
+        )
 
     @property
     def num_request(self) -> int:
@@ -74,7 +84,9 @@ class FeatureTokens(nn.Module):
         self.candidate_dense.standardise.fit(dense_NF)
         self.user_dense.standardise.fit(dense_BG)
 
-    def bag(self, user: UserInputs, before: Bags | None = None, items_BLD: Tensor | None = None) -> Bags:
+    def bag(
+        self, user: UserInputs, before: Bags | None = None, items_BLD: Tensor | None = None
+    ) -> Bags:
         """Sums of the events by action, on top of those of earlier events.
 
         Args:
@@ -82,11 +94,19 @@ class FeatureTokens(nn.Module):
         """
         items_BLD = self.item(user.item_BL) if items_BLD is None else items_BLD
         which = torch.arange(self.sizes.actions, device=user.action_BL.device)
-        member = ((user.action_BL[:, None] == which[:, None]) & user.mask_BL[:, None]).to(self.item.weight.dtype)
+        member = ((user.action_BL[:, None] == which[:, None]) & user.mask_BL[:, None]).to(
+            self.item.weight.dtype
+        )
         sums, counts = member @ items_BLD, member.sum(-1)
-        return Bags(sums, counts) if before is None else Bags(before.sum_BAD + sums, before.count_BA + counts)
+        return (
+            Bags(sums, counts)
+            if before is None
+            else Bags(before.sum_BAD + sums, before.count_BA + counts)
+        )
 
-    def request(self, user: UserInputs, bags: Bags | None = None, items_BLD: Tensor | None = None) -> Tensor:
+    def request(
+        self, user: UserInputs, bags: Bags | None = None, items_BLD: Tensor | None = None
+    ) -> Tensor:
         """Tokens of each request, B × R × D.
 
         Args:
@@ -114,9 +134,11 @@ class FeatureTokens(nn.Module):
 
 
 class DenseTokens(nn.Module):
-    """Dense features → standardised → one two-layer network → tokens (Hiformer, arXiv 2311.05884, input layer).
+    """Dense features → standardised → one two-layer network → tokens (Hiformer, arXiv 2311.05884,
+    input layer).
 
-    Differs: beside each number the network sees whether it is there. Missing numbers (NaN) are neither small nor the mean.
+    Differs: beside each number the network sees whether it is there. Missing numbers (NaN) are
+    neither small nor the mean.
     """
 
     def __init__(self, num_features: int, width: int) -> None:
@@ -125,7 +147,9 @@ class DenseTokens(nn.Module):
         self.standardise = Standardise(num_features)
         self.network = (
             nn.Sequential(
-                nn.Linear(2 * num_features, 2 * width), nn.GELU(), nn.Linear(2 * width, self.num_tokens * width)
+                nn.Linear(2 * num_features, 2 * width),
+                nn.GELU(),
+                nn.Linear(2 * width, self.num_tokens * width),
             )
             if num_features
             else nn.Identity()

@@ -1,6 +1,8 @@
-"""Attention over a fixed list of feature tokens: vanilla, heterogeneous, composite (Hiformer, arXiv 2311.05884).
+"""Attention over a fixed list of feature tokens: vanilla, heterogeneous, composite (Hiformer, arXiv
+2311.05884).
 
-A layer takes its tokens in two halves: those that a request knows, once per request, and those of each candidate.
+A layer takes its tokens in two halves: those that a request knows, once per request, and those of
+each candidate.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Kind = Literal["vanilla", "hetero", "composite", "low_rank"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a layer: L tokens of width D, H heads with keys and values of their own widths, ranks if low-rank."""
+    """Sizes of a layer: L tokens of width D, H heads with keys and values of their own widths,
+    ranks if low-rank.
+    """
 
     num_tokens: int
     width: int
@@ -42,7 +46,8 @@ class Known:
 
 
 class Composite(nn.Module):
-    """All tokens → one projection for every token: x_1 … x_L concatenated, times a matrix of LD × LE.
+    """All tokens → one projection for every token: x_1 … x_L concatenated, times a matrix of LD ×
+    LE.
 
     With a rank, the matrix is a product of LD × r and r × LE, joint over heads.
     """
@@ -55,7 +60,9 @@ class Composite(nn.Module):
         self.up = nn.Parameter(torch.randn(rank, outputs) * rank**-0.5) if rank else None
 
     def part(self, tokens: Tensor, first: int) -> Tensor:
-        """What the tokens `[first, first + t)` add: … × t × D → … × (r or LE). Parts of all tokens sum to the whole."""
+        """What the tokens `[first, first + t)` add: … × t × D → … × (r or LE). Parts of all tokens
+        sum to the whole.
+        """
         start = first * self.width
         return tokens.flatten(-2) @ self.down[start : start + tokens.shape[-2] * self.width]
 
@@ -71,7 +78,9 @@ class ByToken(nn.Module):
 
     def __init__(self, num_tokens: int, width: int, out: int, *, shared: bool) -> None:
         super().__init__()
-        self.map = nn.Linear(width, out, bias=False) if shared else PerTokenLinear(num_tokens, width, out)
+        self.map = (
+            nn.Linear(width, out, bias=False) if shared else PerTokenLinear(num_tokens, width, out)
+        )
         self.shared = shared
 
     def part(self, tokens: Tensor, first: int) -> Tensor:
@@ -81,17 +90,22 @@ class ByToken(nn.Module):
 
     def join(self, known: Tensor | None, rest: Tensor) -> Tensor:
         """The projections of all tokens, … × L × E."""
-        return rest if known is None else torch.cat([known.expand(-1, rest.shape[1], -1, -1), rest], dim=2)
+        return (
+            rest
+            if known is None
+            else torch.cat([known.expand(-1, rest.shape[1], -1, -1), rest], dim=2)
+        )
 
 
 class HeterogeneousLayer(nn.Module):
     """One pre-norm layer over the list.
 
     Args:
-        kind: "vanilla": one projection for all tokens; "hetero": one for each token; "composite": keys and values of
-            every token from all tokens; "low_rank": the same by two factors.
+        kind: "vanilla": one projection for all tokens; "hetero": one for each token; "composite":
+            keys and values of every token from all tokens; "low_rank": the same by two factors.
         num_queries: only the first so many tokens ask and come out; None for all (unpruned).
-        composite_query: queries of an unpruned composite layer from all tokens too; a pruned layer asks by token.
+        composite_query: queries of an unpruned composite layer from all tokens too; a pruned layer
+            asks by token.
         shared_output: one output projection for all tokens.
     """
 
@@ -111,8 +125,12 @@ class HeterogeneousLayer(nn.Module):
         asking = tokens if num_queries is None else num_queries
         self.shape, self.num_heads, self.num_queries = shape, heads, asking
         rank_key, rank_value = (shape.rank_key, shape.rank_value) if kind == "low_rank" else (0, 0)
-        self.norm: nn.Module = nn.LayerNorm(width, eps=1e-5) if vanilla else PerTokenLayerNorm(tokens, width)
-        self.norm_out: nn.Module = nn.LayerNorm(width, eps=1e-5) if vanilla else PerTokenLayerNorm(asking, width)
+        self.norm: nn.Module = (
+            nn.LayerNorm(width, eps=1e-5) if vanilla else PerTokenLayerNorm(tokens, width)
+        )
+        self.norm_out: nn.Module = (
+            nn.LayerNorm(width, eps=1e-5) if vanilla else PerTokenLayerNorm(asking, width)
+        )
         self.vanilla = vanilla
 
         def projection(out: int, rank: int, composite: bool, number: int) -> Composite | ByToken:
@@ -124,10 +142,14 @@ class HeterogeneousLayer(nn.Module):
         self.query = projection(heads * shape.key_width, rank_key, ask_all, asking)
         self.key = projection(heads * shape.key_width, rank_key, mixed, tokens)
         self.value = projection(heads * shape.value_width, rank_value, mixed, tokens)
-        self.output = ByToken(asking, heads * shape.value_width, width, shared=vanilla or shared_output)
+        self.output = ByToken(
+            asking, heads * shape.value_width, width, shared=vanilla or shared_output
+        )
         self.feed_forward: nn.Module
         if vanilla:
-            self.feed_forward = nn.Sequential(nn.Linear(width, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, width))
+            self.feed_forward = nn.Sequential(
+                nn.Linear(width, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, width)
+            )
         else:
             self.feed_forward = PerTokenFeedForward(asking, width, shape.hidden)
         self.dropout = nn.Dropout(dropout)
@@ -136,7 +158,9 @@ class HeterogeneousLayer(nn.Module):
         """What the first P tokens of the list contribute, once per request."""
         rows = known_BPD[:, None]
         normed = self._norm(rows, 0)
-        return Known(rows, self._ask(normed, 0), self.key.part(normed, 0), self.value.part(normed, 0))
+        return Known(
+            rows, self._ask(normed, 0), self.key.part(normed, 0), self.value.part(normed, 0)
+        )
 
     def forward(self, known: Known | None, rest_BCMD: Tensor) -> Tensor:
         """Tokens that ask, B × C × Q × D.
@@ -148,7 +172,9 @@ class HeterogeneousLayer(nn.Module):
         first = 0 if known is None else known.rows.shape[2]
         normed = self._norm(rest_BCMD, first)
         key = self.key.join(None if known is None else known.key, self.key.part(normed, first))
-        value = self.value.join(None if known is None else known.value, self.value.part(normed, first))
+        value = self.value.join(
+            None if known is None else known.value, self.value.part(normed, first)
+        )
         rows = rest_BCMD
         if known is not None and first < self.num_queries:
             rows = torch.cat([known.rows.expand(-1, rest_BCMD.shape[1], -1, -1), rest_BCMD], dim=2)
@@ -156,11 +182,15 @@ class HeterogeneousLayer(nn.Module):
             rows = known.rows.expand(-1, rest_BCMD.shape[1], -1, -1)
         rows = rows[:, :, : self.num_queries]
         if isinstance(self.query, Composite) or first < self.num_queries:
-            query = self.query.join(None if known is None else known.query, self._ask(normed, first))
+            query = self.query.join(
+                None if known is None else known.query, self._ask(normed, first)
+            )
         else:
             assert known is not None
             query = known.query.expand(-1, rest_BCMD.shape[1], -1, -1)
-        read = scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
+        read = scaled_dot_product_attention(
+            self._heads(query), self._heads(key), self._heads(value)
+        )
         read = read.transpose(1, 2).flatten(2).unflatten(0, rest_BCMD.shape[:2])
         rows = rows + self.dropout(self.output.part(read, 0))
         normed = self.norm_out(rows)

@@ -1,7 +1,7 @@
 """Hydra attention: as many heads as features, so time and memory are linear in rows and in width.
 
-Source: Bolya, Fu, Dai, Zhang, Hoffman, "Hydra Attention: Efficient Attention with Many Heads", arXiv 2209.07484; used
-for sequential recommendation in Mushtaque, "HydraRec", arXiv 2501.01242.
+Source: Bolya, Fu, Dai, Zhang, Hoffman, "Hydra Attention: Efficient Attention with Many Heads",
+arXiv 2209.07484; used for sequential recommendation in Mushtaque, "HydraRec", arXiv 2501.01242.
 
 | paper | here |
 |---|---|
@@ -10,8 +10,8 @@ for sequential recommendation in Mushtaque, "HydraRec", arXiv 2501.01242.
 | the same, s ≤ t | `Hydra(causal=True)`: a prefix sum; the state is one D-vector |
 | – | `DecayedHydra`: Σ_s λ^|t - s| ⊙ φ(K)_s ⊙ V_s with learned λ in (0, 1)^D; causally, a recurrence |
 
-Differs: the causal and the decayed form are ours (the body of HydraRec is not public). Sums are taken in float32,
-whatever the rows' dtype.
+Differs: the causal and the decayed form are ours (the body of HydraRec is not public). Sums are
+taken in float32, whatever the rows' dtype.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def unit_rows(rows: Tensor) -> Tensor:
     return normalize(rows, dim=-1, eps=EPSILON)
 
 
-def hydra_plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, decay_D: Tensor | None = None) -> Tensor:
-    """The formula written down: one T × T matrix for each of the D heads. The twin that fast paths are held to.
+def hydra_plain(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, decay_D: Tensor | None = None
+) -> Tensor:
+    """The formula written down: one T × T matrix for each of the D heads. The twin that fast paths
+    are held to.
 
     Args:
         query, key, value: B × T × D without padding.
@@ -55,7 +58,8 @@ def hydra_plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, deca
 def prefix_sum(rows_BTD: Tensor) -> Tensor:
     """Inclusive sums along time, by triangular products within chunks and a sum over chunks.
 
-    Ten times `torch.cumsum` along a middle dimension at 8,192 × 64 on one core; same order of error.
+    Ten times `torch.cumsum` along a middle dimension at 8,192 × 64 on one core; same order of
+    error.
     """
     batch, length, width = rows_BTD.shape
     tail = -length % CHUNK
@@ -68,7 +72,9 @@ def prefix_sum(rows_BTD: Tensor) -> Tensor:
 
 
 def decayed_prefix_sum(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
-    """G_t = λ ⊙ G_{t-1} + rows_t, for any λ in [0, 1]^D, linear in T and without division by powers of λ."""
+    """G_t = λ ⊙ G_{t-1} + rows_t, for any λ in [0, 1]^D, linear in T and without division by powers
+    of λ.
+    """
     sums: Tensor = _DecayedPrefixSum.apply(rows_BTD, decay_D)  # type: ignore[no-untyped-call]
     return sums
 
@@ -83,7 +89,9 @@ def decayed_prefix_sum_plain(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
 
 
 def _scan(rows: Tensor, decay: Tensor) -> Tensor:
-    """Decayed sums: step through all chunks at once, then carry their ends, which is the same problem STEP times smaller."""
+    """Decayed sums: step through all chunks at once, then carry their ends, which is the same
+    problem STEP times smaller.
+    """
     batch, length, width = rows.shape
     if length <= STEP:
         out = rows.clone()
@@ -133,14 +141,17 @@ class Hydra(Operator):
         """Zeros, B × D."""
         return (torch.zeros_like(like_BD, dtype=torch.float32),)
 
-    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
+    def extend(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, State]:
         """Continue the prefix sum: O(D) a row, whatever came before."""
         sums = state[0][:, None] + prefix_sum(_update(key, value, mask_BT))
         return (unit_rows(query) * sums).to(query.dtype), (sums[:, -1],)
 
 
 class DecayedHydra(Operator):
-    """Hydra whose sums forget with distance: temporal context inside the operator (HydraRec; the mechanism is ours).
+    """Hydra whose sums forget with distance: temporal context inside the operator (HydraRec; the
+    mechanism is ours).
 
     Args:
         width: D.
@@ -151,7 +162,9 @@ class DecayedHydra(Operator):
     def __init__(self, width: int, *, causal: bool = True, initial_decay: float = 0.99) -> None:
         super().__init__()
         self.causal = self.can_extend = causal
-        self.decay_logit = nn.Parameter(torch.full((width,), math.log(initial_decay / (1 - initial_decay))))
+        self.decay_logit = nn.Parameter(
+            torch.full((width,), math.log(initial_decay / (1 - initial_decay)))
+        )
 
     @property
     def decay_D(self) -> Tensor:
@@ -170,7 +183,9 @@ class DecayedHydra(Operator):
         """Zeros, B × D."""
         return (torch.zeros_like(like_BD, dtype=torch.float32),)
 
-    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
+    def extend(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, State]:
         """Continue the decayed sum; rows of padding neither add nor let time pass."""
         update = torch.cat([state[0][:, None], _update(key, value, mask_BT)], dim=1)
         sums = decayed_prefix_sum(update, self.decay_D)

@@ -1,4 +1,6 @@
-"""What interaction models share: maps and dot products over a request's half and a candidate's half."""
+"""What interaction models share: maps and dot products over a request's half and a candidate's
+half.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class SplitLinear(nn.Module):
 class TaskHeads(nn.Module):
     """A two-layer network for each task over [request, candidate]."""
 
-    def __init__(self, request: int, candidate: int, hidden: int, tasks: int, dropout: float) -> None:
+    def __init__(
+        self, request: int, candidate: int, hidden: int, tasks: int, dropout: float
+    ) -> None:
         super().__init__()
         self.tasks = tasks
         self.hidden = SplitLinear(request, candidate, tasks * hidden)
@@ -37,7 +41,9 @@ class TaskHeads(nn.Module):
 
     def forward(self, request_BX: Tensor | None, candidate_BCX: Tensor) -> Tensor:
         """logits_BCT, float32."""
-        hidden = self.dropout(gelu(self.hidden(request_BX, candidate_BCX))).unflatten(-1, (self.tasks, -1))
+        hidden = self.dropout(gelu(self.hidden(request_BX, candidate_BCX))).unflatten(
+            -1, (self.tasks, -1)
+        )
         return ((hidden * self.out).sum(-1) + self.bias).float()
 
 
@@ -58,7 +64,8 @@ def all_tokens(request_BRD: Tensor, candidate_BCND: Tensor) -> Tensor:
 
 
 class CrossNetwork(Interaction):
-    """Cross layers, x_{l+1} = x_0 ⊙ (W x_l + b) + x_l, over all tokens (DCNv2, arXiv 2008.13535, equation 1).
+    """Cross layers, x_{l+1} = x_0 ⊙ (W x_l + b) + x_l, over all tokens (DCNv2, arXiv 2008.13535,
+    equation 1).
 
     The first layer multiplies the request's half once per request.
 
@@ -67,7 +74,9 @@ class CrossNetwork(Interaction):
         rank: of the matrices W; 0 keeps them whole.
     """
 
-    def __init__(self, request: int, candidate: int, width: int, num_layers: int, rank: int) -> None:
+    def __init__(
+        self, request: int, candidate: int, width: int, num_layers: int, rank: int
+    ) -> None:
         super().__init__()
         total = (request + candidate) * width
         self.out = (0, total)
@@ -91,7 +100,8 @@ class CrossNetwork(Interaction):
 
 
 class DotInteraction(nn.Module):
-    """Dot products of all pairs of R request fields and N candidate fields (DLRM, arXiv 1906.00091).
+    """Dot products of all pairs of R request fields and N candidate fields (DLRM, arXiv
+    1906.00091).
 
     Pairs within the request are taken once per request.
     """
@@ -118,16 +128,25 @@ class DotInteraction(nn.Module):
 
 
 class ReadDotInteraction(Interaction):
-    """Products of all pairs of fields; what the history gave, the dense vector and the request go to the heads as well."""
+    """Products of all pairs of fields; what the history gave, the dense vector and the request go
+    to the heads as well.
+    """
 
     def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
         super().__init__()
         self.dense, self.pairs = dense, DotInteraction(request, candidate)
-        self.out = (self.pairs.request_pairs.shape[1] + request * width, self.pairs.pairs.shape[1] + 2 * width)
+        self.out = (
+            self.pairs.request_pairs.shape[1] + request * width,
+            self.pairs.pairs.shape[1] + 2 * width,
+        )
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
-        """What a request and a candidate give the heads. The candidate's first token is what it read of the history."""
+        """What a request and a candidate give the heads. The candidate's first token is what it
+        read of the history.
+        """
         within, across = self.pairs(request_BRD, candidate_BCND)
-        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(2)  # DLRM's one dense vector
+        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(
+            2
+        )  # DLRM's one dense vector
         own = torch.cat([across, candidate_BCND[:, :, 0], dense], dim=-1)
         return torch.cat([within, request_BRD.flatten(1)], dim=-1), own

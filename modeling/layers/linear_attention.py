@@ -2,13 +2,15 @@
 
     O_t = φ(Q)_t · Σ_s φ(K)_s^T V_s            over s ≤ t in the causal form, over all s otherwise
 
-Sources: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", arXiv 2006.16236 (φ = elu + 1, with
-denominator); Liu, Cai, Zhang et al., "LinRec: Linear Attention Mechanism for Long-term Sequential Recommender Systems",
-arXiv 2411.01537 (φ = ELU, then L2 over the head's width; divided by the root of that width).
+Sources: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", arXiv 2006.16236 (φ = elu +
+1, with denominator); Liu, Cai, Zhang et al., "LinRec: Linear Attention Mechanism for Long-term
+Sequential Recommender Systems", arXiv 2411.01537 (φ = ELU, then L2 over the head's width; divided
+by the root of that width).
 
-Differs: LinRec as published masks neither the future nor padding, and trains the last position only; here padding adds
-nothing and the causal form is exact, so every position can be trained. The causal form works in chunks: within a chunk
-by a CHUNK × CHUNK product, before it by the state, K × K for each head.
+Differs: LinRec as published masks neither the future nor padding, and trains the last position
+only; here padding adds nothing and the causal form is exact, so every position can be trained. The
+causal form works in chunks: within a chunk by a CHUNK × CHUNK product, before it by the state, K ×
+K for each head.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ EPSILON = 1e-6
 def linear_attention_plain(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, denominator: bool = False
 ) -> Tensor:
-    """The formula with its T × T matrix of similarities; B × H × T × K without padding, φ already applied."""
+    """The formula with its T × T matrix of similarities; B × H × T × K without padding, φ already
+    applied.
+    """
     similarity = query @ key.transpose(-1, -2)
     if causal:
         similarity = similarity.tril()
@@ -35,8 +39,12 @@ def linear_attention_plain(
     return similarity @ value
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, denominator: bool = False) -> Tensor:
-    """The same in time and memory linear in T. φ is already applied; padding must have a zero key."""
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, denominator: bool = False
+) -> Tensor:
+    """The same in time and memory linear in T. φ is already applied; padding must have a zero
+    key.
+    """
     if not causal:
         return _read(query, key.transpose(-1, -2) @ value, key.sum(2) if denominator else None)
     state = key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
@@ -51,7 +59,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, state: State, denominator
     tail = -length % chunk
 
     def chunks(rows: Tensor) -> Tensor:
-        return (pad(rows, (0, 0, 0, tail)) if tail else rows).reshape(batch, heads, -1, chunk, rows.shape[-1])
+        return (pad(rows, (0, 0, 0, tail)) if tail else rows).reshape(
+            batch, heads, -1, chunk, rows.shape[-1]
+        )
 
     query_c, key_c, value_c = chunks(query), chunks(key), chunks(value)
     similarity = (query_c @ key_c.transpose(-1, -2)).tril()
@@ -72,11 +82,14 @@ def _exclusive(rows: Tensor) -> Tensor:
 
 def _read(query: Tensor, state: Tensor, norm: Tensor | None) -> Tensor:
     out = query @ state
-    return out if norm is None else out / ((query * norm[:, :, None]).sum(-1, keepdim=True) + EPSILON)
+    return (
+        out if norm is None else out / ((query * norm[:, :, None]).sum(-1, keepdim=True) + EPSILON)
+    )
 
 
 class LinearAttention(Operator):
-    """H heads over one kernel; subclasses choose φ. The causal form streams with K × K (+ K) numbers a head.
+    """H heads over one kernel; subclasses choose φ. The causal form streams with K × K (+ K)
+    numbers a head.
 
     Args:
         num_heads: H; the width must be a multiple of it.
@@ -106,9 +119,13 @@ class LinearAttention(Operator):
         """Zeros: B × H × K × K, and B × H × K for the denominator."""
         batch, width = like_BD.shape
         head = width // self.num_heads
-        return like_BD.new_zeros(batch, self.num_heads, head, head), like_BD.new_zeros(batch, self.num_heads, head)
+        return like_BD.new_zeros(batch, self.num_heads, head, head), like_BD.new_zeros(
+            batch, self.num_heads, head
+        )
 
-    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
+    def extend(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, State]:
         """Continue the sums: O(K) for each feature of a row, whatever came before."""
         query, key, value = self._project(query, key, value, mask_BT)
         out = _causal(query, key, value, state, self.denominator)
@@ -128,7 +145,9 @@ class LinearAttention(Operator):
 
 
 class LinRec(LinearAttention):
-    """LinRec's kernel: ELU, L2-normalised within the head; output over the root of the head's width."""
+    """LinRec's kernel: ELU, L2-normalised within the head; output over the root of the head's
+    width.
+    """
 
     def kernel(self, rows_BHTK: Tensor) -> Tensor:
         """φ = ρ(elu(x))."""

@@ -1,8 +1,10 @@
-"""Operator: what mixes the rows of a sequence along time, and all that differs between the sequence models.
+"""Operator: what mixes the rows of a sequence along time, and all that differs between the sequence
+models.
 
-An operator sees queries, keys and values of padded sequences, each B × T × D, padded on the right. Three forms agree:
-the plain twin (a function that writes the formula down, T × T where the formula has it), `forward` (fast), and
-`extend` (streaming: the same rows from a state and the new rows only).
+An operator sees queries, keys and values of padded sequences, each B × T × D, padded on the right.
+Three forms agree: the plain twin (a function that writes the formula down, T × T where the formula
+has it), `forward` (fast), and `extend` (streaming: the same rows from a state and the new rows
+only).
 """
 
 from __future__ import annotations
@@ -33,5 +35,9 @@ class Operator(nn.Module, ABC):
         """The state before the first row, for as many sequences, on the device of `like_BD`."""
 
     @abstractmethod
-    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
-        """`forward` for rows that follow those the state has seen, and the state after them; causal operators only."""
+    def extend(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, State]:
+        """`forward` for rows that follow those the state has seen, and the state after them; causal
+        operators only.
+        """

@@ -1,8 +1,10 @@
-"""Packing: sequences of different lengths laid end to end, so that padding costs nothing worth naming.
+"""Packing: sequences of different lengths laid end to end, so that padding costs nothing worth
+naming.
 
-Row-wise layers (projections, norms, feed-forward) see only the N real rows of a batch. What mixes rows along time sees
-groups of sequences of nearly equal length; a group of equal lengths is a view and copies nothing. A group is padded on
-the right, so a causal operator needs no mask: padding stands after every real row.
+Row-wise layers (projections, norms, feed-forward) see only the N real rows of a batch. What mixes
+rows along time sees groups of sequences of nearly equal length; a group of equal lengths is a view
+and copies nothing. A group is padded on the right, so a causal operator needs no mask: padding
+stands after every real row.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class Packing:
     """How sequences of the given lengths lie end to end, and in which groups they are padded.
 
     Args:
-        lengths: rows of each sequence, in the order of the flat rows, each at least 1. Sorted lengths, in either
-            order, make the fewest and fullest groups.
+        lengths: rows of each sequence, in the order of the flat rows, each at least 1. Sorted
+            lengths, in either order, make the fewest and fullest groups.
         device: where the index tensors live.
     """
 
@@ -109,7 +111,9 @@ def _group_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
     for index, length in enumerate(lengths.tolist()):
         padded, total = max(longest, length) * (index - first + 1), rows + length
         whole = rows == longest * (index - first) and rows > SMALL_GROUP and length != longest
-        if index > first and (whole or (padded > SMALL_GROUP and padded - total > MAX_WASTE * total)):
+        if index > first and (
+            whole or (padded > SMALL_GROUP and padded - total > MAX_WASTE * total)
+        ):
             bounds.append((first, index))
             first, longest, rows = index, 0, 0
         longest, rows = max(longest, length), rows + length
@@ -119,7 +123,9 @@ def _group_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 class _Pad(torch.autograd.Function):
-    """Rows to slots of zeros; the gradient reads the slots back. Cheaper than indexing, whose gradient adds."""
+    """Rows to slots of zeros; the gradient reads the slots back. Cheaper than indexing, whose
+    gradient adds.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, slots: Tensor, total: int) -> Tensor:

@@ -61,7 +61,8 @@ class PerTokenFeedForward(nn.Module):
 
 
 class MixedLinear(nn.Module):
-    """One map for sequence rows, and one of its own for each feature token (OneTrans, arXiv 2510.26104, section 3.3).
+    """One map for sequence rows, and one of its own for each feature token (OneTrans, arXiv
+    2510.26104, section 3.3).
 
     Args:
         own: tokens that have a map of their own; 0 makes them share the sequence's.
@@ -73,8 +74,12 @@ class MixedLinear(nn.Module):
         self.own = PerTokenLinear(own, width, out) if own else None
 
     def forward(self, rows: Tensor, first: int | None = None) -> Tensor:
-        """Sequence rows, or, with `first`, the feature tokens from that one on along the axis before the last."""
-        mapped: Tensor = self.shared(rows) if first is None or self.own is None else self.own(rows, first)
+        """Sequence rows, or, with `first`, the feature tokens from that one on along the axis
+        before the last.
+        """
+        mapped: Tensor = (
+            self.shared(rows) if first is None or self.own is None else self.own(rows, first)
+        )
         return mapped
 
 

@@ -1,9 +1,11 @@
-"""HSTU's attention over a history whose keys and values outlive the queries (Zhai et al., arXiv 2402.17152, section 3.2).
+"""HSTU's attention over a history whose keys and values outlive the queries (Zhai et al., arXiv
+2402.17152, section 3.2).
 
     U, V, Q, K = split(SiLU(W LN(X)));  A = SiLU(Q K^T / √K) / N;  Y = W_o(LN(A V) ⊙ U) + X
 
-The same interface as `HistoryAttentionLayer`, so that a ranker can have either. Differs: no relative bias, since rows
-carry their positions and times here; N is a constant, so that full and cached passes divide alike.
+The same interface as `HistoryAttentionLayer`, so that a ranker can have either. Differs: no
+relative bias, since rows carry their positions and times here; N is a constant, so that full and
+cached passes divide alike.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ class PointwiseAttentionLayer(nn.Module):
         key, value = silu(self.key_value(self.norm(history_BLD))).chunk(2, dim=-1)
         return self._heads(key), self._heads(value)
 
-    def forward(self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, rows_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Let rows read the history.
 
         Args:
-            mask: bool, B × 1 × L or B × N × L, True where a row may read a key; None where every row may read all.
+            mask: bool, B × 1 × L or B × N × L, True where a row may read a key; None where every
+                row may read all.
         """
         gate, query = self._gate_query(rows_BND)
         weights = self._weights(query @ keys.transpose(-1, -2))
@@ -45,7 +50,9 @@ class PointwiseAttentionLayer(nn.Module):
             weights = weights * mask[:, None]
         return self._finish(rows_BND, gate, weights @ values)
 
-    def read_with_own(self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None) -> Tensor:
+    def read_with_own(
+        self, rows_BCD: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor | None
+    ) -> Tensor:
         """Let each row read the history and itself, and none of the other rows."""
         gate, query = self._gate_query(rows_BCD)
         own_keys, own_values = self.keys_values(rows_BCD)
@@ -63,7 +70,9 @@ class PointwiseAttentionLayer(nn.Module):
         return gate, self._heads(query) * (rows.shape[-1] // self.num_heads) ** -0.5
 
     def _finish(self, rows: Tensor, gate: Tensor, read: Tensor) -> Tensor:
-        mixed: Tensor = self.out(self.dropout(self.mixed_norm(read.transpose(1, 2).flatten(2)) * gate))
+        mixed: Tensor = self.out(
+            self.dropout(self.mixed_norm(read.transpose(1, 2).flatten(2)) * gate)
+        )
         return rows + mixed
 
     def _heads(self, rows: Tensor) -> Tensor:

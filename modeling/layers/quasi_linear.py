@@ -1,15 +1,16 @@
-"""Quasi-linear attention: a history in one K × K matrix a head, which any rows read (VISTA, arXiv 2510.22049, section 3.2).
+"""Quasi-linear attention: a history in one K × K matrix a head, which any rows read (VISTA, arXiv
+2510.22049, section 3.2).
 
     Z = φ(K)^T V, a sum over source rows;  W = φ(Z / N), N source rows
     a source row reads   φ(q) W
     a target row reads   φ(q) W + ⟨φ(q), φ(k)⟩ v, which is itself, and no other target
 
-φ is SiLU. Rows read all source rows, or, in the streaming form (ours), those of the blocks before their own, and
-themselves: then W stands still within a block, a row never changes once it is computed, and Z, N and W are all that new
-rows need, however many came before.
+φ is SiLU. Rows read all source rows, or, in the streaming form (ours), those of the blocks before
+their own, and themselves: then W stands still within a block, a row never changes once it is
+computed, and Z, N and W are all that new rows need, however many came before.
 
-Differs: 1/N stands inside the outer φ, where the main text has none and Appendix B has it outside; without it SiLU(Z)
-saturates as histories grow. `divide=False` is the literal formula.
+Differs: 1/N stands inside the outer φ, where the main text has none and Appendix B has it outside;
+without it SiLU(Z) saturates as histories grow. `divide=False` is the literal formula.
 """
 
 from __future__ import annotations
@@ -106,18 +107,23 @@ class QuasiLinearLayer(nn.Module):
         return Stream(total, count, total, count, count)
 
     def advance(self, rows_BPD: Tensor, mask_BP: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """The next rows of a stream, at most a block of them, real ones first: each reads the blocks before its own.
+        """The next rows of a stream, at most a block of them, real ones first: each reads the
+        blocks before its own.
 
         Returns:
             The rows after this layer, and the stream behind them.
         """
         if rows_BPD.shape[1] > self.block:
-            raise ValueError(f"advance takes at most {self.block} rows at a time, got {rows_BPD.shape[1]}")
+            raise ValueError(
+                f"advance takes at most {self.block} rows at a time, got {rows_BPD.shape[1]}"
+            )
         normed = self.norm(rows_BPD)
         query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         index = torch.arange(rows_BPD.shape[1], device=rows_BPD.device)
-        within = (index < (self.block - stream.filled)[:, None]) & mask_BP  # of the block that is being filled
+        within = (
+            index < (self.block - stream.filled)[:, None]
+        ) & mask_BP  # of the block that is being filled
         old = self.matrix(stream.block_total, stream.block_number)
         first, rest = _sum(keys, values, within), _sum(keys, values, mask_BP & ~within)
         number, later = within.sum(1), (mask_BP & ~within).sum(1)
@@ -127,16 +133,22 @@ class QuasiLinearLayer(nn.Module):
         block_count = torch.where(full, count, stream.block_number)
         read = query @ old
         if bool(later.any()):
-            read = torch.where(within[:, None, :, None], read, query @ self.matrix(block_total, block_count))
+            read = torch.where(
+                within[:, None, :, None], read, query @ self.matrix(block_total, block_count)
+            )
         read = read + (query * keys).sum(-1, keepdim=True) * values
         filled = torch.where(full, later, stream.filled + number)
         behind = Stream(total + rest, count + later, block_total, block_count, filled)
         return self._finish(rows_BPD, read), behind
 
-    def advance_blocks(self, rows_BLD: Tensor, mask_BL: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """Any number of next rows at once, of streams that stand at the beginning of a block: `advance`'s fast twin.
+    def advance_blocks(
+        self, rows_BLD: Tensor, mask_BL: Tensor, stream: Stream
+    ) -> tuple[Tensor, Stream]:
+        """Any number of next rows at once, of streams that stand at the beginning of a block:
+        `advance`'s fast twin.
 
-        Within a layer no block waits for another: the sums before each block are a running sum over blocks.
+        Within a layer no block waits for another: the sums before each block are a running sum over
+        blocks.
         """
         normed, length, size = self.norm(rows_BLD), rows_BLD.shape[1], self.block
         missing = -length % size
@@ -147,21 +159,31 @@ class QuasiLinearLayer(nn.Module):
         real = pad(mask_BL, (0, missing)).unflatten(1, (-1, size))
         sums = (keys * real[:, None, :, :, None]).transpose(-1, -2) @ values
         counts = real.sum(-1)
-        totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(2)  # before each block, and after the last
+        totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(
+            2
+        )  # before each block, and after the last
         numbers = torch.cat([stream.number[:, None], counts], dim=1).cumsum(1)
         scaled = totals / numbers.clamp(min=1)[:, None, :, None, None] if self.divide else totals
         matrices = silu(scaled[:, :, :-1]) if self.outer else scaled[:, :, :-1]
         read = query @ matrices + (query * keys).sum(-1, keepdim=True) * values
         full = (counts == size).sum(1)  # real rows stand first, so full blocks do
         at = full[:, None, None, None, None].expand(-1, totals.shape[1], 1, *totals.shape[3:])
-        block_total, block_number = totals.gather(2, at)[:, :, 0], numbers.gather(1, full[:, None])[:, 0]
-        behind = Stream(totals[:, :, -1], numbers[:, -1], block_total, block_number, numbers[:, -1] - block_number)
+        block_total = totals.gather(2, at)[:, :, 0]
+        block_number = numbers.gather(1, full[:, None])[:, 0]
+        behind = Stream(
+            totals[:, :, -1],
+            numbers[:, -1],
+            block_total,
+            block_number,
+            numbers[:, -1] - block_number,
+        )
         return self._finish(rows_BLD, read.flatten(2, 3)[:, :, :length]), behind
 
     def advance_and_read(
         self, rows_BPD: Tensor, mask_BP: Tensor, targets_BSD: Tensor, stream: Stream
     ) -> tuple[Tensor, Tensor, Stream]:
-        """`advance` by rows that do not go beyond the current block, and target rows that read them too, in one pass.
+        """`advance` by rows that do not go beyond the current block, and target rows that read them
+        too, in one pass.
 
         Returns:
             New rows after this layer, target rows after it, and the stream behind the new rows.
@@ -176,11 +198,18 @@ class QuasiLinearLayer(nn.Module):
         old, new = self.matrix(stream.block_total, stream.block_number), self.matrix(total, count)
         read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
         rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
-        block_total, block_number, full = stream.block_total, stream.block_number, filled == self.block
+        block_total = stream.block_total
+        block_number = stream.block_number
+        full = filled == self.block
         if bool(full.any()):
             block_total = torch.where(full[:, None, None, None], total, block_total)
-            block_number, filled = torch.where(full, count, block_number), torch.where(full, 0, filled)
-        return rows[:, :number], rows[:, number:], Stream(total, count, block_total, block_number, filled)
+            block_number = torch.where(full, count, block_number)
+            filled = torch.where(full, 0, filled)
+        return (
+            rows[:, :number],
+            rows[:, number:],
+            Stream(total, count, block_total, block_number, filled),
+        )
 
     def _finish(self, rows: Tensor, read: Tensor) -> Tensor:
         rows = rows + self.dropout(self.out(self.norm_read(read.transpose(1, 2).flatten(2))))
@@ -202,10 +231,12 @@ def _sum(keys: Tensor, values: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def quasi_linear_plain(query: Tensor, key: Tensor, value: Tensor, num_targets: int) -> Tensor:
-    """((φ(Q) φ(K)^T) ⊙ M) V with its matrix of pairs: the plain twin without the outer φ and without 1/N.
+    """((φ(Q) φ(K)^T) ⊙ M) V with its matrix of pairs: the plain twin without the outer φ and
+    without 1/N.
 
     Args:
-        query: B × H × (n + m) × K, source rows first, then `num_targets` target rows; `key` and `value` alike.
+        query: B × H × (n + m) × K, source rows first, then `num_targets` target rows; `key` and
+            `value` alike.
     """
     length = query.shape[2]
     visible = torch.eye(length, dtype=torch.bool, device=query.device)

@@ -1,4 +1,6 @@
-"""How a model without a sequence of its own reads the history: an encoded state once per request, one token a candidate."""
+"""How a model without a sequence of its own reads the history: an encoded state once per request,
+one token a candidate.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,13 @@ class HistoryReader(nn.Module):
     """Reads events for candidates.
 
     Args:
-        kind: "din": target attention; "transformer": encoded by bidirectional layers, then read by attention.
+        kind: "din": target attention; "transformer": encoded by bidirectional layers, then read by
+            attention.
     """
 
-    def __init__(self, width: int, sizes: FeatureSizes, kind: Literal["din", "transformer"], hidden: int) -> None:
+    def __init__(
+        self, width: int, sizes: FeatureSizes, kind: Literal["din", "transformer"], hidden: int
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.action = nn.Embedding(sizes.actions, width)
@@ -43,8 +48,12 @@ class HistoryReader(nn.Module):
         action = one_hot(user.action_BL, self.action.num_embeddings).to(items_BLD.dtype)
         inputs = torch.cat([user.event_BLE, user.age_BL[..., None], action], dim=-1)
         weight = torch.cat([self.numbers.weight.T, self.action.weight + self.numbers.bias])
-        with torch.autocast(items_BLD.device.type, enabled=False):  # a sum of embeddings, in one pass
-            rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(items_BLD)
+        with torch.autocast(
+            items_BLD.device.type, enabled=False
+        ):  # a sum of embeddings, in one pass
+            rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(
+                items_BLD
+            )
         if self.kind == "din":
             return rows, user.mask_BL
         index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)
@@ -63,7 +72,9 @@ class HistoryReader(nn.Module):
 
 
 def with_read(tokens_BCND: Tensor, reader: HistoryReader | None, prepared: Any) -> Tensor:
-    """Candidate tokens, the item's first, and behind them what the candidate reads where there is a reader."""
+    """Candidate tokens, the item's first, and behind them what the candidate reads where there is a
+    reader.
+    """
     if reader is None:
         return tokens_BCND
     return torch.cat([tokens_BCND, reader(prepared, tokens_BCND[:, :, 0])[:, :, None]], dim=2)

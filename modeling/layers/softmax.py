@@ -1,4 +1,5 @@
-"""Softmax attention over padded sequences, as an operator on PyTorch's own kernel, which holds no T × T at once.
+"""Softmax attention over padded sequences, as an operator on PyTorch's own kernel, which holds no T
+× T at once.
 
 Only `extend` behind earlier rows makes a mask, of new rows × all rows.
 """
@@ -23,7 +24,8 @@ def softmax_attention_plain(query: Tensor, key: Tensor, value: Tensor, *, causal
 
 
 class Softmax(Operator):
-    """Multi-head softmax attention. The causal form streams with a KV cache, which grows with the history.
+    """Multi-head softmax attention. The causal form streams with a KV cache, which grows with the
+    history.
 
     Args:
         num_heads: H; the width must be a multiple of it.
@@ -38,7 +40,11 @@ class Softmax(Operator):
         """Mix rows."""
         mask = None if self.causal or mask_BT is None else mask_BT[:, None, None]
         out = scaled_dot_product_attention(
-            self._heads(query), self._heads(key), self._heads(value), attn_mask=mask, is_causal=self.causal
+            self._heads(query),
+            self._heads(key),
+            self._heads(value),
+            attn_mask=mask,
+            is_causal=self.causal,
         )
         return out.transpose(1, 2).flatten(2)
 
@@ -48,10 +54,13 @@ class Softmax(Operator):
         empty = like_BD.new_zeros(batch, self.num_heads, 0, width // self.num_heads)
         return empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=like_BD.device)
 
-    def extend(self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor) -> tuple[Tensor, State]:
+    def extend(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, State]:
         """New rows read the cached keys and values and those of new rows up to their own."""
         keys, values, real = state
-        keys, values = torch.cat([keys, self._heads(key)], 2), torch.cat([values, self._heads(value)], 2)
+        keys = torch.cat([keys, self._heads(key)], 2)
+        values = torch.cat([values, self._heads(value)], 2)
         num_old, num_new = real.shape[1], query.shape[1]
         real = torch.cat([real, mask_BT], 1)
         if num_old == 0:  # the first rows need no mask, and so no T × T of it
@@ -59,7 +68,9 @@ class Softmax(Operator):
         rows = torch.arange(num_old + num_new, device=query.device)
         own = rows == rows[num_old:, None]  # padding reads itself, so that no row reads nothing
         readable = (rows <= rows[num_old:, None]) & real[:, None] | own
-        out = scaled_dot_product_attention(self._heads(query), keys, values, attn_mask=readable[:, None])
+        out = scaled_dot_product_attention(
+            self._heads(query), keys, values, attn_mask=readable[:, None]
+        )
         return out.transpose(1, 2).flatten(2), (keys, values, real)
 
     def _heads(self, rows: Tensor) -> Tensor:

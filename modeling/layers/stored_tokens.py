@@ -1,6 +1,8 @@
-"""Summary tokens of another model as rows that a ranker reads beside its own (VISTA, arXiv 2510.22049: downstream models).
+"""Summary tokens of another model as rows that a ranker reads beside its own (VISTA, arXiv
+2510.22049: downstream models).
 
-They are features: no gradient goes to whoever made them. A user without tokens has learned rows in their place.
+They are features: no gradient goes to whoever made them. A user without tokens has learned rows in
+their place.
 """
 
 from __future__ import annotations
@@ -29,5 +31,7 @@ class StoredTokens(nn.Module):
         tokens, has = user.tokens_BSX, user.has_tokens_B
         if tokens is None or has is None or tokens.shape[1:] != self.shape:
             found = None if tokens is None else tuple(tokens.shape[1:])
-            raise ValueError(f"this model reads stored summary tokens of shape {self.shape}, the batch has {found}")
+            raise ValueError(
+                f"this model reads stored summary tokens of shape {self.shape}, the batch has {found}"
+            )
         return torch.where(has[:, None, None], self.project(tokens), self.nobody)

@@ -1,4 +1,6 @@
-"""Target attention: a candidate weighs each event of the history by a small network (DIN, arXiv 1706.06978)."""
+"""Target attention: a candidate weighs each event of the history by a small network (DIN, arXiv
+1706.06978).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ BLOCK = 1 << 18  # hidden units of pairs made at a time on a CPU: a megabyte, wh
 class TargetAttention(nn.Module):
     """Σ_j a(e_j, c) e_j with a = MLP([e_j, c, e_j - c, e_j ⊙ c]) and no softmax.
 
-    The first layer is linear in [e, c, e - c, e ⊙ c]: e (W_1 + W_3 + diag(c) W_4) + c (W_2 - W_3), a matrix of each
-    candidate's times the event. Those of all candidates stand side by side in one product with the request's history,
-    and no tensor of a pair but its hidden units is ever made: on a CPU block by block, and again in the backward pass.
-    PReLU with slope s is s x + (1 - s) max(x, 0), whose linear half needs no hidden units at all.
+    The first layer is linear in [e, c, e - c, e ⊙ c]: e (W_1 + W_3 + diag(c) W_4) + c (W_2 - W_3),
+    a matrix of each candidate's times the event. Those of all candidates stand side by side in one
+    product with the request's history, and no tensor of a pair but its hidden units is ever made:
+    on a CPU block by block, and again in the backward pass. PReLU with slope s is s x + (1 - s)
+    max(x, 0), whose linear half needs no hidden units at all.
 
-    Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its batch.
+    Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its
+    batch.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -33,7 +37,9 @@ class TargetAttention(nn.Module):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
-        """What each candidate reads, B × C × D; zeros of an empty history. In the weights' precision, under autocast too."""
+        """What each candidate reads, B × C × D; zeros of an empty history. In the weights'
+        precision, under autocast too.
+        """
         kind = self.pair.dtype
         with torch.autocast(candidate_BCD.device.type, enabled=False):
             return self._read(rows_BLD.to(kind), mask_BL, candidate_BCD.to(kind))
@@ -42,15 +48,23 @@ class TargetAttention(nn.Module):
         event, out = self.event.weight.T, self.out.weight[0]
         shift = self.candidate(candidate_BCD) + self.event.bias  # B × C × H
         weight: Tensor = _RectifiedPairs.apply(  # type: ignore[no-untyped-call]
-            rows, candidate_BCD, torch.stack([self.pair, event], dim=1), shift, out * (1 - self.slope)
+            rows,
+            candidate_BCD,
+            torch.stack([self.pair, event], dim=1),
+            shift,
+            out * (1 - self.slope),
         )
         linear = out * self.slope
-        of_event = (event @ linear)[:, None] + candidate_BCD.transpose(1, 2) * (self.pair @ linear)[:, None]
+        of_event = (event @ linear)[:, None] + candidate_BCD.transpose(1, 2) * (self.pair @ linear)[
+            :, None
+        ]
         weight = weight + torch.baddbmm((shift @ linear + self.out.bias)[:, None], rows, of_event)
         return (weight * mask_BL[..., None]).transpose(1, 2) @ rows
 
     def plain(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
-        """The plain twin: the first layer over [e, c, e - c, e ⊙ c], with W_3 = 0, for every pair."""
+        """The plain twin: the first layer over [e, c, e - c, e ⊙ c], with W_3 = 0, for every
+        pair.
+        """
         event = rows_BLD[:, None].expand(-1, candidate_BCD.shape[1], -1, -1)
         candidate = candidate_BCD[:, :, None].expand_as(event)
         joined = torch.cat([event, candidate, event - candidate, event * candidate], dim=-1)
@@ -64,17 +78,25 @@ class TargetAttention(nn.Module):
 class _RectifiedPairs(torch.autograd.Function):
     """max(e (W + diag(c) P) + shift_c, 0) @ out for every event e and candidate c, B × L × C.
 
-    Rows carry a 1 behind them, so that a product adds the shift; so do candidates, whose W and P are one matrix.
+    Rows carry a 1 behind them, so that a product adds the shift; so do candidates, whose W and P
+    are one matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_BLD: Tensor, candidate_BCD: Tensor, both_D2H: Tensor, shift_BCH: Tensor, out_H: Tensor
+        ctx: Any,
+        rows_BLD: Tensor,
+        candidate_BCD: Tensor,
+        both_D2H: Tensor,
+        shift_BCH: Tensor,
+        out_H: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(rows_BLD, candidate_BCD, both_D2H, shift_BCH, out_H)
         weight = rows_BLD.new_empty(*rows_BLD.shape[:2], candidate_BCD.shape[1])
         for some, chosen in _blocks(rows_BLD, shift_BCH):
-            matrix = _matrix(_by_width(candidate_BCD[some, chosen]), both_D2H, shift_BCH[some, chosen])
+            matrix = _matrix(
+                _by_width(candidate_BCD[some, chosen]), both_D2H, shift_BCH[some, chosen]
+            )
             weight[some, :, chosen] = _hidden(_with_one(rows_BLD[some]), matrix) @ out_H
         return weight
 
@@ -88,20 +110,27 @@ class _RectifiedPairs(torch.autograd.Function):
 def _gradients(
     gradient_BLC: Tensor, rows: Tensor, candidate: Tensor, both: Tensor, shift: Tensor, out: Tensor
 ) -> tuple[Tensor, ...]:
-    to_rows, to_candidate, to_shift = torch.zeros_like(rows), torch.empty_like(candidate), torch.empty_like(shift)
+    to_rows = torch.zeros_like(rows)
+    to_candidate = torch.empty_like(candidate)
+    to_shift = torch.empty_like(shift)
     to_both, to_out = torch.zeros_like(both), torch.zeros_like(out)
     for some, chosen in _blocks(rows, shift):
         events, chosen_by_width = _with_one(rows[some]), _by_width(candidate[some, chosen])
-        matrix, into = _matrix(chosen_by_width, both, shift[some, chosen]), gradient_BLC[some, :, chosen]
+        matrix = _matrix(chosen_by_width, both, shift[some, chosen])
+        into = gradient_BLC[some, :, chosen]
         hidden = _hidden(events, matrix)
         to_out += hidden.flatten(0, -2).T @ into.flatten()
         hidden = hidden.sign_().mul_(into[..., None]).flatten(2)
         to_rows[some] += hidden @ (matrix[:, :-1] * out).flatten(2).transpose(1, 2)
         to_matrix = (events.transpose(1, 2) @ hidden).view_as(matrix).mul_(out)
         to_shift[some, chosen] = to_matrix[:, -1]
-        by_width = to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)  # D × pairs of request and candidate × H
+        by_width = (
+            to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)
+        )  # D × pairs of request and candidate × H
         to_both += chosen_by_width.transpose(1, 2) @ by_width
-        to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(candidate[some, chosen])
+        to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(
+            candidate[some, chosen]
+        )
     return to_rows, to_candidate, to_both, to_shift, to_out
 
 
@@ -131,7 +160,9 @@ def _blocks(rows: Tensor, shift: Tensor) -> Iterator[tuple[slice, slice]]:
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    a_pair = max(rows.shape[1], rows.shape[2] + 1) * hidden  # hidden units, or the candidate's matrix
+    a_pair = (
+        max(rows.shape[1], rows.shape[2] + 1) * hidden
+    )  # hidden units, or the candidate's matrix
     wide = max(min(BLOCK // a_pair, candidates), 1)
     deep = max(BLOCK // (a_pair * wide), 1) if wide == candidates else 1
     for start in range(0, number, deep):

@@ -1,4 +1,6 @@
-"""One file, one paper, one Config; all behind `base.Ranker`. What they are compared with: `modeling/baselines/`."""
+"""One file, one paper, one Config; all behind `base.Ranker`. What they are compared with:
+`modeling/baselines/`.
+"""
 
 from __future__ import annotations
 

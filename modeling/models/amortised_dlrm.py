@@ -1,7 +1,9 @@
-"""Amortised DLRM: fuse the candidate early with the user's history, and still encode the history once per request.
+"""Amortised DLRM: fuse the candidate early with the user's history, and still encode the history
+once per request.
 
-Source: Hertel, Daftary, Borisyuk, Gupta, Mazumder, "Efficient user history modeling with amortized inference for deep
-learning recommendation models", arXiv 2412.06924. Micro-batches after M-FALCON (arXiv 2402.17152, section 3).
+Source: Hertel, Daftary, Borisyuk, Gupta, Mazumder, "Efficient user history modeling with amortized
+inference for deep learning recommendation models", arXiv 2412.06924. Micro-batches after M-FALCON
+(arXiv 2402.17152, section 3).
 
 | paper | here |
 |---|---|
@@ -15,11 +17,11 @@ learning recommendation models", arXiv 2412.06924. Micro-batches after M-FALCON 
 
 Only the last two are amortised; the first two are what they are measured against.
 
-Differs: the body of the paper is not public; what it leaves open is chosen as follows. Pre-norm layers, GELU; the
-history part of the last layer stops at its keys and values, since nothing reads its output; positions count from the
-newest event (candidates stand at 0) or from the oldest; CONCAT pools its ten newest rows and the maximum of all; the
-rest of the DLRM is a dot interaction (arXiv 1906.00091) or cross layers (DCNv2, arXiv 2008.13535) over all fields, and a
-head for each task.
+Differs: the body of the paper is not public; what it leaves open is chosen as follows. Pre-norm
+layers, GELU; the history part of the last layer stops at its keys and values, since nothing reads
+its output; positions count from the newest event (candidates stand at 0) or from the oldest; CONCAT
+pools its ten newest rows and the maximum of all; the rest of the DLRM is a dot interaction (arXiv
+1906.00091) or cross layers (DCNv2, arXiv 2008.13535) over all fields, and a head for each task.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ Fusion = Literal["concat", "append_self_plain", "append_self", "append_cross"]
 
 @dataclass(frozen=True)
 class Config:
-    """`causal` with `positions="from_oldest"` makes states that can be extended; the default reads both ways."""
+    """`causal` with `positions="from_oldest"` makes states that can be extended; the default reads
+    both ways.
+    """
 
     width: int = 64
     num_layers: int = 2
@@ -65,7 +69,9 @@ class Config:
 
 @dataclass(frozen=True)
 class UserState:
-    """KV cache of the history, layer by layer, and the request's own fields. Without amortisation: the embedded rows."""
+    """KV cache of the history, layer by layer, and the request's own fields. Without amortisation:
+    the embedded rows.
+    """
 
     keys: tuple[Tensor, ...]  # num_layers × (B × H × L × K)
     values: tuple[Tensor, ...]
@@ -92,16 +98,22 @@ class AmortisedDLRM(Ranker):
         self.config, self.sizes = config, sizes
         width = config.width
         self.features = FeatureTokens(sizes, width, bags=config.bags)
-        self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
+        self.action = nn.Embedding(
+            sizes.actions + 1, width
+        )  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
         if self.stored is not None and not self.amortised:
-            raise ValueError(f"fusion={config.fusion!r} reads no stored summary tokens: choose an amortised one")
+            raise ValueError(
+                f"fusion={config.fusion!r} reads no stored summary tokens: choose an amortised one"
+            )
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
         self.layers = nn.ModuleList(
             HistoryAttentionLayer(width, config.num_heads, config.dropout)
             if config.attention == "softmax"
-            else PointwiseAttentionLayer(width, config.num_heads, config.dropout, sizes.history_length + 1)
+            else PointwiseAttentionLayer(
+                width, config.num_heads, config.dropout, sizes.history_length + 1
+            )
             for _ in range(config.num_layers)
         )
         if config.fusion == "concat":
@@ -136,10 +148,13 @@ class AmortisedDLRM(Ranker):
         self.features.fit_statistics(dense_NF, dense_BG)
 
     def encode_user(self, user: UserInputs) -> UserState:
-        """Keys and values of the history in every layer: L rows, whatever the number of candidates."""
+        """Keys and values of the history in every layer: L rows, whatever the number of
+        candidates.
+        """
         mask, items = user.mask_BL, self.features.item(user.item_BL)
         bags = self.features.bag(user, items_BLD=items) if self.config.bags else None
-        rows, full = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long)), bool(mask.all())
+        rows = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long))
+        full = bool(mask.all())
         length = mask.sum(1)
         if self.stored is not None:  # before the events: more history, already summarised
             tokens = self.stored(user)
@@ -178,7 +193,9 @@ class AmortisedDLRM(Ranker):
         elif self.config.fusion == "append_self_plain":
             rows = self._appended(user_state, rows)
         else:
-            for layer, keys, values in zip(self.layers, user_state.keys, user_state.values, strict=True):
+            for layer, keys, values in zip(
+                self.layers, user_state.keys, user_state.values, strict=True
+            ):
                 if self.config.fusion == "append_self":
                     rows = layer.read_with_own(rows, keys, values, mask)  # type: ignore[operator]
                 else:
@@ -191,21 +208,31 @@ class AmortisedDLRM(Ranker):
         """CONCAT: an encoder run for every candidate."""
         assert state.rows_BLD is not None
         number, length = rows_BCD.shape[1], state.rows_BLD.shape[1]
-        joined = self.join_history(state.rows_BLD)[:, None] + self.join_candidate(rows_BCD)[:, :, None]
+        joined = (
+            self.join_history(state.rows_BLD)[:, None] + self.join_candidate(rows_BCD)[:, :, None]
+        )
         mask = state.mask_BL.repeat_interleave(number, 0)
         rows, visible = joined.flatten(0, 1), self._history_mask(mask, state.full)
         for layer in self.layers:
             rows = layer(rows, *layer.keys_values(rows), visible)  # type: ignore[operator]
-        back = state.length_B.repeat_interleave(number)[:, None] - 1 - torch.arange(NEWEST, device=rows.device)
+        back = (
+            state.length_B.repeat_interleave(number)[:, None]
+            - 1
+            - torch.arange(NEWEST, device=rows.device)
+        )
         newest = rows.gather(1, back.clamp(0, length - 1)[..., None].expand(-1, -1, rows.shape[-1]))
         newest = newest * (back >= 0)[..., None]
         highest = rows.masked_fill(~mask[..., None], -torch.inf).amax(1)
         highest = torch.where(mask.any(1, keepdim=True), highest, 0.0)
-        pooled: Tensor = self.pool(torch.cat([newest.flatten(1), highest], dim=-1)).unflatten(0, (-1, number))
+        pooled: Tensor = self.pool(torch.cat([newest.flatten(1), highest], dim=-1)).unflatten(
+            0, (-1, number)
+        )
         return pooled
 
     def _appended(self, state: UserState, rows_BCD: Tensor) -> Tensor:
-        """APPEND with self-attention as it stands: [H, C] through every layer for every candidate."""
+        """APPEND with self-attention as it stands: [H, C] through every layer for every
+        candidate.
+        """
         assert state.rows_BLD is not None
         number = rows_BCD.shape[1]
         history = state.rows_BLD.repeat_interleave(number, 0)
@@ -245,7 +272,9 @@ class AmortisedDLRM(Ranker):
         if from_oldest:
             position = sinusoids(before_B[:, None] + index, self.config.width)
         else:
-            recency = (user.mask_BL.sum(1, keepdim=True) - index).clamp(1, self.sizes.history_length)
+            recency = (user.mask_BL.sum(1, keepdim=True) - index).clamp(
+                1, self.sizes.history_length
+            )
             position = self.position(recency)
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
         return items_BLD + self.action(user.action_BL) + self.event(numbers) + position

@@ -1,4 +1,6 @@
-"""The seam: every ranker encodes a user once, then scores any number of candidates against that state."""
+"""The seam: every ranker encodes a user once, then scores any number of candidates against that
+state.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ class CannotExtendError(TypeError):
 class Ranker(nn.Module, ABC):
     """A model behind the two-step interface.
 
-    What must hold for each (tests/modeling/test_invariants.py): scores equal one-candidate-at-a-time forwards; no
-    candidate changes another's score; padding is inert; `extend_user` equals encoding anew.
+    What must hold for each (tests/modeling/test_invariants.py): scores equal
+    one-candidate-at-a-time forwards; no candidate changes another's score; padding is inert;
+    `extend_user` equals encoding anew.
     """
 
     sizes: FeatureSizes
 
     @abstractmethod
     def encode_user(self, user: UserInputs) -> UserState:
-        """Everything about the user that does not depend on candidates; computed once per request."""
+        """Everything about the user that does not depend on candidates; computed once per
+        request.
+        """
 
     @abstractmethod
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
@@ -38,16 +43,20 @@ class Ranker(nn.Module, ABC):
         """The state after new events, equal to encoding the longer history.
 
         Args:
-            new_events: only the new events, padded on the right; its features of user and context are the new request's,
-                and its first gap counts from the last event that the state has seen.
+            new_events: only the new events, padded on the right; its features of user and context
+                are the new request's, and its first gap counts from the last event that the state
+                has seen.
 
         Raises:
             CannotExtendError: the configuration's states do not grow.
         """
-        raise CannotExtendError(f"{type(self).__name__} has no exact extend_user. Encode the user again")
+        raise CannotExtendError(
+            f"{type(self).__name__} has no exact extend_user. Encode the user again"
+        )
 
     def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Take what the model must know of the training set before the first step, such as means of dense features.
+        """Take what the model must know of the training set before the first step, such as means of
+        dense features.
 
         Args:
             dense_NF: dense features of all its candidates.
@@ -56,7 +65,9 @@ class Ranker(nn.Module, ABC):
 
     @property
     def token_shape(self) -> tuple[int, int] | None:
-        """S, D of the summary tokens that this model makes of a history, or None: see `models/vista.py`."""
+        """S, D of the summary tokens that this model makes of a history, or None: see
+        `models/vista.py`.
+        """
         return None
 
     @property
@@ -69,12 +80,22 @@ class Ranker(nn.Module, ABC):
         return self.score(self.encode_user(batch.user), batch.candidates)
 
     def training_forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What a training step needs: `forward`, and a further loss where the model has one, weighted."""
+        """What a training step needs: `forward`, and a further loss where the model has one,
+        weighted.
+        """
         return self(batch), None
 
-    def score_in_micro_batches(self, user_state: UserState, candidates: Candidates, size: int) -> Tensor:
-        """`score`, at most `size` candidates at a time against the same state (M-FALCON, arXiv 2402.17152)."""
+    def score_in_micro_batches(
+        self, user_state: UserState, candidates: Candidates, size: int
+    ) -> Tensor:
+        """`score`, at most `size` candidates at a time against the same state (M-FALCON, arXiv
+        2402.17152).
+        """
         total = candidates.item_BC.shape[1]
         return torch.cat(
-            [self.score(user_state, candidates.select(slice(i, i + size))) for i in range(0, total, size)], dim=1
+            [
+                self.score(user_state, candidates.select(slice(i, i + size)))
+                for i in range(0, total, size)
+            ],
+            dim=1,
         )

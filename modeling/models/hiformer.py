@@ -1,7 +1,8 @@
-"""Hiformer: heterogeneous attention over feature tokens, with composite projections, low rank and a pruned last layer.
+"""Hiformer: heterogeneous attention over feature tokens, with composite projections, low rank and a
+pruned last layer.
 
-Source: Gui et al., "Hiformer: Heterogeneous feature interactions learning with Transformers for recommender systems",
-arXiv 2311.05884.
+Source: Gui et al., "Hiformer: Heterogeneous feature interactions learning with Transformers for
+recommender systems", arXiv 2311.05884.
 
 | paper | here |
 |---|---|
@@ -10,12 +11,13 @@ arXiv 2311.05884.
 | composite projections K̂, V̂; factors joint over heads | `Composite` |
 | pruned last layer | `prune`: the last layer's queries are the task tokens alone |
 
-Differs. The paper caches nothing: composite keys and values mix all tokens. But their product splits, x K̂ = x_request
-K̂_top + x_candidate K̂_bottom, and its first half is here a `UserState`, computed once per request; likewise projections
-by token of the first layer. What the paper leaves open: pre-norm with each token's own gain; Xavier for maps by token,
-composite ones scaled by all their inputs; queries of inner layers are composite too; the paper has no sequences, so a
-pooled token for each behaviour sequence is among the request's, and `history` adds a token that the candidate reads
-from the events.
+Differs. The paper caches nothing: composite keys and values mix all tokens. But their product
+splits, x K̂ = x_request K̂_top + x_candidate K̂_bottom, and its first half is here a `UserState`,
+computed once per request; likewise projections by token of the first layer. What the paper leaves
+open: pre-norm with each token's own gain; Xavier for maps by token, composite ones scaled by all
+their inputs; queries of inner layers are composite too; the paper has no sequences, so a pooled
+token for each behaviour sequence is among the request's, and `history` adds a token that the
+candidate reads from the events.
 """
 
 from __future__ import annotations
@@ -74,7 +76,12 @@ class Hiformer(Ranker):
         self.reader = None
         if config.history != "bags":
             self.reader = HistoryReader(config.width, sizes, config.history, config.history_hidden)
-        tokens = sizes.tasks + self.features.num_request + self.features.num_candidate + (self.reader is not None)
+        tokens = (
+            sizes.tasks
+            + self.features.num_request
+            + self.features.num_candidate
+            + (self.reader is not None)
+        )
         shape = Shape(
             tokens,
             config.width,
@@ -97,7 +104,9 @@ class Hiformer(Ranker):
             for number in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
-        self.heads = TaskHeads(0, sizes.tasks * config.width, 2 * config.width, sizes.tasks, config.dropout)
+        self.heads = TaskHeads(
+            0, sizes.tasks * config.width, 2 * config.width, sizes.tasks, config.dropout
+        )
 
     def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
         """Standardise dense features by the training set."""
@@ -116,12 +125,18 @@ class Hiformer(Ranker):
         return self._score(user_state.known, self._tokens(user_state, candidates))
 
     def score_unsplit(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        """The plain twin: the first layer over all tokens of each candidate, nothing of it known beforehand."""
+        """The plain twin: the first layer over all tokens of each candidate, nothing of it known
+        beforehand.
+        """
         rest = self._tokens(user_state, candidates)
-        return self._score(None, torch.cat([user_state.known.rows.expand(-1, rest.shape[1], -1, -1), rest], dim=2))
+        return self._score(
+            None, torch.cat([user_state.known.rows.expand(-1, rest.shape[1], -1, -1), rest], dim=2)
+        )
 
     def _score(self, known: Known | None, rows: Tensor) -> Tensor:
-        """Tokens of each candidate through all layers to the heads; `known` is the first layer's other half."""
+        """Tokens of each candidate through all layers to the heads; `known` is the first layer's
+        other half.
+        """
         for number, layer in enumerate(self.layers):
             rows = layer(known if number == 0 else None, rows)
         logits: Tensor = self.heads(None, self.norm(rows[:, :, : self.sizes.tasks]).flatten(2))

@@ -1,7 +1,8 @@
 """HydraRec: sequential recommendation in time linear in both history and width.
 
-Source: Mushtaque, "An Efficient Attention Mechanism for Sequential Recommendation Tasks: HydraRec", arXiv 2501.01242;
-the operator from Bolya et al., "Hydra Attention", arXiv 2209.07484 (modeling/layers/hydra.py).
+Source: Mushtaque, "An Efficient Attention Mechanism for Sequential Recommendation Tasks: HydraRec",
+arXiv 2501.01242; the operator from Bolya et al., "Hydra Attention", arXiv 2209.07484
+(modeling/layers/hydra.py).
 
 | paper | here |
 |---|---|
@@ -10,11 +11,12 @@ the operator from Bolya et al., "Hydra Attention", arXiv 2209.07484 (modeling/la
 | temporal context | `positions` (default) · `time_gaps` · operator "decayed_hydra" |
 | – | hybrid stacks: `operators=("softmax", "hydra")`, softmax first (arXiv 2209.07484 gains most from the last layers) |
 
-State of a user: one D-vector a layer, so num_layers × D floats whatever the history's length; a new event costs
-O(layers × D²). Exact with `positions` "none" or "from_oldest".
+State of a user: one D-vector a layer, so num_layers × D floats whatever the history's length; a new
+event costs O(layers × D²). Exact with `positions` "none" or "from_oldest".
 
-Differs: only the abstract is public, so everything but the operator is chosen: blocks as in SASRec with GELU and
-width 4D; LayerNorm on the operator's output, which grows with the history; the temporal modes as listed.
+Differs: only the abstract is public, so everything but the operator is chosen: blocks as in SASRec
+with GELU and width 4D; LayerNorm on the operator's output, which grows with the history; the
+temporal modes as listed.
 """
 
 from __future__ import annotations

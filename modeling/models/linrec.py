@@ -1,10 +1,12 @@
 """LinRec: linear attention with an L2-normalised ELU kernel, causal.
 
-Source: Liu, Cai, Zhang et al., "LinRec: Linear Attention Mechanism for Long-term Sequential Recommender Systems",
-arXiv 2411.01537 (SIGIR 2023), equations 7 to 10; the operator is in modeling/layers/linear_attention.py.
+Source: Liu, Cai, Zhang et al., "LinRec: Linear Attention Mechanism for Long-term Sequential
+Recommender Systems", arXiv 2411.01537 (SIGIR 2023), equations 7 to 10; the operator is in
+modeling/layers/linear_attention.py.
 
-Differs: LinRec's reference code masks neither padding nor the future and trains only the last position; this one is
-causal and exact, so every position is trained, and it streams with K × K numbers for each head and layer.
+Differs: LinRec's reference code masks neither padding nor the future and trains only the last
+position; this one is causal and exact, so every position is trained, and it streams with K × K
+numbers for each head and layer.
 """
 
 from __future__ import annotations

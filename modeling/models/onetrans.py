@@ -1,8 +1,9 @@
-"""OneTrans: one causal Transformer over behaviour tokens and feature tokens, with KV caches within and across requests.
+"""OneTrans: one causal Transformer over behaviour tokens and feature tokens, with KV caches within
+and across requests.
 
-Source: Zhang et al., "OneTrans: Unified feature interaction and sequence modeling with one Transformer in industrial
-recommender", arXiv 2510.26104 (v3): tokenisers (section 3.2), mixed parameterisation and pyramid (3.3, 3.4), caches
-(3.5).
+Source: Zhang et al., "OneTrans: Unified feature interaction and sequence modeling with one
+Transformer in industrial recommender", arXiv 2510.26104 (v3): tokenisers (section 3.2), mixed
+parameterisation and pyramid (3.3, 3.4), caches (3.5).
 
 | paper | here |
 |---|---|
@@ -13,16 +14,18 @@ recommender", arXiv 2510.26104 (v3): tokenisers (section 3.2), mixed parameteris
 | stage I, once per request; stage II, per candidate | `encode_user`; `score` |
 | cross-request cache | `extend_user`, `must_refresh` |
 
-Differs, where the paper is silent or our choice (dated in modeling/README.md): request-level NS tokens stand before
-candidate-level ones, so that their keys and values are computed once per request too; W_O is shared unless asked for;
-behaviour tokens know their place from the oldest event and the gap to the event before, never their distance from now,
-so that cached keys stay true; heads read every final NS state, each normalised by itself.
+Differs, where the paper is silent or our choice (dated in modeling/README.md): request-level NS
+tokens stand before candidate-level ones, so that their keys and values are computed once per
+request too; W_O is shared unless asked for; behaviour tokens know their place from the oldest event
+and the gap to the event before, never their distance from now, so that cached keys stay true; heads
+read every final NS state, each normalised by itself.
 
-**Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a cache is then not what
-a new forward would give. Here the tails' starts stay where the last full encoding put them, and extension is exact with
-respect to them; `must_refresh` says when a tail has grown by 32 rows and the user is to be encoded again. Training
-lengthens every tail but the first by 0 to 31 rows at random, so that both situations are known to the model; the first
-is the history itself, which is as long as the data makes it.
+**Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a
+cache is then not what a new forward would give. Here the tails' starts stay where the last full
+encoding put them, and extension is exact with respect to them; `must_refresh` says when a tail has
+grown by 32 rows and the user is to be encoded again. Training lengthens every tail but the first by
+0 to 31 rows at random, so that both situations are known to the model; the first is the history
+itself, which is as long as the data makes it.
 """
 
 from __future__ import annotations
@@ -70,9 +73,13 @@ class Config:
 
 @dataclass(frozen=True)
 class UserState:
-    """Keys and values of S and of the request's NS tokens in every layer, and what extension needs."""
+    """Keys and values of S and of the request's NS tokens in every layer, and what extension
+    needs.
+    """
 
-    keys: tuple[Tensor, ...]  # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
+    keys: tuple[
+        Tensor, ...
+    ]  # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
     values: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]  # num_layers × (B × (S_l + R)), True where a row is real
     request_BRD: Tensor  # final states of the request's NS tokens; with request_tokens 0 its features, as they are
@@ -83,7 +90,9 @@ class UserState:
 
 
 def tail_lengths(length: int, top: int, num_layers: int, pyramid: bool = True) -> tuple[int, ...]:
-    """S rows in each layer's input: `length` falling linearly to `top`, rounded to 32 (arXiv 2510.26104, section 3.4)."""
+    """S rows in each layer's input: `length` falling linearly to `top`, rounded to 32 (arXiv
+    2510.26104, section 3.4).
+    """
     if not pyramid:
         return (length,) * num_layers
 
@@ -95,7 +104,9 @@ def tail_lengths(length: int, top: int, num_layers: int, pyramid: bool = True) -
 
 
 class MixedLayer(nn.Module):
-    """Pre-norm block; S rows share weights, each NS token has its own (arXiv 2510.26104, section 3.3)."""
+    """Pre-norm block; S rows share weights, each NS token has its own (arXiv 2510.26104, section
+    3.3).
+    """
 
     def __init__(self, config: Config, num_ns: int) -> None:
         super().__init__()
@@ -109,7 +120,9 @@ class MixedLayer(nn.Module):
         self.down = MixedLinear(config.expansion * width, width, own)
         self.dropout = nn.Dropout(config.dropout)
 
-    def project(self, rows: Tensor, first: int | None = None, keep: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, rows: Tensor, first: int | None = None, keep: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of B × … × D, each B × H × … × K.
 
         Args:
@@ -148,23 +161,38 @@ class OneTrans(Ranker):
             self.num_request, self.num_candidate = config.request_tokens, config.candidate_tokens
             alone = self.num_request == 0
             inputs = features.num_candidate + (features.num_request if alone else 0)
-            self.request_nodes = None if alone else AutoSplit(features.num_request, width, self.num_request)
+            self.request_nodes = (
+                None if alone else AutoSplit(features.num_request, width, self.num_request)
+            )
             self.candidate_nodes = AutoSplit(inputs, width, self.num_candidate)
         else:
-            self.num_request, self.num_candidate = len(features.request_groups), len(features.candidate_groups)
+            self.num_request, self.num_candidate = (
+                len(features.request_groups),
+                len(features.candidate_groups),
+            )
             self.request_nodes = GroupWise(features.request_groups, width)
             self.candidate_nodes = GroupWise(features.candidate_groups, width)
         self.num_ns = self.num_request + self.num_candidate
         # One network for each behaviour sequence, shared by its events.
-        self.event_up = PerTokenLinear(sizes.actions, width + sizes.event_features + 1, width, bias=True)
+        self.event_up = PerTokenLinear(
+            sizes.actions, width + sizes.event_features + 1, width, bias=True
+        )
         self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
         self.sequence_type = nn.Embedding(sizes.actions, width)
-        self.separator = nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
+        self.separator = (
+            nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
+        )
         self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
-        self.layers = nn.ModuleList(MixedLayer(config, self.num_ns) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            MixedLayer(config, self.num_ns) for _ in range(config.num_layers)
+        )
         self.final_norm = MixedRMSNorm(width, self.num_ns)
         self.heads = TaskHeads(
-            self.num_request * width, self.num_candidate * width, 2 * width, sizes.tasks, config.dropout
+            self.num_request * width,
+            self.num_candidate * width,
+            2 * width,
+            sizes.tasks,
+            config.dropout,
         )
         for table in (self.sequence_type, self.separator):
             if table is not None:
@@ -180,7 +208,9 @@ class OneTrans(Ranker):
         """S rows of each layer's input for a full history, before any extension."""
         length = self.sizes.history_length + (self.sizes.actions - 1 if self._has_separators else 0)
         length += self.sizes.tokens[0]
-        return tail_lengths(length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid)
+        return tail_lengths(
+            length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid
+        )
 
     def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
         """Standardise dense features by the training set."""
@@ -197,14 +227,19 @@ class OneTrans(Ranker):
             query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]
             cache.append((keys, values, mask))
             if not last:
-                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(mask, keep))
+                read = scaled_dot_product_attention(
+                    query, keys, values, attn_mask=_causal(mask, keep)
+                )
                 rows, mask = layer.finish(rows[:, -keep:], read), mask[:, -keep:]  # type: ignore[operator]
         length = user.mask_BL.sum(1)
         full = bool(user.mask_BL.all())
-        return self._with_request(cache, user, self.features.bag(user), length, torch.zeros_like(length), full)
+        return self._with_request(
+            cache, user, self.features.bag(user), length, torch.zeros_like(length), full
+        )
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
-        """Only the new events' rows, against cached keys and values; exact with respect to the pinned tails.
+        """Only the new events' rows, against cached keys and values; exact with respect to the
+        pinned tails.
 
         The request's features are those of `new_events`.
         """
@@ -223,7 +258,9 @@ class OneTrans(Ranker):
             mask = torch.cat([user_state.masks[number][:, old], new], dim=1)
             cache.append((keys, values, mask))
             if number + 1 < len(self.layers) and rows.shape[1]:
-                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(mask, rows.shape[1]))
+                read = scaled_dot_product_attention(
+                    query, keys, values, attn_mask=_causal(mask, rows.shape[1])
+                )
                 rows = layer.finish(rows, read)  # type: ignore[operator]
         added = new.sum(1)
         bags = self.features.bag(new_events, user_state.bags)
@@ -233,16 +270,22 @@ class OneTrans(Ranker):
         )
 
     def must_refresh(self, user_state: UserState) -> Tensor:
-        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows: encode them again.
+        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows: encode them
+        again.
 
-        Users of another model version must be encoded again too; a state does not know, the caller does.
+        Users of another model version must be encoded again too; a state does not know, the caller
+        does.
         """
         before = user_state.length_B - user_state.added_B + self.sizes.tokens[0]
-        grown = torch.stack([before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails])
+        grown = torch.stack(
+            [before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails]
+        )
         return (grown >= ROUND_TO).any(0)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        """Stage II: each candidate's NS tokens against the cache; candidates never see one another. logits_BCT."""
+        """Stage II: each candidate's NS tokens against the cache; candidates never see one another.
+        logits_BCT.
+        """
         tokens = self.features.candidates(candidates)
         if self.num_request == 0:
             before = user_state.request_BRD[:, None].expand(-1, tokens.shape[1], -1, -1)
@@ -250,37 +293,49 @@ class OneTrans(Ranker):
         rows = self.candidate_nodes(tokens)
         rows = self._through(rows, user_state, self.num_request)
         final = self.final_norm(rows, self.num_request).flatten(2)
-        request = self.final_norm(user_state.request_BRD, 0).flatten(1) if self.num_request else None
+        request = (
+            self.final_norm(user_state.request_BRD, 0).flatten(1) if self.num_request else None
+        )
         logits: Tensor = self.heads(request, final)
         return logits
 
     def forward_plain(self, batch: Batch, starts_Bn: Tensor | None = None) -> Tensor:
-        """The plain twin: for every candidate one forward over [S; NS], tails as masks on full attention. Slow.
+        """The plain twin: for every candidate one forward over [S; NS], tails as masks on full
+        attention. Slow.
 
         Args:
-            starts_Bn: first S row of each layer's input by user, as an absolute place in the history; default: where a
-                full encoding puts them.
+            starts_Bn: first S row of each layer's input by user, as an absolute place in the
+                history; default: where a full encoding puts them.
         """
         user, found = batch.user, []
         rows_S, mask_S = self._sequence(user)
         length = rows_S.shape[1]
         place = torch.arange(length, device=rows_S.device) - (length - mask_S.sum(1, keepdim=True))
         if starts_Bn is None:
-            starts_Bn = torch.stack([(mask_S.sum(1) - tail).clamp(min=0) for tail in self.tails], dim=1)
+            starts_Bn = torch.stack(
+                [(mask_S.sum(1) - tail).clamp(min=0) for tail in self.tails], dim=1
+            )
         for index in range(batch.candidates.item_BC.shape[1]):
             one = self.features.candidates(batch.candidates.select(slice(index, index + 1)))
             request = self.features.request(user)
             if self.request_nodes is None:
                 nodes = self.candidate_nodes(torch.cat([request[:, None], one], dim=2))[:, 0]
             else:
-                nodes = torch.cat([self.request_nodes(request), self.candidate_nodes(one)[:, 0]], dim=1)
+                nodes = torch.cat(
+                    [self.request_nodes(request), self.candidate_nodes(one)[:, 0]], dim=1
+                )
             rows = torch.cat([rows_S, nodes], dim=1)
             for number, layer in enumerate(self.layers):
                 inside = mask_S & (place >= starts_Bn[:, number : number + 1])
                 real = torch.cat([inside, torch.ones_like(nodes[..., 0], dtype=torch.bool)], dim=1)
-                parts = [layer.project(part, at) for part, at in ((rows[:, :length], None), (rows[:, length:], 0))]  # type: ignore[operator]
+                parts = [
+                    layer.project(rows[:, :length], None),  # type: ignore[operator]
+                    layer.project(rows[:, length:], 0),  # type: ignore[operator]
+                ]
                 query, keys, values = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-                read = scaled_dot_product_attention(query, keys, values, attn_mask=_causal(real, rows.shape[1]))
+                read = scaled_dot_product_attention(
+                    query, keys, values, attn_mask=_causal(real, rows.shape[1])
+                )
                 rows = torch.cat(
                     [
                         layer.finish(rows[:, :length], read[:, :, :length]),  # type: ignore[operator]
@@ -295,7 +350,11 @@ class OneTrans(Ranker):
 
     @property
     def _has_separators(self) -> bool:
-        return self.config.merge == "timestamp_agnostic" and self.config.separators and self.sizes.actions > 1
+        return (
+            self.config.merge == "timestamp_agnostic"
+            and self.config.separators
+            and self.sizes.actions > 1
+        )
 
     def _with_request(
         self,
@@ -317,28 +376,45 @@ class OneTrans(Ranker):
         real = torch.ones_like(rows[..., 0], dtype=torch.bool)
         return replace(
             state,
-            keys=tuple(torch.cat([old, new[:, :, 0]], dim=2) for old, (new, _) in zip(keys, own, strict=True)),
-            values=tuple(torch.cat([old, new[:, :, 0]], dim=2) for old, (_, new) in zip(values, own, strict=True)),
+            keys=tuple(
+                torch.cat([old, new[:, :, 0]], dim=2)
+                for old, (new, _) in zip(keys, own, strict=True)
+            ),
+            values=tuple(
+                torch.cat([old, new[:, :, 0]], dim=2)
+                for old, (_, new) in zip(values, own, strict=True)
+            ),
             masks=tuple(torch.cat([mask, real], dim=1) for mask in masks),
             request_BRD=rows,
         )
 
     def _through(
-        self, rows: Tensor, state: UserState, first: int, own: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        rows: Tensor,
+        state: UserState,
+        first: int,
+        own: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """NS rows, B × C × N × D, through all layers against what is cached; `own` collects their keys and values."""
+        """NS rows, B × C × N × D, through all layers against what is cached; `own` collects their
+        keys and values.
+        """
         for number, layer in enumerate(self.layers):
             query, own_keys, own_values = layer.project(rows, first)  # type: ignore[operator]
             mask = None if state.full else state.masks[number]
-            read = attend_shared_and_own(query, state.keys[number], state.values[number], mask, own_keys, own_values)
+            read = attend_shared_and_own(
+                query, state.keys[number], state.values[number], mask, own_keys, own_values
+            )
             rows = layer.finish(rows, read, first)  # type: ignore[operator]
             if own is not None:
                 own.append((own_keys, own_values))
         return rows
 
     def _sequence(self, user: UserInputs) -> tuple[Tensor, Tensor]:
-        """S tokens, merged and padded on the left, so that tails are slices; and where they are real."""
-        rows, mask = self._embed(user, user.mask_BL.new_zeros(len(user.mask_BL), dtype=torch.long)), user.mask_BL
+        """S tokens, merged and padded on the left, so that tails are slices; and where they are
+        real.
+        """
+        rows = self._embed(user, user.mask_BL.new_zeros(len(user.mask_BL), dtype=torch.long))
+        mask = user.mask_BL
         if self.config.merge == "timestamp_agnostic":
             kind = torch.where(mask, user.action_BL * 2, 2 * self.sizes.actions)
             if self.separator is not None:
@@ -354,13 +430,21 @@ class OneTrans(Ranker):
             real = torch.ones_like(tokens[..., 0], dtype=torch.bool)
             rows, mask = torch.cat([tokens, rows], dim=1), torch.cat([real, mask], dim=1)
             kind = torch.cat([torch.zeros_like(real, dtype=torch.long), kind + 1], dim=1)
-        order = torch.where(mask, kind, -1).argsort(dim=1, stable=True)  # padding first, the rest in its order
+        order = torch.where(mask, kind, -1).argsort(
+            dim=1, stable=True
+        )  # padding first, the rest in its order
         return rows.gather(1, order[..., None].expand_as(rows)), mask.gather(1, order)
 
     def _embed(self, user: UserInputs, before_B: Tensor) -> Tensor:
-        """Event tokens in the order of time, B × L × D. `before_B` events of each user came before these."""
-        numbers = torch.cat([self.features.item(user.item_BL), user.event_BLE, user.gap_BL[..., None]], dim=-1)
-        every = self.event_down(gelu(self.event_up(numbers[:, :, None].expand(-1, -1, self.sizes.actions, -1))))
+        """Event tokens in the order of time, B × L × D. `before_B` events of each user came before
+        these.
+        """
+        numbers = torch.cat(
+            [self.features.item(user.item_BL), user.event_BLE, user.gap_BL[..., None]], dim=-1
+        )
+        every = self.event_down(
+            gelu(self.event_up(numbers[:, :, None].expand(-1, -1, self.sizes.actions, -1)))
+        )
         chosen = user.action_BL[..., None, None].expand(-1, -1, 1, self.config.width)
         event = every.gather(2, chosen)[:, :, 0]
         index = before_B[:, None] + torch.arange(event.shape[1], device=event.device)
@@ -368,7 +452,9 @@ class OneTrans(Ranker):
 
 
 class AutoSplit(nn.Module):
-    """All features through one matrix product, split into tokens (arXiv 2510.26104, section 3.2)."""
+    """All features through one matrix product, split into tokens (arXiv 2510.26104, section
+    3.2).
+    """
 
     def __init__(self, num_features: int, width: int, num_tokens: int) -> None:
         super().__init__()
@@ -388,19 +474,23 @@ class GroupWise(nn.Module):
         super().__init__()
         self.groups = groups
         self.networks = nn.ModuleList(
-            nn.Sequential(nn.Linear(size * width, width), nn.GELU(), nn.Linear(width, width)) for size in groups
+            nn.Sequential(nn.Linear(size * width, width), nn.GELU(), nn.Linear(width, width))
+            for size in groups
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """… × features × D → … × groups × D."""
         parts = features.split(self.groups, dim=-2)
         return torch.stack(
-            [network(part.flatten(-2)) for network, part in zip(self.networks, parts, strict=True)], dim=-2
+            [network(part.flatten(-2)) for network, part in zip(self.networks, parts, strict=True)],
+            dim=-2,
         )
 
 
 def _causal(mask: Tensor, number: int) -> Tensor:
-    """What the last `number` rows may read, B × 1 × number × L: real rows up to themselves; padding reads itself."""
+    """What the last `number` rows may read, B × 1 × number × L: real rows up to themselves; padding
+    reads itself.
+    """
     length = mask.shape[1]
     row = torch.arange(length - number, length, device=mask.device)[:, None]
     key = torch.arange(length, device=mask.device)

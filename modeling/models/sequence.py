@@ -1,15 +1,18 @@
-"""What all sequence models share: embeddings, a stack of blocks, the tied head, and both steps of the interface.
+"""What all sequence models share: embeddings, a stack of blocks, the tied head, and both steps of
+the interface.
 
-HydraRec, SASRec, BERT4Rec, LinRec and HSTU are this model with another operator, mask and objective; each has its file
-with its Config and its sources. Shape letters beside the usual: N packed rows of a batch.
+HydraRec, SASRec, BERT4Rec, LinRec and HSTU are this model with another operator, mask and
+objective; each has its file with its Config and its sources. Shape letters beside the usual: N
+packed rows of a batch.
 
 ```
 events ─► item (+ action, position, time gap) ─► blocks ─► norm ─► rows_ND ──► next-item losses, every row
                                                                     └ last ──► history_BD · item embedding ─► logit
 ```
 
-Left to choice and chosen the same for all, so that only the operator is compared: pre-norm blocks, item embeddings
-scaled by √D at the input and unscaled at the tied head, learned positions counted from the newest event.
+Left to choice and chosen the same for all, so that only the operator is compared: pre-norm blocks,
+item embeddings scaled by √D at the input and unscaled at the tied head, learned positions counted
+from the newest event.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ SECONDS_PER_DAY = 86_400
 class SequenceConfig:
     """One sequence model.
 
-    `operators` names each layer's operator, first layer first, so hybrids are a matter of config. `positions` counted
-    from the newest event shift when events are added; without them, or counted from the oldest, states can be extended.
+    `operators` names each layer's operator, first layer first, so hybrids are a matter of config.
+    `positions` counted from the newest event shift when events are added; without them, or counted
+    from the oldest, states can be extended.
     """
 
     operators: tuple[OperatorName, ...] = ("softmax", "softmax")
@@ -78,18 +82,24 @@ class PackedEvents:
         to = torch.device(device)
         if self.item_N.device.type == to.type and to.index in (None, self.item_N.device.index):
             return self
-        item, action, gap = (tensor.to(device) for tensor in (self.item_N, self.action_N, self.gap_N))
+        item, action, gap = (
+            tensor.to(device) for tensor in (self.item_N, self.action_N, self.gap_N)
+        )
         return PackedEvents(item, action, gap, Packing(self.packing.lengths, device))
 
 
 @dataclass(frozen=True)
 class UserState:
-    """The history vector and, where the model streams, each layer's state: all that the future needs of the past."""
+    """The history vector and, where the model streams, each layer's state: all that the future
+    needs of the past.
+    """
 
     history_BD: Tensor
     layers: tuple[State, ...]
     length_B: Tensor
-    seconds_B: Tensor  # float64, from the first event to the newest; kept for models with a time bias
+    seconds_B: (
+        Tensor  # float64, from the first event to the newest; kept for models with a time bias
+    )
 
 
 class SequenceRanker(Ranker):
@@ -107,9 +117,15 @@ class SequenceRanker(Ranker):
             raise ValueError(
                 "a bidirectional model cannot read times: those of a masked event would tell what was masked"
             )
-        self.item = nn.Embedding(sizes.items + (0 if config.causal else 1), width)  # the last: [MASK]
+        self.item = nn.Embedding(
+            sizes.items + (0 if config.causal else 1), width
+        )  # the last: [MASK]
         self.action = nn.Embedding(sizes.actions, width) if sizes.actions > 1 else None
-        self.position = nn.Embedding(sizes.history_length + 1, width) if config.positions == "from_newest" else None
+        self.position = (
+            nn.Embedding(sizes.history_length + 1, width)
+            if config.positions == "from_newest"
+            else None
+        )
         self.gap = nn.Embedding(GAP_BUCKETS, width) if config.time_gaps else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block(name) for name in config.operators)
@@ -137,7 +153,9 @@ class SequenceRanker(Ranker):
 
     @property
     def catalogue(self) -> Tensor:
-        """Output rows of all items but the unknown one: item with vocabulary index i + 1 is row i."""
+        """Output rows of all items but the unknown one: item with vocabulary index i + 1 is row
+        i.
+        """
         return self.item.weight[1 : self.sizes.items]
 
     @property
@@ -161,14 +179,22 @@ class SequenceRanker(Ranker):
         )
 
     def encode(self, events: PackedEvents) -> Tensor:
-        """Every row of every sequence, N × D; a causal row knows nothing of later ones (but for their number, with
-        positions from the newest). Training and evaluation.
+        """Every row of every sequence, N × D; a causal row knows nothing of later ones (but for
+        their number, with positions from the newest). Training and evaluation.
         """
         packing = events.packing
         device = events.item_N.device
-        index = packing.from_newest if self.config.positions == "from_newest" else packing.from_oldest
-        rows = self._embed(events.item_N, events.action_N, events.gap_N, torch.as_tensor(index, device=device))
-        count = packing.from_oldest + 1 if self.config.causal else np.repeat(packing.lengths, packing.lengths)
+        index = (
+            packing.from_newest if self.config.positions == "from_newest" else packing.from_oldest
+        )
+        rows = self._embed(
+            events.item_N, events.action_N, events.gap_N, torch.as_tensor(index, device=device)
+        )
+        count = (
+            packing.from_oldest + 1
+            if self.config.causal
+            else np.repeat(packing.lengths, packing.lengths)
+        )
         place = Place(torch.as_tensor(count, device=device), self._seconds_packed(events))
         for block in self.blocks:
             rows = block(rows, packing, place)
@@ -176,18 +202,25 @@ class SequenceRanker(Ranker):
         return normed
 
     def encode_histories(self, events: PackedEvents) -> Tensor:
-        """History vectors, B × D: each sequence's last row, or [MASK]'s behind a bidirectional history."""
+        """History vectors, B × D: each sequence's last row, or [MASK]'s behind a bidirectional
+        history.
+        """
         events = events if self.config.causal else self._with_mask(events)
         return self.encode(events)[events.packing.last_rows]
 
     def encode_user(self, user: UserInputs) -> UserState:
-        """The history vector, and every layer's state where the model streams. An empty history is a zero vector."""
+        """The history vector, and every layer's state where the model streams. An empty history is
+        a zero vector.
+        """
         lengths = user.mask_BL.sum(1)
         if self.can_extend:
             like = self.item.weight.new_zeros(len(lengths), self.config.width)
             states = tuple(block.initial_state(like) for block in self.blocks)  # type: ignore[operator]
             nothing = UserState(
-                like, states, torch.zeros_like(lengths), like.new_zeros(len(lengths), dtype=torch.float64)
+                like,
+                states,
+                torch.zeros_like(lengths),
+                like.new_zeros(len(lengths), dtype=torch.float64),
             )
             return self._extend(nothing, user)
         history = self.item.weight.new_zeros(len(lengths), self.config.width)
@@ -224,13 +257,17 @@ class SequenceRanker(Ranker):
             rows, layer = block.extend(rows, layer, mask, Place(index + 1, seconds))  # type: ignore[operator]
             layers.append(layer)
         number = mask.sum(1)
-        newest = self.norm(rows)[torch.arange(len(mask), device=mask.device), (number - 1).clamp(min=0)]
+        newest = self.norm(rows)[
+            torch.arange(len(mask), device=mask.device), (number - 1).clamp(min=0)
+        ]
         history = torch.where((number > 0)[:, None], newest, state.history_BD)
         seconds_B = state.seconds_B if seconds is None else seconds[:, -1]
         return UserState(history, tuple(layers), state.length_B + number, seconds_B)
 
     def _seconds_packed(self, events: PackedEvents) -> Tensor | None:
-        """Seconds of each row since an instant of its sequence's, where the model reads them: differences count."""
+        """Seconds of each row since an instant of its sequence's, where the model reads them:
+        differences count.
+        """
         if not self.config.time_bias:
             return None
         packing = events.packing
@@ -247,20 +284,29 @@ class SequenceRanker(Ranker):
         return PackedEvents(item, action, gap, packing), owners
 
     def _with_mask(self, events: PackedEvents) -> PackedEvents:
-        """The same sequences, each with [MASK] at its end: the question that a bidirectional model answers."""
+        """The same sequences, each with [MASK] at its end: the question that a bidirectional model
+        answers.
+        """
         old = events.packing
         new = Packing(old.lengths + 1, events.item_N.device)
-        at = torch.as_tensor(np.arange(old.num_rows) + np.repeat(np.arange(len(old.lengths)), old.lengths))
+        at = torch.as_tensor(
+            np.arange(old.num_rows) + np.repeat(np.arange(len(old.lengths)), old.lengths)
+        )
 
         def widened(rows: Tensor, fill: int) -> Tensor:
             return rows.new_full((new.num_rows,), fill).index_copy_(0, at.to(rows.device), rows)
 
         return PackedEvents(
-            widened(events.item_N, self.mask_item), widened(events.action_N, 0), widened(events.gap_N, 0), new
+            widened(events.item_N, self.mask_item),
+            widened(events.action_N, 0),
+            widened(events.gap_N, 0),
+            new,
         )
 
     def _embed(self, item: Tensor, action: Tensor, gap: Tensor, index: Tensor) -> Tensor:
-        """Rows of events; `index` counts from the newest or the oldest event, as the config says."""
+        """Rows of events; `index` counts from the newest or the oldest event, as the config
+        says.
+        """
         rows: Tensor = self.item(item) * math.sqrt(self.config.width)
         if self.action is not None:
             rows = rows + self.action(action)
@@ -275,7 +321,9 @@ class SequenceRanker(Ranker):
 
 
 def gap_bucket(gap: Tensor) -> Tensor:
-    """Bucket of a time gap given as log1p days: floor(log(max(1, seconds)) / 0.301), at most GAP_BUCKETS - 1."""
+    """Bucket of a time gap given as log1p days: floor(log(max(1, seconds)) / 0.301), at most
+    GAP_BUCKETS - 1.
+    """
     return seconds_bucket(gap_seconds(gap))
 
 
@@ -306,4 +354,6 @@ def make_operator(name: OperatorName, config: SequenceConfig) -> Operator:
         return LinearAttention(config.num_heads, causal=causal, denominator=True)
     if name == "decayed_hydra":
         return DecayedHydra(config.width, causal=causal)
-    raise ValueError(f"no operator {name!r}; there are softmax, hydra, decayed_hydra, linrec, kernel_linear")
+    raise ValueError(
+        f"no operator {name!r}; there are softmax, hydra, decayed_hydra, linrec, kernel_linear"
+    )

@@ -1,7 +1,7 @@
 """VISTA: a user's whole history in a few summary tokens; candidates attend to the tokens.
 
-Source: Chen, Wang, Guan et al., "Massive Memorization with Hundreds of Trillions of Parameters for Sequential Transducer
-Generative Recommenders", arXiv 2510.22049.
+Source: Chen, Wang, Guan et al., "Massive Memorization with Hundreds of Trillions of Parameters for
+Sequential Transducer Generative Recommenders", arXiv 2510.22049.
 
 | paper | here |
 |---|---|
@@ -12,13 +12,14 @@ Generative Recommenders", arXiv 2510.22049.
 | generative reconstruction loss | `reconstruction_loss`, in training only |
 | stage 2: target-aware attention | candidates read tokens and themselves |
 
-Differs, where the paper is silent: seeds are source rows, or target rows (`seed_role`); an event knows when it happened
-(age, or in the streaming form the gap before it); targets of the reconstruction carry no gradient, and its mean is
-taken over events and width, so that a weight of 1 means the same at any size; tokens attend to tokens, never to
-candidates; what a candidate read goes to the same cross layers and heads as the amortised DLRM's.
+Differs, where the paper is silent: seeds are source rows, or target rows (`seed_role`); an event
+knows when it happened (age, or in the streaming form the gap before it); targets of the
+reconstruction carry no gradient, and its mean is taken over events and width, so that a weight of 1
+means the same at any size; tokens attend to tokens, never to candidates; what a candidate read goes
+to the same cross layers and heads as the amortised DLRM's.
 
-Ours: `causal=True` streams. Events read the blocks before their own; each layer's state has a fixed size; `extend_user`
-is exact at a cost that does not depend on the history.
+Ours: `causal=True` streams. Events read the blocks before their own; each layer's state has a fixed
+size; `extend_user` is exact at a cost that does not depend on the history.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ AGE_BUCKETS = 16  # of the logarithm of an event's age, half a unit each
 
 @dataclass(frozen=True)
 class Config:
-    """The paper's stage 1 by default; `causal` with target seeds makes states that can be extended."""
+    """The paper's stage 1 by default; `causal` with target seeds makes states that can be
+    extended.
+    """
 
     width: int = 64
     num_heads: int = 4
@@ -70,7 +73,9 @@ STAGE_1 = ("features.item.", "action.", "event.", "age.", "seeds", "summary.", "
 
 @dataclass(frozen=True)
 class UserState:
-    """Summary tokens, what stage 2 reads of them, the request's fields; and the streams, where they can be extended."""
+    """Summary tokens, what stage 2 reads of them, the request's fields; and the streams, where they
+    can be extended.
+    """
 
     tokens_BSD: Tensor
     keys: tuple[Tensor, ...]  # ranking_layers × (B × H × S × K)
@@ -100,25 +105,36 @@ class VISTA(Ranker):
         self.config, self.sizes = config, sizes
         width, heads = config.width, config.num_heads
         self.features = FeatureTokens(sizes, width, bags=False)
-        self.action = nn.Embedding(sizes.actions + 1, width)  # the last one: unknown, for candidates
+        self.action = nn.Embedding(
+            sizes.actions + 1, width
+        )  # the last one: unknown, for candidates
         self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
         self.age = nn.Embedding(AGE_BUCKETS, width)
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, width) * 0.5)
         if config.stored and (config.causal or config.reconstruction):
-            raise ValueError("stored=True has no stage 1: it wants causal=False and reconstruction=0")
+            raise ValueError(
+                "stored=True has no stage 1: it wants causal=False and reconstruction=0"
+            )
         if config.stored != bool(sizes.tokens[0]):
-            raise ValueError(f"stored={config.stored} does not go with stored tokens of shape {sizes.tokens}")
+            raise ValueError(
+                f"stored={config.stored} does not go with stored tokens of shape {sizes.tokens}"
+            )
         self.stored = StoredTokens(sizes, width) if config.stored else None
         self.summary = nn.ModuleList(
             HistoryAttentionLayer(width, heads, config.dropout)
             if config.attention == "softmax"
-            else QuasiLinearLayer(width, heads, dropout=config.dropout, divide=config.divide, block=config.block)
+            else QuasiLinearLayer(
+                width, heads, dropout=config.dropout, divide=config.divide, block=config.block
+            )
             for _ in range(0 if config.stored else config.summary_layers)
         )
         self.token_norm, self.read_norm = (nn.LayerNorm(width, eps=1e-5) for _ in range(2))
-        self.decoder = None if config.stored else HistoryAttentionLayer(width, heads, config.dropout)
+        self.decoder = (
+            None if config.stored else HistoryAttentionLayer(width, heads, config.dropout)
+        )
         self.ranking = nn.ModuleList(
-            HistoryAttentionLayer(width, heads, config.dropout) for _ in range(config.ranking_layers)
+            HistoryAttentionLayer(width, heads, config.dropout)
+            for _ in range(config.ranking_layers)
         )
         request, candidate = self.features.num_request, self.features.num_candidate
         width_of = (request, 1 + candidate, width)
@@ -148,16 +164,22 @@ class VISTA(Ranker):
 
     def stage_1(self) -> dict[str, Tensor]:
         """All weights that summary tokens depend on, by name."""
-        return {name: value for name, value in self.state_dict().items() if name.startswith(STAGE_1)}
+        return {
+            name: value for name, value in self.state_dict().items() if name.startswith(STAGE_1)
+        }
 
     def encode_user(self, user: UserInputs) -> UserState:
-        """Stage 1, and what stage 2 reads of its tokens. A user's tokens from a store, where given, stand for stage 1."""
+        """Stage 1, and what stage 2 reads of its tokens. A user's tokens from a store, where given,
+        stand for stage 1.
+        """
         if self.stored is not None:
             return self.state_of(self.stored(user), user)
         if user.tokens_BSX is not None and user.has_tokens_B is not None:
             has, tokens = user.has_tokens_B, user.tokens_BSX
             if not bool(has.all()):
-                fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
+                fresh = self.encode_user(
+                    replace(user, tokens_BSX=None, has_tokens_B=None)
+                ).tokens_BSD
                 tokens = torch.where(has[:, None, None], tokens, fresh)
             return self.state_of(tokens, user)
         if self.config.causal:
@@ -179,7 +201,9 @@ class VISTA(Ranker):
         return self._advance(user_state.streams, new_events)
 
     def stored_streams(self, streams: tuple[Stream, ...]) -> Tensor:
-        """What has to be kept of streams, B × rows × K: both sums of every layer; counts follow from the events' number."""
+        """What has to be kept of streams, B × rows × K: both sums of every layer; counts follow
+        from the events' number.
+        """
         sums = [total for stream in streams for total in (stream.total, stream.block_total)]
         return torch.stack(sums, dim=1).flatten(1, 3)
 
@@ -198,12 +222,18 @@ class VISTA(Ranker):
         filled = num_events_B % self.config.block
         parts = stored_BRK.unflatten(1, (layers, 2, heads, size))
         return tuple(
-            Stream(parts[:, layer, 0], num_events_B, parts[:, layer, 1], num_events_B - filled, filled)
+            Stream(
+                parts[:, layer, 0], num_events_B, parts[:, layer, 1], num_events_B - filled, filled
+            )
             for layer in range(layers)
         )
 
-    def state_of(self, tokens_BSD: Tensor, user: UserInputs, streams: tuple[Stream, ...] = ()) -> UserState:
-        """The state of summary tokens, fresh or from a store; no event of `user` is read, only its fields."""
+    def state_of(
+        self, tokens_BSD: Tensor, user: UserInputs, streams: tuple[Stream, ...] = ()
+    ) -> UserState:
+        """The state of summary tokens, fresh or from a store; no event of `user` is read, only its
+        fields.
+        """
         rows, keys, values = tokens_BSD, [], []
         for number, layer in enumerate(self.ranking):
             key, value = layer.keys_values(rows)  # type: ignore[operator]
@@ -211,13 +241,17 @@ class VISTA(Ranker):
             values.append(value)
             if number + 1 < len(self.ranking):
                 rows = layer(rows, key, value, None)
-        return UserState(tokens_BSD, tuple(keys), tuple(values), self.features.request(user), streams)
+        return UserState(
+            tokens_BSD, tuple(keys), tuple(values), self.features.request(user), streams
+        )
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Stage 2: each candidate reads the tokens and itself. logits_BCT."""
         tokens = self.features.candidates(candidates)
         rows = tokens[:, :, 0] + self.action.weight[-1]
-        for layer, keys, values in zip(self.ranking, user_state.keys, user_state.values, strict=True):
+        for layer, keys, values in zip(
+            self.ranking, user_state.keys, user_state.values, strict=True
+        ):
             rows = layer.read_with_own(rows, keys, values, None)  # type: ignore[operator]
         own = torch.cat([self.read_norm(rows)[:, :, None], tokens], dim=2)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, own))
@@ -229,17 +263,22 @@ class VISTA(Ranker):
         logits = self.score(state, batch.candidates)
         if not self.config.reconstruction:
             return logits, None
-        return logits, self.config.reconstruction * self.reconstruction_loss(state.tokens_BSD, batch.user)
+        return logits, self.config.reconstruction * self.reconstruction_loss(
+            state.tokens_BSD, batch.user
+        )
 
     def reconstruction_loss(self, tokens_BSD: Tensor, user: UserInputs) -> Tensor:
-        """Mean squared error of each event's item embedding from the tokens and the events before it (section 4)."""
+        """Mean squared error of each event's item embedding from the tokens and the events before
+        it (section 4).
+        """
         predicted, items, real = self.reconstruct(tokens_BSD, user)
         pairs = (real[:, 1:] & real[:, :-1])[..., None]
         error = (predicted[:, :-1] - items[:, 1:].detach()).square() * pairs
         return error.sum() / (pairs.sum().clamp(min=1) * items.shape[-1])
 
     def reconstruct(self, tokens_BSD: Tensor, user: UserInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder says of the item after each event, the item embeddings, and which events are real.
+        """What the decoder says of the item after each event, the item embeddings, and which events
+        are real.
 
         All B × M (× D), M newest events; row i has read the tokens and the events up to i.
         """
@@ -247,24 +286,31 @@ class VISTA(Ranker):
         length = user.mask_BL.sum(1, keepdim=True)
         index = (length - number).clamp(min=0) + torch.arange(number, device=length.device)
         real = index < length
-        chosen = user.item_BL.gather(1, index.clamp(max=user.mask_BL.shape[1] - 1)) if number else user.item_BL
+        chosen = (
+            user.item_BL.gather(1, index.clamp(max=user.mask_BL.shape[1] - 1))
+            if number
+            else user.item_BL
+        )
         assert self.decoder is not None
         items = self.features.item(chosen)
         rows = torch.cat([tokens_BSD, items], dim=1)
         mask = torch.cat([torch.ones_like(tokens_BSD[..., 0], dtype=torch.bool), real], dim=1)
-        predicted = self.decoder(rows, *self.decoder.keys_values(rows), causal_mask(mask, rows.shape[1]))
+        predicted = self.decoder(
+            rows, *self.decoder.keys_values(rows), causal_mask(mask, rows.shape[1])
+        )
         return predicted[:, tokens_BSD.shape[1] :], items, real
 
     @torch.inference_mode()
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
-        """Summary tokens of histories of any length, in the memory of one chunk: the same as of the whole at once.
+        """Summary tokens of histories of any length, in the memory of one chunk: the same as of the
+        whole at once.
 
-        A layer's sums want every event, so layer l reads the chunks once more and takes them through the l layers before
-        it, whose matrices are known by then.
+        A layer's sums want every event, so layer l reads the chunks once more and takes them
+        through the l layers before it, whose matrices are known by then.
 
         Args:
-            chunks: an iteration over parts of the same users' events, oldest first; called once for each layer, or once
-                where `causal`.
+            chunks: an iteration over parts of the same users' events, oldest first; called once for
+                each layer, or once where `causal`.
 
         Returns:
             tokens_BSD.
@@ -287,7 +333,9 @@ class VISTA(Ranker):
                 part = layer.sums(rows, chunk.mask_BL)  # type: ignore[operator]
                 sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
             if sums is None:
-                raise ValueError("summarise got no chunk; an empty history is one chunk without events")
+                raise ValueError(
+                    "summarise got no chunk; an empty history is one chunk without events"
+                )
             seeds = self.seeds.expand(len(sums[1]), -1, -1) if seeds is None else seeds
             seeds, matrix = self._seeds_through(layer, seeds, *sums)
             matrices.append(matrix)
@@ -323,7 +371,9 @@ class VISTA(Ranker):
         return tuple(layer.start(batch, self.seeds) for layer in self.summary)  # type: ignore[operator]
 
     def tokens_of(self, user: UserInputs) -> Tensor:
-        """Stage 1 alone, over whole histories: tokens_BSD. Reads events and nothing of the request."""
+        """Stage 1 alone, over whole histories: tokens_BSD. Reads events and nothing of the
+        request.
+        """
         if self.config.causal:
             return self._through_and_read(self._started(len(user.item_BL)), user)[0]
         rows, mask = self._events(user), user.mask_BL
@@ -339,8 +389,12 @@ class VISTA(Ranker):
         tokens: Tensor = self.token_norm(seeds)
         return tokens
 
-    def _seeds_through(self, layer: nn.Module, seeds: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Seeds after a layer, and the layer's matrix; as source rows they are in its sums as well."""
+    def _seeds_through(
+        self, layer: nn.Module, seeds: Tensor, total: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Seeds after a layer, and the layer's matrix; as source rows they are in its sums as
+        well.
+        """
         target = self.config.seed_role == "target"
         if not target:
             more, number = layer.sums(seeds, torch.ones_like(seeds[..., 0], dtype=torch.bool))  # type: ignore[operator]
@@ -351,13 +405,17 @@ class VISTA(Ranker):
     def _softmax_layer(
         self, layer: nn.Module, rows: Tensor, seeds: Tensor, mask: Tensor, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """The same roles with softmax: sources read sources, targets read sources and themselves."""
+        """The same roles with softmax: sources read sources, targets read sources and
+        themselves.
+        """
         if self.config.seed_role == "target":
             keys, values = layer.keys_values(rows)  # type: ignore[operator]
             seeds = layer.read_with_own(seeds, keys, values, mask)  # type: ignore[operator]
             return (rows if last else layer(rows, keys, values, mask[:, None])), seeds
         every = torch.cat([seeds, rows], dim=1)
-        visible = torch.cat([torch.ones_like(seeds[..., 0], dtype=torch.bool), mask], dim=1)[:, None]
+        visible = torch.cat([torch.ones_like(seeds[..., 0], dtype=torch.bool), mask], dim=1)[
+            :, None
+        ]
         number = seeds.shape[1]
         keys, values = layer.keys_values(every)  # type: ignore[operator]
         every = layer(every[:, :number] if last else every, keys, values, visible)
@@ -367,10 +425,16 @@ class VISTA(Ranker):
         tokens, streams = self._through_and_read(streams, user)
         return self.state_of(tokens, user, streams)
 
-    def _through_and_read(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Tensor, tuple[Stream, ...]]:
-        """Tokens behind the user's events, and the streams: in one pass where the events fit into the current block."""
+    def _through_and_read(
+        self, streams: tuple[Stream, ...], user: UserInputs
+    ) -> tuple[Tensor, tuple[Stream, ...]]:
+        """Tokens behind the user's events, and the streams: in one pass where the events fit into
+        the current block.
+        """
         mask = user.mask_BL
-        if mask.shape[1] > self.config.block or bool((streams[0].filled + mask.sum(1) > self.config.block).any()):
+        if mask.shape[1] > self.config.block or bool(
+            (streams[0].filled + mask.sum(1) > self.config.block).any()
+        ):
             streams = self._through_streams(streams, user)
             return self._read_streams(streams), streams
         rows, seeds, found = self._events(user), self.seeds.expand(len(mask), -1, -1), list(streams)
@@ -380,7 +444,9 @@ class VISTA(Ranker):
         return tokens, tuple(found)
 
     def _through_streams(self, streams: tuple[Stream, ...], user: UserInputs) -> tuple[Stream, ...]:
-        """Every layer's stream behind the user's events: all at once from the beginning of a block, else block by block."""
+        """Every layer's stream behind the user's events: all at once from the beginning of a block,
+        else block by block.
+        """
         found = list(streams)
         if not bool(streams[0].filled.any()):
             rows = self._events(user)
@@ -403,8 +469,15 @@ class VISTA(Ranker):
         return tokens
 
     def _events(self, user: UserInputs) -> Tensor:
-        """Embedded events, B × L × D. Streams know the gap before an event, which no later request changes."""
+        """Embedded events, B × L × D. Streams know the gap before an event, which no later request
+        changes.
+        """
         time = user.gap_BL if self.config.causal else user.age_BL
         numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
         bucket = (2 * time).long().clamp(0, AGE_BUCKETS - 1)
-        return self.features.item(user.item_BL) + self.action(user.action_BL) + self.event(numbers) + self.age(bucket)
+        return (
+            self.features.item(user.item_BL)
+            + self.action(user.action_BL)
+            + self.event(numbers)
+            + self.age(bucket)
+        )

@@ -11,16 +11,23 @@ from typing import Any, Literal
 from feature_repo.errors import nearest
 from modeling.errors import RecipeError
 
-SERVICE, SERVICE_WITH_TOKENS = "ranking_v1", "ranking_v1_tokens"  # feature services that rankers train on
+SERVICE, SERVICE_WITH_TOKENS = (
+    "ranking_v1",
+    "ranking_v1_tokens",
+)  # feature services that rankers train on
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What every training loop needs. One seed controls initial weights, dropout, order and negatives."""
+    """What every training loop needs. One seed controls initial weights, dropout, order and
+    negatives.
+    """
 
     epochs: int = 4
     learning_rate: float = 2e-3
-    final_learning_rate: float = 0.1  # share of the learning rate at the end of its cosine; 1 keeps it
+    final_learning_rate: float = (
+        0.1  # share of the learning rate at the end of its cosine; 1 keeps it
+    )
     beta2: float = 0.99
     weight_decay: float = 1e-5
     warmup_steps: int = 50
@@ -67,7 +74,9 @@ class Recipe:
     config: dict[str, Any]
     history_length: int  # events that the encoder reads
     min_item_count: int = 5  # rarer items share one embedding
-    tokens: str | None = None  # the recipe whose stored summary tokens it reads; its service must join them
+    tokens: str | None = (
+        None  # the recipe whose stored summary tokens it reads; its service must join them
+    )
     training: Training = field(default_factory=Training)
 
 

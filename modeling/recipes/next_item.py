@@ -1,7 +1,9 @@
-"""Next-item recipes. Within a data set they differ in operator, mask and objective only; torch is not imported here.
+"""Next-item recipes. Within a data set they differ in operator, mask and objective only; torch is
+not imported here.
 
-`*_ml1m`: MovieLens-1M as `user item` lines (3,416 items), 200 events. `*_beauty`: Amazon Beauty 5-core, 50 events.
-Neither is shipped: `--data` names the file. `*_retail` read a dataset's own log, times included. `*_tiny` run on anything in seconds, for tests.
+`*_ml1m`: MovieLens-1M as `user item` lines (3,416 items), 200 events. `*_beauty`: Amazon Beauty
+5-core, 50 events. Neither is shipped: `--data` names the file. `*_retail` read a dataset's own log,
+times included. `*_tiny` run on anything in seconds, for tests.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ ML1M_TRAINING = NextItemTraining(epochs=55, learning_rate=2e-3, final_learning_r
 
 
 def _ml1m(name: str, model: str, objective: Objective = "softmax", **config: Any) -> NextItemRecipe:
-    """The common net of the comparison on MovieLens-1M: published SASRec's shape, one feed-forward for all."""
-    return NextItemRecipe(name, model, {**ML1M, **config}, objective=objective, training=ML1M_TRAINING)
+    """The common net of the comparison on MovieLens-1M: published SASRec's shape, one feed-forward
+    for all.
+    """
+    return NextItemRecipe(
+        name, model, {**ML1M, **config}, objective=objective, training=ML1M_TRAINING
+    )
 
 
 def sasrec_ml1m() -> NextItemRecipe:
@@ -78,28 +84,49 @@ def hydrarec_bidirectional_ml1m() -> NextItemRecipe:
 
 def gated_ml1m() -> NextItemRecipe:
     """The best: gated layers with SwiGLU, trained on all windows, averaged weights."""
-    config = {"width": 96, "num_heads": 2, "dropout": 0.15, "gated": True, "activation": "swiglu", "expansion": 2}
-    training = replace(ML1M_TRAINING, epochs=22, learning_rate=3e-3, validate_epochs=2, averaging=0.998)
+    config = {
+        "width": 96,
+        "num_heads": 2,
+        "dropout": 0.15,
+        "gated": True,
+        "activation": "swiglu",
+        "expansion": 2,
+    }
+    training = replace(
+        ML1M_TRAINING, epochs=22, learning_rate=3e-3, validate_epochs=2, averaging=0.998
+    )
     return NextItemRecipe("gated_ml1m", "sasrec", config, windows="all", training=training)
 
 
 def hydrarec_decayed_bidirectional_ml1m() -> NextItemRecipe:
     """HydraRec-bidirectional whose sums decay with distance both ways."""
     operators = ("decayed_hydra", "decayed_hydra")
-    return _ml1m("hydrarec_decayed_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators)
+    return _ml1m(
+        "hydrarec_decayed_bidirectional_ml1m",
+        "hydrarec",
+        "cloze",
+        causal=False,
+        operators=operators,
+    )
 
 
 def hydrarec_hybrid_bidirectional_ml1m() -> NextItemRecipe:
     """HydraRec-bidirectional with a softmax layer first."""
     operators = ("softmax", "decayed_hydra")
-    return _ml1m("hydrarec_hybrid_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators)
+    return _ml1m(
+        "hydrarec_hybrid_bidirectional_ml1m", "hydrarec", "cloze", causal=False, operators=operators
+    )
 
 
 def sasrec_beauty() -> NextItemRecipe:
     """SASRec with 1,024 shared negatives and averaged weights, on Amazon Beauty 5-core."""
     config = {**ML1M, "width": 192, "num_heads": 2, "dropout": 0.5}
-    training = replace(ML1M_TRAINING, epochs=24, learning_rate=1e-3, validate_epochs=2, averaging=0.998)
-    return NextItemRecipe("sasrec_beauty", "sasrec", config, 50, "sampled_softmax", 1024, training=training)
+    training = replace(
+        ML1M_TRAINING, epochs=24, learning_rate=1e-3, validate_epochs=2, averaging=0.998
+    )
+    return NextItemRecipe(
+        "sasrec_beauty", "sasrec", config, 50, "sampled_softmax", 1024, training=training
+    )
 
 
 def sasrec_retail() -> NextItemRecipe:
@@ -119,13 +146,21 @@ def hydrarec_gaps_retail() -> NextItemRecipe:
 
 def hydrarec_decayed_retail() -> NextItemRecipe:
     """HydraRec-causal, temporal context by learned positions and a decayed prefix sum."""
-    return _retail("hydrarec_decayed_retail", "hydrarec", operators=("decayed_hydra", "decayed_hydra"))
+    return _retail(
+        "hydrarec_decayed_retail", "hydrarec", operators=("decayed_hydra", "decayed_hydra")
+    )
 
 
 def hydrarec_streaming_retail() -> NextItemRecipe:
     """HydraRec-causal that streams: decayed prefix sum, time gaps, no positions."""
     operators = ("decayed_hydra", "decayed_hydra")
-    return _retail("hydrarec_streaming_retail", "hydrarec", operators=operators, positions="none", time_gaps=True)
+    return _retail(
+        "hydrarec_streaming_retail",
+        "hydrarec",
+        operators=operators,
+        positions="none",
+        time_gaps=True,
+    )
 
 
 def _retail(name: str, model: str, **config: Any) -> NextItemRecipe:
@@ -151,15 +186,28 @@ def bert4rec_tiny() -> NextItemRecipe:
 
 def _tiny(name: str, model: str, objective: Objective = "softmax", **config: Any) -> NextItemRecipe:
     training = NextItemTraining(
-        epochs=2, batch_sequences=16, validate_epochs=1, checkpoint_steps=3, warmup_steps=2, averaging=0.9
+        epochs=2,
+        batch_sequences=16,
+        validate_epochs=1,
+        checkpoint_steps=3,
+        warmup_steps=2,
+        averaging=0.9,
     )
     return NextItemRecipe(
-        name, model, {"width": 16, "dropout": 0.1, **config}, 12, objective, windows="all", training=training
+        name,
+        model,
+        {"width": 16, "dropout": 0.1, **config},
+        12,
+        objective,
+        windows="all",
+        training=training,
     )
 
 
 RECIPES = tuple(
     name
     for name, value in list(globals().items())
-    if callable(value) and name.endswith(("_ml1m", "_beauty", "_retail", "_tiny")) and not name.startswith("_")
+    if callable(value)
+    and name.endswith(("_ml1m", "_beauty", "_retail", "_tiny"))
+    and not name.startswith("_")
 )

@@ -1,9 +1,10 @@
 """Ranking recipes: the three systems and the baselines of their tables, on either dataset.
 
-Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ in history length and
-in what, in SIZES, brings a model to OneTrans's parameters beside embeddings. Only the Transformer stays small: every
-token of a candidate would go through all of as many shared weights, at twenty times the cost. `compare --learning_rates`
-gives each recipe the same trials. `*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
+Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ
+in history length and in what, in SIZES, brings a model to OneTrans's parameters beside embeddings.
+Only the Transformer stays small: every token of a candidate would go through all of as many shared
+weights, at twenty times the cost. `compare --learning_rates` gives each recipe the same trials.
+`*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
 """
 
 from __future__ import annotations
@@ -15,32 +16,81 @@ from typing import Any
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 WIDTH = 32
-HISTORY = {"retail": ("Online Retail", 96), "ml1m": ("MovieLens 1M", 128)}  # title, and events that are read
-ONETRANS: dict[str, Any] = {"num_layers": 3, "num_heads": 2, "expansion": 2, "request_tokens": 3, "candidate_tokens": 3}
-AMORTISED: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "interaction": "cross", "cross_rank": 64, "bags": True}
+HISTORY = {
+    "retail": ("Online Retail", 96),
+    "ml1m": ("MovieLens 1M", 128),
+}  # title, and events that are read
+ONETRANS: dict[str, Any] = {
+    "num_layers": 3,
+    "num_heads": 2,
+    "expansion": 2,
+    "request_tokens": 3,
+    "candidate_tokens": 3,
+}
+AMORTISED: dict[str, Any] = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "interaction": "cross",
+    "cross_rank": 64,
+    "bags": True,
+}
 HIFORMER: dict[str, Any] = {"num_heads": 2, "key_width": 16, "value_width": 16, "rank_key": 64}
 APPEND: dict[str, Any] = {**AMORTISED, "fusion": "append_self", "bags": False, "causal": True}
-VISTA: dict[str, Any] = {"num_heads": 2, "num_seeds": 32, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 64}
+VISTA: dict[str, Any] = {
+    "num_heads": 2,
+    "num_seeds": 32,
+    "summary_layers": 2,
+    "ranking_layers": 2,
+    "cross_rank": 64,
+}
 STREAM: dict[str, Any] = {**VISTA, "causal": True, "seed_role": "target"}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
     "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
-    "amortised_self": ("Amortised DLRM, self-attention", "amortised_dlrm", {**AMORTISED, "fusion": "append_self"}),
-    "concat": ("The same DLRM with CONCAT, not amortised", "amortised_dlrm", {**AMORTISED, "fusion": "concat"}),
+    "amortised_self": (
+        "Amortised DLRM, self-attention",
+        "amortised_dlrm",
+        {**AMORTISED, "fusion": "append_self"},
+    ),
+    "concat": (
+        "The same DLRM with CONCAT, not amortised",
+        "amortised_dlrm",
+        {**AMORTISED, "fusion": "concat"},
+    ),
     "hiformer": ("Hiformer, low rank, pruned", "hiformer", HIFORMER),
-    "hiformer_full_rank": ("Hiformer, full rank, pruned", "hiformer", {**HIFORMER, "kind": "composite"}),
+    "hiformer_full_rank": (
+        "Hiformer, full rank, pruned",
+        "hiformer",
+        {**HIFORMER, "kind": "composite"},
+    ),
     "vista": ("VISTA, summary tokens", "vista", VISTA),
     "vista_softmax": ("VISTA with softmax in stage 1", "vista", {**VISTA, "attention": "softmax"}),
     "vista_stream": ("VISTA, causal: summary tokens that take new events", "vista", STREAM),
     "sasrec_rank": ("SASRec-style: causal softmax, candidate appended", "amortised_dlrm", APPEND),
-    "hstu_rank": ("HSTU layers, candidate appended", "amortised_dlrm", {**APPEND, "attention": "pointwise"}),
-    "heteroatt": ("Heterogeneous attention", "hiformer", {**HIFORMER, "kind": "hetero", "num_layers": 2}),
-    "transformer": ("Transformer over features", "transformer", {**HIFORMER, "kind": "vanilla", "num_layers": 2}),
+    "hstu_rank": (
+        "HSTU layers, candidate appended",
+        "amortised_dlrm",
+        {**APPEND, "attention": "pointwise"},
+    ),
+    "heteroatt": (
+        "Heterogeneous attention",
+        "hiformer",
+        {**HIFORMER, "kind": "hetero", "num_layers": 2},
+    ),
+    "transformer": (
+        "Transformer over features",
+        "transformer",
+        {**HIFORMER, "kind": "vanilla", "num_layers": 2},
+    ),
     "din": ("DIN", "din", {}),
     "dcnv2": ("DCNv2 with target attention", "dcnv2", {}),
     "dlrm": ("DLRM with target attention", "dlrm", {}),
     "autoint": ("AutoInt with target attention", "autoint", {}),
-    "rankmixer": ("RankMixer with a separate Transformer", "rankmixer", {"mixed_width": 32, "history": "transformer"}),
+    "rankmixer": (
+        "RankMixer with a separate Transformer",
+        "rankmixer",
+        {"mixed_width": 32, "history": "transformer"},
+    ),
     "wukong": ("Wukong with target attention", "wukong", {}),
 }
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,649 and 224,801
@@ -83,7 +133,9 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,6
         "wukong": {"hidden": 232},
     },
 }
-TOKENS: dict[str, tuple[str, dict[str, Any]]] = {  # rankers that read the tokens of `vista_stream_*`, and what changes
+TOKENS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # rankers that read the tokens of `vista_stream_*`, and what changes
     "amortised_tokens": ("amortised", {}),
     "onetrans_tokens": ("onetrans", {}),
     "vista_stage_2": ("vista", {"stored": True, "reconstruction": 0.0}),
@@ -120,14 +172,22 @@ def _with_tokens(name: str) -> Recipe:
 
 def _published(name: str) -> Recipe:
     history, tokens, layers, width = PUBLISHED[name]
-    config = {"width": width, "num_layers": layers, "num_heads": 4, "request_tokens": tokens // 2, "candidate_tokens": tokens // 2}  # fmt: skip
+    config = {
+        "width": width,
+        "num_layers": layers,
+        "num_heads": 4,
+        "request_tokens": tokens // 2,
+        "candidate_tokens": tokens // 2,
+    }
     return Recipe(name, "onetrans", SERVICE, config, history)
 
 
 def _tiny(name: str) -> Recipe:
     model, config = TINY[name]
     training = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
-    return Recipe(name, model, SERVICE, config, history_length=16, min_item_count=2, training=training)
+    return Recipe(
+        name, model, SERVICE, config, history_length=16, min_item_count=2, training=training
+    )
 
 
 def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], Recipe]:
@@ -145,12 +205,16 @@ _FUNCTIONS = {
 }
 _FUNCTIONS |= {
     f"{name}_{dataset}": _named(
-        _with_tokens, f"{name}_{dataset}", f"{MODELS[base][0]}, with stored summary tokens, on {title}."
+        _with_tokens,
+        f"{name}_{dataset}",
+        f"{MODELS[base][0]}, with stored summary tokens, on {title}.",
     )
     for name, (base, _) in TOKENS.items()
     for dataset, (title, _) in HISTORY.items()
 }
-_FUNCTIONS |= {name: _named(_published, name, "OneTrans in a published shape.") for name in PUBLISHED}
+_FUNCTIONS |= {
+    name: _named(_published, name, "OneTrans in a published shape.") for name in PUBLISHED
+}
 _FUNCTIONS |= {name: _named(_tiny, name, "Seconds on any machine, for tests.") for name in TINY}
 globals().update(_FUNCTIONS)
 RECIPES = tuple(_FUNCTIONS)

@@ -1,4 +1,6 @@
-"""Recipes of VISTA and of rankers that read its summary tokens. Torch is not imported here: a recipe is plain data."""
+"""Recipes of VISTA and of rankers that read its summary tokens. Torch is not imported here: a
+recipe is plain data.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,30 @@ from typing import Any
 
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
-RECIPES = ("vista", "vista_tiny", "vista_bidirectional_tiny", "vista_stage_2_tiny", "amortised_tokens_tiny", "onetrans_tokens_tiny")  # fmt: skip
+RECIPES = (
+    "vista",
+    "vista_tiny",
+    "vista_bidirectional_tiny",
+    "vista_stage_2_tiny",
+    "amortised_tokens_tiny",
+    "onetrans_tokens_tiny",
+)
 
-STREAM: dict[str, Any] = {"causal": True, "seed_role": "target", "num_heads": 2, "summary_layers": 2, "ranking_layers": 2}  # fmt: skip
+STREAM: dict[str, Any] = {
+    "causal": True,
+    "seed_role": "target",
+    "num_heads": 2,
+    "summary_layers": 2,
+    "ranking_layers": 2,
+}
 SMALL: dict[str, Any] = {**STREAM, "width": 16, "num_seeds": 4, "block": 4}
 SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
 
 
 def vista() -> Recipe:
-    """The default: what `make demo` trains on either dataset. Its summary tokens take new events one by one."""
+    """The default: what `make demo` trains on either dataset. Its summary tokens take new events
+    one by one.
+    """
     config = {
         **STREAM,
         "width": 32,
@@ -30,14 +47,22 @@ def vista() -> Recipe:
 
 def vista_tiny() -> Recipe:
     """Seconds on any machine, for tests."""
-    return Recipe("vista_tiny", "vista", SERVICE, SMALL, history_length=16, min_item_count=2, training=SECONDS)
+    return Recipe(
+        "vista_tiny", "vista", SERVICE, SMALL, history_length=16, min_item_count=2, training=SECONDS
+    )
 
 
 def vista_bidirectional_tiny() -> Recipe:
     """The paper's stage 1, for tests."""
     config = {**SMALL, "causal": False, "seed_role": "source"}
     return Recipe(
-        "vista_bidirectional_tiny", "vista", SERVICE, config, history_length=16, min_item_count=2, training=SECONDS
+        "vista_bidirectional_tiny",
+        "vista",
+        SERVICE,
+        config,
+        history_length=16,
+        min_item_count=2,
+        training=SECONDS,
     )
 
 
@@ -49,13 +74,26 @@ def vista_stage_2_tiny() -> Recipe:
 
 def amortised_tokens_tiny() -> Recipe:
     """The amortised DLRM with stored tokens before its events."""
-    return _reading("amortised_tokens_tiny", "amortised_dlrm", {"width": 16, "num_layers": 1, "num_heads": 2})
+    return _reading(
+        "amortised_tokens_tiny", "amortised_dlrm", {"width": 16, "num_layers": 1, "num_heads": 2}
+    )
 
 
 def onetrans_tokens_tiny() -> Recipe:
     """OneTrans with stored tokens before its events."""
-    return _reading("onetrans_tokens_tiny", "onetrans", {"width": 16, "num_layers": 2, "num_heads": 2})
+    return _reading(
+        "onetrans_tokens_tiny", "onetrans", {"width": 16, "num_layers": 2, "num_heads": 2}
+    )
 
 
 def _reading(name: str, model: str, config: dict[str, Any]) -> Recipe:
-    return Recipe(name, model, SERVICE_WITH_TOKENS, config, 16, min_item_count=2, tokens="vista_tiny", training=SECONDS)
+    return Recipe(
+        name,
+        model,
+        SERVICE_WITH_TOKENS,
+        config,
+        16,
+        min_item_count=2,
+        tokens="vista_tiny",
+        training=SECONDS,
+    )

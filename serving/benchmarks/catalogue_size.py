@@ -1,7 +1,9 @@
-"""One ranking call of 500 candidates beside how many items are known: it costs what is asked, not what is known.
+"""One ranking call of 500 candidates beside how many items are known: it costs what is asked, not
+what is known.
 
-The store is a reader in this process, the model a small amortised DLRM with random weights, the user has 256 events. Floor:
-the same call's `encode_user` and `score` alone. Look-ups of 756 ids are shown apart, beside `pyarrow.compute.index_in`.
+The store is a reader in this process, the model a small amortised DLRM with random weights, the
+user has 256 events. Floor: the same call's `encode_user` and `score` alone. Look-ups of 756 ids are
+shown apart, beside `pyarrow.compute.index_in`.
 """
 
 from __future__ import annotations
@@ -48,9 +50,13 @@ class Reader:
             "unit_price": pa.array(np.ones(EVENTS, np.float32)),
         }
         schema = history_schema(CONTRACT)
-        history = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+        history = pa.RecordBatch.from_arrays(
+            [columns[name] for name in schema.names], schema=schema
+        )
         stats = {c.name: 1 for c in CONTRACT.table("user_stats").columns}
-        self.user = UserRow({"country": "France", **stats, "history_end": EVENTS, "other_events": 0}, history)
+        self.user = UserRow(
+            {"country": "France", **stats, "history_end": EVENTS, "other_events": 0}, history
+        )
 
     def read_user(self, user_id: Any) -> UserRow:
         """The one user."""
@@ -59,9 +65,10 @@ class Reader:
     def read_items(self, item_ids: Sequence[Any]) -> pa.Table:
         """The same features for every item."""
         number = len(item_ids)
+        texts: dict[str, Any] = {"description": "x", "description_tokens": ["word"]}
         columns = {"item_id": pa.array(list(item_ids), pa.string())}
         for _, column in item_columns(CONTRACT):
-            value: Any = ["word"] if column.name == "description_tokens" else "x" if column.name == "description" else 1
+            value = texts.get(column.name, 1)
             columns[column.name] = pa.array([value] * number, arrow_type(column.dtype))
         return pa.table(columns)
 
@@ -71,7 +78,11 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     ids = pa.array(np.arange(number)).cast(pa.string())
     ids = pa.compute.binary_join_element_wise(pa.scalar("item"), ids, "-")
     words, countries = Vocabulary(pa.array(["word"])), Vocabulary(pa.array(["France"]))
-    vocabularies = {"item_id": Vocabulary(ids.sort()), "country": countries, "description_tokens": words}
+    vocabularies = {
+        "item_id": Vocabulary(ids.sort()),
+        "country": countries,
+        "description_tokens": words,
+    }
     encoder = Encoder(CONTRACT, vocabularies, EVENTS)
     torch.manual_seed(0)
     config = {"width": 16, "num_layers": 2, "num_heads": 2}
@@ -79,9 +90,13 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     manifest = {"recipe": "random", "tokens": None}
     reader = Reader(ids)
     made = RankService(
-        Bundle("0" * 64, Path(), manifest, model, encoder), reader, ItemTable(reader, CONTRACT, ids.to_pylist())
+        Bundle("0" * 64, Path(), manifest, model, encoder),
+        reader,
+        ItemTable(reader, CONTRACT, ids.to_pylist()),
     )
-    chosen = ids.take(pa.array(np.random.default_rng(1).choice(number, CANDIDATES, replace=False))).to_pylist()
+    chosen = ids.take(
+        pa.array(np.random.default_rng(1).choice(number, CANDIDATES, replace=False))
+    ).to_pylist()
     return made, RankRequest(1, chosen, k=10, context=RankContext(NOW + timedelta(days=1)))
 
 
@@ -98,10 +113,17 @@ def main() -> None:
     first, rows = times[str(next(iter(services)))]["wall_s"], []
     for number, (made, asked) in services.items():
         keys = made.bundle.encoder.vocabularies["item_id"].values
-        wanted = keys.take(pa.array(np.random.default_rng(2).integers(0, number, EVENTS + CANDIDATES)))
+        wanted = keys.take(
+            pa.array(np.random.default_rng(2).integers(0, number, EVENTS + CANDIDATES))
+        )
         index = KeyIndex(keys)
         looked = interleaved(
-            {"index": partial(index.places, wanted), "index_in": partial(pc.index_in, wanted, keys)}, 20, 3
+            {
+                "index": partial(index.places, wanted),
+                "index_in": partial(pc.index_in, wanted, keys),
+            },
+            20,
+            3,
         )
         answer = made.rank(asked).timings_ms
         rows.append(

@@ -1,4 +1,6 @@
-"""A past that was corrected: what is online equals a build from nothing, whatever was edited, struck, deleted or added."""
+"""A past that was corrected: what is online equals a build from nothing, whatever was edited,
+struck, deleted or added.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ CONTRACT = datasets.load_contract("online_retail")
 
 
 def edited(frame: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """The raw lines after a correction of every kind: values, strikes, a customer who is gone, an item that is gone, late lines."""
+    """The raw lines after a correction of every kind: values, strikes, a customer who is gone, an
+    item that is gone, late lines.
+    """
     frame = frame.copy()
     corrected = rng.choice(len(frame), 40, replace=False)
     frame.loc[corrected[:20], "Quantity"] += np.sign(frame.loc[corrected[:20], "Quantity"])
@@ -32,7 +36,9 @@ def edited(frame: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     frame = frame[~frame["CustomerID"].isin(gone)]
     frame = frame[frame["StockCode"] != rng.choice(frame["StockCode"].unique())]
     frame = frame.drop(rng.choice(frame.index, 30, replace=False))
-    late = frame.sample(10, random_state=int(rng.integers(1000))).assign(InvoiceDate=pd.Timestamp("2011-03-03 10:00"))
+    late = frame.sample(10, random_state=int(rng.integers(1000))).assign(
+        InvoiceDate=pd.Timestamp("2011-03-03 10:00")
+    )
     late["InvoiceNo"] = "600001"
     return pd.concat([frame, late[late["Quantity"] > 0]], ignore_index=True)
 
@@ -40,11 +46,15 @@ def edited(frame: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 def reader_of(road: Any) -> tuple[FeastReader, bundles.Bundle]:
     row = Catalogue(road.settings.catalogue_url).bundle("online_retail", "vista_tiny")
     bundle = bundles.load(road.settings.path(row.path), CONTRACT, row.digest)
-    return FeastReader(road.store, CONTRACT, bundle.manifest["online_service"], bundle.tokens), bundle
+    return FeastReader(
+        road.store, CONTRACT, bundle.manifest["online_service"], bundle.tokens
+    ), bundle
 
 
 def users_of(home: str) -> set[Any]:
-    return set(JobFolder(home, "user_history").read("user_stats", ["user_id"])["user_id"].to_pylist())
+    return set(
+        JobFolder(home, "user_history").read("user_stats", ["user_id"])["user_id"].to_pylist()
+    )
 
 
 def assert_same_user(one: UserRow, other: UserRow) -> None:
@@ -53,8 +63,13 @@ def assert_same_user(one: UserRow, other: UserRow) -> None:
     assert one.history is None or other.history is None or one.history.equals(other.history)
     assert (one.tokens is None) == (other.tokens is None)
     if one.tokens is not None and other.tokens is not None:
-        assert (one.tokens.num_events, one.tokens.digest) == (other.tokens.num_events, other.tokens.digest)
-        np.testing.assert_allclose(one.tokens.tokens_SD, other.tokens.tokens_SD, atol=2e-3, rtol=2e-3)
+        assert (one.tokens.num_events, one.tokens.digest) == (
+            other.tokens.num_events,
+            other.tokens.digest,
+        )
+        np.testing.assert_allclose(
+            one.tokens.tokens_SD, other.tokens.tokens_SD, atol=2e-3, rtol=2e-3
+        )
 
 
 @pytest.mark.slow
@@ -65,13 +80,19 @@ def test_what_is_online_after_a_correction_equals_a_build_from_nothing(
     helpers.train_road(road, "vista_tiny")
     helpers.run_jobs(road.settings, "summary_tokens", bundle="vista_tiny")
     before = users_of(road.settings.home)
-    items_before = JobFolder(road.settings.home, "events").read("item_profile", ["item_id"])["item_id"].unique()
+    items_before = (
+        JobFolder(road.settings.home, "events")
+        .read("item_profile", ["item_id"])["item_id"]
+        .unique()
+    )
 
     data = tmp_path / "data"
     data.mkdir()
     frame = edited(pd.read_parquet(road.data / "online_retail.parquet"), np.random.default_rng(0))
     frame.to_parquet(data / "online_retail.parquet", index=False)
-    corrected = helpers.replace(road, settings=helpers.replace(road.settings, data=str(data)), data=data)
+    corrected = helpers.replace(
+        road, settings=helpers.replace(road.settings, data=str(data)), data=data
+    )
     helpers.run_jobs(corrected.settings, *helpers.table_jobs, num_partitions=3)
 
     # Between the rebuild and new tokens: those of the old past are noticed, and not used.
@@ -79,7 +100,9 @@ def test_what_is_online_after_a_correction_equals_a_build_from_nothing(
     reader, _ = reader_of(corrected)
     stats = {user: reader.read_user(user) for user in sorted(users_of(corrected.settings.home))}
     assert any(row.tokens_know_another_past for row in stats.values())
-    outcome = helpers.run_jobs(corrected.settings, "summary_tokens", bundle="vista_tiny")["summary_tokens"]
+    outcome = helpers.run_jobs(corrected.settings, "summary_tokens", bundle="vista_tiny")[
+        "summary_tokens"
+    ]
     assert outcome.manifest.counts["corrected"] > 0
     assert outcome.manifest.counts["tombstones"] == 2
 
@@ -87,7 +110,9 @@ def test_what_is_online_after_a_correction_equals_a_build_from_nothing(
     shutil.copytree(Path(road.settings.home, "bundles"), Path(fresh.settings.home, "bundles"))
     row = Catalogue(road.settings.catalogue_url).bundle("online_retail", "vista_tiny")
     names = ("digest", "dataset", "recipe", "fingerprint", "path", "metrics")
-    Catalogue(fresh.settings.catalogue_url).add_bundle(**{name: getattr(row, name) for name in names}, tokens="t")
+    Catalogue(fresh.settings.catalogue_url).add_bundle(
+        **{name: getattr(row, name) for name in names}, tokens="t"
+    )
     helpers.run_jobs(fresh.settings, "summary_tokens", bundle="vista_tiny")
 
     ours, theirs = reader_of(corrected)[0], reader_of(fresh)[0]

@@ -43,14 +43,18 @@ def events_table(rows: list[Any]) -> pa.Table:
 def known_at(rows: list[Any], item: str, midnight: int) -> dict[str, Any]:
     """What an item's statistics are at a midnight: whole days before it."""
     now = midnight * MICROS_PER_DAY
-    bought = [(at, price) for i, action, at, price in rows if i == item and action == 0 and at < now]
+    bought = [
+        (at, price) for i, action, at, price in rows if i == item and action == 0 and at < now
+    ]
     truth: dict[str, Any] = {
         "count_total": len(bought),
         "other_total": sum(i == item and a == 1 and at < now for i, a, at, _ in rows),
     }
     for days in STAT_WINDOWS_DAYS:
         truth[f"count_{days}d"] = sum(at >= now - days * MICROS_PER_DAY for at, _ in bought)
-    truth["mean_unit_price"] = float(np.float32(sum(price for _, price in bought) / len(bought))) if bought else None
+    truth["mean_unit_price"] = (
+        float(np.float32(sum(price for _, price in bought) / len(bought))) if bought else None
+    )
     return truth
 
 
@@ -61,7 +65,9 @@ def test_the_newest_row_at_any_midnight_is_the_truth(rows: list[Any]) -> None:
     found = stats.to_pylist()
     stamps = (micros(stats["event_timestamp"]) // MICROS_PER_DAY).tolist()
     for item in "abc":
-        mine = [(stamp, row) for stamp, row in zip(stamps, found, strict=True) if row["item_id"] == item]
+        mine = [
+            (stamp, row) for stamp, row in zip(stamps, found, strict=True) if row["item_id"] == item
+        ]
         assert [stamp for stamp, _ in mine] == sorted({stamp for stamp, _ in mine})
         for midnight in range(0, 95):
             newest = [row for stamp, row in mine if stamp <= midnight][-1:]
@@ -83,7 +89,10 @@ def test_rows_that_are_not_knowable_yet_are_left_out(rows: list[Any], day: int) 
 
 def test_means_of_values_whose_sums_pass_every_machine_integer_are_right() -> None:
     """Whole numbers near 2³¹, and prices near 1e12, a million-fold of which int64 holds nine."""
-    for kind, dtype, value in (("int32", DType.INT32, 2_000_000_000), ("float32", DType.FLOAT32, 1e12)):
+    for kind, dtype, value in (
+        ("int32", DType.INT32, 2_000_000_000),
+        ("float32", DType.FLOAT32, 1e12),
+    ):
         spec = replace(CONTRACT.spec, event_features=(Column("unit_price", dtype, ""),))
         rows = [("a", 0, n * MICROS_PER_DAY, 1.0) for n in range(50)]
         events = events_table(rows).set_column(3, "unit_price", pa.array([value] * 50, kind))

@@ -1,4 +1,6 @@
-"""Runs: same bytes every time, wherever they are killed; nothing visible before the manifest; nothing lost."""
+"""Runs: same bytes every time, wherever they are killed; nothing visible before the manifest;
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,17 @@ def snapshot(home: str, job: str) -> tuple[str, dict[str, bytes]]:
     folder = JobFolder(home, job)
     manifest = folder.require()
     return manifest.to_json(), {
-        part.path: Path(folder.root, part.path).read_bytes() for parts in manifest.tables.values() for part in parts
+        part.path: Path(folder.root, part.path).read_bytes()
+        for parts in manifest.tables.values()
+        for part in parts
     }
 
 
 def test_kept_and_dead_rows_add_up_to_the_rows_read(shop: Any, shop_data: Path) -> None:
     counts = JobFolder(shop.settings.home, "events").require().counts
-    assert counts["rows_read"] == pq.ParquetFile(shop_data / "online_retail.parquet").metadata.num_rows
+    assert (
+        counts["rows_read"] == pq.ParquetFile(shop_data / "online_retail.parquet").metadata.num_rows
+    )
     assert counts["rows_read"] == counts["rows_events"] + counts["rows_dead"]
     assert (
         counts["rows_dead"]
@@ -58,22 +64,23 @@ def test_dead_letters_say_where_and_why(shop: Any, shop_data: Path) -> None:
         assert letter["source_file"] == "online_retail.parquet"
         assert raw.iloc[letter["source_row"]]["InvoiceNo"] in letter["raw"]
         row = raw.iloc[letter["source_row"]]
-        expected = (
-            "no customer"
-            if pd.isna(row["CustomerID"])
-            else "product"
-            if row["StockCode"] == "POST"
-            else "positive"
-            if row["UnitPrice"] <= 0
-            else "unreadable"
-        )
+        if pd.isna(row["CustomerID"]):
+            expected = "no customer"
+        elif row["StockCode"] == "POST":
+            expected = "product"
+        else:
+            expected = "positive" if row["UnitPrice"] <= 0 else "unreadable"
         assert expected in letter["reason"]
 
 
 @pytest.mark.parametrize("job", ["events", "user_history", "item_stats", "training_examples"])
-def test_a_rerun_elsewhere_gives_the_same_bytes(job: str, shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_a_rerun_elsewhere_gives_the_same_bytes(
+    job: str, shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     again = helpers.settings_in(tmp_path, "online_retail", shop.data)
-    helpers.run_jobs(again, *helpers.table_jobs[: helpers.table_jobs.index(job) + 1], num_partitions=3)
+    helpers.run_jobs(
+        again, *helpers.table_jobs[: helpers.table_jobs.index(job) + 1], num_partitions=3
+    )
     assert snapshot(again.home, job) == snapshot(shop.settings.home, job)
 
 
@@ -87,7 +94,9 @@ def test_other_options_or_inputs_are_another_run(shop: Any, tmp_path: Path, help
 
     job = runs.load_job("training_examples")
     ids = {
-        runs.plan_run(job, shop.settings, job.options(num_partitions=3, seed=seed), as_of).plan.run_id
+        runs.plan_run(
+            job, shop.settings, job.options(num_partitions=3, seed=seed), as_of
+        ).plan.run_id
         for seed in (1, 2)
         for as_of in (None, "2011-11-01")
     }
@@ -99,11 +108,18 @@ def command(job: str) -> list[str]:
 
 
 def environment(home: Path, data: Path) -> dict[str, str]:
-    return {**os.environ, "MEMOIR_HOME": str(home), "MEMOIR_DATA": str(data), "MEMOIR_DATASET": "online_retail"}
+    return {
+        **os.environ,
+        "MEMOIR_HOME": str(home),
+        "MEMOIR_DATA": str(data),
+        "MEMOIR_DATASET": "online_retail",
+    }
 
 
 def parts_since(folder: Path, started: float) -> int:
-    """Parts and notes written since a moment; folders that vanish while they are counted count nothing."""
+    """Parts and notes written since a moment; folders that vanish while they are counted count
+    nothing.
+    """
     count = 0
     for where, _, names in os.walk(folder):
         for name in names:
@@ -118,11 +134,15 @@ def parts_since(folder: Path, started: float) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "table", "most"), [("user_history", "history_log", 36), ("events", "events", 30)])
+@pytest.mark.parametrize(
+    ("job", "table", "most"), [("user_history", "history_log", 36), ("events", "events", 30)]
+)
 def test_killed_at_random_points_and_rerun_gives_the_same_bytes(
     job: str, table: str, most: int, shop: Any, tmp_path: Path, helpers: Any
 ) -> None:
-    """SIGKILL a real process at random moments; whatever it left, nothing is visible, and the next run heals it."""
+    """SIGKILL a real process at random moments; whatever it left, nothing is visible, and the next
+    run heals it.
+    """
     jobs = helpers.table_jobs[: helpers.table_jobs.index(job) + 1]
     reference = helpers.settings_in(tmp_path / "reference", "online_retail", shop.data)
     helpers.run_jobs(reference, *jobs, num_partitions=6)
@@ -149,14 +169,21 @@ def test_killed_at_random_points_and_rerun_gives_the_same_bytes(
                 JobFolder(killed.home, job).paths(table)
     assert kills >= 2
     done = subprocess.run(
-        command(job), env=environment(home, shop.data), cwd=ROOT, check=False, stdout=subprocess.DEVNULL
+        command(job),
+        env=environment(home, shop.data),
+        cwd=ROOT,
+        check=False,
+        stdout=subprocess.DEVNULL,
     )
     assert done.returncode == 0
     assert snapshot(killed.home, job) == snapshot(reference.home, job)
 
 
 def test_two_runs_of_a_job_at_once_are_refused(shop: Any, helpers: Any) -> None:
-    with JobFolder(shop.settings.home, "item_stats").lock(), pytest.raises(JobRunningError, match="under way"):
+    with (
+        JobFolder(shop.settings.home, "item_stats").lock(),
+        pytest.raises(JobRunningError, match="under way"),
+    ):
         helpers.run_jobs(shop.settings, "item_stats", num_partitions=3)
 
 
@@ -188,9 +215,15 @@ def test_a_run_that_lost_rows_is_not_published(
         assert JobFolder(settings.home, job).manifest() is None
 
 
-def test_a_table_without_rows_is_empty_and_not_missing(shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_a_table_without_rows_is_empty_and_not_missing(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     frame = pd.read_parquet(shop.data / "online_retail.parquet")
-    frame = frame[frame["CustomerID"].notna() & frame["StockCode"].str.match("^[0-9]{5}A?$") & (frame["UnitPrice"] > 0)]
+    frame = frame[
+        frame["CustomerID"].notna()
+        & frame["StockCode"].str.match("^[0-9]{5}A?$")
+        & (frame["UnitPrice"] > 0)
+    ]
     frame = frame[frame["InvoiceNo"].str.match("^C?[0-9]{6}$")]
     frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
@@ -211,7 +244,9 @@ def test_data_of_the_future_or_of_no_event_is_refused(
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
     job = runs_module().load_job("events")
     with pytest.raises(datasets.RawDataError, match=says):
-        runs_module().run(job, settings, job.options(), ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0)
+        runs_module().run(
+            job, settings, job.options(), ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0
+        )
     assert JobFolder(settings.home, "events").manifest() is None
 
 
@@ -256,7 +291,15 @@ def test_publishing_replaces_a_run_and_drops_older_ones(tmp_path: Path) -> None:
         data = parquet_bytes(pa.table({"n": [number]}))
         part = folder.write_part(f"run{number}", "numbers", "part-0.parquet", data, 1)
         manifest = Manifest(
-            "job", f"run{number}", "shop", "f" * 16, "2011-01-01T00:00:00+00:00", {}, {}, {}, {"numbers": [part]}
+            "job",
+            f"run{number}",
+            "shop",
+            "f" * 16,
+            "2011-01-01T00:00:00+00:00",
+            {},
+            {},
+            {},
+            {"numbers": [part]},
         )
         folder.publish(manifest)
         assert folder.read("numbers")["n"].to_pylist() == [number]
@@ -271,8 +314,12 @@ def test_a_manifest_of_another_layout_is_refused(tmp_path: Path) -> None:
         folder.manifest()
 
 
-@pytest.mark.parametrize("job", ["events", "user_history", "item_stats", "training_examples", "materialize"])
-def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(job: str, shop: Any, shop_data: Path) -> None:
+@pytest.mark.parametrize(
+    "job", ["events", "user_history", "item_stats", "training_examples", "materialize"]
+)
+def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(
+    job: str, shop: Any, shop_data: Path
+) -> None:
     from beam_jobs import runs
 
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*"))
@@ -285,7 +332,11 @@ def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(job: str, shop: 
 
 
 def test_a_skip_looks_at_inputs_options_store_and_code(
-    shop: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shop: Any,
+    helpers: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What `python -m beam_jobs` decides without importing Beam."""
     from beam_jobs import inputs
@@ -329,7 +380,11 @@ def test_a_skip_looks_at_inputs_options_store_and_code(
     ],
 )
 def test_what_a_command_does_not_know_is_refused_in_a_line(
-    arguments: list[str], says: str, shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    says: str,
+    shop: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from beam_jobs.__main__ import app
     from feature_repo import cli
@@ -347,7 +402,13 @@ def test_options_that_beam_knows_go_to_the_runner(monkeypatch: pytest.MonkeyPatc
 
     passed: list[list[str]] = []
     monkeypatch.setattr(entry, "_run", lambda job, options, common, beam: passed.append(list(beam)))
-    given = ["--project=p", "--region=r", "--temp_location=gs://b/t", "--extra_package", "dist/x.whl"]
+    given = [
+        "--project=p",
+        "--region=r",
+        "--temp_location=gs://b/t",
+        "--extra_package",
+        "dist/x.whl",
+    ]
     entry.app(["events", "--num_partitions", "3", *given])
     assert passed == [given]
     from beam_jobs.command import refuse_unknown
@@ -359,18 +420,26 @@ def test_options_that_beam_knows_go_to_the_runner(monkeypatch: pytest.MonkeyPatc
         refuse_unknown([*given, "--regoin=r"], "events", TableOptions(), Common())
 
 
-def test_an_event_at_or_after_as_of_is_a_dead_letter(shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_an_event_at_or_after_as_of_is_a_dead_letter(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
     helpers.run_jobs(settings, "events", as_of="2011-06-01T00:00:00+00:00")
-    whole, cut = (JobFolder(home, "events").require().counts for home in (shop.settings.home, settings.home))
+    whole, cut = (
+        JobFolder(home, "events").require().counts for home in (shop.settings.home, settings.home)
+    )
     late = cut["dead: time is at or after --as_of"]
     assert late > 0
     assert cut["rows_events"] + late == whole["rows_events"]
     assert cut["rows_read"] == cut["rows_events"] + cut["rows_dead"]
 
 
-def test_the_same_job_runs_through_the_portable_runner(shop: Any, tmp_path: Path, helpers: Any) -> None:
-    """The job API, artifact staging and protos that Flink, Spark and Dataflow take, against an embedded endpoint."""
+def test_the_same_job_runs_through_the_portable_runner(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    """The job API, artifact staging and protos that Flink, Spark and Dataflow take, against an
+    embedded endpoint.
+    """
     from beam_jobs import runs
 
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
@@ -387,7 +456,9 @@ def test_built_tables_have_the_contracts_columns(name: str, request: pytest.Fixt
 
     road = request.getfixturevalue(name)
     contract = datasets.load_contract(road.settings.dataset)
-    built = [t for t in contract.tables if t.job and (t.job != "summary_tokens" or name == "token_shop")]
+    built = [
+        t for t in contract.tables if t.job and (t.job != "summary_tokens" or name == "token_shop")
+    ]
     for table in built:
         rows = JobFolder(road.settings.home, table.job).read(table.name)
         assert rows.schema.names == arrow_schema(table).names
@@ -410,11 +481,15 @@ def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_mea
     assert runs.plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id
 
 
-def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(tmp_path: Path, helpers: Any) -> None:
+def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(
+    tmp_path: Path, helpers: Any
+) -> None:
     films = tmp_path / "films"
     helpers.write_film_club(films)
     movies = films / "movies.dat"
-    movies.write_text("".join(f"x{line}\n" for line in movies.read_text(encoding="latin-1").splitlines()))
+    movies.write_text(
+        "".join(f"x{line}\n" for line in movies.read_text(encoding="latin-1").splitlines())
+    )
     surroundings = {**os.environ, "MEMOIR_HOME": str(tmp_path / "home"), "MEMOIR_DATA": str(films)}
     done = subprocess.run(
         [sys.executable, "-m", "beam_jobs", "events"],
@@ -439,7 +514,9 @@ def films(folder: Path, helpers: Any, **changes: Any) -> Any:
     return helpers.settings_in(folder / "home", "movielens_1m", folder / "films")
 
 
-def test_a_rating_that_was_delivered_twice_is_one_event_and_the_other_is_counted(tmp_path: Path, helpers: Any) -> None:
+def test_a_rating_that_was_delivered_twice_is_one_event_and_the_other_is_counted(
+    tmp_path: Path, helpers: Any
+) -> None:
     settings = films(tmp_path, helpers, ratings=lambda lines: [*lines, lines[0], lines[20]])
     manifest = helpers.run_jobs(settings, *helpers.table_jobs)["events"].manifest
     assert manifest.counts["dead: repeated: the same event stands earlier"] == 2
@@ -449,17 +526,24 @@ def test_a_rating_that_was_delivered_twice_is_one_event_and_the_other_is_counted
 
 
 def test_one_bad_profile_row_costs_no_other(tmp_path: Path, helpers: Any) -> None:
-    users = {"users": lambda lines: [lines[0].replace("::M::", "::::"), "x::F::1::1::0", *lines[1:]]}
+    users = {
+        "users": lambda lines: [lines[0].replace("::M::", "::::"), "x::F::1::1::0", *lines[1:]]
+    }
     settings = films(tmp_path, helpers, **users)
     helpers.run_jobs(settings, "events")
     folder = JobFolder(settings.home, "events")
     assert folder.read("user_profile").num_rows == 39
     assert folder.require().counts["profile_rows_dead"] == 2
     reasons = {letter["reason"] for letter in folder.read("dead_letters").to_pylist()}
-    assert {"user_profile, gender: is none of ('F', 'M')", "user_profile, user_id: is missing"} <= reasons
+    assert {
+        "user_profile, gender: is none of ('F', 'M')",
+        "user_profile, user_id: is missing",
+    } <= reasons
 
 
-def test_an_invoice_without_country_keeps_its_events(shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_an_invoice_without_country_keeps_its_events(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     frame = pd.read_parquet(shop.data / "online_retail.parquet")
     invoice = frame.loc[frame["CustomerID"] == 13001.0, "InvoiceNo"].iloc[0]
     lines = int((frame["InvoiceNo"] == invoice).sum())
@@ -467,33 +551,51 @@ def test_an_invoice_without_country_keeps_its_events(shop: Any, tmp_path: Path, 
     frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
     helpers.run_jobs(settings, "events")
-    counts, whole = (JobFolder(home, "events").require().counts for home in (settings.home, shop.settings.home))
+    counts, whole = (
+        JobFolder(home, "events").require().counts for home in (settings.home, shop.settings.home)
+    )
     assert counts["rows_events"] == whole["rows_events"]
     assert 0 < counts["dead: user_profile, country: is missing"] <= lines
 
 
-def test_dead_letters_count_towards_the_limit_whoever_found_them(shop: Any, tmp_path: Path, helpers: Any) -> None:
-    """Signs that do not fit their invoice pass every limit of the raw table, and are found by `parse` alone."""
+def test_dead_letters_count_towards_the_limit_whoever_found_them(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    """Signs that do not fit their invoice pass every limit of the raw table, and are found by
+    `parse` alone.
+    """
     from feature_repo.expectations import GateError
 
     frame = pd.read_parquet(shop.data / "online_retail.parquet")
-    bad = frame["CustomerID"].notna() & ~frame["InvoiceNo"].str.startswith("C") & (frame.index % 10 > 0)
+    bad = (
+        frame["CustomerID"].notna()
+        & ~frame["InvoiceNo"].str.startswith("C")
+        & (frame.index % 10 > 0)
+    )
     frame.loc[bad, "Quantity"] = -frame.loc[bad, "Quantity"].abs()
     frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
-    with pytest.raises(GateError, match=r"raw rows are dead letters[\s\S]*unreadable: quantity or its sign"):
+    with pytest.raises(
+        GateError, match=r"raw rows are dead letters[\s\S]*unreadable: quantity or its sign"
+    ):
         helpers.run_jobs(settings, "events")
     assert JobFolder(settings.home, "events").manifest() is None
     helpers.run_jobs(settings, "events", max_bad_fraction=0.95)
 
 
-def test_periods_that_the_data_does_not_reach_are_refused_by_name(shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_periods_that_the_data_does_not_reach_are_refused_by_name(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     from feature_repo.errors import DeclarationError
 
     frame = pd.read_parquet(shop.data / "online_retail.parquet")
-    frame[frame["InvoiceDate"] < "2011-06-01"].to_parquet(tmp_path / "online_retail.parquet", index=False)
+    frame[frame["InvoiceDate"] < "2011-06-01"].to_parquet(
+        tmp_path / "online_retail.parquet", index=False
+    )
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
-    with pytest.raises(DeclarationError, match="no request into validation and test: validation_from is 2011-10-25"):
+    with pytest.raises(
+        DeclarationError, match="no request into validation and test: validation_from is 2011-10-25"
+    ):
         helpers.run_jobs(settings, *helpers.table_jobs)
 
 

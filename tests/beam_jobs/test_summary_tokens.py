@@ -1,4 +1,6 @@
-"""The job summary_tokens: whose tokens, of which events, stored where; skipped, extended, refused; same bytes always."""
+"""The job summary_tokens: whose tokens, of which events, stored where; skipped, extended, refused;
+same bytes always.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def histories(road: Any) -> tuple[HistoryLog, list[Any]]:
 
 def online(road: Any, users: list[Any]) -> list[Envelope]:
     stored = OnlineTokens(road.store, CONTRACT).read(live(road).tokens or "", users)
-    return [from_bytes(tokens or b"", user) for user, (tokens, _) in zip(users, stored, strict=True)]
+    return [
+        from_bytes(tokens or b"", user) for user, (tokens, _) in zip(users, stored, strict=True)
+    ]
 
 
 def encoded_tokens(bundle: Bundle, log: HistoryLog, row: int, end: int, at: int) -> np.ndarray:
@@ -56,7 +60,9 @@ def encoded_tokens(bundle: Bundle, log: HistoryLog, row: int, end: int, at: int)
     encoder, found = bundle.encoder, log.gather(np.array([row]), np.array([end]))
     none = np.zeros((1, 0))
     item_of_key = encoder.vocabularies[encoder.item_key].indices_of(log.items)
-    user = encoder.user_inputs(found, np.array([at]), none.astype(np.int64), none.astype(np.float32), item_of_key)
+    user = encoder.user_inputs(
+        found, np.array([at]), none.astype(np.int64), none.astype(np.float32), item_of_key
+    )
     with torch.inference_mode():
         tokens: np.ndarray = cast(VISTA, bundle.model).tokens_of(user)[0].numpy()
     return tokens
@@ -76,13 +82,17 @@ def test_every_users_tokens_are_those_of_the_model(token_shop: Any) -> None:
 
 
 def test_training_reads_the_tokens_of_the_time_and_never_later_ones(token_shop: Any) -> None:
-    """Through Feast's join: a request sees the newest snapshot at or before it, made of events before that alone."""
+    """Through Feast's join: a request sees the newest snapshot at or before it, made of events
+    before that alone.
+    """
     from modeling.dataset import Warehouse
 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     warehouse = Warehouse(token_shop.settings)
     shape = bundle.token_shape
-    split = warehouse.split(token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", shape))
+    split = warehouse.split(
+        token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", shape)
+    )
     assert split.requests.gather_tokens is not None
     tokens, has = split.requests.gather_tokens(np.arange(len(split.requests)))
     pointers = JobFolder(token_shop.settings.home, "summary_tokens").read("token_rows")
@@ -116,8 +126,13 @@ def test_reading_back_with_feast_gives_the_bytes_that_were_stored(token_shop: An
     assert read == [(row["tokens"], row["state"]) for row in rows]
     log = TokenLog(CONTRACT, token_shop.settings.home, version)
     newest = JobFolder(token_shop.settings.home, "summary_tokens").read("token_rows").to_pylist()
-    last = {row["user_id"]: row["token_row"] for row in sorted(newest, key=lambda row: row["event_timestamp"])}
-    found, has = log.gather(np.array([last[row["user_id"]] for row in rows]), live(token_shop).token_shape)
+    last = {
+        row["user_id"]: row["token_row"]
+        for row in sorted(newest, key=lambda row: row["event_timestamp"])
+    }
+    found, has = log.gather(
+        np.array([last[row["user_id"]] for row in rows]), live(token_shop).token_shape
+    )
     assert has.all()
     for row, tokens in zip(rows, found, strict=True):
         np.testing.assert_array_equal(tokens, from_bytes(row["tokens"], row["user_id"]).tokens_SD)
@@ -134,9 +149,16 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
     log, users = histories(road)
     whole = log.gather(np.arange(len(users)), log.lengths)
     middle = int(np.quantile(whole.times, 0.8))
-    first = helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe, as_of=micros_iso(middle))["summary_tokens"]
+    first = helpers.run_jobs(
+        road.settings, "summary_tokens", bundle=recipe, as_of=micros_iso(middle)
+    )["summary_tokens"]
     second = helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe)["summary_tokens"]
-    ends = np.array([(whole.times[a:b] < middle).sum() for a, b in zip(whole.offsets, whole.offsets[1:], strict=False)])
+    ends = np.array(
+        [
+            (whole.times[a:b] < middle).sum()
+            for a, b in zip(whole.offsets, whole.offsets[1:], strict=False)
+        ]
+    )
     new = log.lengths > ends
     assert first.manifest.counts["users"] == (ends > 0).sum()
     assert second.manifest.counts["users_written"] == new.sum() < len(users)
@@ -151,11 +173,17 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
             recent = log.gather(np.array([row]), log.lengths[[row]], bundle.encoder.history_length)
             expected = (
                 Summariser(bundle.model, bundle.encoder)
-                .whole(recent, bundle.encoder.vocabularies["item_id"].indices_of(log.items), np.array([at]))
+                .whole(
+                    recent,
+                    bundle.encoder.vocabularies["item_id"].indices_of(log.items),
+                    np.array([at]),
+                )
                 .tokens_BSD[0]
             )
         np.testing.assert_allclose(envelope.tokens_SD, expected, atol=2e-3, rtol=2e-3)
-    assert not helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe)["summary_tokens"].built
+    assert not helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe)[
+        "summary_tokens"
+    ].built
 
 
 @pytest.fixture
@@ -191,7 +219,9 @@ def build(road: Any, helpers: Any, **options: Any) -> Any:
 def test_stopped_at_any_write_and_run_again_gives_the_same_bytes(
     fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline part, note beside it, online row or manifest: wherever it ends, nothing shows, and the next run heals it."""
+    """Offline part, note beside it, online row or manifest: wherever it ends, nothing shows, and
+    the next run heals it.
+    """
     reference = untokened(token_shop, tmp_path / "reference", helpers)
     build(reference, helpers)
     for stop_at in (0, 3, 6, 11, 20, 26):
@@ -219,17 +249,31 @@ def test_stopped_at_any_write_and_run_again_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_gives_the_same_bytes(fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_killed_and_run_again_gives_the_same_bytes(
+    fresh: Any, token_shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     """SIGKILL a real process while it writes."""
     reference = untokened(token_shop, tmp_path / "reference", helpers)
-    command = [sys.executable, "-m", "beam_jobs", "summary_tokens", "--bundle=vista_tiny", "--every_days=60"]
+    command = [
+        sys.executable,
+        "-m",
+        "beam_jobs",
+        "summary_tokens",
+        "--bundle=vista_tiny",
+        "--every_days=60",
+    ]
     command.append(f"--computed_at={COMPUTED_AT}")
     environment = {**os.environ, "MEMOIR_HOME": fresh.settings.root, "MEMOIR_DATA": str(fresh.data)}
     folder = Path(fresh.settings.home, "summary_tokens")
 
     def parts_written() -> int:
-        # os.walk passes over a folder that the job removes meanwhile; Path.glob raises on some Pythons.
-        return sum(name.startswith("run-") for _, folders, files in os.walk(folder) for name in (*folders, *files))
+        # os.walk passes over a folder that the job removes meanwhile; Path.glob raises on some
+        # Pythons.
+        return sum(
+            name.startswith("run-")
+            for _, folders, files in os.walk(folder)
+            for name in (*folders, *files)
+        )
 
     for wanted in (1, 4):
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -243,7 +287,9 @@ def test_killed_and_run_again_gives_the_same_bytes(fresh: Any, token_shop: Any, 
     assert contents(fresh) == contents(reference)
 
 
-def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(fresh: Any, helpers: Any) -> None:
+def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(
+    fresh: Any, helpers: Any
+) -> None:
     from beam_jobs import runs
     from beam_jobs.token_options import prepared
 
@@ -254,7 +300,9 @@ def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(fresh
     assert first == again
     later = replace(build(fresh, helpers).manifest, options={"computed_at_micros": first + 10**15})
     other = replace(plan, run_id="another")
-    assert prepared(job.prepare(other, later)).computed_at_micros > first + 10**15  # time never runs back
+    assert (
+        prepared(job.prepare(other, later)).computed_at_micros > first + 10**15
+    )  # time never runs back
 
 
 def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
@@ -267,14 +315,18 @@ def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
     part = manifest.tables["history_log"][0]
     path = Path(folder.root, part.path)
     batch = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).get_batch(0)
-    victim = next(row for row in range(batch.num_rows) if len(set(batch["event_timestamp"][row].as_py())) > 1)
+    victim = next(
+        row for row in range(batch.num_rows) if len(set(batch["event_timestamp"][row].as_py())) > 1
+    )
     lists = batch["event_timestamp"]
     times = micros(lists.values).copy()
     start, stop = lists.offsets[victim].as_py(), lists.offsets[victim + 1].as_py()
     times[start:stop] = times[start:stop][::-1]
     values = pa.array(times).cast(lists.values.type)
     columns = [
-        pa.LargeListArray.from_arrays(lists.offsets, values) if name == "event_timestamp" else batch[name]
+        pa.LargeListArray.from_arrays(lists.offsets, values)
+        if name == "event_timestamp"
+        else batch[name]
         for name in batch.schema.names
     ]
     changed = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
@@ -282,7 +334,9 @@ def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
         writer.write_batch(changed)
     counts = build(fresh, helpers).manifest.counts
     user = changed["user_id"][victim].as_py()
-    (letter,) = JobFolder(fresh.settings.home, "summary_tokens").read("token_dead_letters").to_pylist()
+    (letter,) = (
+        JobFolder(fresh.settings.home, "summary_tokens").read("token_dead_letters").to_pylist()
+    )
     assert letter["user_id"] == user
     assert letter["reason"] == "events are not in the order of time"
     assert counts["dead_letters"] == 1
@@ -317,7 +371,9 @@ def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     codes = bundle.encoder.vocabularies["item_id"].indices_of(log.items)
     nothing = np.zeros(5, np.int64)
     users = Users(rows.tolist(), read, read.digests(log.item_hashes), nothing, nothing > 0, {}, {})
-    reasons = {one.row: one.reason for one in summarised(summariser, users, codes, rows.tolist(), ends, 0)}
+    reasons = {
+        one.row: one.reason for one in summarised(summariser, users, codes, rows.tolist(), ends, 0)
+    }
     assert all(bool(reasons[row]) == (log.lengths[row] == bad) for row in range(5))
     assert "numbers that no model should see" in reasons[2]
 
@@ -339,7 +395,9 @@ def test_a_huge_history_is_a_piece_of_its_own_and_none_holds_more_than_its_bound
 
 
 def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers: Any) -> None:
-    """An event that came late stands before others: the stored state is no longer that of its first events."""
+    """An event that came late stands before others: the stored state is no longer that of its first
+    events.
+    """
     from beam_jobs import runs
     from beam_jobs.earlier_tokens import Earlier
 
@@ -356,10 +414,13 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     digests = read.digests(log.item_hashes)
     np.testing.assert_array_equal(known.digests, digests[read.offsets[1:] - 1])
     assert set(earlier.streams(ids, known.num_events, read, rows.tolist())) == set(rows.tolist())
-    # An event that came late, with the time of the last one: the stream cannot take it between what it has seen.
+    # An event that came late, with the time of the last one: the stream cannot take it between what
+    # it has seen.
     places = np.r_[np.arange(read.offsets[1]), np.arange(read.offsets[1] - 1, read.offsets[-1])]
     longer = Histories(
-        np.r_[0, read.offsets[1:] + 1], read.item_keys[places], {n: c[places] for n, c in read.columns.items()}
+        np.r_[0, read.offsets[1:] + 1],
+        read.item_keys[places],
+        {n: c[places] for n, c in read.columns.items()},
     )
     assert 0 not in earlier.streams(ids, known.num_events, longer, rows.tolist())
     assert Earlier(plan, 1).newest_of(log.users).num_events.sum() == 0  # another part's users
@@ -372,9 +433,13 @@ def test_full_builds_a_version_anew_in_another_kind(kind: str, fresh: Any, helpe
     outcome = build(fresh, helpers, kind=kind, full=True, computed_at="2011-12-21T00:00:00")
     assert outcome.manifest.counts["skipped"] == 0
     after = {row["user_id"]: row for row in newest(fresh)}
-    assert set(after) == set(before)  # the version's earlier rows are gone, so each user stands there once
+    assert set(after) == set(
+        before
+    )  # the version's earlier rows are gone, so each user stands there once
     for user, row in after.items():
-        one, other = (from_bytes(stored["tokens"], user).tokens_SD for stored in (before[user], row))
+        one, other = (
+            from_bytes(stored["tokens"], user).tokens_SD for stored in (before[user], row)
+        )
         assert one is not None
         assert other is not None
         np.testing.assert_allclose(one, other, atol=0.02 * np.abs(one).max())
@@ -398,12 +463,19 @@ def test_two_versions_stand_side_by_side_and_the_old_one_is_removed_when_nobody_
     users = sorted({row["user_id"] for row in newest(fresh)})
     online = OnlineTokens(fresh.store, CONTRACT)
     assert online.read(old.tokens or "", users) == first[1]
-    assert {from_bytes(tokens or b"", user).fingerprint for user, (tokens, _) in zip(users, online.read(new.tokens or "", users), strict=True)} == {new.tokens}  # fmt: skip
+    assert {
+        from_bytes(tokens or b"", user).fingerprint
+        for user, (tokens, _) in zip(users, online.read(new.tokens or "", users), strict=True)
+    } == {new.tokens}
     for version in (old, new):
         rows = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").to_pylist()
-        chosen = np.array([row["token_row"] for row in rows if row["token_version"] == version.tokens])
+        chosen = np.array(
+            [row["token_row"] for row in rows if row["token_version"] == version.tokens]
+        )
         assert (
-            TokenLog(CONTRACT, fresh.settings.home, version.tokens or "").gather(chosen, version.token_shape)[1].all()
+            TokenLog(CONTRACT, fresh.settings.home, version.tokens or "")
+            .gather(chosen, version.token_shape)[1]
+            .all()
         )
     assert catalogue.retirable_tokens("online_retail", timedelta(days=7)) == []
     assert catalogue.retirable_tokens("online_retail", timedelta(0)) == [old.tokens]
@@ -417,7 +489,9 @@ def test_two_versions_stand_side_by_side_and_the_old_one_is_removed_when_nobody_
     left = JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").to_pylist()
     assert {row["token_version"] for row in left} == {new.tokens}
     with pytest.raises(TokenLogError, match="no part of the token log"):
-        TokenLog(CONTRACT, fresh.settings.home, old.tokens or "").gather(chosen_of(rows, old), old.token_shape)
+        TokenLog(CONTRACT, fresh.settings.home, old.tokens or "").gather(
+            chosen_of(rows, old), old.token_shape
+        )
 
 
 def chosen_of(rows: list[dict[str, Any]], bundle: Bundle) -> np.ndarray:
@@ -432,7 +506,11 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
     whole = summarise.stored_row
 
     def some(plan: Any, summariser: Any, users: Any, result: Any, at: int) -> Any:
-        return "unlucky" if users.ids[result.row] % 10 == 0 else whole(plan, summariser, users, result, at)
+        return (
+            "unlucky"
+            if users.ids[result.row] % 10 == 0
+            else whole(plan, summariser, users, result, at)
+        )
 
     monkeypatch.setattr(summarise, "stored_row", some)
     outcome = build(fresh, helpers)
@@ -444,7 +522,9 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
     assert outcome.said[-1].endswith("is live")
 
 
-@pytest.mark.parametrize("recipe", ["amortised_tokens_tiny", "onetrans_tokens_tiny", "vista_stage_2_tiny"])
+@pytest.mark.parametrize(
+    "recipe", ["amortised_tokens_tiny", "onetrans_tokens_tiny", "vista_stage_2_tiny"]
+)
 def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_only(
     recipe: str, fresh: Any, helpers: Any
 ) -> None:
@@ -463,7 +543,12 @@ def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_on
     assert not bundle.makes_tokens
     ranker = open_ranker(fresh.settings, replay=True)
     users = sorted({row["user_id"] for row in newest(fresh)})
-    items = sorted(JobFolder(fresh.settings.home, "item_stats").read("item_stats")["item_id"].unique().to_pylist())[:40]
+    items = sorted(
+        JobFolder(fresh.settings.home, "item_stats")
+        .read("item_stats")["item_id"]
+        .unique()
+        .to_pylist()
+    )[:40]
     with_tokens = ranker.rank(RankRequest(users[4], items))
     assert with_tokens.tokens == made.tokens
     assert with_tokens.degraded == []
@@ -473,7 +558,9 @@ def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_on
     assert without.scores != with_tokens.scores
 
 
-def test_a_version_keeps_its_snapshots_and_kind_unless_all_is_built_anew(fresh: Any, helpers: Any) -> None:
+def test_a_version_keeps_its_snapshots_and_kind_unless_all_is_built_anew(
+    fresh: Any, helpers: Any
+) -> None:
     from beam_jobs.errors import OptionsError
 
     build(fresh, helpers, every_days=None)
@@ -487,7 +574,9 @@ def test_a_version_keeps_its_snapshots_and_kind_unless_all_is_built_anew(fresh: 
     assert JobFolder(fresh.settings.home, "summary_tokens").read("token_rows").num_rows == rows
 
 
-def test_an_emptied_or_another_online_store_is_filled_from_what_is_stored(fresh: Any, helpers: Any) -> None:
+def test_an_emptied_or_another_online_store_is_filled_from_what_is_stored(
+    fresh: Any, helpers: Any
+) -> None:
     build(fresh, helpers)
     parts, values = contents(fresh)
     OnlineTokens(fresh.store, CONTRACT).remove(live(fresh).tokens or "")
@@ -496,7 +585,9 @@ def test_an_emptied_or_another_online_store_is_filled_from_what_is_stored(fresh:
     assert outcome.manifest.counts["online_stored"] == len(values)
     assert contents(fresh)[1] == values
     OnlineTokens(fresh.store, CONTRACT).remove(live(fresh).tokens or "")
-    assert build(fresh, helpers, refill=True).built  # asked for, although this very work was done before
+    assert build(
+        fresh, helpers, refill=True
+    ).built  # asked for, although this very work was done before
     assert contents(fresh)[1] == values
     tables = ("token_log", "token_rows", "summary_tokens")
     now = contents(fresh)[0]

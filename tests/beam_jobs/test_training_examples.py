@@ -31,20 +31,29 @@ def test_positives_are_the_distinct_items_of_each_customer_and_invoice_time(tabl
     events, _, examples = tables
     truth = defaultdict(set)
     for user, item, action, at in zip(
-        *(events[n].to_pylist() for n in ("user_id", "item_id", "action", "event_timestamp")), strict=True
+        *(events[n].to_pylist() for n in ("user_id", "item_id", "action", "event_timestamp")),
+        strict=True,
     ):
         if action == 0:
             truth[user, at].add(item)
     found = defaultdict(list)
     for row in examples.filter(pc.equal(examples["label_purchase"], 1)).to_pylist():
         found[row["user_id"], row["event_timestamp"]].append(row["item_id"])
-    assert {key: sorted(items) for key, items in found.items()} == {key: sorted(items) for key, items in truth.items()}
+    assert {key: sorted(items) for key, items in found.items()} == {
+        key: sorted(items) for key, items in truth.items()
+    }
 
 
 def test_negatives_are_distinct_never_positive_and_known_by_the_requests_time(tables: Any) -> None:
     events, _, examples = tables
     sold_since = events.group_by("item_id").aggregate([("event_timestamp", "min")])
-    first = dict(zip(sold_since["item_id"].to_pylist(), sold_since["event_timestamp_min"].to_pylist(), strict=True))
+    first = dict(
+        zip(
+            sold_since["item_id"].to_pylist(),
+            sold_since["event_timestamp_min"].to_pylist(),
+            strict=True,
+        )
+    )
     by_request = defaultdict(list)
     for row in examples.to_pylist():
         by_request[row["request_id"]].append(row)
@@ -66,7 +75,8 @@ def test_numbers_of_negatives_follow_the_protocol(tables: Any, shop: Any) -> Non
     )
     short = 0
     for row in counts:
-        positives, negatives = row["label_purchase_sum"], row["label_purchase_count"] - row["label_purchase_sum"]
+        positives = row["label_purchase_sum"]
+        negatives = row["label_purchase_count"] - row["label_purchase_sum"]
         if row["split"] == "train":
             assert negatives <= 4 * positives
             short += negatives < 4 * positives
@@ -82,7 +92,10 @@ def test_periods_are_split_by_request_time(tables: Any) -> None:
     rules = load_contract("online_retail").spec.requests
     for row in tables[2].to_pylist():
         at = row["event_timestamp"].isoformat()
-        expected = "train" if at < rules.validation_from else "validation" if at < rules.test_from else "test"
+        if at < rules.validation_from:
+            expected = "train"
+        else:
+            expected = "validation" if at < rules.test_from else "test"
         assert row["split"] == expected
 
 
@@ -114,7 +127,11 @@ def test_labels_do_not_stand_in_any_place_of_their_own(tables: Any) -> None:
 def pool_of(counts: list[int]) -> ItemPool:
     items = pa.array([f"i{n:03d}" for n in range(len(counts))])
     stats = pa.table(
-        {"item_id": items, "event_timestamp": from_micros(np.zeros(len(counts), np.int64)), "count_total": counts}
+        {
+            "item_id": items,
+            "event_timestamp": from_micros(np.zeros(len(counts), np.int64)),
+            "count_total": counts,
+        }
     )
     pool = ItemPool(items, stats, profiles_of([]), "item_id")
     pool.advance(0)
@@ -135,26 +152,44 @@ def test_new_items_are_drawn_at_their_share_from_when_they_are_known_on() -> Non
     """Ten items with statistics, and ninety that somebody has bought today for the first time."""
     items = pa.array([f"i{n:03d}" for n in range(100)])
     stats = pa.table(
-        {"item_id": items[:10], "event_timestamp": from_micros(np.zeros(10, np.int64)), "count_total": [5] * 10}
+        {
+            "item_id": items[:10],
+            "event_timestamp": from_micros(np.zeros(10, np.int64)),
+            "count_total": [5] * 10,
+        }
     )
-    pool = ItemPool(items, stats, profiles_of([(item, 7) for item in items[10:].to_pylist()]), "item_id")
+    pool = ItemPool(
+        items, stats, profiles_of([(item, 7) for item in items[10:].to_pylist()]), "item_id"
+    )
     rng = np.random.default_rng(0)
     pool.advance(6)
     assert max(pool.draw(rng, np.zeros(0, np.int64), 50)) < 10
     pool.advance(7)
     drawn = np.concatenate([pool.draw(rng, np.zeros(0, np.int64), 8) for _ in range(2000)])
-    assert abs((drawn >= 10).mean() - 0.5 * 0.93) < 0.03  # half by popularity, which new items have none of
+    assert (
+        abs((drawn >= 10).mean() - 0.5 * 0.93) < 0.03
+    )  # half by popularity, which new items have none of
 
 
 def test_candidates_without_statistics_are_not_all_positive() -> None:
-    """Forty customers buy an item each on one day, all new: whoever comes later is also asked about the others' items."""
+    """Forty customers buy an item each on one day, all new: whoever comes later is also asked about
+    the others' items.
+    """
     number, morning = 40, int(np.datetime64("2011-01-20T08:00", "us").astype(int))
     times = from_micros(morning + 60_000_000 * np.arange(number))
     items = [f"n{n:02d}" for n in range(number)]
-    columns = {"user_id": list(range(number)), "item_id": items, "action": pa.array([0] * number, pa.int8())}
+    columns = {
+        "user_id": list(range(number)),
+        "item_id": items,
+        "action": pa.array([0] * number, pa.int8()),
+    }
     events = pa.table({**columns, "event_timestamp": times})
-    stats = pa.table({"item_id": ["old"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]})
-    known = profiles_of([(item, int(at) + 1) for item, at in zip(items, micros(times), strict=True)])
+    stats = pa.table(
+        {"item_id": ["old"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]}
+    )
+    known = profiles_of(
+        [(item, int(at) + 1) for item, at in zip(items, micros(times), strict=True)]
+    )
     rows = example_rows("online_retail", events, ItemTables(stats, known), 1)[0].to_pylist()
     new = [row["label_purchase"] for row in rows if row["item_id"] != "old"]
     assert sum(new) == number
@@ -167,7 +202,9 @@ def test_an_item_that_occurs_twice_in_a_request_is_one_candidate(shop: Any) -> N
         "user_id": [1] * 3, "item_id": ["a", "b", "a"], "action": pa.array([0] * 3, pa.int8()),
         "event_timestamp": from_micros(np.full(3, at)),
     })  # fmt: skip
-    stats = pa.table({"item_id": ["a"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]})
+    stats = pa.table(
+        {"item_id": ["a"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]}
+    )
     rows, counts = example_rows("online_retail", events, ItemTables(stats, profiles_of([])), 1)
     assert sorted(rows["item_id"].to_pylist()) == ["a", "b"]
     assert counts["repeats_in_requests"] == 1
@@ -192,6 +229,8 @@ def test_too_few_items_for_an_evaluation_request_is_an_error() -> None:
     events = pa.table({
         "user_id": [1], "item_id": ["i000"], "action": pa.array([0], pa.int8()), "event_timestamp": from_micros(np.array([at])),
     })  # fmt: skip
-    stats = pa.table({"item_id": ["i000"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]})
+    stats = pa.table(
+        {"item_id": ["i000"], "event_timestamp": from_micros(np.array([0])), "count_total": [1]}
+    )
     with pytest.raises(NotEnoughItemsError, match="protocol needs 100"):
         example_rows(contract.spec.name, events, ItemTables(stats, profiles_of([])), 1)

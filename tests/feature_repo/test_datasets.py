@@ -36,7 +36,9 @@ CODES = st.sampled_from(
     ]
 )
 INVOICES = st.sampled_from(["536365", "C536365", "A563185", "53636", None])
-NUMBERS = st.one_of(st.integers(-5, 5).map(float), st.sampled_from([float("nan"), float("inf"), 0.5]))
+NUMBERS = st.one_of(
+    st.integers(-5, 5).map(float), st.sampled_from([float("nan"), float("inf"), 0.5])
+)
 LINES = st.lists(
     st.tuples(
         INVOICES,
@@ -65,7 +67,10 @@ def raw_table(rows: list[tuple[Any, ...]]) -> pa.Table:
         pa.string(),
     ]
     columns = list(zip(*rows, strict=True)) if rows else [[] for _ in NAMES]
-    return pa.table([pa.array(list(column), kind) for column, kind in zip(columns, types, strict=True)], names=NAMES)
+    return pa.table(
+        [pa.array(list(column), kind) for column, kind in zip(columns, types, strict=True)],
+        names=NAMES,
+    )
 
 
 def is_event(row: tuple[Any, ...]) -> bool:
@@ -73,7 +78,12 @@ def is_event(row: tuple[Any, ...]) -> bool:
     invoice, code, _, quantity, at, price, customer, _ = row
     if invoice not in ("536365", "C536365") or code is None or at is None:
         return False
-    if not np.isfinite([quantity, price, customer]).all() or quantity == 0 or customer < 1 or customer != int(customer):
+    if (
+        not np.isfinite([quantity, price, customer]).all()
+        or quantity == 0
+        or customer < 1
+        or customer != int(customer)
+    ):
         return False
     cancelled = invoice.startswith("C")
     if cancelled != (quantity < 0) or price < 0 or (not cancelled and price <= 0):
@@ -88,37 +98,60 @@ def is_event(row: tuple[Any, ...]) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(LINES)
-def test_every_line_is_an_event_or_a_dead_letter_and_never_both(rows: list[tuple[Any, ...]]) -> None:
+def test_every_line_is_an_event_or_a_dead_letter_and_never_both(
+    rows: list[tuple[Any, ...]],
+) -> None:
     parsed = online_retail.parse_lines(raw_table(rows), RawUnit("shop.parquet", 100, len(rows)))
-    kept, dead = parsed.events["source_position"].to_pylist(), parsed.dead_letters["source_row"].to_pylist()
+    kept = parsed.events["source_position"].to_pylist()
+    dead = parsed.dead_letters["source_row"].to_pylist()
     assert parsed.rows_read == len(rows) == len(kept) + len(dead)
     assert sorted(kept + dead) == list(range(100, 100 + len(rows)))
     assert kept == [100 + i for i, row in enumerate(rows) if is_event(row)]
     assert all(parsed.dead_letters["reason"].to_pylist())
     for position, user, item, action, quantity in zip(
-        kept, *(parsed.events[name].to_pylist() for name in ("user_id", "item_id", "action", "quantity")), strict=True
+        kept,
+        *(parsed.events[name].to_pylist() for name in ("user_id", "item_id", "action", "quantity")),
+        strict=True,
     ):
         row = rows[position - 100]
-        assert (user, item, action, quantity) == (int(row[6]), row[1].upper(), int(row[0].startswith("C")), abs(row[3]))
+        assert (user, item, action, quantity) == (
+            int(row[6]),
+            row[1].upper(),
+            int(row[0].startswith("C")),
+            abs(row[3]),
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
-        st.datetimes(datetime(2010, 1, 1), datetime(2012, 1, 1)).map(lambda t: t.replace(second=0, microsecond=0)),
+        st.datetimes(datetime(2010, 1, 1), datetime(2012, 1, 1)).map(
+            lambda t: t.replace(second=0, microsecond=0)
+        ),
         min_size=1,
     )
 )
 def test_local_time_becomes_utc(times: list[datetime]) -> None:
     rows = [("536365", "71053", "LAMP", 1.0, at, 1.0, 17850.0, "France") for at in times]
-    events = online_retail.parse_lines(raw_table(rows), RawUnit("shop.parquet", 0, len(rows))).events
-    expected = [at.replace(tzinfo=ZoneInfo("Europe/London")).astimezone(ZoneInfo("UTC")) for at in times]
+    events = online_retail.parse_lines(
+        raw_table(rows), RawUnit("shop.parquet", 0, len(rows))
+    ).events
+    expected = [
+        at.replace(tzinfo=ZoneInfo("Europe/London")).astimezone(ZoneInfo("UTC")) for at in times
+    ]
     assert events["event_timestamp"].to_pylist() == expected
 
 
 def test_summer_and_winter_differ_by_an_hour() -> None:
-    rows = [("536365", "71053", "x", 1.0, datetime(2011, month, 15, 12), 1.0, 1.0, "France") for month in (1, 7)]
-    times = online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 2)).events["event_timestamp"].to_pylist()
+    rows = [
+        ("536365", "71053", "x", 1.0, datetime(2011, month, 15, 12), 1.0, 1.0, "France")
+        for month in (1, 7)
+    ]
+    times = (
+        online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 2))
+        .events["event_timestamp"]
+        .to_pylist()
+    )
     assert [t.hour for t in times] == [12, 11]
 
 
@@ -127,13 +160,17 @@ def test_a_retail_request_is_one_customer_at_one_time() -> None:
     lines = [("71053", at), ("71053", at), ("85123A", at), ("71053", at + timedelta(minutes=1))]
     rows = [("536365", code, "x", 1.0, time, 1.0, 7.0, "France") for code, time in lines]
     rows.insert(2, ("C536365", "22222", "x", -1.0, at, 1.0, 7.0, "France"))
-    assigned = online_retail.assign_requests(online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 5)).events)
+    assigned = online_retail.assign_requests(
+        online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 5)).events
+    )
     assert assigned.request.tolist() == [0, 0, -1, 0, 1]
     assert assigned.label.tolist() == [1, 1, 0, 1, 1]
     assert len(assigned.request_time) == 2
 
 
-def test_a_movielens_request_is_up_to_sixteen_ratings_at_the_time_of_the_first(tmp_path: Path) -> None:
+def test_a_movielens_request_is_up_to_sixteen_ratings_at_the_time_of_the_first(
+    tmp_path: Path,
+) -> None:
     events = pa.table(
         {
             "user_id": [1] * 20 + [2] * 3,
@@ -154,8 +191,17 @@ def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -
     parsed = [movielens_1m.parse(unit) for unit in units]
     dead = pa.concat_tables([p.dead_letters for p in parsed]).to_pylist()
     assert [(row["source_file"], row["source_row"]) for row in dead] == [("ratings.dat", 7)]
-    assert json.loads(dead[0]["raw"]) == {"user_id": "1", "movie_id": "oops", "rating": "3", "timestamp": "974000001"}
-    assert sum(p.rows_read for p in parsed) == sum(p.events.num_rows for p in parsed) + 1 == 40 * 24 + 1
+    assert json.loads(dead[0]["raw"]) == {
+        "user_id": "1",
+        "movie_id": "oops",
+        "rating": "3",
+        "timestamp": "974000001",
+    }
+    assert (
+        sum(p.rows_read for p in parsed)
+        == sum(p.events.num_rows for p in parsed) + 1
+        == 40 * 24 + 1
+    )
     assert parsed[0].users.num_rows == 40
     assert parsed[1].items["genres"].to_pylist()[0] == ["Comedy", "Drama"]
     title, year = (parsed[1].items[name][0].as_py() for name in ("title", "year"))
@@ -165,10 +211,20 @@ def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -
 
 def test_descriptions_become_words() -> None:
     texts = pa.array(
-        ["WHITE HANGING HEART T-LIGHT HOLDER", None, "  3 DOG'S 12cm ", "WHITE HANGING HEART T-LIGHT HOLDER"]
+        [
+            "WHITE HANGING HEART T-LIGHT HOLDER",
+            None,
+            "  3 DOG'S 12cm ",
+            "WHITE HANGING HEART T-LIGHT HOLDER",
+        ]
     )
     words = online_retail._tokens(texts).to_pylist()
-    assert words == [["white", "hanging", "heart", "light", "holder"], None, ["dog", "cm"], words[0]]
+    assert words == [
+        ["white", "hanging", "heart", "light", "holder"],
+        None,
+        ["dog", "cm"],
+        words[0],
+    ]
 
 
 def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
@@ -197,6 +253,8 @@ def test_the_shipped_sample_is_whole() -> None:
 @pytest.mark.parametrize("name", datasets.names())
 def test_contracts_have_their_own_fingerprints(name: str) -> None:
     contract = datasets.load_contract(name)
-    others = {datasets.load_contract(other).fingerprint for other in datasets.names() if other != name}
+    others = {
+        datasets.load_contract(other).fingerprint for other in datasets.names() if other != name
+    }
     assert len(contract.fingerprint) == 16
     assert contract.fingerprint not in others

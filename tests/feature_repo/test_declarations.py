@@ -1,4 +1,6 @@
-"""A dataset's declaration is refused where it is made, by the name of the field; commands refuse what they do not know."""
+"""A dataset's declaration is refused where it is made, by the name of the field; commands refuse
+what they do not know.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import pytest
 from feature_repo import cli, code, datasets
 from feature_repo.datasets import movielens_1m, online_retail
 from feature_repo.errors import DeclarationError, ExpectedError, SettingsError
-from feature_repo.schema import Column, DType, contract, is_iso_time, lacks, plain, problems, spec_of
+from feature_repo.schema import (
+    Column,
+    DType,
+    contract,
+    is_iso_time,
+    lacks,
+    plain,
+    problems,
+    spec_of,
+)
 from feature_repo.settings import Settings
 
 SPEC = online_retail.SPEC
@@ -23,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("name", datasets.names())
 def test_the_datasets_here_have_nothing_to_mend(name: str) -> None:
     assert problems(datasets.load(name).SPEC) == []
-    assert contract(spec_of(plain(datasets.load(name).SPEC))).fingerprint == datasets.load_contract(name).fingerprint
+    assert (
+        contract(spec_of(plain(datasets.load(name).SPEC))).fingerprint
+        == datasets.load_contract(name).fingerprint
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,19 +51,30 @@ def test_the_datasets_here_have_nothing_to_mend(name: str) -> None:
             {"event_features": (Column("device", DType.STRING, ""),), "stat_value": "device"},
             "event_features 'device' is string",
         ),
-        ({"event_features": (Column("unit_price", DType.FLOAT32, "", nullable=True),)}, "'unit_price' is nullable"),
+        (
+            {"event_features": (Column("unit_price", DType.FLOAT32, "", nullable=True),)},
+            "'unit_price' is nullable",
+        ),
         ({"event_identity": ("invoice",)}, "event_identity names 'invoice'"),
         ({"actions": ()}, "actions is ()"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
         ({"raw_zone": "Europe/Londn"}, "raw_zone is 'Europe/Londn'"),
         ({"raw_time_unit": "s"}, "raw_time_unit is 's'"),
-        ({"requests": replace(SPEC.requests, test_from="2011-13-01")}, "requests.test_from is '2011-13-01'"),
+        (
+            {"requests": replace(SPEC.requests, test_from="2011-13-01")},
+            "requests.test_from is '2011-13-01'",
+        ),
         ({"requests": replace(SPEC.requests, test_from="2011-11-10")}, "without a zone"),
-        ({"requests": replace(SPEC.requests, test_from=SPEC.requests.validation_from)}, "is not before"),
+        (
+            {"requests": replace(SPEC.requests, test_from=SPEC.requests.validation_from)},
+            "is not before",
+        ),
     ],
 )
 def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
-    assert any(says in line for line in problems(replace(SPEC, **change))), problems(replace(SPEC, **change))
+    assert any(says in line for line in problems(replace(SPEC, **change))), problems(
+        replace(SPEC, **change)
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +85,10 @@ def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
             "item_features 'Country' and user_features",
         ),
         ({"user_features": (Column("split", DType.STRING, ""),)}, "a name of Memoir's"),
-        ({"event_features": (*SPEC.event_features, Column("action", DType.FLOAT32, ""))}, "'action'"),
+        (
+            {"event_features": (*SPEC.event_features, Column("action", DType.FLOAT32, ""))},
+            "'action'",
+        ),
         ({"requests": replace(SPEC.requests, label="Country")}, "requests.label"),
     ],
 )
@@ -112,13 +140,17 @@ def test_a_wider_contract_lacks_nothing_and_a_narrower_one_says_what() -> None:
         ("MEMOIR_DATA", "/no/such/folder", "is not there"),
     ],
 )
-def test_settings_that_are_none_are_refused(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_are_none_are_refused(
+    name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=says.replace("?", r"\?")):
         Settings.from_env()
 
 
-def test_a_persons_mistake_is_a_line_and_our_own_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_persons_mistake_is_a_line_and_our_own_bug_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def mistake() -> None:
         raise ExpectedError("expected this, got that: do so")
 
@@ -185,5 +217,9 @@ def test_times_of_movielens_in_another_unit_are_refused(tmp_path: Path) -> None:
 def test_titles_are_read_in_the_encodings_that_files_have(encoding: str, tmp_path: Path) -> None:
     title = "Ådalen 31… (1969)" if encoding != "latin-1" else "Ådalen 31 (1969)"
     (tmp_path / "movies.dat").write_bytes(f"1::{title}::Drama|War\n\n".encode(encoding))
-    items = movielens_1m.parse(datasets.RawUnit(str(tmp_path / "movies.dat"), 0, 1, "items")).items.to_pylist()
-    assert [(row["title"], row["year"], row["genres"]) for row in items] == [(title, 1969, ["Drama", "War"])]
+    items = movielens_1m.parse(
+        datasets.RawUnit(str(tmp_path / "movies.dat"), 0, 1, "items")
+    ).items.to_pylist()
+    assert [(row["title"], row["year"], row["genres"]) for row in items] == [
+        (title, 1969, ["Drama", "War"])
+    ]

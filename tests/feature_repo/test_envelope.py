@@ -14,7 +14,13 @@ from feature_repo import envelope
 from feature_repo.envelope import Envelope, EnvelopeError, Kind, LayoutError
 
 FINGERPRINT = "0123456789abcdef" * 2
-ENVELOPE = Envelope(FINGERPRINT, 1_300_000_000_000_000, 1_300_000_000_000_001, 1_000_000, np.ones((3, 4), np.float32))
+ENVELOPE = Envelope(
+    FINGERPRINT,
+    1_300_000_000_000_000,
+    1_300_000_000_000_001,
+    1_000_000,
+    np.ones((3, 4), np.float32),
+)
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 70))
 
 
@@ -26,7 +32,9 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 70))
     st.sampled_from(envelope.KINDS),
     st.one_of(st.text(max_size=20), st.integers(0, 2**60)),
 )
-def test_what_goes_in_comes_out(shape: tuple[int, int], seed: int, scale: float, kind: Kind, user: int | str) -> None:
+def test_what_goes_in_comes_out(
+    shape: tuple[int, int], seed: int, scale: float, kind: Kind, user: int | str
+) -> None:
     tokens = (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
     one = replace(ENVELOPE, tokens_SD=tokens)
     found = envelope.from_bytes(envelope.to_bytes(one, user, kind), user)
@@ -73,7 +81,9 @@ def test_tokens_of_another_user_and_of_a_later_layout_are_refused() -> None:
 def test_int8_takes_half_of_fp16() -> None:
     tokens = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
     one = replace(ENVELOPE, tokens_SD=tokens)
-    sizes: dict[Kind, int] = {kind: len(envelope.to_bytes(one, "u", kind)) for kind in envelope.KINDS}
+    sizes: dict[Kind, int] = {
+        kind: len(envelope.to_bytes(one, "u", kind)) for kind in envelope.KINDS
+    }
     assert sizes["int8"] <= 0.53 * sizes["fp16"]
     assert sizes["fp16"] <= 0.51 * sizes["fp32"]
 

@@ -96,7 +96,12 @@ def test_too_much_dirt_stops_the_run_before_anything_is_published(
     with pytest.raises(GateError) as caught:
         helpers.run_jobs(settings, "events")
     message = str(caught.value)
-    for part in ("raw_invoice_lines", "CustomerID", "expect_column_values_to_not_be_null", "max_bad_fraction"):
+    for part in (
+        "raw_invoice_lines",
+        "CustomerID",
+        "expect_column_values_to_not_be_null",
+        "max_bad_fraction",
+    ):
         assert part in message
     assert message.count("'InvoiceNo'") >= 3
     assert JobFolder(settings.home, "events").manifest() is None
@@ -107,7 +112,9 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
     found: list[expectations.Verdict] = []
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        second = threading.Thread(target=lambda: found.append(expectations.check(TABLE, [batch()], tmp_path)))
+        second = threading.Thread(
+            target=lambda: found.append(expectations.check(TABLE, [batch()], tmp_path))
+        )
         second.start()
         second.join(0.2)
         assert not found
@@ -120,5 +127,7 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
 def test_every_declared_limit_becomes_an_expectation(name: str) -> None:
     for table in datasets.load_contract(name).tables:
         kinds = [type(e).__name__ for e, _ in expectations.expectations_of(table)]
-        assert kinds.count("ExpectColumnValuesToNotBeNull") == sum(not c.nullable for c in table.all_columns)
+        assert kinds.count("ExpectColumnValuesToNotBeNull") == sum(
+            not c.nullable for c in table.all_columns
+        )
         assert kinds.count("ExpectCompoundColumnsToBeUnique") == bool(table.unique)

@@ -63,7 +63,9 @@ def events_table(rows: list[tuple[int, str, int, int, int]]) -> pa.Table:
     return sort_by_key_and_time(table, "user_id")
 
 
-def oracle(rows: list[tuple[int, str, int, int, int]]) -> dict[int, list[tuple[str, int, int, int]]]:
+def oracle(
+    rows: list[tuple[int, str, int, int, int]],
+) -> dict[int, list[tuple[str, int, int, int]]]:
     """User → events, oldest first, ties in source order."""
     found = defaultdict(list)
     for user, item, action, at, quantity in rows:
@@ -83,21 +85,33 @@ def open_log(folder: Path, events: pa.Table) -> HistoryLog:
     return HistoryLog(CONTRACT, OnePart(str(folder), "user_history"))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(EVENTS, st.integers(1, 6))
-def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
+def test_log_slice_equals_oracle_at_every_instant(
+    tmp_path: Path, rows: list[Any], length: int
+) -> None:
     events, truth = events_table(rows), oracle(rows)
     index = stat_rows(CONTRACT, events)
     log = open_log(tmp_path, events)
     for at in range(11):  # a request at this very microsecond
-        known = index.filter(pa.array(micros(index["event_timestamp"]) <= at)) if index.num_rows else index
+        known = (
+            index.filter(pa.array(micros(index["event_timestamp"]) <= at))
+            if index.num_rows
+            else index
+        )
         for user in (1, 2, 3, 4, 99):
             ends = [
                 e
-                for u, e in zip(known["user_id"].to_pylist(), known["history_end"].to_pylist(), strict=True)
+                for u, e in zip(
+                    known["user_id"].to_pylist(), known["history_end"].to_pylist(), strict=True
+                )
                 if u == user
             ]
-            got = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([max(ends, default=0)]), length)
+            got = log.gather(
+                log.rows_of(pa.array([user], pa.int64())), np.array([max(ends, default=0)]), length
+            )
             expected = [e for e in truth.get(user, []) if e[2] < at][-length:]
             assert [log.items[int(k)].as_py() for k in got.item_keys] == [e[0] for e in expected]
             assert got.columns["action"].tolist() == [e[1] for e in expected]
@@ -105,17 +119,25 @@ def test_log_slice_equals_oracle_at_every_instant(tmp_path: Path, rows: list[Any
             assert got.columns["quantity"].tolist() == [e[3] for e in expected]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(EVENTS, st.integers(1, 6))
-def test_packed_history_equals_log_slice_at_the_same_instant(tmp_path: Path, rows: list[Any], length: int) -> None:
+def test_packed_history_equals_log_slice_at_the_same_instant(
+    tmp_path: Path, rows: list[Any], length: int
+) -> None:
     events = events_table(rows)
     kept = contract(replace(CONTRACT.spec, num_history_online=length))
     log, newest = open_log(tmp_path, events), packed_rows(kept, events)
-    for user, packed in zip(newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True):
+    for user, packed in zip(
+        newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True
+    ):
         online = history.unpack(CONTRACT, user, packed)
         row = log.rows_of(pa.array([user], pa.int64()))
         offline = log.gather(row, log._count[row], length)
-        assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+        assert online["item_id"].to_pylist() == [
+            log.items[int(k)].as_py() for k in offline.item_keys
+        ]
         assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()
         for name in ("action", "quantity", "unit_price"):
             assert online[name].to_pylist() == offline.columns[name].tolist()
@@ -148,7 +170,9 @@ def test_every_truncation_and_bit_flip_of_a_packed_history_is_noticed() -> None:
 
 
 def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless() -> None:
-    """The checksum tells damage, not malice: whatever the bytes say, they decode to events or to the one declared error."""
+    """The checksum tells damage, not malice: whatever the bytes say, they decode to events or to
+    the one declared error.
+    """
     data = packed_example()
     schema = history_schema(CONTRACT)
     for position in range(len(data) - 4):
@@ -185,17 +209,26 @@ def test_a_corrected_event_changes_the_digest_from_there_on_and_of_no_one_else(
     at = data.draw(st.integers(0, len(rows) - 1))
     user, item, action, time, quantity = rows[at]
     corrected = [*rows[:at], (user, item, action, time, quantity + 1), *rows[at + 1 :]]
-    before, after = (stat_rows(CONTRACT, events_table(some)).to_pylist() for some in (rows, corrected))
+    before, after = (
+        stat_rows(CONTRACT, events_table(some)).to_pylist() for some in (rows, corrected)
+    )
     assert len(before) == len(after)
     for one, other in zip(before, after, strict=True):
-        assert (one["user_id"], one["event_timestamp"]) == (other["user_id"], other["event_timestamp"])
+        assert (one["user_id"], one["event_timestamp"]) == (
+            other["user_id"],
+            other["event_timestamp"],
+        )
         touched = one["user_id"] == user and micros_of(one) > time
         assert (one["history_digest"] != other["history_digest"]) == touched
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(EVENTS.filter(bool))
-def test_the_digest_of_a_log_slice_is_the_one_that_the_statistics_carry(tmp_path: Path, rows: list[Any]) -> None:
+def test_the_digest_of_a_log_slice_is_the_one_that_the_statistics_carry(
+    tmp_path: Path, rows: list[Any]
+) -> None:
     events = events_table(rows)
     log = open_log(tmp_path, events)
     histories = log.gather(np.arange(len(log.users)), log.lengths)
@@ -220,7 +253,11 @@ def test_a_log_and_an_index_of_different_runs_are_noticed(tmp_path: Path) -> Non
 
 
 def plain_match(
-    events: list[tuple[int, int, int]], candidate: int, now: int, item: list[float], user_mean: float
+    events: list[tuple[int, int, int]],
+    candidate: int,
+    now: int,
+    item: list[float],
+    user_mean: float,
 ) -> list[float]:
     """Match features of one candidate in plain Python; events are (item key, action, time)."""
     count, others, item_mean = item
@@ -232,7 +269,9 @@ def plain_match(
         np.log1p(sum(e[0] == candidate and e[1] != 0 for e in events)),
         np.log1p((now - events[last][2]) / MICROS_PER_DAY) if last is not None else math.nan,
         np.log1p(len(events) - last) if last is not None else math.nan,
-        math.nan if math.isnan(item_mean) or math.isnan(user_mean) else np.log(item_mean / user_mean),
+        math.nan
+        if math.isnan(item_mean) or math.isnan(user_mean)
+        else np.log(item_mean / user_mean),
         math.nan if math.isnan(others) else others / max(count + others, 1),
     ]
 
@@ -241,7 +280,9 @@ def plain_match(
 @given(
     st.lists(
         st.tuples(
-            st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 10**12)), max_size=12),
+            st.lists(
+                st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 10**12)), max_size=12
+            ),
             st.lists(st.integers(0, 8), max_size=6),
         ),
         min_size=1,
@@ -261,7 +302,11 @@ def test_match_features_equal_plain_python_for_any_number_of_requests(requests: 
         },
     )
     candidates = [c for _, c in requests]
-    known = [[float(c), float(c % 3), 1.5 + c] if c % 4 else [math.nan] * 3 for some in candidates for c in some]
+    known = [
+        [float(c), float(c % 3), 1.5 + c] if c % 4 else [math.nan] * 3
+        for some in candidates
+        for c in some
+    ]
     means = [2.5 if len(events) % 2 else math.nan for events in histories]
     got = match_features(
         together,
@@ -272,8 +317,12 @@ def test_match_features_equal_plain_python_for_any_number_of_requests(requests: 
         np.array(means),
     )
     pairs = [(b, c) for b, some in enumerate(candidates) for c in some]
-    expected = [plain_match(histories[b], c, now, known[i], means[b]) for i, (b, c) in enumerate(pairs)]
-    np.testing.assert_allclose(got, np.array(expected, np.float32).reshape(-1, len(MATCH_FEATURES)), rtol=1e-6)
+    expected = [
+        plain_match(histories[b], c, now, known[i], means[b]) for i, (b, c) in enumerate(pairs)
+    ]
+    np.testing.assert_allclose(
+        got, np.array(expected, np.float32).reshape(-1, len(MATCH_FEATURES)), rtol=1e-6
+    )
     statistics = [
         [e[0][2] / 1e6, len(e), sum(x[1] for x in e), m] if e else [math.nan] * 4
         for e, m in zip(histories, means, strict=True)
@@ -309,7 +358,9 @@ def test_user_statistics_equal_plain_python_at_every_instant(rows: list[Any]) ->
     everything = list(
         zip(events["user_id"].to_pylist(), events["action"].to_pylist(), micros(events["event_timestamp"]), prices, strict=True)
     )  # fmt: skip
-    assert {(row["user_id"], micros_of(row) - 1) for row in found} == {(e[0], e[2]) for e in everything}
+    assert {(row["user_id"], micros_of(row) - 1) for row in found} == {
+        (e[0], e[2]) for e in everything
+    }
     for row in found:
         known = [e for e in everything if e[0] == row["user_id"] and e[2] < micros_of(row)]
         bought = [e[3] for e in known if e[1] == 0]
@@ -340,16 +391,26 @@ def test_offline_slice_equals_online_value_for_random_customers(shop: Any) -> No
     for user, packed, end in zip(chosen, read["history"], read["history_end"], strict=True):
         online = history.unpack(contract, user, packed)
         offline = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([end]), 512)
-        assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+        assert online["item_id"].to_pylist() == [
+            log.items[int(k)].as_py() for k in offline.item_keys
+        ]
         assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()
 
 
-def test_offline_slice_equals_online_value_at_random_instants(tmp_path: Path, shop: Any, helpers: Any) -> None:
-    """Build the online value as of an instant, and slice the log of the whole data at that instant."""
+def test_offline_slice_equals_online_value_at_random_instants(
+    tmp_path: Path, shop: Any, helpers: Any
+) -> None:
+    """Build the online value as of an instant, and slice the log of the whole data at that
+    instant.
+    """
     contract = load_contract("online_retail")
     log = HistoryLog(contract, JobFolder(shop.settings.home, "user_history"))
     index = JobFolder(shop.settings.home, "user_history").read("user_stats")
-    for as_of in ("2011-03-01T10:30:00+00:00", "2011-08-17T00:00:00+00:00", "2011-11-20T15:00:00+00:00"):
+    for as_of in (
+        "2011-03-01T10:30:00+00:00",
+        "2011-08-17T00:00:00+00:00",
+        "2011-11-20T15:00:00+00:00",
+    ):
         then = helpers.settings_in(tmp_path / as_of[:10], "online_retail", shop.data)
         helpers.run_jobs(then, "events", "user_history", as_of=as_of, num_partitions=2)
         packed = JobFolder(then.home, "user_history").read("user_history")
@@ -359,8 +420,14 @@ def test_offline_slice_equals_online_value_at_random_instants(tmp_path: Path, sh
             zip(known["user_id"].to_pylist(), known["history_end"].to_pylist(), strict=True)
         )  # the last row of a user wins
         assert set(packed["user_id"].to_pylist()) == set(ends)
-        for user, value in zip(packed["user_id"].to_pylist(), packed["history"].to_pylist(), strict=True):
+        for user, value in zip(
+            packed["user_id"].to_pylist(), packed["history"].to_pylist(), strict=True
+        ):
             online = history.unpack(contract, user, value)
-            offline = log.gather(log.rows_of(pa.array([user], pa.int64())), np.array([ends[user]]), 512)
-            assert online["item_id"].to_pylist() == [log.items[int(k)].as_py() for k in offline.item_keys]
+            offline = log.gather(
+                log.rows_of(pa.array([user], pa.int64())), np.array([ends[user]]), 512
+            )
+            assert online["item_id"].to_pylist() == [
+                log.items[int(k)].as_py() for k in offline.item_keys
+            ]
             assert micros(online["event_timestamp"]).tolist() == offline.times.tolist()

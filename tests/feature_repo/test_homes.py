@@ -1,4 +1,6 @@
-"""Homes: a copy leaves the original alone, a store says what it holds, Feast's commands answer alike from everywhere."""
+"""Homes: a copy leaves the original alone, a store says what it holds, Feast's commands answer
+alike from everywhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from feature_repo.store import ONLINE, StoreError, held_epoch, local_file, missing_tables, open_store, tables_elsewhere
+from feature_repo.store import (
+    ONLINE,
+    StoreError,
+    held_epoch,
+    local_file,
+    missing_tables,
+    open_store,
+    tables_elsewhere,
+)
 from feature_repo.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +32,12 @@ def run(home: Path, data: Path, *words: str, cwd: Path = ROOT) -> subprocess.Com
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")}
     environment |= {"MEMOIR_HOME": str(home), "MEMOIR_DATA": str(data), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 
@@ -31,7 +46,9 @@ def test_a_copied_home_is_made_its_own_and_the_original_keeps_its_tables(
     shop: Any, tmp_path: Path, helpers: Any
 ) -> None:
     original = helpers.copied(shop, tmp_path / "a")
-    done = run(tmp_path / "a", shop.data, "feature_repo", "apply")  # the command notes where its tables are
+    done = run(
+        tmp_path / "a", shop.data, "feature_repo", "apply"
+    )  # the command notes where its tables are
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) < 10
     run_id = JobFolder(original.settings.home, "materialize").require().run_id
@@ -54,7 +71,9 @@ def test_a_copied_home_is_made_its_own_and_the_original_keeps_its_tables(
         assert found["country"] == ["France"]
 
 
-def test_an_emptied_or_deleted_store_is_not_up_to_date(shop: Any, tmp_path: Path, helpers: Any) -> None:
+def test_an_emptied_or_deleted_store_is_not_up_to_date(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
     from beam_jobs.inputs import output_is_there
 
     road = helpers.copied(shop, tmp_path)
@@ -63,17 +82,23 @@ def test_an_emptied_or_deleted_store_is_not_up_to_date(shop: Any, tmp_path: Path
     store.provider.online_store.teardown(store.config, store.list_feature_views(), [])
     assert not output_is_there("materialize", road.settings)
     helpers.apply_in_process(road.settings)
-    assert not output_is_there("materialize", road.settings)  # tables are there, what was written is not
+    assert not output_is_there(
+        "materialize", road.settings
+    )  # tables are there, what was written is not
     assert helpers.run_jobs(road.settings, "materialize")["materialize"].built
     assert output_is_there("materialize", road.settings)
 
 
 @pytest.mark.slow
-def test_feasts_commands_answer_alike_from_everywhere_and_find_a_persons_own_view(shop: Any, tmp_path: Path) -> None:
+def test_feasts_commands_answer_alike_from_everywhere_and_find_a_persons_own_view(
+    shop: Any, tmp_path: Path
+) -> None:
     copy = tmp_path / "checkout"
     for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
         shutil.copytree(
-            ROOT / room, copy / room, ignore=shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet")
+            ROOT / room,
+            copy / room,
+            ignore=shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet"),
         )
     (copy / "feature_repo" / "my_views.py").write_text(
         "from datetime import timedelta\n"
@@ -90,7 +115,9 @@ def test_feasts_commands_answer_alike_from_everywhere_and_find_a_persons_own_vie
     }
 
     def ask(cwd: Path, *words: str) -> str:
-        done = subprocess.run([feast, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+        done = subprocess.run(
+            [feast, *words], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

@@ -1,4 +1,6 @@
-"""The ASOF offline store against Feast's own DuckDB store, on random data: ties, ttl, late corrections, missing keys."""
+"""The ASOF offline store against Feast's own DuckDB store, on random data: ties, ttl, late
+corrections, missing keys.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def stamps(rng: np.random.Generator, rows: int, hours: int) -> pd.Series:
-    return pd.Series(pd.to_datetime(START) + pd.to_timedelta(rng.integers(0, hours, rows), unit="h")).astype(
-        "datetime64[us, UTC]"
-    )
+    return pd.Series(
+        pd.to_datetime(START) + pd.to_timedelta(rng.integers(0, hours, rows), unit="h")
+    ).astype("datetime64[us, UTC]")
 
 
 def feature_rows(rng: np.random.Generator, rows: int, keys: int, *, late: bool) -> pd.DataFrame:
-    """Rows with repeated (key, time), each repetition created at its own time: the newest created wins."""
-    frame = pd.DataFrame({"user_id": rng.integers(0, keys, rows), "event_timestamp": stamps(rng, rows, 48)})
+    """Rows with repeated (key, time), each repetition created at its own time: the newest created
+    wins.
+    """
+    frame = pd.DataFrame(
+        {"user_id": rng.integers(0, keys, rows), "event_timestamp": stamps(rng, rows, 48)}
+    )
     frame["number"] = rng.integers(0, 1000, rows).astype("int64")
     frame["text"] = pd.Series(rng.choice(["a", "b", "ß", None], rows))
     frame["created_timestamp"] = frame["event_timestamp"]
@@ -32,9 +38,14 @@ def feature_rows(rng: np.random.Generator, rows: int, keys: int, *, late: bool) 
     delay = pd.to_timedelta(np.arange(1, len(repeat) + 1), unit="s") + (
         pd.to_timedelta(rng.integers(0, 30, len(repeat)), unit="h") if late else pd.Timedelta(0)
     )
-    repeat["created_timestamp"] = (repeat["created_timestamp"] + delay).astype("datetime64[us, UTC]")
+    repeat["created_timestamp"] = (repeat["created_timestamp"] + delay).astype(
+        "datetime64[us, UTC]"
+    )
     whole = pd.concat(
-        [frame.drop_duplicates(["user_id", "event_timestamp"]), repeat.drop_duplicates(["user_id", "event_timestamp"])]
+        [
+            frame.drop_duplicates(["user_id", "event_timestamp"]),
+            repeat.drop_duplicates(["user_id", "event_timestamp"]),
+        ]
     )
     return whole.sample(frac=1, random_state=1).reset_index(drop=True)
 
@@ -45,7 +56,9 @@ def view(path: Path, ttl: timedelta, name: str = "profile") -> Any:
     return feature_view(name, path, "user_id", {"number": Int64, "text": String}, ttl)
 
 
-def both(views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def both(
+    views: list[Any], entity_df: pd.DataFrame, **flags: Any
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     ours, theirs = (join(store, views, entity_df, **flags) for store in ("asof", "duckdb"))
     assert ours.num_rows == len(entity_df)
     return ours.to_pandas(), theirs.to_pandas()
@@ -53,16 +66,26 @@ def both(views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> tuple[pd.Da
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("filter_by_created", [True, False])
-def test_joins_equal_feasts_duckdb_store(tmp_path: Path, seed: int, filter_by_created: bool) -> None:
+def test_joins_equal_feasts_duckdb_store(
+    tmp_path: Path, seed: int, filter_by_created: bool
+) -> None:
     rng = np.random.default_rng(seed)
-    ttl = timedelta(hours=int(rng.choice([0, 1, 5, 20, 24])))  # Feast's store cannot take days and hours together
+    ttl = timedelta(
+        hours=int(rng.choice([0, 1, 5, 20, 24]))
+    )  # Feast's store cannot take days and hours together
     feature_rows(rng, 60, 8, late=bool(seed % 2)).to_parquet(tmp_path / "rows.parquet", index=False)
     rows = 80
     entity_df = pd.DataFrame(
-        {"row": np.arange(rows), "user_id": rng.integers(0, 11, rows), "event_timestamp": stamps(rng, rows, 60)}
+        {
+            "row": np.arange(rows),
+            "user_id": rng.integers(0, 11, rows),
+            "event_timestamp": stamps(rng, rows, 60),
+        }
     )
     ours, theirs = both(
-        [view(tmp_path / "rows.parquet", ttl)], entity_df, filter_by_created_timestamp=filter_by_created
+        [view(tmp_path / "rows.parquet", ttl)],
+        entity_df,
+        filter_by_created_timestamp=filter_by_created,
     )
     assert ours["row"].tolist() == entity_df["row"].tolist()
     assert (ours["event_timestamp"] == entity_df["event_timestamp"]).all()
@@ -79,13 +102,25 @@ def test_several_views_and_full_names(tmp_path: Path) -> None:
         feature_rows(rng, 50, 6, late=True).to_parquet(tmp_path / f"{name}.parquet", index=False)
     views = [view(tmp_path / f"{name}.parquet", timedelta(0), name) for name in ("one", "two")]
     entity_df = pd.DataFrame(
-        {"row": np.arange(40), "user_id": rng.integers(0, 8, 40), "event_timestamp": stamps(rng, 40, 60)}
+        {
+            "row": np.arange(40),
+            "user_id": rng.integers(0, 8, 40),
+            "event_timestamp": stamps(rng, 40, 60),
+        }
     )
     ours, theirs = both(views, entity_df, full_feature_names=True, filter_by_created_timestamp=True)
     assert (
         set(ours.columns)
         == set(theirs.columns)
-        == {"row", "user_id", "event_timestamp", "one__number", "one__text", "two__number", "two__text"}
+        == {
+            "row",
+            "user_id",
+            "event_timestamp",
+            "one__number",
+            "one__text",
+            "two__number",
+            "two__text",
+        }
     )
     theirs = theirs.sort_values("row").reset_index(drop=True)
     for name in ("one__number", "two__text"):
@@ -93,11 +128,21 @@ def test_several_views_and_full_names(tmp_path: Path) -> None:
 
 
 def test_candidates_of_one_request_stay_separate_rows(tmp_path: Path) -> None:
-    """Feast's default store collapses rows with equal keys and time; ours returns each, in order, integers whole."""
+    """Feast's default store collapses rows with equal keys and time; ours returns each, in order,
+    integers whole.
+    """
     frame = pd.DataFrame(
-        {"user_id": [1], "event_timestamp": [START], "number": [2**60 + 1], "text": ["a"], "created_timestamp": [START]}
+        {
+            "user_id": [1],
+            "event_timestamp": [START],
+            "number": [2**60 + 1],
+            "text": ["a"],
+            "created_timestamp": [START],
+        }
     )
-    frame = frame.astype({"event_timestamp": "datetime64[us, UTC]", "created_timestamp": "datetime64[us, UTC]"})
+    frame = frame.astype(
+        {"event_timestamp": "datetime64[us, UTC]", "created_timestamp": "datetime64[us, UTC]"}
+    )
     frame.to_parquet(tmp_path / "rows.parquet", index=False)
     at = [START + timedelta(days=1)] * 3 + [START - timedelta(days=1), START]
     entity_df = pd.DataFrame(
@@ -118,8 +163,12 @@ def test_candidates_of_one_request_stay_separate_rows(tmp_path: Path) -> None:
 
 
 def test_a_missing_join_key_is_named(tmp_path: Path) -> None:
-    feature_rows(np.random.default_rng(0), 5, 2, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
-    entity_df = pd.DataFrame({"customer": [1], "event_timestamp": stamps(np.random.default_rng(0), 1, 5)})
+    feature_rows(np.random.default_rng(0), 5, 2, late=False).to_parquet(
+        tmp_path / "rows.parquet", index=False
+    )
+    entity_df = pd.DataFrame(
+        {"customer": [1], "event_timestamp": stamps(np.random.default_rng(0), 1, 5)}
+    )
     with pytest.raises(ValueError, match="needs entity columns"):
         join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], entity_df)
 
@@ -137,7 +186,10 @@ def test_a_late_correction_is_invisible_until_it_was_made(tmp_path: Path) -> Non
     ).astype({"event_timestamp": "datetime64[us, UTC]", "created_timestamp": "datetime64[us, UTC]"})
     frame.to_parquet(tmp_path / "rows.parquet", index=False)
     entity_df = pd.DataFrame(
-        {"user_id": [1, 1], "event_timestamp": [START + timedelta(days=1), START + timedelta(days=4)]}
+        {
+            "user_id": [1, 1],
+            "event_timestamp": [START + timedelta(days=1), START + timedelta(days=4)],
+        }
     )
     entity_df["event_timestamp"] = entity_df["event_timestamp"].astype("datetime64[us, UTC]")
     got = join(
@@ -150,7 +202,9 @@ def test_a_late_correction_is_invisible_until_it_was_made(tmp_path: Path) -> Non
 
 
 def as_of(rows: pd.DataFrame, keys: dict[str, Any], at: Any, *, by_created: bool) -> Any:
-    """The oracle, row by row: the newest row of these keys stamped at or before a time; of equal stamps the newest created."""
+    """The oracle, row by row: the newest row of these keys stamped at or before a time; of equal
+    stamps the newest created.
+    """
     found = rows
     for name, value in keys.items():
         found = found[found[name] == value]
@@ -167,8 +221,18 @@ def as_of(rows: pd.DataFrame, keys: dict[str, Any], at: Any, *, by_created: bool
 def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
     renamed: tuple[str, ...], by_created: bool, tmp_path: Path
 ) -> None:
-    """Feast's DuckDB store forgets the keys that are not renamed, so it cannot be the oracle here."""
-    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+    """Feast's DuckDB store forgets the keys that are not renamed, so it cannot be the oracle
+    here.
+    """
+    from feast import (
+        Entity,
+        FeatureService,
+        FeatureStore,
+        FeatureView,
+        Field,
+        FileSource,
+        ValueType,
+    )
     from feast.data_format import ParquetFormat
     from feast.repo_config import RepoConfig
     from feast.types import Int64
@@ -187,7 +251,10 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
             entity_key_serialization_version=3,
         )
     )
-    keys = [Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.INT64) for name in ("user", "shop")]
+    keys = [
+        Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.INT64)
+        for name in ("user", "shop")
+    ]
     source = FileSource(
         name="rows",
         path=str(tmp_path / "rows.parquet"),
@@ -196,10 +263,16 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
         created_timestamp_column="created_timestamp",
     )
     made = FeatureView(
-        name="v", entities=keys, ttl=timedelta(0), schema=[Field(name="number", dtype=Int64)], source=source
+        name="v",
+        entities=keys,
+        ttl=timedelta(0),
+        schema=[Field(name="number", dtype=Int64)],
+        source=source,
     )
     mapping = {key: f"other_{key}" for key in renamed}
-    service = FeatureService(name="s", features=[made.with_join_key_map(mapping) if mapping else made])
+    service = FeatureService(
+        name="s", features=[made.with_join_key_map(mapping) if mapping else made]
+    )
     store.apply([*keys, made, service])
     names = {key: mapping.get(key, key) for key in ("user_id", "shop_id")}
     asked = pd.DataFrame(
@@ -212,7 +285,12 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
     job = store.get_historical_features(asked, service, filter_by_created_timestamp=by_created)
     got = job.to_arrow()["number"].to_pylist()
     expected = [
-        as_of(rows, {k: row[n] for k, n in names.items()}, row["event_timestamp"], by_created=by_created)
+        as_of(
+            rows,
+            {k: row[n] for k, n in names.items()},
+            row["event_timestamp"],
+            by_created=by_created,
+        )
         for _, row in asked.iterrows()
     ]
     assert got == expected
@@ -222,7 +300,10 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"event_timestamp": [pd.NaT, pd.Timestamp("2024-01-02", tz="UTC")]}, "no 'event_timestamp' in row 0"),
+        (
+            {"event_timestamp": [pd.NaT, pd.Timestamp("2024-01-02", tz="UTC")]},
+            "no 'event_timestamp' in row 0",
+        ),
         ({"user_id": ["001", "2"]}, "'user_id' holds '001'"),
         ({"user_id": [" 1", "2"]}, "'user_id' holds ' 1'"),
         ({"user_id": [1.5, 2.0]}, "'user_id' holds 1.5"),
@@ -234,14 +315,20 @@ def test_entity_rows_that_cannot_be_joined_are_refused_by_column(
 ) -> None:
     from feature_repo.offline_store import EntityFrameError
 
-    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
-    asked = pd.DataFrame({"user_id": [1, 2], "event_timestamp": pd.to_datetime(["2024-01-02"] * 2, utc=True)})
+    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(
+        tmp_path / "rows.parquet", index=False
+    )
+    asked = pd.DataFrame(
+        {"user_id": [1, 2], "event_timestamp": pd.to_datetime(["2024-01-02"] * 2, utc=True)}
+    )
     with pytest.raises(EntityFrameError, match=message):
         join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], asked.assign(**change))
 
 
 def test_columns_that_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
-    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(tmp_path / "rows.parquet", index=False)
+    feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(
+        tmp_path / "rows.parquet", index=False
+    )
     asked = pd.DataFrame(
         {
             "user_id": [1, 2],

@@ -1,4 +1,6 @@
-"""Values online are the values offline: every dtype, nulls among them, beyond what a float holds, tombstones included."""
+"""Values online are the values offline: every dtype, nulls among them, beyond what a float holds,
+tombstones included.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     kinds = {"a": Int64, "b": Float32, "c": String, "d": Array(String), "e": Bytes, "f": Int32}
     fields = [Field(name=name, dtype=kind) for name, kind in kinds.items()]
-    made.apply([thing, FeatureView(name="v", entities=[thing], ttl=timedelta(0), schema=fields, source=source)])
+    made.apply(
+        [
+            thing,
+            FeatureView(name="v", entities=[thing], ttl=timedelta(0), schema=fields, source=source),
+        ]
+    )
     return made
 
 
@@ -49,7 +56,10 @@ def random_rows(seed: int) -> pa.Table:
     rng = np.random.default_rng(seed)
 
     def some(values: list[Any]) -> list[Any]:
-        return [None if gone else value for value, gone in zip(values, rng.random(len(values)) < 0.2, strict=True)]
+        return [
+            None if gone else value
+            for value, gone in zip(values, rng.random(len(values)) < 0.2, strict=True)
+        ]
 
     stamp = pa.array([datetime(2026, 1, 1, tzinfo=UTC)] * NUMBER, pa.timestamp("us", "UTC"))
     whole = rng.integers(-(2**63), 2**63 - 1, NUMBER, dtype=np.int64).tolist()
@@ -60,7 +70,10 @@ def random_rows(seed: int) -> pa.Table:
             "a": pa.array(some(whole), pa.int64()),
             "b": pa.array(some(rng.normal(size=NUMBER).astype(np.float32).tolist()), pa.float32()),
             "c": pa.array(some(words), pa.string()),
-            "d": pa.array(some([[w, "x"] if n % 3 else [] for n, w in enumerate(words)]), pa.list_(pa.string())),
+            "d": pa.array(
+                some([[w, "x"] if n % 3 else [] for n, w in enumerate(words)]),
+                pa.list_(pa.string()),
+            ),
             "e": pa.array(some([rng.bytes(5) for _ in range(NUMBER)]), pa.binary()),
             "f": pa.array(some(rng.integers(-(2**31), 2**31 - 1, NUMBER).tolist()), pa.int32()),
             "event_timestamp": stamp,
@@ -84,17 +97,24 @@ def test_ten_thousand_random_values_of_every_type_come_back_as_they_are(store: A
     assert write_rows(store, "v", rows) == NUMBER
     found = read(store, rows["thing_id"].to_pylist())
     for name in "abcef":
-        differs = [(x, y) for x, y in zip(found[name], rows[name].to_pylist(), strict=True) if x != y]
+        differs = [
+            (x, y) for x, y in zip(found[name], rows[name].to_pylist(), strict=True) if x != y
+        ]
         assert not differs, (name, differs[:3])
     lists = rows["d"].to_pylist()
-    assert [value or [] for value in found["d"]] == [value or [] for value in lists]  # Feast stores no empty lists
+    assert [value or [] for value in found["d"]] == [
+        value or [] for value in lists
+    ]  # Feast stores no empty lists
 
 
 def test_a_row_of_nulls_takes_the_values_of_its_key_away(store: Any) -> None:
     rows = random_rows(1).slice(0, 3)
     write_rows(store, "v", rows)
     nothing = pa.table(
-        {f.name: rows[f.name] if f.name.endswith(("_id", "_timestamp")) else pa.nulls(3, f.type) for f in rows.schema}
+        {
+            f.name: rows[f.name] if f.name.endswith(("_id", "_timestamp")) else pa.nulls(3, f.type)
+            for f in rows.schema
+        }
     )
     write_rows(store, "v", nothing)
     assert read(store, rows["thing_id"].to_pylist()) == {name: [None] * 3 for name in "abcdef"}

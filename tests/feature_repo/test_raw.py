@@ -1,4 +1,6 @@
-"""Columns as strangers have them: read as what they are, or null; a file that is another is refused by name."""
+"""Columns as strangers have them: read as what they are, or null; a file that is another is refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +36,25 @@ def test_whole_numbers_keep_every_digit_as_numbers_and_as_text(values: list[int 
 
 
 @given(st.lists(st.floats()))
-def test_a_float_is_a_whole_number_only_where_no_other_number_is_the_same_float(values: list[float]) -> None:
+def test_a_float_is_a_whole_number_only_where_no_other_number_is_the_same_float(
+    values: list[float],
+) -> None:
     found = raw.whole_numbers(pa.array(values, pa.float64())).to_pylist()
     for value, whole in zip(values, found, strict=True):
         exact = math.isfinite(value) and abs(value) < 2**53 and value == math.floor(value)
         assert whole == (int(value) if exact else None)
 
 
-@pytest.mark.parametrize("text", ["0x10", "1_000", "1.5", "1e3", "²", "", " ", "nan", "9223372036854775808", "１"])
+@pytest.mark.parametrize(
+    "text", ["0x10", "1_000", "1.5", "1e3", "²", "", " ", "nan", "9223372036854775808", "１"]
+)
 def test_what_is_spelt_otherwise_is_no_whole_number(text: str) -> None:
     assert raw.whole_numbers(pa.array([text])).to_pylist() == [None]
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("1.50", 1.5), ("-3", -3.0), ("1e3", 1000.0), ("inf", None), ("x", None), ("1,5", None)]
+    ("text", "number"),
+    [("1.50", 1.5), ("-3", -3.0), ("1e3", 1000.0), ("inf", None), ("x", None), ("1,5", None)],
 )
 def test_numbers_as_text(text: str, number: float | None) -> None:
     assert raw.numbers(pa.array([text])).to_pylist() == [number]
@@ -64,7 +71,10 @@ def test_text_that_is_no_utf_8_or_too_long_is_null_and_costs_no_other() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(WHEN, min_size=1), st.sampled_from(["UTC", "Europe/London", "America/New_York", "Asia/Tokyo"]))
+@given(
+    st.lists(WHEN, min_size=1),
+    st.sampled_from(["UTC", "Europe/London", "America/New_York", "Asia/Tokyo"]),
+)
 def test_an_instant_is_kept_whatever_its_zone(times: list[datetime], zone: str) -> None:
     aware = [time.replace(tzinfo=UTC) for time in times]
     column = pa.array(aware, pa.timestamp("us", tz=zone))
@@ -84,7 +94,8 @@ def test_a_time_without_a_zone_is_local_in_every_unit(times: list[datetime]) -> 
 
 
 @pytest.mark.parametrize(
-    ("unit", "factor"), [("seconds", 1), ("milliseconds", 10**3), ("microseconds", 10**6), ("nanoseconds", 10**9)]
+    ("unit", "factor"),
+    [("seconds", 1), ("milliseconds", 10**3), ("microseconds", 10**6), ("nanoseconds", 10**9)],
 )
 def test_whole_numbers_are_times_in_the_declared_unit_alone(unit: str, factor: int) -> None:
     seconds = 1_323_435_000
@@ -111,7 +122,9 @@ RAW = Table("raw", "", (Column("at", DType.TIMESTAMP, ""), Column("n", DType.INT
         (pa.array(["12/09/2011 12:50"] * 4), "day and month cannot be told apart"),
     ],
 )
-def test_a_whole_file_in_another_unit_is_refused_with_the_likely_one(column: pa.Array, message: str) -> None:
+def test_a_whole_file_in_another_unit_is_refused_with_the_likely_one(
+    column: pa.Array, message: str
+) -> None:
     with pytest.raises(RawDataError, match=f"shop.parquet: column 'at'.*{message}"):
         raw.typed(RAW, pa.table({"at": column, "n": [1, 2, 3, 4]}), "shop.parquet")
 
@@ -124,7 +137,12 @@ def test_a_single_row_in_another_unit_is_null() -> None:
 
 def test_a_row_range_is_read_a_few_rows_at_a_time_and_long_texts_are_cut(tmp_path: Path) -> None:
     rows = 5000
-    table = pa.table({"n": np.arange(rows), "text": ["x" * (100_000 if n % 1000 == 7 else 3) for n in range(rows)]})
+    table = pa.table(
+        {
+            "n": np.arange(rows),
+            "text": ["x" * (100_000 if n % 1000 == 7 else 3) for n in range(rows)],
+        }
+    )
     pq.write_table(table, tmp_path / "f.parquet", row_group_size=700)
     read = raw.read_parquet(tmp_path / "f.parquet", ["text", "n"], 650, 800)
     assert read.column_names == ["text", "n"]
@@ -216,7 +234,9 @@ def test_each_limit_sets_a_row_aside_with_its_reason() -> None:
     ]
     names = [c.name for c in THINGS.all_columns]
     table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows]).select(names)
-    checked = limits.check(THINGS, table.set_column(1, "price", table["price"].cast(pa.float32(), safe=False)))
+    checked = limits.check(
+        THINGS, table.set_column(1, "price", table["price"].cast(pa.float32(), safe=False))
+    )
     assert dict(zip(checked.dead.tolist(), checked.reasons, strict=True)) == {
         1: "price: is below 0",
         2: f"price: is above {LARGEST_NUMBER:g}",
@@ -232,11 +252,18 @@ def test_each_limit_sets_a_row_aside_with_its_reason() -> None:
     assert checked.nulls_dropped == 2
 
 
-@pytest.mark.parametrize(("year", "dead"), [(1900, True), (1970, False), (2026, False), (38504, True)])
-def test_a_row_of_no_year_that_there_is_is_set_aside_whoever_parsed_it(year: int, dead: bool) -> None:
+@pytest.mark.parametrize(
+    ("year", "dead"), [(1900, True), (1970, False), (2026, False), (38504, True)]
+)
+def test_a_row_of_no_year_that_there_is_is_set_aside_whoever_parsed_it(
+    year: int, dead: bool
+) -> None:
     table = Table("rows", "", (Column("at", DType.TIMESTAMP, ""),))
     at = pa.array([(year - 1970) * 31_556_952_000_000]).cast(pa.timestamp("us", "UTC"))
-    assert limits.check(table, pa.table({"at": at})).reasons == ["at: is of no year from 1970 to 2099"] * dead
+    assert (
+        limits.check(table, pa.table({"at": at})).reasons
+        == ["at: is of no year from 1970 to 2099"] * dead
+    )
 
 
 def test_a_dead_letter_is_short_whatever_the_row_holds() -> None:

@@ -33,12 +33,21 @@ def store(tmp_path: Path, redis_address: str) -> Any:
     user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
     source = FileSource(path=str(tmp_path / "none.parquet"), timestamp_field="event_timestamp")
     fields = [Field(name="tokens", dtype=Bytes), Field(name="events", dtype=Int64)]
-    made.apply([user, FeatureView(name="summary", entities=[user], schema=fields, source=source, ttl=timedelta(0))])
+    made.apply(
+        [
+            user,
+            FeatureView(
+                name="summary", entities=[user], schema=fields, source=source, ttl=timedelta(0)
+            ),
+        ]
+    )
     return made
 
 
 def read(store: Any, keys: list[str]) -> dict[str, list[Any]]:
-    found = store.get_online_features(["summary:tokens", "summary:events"], [{"user_id": key} for key in keys])
+    found = store.get_online_features(
+        ["summary:tokens", "summary:events"], [{"user_id": key} for key in keys]
+    )
     result: dict[str, list[Any]] = found.to_dict()
     return result
 
@@ -53,9 +62,13 @@ def test_what_is_written_is_what_feast_reads_and_what_feast_would_have_written(s
     ours = {key: writer._client.hgetall(key) for key in writer._client.keys(f"*{store.project}")}
     writer._client.delete(*ours)
     stamp = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=NOW)
-    rows = pd.DataFrame({"user_id": keys, "tokens": tokens, "events": [1, 2, 3], "event_timestamp": [stamp] * 3})
+    rows = pd.DataFrame(
+        {"user_id": keys, "tokens": tokens, "events": [1, 2, 3], "event_timestamp": [stamp] * 3}
+    )
     store.write_to_online_store("summary", df=rows)
-    assert {key: writer._client.hgetall(key) for key in writer._client.keys(f"*{store.project}")} == ours
+    assert {
+        key: writer._client.hgetall(key) for key in writer._client.keys(f"*{store.project}")
+    } == ours
 
 
 def test_only_a_newer_value_replaces_an_older_one(store: Any) -> None:
@@ -65,7 +78,12 @@ def test_only_a_newer_value_replaces_an_older_one(store: Any) -> None:
         return writer.write({"user_id": ["u"]}, {"tokens": [b"t"], "events": [events]}, [time])
 
     assert write(1, NOW) == 1
-    assert [write(2, NOW), write(3, NOW - 1), write(4, NOW - 1_000_000), write(5, 0)] == [0, 0, 0, 0]
+    assert [write(2, NOW), write(3, NOW - 1), write(4, NOW - 1_000_000), write(5, 0)] == [
+        0,
+        0,
+        0,
+        0,
+    ]
     assert read(store, ["u"])["events"] == [1]
     for step, time in enumerate((NOW + 1, NOW + 1_000_000, NOW + 2**40)):
         assert write(10 + step, time) == 1

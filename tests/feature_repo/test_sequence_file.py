@@ -25,12 +25,15 @@ def log_of(folder: JobFolder) -> dict[int, list[int]]:
     histories = log.gather(np.arange(len(log.users)), log.lengths)
     items = log.items.take(histories.item_keys).to_pylist()
     return {
-        user: items[histories.offsets[i] : histories.offsets[i + 1]] for i, user in enumerate(log.users.to_pylist())
+        user: items[histories.offsets[i] : histories.offsets[i + 1]]
+        for i, user in enumerate(log.users.to_pylist())
     }
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("text", ["7 30\n7 10\n2 20\n2 30\n", "7\t30\n7\t10\n2\t20\n2\t30\n", "7 30 10\n2 20 30"])
+@pytest.mark.parametrize(
+    "text", ["7 30\n7 10\n2 20\n2 30\n", "7\t30\n7\t10\n2\t20\n2\t30\n", "7 30 10\n2 20 30"]
+)
 def test_both_forms_make_the_same_log(tmp_path: Path, text: str, packed: bool) -> None:
     """The list form is told from the pair form by its first line."""
     folder = write_log(write(tmp_path, text, packed=packed), str(tmp_path / "home"))
@@ -120,7 +123,9 @@ LISTS = [(1, 2), (1, 3), (2, 2), (2, 5)]
         (b"5000000000 9007199254740993\n", [(5000000000, 9007199254740993)]),
     ],
 )
-def test_files_as_people_have_them_are_read(tmp_path: Path, data: bytes, events: list[tuple[int, int]]) -> None:
+def test_files_as_people_have_them_are_read(
+    tmp_path: Path, data: bytes, events: list[tuple[int, int]]
+) -> None:
     (tmp_path / "f.txt").write_bytes(data)
     found = read(tmp_path / "f.txt")
     assert list(zip(found.users.tolist(), found.items.tolist(), strict=True)) == events
@@ -139,7 +144,9 @@ def test_files_as_people_have_them_are_read(tmp_path: Path, data: bytes, events:
         (b"1 2\n1 2-3\n", "line 2"),
     ],
 )
-def test_what_is_no_sequence_file_is_refused_by_line(tmp_path: Path, data: bytes, message: str) -> None:
+def test_what_is_no_sequence_file_is_refused_by_line(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
     (tmp_path / "f.txt").write_bytes(data)
     with pytest.raises(SequenceFileError, match=message):
         read(tmp_path / "f.txt")

@@ -21,12 +21,16 @@ FEAST = Path(sys.executable).parent / "feast"
 
 
 def online_values(store: Any, settings: Any) -> dict[str, dict[str, list[Any]]]:
-    """Every value of every online view, for every key that the offline store has and one that it has not."""
+    """Every value of every online view, for every key that the offline store has and one that it
+    has not.
+    """
     contract, found = datasets.load_contract(settings.dataset), {}
     for table in contract.views:
         if table.name == "token_rows" or JobFolder(settings.home, table.job).manifest() is None:
             continue
-        rows = JobFolder(settings.home, table.job).read(table.name, list(table.join_keys)).to_pylist()
+        rows = (
+            JobFolder(settings.home, table.job).read(table.name, list(table.join_keys)).to_pylist()
+        )
         keys = sorted({tuple(row.values()) for row in rows})
         keys.append((type(keys[0][0])(99999999), *keys[0][1:]))
         asked = [dict(zip(table.join_keys, key, strict=True)) for key in keys]
@@ -36,7 +40,9 @@ def online_values(store: Any, settings: Any) -> dict[str, dict[str, list[Any]]]:
 
 
 @pytest.mark.parametrize("name", ["shop", "token_shop"])
-def test_feast_materialize_agrees_with_our_writer(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_feast_materialize_agrees_with_our_writer(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     road = request.getfixturevalue(name)
     ours = online_values(road.store, road.settings)
     assert ("summary_tokens" in ours) == (name == "token_shop")
@@ -69,7 +75,9 @@ def test_newest_row_of_each_key_goes_online(shop: Any) -> None:
             assert online[name][column.name] == [newest.get(i, {}).get(column.name) for i in ids]
 
 
-def run_feast(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_feast(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(FEAST), *arguments],
         capture_output=True,
@@ -87,9 +95,16 @@ def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("*.db", "*.pb", "__pycache__")
     for room in ("feature_repo",):
         shutil.copytree(ROOT / room, copy / room, ignore=ignore)
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {"PYTHONPATH": str(copy)}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")} | {
+        "PYTHONPATH": str(copy)
+    }
     done = subprocess.run(
-        [str(FEAST), "-c", "feature_repo", "apply"], capture_output=True, text=True, cwd=copy, env=plain, check=False
+        [str(FEAST), "-c", "feature_repo", "apply"],
+        capture_output=True,
+        text=True,
+        cwd=copy,
+        env=plain,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for name in (
@@ -106,7 +121,14 @@ def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
 def test_definitions_of_another_dataset_are_refused_by_this_registry(shop: Any) -> None:
     from feature_repo.store import yaml_path
 
-    done = run_feast("-c", "feature_repo", "-f", str(yaml_path(shop.settings)), "apply", MEMOIR_DATASET="movielens_1m")
+    done = run_feast(
+        "-c",
+        "feature_repo",
+        "-f",
+        str(yaml_path(shop.settings)),
+        "apply",
+        MEMOIR_DATASET="movielens_1m",
+    )
     assert done.returncode != 0
     assert "is for dataset 'online_retail'" in done.stdout + done.stderr
 
@@ -120,7 +142,9 @@ def test_no_on_demand_views_are_registered(shop: Any, film_club: Any) -> None:
 def test_production_profile_serves_the_same_values(
     shop: Any, redis_address: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch, helpers: Any
 ) -> None:
-    """Redis and a SQL registry on PostgreSQL, the same definitions, our writer, read back with Feast's SDK."""
+    """Redis and a SQL registry on PostgreSQL, the same definitions, our writer, read back with
+    Feast's SDK.
+    """
     monkeypatch.setenv("MEMOIR_REGISTRY_URL", postgres_url)
     monkeypatch.setenv("MEMOIR_REDIS", redis_address)
     monkeypatch.setenv("MEMOIR_DATASET", shop.settings.dataset)
@@ -138,7 +162,9 @@ def test_production_profile_serves_the_same_values(
 
 
 def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
-    """Materialise countries of another spelling at the very same timestamps, as a rebuild after a fix does."""
+    """Materialise countries of another spelling at the very same timestamps, as a rebuild after a
+    fix does.
+    """
     import pyarrow as pa
 
     from beam_jobs.partition import to_ipc
@@ -147,7 +173,9 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
 
     rows = JobFolder(settings.home, "events").read("user_profile")
     rows = rows.set_column(
-        rows.schema.get_field_index("country"), rows.schema.field("country"), pa.array(["Atlantis"] * rows.num_rows)
+        rows.schema.get_field_index("country"),
+        rows.schema.field("country"),
+        pa.array(["Atlantis"] * rows.num_rows),
     )
     job = load_job("materialize")
     writer = WriteView(plan_run(job, settings, job.options(), None).plan)

@@ -1,4 +1,6 @@
-"""The token log's row numbers and refusals, and tokens in a real Redis through the job and Feast's SDK."""
+"""The token log's row numbers and refusals, and tokens in a real Redis through the job and Feast's
+SDK.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,17 @@ def test_row_numbers_name_run_part_piece_and_row_and_no_two_are_alike(
     assert numbers.dtype == np.int64
     assert (numbers >= 0).all()
     assert (np.diff(numbers) == 1).all()
-    for other in (replace(name, run=(run + 1) % 8192), replace(name, part=(part + 1) % 65536), replace(name, piece=(piece + 1) % 16384)):  # fmt: skip
+    for other in (
+        replace(name, run=(run + 1) % 8192),
+        replace(name, part=(part + 1) % 65536),
+        replace(name, piece=(piece + 1) % 16384),
+    ):
         assert not set(other.rows(rows).tolist()) & set(numbers.tolist())
 
 
-@pytest.mark.parametrize("name", [PartName(8192, 0, 1, 0), PartName(0, 65536, 1, 0), PartName(0, 0, 1, 16384)])
+@pytest.mark.parametrize(
+    "name", [PartName(8192, 0, 1, 0), PartName(0, 65536, 1, 0), PartName(0, 0, 1, 16384)]
+)
 def test_what_a_row_number_cannot_name_is_refused(name: PartName) -> None:
     with pytest.raises(TokenLogError, match="beyond what row numbers can name"):
         name.rows(1)
@@ -80,7 +88,9 @@ def test_the_job_writes_redis_by_compare_and_set_and_feast_reads_the_same_bytes(
     options = {"bundle": "vista_tiny", "full": True}
     helpers.run_jobs(production, "summary_tokens", computed_at="2011-12-20T00:00:00", **options)
     catalogue = Catalogue(production.catalogue_url)
-    version = catalogue.accepted_tokens(catalogue.bundle("online_retail", "vista_tiny").digest) or ""
+    version = (
+        catalogue.accepted_tokens(catalogue.bundle("online_retail", "vista_tiny").digest) or ""
+    )
     rows = JobFolder(production.home, "summary_tokens").read("summary_tokens").to_pylist()
     users, online = [row["user_id"] for row in rows], OnlineTokens(store, CONTRACT)
     assert online.read(version, users) == [(row["tokens"], row["state"]) for row in rows]
@@ -93,6 +103,8 @@ def test_the_job_writes_redis_by_compare_and_set_and_feast_reads_the_same_bytes(
     assert online.remove(version) == len(users)
     assert online.read(version, users) == [(None, None)] * len(users)
     assert online.read(other, users[:3]) == [(b"a", None), (b"b", None), (b"c", b"s")]
-    profile = store.get_online_features(["user_profile:country"], [{"user_id": user} for user in users]).to_dict()
+    profile = store.get_online_features(
+        ["user_profile:country"], [{"user_id": user} for user in users]
+    ).to_dict()
     assert all(profile["country"])
     assert online.remove(version) == 0

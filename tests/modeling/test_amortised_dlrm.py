@@ -1,4 +1,6 @@
-"""Facts of the paper (arXiv 2412.06924) that the implementation must show, beyond the shared invariants."""
+"""Facts of the paper (arXiv 2412.06924) that the implementation must show, beyond the shared
+invariants.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.models import amortised_dlrm
 
 SIZES = FeatureSizes(
-    items=50, actions=2, event_features=1, user_fields=(3,), categories=(), slots=(), dense=3, history_length=64
+    items=50,
+    actions=2,
+    event_features=1,
+    user_fields=(3,),
+    categories=(),
+    slots=(),
+    dense=3,
+    history_length=64,
 )
 
 
@@ -30,14 +39,19 @@ def world(length: int, number: int) -> tuple[UserInputs, Candidates]:
     )
     mask = torch.ones(1, number, dtype=torch.bool)
     return user, Candidates(
-        torch.randint(1, 50, (1, number)), torch.zeros(1, number, 0).long(), torch.rand(1, number, 3), mask
+        torch.randint(1, 50, (1, number)),
+        torch.zeros(1, number, 0).long(),
+        torch.rand(1, number, 3),
+        mask,
     )
 
 
 def model(**config: object) -> models.Ranker:
     torch.manual_seed(1)
     return models.build(
-        "amortised_dlrm", {"width": 32, "num_layers": 2, "num_heads": 4, "dropout": 0.0, **config}, SIZES
+        "amortised_dlrm",
+        {"width": 32, "num_layers": 2, "num_heads": 4, "dropout": 0.0, **config},
+        SIZES,
     ).eval()
 
 
@@ -49,7 +63,9 @@ def test_history_states_are_bitwise_equal_with_and_without_candidates() -> None:
         kept = [tensor.clone() for tensor in (*before.keys, *before.values)]
         made.score(before, some)
         after = made.encode_user(user)
-    for one, two, three in zip(kept, (*before.keys, *before.values), (*after.keys, *after.values), strict=True):
+    for one, two, three in zip(
+        kept, (*before.keys, *before.values), (*after.keys, *after.values), strict=True
+    ):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
 
@@ -124,7 +140,9 @@ def scores(made: models.Ranker, user: UserInputs, some: Candidates) -> torch.Ten
 
 
 def test_a_candidate_that_attends_to_itself_uses_its_own_key() -> None:
-    """Self-attention: even with an empty history W_k and W_v have gradients, unlike cross-attention's."""
+    """Self-attention: even with an empty history W_k and W_v have gradients, unlike
+    cross-attention's.
+    """
     made = model(fusion="append_self")
     user, some = world(5, 4)
     empty = replace(user, mask_BL=torch.zeros(1, 5, dtype=torch.bool))
@@ -133,11 +151,15 @@ def test_a_candidate_that_attends_to_itself_uses_its_own_key() -> None:
 
 
 def test_plain_self_attention_with_a_causal_history_is_the_amortised_one() -> None:
-    """A causal history never reads the candidate behind it; a bidirectional one does, which is why it cannot be shared."""
+    """A causal history never reads the candidate behind it; a bidirectional one does, which is why
+    it cannot be shared.
+    """
     user, some = world(9, 4)
     plain, shared = fused("append_self_plain", causal=True), fused("append_self", causal=True)
     shared.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(scores(plain, user, some), scores(shared, user, some), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        scores(plain, user, some), scores(shared, user, some), atol=1e-5, rtol=1e-5
+    )
     plain, shared = fused("append_self_plain"), fused("append_self")
     shared.load_state_dict(plain.state_dict())
     assert float((scores(plain, user, some) - scores(shared, user, some)).abs().max()) > 1e-3
@@ -180,7 +202,12 @@ def test_concat_pools_the_newest_rows_and_the_maximum() -> None:
 
 def test_only_amortised_fusions_cost_the_same_history_for_any_number_of_candidates() -> None:
     user, some = world(64, 8)
-    for fusion, limit in (("append_cross", 2.5), ("append_self", 2.5), ("concat", 9), ("append_self_plain", 9)):
+    for fusion, limit in (
+        ("append_cross", 2.5),
+        ("append_self", 2.5),
+        ("concat", 9),
+        ("append_self_plain", 9),
+    ):
         made = model(fusion=fusion)
         ratio = flops(made, user, some) / flops(made, user, some.select(slice(0, 1)))
         assert ratio < limit

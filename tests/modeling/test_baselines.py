@@ -34,14 +34,18 @@ def test_target_attention_equals_its_plain_twin(lengths: list[int], number: int,
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
         fast = attention(rows, mask, candidates)
-        torch.testing.assert_close(fast, attention.plain(rows, mask, candidates), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            fast, attention.plain(rows, mask, candidates), atol=1e-5, rtol=1e-5
+        )
         for row, length in enumerate(lengths):
             if not length:
                 assert not fast[row].any()
 
 
 @pytest.mark.parametrize("block", [1, 40, 200, 1 << 18])
-def test_target_attention_has_the_gradient_of_its_plain_twin(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_attention_has_the_gradient_of_its_plain_twin(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether a block holds several requests, one, or some of its candidates."""
     monkeypatch.setattr(target_attention, "BLOCK", block)
     torch.manual_seed(block)
@@ -49,25 +53,33 @@ def test_target_attention_has_the_gradient_of_its_plain_twin(block: int, monkeyp
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    rows, candidates = (torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 3))
+    rows, candidates = (
+        torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 3)
+    )
     mask, direction = torch.rand(4, 6) < 0.7, torch.randn(4, 3, 5, dtype=torch.double)
     inputs = [rows, candidates, *attention.parameters()]
     fast = attention(rows, mask, candidates)
     plain = attention.plain(rows, mask, candidates)
     torch.testing.assert_close(fast, plain)
-    for one, other in zip(*(torch.autograd.grad((x * direction).sum(), inputs) for x in (fast, plain)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad((x * direction).sum(), inputs) for x in (fast, plain)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 def test_target_attention_keeps_its_precision_under_autocast() -> None:
     torch.manual_seed(0)
     attention = TargetAttention(WIDTH, 12)
-    rows, candidates, mask = torch.randn(2, 9, WIDTH), torch.randn(2, 3, WIDTH), torch.ones(2, 9, dtype=torch.bool)
+    rows = torch.randn(2, 9, WIDTH)
+    candidates = torch.randn(2, 3, WIDTH)
+    mask = torch.ones(2, 9, dtype=torch.bool)
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             read = attention(rows, mask, candidates)
-        found.append([read, *torch.autograd.grad(read.square().sum(), list(attention.parameters()))])
+        found.append(
+            [read, *torch.autograd.grad(read.square().sum(), list(attention.parameters()))]
+        )
     for plain, mixed in zip(*found, strict=True):
         torch.testing.assert_close(mixed, plain)
 
@@ -94,21 +106,28 @@ def test_dot_interaction_takes_every_pair_once() -> None:
             fields = torch.cat([request[b], candidate[b, c]])
             pairs = sorted(float(fields[i] @ fields[j]) for i in range(5) for j in range(i))
             found = sorted([*within[b].tolist(), *across[b, c].tolist()])
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(pairs), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                torch.tensor(found), torch.tensor(pairs), atol=1e-5, rtol=1e-5
+            )
 
 
 def test_cross_layers_are_x0_times_wx_plus_b_plus_x() -> None:
     for rank in (0, 4):
-        made = dcnv2.CrossAndDeep(2, 2, dcnv2.Config(width=WIDTH, num_layers=3, rank=rank, hidden=5))
+        made = dcnv2.CrossAndDeep(
+            2, 2, dcnv2.Config(width=WIDTH, num_layers=3, rank=rank, hidden=5)
+        )
         request, candidate = tokens(2, 2)
         out = made(request, candidate)[1][..., : 4 * WIDTH]
         for b in range(2):
             for c in range(3):
                 start = torch.cat([request[b], candidate[b, c]]).flatten()
-                first = made.cross.first(request[b : b + 1].flatten(1), candidate[b : b + 1, c : c + 1].flatten(2))[
-                    0, 0
-                ]
-                crossed = start * (first if made.cross.first_up is None else made.cross.first_up(first)) + start
+                first = made.cross.first(
+                    request[b : b + 1].flatten(1), candidate[b : b + 1, c : c + 1].flatten(2)
+                )[0, 0]
+                crossed = (
+                    start * (first if made.cross.first_up is None else made.cross.first_up(first))
+                    + start
+                )
                 for cross in made.cross.crosses:
                     crossed = start * cross(crossed) + crossed
                 torch.testing.assert_close(out[b, c], crossed, atol=1e-5, rtol=1e-5)
@@ -141,7 +160,9 @@ def test_autoint_does_not_scale_its_scores() -> None:
     rows = torch.cat([request[0], candidate[0, 0]])
     query, key, value, residual = (rows @ part.T for part in made.layers[0].weight.chunk(4))
     expected = torch.relu((query @ key.T).softmax(-1) @ value + residual)
-    torch.testing.assert_close(made(request, candidate)[1][0, 0], expected.flatten(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        made(request, candidate)[1][0, 0], expected.flatten(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_wukong_crosses_and_compresses_side_by_side() -> None:
@@ -150,7 +171,9 @@ def test_wukong_crosses_and_compresses_side_by_side() -> None:
     rows = torch.randn(1, 1, 5, WIDTH)
     crossed = (rows[0, 0] @ rows[0, 0].T @ layer.project).flatten()
     interacted = torch.relu(layer.machine(crossed)).view(3, WIDTH)
-    joined = torch.cat([interacted, layer.compress @ rows[0, 0]]) + rows[0, 0]  # as many tokens: residual as it is
+    joined = (
+        torch.cat([interacted, layer.compress @ rows[0, 0]]) + rows[0, 0]
+    )  # as many tokens: residual as it is
     assert layer.residual is None
     torch.testing.assert_close(layer(rows)[0, 0], layer.norm(joined), atol=1e-5, rtol=1e-5)
     assert wukong.Layer(9, config)(torch.randn(2, 3, 9, WIDTH)).shape == (2, 3, 5, WIDTH)

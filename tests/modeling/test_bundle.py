@@ -30,15 +30,23 @@ def exported(trained_shop: Any, tmp_path: Path) -> Path:
 
 
 def test_a_loaded_bundle_scores_as_the_trained_model(trained_shop: Any, exported: Path) -> None:
-    run = command.trained(command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")))
+    run = command.trained(
+        command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    )
     model, encoder = command._load_trained(run)
     loaded = bundle.load(exported, CONTRACT)
-    split = Warehouse(trained_shop.settings).split(trained_shop.store, run.recipe.service, "validation")
+    split = Warehouse(trained_shop.settings).split(
+        trained_shop.store, run.recipe.service, "validation"
+    )
     expected = predict(model, encoder, encoder.featurise(split.requests))
-    assert np.array_equal(predict(loaded.model, loaded.encoder, loaded.encoder.featurise(split.requests)), expected)
+    assert np.array_equal(
+        predict(loaded.model, loaded.encoder, loaded.encoder.featurise(split.requests)), expected
+    )
 
 
-def test_the_same_run_exports_the_same_digest(trained_shop: Any, exported: Path, tmp_path: Path) -> None:
+def test_the_same_run_exports_the_same_digest(
+    trained_shop: Any, exported: Path, tmp_path: Path
+) -> None:
     loaded = bundle.load(exported, CONTRACT)
     m = loaded.manifest
     _, digest = bundle.export(
@@ -63,7 +71,9 @@ def test_the_bundle_says_what_it_is(exported: Path) -> None:
 
 def rewrite(exported: Path, **changes: Any) -> None:
     file = exported / "bundle.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=1, sort_keys=True))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), **changes}, indent=1, sort_keys=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "vocabularies.json"])
@@ -108,7 +118,9 @@ def test_a_manifest_changed_after_export_is_refused_by_its_digest(exported: Path
         ({"dense_features": ["count_total"]}, "train and export again"),
     ],
 )
-def test_another_layout_contract_or_model_is_refused(exported: Path, changes: dict[str, Any], reason: str) -> None:
+def test_another_layout_contract_or_model_is_refused(
+    exported: Path, changes: dict[str, Any], reason: str
+) -> None:
     rewrite(exported, **changes)
     with pytest.raises(ValueError, match=reason):
         bundle.load(exported, CONTRACT)
@@ -120,7 +132,10 @@ def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:
     weights[name] = torch.full_like(weights[name], float("nan"))
     save_file(weights, exported / "weights.safetensors")
     files = json.loads((exported / "bundle.json").read_text())["files"]
-    rewrite(exported, files={**files, "weights.safetensors": bundle._sha256(exported / "weights.safetensors")})
+    rewrite(
+        exported,
+        files={**files, "weights.safetensors": bundle._sha256(exported / "weights.safetensors")},
+    )
     with pytest.raises(BundleError, match="no finite numbers"):
         bundle.load(exported, CONTRACT)
 
@@ -130,7 +145,9 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
         bundle.load(tmp_path, CONTRACT)
 
 
-def test_stages_that_are_up_to_date_do_nothing(trained_shop: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_that_are_up_to_date_do_nothing(
+    trained_shop: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     catalogue = Catalogue(trained_shop.settings.catalogue_url)
     run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     before = {
@@ -140,7 +157,10 @@ def test_stages_that_are_up_to_date_do_nothing(trained_shop: Any, capsys: pytest
     command.train(run, catalogue)
     command.evaluate(command.trained(run), catalogue)
     command.export(command.trained(run), catalogue, live=True)
-    after = {stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id for stage in before}  # type: ignore[union-attr]
+    after = {
+        stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
+        for stage in before
+    }  # type: ignore[union-attr]
     assert after == before
 
 
@@ -156,14 +176,22 @@ def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> N
     assert page.count("data:image/png;base64,") == 4
     assert "http://" not in page
     assert "https://" not in page
-    for text in ("own frequency", "popularity to date", "same network, empty history", "gauc", "calibration error"):
+    for text in (
+        "own frequency",
+        "popularity to date",
+        "same network, empty history",
+        "gauc",
+        "calibration error",
+    ):
         assert text in page
     for name in ("loss", "calibration", "ndcg_by_history_length", "scores"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) -> None:
-    """Customers there buy their habits again; a model that misses this has lost its history on the way."""
+    """Customers there buy their habits again; a model that misses this has lost its history on the
+    way.
+    """
     folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
     evaluation = json.loads((folder / "evaluation.json").read_text())
     ndcg = {name: row["ndcg@10"]["value"] for name, row in evaluation["metrics"].items()}
@@ -180,10 +208,17 @@ def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None
         command.train(run, Catalogue(trained_shop.settings.catalogue_url))
 
 
-def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(trained_shop: Any) -> None:
+def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(
+    trained_shop: Any,
+) -> None:
     from modeling.errors import DataError
 
     long = replace(recipes.load("amortised_dlrm_tiny"), history_length=513)
-    run = replace(command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")), recipe=long)
-    with pytest.raises(DataError, match=r"reads 513 events of a history, online are kept 512.*num_history_online=513"):
+    run = replace(
+        command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")), recipe=long
+    )
+    with pytest.raises(
+        DataError,
+        match=r"reads 513 events of a history, online are kept 512.*num_history_online=513",
+    ):
         command.refuse_longer_than_kept(run)

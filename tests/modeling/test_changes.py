@@ -1,4 +1,6 @@
-"""`--set` changes any field of a recipe, typed; bundles go live where they are no worse than what is there."""
+"""`--set` changes any field of a recipe, typed; bundles go live where they are no worse than what
+is there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from modeling.errors import RecipeError
 
 
 def test_fields_of_recipe_model_and_training_are_set_by_type() -> None:
-    words = ("model.width=32", "training.learning_rate=0.5", "history_length=20", "model.causal=false")
+    words = (
+        "model.width=32",
+        "training.learning_rate=0.5",
+        "history_length=20",
+        "model.causal=false",
+    )
     made = changed(recipes.load("vista_tiny"), Changes(3, 5, words))
     assert (made.config["width"], made.config["causal"], made.history_length) == (32, False, 20)
     assert (made.training.learning_rate, made.training.seed, made.training.epochs) == (0.5, 3, 5)
@@ -48,7 +55,10 @@ def evaluation(model: float, floor: float = 0.5, first: float = 0.0) -> dict[str
         "own frequency": {"ndcg@10": estimate(floor)},
         "popularity to date": {"ndcg@10": estimate(0.1), "gauc": estimate(0.1)},
     }
-    return {"metrics": metrics, "unknown": {"first": first, "chance": 0.01, "most": 0.02, "percentile": 0.4}}
+    return {
+        "metrics": metrics,
+        "unknown": {"first": first, "chance": 0.01, "most": 0.02, "percentile": 0.4},
+    }
 
 
 @pytest.fixture
@@ -57,7 +67,14 @@ def catalogue(tmp_path: Path) -> Catalogue:
     made = Catalogue(f"sqlite:///{tmp_path}/c.db")
     for digest, value in (("a" * 64, 0.6), ("b" * 64, 0.7)):
         metrics = {"ndcg@10": estimate(value), "gauc": estimate(value)}
-        made.add_bundle(digest=digest, dataset="d", recipe="r", fingerprint="f", path="bundles/x", metrics=metrics)
+        made.add_bundle(
+            digest=digest,
+            dataset="d",
+            recipe="r",
+            fingerprint="f",
+            path="bundles/x",
+            metrics=metrics,
+        )
     made.set_live("d", "a" * 64)
     made.note_comparison("a" * 64, "t1", "")
     return made
@@ -69,7 +86,11 @@ def catalogue(tmp_path: Path) -> Catalogue:
         (evaluation(0.60), "t1", []),
         (evaluation(0.595), "t1", []),  # within the live bundle's interval
         (evaluation(0.55), "t1", ["the live r@"]),
-        (evaluation(0.55), "t2", []),  # measured on other requests: the figures say nothing about each other
+        (
+            evaluation(0.55),
+            "t2",
+            [],
+        ),  # measured on other requests: the figures say nothing about each other
         (evaluation(0.45), "t2", ["own frequency is better"]),
         (evaluation(0.65, first=0.5), "t1", ["nobody knows comes first"]),
     ],
@@ -77,12 +98,20 @@ def catalogue(tmp_path: Path) -> Catalogue:
 def test_a_bundle_is_held_back_where_it_ranks_worse(
     found: dict[str, Any], test: str, held: list[str], catalogue: Catalogue
 ) -> None:
-    reasons = promotion.reasons_against(found, catalogue.live_or_none("d"), catalogue, "b" * 64, test)
-    assert len(reasons.hold) >= len(held) == sum(any(text in line for line in reasons.hold) for text in held)
+    reasons = promotion.reasons_against(
+        found, catalogue.live_or_none("d"), catalogue, "b" * 64, test
+    )
+    assert (
+        len(reasons.hold)
+        >= len(held)
+        == sum(any(text in line for line in reasons.hold) for text in held)
+    )
     assert bool(reasons.hold) == bool(held)
 
 
-def test_where_nothing_is_live_a_poor_model_is_said_to_be_one_and_goes_live(catalogue: Catalogue) -> None:
+def test_where_nothing_is_live_a_poor_model_is_said_to_be_one_and_goes_live(
+    catalogue: Catalogue,
+) -> None:
     reasons = promotion.reasons_against(evaluation(0.4), None, catalogue, "b" * 64, "t1")
     assert reasons.hold == []
     assert "own frequency is better" in reasons.warn[0]

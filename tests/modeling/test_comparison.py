@@ -1,4 +1,6 @@
-"""Next-item commands: train, evaluate and compare recipes on a plain file; refusals are one line."""
+"""Next-item commands: train, evaluate and compare recipes on a plain file; refusals are one
+line.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,24 @@ def run(*arguments: str | Path) -> int:
     return cli.run(lambda: entry.app([str(a) for a in arguments]))
 
 
-def test_train_and_evaluate_show_the_test_metrics(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_and_evaluate_show_the_test_metrics(
+    lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
     trained = "".join(capsys.readouterr())
     assert "walks.txt, 150 users, 130 items" in trained
     assert "hydrarec_tiny@1, seed 4, test targets" in trained
     assert all(name in trained for name in ("FULL", "U100", "P100", "ndcg@10", "mrr@20"))
     assert run("evaluate", "hydrarec_tiny", "--data", lines) == 1  # another seed, other epochs
-    assert "is not trained to its end on walks.txt: train it first" in " ".join("".join(capsys.readouterr()).split())
+    assert "is not trained to its end on walks.txt: train it first" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
     assert run("evaluate", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
 
 
-def test_a_finished_run_is_shown_again_and_not_repeated(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_shown_again_and_not_repeated(
+    lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", "sasrec_tiny", "--data", lines) == 0
     first = "".join(capsys.readouterr())
     assert run("evaluate", "sasrec_tiny", "--data", lines) == 0
@@ -85,15 +93,21 @@ def test_refusals_say_what_to_do(
     assert message in " ".join("".join(capsys.readouterr()).split())
 
 
-def test_compare_writes_table_pictures_and_page(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_writes_table_pictures_and_page(
+    lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ["sasrec_tiny", "bert4rec_tiny"]
     assert run("compare", *names, "--data", lines, "--seeds", "2", "--no_scaling") == 0
     said = "".join(capsys.readouterr())
     page = Path(
-        next(line for line in said.splitlines() if line.startswith("comparison: ")).removeprefix("comparison: ")
+        next(line for line in said.splitlines() if line.startswith("comparison: ")).removeprefix(
+            "comparison: "
+        )
     )
     stored = json.loads((page.parent / "comparison.json").read_text())
-    assert [(r["recipe"], r["seed"]) for r in stored["results"]] == [(n, s) for n in names for s in (1, 2)]
+    assert [(r["recipe"], r["seed"]) for r in stored["results"]] == [
+        (n, s) for n in names for s in (1, 2)
+    ]
     text = page.read_text()
     for name in names:
         assert name in text
@@ -103,7 +117,9 @@ def test_compare_writes_table_pictures_and_page(lines: Path, capsys: pytest.Capt
     assert text.count("data:image/png") == 1
 
 
-def test_compare_at_another_budget_keeps_runs_of_its_own(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_at_another_budget_keeps_runs_of_its_own(
+    lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", "sasrec_tiny", "--data", lines) == 0
     assert run("compare", "sasrec_tiny", "--data", lines, "--epochs", "1", "--no_scaling") == 0
     assert "sasrec_tiny@1 " in "".join(capsys.readouterr())
@@ -111,9 +127,20 @@ def test_compare_at_another_budget_keeps_runs_of_its_own(lines: Path, capsys: py
 
 
 def test_the_page_shows_cost_by_length_where_it_was_measured(tmp_path: Path) -> None:
-    result = {"recipe": "some <b>", "parameters": 3, "test": {"FULL": dict.fromkeys(comparison.METRICS, 0.5)}}
-    result["summary"] = {"best_validation_ndcg@10": 0.5, "cpu_seconds": 2.0, "curve": [[1.0, 0.1], [2.0, 0.5]]}
-    cost = [{"recipe": "some <b>", "length": n, "tokens_per_cpu_s": 1e4, "peak_mb": 300.0} for n in (512, 2048)]
+    result = {
+        "recipe": "some <b>",
+        "parameters": 3,
+        "test": {"FULL": dict.fromkeys(comparison.METRICS, 0.5)},
+    }
+    result["summary"] = {
+        "best_validation_ndcg@10": 0.5,
+        "cpu_seconds": 2.0,
+        "curve": [[1.0, 0.1], [2.0, 0.5]],
+    }
+    cost = [
+        {"recipe": "some <b>", "length": n, "tokens_per_cpu_s": 1e4, "peak_mb": 300.0}
+        for n in (512, 2048)
+    ]
     page = comparison.write(tmp_path, "title", [result], cost).read_text()
     assert page.count("data:image/png") == 2
     assert "some &lt;b&gt;" in page
@@ -122,7 +149,9 @@ def test_the_page_shows_cost_by_length_where_it_was_measured(tmp_path: Path) -> 
 def test_ranking_recipes_are_compared_on_the_same_join(
     shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two recipes, two rates each, two seeds at the better one; a second call reads what is there."""
+    """Two recipes, two rates each, two seeds at the better one; a second call reads what is
+    there.
+    """
     monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
     names = ("onetrans_tiny", "amortised_dlrm_tiny")
     ask = ("compare", *names, "--seeds", "2", "--learning_rates", "1e-3", "1e-2", "--epochs", "1")
@@ -131,13 +160,23 @@ def test_ranking_recipes_are_compared_on_the_same_join(
     assert said.count("train: step") + said.count("epoch 0") >= 6
     page = Path(shop.settings.path("comparison", "comparison.html"))
     stored = json.loads(page.with_suffix(".json").read_text())["results"]
-    assert [(r["recipe"].split("@")[0], r["seed"]) for r in stored] == [(n, s) for n in names for s in (1, 2)]
+    assert [(r["recipe"].split("@")[0], r["seed"]) for r in stored] == [
+        (n, s) for n in names for s in (1, 2)
+    ]
     for first, second in (stored[:2], stored[2:]):
         assert first["recipe"] == second["recipe"]
-        other = first["recipe"].replace("@0.001", "@x").replace("@0.01", "@0.001").replace("@x", "@0.01")
+        other = (
+            first["recipe"]
+            .replace("@0.001", "@x")
+            .replace("@0.01", "@0.001")
+            .replace("@x", "@0.01")
+        )
         (found,) = Path(shop.settings.path("comparison", "")).glob(f"{other}-seed1-*/result.json")
         tried = json.loads(found.read_text())
-        assert tried["summary"]["best_validation_ndcg@10"] <= first["summary"]["best_validation_ndcg@10"]
+        assert (
+            tried["summary"]["best_validation_ndcg@10"]
+            <= first["summary"]["best_validation_ndcg@10"]
+        )
         assert first["dense_parameters"] < first["parameters"]
         assert 0 < first["test"]["gauc"]["value"] < 1
         assert f"{first['recipe']}" in page.read_text()
@@ -162,7 +201,8 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
     recipe = recipes.load("hydrarec_tiny")
     assert isinstance(recipe, NextItemRecipe)
     timed = recipes.replace_config(recipe, time_gaps=True)
-    # Slices that begin later than the event before them: the gap before a slice is no gap within it.
+    # Slices that begin later than the event before them: the gap before a slice is no gap within
+    # it.
     sequences = source.sequences
     assert sequences.times is not None
     later = np.flatnonzero(np.diff(sequences.times) > 0)[:40] + 1
@@ -184,25 +224,37 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
         recipe = function()
         assert recipe.name == name
         if isinstance(recipe, NextItemRecipe):
-            models.build(recipe.model, recipe.config, FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length))
+            models.build(
+                recipe.model,
+                recipe.config,
+                FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length),
+            )
             continue
         tokens = (8, 16) if recipe.tokens else (0, 0)
-        sizes = FeatureSizes(50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5, tokens=tokens)
+        sizes = FeatureSizes(
+            50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5, tokens=tokens
+        )
         assert recipe.tokens is None or recipes.load(recipe.tokens).model == "vista"
         with torch.device("meta"):
             models.build(recipe.model, recipe.config, sizes)
 
 
 SIZES = {  # of the vocabularies and features of the whole datasets
-    "retail": FeatureSizes(3061, 2, 2, (31, 24, 7), (1958,), (8,), dense=13, history_length=96, user_dense=5),
-    "ml1m": FeatureSizes(3350, 2, 1, (3, 8, 22, 24, 7), (19, 82), (8, 1), dense=13, history_length=128, user_dense=5),
+    "retail": FeatureSizes(
+        3061, 2, 2, (31, 24, 7), (1958,), (8,), dense=13, history_length=96, user_dense=5
+    ),
+    "ml1m": FeatureSizes(
+        3350, 2, 1, (3, 8, 22, 24, 7), (19, 82), (8, 1), dense=13, history_length=128, user_dense=5
+    ),
 }
 
 
 @pytest.mark.parametrize("dataset", SIZES)
 def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
     made = [recipes.load(f"{name}_{dataset}") for name in ranking.MODELS if name != "transformer"]
-    counts = {r.name: dense_parameters(models.build(r.model, r.config, SIZES[dataset])) for r in made}
+    counts = {
+        r.name: dense_parameters(models.build(r.model, r.config, SIZES[dataset])) for r in made
+    }
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
 
 
@@ -229,7 +281,15 @@ def test_benchmarks_explain_themselves(name: str) -> None:
 
 
 def test_next_item_benchmark_prints_rows_and_one_json_line(lines: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "modeling.benchmarks.next_item", "--data", str(lines), "--recipe", "sasrec_tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "modeling.benchmarks.next_item",
+        "--data",
+        str(lines),
+        "--recipe",
+        "sasrec_tiny",
+    ]
     command += ["--seeds", "2", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     figures = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,6 @@
-"""Facts of Hiformer (arXiv 2311.05884) that the implementation must show, beyond the shared invariants."""
+"""Facts of Hiformer (arXiv 2311.05884) that the implementation must show, beyond the shared
+invariants.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PAPER = Shape(38, 128, 4, 16, 64, 512, rank_key=128, rank_value=1024)
 few = settings(max_examples=15, deadline=None)
 
 
-def layer(kind: Kind, queries: int | None = None, shape: Shape = SHAPE, **flags: Any) -> HeterogeneousLayer:
+def layer(
+    kind: Kind, queries: int | None = None, shape: Shape = SHAPE, **flags: Any
+) -> HeterogeneousLayer:
     torch.manual_seed(1)
     made = HeterogeneousLayer(shape, kind, queries, **flags)
     for parameter in made.parameters():
@@ -33,7 +37,9 @@ def layer(kind: Kind, queries: int | None = None, shape: Shape = SHAPE, **flags:
 
 
 def rows(shape: Shape = SHAPE, seed: int = 0) -> Tensor:
-    return torch.randn(2, 3, shape.num_tokens, shape.width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        2, 3, shape.num_tokens, shape.width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def tie(hetero: nn.Module, vanilla: nn.Module) -> None:
@@ -62,12 +68,15 @@ def test_tied_heterogeneous_attention_is_vanilla_attention(queries: int | None) 
     with torch.inference_mode():
         assert float((hetero(None, rows()) - vanilla(None, rows())).abs().max()) > 1e-2
         tie(hetero, vanilla)
-        torch.testing.assert_close(hetero(None, rows()), vanilla(None, rows()), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            hetero(None, rows()), vanilla(None, rows()), atol=1e-6, rtol=1e-6
+        )
 
 
 def test_vanilla_attention_is_torchs() -> None:
     shape = Shape(5, 12, 2, 6, 6, 20)  # heads that split the width, as torch's must
-    ours, reference = layer("vanilla", None, shape), nn.MultiheadAttention(12, 2, bias=False, batch_first=True)
+    ours = layer("vanilla", None, shape)
+    reference = nn.MultiheadAttention(12, 2, bias=False, batch_first=True)
     tokens = rows(shape)
     with torch.inference_mode():
         weights = [getattr(ours, name).map.weight for name in ("query", "key", "value")]
@@ -80,7 +89,9 @@ def test_vanilla_attention_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("queries", [None, 1])
-def test_block_diagonal_composite_projections_are_heterogeneous_attention(queries: int | None) -> None:
+def test_block_diagonal_composite_projections_are_heterogeneous_attention(
+    queries: int | None,
+) -> None:
     hetero, composite = layer("hetero", queries), layer("composite", queries)
     with torch.inference_mode():
         state = {n: t for n, t in hetero.state_dict().items() if n in composite.state_dict()}
@@ -89,14 +100,18 @@ def test_block_diagonal_composite_projections_are_heterogeneous_attention(querie
             to, own = getattr(composite, name), getattr(hetero, name)
             if isinstance(to, Composite):
                 to.down.copy_(torch.block_diag(*own.map.weight))
-        torch.testing.assert_close(composite(None, rows()), hetero(None, rows()), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            composite(None, rows()), hetero(None, rows()), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_low_rank_factors_of_an_svd_are_the_full_rank_layer() -> None:
     full = layer("composite")
     low = layer("low_rank", shape=replace(SHAPE, rank_key=56, rank_value=84))
     with torch.inference_mode():
-        low.load_state_dict({n: t for n, t in full.state_dict().items() if not n.endswith(".down")}, strict=False)
+        low.load_state_dict(
+            {n: t for n, t in full.state_dict().items() if not n.endswith(".down")}, strict=False
+        )
         for name in ("query", "key", "value"):
             to = getattr(low, name)
             left, values, right = torch.linalg.svd(getattr(full, name).down, full_matrices=False)
@@ -112,22 +127,31 @@ def parameters(module: nn.Module, *names: str) -> int:
 
 
 def test_parameter_counts_of_the_papers_shape() -> None:
-    """L = 38, d = 128, H = 4, d_k = 16, d_v = 64, d_f = 512: closed forms, and the two headline integers."""
+    """L = 38, d = 128, H = 4, d_k = 16, d_v = 64, d_f = 512: closed forms, and the two headline
+    integers.
+    """
     with torch.device("meta"):
         hetero, pruned = HeterogeneousLayer(PAPER, "hetero"), HeterogeneousLayer(PAPER, "hetero", 1)
-        full, low = HeterogeneousLayer(PAPER, "composite", 1), HeterogeneousLayer(PAPER, "low_rank", 1)
+        full = HeterogeneousLayer(PAPER, "composite", 1)
+        low = HeterogeneousLayer(PAPER, "low_rank", 1)
     length, d, heads, d_k, d_v, d_f = 38, 128, 4, 16, 64, 512
     asked = d * heads * d_k + heads * d_v * d + 2 * d * d_f + d_f + d
     all_parts = ("query", "key", "value", "output", "feed_forward")
     assert parameters(pruned, *all_parts) == length * d * heads * (d_k + d_v) + asked
-    assert parameters(hetero, *all_parts) == length * (d * heads * (2 * d_k + d_v) + heads * d_v * d + 2 * d * d_f + d_f + d)  # fmt: skip
+    assert parameters(hetero, *all_parts) == length * (
+        d * heads * (2 * d_k + d_v) + heads * d_v * d + 2 * d * d_f + d_f + d
+    )
     assert parameters(full, "key", "value") == 59_146_240
     assert parameters(low, "key", "value") == 15_876_096
     assert parameters(full, *all_parts) == 59_146_240 + asked
     assert parameters(low, *all_parts) == 15_876_096 + asked
-    fitted = 2.36e6 - parameters(pruned, *all_parts)  # what lies outside the interaction, from one published row
+    fitted = 2.36e6 - parameters(
+        pruned, *all_parts
+    )  # what lies outside the interaction, from one published row
     rest = ((full, 59.95), (low, 16.68))
-    assert all(round((parameters(m, *all_parts) + fitted) / 1e6, 2) == published for m, published in rest)
+    assert all(
+        round((parameters(m, *all_parts) + fitted) / 1e6, 2) == published for m, published in rest
+    )
     assert 0.265 < parameters(low, "key", "value") / parameters(full, "key", "value") < 0.28
 
 
@@ -137,11 +161,15 @@ def test_a_pruned_layer_gives_the_task_tokens_of_the_unpruned_one(kind: Kind) ->
     whole, pruned = layer(kind, None, shape, composite_query=False), layer(kind, 2, shape)
     with torch.inference_mode():
         state = {
-            name: tensor[: pruned.state_dict()[name].shape[0]] if name in pruned.state_dict() else tensor
+            name: tensor[: pruned.state_dict()[name].shape[0]]
+            if name in pruned.state_dict()
+            else tensor
             for name, tensor in whole.state_dict().items()
         }
         pruned.load_state_dict(state)
-        torch.testing.assert_close(pruned(None, rows()), whole(None, rows())[:, :, :2], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            pruned(None, rows()), whole(None, rows())[:, :, :2], atol=1e-6, rtol=1e-6
+        )
     counts = []
     for made in (whole, pruned):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -159,12 +187,16 @@ def test_heterogeneous_flops_equal_vanilla_and_parameters_grow_with_the_tokens()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
     parts = ("query", "key", "value", "output")
-    assert parameters(layer("hetero"), *parts) == SHAPE.num_tokens * parameters(layer("vanilla"), *parts)
+    assert parameters(layer("hetero"), *parts) == SHAPE.num_tokens * parameters(
+        layer("vanilla"), *parts
+    )
 
 
 @pytest.mark.parametrize("kind", ["hetero", "composite"])
 def test_tokens_are_told_apart_by_their_parameters_alone(kind: Kind) -> None:
-    """Permuted with the tokens' parameters (composite: blocks of rows and columns) nothing changes; without, all does."""
+    """Permuted with the tokens' parameters (composite: blocks of rows and columns) nothing changes;
+    without, all does.
+    """
     made, order = layer(kind), torch.randperm(7, generator=torch.Generator().manual_seed(2))
     permuted = layer(kind)
     with torch.inference_mode():
@@ -175,9 +207,15 @@ def test_tokens_are_told_apart_by_their_parameters_alone(kind: Kind) -> None:
             else:
                 permuted.get_parameter(name).copy_(tensor[order])
         torch.testing.assert_close(
-            permuted(None, rows()[:, :, order]), made(None, rows())[:, :, order], atol=1e-6, rtol=1e-5
+            permuted(None, rows()[:, :, order]),
+            made(None, rows())[:, :, order],
+            atol=1e-6,
+            rtol=1e-5,
         )
-        assert float((made(None, rows()[:, :, order]) - made(None, rows())[:, :, order]).abs().max()) > 1e-2
+        assert (
+            float((made(None, rows()[:, :, order]) - made(None, rows())[:, :, order]).abs().max())
+            > 1e-2
+        )
 
 
 def test_a_token_reaches_its_own_key_or_every_key() -> None:
@@ -196,12 +234,23 @@ def test_a_token_reaches_its_own_key_or_every_key() -> None:
 @pytest.mark.parametrize("kind", ["vanilla", "hetero", "composite", "low_rank"])
 @pytest.mark.parametrize("prune", [True, False])
 @few
-@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3), number=st.integers(1, 5), seed=st.integers(0, 1000))
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    number=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
 def test_the_request_half_computed_once_gives_the_scores_of_the_unsplit_forward(
     kind: str, prune: bool, sizes: list[int], number: int, seed: int
 ) -> None:
     torch.manual_seed(3)
-    config = {"width": 16, "num_layers": 2, "kind": kind, "prune": prune, "rank_key": 8, "rank_value": 12}
+    config = {
+        "width": 16,
+        "num_layers": 2,
+        "kind": kind,
+        "prune": prune,
+        "rank_key": 8,
+        "rank_value": 12,
+    }
     for layers in (1, 2):
         made = models.build("hiformer", {**config, "num_layers": layers}, SIZES).eval()
         assert isinstance(made, Hiformer)
@@ -210,7 +259,9 @@ def test_the_request_half_computed_once_gives_the_scores_of_the_unsplit_forward(
         user, some = user_inputs(sizes, seed), candidates(len(sizes), number, seed)
         with torch.inference_mode():
             state = made.encode_user(user)
-            torch.testing.assert_close(made.score(state, some), made.score_unsplit(state, some), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                made.score(state, some), made.score_unsplit(state, some), atol=1e-5, rtol=1e-5
+            )
 
 
 def test_the_request_half_is_not_multiplied_again_for_every_candidate() -> None:
@@ -225,12 +276,16 @@ def test_the_request_half_is_not_multiplied_again_for_every_candidate() -> None:
             with FlopCounterMode(display=False) as counter:
                 scored(state, some)
             counts.append(counter.get_total_flops())
-    share = made.features.num_candidate / (made.features.num_candidate + made.features.num_request + SIZES.tasks)
+    share = made.features.num_candidate / (
+        made.features.num_candidate + made.features.num_request + SIZES.tasks
+    )
     assert counts[0] < (share + 0.15) * counts[1]
 
 
 def test_only_task_tokens_reach_the_heads() -> None:
-    made = models.build("hiformer", {"width": 16, "num_layers": 2, "prune": False, "history": "bags"}, SIZES).eval()
+    made = models.build(
+        "hiformer", {"width": 16, "num_layers": 2, "prune": False, "history": "bags"}, SIZES
+    ).eval()
     assert isinstance(made, Hiformer)
     batch = Batch(user_inputs([4], 0), candidates(1, 3, 0), torch.zeros(1))
     made(batch).sum().backward()

@@ -1,4 +1,6 @@
-"""What must hold for every ranker behind the two-step interface, whatever its name (design: one interface)."""
+"""What must hold for every ranker behind the two-step interface, whatever its name (design: one
+interface).
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,39 @@ SIZES = FeatureSizes(
     user_dense=3,
     tasks=2,
 )
-RANKING = ("amortised", "vista", "onetrans", "hiformer", *(f"baseline_{n}" for n in ("din", "dcnv2", "dlrm", "autoint", "transformer", "rankmixer", "wukong")))  # fmt: skip
+RANKING = (
+    "amortised",
+    "vista",
+    "onetrans",
+    "hiformer",
+    *(
+        f"baseline_{n}"
+        for n in ("din", "dcnv2", "dlrm", "autoint", "transformer", "rankmixer", "wukong")
+    ),
+)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised_dlrm": ("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4}),
-    "amortised_dlrm_causal": ("amortised_dlrm", {"width": 16, "num_layers": 3, "num_heads": 2, "causal": True}),
+    "amortised_dlrm_causal": (
+        "amortised_dlrm",
+        {"width": 16, "num_layers": 3, "num_heads": 2, "causal": True},
+    ),
     "amortised_dlrm_extendable": (
         "amortised_dlrm",
         {"width": 16, "num_layers": 2, "num_heads": 4, "causal": True, "positions": "from_oldest"},
     ),
-    "amortised_cross": ("amortised_dlrm", {"width": 16, "interaction": "cross", "cross_rank": 8, "bags": True}),
+    "amortised_cross": (
+        "amortised_dlrm",
+        {"width": 16, "interaction": "cross", "cross_rank": 8, "bags": True},
+    ),
     "amortised_cross_extendable": (
         "amortised_dlrm",
-        {"width": 16, "interaction": "cross", "bags": True, "causal": True, "positions": "from_oldest"},
+        {
+            "width": 16,
+            "interaction": "cross",
+            "bags": True,
+            "causal": True,
+            "positions": "from_oldest",
+        },
     ),
     "amortised_concat": ("amortised_dlrm", {"width": 16, "fusion": "concat"}),
     "amortised_self_plain": ("amortised_dlrm", {"width": 16, "fusion": "append_self_plain"}),
@@ -48,62 +71,124 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "amortised_dlrm",
         {"width": 16, "fusion": "append_self", "causal": True, "positions": "from_oldest"},
     ),
-    "amortised_pointwise": ("amortised_dlrm", {"width": 16, "attention": "pointwise", "fusion": "append_self"}),
+    "amortised_pointwise": (
+        "amortised_dlrm",
+        {"width": 16, "attention": "pointwise", "fusion": "append_self"},
+    ),
     "amortised_pointwise_extendable": (
         "amortised_dlrm",
-        {"width": 16, "attention": "pointwise", "fusion": "append_self", "causal": True, "positions": "from_oldest"},
+        {
+            "width": 16,
+            "attention": "pointwise",
+            "fusion": "append_self",
+            "causal": True,
+            "positions": "from_oldest",
+        },
     ),
     "onetrans_extendable": ("onetrans", {"width": 16, "num_layers": 2, "pyramid": False}),
     "onetrans_group_wise_extendable": (
         "onetrans",
         {"width": 16, "tokeniser": "group_wise", "own_output": True, "pyramid": False},
     ),
-    "onetrans_one_split_extendable": ("onetrans", {"width": 16, "request_tokens": 0, "pyramid": False}),
-    "onetrans_agnostic": ("onetrans", {"width": 16, "merge": "timestamp_agnostic", "own_weights": False}),
+    "onetrans_one_split_extendable": (
+        "onetrans",
+        {"width": 16, "request_tokens": 0, "pyramid": False},
+    ),
+    "onetrans_agnostic": (
+        "onetrans",
+        {"width": 16, "merge": "timestamp_agnostic", "own_weights": False},
+    ),
     "hiformer": ("hiformer", {"width": 16, "rank_key": 8, "rank_value": 12}),
     "hiformer_deep": (
         "hiformer",
         {"width": 16, "num_layers": 3, "rank_key": 8, "rank_value": 12, "history": "transformer"},
     ),
-    "hiformer_full_rank": ("hiformer", {"width": 16, "kind": "composite", "prune": False, "history": "bags"}),
-    "hiformer_hetero": ("hiformer", {"width": 16, "kind": "hetero", "num_layers": 2, "shared_output": True}),
-    **{f"baseline_{name}": (name, {"width": 16}) for name in ("din", "dlrm", "autoint", "transformer", "wukong")},
+    "hiformer_full_rank": (
+        "hiformer",
+        {"width": 16, "kind": "composite", "prune": False, "history": "bags"},
+    ),
+    "hiformer_hetero": (
+        "hiformer",
+        {"width": 16, "kind": "hetero", "num_layers": 2, "shared_output": True},
+    ),
+    **{
+        f"baseline_{name}": (name, {"width": 16})
+        for name in ("din", "dlrm", "autoint", "transformer", "wukong")
+    },
     "baseline_dcnv2": ("dcnv2", {"width": 16, "num_layers": 3, "rank": 8}),
-    "baseline_rankmixer": ("rankmixer", {"width": 16, "num_tokens": 4, "mixed_width": 16, "history": "transformer"}),
-    "vista": ("vista", {"width": 16, "num_seeds": 5, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 8}),
-    "vista_target": ("vista", {"width": 16, "num_seeds": 5, "seed_role": "target", "divide": False}),
+    "baseline_rankmixer": (
+        "rankmixer",
+        {"width": 16, "num_tokens": 4, "mixed_width": 16, "history": "transformer"},
+    ),
+    "vista": (
+        "vista",
+        {"width": 16, "num_seeds": 5, "summary_layers": 2, "ranking_layers": 2, "cross_rank": 8},
+    ),
+    "vista_target": (
+        "vista",
+        {"width": 16, "num_seeds": 5, "seed_role": "target", "divide": False},
+    ),
     "vista_dot": ("vista", {"width": 16, "num_seeds": 5, "interaction": "dot"}),
-    "vista_softmax": ("vista", {"width": 16, "num_seeds": 5, "attention": "softmax", "ranking_layers": 1}),
+    "vista_softmax": (
+        "vista",
+        {"width": 16, "num_seeds": 5, "attention": "softmax", "ranking_layers": 1},
+    ),
     "vista_extendable": (
         "vista",
-        {"width": 16, "num_seeds": 5, "seed_role": "target", "causal": True, "block": 4, "ranking_layers": 2},
+        {
+            "width": 16,
+            "num_seeds": 5,
+            "seed_role": "target",
+            "causal": True,
+            "block": 4,
+            "ranking_layers": 2,
+        },
     ),
     "sasrec": ("sasrec", {"width": 16, "num_heads": 2}),
-    "sasrec_extendable": ("sasrec", {"width": 16, "gated": True, "activation": "swiglu", "positions": "from_oldest"}),
+    "sasrec_extendable": (
+        "sasrec",
+        {"width": 16, "gated": True, "activation": "swiglu", "positions": "from_oldest"},
+    ),
     "bert4rec": ("bert4rec", {"width": 16, "expansion": 2}),
     "hydrarec": ("hydrarec", {"width": 16, "mixed_scale": "count"}),
     "hydrarec_bidirectional": ("hydrarec", {"width": 16, "causal": False}),
     "hydrarec_extendable": (
         "hydrarec",
-        {"width": 16, "operators": ("hydra", "decayed_hydra"), "positions": "none", "time_gaps": True},
+        {
+            "width": 16,
+            "operators": ("hydra", "decayed_hydra"),
+            "positions": "none",
+            "time_gaps": True,
+        },
     ),
     "hydrarec_hybrid_extendable": (
         "hydrarec",
-        {"width": 16, "operators": ("softmax", "hydra", "kernel_linear"), "num_heads": 2, "positions": "from_oldest"},
+        {
+            "width": 16,
+            "operators": ("softmax", "hydra", "kernel_linear"),
+            "num_heads": 2,
+            "positions": "from_oldest",
+        },
     ),
     "linrec_extendable": ("linrec", {"width": 16, "num_heads": 4, "positions": "none"}),
     "hstu": ("hstu", {"width": 16, "num_heads": 2}),
     "hstu_extendable": ("hstu", {"width": 16, "positions": "none", "time_bias": True}),
 }
 EXTENDABLE = [name for name in CONFIGS if name.endswith("extendable")]
-NOT_READ = {"event_BLE", "field_BU", "dense_BG"}  # by sequence models: they know items, actions and times
+NOT_READ = {
+    "event_BLE",
+    "field_BU",
+    "dense_BG",
+}  # by sequence models: they know items, actions and times
 
 
 def make(name: str) -> Ranker:
     torch.manual_seed(3)
     model_name, config = CONFIGS[name]
     model = models.build(model_name, config, SIZES)
-    for parameter in model.parameters():  # far from initial values, where many things hold by chance
+    for (
+        parameter
+    ) in model.parameters():  # far from initial values, where many things hold by chance
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
@@ -154,12 +239,16 @@ def candidates(batch: int, number: int, seed: int) -> Candidates:
 
 def assert_equal_scores(first: Tensor, second: Tensor) -> None:
     assert torch.isfinite(first).all()
-    scale = max(1.0, float(second.abs().max()))  # networks without norms reach hundreds with such weights
+    scale = max(
+        1.0, float(second.abs().max())
+    )  # networks without norms reach hundreds with such weights
     torch.testing.assert_close(first / scale, second / scale, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 every_model = pytest.mark.parametrize("name", CONFIGS)
-worlds = st.tuples(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 10_000))
+worlds = st.tuples(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 10_000)
+)
 few = settings(max_examples=25, deadline=None)
 
 
@@ -168,10 +257,14 @@ few = settings(max_examples=25, deadline=None)
 @given(world=worlds)
 def test_scores_equal_one_candidate_at_a_time(name: str, world: Any) -> None:
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number, seed)
     with torch.inference_mode():
         together = model.score(model.encode_user(user), some)
-        alone = [model(Batch(user, some.select(slice(i, i + 1)), torch.zeros(1))) for i in range(number)]
+        alone = [
+            model(Batch(user, some.select(slice(i, i + 1)), torch.zeros(1))) for i in range(number)
+        ]
     assert together.shape == (len(lengths), number, SIZES.tasks if name.startswith(RANKING) else 1)
     assert_equal_scores(together, torch.cat(alone, dim=1))
 
@@ -181,7 +274,9 @@ def test_scores_equal_one_candidate_at_a_time(name: str, world: Any) -> None:
 @given(world=worlds)
 def test_requests_in_a_batch_equal_requests_alone(name: str, world: Any) -> None:
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number, seed)
     with torch.inference_mode():
         together = model(Batch(user, some, torch.zeros(1)))
         for row, length in enumerate(lengths):
@@ -197,19 +292,27 @@ def test_requests_in_a_batch_equal_requests_alone(name: str, world: Any) -> None
 @given(world=worlds)
 def test_permuting_candidates_permutes_scores(name: str, world: Any) -> None:
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number, seed)
     order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         state = model.encode_user(user)
-        assert_equal_scores(model.score(state, some)[:, order], model.score(state, some.select(order)))
+        assert_equal_scores(
+            model.score(state, some)[:, order], model.score(state, some.select(order))
+        )
 
 
 @every_model
 @few
 @given(world=worlds)
-def test_adding_removing_or_replacing_candidates_changes_no_other_score(name: str, world: Any) -> None:
+def test_adding_removing_or_replacing_candidates_changes_no_other_score(
+    name: str, world: Any
+) -> None:
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number + 1, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number + 1, seed)
     other = candidates(len(lengths), number + 1, seed + 5)
     replaced = Candidates(
         *(
@@ -229,10 +332,14 @@ def test_adding_removing_or_replacing_candidates_changes_no_other_score(name: st
 @given(world=worlds, size=st.integers(1, 10))
 def test_micro_batches_of_any_size_give_the_same_scores(name: str, world: Any, size: int) -> None:
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number, seed)
     with torch.inference_mode():
         state = model.encode_user(user)
-        assert_equal_scores(model.score_in_micro_batches(state, some, size), model.score(state, some))
+        assert_equal_scores(
+            model.score_in_micro_batches(state, some, size), model.score(state, some)
+        )
 
 
 @every_model
@@ -241,7 +348,9 @@ def test_micro_batches_of_any_size_give_the_same_scores(name: str, world: Any, s
 def test_padding_is_inert(name: str, world: Any, padding: int) -> None:
     """More padding, and padding with any content, changes no score."""
     lengths, number, seed = world
-    model, user, some = make(name), user_inputs(lengths, seed), candidates(len(lengths), number, seed)
+    model = make(name)
+    user = user_inputs(lengths, seed)
+    some = candidates(len(lengths), number, seed)
     wide = user_inputs(lengths, seed + 1, max([*lengths, 1]) + padding)
     width = user.mask_BL.shape[1]
     for field in ("item_BL", "action_BL", "age_BL", "gap_BL", "event_BLE"):
@@ -251,7 +360,9 @@ def test_padding_is_inert(name: str, world: Any, padding: int) -> None:
         wide = replace(wide, **{field: fresh})
     wide = replace(wide, field_BU=user.field_BU, dense_BG=user.dense_BG)
     with torch.inference_mode():
-        assert_equal_scores(model(Batch(wide, some, torch.zeros(1))), model(Batch(user, some, torch.zeros(1))))
+        assert_equal_scores(
+            model(Batch(wide, some, torch.zeros(1))), model(Batch(user, some, torch.zeros(1)))
+        )
 
 
 @every_model
@@ -261,7 +372,11 @@ def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: s
         one, two = (
             model(
                 Batch(
-                    replace(user_inputs([0], seed, 4), field_BU=torch.zeros(1, 2).long(), dense_BG=torch.ones(1, 3)),
+                    replace(
+                        user_inputs([0], seed, 4),
+                        field_BU=torch.zeros(1, 2).long(),
+                        dense_BG=torch.ones(1, 3),
+                    ),
                     some,
                     torch.zeros(1),
                 )
@@ -273,7 +388,9 @@ def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: s
 
 @every_model
 def test_history_changes_scores(name: str) -> None:
-    """The opposite of the invariants: without it they would hold for a model that ignores its inputs."""
+    """The opposite of the invariants: without it they would hold for a model that ignores its
+    inputs.
+    """
     model, some = make(name), candidates(1, 5, 0)
     with torch.inference_mode():
         user = user_inputs([6], 1)
@@ -287,10 +404,14 @@ def test_history_changes_scores(name: str) -> None:
         ):
             if not name.startswith(RANKING) and NOT_READ & set(change):
                 continue
-            limit = 1e-4 if name == "baseline_rankmixer" else 1e-3  # its norms and mean leave less of a change
+            limit = (
+                1e-4 if name == "baseline_rankmixer" else 1e-3
+            )  # its norms and mean leave less of a change
             if name == "hiformer_full_rank" and "event_BLE" in change:  # it reads pooled items only
                 continue
-            assert (model(Batch(replace(user, **change), some, torch.zeros(1))) - base).abs().max() > limit
+            assert (
+                model(Batch(replace(user, **change), some, torch.zeros(1))) - base
+            ).abs().max() > limit
         if name in ("hydrarec_extendable", "hstu_extendable"):
             change = replace(user, gap_BL=user.gap_BL + 1)
             assert (model(Batch(change, some, torch.zeros(1))) - base).abs().max() > 1e-3
@@ -299,8 +420,14 @@ def test_history_changes_scores(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXTENDABLE)
 @few
-@given(lengths=st.lists(st.integers(0, 8), min_size=1, max_size=3), data=st.data(), seed=st.integers(0, 10_000))
-def test_extended_states_score_as_recomputed_ones(name: str, lengths: list[int], data: Any, seed: int) -> None:
+@given(
+    lengths=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+    data=st.data(),
+    seed=st.integers(0, 10_000),
+)
+def test_extended_states_score_as_recomputed_ones(
+    name: str, lengths: list[int], data: Any, seed: int
+) -> None:
     """Any split of a history, extended in any number of steps, ragged batches included."""
     model, some = make(name), candidates(len(lengths), 4, seed)
     user = user_inputs(lengths, seed, 9)
@@ -323,12 +450,15 @@ def test_models_that_cannot_extend_say_so(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"causal": False, "positions": "from_oldest"}, {"causal": True, "positions": "from_newest"}]
+    "config",
+    [{"causal": False, "positions": "from_oldest"}, {"causal": True, "positions": "from_newest"}],
 )
 def test_guard_extension_would_not_match_where_it_is_refused(config: dict[str, Any]) -> None:
     """If these were equal, the refusal would be needless: old rows do change."""
     torch.manual_seed(3)
-    model = models.build("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4, **config}, SIZES).eval()
+    model = models.build(
+        "amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4, **config}, SIZES
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     user = user_inputs([8], 1)

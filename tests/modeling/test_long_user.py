@@ -1,4 +1,6 @@
-"""Memory follows what is read: one user of a hundred thousand events costs a recipe that reads sixteen next to nothing."""
+"""Memory follows what is read: one user of a hundred thousand events costs a recipe that reads
+sixteen next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def log_of(folder: Path, lengths: list[int]) -> HistoryLog:
 
 
 def frequencies(log: HistoryLog, ends: list[tuple[int, int]]) -> tuple[np.ndarray, Any]:
-    """Own frequency of all ten items at so many requests, (row, events known), and the peak of memory."""
+    """Own frequency of all ten items at so many requests, (row, events known), and the peak of
+    memory.
+    """
     rows, known = (np.array(column) for column in zip(*ends, strict=True))
     offsets = np.arange(len(ends) + 1) * 10
     tracemalloc.start()
@@ -58,7 +62,9 @@ def test_own_frequency_counts_what_came_before_each_request(tmp_path: Path) -> N
     log = log_of(tmp_path, lengths)
     rng = np.random.default_rng(0)
     rows = {int(user): row for row, user in enumerate(log.users.to_pylist())}
-    ends = [(rows[u], int(rng.integers(0, lengths[u] + 1))) for u in rng.integers(1, 4, 60)] + [(-1, 0)]
+    ends = [(rows[u], int(rng.integers(0, lengths[u] + 1))) for u in rng.integers(1, 4, 60)] + [
+        (-1, 0)
+    ]
     found, _ = frequencies(log, ends)
     for (row, end), counts in zip(ends, found, strict=True):
         places = np.arange(end if row >= 0 else 0)
@@ -70,7 +76,10 @@ def test_own_frequency_counts_what_came_before_each_request(tmp_path: Path) -> N
 def test_one_user_of_a_hundred_thousand_events_costs_less_than_64_mb(tmp_path: Path) -> None:
     (tmp_path / "short").mkdir()
     (tmp_path / "long").mkdir()
-    short, long = log_of(tmp_path / "short", [100] * 200), log_of(tmp_path / "long", [100] * 200 + [100_000])
+    short = log_of(tmp_path / "short", [100] * 200)
+    long = log_of(tmp_path / "long", [100] * 200 + [100_000])
     _, usual = frequencies(short, [(n % 200, 50) for n in range(2000)])
-    _, peak = frequencies(long, [(n % 200, 50) for n in range(1000)] + [(200, 100 * n) for n in range(1000)])
+    _, peak = frequencies(
+        long, [(n % 200, 50) for n in range(1000)] + [(200, 100 * n) for n in range(1000)]
+    )
     assert peak - usual < 64 << 20

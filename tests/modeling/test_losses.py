@@ -1,4 +1,6 @@
-"""Losses over a catalogue: the chunked softmax equals the plain one; the others keep what their papers state."""
+"""Losses over a catalogue: the chunked softmax equals the plain one; the others keep what their
+papers state.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from torch import Tensor
 from modeling import losses
 
 
-def world(number: int, items: int, width: int = 8, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def world(
+    number: int, items: int, width: int = 8, seed: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(number, width, generator=generator) * scale
     catalogue = torch.randn(items, width, generator=generator) * scale
@@ -25,7 +29,12 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(number=st.integers(1, 90), items=st.integers(2, 60), chunk=st.integers(16, 4000), seed=st.integers(0, 1000))
+@given(
+    number=st.integers(1, 90),
+    items=st.integers(2, 60),
+    chunk=st.integers(16, 4000),
+    seed=st.integers(0, 1000),
+)
 def test_chunked_softmax_equals_the_plain_one_gradients_included(
     number: int, items: int, chunk: int, seed: int
 ) -> None:
@@ -47,7 +56,9 @@ def test_chunked_softmax_survives_large_logits() -> None:
     rows, catalogue, targets = world(20, 30, scale=20.0)
     rows.requires_grad_()
     loss = losses.softmax(rows, catalogue, targets)
-    torch.testing.assert_close(loss, losses.softmax_plain(rows, catalogue, targets), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        loss, losses.softmax_plain(rows, catalogue, targets), rtol=1e-5, atol=1e-4
+    )
     assert torch.isfinite(gradients(loss, rows)[0]).all()
 
 
@@ -57,10 +68,14 @@ def test_chunked_softmax_says_nan_when_there_is_nan() -> None:
     assert torch.isnan(losses.softmax(rows, catalogue, targets))
 
 
-def partition(rows: Tensor, catalogue: Tensor, targets: Tensor, negatives: Tensor, log_expected: Tensor) -> Tensor:
+def partition(
+    rows: Tensor, catalogue: Tensor, targets: Tensor, negatives: Tensor, log_expected: Tensor
+) -> Tensor:
     """The partition sum that `sampled_softmax` uses for one row."""
     positive = (rows * catalogue[targets]).sum(-1)
-    return torch.exp(losses.sampled_softmax(rows, catalogue, targets, negatives, log_expected) + positive)
+    return torch.exp(
+        losses.sampled_softmax(rows, catalogue, targets, negatives, log_expected) + positive
+    )
 
 
 @pytest.mark.parametrize("skewed", [False, True])
@@ -72,7 +87,9 @@ def test_sampled_softmax_estimates_the_partition_sum_without_bias(skewed: bool) 
     draws = []
     for _ in range(4000):
         negatives = torch.multinomial(share, 16, replacement=True, generator=generator)
-        draws.append(partition(rows, catalogue, targets, negatives, torch.log(16 * share[negatives])))
+        draws.append(
+            partition(rows, catalogue, targets, negatives, torch.log(16 * share[negatives]))
+        )
     estimate = torch.stack(draws)
     exact = torch.exp(rows @ catalogue.T).sum()
     error = estimate.std() / math.sqrt(len(estimate))
@@ -111,7 +128,9 @@ def test_gbce_with_one_negative_and_no_calibration_is_sasrecs_loss() -> None:
     logits = torch.stack([(rows * catalogue[targets]).sum(-1), rows @ catalogue[0]], 1)
     labels = torch.tensor([1.0, 0.0]).expand_as(logits)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    torch.testing.assert_close(losses.gbce(rows, catalogue, targets, negative, calibration=0.0), expected)
+    torch.testing.assert_close(
+        losses.gbce(rows, catalogue, targets, negative, calibration=0.0), expected
+    )
 
 
 @pytest.mark.parametrize(("calibration", "expected"), [(0.0, 1.0), (1.0, 0.1), (0.75, 0.325)])

@@ -14,7 +14,9 @@ from modeling.errors import ScoresError
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 
 REQUESTS = st.lists(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15), min_size=1, max_size=8
+    st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15),
+    min_size=1,
+    max_size=8,
 )
 
 
@@ -33,7 +35,9 @@ def test_ranking_metrics_equal_plain_python(requests: Any) -> None:
     labels, scores, offsets = flat(requests)
     ndcg, rr = ndcg_at(labels, scores, offsets, 10), reciprocal_rank(labels, scores, offsets)
     for number, request in enumerate(requests):
-        ranked = [label for label, _ in sorted(request, key=lambda pair: -pair[1])]  # stable: ties keep their order
+        ranked = [
+            label for label, _ in sorted(request, key=lambda pair: -pair[1])
+        ]  # stable: ties keep their order
         if not any(ranked):
             assert np.isnan(ndcg[number])
             assert np.isnan(rr[number])
@@ -49,18 +53,26 @@ def test_ndcg_equals_scikit_learn_without_ties() -> None:
     for _ in range(50):
         labels, scores = rng.integers(0, 2, 30), rng.permutation(30).astype(float)
         labels[0] = 1
-        assert ndcg_at(labels, scores, np.array([0, 30]))[0] == pytest.approx(ndcg_score([labels], [scores], k=10))
+        assert ndcg_at(labels, scores, np.array([0, 30]))[0] == pytest.approx(
+            ndcg_score([labels], [scores], k=10)
+        )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(1, 4)), min_size=2, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(1, 4)), min_size=2, max_size=40
+    )
+)
 def test_auc_equals_scikit_learn_with_ties_and_weights(rows: list[tuple[int, int, int]]) -> None:
     labels, scores, weights = (np.array(column, float) for column in zip(*rows, strict=True))
     if len(set(labels)) < 2:
         assert np.isnan(auc(labels, scores))
         return
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
-    assert auc(labels, scores, weights) == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights))
+    assert auc(labels, scores, weights) == pytest.approx(
+        roc_auc_score(labels, scores, sample_weight=weights)
+    )
 
 
 def test_the_whole_evaluation_equals_scikit_learn() -> None:
@@ -91,7 +103,9 @@ def test_a_calibrated_score_has_a_small_error_and_a_shifted_one_a_large_one() ->
     probability = rng.random(40_000)
     labels = (rng.random(40_000) < probability).astype(float)
     offsets, users = np.arange(0, 40_001, 10), np.arange(4000) % 100
-    good = evaluate(labels, probability, offsets, users, probability, resamples=5)["calibration_error"].value
+    good = evaluate(labels, probability, offsets, users, probability, resamples=5)[
+        "calibration_error"
+    ].value
     shifted = np.clip(probability + 0.2, 0, 1)
     bad = evaluate(labels, shifted, offsets, users, shifted, resamples=5)["calibration_error"].value
     assert good < 0.02
@@ -103,7 +117,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     for trial in range(60):
         labels = (rng.random(3000) < 0.3).astype(float)
         found = evaluate(
-            labels, rng.random(3000), np.arange(0, 3001, 10), np.arange(300) % 100, None, resamples=60, seed=trial
+            labels,
+            rng.random(3000),
+            np.arange(0, 3001, 10),
+            np.arange(300) % 100,
+            None,
+            resamples=60,
+            seed=trial,
         )["auc"]
         inside += found.low <= 0.5 <= found.high
     assert inside >= 50
@@ -118,7 +138,9 @@ def test_beating_means_intervals_that_do_not_overlap() -> None:
     assert not Estimate(0.7, 0.66, 0.74).beats(Estimate(0.66, 0.64, 0.67))
 
 
-def of_one_request(labels: list[float], scores: list[float], probability: bool = False) -> dict[str, float]:
+def of_one_request(
+    labels: list[float], scores: list[float], probability: bool = False
+) -> dict[str, float]:
     offsets, users = np.array([0, len(labels)]), np.array([0])
     given = 1 / (1 + np.exp(-np.array(scores))) if probability else None
     found = evaluate(np.array(labels), np.array(scores), offsets, users, given, resamples=5)

@@ -1,4 +1,6 @@
-"""Next-item data, evaluation and training: the split leaks nothing, ranks are right, runs resume to the bit."""
+"""Next-item data, evaluation and training: the split leaks nothing, ranks are right, runs resume to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def sequences_of(users: list[list[int]], tmp_path: Path) -> Sequences:
     """Sequences of users 1, 2, … from a file of lines."""
     lines = [f"{user} {item}\n" for user, items in enumerate(users, 1) for item in items]
     (tmp_path / "some.txt").write_text("".join(lines))
-    return Sequences.of(sequence_contract(), write_log(tmp_path / "some.txt", str(tmp_path)), has_times=False)
+    return Sequences.of(
+        sequence_contract(), write_log(tmp_path / "some.txt", str(tmp_path)), has_times=False
+    )
 
 
 def planted(tmp_path: Path, num_users: int = 120, num_items: int = 130) -> Sequences:
@@ -45,7 +49,8 @@ def planted(tmp_path: Path, num_users: int = 120, num_items: int = 130) -> Seque
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(0, num_items, num_users), rng.integers(3, 25, num_users)
     users = [
-        ((start + np.arange(length)) % num_items + 1).tolist() for start, length in zip(starts, lengths, strict=True)
+        ((start + np.arange(length)) % num_items + 1).tolist()
+        for start, length in zip(starts, lengths, strict=True)
     ]
     return sequences_of(users, tmp_path)
 
@@ -67,10 +72,17 @@ def test_repeats_are_dropped_and_short_users_are_trained_on_only(tmp_path: Path)
     }  # fmt: skip
     assert items_of(sequences, 0, 4) == [5, 6, 7, 8]
     assert sequences.evaluated.tolist() == [0]
-    assert [items_of(sequences, row, row + 1) for row in sequences.target_rows(np.array([0]), "test")] == [[8]]
-    assert [items_of(sequences, row, row + 1) for row in sequences.target_rows(np.array([0]), "validation")] == [[7]]
+    assert [
+        items_of(sequences, row, row + 1) for row in sequences.target_rows(np.array([0]), "test")
+    ] == [[8]]
+    assert [
+        items_of(sequences, row, row + 1)
+        for row in sequences.target_rows(np.array([0]), "validation")
+    ] == [[7]]
     windows = training_windows(sequences, 10, "newest", np.random.default_rng(0))
-    trained = [items_of(sequences, a, b) for a, b in zip(windows.starts, windows.stops, strict=True)]
+    trained = [
+        items_of(sequences, a, b) for a, b in zip(windows.starts, windows.stops, strict=True)
+    ]
     assert trained == [[5, 6], [9, 5]]
 
 
@@ -82,7 +94,13 @@ def test_training_on_a_target_is_refused(tmp_path: Path) -> None:
         sequences.refuse_leaks(sequences.training_ends() + 1)
     repeated = replace(sequences, items=np.array([1, 5, 3, 4, 5], np.int32))
     with pytest.raises(LeakError, match="test item 5 of user 1"):
-        NextItemTrainer(build_model(recipe("sasrec_tiny"), repeated), recipe("sasrec_tiny"), repeated, tmp_path, "x")
+        NextItemTrainer(
+            build_model(recipe("sasrec_tiny"), repeated),
+            recipe("sasrec_tiny"),
+            repeated,
+            tmp_path,
+            "x",
+        )
 
 
 def test_an_item_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -104,7 +122,9 @@ def test_windows_cover_training_events_and_nothing_else(
 ) -> None:
     offsets = np.r_[0, np.cumsum(lengths)]
     items = np.concatenate([np.arange(1, n + 1) for n in lengths]).astype(np.int32)
-    sequences = Sequences(offsets, items, None, pa.array(range(60)), pa.array(range(len(lengths))), {})
+    sequences = Sequences(
+        offsets, items, None, pa.array(range(60)), pa.array(range(len(lengths))), {}
+    )
     made = training_windows(sequences, history_length, windows, np.random.default_rng(seed))
     owner = np.searchsorted(offsets, made.starts, side="right") - 1
     assert (made.stops - made.starts >= 2).all()
@@ -169,11 +189,19 @@ def test_metrics_equal_ir_measures_on_random_scores() -> None:
     scores = rng.permuted(np.tile(np.arange(60.0), (40, 1)), axis=1)
     wanted = rng.integers(0, 60, 40)
     candidates = torch.arange(60).expand(40, 60)
-    found = metrics_of_ranks(ranks_of(torch.from_numpy(scores), candidates, torch.from_numpy(wanted)).numpy())
+    found = metrics_of_ranks(
+        ranks_of(torch.from_numpy(scores), candidates, torch.from_numpy(wanted)).numpy()
+    )
     qrels = [ir_measures.Qrel(str(u), str(item), 1) for u, item in enumerate(wanted)]
-    run = [ir_measures.ScoredDoc(str(u), str(i), scores[u, i]) for u in range(40) for i in range(60)]
+    run = [
+        ir_measures.ScoredDoc(str(u), str(i), scores[u, i]) for u in range(40) for i in range(60)
+    ]
     for k in leave_one_out.CUTOFFS:
-        for ours, theirs in (("hr", ir_measures.R), ("ndcg", ir_measures.nDCG), ("mrr", ir_measures.RR)):
+        for ours, theirs in (
+            ("hr", ir_measures.R),
+            ("ndcg", ir_measures.nDCG),
+            ("mrr", ir_measures.RR),
+        ):
             expected = ir_measures.calc_aggregate([theirs @ k], qrels, run)[theirs @ k]
             assert found[f"{ours}@{k}"] == pytest.approx(expected), (ours, k)
 
@@ -184,12 +212,17 @@ def test_equal_scores_rank_in_catalogue_order() -> None:
     ranks = [int(ranks_of(scores, candidates, torch.tensor([wanted]))) for wanted in range(5)]
     assert ranks == [3, 0, 1, 2, 4]
     shuffled = torch.tensor([4, 2, 0, 3, 1])
-    again = [int(ranks_of(scores[:, shuffled], shuffled[None], torch.tensor([column]))) for column in range(5)]
+    again = [
+        int(ranks_of(scores[:, shuffled], shuffled[None], torch.tensor([column])))
+        for column in range(5)
+    ]
     assert again == [ranks[item] for item in shuffled]
 
 
 class Fixed(SequenceRanker):
-    """A model whose scores are written down: history vectors are one-hot users, the catalogue holds their scores."""
+    """A model whose scores are written down: history vectors are one-hot users, the catalogue holds
+    their scores.
+    """
 
     def __init__(self, sequences: Sequences, scores: np.ndarray) -> None:
         super().__init__(build_model(recipe("sasrec_tiny"), sequences).config, sequences.sizes(12))
@@ -203,7 +236,9 @@ class Fixed(SequenceRanker):
     def encode_histories(self, events: Any) -> torch.Tensor:
         rows = torch.eye(len(self.scores))
         firsts = events.item_N[torch.from_numpy(events.packing.offsets[:-1])] - 1
-        self.asked += [part.tolist() for part in events.item_N.split(events.packing.lengths.tolist())]
+        self.asked += [
+            part.tolist() for part in events.item_N.split(events.packing.lengths.tolist())
+        ]
         return rows[firsts // 4]
 
 
@@ -211,20 +246,50 @@ def world_of_four(tmp_path: Path) -> tuple[Sequences, np.ndarray]:
     """Three users with items 1-4, 5-8, 9-12; a user is recognised by the first item."""
     sequences = sequences_of([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]], tmp_path)
     scores = np.zeros((3, 12))
-    scores[0] = [90, 91, 92, 5, 6, 0, 0, 0, 0, 0, 0, 0]  # seen items outrank, but are removed: target 4 behind 5
+    scores[0] = [
+        90,
+        91,
+        92,
+        5,
+        6,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]  # seen items outrank, but are removed: target 4 behind 5
     scores[1] = [3, 2, 1, 0, 99, 99, 99, 50, 0, 0, 0, 0]  # target 8 first
-    scores[2] = [7, 7, 7, 0, 0, 0, 0, 0, 9, 9, 9, 7]  # target 12 ties with 1, 2, 3, which stand earlier
+    scores[2] = [
+        7,
+        7,
+        7,
+        0,
+        0,
+        0,
+        0,
+        0,
+        9,
+        9,
+        9,
+        7,
+    ]  # target 12 ties with 1, 2, 3, which stand earlier
     return sequences, scores
 
 
 def test_full_protocol_removes_seen_items_and_reads_the_validation_item(tmp_path: Path) -> None:
     sequences, scores = world_of_four(tmp_path)
     model = Fixed(sequences, scores)
-    ranks = leave_one_out.target_ranks(model, sequences, np.arange(3), "test", "FULL", np.random.default_rng(0))
+    ranks = leave_one_out.target_ranks(
+        model, sequences, np.arange(3), "test", "FULL", np.random.default_rng(0)
+    )
     assert ranks.tolist() == [1, 0, 3]
     assert sorted(model.asked) == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
     model.asked.clear()
-    ranks = leave_one_out.target_ranks(model, sequences, np.arange(3), "validation", "FULL", np.random.default_rng(0))
+    ranks = leave_one_out.target_ranks(
+        model, sequences, np.arange(3), "validation", "FULL", np.random.default_rng(0)
+    )
     assert sorted(model.asked) == [[1, 2], [5, 6], [9, 10]]
     assert ranks.tolist() == [0, 0, 0]  # at validation time the test item is one among the others
 
@@ -265,7 +330,9 @@ def test_popular_negatives_are_drawn_more_often(tmp_path: Path) -> None:
     sequences = sequences_of(users, tmp_path)
     count = {
         protocol: np.bincount(
-            sample_negatives(sequences, sequences.evaluated, "test", protocol, np.random.default_rng(0)).ravel(),
+            sample_negatives(
+                sequences, sequences.evaluated, "test", protocol, np.random.default_rng(0)
+            ).ravel(),
             minlength=sequences.num_items,
         )
         for protocol in ("U100", "P100")
@@ -276,7 +343,9 @@ def test_popular_negatives_are_drawn_more_often(tmp_path: Path) -> None:
 
 def test_sampled_protocols_need_enough_unknown_items(tmp_path: Path) -> None:
     sequences, scores = world_of_four(tmp_path)
-    with pytest.raises(ValueError, match="needs 100 items that a user does not know; the catalogue has 12"):
+    with pytest.raises(
+        ValueError, match="needs 100 items that a user does not know; the catalogue has 12"
+    ):
         leave_one_out.evaluate(Fixed(sequences, scores), sequences, "test", "U100")
 
 
@@ -287,14 +356,18 @@ def test_an_interrupted_run_gives_the_same_weights(tmp_path: Path, name: str) ->
     some = recipe(name)
 
     def trainer(folder: str) -> NextItemTrainer:
-        return NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / folder, "same")
+        return NextItemTrainer(
+            build_model(some, sequences), some, sequences, tmp_path / folder, "same"
+        )
 
     whole, stopped = trainer("whole"), trainer("stopped")
     summary = whole.run()
     assert stopped.run(stop_after=5)["steps"] == 5
     resumed = trainer("stopped")
     assert resumed.run()["steps"] == summary["steps"]
-    for one, other in zip(whole.evaluated_model.parameters(), resumed.evaluated_model.parameters(), strict=True):
+    for one, other in zip(
+        whole.evaluated_model.parameters(), resumed.evaluated_model.parameters(), strict=True
+    ):
         assert torch.equal(one, other)
     assert list(read_metrics(tmp_path / "whole")) == list(read_metrics(tmp_path / "stopped"))
 
@@ -304,10 +377,18 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path: Path, objective
     """Parts of unequal numbers of targets, over the same negatives."""
     sequences = planted(tmp_path)
     some = recipe("bert4rec_tiny" if objective == "cloze" else "sasrec_tiny")
-    some = replace(some, objective=objective, last_only=1.0, num_negatives=40, config={**some.config, "dropout": 0.0})
+    some = replace(
+        some,
+        objective=objective,
+        last_only=1.0,
+        num_negatives=40,
+        config={**some.config, "dropout": 0.0},
+    )
     found = []
     for rows_at_once in (10_000, 60):
-        trainer = NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / "x", "x")
+        trainer = NextItemTrainer(
+            build_model(some, sequences), some, sequences, tmp_path / "x", "x"
+        )
         trainer.rows_at_once = rows_at_once
         torch.manual_seed(7)
         parts = []
@@ -335,7 +416,9 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path: Path, objective
     ],
 )
 def test_training_finds_the_planted_order(tmp_path: Path, name: str, objective: Any) -> None:
-    """Users walk around a circle: a model that learns ranks the next item high, one that cannot read ranks it anywhere."""
+    """Users walk around a circle: a model that learns ranks the next item high, one that cannot
+    read ranks it anywhere.
+    """
     sequences = planted(tmp_path, num_users=250)
     epochs = 45 if objective == "gbce" else 20  # two logits of forty-one teach less than all
     some = replace(
@@ -371,9 +454,13 @@ def test_a_gpu_gives_the_same_losses(tmp_path: Path, name: str) -> None:
     some = recipes.replace_config(recipe(name, averaging=0.0), dropout=0.0)
     found = []
     for device in ("cpu", "cuda"):
-        trainer = NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / device, device, device)
+        trainer = NextItemTrainer(
+            build_model(some, sequences), some, sequences, tmp_path / device, device, device
+        )
         trainer.run()
-        found.append([line["loss"] for line in read_metrics(tmp_path / device) if line["kind"] == "step"])
+        found.append(
+            [line["loss"] for line in read_metrics(tmp_path / device) if line["kind"] == "step"]
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
@@ -398,7 +485,10 @@ def test_objective_and_mask_must_fit(tmp_path: Path) -> None:
 def test_a_run_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
     """Users of three events have no pair of training events; zero epochs train nothing."""
     short = sequences_of([[1, 2, 3], [4, 5, 6]], tmp_path)
-    for sequences, some in ((short, recipe("sasrec_tiny")), (planted(tmp_path), recipe("sasrec_tiny", epochs=0))):
+    for sequences, some in (
+        (short, recipe("sasrec_tiny")),
+        (planted(tmp_path), recipe("sasrec_tiny", epochs=0)),
+    ):
         with pytest.raises(ValueError, match="nothing to train"):
             NextItemTrainer(build_model(some, sequences), some, sequences, tmp_path / "x", "x")
 

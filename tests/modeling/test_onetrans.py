@@ -1,4 +1,6 @@
-"""Facts of OneTrans (arXiv 2510.26104) that the implementation must show, beyond the shared invariants."""
+"""Facts of OneTrans (arXiv 2510.26104) that the implementation must show, beyond the shared
+invariants.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ lengths = st.lists(st.integers(0, 160), min_size=1, max_size=3)
 
 def build(sizes: FeatureSizes = LONG, **config: Any) -> OneTrans:
     torch.manual_seed(3)
-    made = models.build("onetrans", {"width": 16, "num_layers": 4, "num_heads": 2, **config}, sizes).eval()
+    made = models.build(
+        "onetrans", {"width": 16, "num_layers": 4, "num_heads": 2, **config}, sizes
+    ).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert isinstance(made, OneTrans)
@@ -37,7 +41,9 @@ def build(sizes: FeatureSizes = LONG, **config: Any) -> OneTrans:
 
 
 def batch_of(sizes: list[int], number: int, seed: int, width: int | None = None) -> Batch:
-    return Batch(user_inputs(sizes, seed, width), candidates(len(sizes), number, seed), torch.zeros(1))
+    return Batch(
+        user_inputs(sizes, seed, width), candidates(len(sizes), number, seed), torch.zeros(1)
+    )
 
 
 def assert_close(first: Tensor, second: Tensor) -> None:
@@ -60,8 +66,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 @few
 @given(sizes=lengths, number=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_two_stages_equal_one_full_forward(name: str, sizes: list[int], number: int, seed: int) -> None:
-    """Cached S and request tokens, pyramid on: the same scores as [S; NS] for each candidate alone, all rows, masks."""
+def test_two_stages_equal_one_full_forward(
+    name: str, sizes: list[int], number: int, seed: int
+) -> None:
+    """Cached S and request tokens, pyramid on: the same scores as [S; NS] for each candidate alone,
+    all rows, masks.
+    """
     model, batch = build(**VARIANTS[name]), batch_of(sizes, number, seed)
     with torch.inference_mode():
         assert_close(model(batch), model.forward_plain(batch))
@@ -69,7 +79,9 @@ def test_two_stages_equal_one_full_forward(name: str, sizes: list[int], number: 
 
 @few
 @given(sizes=lengths, data=st.data(), seed=st.integers(0, 1000))
-def test_extension_equals_recomputation_with_pinned_tails(sizes: list[int], data: Any, seed: int) -> None:
+def test_extension_equals_recomputation_with_pinned_tails(
+    sizes: list[int], data: Any, seed: int
+) -> None:
     model, new = build(), data.draw(st.integers(1, 20))
     cuts = [data.draw(st.integers(0, size)) for size in sizes]
     batch = batch_of(sizes, 3, seed, 160)
@@ -79,8 +91,13 @@ def test_extension_equals_recomputation_with_pinned_tails(sizes: list[int], data
         extended = model.extend_user(state, late)
         added = torch.minimum(torch.tensor(sizes) - torch.tensor(cuts), torch.tensor(new))
         whole = keep(batch.user, torch.tensor(cuts) + added)
-        starts = torch.stack([(torch.tensor(cuts) - tail).clamp(min=0) for tail in model.tails], dim=1)
-        assert_close(model.score(extended, batch.candidates), model.forward_plain(replace(batch, user=whole), starts))
+        starts = torch.stack(
+            [(torch.tensor(cuts) - tail).clamp(min=0) for tail in model.tails], dim=1
+        )
+        assert_close(
+            model.score(extended, batch.candidates),
+            model.forward_plain(replace(batch, user=whole), starts),
+        )
     assert extended.length_B.tolist() == (torch.tensor(cuts) + added).tolist()
     assert extended.added_B.tolist() == added.tolist()
 
@@ -89,12 +106,17 @@ def test_guard_sliding_tails_would_not_match_from_the_second_layer_on() -> None:
     """Were tails to slide, old rows would have read keys that a new encoding drops."""
     model, batch = build(), batch_of([160], 3, 1)
     with torch.inference_mode():
-        state = model.extend_user(model.encode_user(batch.user.events(0, 140)), batch.user.events(140))
+        state = model.extend_user(
+            model.encode_user(batch.user.events(0, 140)), batch.user.events(140)
+        )
         fresh = model.encode_user(batch.user)
         sliding = [state.keys[layer][:, :, -fresh.keys[layer].shape[2] :] for layer in range(4)]
     assert_close(sliding[0], fresh.keys[0])
     for layer in (2, 3):
-        assert float((sliding[layer] - fresh.keys[layer])[:, :, : -model.num_request].abs().max()) > 1e-2
+        assert (
+            float((sliding[layer] - fresh.keys[layer])[:, :, : -model.num_request].abs().max())
+            > 1e-2
+        )
     with torch.inference_mode():
         assert float((model.score(state, batch.candidates) - model(batch)).abs().max()) > 1e-4
 
@@ -110,9 +132,14 @@ def test_a_tail_that_has_grown_by_32_rows_asks_for_a_refresh() -> None:
             assert model.must_refresh(state).tolist() == expected
     plain = build(pyramid=False)
     with torch.inference_mode():
-        state = plain.extend_user(plain.encode_user(user), user_inputs([40, 40], 2))  # 160 and 60 of 160
+        state = plain.extend_user(
+            plain.encode_user(user), user_inputs([40, 40], 2)
+        )  # 160 and 60 of 160
         assert plain.must_refresh(state).tolist() == [False, False]
-        assert plain.must_refresh(plain.extend_user(state, user_inputs([40, 40], 3))).tolist() == [True, False]
+        assert plain.must_refresh(plain.extend_user(state, user_inputs([40, 40], 3))).tolist() == [
+            True,
+            False,
+        ]
 
 
 def test_training_lengthens_tails_by_up_to_31_rows() -> None:
@@ -137,7 +164,9 @@ def test_history_states_do_not_depend_on_candidates_and_request_tokens_neither()
 
 
 def test_causality_of_every_token() -> None:
-    """No NS token feels a later one, no S row a later S row or any NS token; each feels the earlier ones."""
+    """No NS token feels a later one, no S row a later S row or any NS token; each feels the earlier
+    ones.
+    """
     model = build(pyramid=False)
     batch = batch_of([12], 1, 1)
     rows, mask = model._sequence(batch.user)
@@ -148,7 +177,9 @@ def test_causality_of_every_token() -> None:
         query, keys, values = layer.project(current)  # type: ignore[operator]
         cache.append((keys, values, mask))
         visible = torch.ones(12, 12, dtype=torch.bool).tril()
-        read = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+        read = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible
+        )
         current = layer.finish(current, read)  # type: ignore[operator]
     keys, values, masks = (tuple(kind) for kind in zip(*cache, strict=True))
     state = replace(model.encode_user(batch.user), keys=keys, values=values, masks=masks)
@@ -160,7 +191,9 @@ def test_causality_of_every_token() -> None:
         assert bool((felt[token + 1 :] == 0).all())
         assert bool((by_row[0].abs().amax(-1) > 0).all())
     for row in (0, 5, 11):
-        gradients = torch.autograd.grad(current[0, row].sum(), (rows, nodes), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            current[0, row].sum(), (rows, nodes), retain_graph=True, allow_unused=True
+        )
         felt = gradients[0][0].abs().amax(-1)
         assert bool((felt[: row + 1] > 0).all())
         assert bool((felt[row + 1 :] == 0).all())
@@ -191,7 +224,9 @@ def test_schedules_of_the_paper() -> None:
 
 
 def test_the_pyramid_of_the_published_schedule_costs_a_third() -> None:
-    """Against every row through every layer, which is the paper's ablation: 8.08 against 2.64 TFLOPs a batch, 3.06."""
+    """Against every row through every layer, which is the paper's ablation: 8.08 against 2.64
+    TFLOPs a batch, 3.06.
+    """
     sizes = replace(LONG, history_length=1190)
     batch = batch_of([1190], 1, 1)
     model = build(sizes, width=64, num_layers=6, num_heads=4, request_tokens=6, candidate_tokens=6)
@@ -201,7 +236,9 @@ def test_the_pyramid_of_the_published_schedule_costs_a_third() -> None:
 
 
 def test_tied_weights_equal_a_vanilla_causal_transformer() -> None:
-    """Each NS token's weights set to those of S: the same as sharing them, and as torch's own causal layers."""
+    """Each NS token's weights set to those of S: the same as sharing them, and as torch's own
+    causal layers.
+    """
     tied, shared = build(own_weights=True, pyramid=False), build(own_weights=False, pyramid=False)
     state = shared.state_dict()
     for name, parameter in tied.named_parameters():
@@ -222,20 +259,30 @@ def test_tied_weights_equal_a_vanilla_causal_transformer() -> None:
         layer, rows = shared.layers[0], torch.randn(2, 9, 16)
         assert isinstance(layer, MixedLayer)
         query, keys, values = layer.project(rows)
-        ours = layer.finish(rows, torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True))
+        ours = layer.finish(
+            rows,
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True),
+        )
         reference = torch.nn.MultiheadAttention(16, 2, bias=False, batch_first=True)
-        reference.in_proj_weight.copy_(torch.cat([layer.query.shared.weight, layer.key_value.shared.weight]))
+        reference.in_proj_weight.copy_(
+            torch.cat([layer.query.shared.weight, layer.key_value.shared.weight])
+        )
         reference.out_proj.weight.copy_(layer.out.shared.weight)
         normed = torch.nn.functional.rms_norm(rows, (16,), layer.norm.shared, 1e-6)
         later = torch.ones(9, 9, dtype=torch.bool).triu(1)
         middle = rows + reference(normed, normed, normed, attn_mask=later, need_weights=False)[0]
-        hidden = torch.nn.functional.rms_norm(middle, (16,), layer.norm_out.shared, 1e-6) @ layer.up.shared.weight.T
+        hidden = (
+            torch.nn.functional.rms_norm(middle, (16,), layer.norm_out.shared, 1e-6)
+            @ layer.up.shared.weight.T
+        )
         assert_close(ours, middle + torch.nn.functional.gelu(hidden) @ layer.down.shared.weight.T)
 
 
 @pytest.mark.parametrize("own_output", [False, True])
 def test_token_specific_parameters_are_as_the_formula_says(own_output: bool) -> None:
-    """n_layers · L_NS · (3 + 2r) d², and d² more where W_O is a token's own; beside them two gains of d."""
+    """n_layers · L_NS · (3 + 2r) d², and d² more where W_O is a token's own; beside them two gains
+    of d.
+    """
     layers, width, ratio = 4, 16, 4
     own, shared = (build(own_weights=own, own_output=own_output and own) for own in (True, False))
 
@@ -247,7 +294,9 @@ def test_token_specific_parameters_are_as_the_formula_says(own_output: bool) -> 
 
 
 def test_the_last_layer_needs_queries_of_ns_tokens_only() -> None:
-    """No S row goes through the last layer's output and feed-forward: nothing there has a gradient but through NS."""
+    """No S row goes through the last layer's output and feed-forward: nothing there has a gradient
+    but through NS.
+    """
     model = build(pyramid=False)
     seen: list[int] = []
     last = model.layers[-1]
@@ -262,18 +311,24 @@ def test_the_last_layer_needs_queries_of_ns_tokens_only() -> None:
 def test_tokenisers_give_tokens_of_one_width() -> None:
     batch = batch_of([5], 3, 1)
     split_model, group_model = build(), build(tokeniser="group_wise")
-    request, candidate = (split_model.features.request(batch.user), split_model.features.candidates(batch.candidates))
+    request = split_model.features.request(batch.user)
+    candidate = split_model.features.candidates(batch.candidates)
     with FlopCounterMode(display=False) as counter:
         assert split_model.request_nodes(request).shape == (1, 4, 16)  # type: ignore[misc]
-    assert list(counter.get_flop_counts()["Global"].values()) == [2 * request[0].numel() * 4 * 16]  # one product
+    assert list(counter.get_flop_counts()["Global"].values()) == [
+        2 * request[0].numel() * 4 * 16
+    ]  # one product
     assert split_model.candidate_nodes(candidate).shape == (1, 3, 4, 16)
-    request, candidate = (group_model.features.request(batch.user), group_model.features.candidates(batch.candidates))
+    request = group_model.features.request(batch.user)
+    candidate = group_model.features.candidates(batch.candidates)
     assert group_model.request_nodes(request).shape == (1, 4, 16)  # type: ignore[misc]  # fields, dense, two sequences
     assert group_model.candidate_nodes(candidate).shape == (1, 3, 3, 16)  # item, categories, dense
 
 
 def test_merges_order_events_as_they_say() -> None:
-    """Aware: by time. Agnostic: all of the first action, a separator, all of the second, each by time."""
+    """Aware: by time. Agnostic: all of the first action, a separator, all of the second, each by
+    time.
+    """
     user = user_inputs([6], 1)
     action = torch.tensor([[1, 0, 1, 1, 0, 0]])
     user = replace(user, action_BL=action)
@@ -282,11 +337,18 @@ def test_merges_order_events_as_they_say() -> None:
     with torch.inference_mode():
         events = agnostic._embed(user, torch.zeros(1, dtype=torch.long))[0]
         order = [1, 4, 5, 0, 2, 3]
-        assert torch.equal(aware._sequence(user)[0], aware._embed(user, torch.zeros(1, dtype=torch.long)))
-        assert torch.equal(bare._sequence(user)[0][0], bare._embed(user, torch.zeros(1, dtype=torch.long))[0][order])
+        assert torch.equal(
+            aware._sequence(user)[0], aware._embed(user, torch.zeros(1, dtype=torch.long))
+        )
+        assert torch.equal(
+            bare._sequence(user)[0][0],
+            bare._embed(user, torch.zeros(1, dtype=torch.long))[0][order],
+        )
         merged = agnostic._sequence(user)[0][0]
         assert agnostic.separator is not None
-        assert torch.equal(merged, torch.cat([events[order[:3]], agnostic.separator.weight, events[order[3:]]]))
+        assert torch.equal(
+            merged, torch.cat([events[order[:3]], agnostic.separator.weight, events[order[3:]]])
+        )
 
 
 def test_a_sequence_projection_is_its_own() -> None:
@@ -319,7 +381,9 @@ def tensors(state: UserState) -> tuple[Tensor, ...]:
 
 def keep(user: UserInputs, number: Tensor) -> UserInputs:
     """The same users with their first `number` events."""
-    return replace(user, mask_BL=user.mask_BL & (torch.arange(user.mask_BL.shape[1]) < number[:, None]))
+    return replace(
+        user, mask_BL=user.mask_BL & (torch.arange(user.mask_BL.shape[1]) < number[:, None])
+    )
 
 
 def split(user: UserInputs, cuts: list[int], new: int) -> tuple[UserInputs, UserInputs]:

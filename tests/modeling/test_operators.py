@@ -1,4 +1,6 @@
-"""Operators: every fast and streaming form equals its plain twin, and each shows the facts of its paper."""
+"""Operators: every fast and streaming form equals its plain twin, and each shows the facts of its
+paper.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.layers import hydra
 from modeling.layers.hydra import DecayedHydra, Hydra, hydra_plain
-from modeling.layers.linear_attention import LinearAttention, LinRec, linear_attention, linear_attention_plain
+from modeling.layers.linear_attention import (
+    LinearAttention,
+    LinRec,
+    linear_attention,
+    linear_attention_plain,
+)
 from modeling.layers.operator import Operator
 from modeling.layers.softmax import Softmax, softmax_attention_plain
 
@@ -23,7 +30,9 @@ few = settings(max_examples=25, deadline=None)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 150), st.integers(0, 10_000))
 
 
-def rows(batch: int, length: int, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
+def rows(
+    batch: int, length: int, seed: int = 0, width: int = WIDTH
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn(3, batch, length, width, generator=generator)
     return made[0], made[1], made[2] / 4
@@ -57,18 +66,24 @@ def operators() -> dict[str, Operator]:
 def plain(operator: Operator, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     causal = operator.causal
     if isinstance(operator, Softmax):
-        twin = softmax_attention_plain(*(heads(t, operator.num_heads) for t in (query, key, value)), causal=causal)
+        twin = softmax_attention_plain(
+            *(heads(t, operator.num_heads) for t in (query, key, value)), causal=causal
+        )
         return twin.transpose(1, 2).flatten(2)
     if isinstance(operator, LinearAttention):
         query, key, value = (heads(t, operator.num_heads) for t in (query, key, value))
         query, key = operator.kernel(query), operator.kernel(key)
-        twin = linear_attention_plain(query, key, value, causal=causal, denominator=operator.denominator)
+        twin = linear_attention_plain(
+            query, key, value, causal=causal, denominator=operator.denominator
+        )
         return twin.transpose(1, 2).flatten(2) * operator.scale(query.shape[-1])
     return hydra_plain(query, key, value, causal=causal, decay_D=getattr(operator, "decay_D", None))
 
 
 every = pytest.mark.parametrize("name", operators())
-causal = pytest.mark.parametrize("name", [name for name, operator in operators().items() if operator.causal])
+causal = pytest.mark.parametrize(
+    "name", [name for name, operator in operators().items() if operator.causal]
+)
 
 
 @every
@@ -96,7 +111,10 @@ def test_streaming_form_equals_the_whole_sequence(name: str, shape: Any, data: A
     """Any cuts, and steps in which some sequences of the batch get no new row."""
     operator, (query, key, value) = operators()[name], rows(*shape)
     batch, length = query.shape[:2]
-    counts = [data.draw(st.lists(st.integers(0, length), max_size=3).map(sorted), label="cuts") for _ in range(batch)]
+    counts = [
+        data.draw(st.lists(st.integers(0, length), max_size=3).map(sorted), label="cuts")
+        for _ in range(batch)
+    ]
     steps = max(len(c) for c in counts) + 1
     cuts = [[0, *c, *[length] * (steps - len(c))] for c in counts]
     whole, streamed = operator(query, key, value, None), torch.zeros_like(query)
@@ -148,19 +166,27 @@ def test_hydra_is_kernel_linear_attention_with_as_many_heads_as_features() -> No
     query, key, value = rows(2, 50)
     unit = [heads(hydra.unit_rows(t), WIDTH) for t in (query, key)]
     for causal in (True, False):
-        generic = linear_attention(*unit, heads(value, WIDTH), causal=causal).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(Hydra(causal=causal)(query, key, value, None), generic, atol=1e-6, rtol=1e-5)
+        generic = (
+            linear_attention(*unit, heads(value, WIDTH), causal=causal).transpose(1, 2).flatten(2)
+        )
+        torch.testing.assert_close(
+            Hydra(causal=causal)(query, key, value, None), generic, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_linrec_is_its_formula() -> None:
-    """ρ(elu(Q)) (ρ(elu(K))^T V) / √K head by head, written down without the layer's own functions."""
+    """ρ(elu(Q)) (ρ(elu(K))^T V) / √K head by head, written down without the layer's own
+    functions.
+    """
     query, key, value = rows(1, 30)
     out = LinRec(4, causal=False)(query, key, value, None)
     for head in range(4):
         cut = slice(4 * head, 4 * head + 4)
         q, k = (torch.where(t > 0, t, t.exp() - 1)[0, :, cut] for t in (query, key))
         q, k = (t / t.pow(2).sum(-1, keepdim=True).sqrt() for t in (q, k))
-        torch.testing.assert_close(out[0, :, cut], q @ (k.T @ value[0, :, cut]) / 2, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            out[0, :, cut], q @ (k.T @ value[0, :, cut]) / 2, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_the_linear_kernel_with_denominator_is_a_weighted_mean() -> None:
@@ -181,7 +207,9 @@ def test_hydra_pools_without_regard_to_order() -> None:
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     permuted = [t[:, order] for t in (query, key, value)]
     both, causal = Hydra(causal=False), Hydra(causal=True)
-    torch.testing.assert_close(both(*permuted, None), both(query, key, value, None)[:, order], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        both(*permuted, None), both(query, key, value, None)[:, order], atol=1e-6, rtol=1e-5
+    )
     assert (causal(*permuted, None) - causal(query, key, value, None)[:, order]).abs().max() > 1e-2
 
 
@@ -190,7 +218,9 @@ def test_hydra_ignores_the_scale_of_queries_and_keys(name: str) -> None:
     """Fact 7."""
     operator, (query, key, value) = operators()[name], rows(2, 30)
     expected = operator(query, key, value, None)
-    torch.testing.assert_close(operator(query * 8, key / 32, value, None), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        operator(query * 8, key / 32, value, None), expected, atol=1e-6, rtol=1e-5
+    )
     torch.testing.assert_close(operator(query, key, value * 2, None), expected * 2)
 
 
@@ -210,10 +240,16 @@ def test_decay_one_is_plain_hydra_and_decay_zero_reads_only_the_row_itself() -> 
         decayed.decay_logit.fill_(200.0)
         both.decay_logit.fill_(200.0)
     torch.testing.assert_close(
-        both(query, key, value, None), Hydra(causal=False)(query, key, value, None), atol=1e-5, rtol=1e-5
+        both(query, key, value, None),
+        Hydra(causal=False)(query, key, value, None),
+        atol=1e-5,
+        rtol=1e-5,
     )
     torch.testing.assert_close(
-        decayed(query, key, value, None), Hydra(causal=True)(query, key, value, None), atol=1e-5, rtol=1e-5
+        decayed(query, key, value, None),
+        Hydra(causal=True)(query, key, value, None),
+        atol=1e-5,
+        rtol=1e-5,
     )
     with torch.no_grad():
         decayed.decay_logit.fill_(-200.0)
@@ -227,7 +263,9 @@ def test_prefix_sums_equal_their_definitions(length: int, seed: int) -> None:
     some = rows(2, length, seed)[0].double()
     torch.testing.assert_close(hydra.prefix_sum(some), some.cumsum(1))
     decay = torch.rand(WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    torch.testing.assert_close(hydra.decayed_prefix_sum(some, decay), hydra.decayed_prefix_sum_plain(some, decay))
+    torch.testing.assert_close(
+        hydra.decayed_prefix_sum(some, decay), hydra.decayed_prefix_sum_plain(some, decay)
+    )
 
 
 def test_decayed_sum_gradient_by_finite_differences() -> None:
@@ -255,7 +293,11 @@ def test_no_tensor_grows_with_the_square_of_the_length(name: str) -> None:
 
     def largest(length: int, width: int = WIDTH) -> int:
         inputs = [t.requires_grad_() for t in rows(1, length, width=width)]
-        operator = DecayedHydra(width, causal=name == "decayed hydra") if "decayed" in name else operators()[name]
+        operator = (
+            DecayedHydra(width, causal=name == "decayed hydra")
+            if "decayed" in name
+            else operators()[name]
+        )
         with LargestTensor() as seen:
             operator(*inputs, None).sum().backward()
         return seen.largest
@@ -267,7 +309,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(name: str) -> None:
     assert long <= 4096 * 4096 / 16
 
 
-@pytest.mark.parametrize("name", ["hydra causal", "decayed hydra", "linrec causal", "kernel linear causal"])
+@pytest.mark.parametrize(
+    "name", ["hydra causal", "decayed hydra", "linrec causal", "kernel linear causal"]
+)
 def test_states_of_linear_operators_do_not_grow(name: str) -> None:
     operator = operators()[name]
     sizes = []

@@ -1,4 +1,6 @@
-"""Planted-signal requests: the bound is reached by who reads the past, and by nobody who does not."""
+"""Planted-signal requests: the bound is reached by who reads the past, and by nobody who does
+not.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ def by_counting(spec: Planted, newest: int | None) -> float:
     batch, _ = spec.draw(200, 40, seed=1, newest=newest)
     group = torch.nn.functional.one_hot(batch.user.item_BL % spec.groups, spec.groups).sum(1)
     scores = group.gather(1, batch.candidates.item_BC % spec.groups)
-    liked = scores > group.float().mean(1, keepdim=True)  # above the average: two values, as the bound's
+    liked = scores > group.float().mean(
+        1, keepdim=True
+    )  # above the average: two values, as the bound's
     return auc(batch.labels_BCT.flatten().numpy(), liked.flatten().float().numpy())
 
 
 def test_the_bound_is_reached_by_the_whole_history_and_chance_by_the_newest_events() -> None:
     batch, good = LONG.draw(200, 40, seed=1)
     labels = batch.labels_BCT.flatten().numpy()
-    assert auc(labels, good.flatten().float().numpy()) == pytest.approx(LONG.attainable_auc, abs=0.01)
+    assert auc(labels, good.flatten().float().numpy()) == pytest.approx(
+        LONG.attainable_auc, abs=0.01
+    )
     assert by_counting(LONG, None) == pytest.approx(LONG.attainable_auc, abs=0.01)
     assert by_counting(LONG, 1000) == pytest.approx(0.5, abs=0.02)
 

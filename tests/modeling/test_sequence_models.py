@@ -28,7 +28,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert4rec": ("bert4rec", {}),
     "hydrarec": ("hydrarec", {}),
     "hydrarec bidirectional": ("hydrarec", {"causal": False, "mixed_scale": "count"}),
-    "hydrarec bidirectional decayed": ("hydrarec", {"causal": False, "operators": ("decayed_hydra",)}),
+    "hydrarec bidirectional decayed": (
+        "hydrarec",
+        {"causal": False, "operators": ("decayed_hydra",)},
+    ),
     "hydrarec hybrid": ("hydrarec", {"operators": ("softmax", "decayed_hydra")}),
     "linrec": ("linrec", {"num_heads": 4}),
     "hstu": ("hstu", {"time_bias": True}),
@@ -66,7 +69,9 @@ def packed(lengths: list[int], seed: int) -> PackedEvents:
 def alone(events: PackedEvents, index: int) -> PackedEvents:
     cut = slice(int(events.packing.offsets[index]), int(events.packing.offsets[index + 1]))
     length = np.array([cut.stop - cut.start])
-    return PackedEvents(events.item_N[cut], events.action_N[cut], events.gap_N[cut], Packing(length))
+    return PackedEvents(
+        events.item_N[cut], events.action_N[cut], events.gap_N[cut], Packing(length)
+    )
 
 
 def as_user_inputs(events: PackedEvents) -> UserInputs:
@@ -74,7 +79,12 @@ def as_user_inputs(events: PackedEvents) -> UserInputs:
     width = int(events.packing.lengths.max())
 
     def padded(rows: Tensor) -> Tensor:
-        return torch.stack([pad(part, (0, width - len(part))) for part in rows.split(events.packing.lengths.tolist())])
+        return torch.stack(
+            [
+                pad(part, (0, width - len(part)))
+                for part in rows.split(events.packing.lengths.tolist())
+            ]
+        )
 
     real = padded(torch.ones_like(events.item_N)).bool()
     nothing = torch.zeros(*real.shape)
@@ -84,7 +94,9 @@ def as_user_inputs(events: PackedEvents) -> UserInputs:
     )  # fmt: skip
 
 
-lengths = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(lambda some: sorted(some, reverse=True))
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(
+    lambda some: sorted(some, reverse=True)
+)
 few = settings(max_examples=25, deadline=None)
 
 
@@ -98,13 +110,20 @@ def test_packed_rows_equal_each_sequence_alone(name: str, lengths: list[int], se
         for index in range(len(lengths)):
             one = alone(events, index)
             cut = slice(int(events.packing.offsets[index]), int(events.packing.offsets[index + 1]))
-            torch.testing.assert_close(together[cut], model.encode(one), atol=TOLERANCE, rtol=TOLERANCE)
             torch.testing.assert_close(
-                vectors[index : index + 1], model.encode_histories(one), atol=TOLERANCE, rtol=TOLERANCE
+                together[cut], model.encode(one), atol=TOLERANCE, rtol=TOLERANCE
+            )
+            torch.testing.assert_close(
+                vectors[index : index + 1],
+                model.encode_histories(one),
+                atol=TOLERANCE,
+                rtol=TOLERANCE,
             )
 
 
-@pytest.mark.parametrize("name", [name for name, (_, config) in CONFIGS.items() if build(*CONFIGS[name]).config.causal])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, config) in CONFIGS.items() if build(*CONFIGS[name]).config.causal]
+)
 def test_a_causal_row_knows_nothing_of_later_events(name: str) -> None:
     """Without positions from the newest event, which count what comes later by design."""
     model_name, config = CONFIGS[name]
@@ -131,11 +150,15 @@ def test_a_bidirectional_row_reads_both_ways() -> None:
 @few
 @given(lengths=lengths, seed=st.integers(0, 1000))
 def test_serving_reads_what_training_trained(name: str, lengths: list[int], seed: int) -> None:
-    """`encode_user` on padded inputs (streaming where the model streams) equals the packed rows of training."""
+    """`encode_user` on padded inputs (streaming where the model streams) equals the packed rows of
+    training.
+    """
     model, events = build(*(CONFIGS | STREAMING)[name]), packed(lengths, seed)
     with torch.inference_mode():
         served = model.encode_user(as_user_inputs(events)).history_BD
-        torch.testing.assert_close(served, model.encode_histories(events), atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(
+            served, model.encode_histories(events), atol=TOLERANCE, rtol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -147,7 +170,9 @@ def test_event_by_event_equals_the_whole_history(name: str) -> None:
         state = model.encode_user(user.events(0, 1))
         for event in range(1, 20):
             state = model.extend_user(state, user.events(event, event + 1))
-        torch.testing.assert_close(state.history_BD, model.encode_histories(events), atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(
+            state.history_BD, model.encode_histories(events), atol=TOLERANCE, rtol=TOLERANCE
+        )
 
 
 def test_hydrarec_state_is_one_vector_a_layer() -> None:
@@ -158,14 +183,23 @@ def test_hydrarec_state_is_one_vector_a_layer() -> None:
 
 
 def test_hstus_normaliser_does_not_depend_on_the_pass() -> None:
-    """The 1/N trap: padding a batch wider, or reading the history in pieces, divides by the same N."""
+    """The 1/N trap: padding a batch wider, or reading the history in pieces, divides by the same
+    N.
+    """
     model, events = build(*STREAMING["hstu"]), packed([6], 2)
     user = as_user_inputs(events)
-    wide = UserInputs(*(pad(t, (0, 9)) for t in (user.item_BL, user.action_BL, user.age_BL, user.gap_BL)),
-                      pad(user.event_BLE, (0, 0, 0, 9)), pad(user.mask_BL, (0, 9)), user.field_BU, user.dense_BG)  # fmt: skip
+    wide = UserInputs(
+        *(pad(t, (0, 9)) for t in (user.item_BL, user.action_BL, user.age_BL, user.gap_BL)),
+        pad(user.event_BLE, (0, 0, 0, 9)),
+        pad(user.mask_BL, (0, 9)),
+        user.field_BU,
+        user.dense_BG,
+    )
     with torch.inference_mode():
         expected = model.encode_histories(events)
-        torch.testing.assert_close(model.encode_user(wide).history_BD, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(
+            model.encode_user(wide).history_BD, expected, atol=TOLERANCE, rtol=TOLERANCE
+        )
     other = build(*STREAMING["hstu"], sizes=FeatureSizes(31, 1, 0, (), (), (), 0, 40))
     other.load_state_dict({
         name: torch.cat([tensor, tensor[-1:].expand(20)]) if name.endswith("distance") else tensor
@@ -176,7 +210,9 @@ def test_hstus_normaliser_does_not_depend_on_the_pass() -> None:
 
 
 def test_hstu_is_its_formula() -> None:
-    """One layer on one sequence, written down with its T × T matrices; times over years, to the second."""
+    """One layer on one sequence, written down with its T × T matrices; times over years, to the
+    second.
+    """
     torch.manual_seed(0)
     layer = HSTULayer(8, 2, dropout=0.0, normaliser=20, num_distances=20, time_bias=True)
     for parameter in layer.parameters():
@@ -191,20 +227,27 @@ def test_hstu_is_its_formula() -> None:
         for t in range(6):
             for s in range(t + 1):
                 bucket = min(127, int(math.log(max(1.0, float(seconds[t] - seconds[s]))) / 0.301))
-                score = query[t, cut] @ key[s, cut] / 2 + layer.distance[t - s] + layer.duration[bucket]
+                score = (
+                    query[t, cut] @ key[s, cut] / 2 + layer.distance[t - s] + layer.duration[bucket]
+                )
                 mixed[t, cut] += silu(score) / 20 * value[s, cut]
     expected = rows + layer.out(layer.mixed_norm(mixed) * gate)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_hydras_pooled_vector_knows_order_only_through_positions() -> None:
-    """Fact 6: without positions the summary of a history is the same for every order; with them it is not."""
+    """Fact 6: without positions the summary of a history is the same for every order; with them it
+    is not.
+    """
     for positions, same in (("none", True), ("from_newest", False)):
-        model, events = build("hydrarec", {"causal": False, "positions": positions}), packed([15], 4)
+        model = build("hydrarec", {"causal": False, "positions": positions})
+        events = packed([15], 4)
         order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
         shuffled = PackedEvents(events.item_N[order], events.action_N, events.gap_N, events.packing)
         with torch.inference_mode():
-            difference = (model.encode_histories(shuffled) - model.encode_histories(events)).abs().max()
+            difference = (
+                (model.encode_histories(shuffled) - model.encode_histories(events)).abs().max()
+            )
         assert (difference < 1e-5) == same
 
 
@@ -225,7 +268,9 @@ def test_a_width_that_heads_do_not_divide_is_refused() -> None:
         build("sasrec", {"num_heads": 3})
 
 
-@pytest.mark.parametrize(("seconds", "bucket"), [(0, 0), (1, 0), (2, 2), (60, 13), (86_400, 37), (1e30, 127)])
+@pytest.mark.parametrize(
+    ("seconds", "bucket"), [(0, 0), (1, 0), (2, 2), (60, 13), (86_400, 37), (1e30, 127)]
+)
 def test_time_gaps_are_bucketed_as_hstu_does(seconds: float, bucket: int) -> None:
     gap = torch.log1p(torch.tensor(seconds / 86_400, dtype=torch.float64))
     assert int(gap_bucket(gap)) == bucket
@@ -235,7 +280,9 @@ def test_time_gaps_are_bucketed_as_hstu_does(seconds: float, bucket: int) -> Non
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60), seed=st.integers(0, 100))
 def test_packing_wastes_little_and_loses_nothing(lengths: list[int], seed: int) -> None:
     packing = Packing(np.array(sorted(lengths, reverse=True)))
-    rows = torch.randn(packing.num_rows, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    rows = torch.randn(
+        packing.num_rows, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True
+    )
     seen: list[Tensor] = []
 
     def mix(mask: Tensor | None, padded: Tensor) -> Tensor:
@@ -261,4 +308,6 @@ def test_packing_says_what_is_wrong_with_an_empty_sequence() -> None:
 def test_packing_pads_in_double_precision_too() -> None:
     packing = Packing(np.array([700, 300, 5]))
     rows = torch.randn(packing.num_rows, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: packing.apply(lambda _, p: p.cumsum(1), r)[::100], (rows,))
+    assert torch.autograd.gradcheck(
+        lambda r: packing.apply(lambda _, p: p.cumsum(1), r)[::100], (rows,)
+    )

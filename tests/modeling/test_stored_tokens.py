@@ -16,10 +16,16 @@ from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 WITH_TOKENS = replace(SIZES, tokens=(3, 5))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised": ("amortised_dlrm", {"width": 16, "bags": True, "interaction": "cross"}),
-    "amortised_extendable": ("amortised_dlrm", {"width": 16, "causal": True, "positions": "from_oldest"}),
+    "amortised_extendable": (
+        "amortised_dlrm",
+        {"width": 16, "causal": True, "positions": "from_oldest"},
+    ),
     "onetrans_extendable": ("onetrans", {"width": 16, "num_layers": 2, "pyramid": False}),
     "onetrans": ("onetrans", {"width": 16, "num_layers": 2, "merge": "timestamp_agnostic"}),
-    "vista_stage_2": ("vista", {"width": 16, "num_seeds": 4, "stored": True, "reconstruction": 0.0}),
+    "vista_stage_2": (
+        "vista",
+        {"width": 16, "num_seeds": 4, "stored": True, "reconstruction": 0.0},
+    ),
 }
 
 
@@ -52,7 +58,9 @@ def test_tokens_change_scores_and_missing_ones_are_nobodys(name: str) -> None:
         model.score(model.encode_user(replace(u, has_tokens_B=torch.tensor([True, False]))), chosen)
         for u in (user, other)
     ]
-    torch.testing.assert_close(missing[0][1], missing[1][1])  # what stands there for a user without tokens is not read
+    torch.testing.assert_close(
+        missing[0][1], missing[1][1]
+    )  # what stands there for a user without tokens is not read
     torch.testing.assert_close(missing[0][0], score[0])
 
 
@@ -72,7 +80,10 @@ def test_extended_states_score_as_recomputed_ones(name: str) -> None:
     model, chosen, user = build(name), candidates(1, 4, 4), users([10], 5)
     state = model.extend_user(model.encode_user(user.events(0, 7)), user.events(7, 10))
     torch.testing.assert_close(
-        model.score(state, chosen), model.score(model.encode_user(user), chosen), atol=1e-5, rtol=1e-5
+        model.score(state, chosen),
+        model.score(model.encode_user(user), chosen),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -87,8 +98,14 @@ def test_no_gradient_goes_to_whoever_made_the_tokens() -> None:
     model, user = build("vista_stage_2"), users([3])
     assert user.tokens_BSX is not None
     assert not user.tokens_BSX.requires_grad
-    logits, further = model.training_forward(Batch(user, candidates(1, 2, 0), torch.zeros(1, 2, SIZES.tasks)))
+    logits, further = model.training_forward(
+        Batch(user, candidates(1, 2, 0), torch.zeros(1, 2, SIZES.tasks))
+    )
     assert further is None
     logits.sum().backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    trained = {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert any(name.startswith("stored.project") for name in trained)

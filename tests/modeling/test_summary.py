@@ -1,4 +1,6 @@
-"""Summaries outside a request: any split of a history gives the same tokens; batches, chunks and padding change nothing."""
+"""Summaries outside a request: any split of a history gives the same tokens; batches, chunks and
+padding change nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from modeling.summary import Summariser, Summary, envelopes, stored_summary, tok
 
 CONTRACT = datasets.load_contract("online_retail")
 ITEMS = 30
-STREAM: dict[str, Any] = {"width": 16, "num_heads": 2, "num_seeds": 4, "summary_layers": 2, "ranking_layers": 1, "causal": True, "seed_role": "target", "block": 8}  # fmt: skip
+STREAM: dict[str, Any] = {
+    "width": 16,
+    "num_heads": 2,
+    "num_seeds": 4,
+    "summary_layers": 2,
+    "ranking_layers": 1,
+    "causal": True,
+    "seed_role": "target",
+    "block": 8,
+}
 CODES = np.arange(1, ITEMS + 1)
 
 
@@ -46,7 +57,9 @@ def drawn(lengths: list[int] | np.ndarray, seed: int = 0) -> Histories:
 
 
 def test_ten_thousand_random_splits_give_the_tokens_of_the_whole() -> None:
-    """Stored state, then the rest of the events, at every place where a history can be cut; in blocks and across them."""
+    """Stored state, then the rest of the events, at every place where a history can be cut; in
+    blocks and across them.
+    """
     one, rng, checked = summariser(), np.random.default_rng(3), 0
     while checked < 10_000:
         lengths = rng.integers(0, 60, 1000)
@@ -66,19 +79,30 @@ def test_ten_thousand_random_splits_give_the_tokens_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"causal": False, "seed_role": "source"}, {"causal": False, "attention": "softmax"}]
+    "config",
+    [{}, {"causal": False, "seed_role": "source"}, {"causal": False, "attention": "softmax"}],
 )
-def test_who_else_is_summarised_changes_nothing(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_else_is_summarised_changes_nothing(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, lengths = summariser(**config), [0, 3, 40, 1, 64, 17, 9]
     found, times = drawn(lengths), np.full(7, 10**15)
     together = one.whole(found, CODES, times)
-    monkeypatch.setattr(summary, "PADDED_EVENTS", 24)  # small batches, and chunks for the longer ones
+    monkeypatch.setattr(
+        summary, "PADDED_EVENTS", 24
+    )  # small batches, and chunks for the longer ones
     if config.get("attention") != "softmax":
-        np.testing.assert_allclose(one.whole(found, CODES, times).tokens_BSD, together.tokens_BSD, atol=1e-5, rtol=1e-4)
+        np.testing.assert_allclose(
+            one.whole(found, CODES, times).tokens_BSD, together.tokens_BSD, atol=1e-5, rtol=1e-4
+        )
     monkeypatch.undo()
     for row in range(len(lengths)):
-        alone = one.whole(found.take(found.offsets[[row]], found.offsets[[row + 1]]), CODES, times[:1])
-        np.testing.assert_allclose(alone.tokens_BSD[0], together.tokens_BSD[row], atol=1e-5, rtol=1e-4)
+        alone = one.whole(
+            found.take(found.offsets[[row]], found.offsets[[row + 1]]), CODES, times[:1]
+        )
+        np.testing.assert_allclose(
+            alone.tokens_BSD[0], together.tokens_BSD[row], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_bidirectional_stage_reads_the_newest_events_it_was_trained_for() -> None:
@@ -97,16 +121,26 @@ def test_stored_bytes_go_on_as_if_they_had_never_been_stored() -> None:
     restored = stored_summary(from_bytes(tokens, "u"), from_bytes(state, "u"))
     rest = found.take(np.array([21]), np.array([30]))
     after, straight = (one.extended(s, rest, CODES) for s in (restored, first))
-    np.testing.assert_array_equal(after.tokens_BSD, straight.tokens_BSD)  # streams are stored in full precision
+    np.testing.assert_array_equal(
+        after.tokens_BSD, straight.tokens_BSD
+    )  # streams are stored in full precision
 
 
 def test_the_fingerprint_knows_all_that_tokens_depend_on_and_nothing_else() -> None:
     one = summariser()
     assert token_fingerprint(one.model, one.encoder) == one.fingerprint == summariser().fingerprint
-    for other in (summariser(seed=2), summariser(block=4), summariser(divide=False), summariser(causal=False)):
+    for other in (
+        summariser(seed=2),
+        summariser(block=4),
+        summariser(divide=False),
+        summariser(causal=False),
+    ):
         assert other.fingerprint != one.fingerprint
     assert summariser(history_length=32).fingerprint == one.fingerprint  # a stream reads everything
-    assert summariser(causal=False, history_length=32).fingerprint != summariser(causal=False).fingerprint
+    assert (
+        summariser(causal=False, history_length=32).fingerprint
+        != summariser(causal=False).fingerprint
+    )
     with torch.no_grad():
         cast(VISTA, one.model).ranking[0].out.weight += 1  # type: ignore[union-attr, operator]
     assert token_fingerprint(one.model, one.encoder) == one.fingerprint  # stage 2
@@ -125,7 +159,9 @@ def test_what_cannot_be_summarised_is_refused() -> None:
     with pytest.raises(ValueError, match="only a streaming stage 1"):
         both.extended(both.whole(drawn([3]), CODES, np.array([0])), drawn([1]), CODES)
     one = summariser()
-    wrong = Summary(np.zeros((1, 4, 16)), np.zeros((1, 3, 3), np.float32), np.array([1]), np.array([1]))
+    wrong = Summary(
+        np.zeros((1, 4, 16)), np.zeros((1, 3, 3), np.float32), np.array([1]), np.array([1])
+    )
     with pytest.raises(ValueError, match="stored streams have shape"):
         one.extended(wrong, drawn([1]), CODES)
 

@@ -1,4 +1,6 @@
-"""Training: grouped loss, resume to the bit, point-in-time training sets in which the future does not exist."""
+"""Training: grouped loss, resume to the bit, point-in-time training sets in which the future does
+not exist.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,13 @@ def warehouse(shop: Any) -> Warehouse:
 
 @pytest.fixture(scope="module")
 def encoded(shop: Any, warehouse: Warehouse) -> tuple[Encoder, Encoded, Encoded]:
-    split, validation = (warehouse.split(shop.store, RECIPE.service, name) for name in ("train", "validation"))
+    split, validation = (
+        warehouse.split(shop.store, RECIPE.service, name) for name in ("train", "validation")
+    )
     encoder = Encoder(
-        warehouse.contract, vocabularies(warehouse.contract, split, RECIPE.min_item_count), RECIPE.history_length
+        warehouse.contract,
+        vocabularies(warehouse.contract, split, RECIPE.min_item_count),
+        RECIPE.history_length,
     )
     return encoder, encoder.featurise(split.requests), encoder.featurise(validation.requests)
 
@@ -58,12 +64,17 @@ def test_grouped_loss_equals_one_candidate_per_row(encoded: Any) -> None:
     for request in range(12):
         alone = encoder.collate(train, np.array([request]))
         for c in range(int(alone.candidates.mask_BC.sum())):
-            one = Batch(alone.user, alone.candidates.select(slice(c, c + 1)), alone.labels_BCT[:, c : c + 1])
+            one = Batch(
+                alone.user, alone.candidates.select(slice(c, c + 1)), alone.labels_BCT[:, c : c + 1]
+            )
             losses.append(masked_bce(model(one), one.labels_BCT, one.candidates.mask_BC))
     torch.testing.assert_close(grouped, torch.stack(losses).mean(), atol=1e-6, rtol=1e-6)
     gradient = torch.autograd.grad(grouped, model.features.item.weight)[0]
     torch.testing.assert_close(
-        gradient, torch.autograd.grad(torch.stack(losses).mean(), model.features.item.weight)[0], atol=1e-6, rtol=1e-4
+        gradient,
+        torch.autograd.grad(torch.stack(losses).mean(), model.features.item.weight)[0],
+        atol=1e-6,
+        rtol=1e-4,
     )
 
 
@@ -73,20 +84,30 @@ def test_every_request_is_in_one_batch_of_an_epoch_and_batches_are_bounded() -> 
     for epoch in (0, 1):
         grouped = batches(sizes, training, epoch)
         assert sorted(np.concatenate(grouped).tolist()) == list(range(1000))
-        assert all(len(g) <= 32 and (len(g) == 1 or len(g) * sizes[g].max() <= 2000) for g in grouped)
-    first, again, second = batches(sizes, training, 0), batches(sizes, training, 0), batches(sizes, training, 1)
+        assert all(
+            len(g) <= 32 and (len(g) == 1 or len(g) * sizes[g].max() <= 2000) for g in grouped
+        )
+    first = batches(sizes, training, 0)
+    again = batches(sizes, training, 0)
+    second = batches(sizes, training, 1)
     assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
     assert not np.array_equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("stops", [[3], [5, 7], [1, 1, 20]])
-def test_an_interrupted_run_continues_the_same_curve_to_the_bit(encoded: Any, tmp_path: Path, stops: list[int]) -> None:
-    """With dropout, so that the random state matters; stops fall between checkpoints, on them, and in another epoch."""
+def test_an_interrupted_run_continues_the_same_curve_to_the_bit(
+    encoded: Any, tmp_path: Path, stops: list[int]
+) -> None:
+    """With dropout, so that the random state matters; stops fall between checkpoints, on them, and
+    in another epoch.
+    """
     encoder, train, validation = encoded
     training = replace(RECIPE.training, epochs=2, checkpoint_steps=5)
 
     def trainer(folder: str) -> Trainer:
-        return Trainer(fresh_model(encoder, train, dropout=0.3), encoder, training, tmp_path / folder, "same")
+        return Trainer(
+            fresh_model(encoder, train, dropout=0.3), encoder, training, tmp_path / folder, "same"
+        )
 
     whole = trainer("whole")
     whole.fit(train, validation)
@@ -116,21 +137,29 @@ def test_a_checkpoint_of_another_run_is_not_resumed(encoded: Any, tmp_path: Path
 
 
 def test_an_interrupted_retraining_leaves_nothing_to_export(encoded: Any, tmp_path: Path) -> None:
-    """A new run clears the folder first: weights of one run can never stand beside the metrics of another."""
+    """A new run clears the folder first: weights of one run can never stand beside the metrics of
+    another.
+    """
     encoder, train, validation = encoded
     training = replace(RECIPE.training, epochs=1)
     Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "one").fit(train, validation)
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "evaluation.json").write_text("{}")
-    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "two").fit(train, validation, stop_after=1)
+    Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "two").fit(
+        train, validation, stop_after=1
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_periods_without_a_positive_are_refused_before_training(shop: Any, warehouse: Warehouse) -> None:
+def test_periods_without_a_positive_are_refused_before_training(
+    shop: Any, warehouse: Warehouse
+) -> None:
     from modeling.command import refuse_unless_trainable
 
     split = warehouse.split(shop.store, RECIPE.service, "validation")
-    barren = replace(split, requests=replace(split.requests, labels=np.zeros(len(split.requests.candidate_keys))))
+    barren = replace(
+        split, requests=replace(split.requests, labels=np.zeros(len(split.requests.candidate_keys)))
+    )
     refuse_unless_trainable(warehouse, split, split)
     with pytest.raises(ValueError, match="validation period has no positive"):
         refuse_unless_trainable(warehouse, split, barren)
@@ -157,13 +186,17 @@ def test_a_loss_that_is_no_number_stops_with_a_reason(encoded: Any, tmp_path: Pa
 def test_training_stops_early_without_improvement(encoded: Any, tmp_path: Path) -> None:
     encoder, train, validation = encoded
     training = replace(RECIPE.training, epochs=9, patience=1, learning_rate=0.0)
-    summary = Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "early").fit(train, validation)
+    summary = Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "early").fit(
+        train, validation
+    )
     assert summary["epochs"] == 2  # the first sets the best, the second is no better
 
 
 def test_training_learns(encoded: Any, tmp_path: Path) -> None:
     encoder, train, validation = encoded
-    trainer = Trainer(fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=4), tmp_path, "learn")
+    trainer = Trainer(
+        fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=4), tmp_path, "learn"
+    )
     trainer.fit(train, validation)
     losses = [line["loss"] for line in read_metrics(tmp_path) if line["kind"] == "step"]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
@@ -173,19 +206,27 @@ def test_prediction_in_batches_equals_prediction_alone(encoded: Any) -> None:
     encoder, train, validation = encoded
     model = fresh_model(encoder, train)
     together = predict(model, encoder, validation, max_requests=7, max_candidates=900)
-    np.testing.assert_allclose(together, predict(model, encoder, validation, max_requests=1), atol=1e-5)
+    np.testing.assert_allclose(
+        together, predict(model, encoder, validation, max_requests=1), atol=1e-5
+    )
 
 
 def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table, Any]:
-    """The training row of a request under some built tables: joined features, match features, history."""
+    """The training row of a request under some built tables: joined features, match features,
+    history.
+    """
     warehouse = Warehouse(settings)
     from modeling.dataset import point_in_time_join
 
     keys = request.select(["user_id", "item_id", "event_timestamp"])
     joined = point_in_time_join(store, RECIPE.service, keys)
-    split = warehouse.assemble(joined, request["request_id"].combine_chunks(), request["label_purchase"].to_numpy())
+    split = warehouse.assemble(
+        joined, request["request_id"].combine_chunks(), request["label_purchase"].to_numpy()
+    )
     vocabulary = {
-        "item_id": Vocabulary(pa.array(sorted({f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(220)}))),
+        "item_id": Vocabulary(
+            pa.array(sorted({f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(220)}))
+        ),
         "country": Vocabulary(pa.array(["France"])),
         "description_tokens": Vocabulary(pa.array(["thing"])),
     }
@@ -197,18 +238,34 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
 def earlier(examples: pa.Table, at: Any) -> pa.Table:
     """Examples of requests before a time, negatives included, in one order."""
     rows = examples.filter(
-        pc.less(examples["event_timestamp"], pa.scalar(at, examples.schema.field("event_timestamp").type))
+        pc.less(
+            examples["event_timestamp"],
+            pa.scalar(at, examples.schema.field("event_timestamp").type),
+        )
     )
     return rows.sort_by([("request_id", "ascending"), ("item_id", "ascending")]).combine_chunks()
 
 
 @pytest.mark.parametrize("change", ["delete", "permute", "add"])
-def test_a_future_event_changes_nothing(change: str, shop: Any, shop_data: Path, tmp_path: Path, helpers: Any) -> None:
-    """Rebuild everything from raw rows whose future is deleted, shuffled among customers, or added to: rows stay bit-identical."""
+def test_a_future_event_changes_nothing(
+    change: str, shop: Any, shop_data: Path, tmp_path: Path, helpers: Any
+) -> None:
+    """Rebuild everything from raw rows whose future is deleted, shuffled among customers, or added
+    to: rows stay bit-identical.
+    """
     examples = JobFolder(shop.settings.home, "training_examples").read("training_examples")
-    at = sorted(set(examples.filter(pc.equal(examples["split"], "validation"))["event_timestamp"].to_pylist()))[3]
+    at = sorted(
+        set(
+            examples.filter(pc.equal(examples["split"], "validation"))[
+                "event_timestamp"
+            ].to_pylist()
+        )
+    )[3]
     request = examples.filter(
-        pc.equal(examples["event_timestamp"], pa.scalar(at, examples.schema.field("event_timestamp").type))
+        pc.equal(
+            examples["event_timestamp"],
+            pa.scalar(at, examples.schema.field("event_timestamp").type),
+        )
     )
     assert request.num_rows > 100
     raw = pd.read_parquet(shop_data / "online_retail.parquet")
@@ -228,11 +285,13 @@ def test_a_future_event_changes_nothing(change: str, shop: Any, shop_data: Path,
     data.mkdir()
     raw.to_parquet(data / "online_retail.parquet", index=False)
     changed = helpers.settings_in(tmp_path, "online_retail", data)
-    # Deleting the future means that now is the request's time; otherwise the end of the data says what is knowable.
+    # Deleting the future means that now is the request's time; otherwise the end of the data says
+    # what is knowable.
     now = {"as_of": at.isoformat()} if change == "delete" else {}
     helpers.run_jobs(changed, "events", "user_history", "item_stats", num_partitions=2, **now)
     # Examples are those of the original: the request is the same, only what surrounds it changed.
-    source, target = JobFolder(shop.settings.home, "training_examples"), JobFolder(changed.home, "training_examples")
+    source = JobFolder(shop.settings.home, "training_examples")
+    target = JobFolder(changed.home, "training_examples")
     Path(target.root).mkdir(parents=True)
     Path(target.root, "manifest.json").write_text(Path(source.root, "manifest.json").read_text())
     store = helpers.apply_in_process(changed)
@@ -246,12 +305,17 @@ def test_a_future_event_changes_nothing(change: str, shop: Any, shop_data: Path,
     assert after.equals(before)
     for part in ("user", "candidates"):
         for name in getattr(batch, part).__dataclass_fields__:
-            one, other = getattr(getattr(batch, part), name), getattr(getattr(batch_after, part), name)
-            assert one is other is None or torch.equal(one.nan_to_num(-9.0), other.nan_to_num(-9.0)), name
+            one = getattr(getattr(batch, part), name)
+            other = getattr(getattr(batch_after, part), name)
+            assert one is other is None or torch.equal(
+                one.nan_to_num(-9.0), other.nan_to_num(-9.0)
+            ), name
     assert bool(batch.user.mask_BL.any())
 
 
-def test_an_event_at_the_requests_own_time_is_not_in_its_history(shop: Any, warehouse: Warehouse) -> None:
+def test_an_event_at_the_requests_own_time_is_not_in_its_history(
+    shop: Any, warehouse: Warehouse
+) -> None:
     split = warehouse.split(shop.store, RECIPE.service, "test")
     requests = split.requests
     histories = requests.gather(np.arange(len(requests)), 512)
@@ -275,7 +339,11 @@ def test_the_empty_history_baseline_knows_no_statistics_of_the_user_either(
     known = encoder.featurise(requests)
     assert np.isnan(blank.dense_BG).all()
     assert (known.dense_BG[:, 0] > 0).any()
-    for name in ("field_BU", "candidate_item", "candidate_category"):  # the rest of the request is the same
+    for name in (
+        "field_BU",
+        "candidate_item",
+        "candidate_category",
+    ):  # the rest of the request is the same
         assert (getattr(blank, name) == getattr(known, name)).all()
 
 
@@ -292,7 +360,9 @@ def test_the_join_returns_every_row_in_order(shop: Any, warehouse: Warehouse) ->
 
 
 def test_lost_added_or_moved_rows_are_noticed() -> None:
-    asked = pa.table({"user_id": [1, 2, 3], "event_timestamp": pa.array([1, 2, 3], pa.timestamp("us", "UTC"))})
+    asked = pa.table(
+        {"user_id": [1, 2, 3], "event_timestamp": pa.array([1, 2, 3], pa.timestamp("us", "UTC"))}
+    )
     check_rows(asked, asked)
     with pytest.raises(JoinError, match="returned 2 rows for 3"):
         check_rows(asked, asked.slice(0, 2))
@@ -317,9 +387,13 @@ def test_vocabularies_hold_what_training_saw_often_enough() -> None:
 
 
 def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Path) -> None:
-    """MovieLens: rating labels, demographics and genres, no negatives; not a line of code of its own."""
+    """MovieLens: rating labels, demographics and genres, no negatives; not a line of code of its
+    own.
+    """
     warehouse = Warehouse(film_club.settings)
-    split, validation = (warehouse.split(film_club.store, RECIPE.service, name) for name in ("train", "validation"))
+    split, validation = (
+        warehouse.split(film_club.store, RECIPE.service, name) for name in ("train", "validation")
+    )
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, 1), 16)
     train = encoder.featurise(split.requests)
     assert encoder.sizes.categories[0] == 4
@@ -329,14 +403,20 @@ def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Pa
     genres, years = (split.requests.candidate_columns[name] for name in ("genres", "year"))
     slots = encoder.collate(train, np.array([0])).candidates.category_BCK[0]
     for row, names in enumerate(genres.to_pylist()[: len(slots)]):
-        found = [encoder.vocabularies["genres"].values[int(i) - 1].as_py() for i in slots[row, :8] if i]
+        found = [
+            encoder.vocabularies["genres"].values[int(i) - 1].as_py() for i in slots[row, :8] if i
+        ]
         assert found == names
         assert encoder.vocabularies["year"].values[int(slots[row, 8]) - 1] == years[row]
-    trainer = Trainer(fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=1), tmp_path, "films")
+    trainer = Trainer(
+        fresh_model(encoder, train), encoder, replace(RECIPE.training, epochs=1), tmp_path, "films"
+    )
     assert trainer.fit(train, encoder.featurise(validation.requests))["epochs"] == 1
 
 
-@pytest.mark.parametrize("damage", ["half", "nothing", "no log", "a folder beside it", "other bytes"])
+@pytest.mark.parametrize(
+    "damage", ["half", "nothing", "no log", "a folder beside it", "other bytes"]
+)
 def test_what_is_left_of_a_damaged_run_is_trained_anew_and_said(
     damage: str, encoded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,7 +433,9 @@ def test_what_is_left_of_a_damaged_run_is_trained_anew_and_said(
         checkpoint.unlink()
     else:
         checkpoint.write_bytes(
-            {"half": whole[: len(whole) // 2], "nothing": b"", "other bytes": b"\x80\x04x" * 99}[damage]
+            {"half": whole[: len(whole) // 2], "nothing": b"", "other bytes": b"\x80\x04x" * 99}[
+                damage
+            ]
         )
     capsys.readouterr()
     Trainer(fresh_model(encoder, train), encoder, training, tmp_path, "one").fit(train, validation)

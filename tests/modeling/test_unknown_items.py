@@ -1,4 +1,6 @@
-"""What nobody knows ranks by a prior: never first more often than chance, for every ranker and baseline, on both datasets."""
+"""What nobody knows ranks by a prior: never first more often than chance, for every ranker and
+baseline, on both datasets.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,23 @@ def world(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_an_unknown_item_comes_first_no_more_often_than_chance(name: str, world: Any, tmp_path: Any) -> None:
+def test_an_unknown_item_comes_first_no_more_often_than_chance(
+    name: str, world: Any, tmp_path: Any
+) -> None:
     encoder, train, test = world
     epochs = max(3, STEPS * 16 // len(train))  # what is untrained ranks at random, and says nothing
-    training = Training(epochs=epochs, max_requests=16, max_candidates=1024, warmup_steps=10, patience=epochs)
-    recipe = Recipe(name, ranking.MODELS[name][1], "ranking_v1", MODELS[name], 16, min_item_count=2, training=training)
+    training = Training(
+        epochs=epochs, max_requests=16, max_candidates=1024, warmup_steps=10, patience=epochs
+    )
+    recipe = Recipe(
+        name,
+        ranking.MODELS[name][1],
+        "ranking_v1",
+        MODELS[name],
+        16,
+        min_item_count=2,
+        training=training,
+    )
     torch.set_num_threads(1)
     model = build_model(recipe, encoder, train)
     Trainer(model, encoder, recipe.training, tmp_path, "unknown").fit(train, test)
@@ -65,10 +79,16 @@ def test_hidden_candidates_lose_everything_and_bare_ones_their_statistics(world:
     np.testing.assert_array_equal(dense, np.tile(encoder.unknown_dense, (len(dense), 1)))
     assert not hidden.candidates.category_BCK[gone].any()
     column = encoder.dense_names.index("count_total")
-    bare = hidden.candidates.dense_BCF[..., column].isnan() & ~batch.candidates.dense_BCF[..., column].isnan() & ~gone
+    bare = (
+        hidden.candidates.dense_BCF[..., column].isnan()
+        & ~batch.candidates.dense_BCF[..., column].isnan()
+        & ~gone
+    )
     assert 0.1 < bare.float().mean() < 0.4
     assert (hidden.candidates.item_BC[bare] == batch.candidates.item_BC[bare]).all()
     same = encoder.hide(batch, 0.25, np.random.default_rng(0))
     assert (same.candidates.item_BC == hidden.candidates.item_BC).all()
-    assert encoder.hide(batch, 0.0, np.random.default_rng(0)).candidates.item_BC.equal(batch.candidates.item_BC)
+    assert encoder.hide(batch, 0.0, np.random.default_rng(0)).candidates.item_BC.equal(
+        batch.candidates.item_BC
+    )
     assert replace(hidden, candidates=batch.candidates).labels_BCT is batch.labels_BCT

@@ -24,7 +24,9 @@ LONG = replace(SIZES, history_length=200)
 
 def build(sizes: FeatureSizes = LONG, **config: Any) -> VISTA:
     torch.manual_seed(1)
-    made = models.build("vista", {"width": 16, "num_seeds": 6, "ranking_layers": 2, **config}, sizes)
+    made = models.build(
+        "vista", {"width": 16, "num_seeds": 6, "ranking_layers": 2, **config}, sizes
+    )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return cast(VISTA, made.eval())
@@ -43,12 +45,16 @@ def test_without_the_outer_activation_it_is_masked_linear_attention(
     rows = torch.randn(batch, sources + targets, 8)
     normed = layer.norm(rows)
     keys, values = layer.key_value(normed).chunk(2, dim=-1)
-    expected = quasi_linear_plain(*(layer._heads(x) for x in (layer.query(normed), keys, values)), targets)
+    expected = quasi_linear_plain(
+        *(layer._heads(x) for x in (layer.query(normed), keys, values)), targets
+    )
     total, _ = layer.sums(rows[:, :sources], torch.ones(batch, sources, dtype=torch.bool))
     query = silu(layer._heads(layer.query(normed)))
     own = (query * silu(layer._heads(keys))).sum(-1, keepdim=True) * layer._heads(values)
     own[:, :, :sources] = 0
-    torch.testing.assert_close(query @ layer.matrix(total, torch.ones(batch)) + own, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        query @ layer.matrix(total, torch.ones(batch)) + own, expected, atol=1e-5, rtol=1e-5
+    )
     for target, part in ((False, slice(0, sources)), (True, slice(sources, None))):
         found = layer(rows[:, part], layer.matrix(total, torch.ones(batch)), target=target)
         wanted = layer._finish(rows[:, part], expected[:, :, part])
@@ -58,7 +64,9 @@ def test_without_the_outer_activation_it_is_masked_linear_attention(
 def test_the_paper_divides_nothing_and_appendix_b_by_the_rows() -> None:
     total, count = torch.randn(1, 2, 4, 4), torch.tensor([7])
     torch.testing.assert_close(QuasiLinearLayer(8, 2).matrix(total, count), silu(total / 7))
-    torch.testing.assert_close(QuasiLinearLayer(8, 2, divide=False).matrix(total, count), silu(total))
+    torch.testing.assert_close(
+        QuasiLinearLayer(8, 2, divide=False).matrix(total, count), silu(total)
+    )
 
 
 @pytest.mark.parametrize("target", [False, True])
@@ -114,9 +122,17 @@ def test_scores_from_stored_tokens_equal_the_whole_forward() -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.integers(0, 90), min_size=1, max_size=3), st.integers(1, 40), st.integers(0, 1000))
-@pytest.mark.parametrize("config", [{}, {"seed_role": "target", "divide": False}, STREAMING], ids=["source", "target", "causal"])  # fmt: skip
-def test_a_summary_in_chunks_equals_the_whole(config: dict[str, Any], lengths: list[int], size: int, seed: int) -> None:
+@given(
+    st.lists(st.integers(0, 90), min_size=1, max_size=3), st.integers(1, 40), st.integers(0, 1000)
+)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"seed_role": "target", "divide": False}, STREAMING],
+    ids=["source", "target", "causal"],
+)
+def test_a_summary_in_chunks_equals_the_whole(
+    config: dict[str, Any], lengths: list[int], size: int, seed: int
+) -> None:
     model, user = build(**config), user_inputs(lengths, seed)
     width = user.mask_BL.shape[1]
 
@@ -130,9 +146,12 @@ def test_a_summary_in_chunks_equals_the_whole(config: dict[str, Any], lengths: l
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 1000)
+)
 def test_a_stream_in_any_pieces_equals_one_piece(pieces: list[int], block: int, seed: int) -> None:
-    model, user = build(**{**STREAMING, "block": block}), user_inputs([sum(pieces)], seed, max(sum(pieces), 1))
+    model = build(**{**STREAMING, "block": block})
+    user = user_inputs([sum(pieces)], seed, max(sum(pieces), 1))
     ends = list(itertools.accumulate(pieces))
     with torch.inference_mode():
         state = model.encode_user(user.events(0, ends[0]))
@@ -146,25 +165,43 @@ def test_a_stream_in_any_pieces_equals_one_piece(pieces: list[int], block: int, 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 9), st.integers(0, 3), st.integers(0, 99))
-def test_all_blocks_at_once_equal_block_by_block(lengths: list[int], block: int, before: int, seed: int) -> None:
-    """The fast path and its plain twin, from the beginning and behind some full blocks; gradients too."""
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(0, 99),
+)
+def test_all_blocks_at_once_equal_block_by_block(
+    lengths: list[int], block: int, before: int, seed: int
+) -> None:
+    """The fast path and its plain twin, from the beginning and behind some full blocks; gradients
+    too.
+    """
     torch.manual_seed(seed)
     layer, width = QuasiLinearLayer(8, 2, block=block).double(), max(*lengths, 1)
     start = layer.start(len(lengths), torch.zeros(1, dtype=torch.double))
     every = torch.ones(len(lengths), before * block, dtype=torch.bool)
-    _, start = layer.advance_blocks(torch.randn(len(lengths), before * block, 8, dtype=torch.double), every, start)
+    _, start = layer.advance_blocks(
+        torch.randn(len(lengths), before * block, 8, dtype=torch.double), every, start
+    )
     rows = torch.randn(len(lengths), width, 8, dtype=torch.double, requires_grad=True)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     fast, fast_stream = layer.advance_blocks(rows, mask, start)
     parts, stream = [], start
     for first in range(0, width, block):
-        part, stream = layer.advance(rows[:, first : first + block], mask[:, first : first + block], stream)
+        part, stream = layer.advance(
+            rows[:, first : first + block], mask[:, first : first + block], stream
+        )
         parts.append(part)
     plain = torch.cat(parts, dim=1)
-    for one, other in zip((*fast_stream, fast * mask[..., None]), (*stream, plain * mask[..., None]), strict=True):
+    for one, other in zip(
+        (*fast_stream, fast * mask[..., None]), (*stream, plain * mask[..., None]), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
-    gradients = [torch.autograd.grad((out * mask[..., None]).square().sum(), rows)[0] for out in (fast, plain)]
+    gradients = [
+        torch.autograd.grad((out * mask[..., None]).square().sum(), rows)[0]
+        for out in (fast, plain)
+    ]
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
@@ -175,7 +212,9 @@ def test_an_event_adds_its_own_product_to_one_layers_sum() -> None:
         before, after = model.encode_user(user.events(0, 8)), model.encode_user(user)
         layer = cast(QuasiLinearLayer, model.summary[0])
         added, _ = layer.sums(model._events(user.events(8)), user.mask_BL[:, 8:])
-    torch.testing.assert_close(after.streams[0].total, before.streams[0].total + added, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        after.streams[0].total, before.streams[0].total + added, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_a_streaming_row_never_changes_once_it_is_computed() -> None:
@@ -243,7 +282,9 @@ def test_padding_is_no_part_of_a_reconstruction() -> None:
     )
     tokens = torch.randn(1, 6, 16)
     with torch.inference_mode():
-        torch.testing.assert_close(model.reconstruction_loss(tokens, user), model.reconstruction_loss(tokens, wide))
+        torch.testing.assert_close(
+            model.reconstruction_loss(tokens, user), model.reconstruction_loss(tokens, wide)
+        )
         assert float(model.reconstruction_loss(tokens, user.events(0, 1))) == 0  # no pair of events
 
 

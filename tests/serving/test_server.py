@@ -26,7 +26,13 @@ from serving.app import create_app, read_body
 from serving.command import open_ranker
 from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
 from serving.features import ItemTable, UserRow
-from serving.messages import MAX_BODY_BYTES, MAX_CANDIDATES, RankContext, RankRequest, decode_request
+from serving.messages import (
+    MAX_BODY_BYTES,
+    MAX_CANDIDATES,
+    RankContext,
+    RankRequest,
+    decode_request,
+)
 from serving.ranker import RankService
 
 CONTRACT = datasets.load_contract("online_retail")
@@ -64,15 +70,25 @@ def client(ranker: RankService) -> Client:
 def world(trained_shop: Any) -> dict[str, Any]:
     index = JobFolder(trained_shop.settings.home, "user_history").read("user_stats")
     stats = JobFolder(trained_shop.settings.home, "item_stats").read("item_stats")
-    return {"users": sorted(set(index["user_id"].to_pylist())), "items": sorted(set(stats["item_id"].to_pylist()))}
+    return {
+        "users": sorted(set(index["user_id"].to_pylist())),
+        "items": sorted(set(stats["item_id"].to_pylist())),
+    }
 
 
-def test_training_score_equals_server_score(trained_shop: Any, ranker: RankService, world: dict[str, Any]) -> None:
-    """The same request: once through the offline store and the log, once through the online store and the packed history."""
+def test_training_score_equals_server_score(
+    trained_shop: Any, ranker: RankService, world: dict[str, Any]
+) -> None:
+    """The same request: once through the offline store and the log, once through the online store
+    and the packed history.
+    """
     manifest = JobFolder(trained_shop.settings.home, "user_history").require()
     rng, at = np.random.default_rng(0), datetime.fromisoformat(manifest.as_of) + timedelta(hours=3)
     users = [*rng.choice(world["users"], 20, replace=False).tolist(), 99]
-    asked = {user: rng.choice(world["items"], int(rng.integers(1, 40)), replace=False).tolist() for user in users}
+    asked = {
+        user: rng.choice(world["items"], int(rng.integers(1, 40)), replace=False).tolist()
+        for user in users
+    }
     rows = [(user, item) for user, items in asked.items() for item in items]
     entity_rows = pa.table(
         {
@@ -106,7 +122,9 @@ def test_a_request_in_the_past_sees_nothing_later(
     history = ranker.reader.read_user(user).history
     cut = history["event_timestamp"][len(history) // 2].as_py()
     row = ranker.reader.read_user(user)
-    requests = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, cut)
+    requests = ranker.requests_of(
+        row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, cut
+    )
     times = requests.gather(np.array([0]), 512).times
     assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
     stats = JobFolder(trained_shop.settings.home, "user_history").read("user_stats").to_pylist()
@@ -119,32 +137,57 @@ def test_a_request_in_the_past_sees_nothing_later(
     mean = requests.user_columns["user_mean_unit_price"][0].as_py()
     assert mean == pytest.approx(then["user_mean_unit_price"], rel=1e-5)
     early = history["event_timestamp"][0].as_py()
-    nothing = ranker.requests_of(row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early)
+    nothing = ranker.requests_of(
+        row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early
+    )
     assert nothing.user_columns["history_end"].to_pylist() == [None]
     older = UserRow(
         row.columns | {"history_end": row.columns["history_end"] + 300}, history
     )  # of which 300 are not packed
-    unknown = ranker.requests_of(older, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early)
+    unknown = ranker.requests_of(
+        older, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early
+    )
     assert unknown.user_columns["history_end"].to_pylist() == [None]
-    assert ranker.rank(RankRequest(user, world["items"][:3], context=RankContext(cut))).degraded == ["newer_features"]
+    assert ranker.rank(
+        RankRequest(user, world["items"][:3], context=RankContext(cut))
+    ).degraded == ["newer_features"]
 
 
-def test_an_answer_has_what_it_promises(client: Client, world: dict[str, Any], ranker: RankService) -> None:
+def test_an_answer_has_what_it_promises(
+    client: Client, world: dict[str, Any], ranker: RankService
+) -> None:
     body = {"user_id": world["users"][0], "candidates": world["items"][:30], "k": 5}
     response = client.rank(body)
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"item_ids", "scores", "bundle", "tokens", "degraded", "unknown_items", "timings_ms"}
+    assert set(answer) == {
+        "item_ids",
+        "scores",
+        "bundle",
+        "tokens",
+        "degraded",
+        "unknown_items",
+        "timings_ms",
+    }
     assert len(answer["item_ids"]) == len(answer["scores"]) == 5
     assert set(answer["item_ids"]) <= set(body["candidates"])
     assert all(0 < score < 1 for score in answer["scores"])
     assert answer["bundle"] == ranker.bundle.name
-    assert set(answer["timings_ms"]) == {"queue", "user_read", "item_read", "encode_user", "score", "sort"}
+    assert set(answer["timings_ms"]) == {
+        "queue",
+        "user_read",
+        "item_read",
+        "encode_user",
+        "score",
+        "sort",
+    }
     assert "encode_user;dur=" in response.headers["server-timing"]
     assert answer["item_ids"] == client.rank({**body, "k": None}).json()["item_ids"][:5]
 
 
-def test_unknown_users_and_items_are_served_and_named(client: Client, world: dict[str, Any]) -> None:
+def test_unknown_users_and_items_are_served_and_named(
+    client: Client, world: dict[str, Any]
+) -> None:
     answer = client.rank(
         {"user_id": 424242, "candidates": [world["items"][0], "NOPE", world["items"][1], "NADA"]}
     ).json()
@@ -155,7 +198,9 @@ def test_unknown_users_and_items_are_served_and_named(client: Client, world: dic
 
 
 def test_order_laws_at_the_door(client: Client, world: dict[str, Any]) -> None:
-    """Permuted candidates give permuted scores; another candidate changes no score; equal ones keep their order."""
+    """Permuted candidates give permuted scores; another candidate changes no score; equal ones keep
+    their order.
+    """
     user, items = world["users"][1], world["items"][:40]
 
     def scores(candidates: list[str]) -> dict[str, float]:
@@ -168,7 +213,10 @@ def test_order_laws_at_the_door(client: Client, world: dict[str, Any]) -> None:
             assert other[item] == pytest.approx(base[item], abs=1e-6)
     unknown = client.rank({"user_id": user, "candidates": ["U3", "U1", "U2"]}).json()
     assert unknown["item_ids"] == ["U3", "U1", "U2"]
-    assert client.rank({"user_id": user, "candidates": [items[0], items[0]]}).json()["item_ids"] == [items[0]] * 2
+    assert (
+        client.rank({"user_id": user, "candidates": [items[0], items[0]]}).json()["item_ids"]
+        == [items[0]] * 2
+    )
 
 
 GOOD = {"user_id": 13000, "candidates": ["20000A"]}
@@ -200,7 +248,9 @@ GOOD = {"user_id": 13000, "candidates": ["20000A"]}
         ("text", 422, "object"),
     ],
 )
-def test_bad_requests_are_refused_with_a_readable_reason(client: Client, body: Any, status: int, says: str) -> None:
+def test_bad_requests_are_refused_with_a_readable_reason(
+    client: Client, body: Any, status: int, says: str
+) -> None:
     response = client.rank(body)
     assert response.status_code == status, response.text
     assert says in response.json()["message"]
@@ -209,7 +259,9 @@ def test_bad_requests_are_refused_with_a_readable_reason(client: Client, body: A
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"user_id": 1,}'])
 def test_a_body_that_is_no_json_is_a_400(client: Client, content: bytes) -> None:
-    response = client.request("POST", "/v1/rank", content=content, headers={"content-type": "application/json"})
+    response = client.request(
+        "POST", "/v1/rank", content=content, headers={"content-type": "application/json"}
+    )
     assert response.status_code == 400
     assert "no JSON" in response.json()["message"]
 
@@ -218,7 +270,10 @@ def test_huge_bodies_are_refused_by_their_declared_length(client: Client) -> Non
     headers = {"content-type": "application/json", "content-length": str(1 << 40)}
     assert client.request("POST", "/v1/rank", content=b"{}", headers=headers).status_code == 413
     response = client.request(
-        "POST", "/v1/rank", content=b" " * (MAX_BODY_BYTES + 1), headers={"content-type": "application/json"}
+        "POST",
+        "/v1/rank",
+        content=b" " * (MAX_BODY_BYTES + 1),
+        headers={"content-type": "application/json"},
     )
     assert response.status_code == 413
     assert "bytes at most" in response.json()["message"]
@@ -241,14 +296,24 @@ def test_an_endless_body_is_read_no_further_than_the_limit() -> None:
 
 
 def test_deep_nesting_is_refused(client: Client) -> None:
-    response = client.request("POST", "/v1/rank", content=b"[" * 100_000, headers={"content-type": "application/json"})
+    response = client.request(
+        "POST", "/v1/rank", content=b"[" * 100_000, headers={"content-type": "application/json"}
+    )
     assert response.status_code in (400, 422)
 
 
 def test_other_media_and_methods_are_refused(client: Client) -> None:
-    assert client.request("POST", "/v1/rank", content=b"<x/>", headers={"content-type": "text/xml"}).status_code == 415
+    assert (
+        client.request(
+            "POST", "/v1/rank", content=b"<x/>", headers={"content-type": "text/xml"}
+        ).status_code
+        == 415
+    )
     compressed = client.request(
-        "POST", "/v1/rank", content=b"x", headers={"content-type": "application/json", "content-encoding": "gzip"}
+        "POST",
+        "/v1/rank",
+        content=b"x",
+        headers={"content-type": "application/json", "content-encoding": "gzip"},
     )
     assert compressed.status_code == 415
     assert client.request("GET", "/v1/rank").status_code == 405
@@ -274,7 +339,10 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
     document = client.request("GET", "/openapi.json").json()
     assert set(document["paths"]) == {"/v1/rank", "/livez", "/readyz", "/metrics"}
     assert document["components"]["schemas"]["RankRequest"]["additionalProperties"] is False
-    assert document["components"]["schemas"]["RankRequest"]["properties"]["candidates"]["maxItems"] == MAX_CANDIDATES
+    assert (
+        document["components"]["schemas"]["RankRequest"]["properties"]["candidates"]["maxItems"]
+        == MAX_CANDIDATES
+    )
 
 
 def test_without_a_bundle_the_server_lives_but_is_not_ready() -> None:
@@ -300,7 +368,9 @@ class BrokenReader:
         raise ConnectionError("store is down")
 
 
-def test_a_store_that_fails_costs_the_user_not_the_answer(ranker: RankService, world: dict[str, Any]) -> None:
+def test_a_store_that_fails_costs_the_user_not_the_answer(
+    ranker: RankService, world: dict[str, Any]
+) -> None:
     reader = BrokenReader(ranker.reader, "down")
     items = ItemTable(ranker.reader, CONTRACT, world["items"][:5])
     items._reader = reader
@@ -309,7 +379,10 @@ def test_a_store_that_fails_costs_the_user_not_the_answer(ranker: RankService, w
     assert answer.degraded == ["store_unavailable", "unknown_items"]
     assert answer.unknown_items == ["UNSEEN"]
     assert len(answer.item_ids) == 6
-    assert Client(create_app(broken)).rank({"user_id": 1, "candidates": ["ALSO UNSEEN"]}).status_code == 200
+    assert (
+        Client(create_app(broken)).rank({"user_id": 1, "candidates": ["ALSO UNSEEN"]}).status_code
+        == 200
+    )
 
 
 def test_a_damaged_history_is_noticed_and_named(
@@ -340,7 +413,9 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
             columns: dict[str, Any] = {
                 "item_id": pa.array(list(item_ids), pa.string()),
                 "description": pa.array([f"v{self.value}" if k else None for k in known]),
-                "description_tokens": pa.array([["v"] if k else None for k in known], pa.list_(pa.string())),
+                "description_tokens": pa.array(
+                    [["v"] if k else None for k in known], pa.list_(pa.string())
+                ),
             }
             for column in CONTRACT.table("item_stats").columns:
                 kind = pa.float32() if column.dtype is DType.FLOAT32 else pa.int64()
@@ -353,7 +428,9 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
     assert table.take(["c"]).columns["count_total"].to_pylist() == [1]
     reader.value = 2
     deadline = time.monotonic() + 5
-    while table.take(["a"]).columns["count_total"].to_pylist() != [2] and time.monotonic() < deadline:
+    while (
+        table.take(["a"]).columns["count_total"].to_pylist() != [2] and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     taken = table.take(["b", "gone", "c"])
     columns, unknown, reached = taken.columns, taken.unknown, taken.reached
@@ -391,12 +468,18 @@ def test_a_made_up_item_costs_one_read_and_a_lost_store_loses_no_features(
 
 JSON = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8)
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=8),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.dictionaries(
-            st.sampled_from(["user_id", "candidates", "k", "context", "request_timestamp", "x"]), inner, max_size=5
+            st.sampled_from(["user_id", "candidates", "k", "context", "request_timestamp", "x"]),
+            inner,
+            max_size=5,
         ),
     ),
     max_leaves=12,
@@ -420,7 +503,12 @@ def test_the_decoder_accepts_exactly_what_the_contract_allows(body: Any) -> None
         if not isinstance(body, dict) or not set(body) <= {"user_id", "candidates", "k", "context"}:
             return False
         user, some, k, context = (body.get(n) for n in ("user_id", "candidates", "k", "context"))
-        if type(user) is not int or not -(2**63) <= user < 2**63 or not isinstance(some, list) or not some:
+        if (
+            type(user) is not int
+            or not -(2**63) <= user < 2**63
+            or not isinstance(some, list)
+            or not some
+        ):
             return False
         if not all(isinstance(c, str) and c and len(c) <= MAX_ID_BYTES for c in some):
             return False
@@ -433,7 +521,9 @@ def test_the_decoder_accepts_exactly_what_the_contract_allows(body: Any) -> None
         )
 
     try:
-        accepted = decode_request(json.dumps(body).encode(), CONTRACT).candidates == body["candidates"]
+        accepted = (
+            decode_request(json.dumps(body).encode(), CONTRACT).candidates == body["candidates"]
+        )
     except InvalidRequestError:
         accepted = False
     assert accepted == allowed()
@@ -455,14 +545,18 @@ def damaged_home(trained_shop: Any, tmp_path: Path) -> Any:
 
     home = tmp_path / "online_retail"
     shutil.copytree(trained_shop.settings.home, home)
-    return replace(trained_shop.settings, home=str(home), catalogue_url=f"sqlite:///{home}/catalogue.db")
+    return replace(
+        trained_shop.settings, home=str(home), catalogue_url=f"sqlite:///{home}/catalogue.db"
+    )
 
 
 def test_a_bundle_that_does_not_fit_is_refused_at_start(damaged_home: Any) -> None:
     from feature_repo.catalogue import Catalogue
     from modeling.bundle import BundleError
 
-    path = damaged_home.path(Catalogue(damaged_home.catalogue_url).live_bundle("online_retail").path)
+    path = damaged_home.path(
+        Catalogue(damaged_home.catalogue_url).live_bundle("online_retail").path
+    )
     manifest = path / "bundle.json"
     original = manifest.read_text()
     try:
@@ -487,7 +581,17 @@ def test_the_second_dataset_ranks_on_the_same_road(film_club: Any, helpers: Any)
 
 
 @pytest.mark.parametrize(
-    "item", ["x\u00a0y", "青\u3000茶", "\U0001f469\u200d\U0001f52c", "\u202eabc", "p/" * 70, " 7", "07", "x\x00y"]
+    "item",
+    [
+        "x\u00a0y",
+        "青\u3000茶",
+        "\U0001f469\u200d\U0001f52c",
+        "\u202eabc",
+        "p/" * 70,
+        " 7",
+        "07",
+        "x\x00y",
+    ],
 )
 def test_any_id_that_the_contract_takes_is_let_in(item: str) -> None:
     asked = decode_request(json.dumps({"user_id": 1, "candidates": [item]}).encode(), CONTRACT)

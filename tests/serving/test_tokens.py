@@ -1,4 +1,6 @@
-"""Ranking from stored tokens: what the server reads, when it does without, and never a token of another version."""
+"""Ranking from stored tokens: what the server reads, when it does without, and never a token of
+another version.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,14 @@ def online(token_shop: Any) -> OnlineTokens:
 
 @pytest.fixture(scope="module")
 def world(token_shop: Any) -> tuple[list[int], list[str]]:
-    users = JobFolder(token_shop.settings.home, "summary_tokens").read("token_rows")["user_id"].to_pylist()
-    items = JobFolder(token_shop.settings.home, "item_stats").read("item_stats")["item_id"].to_pylist()
+    users = (
+        JobFolder(token_shop.settings.home, "summary_tokens")
+        .read("token_rows")["user_id"]
+        .to_pylist()
+    )
+    items = (
+        JobFolder(token_shop.settings.home, "item_stats").read("item_stats")["item_id"].to_pylist()
+    )
     return sorted(set(users)), sorted(set(items))
 
 
@@ -56,11 +64,17 @@ def test_a_user_is_ranked_from_stored_tokens(ranker: RankService, world: Any) ->
     assert answer.degraded == []
 
 
-def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ranker: RankService, world: Any) -> None:
-    """The same logits from the token log and the point-in-time join as from the online store, at the end of the data."""
+def test_scores_from_tokens_are_those_that_training_computes(
+    token_shop: Any, ranker: RankService, world: Any
+) -> None:
+    """The same logits from the token log and the point-in-time join as from the online store, at
+    the end of the data.
+    """
     bundle, settings = ranker.bundle, token_shop.settings
     warehouse = Warehouse(settings)
-    split = warehouse.split(token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", bundle.token_shape))
+    split = warehouse.split(
+        token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", bundle.token_shape)
+    )
     encoded = bundle.encoder.featurise(split.requests)
     logits = predict(bundle.model, bundle.encoder, encoded)
     without = predict(bundle.model, bundle.encoder, replace(encoded, gather_tokens=None))
@@ -73,9 +87,13 @@ def test_scores_from_tokens_are_those_that_training_computes(token_shop: Any, ra
     fresh = ranker.requests_of(replace(read, tokens=None), chosen, columns, at)
     stored = ranker.requests_of(read, chosen, columns, at)
     assert stored.gather_tokens is not None
-    scores = [predict(bundle.model, bundle.encoder, bundle.encoder.featurise(r)) for r in (stored, fresh)]
+    scores = [
+        predict(bundle.model, bundle.encoder, bundle.encoder.featurise(r)) for r in (stored, fresh)
+    ]
     events = read.columns["history_end"]
-    if events <= bundle.encoder.history_length:  # then stage 1 reads the same events at request time
+    if (
+        events <= bundle.encoder.history_length
+    ):  # then stage 1 reads the same events at request time
         np.testing.assert_allclose(scores[0], scores[1], atol=2e-3)  # fp16
 
 
@@ -113,7 +131,9 @@ def test_tokens_that_cannot_be_used_are_done_without_and_said(
     finally:
         rows = JobFolder(ranker_home(ranker), "summary_tokens").read("summary_tokens").to_pylist()
         for row in rows:
-            online.write(version, [row["user_id"]], [row["tokens"]], [row["state"]], envelope.computed_at + 2)
+            online.write(
+                version, [row["user_id"]], [row["tokens"]], [row["state"]], envelope.computed_at + 2
+            )
     assert answer.degraded == [reason]
     assert answer.tokens is None
     assert len(answer.item_ids) == 30  # ranked from the short history
@@ -124,7 +144,9 @@ def ranker_home(ranker: RankService) -> str:
     return str(Path(ranker.bundle.path).parent.parent)
 
 
-def test_tokens_that_lag_are_used_and_said(ranker: RankService, online: OnlineTokens, world: Any) -> None:
+def test_tokens_that_lag_are_used_and_said(
+    ranker: RankService, online: OnlineTokens, world: Any
+) -> None:
     user, version = world[0][9], ranker.bundle.tokens or ""
     ((stored, state),) = online.read(version, [user])
     envelope = from_bytes(stored or b"", user)
@@ -136,7 +158,9 @@ def test_tokens_that_lag_are_used_and_said(ranker: RankService, online: OnlineTo
     assert answer.tokens == version
 
 
-def test_a_request_of_the_past_does_not_read_tokens_that_know_better(ranker: RankService, world: Any) -> None:
+def test_a_request_of_the_past_does_not_read_tokens_that_know_better(
+    ranker: RankService, world: Any
+) -> None:
     user = world[0][2]
     tokens = ranker.reader.read_user(user).tokens
     assert tokens is not None
@@ -144,12 +168,16 @@ def test_a_request_of_the_past_does_not_read_tokens_that_know_better(ranker: Ran
     answer = ranker.rank(RankRequest(user, world[1][:30], context=RankContext(at)))
     assert "newer_tokens" in answer.degraded
     assert answer.tokens is None
-    later = ranker.rank(RankRequest(user, world[1][:30], context=RankContext(at + timedelta(microseconds=1))))
+    later = ranker.rank(
+        RankRequest(user, world[1][:30], context=RankContext(at + timedelta(microseconds=1)))
+    )
     assert later.tokens == ranker.bundle.tokens
 
 
 class MixedStore:
-    """An online store that careless hands have filled: values under the keys of other versions and other users."""
+    """An online store that careless hands have filled: values under the keys of other versions and
+    other users.
+    """
 
     def __init__(self, versions: list[str], users: int, shape: tuple[int, int]) -> None:
         rng, self.values = np.random.default_rng(0), {}
@@ -162,7 +190,10 @@ class MixedStore:
                 stored = to_bytes(Envelope(holds, 5, 5, 1, value), whose)
                 if case >= 0.9:
                     stored = None if case >= 0.95 else stored[:40]
-                self.values[user, version] = (stored, holds if whose == user and case < 0.9 else None)
+                self.values[user, version] = (
+                    stored,
+                    holds if whose == user and case < 0.9 else None,
+                )
 
     def get_feature_service(self, name: str) -> str:
         return name
@@ -175,7 +206,9 @@ class MixedStore:
 
 
 def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: Any) -> None:
-    """Three versions mixed over ten thousand users, bundles flipped at random, a hundred thousand requests."""
+    """Three versions mixed over ten thousand users, bundles flipped at random, a hundred thousand
+    requests.
+    """
     row = Catalogue(token_shop.settings.catalogue_url).live_bundle("online_retail")
     bundle = bundles.load(token_shop.settings.path(row.path), CONTRACT, row.digest)
     versions = [f"{number:02x}" * 16 for number in (1, 2, 3)]
@@ -202,8 +235,16 @@ def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: An
             assert (tokens == current + 1).all()
             assert holds == version
             seen["ranked"] += 1
-    assert min(seen[name] for name in ("ranked", "tokens_mismatched", "tokens_unreadable", "unknown_user")) > 1000
-    with pytest.raises(ValueError, match="which accepts"):  # the last line of defence: a reader at fault
+    assert (
+        min(
+            seen[name]
+            for name in ("ranked", "tokens_mismatched", "tokens_unreadable", "unknown_user")
+        )
+        > 1000
+    )
+    with pytest.raises(
+        ValueError, match="which accepts"
+    ):  # the last line of defence: a reader at fault
         rankers[0]._tokens_of(replace(rankers[1].reader.read_user(user_with(store, versions[1]))))
 
 
@@ -239,7 +280,9 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     found = log.gather(row, log.lengths[row])
     keys = pc.index_in(pa.array(world[1][:2]), log.items).to_numpy()
     more = {"action": [0, 0], "event_timestamp": [at, at + 5]}
-    columns = {n: np.r_[v, np.array(more.get(n, [1, 1]), v.dtype)] for n, v in found.columns.items()}
+    columns = {
+        n: np.r_[v, np.array(more.get(n, [1, 1]), v.dtype)] for n, v in found.columns.items()
+    }
     whole = Histories(np.array([0, len(found.times) + 2]), np.r_[found.item_keys, keys], columns)
     codes = ranker.bundle.encoder.vocabularies["item_id"].indices_of(log.items)
     expected = summariser.whole(whole, codes, np.array([0]))
@@ -247,7 +290,11 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     assert (refreshed.num_events, refreshed.as_of) == (before.num_events + 2, at + 5)
     assert refreshed.computed_at > before.computed_at
     answer = ranker.rank(
-        RankRequest(user, world[1][:30], context=RankContext(events[-1]["event_timestamp"] + timedelta(seconds=1)))
+        RankRequest(
+            user,
+            world[1][:30],
+            context=RankContext(events[-1]["event_timestamp"] + timedelta(seconds=1)),
+        )
     )
     assert answer.tokens == version
     assert answer.degraded == []
@@ -267,15 +314,27 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     online.write(version, [user], [stored or b""], [state], refreshed.computed_at + 2)
 
 
-def test_one_more_event_is_remembered_as_the_jobs_would_build_it(token_shop: Any, world: Any) -> None:
+def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
+    token_shop: Any, world: Any
+) -> None:
     from beam_jobs.user_history import packed_rows, stat_rows
 
     user, store = world[0][1], token_shop.store
     events = JobFolder(token_shop.settings.home, "events").read("events")
-    own = events.filter(pc.equal(events["user_id"], user)).sort_by([("event_timestamp", "ascending")])
+    own = events.filter(pc.equal(events["user_id"], user)).sort_by(
+        [("event_timestamp", "ascending")]
+    )
     at = own["event_timestamp"][-1].as_py() + timedelta(hours=1)
-    event = {"item_id": "20001", "action": 0, "event_timestamp": at, "quantity": 2.0, "unit_price": 1.5}
-    new = pa.Table.from_pylist([{**event, "user_id": user, "source_position": 0}], schema=own.schema)
+    event = {
+        "item_id": "20001",
+        "action": 0,
+        "event_timestamp": at,
+        "quantity": 2.0,
+        "unit_price": 1.5,
+    }
+    new = pa.Table.from_pylist(
+        [{**event, "user_id": user, "source_position": 0}], schema=own.schema
+    )
     whole = pa.concat_tables([own, new]).combine_chunks()
     memory = UserMemory(store, CONTRACT)
     before = memory.read(user)
@@ -287,7 +346,9 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(token_shop: Any
         assert found["user_stats"].pop(mean) == pytest.approx(expected[mean], rel=1e-5)
         assert found["user_stats"] == {name: expected[name] for name in found["user_stats"]}
         packed = packed_rows(CONTRACT, whole)["history"][0].as_py()
-        assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(unpack(CONTRACT, user, packed))
+        assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(
+            unpack(CONTRACT, user, packed)
+        )
         with pytest.raises(ValueError, match="must be later"):
             memory.add(user, [event])
     finally:
