@@ -11,10 +11,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_jobs.errors import LostRowsError
 from beam_jobs.options import TableOptions
@@ -23,13 +25,17 @@ from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
 from feature_repo import datasets, limits
 from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.history import run_starts
-from feature_repo.raw import as_declared
+from feature_repo.parse import wanted
+from feature_repo.schema import Contract, DatasetSpec, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
 
 COUNTS = b"counts"  # of a unit, beside its dead letters
 LATE, REPEATED = "time is at or after --as_of", "repeated: the same event stands earlier"
 NOT_BAD = (LATE, REPEATED)  # reasons that say nothing against the data
+
+
+MAX_BLOCKS = 1 << 20  # of one unit
 
 
 def num_partitions(plan: RunPlan) -> int:
@@ -40,10 +46,40 @@ def num_partitions(plan: RunPlan) -> int:
 
 def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
     """One raw unit as keyed pieces, and its dead letters with its counts."""
-    dataset, contract = datasets.load(plan.dataset), plan.contract
-    parsed = dataset.parse(unit.source)
+    counts: Counter[str] = Counter()
+    letters = [arrow_schema(plan.contract.table("dead_letters")).empty_table()]
+    for number, parsed in enumerate(datasets.load(plan.dataset).parse(unit.source)):
+        sifted = sift(plan, unit, parsed)
+        counts.update(sifted.counts)
+        letters.append(sifted.dead_letters)
+        for key, rows in sifted.by_key(plan):
+            yield key, (unit.number * MAX_BLOCKS + number, to_ipc(rows))
+    dead = pa.concat_tables(letters).replace_schema_metadata({COUNTS: json.dumps(counts).encode()})
+    yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What is left of a parsed block, by table; what was set aside; and how much of each."""
+
+    rows: dict[str, pa.Table]
+    dead_letters: pa.Table
+    counts: Counter[str]
+
+    def by_key(self, plan: RunPlan) -> Iterator[tuple[Key, pa.Table]]:
+        """The rows by table and partition."""
+        keys = {"item_profile": plan.contract.item.join_key}
+        for table, rows in self.rows.items():
+            key = keys.get(table, plan.contract.user.join_key)
+            for partition, piece in split_by_key(rows, key, num_partitions(plan)):
+                yield (table, partition), piece
+
+
+def sift(plan: RunPlan, unit: Unit, parsed: datasets.Parsed) -> Sifted:
+    """Set aside what breaks a limit, and what the run may not know."""
+    contract = plan.contract
     letters = [parsed.dead_letters]
-    counts: Counter[str] = Counter({"rows_read": parsed.rows_read})
+    counts: Counter[str] = Counter(parsed.counts)
 
     # 1. What breaks a limit of the contract, row by row.
     events = limits.check(contract.table("events"), parsed.events)
@@ -54,6 +90,7 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
         reasons = [f"{name}, {reason}" for reason in checked.reasons]
         letters.append(_letters(plan, unit, rows.take(pa.array(checked.dead)), reasons))
         counts.update({f"read_{name}": rows.num_rows, f"dead_{name}": len(checked.dead)})
+        counts["profile_rows_dead"] += len(checked.dead)
         counts["nulls_dropped_from_lists"] += checked.nulls_dropped
         profiles[name] = checked.kept
 
@@ -68,16 +105,9 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
             for n, rows in profiles.items()
         }
 
-    # 3. The rest by key.
-    for table, rows, key in (
-        ("events", known, contract.user.join_key),
-        ("user_profile", profiles["user_profile"], contract.user.join_key),
-        ("item_profile", profiles["item_profile"], contract.item.join_key),
-    ):
-        for partition, piece in split_by_key(rows, key, num_partitions(plan)):
-            yield (table, partition), (unit.number, to_ipc(piece))
-    dead = pa.concat_tables(letters).replace_schema_metadata({COUNTS: json.dumps(counts).encode()})
-    yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
+    counts["events_dead"] = parsed.events.num_rows - known.num_rows
+    counts["rows_dead"] = parsed.dead_letters.num_rows
+    return Sifted({"events": known, **profiles}, pa.concat_tables(letters), counts)
 
 
 def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
@@ -93,11 +123,14 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         return
     counts = {}
     if table == "events":
-        rows = sort_by_key_and_time(rows, plan.contract.user.join_key)
+        # Ties in time go by place and content, so that names of files decide nothing.
+        ties = ("source_position", plan.contract.item.join_key, "action")
+        rows = sort_by_key_and_time(rows, plan.contract.user.join_key, ties)
         rows, repeated = without_repeats(rows, plan.contract.spec.event_identity)
         if repeated.num_rows:
             letters = _letters(plan, None, repeated, [REPEATED] * repeated.num_rows)
-            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", {})
+            told = {"events_dead": repeated.num_rows}
+            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", told)
         counts = {"max_event_micros": int(micros(rows["event_timestamp"]).max())}
     else:
         entity = plan.contract.table(table).entity
@@ -111,12 +144,15 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 
     Args:
         events: sorted by user, time and position.
-        identity: columns that say "the same"; none: no event is.
+        identity: columns that say "the same"; the action always does, for one row of a log may tell
+            of several. None: no event is.
     """
     if not identity or events.num_rows < 2:
         return events, events.slice(0, 0)
+    names = dict.fromkeys((*identity, "action"))
     codes = [
-        events[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in identity
+        pc.fill_null(events[name].combine_chunks().dictionary_encode().indices, -1).to_numpy()
+        for name in names
     ]
     _, first = np.unique(np.stack(codes), axis=1, return_index=True)
     kept = np.zeros(events.num_rows, bool)
@@ -126,15 +162,7 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 
 def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
     reasons = Counter(letters["reason"].to_pylist())
-    of_profiles = sum(
-        n for reason, n in reasons.items() if reason.startswith(("user_profile,", "item_profile,"))
-    )
-    counts = {
-        **counts,
-        "rows_dead": letters.num_rows - of_profiles,
-        "profile_rows_dead": of_profiles,
-    }
-    counts |= {f"dead: {reason}": n for reason, n in reasons.items()}
+    counts = {**counts, **{f"dead: {reason}": n for reason, n in reasons.items()}}
     return Built("dead_letters", name, parquet_bytes(letters), letters.num_rows, counts)
 
 
@@ -158,13 +186,26 @@ def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
     for name in columns:
         values = rows[name].combine_chunks()
         if pa.types.is_list(values.type):
-            values = pa.array(
-                [None if v is None else json.dumps(v) for v in values.to_pylist()], pa.string()
-            )
+            differs |= _lists_differ(values)
+            continue
         codes = values.dictionary_encode(null_encoding="encode").indices
         starts = np.zeros(rows.num_rows, bool)
         starts[run_starts(codes)] = True
         differs |= starts[1:]
+    return differs
+
+
+def _lists_differ(lists: pa.Array) -> np.ndarray:
+    """For each list but the last: whether the next one differs."""
+    joined = pc.cast(lists, pa.list_(pa.string()))
+    # A separator that no text of a log holds; null and empty are told apart by the lengths.
+    text = pc.fill_null(pc.binary_join(joined, "\x1f"), "")
+    lengths = pc.fill_null(pc.list_value_length(lists), -1)
+    differs = np.zeros(max(len(lists) - 1, 0), bool)
+    for column in (text, lengths):
+        changed = np.zeros(len(lists), bool)
+        changed[run_starts(column)] = True
+        differs |= changed[1:]
     return differs
 
 
@@ -205,6 +246,43 @@ def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Pie
         yield ("events", partition), (unit.number, to_ipc(piece))
 
 
+def in_histories(contract: Contract, events: pa.Table) -> pa.Table:
+    """Events without impressions, which are in no history and no statistic."""
+    if not contract.spec.shown:
+        return events
+    allowed = pa.array(contract.history_actions, pa.int8())
+    return events.filter(pc.is_in(events["action"].combine_chunks(), allowed))
+
+
+@dataclass(frozen=True)
+class StatValues:
+    """The number of each event whose mean is kept: 0 where there is none, and where there is one."""
+
+    numbers: np.ndarray
+    there: np.ndarray
+
+
+def stat_values(contract: Contract, events: pa.Table) -> StatValues:
+    """The dataset's `stat_value`; of none nothing."""
+    name = contract.spec.stat_value
+    if not name:
+        return StatValues(np.zeros(events.num_rows), np.zeros(events.num_rows, bool))
+    column = events[name].combine_chunks()
+    numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
+    return StatValues(numbers, pc.is_valid(column).to_numpy(zero_copy_only=False))
+
+
+def raw_table(spec: DatasetSpec) -> Table:
+    """The raw events' table as it is read, with the limits of our columns."""
+    derives = bool(spec.events.derived or spec.events.raw)
+    # What a dataset's own code replaces has its limits afterwards, not before.
+    columns = (
+        replace(c, minimum=None, maximum=None, pattern=None) if derives else c
+        for c, _ in wanted(spec, "events")
+    )
+    return Table("raw_events", f"Raw events of {spec.title}, as they are read.", tuple(columns))
+
+
 def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
     """Raw rows, read as their types declare, against the raw table's limits; what cannot be read
     counts as missing.
@@ -216,14 +294,14 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
 
     dataset = datasets.load(plan.dataset)
     raw = (
-        as_declared(dataset.SPEC, dataset.read_raw(unit.source), unit.source.file)
+        rows
         for unit in units
         if unit.source.kind == "events"
+        for rows in dataset.read_raw(unit.source)
     )
     batches = expectations.rebatch(raw)
-    return expectations.gate(
-        dataset.SPEC.raw, batches, settings.path("expectations"), _limit(plan)
-    ).docs
+    table = raw_table(dataset.spec)
+    return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
 
 
 def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
@@ -235,15 +313,19 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
         GateError: more rows are dead letters than is allowed, or more than half of a profile's
             rows.
     """
-    given = sum(unit.rows for unit in units if unit.source.kind == "events")
-    read, kept, dead = (counts.get(name, 0) for name in ("rows_read", "rows_events", "rows_dead"))
-    if not given == read == kept + dead:
+    raw = [unit for unit in units if unit.source.kind == "events"]
+    given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
+    read, used, dead = (counts.get(name, 0) for name in ("rows_read", "rows_used", "rows_dead"))
+    made, kept, lost = (counts.get(n, 0) for n in ("events_made", "rows_events", "events_dead"))
+    # A compressed file knows how many rows it has only once it is read.
+    if given not in (None, read) or read != used + dead or made != kept + lost:
         raise LostRowsError(
-            f"{given:,} raw rows, {read:,} read, {kept:,} kept + {dead:,} dead: the run was not published"
+            f"{'unknown' if given is None else f'{given:,}'} raw rows, {read:,} read, {used:,} used + {dead:,} dead; "
+            f"{made:,} events made, {kept:,} kept + {lost:,} dead: the run was not published"
         )
     if not kept:
         raise datasets.RawDataError(
-            f"all {dead:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published. "
+            f"all {read:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published. "
             f"Reasons:{_listed(counts)}"
         )
     _refuse_too_many_dead(plan, counts)
@@ -260,7 +342,8 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
     from feature_repo.expectations import GateError
 
     limit, read = _limit(plan), counts["rows_read"]
-    dead = counts["rows_dead"] - sum(counts.get(f"dead: {reason}", 0) for reason in NOT_BAD)
+    excused = sum(counts.get(f"dead: {reason}", 0) for reason in NOT_BAD)
+    dead = counts["rows_dead"] + counts["events_dead"] - excused
     if dead > limit * read:
         raise GateError(
             f"{dead:,} of {read:,} raw rows are dead letters ({dead / read:.1%}); --max_bad_fraction allows {limit:.1%}. "

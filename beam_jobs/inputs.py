@@ -12,6 +12,7 @@ from feature_repo import datasets
 from feature_repo.code import code_digest
 from feature_repo.datasets import Dataset
 from feature_repo.settings import Settings
+from feature_repo.sources import located
 from feature_repo.store import held_epoch, store_digest
 from feature_repo.tables import JobFolder, digest_of
 
@@ -22,7 +23,7 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     """Digest of each input as it is now.
 
     Args:
-        names: "code", "store", "raw" or the name of a job; a job that has not run has no digest.
+        names: "code", "store", "raw", "views" or the name of a job; a job that has not run has no digest.
     """
     found = {}
     for name in names:
@@ -32,6 +33,8 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
             found[name] = store_digest(settings)
         elif name == "raw":
             found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
+        elif name == "views":
+            found[name] = views_digest(settings)
         elif manifest := JobFolder(settings.home, name).manifest():
             found[name] = manifest.digest
     return found
@@ -48,21 +51,27 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
     """Digest of the names and contents of all raw files.
 
     Raises:
-        RawDataError: two files hold the same bytes: a delivery that came twice, whose events would
-            count twice.
+        RawDataError: two files hold the same bytes, and nothing says which events are the same: a
+            delivery that came twice, whose events would count twice.
     """
-    digests = {
-        file: _sha256(file) for file in sorted({unit.file for unit in dataset.raw_units(data)})
-    }
+    digests = {file: _sha256(file) for file in sorted(dataset.files(data))}
     first: dict[str, str] = {}
     for file, digest in digests.items():
-        if digest in first and Path(file).stat().st_size:
+        empty = digest == hashlib.sha256().hexdigest()
+        if digest in first and not empty and not dataset.spec.event_identity:
             raise datasets.RawDataError(
-                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice. Remove it; its events "
-                "would count twice"
+                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice, and its events "
+                "would count twice. Remove it, or say by SPEC.event_identity which events are the same"
             )
         first[digest] = file
     return digest_of([[Path(file).name, digest] for file, digest in digests.items()])
+
+
+def views_digest(settings: Settings) -> str:
+    """Digest of the files of a person's own views."""
+    dataset = datasets.load(settings.dataset)
+    files = [dataset.path_of(view, settings.data) for view in dataset.spec.views]
+    return digest_of([[file, _sha256(file)] for file in files])
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
@@ -76,5 +85,6 @@ def output_is_there(job: str, settings: Settings) -> bool:
 
 
 def _sha256(file: str) -> str:
-    with open(file, "rb") as stream:
+    filesystem, path = located(file)
+    with filesystem.open_input_stream(path, compression=None) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_item, num_partitions
+from beam_jobs.events import by_item, in_histories, num_partitions, stat_values
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
@@ -28,7 +28,7 @@ from feature_repo.transforms import MICROS_PER_DAY
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of items."""
-    rows = stat_rows(plan.contract, events, plan.as_of)
+    rows = stat_rows(plan.contract, in_histories(plan.contract, events), plan.as_of)
     yield Built(
         "item_stats",
         f"part-{key[1]:05d}.parquet",
@@ -51,17 +51,26 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     number = np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts)
     midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
     primary = (events["action"].to_numpy() == 0).astype(np.int64)
-    value = Exact.of(events[contract.spec.stat_value].to_numpy() * primary)
+    values = stat_values(contract, events)
+    value = Exact.of(np.where(primary, values.numbers, 0))
+    valued = primary * values.there
 
     # One delta row for each event, and one for each window that it leaves.
     nothing = np.zeros_like(primary)
     deltas = [
         np.stack(
-            [primary, *(primary for _ in STAT_WINDOWS_DAYS), 1 - primary, value.high, value.low]
+            [
+                primary,
+                *(primary for _ in STAT_WINDOWS_DAYS),
+                1 - primary,
+                valued,
+                value.high,
+                value.low,
+            ]
         )
     ]
     for index in range(len(STAT_WINDOWS_DAYS)):
-        leaving = [nothing] * (4 + len(STAT_WINDOWS_DAYS))
+        leaving = [nothing] * (5 + len(STAT_WINDOWS_DAYS))
         leaving[1 + index] = -primary
         deltas.append(np.stack(leaving))
     when = np.concatenate([midnight, *(midnight + days for days in STAT_WINDOWS_DAYS)])
@@ -89,14 +98,15 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         )
         before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     counts = running - before
-    total, sums = counts[0], Exact(counts[-2], counts[-1]).floats()
-    mean = np.where(total > 0, sums / np.maximum(total, 1), np.nan)
+    number, sums = counts[-3], Exact(counts[-2], counts[-1]).floats()
+    mean = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    means = [pa.array(mean.astype(np.float32), from_pandas=True)]
     known = from_micros(when[first] * MICROS_PER_DAY)
     ids = item.take(pa.array(starts)).take(pa.array(owner)) if len(starts) else item
     columns = [
         ids,
-        *(pa.array(row) for row in counts[:-2]),
-        pa.array(mean.astype(np.float32), from_pandas=True),
+        *(pa.array(row) for row in counts[:-3]),
+        *(means if contract.spec.stat_value else ()),
         known,
         known,
     ]

@@ -18,18 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from beam_jobs.errors import BreaksLiveError
 from beam_jobs.options import OnlineOptions
 from beam_jobs.partition import to_ipc
 from beam_jobs.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
 from beam_jobs.sinks import WriteView
+from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.catalogue import Catalogue
+from feature_repo.declarations import lacks, spec_of
 from feature_repo.history import newest_rows
-from feature_repo.schema import contract, lacks, spec_of
+from feature_repo.online_rows import write_rows
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, contract
 from feature_repo.settings import Settings
-from feature_repo.store import note_epoch
+from feature_repo.store import note_epoch, open_store
 from feature_repo.tables import parquet_bytes
 
 KEYS = "online_keys"  # a table for each run: which keys it sends online
@@ -168,11 +172,31 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
 def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
     """Leave the run's id in the store."""
     if counts is not None:
+        write_own_views(plan, settings)
         note_epoch(settings_of(plan), "materialize", plan.run_id)
     gone = sum(rows for name, rows in (counts or {}).items() if name.startswith("gone_"))
     return (
         [f"{gone:,} keys that the tables no longer have lost their values online"] if gone else []
     )
+
+
+def write_own_views(plan: RunPlan, settings: Settings) -> None:
+    """The newest row of each key of a person's own views → online store, as `feast materialize`
+    does.
+    """
+    dataset = datasets.load(plan.dataset)
+    for view in dataset.spec.views:
+        schema = arrow_schema(plan.contract.table(view.name))
+        read = pq.read_table(dataset.path_of(view, settings.data))
+        # Theirs may have one time where ours have two.
+        ours = {EVENT_TIMESTAMP: view.timestamp, CREATED_TIMESTAMP: view.created or view.timestamp}
+        columns = [read[ours.get(f.name, f.name)].cast(f.type) for f in schema]
+        rows = pa.table(columns, schema=schema)
+        if plan.as_of is not None:
+            rows = rows.filter(pa.array(micros(rows[EVENT_TIMESTAMP]) <= plan.as_of))
+        if rows.num_rows:
+            key = plan.contract.table(view.name).join_keys[0]
+            write_rows(open_store(settings), view.name, newest_rows(rows, key))
 
 
 JOB = Job(
@@ -188,6 +212,7 @@ JOB = Job(
     num_parts=lambda plan, units: (
         units + len({"user_profile", "item_profile", "user_history", "user_stats", "item_stats"})
     ),
+    also_depends_on=("views",),
     gate=refuse_to_break_the_live_bundle,
     account=account,
     finish=finish,

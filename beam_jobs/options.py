@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from feature_repo.declarations import is_iso_time
 from feature_repo.errors import UsageError
-from feature_repo.schema import is_iso_time
 
 Kind = Literal["fp32", "fp16", "int8"]
 

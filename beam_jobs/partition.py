@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_repo.arrow import hash_keys
 from feature_repo.schema import EVENT_TIMESTAMP
@@ -50,10 +51,10 @@ def split_by_key(
         start += int(size)
 
 
-def sort_by_key_and_time(table: pa.Table, key_column: str) -> pa.Table:
-    """Sort by key, then time; equal ones keep their order."""
+def sort_by_key_and_time(table: pa.Table, key_column: str, ties: tuple[str, ...] = ()) -> pa.Table:
+    """Sort by key, then time, then `ties`; equal ones keep their order."""
     row = pa.array(np.arange(table.num_rows))
-    order = table.append_column("__row", row).sort_by(
-        [(key_column, "ascending"), (EVENT_TIMESTAMP, "ascending"), ("__row", "ascending")]
-    )
-    return order.drop_columns(["__row"]).combine_chunks()
+    names = (key_column, EVENT_TIMESTAMP, *ties, "__row")
+    keys = table.select(list(names[:-1])).append_column("__row", row)
+    order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in names])
+    return table.take(order).combine_chunks()

@@ -32,6 +32,7 @@ from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_by
 
 logger = logging.getLogger(__name__)
 SET_ASIDE = ("dead_letters", "token_dead_letters")  # tables of what broke a limit
+SOURCES = ("raw", "views")  # inputs that no job builds
 PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
 
 
@@ -257,7 +258,7 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
     pinned = {
         source: JobFolder(settings.home, source).require(contract)
         for source in sources
-        if source != "raw"
+        if source not in SOURCES
     }
     names = ["code", *sources, *(["store"] if job.name in WRITES_ONLINE else [])]
     inputs = current_inputs(job.name, [name for name in names if name not in pinned], settings)

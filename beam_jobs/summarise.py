@@ -78,7 +78,7 @@ def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterato
     options = prepared(plan)
     log = HistoryLog(plan.contract, plan.input_folder("user_history"), [unit.source])
     earlier = Earlier(plan, unit.number)
-    item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].indices_of(log.items)
+    item_of_key = summariser.encoder.items.indices_of(log.items)
     ranges = piece_ends(log.lengths, summariser.bytes_of_user(len(snapshots_of(plan))))
     for number, (start, stop) in enumerate(ranges):
         name = PartName(options.run_number, unit.number, options.log_parts, number)

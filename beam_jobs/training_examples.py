@@ -1,10 +1,10 @@
-"""Job `training_examples`: events and item statistics → requests with candidates, labels and their
-period.
+"""Job `training_examples`: events and item statistics → requests with candidates, labels, context
+and their period.
 
-Which events are asked about together is the dataset's to say (`assign_requests`). Where a dataset
-has no explicit negatives, they are drawn from the items on offer: half by popularity to date, half
-uniformly, without repeats and never a positive. The draw is seeded by request, so it does not
-depend on partitions or order.
+Which events are asked about together follows from the declaration (`feature_repo/examples.py`).
+Where a log has actions alone, negatives are drawn from the items on offer: half by popularity to
+date, half uniformly, without repeats and never a positive. The draw is seeded by request, so it
+does not depend on partitions or order.
 
 On offer are the items that are known by the request's time: by a row of `item_profile`, or by
 statistics. Were negatives drawn from items with statistics alone, which an item has from the
@@ -30,6 +30,7 @@ from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit, accou
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros, micros_iso
 from feature_repo.errors import DeclarationError
+from feature_repo.examples import UNDEFINED, requests_of
 from feature_repo.history import run_ends, run_starts
 from feature_repo.key_index import KeyIndex
 from feature_repo.schema import Contract
@@ -164,7 +165,7 @@ def example_rows(
         *events[item_key].chunks,
     ]
     items = pc.unique(pa.chunked_array(known)).sort()
-    asked = asked_of(dataset_name, events, items)
+    asked = asked_of(contract, events, items)
     drawn = draw_candidates(
         asked, ItemPool(items, tables.stats, tables.profiles, item_key), contract, seed
     )
@@ -172,14 +173,17 @@ def example_rows(
         f"requests_{name}": int((asked.period == number).sum())
         for number, name in enumerate(PERIODS)
     }
-    counts |= {"positives": int(asked.label.sum()), "events": events.num_rows}
+    for number, name in enumerate(contract.labels):
+        counts[f"positives_{name}"] = int((asked.label[:, number] == 1).sum())
+        counts[f"undefined_{name}"] = int((asked.label[:, number] == UNDEFINED).sum())
+    counts["events"] = events.num_rows
     counts |= {"repeats_in_requests": asked.repeats, "requests_short_of_negatives": drawn.short}
     if len(asked):
         counts |= {
             "max_request_micros": int(asked.times.max()),
             "min_request_micros": int(asked.times.min()),
         }
-    return as_rows(contract, asked, drawn, items), counts
+    return as_rows(contract, asked, drawn, items, events), counts
 
 
 @dataclass(frozen=True)
@@ -191,8 +195,10 @@ class Asked:
         ordinal: running number of each request within its user, from 0.
         times: microseconds.
         period: index into `PERIODS`.
-        item, label: of each item asked about; those of request r are `[first[r], last[r])`, each
-            item once.
+        first_event: of each request: where its context stands.
+        item, label, event: of each item asked about: its place among all items, its labels (a
+            column for each task), its first event. Those of request r are `[first[r], last[r])`,
+            each item once.
         repeats: further events of an item in one request, which were left out.
     """
 
@@ -200,8 +206,10 @@ class Asked:
     ordinal: np.ndarray
     times: np.ndarray
     period: np.ndarray
+    first_event: np.ndarray
     item: np.ndarray
     label: np.ndarray
+    event: np.ndarray
     first: np.ndarray
     last: np.ndarray
     repeats: int
@@ -210,25 +218,18 @@ class Asked:
         return len(self.times)
 
 
-def asked_of(dataset_name: str, events: pa.Table, items: pa.Array) -> Asked:
-    """What was asked, as the dataset says.
+def asked_of(contract: Contract, events: pa.Table, items: pa.Array) -> Asked:
+    """What was asked, as the dataset declares.
 
     Args:
         events: of whole users, sorted by user and time.
         items: all item ids, sorted; items are named by their place there.
     """
-    dataset, contract = datasets.load(dataset_name), datasets.load_contract(dataset_name)
-    assigned = dataset.assign_requests(events)
+    found = requests_of(contract, events)
+    users = events[contract.user.join_key].combine_chunks().take(pa.array(found.first_event))
+    times = micros(events["event_timestamp"])[found.first_event]
     item_of_event = KeyIndex(items).places(events[contract.item.join_key])
-    asked = np.flatnonzero(assigned.request >= 0)
-    # Of several events of one item in one request the first is the candidate.
-    pairs = np.stack([assigned.request[asked], item_of_event[asked]])
-    _, first_of_item = np.unique(pairs, axis=1, return_index=True)
-    chosen = asked[np.sort(first_of_item)]
-    request = assigned.request[chosen]
-    first = np.flatnonzero(np.r_[True, np.diff(request) != 0][: len(request)])
-    users = events[contract.user.join_key].combine_chunks().take(pa.array(chosen[first]))
-    times = assigned.request_time[request[first]] if len(first) else assigned.request_time[:0]
+    first = np.flatnonzero(np.r_[True, np.diff(found.request) != 0][: len(found.request)])
     rules = contract.spec.requests
     bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
     return Asked(
@@ -236,22 +237,27 @@ def asked_of(dataset_name: str, events: pa.Table, items: pa.Array) -> Asked:
         ordinal=_number_within(users),
         times=times,
         period=np.searchsorted(bounds, times, side="right"),
-        item=item_of_event[chosen],
-        label=assigned.label[chosen],
+        first_event=found.first_event,
+        item=item_of_event[found.event],
+        label=found.labels,
+        event=found.event,
         first=first,
-        last=np.r_[first[1:], len(request)].astype(np.int64),
-        repeats=len(asked) - len(chosen),
+        last=np.r_[first[1:], len(found.request)].astype(np.int64),
+        repeats=found.repeats,
     )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Candidates of each request, shuffled, with their labels; and how many training requests got
-    too few negatives.
+    """Candidates of each request, shuffled; and how many training requests got too few negatives.
+
+    Args:
+        candidates: items by their place among all.
+        origin: which of the items asked about each one is; -1 for a drawn negative.
     """
 
     candidates: list[np.ndarray]
-    labels: list[np.ndarray]
+    origin: list[np.ndarray]
     short: int
 
 
@@ -264,12 +270,12 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
     """
     rules, seeds, short = contract.spec.requests, hash_keys(asked.users), 0
     candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
-    labels: list[np.ndarray] = [np.zeros(0, np.int8)] * len(asked)
+    origin: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
     for index in np.argsort(asked.times, kind="stable"):  # by time, as the pool is swept forward
-        own = asked.item[asked.first[index] : asked.last[index]]
-        own_label = asked.label[asked.first[index] : asked.last[index]]
+        numbers = np.arange(asked.first[index], asked.last[index])
+        own = asked.item[numbers]
         evaluated, time = bool(asked.period[index]), int(asked.times[index])
-        positives = int(own_label.sum())
+        positives = int((asked.label[numbers] == 1).any(axis=1).sum())
         wanted = (
             rules.eval_negatives if evaluated else rules.train_negatives_per_positive * positives
         )
@@ -286,28 +292,47 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
         short += len(negatives) < wanted
         shuffled = rng.permutation(len(own) + len(negatives))
         candidates[index] = np.concatenate([own, negatives])[shuffled]
-        labels[index] = np.concatenate([own_label, np.zeros(len(negatives), np.int8)])[shuffled]
-    return Drawn(candidates, labels, short)
+        origin[index] = np.concatenate([numbers, np.full(len(negatives), -1)])[shuffled]
+    return Drawn(candidates, origin, short)
 
 
-def as_rows(contract: Contract, asked: Asked, drawn: Drawn, items: pa.Array) -> pa.Table:
+def as_rows(
+    contract: Contract, asked: Asked, drawn: Drawn, items: pa.Array, events: pa.Table
+) -> pa.Table:
     """One row for each request and candidate, candidates of a request together."""
+    # 1. What all candidates of a request share.
     owner = pa.array(np.repeat(np.arange(len(asked)), [len(c) for c in drawn.candidates]))
     names = zip(asked.users.to_pylist(), asked.ordinal.tolist(), strict=True)
     request_ids = pa.array([f"{user}:{number}" for user, number in names], pa.string())
     periods = pa.array([PERIODS[number] for number in asked.period.tolist()], pa.string())
-    flat = np.concatenate([np.zeros(0, np.int64), *drawn.candidates])
-    return pa.table(
-        [
-            request_ids.take(owner),
-            asked.users.take(owner),
-            items.take(pa.array(flat)),
-            from_micros(asked.times).take(owner),
-            pa.array(np.concatenate([np.zeros(0, np.int8), *drawn.labels]), pa.int8()),
-            periods.take(owner),
-        ],
-        schema=arrow_schema(contract.table("training_examples")),
+    columns: dict[str, pa.Array] = {
+        "request_id": request_ids.take(owner),
+        contract.user.join_key: asked.users.take(owner),
+        "event_timestamp": from_micros(asked.times).take(owner),
+        "split": periods.take(owner),
+    }
+    of_request = pa.array(asked.first_event).take(owner)
+    for column in contract.spec.context_features:
+        columns[column.name] = events[column.name].combine_chunks().take(of_request)
+
+    # 2. What is each candidate's own; a drawn negative was never shown, and nothing came of it.
+    nothing = np.zeros(0, np.int64)
+    origin = np.concatenate([nothing, *drawn.origin])
+    columns[contract.item.join_key] = items.take(
+        pa.array(np.concatenate([nothing, *drawn.candidates]))
     )
+    drawn_labels = np.array([UNDEFINED if t.given else 0 for t in contract.spec.tasks], np.int8)
+    labels = np.where(
+        (origin < 0)[:, None], drawn_labels, asked.label[origin] if len(asked) else drawn_labels
+    )
+    for number, name in enumerate(contract.labels):
+        columns[name] = pa.array(labels[:, number], mask=labels[:, number] == UNDEFINED)
+    own_event = asked.event[origin] if len(asked) else nothing
+    of_item = pa.array(own_event, mask=origin < 0)
+    for column in contract.spec.shown_features:
+        columns[column.name] = events[column.name].combine_chunks().take(of_item)
+    schema = arrow_schema(contract.table("training_examples"))
+    return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
 def _number_within(keys: pa.Array) -> np.ndarray:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_user, num_partitions
+from beam_jobs.events import by_user, in_histories, num_partitions, stat_values
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
@@ -24,12 +24,13 @@ from feature_repo.tables import parquet_bytes
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of users: a log part, statistics, and packed newest events."""
     contract, partition = plan.contract, key[1]
-    events = sort_by_key_and_time(events, contract.user.join_key)
+    read = events.num_rows
+    events = in_histories(contract, sort_by_key_and_time(events, contract.user.join_key))
     log = history.log_part(contract, events)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, log.schema) as writer:
         writer.write_batch(log)
-    counts = {"users": log.num_rows, "events": events.num_rows}
+    counts = {"users": log.num_rows, "events": read, "shown": read - events.num_rows}
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     for table, rows in (
         ("user_stats", stat_rows(contract, events)),
@@ -51,14 +52,17 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
     last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
     at = np.flatnonzero(last_of_instant)
     primary = events["action"].to_numpy() == 0
-    values = Exact.of(events[contract.spec.stat_value].to_numpy() * primary)
+    value = stat_values(contract, events)
+    values = Exact.of(np.where(primary, value.numbers, 0))
 
     def to_date(counted: np.ndarray) -> np.ndarray:
         running = np.r_[0, np.cumsum(counted)]
         return (running[at + 1] - running[first[at]]).astype(np.int64)
 
-    number, total = to_date(primary), Exact(to_date(values.high), to_date(values.low)).floats()
+    number = to_date(primary & value.there)
+    total = Exact(to_date(values.high), to_date(values.low)).floats()
     mean = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    means = [pa.array(mean.astype(np.float32), from_pandas=True), pa.array(number)]
     columns = history.event_columns(contract, events)
     digests = history.event_digests(
         hash_keys(events[contract.item.join_key]), columns, np.arange(len(user)) - first
@@ -71,7 +75,7 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
             pa.array(to_date(digests)),
             pa.array(time[first[at]] // 1_000_000),
             pa.array(to_date(~primary)),
-            pa.array(mean.astype(np.float32), from_pandas=True),
+            *(means if contract.spec.stat_value else ()),
             known,
             known,
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from datetime import UTC, datetime, timedelta
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from feature_repo.schema import Contract, DType, Table
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+NO_VALUE = -(2**63)  # where a column of codes or times holds nothing
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROS = 1_000_000  # of a second
 # No row that we build is of another time: what lies beyond is a time that was read in the wrong
@@ -25,6 +27,7 @@ _TYPES: dict[DType, pa.DataType] = {
     DType.FLOAT32: pa.float32(),
     DType.STRING: pa.string(),
     DType.STRING_LIST: pa.list_(pa.string()),
+    DType.FLOAT32_LIST: pa.list_(pa.float32()),
     DType.BYTES: pa.binary(),
     DType.TIMESTAMP: TIMESTAMP,
 }
@@ -73,6 +76,23 @@ def iso_micros(text: str) -> int:
 def micros_iso(value: int) -> str:
     """Microseconds since the epoch as an ISO time, UTC."""
     return (EPOCH + timedelta(microseconds=value)).isoformat()
+
+
+def value_codes(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """An int64 for each value of a column, the same everywhere: whole numbers are their own, texts
+    the first 64 bits of their BLAKE2b; `NO_VALUE` is null.
+    """
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_integer(whole.type):
+        return pc.fill_null(pc.cast(whole, pa.int64()), NO_VALUE).to_numpy(zero_copy_only=False)
+    encoded = whole.dictionary_encode()
+    digests = [
+        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+        for text in encoded.dictionary.to_pylist()
+    ]
+    codes = np.frombuffer(b"".join(digests), "<i8")
+    place = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    return np.r_[codes, np.int64(NO_VALUE)][place]
 
 
 def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:

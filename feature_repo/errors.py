@@ -5,7 +5,7 @@ ExpectedError                     exit code 1
 ├── UsageError                    exit code 2: options that do not exist, or values that they do not take
 ├── SettingsError                 an environment variable that is unknown, or holds what it may not
 ├── DeclarationError              a dataset module declares what cannot be
-├── datasets.RawDataError         raw data is missing, or of another shape than its module expects
+├── RawDataError                  raw data is missing, or of another shape than its module expects
 ├── sequence_file.SequenceFileError
 ├── tables.TableNotBuiltError     a table was asked for that no finished run has written
 ├── tables.StaleTableError        a table was built under another contract, or by another run than the one named
@@ -51,6 +51,10 @@ class DeclarationError(ExpectedError, ValueError):
     """A dataset module declares what cannot be; the message names each field, what it holds and
     what is possible.
     """
+
+
+class RawDataError(ExpectedError, ValueError):
+    """The raw data is missing or has another shape than its dataset module expects."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.data_format import ParquetFormat
-from feast.types import Array, Bytes, Float32, Int32, Int64, String
+from feast.types import Array, Bytes, Float32, Int32, Int64, String, UnixTimestamp
 
 from feature_repo import datasets, schema
 from feature_repo.schema import DType
@@ -24,6 +24,8 @@ FIELD_TYPES = {
     DType.FLOAT32: Float32,
     DType.STRING: String,
     DType.STRING_LIST: Array(String),
+    DType.FLOAT32_LIST: Array(Float32),
+    DType.TIMESTAMP: UnixTimestamp,
     DType.BYTES: Bytes,
 }
 KEY_TYPES = {DType.INT64: ValueType.INT64, DType.STRING: ValueType.STRING}
@@ -32,7 +34,8 @@ NO_EXPIRY = timedelta(
 )  # Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
 
 settings = Settings.from_env()
-contract = datasets.load_contract(settings.dataset)
+dataset = datasets.load(settings.dataset)
+contract = dataset.contract
 tags = {"dataset": settings.dataset, "fingerprint": contract.fingerprint}
 
 
@@ -82,6 +85,36 @@ def _view(entities: list[Entity], source: FileSource, *, online: bool = True) ->
     )
 
 
+def _own_source(declared: schema.OwnView) -> FileSource | PushSource:
+    """Where a person's own view is read from: a file that no job of ours writes."""
+    batch = FileSource(
+        name=f"{declared.name}_source",
+        path=dataset.path_of(declared, settings.data),
+        file_format=ParquetFormat(),
+        timestamp_field=declared.timestamp,
+        created_timestamp_column=declared.created,
+        tags=tags | {"optional": "true"},
+    )
+    return PushSource(name=f"{declared.name}_push", batch_source=batch) if declared.push else batch
+
+
+def _own_view(declared: schema.OwnView) -> FeatureView:
+    entity = user if declared.entity == "user" else item
+    table = contract.table(declared.name)
+    return FeatureView(
+        name=declared.name,
+        entities=[entity],
+        ttl=timedelta(days=declared.ttl_days),
+        schema=[
+            Field(name=c.name, dtype=FIELD_TYPES[c.dtype], description=c.doc)
+            for c in (*(key.column for key in table.entities), *declared.columns)
+        ],
+        source=_own_source(declared),
+        online=True,
+        tags=tags,
+    )
+
+
 user = _entity(contract.user)
 item = _entity(contract.item)
 token_version = _entity(schema.TOKEN_VERSION)
@@ -105,18 +138,26 @@ summary_tokens = _view([user, token_version], summary_tokens_source)
 token_rows = _view([user, token_version], token_rows_source, online=False)
 store_epoch = _view([store_part], store_epoch_source)
 
+own_views = {declared.name: _own_view(declared) for declared in contract.spec.views}
+user_views = [own_views[name] for name in contract.views_of("user")]
+item_views = [own_views[name] for name in contract.views_of("item")]
+globals().update(own_views)  # Feast registers what it finds by name in this module
+globals().update(
+    {f"{name}_source": view.stream_source or view.batch_source for name, view in own_views.items()}
+)
+
 # A service names what a kind of ranker reads; all of ours read the same. Training joins user
 # statistics, which say how much of the history was known, and gathers late from the history log; a
 # request reads the packed history as well.
 ranking_v1 = FeatureService(
     name="ranking_v1",
-    features=[user_profile, user_stats, item_profile, item_stats],
+    features=[user_profile, user_stats, *user_views, item_profile, item_stats, *item_views],
     description="what rankers train on",
     tags=tags,
 )
 ranking_v1_online = FeatureService(
     name="ranking_v1_online",
-    features=[user_profile, user_stats, user_history],
+    features=[user_profile, user_stats, *user_views, user_history],
     description="what one request reads of its user",
     tags=tags,
 )
@@ -124,13 +165,21 @@ ranking_v1_online = FeatureService(
 # bytes online.
 ranking_v1_tokens = FeatureService(
     name="ranking_v1_tokens",
-    features=[user_profile, user_stats, item_profile, item_stats, token_rows],
+    features=[
+        user_profile,
+        user_stats,
+        *user_views,
+        item_profile,
+        item_stats,
+        *item_views,
+        token_rows,
+    ],
     description="what rankers with summary tokens train on",
     tags=tags,
 )
 ranking_v1_tokens_online = FeatureService(
     name="ranking_v1_tokens_online",
-    features=[user_profile, user_stats, user_history, summary_tokens[["tokens"]]],
+    features=[user_profile, user_stats, *user_views, user_history, summary_tokens[["tokens"]]],
     description="what one request of a ranker with summary tokens reads of its user",
     tags=tags,
 )

@@ -32,9 +32,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import LATEST, hash_keys, history_schema, micros
+from feature_repo.arrow import LATEST, NO_VALUE, hash_keys, history_schema, micros, value_codes
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import EVENT_TIMESTAMP, Contract
+from feature_repo.schema import EVENT_TIMESTAMP, MAX_BAG, Column, Contract, DType, Kind
 from feature_repo.tables import JobFolder
 
 MAGIC = b"MHIS"
@@ -109,7 +109,7 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
     order.
     """
     schema = history_schema(contract)
-    for field in schema:
+    for field, declared in zip(schema, contract.history_columns, strict=True):
         position = whole.schema.get_field_index(field.name)
         if position < 0 or whole.schema.field(position).type != field.type:
             raise HistoryError(
@@ -117,9 +117,10 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
                 "another contract; rebuild and materialise user_history"
             )
         column = whole.column(position)
-        if column.null_count:
+        if column.null_count and not declared.nullable:
             raise HistoryError(f"packed history of user {user_id!r} holds nulls in {field.name}")
-        if pa.types.is_floating(field.type) and not np.isfinite(column.to_numpy()).all():
+        values = pc.list_flatten(column) if pa.types.is_list(field.type) else column
+        if pa.types.is_floating(values.type) and pc.all(pc.is_finite(values)).as_py() is False:
             raise HistoryError(
                 f"packed history of user {user_id!r} holds NaN or infinity in {field.name}"
             )
@@ -153,12 +154,20 @@ def event_digests(
     with np.errstate(over="ignore"):
         mixed = item_hashes.astype(np.uint64)
         for name in sorted(columns):
-            values = columns[name]
-            bits = values.view(np.uint32) if values.dtype == np.float32 else values
-            mixed = _mix(mixed ^ (bits.astype(np.uint64) + np.uint64(zlib.crc32(name.encode()))))
+            for bits in np.atleast_2d(_bits(columns[name]).T):
+                named = bits.astype(np.uint64) + np.uint64(zlib.crc32(name.encode()))
+                mixed = _mix(mixed ^ named)
         return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(
             np.int64
         )
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """Numbers as whole ones; every NaN is the same."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return values
+    one_nan = np.where(np.isnan(values), np.array(np.nan, values.dtype), values)
+    return one_nan.view(np.uint32 if values.dtype == np.float32 else np.uint64)
 
 
 def extended_digest(
@@ -181,14 +190,58 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def event_columns(contract: Contract, events: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
-    """An event's columns beside its item, as `Histories` holds them: times in microseconds."""
+    """An event's columns beside its item, as `Histories` holds them: numbers, NaN where one is
+    missing; times in microseconds; texts as codes (`arrow.value_codes`); several categories or
+    numbers of an event in a row of their own.
+    """
     return {
-        c.name: micros(events[c.name])
-        if c.name == EVENT_TIMESTAMP
-        else events[c.name].to_numpy(zero_copy_only=False)
+        c.name: as_numbers(c, events[c.name])
         for c in contract.history_columns
         if c.name != contract.item.join_key
     }
+
+
+def as_numbers(column: Column, values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of events as `event_columns` says."""
+    whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if column.dtype is DType.TIMESTAMP:
+        return pc.fill_null(pc.cast(whole, pa.int64()), NO_VALUE).to_numpy(zero_copy_only=False)
+    if column.dtype is DType.STRING or column.kind is Kind.CATEGORY:
+        return value_codes(whole)
+    if column.dtype is DType.STRING_LIST:
+        codes = value_codes(pc.list_flatten(whole))
+        return _in_rows(whole, codes, column.max_length or MAX_BAG, NO_VALUE)
+    if column.dtype is DType.FLOAT32_LIST:
+        numbers = pc.list_flatten(whole).to_numpy(zero_copy_only=False)
+        return _in_rows(whole, numbers, column.max_length or 0, np.nan)
+    if whole.null_count:
+        kind = whole.type if pa.types.is_floating(whole.type) else pa.float64()
+        return pc.fill_null(pc.cast(whole, kind, safe=False), np.nan).to_numpy(zero_copy_only=False)
+    if column.nullable and not pa.types.is_floating(whole.type):
+        whole = pc.cast(whole, pa.float64(), safe=False)
+    return whole.to_numpy(zero_copy_only=False)
+
+
+def _in_rows(lists: pa.Array, values: np.ndarray, width: int, missing: float) -> np.ndarray:
+    """Lists as rows of one width: what is longer is cut, what is shorter filled up."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    place = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.full((len(lists), width), missing, values.dtype)
+    rows[np.arange(width) < lengths[:, None]] = values[place < width]
+    return rows
+
+
+def mean_names(contract: Contract) -> tuple[str, str]:
+    """Columns of `user_stats` that keep the mean of the dataset's number, and of how many events."""
+    value = contract.spec.stat_value
+    return f"user_mean_{value}", f"user_num_{value}"
+
+
+def primary_values(contract: Contract, events: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """The dataset's number of those events of the first action that have one, float64."""
+    chosen = pc.fill_null(pc.equal(events["action"], 0), False)
+    values = pc.drop_null(pc.filter(events[contract.spec.stat_value], chosen))
+    return values.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
@@ -207,9 +260,25 @@ def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
         values = events[column.name].combine_chunks()
         if column.name == contract.item.join_key:
             values = _sorted_dictionary(values)
+        elif column.name != EVENT_TIMESTAMP:
+            values = _stored(as_numbers(column, values))
         arrays.append(pa.LargeListArray.from_arrays(offsets, values))
         names.append(column.name)
     return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def _stored(numbers: np.ndarray) -> pa.Array:
+    """Numbers of events as a column of the log."""
+    if numbers.ndim == 1:
+        return pa.array(numbers)
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), numbers.shape[1])
+
+
+def _loaded(values: pa.Array) -> np.ndarray:
+    """What `_stored` stored, without a copy."""
+    if not pa.types.is_fixed_size_list(values.type):
+        return values.to_numpy()
+    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
 
 
 def run_starts(keys: pa.Array) -> np.ndarray:
@@ -335,7 +404,7 @@ class HistoryLog:
             c.name: [
                 micros(part[c.name].values)
                 if c.name == EVENT_TIMESTAMP
-                else part[c.name].values.to_numpy()
+                else _loaded(part[c.name].values)
                 for part in parts
             ]
             for c in contract.history_columns
@@ -398,7 +467,10 @@ class HistoryLog:
         chosen = (
             self._columns if columns is None else {name: self._columns[name] for name in columns}
         )
-        found = {name: np.empty(len(flat), parts[0].dtype) for name, parts in chosen.items()}
+        found = {
+            name: np.empty((len(flat), *parts[0].shape[1:]), parts[0].dtype)
+            for name, parts in chosen.items()
+        }
         for part in np.unique(owner):
             mine = owner == part
             at = flat[mine]

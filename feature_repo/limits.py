@@ -94,6 +94,8 @@ def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]
         yield null, "is missing"
     if column.dtype in NUMBER_TYPES:
         yield from _broken_numbers(column, values, null)
+    if column.dtype is DType.FLOAT32_LIST:
+        yield from _broken_vectors(column, values, null)
     if column.dtype is DType.STRING:
         limit = MAX_ID_BYTES if column.is_key else MAX_TEXT_BYTES
         length = pc.fill_null(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
@@ -127,6 +129,19 @@ def _broken_numbers(
         yield (numbers < low) & ~null, f"is below {low:g}"
     if high is not None:
         yield (numbers > high) & ~null, f"is above {high:g}"
+
+
+def _broken_vectors(
+    column: Column, values: pa.Array, null: np.ndarray
+) -> Iterator[tuple[np.ndarray, str]]:
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    if column.max_length is not None:
+        wrong = (lengths != column.max_length) & ~null
+        yield wrong, f"has not the {column.max_length} numbers of the vector"
+    numbers = pc.fill_null(pc.list_flatten(values), np.nan).to_numpy(zero_copy_only=False)
+    bad = np.zeros(len(values), bool)
+    bad[pc.list_parent_indices(values).to_numpy()[~np.isfinite(numbers)]] = True
+    yield bad, "holds a value that is no finite number"
 
 
 def _without_nulls_in_lists(table: Table, rows: pa.Table) -> tuple[pa.Table, int]:

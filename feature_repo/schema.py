@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from typing import Literal
 
-from feature_repo.errors import DeclarationError, nearest
+from feature_repo.errors import DeclarationError
 
 
 class DType(StrEnum):
@@ -32,8 +29,22 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     STRING = "string"
     STRING_LIST = "string_list"
+    FLOAT32_LIST = "float32_list"
     BYTES = "bytes"
     TIMESTAMP = "timestamp"  # microseconds, UTC
+
+
+class Kind(StrEnum):
+    """How a ranker reads a column. Columns without a kind are for people, and no ranker sees them.
+
+    Missing is a state of every kind: a row or a flag of its own, never a zero.
+    """
+
+    CATEGORY = "category"  # one value of a vocabulary, or of `hashed` rows
+    NUMBER = "number"  # scaled by the training period's statistics, or one of `buckets` quantiles
+    BAG = "bag"  # several categories; `max_length` of them are read, what is cut off is counted
+    VECTOR = "vector"  # `max_length` numbers that belong together, such as a content embedding
+    AGE = "age"  # of a time: log1p days between it and the request, or the event that carries it
 
 
 EVENT_TIMESTAMP = "event_timestamp"
@@ -54,14 +65,29 @@ TIME_UNITS = {
     "nanoseconds": 1e-3,
 }  # in microseconds
 KEY_TYPES = (DType.INT64, DType.STRING)
+MAX_BAG = 8  # values read of a bag that declares no `max_length`
+CATEGORY, NUMBER, BAG, VECTOR, AGE = Kind
 WHOLE_TYPES = (DType.INT8, DType.INT32, DType.INT64)
 NUMBER_TYPES = (*WHOLE_TYPES, DType.FLOAT32)
+TYPES_OF_KIND = {
+    Kind.CATEGORY: (*WHOLE_TYPES, DType.STRING),
+    Kind.NUMBER: NUMBER_TYPES,
+    Kind.BAG: (DType.STRING_LIST,),
+    Kind.VECTOR: (DType.FLOAT32_LIST,),
+    Kind.AGE: (DType.TIMESTAMP,),
+}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its type, meaning and limits. Limits become expectations; `None` means
-    unlimited.
+    """One column: its type, meaning, limits, and how a ranker reads it. Limits become expectations;
+    `None` means unlimited.
+
+    Example:
+        >>> Column("price", DType.FLOAT32, "of one piece", kind=NUMBER, nullable=True, minimum=0)
+        >>> Column("genres", DType.STRING_LIST, "at most five are read", kind=BAG, max_length=5)
+        >>> Column("cover", DType.FLOAT32_LIST, "embedding", kind=VECTOR, max_length=16, nullable=True)
+        >>> Column("city", DType.STRING, "too many for a vocabulary", kind=CATEGORY, hashed=4096)
     """
 
     name: str
@@ -73,8 +99,11 @@ class Column:
     maximum: float | None = None
     values: tuple[str | int, ...] | None = None
     pattern: str | None = None
-    max_length: int | None = None
+    max_length: int | None = None  # of a vector its length; of a bag how many values are read
     is_key: bool = False
+    kind: Kind | None = None
+    hashed: int | None = None  # rows of a category or bag that has no vocabulary
+    buckets: int | None = None  # quantiles of a number that is read as one of them
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
@@ -85,6 +114,18 @@ class Column:
             return self.minimum, self.maximum
         low = -LARGEST_NUMBER if self.minimum is None else self.minimum
         return low, LARGEST_NUMBER if self.maximum is None else self.maximum
+
+    @property
+    def slots(self) -> int:
+        """Values that a ranker reads of a category or bag."""
+        return (self.max_length or MAX_BAG) if self.kind is Kind.BAG else 1
+
+    @property
+    def is_categorical(self) -> bool:
+        """Whether a ranker looks it up in a table: categories, bags, and numbers in buckets."""
+        return self.kind in (Kind.CATEGORY, Kind.BAG) or (
+            self.kind is Kind.NUMBER and self.buckets is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -169,52 +210,198 @@ TIMESTAMPS = (
 )
 
 
+class Examples(StrEnum):
+    """Where training examples come from."""
+
+    IMPRESSIONS = "impressions"  # the log says what was shown together, by `request_id`
+    ACTIONS = "actions"  # what a user acted on at one time, and drawn negatives
+    RATINGS = "ratings"  # consecutive events of a user; nothing is drawn
+
+
 @dataclass(frozen=True)
 class Requests:
-    """How a dataset's examples are drawn: periods, and negatives for each request."""
+    """How a dataset's training examples come about, and its periods.
 
-    label: str
-    label_doc: str
-    validation_from: str  # ISO time, UTC
+    Args:
+        examples: IMPRESSIONS: the items of one `request_id` are one request, at the time of its
+            first event. ACTIONS: items that a task's action was about, of one user and time (or of
+            one `request_id`); others are drawn as negatives. RATINGS: up to `most` consecutive
+            events of a user are one request, at the time of the first.
+        validation_from: ISO time with a zone; requests from then on validate.
+        test_from: the same for the test period.
+        train_negatives_per_positive: drawn in training, of ACTIONS.
+        eval_negatives: drawn for each request that is evaluated, of ACTIONS.
+        most: events of one request, of RATINGS.
+        by: what actions share that are asked about together.
+
+    Example:
+        >>> Requests(Examples.IMPRESSIONS, "2025-03-01T00:00:00Z", "2025-03-08T00:00:00Z")
+    """
+
+    examples: Examples
+    validation_from: str
     test_from: str
-    train_negatives_per_positive: int
-    eval_negatives: int
+    train_negatives_per_positive: int = 0
+    eval_negatives: int = 0
+    most: int = 16
+    by: Literal["time", "request_id"] = "time"
+
+    @property
+    def has_request_id(self) -> bool:
+        """Whether events carry a request id."""
+        return self.examples is Examples.IMPRESSIONS or self.by == "request_id"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One label: whether an item of a request saw an action.
+
+    Args:
+        name: of the label's column.
+        action: that makes it 1.
+        given: name of another task; the label is defined only where that one is 1.
+        weight: of its loss.
+
+    Example:
+        >>> Task("label_click", "clicked", action="click")
+        >>> Task("label_purchase", "bought once clicked", action="purchase", given="label_click")
+    """
+
+    name: str
+    doc: str
+    action: str
+    given: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a raw table lies and how its files are read.
+
+    Args:
+        path: below MEMOIR_DATA: a file, a folder, or a glob; of several the first that exists.
+        columns: our column → theirs; a column that is not named has the same name there.
+        format: "csv", "json" (a JSON object in a line) or "parquet"; by the file's name unless given.
+        delimiter: of a CSV file; one or more characters.
+        header: names of its columns, where the file has no header.
+        quoted_newlines: whether values in quotes may hold line ends; such a file is read whole.
+        encodings: of a text file; the first in which it can be read.
+        decimal: "." or ",".
+        list_separator: between the values of a bag or a vector that is written as text.
+        time_unit: of times that are whole numbers, a key of `TIME_UNITS`; without one they are refused.
+        zone: of times that carry none.
+        action: their column that says what happened; none: every row is the first action.
+        actions: their value → our action; none: values are our names.
+        at_least: their action column is a number: the first action from here on, else the second.
+        flags: our action → their column that is 1 where it happened as well: a row is an event of
+            `SPEC.shown` and one for each such action.
+        derived: our columns that the module's `derive` makes, and no file has.
+        raw: their columns that `derive` reads beside ours.
+    """
+
+    path: str | tuple[str, ...]
+    columns: dict[str, str] = field(default_factory=dict)
+    format: Literal["", "csv", "json", "parquet"] = ""
+    delimiter: str = ","
+    header: tuple[str, ...] = ()
+    quoted_newlines: bool = False
+    encodings: tuple[str, ...] = ("utf-8",)
+    decimal: Literal[".", ","] = "."
+    list_separator: str = "|"
+    time_unit: str | None = None
+    zone: str = "UTC"
+    action: str = ""
+    actions: dict[str, str] = field(default_factory=dict)
+    at_least: float | None = None
+    flags: dict[str, str] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
+    raw: tuple[Column, ...] = ()
+
+
+@dataclass(frozen=True)
+class OwnView:
+    """A feature view of a person's own: a source that no job of ours writes.
+
+    Args:
+        name: of the view.
+        entity: "user" or "item".
+        columns: its features; those with a kind are read by rankers.
+        path: a Parquet file or folder with the entity's key, the columns and both timestamps; below
+            MEMOIR_DATA unless absolute.
+        timestamp: its column that says since when a row is known.
+        created: its column that says when a row was made; none: rows are never late.
+        push: rows come online by `store.push(f"{name}_push", …)` as well.
+        ttl_days: a row older than this is missing; 0: rows never expire.
+
+    Example:
+        >>> OwnView("loyalty", "user", (Column("points", DType.INT64, "", kind=NUMBER),), "loyalty.parquet")
+    """
+
+    name: str
+    entity: Literal["user", "item"]
+    columns: tuple[Column, ...]
+    path: str
+    timestamp: str = EVENT_TIMESTAMP
+    created: str = ""
+    push: bool = False
+    ttl_days: float = 0.0
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What one dataset adds to the contract. The module that declares it also turns raw rows into
-    these columns.
+    """What one dataset adds to the contract, and where its raw tables are.
+
+    Args:
+        actions: the first is the one that statistics and match features are about.
+        shown: the action of an impression, which is in no history and in no statistic.
+        event_features: of one event; they stand in histories.
+        context_features: of a request, known only when somebody asks: they come with the log's
+            events in training and with the request's body in serving.
+        shown_features: of an impression, such as its position. Rankers read them in training and in
+            no request: there they are missing.
+        stat_value: the number among the event features whose mean items and users keep; may be "".
+        rank_by: tasks whose probabilities, weighted, are the score; default: the first task's.
+        events, users, items: raw sources. Features that have no source of their own are read from
+            the rows of events.
+        event_identity: columns of `events` that say "the same event", `event_id` among them where
+            the source gives one; without any, none is repeated.
     """
 
     name: str
     title: str
     user_id: DType
     item_id: DType
-    actions: tuple[str, ...]  # the first is the one that labels and counts are about
-    event_features: tuple[Column, ...]
-    user_features: tuple[Column, ...]
-    item_features: tuple[Column, ...]
-    item_title: str  # the item feature that a person reads
-    stat_value: str  # the event feature whose mean `item_stats` and `user_stats` keep
+    actions: tuple[str, ...]
+    tasks: tuple[Task, ...]
     requests: Requests
-    raw: Table
-    max_bad_fraction: float
-    ranking_user_features: tuple[str, ...] = ()  # those a ranker reads; the rest is for people
-    ranking_item_features: tuple[str, ...] = ()
-    event_identity: tuple[
-        str, ...
-    ] = ()  # columns of `events` that say "the same event"; without any, none is repeated
-    num_history_online: int = (
-        NUM_HISTORY_ONLINE  # a ranker that reads more events cannot be exported
-    )
-    raw_zone: str = "UTC"  # of raw times that carry none
-    raw_time_unit: str | None = (
-        None  # of raw times that are whole numbers, such as "seconds"; none: they are refused
-    )
-    items_repeat: bool = (
-        True  # whether an item that a user has acted on is worth ranking for them again
-    )
+    events: Source
+    users: Source | None = None
+    items: Source | None = None
+    event_features: tuple[Column, ...] = ()
+    user_features: tuple[Column, ...] = ()
+    item_features: tuple[Column, ...] = ()
+    context_features: tuple[Column, ...] = ()
+    shown_features: tuple[Column, ...] = ()
+    views: tuple[OwnView, ...] = ()
+    shown: str = ""
+    rank_by: tuple[tuple[str, float], ...] = ()
+    item_title: str = ""  # the item feature that a person reads
+    stat_value: str = ""
+    max_bad_fraction: float = 0.01
+    event_identity: tuple[str, ...] = ()
+    # A ranker that reads more events than are kept online cannot be exported.
+    num_history_online: int = NUM_HISTORY_ONLINE
+    # Whether an item that a user has acted on is worth ranking for them again.
+    items_repeat: bool = True
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What the server ranks by: the weight of each task's probability."""
+        return dict(self.rank_by or ((self.tasks[0].name, 1.0),))
+
+    def own_columns(self, entity: str) -> tuple[Column, ...]:
+        """Columns of a person's own views of users or items."""
+        return tuple(c for view in self.views if view.entity == entity for c in view.columns)
 
 
 @dataclass(frozen=True)
@@ -254,9 +441,48 @@ class Contract:
         )
 
     @property
+    def history_actions(self) -> tuple[int, ...]:
+        """Actions that stand in histories and statistics: all but an impression's."""
+        return tuple(n for n, name in enumerate(self.spec.actions) if name != self.spec.shown)
+
+    @property
     def user_columns(self) -> tuple[Column, ...]:
         """What a request reads of its user beside the history."""
-        return self.table("user_profile").columns + self.table("user_stats").columns
+        return self.columns_of(("user_profile", "user_stats", *self.views_of("user")))
+
+    @property
+    def item_columns(self) -> tuple[Column, ...]:
+        """What a request reads of its candidates."""
+        return self.columns_of(("item_profile", "item_stats", *self.views_of("item")))
+
+    def columns_of(self, tables: Iterable[str]) -> tuple[Column, ...]:
+        """Columns of several tables, without keys and timestamps."""
+        return tuple(c for name in tables for c in self.table(name).columns)
+
+    def views_of(self, entity: str) -> tuple[str, ...]:
+        """Names of a person's own views of users or items."""
+        return tuple(view.name for view in self.spec.views if view.entity == entity)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label columns, a task each."""
+        return tuple(task.name for task in self.spec.tasks)
+
+    @property
+    def request_features(self) -> tuple[Column, ...]:
+        """Columns of user and context that a ranker reads."""
+        columns = (*self.user_columns, *self.spec.context_features)
+        return tuple(c for c in columns if c.kind)
+
+    @property
+    def candidate_features(self) -> tuple[Column, ...]:
+        """Columns of items, and of impressions in training, that a ranker reads."""
+        return tuple(c for c in (*self.item_columns, *self.spec.shown_features) if c.kind)
+
+    @property
+    def event_features(self) -> tuple[Column, ...]:
+        """Columns of events that a ranker reads."""
+        return tuple(c for c in self.spec.event_features if c.kind)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -267,13 +493,16 @@ class Contract:
         def plain(column: Column) -> dict[str, object]:
             return asdict(replace(column, doc=""))
 
+        spec = self.spec
         content = {
-            "dataset": self.spec.name,
-            "actions": self.spec.actions,
-            "stat_value": self.spec.stat_value,
-            "ranking": [self.spec.ranking_user_features, self.spec.ranking_item_features],
-            "events": [self.spec.event_identity, self.spec.num_history_online],
-            "requests": asdict(replace(self.spec.requests, label_doc="")),
+            "dataset": spec.name,
+            "actions": [spec.actions, spec.shown],
+            "stat_value": spec.stat_value,
+            "events": [spec.event_identity, spec.num_history_online],
+            "requests": asdict(spec.requests),
+            "tasks": [asdict(replace(task, doc="")) for task in spec.tasks],
+            "rank_by": spec.weights,
+            "context": [c.name for c in spec.context_features],
             "tables": {t.name: [plain(c) for c in t.all_columns] for t in self.tables},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -286,18 +515,30 @@ def contract(spec: DatasetSpec) -> Contract:
         DeclarationError: two columns of one table, or two features that Feast would serve together,
             share a name.
     """
-    if shared := _shared_names(spec):
+    if shared := shared_names(spec):
         raise DeclarationError(f"SPEC of {spec.name!r}: {'; '.join(shared)}. Rename one of them")
     user = Entity("user", "user_id", spec.user_id, "who acted")
     item = Entity("item", "item_id", spec.item_id, "what was acted on")
     tables = (
         _events(spec, user, item),
         DEAD_LETTERS,
-        _view("user_profile", user, "events", PROFILE_DOC.format("a user"), spec.user_features),
-        _view("item_profile", item, "events", PROFILE_DOC.format("an item"), spec.item_features),
+        _view(
+            "user_profile",
+            user,
+            "events",
+            PROFILE_DOC.format("a user"),
+            _known(spec.user_features, "user"),
+        ),
+        _view(
+            "item_profile",
+            item,
+            "events",
+            PROFILE_DOC.format("an item"),
+            _known(spec.item_features, "item"),
+        ),
         _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
-        _view("user_stats", user, "user_history", USER_STATS_DOC, _user_stat_columns(spec)),
-        _view("item_stats", item, "item_stats", ITEM_STATS_DOC, _item_stat_columns(spec)),
+        _view("user_stats", user, "user_history", USER_STATS_DOC, user_stat_columns(spec)),
+        _view("item_stats", item, "item_stats", ITEM_STATS_DOC, item_stat_columns(spec)),
         _view(
             "summary_tokens",
             user,
@@ -317,10 +558,15 @@ def contract(spec: DatasetSpec) -> Contract:
         _view(STORE_EPOCH, STORE_PART, "", STORE_EPOCH_DOC, (EPOCH_RUN,)),
         _token_dead_letters(user),
         _training_examples(spec, user, item),
+        *(
+            _view(v.name, user if v.entity == "user" else item, "", OWN_VIEW_DOC, v.columns)
+            for v in spec.views
+        ),
     )
     return Contract(spec, user, item, tables)
 
 
+OWN_VIEW_DOC = "A view of your own, as the dataset declares it."
 PROFILE_DOC = "What is known of {} besides events; a row for each change."
 HISTORY_DOC = "A user's newest events, as many as the dataset declares, packed (feature_repo/history.py), oldest first."
 HISTORY = Column("history", DType.BYTES, "packed events")
@@ -425,7 +671,10 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
                 values=tuple(range(len(spec.actions))),
             ),
             Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC"),
+            *([REQUEST_ID] if spec.requests.has_request_id else []),
+            *([EVENT_ID] if EVENT_ID.name in spec.event_identity else []),
             *spec.event_features,
+            *(replace(c, nullable=True) for c in (*spec.context_features, *spec.shown_features)),
             Column(
                 "source_position",
                 DType.INT64,
@@ -437,9 +686,29 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
     )
 
 
-def _user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
-    primary = spec.actions[0]
-    mean_doc = f"mean {spec.stat_value} of the user's events '{primary}' to date"
+REQUEST_ID = Column("request_id", DType.STRING, "what was asked or shown together", nullable=True)
+EVENT_ID = Column("event_id", DType.STRING, "the source's name of the event")
+
+
+def _known(columns: tuple[Column, ...], entity: str) -> tuple[Column, ...]:
+    """A profile's features; without any, that the entity is known: Feast has no view without a
+    feature.
+    """
+    known = Column(f"{entity}_known", DType.INT8, "1: the log has it", values=(1,))
+    return columns or (known,)
+
+
+def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+    """Statistics of a user; the mean of a number, and how many events have it, where one is
+    declared.
+    """
+    primary, value = spec.actions[0], spec.stat_value
+    mean_doc = f"mean {value} of the user's events '{primary}' to date"
+    number_doc = f"events '{primary}' with a {value}"
+    mean = (
+        Column(f"user_mean_{value}", DType.FLOAT32, mean_doc, nullable=True),
+        Column(f"user_num_{value}", DType.INT64, number_doc, unit="events", minimum=0),
+    )
     return (
         HISTORY_END,
         HISTORY_DIGEST,
@@ -451,11 +720,13 @@ def _user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
             unit="events",
             minimum=0,
         ),
-        Column(f"user_mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
+        *(mean if value else ()),
     )
 
 
-def _item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+def item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
+    """Statistics of an item; the mean of a number where one is declared."""
+
     def count(name: str, doc: str) -> Column:
         return Column(name, DType.INT64, doc, unit="events", minimum=0)
 
@@ -468,7 +739,11 @@ def _item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
             for days in STAT_WINDOWS_DAYS
         ),
         count("other_total", "events of any other action to date"),
-        Column(f"mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True),
+        *(
+            [Column(f"mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True)]
+            if spec.stat_value
+            else []
+        ),
     )
 
 
@@ -483,7 +758,11 @@ def _training_examples(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
             Column(
                 EVENT_TIMESTAMP, DType.TIMESTAMP, "request time; features are those known by then"
             ),
-            Column(spec.requests.label, DType.INT8, spec.requests.label_doc, values=(0, 1)),
+            *(
+                Column(task.name, DType.INT8, task.doc, values=(0, 1), nullable=bool(task.given))
+                for task in spec.tasks
+            ),
+            *(replace(c, nullable=True) for c in (*spec.context_features, *spec.shown_features)),
             Column(
                 "split", DType.STRING, "by request time", values=("train", "validation", "test")
             ),
@@ -500,6 +779,7 @@ RESERVED = frozenset(
         CREATED_TIMESTAMP,
         "source_position",
         "request_id",
+        "event_id",
         "split",
         "user_id",
         "item_id",
@@ -509,189 +789,33 @@ RESERVED = frozenset(
 )
 
 
-def _shared_names(spec: DatasetSpec) -> list[str]:
-    """Names that would meet in one training set, told apart by neither Feast nor DuckDB, which
-    ignores case.
+def shared_names(spec: DatasetSpec) -> list[str]:
+    """Names that would meet in one training set or in one table of events, told apart by neither
+    Feast nor DuckDB, which ignores case.
     """
-    owners = {name.casefold(): f"a name of Memoir's ({name})" for name in RESERVED}
-    owners[spec.requests.label.casefold()] = f"requests.label {spec.requests.label!r}"
-    groups: list[tuple[str, tuple[Column, ...]]] = [
+    training: list[tuple[str, tuple[Column, ...]]] = [
         ("user_features", spec.user_features),
         ("item_features", spec.item_features),
+        *((f"views {view.name!r}", view.columns) for view in spec.views),
+        ("context_features", spec.context_features),
+        ("shown_features", spec.shown_features),
+        ("a statistic of users", user_stat_columns(spec)),
+        ("a statistic of items", item_stat_columns(spec)),
     ]
-    if spec.stat_value:
-        groups.append(("a statistic of users", _user_stat_columns(spec)))
-        groups.append(("a statistic of items", _item_stat_columns(spec)))
-    found = []
-    for group, columns in groups:
-        for column in columns:
-            key = column.name.casefold()
-            if key in owners:
-                found.append(f"{group} {column.name!r} and {owners[key]} have one name")
-            owners[key] = f"{group} {column.name!r}"
-    reserved = {name.casefold() for name in RESERVED}
-    found += [
-        f"event_features {column.name!r} is a name of Memoir's"
-        for column in spec.event_features
-        if column.name.casefold() in reserved
+    events = [
+        ("event_features", spec.event_features),
+        ("context_features", spec.context_features),
+        ("shown_features", spec.shown_features),
     ]
-    return found
-
-
-def problems(spec: DatasetSpec) -> list[str]:
-    """What a dataset declares and cannot be, a line for each field: its name, what it holds, and
-    what is possible.
-    """
-    return [
-        *_wrong_features(spec),
-        *_wrong_names(spec),
-        *_wrong_requests(spec.requests),
-        *_wrong_limits(spec),
-    ]
-
-
-def _wrong_features(spec: DatasetSpec) -> Iterator[str]:
-    for field_name, dtype in (("user_id", spec.user_id), ("item_id", spec.item_id)):
-        if dtype not in KEY_TYPES:
-            yield f"{field_name} is {dtype.value}; an id is one of {[t.value for t in KEY_TYPES]}"
-    if not spec.actions or len(set(spec.actions)) < len(spec.actions):
-        yield f"actions is {spec.actions}; name at least one, each once"
-    for column in spec.event_features:
-        if column.dtype not in NUMBER_TYPES:
-            yield f"event_features {column.name!r} is {column.dtype.value}; events carry numbers, {[t.value for t in NUMBER_TYPES]}"
-        if column.nullable:
-            yield f"event_features {column.name!r} is nullable; an event's numbers must be there, so fill it in `parse`"
-    for field_name, columns in (
-        ("user_features", spec.user_features),
-        ("item_features", spec.item_features),
-    ):
-        if not columns:
-            yield f"{field_name} is (); declare at least one, for Feast has no view without a feature"
-        for column in columns:
-            if column.dtype in (DType.BYTES, DType.TIMESTAMP):
-                yield f"{field_name} {column.name!r} is {column.dtype.value}, which a profile cannot hold yet"
-    for column in spec.user_features:
-        if column.dtype is DType.STRING_LIST and column.name in spec.ranking_user_features:
-            yield f"ranking_user_features {column.name!r} is a list; rankers read one value of a user"
-
-
-def _wrong_names(spec: DatasetSpec) -> Iterator[str]:
-    users, items = [c.name for c in spec.user_features], [c.name for c in spec.item_features]
-    numbers = [c.name for c in spec.event_features]
-    for field_name, named, known in (
-        ("ranking_user_features", spec.ranking_user_features, users),
-        ("ranking_item_features", spec.ranking_item_features, items),
-        ("item_title", (spec.item_title,), items),
-        ("stat_value", (spec.stat_value,), numbers),
-        (
-            "event_identity",
-            spec.event_identity,
-            ["user_id", "item_id", "action", EVENT_TIMESTAMP, *numbers],
-        ),
-    ):
-        for name in named:
-            if name not in known:
-                yield f"{field_name} names {name!r}; there are {known}{nearest(name, known)}"
-
-
-def _wrong_requests(rules: Requests) -> Iterator[str]:
-    times = {}
-    for field_name in ("validation_from", "test_from"):
-        text = getattr(rules, field_name)
-        try:
-            times[field_name] = datetime.fromisoformat(text)
-        except (ValueError, TypeError):
-            yield f"requests.{field_name} is {text!r}; expected an ISO time such as '2011-11-10T00:00:00+00:00'"
-            continue
-        if times[field_name].tzinfo is None:
-            yield f"requests.{field_name} is {text!r}, without a zone; write +00:00 behind it"
-    if (
-        len(times) == len([t for t in times.values() if t.tzinfo]) == 2
-        and times["validation_from"] >= times["test_from"]
-    ):
-        yield f"requests.validation_from {rules.validation_from} is not before test_from {rules.test_from}"
-    for field_name in ("train_negatives_per_positive", "eval_negatives"):
-        if getattr(rules, field_name) < 0:
-            yield f"requests.{field_name} is {getattr(rules, field_name)}; 0 means that labels are explicit"
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", rules.label):
-        yield f"requests.label is {rules.label!r}; expected a name of letters, digits and underscores"
-
-
-def _wrong_limits(spec: DatasetSpec) -> Iterator[str]:
-    if not 0 <= spec.max_bad_fraction <= 1:
-        yield f"max_bad_fraction is {spec.max_bad_fraction}; it is a share, from 0 to 1"
-    if spec.raw_time_unit not in (None, *TIME_UNITS):
-        yield f"raw_time_unit is {spec.raw_time_unit!r}; expected one of {tuple(TIME_UNITS)}"
-    try:
-        ZoneInfo(spec.raw_zone)
-    except (ZoneInfoNotFoundError, ValueError):
-        yield f"raw_zone is {spec.raw_zone!r}; expected a zone such as 'UTC' or 'Europe/London'"
-    if spec.num_history_online < 1:
-        yield f"num_history_online is {spec.num_history_online}; keep at least one event"
-
-
-def is_iso_time(text: str) -> bool:
-    """Whether text is an ISO time, with or without a zone."""
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
-def plain(spec: DatasetSpec) -> dict[str, Any]:
-    """A declaration as JSON holds it, to travel with what was made under it."""
-    return json.loads(json.dumps(asdict(spec)))
-
-
-def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
-    """The declaration that `plain` stored.
-
-    Raises:
-        ValueError, TypeError, KeyError: it is none of this version's.
-    """
-
-    def columns(listed: list[dict[str, Any]]) -> tuple[Column, ...]:
-        made = []
-        for raw in listed:
-            values = None if raw["values"] is None else tuple(raw["values"])
-            made.append(Column(**{**raw, "dtype": DType(raw["dtype"]), "values": values}))
-        return tuple(made)
-
-    found: dict[str, Any] = dict(stored)
-    for name in ("event_features", "user_features", "item_features"):
-        found[name] = columns(found[name])
-    for name in ("user_id", "item_id"):
-        found[name] = DType(found[name])
-    found["requests"] = Requests(**found["requests"])
-    raw = found["raw"]
-    found["raw"] = Table(raw["name"], raw["doc"], columns(raw["columns"]))
-    for name in ("actions", "ranking_user_features", "ranking_item_features", "event_identity"):
-        found[name] = tuple(found[name])
-    if unknown := set(found) - {f.name for f in fields(DatasetSpec)}:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    return DatasetSpec(**found)
-
-
-def lacks(needed: Contract, found: Contract) -> list[str]:
-    """What a model of the contract `needed` reads and tables of the contract `found` do not have.
-    Empty: it can go on.
-
-    More features, or more actions behind the known ones, take nothing from it.
-    """
-    missing = []
-    if found.spec.actions[: len(needed.spec.actions)] != needed.spec.actions:
-        missing.append(f"actions {needed.spec.actions} in this order")
-    names = ("user_profile", "item_profile", "user_stats", "item_stats")
-    groups = [
-        (name, needed.table(name).all_columns, found.table(name).all_columns) for name in names
-    ]
-    groups.append(("a history", needed.history_columns, found.history_columns))
-    for group, wanted, held in groups:
-        types = {column.name: column.dtype for column in held}
-        missing += [
-            f"{c.name} ({c.dtype.value}) of {group}"
-            for c in wanted
-            if types.get(c.name) is not c.dtype
-        ]
-    return missing
+    labels = {task.name.casefold(): f"task {task.name!r}" for task in spec.tasks}
+    ours = {name.casefold(): f"a name of Memoir's ({name})" for name in RESERVED}
+    found = [f"{labels[key]} and {ours[key]} have one name" for key in labels if key in ours]
+    for groups in (training, events):
+        owners = ours | labels
+        for group, columns in groups:
+            for column in columns:
+                key = column.name.casefold()
+                if key in owners:
+                    found.append(f"{group} {column.name!r} and {owners[key]} have one name")
+                owners[key] = f"{group} {column.name!r}"
+    return list(dict.fromkeys(found))

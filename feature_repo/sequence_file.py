@@ -28,7 +28,16 @@ from feature_repo.arrow import MICROS, arrow_schema, from_micros, micros_iso
 from feature_repo.code import code_digest
 from feature_repo.errors import ExpectedError
 from feature_repo.history import log_part, run_starts
-from feature_repo.schema import Contract, DatasetSpec, DType, Requests, Table, contract
+from feature_repo.schema import (
+    Contract,
+    DatasetSpec,
+    DType,
+    Examples,
+    Requests,
+    Source,
+    Task,
+    contract,
+)
 from feature_repo.tables import JobFolder, Manifest, digest_of
 
 SPEC = DatasetSpec(
@@ -37,14 +46,9 @@ SPEC = DatasetSpec(
     user_id=DType.INT64,
     item_id=DType.INT64,
     actions=("interaction",),
-    event_features=(),
-    user_features=(),
-    item_features=(),
-    item_title="",
-    stat_value="",
-    requests=Requests("label", "", "", "", 0, 0),
-    raw=Table("raw_sequences", "Lines of a sequence file.", ()),
-    max_bad_fraction=0.0,
+    tasks=(Task("label", "next", action="interaction"),),
+    requests=Requests(Examples.ACTIONS, "", ""),
+    events=Source(""),
 )
 JOB = "user_history"
 LIKE_A_TIME = 100_000_000  # seconds since 1970 of any log that has them

@@ -16,7 +16,7 @@ import numpy as np
 from feature_repo.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
-VERSION = 3  # raised when a feature of this file changes its meaning: bundles of another version are refused
+VERSION = 4  # raised when a feature of this file changes its meaning: bundles of another version are refused
 MATCH_FEATURES = (
     "match_times",  # log1p: events of the first action with this item
     "match_share",  # the same as a share of the history
@@ -80,7 +80,7 @@ def match_features(
     candidate_offsets: np.ndarray,
     candidate_keys: np.ndarray,
     request_times: np.ndarray,
-    item_stats: tuple[np.ndarray, np.ndarray, np.ndarray],
+    item_stats: np.ndarray,
     user_mean: np.ndarray,
 ) -> np.ndarray:
     """Match features of every candidate, float32, N × len(MATCH_FEATURES).
@@ -90,8 +90,8 @@ def match_features(
         candidate_offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         candidate_keys: item keys of all N candidates, comparable with `histories.item_keys`.
         request_times: B times, microseconds.
-        item_stats: events of the first action, of all others, and mean value of each candidate's
-            item; NaN: unknown.
+        item_stats: 3 × N: events of the first action, of all others, and mean value of each
+            candidate's item; NaN: unknown.
         user_mean: mean value of each request's user, NaN where there is none.
     """
     num_requests = len(request_times)

@@ -1,8 +1,9 @@
 """Batch: the typed tensors that every model takes, and how stored columns become them.
 
 Training and serving both go `RequestColumns → featurise → collate → Batch`; there is no second
-path. Shape letters: B requests, L history, C candidates, E event features, U user and context
-fields, G dense user features, K item category slots, F dense candidate features, T tasks.
+path. What a kind of column becomes is said in `columns.py`. Shape letters: B requests, L history, C
+candidates, E dense event features, J event category slots, U category slots of user and context, G
+their dense features, K category slots of candidates, F their dense features, T tasks.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from feature_repo.history import Histories
-from feature_repo.key_index import KeyIndex
-from feature_repo.schema import Contract, DType
+from feature_repo.schema import Contract
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
     MATCH_FEATURES,
@@ -30,6 +29,16 @@ from feature_repo.transforms import (
     match_features,
     squash,
     user_features,
+)
+from modeling.columns import (
+    NO_COLUMNS,
+    ColumnGroup,
+    GroupSizes,
+    Index,
+    Vocabulary,
+    floats,
+    group_of,
+    within,
 )
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
@@ -41,7 +50,9 @@ NOT_EVENTS = (
     "has_tokens_B",
 )  # fields of UserInputs that have no history axis
 UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
-MAX_CATEGORIES = 8  # values kept of a list feature, such as genres
+SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
+CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
+SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
 
 class _Tensors:
@@ -67,10 +78,11 @@ class UserInputs(_Tensors):
     action_BL: Tensor  # int64
     age_BL: Tensor  # float32, log1p days before the request
     gap_BL: Tensor  # float32, log1p days since the event before; 0 for the first
-    event_BLE: Tensor  # float32 event features
+    event_BLE: Tensor  # float32 event features; NaN where one is missing
     mask_BL: Tensor  # bool, True where there is an event
-    field_BU: Tensor  # int64 user and context fields
-    dense_BG: Tensor  # float32 user features; NaN where one is not known
+    field_BU: Tensor  # int64 category slots of user and context, 0 where empty
+    dense_BG: Tensor  # float32 features of user and context; NaN where one is not known
+    event_category_BLJ: Tensor | None = None  # int64 category slots of events, where they have any
     tokens_BSX: Tensor | None = (
         None  # float32 summary tokens from a store, zeros where a user has none
     )
@@ -81,7 +93,7 @@ class UserInputs(_Tensors):
         cut = {
             f.name: getattr(self, f.name)[:, start:stop]
             for f in fields(self)
-            if f.name not in NOT_EVENTS
+            if f.name not in NOT_EVENTS and getattr(self, f.name) is not None
         }
         return replace(self, **cut)
 
@@ -106,7 +118,7 @@ class Batch(_Tensors):
 
     user: UserInputs
     candidates: Candidates
-    labels_BCT: Tensor  # float32; zeros at request time
+    labels_BCT: Tensor  # float32; NaN where a task is undefined; zeros at request time
 
 
 @dataclass(frozen=True)
@@ -115,47 +127,13 @@ class FeatureSizes:
 
     items: int
     actions: int
-    event_features: int
-    user_fields: tuple[int, ...]
-    categories: tuple[int, ...]  # vocabulary size of each category slot group
-    slots: tuple[int, ...]  # slots of each group
-    dense: int
     history_length: int
-    user_dense: int = 0
+    request: GroupSizes = NO_COLUMNS  # of user and context
+    candidate: GroupSizes = NO_COLUMNS
+    event: GroupSizes = NO_COLUMNS
     tasks: int = 1
-    tokens: tuple[int, int] = (
-        0,
-        0,
-    )  # number and width of stored summary tokens that a user may have
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Known values of a column; a value's index starts at 1, everything else is 0."""
-
-    values: pa.Array
-
-    @property
-    def size(self) -> int:
-        """Embedding rows: the values and one for the unknown."""
-        return len(self.values) + 1
-
-    @cached_property
-    def _index(self) -> KeyIndex:
-        return KeyIndex(self.values)
-
-    def indices_of(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Indices of a column's values, int64."""
-        return self._index.places(column) + 1
-
-    @staticmethod
-    def of(column: pa.Array | pa.ChunkedArray, min_count: int = 1) -> Vocabulary:
-        """Values that occur at least `min_count` times, sorted."""
-        counts = pc.value_counts(
-            column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        )
-        values = counts.field("values").filter(pc.greater_equal(counts.field("counts"), min_count))
-        return Vocabulary(values.filter(values.is_valid()).sort())
+    # Number and width of stored summary tokens that a user may have.
+    tokens: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -167,13 +145,13 @@ class RequestColumns:
     """
 
     times: np.ndarray  # int64 microseconds, B
-    user_columns: dict[str, pa.Array]  # user features and statistics, B
+    user_columns: dict[str, pa.Array]  # features and statistics of users, context; B
     items: pa.Array
     candidate_offsets: np.ndarray
     candidate_keys: np.ndarray
-    candidate_columns: dict[str, pa.Array]  # item features and statistics, N
+    candidate_columns: dict[str, pa.Array]  # features and statistics of items, impressions; N
     gather: GatherHistories  # (request numbers, length) → their newest events
-    labels: np.ndarray | None = None  # N
+    labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
     gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
 
     def __len__(self) -> int:
@@ -191,7 +169,7 @@ class Encoded:
     candidate_item: np.ndarray
     candidate_category: np.ndarray
     candidate_dense: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray  # N × T
     item_of_key: np.ndarray
     gather: GatherHistories
     gather_tokens: GatherTokens | None = None
@@ -205,12 +183,22 @@ class Encoded:
         return np.diff(self.candidate_offsets)
 
 
+@dataclass(frozen=True)
+class TrainingSample:
+    """Dense numbers of the training period, from which a model takes how to scale them."""
+
+    candidate_NF: Tensor
+    request_BG: Tensor
+    event_ME: Tensor
+
+
 class Encoder:
     """Turns stored columns into model inputs, the same way for training and serving.
 
     Args:
         contract: the dataset's contract.
-        vocabularies: by column name; the item id's is under the item's join key.
+        vocabularies: by column name; the item id's is under the item's join key, those of event
+            columns under `event_key`.
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
     """
@@ -218,40 +206,29 @@ class Encoder:
     def __init__(
         self,
         contract: Contract,
-        vocabularies: dict[str, Vocabulary],
+        vocabularies: dict[str, Index],
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
     ) -> None:
-        self.contract, self.vocabularies, self.history_length = (
-            contract,
-            vocabularies,
-            history_length,
-        )
-        self.tokens = tokens
-        spec = contract.spec
+        self.contract, self.vocabularies = contract, vocabularies
+        self.history_length, self.tokens = history_length, tokens
         self.item_key = contract.item.join_key
+        self.request = group_of(contract.request_features, vocabularies)
+        self.candidate = group_of(contract.candidate_features, vocabularies)
+        self.event = group_of(contract.event_features, vocabularies, events=True)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
-        self.user_stats = (
-            "first_event_s",
-            "history_end",
-            "other_events",
-            f"user_mean_{spec.stat_value}",
-        )
-        self.item_ratios = ("count_total", "other_total", f"mean_{spec.stat_value}")
-        self.user_fields = spec.ranking_user_features
-        self.categories = spec.ranking_item_features
-        self.event_columns = tuple(c.name for c in spec.event_features)
-        self._slots = tuple(
-            MAX_CATEGORIES
-            if contract.table("item_profile").column(name).dtype is DType.STRING_LIST
-            else 1
-            for name in self.categories
-        )
+
+    @property
+    def items(self) -> Vocabulary:
+        """Items that have a row of their own."""
+        found = self.vocabularies[self.item_key]
+        assert isinstance(found, Vocabulary)
+        return found
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense candidate features, in order."""
-        return (*self.stat_columns, *MATCH_FEATURES)
+        return (*self.stat_columns, *MATCH_FEATURES, *self.candidate.dense_names)
 
     @cached_property
     def unknown_dense(self) -> np.ndarray:
@@ -272,7 +249,7 @@ class Encoder:
             candidate_item=np.zeros(number, np.int64),
             candidate_category=np.zeros((number, encoded.candidate_category.shape[1]), np.int32),
             candidate_dense=np.tile(self.unknown_dense, (number, 1)),
-            labels=np.zeros(number, np.float32),
+            labels=np.zeros((number, encoded.labels.shape[1]), np.float32),
         )
 
     def hide(self, batch: Batch, share: float, rng: np.random.Generator) -> Batch:
@@ -287,7 +264,8 @@ class Encoder:
         candidates = batch.candidates
         device, shape = candidates.item_BC.device, tuple(candidates.item_BC.shape)
         draw = torch.from_numpy(rng.random(shape, np.float32)).to(device)
-        chance = torch.where(batch.labels_BCT[..., 0] > 0, share * UNKNOWN_PRIOR, share)
+        positive = (batch.labels_BCT > 0).any(-1)
+        chance = torch.where(positive, share * UNKNOWN_PRIOR, share)
         unknown, bare = draw < chance, draw > 1 - share
         of_item = [*self.stat_columns, "value_ratio", "item_other_share"]
         column = torch.tensor([name in of_item for name in self.dense_names], device=device)
@@ -301,20 +279,63 @@ class Encoder:
         )
         return replace(batch, candidates=hidden)
 
+    def forget(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        """A batch in which a share of the requests has lost what a served one may lack: all that is
+        known of impressions, such as positions, which none has; and the context.
+        """
+        spec, number = self.contract.spec, len(batch.labels_BCT)
+        user, candidates = batch.user, batch.candidates
+        if spec.shown_features:
+            forgotten = torch.from_numpy(rng.random(number) < SHOWN_FORGOTTEN)[:, None, None]
+            names = {c.name for c in spec.shown_features}
+            before = len(self.dense_names) - len(self.candidate.dense_names)
+            slots, dense = (
+                forgotten.to(candidates.item_BC.device) & mask.to(candidates.item_BC.device)
+                for mask in _columns_named(self.candidate, names, before)
+            )
+            candidates = replace(
+                candidates,
+                category_BCK=candidates.category_BCK.masked_fill(slots, 0),
+                dense_BCF=candidates.dense_BCF.masked_fill(dense, torch.nan),
+            )
+        if spec.context_features:
+            forgotten = torch.from_numpy(rng.random(number) < CONTEXT_FORGOTTEN)[:, None]
+            names = {c.name for c in spec.context_features}
+            slots, dense = _columns_named(self.request, names, len(USER_FEATURES))
+            # The categories of the request's time stand behind those of columns, and are kept.
+            slots = torch.nn.functional.pad(slots, (0, user.field_BU.shape[1] - len(slots)))
+            slots, dense = (
+                forgotten.to(user.field_BU.device) & mask.to(user.field_BU.device)
+                for mask in (slots, dense)
+            )
+            user = replace(
+                user,
+                field_BU=user.field_BU.masked_fill(slots, 0),
+                dense_BG=user.dense_BG.masked_fill(dense, torch.nan),
+            )
+        return replace(batch, user=user, candidates=candidates)
+
     @property
     def sizes(self) -> FeatureSizes:
         """What a model must be built for."""
-        size = {name: vocabulary.size for name, vocabulary in self.vocabularies.items()}
+        request, candidate = self.request.sizes, self.candidate.sizes
+        context = tuple(CONTEXT_FIELDS.values())
         return FeatureSizes(
-            items=size[self.item_key],
+            items=self.items.size,
             actions=len(self.contract.spec.actions),
-            event_features=len(self.event_columns),
-            user_fields=(*(size[name] for name in self.user_fields), *CONTEXT_FIELDS.values()),
-            categories=tuple(size[name] for name in self.categories),
-            slots=self._slots,
-            dense=len(self.dense_names),
             history_length=self.history_length,
-            user_dense=len(USER_FEATURES),
+            request=replace(
+                request,
+                categories=(*request.categories, *context),
+                slots=(*request.slots, *(1 for _ in context)),
+                numbers=len(USER_FEATURES) + request.numbers,
+            ),
+            candidate=replace(
+                candidate,
+                numbers=len(self.stat_columns) + len(MATCH_FEATURES) + candidate.numbers,
+            ),
+            event=self.event.sizes,
+            tasks=len(self.contract.spec.tasks),
             tokens=self.tokens,
         )
 
@@ -322,55 +343,87 @@ class Encoder:
         """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
         are never all in memory.
         """
-        number = len(requests)
-        named = [
-            self.vocabularies[name].indices_of(requests.user_columns[name])
-            for name in self.user_fields
-        ]
+        number, offsets, keys = len(requests), requests.candidate_offsets, requests.candidate_keys
+        # 1. Columns as they are stored.
         fields_BU = np.concatenate(
             [
-                np.array(named, np.int64).reshape(len(named), number).T,
+                self.request.categories(requests.user_columns, number),
                 context_fields(requests.times),
             ],
-            1,
+            axis=1,
         )
-        user_stats = [_floats(requests.user_columns[name]) for name in self.user_stats]
-        item_stats = [_floats(requests.candidate_columns[name]) for name in self.item_ratios]
-        dense_BG = np.empty((number, len(USER_FEATURES)), np.float32)
-        offsets, keys = requests.candidate_offsets, requests.candidate_keys
+        own_BG = self.request.dense(requests.user_columns, requests.times)
+        dense_BG = np.empty((number, len(USER_FEATURES) + own_BG.shape[1]), np.float32)
+        dense_BG[:, len(USER_FEATURES) :] = own_BG
         dense = np.empty((len(keys), len(self.dense_names)), np.float32)
         for index, name in enumerate(self.stat_columns):
-            dense[:, index] = squash(_floats(requests.candidate_columns[name]))
+            dense[:, index] = squash(floats(requests.candidate_columns[name]))
+        match = slice(len(self.stat_columns), len(self.stat_columns) + len(MATCH_FEATURES))
+        if match.stop < dense.shape[1]:
+            owner_times = np.repeat(requests.times, np.diff(offsets))
+            dense[:, match.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
+
+        # 2. What is between a request's history and its candidates.
+        user, item = self._user_stats(requests), self._item_stats(requests)
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, self.contract.spec.num_history_online)
-            within = offsets[start : chosen[-1] + 2] - first
-            times, (first_event, events, others, mean) = (
-                requests.times[chosen],
-                (s[chosen] for s in user_stats),
+            within_chunk = offsets[start : chosen[-1] + 2] - first
+            times, known = requests.times[chosen], user[:, chosen]
+            dense[first:last, match] = match_features(
+                histories,
+                within_chunk,
+                keys[first:last],
+                times,
+                item[:, first:last],
+                known[-1],
             )
-            count, other, item_mean = (s[first:last] for s in item_stats)
-            dense[first:last, len(self.stat_columns) :] = match_features(
-                histories, within, keys[first:last], times, (count, other, item_mean), mean
-            )
-            dense_BG[chosen] = user_features(histories, times, first_event, events, others, mean)
-        item_of_key = self.vocabularies[self.item_key].indices_of(requests.items)
+            dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
+        item_of_key = self.items.indices_of(requests.items)
+        tasks = len(self.contract.spec.tasks)
+        labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
+        categories = self.candidate.categories(requests.candidate_columns, len(keys))
         return Encoded(
             times=requests.times,
             field_BU=fields_BU,
             dense_BG=dense_BG,
             candidate_offsets=offsets,
             candidate_item=item_of_key[keys],
-            candidate_category=self._categories(requests),
+            candidate_category=categories.astype(np.int32),
             candidate_dense=dense,
-            labels=np.zeros(len(keys), np.float32)
-            if requests.labels is None
-            else requests.labels.astype(np.float32),
+            labels=labels.astype(np.float32),
             item_of_key=item_of_key,
             gather=requests.gather,
             gather_tokens=requests.gather_tokens,
         )
+
+    def training_sample(self, train: Encoded) -> TrainingSample:
+        """What a model takes its scales from."""
+        events = events_of(train.gather, len(train), self.contract.spec.num_history_online)
+        return TrainingSample(
+            torch.from_numpy(train.candidate_dense),
+            torch.from_numpy(train.dense_BG),
+            torch.from_numpy(self.event.event_dense(events.columns, events.times)),
+        )
+
+    def _user_stats(self, requests: RequestColumns) -> np.ndarray:
+        """First event, events, other events and mean value of each request's user; NaN where one is
+        not known.
+        """
+        names = ["first_event_s", "history_end", "other_events"]
+        rows = [floats(requests.user_columns[name]) for name in names]
+        return np.stack([*rows, self._mean("user_mean_", requests.user_columns, len(requests))])
+
+    def _item_stats(self, requests: RequestColumns) -> np.ndarray:
+        """Events, other events and mean value of each candidate's item."""
+        columns, number = requests.candidate_columns, len(requests.candidate_keys)
+        rows = [floats(columns[name]) for name in ("count_total", "other_total")]
+        return np.stack([*rows, self._mean("mean_", columns, number)])
+
+    def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
+        value = self.contract.spec.stat_value
+        return floats(columns[prefix + value]) if value else np.full(rows, np.nan)
 
     def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
         """Pad the chosen requests into a Batch.
@@ -394,7 +447,7 @@ class Encoder:
         lengths = encoded.num_candidates[chosen]
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
-        flat = np.repeat(encoded.candidate_offsets[chosen], lengths) + _within(lengths)
+        flat = np.repeat(encoded.candidate_offsets[chosen], lengths) + within(lengths)
         pad = _Padder(mask)
         candidates = Candidates(
             item_BC=pad(encoded.candidate_item[flat]),
@@ -402,7 +455,7 @@ class Encoder:
             dense_BCF=pad(encoded.candidate_dense[flat]),
             mask_BC=torch.from_numpy(mask),
         )
-        return Batch(user, candidates, pad(encoded.labels[flat][:, None]))
+        return Batch(user, candidates, pad(encoded.labels[flat]))
 
     def user_inputs(
         self,
@@ -429,41 +482,39 @@ class Encoder:
         if before is not None:
             known = before[lengths > 0]
             gap[starts] = np.where(known >= 0, histories.times[starts] - known, 0) / 86_400_000_000
-        events = np.zeros((len(histories.item_keys), len(self.event_columns)), np.float32)
-        for index, name in enumerate(self.event_columns):
-            events[:, index] = squash(histories.columns[name])
+        categories = None
+        if self.event.categorical:
+            categories = pad(self.event.event_categories(histories.columns))
         return UserInputs(
             item_BL=pad(item_of_key[histories.item_keys]),
             action_BL=pad(histories.columns["action"].astype(np.int64)),
             age_BL=pad(event_ages(histories, times)),
             gap_BL=pad(np.log1p(np.maximum(gap, 0)).astype(np.float32)),
-            event_BLE=pad(events),
+            event_BLE=pad(self.event.event_dense(histories.columns, histories.times)),
             mask_BL=torch.from_numpy(mask),
             field_BU=torch.from_numpy(fields_BU),
             dense_BG=torch.from_numpy(dense_BG),
+            event_category_BLJ=categories,
         )
 
-    def _categories(self, requests: RequestColumns) -> np.ndarray:
-        columns = []
-        for name, slots in zip(self.categories, self._slots, strict=True):
-            values, vocabulary = requests.candidate_columns[name], self.vocabularies[name]
-            if isinstance(values, pa.ChunkedArray):
-                values = values.combine_chunks()
-            if slots == 1:
-                columns.append(vocabulary.indices_of(values)[:, None])
-                continue
-            lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
-            mask = np.arange(slots) < lengths[:, None]
-            out = np.zeros(mask.shape, np.int64)
-            flat = vocabulary.indices_of(pc.list_flatten(values))
-            out[mask] = flat[_within(lengths) < slots]
-            columns.append(out)
-        total = len(requests.candidate_keys)
-        return (
-            np.concatenate(columns, axis=1).astype(np.int32)
-            if columns
-            else np.zeros((total, 0), np.int32)
-        )
+
+def _columns_named(group: ColumnGroup, names: set[str], before: int) -> tuple[Tensor, Tensor]:
+    """Which category slots and which dense numbers of a group belong to these columns, bool.
+
+    Args:
+        before: dense numbers that stand before the group's own.
+    """
+    slots = [c.name in names for c in group.categorical for _ in range(c.slots)]
+    dense = [name.split("[")[0] in names for name in group.dense_names]
+    return torch.tensor(slots, dtype=torch.bool), torch.tensor([False] * before + dense)
+
+
+def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
+    """Newest events of up to `SAMPLED_REQUESTS` requests, spread evenly: what the training period
+    knows of events.
+    """
+    chosen = np.unique(np.linspace(0, max(requests - 1, 0), SAMPLED_REQUESTS).astype(np.int64))
+    return gather(chosen[:requests], length)
 
 
 class _Padder:
@@ -482,16 +533,3 @@ class _Padder:
         )
         padded.numpy()[self.mask] = flat
         return padded
-
-
-def _floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A number column as float64, NaN where it is null."""
-    return pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(
-        zero_copy_only=False
-    )
-
-
-def _within(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, …, n-1 for each length n, joined."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from feature_repo import schema
 from feature_repo.arrow import arrow_type
+from feature_repo.declarations import lacks, plain, spec_of
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import Contract, DType, lacks, plain, spec_of
+from feature_repo.schema import Contract
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
-from modeling.batch import Encoder, Vocabulary
+from modeling.batch import Encoder
+from modeling.columns import Index, event_key, index_of, stored_type
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.token_identity import token_fingerprint
@@ -130,7 +132,7 @@ def export(
         "tokens": {"version": accepted, "shape": shape, "made_here": tokens is None}
         if accepted
         else None,
-        "label": contract.spec.requests.label,
+        "tasks": list(contract.labels),
         "trained_on": trained_on,
         "data_as_of": data_as_of,
         "metrics": metrics,
@@ -263,30 +265,19 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 def write_vocabularies(encoder: Encoder, path: Path) -> None:
     """Write an encoder's vocabularies as JSON, by column."""
-    path.write_text(
-        json.dumps(
-            {
-                name: vocabulary.values.to_pylist()
-                for name, vocabulary in encoder.vocabularies.items()
-            }
-        )
-    )
+    plain = {name: index.plain() for name, index in encoder.vocabularies.items()}
+    path.write_text(json.dumps(plain))
 
 
-def read_vocabularies(contract: Contract, path: Path) -> dict[str, Vocabulary]:
+def read_vocabularies(contract: Contract, path: Path) -> dict[str, Index]:
     """Vocabularies that `write_vocabularies` wrote."""
-    values: dict[str, list[Any]] = json.loads(path.read_text())
-
-    def element(dtype: DType) -> pa.DataType:
-        return pa.string() if dtype is DType.STRING_LIST else arrow_type(dtype)
-
+    stored: dict[str, Any] = json.loads(path.read_text())
     types = {contract.item.join_key: arrow_type(contract.item.dtype)}
-    types |= {
-        c.name: element(c.dtype)
-        for name in ("user_profile", "item_profile")
-        for c in contract.table(name).columns
-    }
-    return {name: Vocabulary(pa.array(column, types[name])) for name, column in values.items()}
+    columns = (*contract.request_features, *contract.candidate_features)
+    types |= {column.name: stored_type(column) for column in columns}
+    # Events hold codes of their values (`arrow.value_codes`), whatever the type of those.
+    types |= {event_key(column.name): pa.int64() for column in contract.event_features}
+    return {name: index_of(values, types[name]) for name, values in stored.items()}
 
 
 def _sha256(path: Path) -> str:

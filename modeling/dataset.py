@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo import datasets
-from feature_repo.arrow import micros
+from feature_repo.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
 from feature_repo.schema import (
@@ -23,12 +23,14 @@ from feature_repo.schema import (
     Column,
     Contract,
     DType,
+    Examples,
     Table,
 )
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
-from modeling.batch import RequestColumns, Vocabulary
+from modeling.batch import RequestColumns, events_of
+from modeling.columns import Index, Vocabulary, event_key, fitted, floats
 from modeling.errors import DataError
 
 if TYPE_CHECKING:
@@ -168,20 +170,26 @@ class Warehouse:
             version = pa.repeat(pa.scalar(tokens[0]), len(asked))
             asked = asked.append_column(TOKEN_VERSION.join_key, version)
         joined = point_in_time_join(store, service, asked)
-        label = contract.spec.requests.label
-        self._gate(joined.append_column(label, examples[label]), split)
-        return self.assemble(
-            joined, examples["request_id"].combine_chunks(), examples[label].to_numpy(), tokens
-        )
+        shown = {c.name for c in contract.spec.shown_features}
+        for column in (*contract.labels, *(c.name for c in contract.spec.context_features), *shown):
+            # Of impressions nothing is known when somebody asks, so evaluation does without as well.
+            known = split == "train" or column not in shown
+            values = examples[column] if known else pa.nulls(len(examples), examples[column].type)
+            joined = joined.append_column(column, values)
+        self._gate(joined, split)
+        return self.assemble(joined, examples["request_id"].combine_chunks(), tokens)
 
     def assemble(
         self,
         joined: pa.Table,
         request_ids: pa.Array,
-        labels: np.ndarray,
         tokens: tuple[str, tuple[int, int]] | None = None,
     ) -> Split:
-        """Group joined rows by request; rows of a request stand together."""
+        """Group joined rows by request; rows of a request stand together.
+
+        Args:
+            joined: keys and time, labels, context, and features of users, items and impressions.
+        """
         contract, log = self.contract, self.log
         item, user = contract.item.join_key, contract.user.join_key
         joined = joined.combine_chunks()
@@ -216,18 +224,17 @@ class Warehouse:
             def gather_tokens(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 return token_log.gather(token_rows[chosen], tokens[1])
 
-        features = contract.table("item_profile").columns + contract.table("item_stats").columns
+        of_request = (*contract.user_columns, *contract.spec.context_features)
+        of_item = (*contract.item_columns, *contract.spec.shown_features)
         requests = RequestColumns(
             times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
-            user_columns={
-                c.name: joined[c.name].combine_chunks().take(first) for c in contract.user_columns
-            },
+            user_columns={c.name: _stored(joined[c.name], c).take(first) for c in of_request},
             items=items,
             candidate_offsets=offsets,
             candidate_keys=keys,
-            candidate_columns={c.name: joined[c.name].combine_chunks() for c in features},
+            candidate_columns={c.name: _stored(joined[c.name], c) for c in of_item},
             gather=gather,
-            labels=labels,
+            labels=np.stack([floats(joined[name]) for name in contract.labels], axis=1),
             gather_tokens=gather_tokens,
         )
         own = own_frequency(log, rows, ends, offsets, keys)
@@ -246,32 +253,37 @@ class Warehouse:
         )
 
 
+def _stored(column: pa.ChunkedArray, declared: Column) -> pa.Array:
+    """A joined column in one chunk and of the contract's type: a store may widen it on the way."""
+    return column.combine_chunks().cast(arrow_type(declared.dtype))
+
+
 def refuse_without_positives(contract: Contract, name: str, split: Split) -> None:
     """Refuse a period from which nothing can be learned, chosen or measured.
 
     Raises:
         DataError: it has no request with a positive.
     """
-    rules = contract.spec.requests
-    if split.requests.labels is None or not split.requests.labels.any():
-        raise DataError(
-            f"the {name} period has no positive example: move validation_from ({rules.validation_from}) or "
-            f"test_from ({rules.test_from}) in the dataset module to where the data is"
-        )
+    rules, labels = contract.spec.requests, split.requests.labels
+    for number, task in enumerate(contract.spec.tasks):
+        ranked = contract.spec.weights.get(task.name, 0) > 0
+        if ranked and (labels is None or not (labels[:, number] == 1).any()):
+            raise DataError(
+                f"the {name} period has no positive example of {task.name}: move validation_from ({rules.validation_from}) or "
+                f"test_from ({rules.test_from}) in the dataset module to where the data is"
+            )
 
 
 def training_set_table(contract: Contract) -> Table:
-    """The contract of a joined training set: keys, label and features, where a missing value is one
+    """The contract of a joined training set: keys, labels and features, where a missing value is one
     that is not yet known.
     """
-    label = contract.table("training_examples").column(contract.spec.requests.label)
-    joined: list[Column] = [contract.user.column, contract.item.column, label]
-    for name in ("user_profile", "user_stats", "item_profile", "item_stats"):
-        joined += [
-            replace(c, nullable=True)
-            for c in contract.table(name).columns
-            if c.dtype not in (DType.BYTES, DType.STRING_LIST)
-        ]
+    examples = contract.table("training_examples")
+    joined: list[Column] = [contract.user.column, contract.item.column]
+    joined += [examples.column(name) for name in contract.labels]
+    features = (*contract.user_columns, *contract.item_columns, *contract.spec.context_features)
+    lists = (DType.BYTES, DType.STRING_LIST, DType.FLOAT32_LIST)
+    joined += [replace(c, nullable=True) for c in features if c.dtype not in lists]
     return Table("training_set", "Examples joined point-in-time to their features.", tuple(joined))
 
 
@@ -358,24 +370,30 @@ def _count_below(
     return left - low
 
 
-def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Vocabulary]:
-    """Vocabularies of every column that a ranker embeds, from the training period alone."""
-    requests = train.requests
+def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Index]:
+    """Vocabularies and quantiles of every column that a ranker looks up, from the training period
+    alone.
+    """
+    requests, rules = train.requests, contract.spec.requests
     labels = requests.labels
     assert labels is not None
-    bought = (
-        requests.candidate_keys[labels > 0]
-        if contract.spec.requests.train_negatives_per_positive
-        else requests.candidate_keys
-    )
-    found: dict[str, Vocabulary] = {
-        contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(bought)), min_item_count)
+    # Drawn negatives say nothing of which items there is enough to learn about.
+    drawn = rules.examples is Examples.ACTIONS
+    keys = requests.candidate_keys
+    told = keys[(labels == 1).any(axis=1)] if drawn else keys
+    found: dict[str, Index] = {
+        contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(told)), min_item_count)
     }
-    for name in contract.spec.ranking_user_features:
-        found[name] = Vocabulary.of(requests.user_columns[name])
-    for name in contract.spec.ranking_item_features:
-        column: Any = requests.candidate_columns[name]
-        found[name] = Vocabulary.of(
-            pc.list_flatten(column) if pa.types.is_list(column.type) else column
-        )
+    for columns, values in (
+        (contract.request_features, requests.user_columns),
+        (contract.candidate_features, requests.candidate_columns),
+    ):
+        found |= {c.name: fitted(c, values[c.name]) for c in columns if c.is_categorical}
+    categorical = [c for c in contract.event_features if c.is_categorical]
+    if categorical:
+        events = events_of(requests.gather, len(requests), contract.spec.num_history_online)
+        for column in categorical:
+            codes = events.columns[column.name].ravel()
+            known = codes if column.buckets else codes[codes != NO_VALUE]
+            found[event_key(column.name)] = fitted(column, pa.array(known))
     return found

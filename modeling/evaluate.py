@@ -14,18 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.history import Histories
-from feature_repo.schema import Contract
+from feature_repo.schema import Contract, DatasetSpec, Task
 from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
 from modeling.errors import NotTrainedError
-from modeling.metrics import PROBABILITY, RANKING, Estimate, evaluate, ndcg_at
+from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
+from modeling.tasks import ranking_logits, sigmoid
 from modeling.trainer import predict
 
 MODEL = "model"
 EMPTY = "same network, empty history"
 FREQUENCY = "own frequency"
 POPULARITY = "popularity to date"
+RANDOM = "random"
+AS_RANKED = "model, as ranked"  # where several tasks make the score
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
@@ -48,56 +51,101 @@ class UnknownFirst:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of the model and the baselines, the figures behind the report's pictures, and what
-    unknown items do.
+    """Metrics of the model and the baselines for each task, the figures behind the report's
+    pictures (of the primary task), and what unknown items do.
     """
 
-    metrics: dict[str, dict[str, Estimate]]
+    tasks: dict[str, dict[str, dict[str, Estimate]]]
+    primary: str
     figures: dict[str, Any]
     counts: dict[str, int]
     unknown: UnknownFirst
 
+    @property
+    def metrics(self) -> dict[str, dict[str, Estimate]]:
+        """Of the primary task."""
+        return self.tasks[self.primary]
+
+
+def primary_task(spec: DatasetSpec) -> str:
+    """The task that weighs most in what is ranked by; of like ones the first."""
+    return max(spec.weights.items(), key=lambda named: named[1])[0]
+
 
 def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
-    """Everything that is measured of a model on the test period.
+    """Everything that is measured of a model on the test period, task by task.
+
+    Each task's scores are its own logits, on the candidates of which it is defined; where there are
+    several tasks, what requests are ranked by is measured beside them.
 
     Raises:
         ScoresError: the model gives NaN.
     """
-    requests = test.requests
+    requests, spec = test.requests, encoder.contract.spec
     encoded = encoder.featurise(requests)
     logits = predict(model, encoder, encoded)
+    ranked = ranking_logits(spec, logits)
     empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
-    popularity = (
-        pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy().astype(np.float64)
-    )
-    scorings = {
-        MODEL: (logits, _sigmoid(logits)),
-        EMPTY: (empty, _sigmoid(empty)),
-        FREQUENCY: (test.purchases_of_candidate.astype(np.float64), None),
-        POPULARITY: (popularity, None),
+    popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy()
+    baselines = {
+        FREQUENCY: test.purchases_of_candidate.astype(np.float64),
+        POPULARITY: popularity.astype(np.float64),
+        RANDOM: np.random.default_rng(0).random(len(popularity)),
     }
-    labels, offsets = encoded.labels, encoded.candidate_offsets
-    found = {
-        name: evaluate(labels, scores, offsets, users, probability)
-        for name, (scores, probability) in scorings.items()
-    }
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for number, task in enumerate(spec.tasks):
+        rows = {
+            MODEL: measure(encoded, users, logits[:, number], number),
+            EMPTY: measure(encoded, users, empty[:, number], number),
+        }
+        if len(spec.tasks) > 1:
+            rows[AS_RANKED] = measure(encoded, users, ranked, number, calibrated=False)
+        for name, scores in baselines.items():
+            rows[name] = measure(encoded, users, scores, number, calibrated=False)
+        found[task.name] = rows
+    primary = primary_task(spec)
     counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
     return Evaluation(
         found,
-        picture_figures(encoded, logits, test.history_lengths),
+        primary,
+        picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths),
         counts,
-        unknown_first(model, encoder, encoded, logits),
+        unknown_first(model, encoder, encoded, ranked),
     )
+
+
+def measure(
+    encoded: Encoded, users: np.ndarray, scores: np.ndarray, task: int, *, calibrated: bool = True
+) -> dict[str, Estimate]:
+    """Metrics of one task on the candidates of which it is defined; all undefined where it is of
+    none.
+
+    Args:
+        users: number of each request's user.
+        scores: of all candidates; logits where `calibrated`.
+    """
+    known = defined(encoded.labels[:, task], encoded.candidate_offsets)
+    if not len(known.rows):
+        names = (*RANKING, *(PROBABILITY if calibrated else ()))
+        return {name: Estimate(math.nan, math.nan, math.nan) for name in names}
+    own = scores[known.rows]
+    _, numbered = np.unique(users[known.requests], return_inverse=True)
+    probability = sigmoid(own) if calibrated else None
+    return evaluate(known.labels, own, known.offsets, numbered, probability)
 
 
 def unknown_first(
     model: Ranker, encoder: Encoder, encoded: Encoded, logits: np.ndarray
 ) -> UnknownFirst:
-    """Score one unknown item for each request, and see where it would stand."""
+    """Score one unknown item for each request, and see where it would stand.
+
+    Args:
+        logits: of all candidates, as they are ranked.
+    """
     sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
-    unknown = predict(model, encoder, encoder.unknown_candidates(encoded))
+    scored = predict(model, encoder, encoder.unknown_candidates(encoded))
+    unknown = ranking_logits(encoder.contract.spec, scored)
     best = np.maximum.reduceat(logits, offsets[:-1])
     below = (
         np.add.reduceat((logits < np.repeat(unknown, sizes)).astype(np.float64), offsets[:-1])
@@ -140,12 +188,19 @@ def without_history(requests: RequestColumns, contract: Contract) -> RequestColu
 
 
 def picture_figures(
-    encoded: Encoded, logits: np.ndarray, history_lengths: np.ndarray
+    encoded: Encoded,
+    logits_NT: np.ndarray,
+    tasks: tuple[Task, ...],
+    primary: str,
+    history_lengths: np.ndarray,
 ) -> dict[str, Any]:
-    """Numbers for calibration, NDCG@10 by history length and the score histogram."""
-    probability, labels = _sigmoid(logits), encoded.labels
+    """Numbers for calibration, NDCG@10 by history length and the score histogram, of one task."""
+    number = [task.name for task in tasks].index(primary)
+    known = defined(encoded.labels[:, number], encoded.candidate_offsets)
+    logits, labels = logits_NT[known.rows, number], known.labels
+    history_lengths, probability = history_lengths[known.requests], sigmoid(logits)
     order = np.array_split(np.argsort(probability, kind="stable"), 20)
-    ndcg = ndcg_at(labels, logits, encoded.candidate_offsets)
+    ndcg = ndcg_at(labels, logits, known.offsets)
     by_length = []
     for low, high in itertools.pairwise(HISTORY_BINS):
         inside = (history_lengths >= low) & (history_lengths < high) & ~np.isnan(ndcg)
@@ -172,18 +227,15 @@ def picture_figures(
 
 
 def write(folder: Path, identity: str, found: Evaluation) -> None:
-    """Write `evaluation.json` in the run's folder; what is undefined is left out there."""
-    metrics = {
-        name: {
-            metric: asdict(estimate)
-            for metric, estimate in row.items()
-            if not math.isnan(estimate.value)
-        }
-        for name, row in found.metrics.items()
-    }
+    """Write `evaluation.json` in the run's folder; what is undefined is null there."""
     content = {
         "identity": identity,
-        "metrics": metrics,
+        "metrics": {name: plain_metrics(row) for name, row in found.metrics.items()},
+        "primary": found.primary,
+        "tasks": {
+            task: {name: plain_metrics(row) for name, row in rows.items()}
+            for task, rows in found.tasks.items()
+        },
         "figures": found.figures,
         "counts": found.counts,
         "unknown": asdict(found.unknown),
@@ -191,6 +243,14 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
     draft = folder / ".evaluation.draft"
     draft.write_text(json.dumps(content, indent=1, allow_nan=False))
     draft.replace(folder / "evaluation.json")
+
+
+def plain_metrics(row: dict[str, Estimate]) -> dict[str, dict[str, float] | None]:
+    """Metrics as JSON holds them: null where one is undefined."""
+    return {
+        name: None if math.isnan(estimate.value) else asdict(estimate)
+        for name, estimate in row.items()
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -222,24 +282,28 @@ def metric_rows(metrics: dict[str, dict[str, dict[str, float]]]) -> list[list[st
     return rows
 
 
+def undefined(metrics: dict[str, dict[str, Any]]) -> str:
+    """Which metrics of the model are undefined, in a line; empty where all are numbers."""
+    names = [name for name, value in metrics[MODEL].items() if value is None]
+    if not names:
+        return ""
+    return f"{', '.join(names)}: undefined, for all labels of the period are alike"
+
+
 def unbeaten(
     metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")
 ) -> list[str]:
     """Baselines whose interval overlaps the model's, or lies above it."""
-    model = {name: Estimate(**metrics[MODEL][name]) for name in names if name in metrics[MODEL]}
+    model = {name: Estimate(**metrics[MODEL][name]) for name in names if metrics[MODEL].get(name)}
     return [
         f"{scoring} on {name}"
         for scoring in metrics
-        if scoring != MODEL
+        if scoring not in (MODEL, AS_RANKED)
         for name in model
-        if name in metrics[scoring] and not model[name].beats(Estimate(**metrics[scoring][name]))
+        if metrics[scoring].get(name) and not model[name].beats(Estimate(**metrics[scoring][name]))
     ]
 
 
 def contract_line(contract: Contract, counts: dict[str, int]) -> str:
     """What was evaluated, in a line."""
     return f"{contract.spec.title}, requests from {contract.spec.requests.test_from[:10]}: {counts['requests']:,} requests, {counts['candidates']:,} candidates"
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))

@@ -66,6 +66,44 @@ def reciprocal_rank(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray)
     return np.where(np.isfinite(best), 1 / (best + 1), np.nan)
 
 
+@dataclass(frozen=True)
+class Defined:
+    """Candidates of which a label is defined, and the requests that have some.
+
+    Args:
+        rows: places of the candidates among all.
+        labels: of them.
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])` of those.
+        requests: which of all requests they are.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    requests: np.ndarray
+
+
+def defined(labels: np.ndarray, offsets: np.ndarray) -> Defined:
+    """Leave out candidates whose label is undefined (NaN), and requests without another."""
+    known = ~np.isnan(labels)
+    counts = np.diff(np.r_[0, np.cumsum(known)][offsets])
+    requests = np.flatnonzero(counts)
+    rows = np.flatnonzero(known)
+    return Defined(rows, labels[rows], np.r_[0, np.cumsum(counts[requests])], requests)
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean negative log likelihood; probabilities are kept away from 0 and 1 by 1e-7."""
+    clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    return float(-(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean())
+
+
+def mean_ndcg(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> float:
+    """NDCG@10 over requests with a positive; NaN where none has one."""
+    found = ndcg_at(labels, scores, offsets)
+    return float(np.nanmean(found)) if not np.isnan(found).all() else float("nan")
+
+
 def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Area under the ROC curve, weighted, ties as half; NaN with one kind of label."""
     order = np.argsort(scores, kind="stable")

@@ -43,7 +43,7 @@ class Planted:
     @property
     def sizes(self) -> FeatureSizes:
         """Items and nothing else."""
-        return FeatureSizes(self.items, 1, 0, (), (), (), 0, self.events)
+        return FeatureSizes(self.items, 1, self.events)
 
     @property
     def attainable_auc(self) -> float:

@@ -21,12 +21,13 @@ from feature_repo.catalogue import Catalogue
 from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
-from modeling import metrics, models, recipes
+from modeling import models, recipes
 from modeling.batch import Encoded, Encoder
 from modeling.comparison import by_recipe, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
 from modeling.errors import RecipeError
+from modeling.evaluate import measure, plain_metrics, primary_task
 from modeling.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
@@ -123,7 +124,7 @@ def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
     """A fresh model of the recipe; its seed decides the weights."""
     torch.manual_seed(recipe.training.seed)
     model = models.build(recipe.model, recipe.config, encoder.sizes)
-    model.fit_statistics(torch.from_numpy(train.candidate_dense), torch.from_numpy(train.dense_BG))
+    model.fit_statistics(encoder.training_sample(train))
     return model
 
 
@@ -187,8 +188,11 @@ def _train_and_evaluate(
     summary = trainer.fit(train, validation)
     logits = predict(cast(Ranker, trainer.load_best()), encoder, test)
     users = encodings.periods.test.users.dictionary_encode().indices.to_numpy()
-    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    found = metrics.evaluate(test.labels, logits, test.candidate_offsets, users, probability)
+    by_task = {
+        task.name: measure(test, users, logits[:, number], number)
+        for number, task in enumerate(encoder.contract.spec.tasks)
+    }
+    found = by_task[primary_task(encoder.contract.spec)]
     result = {
         "identity": identity,
         "recipe": recipe.name,
@@ -196,7 +200,8 @@ def _train_and_evaluate(
         "parameters": sum(p.numel() for p in model.parameters()),
         "dense_parameters": dense_parameters(model),
         "summary": summary,
-        "test": {name: asdict(estimate) for name, estimate in found.items()},
+        "test": plain_metrics(found),
+        "tasks": {name: plain_metrics(row) for name, row in by_task.items()},
     }
     draft = folder / ".result.draft"
     draft.write_text(json.dumps(result, indent=1))

@@ -46,7 +46,7 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     length = question["length"]
     model = models.build(
-        question["model"], question["config"], FeatureSizes(1000, 1, 0, (), (), (), 0, length)
+        question["model"], question["config"], FeatureSizes(1000, 1, length)
     ).train()
     assert isinstance(model, SequenceRanker)
     items = torch.randint(1, 1000, (length,))

@@ -101,7 +101,7 @@ class Sequences:
 
     def sizes(self, history_length: int) -> FeatureSizes:
         """What a model must be built for."""
-        return FeatureSizes(self.num_items + 1, 1, 0, (), (), (), 0, history_length)
+        return FeatureSizes(self.num_items + 1, 1, history_length)
 
     @property
     def evaluated(self) -> np.ndarray:

@@ -33,7 +33,8 @@ def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
         "contract": encoder.contract.fingerprint,
         "config": {name: getattr(vista.config, name) for name in names},
         "history_length": None if vista.config.causal else encoder.history_length,
-        "items": encoder.vocabularies[encoder.item_key].values.to_pylist(),
+        "items": encoder.items.plain(),
+        "events": {name: index.plain() for name, index in encoder.event.indices.items()},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name, weight in sorted(vista.stage_1().items()):

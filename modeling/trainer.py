@@ -31,9 +31,10 @@ from feature_repo.tables import locked
 from modeling.batch import Batch, Encoded, Encoder
 from modeling.console import console
 from modeling.errors import RunError
-from modeling.metrics import ndcg_at
+from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
+from modeling.tasks import sigmoid, weighted
 
 UnpicklingError: type[Exception] = vars(torch.serialization)[
     "pickle"
@@ -74,12 +75,24 @@ def locked_run(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def masked_bce(logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor) -> Tensor:
-    """Mean binary cross-entropy over real candidates: the same as one row for each candidate,
-    averaged.
+def masked_bce(
+    logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor, weights_T: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy summed over the tasks that a candidate defines, averaged over real
+    candidates and tasks: the same as one row for each candidate.
+
+    A label that is undefined (NaN) adds nothing, so that the sum is the logarithm of what was seen:
+    clicks of all, purchases of what was clicked.
+
+    Args:
+        weights_T: of the tasks; default: all alike.
     """
-    loss = binary_cross_entropy_with_logits(logits_BCT, labels_BCT, reduction="none")
-    return (loss * mask_BC[..., None]).sum() / (mask_BC.sum() * loss.shape[-1])
+    defined = ~labels_BCT.isnan() & mask_BC[..., None]
+    loss = binary_cross_entropy_with_logits(
+        logits_BCT, labels_BCT.nan_to_num(0.0), reduction="none"
+    )
+    weights = loss.new_ones(loss.shape[-1]) if weights_T is None else weights_T
+    return (loss * defined * weights).sum() / (mask_BC.sum() * weights.sum())
 
 
 def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[np.ndarray]:
@@ -114,8 +127,8 @@ def predict(
     max_requests: int = 64,
     max_candidates: int = 16_384,
 ) -> np.ndarray:
-    """Logits of every candidate, in the order of `encoded`."""
-    logits = np.zeros(len(encoded.candidate_item), np.float32)
+    """Logits of every candidate and task, N × T, in the order of `encoded`."""
+    logits = np.zeros((len(encoded.candidate_item), model.sizes.tasks), np.float32)
     sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
     order = np.argsort(sizes, kind="stable")
     device = next(model.parameters()).device
@@ -132,7 +145,7 @@ def predict(
                 stop += 1
             chosen = order[start:stop]
             batch = encoder.collate(encoded, chosen).to(device)
-            scored = model(batch)[..., 0][batch.candidates.mask_BC].cpu().numpy()
+            scored = model(batch)[batch.candidates.mask_BC].cpu().numpy()
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             logits[at] = scored
             start = stop
@@ -277,7 +290,10 @@ class Loop(ABC):
             ndcg = figures["ndcg@10"]
             self._log(
                 {"kind": "epoch", "epoch": self.epoch, "step": self.step}
-                | {f"validation_{name}": value for name, value in figures.items()}
+                | {
+                    f"validation_{name}": None if math.isnan(value) else value
+                    for name, value in figures.items()
+                }
             )
             self.curve.append([self.cpu_seconds, ndcg])
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -430,28 +446,33 @@ class Trainer(Loop):
     def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
         """Binary cross-entropy over the candidates of the chosen requests, in one part."""
         batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
+        # Of the step, so that a resumed run draws alike.
+        rng = np.random.default_rng([self.training.seed, self.step])
         if self.hidden:
-            rng = np.random.default_rng(
-                [self.training.seed, self.step]
-            )  # of the step, so that a resumed run draws alike
             batch = self.encoder.hide(batch, self.hidden, rng)
+        batch = self.encoder.forget(batch, rng)
         logits, further = cast(Ranker, self.model).training_forward(batch)
-        loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC)
+        weights = logits.new_tensor([task.weight for task in self.encoder.contract.spec.tasks])
+        loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC, weights)
         loss = loss if further is None else loss + further
         yield loss, int(batch.candidates.mask_BC.sum())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Log loss and NDCG@10 of the validation period."""
-        labels = self.validation.labels
+        """Log loss and NDCG@10 of the validation period: of each task where there are several, and
+        over all of them under the weights that requests are ranked by.
+        """
         logits = predict(cast(Ranker, model), self.encoder, self.validation)
-        probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        clipped = np.clip(probability, 1e-7, 1 - 1e-7)
-        return {
-            "loss": float(-(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean()),
-            "ndcg@10": float(
-                np.nanmean(ndcg_at(labels, logits, self.validation.candidate_offsets))
-            ),
-        }
+        spec = self.encoder.contract.spec
+        found: dict[str, float] = {}
+        losses, rankings = [], []
+        for number, task in enumerate(spec.tasks):
+            scored = defined(self.validation.labels[:, number], self.validation.candidate_offsets)
+            labels, own = scored.labels, logits[scored.rows, number]
+            losses.append(log_loss(labels, sigmoid(own)) if len(labels) else math.nan)
+            rankings.append(mean_ndcg(labels, own, scored.offsets))
+            if len(spec.tasks) > 1:
+                found |= {f"loss {task.name}": losses[-1], f"ndcg@10 {task.name}": rankings[-1]}
+        return {"loss": weighted(spec, losses), "ndcg@10": weighted(spec, rankings), **found}
 
 
 def _schedule(step: int, total: int, warmup: int, final: float) -> float:

@@ -14,6 +14,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from feature_repo.schema import Contract
 from serving.errors import BodyTooLargeError, NotReadyError, ServingError, UnsupportedMediaError
 from serving.messages import MAX_BODY_BYTES, ErrorBody, decode_request, schemas
 from serving.ranker import RankService
@@ -115,7 +116,8 @@ def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYT
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(encode(openapi_document()), media_type=JSON)
+        contract = None if ranker is None else ranker.contract
+        return Response(encode(openapi_document(contract)), media_type=JSON)
 
     return app
 
@@ -156,8 +158,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def openapi_document() -> dict[str, Any]:
-    """OpenAPI 3.1, derived from the messages."""
+def openapi_document(contract: Contract | None) -> dict[str, Any]:
+    """OpenAPI 3.1, derived from the messages and the dataset's context features."""
 
     def reply(description: str, schema: str) -> dict[str, Any]:
         return {
@@ -200,5 +202,5 @@ def openapi_document() -> dict[str, Any]:
             "description": "Ranks candidates with a user's whole history in view.",
         },
         "paths": {"/v1/rank": {"post": post}, **plain},
-        "components": {"schemas": schemas()},
+        "components": {"schemas": schemas(contract)},
     }

@@ -51,7 +51,7 @@ def open_ranker(
     reader = FeastReader(
         open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens
     )
-    known = bundle.encoder.vocabularies[contract.item.join_key].values.to_pylist()
+    known = bundle.encoder.items.values.to_pylist()
     items = ItemTable(reader, contract, known, item_refresh_s)
     ranker = RankService(
         bundle,

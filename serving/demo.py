@@ -29,7 +29,7 @@ from feature_repo import datasets
 from feature_repo.arrow import EPOCH, micros, micros_iso
 from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import from_bytes
-from feature_repo.history import HistoryLog, newest_rows
+from feature_repo.history import HistoryLog, newest_rows, unpack
 from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Contract
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
@@ -72,19 +72,9 @@ def run_demo() -> int:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in (
-        "",
-        "item",
-        contract.spec.item_title,
-        contract.spec.stat_value.replace("_", " "),
-        "score",
-    ):
-        ranked.add_column(
-            heading,
-            justify="right"
-            if heading in ("", "score", contract.spec.stat_value.replace("_", " "))
-            else "left",
-        )
+    value, title_of = contract.spec.stat_value.replace("_", " "), contract.spec.item_title
+    for heading in ("", "item", title_of, value, "score"):
+        ranked.add_column(heading, justify="left" if heading in ("item", title_of) else "right")
     for place, (item_id, score) in enumerate(
         zip(answer["item_ids"], answer["scores"], strict=True), 1
     ):
@@ -97,7 +87,7 @@ def run_demo() -> int:
             f"{score:.3f}",
         )
     history = RichTable(title="recently", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("day", "action", contract.spec.item_title):
+    for heading in ("day", "action", title_of or "item"):
         history.add_column(heading)
     for day, action, item_id in recent:
         history.add_row(
@@ -178,14 +168,17 @@ def one_more(
     whole = {**body, "k": None, "context": {"request_timestamp": micros_iso(as_of + 1_000_000)}}
     before = post(address, whole)
     item = before["item_ids"][len(before["item_ids"]) // 2]
+    stored = memory.read(user)
+    # What an event carries beside the item is as at the user's last one.
+    last = unpack(contract, user, stored["user_history"]["history"]).slice(-1).to_pylist()
     event = {
-        **{c.name: c.minimum or 1 for c in contract.spec.event_features},
-        contract.spec.stat_value: titles[item][1] or 1,
+        **last[0],
         contract.item.join_key: item,
         "action": 0,
         EVENT_TIMESTAMP: EPOCH + timedelta(microseconds=as_of),
     }
-    stored = memory.read(user)
+    if contract.spec.stat_value and titles[item][1]:
+        event[contract.spec.stat_value] = titles[item][1]
     ((tokens, state),) = online.read(version, [user]) if version else ((None, None),)
     started = time.perf_counter()
     try:
@@ -347,12 +340,14 @@ def popular_items(
     item = contract.item.join_key
     stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats"), item)
     profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
-    joined = stats.join(
-        profile.select([item, contract.spec.item_title]), item, join_type="left outer"
-    )
+    spec = contract.spec
+    titled = [spec.item_title] if spec.item_title else []
+    joined = stats.join(profile.select([item, *titled]), item, join_type="left outer")
     joined = joined.sort_by([("count_14d", "descending"), (item, "ascending")])
-    ids, titles = joined[item].to_pylist(), joined[contract.spec.item_title].to_pylist()
-    values = joined[f"mean_{contract.spec.stat_value}"].to_pylist()
+    ids = joined[item].to_pylist()
+    titles = joined[spec.item_title].to_pylist() if spec.item_title else [None] * len(ids)
+    value = f"mean_{spec.stat_value}"
+    values = joined[value].to_pylist() if spec.stat_value else [None] * len(ids)
     unseen = [item_id for item_id in ids if item_id not in seen]
     return unseen[:NUM_CANDIDATES], {
         i: (title, value) for i, title, value in zip(ids, titles, values, strict=True)

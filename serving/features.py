@@ -167,7 +167,7 @@ def item_columns(contract: Contract) -> list[tuple[str, Column]]:
     """Every item feature with its view."""
     return [
         (view, column)
-        for view in ("item_profile", "item_stats")
+        for view in ("item_profile", "item_stats", *contract.views_of("item"))
         for column in contract.table(view).columns
     ]
 

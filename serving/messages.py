@@ -5,17 +5,19 @@ a body.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from feature_repo.schema import MAX_ID_BYTES, Contract, DType
+from feature_repo.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, Column, Contract, DType
 from serving.degraded import Degraded
 from serving.errors import BadRequestError, InvalidRequestError
 
 MAX_CANDIDATES = 5_000
 MAX_BODY_BYTES = 1 << 20
+MAX_LIST = 1_000  # values of a bag in a request's context
 INT64 = range(-(2**63), 2**63)
 EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
 
@@ -23,7 +25,7 @@ Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)]
 
 
 class RankContext(Struct, forbid_unknown_fields=True):
-    """Circumstances of a request."""
+    """Circumstances of a request; a dataset's own context features stand beside the time."""
 
     request_timestamp: datetime | None = None  # when the user asks; the server's clock unless given
 
@@ -35,6 +37,7 @@ class RankRequest(Struct, forbid_unknown_fields=True):
     candidates: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
     k: Annotated[int, Meta(ge=1)] | None = None  # how many of the best to return; all unless given
     context: RankContext | None = None
+    probabilities: bool = False  # whether to name each task's probability
 
 
 class Timings(Struct):
@@ -49,7 +52,8 @@ class Timings(Struct):
 
 
 class RankResponse(Struct):
-    """Candidates, best first. `scores` are probabilities of the bundle's label.
+    """Candidates, best first. `scores` are what they are ranked by: the mean of the tasks'
+    probabilities under the dataset's weights. `probabilities` are each task's, where asked for.
 
     `degraded` names what the answer had to do without, and is empty when nothing was missing.
     """
@@ -61,6 +65,7 @@ class RankResponse(Struct):
     degraded: list[Degraded]
     unknown_items: list[int | str]
     timings_ms: Timings
+    probabilities: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
 
 
 class ErrorBody(Struct):
@@ -70,7 +75,56 @@ class ErrorBody(Struct):
     message: str
 
 
-_decoder = msgspec.json.Decoder(RankRequest)
+@cache
+def request_type(fields: tuple[Column, ...]) -> type[RankRequest]:
+    """`RankRequest` with the context features of a dataset.
+
+    Args:
+        fields: the context features.
+    """
+    if not fields:
+        return RankRequest
+    own = [(column.name, _wire_type(column) | None, None) for column in fields]
+    context = msgspec.defstruct(
+        "RankContext", own, bases=(RankContext,), forbid_unknown_fields=True
+    )
+    context.__doc__ = RankContext.__doc__
+    made: Any = msgspec.defstruct(
+        "RankRequest",
+        [("context", context | None, None)],
+        bases=(RankRequest,),
+        forbid_unknown_fields=True,
+    )
+    made.__doc__ = RankRequest.__doc__
+    return cast(type[RankRequest], made)
+
+
+def _wire_type(column: Column) -> Any:
+    """How JSON writes a column: its type, with the column's limits."""
+    doc = Meta(description=column.doc) if column.doc else Meta()
+    if column.values is not None:
+        return Annotated[Literal[column.values], doc]
+    if column.dtype is DType.STRING:
+        return Annotated[str, Meta(max_length=MAX_TEXT_BYTES), doc]
+    if column.dtype is DType.TIMESTAMP:
+        return Annotated[datetime, Meta(tz=True), doc]
+    if column.dtype is DType.STRING_LIST:
+        return Annotated[list[str], Meta(max_length=MAX_LIST), doc]
+    if column.dtype is DType.FLOAT32_LIST:
+        length = column.max_length
+        return Annotated[list[float], Meta(min_length=length, max_length=length), doc]
+    low, high = column.bounds
+    kind = float if column.dtype is DType.FLOAT32 else int
+    if kind is int:
+        bits = {DType.INT8: 8, DType.INT32: 32, DType.INT64: 64}[column.dtype]
+        low = max(-(2 ** (bits - 1)), -(2**63) if low is None else int(low))
+        high = min(2 ** (bits - 1) - 1, 2**63 - 1 if high is None else int(high))
+    return Annotated[kind, Meta(ge=low, le=high), doc]
+
+
+@cache
+def _decoder(fields: tuple[Column, ...]) -> msgspec.json.Decoder[RankRequest]:
+    return msgspec.json.Decoder(request_type(fields))
 
 
 def decode_request(body: bytes, contract: Contract) -> RankRequest:
@@ -79,10 +133,10 @@ def decode_request(body: bytes, contract: Contract) -> RankRequest:
     Raises:
         BadRequestError: no JSON.
         InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the
-            wrong kind.
+            wrong kind, context that its columns do not allow.
     """
     try:
-        request = _decoder.decode(body)
+        request = _decoder(contract.spec.context_features).decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -123,10 +177,11 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
         raise InvalidRequestError(f"{name} is beyond 64 bits: {value}")
 
 
-def schemas() -> dict[str, Any]:
+def schemas(contract: Contract | None) -> dict[str, Any]:
     """JSON schemas of all messages, for OpenAPI."""
+    fields = () if contract is None else contract.spec.context_features
     _, components = msgspec.json.schema_components(
-        (RankRequest, RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
+        (request_type(fields), RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
     )
     components["Degraded"]["description"] = "; ".join(
         f"`{reason}`: {reason.meaning}" for reason in Degraded

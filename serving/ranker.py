@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from msgspec import UNSET, UnsetType
 
 from feature_repo.arrow import EPOCH, arrow_type
-from feature_repo.history import Histories, from_batches
+from feature_repo.history import Histories, from_batches, mean_names, primary_values
 from feature_repo.schema import Contract
 from modeling.batch import GatherTokens, RequestColumns
 from modeling.bundle import Bundle
+from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
 from serving.features import Id, ItemTable, Reader, UserRow
-from serving.messages import RankRequest, RankResponse, Timings
+from serving.messages import RankContext, RankRequest, RankResponse, Timings
 
 LOGIT_DIGITS = 5
 logger = logging.getLogger(__name__)
@@ -85,20 +87,25 @@ class RankService:
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
-        logits = self._score(user, request.candidates, items.columns, at, clock)
-        order = np.argsort(-np.round(logits.astype(np.float64), LOGIT_DIGITS), kind="stable")[
-            : request.k
-        ]
-        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        context = context_columns(self.contract, request.context)
+        logits = self._score(user, request.candidates, items.columns, context, at, clock)
+        ranked = ranking_logits(self.contract.spec, logits)
+        order = np.argsort(-np.round(ranked, LOGIT_DIGITS), kind="stable")[: request.k]
+        each: dict[str, list[float]] | UnsetType = UNSET
+        if request.probabilities:
+            by_task = probabilities(self.contract.spec, logits)[order]
+            named = zip(self.contract.labels, by_task.T, strict=True)
+            each = {name: values.tolist() for name, values in named}
         clock.lap("sort")
         return RankResponse(
             item_ids=[request.candidates[i] for i in order],
-            scores=probabilities[order].tolist(),
+            scores=sigmoid(ranked)[order].tolist(),
             bundle=self.bundle.name,
             tokens=None if user.tokens is None else user.tokens.fingerprint,
             degraded=[*degraded, *([Degraded.UNKNOWN_ITEMS] if items.unknown else [])],
             unknown_items=items.unknown,
             timings_ms=Timings(**clock.laps),
+            probabilities=each,
         )
 
     def warm_up(self) -> None:
@@ -106,15 +113,24 @@ class RankService:
         first use.
         """
         empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
-        ids = list(
-            self.bundle.encoder.vocabularies[self.contract.item.join_key].values[:16].to_pylist()
-        )
-        self._score(empty, ids, self.items.take(ids).columns, datetime.now(UTC), _Clock(None))
+        ids = list(self.bundle.encoder.items.values[:16].to_pylist())
+        columns, context = self.items.take(ids).columns, context_columns(self.contract, None)
+        self._score(empty, ids, columns, context, datetime.now(UTC), _Clock(None))
 
     def requests_of(
-        self, user: UserRow, candidates: Sequence[Id], columns: dict[str, pa.Array], at: datetime
+        self,
+        user: UserRow,
+        candidates: Sequence[Id],
+        columns: dict[str, pa.Array],
+        at: datetime,
+        context: dict[str, pa.Array] | None = None,
     ) -> RequestColumns:
-        """This one request in the shape that training encodes."""
+        """This one request in the shape that training encodes.
+
+        Args:
+            columns: features of the candidates.
+            context: what the caller says of the circumstances; default: nothing.
+        """
         ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
         micros = (at - EPOCH) // timedelta(microseconds=1)
         history, known = user.history, user.columns
@@ -136,13 +152,19 @@ class RankService:
             c.name: pa.array([known[c.name]], arrow_type(c.dtype))
             for c in self.contract.user_columns
         }
+        user_columns |= context_columns(self.contract, None) if context is None else context
+        # Nothing is known of impressions that are yet to come.
+        shown = {
+            c.name: pa.nulls(len(ids), arrow_type(c.dtype))
+            for c in self.contract.spec.shown_features
+        }
         return RequestColumns(
             times=np.array([micros]),
             user_columns=user_columns,
             items=item_ids.take(pa.array(first_of_key)),
             candidate_offsets=np.array([0, len(ids)]),
             candidate_keys=keys,
-            candidate_columns=columns,
+            candidate_columns={**columns, **shown},
             gather=gather,
             gather_tokens=self._tokens_of(user),
         )
@@ -183,16 +205,18 @@ class RankService:
         user: UserRow,
         candidates: Sequence[Id],
         columns: dict[str, pa.Array],
+        context: dict[str, pa.Array],
         at: datetime,
         clock: _Clock,
     ) -> np.ndarray:
+        """Logits, candidates × tasks."""
         encoder, model = self.bundle.encoder, self.bundle.model
-        encoded = encoder.featurise(self.requests_of(user, candidates, columns, at))
+        encoded = encoder.featurise(self.requests_of(user, candidates, columns, at, context))
         batch = encoder.collate(encoded, np.array([0]))
         with self._model_lock, torch.inference_mode():
             state = model.encode_user(batch.user)
             clock.lap("encode_user")
-            logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0, :, 0].numpy()
+            logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
         clock.lap("score")
         return logits
 
@@ -220,21 +244,31 @@ def _stats_before(
     later = history.slice(kept)
     if not later.num_rows or stats["history_end"] is None:
         return {}
-    value = contract.spec.stat_value
-    mean = f"user_mean_{value}"
-    primary = later["action"].to_numpy() == 0
-    events = stats["history_end"] - later.num_rows
-    others = stats["other_events"] - int((~primary).sum())
     if not kept:
-        return dict.fromkeys(
-            ("history_end", "history_digest", "first_event_s", "other_events", mean)
-        )
-    counted = stats["history_end"] - stats["other_events"]
-    total = (stats[mean] or 0.0) * counted - float(
-        later[value].to_numpy().astype(np.float64)[primary].sum()
-    )
-    left = events - others
-    return {"history_end": events, "other_events": others, mean: total / left if left else None}
+        names = ("history_end", "history_digest", "first_event_s", "other_events")
+        return dict.fromkeys((*names, *mean_names(contract)))
+    primary = later["action"].to_numpy() == 0
+    left = {
+        "history_end": stats["history_end"] - later.num_rows,
+        "other_events": stats["other_events"] - int((~primary).sum()),
+    }
+    if not contract.spec.stat_value:
+        return left
+    mean, number = mean_names(contract)
+    values = primary_values(contract, later)
+    valued = (stats[number] or 0) - len(values)
+    total = (stats[mean] or 0.0) * (stats[number] or 0) - float(values.sum())
+    return left | {number: valued, mean: total / valued if valued else None}
+
+
+def context_columns(contract: Contract, context: RankContext | None) -> dict[str, pa.Array]:
+    """What a request says of its circumstances, as columns of one row; what it leaves out is
+    missing.
+    """
+    return {
+        c.name: pa.array([getattr(context, c.name, None)], arrow_type(c.dtype))
+        for c in contract.spec.context_features
+    }
 
 
 def _before(history: pa.RecordBatch, micros: int) -> pa.RecordBatch:

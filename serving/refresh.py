@@ -19,7 +19,14 @@ import pyarrow as pa
 from feature_repo.arrow import EPOCH, MICROS, arrow_schema, history_schema, micros
 from feature_repo.envelope import Envelope, EnvelopeError, Kind, from_bytes
 from feature_repo.errors import ExpectedError
-from feature_repo.history import extended_digest, from_batches, pack, unpack
+from feature_repo.history import (
+    extended_digest,
+    from_batches,
+    mean_names,
+    pack,
+    primary_values,
+    unpack,
+)
 from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
@@ -106,8 +113,7 @@ class Refresher:
                 f"new events of user {user_id!r} must be later than {kept.as_of} µs and in the order of time, got {times.tolist()}"
             )
         item = self._contract.item.join_key
-        vocabulary = self._summariser.encoder.vocabularies[item]
-        codes = vocabulary.indices_of(
+        codes = self._summariser.encoder.items.indices_of(
             batch[item].unique()
         )  # in the order of the item keys: of first occurrence
         summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
@@ -203,20 +209,21 @@ class UserMemory:
 
 def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) -> dict[str, Any]:
     """A user's statistics with new events; `before` holds nulls of whoever had none."""
-    value, mean = contract.spec.stat_value, f"user_mean_{contract.spec.stat_value}"
     end, others = before["history_end"] or 0, before["other_events"] or 0
     primary = events["action"].to_numpy() == 0
-    counted = end - others + int(primary.sum())
-    total = (before[mean] or 0.0) * (end - others) + float(
-        events[value].to_numpy().astype(np.float64)[primary].sum()
-    )
     first = before["first_event_s"]
-    return {
+    after = {
         "history_end": end + events.num_rows,
         "history_digest": extended_digest(contract, before["history_digest"] or 0, end, events),
         "first_event_s": int(micros(events[EVENT_TIMESTAMP])[0] // MICROS)
         if first is None
         else first,
         "other_events": others + int((~primary).sum()),
-        mean: total / counted if counted else None,
     }
+    if not contract.spec.stat_value:
+        return after
+    mean, number = mean_names(contract)
+    values, valued = primary_values(contract, events), before[number] or 0
+    total = (before[mean] or 0.0) * valued + float(values.sum())
+    valued += len(values)
+    return after | {number: valued, mean: total / valued if valued else None}

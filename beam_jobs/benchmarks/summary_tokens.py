@@ -29,7 +29,6 @@ from feature_repo import datasets, history
 from feature_repo.arrow import arrow_type, from_micros, micros_iso
 from feature_repo.benchmarks import parser, report
 from feature_repo.catalogue import Catalogue
-from feature_repo.schema import DType
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.tables import JobFolder, Manifest
 
@@ -177,14 +176,12 @@ def export_bundle(settings: Settings) -> None:
     import torch
 
     from modeling import bundle, models
-    from modeling.batch import Encoder, Vocabulary
+    from modeling.batch import Encoder
+    from modeling.columns import Vocabulary, nothing_known
     from modeling.recipes import SERVICE, Recipe
 
     items = pa.array([f"{20000 + item}" for item in range(ITEMS)])
-    vocabularies = {CONTRACT.item.join_key: Vocabulary(items)}
-    for name in CONTRACT.spec.ranking_user_features + CONTRACT.spec.ranking_item_features:
-        vocabularies[name] = Vocabulary(pa.array([], pa.string()))
-    assert all(c.dtype in (DType.STRING, DType.STRING_LIST) for c in CONTRACT.spec.user_features)
+    vocabularies = nothing_known(CONTRACT) | {CONTRACT.item.join_key: Vocabulary(items)}
     encoder = Encoder(CONTRACT, vocabularies, 256)
     torch.manual_seed(0)
     model = models.build("vista", CONFIG, encoder.sizes)

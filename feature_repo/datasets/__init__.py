@@ -1,98 +1,116 @@
-"""One module per dataset: where its raw tables are, and how a raw row becomes an event, a user or
-an item.
+"""One module per dataset: a declaration, `SPEC`, of where its raw tables are and what is in them.
 
-A dataset module declares `SPEC` (a `DatasetSpec`) and four pure functions:
+Most logs need no code. Where one is odd, its module may define
 
-- `raw_units(data) -> list[RawUnit]`: the raw source in independent pieces; `data` is a folder or
-  None.
-- `read_raw(unit) -> Table`: one piece as it stands, which the raw gate validates.
-- `parse(unit) -> Parsed`: one piece as events, user rows, item rows and dead letters. Every raw row
-  of the events source is counted as kept or dead; timestamps are UTC. Limits of the contract's
-  columns are not for `parse` to check: the job checks every row that it returns, and sets aside
-  what breaks one (`limits.py`).
-- `assign_requests(events) -> AssignedRequests`: which events are asked about together, for events
-  of whole users sorted by (user, time, position).
+- `derive(kind, read, given) -> Derived`: columns that no file has, and rows that are no event, for
+  the rows of "events", "users" or "items". `read` holds the declared columns, null where a value
+  cannot be read; `given` the rows as they stand.
 
-To add a dataset, write one such file here and set `MEMOIR_DATASET` to its name. No other file
-changes.
+Limits of columns are checked by the job, row by row (`limits.py`); which events are asked about
+together follows from `SPEC.requests` (`examples.py`).
+
+To add a dataset, run `python -m feature_repo new NAME --events PATH`, correct what it writes, and
+set `MEMOIR_DATASET` to its name. No other file changes.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
-from typing import Protocol, cast
 
-import numpy as np
 import pyarrow as pa
 
+from feature_repo import parse, sources
 from feature_repo.arrow import arrow_schema
-from feature_repo.errors import DeclarationError, ExpectedError, nearest
-from feature_repo.schema import Contract, DatasetSpec, contract, problems
+from feature_repo.declarations import problems
+from feature_repo.errors import DeclarationError, RawDataError, nearest
+from feature_repo.parse import Derive, Derived, Parsed
+from feature_repo.schema import Contract, DatasetSpec, OwnView, Source, contract
+from feature_repo.sources import RawUnit
 
-FUNCTIONS = ("raw_units", "read_raw", "parse", "assign_requests")
+__all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "empty", "load", "names"]
 
-
-class RawDataError(ExpectedError, ValueError):
-    """The raw data is missing or has another shape than its dataset module expects."""
+SHIPPED = Path(__file__).resolve().parent.parent / "data"  # raw data of the sample dataset
 
 
 @dataclass(frozen=True)
-class RawUnit:
-    """A piece of the raw source that one worker reads: `rows` rows of `file` from `start`. `kind`
-    is the module's own.
+class Dataset:
+    """A declaration, and the code beside it where there is some.
+
+    Example:
+        >>> shop = datasets.load("online_retail")
+        >>> parsed = next(shop.parse(shop.raw_units(None)[0]))
     """
 
-    file: str
-    start: int
-    rows: int
-    kind: str = "events"
+    spec: DatasetSpec
+    derive: Derive | None = None
+    shipped: bool = False
 
-
-@dataclass(frozen=True)
-class Parsed:
-    """One raw piece, split: `events + dead letters = rows read` for pieces that hold events."""
-
-    events: pa.Table
-    users: pa.Table
-    items: pa.Table
-    dead_letters: pa.Table
-    rows_read: int
-
-
-@dataclass(frozen=True)
-class AssignedRequests:
-    """For events of one or more whole users: which request each belongs to, and its label.
-
-    `request` is -1 where an event is no candidate; otherwise requests count up from 0 within the
-    given events. Of several events of one item in one request the first is the candidate.
-    `request_time` holds one time in microseconds for each request.
-    """
-
-    request: np.ndarray
-    label: np.ndarray
-    request_time: np.ndarray
-
-
-class Dataset(Protocol):
-    """What a dataset module offers; see the module docstring."""
-
-    SPEC: DatasetSpec
+    @property
+    def contract(self) -> Contract:
+        """The tables that follow from the declaration."""
+        return contract(self.spec)
 
     def raw_units(self, data: str | None) -> list[RawUnit]:
-        """The raw source in pieces."""
+        """The raw sources in pieces.
 
-    def read_raw(self, unit: RawUnit) -> pa.Table:
-        """One piece as it stands, for validation."""
+        Args:
+            data: the folder that holds them; None: the shipped sample, where the dataset has one.
 
-    def parse(self, unit: RawUnit) -> Parsed:
-        """One piece, split."""
+        Raises:
+            RawDataError: a source is missing, or lacks a column.
+        """
+        units: list[RawUnit] = []
+        for kind, source in self.sources.items():
+            columns = parse.theirs(self.spec, kind)
+            units += sources.units_of(source, self._folder(data), kind, columns)
+        return units
 
-    def assign_requests(self, events: pa.Table) -> AssignedRequests:
-        """Which events are asked about together."""
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Declared sources by kind."""
+        found = {kind: getattr(self.spec, kind) for kind in parse.KINDS}
+        return {kind: source for kind, source in found.items() if source is not None}
+
+    def files(self, data: str | None) -> list[str]:
+        """Raw files of all sources.
+
+        Raises:
+            RawDataError: a source has none.
+        """
+        folder = self._folder(data)
+        every = (sources.files_of(source, folder) for source in self.sources.values())
+        return list(dict.fromkeys(file for found in every for file in found))
+
+    def path_of(self, view: OwnView, data: str | None) -> str:
+        """Where a person's own view lies."""
+        folder = self._folder(data)
+        if view.path.startswith("/") or "://" in view.path or folder is None:
+            return view.path
+        return f"{folder.rstrip('/')}/{view.path}"
+
+    def _folder(self, data: str | None) -> str | None:
+        return str(SHIPPED) if data is None and self.shipped else data
+
+    def read_raw(self, unit: RawUnit) -> Iterator[pa.Table]:
+        """One piece as the declared columns, a block at a time, for validation."""
+        for block in self._blocks(unit):
+            yield parse.typed(self.spec, unit, block.rows)
+
+    def parse(self, unit: RawUnit) -> Iterator[Parsed]:
+        """One piece as events, users, items and dead letters, a block at a time."""
+        made = self.contract
+        for block in self._blocks(unit):
+            yield parse.parse(made, unit, block, self.derive)
+
+    def _blocks(self, unit: RawUnit) -> Iterator[sources.Block]:
+        source = getattr(self.spec, unit.kind)
+        return sources.blocks_of(source, unit, parse.theirs(self.spec, unit.kind))
 
 
 def names() -> list[str]:
@@ -102,7 +120,7 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Dataset:
-    """The dataset module of that name.
+    """The dataset of that name.
 
     Raises:
         DeclarationError: no such module, or one that declares what cannot be; the message names
@@ -117,24 +135,24 @@ def load(name: str) -> Dataset:
     file = f"feature_repo/datasets/{name}.py"
     if not isinstance(getattr(module, "SPEC", None), DatasetSpec):
         raise DeclarationError(f"{file} declares no SPEC: expected SPEC = DatasetSpec(...)")
-    # All slips at once: whoever mends one by one runs the same command for each.
     wrong = problems(module.SPEC)
     if module.SPEC.name != name:
         wrong.insert(0, f"name is {module.SPEC.name!r}; expected {name!r}, the name of the file")
+    derive = getattr(module, "derive", None)
     wrong += [
-        f"no function {f}; see feature_repo/datasets/__init__.py"
-        for f in FUNCTIONS
-        if not hasattr(module, f)
+        f"{kind}.derived is {source.derived}, and the module has no function derive"
+        for kind in parse.KINDS
+        if (source := getattr(module.SPEC, kind)) and source.derived and derive is None
     ]
     if wrong:
         raise DeclarationError("\n".join([f"{file}, SPEC:", *(f"  {line}" for line in wrong)]))
-    return cast(Dataset, module)
+    return Dataset(module.SPEC, derive, getattr(module, "SHIPPED", False))
 
 
 @cache
 def load_contract(name: str) -> Contract:
     """The contract of a dataset."""
-    return contract(load(name).SPEC)
+    return load(name).contract
 
 
 def empty(spec: DatasetSpec, table: str) -> pa.Table:

@@ -45,7 +45,13 @@ class Baseline(Ranker):
         self.features = FeatureTokens(sizes, config.width, bags=True)
         self.reader = None
         if config.history != "bags":
-            self.reader = HistoryReader(config.width, sizes, config.history, config.history_hidden)
+            self.reader = HistoryReader(
+                config.width,
+                sizes.actions,
+                self.features.events.size,
+                config.history,
+                config.history_hidden,
+            )
         number = self.features.num_candidate + (self.reader is not None)
         self.interaction = self.make_interaction(self.features.num_request, number)
         self.heads = TaskHeads(
@@ -59,15 +65,16 @@ class Baseline(Ranker):
     def make_interaction(self, request: int, candidate: int) -> Interaction:
         """The interaction of so many request and candidate tokens."""
 
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set."""
-        self.features.fit_statistics(dense_NF, dense_BG)
-
     def encode_user(self, user: UserInputs) -> UserState:
         """The request's tokens and the history's half of the reader."""
         items = self.features.item(user.item_BL)
         request = self.features.request(user, items_BLD=items)
-        return UserState(request, None if self.reader is None else self.reader.prepare(user, items))
+        return UserState(
+            request,
+            None
+            if self.reader is None
+            else self.reader.prepare(user, items, self.features.events(user)),
+        )
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """logits_BCT."""

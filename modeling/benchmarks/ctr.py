@@ -195,6 +195,7 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
     from modeling.batch import Encoder
     from modeling.benchmarks.peers import ranker_answer
     from modeling.benchmarks.worlds import flops, gemm_rate
+    from modeling.columns import nothing_known
     from modeling.memory import keep_freed_memory
     from modeling.recipes import Training
     from modeling.trainer import Trainer, predict
@@ -207,7 +208,8 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
         _encoded(Path(asked["folder"], f"{part}.npz"), number)
         for part, number in (("train", group), ("test", group), ("one_user", CANDIDATES))
     )
-    encoder = Encoder(load_contract("movielens_1m"), {}, HISTORY)
+    contract = load_contract("movielens_1m")
+    encoder = Encoder(contract, nothing_known(contract), HISTORY)
     model = models.build(asked["model"], MODELS[asked["model"]], _sizes())
     training = Training(
         epochs=1,
@@ -226,7 +228,7 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
             lambda: trainer.fit(train, one_user),
             lambda: predict(model, encoder, test),
             lambda: model(encoder.collate(one_user, np.arange(1))),
-            test.labels,
+            test.labels[:, 0],
         )
     if group == 1:  # scoring knows no rows: a user's candidates are one request
         return {name: answer[name] for name in ("samples_per_cpu_s", "auc")}
@@ -237,16 +239,17 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
 def _sizes() -> Any:
     """The rows' fields as our models know them."""
     from modeling.batch import FeatureSizes
+    from modeling.columns import GroupSizes
 
     return FeatureSizes(
         items=SIZES["item"],
         actions=1,
-        event_features=1,
-        user_fields=tuple(SIZES[name] for name in REQUEST_FIELDS),
-        categories=tuple(SIZES[name] for name in ITEM_FIELDS),
-        slots=(1,) * len(ITEM_FIELDS),
-        dense=0,
         history_length=HISTORY,
+        request=GroupSizes(
+            tuple(SIZES[name] for name in REQUEST_FIELDS), (1,) * len(REQUEST_FIELDS)
+        ),
+        candidate=GroupSizes(tuple(SIZES[name] for name in ITEM_FIELDS), (1,) * len(ITEM_FIELDS)),
+        event=GroupSizes(numbers=1),
     )
 
 
@@ -274,7 +277,7 @@ def _encoded(path: Path, group: int) -> Any:
             np.int32
         ),
         candidate_dense=np.zeros((number, 0), np.float32),
-        labels=columns["label"].astype(np.float32),
+        labels=columns["label"].astype(np.float32)[:, None],
         item_of_key=np.arange(SIZES["item"]),
         gather=lambda chosen, length: events.take(offsets[chosen], offsets[chosen + 1]).newest(
             length

@@ -101,7 +101,7 @@ def _train(
 ) -> Ranker:
     torch.manual_seed(seed)
     model = models.build(name, config, shop(LONGEST).sizes)
-    torch.nn.init.normal_(model.features.item.weight)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.normal_(model.features.item.weight)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1e-2, total_steps=steps, pct_start=0.05

@@ -260,7 +260,7 @@ def _streaming(question: dict[str, Any]) -> dict[str, Any]:
     from modeling.models.sequence import SequenceRanker
 
     torch.set_num_threads(question["threads"])
-    sizes = FeatureSizes(1000, 1, 0, (), (), (), 0, HISTORY)
+    sizes = FeatureSizes(1000, 1, HISTORY)
     model = models.build(
         "hydrarec", {"width": WIDTH, "dropout": 0.0, "positions": "none"}, sizes
     ).eval()

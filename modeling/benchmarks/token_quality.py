@@ -26,8 +26,9 @@ from feature_repo.history import HistoryLog
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 from feature_repo.transforms import MICROS_PER_DAY
-from modeling import metrics, recipes
+from modeling import recipes
 from modeling.batch import Encoded, Encoder
+from modeling.evaluate import measure
 from modeling.models.base import Ranker
 from modeling.ranking import Encodings, Periods, build_model, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe
@@ -147,11 +148,7 @@ def _policies(
             encoder: Encoder = encoder,
             users: np.ndarray = users,
         ) -> None:
-            logits = predict(model, encoder, ranked)
-            probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
-            values = metrics.evaluate(
-                ranked.labels, logits, ranked.candidate_offsets, users, probability
-            )
+            values = measure(ranked, users, predict(model, encoder, ranked)[:, 0], 0)
             found.setdefault(name, []).append({metric: values[metric].value for metric in METRICS})
 
         note("stage 1 at the request, newest events", encoded)

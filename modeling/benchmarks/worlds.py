@@ -12,11 +12,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.columns import GroupSizes
 
 
 def sizes_of(history_length: int) -> FeatureSizes:
     """Features like Online Retail's."""
-    return FeatureSizes(10_000, 2, 2, (50, 24, 7), (2_000,), (8,), 13, history_length, user_dense=5)
+    return FeatureSizes(
+        items=10_000,
+        actions=2,
+        history_length=history_length,
+        request=GroupSizes((50, 24, 7), (1, 1, 1), numbers=5),
+        candidate=GroupSizes((2_000,), (8,), numbers=13),
+        event=GroupSizes(numbers=2),
+    )
 
 
 def requests(
@@ -31,24 +39,24 @@ def requests(
     def real(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
+    def slots_of(group: GroupSizes, *shape: int) -> Tensor:
+        pairs = zip(group.categories, group.slots, strict=True)
+        return torch.cat([whole(size, *shape, slots) for size, slots in pairs], dim=-1)
+
     user = UserInputs(
         item_BL=whole(sizes.items, number, length),
         action_BL=whole(sizes.actions, number, length),
         age_BL=real(number, length),
         gap_BL=real(number, length),
-        event_BLE=real(number, length, sizes.event_features),
+        event_BLE=real(number, length, sizes.event.dense),
         mask_BL=torch.ones(number, length, dtype=torch.bool),
-        field_BU=torch.stack([whole(size, number) for size in sizes.user_fields], dim=1),
-        dense_BG=real(number, sizes.user_dense),
+        field_BU=slots_of(sizes.request, number),
+        dense_BG=real(number, sizes.request.dense),
     )
-    categories = [
-        whole(size, number, candidates, slots)
-        for size, slots in zip(sizes.categories, sizes.slots, strict=True)
-    ]
     chosen = Candidates(
         item_BC=whole(sizes.items, number, candidates),
-        category_BCK=torch.cat(categories, dim=-1),
-        dense_BCF=real(number, candidates, sizes.dense),
+        category_BCK=slots_of(sizes.candidate, number, candidates),
+        dense_BCF=real(number, candidates, sizes.candidate.dense),
         mask_BC=torch.ones(number, candidates, dtype=torch.bool),
     )
     return Batch(user, chosen, (real(number, candidates, sizes.tasks) < 0.2).float())

@@ -1,4 +1,4 @@
-"""Embedding tables for fields, category slots and dense features."""
+"""Embedding tables for category slots, and scales of dense features."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding, embedding_bag
 
-from modeling.batch import FeatureSizes
+from modeling.columns import GroupSizes
 
 
 class CategorySlots(nn.Module):
-    """Mean embedding of each group of category slots: category_BCK → B × C × groups × D.
+    """Mean embedding of each column's slots: … × slots → a … × D for each column.
 
-    Empty slots (0) add nothing; a group without a known value has a learned row of its own, which
+    Empty slots (0) add nothing; a column without a known value has a learned row of its own, which
     says so.
     """
 
-    def __init__(self, sizes: FeatureSizes, width: int) -> None:
+    def __init__(self, sizes: GroupSizes, width: int) -> None:
         super().__init__()
         self.slots = sizes.slots
         self.tables = nn.ModuleList(
             nn.Embedding(size, width, padding_idx=0) for size in sizes.categories
         )
-        self.nothing = nn.Parameter(torch.zeros(len(sizes.categories), width))
-
-    def zero_empty_slots(self) -> None:
-        """Make the rows of empty slots zero again, after initialisation."""
         for table in self.tables:
             assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.05)
             with torch.no_grad():
                 table.weight[0] = 0
+        self.nothing = nn.Parameter(torch.zeros(len(sizes.categories), width))
 
-    def forward(self, category_BCK: Tensor) -> list[Tensor]:
-        """One B × C × D tensor for each group."""
-        groups = category_BCK.split(self.slots, dim=-1) if self.slots else ()
-        shape = category_BCK.shape[:-1]
+    def forward(self, slots: Tensor) -> list[Tensor]:
+        """One … × D tensor for each column."""
+        groups = slots.split(self.slots, dim=-1) if self.slots else ()
+        shape = slots.shape[:-1]
         found = []
         for number, (table, group) in enumerate(zip(self.tables, groups, strict=True)):
             assert isinstance(table, nn.Embedding)
-            mean = embedding_bag(group.flatten(0, -2), table.weight, mode="mean", padding_idx=0)
-            mean = mean.view(*shape, table.embedding_dim)
+            if group.shape[-1] == 1:
+                mean = embedding(group[..., 0], table.weight, padding_idx=0)
+            else:
+                rows = group.reshape(-1, group.shape[-1])
+                mean = embedding_bag(rows, table.weight, mode="mean", padding_idx=0)
+                mean = mean.view(*shape, table.embedding_dim)
             found.append(torch.where((group > 0).any(-1, keepdim=True), mean, self.nothing[number]))
         return found
 

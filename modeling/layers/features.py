@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.columns import GroupSizes
 from modeling.layers.embedding import CategorySlots, Standardise
 
-FEATURES_PER_TOKEN = 5  # dense features that one token stands for
+FEATURES_PER_TOKEN = 5  # numbers that one token stands for
+EVENT_CATEGORY_WIDTH = 8  # of the embedding of an event's category
 
 
 class Bags(NamedTuple):
@@ -24,11 +26,12 @@ class Bags(NamedTuple):
 
 
 class FeatureTokens(nn.Module):
-    """Every feature as a token of width D.
+    """Every feature as a token of width D: the one place where rankers read columns, of any kind.
 
-    Of a request: a token for each user and context field, dense user features in tokens of five,
-    and the mean item of each action's events (a behaviour sequence is the events of one action). Of
-    a candidate: item, category groups, dense features in tokens of five.
+    Of a request: a token for each category or bag of user and context, numbers in tokens of five, a
+    token for each vector, and the mean item of each action's events (a behaviour sequence is the
+    events of one action). Of a candidate: item, categories, numbers, vectors. What is missing has
+    a learned row, or a flag beside the number. What an event carries beside its item is `events`.
 
     Args:
         bags: whether pooled sequences are among the request's tokens.
@@ -38,36 +41,37 @@ class FeatureTokens(nn.Module):
         super().__init__()
         self.sizes, self.width, self.bags = sizes, width, bags
         self.item = nn.Embedding(sizes.items, width)
-        self.fields = nn.ModuleList(nn.Embedding(size, width) for size in sizes.user_fields)
-        self.categories = CategorySlots(sizes, width)
-        self.user_dense = DenseTokens(sizes.user_dense, width)
-        self.candidate_dense = DenseTokens(sizes.dense, width)
+        self.fields = CategorySlots(sizes.request, width)
+        self.categories = CategorySlots(sizes.candidate, width)
+        self.user_dense = DenseTokens(sizes.request, width)
+        self.candidate_dense = DenseTokens(sizes.candidate, width)
+        self.events = EventInputs(sizes.event)
         self.nothing = (
             nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
         )  # of an empty sequence
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.05)
-        self.categories.zero_empty_slots()
+        nn.init.normal_(self.item.weight, std=0.05)
 
     @property
     def request_groups(self) -> tuple[int, ...]:
-        """Tokens of each semantic group of the request: fields, dense features, each sequence."""
+        """Tokens of each semantic group of the request: categories, numbers, vectors, each
+        sequence.
+        """
+        request = self.sizes.request
         groups = (
-            len(self.fields),
-            self.user_dense.num_tokens,
+            len(request.categories),
+            self.user_dense.num_number_tokens,
+            len(request.vectors),
             *((1,) * self.sizes.actions if self.bags else ()),
         )
         return tuple(size for size in groups if size)
 
     @property
     def candidate_groups(self) -> tuple[int, ...]:
-        """Tokens of each semantic group of a candidate: item, categories, dense features."""
-        return tuple(
-            size
-            for size in (1, len(self.sizes.categories), self.candidate_dense.num_tokens)
-            if size
-        )
+        """Tokens of each semantic group of a candidate: item, categories, numbers, vectors."""
+        candidate = self.sizes.candidate
+        numbers = self.candidate_dense.num_number_tokens
+        groups = (1, len(candidate.categories), numbers, len(candidate.vectors))
+        return tuple(size for size in groups if size)
 
     @property
     def num_request(self) -> int:
@@ -79,10 +83,11 @@ class FeatureTokens(nn.Module):
         """Tokens of a candidate, N."""
         return sum(self.candidate_groups)
 
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set."""
-        self.candidate_dense.standardise.fit(dense_NF)
-        self.user_dense.standardise.fit(dense_BG)
+    def fit_statistics(self, sample: TrainingSample) -> None:
+        """Take the scales of dense features from the training period."""
+        self.candidate_dense.standardise.fit(sample.candidate_NF)
+        self.user_dense.standardise.fit(sample.request_BG)
+        self.events.standardise.fit(sample.event_ME)
 
     def bag(
         self, user: UserInputs, before: Bags | None = None, items_BLD: Tensor | None = None
@@ -113,7 +118,7 @@ class FeatureTokens(nn.Module):
             bags: of all events where `user` holds only the newest; default: of the user's events.
             items_BLD: the events' item rows, where they are at hand.
         """
-        found = [table(user.field_BU[:, i])[:, None] for i, table in enumerate(self.fields)]
+        found = [token[:, None] for token in self.fields(user.field_BU)]
         if self.user_dense.num_tokens:
             found.append(self.user_dense(user.dense_BG))
         if self.nothing is not None:
@@ -134,30 +139,76 @@ class FeatureTokens(nn.Module):
 
 
 class DenseTokens(nn.Module):
-    """Dense features → standardised → one two-layer network → tokens (Hiformer, arXiv 2311.05884,
-    input layer).
+    """Dense features → standardised → tokens: numbers together through one two-layer network
+    (Hiformer, arXiv 2311.05884, input layer), each vector through a matrix of its own.
 
-    Differs: beside each number the network sees whether it is there. Missing numbers (NaN) are
-    neither small nor the mean.
+    Differs: beside each number the network sees whether it is there, and a missing vector has a
+    learned row. What is missing (NaN) is neither small nor the mean.
     """
 
-    def __init__(self, num_features: int, width: int) -> None:
+    def __init__(self, sizes: GroupSizes, width: int) -> None:
         super().__init__()
-        self.num_tokens, self.width = math.ceil(num_features / FEATURES_PER_TOKEN), width
-        self.standardise = Standardise(num_features)
+        self.sizes, self.width = sizes, width
+        self.num_number_tokens = math.ceil(sizes.numbers / FEATURES_PER_TOKEN)
+        self.standardise = Standardise(sizes.dense)
         self.network = (
             nn.Sequential(
-                nn.Linear(2 * num_features, 2 * width),
+                nn.Linear(2 * sizes.numbers, 2 * width),
                 nn.GELU(),
-                nn.Linear(2 * width, self.num_tokens * width),
+                nn.Linear(2 * width, self.num_number_tokens * width),
             )
-            if num_features
+            if sizes.numbers
             else nn.Identity()
         )
+        self.vectors = nn.ModuleList(nn.Linear(length, width) for length in sizes.vectors)
+        self.nothing = nn.Parameter(torch.zeros(len(sizes.vectors), width))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the numbers, and one for each vector."""
+        return self.num_number_tokens + len(self.vectors)
 
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
-        missing = values.isnan().to(self.standardise.mean.dtype)
-        inputs = torch.cat([self.standardise(values), missing], dim=-1)
-        tokens: Tensor = self.network(inputs).unflatten(-1, (self.num_tokens, self.width))
-        return tokens
+        scaled, missing = self.standardise(values), values.isnan()
+        sizes, found = (self.sizes.numbers, *self.sizes.vectors), []
+        number, *vectors = scaled.split(sizes, dim=-1)
+        number_missing, *vectors_missing = missing.split(sizes, dim=-1)
+        if self.num_number_tokens:
+            inputs = torch.cat([number, number_missing.to(number.dtype)], dim=-1)
+            found.append(self.network(inputs).unflatten(-1, (self.num_number_tokens, self.width)))
+        for index, project in enumerate(self.vectors):
+            gone = vectors_missing[index].any(-1, keepdim=True)
+            token = torch.where(gone, self.nothing[index], project(vectors[index]))
+            found.append(token[..., None, :])
+        return torch.cat(found, dim=-2)
+
+
+class EventInputs(nn.Module):
+    """What an event carries beside item, action and time, as one row of numbers: numbers and
+    vectors standardised, whether each is there, and a small embedding for each category or bag.
+
+    Every model puts this row through its own first layer; `size` is its width, 0 where events
+    carry nothing.
+    """
+
+    def __init__(self, sizes: GroupSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.standardise = Standardise(sizes.dense)
+        self.categories = CategorySlots(sizes, EVENT_CATEGORY_WIDTH)
+        flags = sizes.numbers + len(sizes.vectors)
+        self.size = sizes.dense + flags + EVENT_CATEGORY_WIDTH * len(sizes.categories)
+
+    def forward(self, user: UserInputs) -> Tensor:
+        """B × L × size."""
+        numbers = self.sizes.numbers
+        missing = user.event_BLE.isnan()
+        found = [self.standardise(user.event_BLE), missing[..., :numbers].to(user.event_BLE.dtype)]
+        for vector in missing[..., numbers:].split(self.sizes.vectors, dim=-1):
+            if self.sizes.vectors:
+                found.append(vector.any(-1, keepdim=True).to(user.event_BLE.dtype))
+        if self.sizes.categories:
+            assert user.event_category_BLJ is not None
+            found += self.categories(user.event_category_BLJ)
+        return torch.cat(found, dim=-1)

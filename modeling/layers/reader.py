@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from modeling.batch import FeatureSizes, UserInputs
+from modeling.batch import UserInputs
 from modeling.layers.attention import HistoryAttentionLayer
 from modeling.layers.embedding import sinusoids
 from modeling.layers.target_attention import TargetAttention
@@ -22,31 +22,39 @@ class HistoryReader(nn.Module):
     """Reads events for candidates.
 
     Args:
+        actions: how many there are.
+        event_size: numbers that an event carries beside item, action and time.
         kind: "din": target attention; "transformer": encoded by bidirectional layers, then read by
             attention.
     """
 
     def __init__(
-        self, width: int, sizes: FeatureSizes, kind: Literal["din", "transformer"], hidden: int
+        self,
+        width: int,
+        actions: int,
+        event_size: int,
+        kind: Literal["din", "transformer"],
+        hidden: int,
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.action = nn.Embedding(sizes.actions, width)
-        self.numbers = nn.Linear(sizes.event_features + 1, width)
+        self.action = nn.Embedding(actions, width)
+        self.numbers = nn.Linear(event_size + 1, width)
         nn.init.normal_(self.action.weight, std=0.05)
         if kind == "din":
             self.attention = TargetAttention(width, hidden)
         else:
             self.layers = nn.ModuleList(HistoryAttentionLayer(width, 4, 0.0) for _ in range(2))
 
-    def prepare(self, user: UserInputs, items_BLD: Tensor) -> Any:
+    def prepare(self, user: UserInputs, items_BLD: Tensor, events_BLN: Tensor) -> Any:
         """The history's half, once per request.
 
         Args:
             items_BLD: its items as candidates are embedded.
+            events_BLN: what events carry (`layers/features.py`).
         """
         action = one_hot(user.action_BL, self.action.num_embeddings).to(items_BLD.dtype)
-        inputs = torch.cat([user.event_BLE, user.age_BL[..., None], action], dim=-1)
+        inputs = torch.cat([events_BLN, user.age_BL[..., None], action], dim=-1)
         weight = torch.cat([self.numbers.weight.T, self.action.weight + self.numbers.bias])
         with torch.autocast(
             items_BLD.device.type, enabled=False

@@ -101,7 +101,7 @@ class AmortisedDLRM(Ranker):
         self.action = nn.Embedding(
             sizes.actions + 1, width
         )  # the last one: unknown, for candidates
-        self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
+        self.event = nn.Linear(self.features.events.size + 1, width)  # event features and time
         self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
         if self.stored is not None and not self.amortised:
             raise ValueError(
@@ -142,10 +142,6 @@ class AmortisedDLRM(Ranker):
     def can_extend(self) -> bool:
         """Causal states with positions that do not move when events are added."""
         return self.amortised and self.config.causal and self.config.positions == "from_oldest"
-
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set's mean and deviation."""
-        self.features.fit_statistics(dense_NF, dense_BG)
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Keys and values of the history in every layer: L rows, whatever the number of
@@ -276,5 +272,5 @@ class AmortisedDLRM(Ranker):
                 1, self.sizes.history_length
             )
             position = self.position(recency)
-        numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
+        numbers = torch.cat([self.features.events(user), time[..., None]], dim=-1)
         return items_BLD + self.action(user.action_BL) + self.event(numbers) + position

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.layers.features import FeatureTokens
 
 UserState = Any  # each model's own dataclass of tensors
 
@@ -28,6 +29,7 @@ class Ranker(nn.Module, ABC):
     """
 
     sizes: FeatureSizes
+    features: FeatureTokens
 
     @abstractmethod
     def encode_user(self, user: UserInputs) -> UserState:
@@ -54,14 +56,11 @@ class Ranker(nn.Module, ABC):
             f"{type(self).__name__} has no exact extend_user. Encode the user again"
         )
 
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Take what the model must know of the training set before the first step, such as means of
+    def fit_statistics(self, sample: TrainingSample) -> None:
+        """Take what the model must know of the training period before the first step: the scales of
         dense features.
-
-        Args:
-            dense_NF: dense features of all its candidates.
-            dense_BG: of all its requests.
         """
+        self.features.fit_statistics(sample)
 
     @property
     def token_shape(self) -> tuple[int, int] | None:

@@ -75,7 +75,13 @@ class Hiformer(Ranker):
         self.tasks = nn.Parameter(torch.randn(sizes.tasks, config.width) * 0.05)
         self.reader = None
         if config.history != "bags":
-            self.reader = HistoryReader(config.width, sizes, config.history, config.history_hidden)
+            self.reader = HistoryReader(
+                config.width,
+                sizes.actions,
+                self.features.events.size,
+                config.history,
+                config.history_hidden,
+            )
         tokens = (
             sizes.tasks
             + self.features.num_request
@@ -108,16 +114,16 @@ class Hiformer(Ranker):
             0, sizes.tasks * config.width, 2 * config.width, sizes.tasks, config.dropout
         )
 
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set."""
-        self.features.fit_statistics(dense_NF, dense_BG)
-
     def encode_user(self, user: UserInputs) -> UserState:
         """The task tokens' and the request's half of the first layer."""
         items = self.features.item(user.item_BL)
         request = self.features.request(user, items_BLD=items)
         known = torch.cat([self.tasks.expand(len(request), -1, -1), request], dim=1)
-        history = None if self.reader is None else self.reader.prepare(user, items)
+        history = (
+            None
+            if self.reader is None
+            else self.reader.prepare(user, items, self.features.events(user))
+        )
         return UserState(self.layers[0].prepare(known), history)  # type: ignore[operator]
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:

@@ -175,7 +175,7 @@ class OneTrans(Ranker):
         self.num_ns = self.num_request + self.num_candidate
         # One network for each behaviour sequence, shared by its events.
         self.event_up = PerTokenLinear(
-            sizes.actions, width + sizes.event_features + 1, width, bias=True
+            sizes.actions, width + features.events.size + 1, width, bias=True
         )
         self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
         self.sequence_type = nn.Embedding(sizes.actions, width)
@@ -211,10 +211,6 @@ class OneTrans(Ranker):
         return tail_lengths(
             length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid
         )
-
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set."""
-        self.features.fit_statistics(dense_NF, dense_BG)
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Stage I: every S row and the request's NS tokens through all layers."""
@@ -440,7 +436,8 @@ class OneTrans(Ranker):
         these.
         """
         numbers = torch.cat(
-            [self.features.item(user.item_BL), user.event_BLE, user.gap_BL[..., None]], dim=-1
+            [self.features.item(user.item_BL), self.features.events(user), user.gap_BL[..., None]],
+            dim=-1,
         )
         every = self.event_down(
             gelu(self.event_up(numbers[:, :, None].expand(-1, -1, self.sizes.actions, -1)))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.block import Activation, Block, MixedScale, Place
 from modeling.layers.embedding import sinusoids
 from modeling.layers.hydra import DecayedHydra, Hydra
@@ -137,6 +137,9 @@ class SequenceRanker(Ranker):
                 nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def fit_statistics(self, sample: TrainingSample) -> None:
+        """Items, actions and times have no scales."""
 
     def block(self, name: OperatorName) -> nn.Module:
         """One layer; a model with another kind of layer overrides this."""

@@ -68,7 +68,16 @@ class Config:
     stored: bool = False  # stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
 
 
-STAGE_1 = ("features.item.", "action.", "event.", "age.", "seeds", "summary.", "token_norm.")
+STAGE_1 = (
+    "features.item.",
+    "features.events.",
+    "action.",
+    "event.",
+    "age.",
+    "seeds",
+    "summary.",
+    "token_norm.",
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class VISTA(Ranker):
         self.action = nn.Embedding(
             sizes.actions + 1, width
         )  # the last one: unknown, for candidates
-        self.event = nn.Linear(sizes.event_features + 1, width)  # event features and time
+        self.event = nn.Linear(self.features.events.size + 1, width)  # event features and time
         self.age = nn.Embedding(AGE_BUCKETS, width)
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, width) * 0.5)
         if config.stored and (config.causal or config.reconstruction):
@@ -152,10 +161,6 @@ class VISTA(Ranker):
     def can_extend(self) -> bool:
         """Streams can."""
         return self.config.causal
-
-    def fit_statistics(self, dense_NF: Tensor, dense_BG: Tensor) -> None:
-        """Standardise dense features by the training set."""
-        self.features.fit_statistics(dense_NF, dense_BG)
 
     @property
     def token_shape(self) -> tuple[int, int] | None:
@@ -473,7 +478,7 @@ class VISTA(Ranker):
         changes.
         """
         time = user.gap_BL if self.config.causal else user.age_BL
-        numbers = torch.cat([user.event_BLE, time[..., None]], dim=-1)
+        numbers = torch.cat([self.features.events(user), time[..., None]], dim=-1)
         bucket = (2 * time).long().clamp(0, AGE_BUCKETS - 1)
         return (
             self.features.item(user.item_BL)

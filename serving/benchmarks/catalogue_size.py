@@ -24,8 +24,9 @@ from feature_repo.benchmarks import interleaved, parser, report
 from feature_repo.datasets import load_contract
 from feature_repo.key_index import KeyIndex
 from modeling import models
-from modeling.batch import Encoder, Vocabulary
+from modeling.batch import Encoder
 from modeling.bundle import Bundle
+from modeling.columns import Index, Vocabulary
 from serving.features import ItemTable, UserRow, item_columns
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService
@@ -77,11 +78,10 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     """A service that knows so many items, and a request."""
     ids = pa.array(np.arange(number)).cast(pa.string())
     ids = pa.compute.binary_join_element_wise(pa.scalar("item"), ids, "-")
-    words, countries = Vocabulary(pa.array(["word"])), Vocabulary(pa.array(["France"]))
-    vocabularies = {
+    vocabularies: dict[str, Index] = {
         "item_id": Vocabulary(ids.sort()),
-        "country": countries,
-        "description_tokens": words,
+        "country": Vocabulary(pa.array(["France"])),
+        "description_tokens": Vocabulary(pa.array(["word"])),
     }
     encoder = Encoder(CONTRACT, vocabularies, EVENTS)
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def main() -> None:
     times = interleaved(calls, rounds, warm_up=5)
     first, rows = times[str(next(iter(services)))]["wall_s"], []
     for number, (made, asked) in services.items():
-        keys = made.bundle.encoder.vocabularies["item_id"].values
+        keys = made.bundle.encoder.items.values
         wanted = keys.take(
             pa.array(np.random.default_rng(2).integers(0, number, EVENTS + CANDIDATES))
         )

@@ -84,7 +84,9 @@ def test_numbers_of_negatives_follow_the_protocol(tables: Any, shop: Any) -> Non
             assert negatives == 100
     manifest = JobFolder(shop.settings.home, "training_examples").require()
     assert manifest.counts["requests_short_of_negatives"] == short
-    assert manifest.counts["positives"] == sum(row["label_purchase_sum"] for row in counts)
+    assert manifest.counts["positives_label_purchase"] == sum(
+        row["label_purchase_sum"] for row in counts
+    )
     assert set(examples["split"].to_pylist()) == {"train", "validation", "test"}
 
 

@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 
 from feature_repo import datasets
 from feature_repo.arrow import micros
-from feature_repo.datasets import RawDataError, RawUnit, movielens_1m, online_retail
+from feature_repo.datasets import Parsed, RawDataError, RawUnit, online_retail
+from feature_repo.examples import requests_of
+from feature_repo.parse import parse
+from feature_repo.sources import Block
+
+RETAIL, FILMS = datasets.load("online_retail"), datasets.load("movielens_1m")
 
 CODES = st.sampled_from(
     [
@@ -52,7 +57,23 @@ LINES = st.lists(
     ),
     max_size=30,
 )
-NAMES = [c.name for c in online_retail.SPEC.raw.columns]
+NAMES = [
+    "InvoiceNo",
+    "StockCode",
+    "Description",
+    "Quantity",
+    "InvoiceDate",
+    "UnitPrice",
+    "CustomerID",
+    "Country",
+]
+
+
+def parsed_of(rows: list[tuple[Any, ...]], start: int = 0) -> Parsed:
+    """Invoice lines as events and dead letters."""
+    unit = RawUnit("shop.parquet", start, len(rows))
+    block = Block(raw_table(rows), start + np.arange(len(rows)))
+    return parse(RETAIL.contract, unit, block, RETAIL.derive)
 
 
 def raw_table(rows: list[tuple[Any, ...]]) -> pa.Table:
@@ -101,10 +122,11 @@ def is_event(row: tuple[Any, ...]) -> bool:
 def test_every_line_is_an_event_or_a_dead_letter_and_never_both(
     rows: list[tuple[Any, ...]],
 ) -> None:
-    parsed = online_retail.parse_lines(raw_table(rows), RawUnit("shop.parquet", 100, len(rows)))
+    parsed = parsed_of(rows, 100)
     kept = parsed.events["source_position"].to_pylist()
     dead = parsed.dead_letters["source_row"].to_pylist()
-    assert parsed.rows_read == len(rows) == len(kept) + len(dead)
+    assert parsed.counts["rows_read"] == len(rows) == len(kept) + len(dead)
+    assert parsed.counts["rows_used"] == parsed.counts["events_made"] == len(kept)
     assert sorted(kept + dead) == list(range(100, 100 + len(rows)))
     assert kept == [100 + i for i, row in enumerate(rows) if is_event(row)]
     assert all(parsed.dead_letters["reason"].to_pylist())
@@ -133,9 +155,7 @@ def test_every_line_is_an_event_or_a_dead_letter_and_never_both(
 )
 def test_local_time_becomes_utc(times: list[datetime]) -> None:
     rows = [("536365", "71053", "LAMP", 1.0, at, 1.0, 17850.0, "France") for at in times]
-    events = online_retail.parse_lines(
-        raw_table(rows), RawUnit("shop.parquet", 0, len(rows))
-    ).events
+    events = parsed_of(rows).events
     expected = [
         at.replace(tzinfo=ZoneInfo("Europe/London")).astimezone(ZoneInfo("UTC")) for at in times
     ]
@@ -147,11 +167,7 @@ def test_summer_and_winter_differ_by_an_hour() -> None:
         ("536365", "71053", "x", 1.0, datetime(2011, month, 15, 12), 1.0, 1.0, "France")
         for month in (1, 7)
     ]
-    times = (
-        online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 2))
-        .events["event_timestamp"]
-        .to_pylist()
-    )
+    times = parsed_of(rows).events["event_timestamp"].to_pylist()
     assert [t.hour for t in times] == [12, 11]
 
 
@@ -160,12 +176,12 @@ def test_a_retail_request_is_one_customer_at_one_time() -> None:
     lines = [("71053", at), ("71053", at), ("85123A", at), ("71053", at + timedelta(minutes=1))]
     rows = [("536365", code, "x", 1.0, time, 1.0, 7.0, "France") for code, time in lines]
     rows.insert(2, ("C536365", "22222", "x", -1.0, at, 1.0, 7.0, "France"))
-    assigned = online_retail.assign_requests(
-        online_retail.parse_lines(raw_table(rows), RawUnit("f", 0, 5)).events
-    )
-    assert assigned.request.tolist() == [0, 0, -1, 0, 1]
-    assert assigned.label.tolist() == [1, 1, 0, 1, 1]
-    assert len(assigned.request_time) == 2
+    found = requests_of(RETAIL.contract, parsed_of(rows).events)
+    assert found.request.tolist() == [0, 0, 1]
+    assert found.event.tolist() == [0, 3, 4]  # 71053 once, though it was bought twice at a time
+    assert found.labels.tolist() == [[1], [1], [1]]
+    assert found.first_event.tolist() == [0, 4]
+    assert found.repeats == 1
 
 
 def test_a_movielens_request_is_up_to_sixteen_ratings_at_the_time_of_the_first(
@@ -179,16 +195,17 @@ def test_a_movielens_request_is_up_to_sixteen_ratings_at_the_time_of_the_first(
             "event_timestamp": pa.array([*range(20), 5, 6, 7], pa.timestamp("us", "UTC")),
         }
     )
-    assigned = movielens_1m.assign_requests(events)
-    assert assigned.request.tolist() == [0] * 16 + [1] * 4 + [2] * 3
-    assert assigned.request_time.tolist() == [0, 16, 5]
-    assert assigned.label.tolist() == [1, 0] * 10 + [1, 1, 0]
+    found = requests_of(FILMS.contract, events)
+    assert found.request.tolist() == [0] * 16 + [1] * 4 + [2] * 3
+    assert micros(events["event_timestamp"])[found.first_event].tolist() == [0, 16, 5]
+    assert found.labels[:, 0].tolist() == [1, 0] * 10 + [1, 1, 0]
 
 
 def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -> None:
     helpers.write_film_club(tmp_path)
-    units = movielens_1m.raw_units(str(tmp_path))
-    parsed = [movielens_1m.parse(unit) for unit in units]
+    units = FILMS.raw_units(str(tmp_path))
+    by_kind = {unit.kind: next(FILMS.parse(unit)) for unit in units}
+    parsed = list(by_kind.values())
     dead = pa.concat_tables([p.dead_letters for p in parsed]).to_pylist()
     assert [(row["source_file"], row["source_row"]) for row in dead] == [("ratings.dat", 7)]
     assert json.loads(dead[0]["raw"]) == {
@@ -197,14 +214,12 @@ def test_movielens_sets_unreadable_ratings_aside(tmp_path: Path, helpers: Any) -
         "rating": "3",
         "timestamp": "974000001",
     }
-    assert (
-        sum(p.rows_read for p in parsed)
-        == sum(p.events.num_rows for p in parsed) + 1
-        == 40 * 24 + 1
-    )
-    assert parsed[0].users.num_rows == 40
-    assert parsed[1].items["genres"].to_pylist()[0] == ["Comedy", "Drama"]
-    title, year = (parsed[1].items[name][0].as_py() for name in ("title", "year"))
+    counts = by_kind["events"].counts
+    assert counts["rows_read"] == counts["events_made"] + 1 == 40 * 24 + 1
+    items = by_kind["items"].items
+    assert by_kind["users"].users.num_rows == 40
+    assert items["genres"].to_pylist()[0] == ["Comedy", "Drama"]
+    title, year = (items[name][0].as_py() for name in ("title", "year"))
     assert title.endswith(f"({year})")
     assert 1900 < year < 2001
 
@@ -218,7 +233,7 @@ def test_descriptions_become_words() -> None:
             "WHITE HANGING HEART T-LIGHT HOLDER",
         ]
     )
-    words = online_retail._tokens(texts).to_pylist()
+    words = online_retail._words(pa.chunked_array([texts])).to_pylist()
     assert words == [
         ["white", "hanging", "heart", "light", "holder"],
         None,
@@ -229,22 +244,21 @@ def test_descriptions_become_words() -> None:
 
 def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(RawDataError, match=r"expected online_retail\.parquet"):
-        online_retail.raw_units(str(tmp_path))
+        RETAIL.raw_units(str(tmp_path))
     pd.DataFrame({"InvoiceNo": ["1"]}).to_parquet(tmp_path / "online_retail.parquet")
     with pytest.raises(RawDataError, match="StockCode"):
-        online_retail.raw_units(str(tmp_path))
+        RETAIL.raw_units(str(tmp_path))
     with pytest.raises(RawDataError, match="MEMOIR_DATA"):
-        movielens_1m.raw_units(None)
-    with pytest.raises(RawDataError, match=r"users\.dat"):
-        movielens_1m.raw_units(str(tmp_path))
+        FILMS.raw_units(None)
+    with pytest.raises(RawDataError, match=r"ratings\.dat"):
+        FILMS.raw_units(str(tmp_path))
     with pytest.raises(ValueError, match="there are"):
         datasets.load("netflix")
 
 
 def test_the_shipped_sample_is_whole() -> None:
-    units = online_retail.raw_units(None)
-    parsed = [online_retail.parse(unit) for unit in units]
-    assert sum(p.rows_read for p in parsed) == 541_909
+    parsed = [p for unit in RETAIL.raw_units(None) for p in RETAIL.parse(unit)]
+    assert sum(p.counts["rows_read"] for p in parsed) == 541_909
     assert sum(p.events.num_rows for p in parsed) == 404_876
     assert sum(p.dead_letters.num_rows for p in parsed) == 137_033
     assert all((np.diff(micros(p.events["event_timestamp"])) >= 0).all() for p in parsed)

@@ -13,17 +13,20 @@ from typing import Any
 import pytest
 
 from feature_repo import cli, code, datasets
-from feature_repo.datasets import movielens_1m, online_retail
+from feature_repo.datasets import online_retail
+from feature_repo.declarations import is_iso_time, lacks, plain, problems, spec_of
 from feature_repo.errors import DeclarationError, ExpectedError, SettingsError
 from feature_repo.schema import (
+    CATEGORY,
+    NUMBER,
+    VECTOR,
     Column,
     DType,
+    Examples,
+    OwnView,
+    Source,
+    Task,
     contract,
-    is_iso_time,
-    lacks,
-    plain,
-    problems,
-    spec_of,
 )
 from feature_repo.settings import Settings
 
@@ -33,33 +36,56 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("name", datasets.names())
 def test_the_datasets_here_have_nothing_to_mend(name: str) -> None:
-    assert problems(datasets.load(name).SPEC) == []
+    assert problems(datasets.load(name).spec) == []
     assert (
-        contract(spec_of(plain(datasets.load(name).SPEC))).fingerprint
+        contract(spec_of(plain(datasets.load(name).spec))).fingerprint
         == datasets.load_contract(name).fingerprint
     )
+
+
+DRAWN = replace(SPEC.requests, eval_negatives=0)
+RATED = replace(SPEC.requests, examples=Examples.RATINGS)
+
+
+def features(*columns: Column) -> dict[str, Any]:
+    return {"item_features": (*SPEC.item_features, *columns)}
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"ranking_item_features": ("desciption_tokens",)}, "did you mean description_tokens?"),
+        ({"item_title": "desciption"}, "did you mean description?"),
         ({"item_title": "item_id"}, "item_title names 'item_id'"),
         ({"stat_value": "price"}, "stat_value names 'price'; there are ['quantity', 'unit_price']"),
-        ({"user_features": ()}, "user_features is ()"),
-        (
-            {"event_features": (Column("device", DType.STRING, ""),), "stat_value": "device"},
-            "event_features 'device' is string",
-        ),
-        (
-            {"event_features": (Column("unit_price", DType.FLOAT32, "", nullable=True),)},
-            "'unit_price' is nullable",
-        ),
+        (features(Column("x", DType.STRING, "", kind=NUMBER)), "is string and of kind number"),
+        (features(Column("x", DType.FLOAT32_LIST, "", kind=VECTOR)), "say how long it is"),
+        (features(Column("x", DType.STRING, "", kind=CATEGORY, hashed=1)), "has hashed=1"),
+        (features(Column("x", DType.STRING, "", kind=CATEGORY, buckets=4)), "has buckets=4"),
+        (features(Column("x", DType.BYTES, "")), "is bytes"),
+        (features(Column("two words", DType.STRING, "")), "expected a name of letters"),
+        ({"context_features": (Column("device", DType.STRING, ""),)}, "'device' has no kind"),
         ({"event_identity": ("invoice",)}, "event_identity names 'invoice'"),
         ({"actions": ()}, "actions is ()"),
+        ({"shown": "impression"}, "shown names 'impression'"),
+        ({"shown": "purchase"}, "the first action"),
+        ({"tasks": ()}, "name at least one"),
+        ({"tasks": (Task("label", "", action="buy"),)}, "is about 'buy'"),
+        ({"tasks": (Task("label", "", "purchase", given="click"),)}, "is given 'click'"),
+        ({"tasks": (Task("label", "", "purchase", weight=0),)}, "has weight 0"),
+        ({"rank_by": (("label_buy", 1.0),)}, "rank_by names 'label_buy'"),
+        ({"rank_by": (("label_purchase", -1.0),)}, "the weight -1.0"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
-        ({"raw_zone": "Europe/Londn"}, "raw_zone is 'Europe/Londn'"),
-        ({"raw_time_unit": "s"}, "raw_time_unit is 's'"),
+        ({"events": replace(SPEC.events, zone="Europe/Londn")}, "events.zone is 'Europe/Londn'"),
+        ({"events": replace(SPEC.events, time_unit="s")}, "events.time_unit is 's'"),
+        ({"events": replace(SPEC.events, format="xlsx")}, "events.format is 'xlsx'"),
+        ({"events": replace(SPEC.events, delimiter="")}, "events.delimiter is empty"),
+        ({"events": replace(SPEC.events, columns={"user": "u"})}, "events.columns names 'user'"),
+        ({"events": replace(SPEC.events, flags={"buy": "b"})}, "the action 'buy'"),
+        ({"events": replace(SPEC.events, action="a", flags={"return": "r"})}, "by one column"),
+        ({"events": replace(SPEC.events, at_least=4)}, "events.at_least needs events.action"),
+        ({"users": Source("u.csv", decimal=";")}, "users.decimal is ';'"),
+        ({"views": (OwnView("v", "user", (), "v.parquet"),)}, "has no column"),
+        ({"views": (OwnView("V", "shop", SPEC.user_features, "v"),)}, "is of 'shop'"),
         (
             {"requests": replace(SPEC.requests, test_from="2011-13-01")},
             "requests.test_from is '2011-13-01'",
@@ -69,6 +95,8 @@ def test_the_datasets_here_have_nothing_to_mend(name: str) -> None:
             {"requests": replace(SPEC.requests, test_from=SPEC.requests.validation_from)},
             "is not before",
         ),
+        ({"requests": DRAWN}, "examples of actions want 1 or more"),
+        ({"requests": RATED}, "nothing is drawn"),
     ],
 )
 def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
@@ -89,7 +117,12 @@ def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
             {"event_features": (*SPEC.event_features, Column("action", DType.FLOAT32, ""))},
             "'action'",
         ),
-        ({"requests": replace(SPEC.requests, label="Country")}, "requests.label"),
+        ({"tasks": (Task("Country", "", action="purchase"),)}, "task 'Country'"),
+        ({"tasks": (Task("split", "", action="purchase"),)}, "task 'split' and a name of Memoir's"),
+        (
+            {"context_features": (Column("quantity", DType.FLOAT32, "", kind=NUMBER),)},
+            "context_features 'quantity' and event_features",
+        ),
     ],
 )
 def test_features_that_would_meet_under_one_name_are_refused_where_they_are_declared(
@@ -99,17 +132,15 @@ def test_features_that_would_meet_under_one_name_are_refused_where_they_are_decl
         contract(replace(SPEC, **change))
 
 
-def test_a_module_of_another_name_or_without_a_function_is_refused(
+def test_a_module_of_another_name_or_without_its_code_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from feature_repo.datasets.online_retail import SPEC, parse, raw_units, read_raw\n"
-    )
+    (tmp_path / "mine.py").write_text("from feature_repo.datasets.online_retail import SPEC\n")
     monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     with pytest.raises(DeclarationError, match="expected 'mine'") as refused:
         datasets.load("mine")
-    assert "no function assign_requests" in str(refused.value)
+    assert "the module has no function derive" in str(refused.value)
     sys.modules.pop("feature_repo.datasets.mine", None)
     with pytest.raises(DeclarationError, match="did you mean online_retail"):
         datasets.load("online_retial")
@@ -128,7 +159,7 @@ def test_a_wider_contract_lacks_nothing_and_a_narrower_one_says_what() -> None:
     assert any("margin" in line for line in missing)
     assert any("actions" in line for line in missing)
     retyped = replace(SPEC, user_features=(Column("country", DType.INT64, ""),))
-    assert lacks(contract(SPEC), contract(retyped)) == ["country (string) of user_profile"]
+    assert lacks(contract(SPEC), contract(retyped)) == ["country (string) of users"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +240,7 @@ def test_times_of_movielens_in_another_unit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ratings.dat").write_text("\n".join(lines) + "\n")
     unit = datasets.RawUnit(str(tmp_path / "ratings.dat"), 0, 8)
     with pytest.raises(datasets.RawDataError, match="look like milliseconds"):
-        movielens_1m.parse(unit)
+        list(datasets.load("movielens_1m").parse(unit))
     assert is_iso_time("2011-12-09T12:00:00Z")
 
 
@@ -217,9 +248,11 @@ def test_times_of_movielens_in_another_unit_are_refused(tmp_path: Path) -> None:
 def test_titles_are_read_in_the_encodings_that_files_have(encoding: str, tmp_path: Path) -> None:
     title = "Ådalen 31… (1969)" if encoding != "latin-1" else "Ådalen 31 (1969)"
     (tmp_path / "movies.dat").write_bytes(f"1::{title}::Drama|War\n\n".encode(encoding))
-    items = movielens_1m.parse(
-        datasets.RawUnit(str(tmp_path / "movies.dat"), 0, 1, "items")
-    ).items.to_pylist()
+    for name in ("users", "ratings"):
+        (tmp_path / f"{name}.dat").write_text("")
+    films = datasets.load("movielens_1m")
+    (unit,) = [unit for unit in films.raw_units(str(tmp_path)) if unit.kind == "items"]
+    items = next(films.parse(unit)).items.to_pylist()
     assert [(row["title"], row["year"], row["genres"]) for row in items] == [
         (title, 1969, ["Drama", "War"])
     ]

@@ -97,8 +97,8 @@ def test_too_much_dirt_stops_the_run_before_anything_is_published(
         helpers.run_jobs(settings, "events")
     message = str(caught.value)
     for part in (
-        "raw_invoice_lines",
-        "CustomerID",
+        "raw_events",
+        "user_id",
         "expect_column_values_to_not_be_null",
         "max_bad_fraction",
     ):

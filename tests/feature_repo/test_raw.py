@@ -18,10 +18,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import limits, raw
+from feature_repo import datasets, limits, raw, sources
 from feature_repo.arrow import EPOCH
-from feature_repo.datasets import RawDataError, RawUnit, online_retail
-from feature_repo.schema import LARGEST_NUMBER, MAX_TEXT_BYTES, Column, DType, Entity, Table
+from feature_repo.datasets import Parsed, RawDataError, RawUnit
+from feature_repo.parse import parse
+from feature_repo.schema import (
+    LARGEST_NUMBER,
+    MAX_TEXT_BYTES,
+    Column,
+    DType,
+    Entity,
+    Source,
+    Table,
+)
+
+RETAIL = datasets.load("online_retail")
 
 LONDON = ZoneInfo("Europe/London")
 WHEN = st.datetimes(datetime(1981, 1, 1), datetime(2099, 1, 1))
@@ -110,7 +121,7 @@ def test_years_that_no_log_is_of_are_no_times(year: int) -> None:
     assert raw.times(pa.array([datetime(year, 1, 1)], pa.timestamp("s"))).to_pylist() == [None]
 
 
-RAW = Table("raw", "", (Column("at", DType.TIMESTAMP, ""), Column("n", DType.INT64, "")))
+RAW = [(Column("time", DType.TIMESTAMP, ""), "at"), (Column("n", DType.INT64, ""), "n")]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +142,9 @@ def test_a_whole_file_in_another_unit_is_refused_with_the_likely_one(
 
 def test_a_single_row_in_another_unit_is_null() -> None:
     times = pa.array([1_323_435_000, 1_323_435_000_000, 1_323_435_001, 1_323_435_002])
-    read = raw.typed(RAW, pa.table({"at": times, "n": [1, 2, 3, 4]}), "f", time_unit="seconds")
-    assert [time is None for time in read["at"].to_pylist()] == [False, True, False, False]
+    written = raw.Format(time_unit="seconds")
+    read = raw.typed(RAW, pa.table({"at": times, "n": [1, 2, 3, 4]}), "f", written)
+    assert [time is None for time in read["time"].to_pylist()] == [False, True, False, False]
 
 
 def test_a_row_range_is_read_a_few_rows_at_a_time_and_long_texts_are_cut(tmp_path: Path) -> None:
@@ -144,7 +156,10 @@ def test_a_row_range_is_read_a_few_rows_at_a_time_and_long_texts_are_cut(tmp_pat
         }
     )
     pq.write_table(table, tmp_path / "f.parquet", row_group_size=700)
-    read = raw.read_parquet(tmp_path / "f.parquet", ["text", "n"], 650, 800)
+    unit = RawUnit(str(tmp_path / "f.parquet"), 650, 800)
+    (block,) = sources.blocks_of(Source("f.parquet"), unit, ["text", "n"])
+    read = block.rows
+    assert block.positions.tolist() == list(range(650, 1450))
     assert read.column_names == ["text", "n"]
     assert read["n"].to_pylist() == list(range(650, 1450))
     assert read.nbytes < 1 << 20
@@ -154,16 +169,29 @@ def test_a_row_range_is_read_a_few_rows_at_a_time_and_long_texts_are_cut(tmp_pat
 def test_a_file_that_is_no_parquet_or_lacks_a_column_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(RawDataError, match=r"a\.parquet is no Parquet file"):
-        raw.parquet_rows(tmp_path / "a.parquet", ["n"])
+        sources.parquet_rows(str(tmp_path / "a.parquet"), ["n"])
     pq.write_table(pa.table({"m": [1]}), tmp_path / "b.parquet")
     with pytest.raises(RawDataError, match=r"b\.parquet: columns \['n'\] are missing"):
-        raw.parquet_rows(tmp_path / "b.parquet", ["n"])
+        sources.parquet_rows(str(tmp_path / "b.parquet"), ["n"])
 
 
 LINE = {
-    "InvoiceNo": "536365", "StockCode": "71053", "Description": "LAMP", "Quantity": "2",
-    "InvoiceDate": datetime(2011, 5, 1, 10), "UnitPrice": "1.5", "CustomerID": "17850", "Country": "France",
-}  # fmt: skip
+    "InvoiceNo": "536365",
+    "StockCode": "71053",
+    "Description": "LAMP",
+    "Quantity": "2",
+    "InvoiceDate": datetime(2011, 5, 1, 10),
+    "UnitPrice": "1.5",
+    "CustomerID": "17850",
+    "Country": "France",
+}
+
+
+def parsed_of(rows: list[dict[str, Any]], start: int = 0) -> Parsed:
+    """Invoice lines as events and dead letters."""
+    unit = RawUnit("f.parquet", start, len(rows))
+    block = sources.Block(pa.Table.from_pylist(rows), start + np.arange(len(rows)))
+    return parse(RETAIL.contract, unit, block, RETAIL.derive)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +213,8 @@ def test_one_bad_field_of_an_invoice_line_sets_that_line_aside_alone(
     field: str, value: Any, reason: str | None
 ) -> None:
     rows = [dict(LINE), {**LINE, field: value}, dict(LINE)]
-    parsed = online_retail.parse_lines(pa.Table.from_pylist(rows), RawUnit("f.parquet", 10, 3))
-    checked = limits.check(online_retail.CONTRACT.table("events"), parsed.events)
+    parsed = parsed_of(rows, 10)
+    checked = limits.check(RETAIL.contract.table("events"), parsed.events)
     reasons = [*parsed.dead_letters["reason"].to_pylist(), *checked.reasons]
     assert len(reasons) == 1
     assert reason is None or reasons == [reason]
@@ -195,13 +223,13 @@ def test_one_bad_field_of_an_invoice_line_sets_that_line_aside_alone(
 
 def test_customers_of_nineteen_digits_keep_them() -> None:
     rows = [{**LINE, "CustomerID": f"12345678901234560{n:02d}"} for n in range(3)]
-    parsed = online_retail.parse_lines(pa.Table.from_pylist(rows), RawUnit("f", 0, 3))
+    parsed = parsed_of(rows)
     assert parsed.events["user_id"].to_pylist() == [1234567890123456000 + n for n in range(3)]
 
 
 def test_a_customer_number_that_is_a_float_beyond_exactness_is_no_customer_of_ours() -> None:
     rows = [{**LINE, "CustomerID": number} for number in (17850.0, 1e300, float(2**53), 12.5)]
-    parsed = online_retail.parse_lines(pa.Table.from_pylist(rows), RawUnit("f", 0, 4))
+    parsed = parsed_of(rows)
     assert parsed.events["user_id"].to_pylist() == [17850]
     assert parsed.dead_letters["reason"].to_pylist() == ["unreadable: customer number"] * 3
 

@@ -11,17 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.columns import GroupSizes
 from modeling.models import amortised_dlrm
 
 SIZES = FeatureSizes(
     items=50,
     actions=2,
-    event_features=1,
-    user_fields=(3,),
-    categories=(),
-    slots=(),
-    dense=3,
     history_length=64,
+    request=GroupSizes((3,), (1,)),
+    candidate=GroupSizes(numbers=3),
+    event=GroupSizes(numbers=1),
 )
 
 

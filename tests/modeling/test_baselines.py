@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
-from modeling.batch import FeatureSizes
+from modeling.columns import GroupSizes
 from modeling.layers import target_attention
 from modeling.layers.embedding import CategorySlots
 from modeling.layers.interaction import DotInteraction
@@ -85,14 +85,15 @@ def test_target_attention_keeps_its_precision_under_autocast() -> None:
 
 
 def test_one_category_slot_is_read_as_several_with_the_rest_empty() -> None:
-    sizes = FeatureSizes(5, 1, 0, (), (7, 7), (1, 3), dense=0, history_length=4)
+    sizes = GroupSizes((7, 7), (1, 3))
     one, several = tables = CategorySlots(sizes, WIDTH).tables
     for table in tables:
         torch.nn.init.normal_(table.weight, std=0.05)
     several.weight = one.weight
     slots = CategorySlots(sizes, WIDTH)
     slots.tables = tables
-    slots.zero_empty_slots()
+    with torch.no_grad():
+        one.weight[0] = 0
     values = torch.tensor([0, 1, 6])
     alone, padded = slots(torch.stack([values, values, values * 0, values * 0], dim=-1)[None])
     torch.testing.assert_close(alone, padded)

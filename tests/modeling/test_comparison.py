@@ -19,6 +19,7 @@ from feature_repo.tables import JobFolder
 from modeling import __main__ as entry
 from modeling import comparison, models, recipes
 from modeling.batch import FeatureSizes
+from modeling.columns import GroupSizes
 from modeling.ranking import dense_parameters
 from modeling.recipes import NextItemRecipe, ranking
 
@@ -227,12 +228,18 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
             models.build(
                 recipe.model,
                 recipe.config,
-                FeatureSizes(50, 1, 0, (), (), (), 0, recipe.history_length),
+                FeatureSizes(50, 1, recipe.history_length),
             )
             continue
         tokens = (8, 16) if recipe.tokens else (0, 0)
         sizes = FeatureSizes(
-            50, 2, 1, (5, 24), (7,), (8,), 13, recipe.history_length, user_dense=5, tokens=tokens
+            50,
+            2,
+            recipe.history_length,
+            request=GroupSizes((5, 24), (1, 1), numbers=5),
+            candidate=GroupSizes((7,), (8,), numbers=13),
+            event=GroupSizes(numbers=1),
+            tokens=tokens,
         )
         assert recipe.tokens is None or recipes.load(recipe.tokens).model == "vista"
         with torch.device("meta"):
@@ -241,10 +248,20 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
 
 SIZES = {  # of the vocabularies and features of the whole datasets
     "retail": FeatureSizes(
-        3061, 2, 2, (31, 24, 7), (1958,), (8,), dense=13, history_length=96, user_dense=5
+        3061,
+        2,
+        96,
+        request=GroupSizes((31, 24, 7), (1, 1, 1), numbers=5),
+        candidate=GroupSizes((1958,), (8,), numbers=13),
+        event=GroupSizes(numbers=2),
     ),
     "ml1m": FeatureSizes(
-        3350, 2, 1, (3, 8, 22, 24, 7), (19, 82), (8, 1), dense=13, history_length=128, user_dense=5
+        3350,
+        2,
+        128,
+        request=GroupSizes((3, 8, 22, 24, 7), (1,) * 5, numbers=5),
+        candidate=GroupSizes((19, 82), (8, 1), numbers=13),
+        event=GroupSizes(numbers=1),
     ),
 }
 

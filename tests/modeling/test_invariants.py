@@ -15,19 +15,18 @@ from torch import Tensor
 
 from modeling import models
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.columns import GroupSizes
 from modeling.models.base import CannotExtendError, Ranker
 
 TOLERANCE = 1e-5  # fp32 sums in another order; scores are of order 1
 SIZES = FeatureSizes(
     items=50,
     actions=2,
-    event_features=2,
-    user_fields=(5, 3),
-    categories=(7, 5),
-    slots=(3, 1),
-    dense=4,
     history_length=12,
-    user_dense=3,
+    # Every kind of column in every group: categories, bags, numbers, vectors.
+    request=GroupSizes((5, 3, 6), (1, 1, 2), numbers=3, vectors=(4,)),
+    candidate=GroupSizes((7, 5), (3, 1), numbers=4, vectors=(3, 2)),
+    event=GroupSizes((4, 6), (1, 2), numbers=2, vectors=(3,)),
     tasks=2,
 )
 RANKING = (
@@ -174,9 +173,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hstu": ("hstu", {"width": 16, "num_heads": 2}),
     "hstu_extendable": ("hstu", {"width": 16, "positions": "none", "time_bias": True}),
 }
+EVENT_FIELDS = (
+    "item_BL",
+    "action_BL",
+    "age_BL",
+    "gap_BL",
+    "event_BLE",
+    "event_category_BLJ",
+    "mask_BL",
+)
 EXTENDABLE = [name for name in CONFIGS if name.endswith("extendable")]
 NOT_READ = {
     "event_BLE",
+    "event_category_BLJ",
     "field_BU",
     "dense_BG",
 }  # by sequence models: they know items, actions and times
@@ -204,15 +213,24 @@ def user_inputs(lengths: list[int], seed: int, width: int | None = None) -> User
     def number(limit: int, *shape: int) -> Tensor:
         return torch.randint(0, limit, shape, generator=generator)
 
+    def slots_of(group: GroupSizes, *shape: int) -> Tensor:
+        pairs = zip(group.categories, group.slots, strict=True)
+        return torch.cat([number(size, *shape, slots) for size, slots in pairs], dim=-1)
+
+    def with_gaps(values: Tensor) -> Tensor:
+        gone = torch.rand(values.shape, generator=generator) < 0.2
+        return values.masked_fill(gone, torch.nan)
+
     made = UserInputs(
         item_BL=number(SIZES.items, batch, width),
         action_BL=number(SIZES.actions, batch, width),
         age_BL=real(batch, width).abs(),
         gap_BL=real(batch, width).abs(),
-        event_BLE=real(batch, width, SIZES.event_features),
+        event_BLE=with_gaps(real(batch, width, SIZES.event.dense)),
         mask_BL=mask,
-        field_BU=torch.stack([number(size, batch) for size in SIZES.user_fields], dim=1),
-        dense_BG=real(batch, SIZES.user_dense),
+        field_BU=slots_of(SIZES.request, batch),
+        dense_BG=with_gaps(real(batch, SIZES.request.dense)),
+        event_category_BLJ=slots_of(SIZES.event, batch, width),
     )
     return blank_padding(made)
 
@@ -220,19 +238,28 @@ def user_inputs(lengths: list[int], seed: int, width: int | None = None) -> User
 def blank_padding(user: UserInputs) -> UserInputs:
     names = ("item_BL", "action_BL", "age_BL", "gap_BL")
     changed = {name: getattr(user, name) * user.mask_BL for name in names}
-    return replace(user, **changed, event_BLE=user.event_BLE * user.mask_BL[..., None])
+    assert user.event_category_BLJ is not None
+    real = user.mask_BL[..., None]
+    return replace(
+        user,
+        **changed,
+        event_BLE=user.event_BLE.masked_fill(~real, 0),
+        event_category_BLJ=user.event_category_BLJ * real,
+    )
 
 
 def candidates(batch: int, number: int, seed: int) -> Candidates:
     generator = torch.Generator().manual_seed(seed + 1000)
+    pairs = zip(SIZES.candidate.categories, SIZES.candidate.slots, strict=True)
     slots = [
-        torch.randint(0, size, (batch, number, slots), generator=generator)
-        for size, slots in zip(SIZES.categories, SIZES.slots, strict=True)
+        torch.randint(0, size, (batch, number, slots), generator=generator) for size, slots in pairs
     ]
+    dense = torch.randn(batch, number, SIZES.candidate.dense, generator=generator)
+    gone = torch.rand(dense.shape, generator=generator) < 0.2
     return Candidates(
         item_BC=torch.randint(0, SIZES.items, (batch, number), generator=generator),
         category_BCK=torch.cat(slots, dim=-1),
-        dense_BCF=torch.randn(batch, number, SIZES.dense, generator=generator),
+        dense_BCF=dense.masked_fill(gone, torch.nan),
         mask_BC=torch.ones(batch, number, dtype=torch.bool),
     )
 
@@ -353,9 +380,10 @@ def test_padding_is_inert(name: str, world: Any, padding: int) -> None:
     some = candidates(len(lengths), number, seed)
     wide = user_inputs(lengths, seed + 1, max([*lengths, 1]) + padding)
     width = user.mask_BL.shape[1]
-    for field in ("item_BL", "action_BL", "age_BL", "gap_BL", "event_BLE"):
+    for field in EVENT_FIELDS[:-1]:
         fresh = torch.full_like(getattr(wide, field), 1)
-        mask = user.mask_BL if field != "event_BLE" else user.mask_BL[..., None]
+        several = field in ("event_BLE", "event_category_BLJ")
+        mask = user.mask_BL[..., None] if several else user.mask_BL
         fresh[:, :width] = torch.where(mask, getattr(user, field), fresh[:, :width])
         wide = replace(wide, **{field: fresh})
     wide = replace(wide, field_BU=user.field_BU, dense_BG=user.dense_BG)
@@ -374,8 +402,8 @@ def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: s
                 Batch(
                     replace(
                         user_inputs([0], seed, 4),
-                        field_BU=torch.zeros(1, 2).long(),
-                        dense_BG=torch.ones(1, 3),
+                        field_BU=torch.zeros(1, SIZES.request.num_slots).long(),
+                        dense_BG=torch.ones(1, SIZES.request.dense),
                     ),
                     some,
                     torch.zeros(1),
@@ -399,16 +427,19 @@ def test_history_changes_scores(name: str) -> None:
             {"item_BL": (user.item_BL + 1) % SIZES.items},
             {"action_BL": 1 - user.action_BL},
             {"event_BLE": user.event_BLE + 1},
+            {"event_BLE": torch.full_like(user.event_BLE, torch.nan)},
+            {"event_category_BLJ": (user.event_category_BLJ + 1) % 4},
             {"field_BU": (user.field_BU + 1) % 3},
             {"dense_BG": user.dense_BG + 1},
+            {"dense_BG": torch.full_like(user.dense_BG, torch.nan)},
         ):
             if not name.startswith(RANKING) and NOT_READ & set(change):
                 continue
             limit = (
                 1e-4 if name == "baseline_rankmixer" else 1e-3
             )  # its norms and mean leave less of a change
-            if name == "hiformer_full_rank" and "event_BLE" in change:  # it reads pooled items only
-                continue
+            if name == "hiformer_full_rank" and set(change) & {"event_BLE", "event_category_BLJ"}:
+                continue  # it reads pooled items only
             assert (
                 model(Batch(replace(user, **change), some, torch.zeros(1))) - base
             ).abs().max() > limit

@@ -18,13 +18,10 @@ from modeling import models
 from modeling.batch import Batch, FeatureSizes, UserInputs
 from modeling.benchmarks.worlds import flops
 from modeling.models.onetrans import ROUND_TO, MixedLayer, OneTrans, UserState, tail_lengths
-from tests.modeling.test_invariants import candidates, user_inputs
+from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 
 TOLERANCE = 1e-5
-LONG = FeatureSizes(
-    items=50, actions=2, event_features=2, user_fields=(5, 3), categories=(7, 5), slots=(3, 1), dense=4, history_length=160,
-    user_dense=3, tasks=2,
-)  # fmt: skip
+LONG = replace(SIZES, history_length=160)
 few = settings(max_examples=12, deadline=None)
 lengths = st.lists(st.integers(0, 160), min_size=1, max_size=3)
 
@@ -321,8 +318,9 @@ def test_tokenisers_give_tokens_of_one_width() -> None:
     assert split_model.candidate_nodes(candidate).shape == (1, 3, 4, 16)
     request = group_model.features.request(batch.user)
     candidate = group_model.features.candidates(batch.candidates)
-    assert group_model.request_nodes(request).shape == (1, 4, 16)  # type: ignore[misc]  # fields, dense, two sequences
-    assert group_model.candidate_nodes(candidate).shape == (1, 3, 3, 16)  # item, categories, dense
+    # Categories, numbers, vectors, two sequences; item, categories, numbers, vectors.
+    assert group_model.request_nodes(request).shape == (1, 5, 16)  # type: ignore[misc]
+    assert group_model.candidate_nodes(candidate).shape == (1, 3, 4, 16)
 
 
 def test_merges_order_events_as_they_say() -> None:
@@ -396,5 +394,8 @@ def split(user: UserInputs, cuts: list[int], new: int) -> tuple[UserInputs, User
         inside,
         user.field_BU,
         user.dense_BG,
+        user.event_category_BLJ.gather(
+            1, at[..., None].expand(-1, -1, user.event_category_BLJ.shape[-1])
+        ),
     )
     return keep(user, torch.tensor(cuts)), later

@@ -21,7 +21,7 @@ from modeling.models.hstu import HSTULayer
 from modeling.models.sequence import PackedEvents, SequenceRanker, gap_bucket
 
 TOLERANCE = 1e-5
-SIZES = FeatureSizes(31, 1, 0, (), (), (), 0, 20)
+SIZES = FeatureSizes(31, 1, 20)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sasrec": ("sasrec", {"num_heads": 2}),
     "sasrec gated": ("sasrec", {"gated": True, "activation": "swiglu", "expansion": 2}),
@@ -200,7 +200,7 @@ def test_hstus_normaliser_does_not_depend_on_the_pass() -> None:
         torch.testing.assert_close(
             model.encode_user(wide).history_BD, expected, atol=TOLERANCE, rtol=TOLERANCE
         )
-    other = build(*STREAMING["hstu"], sizes=FeatureSizes(31, 1, 0, (), (), (), 0, 40))
+    other = build(*STREAMING["hstu"], sizes=FeatureSizes(31, 1, 40))
     other.load_state_dict({
         name: torch.cat([tensor, tensor[-1:].expand(20)]) if name.endswith("distance") else tensor
         for name, tensor in model.state_dict().items()

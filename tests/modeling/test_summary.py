@@ -16,7 +16,8 @@ from feature_repo import datasets
 from feature_repo.envelope import from_bytes
 from feature_repo.history import Histories
 from modeling import models, summary
-from modeling.batch import Encoder, Vocabulary
+from modeling.batch import Encoder
+from modeling.columns import Vocabulary, nothing_known
 from modeling.models.vista import VISTA
 from modeling.summary import Summariser, Summary, envelopes, stored_summary, token_fingerprint
 
@@ -36,9 +37,8 @@ CODES = np.arange(1, ITEMS + 1)
 
 
 def summariser(seed: int = 1, history_length: int = 64, **config: Any) -> Summariser:
-    vocabularies = {"item_id": Vocabulary(pa.array([str(item) for item in range(ITEMS)]))}
-    names = CONTRACT.spec.ranking_user_features + CONTRACT.spec.ranking_item_features
-    vocabularies |= {name: Vocabulary(pa.array([], pa.string())) for name in names}
+    items = Vocabulary(pa.array([str(item) for item in range(ITEMS)]))
+    vocabularies = nothing_known(CONTRACT) | {"item_id": items}
     encoder = Encoder(CONTRACT, vocabularies, history_length)
     torch.manual_seed(seed)
     model = models.build("vista", {**STREAM, **config}, encoder.sizes)

@@ -51,7 +51,7 @@ def encoded(shop: Any, warehouse: Warehouse) -> tuple[Encoder, Encoded, Encoded]
 def fresh_model(encoder: Encoder, train: Encoded, **config: Any) -> Ranker:
     torch.manual_seed(5)
     model = models.build(RECIPE.model, {**RECIPE.config, **config}, encoder.sizes)
-    model.fit_statistics(torch.from_numpy(train.candidate_dense), torch.from_numpy(train.dense_BG))
+    model.fit_statistics(encoder.training_sample(train))
     return model
 
 
@@ -157,9 +157,8 @@ def test_periods_without_a_positive_are_refused_before_training(
     from modeling.command import refuse_unless_trainable
 
     split = warehouse.split(shop.store, RECIPE.service, "validation")
-    barren = replace(
-        split, requests=replace(split.requests, labels=np.zeros(len(split.requests.candidate_keys)))
-    )
+    nothing = np.zeros((len(split.requests.candidate_keys), 1))
+    barren = replace(split, requests=replace(split.requests, labels=nothing))
     refuse_unless_trainable(warehouse, split, split)
     with pytest.raises(ValueError, match="validation period has no positive"):
         refuse_unless_trainable(warehouse, split, barren)
@@ -220,9 +219,8 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
 
     keys = request.select(["user_id", "item_id", "event_timestamp"])
     joined = point_in_time_join(store, RECIPE.service, keys)
-    split = warehouse.assemble(
-        joined, request["request_id"].combine_chunks(), request["label_purchase"].to_numpy()
-    )
+    joined = joined.append_column("label_purchase", request["label_purchase"])
+    split = warehouse.assemble(joined, request["request_id"].combine_chunks())
     vocabulary = {
         "item_id": Vocabulary(
             pa.array(sorted({f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(220)}))
@@ -396,8 +394,8 @@ def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Pa
     )
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, 1), 16)
     train = encoder.featurise(split.requests)
-    assert encoder.sizes.categories[0] == 4
-    assert encoder.sizes.slots == (8, 1)
+    assert encoder.sizes.candidate.categories[0] == 4
+    assert encoder.sizes.candidate.slots == (8, 1)
     assert int(split.requests.candidate_offsets[1]) <= 16
     assert 0.2 < train.labels.mean() < 0.9
     genres, years = (split.requests.candidate_columns[name] for name in ("genres", "year"))

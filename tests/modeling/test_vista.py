@@ -17,7 +17,7 @@ from modeling import models
 from modeling.batch import Batch, FeatureSizes, UserInputs
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream, quasi_linear_plain
 from modeling.models.vista import VISTA
-from tests.modeling.test_invariants import SIZES, candidates, user_inputs
+from tests.modeling.test_invariants import EVENT_FIELDS, SIZES, candidates, user_inputs
 
 LONG = replace(SIZES, history_length=200)
 
@@ -94,7 +94,7 @@ def test_gradients_equal_finite_differences_and_the_closed_form(target: bool) ->
 def test_tokens_do_not_know_the_order_of_events(attention: str, role: str) -> None:
     model, user = build(attention=attention, seed_role=role), user_inputs([30, 30], 4)
     order = torch.randperm(30)
-    names = ("item_BL", "action_BL", "age_BL", "gap_BL", "event_BLE", "mask_BL")
+    names = EVENT_FIELDS
     shuffled = replace(user, **{name: getattr(user, name)[:, order] for name in names})
     with torch.inference_mode():
         first, second = model.encode_user(user).tokens_BSD, model.encode_user(shuffled).tokens_BSD
@@ -277,7 +277,7 @@ def test_padding_is_no_part_of_a_reconstruction() -> None:
         padded,
         **{
             name: torch.cat([getattr(padded, name), torch.zeros_like(getattr(padded, name))], dim=1)
-            for name in ("item_BL", "action_BL", "age_BL", "gap_BL", "event_BLE", "mask_BL")
+            for name in EVENT_FIELDS
         },
     )
     tokens = torch.randn(1, 6, 16)

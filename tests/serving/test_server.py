@@ -98,11 +98,12 @@ def test_training_score_equals_server_score(
         }
     )
     joined = point_in_time_join(trained_shop.store, ranker.bundle.manifest["service"], entity_rows)
+    joined = joined.append_column("label_purchase", pa.array([0] * len(rows), pa.int8()))
     split = Warehouse(trained_shop.settings).assemble(
-        joined, pa.array([str(user) for user, _ in rows]), np.zeros(len(rows))
+        joined, pa.array([str(user) for user, _ in rows])
     )
     encoder = ranker.bundle.encoder
-    offline = predict(ranker.bundle.model, encoder, encoder.featurise(split.requests))
+    offline = predict(ranker.bundle.model, encoder, encoder.featurise(split.requests))[:, 0]
     expected = dict(zip(rows, 1 / (1 + np.exp(-offline.astype(np.float64))), strict=True))
     for user, items in asked.items():
         answer = ranker.rank(RankRequest(user, items, context=RankContext(at)))
