@@ -25,13 +25,13 @@ from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
 from feature_repo import datasets, limits
 from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.history import run_starts
-from feature_repo.parse import wanted
+from feature_repo.parse import REPEATED, wanted, without_repeats
 from feature_repo.schema import Contract, DatasetSpec, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
 
 COUNTS = b"counts"  # of a unit, beside its dead letters
-LATE, REPEATED = "time is at or after --as_of", "repeated: the same event stands earlier"
+LATE = "time is at or after --as_of"
 NOT_BAD = (LATE, REPEATED)  # reasons that say nothing against the data
 
 
@@ -137,27 +137,6 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         assert entity is not None
         rows = changes_only(sort_by_key_and_time(rows, entity.join_key), entity.join_key)
     yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
-
-
-def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table, pa.Table]:
-    """Events that stand for the first time, and those that are the same as an earlier one.
-
-    Args:
-        events: sorted by user, time and position.
-        identity: columns that say "the same"; the action always does, for one row of a log may tell
-            of several. None: no event is.
-    """
-    if not identity or events.num_rows < 2:
-        return events, events.slice(0, 0)
-    names = dict.fromkeys((*identity, "action"))
-    codes = [
-        pc.fill_null(events[name].combine_chunks().dictionary_encode().indices, -1).to_numpy()
-        for name in names
-    ]
-    _, first = np.unique(np.stack(codes), axis=1, return_index=True)
-    kept = np.zeros(events.num_rows, bool)
-    kept[first] = True
-    return events.filter(pa.array(kept)), events.filter(pa.array(~kept))
 
 
 def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:

@@ -1,8 +1,9 @@
-"""`python -m feature_repo check | apply | store_config | dictionary | tokens`."""
+"""`python -m feature_repo new | check | apply | store_config | dictionary | tokens`."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from datetime import timedelta
@@ -23,18 +24,77 @@ app = cli.app(
 
 
 @app.command
-def check() -> None:
-    """Whether the dataset in force can be what its module declares: names, types, limits,
-    functions.
+def check() -> int:
+    """What the dataset in force declares and holds, in seconds: slips of the declaration, ten events,
+    dead letters, requests, labels, and what a ranker reads.
     """
     from feature_repo import datasets
+    from feature_repo.preview import preview
 
     settings = Settings.from_env()
-    dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
-    rows = sum(unit.rows for unit in dataset.raw_units(settings.data))
+    dataset = datasets.load(settings.dataset)
+    print(f"{settings.dataset}: {dataset.spec.title}, contract {dataset.contract.fingerprint}")
+    found = preview(dataset, settings.data)
+    for line in found.lines():
+        print(line)
+    wrong = found.problems()
+    for line in wrong:
+        print(f"to mend: {line}")
+    if not wrong:
+        print("nothing to mend")
+    return int(bool(wrong))
+
+
+@app.command
+def new(
+    name: str,
+    *,
+    events: str,
+    items: str | None = None,
+    users: str | None = None,
+    force: bool = False,
+) -> None:
+    """Look at a log's files, say what each column was taken for and why, and write a dataset module to
+    correct.
+
+    Args:
+        name: of the dataset: small letters, digits and underscores.
+        events: file, folder or glob of the log.
+        items: the same of a table of items.
+        users: the same of a table of users.
+        force: write over a module of that name.
+    """
+    from feature_repo import datasets, suggest
+    from feature_repo.suggest_text import module_text
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UsageError(f"NAME expects small letters, digits and underscores, not {name!r}")
+    path = Path(datasets.__path__[-1]) / f"{name}.py"
+    if path.exists() and not force:
+        raise UsageError(f"{path} is there already: choose another name, or pass --force")
+    folder, below = _common_folder([file for file in (events, items, users) if file])
+    log = suggest.log_of(folder, below[events], users and below[users], items and below[items])
+    cuts = suggest.periods(log.events, folder)
+    for guess in log.guesses:
+        print(f"  {guess.column}: {guess.told}")
+    path.write_text(module_text(name, log, cuts))
     print(
-        f"{settings.dataset}: {contract.spec.title}, contract {contract.fingerprint}, {rows:,} raw rows: nothing to mend"
+        f"wrote {path}\ncorrect it, then:\n"
+        f"  export MEMOIR_DATASET={name} MEMOIR_DATA={folder}\n"
+        "  python -m feature_repo check\n"
+        "  make demo"
     )
+
+
+def _common_folder(files: list[str]) -> tuple[str, dict[str, str]]:
+    """The folder that holds all files, and each file's path below it."""
+    if remote := [file for file in files if "://" in file]:
+        raise UsageError(
+            f"new looks at files of this machine, not at {remote[0]}: copy a sample here"
+        )
+    at = {file: os.path.abspath(file) for file in files}
+    folder = os.path.commonpath([os.path.dirname(path) for path in at.values()])
+    return folder, {file: os.path.relpath(path, folder) for file, path in at.items()}
 
 
 @app.command

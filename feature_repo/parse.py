@@ -7,7 +7,7 @@ reason. What breaks a limit of the contract is for the job to set aside (`limits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,8 @@ from feature_repo.sources import Block, RawUnit
 
 KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
 ACTION = "__action"  # as read: what the source's action column says
+REPEATED = "repeated: the same event stands earlier"
+FLAG = "__flag_"  # as read: whether an action happened as well
 KINDS = ("events", "users", "items")
 PROFILES = {"users": "user_profile", "items": "item_profile"}
 
@@ -98,7 +100,7 @@ def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
         found[ACTION] = (Column(ACTION, dtype, "what happened"), source.action)
     for action, theirs in source.flags.items():
         found[_flag(action)] = (
-            Column(_flag(action), DType.FLOAT32, "happened", nullable=True),
+            Column(_flag(action), DType.INT8, "happened", values=(0, 1)),
             theirs,
         )
     return list(found.values())
@@ -160,6 +162,27 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
         "events_made": len(events),
     }
     return Parsed(events, users, items, letters, counts)
+
+
+def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+    """Events that stand for the first time, and those that are the same as an earlier one.
+
+    Args:
+        events: sorted by user, time and position.
+        identity: columns that say "the same"; the action always does, for one row of a log may tell
+            of several. None: no event is.
+    """
+    if not identity or events.num_rows < 2:
+        return events, events.slice(0, 0)
+    names = dict.fromkeys((*identity, "action"))
+    codes = [
+        pc.fill_null(events[name].combine_chunks().dictionary_encode().indices, -1).to_numpy()
+        for name in names
+    ]
+    _, first = np.unique(np.stack(codes), axis=1, return_index=True)
+    kept = np.zeros(events.num_rows, bool)
+    kept[first] = True
+    return events.filter(pa.array(kept)), events.filter(pa.array(~kept))
 
 
 def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> pa.Table:
@@ -247,16 +270,14 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
     required |= {c.name for c in spec.event_features if not c.nullable}
     found = []
     for column, name in wanted(spec, "events"):
-        if column.name not in required:
-            continue
+        is_flag = column.name.startswith(FLAG)
         missing = pc.is_null(read[column.name]).to_numpy()
-        if not missing.any():
+        if not missing.any() or not (is_flag or column.name in required):
             continue
         blank = raw.is_blank(given[name])
-        found += [
-            (missing & blank, f"{name}: is missing"),
-            (missing & ~blank, f"{name}: unreadable"),
-        ]
+        found.append((missing & ~blank, f"{name}: unreadable"))
+        if not is_flag:  # of a flag that is blank nothing happened
+            found.append((missing & blank, f"{name}: is missing"))
     return found
 
 
@@ -300,7 +321,7 @@ def _letters(
 
 
 def _flag(action: str) -> str:
-    return f"__flag_{action}"
+    return f"{FLAG}{action}"
 
 
 class _Nothing:

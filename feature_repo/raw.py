@@ -38,6 +38,8 @@ EARLIEST = iso_micros(
 )  # raw times before it are seconds that were taken for less, or no times at all
 EXACT_FLOAT = 2**53  # the first whole number that a float64 shares with another
 BLANKS = ["", "nan", "null", "none"]  # text that says "nothing here"
+TRUTHS = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0}
+TRUTHS |= {"1.0": 1, "0.0": 0, "y": 1, "n": 0}
 QUARTER = 15 * 60 * MICROS
 NAIVE_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?$"
 ZONED_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:?[0-9]{2})$"
@@ -86,7 +88,7 @@ def typed(
     found: dict[str, pa.Array] = {}
     for column, theirs in columns:
         given = raw[theirs]
-        made = _read(column.dtype, given, written)
+        made = truths(given) if column.values == (0, 1) else _read(column.dtype, given, written)
         _refuse_unreadable(file, column, theirs, given, made, written.time_unit)
         found[column.name] = made
     return pa.table(found)
@@ -107,7 +109,17 @@ def _read(dtype: DType, given: pa.ChunkedArray, written: Format) -> pa.Array:
     if dtype is DType.STRING_LIST:
         return text_lists(given, written.list_separator)
     assert dtype is DType.FLOAT32_LIST, dtype
-    return number_lists(given, written)
+    return number_lists(given, written.decimal)
+
+
+def truths(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """1 and 0 as int64, also where they are spelt true and false or yes and no; null for all else."""
+    column = _plain(column)
+    if not _is_text(column.type):
+        return whole_numbers(column)
+    spelt = pc.utf8_lower(pc.utf8_trim_whitespace(texts(column)))
+    place = pc.index_in(spelt, pa.array(list(TRUTHS)))
+    return pa.array(list(TRUTHS.values()), pa.int64()).take(place)
 
 
 def text_lists(column: pa.ChunkedArray | pa.Array, separator: str) -> pa.Array:
@@ -128,9 +140,9 @@ def text_lists(column: pa.ChunkedArray | pa.Array, separator: str) -> pa.Array:
     return pa.array(parts, pa.list_(pa.string())).take(encoded.indices)
 
 
-def number_lists(column: pa.ChunkedArray | pa.Array, written: Format) -> pa.Array:
-    """Lists of float32; of a text its parts. A list with a value that is no number is null, and so
-    is a blank text.
+def number_lists(column: pa.ChunkedArray | pa.Array, decimal: str = ".") -> pa.Array:
+    """Lists of float32; of a text its parts, with whatever stands between them. A list with a value
+    that is no number is null, and so is a blank text.
     """
     column = _plain(column)
     if pa.types.is_null(column.type):
@@ -138,12 +150,10 @@ def number_lists(column: pa.ChunkedArray | pa.Array, written: Format) -> pa.Arra
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.list_(column.type.value_type))
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        separator = written.list_separator
-        text = texts(column)
-        parts = pc.split_pattern(pc.utf8_trim(text, "[] \t"), separator)
-        blank = pc.equal(pc.utf8_trim_whitespace(text), "")
-        column = pc.if_else(blank, pa.scalar(None, parts.type), parts)
-    values = numbers(pc.list_flatten(column), written.decimal).cast(pa.float32(), safe=False)
+        text = pc.utf8_trim(texts(column), "[]() \t")
+        parts = pc.split_pattern_regex(text, r"[|;\s]+" if decimal == "," else r"[|;,\s]+")
+        column = pc.if_else(pc.equal(text, ""), pa.scalar(None, parts.type), parts)
+    values = numbers(pc.list_flatten(column), decimal).cast(pa.float32(), safe=False)
     made = _relisted(column, values)
     if not values.null_count:
         return made

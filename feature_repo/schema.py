@@ -213,7 +213,7 @@ TIMESTAMPS = (
 class Examples(StrEnum):
     """Where training examples come from."""
 
-    IMPRESSIONS = "impressions"  # the log says what was shown together, by `request_id`
+    IMPRESSIONS = "impressions"  # the log says what was shown together
     ACTIONS = "actions"  # what a user acted on at one time, and drawn negatives
     RATINGS = "ratings"  # consecutive events of a user; nothing is drawn
 
@@ -223,19 +223,19 @@ class Requests:
     """How a dataset's training examples come about, and its periods.
 
     Args:
-        examples: IMPRESSIONS: the items of one `request_id` are one request, at the time of its
-            first event. ACTIONS: items that a task's action was about, of one user and time (or of
-            one `request_id`); others are drawn as negatives. RATINGS: up to `most` consecutive
-            events of a user are one request, at the time of the first.
+        examples: IMPRESSIONS: the items of events that belong together (`by`) are one request, at
+            the time of the first. ACTIONS: the same of items that a task's action was about; others
+            are drawn as negatives. RATINGS: up to `most` consecutive events of a user are one
+            request, at the time of the first.
         validation_from: ISO time with a zone; requests from then on validate.
         test_from: the same for the test period.
         train_negatives_per_positive: drawn in training, of ACTIONS.
         eval_negatives: drawn for each request that is evaluated, of ACTIONS.
         most: events of one request, of RATINGS.
-        by: what actions share that are asked about together.
+        by: what a user's events share that belong together.
 
     Example:
-        >>> Requests(Examples.IMPRESSIONS, "2025-03-01T00:00:00Z", "2025-03-08T00:00:00Z")
+        >>> Requests(Examples.IMPRESSIONS, "2025-03-01T00:00Z", "2025-03-08T00:00Z", by="request_id")
     """
 
     examples: Examples
@@ -249,7 +249,7 @@ class Requests:
     @property
     def has_request_id(self) -> bool:
         """Whether events carry a request id."""
-        return self.examples is Examples.IMPRESSIONS or self.by == "request_id"
+        return self.by == "request_id"
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class Source:
         quoted_newlines: whether values in quotes may hold line ends; such a file is read whole.
         encodings: of a text file; the first in which it can be read.
         decimal: "." or ",".
-        list_separator: between the values of a bag or a vector that is written as text.
+        list_separator: between the values of a bag that is written as text.
         time_unit: of times that are whole numbers, a key of `TIME_UNITS`; without one they are refused.
         zone: of times that carry none.
         action: their column that says what happened; none: every row is the first action.
