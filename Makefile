@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo serve check lint types test format bench bench-gpu lock clean
+.PHONY: help setup demo refresh serve check lint types test format bench bench-gpu lock clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -29,6 +29,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 demo: setup  ## the whole road: raw rows in, a ranked list out
+	@$(RUN) -m modeling about $(RECIPE)
 	$(RUN) -m beam_jobs events --runner=$(RUNNER)
 	$(RUN) -m beam_jobs user_history --runner=$(RUNNER)
 	$(RUN) -m beam_jobs item_stats --runner=$(RUNNER)
@@ -41,7 +42,10 @@ demo: setup  ## the whole road: raw rows in, a ranked list out
 ifneq ($(filter vista%,$(RECIPE)),)
 	$(RUN) -m beam_jobs summary_tokens --bundle $(RECIPE) --runner=$(RUNNER)
 endif
-	$(RUN) -m serving demo
+	$(RUN) -m serving demo --recipe $(RECIPE)
+
+refresh: setup  ## new raw rows into tables, online store and summary tokens
+	$(RUN) -m beam_jobs refresh --runner=$(RUNNER)
 
 serve: setup  ## rank over HTTP with the live bundle, as of the end of the data
 	$(RUN) -m serving --replay --port $(PORT)

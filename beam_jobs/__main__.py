@@ -92,6 +92,32 @@ def summary_tokens(
     return _run("summary_tokens", options, common, beam)
 
 
+@app.command
+def refresh(
+    *beam: BeamArguments,
+    common: CommonOptions = DEFAULTS,
+) -> int:
+    """New raw rows → tables → online store → summary tokens of the live bundle, one job after another.
+
+    What is up to date is skipped, so it may run as often as there is something new, as by cron:
+    `17 * * * * cd /srv/memoir && .venv/bin/python -m beam_jobs refresh >> refresh.log 2>&1`
+    """
+    from beam_jobs.command import live_bundle_makes_tokens
+    from feature_repo.settings import Settings
+
+    jobs: dict[str, Options] = {
+        "events": TableOptions(),
+        "user_history": TableOptions(),
+        "item_stats": TableOptions(),
+        "materialize": OnlineOptions(),
+    }
+    for job, options in jobs.items():
+        _run(job, options, common, beam)
+    if live_bundle_makes_tokens(Settings.from_env()):
+        _run("summary_tokens", TokenOptions(), common, beam)
+    return 0
+
+
 def _run(job: str, options: Options, common: Common, beam: tuple[str, ...]) -> int:
     from feature_repo.settings import Settings
 

@@ -53,6 +53,7 @@ def run_command(
     refill = isinstance(options, TokenOptions) and options.refill
     if (
         not common.dry_run
+        and not common.force
         and not refill
         and not beam_args
         and _up_to_date(name, options, common, settings)
@@ -88,6 +89,7 @@ def run_command(
             arguments,
             as_of=common.as_of,
             max_bad_fraction=common.max_bad_fraction,
+            force=common.force,
             tell=tell,
         )
         if not outcome.built:
@@ -170,6 +172,21 @@ def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> b
     except LookupError:
         return False
     return bool(manifest.options["bundle"] == row.digest)
+
+
+def live_bundle_makes_tokens(settings: Settings) -> bool:
+    """Whether servers rank from summary tokens that the live bundle's own stage 1 makes; said where
+    there are none to refresh.
+    """
+    catalogue = Catalogue(settings.catalogue_url)
+    live = catalogue.live_or_none(settings.dataset)
+    if live is None:
+        console.print("summary_tokens: no bundle is live, so there are no tokens to refresh")
+        return False
+    if catalogue.accepted_tokens(live.digest) is None:
+        console.print(f"summary_tokens: {live.recipe} reads none", highlight=False)
+        return False
+    return True
 
 
 def _asked(options: Options, common: Common) -> str:

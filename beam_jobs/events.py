@@ -263,8 +263,8 @@ def raw_table(spec: DatasetSpec) -> Table:
 
 
 def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
-    """Raw rows, read as their types declare, against the raw table's limits; what cannot be read
-    counts as missing.
+    """A sample of the raw rows, read as their types declare, against the raw table's limits; what
+    cannot be read counts as missing. `account` judges every row, once all are read.
 
     Raises:
         GateError: too many rows are bad.
@@ -272,13 +272,10 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     from feature_repo import expectations
 
     dataset = datasets.load(plan.dataset)
-    raw = (
-        rows
-        for unit in units
-        if unit.source.kind == "events"
-        for rows in dataset.read_raw(unit.source)
-    )
-    batches = expectations.rebatch(raw)
+    events = [unit for unit in units if unit.source.kind == "events"]
+    sampled = expectations.spread(events, [unit.rows for unit in events])
+    raw = (rows for unit in sampled for rows in dataset.read_raw(unit.source))
+    batches = expectations.rebatch(expectations.first_rows(raw))
     table = raw_table(dataset.spec)
     return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
 

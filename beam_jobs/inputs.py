@@ -12,7 +12,7 @@ from feature_repo import datasets
 from feature_repo.code import code_digest
 from feature_repo.datasets import Dataset
 from feature_repo.settings import Settings
-from feature_repo.sources import located
+from feature_repo.sources import sha256_of
 from feature_repo.store import held_epoch, store_digest
 from feature_repo.tables import JobFolder, digest_of
 
@@ -34,7 +34,7 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
         elif name == "raw":
             found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
         elif name == "views":
-            found[name] = views_digest(settings)
+            found[name] = datasets.load(settings.dataset).views_digest(settings.data)
         elif manifest := JobFolder(settings.home, name).manifest():
             found[name] = manifest.digest
     return found
@@ -54,7 +54,7 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
         RawDataError: two files hold the same bytes, and nothing says which events are the same: a
             delivery that came twice, whose events would count twice.
     """
-    digests = {file: _sha256(file) for file in sorted(dataset.files(data))}
+    digests = {file: sha256_of(file) for file in sorted(dataset.files(data))}
     first: dict[str, str] = {}
     for file, digest in digests.items():
         empty = digest == hashlib.sha256().hexdigest()
@@ -67,13 +67,6 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
     return digest_of([[Path(file).name, digest] for file, digest in digests.items()])
 
 
-def views_digest(settings: Settings) -> str:
-    """Digest of the files of a person's own views."""
-    dataset = datasets.load(settings.dataset)
-    files = [dataset.path_of(view, settings.data) for view in dataset.spec.views]
-    return digest_of([[file, _sha256(file)] for file in files])
-
-
 def output_is_there(job: str, settings: Settings) -> bool:
     """Whether the online store still holds what the published run of a job wrote there; the store
     itself is asked.
@@ -82,9 +75,3 @@ def output_is_there(job: str, settings: Settings) -> bool:
         return True
     manifest = JobFolder(settings.home, job).manifest()
     return manifest is not None and held_epoch(settings, job) == manifest.run_id
-
-
-def _sha256(file: str) -> str:
-    filesystem, path = located(file)
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,6 +19,7 @@ class Common:
         runner: Beam runner by name.
         dry_run: print graph, inputs and estimated rows; write nothing.
         as_of: ISO time (UTC): build as if now were then; the default is the end of the data.
+        force: build again, up to date or not.
         max_bad_fraction: stop before publishing when more rows are bad or dead letters; the default
             is the dataset's for raw rows, 0 for built tables.
     """
@@ -26,6 +27,7 @@ class Common:
     runner: str = "FnApiRunner"
     dry_run: bool = False
     as_of: str | None = None
+    force: bool = False
     max_bad_fraction: float | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import hash_keys
+from feature_repo.arrow import hash_keys, micros
 from feature_repo.schema import EVENT_TIMESTAMP
 
 Key = tuple[str, int]  # table, partition
@@ -18,9 +18,10 @@ Piece = tuple[int, bytes]  # number of the unit it came from, Arrow IPC stream
 
 
 def to_ipc(table: pa.Table) -> bytes:
-    """A table as Arrow IPC stream bytes."""
+    """A table as Arrow IPC stream bytes; compressed, for a runner copies them several times."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
@@ -53,8 +54,36 @@ def split_by_key(
 
 def sort_by_key_and_time(table: pa.Table, key_column: str, ties: tuple[str, ...] = ()) -> pa.Table:
     """Sort by key, then time, then `ties`; equal ones keep their order."""
-    row = pa.array(np.arange(table.num_rows))
-    names = (key_column, EVENT_TIMESTAMP, *ties, "__row")
-    keys = table.select(list(names[:-1])).append_column("__row", row)
-    order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in names])
-    return table.take(order).combine_chunks()
+    columns = [_ranks(table[name]) for name in (key_column, EVENT_TIMESTAMP)]
+    # One at a time, for hardly any rows are equal in what stands before.
+    for name in ties:
+        columns.append(_ranks(table[name]))
+        order = np.lexsort(columns[::-1])
+        if not _any_equal(columns, order):
+            break
+    else:
+        order = np.lexsort(columns[::-1])
+    return table.take(pa.array(order)).combine_chunks()
+
+
+def _ranks(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers in the order of a column's values; nulls last."""
+    if pa.types.is_timestamp(column.type):
+        return micros(column)
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return column.to_numpy()
+    encoded = column.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order) + 1, np.int64)
+    rank[order] = np.arange(len(order))
+    rank[-1] = len(order)
+    return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)]
+
+
+def _any_equal(columns: list[np.ndarray], order: np.ndarray) -> bool:
+    """Whether two neighbours in this order are equal in all columns."""
+    equal = np.ones(max(len(order) - 1, 0), bool)
+    for values in columns:
+        ordered = values[order]
+        equal &= ordered[1:] == ordered[:-1]
+    return bool(equal.any())

@@ -11,14 +11,19 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.fs as pafs
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import MIN_TIMESTAMP
+from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_jobs.errors import LostRowsError
 from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
@@ -33,6 +38,7 @@ from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_by
 logger = logging.getLogger(__name__)
 SET_ASIDE = ("dead_letters", "token_dead_letters")  # tables of what broke a limit
 SOURCES = ("raw", "views")  # inputs that no job builds
+CORES = os.cpu_count() or 1
 PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
 
 
@@ -168,13 +174,42 @@ def settings_of(plan: RunPlan) -> Settings:
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
 
 
-class BuildPart(beam.DoFn):
+class SideBySide(beam.DoFn):
+    """Elements of a bundle in as many threads as there are cores: Arrow's work leaves Python free.
+
+    At most one element more than there are cores is in memory at a time; outputs keep the order of
+    their elements.
+    """
+
+    def work(self, element: Any) -> Iterable[Any]:
+        """What comes of one element."""
+        raise NotImplementedError
+
+    def start_bundle(self) -> None:
+        """A pool of its own for each bundle."""
+        self._pool, self._waiting = ThreadPoolExecutor(CORES), deque[Future[list[Any]]]()
+
+    def process(self, element: Any) -> Iterator[Any]:
+        """Hand an element over; yields what is finished by then."""
+        self._waiting.append(self._pool.submit(lambda: list(self.work(element))))
+        while len(self._waiting) > CORES:
+            yield from self._waiting.popleft().result()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Wait for the rest."""
+        while self._waiting:
+            for made in self._waiting.popleft().result():
+                yield WindowedValue(made, MIN_TIMESTAMP, [GlobalWindow()])
+        self._pool.shutdown()
+
+
+class BuildPart(SideBySide):
     """Join the pieces of one partition, build its parts and write them with their counts."""
 
     def __init__(self, plan: RunPlan, builder: Builder) -> None:
         self.plan, self.builder = plan, builder
 
-    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
+    def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
         """Write every part that the partition gives; yields their paths."""
         key, pieces = element
         for built in self.builder(self.plan, key, join_pieces(pieces)):
@@ -205,7 +240,7 @@ class BuildTables(beam.PTransform):
         )
 
 
-class ReadUnit(beam.DoFn):
+class ReadUnit(SideBySide):
     """One unit as keyed pieces."""
 
     def __init__(
@@ -213,10 +248,17 @@ class ReadUnit(beam.DoFn):
     ) -> None:
         self.plan, self.read = plan, read
 
-    def process(self, unit: Unit) -> Iterator[tuple[Key, Piece]]:
+    def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
         """Yields pieces."""
+        return self.read(self.plan, element)
+
+    def process(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
+        """A unit of unknown size is a stream, and goes through piece by piece."""
         beam.metrics.Metrics.counter(self.plan.job, "units_read").inc()
-        yield from self.read(self.plan, unit)
+        if element.rows < 0:
+            yield from self.work(element)
+        else:
+            yield from super().process(element)
 
 
 def write_built(plan: RunPlan, built: Built) -> str:
@@ -305,9 +347,10 @@ def run(
     *,
     as_of: str | None,
     max_bad_fraction: float | None,
+    force: bool = False,
     tell: Callable[[str], None] = lambda phase: None,
 ) -> Outcome:
-    """Run a job unless it is up to date; `tell` hears of each phase as it begins.
+    """Run a job unless it is up to date, or all the same with `force`; `tell` hears of each phase as it begins.
 
     Raises:
         GateError: too many rows of an input or of a built table are bad.
@@ -324,6 +367,7 @@ def run(
         done = (
             published is not None
             and plan.run_id in published.runs
+            and not force
             and not getattr(options, "refill", False)
         )
         if published and done and output_is_there(job.name, settings):
@@ -480,7 +524,8 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
     """Built tables against the contract: what our own jobs wrote has no bad row, unless a person
     allows some.
 
-    Rows that broke a limit are dead letters by now, so whatever is found here is a fault of a job.
+    Rows that broke a limit are dead letters by now, so whatever is found here is a fault of a job,
+    and a sample of the parts shows it.
     """
     from feature_repo import expectations
 
@@ -489,7 +534,8 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
     for table in plan.contract.tables:
         parts = tables.get(table.name)
         if parts and table.name not in SET_ASIDE:
-            batches = (folder.read_path(f"{folder.root}/{part.path}") for part in parts)
+            sampled = expectations.spread(parts, [part.rows for part in parts])
+            batches = (folder.read_path(f"{folder.root}/{part.path}") for part in sampled)
             docs = expectations.gate(
                 table, expectations.rebatch(batches), settings.path("expectations"), limit
             ).docs

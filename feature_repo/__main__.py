@@ -98,9 +98,12 @@ def _common_folder(files: list[str]) -> tuple[str, dict[str, str]]:
 
 
 @app.command
-def apply() -> None:
+def apply(*, force: bool = False) -> None:
     """`feast apply` for the dataset in force; skipped when nothing changed and the online store has
     its tables.
+
+    Args:
+        force: register again, changed or not.
     """
     from rich.console import Console
 
@@ -126,9 +129,8 @@ def apply() -> None:
     )  # Feast's sources hold absolute paths
     inputs = content.hexdigest()
     served = [table.name for table in contract.views if table.name != "token_rows"]
-    if not missing_tables(settings, served) and catalogue.is_current(
-        settings.dataset, "apply", inputs
-    ):
+    current = catalogue.is_current(settings.dataset, "apply", inputs)
+    if current and not force and not missing_tables(settings, served):
         print("feast apply: up to date")
         return
     with (

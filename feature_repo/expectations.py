@@ -3,18 +3,20 @@ anything is published.
 
 Three gates: raw tables, built tables, training set. Each sees whole batches of rows, never single
 rows in a hot path, writes Data Docs, and raises `GateError` when more than the allowed fraction of
-rows is bad.
+rows is bad. Of a table of many millions a gate sees a sample of pieces from all over it: every row
+is checked by `limits.py` as it is read, which is quick, and the docs are for people.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,17 @@ from feature_repo.errors import ExpectedError
 from feature_repo.schema import Column, Table
 
 BATCH_ROWS, BATCH_BYTES = 1_000_000, 1 << 28
+SAMPLED_ROWS = 200_000  # of a larger table; a million take Great Expectations about five seconds
+# Great Expectations' pages fetch style, scripts and a logo from other hosts.
+REMOTE = re.compile(
+    r'<script[^>]*src="https?://[^>]*>\s*</script>|<link[^>]*href="https?://[^>]*>|<img[^>]*src="https?://[^>]*>'
+)
+STYLE = (
+    "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left}"
+    ".d-none,.modal,svg{display:none}</style>"
+)
+Piece = TypeVar("Piece")
 NUM_EXAMPLES = 3
 
 
@@ -113,8 +126,36 @@ def _check(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         context.build_data_docs()
-    docs = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site", "index.html")
+    site = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site")
+    docs = readable_offline(site)
     return Verdict(name, rows, bad_rows, list(merged.values()), str(docs))
+
+
+def readable_offline(site: Path) -> Path:
+    """Data Docs without what they fetch from elsewhere, in a style of their own; returns an index that
+    needs no script.
+    """
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        if STYLE not in text:
+            text = REMOTE.sub("", text).replace("</head>", f"{STYLE}</head>", 1)
+            page.write_text(text)
+    lines = []
+    for suite in sorted(site.glob("expectations/*.html")):
+        runs = sorted(site.glob(f"validations/{suite.stem}/**/*.html"), reverse=True)
+        links = "".join(
+            f'<li><a href="{run.relative_to(site)}">{run.parent.name}</a></li>' for run in runs[:20]
+        )
+        lines.append(
+            f'<h2>{suite.stem}</h2><p><a href="{suite.relative_to(site)}">what is expected</a>; validations, newest first:</p>'
+            f"<ul>{links}</ul>"
+        )
+    index = site / "index.html"
+    index.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data Docs</title>{STYLE}</head>'
+        f"<body><h1>Data Docs</h1>{''.join(lines)}</body></html>"
+    )
+    return index
 
 
 def gate(
@@ -173,6 +214,29 @@ def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
         unique = {"column_list": list(table.unique), "ignore_row_if": "never"}
         found.append((gxe.ExpectCompoundColumnsToBeUnique(**unique), None))
     return found
+
+
+def spread(pieces: Sequence[Piece], rows: Sequence[int]) -> list[Piece]:
+    """Pieces from all over a table, as many as hold `SAMPLED_ROWS` together: all of a small one.
+
+    Args:
+        rows: of each piece; -1 where that is not known.
+    """
+    total = sum(max(number, 0) for number in rows)
+    if total <= SAMPLED_ROWS:
+        return list(pieces)
+    wanted = max(len(pieces) * SAMPLED_ROWS // total, 1)
+    chosen = np.unique(np.linspace(0, len(pieces) - 1, wanted).astype(np.int64))
+    return [pieces[at] for at in chosen]
+
+
+def first_rows(tables: Iterable[pa.Table], rows: int = 2 * BATCH_ROWS) -> Iterable[pa.Table]:
+    """Tables until so many rows are seen: a compressed file has no pieces to choose from."""
+    for table in tables:
+        if rows <= 0:
+            return
+        yield table.slice(0, rows)
+        rows -= table.num_rows
 
 
 def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.Table]:

@@ -32,6 +32,7 @@ from feature_repo.sources import Block, RawUnit
 KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
 ACTION = "__action"  # as read: what the source's action column says
 REPEATED = "repeated: the same event stands earlier"
+TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
 FLAG = "__flag_"  # as read: whether an action happened as well
 KINDS = ("events", "users", "items")
 PROFILES = {"users": "user_profile", "items": "item_profile"}
@@ -186,11 +187,16 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 
 
 def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> pa.Table:
-    """Rows of a profile; a profile without features says that its key is known."""
+    """Rows of a profile; a profile without features says since when its key is known."""
     schema = arrow_schema(contract.table(table))
+    key, *features = (name for name in schema.names if name not in TIMES)
+    if not set(features) & set(read.column_names):
+        keys = pa.table({key: _cast(read[key], schema.field(key).type), "at": known})
+        first = keys.group_by(key).aggregate([("at", "min")])
+        read, known = first.select([key]), first["at_min"]
     columns = []
     for column in schema:
-        if column.name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP):
+        if column.name in TIMES:
             columns.append(known)
         elif column.name in read.column_names:
             columns.append(_cast(read[column.name], column.type))

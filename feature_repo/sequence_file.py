@@ -1,9 +1,12 @@
 """A plain sequence file becomes a history log, the same format as the Beam job's.
 
-Two forms are read, gzipped or not, whole numbers separated by blanks, tabs or several of them:
+Two forms are read, gzipped or not, ids separated by blanks, tabs or several of them:
 
     user item            one line for each event, a user's lines in order of time
     user item item …     one line for each user, oldest first
+
+Ids are whole numbers; or all of them are words, such as `u17 B00012`. A file of both is refused, for
+one of its lines is no line of ids.
 
 Where every line has two fields the file is of the first form, otherwise of the second. A byte-order
 mark, blank lines and blanks around a line are no matter. Such a file knows order and no time: the
@@ -18,7 +21,7 @@ import gzip
 import hashlib
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +70,15 @@ class Events:
     counts: dict[str, int]
 
 
-def sequence_contract() -> Contract:
-    """The contract of every sequence file: items in an order."""
-    return contract(SPEC)
+def sequence_contract(*, words: bool = False) -> Contract:
+    """The contract of every sequence file: items in an order; ids are whole numbers, or words."""
+    return contract(replace(SPEC, user_id=DType.STRING, item_id=DType.STRING) if words else SPEC)
+
+
+def contract_of(folder: JobFolder) -> Contract:
+    """The contract under which a file's log was written."""
+    words = sequence_contract(words=True)
+    return words if folder.require().fingerprint == words.fingerprint else sequence_contract()
 
 
 def read(path: Path) -> Events:
@@ -83,7 +92,7 @@ def read(path: Path) -> Events:
     counts = np.diff(np.r_[fields.starts, len(fields.values)])
     if (counts == 1).any():
         line = int(fields.lines[np.flatnonzero(counts == 1)[0]])
-        user = int(fields.values[fields.starts[np.flatnonzero(counts == 1)[0]]])
+        user = fields.values[fields.starts[np.flatnonzero(counts == 1)[0]]]
         raise SequenceFileError(
             f"{path}, line {line}: user {user} has no item; expected 'user item' or 'user item item …'"
         )
@@ -114,13 +123,14 @@ def write_log(path: Path, home: str) -> JobFolder:
         )
     with open(path, "rb") as stream:
         source = hashlib.file_digest(stream, "sha256").hexdigest()
-    made, folder = sequence_contract(), JobFolder(home, JOB)
-    run_id = digest_of([JOB, code_digest("feature_repo.sequence_file"), source, made.fingerprint])
+    folder = JobFolder(home, JOB)
+    run_id = digest_of([JOB, code_digest("feature_repo.sequence_file"), source])
     with folder.lock():
         published = folder.manifest()
         if published is not None and published.run_id == run_id:
             return folder
         events = read(path)
+        made = sequence_contract(words=events.users.dtype.kind == "U")
         log = log_part(made, _table(made, events))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, log.schema) as writer:
@@ -180,7 +190,7 @@ def _unpacked(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class _Fields:
-    """All whole numbers of a file in a row; a line that has some begins at `starts` and is the
+    """All ids of a file in a row; a line that has some begins at `starts` and is the
     file's `lines`-th, from 1.
     """
 
@@ -194,26 +204,46 @@ def _fields(path: Path, data: bytes) -> _Fields:
 
     Raises:
         SequenceFileError: names the first line that holds something other than whole numbers of 64
-            bits.
+            bits, unless all ids are words.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
-    if (found := NOT_A_NUMBER.search(data)) is not None:
+    found = NOT_A_NUMBER.search(data)
+    if found is not None and not _all_words(data):
         raise _located(path, data, found.start())
     raw = np.frombuffer(data, np.uint8)
     blank = (raw == 0x20) | (raw == 0x09) | (raw == 0x0D) | (raw == 0x0A)
     begins = np.flatnonzero(~blank & np.r_[True, blank[:-1]])
     line_of = np.r_[0, np.cumsum(raw == 0x0A)][begins]
+    if found is not None:
+        values = np.array(data.decode().split())
+        return _by_line(values, line_of)
     try:
         values = np.array(data.split(), dtype="S").astype(np.int64)
     except (ValueError, OverflowError) as error:
         bad = next(at for at, word in enumerate(data.split()) if not -(2**63) <= int(word) < 2**63)
         raise _located(path, data, int(begins[bad])) from error
+    return _by_line(values, line_of)
+
+
+def _by_line(values: np.ndarray, line_of: np.ndarray) -> _Fields:
     starts = np.flatnonzero(np.r_[True, line_of[1:] != line_of[:-1]])
     return _Fields(values, starts, line_of[starts] + 1)
 
 
+def _all_words(data: bytes) -> bool:
+    """Whether every id begins with a letter, and nothing else stands between them than blanks."""
+    try:
+        words = data.decode().split()
+    except UnicodeDecodeError:
+        return False
+    # As many by blanks of ASCII alone, by which lines are cut; no sign that other formats have.
+    alike = len(words) == len(data.split())
+    return alike and all(word[0].isalpha() and not SIGNS.search(word) for word in words)
+
+
 # Something that neither is a whole number nor separates two: hexadecimal, decimal points, names,
 # other encodings.
+SIGNS = re.compile(r"[,;|\"'\t:{}\[\]=]")
 NOT_A_NUMBER = re.compile(rb"[^\s0-9-]|[0-9]-|-(?![0-9])|[\v\f]")
 
 
@@ -236,7 +266,7 @@ def _refuse_records(path: Path, fields: _Fields, counts: np.ndarray) -> None:
             and none else is.
     """
     width = int(counts[0])
-    if len(counts) < 2 or width > 5 or (counts != width).any():
+    if fields.values.dtype.kind == "U" or len(counts) < 2 or width > 5 or (counts != width).any():
         return
     rows = fields.values.reshape(-1, width)
     if (rows[:, -1] >= LIKE_A_TIME).all() and (rows[:, :-1] < LIKE_A_TIME).all():

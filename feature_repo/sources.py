@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,9 +141,8 @@ def units_of(source: Source, data: str | None, kind: str, columns: Sequence[str]
     units: list[RawUnit] = []
     for file in files_of(source, data):
         if format_of(source, file) == "parquet":
-            rows = parquet_rows(file, columns)
-            starts = range(0, rows, UNIT_ROWS)
-            units += [RawUnit(file, at, min(UNIT_ROWS, rows - at), kind) for at in starts]
+            parquet_rows(file, columns)
+            units += _parquet_units(file, kind)
         else:
             units += _text_units(source, file, kind, columns)
     return units
@@ -215,6 +215,18 @@ def _parquet(file: str) -> pq.ParquetFile:
         raise RawDataError(f"{file} is no Parquet file that can be read: {error}") from error
 
 
+def _parquet_units(file: str, kind: str) -> list[RawUnit]:
+    """Row groups, small ones together: what is read of a group is read from its beginning."""
+    metadata = _parquet(file).metadata
+    units, start, rows = [], 0, 0
+    for number in range(metadata.num_row_groups):
+        rows += metadata.row_group(number).num_rows
+        if rows >= UNIT_ROWS or number + 1 == metadata.num_row_groups:
+            units.append(RawUnit(file, start, rows, kind))
+            start, rows = start + rows, 0
+    return units
+
+
 def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a range, with the number of the first; longer texts cut just beyond what is allowed."""
     opened = _parquet(unit.file)
@@ -231,14 +243,16 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
     long = size > LONG_ROW * max(unit.rows, 1)
     batch_rows = BATCH_ROWS >> 4 if long else BATCH_ROWS
     waiting: list[pa.Table] = []
+    start = unit.start
     for batch in opened.iter_batches(batch_rows, row_groups=groups, columns=list(columns)):
         first, last = max(unit.start - at, 0), min(stop - at, batch.num_rows)
         at += batch.num_rows
         if last > first:
             waiting.append(shortened(pa.Table.from_batches([batch.slice(first, last - first)])))
-    if waiting:
-        whole = pa.concat_tables(waiting, promote_options="permissive")
-        yield unit.start, whole.select(list(columns))
+        if sum(len(table) for table in waiting) >= UNIT_ROWS or (waiting and at >= stop):
+            whole = pa.concat_tables(waiting, promote_options="permissive").select(list(columns))
+            yield start, whole
+            start, waiting = start + len(whole), []
 
 
 def shortened(rows: pa.Table) -> pa.Table:
@@ -492,6 +506,13 @@ def located(file: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(file)
         return filesystem, path
     return pafs.LocalFileSystem(), file
+
+
+def sha256_of(file: str) -> str:
+    """Digest of a file's bytes, hexadecimal."""
+    filesystem, path = located(file)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _stream(file: str) -> Any:

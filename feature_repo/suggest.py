@@ -36,6 +36,7 @@ WORDS = {
     "position": "position rank slot place",
     "title": "title name description",
 }
+KNOWN_WORDS = frozenset(" ".join(WORDS.values()).split())
 SHOWN_WORDS = ("view", "impression", "shown", "show", "exposure", "display", "see")
 ACTION_WORDS = (
     *SHOWN_WORDS, "click", "cart", "add_to_cart", "addtocart", "purchase", "buy", "bought", "order",
@@ -459,7 +460,14 @@ def _key_type(column: pa.ChunkedArray, shape: _Shape) -> DType:
 
 def _parts(name: str) -> list[str]:
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
-    return [part.lower() for part in re.split(r"[^A-Za-z]+", spaced) if part]
+    found = []
+    for part in re.split(r"[^A-Za-z]+", spaced):
+        word = part.lower()
+        if word.removesuffix("id") in KNOWN_WORDS:  # itemid is an item's id
+            found += [word.removesuffix("id"), "id"] if word.endswith("id") else [word]
+        elif word:
+            found.append(word)
+    return found
 
 
 def named_as(name: str, role: str) -> bool:

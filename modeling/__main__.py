@@ -1,4 +1,4 @@
-"""`python -m modeling train | evaluate | export | compare | bundles | recipes`: options only."""
+"""`python -m modeling train | evaluate | export | compare | bundles | recipes | about`: options only."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ Seed = Annotated[
     int | None, Parameter(help="seed of weights, dropout and order; default: the recipe's")
 ]
 Epochs = Annotated[int | None, Parameter(help="default: the recipe's")]
+Force = Annotated[bool, Parameter(help="do it again, up to date or not")]
 Device = Annotated[str, Parameter(help="where to train, such as cuda")]
 Set = Annotated[
     tuple[str, ...],
@@ -32,7 +33,7 @@ Set = Annotated[
         name="--set", help="change a field, such as model.width=64; may be repeated", negative=()
     ),
 ]
-DEFAULT = "amortised_dlrm"
+DEFAULT = "vista"
 
 
 @app.command
@@ -44,11 +45,12 @@ def train(
     epochs: Epochs = None,
     device: Device = "cpu",
     changes: Set = (),
+    force: Force = False,
 ) -> None:
     """Train a recipe on the built tables; resumes where it stopped."""
     from modeling import command
 
-    command.run_train(recipe, data, _changes(seed, epochs, changes), device)
+    command.run_train(recipe, data, _changes(seed, epochs, changes), device, force)
 
 
 @app.command
@@ -59,13 +61,14 @@ def evaluate(
     seed: Seed = None,
     epochs: Epochs = None,
     changes: Set = (),
+    force: Force = False,
 ) -> None:
     """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default
     of the newest run.
     """
     from modeling import command
 
-    command.run_evaluate(recipe, data, _changes(seed, epochs, changes))
+    command.run_evaluate(recipe, data, _changes(seed, epochs, changes), force)
 
 
 @app.command
@@ -77,6 +80,7 @@ def export(
     changes: Set = (),
     live: bool = False,
     not_live: bool = False,
+    force: Force = False,
 ) -> None:
     """Write the bundle of an evaluated run; it goes live where it is no worse than the live one and
     the baselines.
@@ -89,9 +93,8 @@ def export(
 
     if live and not_live:
         raise UsageError("--live and --not_live exclude each other")
-    command.run_export(
-        recipe, _changes(seed, epochs, changes), True if live else False if not_live else None
-    )
+    chosen = True if live else False if not_live else None
+    command.run_export(recipe, _changes(seed, epochs, changes), chosen, force)
 
 
 @app.command
@@ -146,11 +149,21 @@ def compare(
 
 @app.command
 def recipes() -> None:
-    """List recipes."""
+    """List recipes by what they need."""
     from modeling import recipes as found
 
-    for name, function in sorted(found.all_recipes().items()):
-        print(f"{name:28} {(function.__doc__ or '').splitlines()[0]}")
+    for title, group in found.grouped().items():
+        print(f"\n{title}")
+        for name, line in group.items():
+            print(f"  {name:34} {line}")
+
+
+@app.command
+def about(recipe: str = DEFAULT) -> None:
+    """What training a recipe leads to, before it is trained."""
+    from modeling import recipes as found
+
+    print(found.about(found.load(recipe)))
 
 
 def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...]) -> Any:

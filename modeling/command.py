@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,22 +72,24 @@ class Comparison:
     scaling: bool = True
 
 
-def run_train(name: str, data: Path | None, changes: Changes, device: str) -> None:
-    """Train a recipe to its end."""
+def run_train(
+    name: str, data: Path | None, changes: Changes, device: str, force: bool = False
+) -> None:
+    """Train a recipe to its end; with `force` from the beginning, trained or not."""
     settings = Settings.from_env()
     recipe = changed(recipes.load(name), changes)
     if isinstance(recipe, NextItemRecipe):
-        train_next_item(settings, recipe, data, changes, device)
+        train_next_item(settings, recipe, data, changes, device, force)
         return
     _refuse_data(recipe, data, settings)
     run = open_run(settings, recipe)
-    train(run, Catalogue(settings.catalogue_url), device)
+    train(run, Catalogue(settings.catalogue_url), device, force=force)
     draft = run.folder.parent / f".{NEWEST}.draft"
     draft.write_text(json.dumps(asdict(changes)))
     draft.replace(run.folder.parent / NEWEST)
 
 
-def run_evaluate(name: str, data: Path | None, changes: Changes) -> None:
+def run_evaluate(name: str, data: Path | None, changes: Changes, force: bool = False) -> None:
     """Metrics of a trained recipe."""
     settings = Settings.from_env()
     recipe = recipes.load(name)
@@ -94,22 +97,19 @@ def run_evaluate(name: str, data: Path | None, changes: Changes) -> None:
         show_next_item(settings, changed(recipe, changes), data, changes)
         return
     _refuse_data(recipe, data, settings)
-    evaluate(trained_run(settings, recipe, changes), Catalogue(settings.catalogue_url))
+    run = trained_run(settings, recipe, changes)
+    evaluate(run, Catalogue(settings.catalogue_url), force=force)
 
 
-def run_export(name: str, changes: Changes, live: bool | None) -> None:
-    """Write the bundle of an evaluated run.
-
-    Raises:
-        RecipeError: a next-item recipe, which nothing serves.
-    """
+def run_export(name: str, changes: Changes, live: bool | None, force: bool = False) -> None:
+    """Write the bundle of an evaluated run; of a next-item recipe there is none, which is said."""
     settings = Settings.from_env()
     recipe = recipes.load(name)
     if isinstance(recipe, NextItemRecipe):
-        raise RecipeError(
-            f"{recipe.name} is a next-item recipe: its items are those of a log, not of a feature service, so there is nothing to serve"
-        )
-    export(trained_run(settings, recipe, changes), Catalogue(settings.catalogue_url), live=live)
+        console.print(f"nothing to export: {recipes.about(recipe)}", highlight=False)
+        return
+    run = trained_run(settings, recipe, changes)
+    export(run, Catalogue(settings.catalogue_url), live=live, force=force)
 
 
 def run_bundles(promote: str | None, rollback: bool) -> None:
@@ -169,18 +169,24 @@ def _refuse_data(recipe: Recipe, data: Path | None, settings: Settings) -> None:
 
 
 def train_next_item(
-    settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes, device: str
+    settings: Settings,
+    recipe: NextItemRecipe,
+    data: Path | None,
+    changes: Changes,
+    device: str,
+    force: bool = False,
 ) -> None:
     """Train a next-item recipe, or say that it was, and show its test metrics."""
     from modeling.comparison import metric_lines
     from modeling.next_item import finished, named, open_source, train_and_evaluate
 
     source, recipe = open_source(settings, data), named(recipe, changes.epochs)
-    result = finished(source, recipe)
+    result = None if force else finished(source, recipe)
+    console.print(recipes.about(recipe), highlight=False)
     console.print(
         f"train {recipe.name}: {'up to date' if result else source.describe()}", highlight=False
     )
-    result = result or train_and_evaluate(source, recipe, device)
+    result = result or train_and_evaluate(source, recipe, device, force=force)
     console.print(
         f"{recipe.name}, seed {result['seed']}, test targets of {source.title}", highlight=False
     )
@@ -220,6 +226,9 @@ def open_run(settings: Settings, recipe: Recipe) -> TrainingRun:
     """
     contract = datasets.load_contract(settings.dataset)
     ids = {job: JobFolder(settings.home, job).require(contract).run_id for job in TABLES}
+    dataset = datasets.load(settings.dataset)
+    if dataset.spec.views:
+        ids["views"] = dataset.views_digest(settings.data)
     tokens = None
     if recipe.tokens is not None:
         made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
@@ -267,15 +276,19 @@ def trained(run: TrainingRun) -> TrainingRun:
     )
 
 
-def train(run: TrainingRun, catalogue: Catalogue, device: str = "cpu") -> None:
-    """Train to the end, from the newest checkpoint.
+def train(
+    run: TrainingRun, catalogue: Catalogue, device: str = "cpu", *, force: bool = False
+) -> None:
+    """Train to the end, from the newest checkpoint; with `force` from the beginning.
 
     Raises:
         RunError: another process trains this very run.
     """
-    from modeling.trainer import locked_run
+    from modeling.trainer import forget_run, locked_run
 
     with locked_run(run.folder):
+        if force:
+            forget_run(run.folder)
         if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
             console.print(
                 f"train {run.recipe.name}: up to date (run {run.identity})", highlight=False
@@ -354,13 +367,22 @@ def refuse_if_rebuilt(run: TrainingRun) -> None:
         raise RunError("tables were rebuilt while they were read: run the same command again")
 
 
-def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
+def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
     """Metrics on the test period, baselines, report."""
-    from modeling.evaluate import contract_line, metric_rows, read, unbeaten, unknown_line, write
+    from modeling.evaluate import (
+        contract_line,
+        metric_rows,
+        read,
+        unbeaten,
+        undefined,
+        unknown_line,
+        write,
+    )
 
     report, identity = run.folder / "report.html", run.evaluation_identity
     done = (
-        (run.folder / "evaluation.json").exists()
+        not force
+        and (run.folder / "evaluation.json").exists()
         and read(run.folder)["identity"] == identity
         and report.exists()
     )
@@ -382,12 +404,8 @@ def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
             write(run.folder, identity, found)
             evaluation = read(run.folder)
             title = f"{run.recipe.name} on {warehouse.contract.spec.title}"
-            write_report(
-                run.folder,
-                title,
-                contract_line(warehouse.contract, evaluation["counts"]),
-                evaluation,
-            )
+            about = [contract_line(warehouse.contract, evaluation["counts"]), *_told(run, model)]
+            write_report(run.folder, title, about, evaluation)
             stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {
                 "report": str(report)
             }
@@ -400,6 +418,12 @@ def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
     print_table(metric_rows(evaluation["metrics"]))
     console.print(unknown_line(evaluation["unknown"]), highlight=False)
+    for task, rows in evaluation["tasks"].items():
+        if task != evaluation["primary"]:
+            console.print(f"task {task}", highlight=False)
+            print_table(metric_rows(rows))
+        if note := undefined(rows):
+            console.print(f"  {task}: {note}", style="yellow", highlight=False)
     for row in unbeaten(evaluation["metrics"]):
         console.print(
             f"  not beaten with separate intervals: {row}", style="yellow", highlight=False
@@ -407,7 +431,22 @@ def evaluate(run: TrainingRun, catalogue: Catalogue) -> None:
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
-def export(run: TrainingRun, catalogue: Catalogue, *, live: bool | None) -> None:
+def _told(run: TrainingRun, model: Ranker) -> list[str]:
+    """What a report says of its run: recipe, parameters, epochs, data, date."""
+    recipe, state = run.recipe, run.state
+    numbers = sum(p.numel() for p in model.parameters())
+    data = JobFolder(run.settings.home, "events").require()
+    return [
+        f"Recipe {recipe.name}: model {recipe.model}, {numbers:,} parameters, {recipe.history_length} events of each user, seed "
+        f"{recipe.training.seed}; {state['epochs']} of at most {recipe.training.epochs} epochs, {state['steps']:,} steps.",
+        f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts.get('rows_events', 0):,} events known before "
+        f"{data.as_of}. Run {run.identity}, evaluated {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
+    ]
+
+
+def export(
+    run: TrainingRun, catalogue: Catalogue, *, live: bool | None, force: bool = False
+) -> None:
     """Write the bundle and record it; make it live.
 
     Args:
@@ -429,7 +468,7 @@ def export(run: TrainingRun, catalogue: Catalogue, *, live: bool | None) -> None
     refuse_longer_than_kept(run)
     dataset, name = run.settings.dataset, run.recipe.name
     test = promotion.test_key(run.settings)
-    row = _exported(run, catalogue)
+    row = None if force else _exported(run, catalogue)
     if row is None:
         with (
             catalogue.stage(dataset, f"export {name}", run.identity) as stage,

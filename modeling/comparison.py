@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.settings import Settings
+from feature_repo.tables import digest_of
 from modeling import recipes
 from modeling.console import console, print_table
 from modeling.errors import RecipeError
@@ -64,12 +65,23 @@ def compare(settings: Settings, asked: Comparison) -> None:
             results.append(
                 train_and_evaluate(source, variant(recipe, seed, asked.epochs), asked.device)
             )
-    page = write(source.runs.parent, source.describe(), results, [])
+    folder = comparison_folder(source.runs.parent, results)
+    page = write(folder, source.describe(), results, [])
     print_table(summary_lines(results))
     if asked.scaling:
         scaling = [cost for recipe in chosen for cost in _scaling(recipe)]
-        page = write(source.runs.parent, source.describe(), results, scaling)
+        page = write(folder, source.describe(), results, scaling)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+def comparison_folder(parent: Path, results: list[dict[str, Any]]) -> Path:
+    """A folder of its own for each comparison, made: by its recipes, and by what each run was."""
+    names = list(by_recipe(results))
+    runs = digest_of([[r["recipe"], r["seed"], r.get("identity")] for r in results])
+    more = f"_and_{len(names) - 1}_more" if len(names) > 1 else ""
+    folder = parent / "comparisons" / f"{names[0]}{more}-{runs[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def next_item_recipe(name: str) -> NextItemRecipe:
@@ -139,7 +151,7 @@ def write(
     return write_page(
         folder / "comparison.html",
         "Next-item comparison",
-        subtitle,
+        [subtitle],
         summary_lines(results),
         pictures,
     )

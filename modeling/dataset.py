@@ -136,7 +136,8 @@ class Warehouse:
     @property
     def digest(self) -> str:
         """Digest of all tables that training reads."""
-        return digest_of({job: manifest.run_id for job, manifest in self.manifests.items()})
+        views = datasets.load(self.settings.dataset).views_digest(self.settings.data)
+        return digest_of([views, {job: m.run_id for job, m in self.manifests.items()}])
 
     def examples(self, split: str) -> pa.Table:
         """Training examples of one period, candidates of a request together."""

@@ -18,6 +18,7 @@ from feature_repo.schema import Contract, DatasetSpec, Task
 from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
 from modeling.errors import NotTrainedError
+from modeling.importance import permutation_importance
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
 from modeling.tasks import ranking_logits, sigmoid
@@ -87,12 +88,6 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     ranked = ranking_logits(spec, logits)
     empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
-    popularity = pc.fill_null(requests.candidate_columns["count_total"], 0).to_numpy()
-    baselines = {
-        FREQUENCY: test.purchases_of_candidate.astype(np.float64),
-        POPULARITY: popularity.astype(np.float64),
-        RANDOM: np.random.default_rng(0).random(len(popularity)),
-    }
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     for number, task in enumerate(spec.tasks):
         rows = {
@@ -101,18 +96,32 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
         }
         if len(spec.tasks) > 1:
             rows[AS_RANKED] = measure(encoded, users, ranked, number, calibrated=False)
-        for name, scores in baselines.items():
+        for name, scores in floors_of(test).items():
             rows[name] = measure(encoded, users, scores, number, calibrated=False)
         found[task.name] = rows
     primary = primary_task(spec)
+    number = [task.name for task in spec.tasks].index(primary)
+    figures = picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths)
+    importance = permutation_importance(model, encoder, encoded, number)
+    figures["importance"] = [asdict(one) for one in importance]
     counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
     return Evaluation(
         found,
         primary,
-        picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths),
+        figures,
         counts,
         unknown_first(model, encoder, encoded, ranked),
     )
+
+
+def floors_of(test: Split) -> dict[str, np.ndarray]:
+    """Scores of all candidates that need no training."""
+    popularity = pc.fill_null(test.requests.candidate_columns["count_total"], 0).to_numpy()
+    return {
+        FREQUENCY: test.purchases_of_candidate.astype(np.float64),
+        POPULARITY: popularity.astype(np.float64),
+        RANDOM: np.random.default_rng(0).random(len(popularity)),
+    }
 
 
 def measure(

@@ -35,7 +35,7 @@ from modeling.sequences import (
     cloze_batch,
     training_windows,
 )
-from modeling.trainer import Loop, locked_run
+from modeling.trainer import Loop, forget_run, locked_run
 
 ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
@@ -185,7 +185,7 @@ def open_source(settings: Settings, data: Path | None) -> Source:
             / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
         )
         folder = sequence_file.write_log(data, str(home))
-        contract, title = sequence_file.sequence_contract(), data.name
+        contract, title = sequence_file.contract_of(folder), data.name
     sequences = Sequences.of(contract, folder, has_times=data is None)
     identity = digest_of([folder.require().run_id, contract.fingerprint])
     return Source(sequences, identity, title, home / "runs")
@@ -201,21 +201,23 @@ def build_model(recipe: NextItemRecipe, sequences: Sequences) -> SequenceRanker:
 
 
 def train_and_evaluate(
-    source: Source, recipe: NextItemRecipe, device: str = "cpu"
+    source: Source, recipe: NextItemRecipe, device: str = "cpu", *, force: bool = False
 ) -> dict[str, Any]:
     """One run to its end: trained, from its newest checkpoint, and evaluated on the test targets.
 
-    A finished run is not repeated: its `result.json` is read.
+    A finished run is not repeated unless `force` says so: its `result.json` is read.
 
     Returns:
         Recipe, seed, summary of the training, and the test metrics of every protocol that the
         catalogue allows.
     """
-    if (done := finished(source, recipe)) is not None:
+    if not force and (done := finished(source, recipe)) is not None:
         return done
     keep_freed_memory()
     folder = run_folder(source, recipe)
     with locked_run(folder):
+        if force:
+            forget_run(folder)
         return _train_and_evaluate(source, recipe, folder, device)
 
 

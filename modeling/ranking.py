@@ -23,11 +23,11 @@ from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import models, recipes
 from modeling.batch import Encoded, Encoder
-from modeling.comparison import by_recipe, quality_by_cost, spread
+from modeling.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
 from modeling.errors import RecipeError
-from modeling.evaluate import measure, plain_metrics, primary_task
+from modeling.evaluate import floors_of, measure, plain_metrics, primary_task
 from modeling.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
@@ -258,16 +258,15 @@ def compare(settings: Settings, asked: Comparison) -> None:
         best = int(np.argmax([trial["summary"]["best_validation_ndcg@10"] for trial in trials]))
         results.append(trials[best])
         results += [run(recipe, seed, rates[best]) for seed in range(2, asked.seeds + 1)]
-    folder = Path(settings.path("comparison"))
+    folder = comparison_folder(Path(settings.path("comparison")).parent, results)
+    lines = summary_lines(results) + floor_lines(periods, encodings.of(chosen[0])[3])
     pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
     (folder / "comparison.json").write_text(
         json.dumps({"title": title, "results": results}, indent=1)
     )
     subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
-    page = write_page(
-        folder / "comparison.html", "Ranking comparison", subtitle, summary_lines(results), pictures
-    )
-    print_table(summary_lines(results))
+    page = write_page(folder / "comparison.html", "Ranking comparison", [subtitle], lines, pictures)
+    print_table(lines)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
@@ -290,6 +289,19 @@ def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
         rows.append([name, str(len(runs)), *cells, validation, *sizes, f"{cost:,.0f}"])
     return [head, *rows]
+
+
+def floor_lines(periods: Periods, test: Encoded) -> list[list[str]]:
+    """Rows of the scorings that need no training, on the same candidates."""
+    spec = periods.contract.spec
+    users = periods.test.users.dictionary_encode().indices.to_numpy()
+    number = [task.name for task in spec.tasks].index(primary_task(spec))
+    rows = []
+    for name, scores in floors_of(periods.test).items():
+        found = measure(test, users, scores, number, calibrated=False)
+        cells = [f"{found[m].value:.4f}" if m in found else "–" for m in METRICS]
+        rows.append([name, "–", *cells, "–", "0", "0", "0"])
+    return rows
 
 
 def _ranking_recipe(name: str) -> Recipe:

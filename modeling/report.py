@@ -7,18 +7,24 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling.evaluate import metric_rows
+from modeling.evaluate import metric_rows, undefined
 from modeling.trainer import read_metrics
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"
 
 
-def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, Any]) -> Path:
+def write_report(
+    folder: Path, title: str, about: Sequence[str], evaluation: dict[str, Any]
+) -> Path:
     """Write `report.html` (pictures inside) and the same pictures as PNG files; returns the page's
     path.
+
+    Args:
+        about: what was trained, how, on what and when, a line each.
     """
     plt = plots()
     figures = evaluation["figures"]
@@ -27,11 +33,17 @@ def write_report(folder: Path, title: str, subtitle: str, evaluation: dict[str, 
         "calibration": _calibration(plt, figures["calibration"]),
         "ndcg_by_history_length": _by_length(plt, figures["ndcg_by_history_length"]),
         "scores": _histogram(plt, figures["histogram"]),
+        "importance": _importance(plt, figures["importance"]),
     }
-    subtitle += ". Intervals are half the width of the 95 % bootstrap over users."
-    return write_page(
-        folder / "report.html", title, subtitle, metric_rows(evaluation["metrics"]), pictures
-    )
+    lines = [*about, "Intervals are half the width of the 95 % bootstrap over users."]
+    tables = {
+        task: metric_rows(rows) + [[note] for note in [undefined(rows)] if note]
+        for task, rows in evaluation["tasks"].items()
+    }
+    first, *others = tables.items()
+    primary = tables.pop(evaluation["primary"], first[1])
+    more = {f"Task {task}": rows for task, rows in tables.items()} if others else {}
+    return write_page(folder / "report.html", title, lines, primary, pictures, more)
 
 
 def plots() -> Any:
@@ -57,14 +69,23 @@ def png_of(plt: Any, figure: Any) -> bytes:
 
 
 def write_page(
-    path: Path, title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]
+    path: Path,
+    title: str,
+    about: Sequence[str],
+    rows: list[list[str]],
+    pictures: dict[str, bytes],
+    more: Mapping[str, list[list[str]]] | None = None,
 ) -> Path:
-    """Write a self-contained page, its first row being the heading, and its pictures as files
-    beside it.
+    """Write a self-contained page, its tables' first rows being their headings, and its pictures as
+    files beside it.
+
+    Args:
+        more: further tables by title.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (path.parent / f"{name}.png").write_bytes(png)
-    path.write_text(_page(title, subtitle, rows, pictures))
+    path.write_text(_page(title, about, rows, pictures, more or {}))
     return path
 
 
@@ -150,11 +171,39 @@ def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
     return out
 
 
-def _page(title: str, subtitle: str, rows: list[list[str]], pictures: dict[str, bytes]) -> str:
+def _importance(plt: Any, rows: list[dict[str, Any]]) -> bytes:
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
+    shown = rows[:12][::-1]
+    places = range(len(shown))
+    spread = [
+        [row["loss"] - row["low"] for row in shown],
+        [row["high"] - row["loss"] for row in shown],
+    ]
+    axes.barh(places, [row["loss"] for row in shown], xerr=spread, color=BLUE, ecolor=GREY)
+    axes.set_yticks(places, [row["name"] for row in shown], fontsize=8)
+    axes.set(xlabel="NDCG@10 lost when it is another request's", title="What the ranking rests on")
+    return png_of(plt, figure)
+
+
+def _table(rows: list[list[str]]) -> str:
     head, *body = rows
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body
+    )
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _page(
+    title: str,
+    about: Sequence[str],
+    rows: list[list[str]],
+    pictures: dict[str, bytes],
+    more: Mapping[str, list[list[str]]],
+) -> str:
+    said = "".join(f"<p>{html.escape(line)}</p>" for line in about)
+    further = "".join(
+        f"<h2>{html.escape(name)}</h2>{_table(found)}" for name, found in more.items()
     )
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -173,8 +222,9 @@ table {{ display: block; overflow-x: auto; }}
 img {{ width: 100%; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(subtitle)}</p>
-<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>
+{said}
+{_table(rows)}
+{further}
 <div class="pictures">{images}</div>
 </body></html>
 """

@@ -75,6 +75,12 @@ def locked_run(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def forget_run(folder: Path) -> None:
+    """Drop all that a run has left in its folder."""
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def masked_bce(
     logits_BCT: Tensor, labels_BCT: Tensor, mask_BC: Tensor, weights_T: Tensor | None = None
 ) -> Tensor:
@@ -344,8 +350,7 @@ class Loop(ABC):
             )
             state = None
         if state is None:
-            for name in OWN_FILES:  # nothing of another run may be taken for this one's
-                (self.folder / name).unlink(missing_ok=True)
+            forget_run(self.folder)  # nothing of another run may be taken for this one's
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])

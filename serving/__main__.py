@@ -46,10 +46,18 @@ def serve(
 
 
 @app.command
-def demo() -> int:
-    """Start a server, ask it once, show what it answers."""
+def demo(*, recipe: str | None = None) -> int:
+    """Start a server, ask it once, show what it answers.
+
+    Args:
+        recipe: that the demo has trained; of one that nothing serves there is nothing to show.
+    """
+    from modeling import recipes
     from serving.demo import run_demo
 
+    if recipe is not None and isinstance(recipes.load(recipe), recipes.NextItemRecipe):
+        print(f"nothing to serve: {recipes.about(recipes.load(recipe))}")
+        return 0
     return run_demo()
 
 

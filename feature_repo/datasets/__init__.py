@@ -15,7 +15,9 @@ set `MEMOIR_DATASET` to its name. No other file changes.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,6 +95,15 @@ class Dataset:
         if view.path.startswith("/") or "://" in view.path or folder is None:
             return view.path
         return f"{folder.rstrip('/')}/{view.path}"
+
+    def views_digest(self, data: str | None) -> str:
+        """Digest of the files of a person's own views."""
+        files = [self.path_of(view, data) for view in self.spec.views]
+        content = [
+            [view.name, sources.sha256_of(file)]
+            for view, file in zip(self.spec.views, files, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def _folder(self, data: str | None) -> str | None:
         return str(SHIPPED) if data is None and self.shipped else data

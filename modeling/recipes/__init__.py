@@ -127,3 +127,38 @@ def all_recipes() -> dict[str, Callable[[], AnyRecipe]]:
         module = importlib.import_module(f"modeling.recipes.{module_info.name}")
         found |= {name: getattr(module, name) for name in module.RECIPES}
     return found
+
+
+def grouped() -> dict[str, dict[str, str]]:
+    """Every recipe's first line by name, grouped by what it needs."""
+    groups: dict[str, dict[str, str]] = {
+        "rank on your data, after the jobs (RECIPE=… make demo)": {},
+        "predict next items: need the order of items alone, of a log or of --data; nothing is served": {},
+        "shapes of the comparisons here, made for Online Retail, MovieLens-1M or Amazon Beauty": {},
+        "seconds on any machine, for tests": {},
+    }
+    anywhere, next_item, compared, tiny = groups.values()
+    for name, function in sorted(all_recipes().items()):
+        if name.endswith("_tiny"):
+            group = tiny
+        elif name.endswith(("_retail", "_ml1m", "_beauty", "onetrans_s", "onetrans_l")):
+            group = compared
+        else:
+            group = next_item if isinstance(function(), NextItemRecipe) else anywhere
+        group[name] = (function.__doc__ or "").splitlines()[0]
+    return groups
+
+
+def about(recipe: AnyRecipe) -> str:
+    """What training a recipe leads to, in a line."""
+    if isinstance(recipe, NextItemRecipe):
+        return (
+            f"{recipe.name} is a next-item recipe: it is trained and evaluated on the order of items, and nothing is exported or "
+            "served; there will be no ranked list at the end"
+        )
+    tokens = (
+        f", from the summary tokens of {recipe.tokens}, which must be there"
+        if recipe.tokens
+        else ""
+    )
+    return f"{recipe.name} ranks candidates with model {recipe.model}, {recipe.history_length} events of each user{tokens}"

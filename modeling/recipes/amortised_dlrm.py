@@ -8,7 +8,7 @@ RECIPES = ("amortised_dlrm", "amortised_dlrm_tiny")
 
 
 def amortised_dlrm() -> Recipe:
-    """The default: what `make demo` trains on either dataset."""
+    """Amortised DLRM, cross-attention."""
     return Recipe(
         name="amortised_dlrm",
         model="amortised_dlrm",

@@ -169,6 +169,21 @@ def _retail(name: str, model: str, **config: Any) -> NextItemRecipe:
     return NextItemRecipe(name, model, common, windows="all", training=training)
 
 
+def sasrec() -> NextItemRecipe:
+    """SASRec on any log or file."""
+    return replace(sasrec_retail(), name="sasrec")
+
+
+def hydrarec() -> NextItemRecipe:
+    """HydraRec-causal on any log or file."""
+    return replace(hydrarec_retail(), name="hydrarec")
+
+
+def hydrarec_streaming() -> NextItemRecipe:
+    """HydraRec-causal that takes new events exactly, on any log."""
+    return replace(hydrarec_streaming_retail(), name="hydrarec_streaming")
+
+
 def sasrec_tiny() -> NextItemRecipe:
     """Seconds on any machine."""
     return _tiny("sasrec_tiny", "sasrec")
@@ -204,10 +219,11 @@ def _tiny(name: str, model: str, objective: Objective = "softmax", **config: Any
     )
 
 
+ANYWHERE = ("sasrec", "hydrarec", "hydrarec_streaming")
 RECIPES = tuple(
     name
     for name, value in list(globals().items())
     if callable(value)
-    and name.endswith(("_ml1m", "_beauty", "_retail", "_tiny"))
+    and (name.endswith(("_ml1m", "_beauty", "_retail", "_tiny")) or name in ANYWHERE)
     and not name.startswith("_")
 )

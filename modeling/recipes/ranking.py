@@ -1,4 +1,5 @@
-"""Ranking recipes: the three systems and the baselines of their tables, on either dataset.
+"""Ranking recipes: the systems and the baselines of their tables, for any data; and in the shapes
+of a comparison.
 
 Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ
 in history length and in what, in SIZES, brings a model to OneTrans's parameters beside embeddings.
@@ -20,6 +21,7 @@ HISTORY = {
     "retail": ("Online Retail", 96),
     "ml1m": ("MovieLens 1M", 128),
 }  # title, and events that are read
+LENGTH = 128  # events that a recipe for any data reads
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 2,
@@ -150,6 +152,20 @@ TINY = {
 }
 
 
+def _anywhere(name: str) -> Recipe:
+    """A model on whatever data there is, at the common width."""
+    if name in TOKENS:
+        base, changes = TOKENS[name]
+        recipe = _anywhere(base)
+        config = {**recipe.config, **changes}
+        return replace(
+            recipe, name=name, service=SERVICE_WITH_TOKENS, tokens="vista", config=config
+        )
+    _, model, config = MODELS[name]
+    config = {"width": WIDTH, "dropout": 0.1, **config}
+    return Recipe(name, model, SERVICE, config, LENGTH, training=Training(epochs=2))
+
+
 def _recipe(name: str) -> Recipe:
     model_name, _, dataset = name.rpartition("_")
     _, model, config = MODELS[model_name]
@@ -198,7 +214,16 @@ def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], R
     return recipe
 
 
+# `vista` has a recipe of its own, and the amortised DLRM is called after its model there.
+ELSEWHERE = ("vista", "vista_stream", "amortised")
 _FUNCTIONS = {
+    name: _named(_anywhere, name, f"{MODELS[name][0]}.") for name in MODELS if name not in ELSEWHERE
+}
+_FUNCTIONS |= {
+    name: _named(_anywhere, name, f"{MODELS[base][0]}, with stored summary tokens.")
+    for name, (base, _) in TOKENS.items()
+}
+_FUNCTIONS |= {
     f"{name}_{dataset}": _named(_recipe, f"{name}_{dataset}", f"{doc}, on {title}.")
     for name, (doc, _, _) in MODELS.items()
     for dataset, (title, _) in HISTORY.items()

@@ -29,7 +29,7 @@ SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_st
 
 
 def vista() -> Recipe:
-    """The default: what `make demo` trains on either dataset. Its summary tokens take new events
+    """The default: what `make demo` trains. Its summary tokens take new events
     one by one.
     """
     config = {

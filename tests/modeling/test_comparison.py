@@ -159,7 +159,12 @@ def test_ranking_recipes_are_compared_on_the_same_join(
     assert run(*ask) == 0
     said = "".join(capsys.readouterr())
     assert said.count("train: step") + said.count("epoch 0") >= 6
-    page = Path(shop.settings.path("comparison", "comparison.html"))
+    told = next(line for line in said.splitlines() if line.startswith("comparison: "))
+    page = Path(told.removeprefix("comparison: "))
+    assert page.parent.parent == Path(shop.settings.home) / "comparisons"
+    for floor in ("own frequency", "popularity to date", "random"):
+        assert floor in said
+        assert floor in page.read_text()
     stored = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [(r["recipe"].split("@")[0], r["seed"]) for r in stored] == [
         (n, s) for n in names for s in (1, 2)

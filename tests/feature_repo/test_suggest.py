@@ -1,0 +1,134 @@
+"""What `new` takes a stranger's columns for: ids, time and actions right without help."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feature_repo import cli, datasets, suggest
+from feature_repo.__main__ import app
+from feature_repo.declarations import problems
+from feature_repo.schema import DatasetSpec
+from feature_repo.suggest_text import module_text
+
+SHARED = Path("/work/shared/data")
+
+
+def spec_of(name: str, data: Path, events: str, **tables: str) -> DatasetSpec:
+    """The declaration that `new` writes, as it runs."""
+    log = suggest.log_of(str(data), events, **tables)
+    found: dict[str, Any] = {}
+    exec(module_text(name, log, suggest.periods(log.events, str(data))), found)
+    assert problems(found["SPEC"]) == []
+    spec: DatasetSpec = found["SPEC"]
+    return spec
+
+
+def film_lines(folder: Path) -> None:
+    """Files of MovieLens-100k's shape: tabs and bars, no headers, titles in Latin-1."""
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{rng.integers(1, 40)}\t{rng.integers(1, 81)}\t{rng.integers(1, 6)}\t{874_724_710 + n * 977}"
+        for n in range(2000)
+    ]
+    (folder / "u.data").write_text("\n".join(rows) + "\n")
+    users = [
+        f"{n}|{20 + n % 40}|{'MF'[n % 2]}|{('writer', 'other')[n % 2]}|{10000 + n}"
+        for n in range(1, 41)
+    ]
+    (folder / "u.user").write_text("\n".join(users) + "\n")
+    films = [
+        f"{n}|Amélie {n} (1995)|01-Jan-1995||http://x/{n}|{'|'.join('01'[(n + k) % 2] for k in range(19))}"
+        for n in range(1, 82)
+    ]
+    (folder / "u.item").write_bytes(("\n".join(films) + "\n").encode("latin-1"))
+
+
+def test_movielens_100ks_files_are_ratings(tmp_path: Path) -> None:
+    film_lines(tmp_path)
+    spec = spec_of("films", tmp_path, "u.data", items="u.item", users="u.user")
+    roles = {"user_id": "event_1", "item_id": "event_2", "event_timestamp": "event_4"}
+    assert roles.items() <= spec.events.columns.items()
+    assert (spec.events.action, spec.events.at_least) == ("event_3", 4)
+    assert (spec.events.delimiter, spec.events.time_unit) == ("\t", "seconds")
+    assert spec.requests.examples == "ratings"
+    assert spec.items is not None
+    assert (spec.items.delimiter, spec.items.columns["item_id"]) == ("|", "item_1")
+    assert spec.items.encodings[-1] in ("cp1252", "latin-1")
+    assert spec.users is not None
+    assert spec.users.columns["user_id"] == "user_1"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real datasets are not on this machine")
+@pytest.mark.parametrize(
+    ("folder", "files", "ids", "action"),
+    [
+        (
+            "complete-journey",
+            ("events.parquet", "items.parquet", "users.parquet"),
+            {"event_timestamp": "timestamp", "request_id": "basket_id"},
+            "action",
+        ),
+        (
+            "online-retail",
+            ("online_retail.parquet", None, None),
+            {
+                "user_id": "CustomerID",
+                "item_id": "StockCode",
+                "event_timestamp": "InvoiceDate",
+                "request_id": "InvoiceNo",
+            },
+            "",
+        ),
+        (
+            "ml-1m",
+            ("ratings_reconstructed.parquet", "movies.dat", "users.dat"),
+            {"item_id": "movie_id", "event_timestamp": "timestamp"},
+            "rating",
+        ),
+    ],
+)
+def test_the_real_datasets_columns_are_found(
+    folder: str, files: tuple[str, str | None, str | None], ids: dict[str, str], action: str
+) -> None:
+    events, items, users = files
+    tables = {k: v for k, v in (("items", items), ("users", users)) if v}
+    spec = spec_of("found", SHARED / folder, events, **tables)
+    named = {"user_id": "user_id", "item_id": "item_id"} | spec.events.columns
+    assert ids.items() <= named.items()
+    assert spec.events.action == action
+
+
+def test_actions_in_a_column_become_tasks_of_impressions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["ts,visitorid,event,itemid,session"]
+    for session in range(300):
+        for step in range(4):
+            kind = ("view", "view", "addtocart", "transaction")[int(rng.integers(4))]
+            at = 1_433_221_332_000 + session * 60_000 + step * 1000
+            lines.append(f"{at},{session % 40},{kind},{rng.integers(50)},s{session}")
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    spec = spec_of("views", tmp_path, "events.csv")
+    assert spec.events.time_unit == "milliseconds"
+    assert spec.actions == ("transaction", "addtocart", "view")
+    assert spec.shown == "view"
+    assert [task.action for task in spec.tasks] == ["addtocart", "transaction"]
+    assert spec.requests.examples == "impressions"
+
+
+def test_new_refuses_what_it_cannot_name(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("a,b\nx,y\nz,w\n")
+    for words, code in (
+        (["new", "Shop", "--events", f"{tmp_path}/log.csv"], 2),
+        (["new", "online_retail", "--events", f"{tmp_path}/log.csv"], 2),
+        (["new", "shop_of_mine", "--events", f"{tmp_path}/log.csv"], 1),
+        (["new", "shop_of_mine", "--events", f"{tmp_path}/none.csv"], 1),
+    ):
+        with contextlib.redirect_stderr(io.StringIO()):
+            assert cli.run(lambda words=words: app(words)) == code
+    assert not Path(datasets.__path__[0], "shop_of_mine.py").exists()
