@@ -25,6 +25,7 @@ from feature_repo.schema import (
     Contract,
     DatasetSpec,
     DType,
+    Kind,
     Source,
 )
 from feature_repo.sources import Block, RawUnit
@@ -207,9 +208,15 @@ def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> 
 
 def cut_values(spec: DatasetSpec, kind: str, read: pa.Table) -> dict[str, int]:
     """How many values of bags no ranker reads, by column."""
+    columns = {"users": spec.user_features, "items": spec.item_features}.get(kind) or (
+        *spec.event_features,
+        *spec.context_features,
+        *spec.user_features,
+        *spec.item_features,
+    )
     found = {}
-    for column, _ in wanted(spec, kind):
-        if column.dtype is DType.STRING_LIST and column.kind is not None:
+    for column in columns:
+        if column.kind is Kind.BAG and column.name in read.column_names:
             lengths = pc.fill_null(pc.list_value_length(read[column.name]), 0).to_numpy()
             found[f"cut: {column.name}"] = int(np.maximum(lengths - column.slots, 0).sum())
     return found

@@ -183,6 +183,17 @@ def test_new_takes_every_column_for_what_it_is(shop_on_the_road: Shop) -> None:
     assert "def " not in text
 
 
+def test_the_readme_tells_the_same_commands() -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    block = readme.split("## Bring your own data")[1].split("```console\n")[1].split("```")[0]
+    told = [line for line in block.splitlines() if line]
+    assert told[0].startswith("python -m feature_repo new ")
+    assert "--events" in told[0]
+    assert "--items" in told[0]
+    assert told[1].startswith("export MEMOIR_DATASET=")
+    assert told[2:] == ["python -m feature_repo check", "make demo"]
+
+
 def test_check_tells_in_seconds_what_comes_of_it(
     shop_on_the_road: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

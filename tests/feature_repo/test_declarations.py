@@ -4,6 +4,7 @@ what they do not know.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 
 from feature_repo import cli, code, datasets
 from feature_repo.datasets import online_retail
-from feature_repo.declarations import is_iso_time, lacks, plain, problems, spec_of
+from feature_repo.declarations import groups, is_iso_time, lacks, plain, problems, spec_of
 from feature_repo.errors import DeclarationError, ExpectedError, SettingsError
 from feature_repo.schema import (
     CATEGORY,
@@ -23,6 +24,7 @@ from feature_repo.schema import (
     Column,
     DType,
     Examples,
+    Kind,
     OwnView,
     Source,
     Task,
@@ -130,6 +132,29 @@ def test_features_that_would_meet_under_one_name_are_refused_where_they_are_decl
 ) -> None:
     with pytest.raises(DeclarationError, match=says):
         contract(replace(SPEC, **change))
+
+
+def test_the_template_can_be_what_it_says_on_sixty_lines() -> None:
+    from feature_repo.datasets import _template
+
+    assert problems(_template.SPEC) == []
+    assert contract(_template.SPEC).labels == ("label_click", "label_purchase")
+    text = Path(str(_template.__file__)).read_text()
+    assert len(text.splitlines()) <= 60
+    assert {kind.value for kind in Kind} == {c.kind for c in _columns(_template.SPEC) if c.kind}
+
+
+def _columns(spec: Any) -> list[Column]:
+    return [column for _, columns in groups(spec) for column in columns]
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("online_retail", 60), ("movielens_1m", 40), ("complete_journey", 40)]
+)
+def test_a_dataset_is_declared_and_hardly_written(name: str, most: int) -> None:
+    tree = ast.parse((ROOT / "feature_repo" / "datasets" / f"{name}.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert sum((f.end_lineno or 0) - f.lineno + 1 for f in functions) <= most
 
 
 def test_a_module_of_another_name_or_without_its_code_is_refused(
