@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -55,10 +56,12 @@ def _closure(modules: Iterable[str]) -> set[str]:
 @cache
 def _file(module: str) -> Path | None:
     path = CHECKOUT.joinpath(*module.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
+    candidates = [path.with_suffix(".py"), path / "__init__.py"]
+    # A package may have further folders, as that of datasets where some lie elsewhere.
+    package, _, name = module.rpartition(".")
+    folders = getattr(sys.modules.get(package), "__path__", ())
+    candidates += [Path(folder, f"{name}.py") for folder in folders]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 @cache

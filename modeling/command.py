@@ -129,7 +129,7 @@ def run_bundles(promote: str | None, rollback: bool) -> None:
         else:
             state = f"held back: {held}" if held else "recorded"
         figures = [
-            f"{row.metrics[name]['value']:.4f}" if name in row.metrics else "–"
+            f"{row.metrics[name]['value']:.4f}" if row.metrics.get(name) else "–"
             for name in ("ndcg@10", "gauc")
         ]
         rows.append(

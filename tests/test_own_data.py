@@ -112,7 +112,6 @@ def shop_on_the_road(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> 
     modules.mkdir()
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets, "__path__", [*datasets.__path__, str(modules)])
-    patch.setattr("feature_repo.code._file", _file_in(modules))
     told = command(
         "new", NAME, "--events", f"{folder}/raw/log", "--items", f"{folder}/raw/items.csv"
     )
@@ -124,19 +123,6 @@ def shop_on_the_road(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> 
     sys.modules.pop(f"feature_repo.datasets.{NAME}", None)
     datasets.load.cache_clear()
     datasets.load_contract.cache_clear()
-
-
-def _file_in(modules: Path) -> Any:
-    """Where the code of a module is, one of ours or the stranger's."""
-    from feature_repo import code
-
-    ours = code._file
-
-    def file(module: str) -> Path | None:
-        own = modules / f"{module.rsplit('.', 1)[-1]}.py"
-        return own if module.startswith("feature_repo.datasets.") and own.exists() else ours(module)
-
-    return file
 
 
 def command(*words: str) -> str:

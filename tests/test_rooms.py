@@ -25,6 +25,7 @@ EXCEPTIONS = {
     "beam_jobs/benchmarks/summary_tokens.py": {
         "modeling",
         "modeling.batch",
+        "modeling.columns",
         "modeling.recipes",
         "modeling.summary",
         "torch",
@@ -67,6 +68,12 @@ FOR_ALL = (
     "limits",
     "key_index",
     "code",
+    "declarations",
+    "examples",
+    "parse",
+    "preview",
+    "sources",
+    "suggest",
 )
 
 

@@ -78,10 +78,6 @@ def shop_with_views(
     )
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets, "__path__", [*datasets.__path__, str(folder / "modules")])
-    from feature_repo import code
-
-    ours, own = code._file, folder / "modules" / f"{NAME}.py"
-    patch.setattr(code, "_file", lambda m: own if m.endswith(f"datasets.{NAME}") else ours(m))
     settings = helpers.settings_in(folder / "home", NAME, folder)
     patch.setenv("MEMOIR_DATA", str(folder))  # as it is when a person walks the road
     road = helpers.walk(settings, folder)
