@@ -106,7 +106,6 @@ def sift(plan: RunPlan, unit: Unit, parsed: datasets.Parsed) -> Sifted:
         }
 
     counts["events_dead"] = parsed.events.num_rows - known.num_rows
-    counts["rows_dead"] = parsed.dead_letters.num_rows
     return Sifted({"events": known, **profiles}, pa.concat_tables(letters), counts)
 
 

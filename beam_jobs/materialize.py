@@ -193,7 +193,8 @@ def write_own_views(plan: RunPlan, settings: Settings) -> None:
         columns = [read[ours.get(f.name, f.name)].cast(f.type) for f in schema]
         rows = pa.table(columns, schema=schema)
         if plan.as_of is not None:
-            rows = rows.filter(pa.array(micros(rows[EVENT_TIMESTAMP]) <= plan.as_of))
+            known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
+            rows = rows.filter(pa.array(known <= plan.as_of))
         if rows.num_rows:
             key = plan.contract.table(view.name).join_keys[0]
             write_rows(open_store(settings), view.name, newest_rows(rows, key))

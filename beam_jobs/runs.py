@@ -185,6 +185,10 @@ class SideBySide(beam.DoFn):
         """What comes of one element."""
         raise NotImplementedError
 
+    def emit(self, made: Any) -> Any:
+        """What goes on of a result; on the bundle's own thread, where Beam counts."""
+        return made
+
     def start_bundle(self) -> None:
         """A pool of its own for each bundle."""
         self._pool, self._waiting = ThreadPoolExecutor(CORES), deque[Future[list[Any]]]()
@@ -193,12 +197,12 @@ class SideBySide(beam.DoFn):
         """Hand an element over; yields what is finished by then."""
         self._waiting.append(self._pool.submit(lambda: list(self.work(element))))
         while len(self._waiting) > CORES:
-            yield from self._waiting.popleft().result()
+            yield from map(self.emit, self._waiting.popleft().result())
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         """Wait for the rest."""
         while self._waiting:
-            for made in self._waiting.popleft().result():
+            for made in map(self.emit, self._waiting.popleft().result()):
                 yield WindowedValue(made, MIN_TIMESTAMP, [GlobalWindow()])
         self._pool.shutdown()
 
@@ -209,11 +213,22 @@ class BuildPart(SideBySide):
     def __init__(self, plan: RunPlan, builder: Builder) -> None:
         self.plan, self.builder = plan, builder
 
-    def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
-        """Write every part that the partition gives; yields their paths."""
+    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
+        """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
+        key, pieces = element
+        yield from super().process((key, list(pieces)))
+
+    def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[str, str, int]]:
+        """Write every part that the partition gives; yields path, table and rows of each."""
         key, pieces = element
         for built in self.builder(self.plan, key, join_pieces(pieces)):
-            yield write_built(self.plan, built)
+            yield write_part(self.plan, built), built.table, built.rows
+
+    def emit(self, made: tuple[str, str, int]) -> str:
+        """The path, once its rows are counted."""
+        path, table, rows = made
+        beam.metrics.Metrics.counter(self.plan.job, f"{table}_rows").inc(rows)
+        return path
 
 
 @dataclass
@@ -262,9 +277,14 @@ class ReadUnit(SideBySide):
 
 
 def write_built(plan: RunPlan, built: Built) -> str:
+    """Write a part and count its rows."""
+    beam.metrics.Metrics.counter(plan.job, f"{built.table}_rows").inc(built.rows)
+    return write_part(plan, built)
+
+
+def write_part(plan: RunPlan, built: Built) -> str:
     """Write a part, then the JSON that says it is whole."""
     part = plan.folder.write_part(plan.run_id, built.table, built.name, built.data, built.rows)
-    beam.metrics.Metrics.counter(plan.job, f"{built.table}_rows").inc(built.rows)
     note = json.dumps(
         {"table": built.table, "part": asdict(part), "counts": built.counts}, sort_keys=True
     ).encode()

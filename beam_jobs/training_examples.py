@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -123,15 +124,20 @@ class ItemTables:
 
 
 _tables_of: dict[str, ItemTables] = {}
+_reading = Lock()
 
 
 def item_tables(plan: RunPlan) -> ItemTables:
-    """Both tables of the very runs that this one names, read once for each process."""
-    if plan.run_id not in _tables_of:
-        _tables_of.clear()
-        stats = plan.read_input("item_stats", "item_stats")
-        _tables_of[plan.run_id] = ItemTables(stats, plan.read_input("events", "item_profile"))
-    return _tables_of[plan.run_id]
+    """Both tables of the very runs that this one names, read once for each process, however many
+    threads ask.
+    """
+    with _reading:
+        if plan.run_id not in _tables_of:
+            _tables_of.clear()
+            stats = plan.read_input("item_stats", "item_stats")
+            profiles = plan.read_input("events", "item_profile")
+            _tables_of[plan.run_id] = ItemTables(stats, profiles)
+        return _tables_of[plan.run_id]
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:

@@ -23,6 +23,7 @@ from feature_repo.schema import (
     REQUEST_ID,
     TIME_UNITS,
     TYPES_OF_KIND,
+    WHOLE_TYPES,
     Column,
     Contract,
     DatasetSpec,
@@ -41,6 +42,22 @@ COLUMN_FIELDS = (
     "item_features",
     "context_features",
     "shown_features",
+)
+OUR_VIEWS = frozenset(
+    {
+        "events",
+        "dead_letters",
+        "user_profile",
+        "item_profile",
+        "user_history",
+        "user_stats",
+        "item_stats",
+        "summary_tokens",
+        "token_rows",
+        "token_dead_letters",
+        "training_examples",
+        "store_epoch",
+    }
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -95,8 +112,10 @@ def _wrong_kind(name: str, column: Column) -> Iterator[str]:
     kind = column.kind
     if kind is not None and column.dtype not in TYPES_OF_KIND[kind]:
         yield f"{name} is {column.dtype.value} and of kind {kind.value}, which is one of {[t.value for t in TYPES_OF_KIND[kind]]}"
-    if kind is Kind.VECTOR and not column.max_length:
+    if column.dtype is DType.FLOAT32_LIST and not column.max_length:
         yield f"{name} is a vector; say how long it is by max_length"
+    if column.values is not None and column.dtype not in (*WHOLE_TYPES, DType.STRING):
+        yield f"{name} is {column.dtype.value} and has values={column.values}; only texts and whole numbers may"
     if column.hashed is not None and (kind not in (Kind.CATEGORY, Kind.BAG) or column.hashed < 2):
         yield f"{name} has hashed={column.hashed}; categories and bags may have 2 rows or more"
     if column.buckets is not None and (kind is not Kind.NUMBER or column.buckets < 2):
@@ -104,9 +123,10 @@ def _wrong_kind(name: str, column: Column) -> Iterator[str]:
 
 
 def _wrong_names(spec: DatasetSpec) -> Iterator[str]:
-    items = [c.name for c in spec.item_features]
+    items = [c.name for c in spec.item_features if c.dtype is DType.STRING]
     numbers = [c.name for c in spec.event_features if c.dtype in NUMBER_TYPES]
-    events = [c.name for c in spec.event_features]
+    lists = (DType.STRING_LIST, DType.FLOAT32_LIST)
+    events = [c.name for c in spec.event_features if c.dtype not in lists]
     for field_name, named, known in (
         ("item_title", (spec.item_title,) if spec.item_title else (), items),
         ("stat_value", (spec.stat_value,) if spec.stat_value else (), numbers),
@@ -214,6 +234,8 @@ def _wrong_views(spec: DatasetSpec) -> Iterator[str]:
             yield f"view {view.name!r} has no column; Feast has no view without a feature"
         if view.ttl_days < 0:
             yield f"view {view.name!r} has ttl_days={view.ttl_days}; expected 0, for ever, or more"
+        if view.name in OUR_VIEWS:
+            yield f"view {view.name!r} has the name of one of Memoir's tables: {sorted(OUR_VIEWS)}"
     names = [view.name for view in spec.views]
     if len(set(names)) < len(names):
         yield f"views are {names}; name each once"
@@ -291,6 +313,10 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
     missing = []
     if found.spec.actions[: len(needed.spec.actions)] != needed.spec.actions:
         missing.append(f"actions {needed.spec.actions} in this order")
+    if needed.spec.shown != found.spec.shown:
+        missing.append(f"histories without the action {needed.spec.shown!r}")
+    if found.spec.num_history_online < needed.spec.num_history_online:
+        missing.append(f"{needed.spec.num_history_online} events of a history online")
     groups = [
         ("users", needed.user_columns, found.user_columns),
         ("items", needed.item_columns, found.item_columns),
@@ -298,10 +324,15 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
         ("a history", needed.history_columns, found.history_columns),
     ]
     for group, wanted, held in groups:
-        types = {column.name: column.dtype for column in held}
+        types = {column.name: _shape(column) for column in held}
         missing += [
             f"{c.name} ({c.dtype.value}) of {group}"
             for c in wanted
-            if types.get(c.name) is not c.dtype
+            if types.get(c.name) != _shape(c)
         ]
     return missing
+
+
+def _shape(column: Column) -> tuple[DType, int | None]:
+    """What two columns of one name must share: the type, and the length of a vector."""
+    return column.dtype, column.max_length if column.dtype is DType.FLOAT32_LIST else None

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import micros
+from feature_repo.arrow import iso_micros, micros
 from feature_repo.history import run_ends, run_starts
 from feature_repo.schema import EVENT_TIMESTAMP, REQUEST_ID, Contract, Examples
 
@@ -85,8 +85,12 @@ def _asked_together(
     owner = np.repeat(np.arange(len(starts)), lengths)
     if rules.examples is Examples.RATINGS:
         chosen = np.flatnonzero(np.isin(action, contract.history_actions))
-        within = np.arange(len(chosen)) - np.searchsorted(owner[chosen], owner[chosen], "left")
-        return chosen, _joined(owner[chosen], within // rules.most)
+        # No request lies in two periods, or labels of one would be learned in the one before.
+        bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
+        time = micros(events[EVENT_TIMESTAMP])[chosen]
+        part = owner[chosen] * 3 + np.searchsorted(bounds, time, side="right")
+        within = np.arange(len(chosen)) - np.searchsorted(part, part, "left")
+        return chosen, _joined(part, within // rules.most)
     about = np.ones(number, bool)
     if rules.examples is Examples.ACTIONS:
         tasks = [contract.spec.actions.index(task.action) for task in contract.spec.tasks]

@@ -141,9 +141,13 @@ store_epoch = _view([store_part], store_epoch_source)
 own_views = {declared.name: _own_view(declared) for declared in contract.spec.views}
 user_views = [own_views[name] for name in contract.views_of("user")]
 item_views = [own_views[name] for name in contract.views_of("item")]
-globals().update(own_views)  # Feast registers what it finds by name in this module
+# Feast registers what it finds by name in this module.
+globals().update({f"own_view_{name}": view for name, view in own_views.items()})
 globals().update(
-    {f"{name}_source": view.stream_source or view.batch_source for name, view in own_views.items()}
+    {
+        f"own_source_{name}": view.stream_source or view.batch_source
+        for name, view in own_views.items()
+    }
 )
 
 # A service names what a kind of ranker reads; all of ours read the same. Training joins user

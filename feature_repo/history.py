@@ -34,7 +34,15 @@ import pyarrow.compute as pc
 
 from feature_repo.arrow import LATEST, NO_VALUE, hash_keys, history_schema, micros, value_codes
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import EVENT_TIMESTAMP, MAX_BAG, Column, Contract, DType, Kind
+from feature_repo.schema import (
+    CREATED_TIMESTAMP,
+    EVENT_TIMESTAMP,
+    MAX_BAG,
+    Column,
+    Contract,
+    DType,
+    Kind,
+)
 from feature_repo.tables import JobFolder
 
 MAGIC = b"MHIS"
@@ -297,8 +305,9 @@ def run_ends(starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def newest_rows(rows: pa.Table, key: str) -> pa.Table:
-    """The newest row of each key of a table with event timestamps."""
-    rows = rows.sort_by([(key, "ascending"), (EVENT_TIMESTAMP, "ascending")])
+    """The newest row of each key of a table with event timestamps; of equal ones that made last."""
+    made = [CREATED_TIMESTAMP] if CREATED_TIMESTAMP in rows.column_names else []
+    rows = rows.sort_by([(name, "ascending") for name in (key, EVENT_TIMESTAMP, *made)])
     return rows.take(pa.array(run_ends(run_starts(rows[key].combine_chunks()), rows.num_rows) - 1))
 
 

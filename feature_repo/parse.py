@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from feature_repo import limits, raw
 from feature_repo.arrow import arrow_schema, from_micros, micros
+from feature_repo.errors import DeclarationError
 from feature_repo.schema import (
     CREATED_TIMESTAMP,
     EVENT_ID,
@@ -33,6 +34,7 @@ from feature_repo.sources import Block, RawUnit
 KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
 ACTION = "__action"  # as read: what the source's action column says
 REPEATED = "repeated: the same event stands earlier"
+IDS = ("user_id", "item_id", EVENT_ID.name)
 TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
 FLAG = "__flag_"  # as read: whether an action happened as well
 KINDS = ("events", "users", "items")
@@ -124,6 +126,11 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     spec = contract.spec
     read = typed(spec, unit, block.rows)
     derived = Derived() if derive is None else derive(unit.kind, read, block.rows)
+    source: Source = getattr(spec, unit.kind)
+    if missing := set(source.derived) - set(derived.columns):
+        raise DeclarationError(
+            f"{unit.kind}.derived of {spec.name!r} names {sorted(missing)}, which `derive` does not make"
+        )
     for name, values in derived.columns.items():
         at = read.schema.get_field_index(name)
         read = read.append_column(name, values) if at < 0 else read.set_column(at, name, values)
@@ -133,10 +140,13 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
         known = from_micros(np.full(len(read), KNOWN_SINCE, np.int64)) if times is None else times
         rows = profile(contract, PROFILES[unit.kind], read, known)
         made = {"users": nothing.users, "items": nothing.items, unit.kind: rows}
+        lost, table = len(block.broken), PROFILES[unit.kind]
+        counts = cut_values(spec, unit.kind, read)
+        counts |= {f"read_{table}": lost, f"dead_{table}": lost, "profile_rows_dead": lost}
         return Parsed(
             nothing.events,
-            dead_letters=nothing.letters,
-            counts=cut_values(spec, unit.kind, read),
+            dead_letters=_letters(contract, unit, block, np.full(len(read), -1), []),
+            counts=counts,
             **made,
         )
 
@@ -161,6 +171,7 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     counts = cut_values(spec, "events", used) | {
         "rows_read": block.num_read,
         "rows_used": int(kept.sum()),
+        "rows_dead": len(letters),
         "events_made": len(events),
     }
     return Parsed(events, users, items, letters, counts)
@@ -171,12 +182,12 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 
     Args:
         events: sorted by user, time and position.
-        identity: columns that say "the same"; the action always does, for one row of a log may tell
-            of several. None: no event is.
+        identity: columns that say "the same"; so do always the user, for ids may be of a session,
+            and the action, for one row of a log may tell of several. None: no event is.
     """
     if not identity or events.num_rows < 2:
         return events, events.slice(0, 0)
-    names = dict.fromkeys((*identity, "action"))
+    names = dict.fromkeys(("user_id", *identity, "action"))
     codes = [
         pc.fill_null(events[name].combine_chunks().dictionary_encode().indices, -1).to_numpy()
         for name in names
@@ -190,8 +201,8 @@ def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table
 def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> pa.Table:
     """Rows of a profile; a profile without features says since when its key is known."""
     schema = arrow_schema(contract.table(table))
-    key, *features = (name for name in schema.names if name not in TIMES)
-    if not set(features) & set(read.column_names):
+    key, *features, known_name = (name for name in schema.names if name not in TIMES)
+    if not features:
         keys = pa.table({key: _cast(read[key], schema.field(key).type), "at": known})
         first = keys.group_by(key).aggregate([("at", "min")])
         read, known = first.select([key]), first["at_min"]
@@ -199,10 +210,10 @@ def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> 
     for column in schema:
         if column.name in TIMES:
             columns.append(known)
-        elif column.name in read.column_names:
-            columns.append(_cast(read[column.name], column.type))
+        elif column.name == known_name:
+            columns.append(pa.array(np.ones(len(read), np.int8)))
         else:
-            columns.append(pa.array(np.ones(len(read), np.int8)).cast(column.type))
+            columns.append(_cast(read[column.name], column.type))
     return pa.table(columns, schema=schema)
 
 
@@ -282,12 +293,17 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
     required = {"user_id", "item_id", EVENT_TIMESTAMP, EVENT_ID.name}
     required |= {c.name for c in spec.event_features if not c.nullable}
     found = []
+    for name in required & set(spec.events.derived):
+        found.append((pc.is_null(read[name]).to_numpy(), f"{name}: is missing"))
     for column, name in wanted(spec, "events"):
         is_flag = column.name.startswith(FLAG)
-        missing = pc.is_null(read[column.name]).to_numpy()
-        if not missing.any() or not (is_flag or column.name in required):
+        if not (is_flag or column.name in required):
+            continue
+        missing, is_id = pc.is_null(read[column.name]).to_numpy(), column.name in IDS
+        if not (missing.any() or is_id):
             continue
         blank = raw.is_blank(given[name])
+        missing = missing | blank if is_id else missing  # a blank is nobody's id
         found.append((missing & ~blank, f"{name}: unreadable"))
         if not is_flag:  # of a flag that is blank nothing happened
             found.append((missing & blank, f"{name}: is missing"))

@@ -40,6 +40,7 @@ EXACT_FLOAT = 2**53  # the first whole number that a float64 shares with another
 BLANKS = ["", "nan", "null", "none"]  # text that says "nothing here"
 TRUTHS = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0}
 TRUTHS |= {"1.0": 1, "0.0": 0, "y": 1, "n": 0}
+FEW_VALUES = 4
 QUARTER = 15 * 60 * MICROS
 NAIVE_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?$"
 ZONED_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:?[0-9]{2})$"
@@ -310,7 +311,8 @@ def _refuse_unreadable(
         return
     there = ~is_blank(given)
     lost &= there
-    if 2 * lost.sum() <= there.sum():
+    # Of a handful of values nothing follows: each row is judged by itself.
+    if there.sum() < FEW_VALUES or 2 * lost.sum() <= there.sum():
         return
     shown = _shown(given, int(np.flatnonzero(lost)[0]))
     expected = {

@@ -225,8 +225,8 @@ class Requests:
     Args:
         examples: IMPRESSIONS: the items of events that belong together (`by`) are one request, at
             the time of the first. ACTIONS: the same of items that a task's action was about; others
-            are drawn as negatives. RATINGS: up to `most` consecutive events of a user are one
-            request, at the time of the first.
+            are drawn as negatives. RATINGS: up to `most` consecutive events of a user in one period
+            are one request, at the time of the first.
         validation_from: ISO time with a zone; requests from then on validate.
         test_from: the same for the test period.
         train_negatives_per_positive: drawn in training, of ACTIONS.
@@ -691,11 +691,10 @@ EVENT_ID = Column("event_id", DType.STRING, "the source's name of the event")
 
 
 def _known(columns: tuple[Column, ...], entity: str) -> tuple[Column, ...]:
-    """A profile's features; without any, that the entity is known: Feast has no view without a
-    feature.
+    """A profile's features, and that the entity is known: Feast has no view without a feature, and
+    features that are declared later must take nothing from a bundle that has none.
     """
-    known = Column(f"{entity}_known", DType.INT8, "1: the log has it", values=(1,))
-    return columns or (known,)
+    return (*columns, Column(f"{entity}_known", DType.INT8, "1: the log has it", values=(1,)))
 
 
 def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
@@ -780,6 +779,9 @@ RESERVED = frozenset(
         "source_position",
         "request_id",
         "event_id",
+        "request_timestamp",
+        "user_known",
+        "item_known",
         "split",
         "user_id",
         "item_id",

@@ -9,10 +9,11 @@ bytes, so that ids keep their spelling; `raw.py` reads them as the types that a 
 from __future__ import annotations
 
 import csv
-import fnmatch
 import hashlib
 import io
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ UNIT_BYTES = 1 << 24  # of a CSV or JSON file that one worker reads
 UNIT_ROWS = 200_000  # of a Parquet file
 BATCH_ROWS = 16_384  # of a Parquet file in memory at a time; fewer where rows are long
 LONG_ROW = 4_096  # bytes of a row on average, from where on rows are long
+csv.field_size_limit(sys.maxsize)  # `raw.texts` says which texts are too long
 BOM = b"\xef\xbb\xbf"
 FORMATS = {
     ".csv": "csv",
@@ -140,6 +142,9 @@ def units_of(source: Source, data: str | None, kind: str, columns: Sequence[str]
     """
     units: list[RawUnit] = []
     for file in files_of(source, data):
+        filesystem, path = located(file)
+        if filesystem.get_file_info(path).size == 0:
+            continue
         if format_of(source, file) == "parquet":
             parquet_rows(file, columns)
             units += _parquet_units(file, kind)
@@ -393,7 +398,8 @@ def _csv_block(
     source: Source, names: Sequence[str], columns: Sequence[str], data: bytes, start: int
 ) -> Block:
     """Lines as a table of bytes; what is no row is set aside with its text."""
-    if len(source.delimiter) > 1:
+    # A return that ends no line is an end to Arrow and none to us.
+    if len(source.delimiter) > 1 or data.count(b"\r") != data.count(b"\r\n"):
         return _split_by_hand(source, names, columns, data, start)
     broken: list[tuple[int, str, str]] = []
 
@@ -441,15 +447,25 @@ def _split_by_hand(
     # Surrogates carry bytes that are no UTF-8 through; `raw.texts` says of them what they are.
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     for at, line in enumerate(line for line in map(_without_return, lines) if line):
-        fields = _fields(line, source.delimiter)
+        try:
+            fields = _fields(line, source.delimiter)
+        except csv.Error as error:
+            broken.append((start + at, _shown(line), str(error)))
+            continue
         if len(fields) != len(names):
-            broken.append((start + at, line, f"has {len(fields)} fields, expected {len(names)}"))
+            why = f"has {len(fields)} fields, expected {len(names)}"
+            broken.append((start + at, _shown(line), why))
             continue
         positions.append(start + at)
         for column, index in zip(values, chosen, strict=True):
             column.append(fields[index].encode("utf-8", "surrogateescape"))
     rows = pa.table([pa.array(column, pa.binary()) for column in values], names=list(columns))
     return Block(rows, np.array(positions, np.int64), tuple(broken))
+
+
+def _shown(line: str) -> str:
+    """A line with a sign for each byte that is no UTF-8."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _without_return(line: str) -> str:
@@ -463,7 +479,7 @@ def _json_block(
     values: list[list[Any]] = [[] for _ in columns]
     positions: list[int] = []
     broken: list[tuple[int, str, str]] = []
-    lines = (line.strip() for line in data.decode("utf-8", "replace").split("\n"))
+    lines = map(_without_return, data.decode("utf-8", "replace").split("\n"))
     for at, line in enumerate(line for line in lines if line):
         try:
             row = json.loads(line)
@@ -486,9 +502,12 @@ def _arrow_of(values: list[Any]) -> pa.Array:
     if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {str, bool, list}):
         try:
             return pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
             pass
-    return pa.array([_text_of(value) for value in values], pa.string())
+    texts = [_text_of(value) for value in values]
+    # Half an emoji is a text to JSON and none in UTF-8; as bytes it is found to be unreadable.
+    data = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
+    return pa.array(data, pa.binary())
 
 
 def _text_of(value: Any) -> str | None:
@@ -509,8 +528,14 @@ def located(file: str) -> tuple[pafs.FileSystem, str]:
 
 
 def sha256_of(file: str) -> str:
-    """Digest of a file's bytes, hexadecimal."""
+    """Digest of a file's bytes, or of the names and bytes of all files of a folder; hexadecimal."""
     filesystem, path = located(file)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        scheme = file.split("://")[0] + "://" if "://" in file else ""
+        content = hashlib.sha256()
+        for below in _below(filesystem, path, scheme):
+            content.update(f"{below.removeprefix(file)} {sha256_of(below)}\n".encode())
+        return content.hexdigest()
     with filesystem.open_input_stream(path, compression=None) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -544,8 +569,17 @@ def _matching(data: str, pattern: str) -> list[str]:
     # The longest part of the path that has no pattern in it is where to look.
     parts = path.split("/")
     fixed = next(n for n, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    wanted = re.compile("/".join(_part_pattern(part) for part in parts))
     every = _below(filesystem, "/".join(parts[:fixed]), scheme)
-    return [file for file in every if fnmatch.fnmatch(file.removeprefix(scheme), path)]
+    return [file for file in every if wanted.fullmatch(file.removeprefix(scheme))]
+
+
+def _part_pattern(part: str) -> str:
+    """A folder's or file's name in a glob as a regular expression; `**` is any number of folders."""
+    if part == "**":
+        return ".*"
+    escaped = re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+    return re.sub(r"\\\[(.*?)\\\]", r"[\1]", escaped)
 
 
 def _below(filesystem: pafs.FileSystem, folder: str, scheme: str) -> list[str]:
@@ -553,8 +587,12 @@ def _below(filesystem: pafs.FileSystem, folder: str, scheme: str) -> list[str]:
     selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
     infos: Iterable[pafs.FileInfo] = filesystem.get_file_info(selector)
     files = [i.path for i in infos if i.type == pafs.FileType.File]
-    shown = [f for f in files if not f.rsplit("/", 1)[-1].startswith((".", "_"))]
-    return sorted(scheme + file for file in shown)
+    below = len(folder.rstrip("/")) + 1
+
+    def hidden(file: str) -> bool:
+        return any(part.startswith((".", "_")) for part in file[below:].split("/"))
+
+    return sorted(scheme + file for file in files if not hidden(file))
 
 
 def _refuse_missing(file: str, columns: Sequence[str], found: Sequence[str]) -> None:

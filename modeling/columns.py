@@ -256,7 +256,7 @@ class ColumnGroup:
         found = []
         for column in self.categorical:
             codes = events[column.name]
-            rows = codes.reshape(len(codes), -1)
+            rows = codes if codes.ndim > 1 else codes[:, None]
             index = self.indices[column.name].indices_of(pa.array(rows.ravel()))
             found.append(index.reshape(rows.shape))
         return np.concatenate(found, axis=1)

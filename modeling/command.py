@@ -14,6 +14,7 @@ from feature_repo import datasets
 from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
 from feature_repo.code import code_digest
 from feature_repo.settings import Settings
+from feature_repo.sources import sha256_of
 from feature_repo.tables import JobFolder, digest_of
 from modeling import recipes
 from modeling.changes import Changes, changed
@@ -529,7 +530,7 @@ def refuse_longer_than_kept(run: TrainingRun) -> None:
 def _exported(run: TrainingRun, catalogue: Catalogue) -> dict[str, Any] | None:
     """Digest and path of the run's bundle, where there is one already."""
     last = catalogue.last_run(run.settings.dataset, f"export {run.recipe.name}")
-    if last is None or last.inputs != run.identity:
+    if last is None or last.inputs != run.identity or last.details.get("weights") != _weights(run):
         return None
     there = (run.settings.path(last.details["path"]) / "bundle.json").exists()
     return dict(last.details) if there else None
@@ -563,7 +564,12 @@ def _write_bundle(
         metrics=metrics,
         tokens=loaded.tokens,
     )
-    return {"digest": digest, "path": stored}
+    return {"digest": digest, "path": stored, "weights": _weights(run)}
+
+
+def _weights(run: TrainingRun) -> str:
+    """Digest of what was trained: the same run may be trained again, to other bits on a GPU."""
+    return sha256_of(str(run.folder / "best.safetensors"))
 
 
 def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,10 +131,13 @@ def by_recipe(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and standard deviation where there are several."""
-    mean = statistics.mean(values)
-    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+def spread(values: Sequence[float | None]) -> str:
+    """Mean, and standard deviation where there are several; of those that are defined."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = statistics.mean(known)
+    return f"{mean:.4f}" if len(known) == 1 else f"{mean:.4f} ± {statistics.stdev(known):.4f}"
 
 
 def write(

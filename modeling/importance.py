@@ -96,7 +96,9 @@ def inputs(
         def gather(requests: np.ndarray, length: int) -> Histories:
             return sample.gather(order[requests], length)
 
-        return replace(sample, gather=gather)
+        gather_tokens = sample.gather_tokens
+        tokens = gather_tokens and (lambda requests: gather_tokens(order[requests]))
+        return replace(sample, gather=gather, gather_tokens=tokens)
 
     context = list(range(columns, columns + len(CONTEXT_FIELDS)))
     made: dict[str, Callable[[np.random.Generator], Encoded]] = {

@@ -283,7 +283,9 @@ def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
     ]
     rows = []
     for name, runs in by_recipe(results).items():
-        cells = [spread([run["test"][metric]["value"] for run in runs]) for metric in METRICS]
+        cells = [
+            spread([(run["test"][metric] or {}).get("value") for run in runs]) for metric in METRICS
+        ]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
         sizes = [f"{runs[0][size]:,}" for size in ("parameters", "dense_parameters")]
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)

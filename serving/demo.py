@@ -170,9 +170,9 @@ def one_more(
     item = before["item_ids"][len(before["item_ids"]) // 2]
     stored = memory.read(user)
     # What an event carries beside the item is as at the user's last one.
-    last = unpack(contract, user, stored["user_history"]["history"]).slice(-1).to_pylist()
+    history = unpack(contract, user, stored["user_history"]["history"])
     event = {
-        **last[0],
+        **history.slice(history.num_rows - 1).to_pylist()[0],
         contract.item.join_key: item,
         "action": 0,
         EVENT_TIMESTAMP: EPOCH + timedelta(microseconds=as_of),

@@ -108,6 +108,11 @@ class Refresher:
             self._contract, [batch], pa.array([], batch.schema.field(0).type)
         )
         times = histories.times
+        shown = set(histories.columns["action"].tolist()) - set(self._contract.history_actions)
+        if shown:
+            raise ValueError(
+                f"new events of user {user_id!r} hold impressions, which are in no history"
+            )
         if not len(times) or times[0] <= kept.as_of or (np.diff(times) < 0).any():
             raise ValueError(
                 f"new events of user {user_id!r} must be later than {kept.as_of} µs and in the order of time, got {times.tolist()}"
@@ -177,12 +182,17 @@ class UserMemory:
         """Add a user's new events, oldest first, to history, statistics and tokens.
 
         Args:
-            new_events: columns of `contract.history_columns`, later than all that is stored.
+            new_events: columns of `contract.history_columns`, later than all that is stored;
+                impressions among them are left out.
 
         Raises:
             HistoryError: the stored history is damaged.
             ValueError: an event is not later than those that are stored.
         """
+        acted = self._contract.history_actions
+        new_events = [event for event in new_events if event["action"] in acted]
+        if not new_events:  # what a user was shown is in no history
+            return
         stored = self.read(user_id)
         events = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
         times = micros(events[EVENT_TIMESTAMP])

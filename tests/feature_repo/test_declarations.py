@@ -64,6 +64,10 @@ def features(*columns: Column) -> dict[str, Any]:
         (features(Column("x", DType.STRING, "", kind=CATEGORY, hashed=1)), "has hashed=1"),
         (features(Column("x", DType.STRING, "", kind=CATEGORY, buckets=4)), "has buckets=4"),
         (features(Column("x", DType.BYTES, "")), "is bytes"),
+        (features(Column("x", DType.STRING_LIST, "", values=("a",))), "only texts and whole"),
+        (features(Column("x", DType.FLOAT32_LIST, "")), "say how long it is"),
+        ({"item_title": "description_tokens"}, "item_title names 'description_tokens'"),
+        ({"views": (OwnView("user_stats", "user", SPEC.user_features, "v"),)}, "one of Memoir's"),
         (features(Column("two words", DType.STRING, "")), "expected a name of letters"),
         ({"context_features": (Column("device", DType.STRING, ""),)}, "'device' has no kind"),
         ({"event_identity": ("invoice",)}, "event_identity names 'invoice'"),
@@ -120,6 +124,10 @@ def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
             "'action'",
         ),
         ({"tasks": (Task("Country", "", action="purchase"),)}, "task 'Country'"),
+        (
+            {"context_features": (Column("request_timestamp", DType.STRING, "", kind=CATEGORY),)},
+            "a name of Memoir's",
+        ),
         ({"tasks": (Task("split", "", action="purchase"),)}, "task 'split' and a name of Memoir's"),
         (
             {"context_features": (Column("quantity", DType.FLOAT32, "", kind=NUMBER),)},
@@ -183,6 +191,17 @@ def test_a_wider_contract_lacks_nothing_and_a_narrower_one_says_what() -> None:
     assert any("segment" in line for line in missing)
     assert any("margin" in line for line in missing)
     assert any("actions" in line for line in missing)
+    bare = contract(replace(SPEC, user_features=()))
+    assert lacks(bare, contract(SPEC)) == []  # the first feature takes nothing from it
+    vector = Column("cover", DType.FLOAT32_LIST, "", kind=VECTOR, max_length=16)
+    longer = replace(vector, max_length=32)
+    with_vector, with_longer = (
+        contract(replace(SPEC, item_features=(*SPEC.item_features, column)))
+        for column in (vector, longer)
+    )
+    assert lacks(with_vector, with_longer) == ["cover (float32_list) of items"]
+    assert lacks(contract(SPEC), contract(replace(SPEC, shown="return")))
+    assert lacks(contract(SPEC), contract(replace(SPEC, num_history_online=8)))
     retyped = replace(SPEC, user_features=(Column("country", DType.INT64, ""),))
     assert lacks(contract(SPEC), contract(retyped)) == ["country (string) of users"]
 

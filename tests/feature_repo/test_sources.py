@@ -86,7 +86,7 @@ def test_ids_in_json_keep_their_spelling(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     (unit,) = sources.units_of(Source("log.jsonl"), str(tmp_path), "events", NAMES)
     (block,) = sources.blocks_of(Source("log.jsonl"), unit, NAMES)
-    assert block.rows["id"].to_pylist() == ["7", "007"]
+    assert block.rows["id"].to_pylist() == [b"7", b"007"]
     assert block.rows["name"].to_pylist() == ["a", "2011-01-01"]
     ((position, text, why),) = block.broken
     assert (position, text) == (2, "no")
@@ -147,3 +147,51 @@ def test_a_missing_column_is_named_before_anything_is_read(tmp_path: Path) -> No
         sources.units_of(Source("log.csv"), str(tmp_path), "events", NAMES)
     with pytest.raises(RawDataError, match="does not say what it is"):
         sources.format_of(Source("log.xls"), "log.xls")
+
+
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        (b"1,a,2\n2,b,3,caf\xe9\n3,c,4\n", [b"1", b"3"]),  # too many fields, and no UTF-8
+        (b"1,x\ry,2\n2,b,3\n", [b"2"]),  # a return that ends no line
+        (
+            b'1,"a\n2,b",2\n3,c,4\n4,q\rr,5\n',
+            [b"2", b"3"],
+        ),  # the same, and a quote that is not closed
+    ],
+)
+def test_odd_bytes_cost_their_own_line_alone(
+    lines: bytes, kept: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "log.csv").write_bytes(b"id,name,price\n" + lines)
+    (unit,) = sources.units_of(Source("log.csv"), str(tmp_path), "events", NAMES)
+    (block,) = sources.blocks_of(Source("log.csv"), unit, NAMES)
+    assert block.rows["id"].to_pylist() == kept
+    assert block.num_read == unit.rows
+    for _, text, _ in block.broken:
+        assert text.encode()
+
+
+def test_half_an_emoji_and_a_line_of_blanks_cost_no_other(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"id": "u\\ud83d"}\n   \n{"id": "v"}\n')
+    (unit,) = sources.units_of(Source("log.jsonl"), str(tmp_path), "events", NAMES)
+    (block,) = sources.blocks_of(Source("log.jsonl"), unit, NAMES)
+    assert unit.rows == block.num_read == 3
+    assert [at for at, _, _ in block.broken] == [1]
+    from feature_repo import raw
+
+    assert raw.texts(block.rows["id"]).to_pylist() == [None, "v"]
+
+
+def test_hidden_folders_and_empty_files_hold_no_data(tmp_path: Path) -> None:
+    for folder in ("log", "log/.checkpoints", "log/_temporary", "log/day"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.csv").write_text("id,name,price\n1,a,2\n")
+    (tmp_path / "log" / "empty.csv").write_text("")
+    found = sources.units_of(Source("log"), str(tmp_path), "events", NAMES)
+    assert [unit.file.removeprefix(str(tmp_path)) for unit in found] == [
+        "/log/a.csv",
+        "/log/day/a.csv",
+    ]
+    (flat,) = (f for f in sources.files_of(Source("log/a*.csv"), str(tmp_path)))
+    assert flat.endswith("/log/a.csv")
