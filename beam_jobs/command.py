@@ -198,9 +198,11 @@ def _report(manifest: Manifest, docs: str | None) -> None:
     counts = manifest.counts
     console.print(f"{manifest.job}: run {manifest.run_id}, as of {manifest.as_of}", highlight=False)
     if "rows_read" in counts:
-        kept, dead = counts.get("rows_events", 0), counts.get("rows_dead", 0)
+        used, dead = counts["rows_used"], counts["rows_dead"]
+        made, kept = counts["events_made"], counts["rows_events"]
+        events = "" if made == used == kept else f"; {made:,} events, {kept:,} kept"
         console.print(
-            f"  read {counts['rows_read']:,} = kept {kept:,} + dead letters {dead:,}",
+            f"  read {counts['rows_read']:,} = used {used:,} + dead letters {dead:,}{events}",
             highlight=False,
         )
         reasons = sorted(
@@ -208,6 +210,10 @@ def _report(manifest: Manifest, docs: str | None) -> None:
         )
         for number, reason in reasons:
             console.print(f"    {number:>9,}  {reason}", highlight=False)
+        for name, number in counts.items():
+            if name.startswith("cut: ") and number:
+                what = f"values of {name[5:]} beyond those that are read"
+                console.print(f"  {number:,} {what}", highlight=False)
     else:
         console.print(
             "  " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),

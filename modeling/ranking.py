@@ -265,13 +265,20 @@ def compare(settings: Settings, asked: Comparison) -> None:
         json.dumps({"title": title, "results": results}, indent=1)
     )
     subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
-    page = write_page(folder / "comparison.html", "Ranking comparison", [subtitle], lines, pictures)
+    tasks = [task.name for task in periods.contract.spec.tasks]
+    more = {f"Task {name}": summary_lines(results, name) for name in tasks if len(tasks) > 1}
+    page = folder / "comparison.html"
+    write_page(page, "Ranking comparison", [subtitle], lines, pictures, more)
     print_table(lines)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
-def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each recipe: test metrics over seeds, sizes, and what training cost."""
+def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> list[list[str]]:
+    """A row for each recipe: test metrics over seeds, sizes, and what training cost.
+
+    Args:
+        task: whose metrics; default: the primary task's.
+    """
     head = [
         "recipe",
         "seeds",
@@ -284,13 +291,19 @@ def summary_lines(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for name, runs in by_recipe(results).items():
         cells = [
-            spread([(run["test"][metric] or {}).get("value") for run in runs]) for metric in METRICS
+            spread([(_tested(run, task)[metric] or {}).get("value") for run in runs])
+            for metric in METRICS
         ]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
         sizes = [f"{runs[0][size]:,}" for size in ("parameters", "dense_parameters")]
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
         rows.append([name, str(len(runs)), *cells, validation, *sizes, f"{cost:,.0f}"])
     return [head, *rows]
+
+
+def _tested(run: dict[str, Any], task: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = run["test"] if task is None else run["tasks"][task]
+    return found
 
 
 def floor_lines(periods: Periods, test: Encoded) -> list[list[str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -210,6 +211,23 @@ def test_events_have_an_identity_and_impressions_are_in_no_history(shop_on_the_r
     assert history["shown"] == shop_on_the_road.impressions
     ends = JobFolder(settings.home, "user_history").read("user_stats")["history_end"]
     assert max(ends.to_pylist()) < len(events) - int(shown.sum())
+
+
+def test_the_order_of_files_does_not_matter(
+    shop_on_the_road: Shop, tmp_path: Path, helpers: Any
+) -> None:
+    raw = Path(str(shop_on_the_road.settings.data))
+    shutil.copytree(raw, tmp_path / "raw")
+    first, second = (tmp_path / "raw" / "log" / f"part{n}.csv" for n in (0, 1))
+    first.rename(tmp_path / "raw" / "log" / "part2.csv")  # now it comes last
+    assert second.exists()
+    settings = helpers.settings_in(tmp_path / "home", NAME, tmp_path / "raw")
+    helpers.run_jobs(settings, "events", num_partitions=3)
+    before, after = (
+        JobFolder(home, "events").read("events").drop_columns(["source_position"])
+        for home in (shop_on_the_road.settings.home, settings.home)
+    )
+    assert before.equals(after)
 
 
 def test_every_label_has_its_mask(shop_on_the_road: Shop) -> None:

@@ -93,18 +93,19 @@ def test_ids_in_json_keep_their_spelling(tmp_path: Path) -> None:
     assert "is no JSON" in why
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
 @pytest.mark.parametrize("path", ["log", "log/*.csv", "log/**", "*/part*"])
-def test_a_folder_and_a_glob_are_all_their_files(path: str, tmp_path: Path) -> None:
+def test_a_folder_and_a_glob_are_all_their_files(path: str, scheme: str, tmp_path: Path) -> None:
     lines = written(",").splitlines()
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "_SUCCESS").write_text("")
     for number, part in enumerate((lines[1:20], lines[20:])):
         (tmp_path / "log" / f"part{number}.csv").write_text("\n".join([lines[0], *part]) + "\n")
-    source = Source(path)
-    assert len(sources.files_of(source, str(tmp_path))) == 2
+    source, data = Source(path), f"{scheme}{tmp_path}"
+    assert len(sources.files_of(source, data)) == 2
     found = [
         row
-        for unit in sources.units_of(source, str(tmp_path), "events", NAMES)
+        for unit in sources.units_of(source, data, "events", NAMES)
         for block in sources.blocks_of(source, unit, NAMES)
         for row in block.rows["id"].to_pylist()
     ]
