@@ -11,6 +11,8 @@ What is not known is NaN, never a zero: a model is told of each number whether i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from feature_repo.history import Histories
@@ -80,7 +82,7 @@ def match_features(
     candidate_offsets: np.ndarray,
     candidate_keys: np.ndarray,
     request_times: np.ndarray,
-    item_stats: np.ndarray,
+    item_stats: Sequence[np.ndarray],
     user_mean: np.ndarray,
 ) -> np.ndarray:
     """Match features of every candidate, float32, N × len(MATCH_FEATURES).
@@ -90,7 +92,7 @@ def match_features(
         candidate_offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
         candidate_keys: item keys of all N candidates, comparable with `histories.item_keys`.
         request_times: B times, microseconds.
-        item_stats: 3 × N: events of the first action, of all others, and mean value of each
+        item_stats: three of N: events of the first action, of all others, and mean value of each
             candidate's item; NaN: unknown.
         user_mean: mean value of each request's user, NaN where there is none.
     """

@@ -370,13 +370,13 @@ class Encoder:
             first, last = offsets[start], offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, self.contract.spec.num_history_online)
             within_chunk = offsets[start : chosen[-1] + 2] - first
-            times, known = requests.times[chosen], user[:, chosen]
+            times, known = requests.times[chosen], [row[chosen] for row in user]
             dense[first:last, match] = match_features(
                 histories,
                 within_chunk,
                 keys[first:last],
                 times,
-                item[:, first:last],
+                [row[first:last] for row in item],
                 known[-1],
             )
             dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
@@ -407,19 +407,19 @@ class Encoder:
             torch.from_numpy(self.event.event_dense(events.columns, events.times)),
         )
 
-    def _user_stats(self, requests: RequestColumns) -> np.ndarray:
+    def _user_stats(self, requests: RequestColumns) -> list[np.ndarray]:
         """First event, events, other events and mean value of each request's user; NaN where one is
         not known.
         """
         names = ["first_event_s", "history_end", "other_events"]
         rows = [floats(requests.user_columns[name]) for name in names]
-        return np.stack([*rows, self._mean("user_mean_", requests.user_columns, len(requests))])
+        return [*rows, self._mean("user_mean_", requests.user_columns, len(requests))]
 
-    def _item_stats(self, requests: RequestColumns) -> np.ndarray:
+    def _item_stats(self, requests: RequestColumns) -> list[np.ndarray]:
         """Events, other events and mean value of each candidate's item."""
         columns, number = requests.candidate_columns, len(requests.candidate_keys)
         rows = [floats(columns[name]) for name in ("count_total", "other_total")]
-        return np.stack([*rows, self._mean("mean_", columns, number)])
+        return [*rows, self._mean("mean_", columns, number)]
 
     def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
         value = self.contract.spec.stat_value
