@@ -169,14 +169,6 @@ def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator
         yield block
 
 
-def sample(source: Source, data: str | None, columns: Sequence[str], rows: int) -> pa.Table:
-    """Up to so many of the first rows of the source's first file."""
-    unit = units_of(source, data, "events", columns)[:1]
-    if not unit:
-        return pa.table({name: pa.array([], pa.string()) for name in columns})
-    return next(iter(blocks_of(source, unit[0], columns))).rows.slice(0, rows)
-
-
 def columns_in(source: Source, file: str) -> list[str]:
     """Names of the columns of a file."""
     found = format_of(source, file)
@@ -185,7 +177,7 @@ def columns_in(source: Source, file: str) -> list[str]:
     encoding = _encoding(source, file)
     if found == "csv":
         return list(_header(source, file, encoding))
-    with _stream(file) as stream:
+    with open_stream(file) as stream:
         lines = stream.read(1 << 20).decode(encoding, "replace").splitlines()[:100]
     names: dict[str, None] = {}
     for line in lines:
@@ -290,7 +282,7 @@ def _text_units(source: Source, file: str, kind: str, columns: Sequence[str]) ->
     if file.lower().endswith(COMPRESSED) or source.quoted_newlines:
         return [RawUnit(file, 0, -1, kind, skipped, -1, encoding)]
     units, start, offset = [], 0, skipped
-    with _stream(file) as stream:
+    with open_stream(file) as stream:
         stream.read(skipped)
         for data in _whole_lines(stream, UNIT_BYTES):
             rows = _num_lines(data)
@@ -335,7 +327,7 @@ def _lines_of(unit: RawUnit, whole: bool) -> Iterator[bytes]:
             opened.seek(unit.offset)
             yield opened.read(unit.size)
         return
-    with _stream(unit.file) as stream:
+    with open_stream(unit.file) as stream:
         stream.read(unit.offset)
         if whole:
             yield stream.read()
@@ -355,7 +347,7 @@ def _encoding(source: Source, file: str) -> str:
     """
     for encoding in source.encodings[:-1]:
         try:
-            with _stream(file) as stream:
+            with open_stream(file) as stream:
                 for data in _whole_lines(stream, UNIT_BYTES):
                     data.decode(encoding)
             return encoding
@@ -365,12 +357,12 @@ def _encoding(source: Source, file: str) -> str:
 
 
 def _bom_bytes(file: str) -> int:
-    with _stream(file) as stream:
+    with open_stream(file) as stream:
         return len(BOM) if stream.read(len(BOM)) == BOM else 0
 
 
 def _first_line(file: str) -> bytes:
-    with _stream(file) as stream:
+    with open_stream(file) as stream:
         data: bytes = stream.read(1 << 16)
     return data.split(b"\n", 1)[0] + b"\n"
 
@@ -384,11 +376,16 @@ def _header(source: Source, file: str, encoding: str) -> tuple[str, ...]:
     if source.header:
         return source.header
     line = _first_line(file).removeprefix(BOM).decode(encoding, "replace").strip("\r\n")
-    names = _fields(line, source.delimiter)
+    names = fields_of(line, source.delimiter)
     return tuple(name.strip() for name in names)
 
 
-def _fields(line: str, delimiter: str) -> list[str]:
+def fields_of(line: str, delimiter: str) -> list[str]:
+    """Fields of one line.
+
+    Raises:
+        csv.Error: no reader of CSV files would take it.
+    """
     if len(delimiter) > 1:
         return line.split(delimiter)
     return next(csv.reader([line], delimiter=delimiter), [])
@@ -448,7 +445,7 @@ def _split_by_hand(
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     for at, line in enumerate(line for line in map(_without_return, lines) if line):
         try:
-            fields = _fields(line, source.delimiter)
+            fields = fields_of(line, source.delimiter)
         except csv.Error as error:
             broken.append((start + at, _shown(line), str(error)))
             continue
@@ -540,7 +537,12 @@ def sha256_of(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _stream(file: str) -> Any:
+def open_stream(file: str) -> Any:
+    """A file's bytes from its beginning, unpacked.
+
+    Raises:
+        RawDataError: it cannot be read.
+    """
     filesystem, path = located(file)
     try:
         return filesystem.open_input_stream(path, compression="detect")

@@ -86,7 +86,6 @@ class Looked:
 
     source: Source
     rows: pa.Table
-    whole: bool  # whether these are all of its rows
     guesses: dict[str, Guess] = field(default_factory=dict)
 
     def column(self, role: str) -> str | None:
@@ -115,7 +114,7 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
     rows = next(iter(sources.blocks_of(source, units[0], names))).rows
     if sources.format_of(source, file) == "csv":
         source = replace(source, decimal=_decimal(rows))
-    return Looked(source, rows.slice(0, SAMPLE_ROWS), len(units) == 1 and len(rows) <= SAMPLE_ROWS)
+    return Looked(source, rows.slice(0, SAMPLE_ROWS))
 
 
 def _format(file: str) -> Literal["", "csv", "json", "parquet"]:
@@ -129,7 +128,7 @@ def _format(file: str) -> Literal["", "csv", "json", "parquet"]:
 
 def _csv_source(path: str, file: str, prefix: str) -> Source:
     """Delimiter, encoding and header of a text file, from its first lines."""
-    with sources._stream(file) as stream:
+    with sources.open_stream(file) as stream:
         data: bytes = stream.read(1 << 18).removeprefix(sources.BOM)
     encoding = next(code for code in ENCODINGS if _decodes(data, code))
     lines = [line for line in data.decode(encoding, "replace").splitlines()[:200] if line.strip()]
@@ -137,7 +136,7 @@ def _csv_source(path: str, file: str, prefix: str) -> Source:
     delimiter = max(DELIMITERS, key=lambda sign: _agreement(lines, sign))
     if _agreement(lines, delimiter) == 0:
         delimiter = ","
-    first, *others = (sources._fields(line, delimiter) for line in lines)
+    first, *others = (sources.fields_of(line, delimiter) for line in lines)
     known = ENCODINGS[: ENCODINGS.index(encoding) + 1]
     source = Source(path, format="csv", delimiter=delimiter, encodings=known)
     if _is_header(first, others):
@@ -166,7 +165,7 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 def _agreement(lines: list[str], delimiter: str) -> float:
     """How well lines agree on how many fields they have: share of the commonest number above one."""
-    counts = [len(sources._fields(line, delimiter)) for line in lines]
+    counts = [len(sources.fields_of(line, delimiter)) for line in lines]
     numbers, times = np.unique([c for c in counts if c > 1], return_counts=True)
     if not len(numbers):
         return 0.0

@@ -28,14 +28,13 @@ from types import ModuleType
 import pyarrow as pa
 
 from feature_repo import parse, sources
-from feature_repo.arrow import arrow_schema
 from feature_repo.declarations import problems
 from feature_repo.errors import DeclarationError, RawDataError, nearest
 from feature_repo.parse import Derive, Derived, Parsed
 from feature_repo.schema import Contract, DatasetSpec, OwnView, Source, contract
 from feature_repo.sources import RawUnit
 
-__all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "empty", "load", "names"]
+__all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "load", "names"]
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data"  # raw data of the sample dataset
 
@@ -164,8 +163,3 @@ def load(name: str) -> Dataset:
 def load_contract(name: str) -> Contract:
     """The contract of a dataset."""
     return load(name).contract
-
-
-def empty(spec: DatasetSpec, table: str) -> pa.Table:
-    """An empty table of the dataset's contract."""
-    return arrow_schema(contract(spec).table(table)).empty_table()
