@@ -399,10 +399,6 @@ class DatasetSpec:
         """What the server ranks by: the weight of each task's probability."""
         return dict(self.rank_by or ((self.tasks[0].name, 1.0),))
 
-    def own_columns(self, entity: str) -> tuple[Column, ...]:
-        """Columns of a person's own views of users or items."""
-        return tuple(c for view in self.views if view.entity == entity for c in view.columns)
-
 
 @dataclass(frozen=True)
 class Contract:
