@@ -283,7 +283,7 @@ def summary(settings: Settings, started_s: float) -> None:
         "\ngo on:\n"
         "  make serve     rank over HTTP on port 8000\n"
         "  make check     lint, types, tests\n"
-        "  bring your own data: README.md, five steps"
+        "  bring your own data: python -m feature_repo new, see README.md"
     )
 
 

@@ -173,7 +173,19 @@ def test_evaluation_needs_a_run_on_these_tables(trained_shop: Any, tmp_path: Pat
 def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> None:
     folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
+    for told in (
+        "Recipe amortised_dlrm_tiny",
+        "parameters",
+        "of at most 2 epochs",
+        "events known before",
+        "UTC",
+    ):
+        assert told in page
+    importance = json.loads((folder / "evaluation.json").read_text())["figures"]["importance"]
+    assert {"history", "item", "matches of item and history", "country"} <= {
+        row["name"] for row in importance
+    }
     assert "http://" not in page
     assert "https://" not in page
     for text in (

@@ -78,7 +78,6 @@ def test_a_finished_run_is_shown_again_and_not_repeated(
     ("arguments", "message"),
     [
         (("train", "sasrec_tiny", "--data", "none.txt"), "none.txt is no file"),
-        (("export", "sasrec_tiny"), "there is nothing to serve"),
         (("train", "amortised_dlrm_tiny", "--data", "x"), "--data is for next-item recipes"),
         (("compare", "amortised_dlrm_tiny", "sasrec_tiny", "--data", "x"), "is a ranking recipe"),
         (("compare", "amortised_dlrm_tiny", "--data", "x"), "--data is for next-item recipes"),
@@ -92,6 +91,14 @@ def test_refusals_say_what_to_do(
 ) -> None:
     assert run(*arguments) == 1
     assert message in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_next_item_recipe_says_that_nothing_is_served(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words in (("about", "hydrarec_tiny"), ("export", "hydrarec_tiny")):
+        assert run(*words) == 0
+        assert "nothing is exported or served" in " ".join(capsys.readouterr().out.split())
 
 
 def test_compare_writes_table_pictures_and_page(
