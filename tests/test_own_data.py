@@ -189,7 +189,7 @@ def test_check_tells_in_seconds_what_comes_of_it(
     told = command("check")
     for line in (
         "repeated: the same event stands earlier",
-        "shown_at: unreadable",
+        "customer: is missing",
         "100.0% of the events' items are in their table",
         "900 requests (",
         "label_purchase: ",

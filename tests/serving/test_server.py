@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import datasets
-from feature_repo.schema import MAX_ID_BYTES, DType
+from feature_repo.arrow import arrow_type
+from feature_repo.schema import MAX_ID_BYTES
 from feature_repo.tables import JobFolder
 from modeling.dataset import Warehouse, point_in_time_join
 from modeling.trainer import predict
@@ -418,9 +419,10 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
                     [["v"] if k else None for k in known], pa.list_(pa.string())
                 ),
             }
-            for column in CONTRACT.table("item_stats").columns:
-                kind = pa.float32() if column.dtype is DType.FLOAT32 else pa.int64()
-                columns[column.name] = pa.array([self.value if k else None for k in known], kind)
+            for column in CONTRACT.item_columns:
+                if column.name not in columns:
+                    values = [self.value if k else None for k in known]
+                    columns[column.name] = pa.array(values, arrow_type(column.dtype))
             return pa.table(columns)
 
     reader = Counting()
