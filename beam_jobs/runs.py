@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,16 +175,16 @@ def settings_of(plan: RunPlan) -> Settings:
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
 
 
-class SideBySide(beam.DoFn):
+class SideBySide(beam.DoFn, ABC):
     """Elements of a bundle in as many threads as there are cores: Arrow's work leaves Python free.
 
     At most one element more than there are cores is in memory at a time; outputs keep the order of
     their elements.
     """
 
+    @abstractmethod
     def work(self, element: Any) -> Iterable[Any]:
         """What comes of one element."""
-        raise NotImplementedError
 
     def emit(self, made: Any) -> Any:
         """What goes on of a result; on the bundle's own thread, where Beam counts."""
@@ -197,14 +198,22 @@ class SideBySide(beam.DoFn):
         """Hand an element over; yields what is finished by then."""
         self._waiting.append(self._pool.submit(lambda: list(self.work(element))))
         while len(self._waiting) > CORES:
-            yield from map(self.emit, self._waiting.popleft().result())
+            yield from map(self.emit, self._next())
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         """Wait for the rest."""
         while self._waiting:
-            for made in map(self.emit, self._waiting.popleft().result()):
+            for made in map(self.emit, self._next()):
                 yield WindowedValue(made, MIN_TIMESTAMP, [GlobalWindow()])
         self._pool.shutdown()
+
+    def _next(self) -> list[Any]:
+        """The oldest element's results; where it failed, no other goes on writing behind the error."""
+        try:
+            return self._waiting.popleft().result()
+        except BaseException:
+            self._pool.shutdown(cancel_futures=True)
+            raise
 
 
 class BuildPart(SideBySide):
