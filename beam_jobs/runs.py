@@ -17,7 +17,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
@@ -112,6 +113,7 @@ class Built:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+Found = TypeVar("Found")
 Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
 Counts = dict[str, int]
 
@@ -173,6 +175,27 @@ def settings_of(plan: RunPlan) -> Settings:
         CHECKOUT / ".memoir" / plan.dataset
     )
     return Settings(plan.dataset, None, plan.home, plan.profile, plan.catalogue_url, default)
+
+
+class ReadOnce(Generic[Found]):
+    """What a process reads once for each run, however many threads ask.
+
+    Example:
+        >>> item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
+        >>> item_profiles(plan) is item_profiles(plan)
+        True
+    """
+
+    def __init__(self, read: Callable[[RunPlan], Found]) -> None:
+        self._read, self._lock = read, Lock()
+        self._found: dict[str, Found] = {}
+
+    def __call__(self, plan: RunPlan) -> Found:
+        """What the run reads."""
+        with self._lock:
+            if plan.run_id not in self._found:
+                self._found = {plan.run_id: self._read(plan)}
+            return self._found[plan.run_id]
 
 
 class SideBySide(beam.DoFn, ABC):

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,16 @@ from beam_jobs.errors import NotEnoughItemsError
 from beam_jobs.events import by_user, num_partitions
 from beam_jobs.options import ExampleOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit, account_of_events
+from beam_jobs.runs import (
+    BuildTables,
+    Built,
+    Counts,
+    Job,
+    ReadOnce,
+    RunPlan,
+    Unit,
+    account_of_events,
+)
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros, micros_iso
 from feature_repo.errors import DeclarationError
@@ -123,21 +131,13 @@ class ItemTables:
     profiles: pa.Table
 
 
-_tables_of: dict[str, ItemTables] = {}
-_reading = Lock()
+def _read_item_tables(plan: RunPlan) -> ItemTables:
+    """Both tables of the very runs that this one names."""
+    stats = plan.read_input("item_stats", "item_stats")
+    return ItemTables(stats, plan.read_input("events", "item_profile"))
 
 
-def item_tables(plan: RunPlan) -> ItemTables:
-    """Both tables of the very runs that this one names, read once for each process, however many
-    threads ask.
-    """
-    with _reading:
-        if plan.run_id not in _tables_of:
-            _tables_of.clear()
-            stats = plan.read_input("item_stats", "item_stats")
-            profiles = plan.read_input("events", "item_profile")
-            _tables_of[plan.run_id] = ItemTables(stats, profiles)
-        return _tables_of[plan.run_id]
+item_tables = ReadOnce(_read_item_tables)
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:

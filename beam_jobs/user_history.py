@@ -1,10 +1,10 @@
-"""Job `user_history`: events → history log, user statistics, and the newest events of each user for
-the online store.
+"""Job `user_history`: events → history log, user statistics, and for the online store the newest
+events of each user beside a sketch of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,12 +13,17 @@ import pyarrow as pa
 from beam_jobs.events import by_user, in_histories, num_partitions, stat_values
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
-from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
+from beam_jobs.runs import BuildTables, Built, Job, ReadOnce, RunPlan, account_of_events
 from feature_repo import history
-from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros
+from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros, value_codes
+from feature_repo.envelope import Identity
+from feature_repo.key_index import KeyIndex
 from feature_repo.schema import Contract
+from feature_repo.sketch import Layout, Sketch
 from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes
+
+item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
@@ -26,7 +31,10 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     contract, partition = plan.contract, key[1]
     read = events.num_rows
     events = in_histories(contract, sort_by_key_and_time(events, contract.user.join_key))
-    log = history.log_part(contract, events)
+    remembered: list[np.ndarray] = []
+    if contract.remembered:
+        remembered = remembered_codes(contract, events, item_profiles(plan))
+    log = history.log_part(contract, events, remembered)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, log.schema) as writer:
         writer.write_batch(log)
@@ -34,9 +42,35 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     for table, rows in (
         ("user_stats", stat_rows(contract, events)),
-        ("user_history", packed_rows(contract, events)),
+        ("user_history", packed_rows(contract, events, remembered)),
     ):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
+
+
+def remembered_codes(contract: Contract, events: pa.Table, profiles: pa.Table) -> list[np.ndarray]:
+    """Codes of each event's item in the columns that sketches count, as `history.as_numbers` gives
+    them: of the newest profile that was known at the event, or of the first one.
+
+    Args:
+        profiles: rows of `item_profile`.
+    """
+    item = contract.item.join_key
+    profiles = profiles.sort_by([(name, "ascending") for name in (item, "event_timestamp")])
+    keys = profiles[item].combine_chunks()
+    starts = history.run_starts(keys)
+    place = KeyIndex(keys.take(pa.array(starts))).places(events[item])
+    # Items by their place, then times by their rank: one number says which profile is the newest.
+    owner = np.repeat(np.arange(len(starts)), history.run_ends(starts, len(keys)) - starts)
+    times = np.r_[micros(profiles["event_timestamp"]), micros(events["event_timestamp"])]
+    rank = np.unique(times, return_inverse=True)[1]
+    known = owner * len(times) + rank[: len(owner)]
+    newest = np.searchsorted(known, place * len(times) + rank[len(owner) :], side="right") - 1
+    row = np.maximum(newest, starts[place]) if len(starts) else newest
+    taken = pa.array(row, mask=place < 0)
+    return [
+        history.as_numbers(column, profiles[column.name].combine_chunks().take(taken))
+        for column in contract.remembered
+    ]
 
 
 def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
@@ -83,12 +117,15 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
     )
 
 
-def packed_rows(contract: Contract, events: pa.Table) -> pa.Table:
-    """Each user's newest events, as many as are kept online, packed, stamped just after the last of
-    them.
+def packed_rows(
+    contract: Contract, events: pa.Table, remembered: Sequence[np.ndarray] = ()
+) -> pa.Table:
+    """Each user's newest events, as many as are kept online, packed; and a sketch of all of them.
+    Stamped just after the newest.
 
     Args:
         events: sorted by user and time.
+        remembered: codes of their items in the columns that sketches count.
     """
     user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
     starts = history.run_starts(user)
@@ -104,16 +141,52 @@ def packed_rows(contract: Contract, events: pa.Table) -> pa.Table:
         )
         for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
     ]
+    sketches = sketched(contract, events, remembered, starts, ends)
     known = from_micros(time[ends - 1] + 1)
     return pa.table(
-        [ids, pa.array(packed, pa.binary()), known, known],
+        [ids, pa.array(packed, pa.binary()), pa.array(sketches, pa.binary()), known, known],
         schema=arrow_schema(contract.table("user_history")),
     )
 
 
+def sketched(
+    contract: Contract,
+    events: pa.Table,
+    remembered: Sequence[np.ndarray],
+    starts: np.ndarray,
+    ends: np.ndarray,
+) -> list[bytes]:
+    """A sketch of each user's events of the first action, in its envelope.
+
+    Args:
+        starts, ends: of each user's events.
+    """
+    layout, time = Layout.of(contract), micros(events["event_timestamp"])
+    item = events[contract.item.join_key]
+    digests = history.event_digests(
+        hash_keys(item),
+        history.event_columns(contract, events),
+        np.arange(len(time)) - np.repeat(starts, ends - starts),
+    )
+    counted = events["action"].to_numpy() == 0
+    codes = [value_codes(item), *remembered]
+    users = events[contract.user.join_key].combine_chunks().take(pa.array(starts)).to_pylist()
+    found = []
+    for user, start, end in zip(users, starts.tolist(), ends.tolist(), strict=True):
+        chosen = np.flatnonzero(counted[start:end]) + start
+        sketch = Sketch(layout)
+        sketch.add(layout.positions([c[chosen] for c in codes]), time[chosen])
+        newest = int(time[end - 1])
+        with np.errstate(over="ignore"):
+            digest = int(digests[start:end].sum())
+        identity = Identity(layout.fingerprint, newest, newest + 1, end - start, digest)
+        found.append(sketch.to_bytes(user, identity))
+    return found
+
+
 JOB = Job(
     name="user_history",
-    doc="events → history log, user statistics, newest events packed",
+    doc="events → history log, user statistics, newest events packed beside a sketch of all",
     reads={"events": ("events",)},
     options=TableOptions,
     steps=partial(BuildTables, read=by_user, build=build),

@@ -7,6 +7,7 @@ mends one by one runs the same command for each.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
@@ -30,6 +31,7 @@ from feature_repo.schema import (
     DType,
     Examples,
     Kind,
+    Memory,
     OwnView,
     Requests,
     Source,
@@ -68,6 +70,7 @@ def problems(spec: DatasetSpec) -> list[str]:
         *_wrong_ids_and_actions(spec),
         *_wrong_columns(spec),
         *_wrong_names(spec),
+        *_wrong_memory(spec),
         *_wrong_tasks(spec),
         *_wrong_requests(spec),
         *_wrong_sources(spec),
@@ -139,6 +142,18 @@ def _wrong_names(spec: DatasetSpec) -> Iterator[str]:
         for name in named:
             if name not in known:
                 yield f"{field_name} names {name!r}; there are {known}{nearest(name, known)}"
+
+
+def _wrong_memory(spec: DatasetSpec) -> Iterator[str]:
+    memory = spec.memory
+    known = [c.name for c in spec.item_features if c.kind in (Kind.CATEGORY, Kind.BAG)]
+    for name in memory.by:
+        if name not in known:
+            yield f"memory.by names {name!r}; there are the categories and bags of items {known}{nearest(name, known)}"
+    if not all(0 < days < math.inf for days in memory.half_lives_days):
+        yield f"memory.half_lives_days is {memory.half_lives_days}; expected days, each more than 0"
+    if not 1 <= memory.kibibytes <= 1024:
+        yield f"memory.kibibytes is {memory.kibibytes}; expected 1 to 1,024"
 
 
 def _wrong_tasks(spec: DatasetSpec) -> Iterator[str]:
@@ -296,6 +311,10 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
     found["views"] = tuple(
         OwnView(**{**view, "columns": columns(view["columns"])}) for view in found["views"]
     )
+    memory = found["memory"]
+    found["memory"] = Memory(
+        tuple(memory["by"]), tuple(memory["half_lives_days"]), memory["kibibytes"]
+    )
     found["rank_by"] = tuple((name, weight) for name, weight in found["rank_by"])
     for name in ("actions", "event_identity"):
         found[name] = tuple(found[name])
@@ -317,6 +336,8 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
         missing.append(f"histories without the action {needed.spec.shown!r}")
     if found.spec.num_history_online < needed.spec.num_history_online:
         missing.append(f"{needed.spec.num_history_online} events of a history online")
+    if found.spec.memory != needed.spec.memory:
+        missing.append(f"sketches of {needed.spec.memory}")
     groups = [
         ("users", needed.user_columns, found.user_columns),
         ("items", needed.item_columns, found.item_columns),

@@ -1,12 +1,14 @@
-"""Summary tokens of one user as bytes: what they are, of whom, made by which model, how old.
+"""What is stored of one user beside the events: summary tokens and sketches, as bytes that say what
+they are, of whom, made by which model or layout, and how old.
 
-    magic "MTOK" 4 | layout u8 | kind u8 | flags u16 | tokens u16 | width u16 | token fingerprint 16
+    magic 4 | layout u8 | kind u8 | flags u16 | rows u16 | width u16 | fingerprint 16
     | as_of i64 µs | computed_at i64 µs | events u64 | digest i64 | payload | crc32 u32
 
-The checksum is seeded with the user's key, so another user's tokens under this key are noticed as
-well. Kinds of payload: fp32, fp16, and int8 with a scale for each token (symmetric, rounded to
-nearest; scales are fp16 and come first). A tombstone says that the user has no tokens any more; its
-payload is empty.
+The checksum is seeded with the user's key, so another user's bytes under this key are noticed as
+well. `seal` and `unseal` are the envelope; `to_bytes` and `from_bytes` put summary tokens into one
+(magic "MTOK"), `sketch.py` counts ("MSKT"). Kinds of tokens: fp32, fp16, and int8 with a scale for
+each token (symmetric, rounded to nearest; scales are fp16 and come first). A tombstone says that
+the user has no tokens any more; its payload is empty.
 """
 
 from __future__ import annotations
@@ -67,6 +69,101 @@ class Envelope:
         return self.tokens_SD is None
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Whose and of what time sealed bytes are.
+
+    Args:
+        fingerprint: of what made them, 32 hexadecimal digits.
+        as_of: events up to this time are in them, microseconds.
+        computed_at: when they were made, microseconds.
+        num_events: events behind them.
+        digest: of those events (`history.event_digests`).
+    """
+
+    fingerprint: str
+    as_of: int
+    computed_at: int
+    num_events: int
+    digest: int = 0
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What an envelope holds: its header, and a payload that the checksum has vouched for."""
+
+    kind: int
+    flags: int
+    shape: tuple[int, int]
+    identity: Identity
+    payload: bytes
+
+
+def seal(magic: bytes, sealed: Sealed, user_id: int | str) -> bytes:
+    """An envelope's bytes, for this user's key alone.
+
+    Raises:
+        EnvelopeError: a fingerprint of another length.
+    """
+    identity = sealed.identity
+    try:
+        fingerprint = bytes.fromhex(identity.fingerprint)
+    except ValueError:
+        fingerprint = b""
+    if len(fingerprint) != 16:
+        raise EnvelopeError(
+            f"a token fingerprint has 32 hexadecimal digits, got {identity.fingerprint!r}"
+        )
+    header = _HEADER.pack(
+        magic,
+        LAYOUT,
+        sealed.kind,
+        sealed.flags,
+        *sealed.shape,
+        fingerprint,
+        identity.as_of,
+        identity.computed_at,
+        identity.num_events,
+        identity.digest,
+    )
+    body = header + sealed.payload
+    return body + _CRC.pack(checksum(user_id, body))
+
+
+def unseal(magic: bytes, data: bytes, user_id: int | str, what: str = "tokens") -> Sealed:
+    """What an envelope says, once it is known to be whole and this user's.
+
+    Args:
+        what: the payload's name in error messages.
+
+    Raises:
+        LayoutError: of a layout that this version does not read.
+        EnvelopeError: damaged, truncated, no such envelope, or sealed for another user.
+    """
+    if data[:4] != magic:
+        raise EnvelopeError(
+            f"{what} of user {user_id!r} start with {data[:4]!r}, expected {magic!r}: no envelope"
+        )
+    if len(data) > 4 and data[4] != LAYOUT:
+        raise LayoutError(
+            f"{what} of user {user_id!r} have layout {data[4]}, this version reads {LAYOUT}: update it, or build {what} anew"
+        )
+    if len(data) < _HEADER.size + _CRC.size:
+        raise EnvelopeError(
+            f"{what} of user {user_id!r} have {len(data)} bytes: too short to be an envelope"
+        )
+    body, (stored,) = data[: -_CRC.size], _CRC.unpack(data[-_CRC.size :])
+    if checksum(user_id, body) != stored:
+        raise EnvelopeError(
+            f"{what} of user {user_id!r} are damaged, or were stored for another user: checksum differs"
+        )
+    _, _, kind, flags, rows, width, fingerprint, as_of, computed_at, events, digest = (
+        _HEADER.unpack_from(body)
+    )
+    identity = Identity(fingerprint.hex(), as_of, computed_at, events, digest)
+    return Sealed(kind, flags, (rows, width), identity, body[_HEADER.size :])
+
+
 def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> bytes:
     """The bytes to store under the user's key.
 
@@ -76,14 +173,6 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
     """
     if kind not in KINDS:
         raise EnvelopeError(f"no kind of payload {kind!r}; there are {KINDS}")
-    try:
-        fingerprint = bytes.fromhex(envelope.fingerprint)
-    except ValueError:
-        fingerprint = b""
-    if len(fingerprint) != 16:
-        raise EnvelopeError(
-            f"a token fingerprint has 32 hexadecimal digits, got {envelope.fingerprint!r}"
-        )
     tokens = envelope.tokens_SD
     shape, payload = (0, 0), b""
     if tokens is not None:
@@ -94,20 +183,15 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
         if not np.isfinite(tokens).all():
             raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
         shape, payload = tokens.shape, _payload(tokens.astype(np.float32), kind, user_id)
-    header = _HEADER.pack(
-        MAGIC,
-        LAYOUT,
-        KINDS.index(kind),
-        _TOMBSTONE if tokens is None else 0,
-        *shape,
-        fingerprint,
+    flags = _TOMBSTONE if tokens is None else 0
+    identity = Identity(
+        envelope.fingerprint,
         envelope.as_of,
         envelope.computed_at,
         envelope.num_events,
         envelope.digest,
     )
-    body = header + payload
-    return body + _CRC.pack(checksum(user_id, body))
+    return seal(MAGIC, Sealed(KINDS.index(kind), flags, shape, identity, payload), user_id)
 
 
 def from_bytes(data: bytes, user_id: int | str) -> Envelope:
@@ -117,36 +201,22 @@ def from_bytes(data: bytes, user_id: int | str) -> Envelope:
         LayoutError: of a layout that this version does not read.
         EnvelopeError: damaged, truncated, no envelope at all, or stored for another user.
     """
-    if data[:4] != MAGIC:
+    sealed = unseal(MAGIC, data, user_id)
+    tokens = None
+    if sealed.kind >= len(KINDS) or sealed.flags & ~_TOMBSTONE:
         raise EnvelopeError(
-            f"tokens of user {user_id!r} start with {data[:4]!r}, expected {MAGIC!r}: no envelope"
+            f"tokens of user {user_id!r} have kind {sealed.kind} and flags {sealed.flags}, which no version wrote"
         )
-    if len(data) > 4 and data[4] != LAYOUT:
-        raise LayoutError(
-            f"tokens of user {user_id!r} have layout {data[4]}, this version reads {LAYOUT}: update it, or build tokens anew"
-        )
-    if len(data) < _HEADER.size + _CRC.size:
+    if not sealed.flags & _TOMBSTONE:
+        tokens = _tokens(sealed.payload, KINDS[sealed.kind], *sealed.shape, user_id)
+    elif sealed.payload:
         raise EnvelopeError(
-            f"tokens of user {user_id!r} have {len(data)} bytes: too short to be an envelope"
+            f"tombstone of user {user_id!r} holds {len(sealed.payload)} bytes of tokens"
         )
-    body, (stored,) = data[: -_CRC.size], _CRC.unpack(data[-_CRC.size :])
-    if checksum(user_id, body) != stored:
-        raise EnvelopeError(
-            f"tokens of user {user_id!r} are damaged, or were stored for another user: checksum differs"
-        )
-    _, _, kind, flags, number, width, fingerprint, as_of, computed_at, events, digest = (
-        _HEADER.unpack_from(body)
+    found = sealed.identity
+    return Envelope(
+        found.fingerprint, found.as_of, found.computed_at, found.num_events, tokens, found.digest
     )
-    payload, tokens = body[_HEADER.size :], None
-    if kind >= len(KINDS) or flags & ~_TOMBSTONE:
-        raise EnvelopeError(
-            f"tokens of user {user_id!r} have kind {kind} and flags {flags}, which no version wrote"
-        )
-    if not flags & _TOMBSTONE:
-        tokens = _tokens(payload, KINDS[kind], number, width, user_id)
-    elif payload:
-        raise EnvelopeError(f"tombstone of user {user_id!r} holds {len(payload)} bytes of tokens")
-    return Envelope(fingerprint.hex(), as_of, computed_at, events, tokens, digest)
 
 
 def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:

@@ -2,7 +2,8 @@
 history that serving reads.
 
 **History log**: one row per user, columns are lists of events, oldest first; one Arrow IPC file per
-partition, read by memory map. Item ids are dictionary-encoded within a part. A history is the slice
+partition, read by memory map. Item ids are dictionary-encoded within a part; what a sketch counts of
+an item besides (`schema.Memory`) stands beside it, as codes. A history is the slice
 `[history_end - L, history_end)` of a user's row, where `history_end` comes from the feature view
 `user_stats`: the point-in-time join carries eight bytes for each example, whatever L is.
 
@@ -252,12 +253,15 @@ def primary_values(contract: Contract, events: pa.Table | pa.RecordBatch) -> np.
     return values.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
-def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
+def log_part(
+    contract: Contract, events: pa.Table, remembered: Sequence[np.ndarray] = ()
+) -> pa.RecordBatch:
     """One partition's events as a log part: one row per user, list columns, item ids
     dictionary-encoded.
 
     Args:
         events: sorted by (user, time, source position); columns of the `events` table.
+        remembered: codes of the items' remembered columns, as they were at each event.
     """
     user_column = events[contract.user.join_key].combine_chunks()
     starts = run_starts(user_column)
@@ -272,7 +276,15 @@ def log_part(contract: Contract, events: pa.Table) -> pa.RecordBatch:
             values = _stored(as_numbers(column, values))
         arrays.append(pa.LargeListArray.from_arrays(offsets, values))
         names.append(column.name)
+    for column, codes in zip(contract.remembered, remembered, strict=True):
+        arrays.append(pa.LargeListArray.from_arrays(offsets, _stored(codes)))
+        names.append(remembered_name(column))
     return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def remembered_name(column: Column) -> str:
+    """Under which a remembered column of items stands in the log: events may have one of its name."""
+    return f"item:{column.name}"
 
 
 def _stored(numbers: np.ndarray) -> pa.Array:
@@ -419,6 +431,10 @@ class HistoryLog:
             for c in contract.history_columns
             if c.name != item
         }
+        self._of_events = tuple(self._columns)
+        for column in contract.remembered:
+            name = remembered_name(column)
+            self._columns[name] = [_loaded(part[name].values) for part in parts]
         self.users: pa.Array = pa.concat_arrays([part[user] for part in parts])
         self._start = np.concatenate([part[item].offsets.to_numpy()[:-1] for part in parts])
         self._count = np.concatenate([np.diff(part[item].offsets.to_numpy()) for part in parts])
@@ -453,7 +469,7 @@ class HistoryLog:
         `history_end` without a length.
 
         Args:
-            columns: only these beside the items; default: all.
+            columns: only these beside the items; default: all that events have.
 
         Raises:
             HistoryError: a `history_end` lies beyond what the log holds; the log and the index are
@@ -473,9 +489,8 @@ class HistoryLog:
         flat = np.arange(offsets[-1]) + np.repeat(base - offsets[:-1], lengths)
         owner = np.repeat(self._of_known(self._part, rows), lengths)
         item_keys = np.empty(len(flat), np.int64)
-        chosen = (
-            self._columns if columns is None else {name: self._columns[name] for name in columns}
-        )
+        names = self._of_events if columns is None else columns
+        chosen = {name: self._columns[name] for name in names}
         found = {
             name: np.empty((len(flat), *parts[0].shape[1:]), parts[0].dtype)
             for name, parts in chosen.items()

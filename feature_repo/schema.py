@@ -348,6 +348,25 @@ class OwnView:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What is kept of a user's whole history at a fixed size: how often, ever and lately, with each
+    item, and with each value of some item columns (`feature_repo/sketch.py`).
+
+    Args:
+        by: item features, categories or bags.
+        half_lives_days: of the counts that fade; a ranker sees each beside the count of all time.
+        kibibytes: of one user's sketch; more of them make its readings more exact.
+
+    Example:
+        >>> Memory(by=("brand", "genres"), half_lives_days=(7.0, 90.0), kibibytes=32)
+    """
+
+    by: tuple[str, ...] = ()
+    half_lives_days: tuple[float, ...] = (7.0, 30.0, 180.0)
+    kibibytes: int = 16
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """What one dataset adds to the contract, and where its raw tables are.
 
@@ -393,6 +412,7 @@ class DatasetSpec:
     num_history_online: int = NUM_HISTORY_ONLINE
     # Whether an item that a user has acted on is worth ranking for them again.
     items_repeat: bool = True
+    memory: Memory = Memory()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -435,6 +455,12 @@ class Contract:
             *(c for c in self.table("events").columns if c.name in {"action", EVENT_TIMESTAMP}),
             *self.spec.event_features,
         )
+
+    @property
+    def remembered(self) -> tuple[Column, ...]:
+        """Item columns whose values a user's sketch counts."""
+        columns = {c.name: c for c in self.spec.item_features}
+        return tuple(columns[name] for name in self.spec.memory.by)
 
     @property
     def history_actions(self) -> tuple[int, ...]:
@@ -495,6 +521,7 @@ class Contract:
             "actions": [spec.actions, spec.shown],
             "stat_value": spec.stat_value,
             "events": [spec.event_identity, spec.num_history_online],
+            "memory": asdict(spec.memory),
             "requests": asdict(spec.requests),
             "tasks": [asdict(replace(task, doc="")) for task in spec.tasks],
             "rank_by": spec.weights,
@@ -532,7 +559,7 @@ def contract(spec: DatasetSpec) -> Contract:
             PROFILE_DOC.format("an item"),
             _known(spec.item_features, "item"),
         ),
-        _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY,)),
+        _view("user_history", user, "user_history", HISTORY_DOC, (HISTORY, SKETCH)),
         _view("user_stats", user, "user_history", USER_STATS_DOC, user_stat_columns(spec)),
         _view("item_stats", item, "item_stats", ITEM_STATS_DOC, item_stat_columns(spec)),
         _view(
@@ -564,8 +591,11 @@ def contract(spec: DatasetSpec) -> Contract:
 
 OWN_VIEW_DOC = "A view of your own, as the dataset declares it."
 PROFILE_DOC = "What is known of {} besides events; a row for each change."
-HISTORY_DOC = "A user's newest events, as many as the dataset declares, packed (feature_repo/history.py), oldest first."
-HISTORY = Column("history", DType.BYTES, "packed events")
+HISTORY_DOC = "A user's newest events, packed (feature_repo/history.py), and a sketch of all (feature_repo/sketch.py)."
+HISTORY = Column(
+    "history", DType.BYTES, "packed events, as many as the dataset declares, oldest first"
+)
+SKETCH = Column("sketch", DType.BYTES, "counts of the whole history, with their identity")
 USER_STATS_DOC = "What a user's events came to by an instant: a row for each distinct event time."
 HISTORY_END = Column(
     "history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1
@@ -782,7 +812,15 @@ RESERVED = frozenset(
         "user_id",
         "item_id",
     }
-    | {HISTORY.name, TOKENS.name, STATE.name, TOKEN_ROW.name, TOKEN_EVENTS.name, TOKEN_DIGEST.name}
+    | {
+        HISTORY.name,
+        SKETCH.name,
+        TOKENS.name,
+        STATE.name,
+        TOKEN_ROW.name,
+        TOKEN_EVENTS.name,
+        TOKEN_DIGEST.name,
+    }
     | {TOKEN_VERSION.join_key, STORE_PART.join_key, EPOCH_RUN.name}
 )
 

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from feature_repo.history import Histories
+from feature_repo.schema import Contract
 
 MICROS_PER_DAY = 86_400_000_000
-VERSION = 4  # raised when a feature of this file changes its meaning: bundles of another version are refused
+VERSION = 5  # raised when a feature of this file changes its meaning: bundles of another version are refused
 MATCH_FEATURES = (
     "match_times",  # log1p: events of the first action with this item
     "match_share",  # the same as a share of the history
@@ -36,6 +37,29 @@ USER_FEATURES = (
     "days_ago",  # log1p days since the newest event of all; NaN without one
 )
 CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
+
+
+FAINTEST = 0.01  # of a count that has faded: less is told from nothing by nobody
+
+
+def memory_names(contract: Contract) -> tuple[str, ...]:
+    """Names of what a sketch says of a candidate: for the item and for each remembered column the
+    events of all time, and those that fade by each half-life.
+    """
+    memory = contract.spec.memory
+    ages = ("", *(f"_{days:g}d" for days in memory.half_lives_days))
+    columns = ("item", *memory.by)
+    return tuple(f"life_{column}{age}" for column in columns for age in ages)
+
+
+def memory_features(readings: np.ndarray) -> np.ndarray:
+    """Dense features of a sketch's readings, float32, N × `memory_names`.
+
+    Args:
+        readings: N × columns × counts; NaN where there is no sketch, or the candidate has no value.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.log(readings.reshape(len(readings), -1) + FAINTEST).astype(np.float32)
 
 
 def context_fields(request_times: np.ndarray) -> np.ndarray:

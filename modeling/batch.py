@@ -8,7 +8,7 @@ their dense features, K category slots of candidates, F their dense features, T 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Self
@@ -18,15 +18,19 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from feature_repo.history import Histories
+from feature_repo.arrow import value_codes
+from feature_repo.history import Histories, as_numbers
 from feature_repo.schema import Contract
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
+    FAINTEST,
     MATCH_FEATURES,
     USER_FEATURES,
     context_fields,
     event_ages,
     match_features,
+    memory_features,
+    memory_names,
     squash,
     user_features,
 )
@@ -43,6 +47,9 @@ from modeling.columns import (
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
+# counts) → what each user's sketch says of them, N × columns × counts
+ReadMemory = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
 NOT_EVENTS = (
     "field_BU",
     "dense_BG",
@@ -52,6 +59,7 @@ NOT_EVENTS = (
 UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
 SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
 CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
+MEMORY_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
 SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
 
@@ -153,6 +161,7 @@ class RequestColumns:
     gather: GatherHistories  # (request numbers, length) → their newest events
     labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
     gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
+    read_memory: ReadMemory | None = None  # None: nothing is known of the users' whole past
 
     def __len__(self) -> int:
         return len(self.times)
@@ -217,6 +226,8 @@ class Encoder:
         self.candidate = group_of(contract.candidate_features, vocabularies)
         self.event = group_of(contract.event_features, vocabularies, events=True)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
+        self.memory_names = memory_names(contract)
+        self.remembered = (contract.item.column, *contract.remembered)
 
     @property
     def items(self) -> Vocabulary:
@@ -228,7 +239,12 @@ class Encoder:
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense candidate features, in order."""
-        return (*self.stat_columns, *MATCH_FEATURES, *self.candidate.dense_names)
+        return (
+            *self.stat_columns,
+            *MATCH_FEATURES,
+            *self.memory_names,
+            *self.candidate.dense_names,
+        )
 
     @cached_property
     def unknown_dense(self) -> np.ndarray:
@@ -238,6 +254,8 @@ class Encoder:
         values = np.full(len(self.dense_names), np.nan, np.float32)
         for name in ("match_times", "match_share", "match_other_times"):
             values[self.dense_names.index(name)] = 0
+        for name in self.memory_names[: len(self.memory_names) // len(self.remembered)]:
+            values[self.dense_names.index(name)] = np.log(FAINTEST)
         return values
 
     def unknown_candidates(self, encoded: Encoded) -> Encoded:
@@ -281,10 +299,17 @@ class Encoder:
 
     def forget(self, batch: Batch, rng: np.random.Generator) -> Batch:
         """A batch in which a share of the requests has lost what a served one may lack: all that is
-        known of impressions, such as positions, which none has; and the context.
+        known of impressions, such as positions, which none has; the context; the sketch.
         """
         spec, number = self.contract.spec, len(batch.labels_BCT)
         user, candidates = batch.user, batch.candidates
+        device = candidates.item_BC.device
+        forgotten = torch.from_numpy(rng.random(number) < MEMORY_FORGOTTEN)[:, None, None]
+        memory = torch.tensor([name in self.memory_names for name in self.dense_names])
+        unread = (forgotten & memory).to(device)
+        candidates = replace(
+            candidates, dense_BCF=candidates.dense_BCF.masked_fill(unread, torch.nan)
+        )
         if spec.shown_features:
             forgotten = torch.from_numpy(rng.random(number) < SHOWN_FORGOTTEN)[:, None, None]
             names = {c.name for c in spec.shown_features}
@@ -332,7 +357,7 @@ class Encoder:
             ),
             candidate=replace(
                 candidate,
-                numbers=len(self.stat_columns) + len(MATCH_FEATURES) + candidate.numbers,
+                numbers=len(self.dense_names) - len(self.candidate.dense_names) + candidate.numbers,
             ),
             event=self.event.sizes,
             tasks=len(self.contract.spec.tasks),
@@ -359,12 +384,14 @@ class Encoder:
         for index, name in enumerate(self.stat_columns):
             dense[:, index] = squash(floats(requests.candidate_columns[name]))
         match = slice(len(self.stat_columns), len(self.stat_columns) + len(MATCH_FEATURES))
-        if match.stop < dense.shape[1]:
+        memory = slice(match.stop, match.stop + len(self.memory_names))
+        if memory.stop < dense.shape[1]:
             owner_times = np.repeat(requests.times, np.diff(offsets))
-            dense[:, match.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
+            dense[:, memory.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
 
         # 2. What is between a request's history and its candidates.
         user, item = self._user_stats(requests), self._item_stats(requests)
+        codes = self._remembered_codes(requests)
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
@@ -380,6 +407,13 @@ class Encoder:
                 known[-1],
             )
             dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
+            if requests.read_memory is None:
+                dense[first:last, memory] = np.nan
+                continue
+            readings = requests.read_memory(
+                chosen, within_chunk, [values[first:last] for values in codes]
+            )
+            dense[first:last, memory] = memory_features(readings)
         item_of_key = self.items.indices_of(requests.items)
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
@@ -420,6 +454,12 @@ class Encoder:
         columns, number = requests.candidate_columns, len(requests.candidate_keys)
         rows = [floats(columns[name]) for name in ("count_total", "other_total")]
         return [*rows, self._mean("mean_", columns, number)]
+
+    def _remembered_codes(self, requests: RequestColumns) -> list[np.ndarray]:
+        """Of each candidate the values that sketches count: its id first."""
+        columns = requests.candidate_columns
+        ids = value_codes(requests.items)[requests.candidate_keys]
+        return [ids, *(as_numbers(c, columns[c.name]) for c in self.contract.remembered)]
 
     def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
         value = self.contract.spec.stat_value

@@ -4,7 +4,7 @@ late from the log.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from feature_repo import datasets
 from feature_repo.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
+from feature_repo.recall import Recall
 from feature_repo.schema import (
     EVENT_TIMESTAMP,
     TOKEN_ROW,
@@ -205,9 +206,17 @@ class Warehouse:
             joined["history_end"].combine_chunks().take(first).cast(pa.int64()), 0
         ).to_numpy()
         rows = log.rows_of(users)
+        times = micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first))
 
         def gather(chosen: np.ndarray, length: int) -> Histories:
             return log.gather(rows[chosen], ends[chosen], length)
+
+        recall = Recall(log)
+
+        def read_memory(
+            chosen: np.ndarray, within: np.ndarray, codes: Sequence[np.ndarray]
+        ) -> np.ndarray:
+            return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
 
         gather_tokens = None
         if tokens is not None:
@@ -228,7 +237,7 @@ class Warehouse:
         of_request = (*contract.user_columns, *contract.spec.context_features)
         of_item = (*contract.item_columns, *contract.spec.shown_features)
         requests = RequestColumns(
-            times=micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first)),
+            times=times,
             user_columns={c.name: _stored(joined[c.name], c).take(first) for c in of_request},
             items=items,
             candidate_offsets=offsets,
@@ -237,6 +246,7 @@ class Warehouse:
             gather=gather,
             labels=np.stack([floats(joined[name]) for name in contract.labels], axis=1),
             gather_tokens=gather_tokens,
+            read_memory=read_memory,
         )
         own = own_frequency(log, rows, ends, offsets, keys)
         return Split(requests, request_ids.take(first), users, own, np.where(rows < 0, 0, ends))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from feature_repo.history import Histories
 from feature_repo.schema import Contract, DatasetSpec, Task
+from feature_repo.sketch import Layout, Sketch
 from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
 from modeling.errors import NotTrainedError
@@ -193,7 +195,14 @@ def without_history(requests: RequestColumns, contract: Contract) -> RequestColu
     nothing_known = {
         n: pa.nulls(len(c), c.type) if n in known else c for n, c in requests.user_columns.items()
     }
-    return replace(requests, gather=gather, user_columns=nothing_known)
+    layout = Layout.of(contract)
+
+    def read_memory(
+        chosen: np.ndarray, offsets: np.ndarray, codes: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        return Sketch(layout).read(layout.positions(codes), 0)
+
+    return replace(requests, gather=gather, user_columns=nothing_known, read_memory=read_memory)
 
 
 def picture_figures(

@@ -28,6 +28,15 @@ class Degraded(StrEnum):
         "history_unreadable",
         "the user's stored history is damaged, or lacks what the bundle reads",
     )
+    NO_MEMORY = "no_memory", "the store has no sketch of the user's whole history"
+    MEMORY_UNREADABLE = (
+        "memory_unreadable",
+        "the sketch of the user's whole history is damaged, or of another layout",
+    )
+    NEWER_MEMORY = (
+        "newer_memory",
+        "the request lies before events in the sketch of the whole history, which was not used",
+    )
     STORE_UNAVAILABLE = "store_unavailable", "the online store could not be read"
     UNKNOWN_ITEMS = (
         "unknown_items",

@@ -21,6 +21,8 @@ from feature_repo.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history import HistoryError, unpack
 from feature_repo.key_index import KeyIndex
 from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Column, Contract
+from feature_repo.sketch import Layout, Sketch, SketchError
+from feature_repo.sketch import from_bytes as sketch_of
 from serving.degraded import Degraded
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ Id = int | str
 READ_ITEMS = 500  # items in one read from the store
 MAX_ABSENT = 100_000  # ids remembered as unknown to the store
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A user's sketch, and the time of the newest event in it, microseconds."""
+
+    sketch: Sketch
+    as_of: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class UserRow:
     history: pa.RecordBatch | None
     problems: tuple[Degraded, ...] = ()
     tokens: Envelope | None = None  # of the one version that the bundle accepts
+    memory: Memory | None = None  # of the whole history; None where there is none that can be used
 
     @property
     def events_behind(self) -> int:
@@ -99,6 +110,7 @@ class FeastReader:
         token_version: str | None = None,
     ) -> None:
         self.contract, self.token_version = contract, token_version
+        self._layout = Layout.of(contract)
         self._store, self._service = store, store.get_feature_service(online_service)
         self._item_refs = [f"{view}:{column.name}" for view, column in item_columns(contract)]
         self._lock = (
@@ -114,17 +126,36 @@ class FeastReader:
         columns = {c.name: values[c.name][0] for c in self.contract.user_columns}
         packed = values["history"][0]
         if packed is None:
+            nothing = Memory(Sketch(self._layout), -1)  # no event: a past that is known to be empty
             if tokens is None and all(value is None for value in columns.values()):
                 return UserRow(
                     columns,
                     None,
                     (Degraded.UNKNOWN_USER, *(p for p in problems if p is not Degraded.NO_TOKENS)),
+                    memory=nothing,
                 )
-            return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens)
+            return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens, nothing)
+        memory, forgotten = self._memory(user_id, values["sketch"][0])
+        problems = (*problems, *forgotten)
         try:
-            return UserRow(columns, unpack(self.contract, user_id, packed), problems, tokens)
+            history = unpack(self.contract, user_id, packed)
         except HistoryError:
-            return UserRow(columns, None, (Degraded.HISTORY_UNREADABLE, *problems), tokens)
+            problems = (Degraded.HISTORY_UNREADABLE, *problems)
+            return UserRow(columns, None, problems, tokens, memory)
+        return UserRow(columns, history, problems, tokens, memory)
+
+    def _memory(
+        self, user_id: Id, stored: bytes | None
+    ) -> tuple[Memory | None, tuple[Degraded, ...]]:
+        """The sketch of the user's whole history, if it is whole and as the contract declares."""
+        if stored is None:
+            return None, (Degraded.NO_MEMORY,)
+        try:
+            sketch, identity = sketch_of(self._layout, stored, user_id)
+        except SketchError:
+            logger.exception("a sketch could not be read; the ranker does without")
+            return None, (Degraded.MEMORY_UNREADABLE,)
+        return Memory(sketch, identity.as_of), ()
 
     def _tokens(
         self, user_id: Id, stored: bytes | None

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.history import Histories, from_batches, mean_names, primary_values
 from feature_repo.schema import Contract
-from modeling.batch import GatherTokens, RequestColumns
+from modeling.batch import GatherTokens, ReadMemory, RequestColumns
 from modeling.bundle import Bundle
 from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
@@ -87,6 +87,11 @@ class RankService:
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
+        if user.memory is not None and user.memory.as_of >= (at - EPOCH) // timedelta(
+            microseconds=1
+        ):
+            degraded.append(Degraded.NEWER_MEMORY)
+            user = replace(user, memory=None)  # what came after the request cannot be taken out
         context = context_columns(self.contract, request.context)
         logits = self._score(user, request.candidates, items.columns, context, at, clock)
         ranked = ranking_logits(self.contract.spec, logits)
@@ -167,7 +172,15 @@ class RankService:
             candidate_columns={**columns, **shown},
             gather=gather,
             gather_tokens=self._tokens_of(user),
+            read_memory=self._memory_of(user, micros),
         )
+
+    def _memory_of(self, user: UserRow, micros: int) -> ReadMemory | None:
+        """What the user's sketch says of candidates at the request's time."""
+        if user.memory is None:
+            return None
+        sketch, layout = user.memory.sketch, user.memory.sketch.layout
+        return lambda chosen, offsets, codes: sketch.read(layout.positions(codes), micros)
 
     def _tokens_of(self, user: UserRow) -> GatherTokens | None:
         """The user's stored tokens for the model; without any, a model with a stage 1 reads the

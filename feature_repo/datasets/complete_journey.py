@@ -15,6 +15,7 @@ from feature_repo.schema import (
     DatasetSpec,
     DType,
     Examples,
+    Memory,
     Requests,
     Source,
     Task,
@@ -73,4 +74,5 @@ SPEC = DatasetSpec(
     ),
     item_title="product_type",
     stat_value="sales_value",
+    memory=Memory(by=("product_category", "product_type", "manufacturer_id"), kibibytes=64),
 )
