@@ -278,13 +278,13 @@ def log_part(
         names.append(column.name)
     for column, codes in zip(contract.remembered, remembered, strict=True):
         arrays.append(pa.LargeListArray.from_arrays(offsets, _stored(codes)))
-        names.append(remembered_name(column))
+        names.append(remembered_name(column.name))
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
-def remembered_name(column: Column) -> str:
+def remembered_name(column: str) -> str:
     """Under which a remembered column of items stands in the log: events may have one of its name."""
-    return f"item:{column.name}"
+    return f"item:{column}"
 
 
 def _stored(numbers: np.ndarray) -> pa.Array:
@@ -433,7 +433,7 @@ class HistoryLog:
         }
         self._of_events = tuple(self._columns)
         for column in contract.remembered:
-            name = remembered_name(column)
+            name = remembered_name(column.name)
             self._columns[name] = [_loaded(part[name].values) for part in parts]
         self.users: pa.Array = pa.concat_arrays([part[user] for part in parts])
         self._start = np.concatenate([part[item].offsets.to_numpy()[:-1] for part in parts])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         config: RepoConfig,
         feature_views: list[FeatureView],
         feature_refs: list[str],
-        entity_df: pd.DataFrame | str,
+        entity_df: pd.DataFrame | pa.Table | str,
         registry: BaseRegistry,
         project: str,
         full_feature_names: bool = False,
@@ -96,16 +96,19 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         """The point-in-time join, as a job that runs when its result is asked for.
 
         Raises:
-            ValueError: `entity_df` is no DataFrame, or lacks a join key.
+            ValueError: `entity_df` is neither a DataFrame nor an Arrow table, or lacks a join key.
         """
-        if not isinstance(entity_df, pd.DataFrame):
-            raise EntityFrameError(
-                f"entity_df must be a pandas DataFrame, not {type(entity_df).__name__}"
+        if isinstance(entity_df, pa.Table):
+            time = _time_of(entity_df)
+        elif isinstance(entity_df, pd.DataFrame):
+            time = offline_utils.infer_event_timestamp_from_entity_df(
+                dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
             )
-        time = offline_utils.infer_event_timestamp_from_entity_df(
-            dict(zip(entity_df.columns, entity_df.dtypes, strict=True))
-        )
-        _refuse_shared_names(entity_df, feature_refs, full_feature_names)
+        else:
+            raise EntityFrameError(
+                f"entity_df must be a pandas DataFrame or an Arrow table, not {type(entity_df).__name__}"
+            )
+        _refuse_shared_names(_names(entity_df), feature_refs, full_feature_names)
         entities = _entity_table(entity_df, time, feature_views)
         joins: list[str] = []
         outputs: list[str] = []
@@ -128,16 +131,13 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         names = [*entities.inner, *names]
         sql = f"SELECT {', '.join(f'{value} AS __o{n}' for n, value in enumerate(outputs))} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
-        stamps = (
-            entities.table[entities.inner[time]].to_pandas()
-            if len(entity_df)
-            else pd.Series([datetime.now()])
-        )
+        span = pc.min_max(entities.table[entities.inner[time]])
+        now = datetime.now(UTC)
         metadata = RetrievalMetadata(
             features=feature_refs,
-            keys=[name for name in entity_df.columns if name != time],
-            min_event_timestamp=stamps.min().to_pydatetime(),
-            max_event_timestamp=stamps.max().to_pydatetime(),
+            keys=[name for name in _names(entity_df) if name != time],
+            min_event_timestamp=span["min"].as_py() or now,
+            max_event_timestamp=span["max"].as_py() or now,
         )
         return AsofJob(config, sql, names, entities.table, on_demand, full_feature_names, metadata)
 
@@ -366,22 +366,48 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _entity_table(entity_df: pd.DataFrame, time: str, views: list[FeatureView]) -> EntityRows:
+def _names(entity_df: pd.DataFrame | pa.Table) -> list[str]:
+    """Names of the columns."""
+    columns = entity_df.column_names if isinstance(entity_df, pa.Table) else entity_df.columns
+    return [str(name) for name in columns]
+
+
+def _time_of(rows: pa.Table) -> str:
+    """The column of an Arrow table that says when: `event_timestamp`, or the only column of times."""
+    times = [field.name for field in rows.schema if pa.types.is_timestamp(field.type)]
+    if offline_utils.DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL in times:
+        return str(offline_utils.DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL)
+    if len(times) != 1:
+        raise EntityFrameError(
+            f"entity_df has the columns of times {times}; expected event_timestamp, or one alone"
+        )
+    return times[0]
+
+
+def _entity_table(
+    entity_df: pd.DataFrame | pa.Table, time: str, views: list[FeatureView]
+) -> EntityRows:
     """Entity rows as DuckDB joins them: columns under names of their own, times in UTC, keys of
     their views' types.
 
     Raises:
         EntityFrameError: a row without a time, or keys of another kind than the view's.
     """
-    frame = entity_df.reset_index(drop=True)
-    stamps = pd.to_datetime(frame[time], utc=True).astype("datetime64[us, UTC]")
-    if stamps.isna().any():
-        row = int(np.flatnonzero(stamps.isna())[0])
+    if isinstance(entity_df, pa.Table):
+        at = entity_df.column_names.index(time)
+        naive = entity_df[time].type.tz is None
+        stamps = entity_df[time].cast(pa.timestamp("us")) if naive else entity_df[time]
+        table = entity_df.set_column(at, time, stamps.cast(pa.timestamp("us", "UTC")))
+    else:
+        frame = entity_df.reset_index(drop=True)
+        utc = pd.to_datetime(frame[time], utc=True).astype("datetime64[us, UTC]")
+        table = pa.Table.from_pandas(frame.assign(**{time: utc}), preserve_index=False)
+    if missing := table[time].null_count:
+        row = int(np.flatnonzero(table[time].is_null().combine_chunks().to_numpy(False))[0])
         raise EntityFrameError(
-            f"entity_df has no {time!r} in row {row} (and {int(stamps.isna().sum()) - 1:,} more): a row without a time would see "
+            f"entity_df has no {time!r} in row {row} (and {missing - 1:,} more): a row without a time would see "
             "the newest values of all. Give each its request's time"
         )
-    table = pa.Table.from_pandas(frame.assign(**{time: stamps}), preserve_index=False)
     # DuckDB takes names that differ in case alone for one, so inside the join every column has a
     # number for a name.
     inner = {name: f"__e{number}" for number, name in enumerate(table.column_names)}
@@ -392,7 +418,7 @@ def _entity_table(entity_df: pd.DataFrame, time: str, views: list[FeatureView]) 
                 continue
             at = table.column_names.index(entity)
             columns[at] = _as_key(columns[at], entity, view, key)
-    columns.append(pa.chunked_array([pa.array(range(len(frame)), pa.int64())]))
+    columns.append(pa.chunked_array([pa.array(np.arange(table.num_rows))]))
     return EntityRows(pa.table(columns, names=[*inner.values(), "__row"]), inner)
 
 
@@ -442,9 +468,8 @@ def _join_keys(view: FeatureView) -> dict[str, str]:
 
 
 def _refuse_shared_names(
-    entity_df: pd.DataFrame, feature_refs: list[str], full_feature_names: bool
+    names: list[str], feature_refs: list[str], full_feature_names: bool
 ) -> None:
-    names = [str(name) for name in entity_df.columns]
     if len(set(names)) < len(names):
         raise EntityFrameError(f"entity_df has two columns of one name: {names}")
     shared = sorted({ref.split(":", 1)[1] for ref in feature_refs} & set(names))

@@ -88,7 +88,7 @@ class Recall:
         codes: Sequence[np.ndarray],
     ) -> np.ndarray:
         """Readings of one user's requests, oldest first."""
-        names = ["action", "event_timestamp", *map(remembered_name, self.log.contract.remembered)]
+        names = ["action", "event_timestamp", *map(remembered_name, self.layout.columns[1:])]
         history = self.log.gather(np.array([row]), ends[-1:], columns=names)
         event_codes = [self._item_codes[history.item_keys]]
         event_codes += [history.columns[name] for name in names[2:]]

@@ -44,6 +44,7 @@ from modeling.columns import (
     group_of,
     within,
 )
+from modeling.shards import Rows
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -60,6 +61,7 @@ UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for eac
 SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
 CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
 MEMORY_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
+SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
 SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
 
@@ -169,16 +171,18 @@ class RequestColumns:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Requests as numbers, flat; `collate` pads any selection of them into a Batch."""
+    """Requests as numbers, flat, in memory or on disk; `collate` pads any selection of them into a
+    Batch.
+    """
 
     times: np.ndarray
-    field_BU: np.ndarray
-    dense_BG: np.ndarray
+    field_BU: Rows
+    dense_BG: Rows
     candidate_offsets: np.ndarray
-    candidate_item: np.ndarray
-    candidate_category: np.ndarray
-    candidate_dense: np.ndarray
-    labels: np.ndarray  # N × T
+    candidate_item: Rows
+    candidate_category: Rows
+    candidate_dense: Rows
+    labels: Rows  # N × T
     item_of_key: np.ndarray
     gather: GatherHistories
     gather_tokens: GatherTokens | None = None
@@ -436,8 +440,8 @@ class Encoder:
         """What a model takes its scales from."""
         events = events_of(train.gather, len(train), self.contract.spec.num_history_online)
         return TrainingSample(
-            torch.from_numpy(train.candidate_dense),
-            torch.from_numpy(train.dense_BG),
+            torch.from_numpy(spread_rows(train.candidate_dense, SAMPLED_ROWS)),
+            torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
             torch.from_numpy(self.event.event_dense(events.columns, events.times)),
         )
 
@@ -555,6 +559,11 @@ def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
     """
     chosen = np.unique(np.linspace(0, max(requests - 1, 0), SAMPLED_REQUESTS).astype(np.int64))
     return gather(chosen[:requests], length)
+
+
+def spread_rows(rows: Rows, most: int) -> np.ndarray:
+    """At most so many rows, spread evenly: all of a few."""
+    return rows[:: -(-len(rows) // most) or 1]
 
 
 class _Padder:

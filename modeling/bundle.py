@@ -15,23 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from feature_repo import schema
-from feature_repo.arrow import arrow_type
 from feature_repo.declarations import lacks, plain, spec_of
 from feature_repo.errors import ExpectedError
 from feature_repo.schema import Contract
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
 from modeling.batch import Encoder
-from modeling.columns import Index, event_key, index_of, stored_type
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.token_identity import token_fingerprint
+from modeling.vocabularies import read_vocabularies, write_vocabularies
 
 LAYOUT = 2
 ENTRIES = (
@@ -261,23 +259,6 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """`bundle.json` as it stands; `load` is what checks it."""
     found: dict[str, Any] = json.loads(Path(path, "bundle.json").read_text())
     return found
-
-
-def write_vocabularies(encoder: Encoder, path: Path) -> None:
-    """Write an encoder's vocabularies as JSON, by column."""
-    plain = {name: index.plain() for name, index in encoder.vocabularies.items()}
-    path.write_text(json.dumps(plain))
-
-
-def read_vocabularies(contract: Contract, path: Path) -> dict[str, Index]:
-    """Vocabularies that `write_vocabularies` wrote."""
-    stored: dict[str, Any] = json.loads(path.read_text())
-    types = {contract.item.join_key: arrow_type(contract.item.dtype)}
-    columns = (*contract.request_features, *contract.candidate_features)
-    types |= {column.name: stored_type(column) for column in columns}
-    # Events hold codes of their values (`arrow.value_codes`), whatever the type of those.
-    types |= {event_key(column.name): pa.int64() for column in contract.event_features}
-    return {name: index_of(values, types[name]) for name, values in stored.items()}
 
 
 def _sha256(path: Path) -> str:

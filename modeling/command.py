@@ -25,7 +25,7 @@ from modeling.registry import training_code
 
 if TYPE_CHECKING:
     from modeling.batch import Encoder
-    from modeling.dataset import Split, Warehouse
+    from modeling.dataset import Warehouse
     from modeling.models.base import Ranker
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
@@ -307,30 +307,24 @@ def train(
 
 
 def _train(run: TrainingRun, device: str) -> dict[str, Any]:
-    from modeling.batch import Encoder
-    from modeling.bundle import write_vocabularies
-    from modeling.dataset import vocabularies
+    from feature_repo.store import open_store
     from modeling.ranking import build_model
     from modeling.trainer import Trainer
+    from modeling.training_set import Options, open_training_set
+    from modeling.vocabularies import write_vocabularies
 
-    recipe = run.recipe
-    # 1. Features as of each request.
+    recipe, store = run.recipe, open_store(run.settings)
+    # 1. Features as of each request, as numbers on disk.
     console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
-    store, warehouse = _stores(run.settings)
-    split, validation = (
-        warehouse.split(store, recipe.service, name, run.tokens) for name in ("train", "validation")
-    )
-    refuse_unless_trainable(warehouse, split, validation)
+    options = Options(recipe.service, recipe.min_item_count, run.tokens)
+    training_set = open_training_set(run.settings, store, options)
     refuse_if_rebuilt(run)
-    # 2. As numbers.
-    encoder = Encoder(
-        warehouse.contract,
-        vocabularies(warehouse.contract, split, recipe.min_item_count),
-        recipe.history_length,
-        run.tokens[1] if run.tokens else (0, 0),
+    # 2. What this recipe reads of them.
+    encoder = training_set.encoder(recipe.history_length, tokens=run.tokens is not None)
+    encoded, encoded_validation = (
+        training_set.period(name, tokens=run.tokens is not None).encoded
+        for name in ("train", "validation")
     )
-    encoded = encoder.featurise(split.requests)
-    encoded_validation = encoder.featurise(validation.requests)
     console.print(
         f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples",
         highlight=False,
@@ -344,18 +338,6 @@ def _train(run: TrainingRun, device: str) -> dict[str, Any]:
     draft.write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
     draft.replace(run.folder / "run.json")
     return summary
-
-
-def refuse_unless_trainable(warehouse: Warehouse, train: Split, validation: Split) -> None:
-    """Refuse periods from which nothing can be learned or chosen.
-
-    Raises:
-        DataError: a period has no request with a positive.
-    """
-    from modeling.dataset import refuse_without_positives
-
-    for name, split in (("train", train), ("validation", validation)):
-        refuse_without_positives(warehouse.contract, name, split)
 
 
 def refuse_if_rebuilt(run: TrainingRun) -> None:
@@ -595,11 +577,12 @@ def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from modeling import bundle, models
+    from modeling import models
     from modeling.batch import Encoder
+    from modeling.vocabularies import read_vocabularies
 
     contract = datasets.load_contract(run.settings.dataset)
-    vocabularies = bundle.read_vocabularies(contract, run.folder / "vocabularies.json")
+    vocabularies = read_vocabularies(contract, run.folder / "vocabularies.json")
     encoder = Encoder(
         contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0)
     )

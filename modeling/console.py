@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
 console = Console()
+
+
+class Told:
+    """Lines about long work, the first after ten seconds and then one every ten.
+
+    Example:
+        >>> told = Told()
+        >>> told("training set: 3 of 40 pieces joined")
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds, self._said = seconds, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Say this, unless something was said just before."""
+        if time.monotonic() - self._said >= self._seconds:
+            self._said = time.monotonic()
+            console.print(text, highlight=False)
 
 
 def print_table(rows: list[list[str]], width: int | None = None) -> None:

@@ -4,7 +4,7 @@ late from the log.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,16 @@ from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
 from modeling.batch import RequestColumns, events_of
-from modeling.columns import Index, Vocabulary, event_key, fitted, floats
+from modeling.columns import Index, Vocabulary, event_key, fitted, floats, whole
 from modeling.errors import DataError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
-FREQUENCY_EVENTS = 1 << 19  # that the baseline of own frequency reads at a time
 SPLITS = ("train", "validation", "test")
+OFFLINE_STORE = "feature_repo.offline_store.AsofDuckDBOfflineStore"  # which joins Arrow rows
+SAMPLED_NUMBERS = 1 << 20  # of a column in buckets, from which its quantiles come
+Tokens = tuple[str, tuple[int, int]]  # version and shape of summary tokens
 
 
 class JoinError(ExpectedError, RuntimeError):
@@ -51,15 +53,29 @@ class StaleFeaturesError(ExpectedError, RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """One period's requests, with what evaluation needs beside the model's inputs."""
+    """One period's requests, or some of them, with what evaluation needs beside the model's inputs.
+
+    Args:
+        users: of each request.
+        log: where their histories are.
+        log_rows: row of each request's user in the log, -1 for none.
+        history_ends: events known at each request.
+        token_rows: row of each request's tokens in the token log, -1 for none; None where none are
+            read.
+    """
 
     requests: RequestColumns
     request_ids: pa.Array
     users: pa.Array
-    purchases_of_candidate: (
-        np.ndarray
-    )  # N: the user's own earlier events of the first action with the candidate
-    history_lengths: np.ndarray  # B: events known before the request
+    log: HistoryLog
+    log_rows: np.ndarray
+    history_ends: np.ndarray
+    token_rows: np.ndarray | None = None
+
+    @property
+    def history_lengths(self) -> np.ndarray:
+        """Events known before each request."""
+        return np.where(self.log_rows < 0, 0, self.history_ends)
 
 
 def point_in_time_join(store: FeatureStore, service: str, entity_rows: pa.Table) -> pa.Table:
@@ -80,9 +96,12 @@ def point_in_time_join(store: FeatureStore, service: str, entity_rows: pa.Table)
         raise StaleFeaturesError(
             f"the registry has no feature service {service!r}: run `python -m feature_repo apply`"
         ) from error
-    frame = entity_rows.to_pandas()
+    # Feast's own stores take a data frame; ours takes the rows as they are.
+    arrow = store.config.offline_store.type == OFFLINE_STORE
     joined = store.get_historical_features(
-        frame, features, filter_by_created_timestamp=True
+        entity_rows if arrow else entity_rows.to_pandas(),
+        features,
+        filter_by_created_timestamp=True,
     ).to_arrow()
     check_rows(entity_rows, joined)
     return joined
@@ -147,12 +166,25 @@ class Warehouse:
         rows = JobFolder(self.settings.home, "training_examples").read("training_examples")
         return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
 
+    def pieces(self, most: int) -> Iterator[tuple[str, pa.Table]]:
+        """The examples of all periods, each piece of one: whole requests, at most so many rows, or
+        one request's. A period's pieces come in the order of its examples.
+        """
+        folder = JobFolder(self.settings.home, "training_examples")
+        for path in folder.paths("training_examples"):
+            rows = folder.read_path(path)
+            for split in SPLITS:
+                own = rows.filter(pc.equal(rows["split"], split)).combine_chunks()
+                bounds = np.r_[_request_starts(own["request_id"]), len(own)].astype(np.int64)
+                start = 0
+                while start < len(own):
+                    last = int(np.searchsorted(bounds, start + most, side="right")) - 1
+                    stop = max(int(bounds[last]), int(bounds[bounds > start][0]))
+                    yield split, own.slice(start, stop - start)
+                    start = stop
+
     def split(
-        self,
-        store: FeatureStore,
-        service: str,
-        split: str,
-        tokens: tuple[str, tuple[int, int]] | None = None,
+        self, store: FeatureStore, service: str, split: str, tokens: Tokens | None = None
     ) -> Split:
         """One period, joined and ready to encode.
 
@@ -164,7 +196,23 @@ class Warehouse:
             JoinError: the offline store lost or moved rows.
             GateError: joined features break the contract.
         """
-        examples = self.examples(split)
+        joined = self.join(store, service, split, self.examples(split), tokens)
+        self.gate([joined], split)
+        return self.assemble(joined.drop_columns("request_id"), joined["request_id"], tokens)
+
+    def join(
+        self,
+        store: FeatureStore,
+        service: str,
+        split: str,
+        examples: pa.Table,
+        tokens: Tokens | None = None,
+    ) -> pa.Table:
+        """Examples of one period with their features as of each request.
+
+        Raises:
+            JoinError: the offline store lost or moved rows.
+        """
         contract = self.contract
         keys = [contract.user.join_key, contract.item.join_key, EVENT_TIMESTAMP]
         asked = examples.select(keys)
@@ -178,26 +226,27 @@ class Warehouse:
             known = split == "train" or column not in shown
             values = examples[column] if known else pa.nulls(len(examples), examples[column].type)
             joined = joined.append_column(column, values)
-        self._gate(joined, split)
-        return self.assemble(joined, examples["request_id"].combine_chunks(), tokens)
+        return joined.append_column("request_id", examples["request_id"])
 
     def assemble(
         self,
         joined: pa.Table,
-        request_ids: pa.Array,
-        tokens: tuple[str, tuple[int, int]] | None = None,
+        request_ids: pa.Array | pa.ChunkedArray,
+        tokens: Tokens | None = None,
+        visible: int | None = None,
     ) -> Split:
         """Group joined rows by request; rows of a request stand together.
 
         Args:
             joined: keys and time, labels, context, and features of users, items and impressions.
+            visible: events before a request that anything may be read of; default: all.
         """
         contract, log = self.contract, self.log
         item, user = contract.item.join_key, contract.user.join_key
         joined = joined.combine_chunks()
-        ids = request_ids.dictionary_encode().indices.to_numpy()
-        starts = np.flatnonzero(np.r_[True, np.diff(ids) != 0][: len(ids)])
-        offsets = np.r_[starts, len(ids)].astype(np.int64)
+        request_ids = whole(request_ids)
+        starts = _request_starts(request_ids)
+        offsets = np.r_[starts, len(request_ids)].astype(np.int64)
         first = pa.array(starts)
         candidates = joined[item].combine_chunks()
         keys, items = keys_of(candidates, log.items)
@@ -209,16 +258,16 @@ class Warehouse:
         times = micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first))
 
         def gather(chosen: np.ndarray, length: int) -> Histories:
-            return log.gather(rows[chosen], ends[chosen], length)
+            return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
 
-        recall = Recall(log)
+        recall = Recall(log, newest=visible)
 
         def read_memory(
             chosen: np.ndarray, within: np.ndarray, codes: Sequence[np.ndarray]
         ) -> np.ndarray:
             return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
 
-        gather_tokens = None
+        gather_tokens, token_rows = None, None
         if tokens is not None:
             token_log = TokenLog(contract, self.settings.home, tokens[0])
             token_rows = pc.fill_null(
@@ -248,20 +297,30 @@ class Warehouse:
             gather_tokens=gather_tokens,
             read_memory=read_memory,
         )
-        own = own_frequency(log, rows, ends, offsets, keys)
-        return Split(requests, request_ids.take(first), users, own, np.where(rows < 0, 0, ends))
+        return Split(requests, request_ids.take(first), users, log, rows, ends, token_rows)
 
-    def _gate(self, joined: pa.Table, split: str) -> None:
+    def gate(self, joined: Iterable[pa.Table], split: str) -> None:
+        """Great Expectations over pieces of a joined period.
+
+        Raises:
+            GateError: joined features break the contract.
+        """
         from feature_repo import expectations
 
         suite = f"training_set_{split}"
         expectations.gate(
             training_set_table(self.contract),
-            [joined],
+            joined,
             self.settings.path("expectations"),
             0.0,
             suite=suite,
         )
+
+
+def _request_starts(request_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Rows at which another request begins."""
+    ids = whole(request_ids).dictionary_encode().indices.to_numpy()
+    return np.flatnonzero(np.r_[True, np.diff(ids) != 0][: len(ids)])
 
 
 def _stored(column: pa.ChunkedArray, declared: Column) -> pa.Array:
@@ -275,10 +334,17 @@ def refuse_without_positives(contract: Contract, name: str, split: Split) -> Non
     Raises:
         DataError: it has no request with a positive.
     """
-    rules, labels = contract.spec.requests, split.requests.labels
+    labels = split.requests.labels
+    assert labels is not None
+    refuse_nothing_positive(contract, name, (labels == 1).sum(axis=0))
+
+
+def refuse_nothing_positive(contract: Contract, name: str, positives: np.ndarray) -> None:
+    """`refuse_without_positives` by the number of each task's positives."""
+    rules = contract.spec.requests
     for number, task in enumerate(contract.spec.tasks):
         ranked = contract.spec.weights.get(task.name, 0) > 0
-        if ranked and (labels is None or not (labels[:, number] == 1).any()):
+        if ranked and not positives[number]:
             raise DataError(
                 f"the {name} period has no positive example of {task.name}: move validation_from ({rules.validation_from}) or "
                 f"test_from ({rules.test_from}) in the dataset module to where the data is"
@@ -310,101 +376,87 @@ def keys_of(candidates: pa.Array, items: pa.Array) -> tuple[np.ndarray, pa.Array
     return keys.to_numpy().astype(np.int64), items
 
 
-def own_frequency(
-    log: HistoryLog,
-    rows: np.ndarray,
-    ends: np.ndarray,
-    offsets: np.ndarray,
-    keys: np.ndarray,
-    max_events: int = FREQUENCY_EVENTS,
-) -> np.ndarray:
-    """How often each candidate occurs in the user's whole earlier history, by the first action; a
-    baseline's feature.
+class Fitting:
+    """Vocabularies and quantiles of every column that a ranker looks up, from the training period
+    alone, piece by piece.
 
-    Each user's events are read once, however many requests they have, and no more than `max_events`
-    (or one user's) at a time: memory follows the longest history, not the number of requests.
+    Args:
+        min_item_count: rarer items share one embedding.
+
+    Example:
+        >>> fitting = Fitting(contract, min_item_count=5)
+        >>> for piece in pieces:
+        ...     fitting.add(piece.requests)
+        >>> encoder = Encoder(contract, fitting.found(), history_length=128)
     """
-    counts = np.zeros(len(keys), np.int64)
-    owner = np.repeat(np.arange(len(rows)), np.diff(offsets))  # request of each candidate
-    asked = np.flatnonzero(rows[owner] >= 0)
-    asked = asked[np.argsort(rows[owner[asked]], kind="stable")]  # candidates of one user together
-    users, first = np.unique(rows[owner[asked]], return_index=True)
-    bounds = np.r_[first, len(asked)].astype(np.int64)
-    for start, stop in _groups(log.lengths[users], max_events):
-        chosen = asked[bounds[start] : bounds[stop]]
-        histories = log.gather(
-            users[start:stop], log.lengths[users[start:stop]], columns=("action",)
-        )
-        acted = np.flatnonzero(histories.columns["action"] == 0)
-        place = np.arange(len(histories.item_keys)) - np.repeat(
-            histories.offsets[:-1], histories.lengths
-        )
-        holder = np.repeat(np.arange(stop - start), histories.lengths)
-        span = int(max(histories.item_keys.max(initial=0), keys.max(initial=0))) + 1
-        pairs = (holder * span + histories.item_keys)[acted]
-        order = np.argsort(pairs, kind="stable")  # of one user and item, oldest first
-        pairs, place = pairs[order], place[acted][order]
-        # Of the user's events with the item, those that lie before the request: both parts of the
-        # key are in order.
-        wanted = (np.searchsorted(users[start:stop], rows[owner[chosen]])) * span + keys[chosen]
-        low = np.searchsorted(pairs, wanted, "left")
-        high = np.searchsorted(pairs, wanted, "right")
-        counts[chosen] = _count_below(place, low, high, ends[owner[chosen]])
-    return counts
 
+    def __init__(self, contract: Contract, min_item_count: int) -> None:
+        self.contract, self.min_item_count = contract, min_item_count
+        self._items: pa.Table | None = None  # id and number of rows
+        self._values: dict[str, pa.Array] = {}
 
-def _groups(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of users with at most so many events together, or one user long."""
-    start, events = 0, 0
-    for index, length in enumerate(lengths.tolist()):
-        if index > start and events + length > most:
-            yield start, index
-            start, events = index, 0
-        events += length
-    if len(lengths):
-        yield start, len(lengths)
+    def add(self, requests: RequestColumns) -> None:
+        """Take a piece's values into account."""
+        contract, labels = self.contract, requests.labels
+        assert labels is not None
+        # Drawn negatives say nothing of which items there is enough to learn about.
+        drawn = contract.spec.requests.examples is Examples.ACTIONS
+        keys = requests.candidate_keys
+        told = keys[(labels == 1).any(axis=1)] if drawn else keys
+        number = np.bincount(told, minlength=len(requests.items))
+        counted = pa.table({"item": requests.items, "number": number}).filter(pa.array(number > 0))
+        both = counted if self._items is None else pa.concat_tables([self._items, counted])
+        sums = both.group_by("item").aggregate([("number", "sum")])
+        self._items = sums.select(["item", "number_sum"]).rename_columns(["item", "number"])
+        for columns, values in (
+            (contract.request_features, requests.user_columns),
+            (contract.candidate_features, requests.candidate_columns),
+        ):
+            for column in columns:
+                if column.is_categorical:
+                    self._collect(column, column.name, values[column.name])
+        categorical = [c for c in contract.event_features if c.is_categorical]
+        if categorical:
+            events = events_of(requests.gather, len(requests), contract.spec.num_history_online)
+            for column in categorical:
+                codes = events.columns[column.name].ravel()
+                known = codes if column.buckets else codes[codes != NO_VALUE]
+                self._collect(column, event_key(column.name), pa.array(known))
 
+    def found(self) -> dict[str, Index]:
+        """An index for the items, and for each categorical column."""
+        contract = self.contract
+        assert self._items is not None
+        often = self._items.filter(pc.greater_equal(self._items["number"], self.min_item_count))
+        indices: dict[str, Index] = {
+            contract.item.join_key: Vocabulary(whole(often["item"]).sort())
+        }
+        for column in (*contract.request_features, *contract.candidate_features):
+            if column.is_categorical:
+                indices[column.name] = fitted(column, self._values[column.name])
+        for column in contract.event_features:
+            if column.is_categorical:
+                key = event_key(column.name)
+                indices[key] = fitted(column, self._values[key])
+        return indices
 
-def _count_below(
-    values: np.ndarray, low: np.ndarray, high: np.ndarray, limits: np.ndarray
-) -> np.ndarray:
-    """For each range `[low, high)` of values in ascending order: how many lie below a limit, by
-    bisection of all at once.
-    """
-    left, right = low.copy(), high.copy()
-    while (open_ := left < right).any():
-        middle = (left + right) // 2
-        below = np.zeros(len(left), bool)
-        below[open_] = values[middle[open_]] < limits[open_]
-        left = np.where(open_ & below, middle + 1, left)
-        right = np.where(open_ & ~below, middle, right)
-    return left - low
+    def _collect(self, column: Column, key: str, values: pa.Array) -> None:
+        """Of categories each value once; of numbers in buckets a sample, spread evenly."""
+        if column.hashed is not None:
+            values = values.slice(0, 0)
+        if pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+        before = self._values.get(key, values.slice(0, 0))
+        both = pa.concat_arrays([before, values])
+        if column.buckets is None:
+            self._values[key] = pc.unique(both)
+            return
+        step = -(-len(both) // SAMPLED_NUMBERS) or 1
+        self._values[key] = both.take(pa.array(np.arange(0, len(both), step)))
 
 
 def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Index]:
-    """Vocabularies and quantiles of every column that a ranker looks up, from the training period
-    alone.
-    """
-    requests, rules = train.requests, contract.spec.requests
-    labels = requests.labels
-    assert labels is not None
-    # Drawn negatives say nothing of which items there is enough to learn about.
-    drawn = rules.examples is Examples.ACTIONS
-    keys = requests.candidate_keys
-    told = keys[(labels == 1).any(axis=1)] if drawn else keys
-    found: dict[str, Index] = {
-        contract.item.join_key: Vocabulary.of(requests.items.take(pa.array(told)), min_item_count)
-    }
-    for columns, values in (
-        (contract.request_features, requests.user_columns),
-        (contract.candidate_features, requests.candidate_columns),
-    ):
-        found |= {c.name: fitted(c, values[c.name]) for c in columns if c.is_categorical}
-    categorical = [c for c in contract.event_features if c.is_categorical]
-    if categorical:
-        events = events_of(requests.gather, len(requests), contract.spec.num_history_online)
-        for column in categorical:
-            codes = events.columns[column.name].ravel()
-            known = codes if column.buckets else codes[codes != NO_VALUE]
-            found[event_key(column.name)] = fitted(column, pa.array(known))
-    return found
+    """Vocabularies of a training period that is at hand as a whole."""
+    fitting = Fitting(contract, min_item_count)
+    fitting.add(train.requests)
+    return fitting.found()

@@ -1,4 +1,4 @@
-"""Evaluation of a run on the test period, beside three baselines on the same candidates."""
+"""Evaluation of a run on the test period, beside baselines on the same candidates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from feature_repo.history import Histories
 from feature_repo.schema import Contract, DatasetSpec, Task
@@ -20,6 +19,7 @@ from feature_repo.sketch import Layout, Sketch
 from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
 from modeling.errors import NotTrainedError
+from modeling.floors import FREQUENCY, POPULARITY, floor_scores, floors_of
 from modeling.importance import permutation_importance
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
@@ -28,9 +28,6 @@ from modeling.trainer import predict
 
 MODEL = "model"
 EMPTY = "same network, empty history"
-FREQUENCY = "own frequency"
-POPULARITY = "popularity to date"
-RANDOM = "random"
 AS_RANKED = "model, as ranked"  # where several tasks make the score
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
@@ -90,6 +87,8 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     ranked = ranking_logits(spec, logits)
     empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
+    scored = floor_scores(test)
+    assert requests.labels is not None
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     for number, task in enumerate(spec.tasks):
         rows = {
@@ -98,7 +97,8 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
         }
         if len(spec.tasks) > 1:
             rows[AS_RANKED] = measure(encoded, users, ranked, number, calibrated=False)
-        for name, scores in floors_of(test).items():
+        floors = floors_of(scored, requests.labels[:, number], requests.candidate_offsets)
+        for name, scores in floors.items():
             rows[name] = measure(encoded, users, scores, number, calibrated=False)
         found[task.name] = rows
     primary = primary_task(spec)
@@ -116,16 +116,6 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     )
 
 
-def floors_of(test: Split) -> dict[str, np.ndarray]:
-    """Scores of all candidates that need no training."""
-    popularity = pc.fill_null(test.requests.candidate_columns["count_total"], 0).to_numpy()
-    return {
-        FREQUENCY: test.purchases_of_candidate.astype(np.float64),
-        POPULARITY: popularity.astype(np.float64),
-        RANDOM: np.random.default_rng(0).random(len(popularity)),
-    }
-
-
 def measure(
     encoded: Encoded, users: np.ndarray, scores: np.ndarray, task: int, *, calibrated: bool = True
 ) -> dict[str, Estimate]:
@@ -136,7 +126,7 @@ def measure(
         users: number of each request's user.
         scores: of all candidates; logits where `calibrated`.
     """
-    known = defined(encoded.labels[:, task], encoded.candidate_offsets)
+    known = defined(np.asarray(encoded.labels)[:, task], encoded.candidate_offsets)
     if not len(known.rows):
         names = (*RANKING, *(PROBABILITY if calibrated else ()))
         return {name: Estimate(math.nan, math.nan, math.nan) for name in names}
@@ -214,7 +204,7 @@ def picture_figures(
 ) -> dict[str, Any]:
     """Numbers for calibration, NDCG@10 by history length and the score histogram, of one task."""
     number = [task.name for task in tasks].index(primary)
-    known = defined(encoded.labels[:, number], encoded.candidate_offsets)
+    known = defined(np.asarray(encoded.labels)[:, number], encoded.candidate_offsets)
     logits, labels = logits_NT[known.rows, number], known.labels
     history_lengths, probability = history_lengths[known.requests], sigmoid(logits)
     order = np.array_split(np.argsort(probability, kind="stable"), 20)

@@ -44,7 +44,7 @@ def permutation_importance(
     chosen = np.unique(np.linspace(0, len(encoded) - 1, REQUESTS).astype(np.int64))
     sample = select(encoded, chosen)
     spec, rng = encoder.contract.spec, np.random.default_rng(seed)
-    known = defined(sample.labels[:, task], sample.candidate_offsets)
+    known = defined(np.asarray(sample.labels)[:, task], sample.candidate_offsets)
 
     def quality(changed: Encoded) -> np.ndarray:
         scores = ranking_logits(spec, predict(model, encoder, changed))[known.rows]
@@ -71,7 +71,7 @@ def inputs(
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:
         def exchange(rng: np.random.Generator) -> Encoded:
             order = rng.permutation(len(sample))
-            fields, numbers = sample.field_BU.copy(), sample.dense_BG.copy()
+            fields, numbers = np.array(sample.field_BU), np.array(sample.dense_BG)
             fields[:, slots], numbers[:, dense] = fields[order][:, slots], numbers[order][:, dense]
             return replace(sample, field_BU=fields, dense_BG=numbers)
 
@@ -80,7 +80,9 @@ def inputs(
     def of_candidates(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:
         def exchange(rng: np.random.Generator) -> Encoded:
             order = rng.permutation(len(sample.candidate_item))
-            category, numbers = sample.candidate_category.copy(), sample.candidate_dense.copy()
+            category, numbers = (
+                np.array(rows) for rows in (sample.candidate_category, sample.candidate_dense)
+            )
             category[:, slots] = category[order][:, slots]
             numbers[:, dense] = numbers[order][:, dense]
             return replace(sample, candidate_category=category, candidate_dense=numbers)

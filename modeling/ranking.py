@@ -1,7 +1,7 @@
 """Ranking runs: a recipe with a seed on a dataset's tables, trained and evaluated; and recipes ×
 seeds side by side.
 
-The tables are joined once and shared by all runs. Each run has a folder of its own, resumes, and is
+The training set is made once and shared by all runs. Each run has a folder of its own, resumes, and is
 not repeated.
 """
 
@@ -20,104 +20,68 @@ import torch
 from feature_repo.catalogue import Catalogue
 from feature_repo.code import code_digest
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder, digest_of
+from feature_repo.tables import digest_of
 from modeling import models, recipes
 from modeling.batch import Encoded, Encoder
 from modeling.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
-from modeling.dataset import SPLITS, Split, Warehouse, refuse_without_positives, vocabularies
+from modeling.dataset import SPLITS, Tokens
 from modeling.errors import RecipeError
-from modeling.evaluate import floors_of, measure, plain_metrics, primary_task
+from modeling.evaluate import measure, plain_metrics, primary_task
+from modeling.floors import floors_of
 from modeling.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.registry import training_code
 from modeling.report import plots, write_page
 from modeling.trainer import Trainer, locked_run, predict
+from modeling.training_set import Options, Period, TrainingSet, open_training_set
 
 if TYPE_CHECKING:
-    from feature_repo.schema import Contract
+    from feature_repo.schema import DatasetSpec
     from modeling.command import Comparison
 
 METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
 
 
-@dataclass(frozen=True)
-class Periods:
-    """Joined training, validation and test requests of a dataset, and the digest of the tables they
-    come from.
+class Encodings:
+    """Training sets of a comparison: made or opened once for all recipes that read them alike.
+
+    Args:
+        service: feature service that they join.
+        tokens: version and shape of stored summary tokens, where some recipe reads them.
+        visible: events before a request that anything may be known of; default: all.
     """
 
-    contract: Contract
-    train: Split
-    validation: Split
-    test: Split
-    digest: str
-    tokens: tuple[str, tuple[int, int]] | None = None
-    token_run: str | None = None  # digest of the job that stored them
-
-    @staticmethod
-    def of(
-        settings: Settings, service: str, tokens: tuple[str, tuple[int, int]] | None = None
-    ) -> Periods:
-        """Join all three periods through a feature service.
-
-        Args:
-            tokens: version and shape of stored summary tokens, where some recipe reads them.
-
-        Raises:
-            TableNotBuiltError: a Beam job has not run.
-            StaleFeaturesError: tables were built under another contract.
-        """
+    def __init__(
+        self,
+        settings: Settings,
+        service: str,
+        tokens: Tokens | None = None,
+        visible: int | None = None,
+    ) -> None:
         from feature_repo.store import open_store
 
-        warehouse, store = Warehouse(settings), open_store(settings)
-        token_run = JobFolder(settings.home, "summary_tokens").require().digest if tokens else None
-        train, validation, test = (warehouse.split(store, service, name, tokens) for name in SPLITS)
-        return Periods(
-            warehouse.contract, train, validation, test, warehouse.digest, tokens, token_run
-        )
+        self._settings, self._store = settings, open_store(settings)
+        self._service, self._tokens, self._visible = service, tokens, visible
+        self._opened = cache(self._open)
 
-    def describe(self) -> str:
-        """The dataset and its counts in a line."""
-        splits = (self.train, self.validation, self.test)
-        counts = [
-            f"{len(split.requests):,} {name}" for name, split in zip(SPLITS, splits, strict=True)
-        ]
-        return f"{self.contract.spec.title}, requests: {', '.join(counts)}"
+    def set_of(self, recipe: Recipe) -> TrainingSet:
+        """The training set that a recipe reads."""
+        return self._opened(recipe.min_item_count)
 
+    def encoder_of(self, recipe: Recipe) -> Encoder:
+        """Its encoder."""
+        tokens = recipe.tokens is not None
+        return self.set_of(recipe).encoder(recipe.history_length, tokens=tokens)
 
-class Encodings:
-    """Encoded periods, once for all recipes that read them alike."""
+    def period(self, recipe: Recipe, name: str) -> Period:
+        """One of its periods."""
+        return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
 
-    def __init__(self, periods: Periods) -> None:
-        self.periods = periods
-        self._encoded = cache(self._encode)
-
-    def of(self, recipe: Recipe) -> tuple[Encoder, Encoded, Encoded, Encoded]:
-        """Encoder, and training, validation and test requests of a recipe."""
-        encoder, encoded = self._encoded(recipe.min_item_count)
-        tokens = self.periods.tokens if recipe.tokens else None
-        own = Encoder(
-            self.periods.contract,
-            encoder.vocabularies,
-            recipe.history_length,
-            tokens[1] if tokens else (0, 0),
-        )
-        if tokens is None:
-            train, validation, test = (replace(period, gather_tokens=None) for period in encoded)
-            return own, train, validation, test
-        return own, *encoded
-
-    def _encode(self, min_item_count: int) -> tuple[Encoder, tuple[Encoded, Encoded, Encoded]]:
-        periods = self.periods
-        encoder = Encoder(
-            periods.contract, vocabularies(periods.contract, periods.train, min_item_count), 1
-        )
-        train, validation, test = (
-            encoder.featurise(s.requests) for s in (periods.train, periods.validation, periods.test)
-        )
-        return encoder, (train, validation, test)
+    def _open(self, min_item_count: int) -> TrainingSet:
+        options = Options(self._service, min_item_count, self._tokens, self._visible)
+        return open_training_set(self._settings, self._store, options)
 
 
 def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
@@ -151,6 +115,28 @@ def variant(
     return replace(recipe, name=name, training=training)
 
 
+@dataclass(frozen=True)
+class ComparedRun:
+    """A recipe with a seed on a training set: what it depends on, and where it is kept."""
+
+    identity: str
+    folder: Path
+
+
+def run_of(settings: Settings, encodings: Encodings, recipe: Recipe) -> ComparedRun:
+    """The run of a recipe in a comparison."""
+    identity = digest_of(
+        [
+            asdict(recipe),
+            encodings.set_of(recipe).identity,
+            training_code(recipe, settings.dataset),
+            code_digest("modeling.metrics"),
+        ]
+    )
+    name = f"{recipe.name}-seed{recipe.training.seed}-{identity[:8]}"
+    return ComparedRun(identity, Path(settings.path("comparison", name)))
+
+
 def train_and_evaluate(
     settings: Settings, encodings: Encodings, recipe: Recipe, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -160,17 +146,8 @@ def train_and_evaluate(
         Recipe, seed, parameters with and without embeddings (OneTrans's count its last layer's S
         weights, which nothing reads), training summary, test metrics.
     """
-    identity = digest_of(
-        [
-            asdict(recipe),
-            encodings.periods.digest,
-            [encodings.periods.tokens, encodings.periods.token_run] if recipe.tokens else None,
-            encodings.periods.contract.fingerprint,
-            training_code(recipe, settings.dataset),
-            code_digest("modeling.metrics"),
-        ]
-    )
-    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}-{identity[:8]}")
+    run = run_of(settings, encodings, recipe)
+    folder, identity = run.folder, run.identity
     stored = Path(folder, "result.json")
     if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
         return cast(dict[str, Any], done)
@@ -182,14 +159,15 @@ def _train_and_evaluate(
     encodings: Encodings, recipe: Recipe, folder: Path, identity: str, device: str
 ) -> dict[str, Any]:
     keep_freed_memory()
-    encoder, train, validation, test = encodings.of(recipe)
+    encoder = encodings.encoder_of(recipe)
+    train, validation = (encodings.period(recipe, name).encoded for name in SPLITS[:2])
     model = build_model(recipe, encoder, train)
     trainer = Trainer(model, encoder, recipe.training, Path(folder), identity, device)
     summary = trainer.fit(train, validation)
-    logits = predict(cast(Ranker, trainer.load_best()), encoder, test)
-    users = encodings.periods.test.users.dictionary_encode().indices.to_numpy()
+    test = encodings.period(recipe, "test")
+    logits = predict(cast(Ranker, trainer.load_best()), encoder, test.encoded)
     by_task = {
-        task.name: measure(test, users, logits[:, number], number)
+        task.name: measure(test.encoded, test.users, logits[:, number], number)
         for number, task in enumerate(encoder.contract.spec.tasks)
     }
     found = by_task[primary_task(encoder.contract.spec)]
@@ -235,15 +213,8 @@ def compare(settings: Settings, asked: Comparison) -> None:
     if made_by:
         made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, made_by[0])
         tokens = (made.fingerprint, (made.num_tokens, made.width))
-    periods = Periods.of(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
-    for name, split in (
-        ("train", periods.train),
-        ("validation", periods.validation),
-        ("test", periods.test),
-    ):
-        refuse_without_positives(periods.contract, name, split)
-    encodings = Encodings(periods)
-    title = encodings.periods.describe()
+    encodings = Encodings(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
+    title = encodings.set_of(chosen[0]).describe()
     console.print(f"compare: {title}", highlight=False)
     results: list[dict[str, Any]] = []
 
@@ -259,13 +230,15 @@ def compare(settings: Settings, asked: Comparison) -> None:
         results.append(trials[best])
         results += [run(recipe, seed, rates[best]) for seed in range(2, asked.seeds + 1)]
     folder = comparison_folder(Path(settings.path("comparison")).parent, results)
-    lines = summary_lines(results) + floor_lines(periods, encodings.of(chosen[0])[3])
+    contract = encodings.encoder_of(chosen[0]).contract
+    lines = summary_lines(results)
+    lines += floor_lines(contract.spec, encodings.period(chosen[0], "test"))
     pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
     (folder / "comparison.json").write_text(
         json.dumps({"title": title, "results": results}, indent=1)
     )
     subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
-    tasks = [task.name for task in periods.contract.spec.tasks]
+    tasks = [task.name for task in contract.spec.tasks]
     more = {f"Task {name}": summary_lines(results, name) for name in tasks if len(tasks) > 1}
     page = folder / "comparison.html"
     write_page(page, "Ranking comparison", [subtitle], lines, pictures, more)
@@ -306,14 +279,13 @@ def _tested(run: dict[str, Any], task: str | None) -> dict[str, Any]:
     return found
 
 
-def floor_lines(periods: Periods, test: Encoded) -> list[list[str]]:
+def floor_lines(spec: DatasetSpec, test: Period) -> list[list[str]]:
     """Rows of the scorings that need no training, on the same candidates."""
-    spec = periods.contract.spec
-    users = periods.test.users.dictionary_encode().indices.to_numpy()
     number = [task.name for task in spec.tasks].index(primary_task(spec))
+    labels, offsets = np.asarray(test.encoded.labels)[:, number], test.encoded.candidate_offsets
     rows = []
-    for name, scores in floors_of(periods.test).items():
-        found = measure(test, users, scores, number, calibrated=False)
+    for name, scores in floors_of(test.floors, labels, offsets).items():
+        found = measure(test.encoded, test.users, scores, number, calibrated=False)
         cells = [f"{found[m].value:.4f}" if m in found else "–" for m in METRICS]
         rows.append([name, "–", *cells, "–", "0", "0", "0"])
     return rows

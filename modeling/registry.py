@@ -47,7 +47,7 @@ def training_code(recipe: Recipe, dataset: str) -> str:
     """
     return code_digest(
         "modeling.trainer",
-        "modeling.dataset",
+        "modeling.training_set",
         module_of(recipe.model),
         f"feature_repo.datasets.{dataset}",
     )

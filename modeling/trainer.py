@@ -13,7 +13,9 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +46,7 @@ MIN_HIDDEN, MAX_HIDDEN = (
     0.2,
 )  # candidates of an epoch that are made unknown at least, and their share at most
 CHECKPOINT = "checkpoint.pt"
+LOADED_AHEAD = 2  # batches
 OWN_FILES = (
     CHECKPOINT,
     "metrics.jsonl",
@@ -125,6 +128,21 @@ def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[
     return [grouped[i] for i in rng.permutation(len(grouped))]
 
 
+def ahead(load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray]) -> Iterator[Any]:
+    """What `load` makes of each batch of a plan, in order; the next ones are made meanwhile.
+
+    Nothing random may happen in `load`: how far it is ahead differs from run to run.
+    """
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(1, "load") as thread:
+        for chosen in plan:
+            waiting.append(thread.submit(load, chosen))
+            if len(waiting) > LOADED_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def predict(
     model: Ranker,
     encoder: Encoder,
@@ -139,22 +157,24 @@ def predict(
     order = np.argsort(sizes, kind="stable")
     device = next(model.parameters()).device
     model.eval()
+    plan, start = [], 0
+    while start < len(order):
+        stop = start + 1
+        while (
+            stop < len(order)
+            and stop - start < max_requests
+            and (stop - start + 1) * sizes[order[stop]] <= max_candidates
+        ):
+            stop += 1
+        plan.append(order[start:stop])
+        start = stop
     with torch.inference_mode():
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while (
-                stop < len(order)
-                and stop - start < max_requests
-                and (stop - start + 1) * sizes[order[stop]] <= max_candidates
-            ):
-                stop += 1
-            chosen = order[start:stop]
-            batch = encoder.collate(encoded, chosen).to(device)
+        loaded = ahead(lambda chosen: encoder.collate(encoded, chosen), plan)
+        for chosen, batch in zip(plan, loaded, strict=True):
+            batch = batch.to(device)
             scored = model(batch)[batch.candidates.mask_BC].cpu().numpy()
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             logits[at] = scored
-            start = stop
     return logits
 
 
@@ -198,8 +218,14 @@ class Loop(ABC):
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Batches of an epoch, in order; the same for every call."""
 
+    def load(self, chosen: np.ndarray) -> Any:
+        """What `losses` takes of a batch, from memory or disk; called ahead of it, on a thread of its
+        own.
+        """
+        return chosen
+
     @abstractmethod
-    def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
+    def losses(self, loaded: Any) -> Iterator[tuple[Tensor, int]]:
         """Parts of a batch, each with its graph and its number of samples; their losses sum to the
         batch's.
 
@@ -232,12 +258,11 @@ class Loop(ABC):
         with _progress(total) as advance:
             advance(self.step, "")
             while self.epoch < self.training.epochs and not self.stopped:
-                chosen = self.plan(self.epoch)
-                while self.next_batch < len(chosen):
+                for loaded in ahead(self.load, self.plan(self.epoch)[self.next_batch :]):
                     if budget is not None and budget <= 0:
                         return self._summary()
                     started = time.process_time()
-                    loss, samples = self._train_step(chosen[self.next_batch], total)
+                    loss, samples = self._train_step(loaded, total)
                     self.cpu_seconds += time.process_time() - started
                     self.next_batch += 1
                     self.step += 1
@@ -263,7 +288,7 @@ class Loop(ABC):
         self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
         return self.model
 
-    def _train_step(self, chosen: np.ndarray, total: int) -> tuple[float, int]:
+    def _train_step(self, loaded: Any, total: int) -> tuple[float, int]:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * _schedule(
@@ -271,7 +296,7 @@ class Loop(ABC):
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss, samples = 0.0, 0
-        for part, number in self.losses(chosen):
+        for part, number in self.losses(loaded):
             part.backward()
             loss, samples = loss + float(part.detach()), samples + number
         if not math.isfinite(loss):
@@ -448,9 +473,13 @@ class Trainer(Loop):
         """Request numbers of every batch."""
         return batches(self.train.num_candidates, self.training, epoch)
 
-    def losses(self, chosen: np.ndarray) -> Iterator[tuple[Tensor, int]]:
-        """Binary cross-entropy over the candidates of the chosen requests, in one part."""
-        batch: Batch = self.encoder.collate(self.train, chosen).to(self.device)
+    def load(self, chosen: np.ndarray) -> Batch:
+        """The chosen requests, padded."""
+        return self.encoder.collate(self.train, chosen)
+
+    def losses(self, loaded: Batch) -> Iterator[tuple[Tensor, int]]:
+        """Binary cross-entropy over the candidates of a batch, in one part."""
+        batch: Batch = loaded.to(self.device)
         # Of the step, so that a resumed run draws alike.
         rng = np.random.default_rng([self.training.seed, self.step])
         if self.hidden:
@@ -470,8 +499,9 @@ class Trainer(Loop):
         spec = self.encoder.contract.spec
         found: dict[str, float] = {}
         losses, rankings = [], []
+        labels_NT = np.asarray(self.validation.labels)
         for number, task in enumerate(spec.tasks):
-            scored = defined(self.validation.labels[:, number], self.validation.candidate_offsets)
+            scored = defined(labels_NT[:, number], self.validation.candidate_offsets)
             labels, own = scored.labels, logits[scored.rows, number]
             losses.append(log_loss(labels, sigmoid(own)) if len(labels) else math.nan)
             rankings.append(mean_ndcg(labels, own, scored.offsets))

@@ -33,10 +33,6 @@ class Degraded(StrEnum):
         "memory_unreadable",
         "the sketch of the user's whole history is damaged, or of another layout",
     )
-    NEWER_MEMORY = (
-        "newer_memory",
-        "the request lies before events in the sketch of the whole history, which was not used",
-    )
     STORE_UNAVAILABLE = "store_unavailable", "the online store could not be read"
     UNKNOWN_ITEMS = (
         "unknown_items",
@@ -56,5 +52,5 @@ class Degraded(StrEnum):
     )
     NEWER_FEATURES = (
         "newer_features",
-        "the request lies before the user's newest event: the history is cut there, profile and statistics are of now",
+        "the request lies before the user's newest event: the history is cut there, the sketch is not used, profile and statistics are of now",
     )

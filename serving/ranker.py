@@ -87,11 +87,6 @@ class RankService:
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
-        if user.memory is not None and user.memory.as_of >= (at - EPOCH) // timedelta(
-            microseconds=1
-        ):
-            degraded.append(Degraded.NEWER_MEMORY)
-            user = replace(user, memory=None)  # what came after the request cannot be taken out
         context = context_columns(self.contract, request.context)
         logits = self._score(user, request.candidates, items.columns, context, at, clock)
         ranked = ranking_logits(self.contract.spec, logits)
@@ -176,8 +171,10 @@ class RankService:
         )
 
     def _memory_of(self, user: UserRow, micros: int) -> ReadMemory | None:
-        """What the user's sketch says of candidates at the request's time."""
-        if user.memory is None:
+        """What the user's sketch says of candidates at the request's time; nothing where it counts
+        events that came later, which cannot be taken out.
+        """
+        if user.memory is None or user.memory.as_of >= micros:
             return None
         sketch, layout = user.memory.sketch, user.memory.sketch.layout
         return lambda chosen, offsets, codes: sketch.read(layout.positions(codes), micros)

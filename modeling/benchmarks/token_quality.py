@@ -24,13 +24,12 @@ from feature_repo.benchmarks import parser, report
 from feature_repo.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
 from feature_repo.history import HistoryLog
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
 from feature_repo.transforms import MICROS_PER_DAY
 from modeling import recipes
 from modeling.batch import Encoded, Encoder
 from modeling.evaluate import measure
 from modeling.models.base import Ranker
-from modeling.ranking import Encodings, Periods, build_model, train_and_evaluate
+from modeling.ranking import Encodings, build_model, run_of, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe
 from modeling.report import BLUE, GREY, ORANGE, plots, png_of
 from modeling.summary import Summariser
@@ -76,15 +75,14 @@ def main() -> None:
     base = replace(base, training=replace(base.training, learning_rate=arguments.learning_rate))
     if arguments.quick:
         base = replace(base, name=f"{base.name}-quick", training=replace(base.training, epochs=1))
-    periods = Periods.of(settings, SERVICE)
-    encodings = Encodings(periods)
+    encodings = Encodings(settings, SERVICE)
     rows = _policies(settings, encodings, base, seeds)
     ablation = _ablation(settings, encodings, base, seeds, more)
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
         dataset = settings.dataset
         (arguments.plots / f"token_refresh_{dataset}.png").write_bytes(
-            _refresh_plot(rows, periods.describe())
+            _refresh_plot(rows, encodings.set_of(base).describe())
         )
         if more:
             (arguments.plots / f"token_ablation_{dataset}.png").write_bytes(
@@ -122,10 +120,10 @@ def policies(test_from: int) -> dict[str, Policy]:
 def _policies(
     settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int
 ) -> list[dict[str, Any]]:
-    periods = encodings.periods
-    log, test = HistoryLog(periods.contract, JobFolder(settings.home, "user_history")), periods.test
-    rows_of = log.rows_of(test.users)
-    asked = Asked(log, rows_of, np.where(rows_of < 0, 0, test.history_lengths), test.requests.times)
+    training_set, test = encodings.set_of(recipe), encodings.period(recipe, "test")
+    log, contract = training_set.warehouse.log, training_set.warehouse.contract
+    rows_of = test.log_rows
+    asked = Asked(log, rows_of, test.history_lengths, test.encoded.times)
     known = rows_of >= 0
     asked = Asked(log, np.maximum(rows_of, 0), np.where(known, asked.ends, 0), asked.times)
     found: dict[str, list[dict[str, float]]] = {}
@@ -139,20 +137,18 @@ def _policies(
             raise ValueError(
                 f"{recipe.name} does not stream: its tokens depend on the time at which they were made"
             )
-        users = test.users.dictionary_encode().indices.to_numpy()
 
         def note(
             name: str,
             ranked: Encoded,
             model: Ranker = model,
             encoder: Encoder = encoder,
-            users: np.ndarray = users,
         ) -> None:
-            values = measure(ranked, users, predict(model, encoder, ranked)[:, 0], 0)
+            values = measure(ranked, test.users, predict(model, encoder, ranked)[:, 0], 0)
             found.setdefault(name, []).append({metric: values[metric].value for metric in METRICS})
 
         note("stage 1 at the request, newest events", encoded)
-        for name, policy in policies(iso_micros(periods.contract.spec.requests.test_from)).items():
+        for name, policy in policies(iso_micros(contract.spec.requests.test_from)).items():
             ends = policy(asked)
             note(name, replace(encoded, gather_tokens=_gather(summariser, asked, ends, "fp32")))
             behind[name] = (float((asked.ends - ends).mean()), float((ends == 0).mean()))
@@ -255,11 +251,11 @@ def _trained(
 ) -> tuple[Ranker, Encoder, Encoded]:
     from safetensors.torch import load_file
 
-    encoder, train, _, test = encodings.of(recipe)
-    model = build_model(recipe, encoder, train)
-    folder = settings.path("comparison", f"{recipe.name}-seed{recipe.training.seed}")
-    model.load_state_dict(load_file(Path(folder, "best.safetensors")))
-    return model.eval(), encoder, test
+    encoder = encodings.encoder_of(recipe)
+    model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded)
+    folder = run_of(settings, encodings, recipe).folder
+    model.load_state_dict(load_file(folder / "best.safetensors"))
+    return model.eval(), encoder, encodings.period(recipe, "test").encoded
 
 
 def _spread(values: list[dict[str, float]]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Scorings that need no training: what any ranker must beat on the same candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow.compute as pc
+
+from feature_repo.arrow import value_codes
+from feature_repo.recall import Recall
+from feature_repo.schema import STAT_WINDOWS_DAYS
+from feature_repo.sketch import Layout
+from modeling.dataset import Split
+from modeling.metrics import mean_ndcg
+
+RANDOM = "random"
+POPULARITY = "popularity, best window"
+FREQUENCY = "own frequency"
+FADED = "own frequency, fading"
+NEWEST = (50, 500)  # events that own frequencies are counted over, beside all
+HALF_LIFE_DAYS = 30.0
+_WINDOW = "popularity:"
+
+
+def floor_scores(split: Split, visible: int | None = None) -> dict[str, np.ndarray]:
+    """Scores of all candidates, by the name of each scoring.
+
+    Args:
+        visible: events before a request that are known; default: all.
+    """
+    requests = split.requests
+    found = {
+        f"{_WINDOW}{name}": pc.fill_null(requests.candidate_columns[name], 0).to_numpy()
+        for name in ("count_total", *(f"count_{days}d" for days in STAT_WINDOWS_DAYS))
+    }
+    layout = Layout((split.log.contract.item.join_key,), (1,), (HALF_LIFE_DAYS,), 1)
+    codes = value_codes(requests.items)[requests.candidate_keys]
+    for newest in (*NEWEST, None):
+        if visible is not None and (newest is None or newest > visible):
+            newest = visible
+        recall = Recall(split.log, layout, newest=newest, exact=True)
+        counts = recall.read(
+            split.log_rows, split.history_ends, requests.times, requests.candidate_offsets, [codes]
+        )
+        name = "" if newest is None or newest == visible else f", last {newest}"
+        found[FREQUENCY + name] = counts[:, 0, 0]
+        found[FADED + name] = counts[:, 0, 1]
+    return {name: scores.astype(np.float32) for name, scores in found.items()}
+
+
+def floors_of(
+    scores: Mapping[str, np.ndarray], labels: np.ndarray, offsets: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Random, popularity, and the own frequencies; popularity over the window that is best on these
+    very requests.
+
+    Args:
+        scores: of `floor_scores`.
+        labels: of all candidates, for one task.
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
+    """
+    windows = [values for name, values in scores.items() if name.startswith(_WINDOW)]
+    quality = [mean_ndcg(labels, values, offsets) for values in windows]
+    own = {name: values for name, values in scores.items() if not name.startswith(_WINDOW)}
+    best = windows[int(np.nanargmax(quality))] if not np.isnan(quality).all() else windows[0]
+    random = np.random.default_rng(0).random(len(labels))
+    return {**own, POPULARITY: best, RANDOM: random}

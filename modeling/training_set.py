@@ -1,0 +1,356 @@
+"""The training set on disk: periods joined point-in-time, encoded once, and read batch by batch.
+
+```
+training examples, part by part ─► join through Feast ─► joined rows ─► vocabularies
+                                                            └─► featurise ─► shards, manifest last
+```
+
+Memory follows a shard and a batch, not the number of rows. What the shards depend on, tables,
+contract, code and options, is in the name of their folder; the next run that asks for the same
+reads them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo import expectations, limits
+from feature_repo.code import code_digest
+from feature_repo.history import Histories
+from feature_repo.settings import Settings
+from feature_repo.tables import JobFolder, digest_of, locked
+from feature_repo.token_log import TokenLog
+from modeling.batch import Encoded, Encoder, GatherHistories
+from modeling.columns import Index
+from modeling.console import Told
+from modeling.dataset import (
+    SPLITS,
+    Fitting,
+    Split,
+    Tokens,
+    Warehouse,
+    refuse_nothing_positive,
+    training_set_table,
+)
+from modeling.errors import DataError, RunError
+from modeling.floors import floor_scores
+from modeling.shards import MANIFEST, open_shards, write_shard
+from modeling.vocabularies import read_vocabularies, write_vocabularies
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+VOCABULARIES = "vocabularies.json"
+FLOOR = "floor:"  # before the name of a scoring, among the columns of candidates
+SHARD_ROWS = 1 << 18  # candidates of a shard, or those of one request
+KEPT = 3  # training sets that stay on disk
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training set is asked for.
+
+    Args:
+        service: feature service that is joined.
+        min_item_count: rarer items share one embedding.
+        tokens: version and shape of the stored summary tokens that are read.
+        visible: events before a request that anything may be known of; default: all.
+    """
+
+    service: str
+    min_item_count: int
+    tokens: Tokens | None = None
+    visible: int | None = None
+
+
+@dataclass(frozen=True)
+class Period:
+    """One period, encoded, with what evaluation needs beside the model's inputs.
+
+    Args:
+        users: a number for each request's user.
+        log_rows: row of each request's user in the history log, -1 for none.
+        history_lengths: events known before each request.
+        floors: scores of all candidates that need no training, by name; none of the training
+            period.
+    """
+
+    encoded: Encoded
+    users: np.ndarray
+    log_rows: np.ndarray
+    history_lengths: np.ndarray
+    floors: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A training set that is there: see `open_training_set`."""
+
+    warehouse: Warehouse
+    options: Options
+    identity: str
+    folder: Path
+    vocabularies: dict[str, Index]
+    counts: dict[str, dict[str, int]]  # of each period: requests and candidates
+
+    def encoder(self, history_length: int, *, tokens: bool = False) -> Encoder:
+        """The encoder of a ranker that reads so many events.
+
+        Args:
+            tokens: whether it reads stored summary tokens.
+        """
+        shape = self.options.tokens[1] if tokens and self.options.tokens else (0, 0)
+        return Encoder(self.warehouse.contract, self.vocabularies, history_length, shape)
+
+    def period(self, name: str, *, tokens: bool = False) -> Period:
+        """A period's requests, memory-mapped.
+
+        Raises:
+            DataError: there is none.
+            ShardError: a shard is damaged or gone.
+        """
+        if not self.counts[name]["shards"]:
+            raise DataError(f"the {name} period has no request")
+        parts = range(self.counts[name]["shards"])
+        requests, candidates = (
+            open_shards([self.folder / f"{name}-{kind}-{part:05d}.arrow" for part in parts])
+            for kind in ("requests", "candidates")
+        )
+        log = self.warehouse.log
+        rows, ends = np.asarray(requests["log_row"]), np.asarray(requests["history_end"])
+        encoder = self.encoder(1)
+        encoded = Encoded(
+            times=np.asarray(requests["time"]),
+            field_BU=requests["field"],
+            dense_BG=requests["dense"],
+            candidate_offsets=np.r_[0, np.cumsum(np.asarray(requests["candidates"]))],
+            candidate_item=candidates["item"],
+            candidate_category=candidates["category"],
+            candidate_dense=candidates["dense"],
+            labels=candidates["labels"],
+            item_of_key=encoder.items.indices_of(log.items),
+            gather=self._gather(rows, ends),
+        )
+        if tokens and self.options.tokens is not None:
+            version, shape = self.options.tokens
+            token_log = TokenLog(self.warehouse.contract, self.warehouse.settings.home, version)
+            token_rows = np.asarray(requests["token_row"])
+            encoded = replace(
+                encoded, gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], shape)
+            )
+        lengths = np.where(rows < 0, 0, ends)
+        names = [key for key in candidates if key.startswith(FLOOR)]
+        floors = {key.removeprefix(FLOOR): np.asarray(candidates[key]) for key in names}
+        return Period(encoded, np.asarray(requests["user"]), rows, lengths, floors)
+
+    def _gather(self, rows: np.ndarray, ends: np.ndarray) -> GatherHistories:
+        log, visible = self.warehouse.log, self.options.visible
+
+        def gather(chosen: np.ndarray, length: int) -> Histories:
+            return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
+
+        return gather
+
+    def describe(self) -> str:
+        """The dataset and its counts in a line."""
+        counts = [f"{self.counts[name]['requests']:,} {name}" for name in SPLITS]
+        return f"{self.warehouse.contract.spec.title}, requests: {', '.join(counts)}"
+
+
+def open_training_set(settings: Settings, store: FeatureStore, options: Options) -> TrainingSet:
+    """The training set that these options ask for, made where it is not there.
+
+    Raises:
+        TableNotBuiltError: a Beam job has not run.
+        StaleTableError: tables were built under another contract.
+        JoinError: the offline store lost or moved rows.
+        GateError: joined features break the contract.
+        DataError: the training or validation period has no positive.
+        RunError: another process makes this very set.
+    """
+    warehouse = Warehouse(settings)
+    token_run = None
+    if options.tokens is not None:
+        token_run = JobFolder(settings.home, "summary_tokens").require().digest
+    identity = digest_of(
+        [
+            warehouse.digest,
+            warehouse.contract.fingerprint,
+            asdict(options),
+            token_run,
+            code_digest("modeling.training_set", f"feature_repo.datasets.{settings.dataset}"),
+        ]
+    )
+    folder = Path(settings.path("training_sets", identity))
+    try:
+        with locked(folder):
+            if not (folder / MANIFEST).exists():
+                _build(warehouse, store, options, folder)
+    except BlockingIOError as error:
+        raise RunError(
+            f"another process makes the training set in {folder}: wait for it"
+        ) from error
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).touch()  # in use: see `_forget_others`
+    vocabularies = read_vocabularies(warehouse.contract, folder / VOCABULARIES)
+    return TrainingSet(warehouse, options, identity, folder, vocabularies, manifest["periods"])
+
+
+def _build(warehouse: Warehouse, store: FeatureStore, options: Options, folder: Path) -> None:
+    """Write all shards, then the manifest."""
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fitting = Fitting(warehouse.contract, options.min_item_count)
+    joined = _join(warehouse, store, options, folder / "joined", fitting)
+    encoder = Encoder(warehouse.contract, fitting.found(), 1)
+    write_vocabularies(encoder, folder / VOCABULARIES)
+    periods = _encode(warehouse, encoder, options, folder, joined)
+    shutil.rmtree(folder / "joined")
+    draft = folder / f".{MANIFEST}.draft"
+    draft.write_text(json.dumps({"options": asdict(options), "periods": periods}, indent=1))
+    draft.replace(folder / MANIFEST)
+    _forget_others(folder)
+
+
+def _join(
+    warehouse: Warehouse,
+    store: FeatureStore,
+    options: Options,
+    folder: Path,
+    fitting: Fitting,
+) -> dict[str, list[Path]]:
+    """Features as of each request, in pieces on disk; and what the training period says of values.
+
+    Raises:
+        JoinError: the offline store lost or moved rows.
+        GateError: joined features break the contract.
+        DataError: the training or validation period has no positive.
+    """
+    folder.mkdir()
+    told, contract = Told(), warehouse.contract
+    pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    rows: dict[str, list[int]] = {name: [] for name in SPLITS}
+    positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
+    for split, examples in warehouse.pieces(SHARD_ROWS):
+        found = warehouse.join(store, options.service, split, examples, options.tokens)
+        table = training_set_table(contract)
+        if len(
+            broken := limits.check(table, found.select([c.name for c in table.all_columns])).dead
+        ):
+            # A row outside its limits: the gate says which, and what was expected.
+            warehouse.gate([found.take(pa.array(broken))], split)
+        path = folder / f"{split}-{len(pieces[split]):05d}.arrow"
+        _write_table(path, found)
+        pieces[split].append(path)
+        rows[split].append(len(found))
+        requests = _assembled(warehouse, found, options).requests
+        assert requests.labels is not None
+        positives[split] += (requests.labels == 1).sum(axis=0)
+        if split == "train":
+            fitting.add(requests)
+        told(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
+    for split in ("train", "validation"):
+        refuse_nothing_positive(contract, split, positives[split])
+    for split in SPLITS:
+        sampled = expectations.spread(pieces[split], rows[split])
+        if sampled:
+            warehouse.gate((_read_table(path) for path in sampled), split)
+    return pieces
+
+
+def _encode(
+    warehouse: Warehouse,
+    encoder: Encoder,
+    options: Options,
+    folder: Path,
+    joined: dict[str, list[Path]],
+) -> dict[str, dict[str, int]]:
+    """The joined rows as numbers, a shard for each piece. Returns counts of each period."""
+    told, users, periods = Told(), dict[Any, int](), {}
+    for split, paths in joined.items():
+        counts = {"requests": 0, "candidates": 0, "shards": len(paths)}
+        for number, path in enumerate(paths):
+            asked = _assembled(warehouse, _read_table(path), options)
+            encoded = encoder.featurise(asked.requests)
+            floors = {} if split == "train" else floor_scores(asked, options.visible)
+            names = asked.users.to_pylist()
+            _write_encoded(
+                folder,
+                f"{split}-{{}}-{number:05d}.arrow",
+                encoded,
+                asked,
+                np.array([users.setdefault(name, len(users)) for name in names], np.int64),
+                floors,
+            )
+            counts["requests"] += len(encoded)
+            counts["candidates"] += len(encoded.candidate_item)
+            told(f"training set: {split}, {counts['candidates']:,} candidates encoded")
+        periods[split] = counts
+    return periods
+
+
+def _write_encoded(
+    folder: Path,
+    name: str,
+    encoded: Encoded,
+    asked: Split,
+    users: np.ndarray,
+    floors: dict[str, np.ndarray],
+) -> None:
+    """A shard of requests, and one of their candidates."""
+    requests = {
+        "time": encoded.times,
+        "user": users,
+        "log_row": asked.log_rows,
+        "history_end": asked.history_ends,
+        "candidates": encoded.num_candidates,
+        "field": encoded.field_BU,
+        "dense": encoded.dense_BG,
+    }
+    if asked.token_rows is not None:
+        requests["token_row"] = asked.token_rows
+    candidates = {
+        "item": encoded.candidate_item,
+        "category": encoded.candidate_category,
+        "dense": encoded.candidate_dense,
+        "labels": encoded.labels,
+    }
+    candidates |= {f"{FLOOR}{key}": scores for key, scores in floors.items()}
+    write_shard(folder / name.format("requests"), requests)
+    write_shard(folder / name.format("candidates"), candidates)
+
+
+def _assembled(warehouse: Warehouse, joined: pa.Table, options: Options) -> Split:
+    """A joined piece as requests."""
+    rows = joined.drop_columns("request_id")
+    return warehouse.assemble(rows, joined["request_id"], options.tokens, options.visible)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    compressed = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=compressed) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _read_table(path: Path) -> pa.Table:
+    with pa.OSFile(str(path), "rb") as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _forget_others(folder: Path) -> None:
+    """Remove training sets that have not been in use for longest."""
+    sets = [path.parent for path in folder.parent.glob(f"*/{MANIFEST}")]
+    sets.sort(key=lambda one: (one / MANIFEST).stat().st_mtime)
+    for old in sets[:-KEPT]:
+        shutil.rmtree(old)
