@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo import history
-from feature_repo.arrow import arrow_schema
+from feature_repo.arrow import arrow_schema, value_codes
 from feature_repo.datasets import load_contract
 from feature_repo.history import HistoryLog
+from feature_repo.recall import Recall
+from feature_repo.sketch import Layout
 from feature_repo.tables import JobFolder
-from modeling.dataset import own_frequency
 
 CONTRACT = load_contract("online_retail")
+ITEMS = Layout(("item_id",), (1,), (30.0,), width=1)
 
 
 def log_of(folder: Path, lengths: list[int]) -> HistoryLog:
@@ -51,7 +53,9 @@ def frequencies(log: HistoryLog, ends: list[tuple[int, int]]) -> tuple[np.ndarra
     rows, known = (np.array(column) for column in zip(*ends, strict=True))
     offsets = np.arange(len(ends) + 1) * 10
     tracemalloc.start()
-    found = own_frequency(log, rows, known, offsets, np.tile(np.arange(10), len(ends)))
+    codes = np.tile(value_codes(log.items), len(ends))
+    times = np.full(len(ends), 10**12)
+    found = Recall(log, ITEMS, exact=True).read(rows, known, times, offsets, [codes])[:, 0, 0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return found.reshape(-1, 10), peak

@@ -1,0 +1,142 @@
+"""The training set on disk is the training set in memory."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_repo.tables import JobFolder
+from modeling import recipes, training_set
+from modeling.batch import Encoded, Encoder, spread_rows
+from modeling.dataset import SPLITS, vocabularies
+from modeling.floors import FREQUENCY, floor_scores
+from modeling.ranking import build_model
+from modeling.shards import MappedRows, ShardError, open_shards, read_shard, write_shard
+from modeling.trainer import Trainer, read_metrics
+from modeling.training_set import Options, TrainingSet, open_training_set
+
+RECIPE = recipes.load("amortised_dlrm_tiny")
+OPTIONS = Options(RECIPE.service, RECIPE.min_item_count)
+
+
+@pytest.fixture(scope="module")
+def made(shop: Any, monkeypatch_module: pytest.MonkeyPatch) -> TrainingSet:
+    """The shop's training set, in many shards."""
+    monkeypatch_module.setattr(training_set, "SHARD_ROWS", 500)
+    return open_training_set(shop.settings, shop.store, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_mapped_rows_are_their_parts_in_a_row(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(size=(size, 2)) for size in sizes]
+    rows, plain = MappedRows(parts), np.concatenate(parts)
+    assert (len(rows), rows.shape, rows.dtype) == (len(plain), plain.shape, plain.dtype)
+    chosen = rng.integers(0, max(len(plain), 1), 7) if len(plain) else np.zeros(0, np.int64)
+    assert np.array_equal(rows[chosen], plain[chosen])
+    assert np.array_equal(rows[plain[:, 0] > 0], plain[plain[:, 0] > 0])
+    assert np.array_equal(rows[1:], plain[1:])
+    assert np.array_equal(np.asarray(rows), plain)
+    assert len(spread_rows(rows, 3)) <= 3
+
+
+def test_a_shard_keeps_types_shapes_and_rows_of_nothing(tmp_path: Path) -> None:
+    arrays = {
+        "numbers": np.arange(6, dtype=np.float32).reshape(3, 2),
+        "flags": np.array([True, False, True]).astype(np.int8),
+        "nothing": np.zeros((3, 0), np.int32),
+    }
+    write_shard(tmp_path / "one.arrow", arrays)
+    for name, array in read_shard(tmp_path / "one.arrow").items():
+        assert array.dtype == arrays[name].dtype
+        assert np.array_equal(array, arrays[name])
+    (tmp_path / "one.arrow").write_bytes(b"torn")
+    with pytest.raises(ShardError, match="damaged or gone"):
+        open_shards([tmp_path / "one.arrow"])
+
+
+def test_shards_hold_what_one_table_in_memory_does(shop: Any, made: TrainingSet) -> None:
+    """Parity with the plain twin: the whole period joined, and featurised at once."""
+    assert made.counts["train"]["shards"] > 3
+    warehouse = made.warehouse
+    whole = {name: warehouse.split(shop.store, RECIPE.service, name) for name in SPLITS}
+    plain = vocabularies(warehouse.contract, whole["train"], RECIPE.min_item_count)
+    assert {n: i.plain() for n, i in made.vocabularies.items()} == {
+        n: i.plain() for n, i in plain.items()
+    }
+    encoder = Encoder(warehouse.contract, plain, RECIPE.history_length)
+    for name in SPLITS:
+        period, split = made.period(name), whole[name]
+        expected = encoder.featurise(split.requests)
+        for field in fields(Encoded):
+            if field.name not in ("gather", "gather_tokens", "item_of_key"):
+                got = np.asarray(getattr(period.encoded, field.name))
+                assert np.array_equal(got, getattr(expected, field.name), equal_nan=True), field
+        chosen = np.arange(0, len(expected), 7)
+        ours, theirs = (encoder.collate(one, chosen) for one in (period.encoded, expected))
+        for field in fields(ours.user):
+            one, other = (getattr(batch.user, field.name) for batch in (ours, theirs))
+            assert one is None or torch.equal(one.nan_to_num(-9), other.nan_to_num(-9)), field
+        assert np.array_equal(period.history_lengths, split.history_lengths)
+        same = period.users[:, None] == period.users
+        users = np.array(split.users.to_pylist())
+        assert np.array_equal(same, users[:, None] == users)
+        if name != "train":
+            for floor, scores in floor_scores(split).items():
+                assert np.array_equal(period.floors[floor], scores), floor
+
+
+def test_what_is_there_is_not_made_again(shop: Any, made: TrainingSet) -> None:
+    again = open_training_set(shop.settings, None, OPTIONS)  # type: ignore[arg-type]
+    assert again.folder == made.folder
+    assert again.counts == made.counts
+
+
+def test_training_from_disk_is_training_from_memory_to_the_bit(
+    shop: Any, made: TrainingSet, tmp_path: Path
+) -> None:
+    encoder = made.encoder(RECIPE.history_length)
+    in_memory = [
+        encoder.featurise(made.warehouse.split(shop.store, RECIPE.service, name).requests)
+        for name in ("train", "validation")
+    ]
+    on_disk = [made.period(name).encoded for name in ("train", "validation")]
+    for name, (train, validation) in (("memory", in_memory), ("disk", on_disk)):
+        model = build_model(RECIPE, encoder, train)
+        trainer = Trainer(model, encoder, RECIPE.training, tmp_path / name, "same")
+        # Stopped once, so that it also resumes.
+        trainer.fit(train, validation, stop_after=3)
+        trainer.fit(train, validation)
+    assert list(read_metrics(tmp_path / "disk")) == list(read_metrics(tmp_path / "memory"))
+
+
+def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet) -> None:
+    """Features of the newest two events are those of a past that has no others."""
+    few = open_training_set(shop.settings, shop.store, replace(OPTIONS, visible=2))
+    encoder, period = few.encoder(16), few.period("test")
+    names = list(encoder.dense_names)
+    dense = np.asarray(period.encoded.candidate_dense)
+    bought = np.exp(dense[:, names.index("life_item")]) - 0.01
+    assert bought.max() <= 2 + 1e-5
+    assert np.expm1(dense[:, names.index("match_times")]).max() <= 2 + 1e-5
+    batch = encoder.collate(period.encoded, np.arange(len(period.encoded)))
+    assert batch.user.mask_BL.sum(1).max() == 2
+    whole = made.period("test")
+    assert period.floors[FREQUENCY].max() <= 2 < whole.floors[FREQUENCY].max()
+    log = made.warehouse.log
+    known = JobFolder(shop.settings.home, "user_history").read("user_stats").num_rows
+    assert known >= len(log.users)
