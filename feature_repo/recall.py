@@ -95,11 +95,14 @@ class Recall:
         layout, events, candidates = self._positions(event_codes, codes)
         counted = np.flatnonzero(history.columns["action"] == 0)
         events, event_times = events[counted], history.times[counted]
-        ends = np.searchsorted(counted, ends)  # of the counted events
+        oldest = np.zeros_like(ends) if self.newest is None else ends - self.newest
+        begins, ends = np.searchsorted(counted, oldest), np.searchsorted(counted, ends)
         found, first, done, sketch = [], 0, 0, Sketch(layout)
-        for end, time, size in zip(ends.tolist(), times.tolist(), sizes, strict=True):
-            if self.newest is not None:
-                sketch, done = Sketch(layout), max(end - self.newest, 0)
+        for begin, end, time, size in zip(
+            begins.tolist(), ends.tolist(), times.tolist(), sizes, strict=True
+        ):
+            if self.newest is not None:  # what leaves the window cannot be taken out: anew
+                sketch, done = Sketch(layout), begin
             sketch.add(events[done:end], event_times[done:end])
             found.append(sketch.read(candidates[first : first + size], time))
             first, done = first + size, end
