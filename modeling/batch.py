@@ -141,6 +141,8 @@ class FeatureSizes:
     request: GroupSizes = NO_COLUMNS  # of user and context
     candidate: GroupSizes = NO_COLUMNS
     event: GroupSizes = NO_COLUMNS
+    # Categories of items alone, which stand first among those of candidates.
+    item: GroupSizes = NO_COLUMNS
     tasks: int = 1
     # Number and width of stored summary tokens that a user may have.
     tokens: tuple[int, int] = (0, 0)
@@ -198,11 +200,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """Dense numbers of the training period, from which a model takes how to scale them."""
+    """What a model takes from the training period before its first step.
+
+    Args:
+        candidate_NF, request_BG, event_ME: dense numbers, from which their scales come.
+        item_IK: int64 category slots of every item of the vocabulary, for events, which carry an
+            item and not its columns.
+    """
 
     candidate_NF: Tensor
     request_BG: Tensor
     event_ME: Tensor
+    item_IK: Tensor | None = None
 
 
 class Encoder:
@@ -229,6 +238,8 @@ class Encoder:
         self.request = group_of(contract.request_features, vocabularies)
         self.candidate = group_of(contract.candidate_features, vocabularies)
         self.event = group_of(contract.event_features, vocabularies, events=True)
+        categorical = [c for c in contract.item_columns if c.kind and c.is_categorical]
+        self.own_item = group_of(categorical, vocabularies)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
         self.memory_names = memory_names(contract)
         self.remembered = (contract.item.column, *contract.remembered)
@@ -364,6 +375,7 @@ class Encoder:
                 numbers=len(self.dense_names) - len(self.candidate.dense_names) + candidate.numbers,
             ),
             event=self.event.sizes,
+            item=self.own_item.sizes,
             tasks=len(self.contract.spec.tasks),
             tokens=self.tokens,
         )
@@ -443,7 +455,18 @@ class Encoder:
             torch.from_numpy(spread_rows(train.candidate_dense, SAMPLED_ROWS)),
             torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
             torch.from_numpy(self.event.event_dense(events.columns, events.times)),
+            torch.from_numpy(self._item_categories(train)),
         )
+
+    def _item_categories(self, train: Encoded) -> np.ndarray:
+        """Category slots of each item, as the last training example with it has them."""
+        width = self.own_item.sizes.num_slots
+        found = np.zeros((self.items.size, width), np.int64)
+        for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
+            rows = slice(start, start + SAMPLED_ROWS)
+            found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
+        found[0] = 0  # what no vocabulary knows has no categories either
+        return found
 
     def _user_stats(self, requests: RequestColumns) -> list[np.ndarray]:
         """First event, events, other events and mean value of each request's user; NaN where one is

@@ -155,7 +155,7 @@ def evaluate(
         "rr": np.bincount(users, np.nan_to_num(rr), num_users),
     }
     counted = np.bincount(users, ~np.isnan(ndcg), num_users)
-    user_auc, user_weight = _auc_by_user(labels, scores, user_of, num_users)
+    user_auc, user_weight = auc_by_user(labels, scores, user_of, num_users)
     weighted_auc = np.nan_to_num(user_auc) * user_weight
     candidates = np.bincount(user_of, minlength=num_users)
     positives = np.bincount(user_of, labels, num_users)
@@ -240,7 +240,7 @@ def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | No
     return float((positive * (below + negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
 
 
-def _auc_by_user(
+def auc_by_user(
     labels: np.ndarray, scores: np.ndarray, user_of: np.ndarray, num_users: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""

@@ -25,6 +25,7 @@ CLASSES = {  # model → room and class; its module is `<room>.<model>`, the mod
     "sasrec": ("models", "SASRec"),
     "transformer": ("baselines", "Transformer"),
     "vista": ("models", "VISTA"),
+    "vista_addressed": ("models", "AddressedVISTA"),
     "wukong": ("baselines", "Wukong"),
 }
 NAMES = tuple(CLASSES)

@@ -9,6 +9,7 @@ to take more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,7 @@ from feature_repo.history import Histories
 from feature_repo.schema import Contract
 from modeling import bundle
 from modeling.batch import Encoder, UserInputs
-from modeling.models.base import Ranker
-from modeling.models.vista import VISTA
+from modeling.models.base import Ranker, TokenMaker
 from modeling.token_identity import token_fingerprint
 
 PADDED_EVENTS = 1 << 12  # events, padding counted, that stage 1 reads at a time
@@ -74,15 +74,15 @@ class Summariser:
             raise ValueError(
                 f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
             )
-        self.model, self.encoder, self.fingerprint = cast(VISTA, model), encoder, fingerprint
-        self.streams = self.model.config.causal
+        self.model, self.encoder, self.fingerprint = cast(TokenMaker, model), encoder, fingerprint
+        self.streams = self.model.streams
         self._lock = Lock()
 
     def bytes_of_user(self, snapshots: int = 1) -> int:
         """What one user's streams, and tokens of so many snapshots, take in memory at fp32."""
-        config, size = self.model.config, self.model.config.width // self.model.config.num_heads
-        streams = config.summary_layers * 2 * config.num_heads * size * size if self.streams else 0
-        return 4 * (snapshots * config.num_seeds * config.width + streams)
+        shape = self.model.token_shape
+        assert shape is not None
+        return 4 * (snapshots * math.prod(shape) + math.prod(self.model.stream_shape))
 
     def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
         """Tokens of whole histories, batched by length; one that is longer than a batch goes
@@ -119,8 +119,9 @@ class Summariser:
         self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
     ) -> Summary:
         """Batch by batch; `before` holds what the streams have seen, None where they begin."""
-        number, width = len(events.lengths), self.model.config.width
-        tokens = np.empty((number, self.model.config.num_seeds, width), np.float32)
+        number, shape = len(events.lengths), self.model.token_shape
+        assert shape is not None
+        tokens = np.empty((number, *shape), np.float32)
         kept: np.ndarray | None = None
         for chosen in _batches(events.lengths):
             part = events.take(events.offsets[:-1][chosen], events.offsets[1:][chosen])
@@ -142,8 +143,7 @@ class Summariser:
     ) -> tuple[Tensor, Tensor | None]:
         length = int(events.lengths.max(initial=0))
         step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
-        if self.streams:  # pieces begin where blocks do, so that every path adds the same numbers in the same order
-            step = max(step // self.model.config.block, 1) * self.model.config.block
+        step = max(step // self.model.piece, 1) * self.model.piece
 
         def chunks() -> Iterator[UserInputs]:
             none = np.full(len(at), -1, np.int64)

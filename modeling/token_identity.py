@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import cast
 
 from feature_repo import envelope
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling.batch import Encoder
-from modeling.models.base import Ranker
-from modeling.models.vista import VISTA
+from modeling.models.base import Ranker, TokenMaker
 
 VERSION = 1  # raised when the same weights would give other tokens
 
@@ -24,20 +22,18 @@ def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
     Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and
     the code's versions: a bundle that differs in stage 2 alone accepts the same tokens.
     """
-    if model.token_shape is None:
+    if not isinstance(model, TokenMaker) or model.token_shape is None:
         return None
-    vista = cast(VISTA, model)
-    names = ("num_heads", "attention", "seed_role", "causal", "block", "divide")
     identity = {
         "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
         "contract": encoder.contract.fingerprint,
-        "config": {name: getattr(vista.config, name) for name in names},
-        "history_length": None if vista.config.causal else encoder.history_length,
+        "config": model.token_config,
+        "history_length": None if model.streams else encoder.history_length,
         "items": encoder.items.plain(),
         "events": {name: index.plain() for name, index in encoder.event.indices.items()},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, weight in sorted(vista.stage_1().items()):
+    for name, weight in sorted(model.stage_1().items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -5,6 +5,7 @@ state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -98,3 +99,71 @@ class Ranker(nn.Module, ABC):
             ],
             dim=1,
         )
+
+
+class TokenMaker(Ranker):
+    """A ranker whose state is a few summary tokens, which a job makes of whole histories and a store
+    keeps: what `modeling/summary.py` and a token's identity need of it.
+
+    Its stage 1 reads events and nothing of the request. One that `streams` knows no "now": what it
+    keeps of a history takes new events, at a cost that does not depend on how many came before.
+    """
+
+    @property
+    @abstractmethod
+    def streams(self) -> bool:
+        """Whether stored streams take new events."""
+
+    @property
+    @abstractmethod
+    def piece(self) -> int:
+        """Of how many events chunks must be a multiple, so that every path adds the same numbers in
+        the same order.
+        """
+
+    @property
+    @abstractmethod
+    def stream_shape(self) -> tuple[int, int]:
+        """Rows and width of `stored_streams`, for one user; (0, 0) where nothing streams."""
+
+    @property
+    @abstractmethod
+    def token_config(self) -> dict[str, Any]:
+        """What tokens depend on beside the weights of stage 1."""
+
+    @abstractmethod
+    def stage_1(self) -> dict[str, Tensor]:
+        """All weights that summary tokens depend on, by name."""
+
+    @abstractmethod
+    def tokens_of(self, user: UserInputs) -> Tensor:
+        """Stage 1 alone, over whole histories: tokens_BSD."""
+
+    @abstractmethod
+    def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
+        """Tokens of histories of any length, in the memory of one chunk.
+
+        Args:
+            chunks: an iteration over parts of the same users' events, oldest first; may be called
+                several times.
+        """
+
+    @abstractmethod
+    def stream(self, chunks: Iterable[UserInputs], streams: Any = None) -> tuple[Tensor, Any]:
+        """Tokens after chunks of any number of events, and the streams behind them.
+
+        Args:
+            streams: of the events before; default: there were none.
+        """
+
+    @abstractmethod
+    def stored_streams(self, streams: Any) -> Tensor:
+        """What has to be kept of streams, B × rows × width."""
+
+    @abstractmethod
+    def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> Any:
+        """The streams behind `stored_streams`, after so many events.
+
+        Raises:
+            ValueError: the rows are not those of this configuration.
+        """

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
 from modeling.layers.stored_tokens import StoredTokens
-from modeling.models.base import CannotExtendError, Ranker
+from modeling.models.base import CannotExtendError, TokenMaker
 
 AGE_BUCKETS = 16  # of the logarithm of an event's age, half a unit each
 
@@ -93,7 +93,7 @@ class UserState:
     streams: tuple[Stream, ...] = ()
 
 
-class VISTA(Ranker):
+class VISTA(TokenMaker):
     """See the module docstring.
 
     ```
@@ -167,6 +167,29 @@ class VISTA(Ranker):
         """S, D; None where there is no stage 1."""
         return None if self.config.stored else (self.config.num_seeds, self.config.width)
 
+    @property
+    def streams(self) -> bool:
+        """Whether events read only those before them."""
+        return self.config.causal
+
+    @property
+    def piece(self) -> int:
+        """Chunks begin where blocks do."""
+        return self.config.block if self.streams else 1
+
+    @property
+    def stream_shape(self) -> tuple[int, int]:
+        """Both sums of every layer."""
+        size = self.config.width // self.config.num_heads
+        rows = self.config.summary_layers * 2 * self.config.num_heads * size
+        return (rows, size) if self.streams else (0, 0)
+
+    @property
+    def token_config(self) -> dict[str, Any]:
+        """Of the layers of stage 1."""
+        names = ("num_heads", "attention", "seed_role", "causal", "block", "divide")
+        return {name: getattr(self.config, name) for name in names}
+
     def stage_1(self) -> dict[str, Tensor]:
         """All weights that summary tokens depend on, by name."""
         return {
@@ -220,9 +243,9 @@ class VISTA(Ranker):
         """
         layers, heads = len(self.summary), self.config.num_heads
         size = self.config.width // heads
-        if stored_BRK.shape[1:] != (layers * 2 * heads * size, size):
+        if stored_BRK.shape[1:] != self.stream_shape:
             raise ValueError(
-                f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {(layers * 2 * heads * size, size)}"
+                f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {self.stream_shape}"
             )
         filled = num_events_B % self.config.block
         parts = stored_BRK.unflatten(1, (layers, 2, heads, size))

@@ -1,0 +1,182 @@
+"""A memory of slots that items address: each event is added to the slots that its item names, and a
+candidate reads the slots that it names itself.
+
+Ours. Linear attention (quasi_linear.py) adds every event to one matrix, and softmax over events
+needs them all. Here the softmax is over slots (as in slot attention, Locatello et al., arXiv
+2006.15055, where slots compete for inputs), so that an event goes where its like went, and what is
+stored stays a sum:
+
+    x_i = Σ_k m_k · part_k / |part_k|            code of an item: its own row, and its categories'
+    a_i = softmax(τ · x_i · keys)                 address, over A slots
+    total_{a,h} = Σ_i a_i · w_i · 2^(-age_i / h) · x_i      for each half-life h
+    mass_{a,h}  = Σ_i a_i · |w_i| · 2^(-age_i / h)
+
+Few items share a slot, so the product of a slot with a candidate's code comes near to how often, and
+how lately, that very candidate was there: a count sketch whose hashing is learned. Ages are counted
+back from the newest event, so nothing depends on "now", and new events are added exactly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, embedding_bag, normalize
+
+from modeling.batch import FeatureSizes
+
+
+class SlotStream(NamedTuple):
+    """All that is kept of the events so far, as of the newest of them; float32."""
+
+    total_BAHW: Tensor
+    mass_BAH: Tensor
+
+
+class ItemCodes(nn.Module):
+    """Codes of items, from their own rows and those of their categories; each of unit length.
+
+    Rows begin at random, so that even an item that training hardly saw has a code of its own.
+
+    Args:
+        width: of a code, W.
+    """
+
+    item_IK: Tensor
+
+    def __init__(self, sizes: FeatureSizes, width: int) -> None:
+        super().__init__()
+        self.slots = sizes.item.slots
+        self.item = nn.Embedding(sizes.items, width)
+        self.categories = nn.ModuleList(
+            nn.Embedding(size, width, padding_idx=0) for size in sizes.item.categories
+        )
+        self.mix = nn.Parameter(torch.full((1 + len(self.slots),), 0.5))
+        self.register_buffer(
+            "item_IK", torch.zeros(sizes.items, sizes.item.num_slots, dtype=torch.long)
+        )
+
+    @property
+    def num_parts(self) -> int:
+        """The item and its category columns."""
+        return 1 + len(self.slots)
+
+    def parts(self, item: Tensor, category_K: Tensor | None = None) -> Tensor:
+        """… × parts × W, each of unit length, or nothing where an item has no such category.
+
+        Args:
+            item: vocabulary indices.
+            category_K: category slots, the items' own first; default: those known from training.
+        """
+        slots = self.item_IK[item] if category_K is None else category_K
+        found = [self.item(item)]
+        groups = slots[..., : sum(self.slots)].split(self.slots, dim=-1) if self.slots else ()
+        for table, group in zip(self.categories, groups, strict=True):
+            if group.shape[-1] == 1:
+                found.append(embedding(group[..., 0], table.weight, padding_idx=0))  # type: ignore[arg-type]
+                continue
+            rows = group.reshape(-1, group.shape[-1])
+            mean = embedding_bag(rows, table.weight, mode="mean", padding_idx=0)  # type: ignore[arg-type]
+            found.append(mean.view(*group.shape[:-1], -1))
+        return normalize(torch.stack(found, dim=-2), dim=-1)
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Codes, … × W."""
+        return (parts * self.mix[:, None]).sum(-2)
+
+
+class SlotMemory(nn.Module):
+    """Sums of codes by address and half-life.
+
+    Args:
+        num_slots: A; one slot is a mean pool that fades.
+        half_lives_days: H of them; infinity keeps everything alike.
+        sharpness: τ.
+    """
+
+    half_lives: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        num_slots: int,
+        half_lives_days: tuple[float, ...],
+        actions: int,
+        event_size: int,
+        sharpness: float,
+    ) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+        self.keys = nn.Parameter(torch.randn(num_slots, width) * 0.3)
+        self.action = nn.Parameter(torch.ones(actions))  # weight of an event, by its action
+        self.gate = nn.Linear(event_size, 1, bias=False) if event_size else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+        self.register_buffer("half_lives", torch.tensor(half_lives_days), persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A, H."""
+        return len(self.keys), len(self.half_lives)
+
+    def address(self, codes: Tensor) -> Tensor:
+        """Softmax over slots, … × A."""
+        return (self.sharpness * codes @ self.keys.T).softmax(-1)
+
+    def start(self, batch: int) -> SlotStream:
+        """No events yet."""
+        total = self.keys.new_zeros(batch, *self.shape, self.keys.shape[1], dtype=torch.float32)
+        return SlotStream(total, total[..., 0])
+
+    def advance(
+        self,
+        stream: SlotStream,
+        codes_BLW: Tensor,
+        action_BL: Tensor,
+        events_BLN: Tensor,
+        gap_days_BL: Tensor,
+        mask_BL: Tensor,
+    ) -> SlotStream:
+        """Add the next events of each user.
+
+        Args:
+            gap_days_BL: days since the event before; of the first one since the newest in `stream`.
+        """
+        device = codes_BLW.device.type
+        with torch.autocast(device, enabled=False):  # sums of a million events want float32
+            codes, gaps = codes_BLW.float(), gap_days_BL.float() * mask_BL
+            weight = self.action.float()[action_BL]
+            if self.gate is not None:
+                weight = weight * 2 * self.gate(events_BLN.float())[..., 0].sigmoid()
+            whole = gaps.sum(1, keepdim=True)
+            age = whole - gaps.cumsum(1)
+            faded = torch.exp2(-age[..., None] / self.half_lives) * mask_BL[..., None]
+            share = self.address(codes)[..., None] * faded[:, :, None]  # B × L × A × H
+            signed = (share * weight[..., None, None]).flatten(2)
+            added = (signed.transpose(1, 2) @ codes).unflatten(1, self.shape)
+            mass = (share * weight.abs()[..., None, None]).sum(1)
+            before = torch.exp2(-whole / self.half_lives)[:, None]  # B × 1 × H
+            return SlotStream(
+                stream.total_BAHW * before[..., None] + added, stream.mass_BAH * before + mass
+            )
+
+
+def slot_memory_plain(
+    memory: SlotMemory, codes_LW: Tensor, action_L: Tensor, age_days_L: Tensor
+) -> SlotStream:
+    """One history, event by event and slot by slot: the plain twin, of events without numbers.
+
+    Args:
+        age_days_L: days from each event to the newest.
+    """
+    slots, half_lives = memory.shape
+    total = torch.zeros(1, slots, half_lives, codes_LW.shape[1])
+    mass = torch.zeros(1, slots, half_lives)
+    for code, action, age in zip(codes_LW, action_L, age_days_L, strict=True):
+        for slot, share in enumerate(memory.address(code)):
+            for number, half_life in enumerate(memory.half_lives):
+                weight = share * memory.action[action] * 2 ** (-age / half_life)
+                total[0, slot, number] += weight * code
+                mass[0, slot, number] += weight.abs()
+    return SlotStream(total, mass)
