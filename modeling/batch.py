@@ -214,6 +214,22 @@ class TrainingSample:
     item_IK: Tensor | None = None
 
 
+GROUPS = ("matches", "user")  # inputs that a comparison may withhold
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """Inputs that a model is not to see.
+
+    Args:
+        candidate_dense: which dense numbers of candidates, bool.
+        user: whether all columns and statistics of users, and the context.
+    """
+
+    candidate_dense: np.ndarray
+    user: bool
+
+
 class Encoder:
     """Turns stored columns into model inputs, the same way for training and serving.
 
@@ -223,6 +239,8 @@ class Encoder:
             columns under `event_key`.
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
+        without: inputs that are withheld, to see what a model makes of the others: "matches" between
+            candidate and history, sketch included; "user", all of users but their history.
     """
 
     def __init__(
@@ -231,9 +249,12 @@ class Encoder:
         vocabularies: dict[str, Index],
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
+        without: tuple[str, ...] = (),
     ) -> None:
         self.contract, self.vocabularies = contract, vocabularies
-        self.history_length, self.tokens = history_length, tokens
+        if unknown := set(without) - set(GROUPS):
+            raise ValueError(f"no inputs {sorted(unknown)} to withhold; there are {GROUPS}")
+        self.history_length, self.tokens, self.without = history_length, tokens, without
         self.item_key = contract.item.join_key
         self.request = group_of(contract.request_features, vocabularies)
         self.candidate = group_of(contract.candidate_features, vocabularies)
@@ -260,6 +281,13 @@ class Encoder:
             *self.memory_names,
             *self.candidate.dense_names,
         )
+
+    @cached_property
+    def withheld(self) -> Withheld:
+        """What no batch shows."""
+        between = {*MATCH_FEATURES, *self.memory_names} if "matches" in self.without else set()
+        dense = np.array([name in between for name in self.dense_names])
+        return Withheld(dense, "user" in self.without)
 
     @cached_property
     def unknown_dense(self) -> np.ndarray:
@@ -522,7 +550,20 @@ class Encoder:
             dense_BCF=pad(encoded.candidate_dense[flat]),
             mask_BC=torch.from_numpy(mask),
         )
-        return Batch(user, candidates, pad(encoded.labels[flat]))
+        batch = Batch(user, candidates, pad(encoded.labels[flat]))
+        return self._without(batch) if self.without else batch
+
+    def _without(self, batch: Batch) -> Batch:
+        """The batch, what is withheld missing."""
+        user, candidates = batch.user, batch.candidates
+        column = torch.from_numpy(self.withheld.candidate_dense)
+        dense = candidates.dense_BCF.masked_fill(column, torch.nan)
+        if self.withheld.user:
+            fields = user.field_BU.clone()
+            fields[:, : self.request.sizes.num_slots] = 0  # behind them stand hour and weekday
+            unknown = torch.full_like(user.dense_BG, torch.nan)
+            user = replace(user, field_BU=fields, dense_BG=unknown)
+        return replace(batch, user=user, candidates=replace(candidates, dense_BCF=dense))
 
     def user_inputs(
         self,

@@ -320,7 +320,9 @@ def _train(run: TrainingRun, device: str) -> dict[str, Any]:
     training_set = open_training_set(run.settings, store, options)
     refuse_if_rebuilt(run)
     # 2. What this recipe reads of them.
-    encoder = training_set.encoder(recipe.history_length, tokens=run.tokens is not None)
+    encoder = training_set.encoder(
+        recipe.history_length, tokens=run.tokens is not None, without=recipe.without
+    )
     encoded, encoded_validation = (
         training_set.period(name, tokens=run.tokens is not None).encoded
         for name in ("train", "validation")
@@ -443,6 +445,10 @@ def export(
     from modeling import promotion
     from modeling.evaluate import read
 
+    if run.recipe.without:
+        raise RecipeError(
+            f"{run.recipe.name} is for comparisons: {', '.join(run.recipe.without)} are withheld from it, and a server would show them"
+        )
     evaluation = read(run.folder)
     if evaluation["identity"] != run.evaluation_identity:
         raise NotTrainedError(
@@ -499,9 +505,14 @@ def refuse_longer_than_kept(run: TrainingRun) -> None:
     Raises:
         DataError: its recipe reads more events than are kept online.
     """
+    from modeling.models.base import TokenMaker
+
     kept = datasets.load_contract(run.settings.dataset).spec.num_history_online
     read = run.recipe.history_length
     if read > kept:
+        model, _ = _load_trained(run)
+        if isinstance(model, TokenMaker) and model.streams:
+            return  # it is served the tokens of all events
         raise DataError(
             f"{run.recipe.name} reads {read:,} events of a history, online are kept {kept:,}: it would rank from less than it "
             f"was trained on. Set num_history_online={read} in feature_repo/datasets/{run.settings.dataset}.py and build again, "
@@ -584,7 +595,11 @@ def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
     contract = datasets.load_contract(run.settings.dataset)
     vocabularies = read_vocabularies(contract, run.folder / "vocabularies.json")
     encoder = Encoder(
-        contract, vocabularies, run.recipe.history_length, run.tokens[1] if run.tokens else (0, 0)
+        contract,
+        vocabularies,
+        run.recipe.history_length,
+        run.tokens[1] if run.tokens else (0, 0),
+        run.recipe.without,
     )
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
     weights = run.folder / "best.safetensors"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,8 @@ from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import models, recipes
 from modeling.batch import Encoded, Encoder
+from modeling.claims import PAIRED, Difference, PerUser, decided, difference, of_seeds, per_user
+from modeling.classic import CLASSICS, Classic, classic_scores
 from modeling.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.dataset import SPLITS, Tokens
@@ -30,10 +34,12 @@ from modeling.errors import RecipeError
 from modeling.evaluate import measure, plain_metrics, primary_task
 from modeling.floors import floors_of
 from modeling.memory import keep_freed_memory
+from modeling.metrics import defined
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.registry import training_code
 from modeling.report import plots, write_page
+from modeling.shards import read_shard, write_shard
 from modeling.trainer import Trainer, locked_run, predict
 from modeling.training_set import Options, Period, TrainingSet, open_training_set
 
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
     from modeling.command import Comparison
 
 METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
+PER_USER = "per_user.arrow"  # the paired metrics of a run, by user
 
 
 class Encodings:
@@ -73,7 +80,9 @@ class Encodings:
     def encoder_of(self, recipe: Recipe) -> Encoder:
         """Its encoder."""
         tokens = recipe.tokens is not None
-        return self.set_of(recipe).encoder(recipe.history_length, tokens=tokens)
+        return self.set_of(recipe).encoder(
+            recipe.history_length, tokens=tokens, without=recipe.without
+        )
 
     def period(self, recipe: Recipe, name: str) -> Period:
         """One of its periods."""
@@ -137,6 +146,40 @@ def run_of(settings: Settings, encodings: Encodings, recipe: Recipe) -> Compared
     return ComparedRun(identity, Path(settings.path("comparison", name)))
 
 
+def primary_number(spec: DatasetSpec) -> int:
+    """Number of the primary task."""
+    return [task.name for task in spec.tasks].index(primary_task(spec))
+
+
+def sums_by_user(test: Period, scores: np.ndarray, task: int) -> dict[str, PerUser]:
+    """The paired metrics of a scoring, by user."""
+    known = defined(np.asarray(test.encoded.labels)[:, task], test.encoded.candidate_offsets)
+    _, numbered = np.unique(test.users[known.requests], return_inverse=True)
+    return per_user(known.labels, scores[known.rows], known.offsets, numbered)
+
+
+def _plain(sums: dict[str, PerUser]) -> dict[str, np.ndarray]:
+    """As a shard holds them."""
+    return {
+        f"{metric} {part}": getattr(one, part)[0]
+        for metric, one in sums.items()
+        for part in ("total", "weight")
+    }
+
+
+def stored_sums(folder: Path) -> dict[str, PerUser]:
+    """The paired metrics of a finished run, by user.
+
+    Raises:
+        ShardError: they are damaged or gone.
+    """
+    stored = read_shard(folder / PER_USER)
+    return {
+        metric: PerUser(stored[f"{metric} total"][None], stored[f"{metric} weight"][None])
+        for metric in PAIRED
+    }
+
+
 def train_and_evaluate(
     settings: Settings, encodings: Encodings, recipe: Recipe, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -149,7 +192,11 @@ def train_and_evaluate(
     run = run_of(settings, encodings, recipe)
     folder, identity = run.folder, run.identity
     stored = Path(folder, "result.json")
-    if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
+    if (
+        stored.exists()
+        and Path(folder, PER_USER).exists()
+        and (done := json.loads(stored.read_text()))["identity"] == identity
+    ):
         return cast(dict[str, Any], done)
     with locked_run(folder):
         return _train_and_evaluate(encodings, recipe, folder, identity, device)
@@ -170,9 +217,12 @@ def _train_and_evaluate(
         task.name: measure(test.encoded, test.users, logits[:, number], number)
         for number, task in enumerate(encoder.contract.spec.tasks)
     }
-    found = by_task[primary_task(encoder.contract.spec)]
+    spec = encoder.contract.spec
+    found, number = by_task[primary_task(spec)], primary_number(spec)
+    write_shard(folder / PER_USER, _plain(sums_by_user(test, logits[:, number], number)))
     result = {
         "identity": identity,
+        "folder": str(folder),
         "recipe": recipe.name,
         "seed": recipe.training.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -233,16 +283,31 @@ def compare(settings: Settings, asked: Comparison) -> None:
     contract = encodings.encoder_of(chosen[0]).contract
     lines = summary_lines(results)
     lines += floor_lines(contract.spec, encodings.period(chosen[0], "test"))
+    trained = trained_floors(settings, encodings, chosen[0])
+    lines += classic_lines(trained)
+    claims = claims_of(results, trained)
     pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
     (folder / "comparison.json").write_text(
-        json.dumps({"title": title, "results": results}, indent=1)
+        json.dumps(
+            {
+                "title": title,
+                "results": results,
+                "floors": [asdict(floor) for floor in trained],
+                "claims": [asdict(claim) for claim in claims],
+            },
+            indent=1,
+        )
     )
     subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
     tasks = [task.name for task in contract.spec.tasks]
-    more = {f"Task {name}": summary_lines(results, name) for name in tasks if len(tasks) > 1}
+    more = {
+        "Differences, paired over users and seeds, after Holm's correction": claim_lines(claims)
+    }
+    more |= {f"Task {name}": summary_lines(results, name) for name in tasks if len(tasks) > 1}
     page = folder / "comparison.html"
     write_page(page, "Ranking comparison", [subtitle], lines, pictures, more)
     print_table(lines)
+    print_table(claim_lines(claims))
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
 
 
@@ -279,9 +344,118 @@ def _tested(run: dict[str, Any], task: str | None) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class TrainedFloor:
+    """Trees or a regression on the same numbers, over seeds where they have any.
+
+    Args:
+        test: metrics of each seed, as `plain_metrics` gives them.
+        cpu_seconds: of fitting and scoring, mean over seeds.
+        folders: of its runs, where the sums by user are.
+    """
+
+    name: str
+    test: list[dict[str, Any]]
+    cpu_seconds: float
+    folders: list[str]
+
+
+def trained_floors(
+    settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int = 1
+) -> list[TrainedFloor]:
+    """The trained floors on what a recipe reads of dense numbers; kept, and not fitted again."""
+    found = []
+    for kind in CLASSICS:
+        results = [
+            _trained_floor(settings, encodings, recipe, kind, seed)
+            for seed in range(1, (seeds if kind == "trees" else 1) + 1)
+        ]
+        cost = statistics.mean(result["cpu_seconds"] for result in results)
+        folders = [result["folder"] for result in results]
+        found.append(TrainedFloor(kind, [result["test"] for result in results], cost, folders))
+    return found
+
+
+def _trained_floor(
+    settings: Settings, encodings: Encodings, recipe: Recipe, kind: Classic, seed: int
+) -> dict[str, Any]:
+    code = code_digest("modeling.classic", "modeling.metrics")
+    identity = digest_of([kind, seed, encodings.set_of(recipe).identity, recipe.without, code])
+    folder = Path(
+        settings.path("comparison", f"{kind.replace(' ', '_')}-seed{seed}-{identity[:8]}")
+    )
+    stored = folder / "result.json"
+    if stored.exists():
+        return cast(dict[str, Any], json.loads(stored.read_text()))
+    console.print(f"compare: {kind}, seed {seed}", highlight=False)
+    with locked_run(folder):
+        encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test")
+        train, number = (
+            encodings.period(recipe, "train").encoded,
+            primary_number(encoder.contract.spec),
+        )
+        started = time.process_time()
+        scores = classic_scores(kind, encoder, train, test.encoded, number, seed)
+        spent = time.process_time() - started
+        write_shard(folder / PER_USER, _plain(sums_by_user(test, scores, number)))
+        found = measure(test.encoded, test.users, scores, number)
+        result = {"test": plain_metrics(found), "cpu_seconds": spent, "folder": str(folder)}
+        draft = folder / ".result.draft"
+        draft.write_text(json.dumps(result, indent=1))
+        draft.replace(stored)
+    return result
+
+
+def classic_lines(floors: Sequence[TrainedFloor]) -> list[list[str]]:
+    """Rows of the trained floors."""
+    rows = []
+    for floor in floors:
+        cells = [spread([(run[m] or {}).get("value") for run in floor.test]) for m in METRICS]
+        seeds, cost = str(len(floor.test)), f"{floor.cpu_seconds:,.0f}"
+        rows.append([f"{floor.name}, dense numbers", seeds, *cells, "–", "–", "–", cost])
+    return rows
+
+
+def claims_of(
+    results: Sequence[dict[str, Any]], floors: Sequence[TrainedFloor]
+) -> list[Difference]:
+    """Each recipe less the trees on the same numbers, and less the first recipe named."""
+    sums = {
+        name: of_seeds([stored_sums(Path(run["folder"])) for run in runs])
+        for name, runs in by_recipe(list(results)).items()
+    }
+    trees = next(floor for floor in floors if floor.name == "trees")
+    against = {"trees": of_seeds([stored_sums(Path(folder)) for folder in trees.folders])}
+    first = next(iter(sums))
+    against[first] = sums[first]
+    pairs = [(name, other) for other in against for name in sums if name != other]
+    return decided(
+        [
+            difference(f"{name} − {other}", metric, sums[name][metric], against[other][metric])
+            for name, other in pairs
+            for metric in PAIRED
+        ]
+    )
+
+
+def claim_lines(claims: Sequence[Difference]) -> list[list[str]]:
+    """A row for each claim."""
+    return [["difference", "metric", "value", "95 % interval", "p", "verdict"]] + [
+        [
+            c.name,
+            c.metric,
+            f"{c.value:+.4f}",
+            f"[{c.low:+.4f}, {c.high:+.4f}]",
+            f"{c.p:.4f}",
+            c.verdict,
+        ]
+        for c in claims
+    ]
+
+
 def floor_lines(spec: DatasetSpec, test: Period) -> list[list[str]]:
     """Rows of the scorings that need no training, on the same candidates."""
-    number = [task.name for task in spec.tasks].index(primary_task(spec))
+    number = primary_number(spec)
     labels, offsets = np.asarray(test.encoded.labels)[:, number], test.encoded.candidate_offsets
     rows = []
     for name, scores in floors_of(test.floors, labels, offsets).items():

@@ -100,14 +100,18 @@ class TrainingSet:
     vocabularies: dict[str, Index]
     counts: dict[str, dict[str, int]]  # of each period: requests and candidates
 
-    def encoder(self, history_length: int, *, tokens: bool = False) -> Encoder:
+    def encoder(
+        self, history_length: int, *, tokens: bool = False, without: tuple[str, ...] = ()
+    ) -> Encoder:
         """The encoder of a ranker that reads so many events.
 
         Args:
             tokens: whether it reads stored summary tokens.
+            without: inputs that are withheld from it.
         """
         shape = self.options.tokens[1] if tokens and self.options.tokens else (0, 0)
-        return Encoder(self.warehouse.contract, self.vocabularies, history_length, shape)
+        contract = self.warehouse.contract
+        return Encoder(contract, self.vocabularies, history_length, shape, without)
 
     def period(self, name: str, *, tokens: bool = False) -> Period:
         """A period's requests, memory-mapped.

@@ -45,6 +45,7 @@ LIBRARIES = {
         "feature_repo/store.py",
         "feature_repo/benchmarks/point_in_time.py",
         "modeling/dataset.py",
+        "modeling/training_set.py",
         "serving/features.py",
         "serving/refresh.py",
     },

@@ -19,7 +19,6 @@ are what is read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +34,7 @@ from modeling.layers.interaction import CrossNetwork, TaskHeads
 from modeling.models.base import CannotExtendError, TokenMaker
 
 STAGE_1 = ("codes.", "memory.", "features.events.")
-FOREVER = math.inf
+FOREVER = 1e6  # days
 
 
 @dataclass(frozen=True)

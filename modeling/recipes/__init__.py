@@ -78,6 +78,7 @@ class Recipe:
         None  # the recipe whose stored summary tokens it reads; its service must join them
     )
     training: Training = field(default_factory=Training)
+    without: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
 
 
 Objective = Literal["softmax", "sampled_softmax", "gbce", "cloze"]

@@ -10,6 +10,8 @@ from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 RECIPES = (
     "vista",
+    "vista_addressed",
+    "vista_addressed_tiny",
     "vista_tiny",
     "vista_bidirectional_tiny",
     "vista_stage_2_tiny",
@@ -24,6 +26,8 @@ STREAM: dict[str, Any] = {
     "summary_layers": 2,
     "ranking_layers": 2,
 }
+FOREVER = 1e6  # days: a half-life that fades nothing
+WHOLE_HISTORY = 1 << 20  # events: what a recipe reads whose state is kept as events come
 SMALL: dict[str, Any] = {**STREAM, "width": 16, "num_seeds": 4, "block": 4}
 SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
 
@@ -43,6 +47,36 @@ def vista() -> Recipe:
     }
     training = Training(epochs=2, learning_rate=4e-3)
     return Recipe("vista", "vista", SERVICE, config, history_length=256, training=training)
+
+
+def vista_addressed() -> Recipe:
+    """Summary tokens of a whole history that keep which items it held, how often and how lately."""
+    config = {
+        "width": 32,
+        "code_width": 64,
+        "num_slots": 64,
+        "half_lives_days": (FOREVER,),
+        "cross_rank": 64,
+        "dropout": 0.1,
+    }
+    training = Training(epochs=2, learning_rate=4e-3)
+    return Recipe(
+        "vista_addressed", "vista_addressed", SERVICE, config, WHOLE_HISTORY, training=training
+    )
+
+
+def vista_addressed_tiny() -> Recipe:
+    """Seconds on any machine, for tests."""
+    config = {"width": 16, "code_width": 8, "num_slots": 4, "half_lives_days": (30.0, 7.0)}
+    return Recipe(
+        "vista_addressed_tiny",
+        "vista_addressed",
+        SERVICE,
+        config,
+        history_length=16,
+        min_item_count=2,
+        training=SECONDS,
+    )
 
 
 def vista_tiny() -> Recipe:

@@ -53,7 +53,7 @@ def evaluation(model: float, floor: float = 0.5, first: float = 0.0) -> dict[str
     metrics = {
         "model": {"ndcg@10": estimate(model), "gauc": estimate(model)},
         "own frequency": {"ndcg@10": estimate(floor)},
-        "popularity to date": {"ndcg@10": estimate(0.1), "gauc": estimate(0.1)},
+        "popularity, best window": {"ndcg@10": estimate(0.1), "gauc": estimate(0.1)},
     }
     return {
         "metrics": metrics,

@@ -169,7 +169,7 @@ def test_ranking_recipes_are_compared_on_the_same_join(
     told = next(line for line in said.splitlines() if line.startswith("comparison: "))
     page = Path(told.removeprefix("comparison: "))
     assert page.parent.parent == Path(shop.settings.home) / "comparisons"
-    for floor in ("own frequency", "popularity to date", "random"):
+    for floor in ("own frequency", "popularity, best window", "random"):
         assert floor in said
         assert floor in page.read_text()
     stored = json.loads(page.with_suffix(".json").read_text())["results"]

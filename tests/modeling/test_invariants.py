@@ -27,6 +27,7 @@ SIZES = FeatureSizes(
     request=GroupSizes((5, 3, 6), (1, 1, 2), numbers=3, vectors=(4,)),
     candidate=GroupSizes((7, 5), (3, 1), numbers=4, vectors=(3, 2)),
     event=GroupSizes((4, 6), (1, 2), numbers=2, vectors=(3,)),
+    item=GroupSizes((7, 5), (3, 1)),
     tasks=2,
 )
 RANKING = (
@@ -131,6 +132,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "vista_softmax": (
         "vista",
         {"width": 16, "num_seeds": 5, "attention": "softmax", "ranking_layers": 1},
+    ),
+    "vista_addressed_extendable": (
+        "vista_addressed",
+        {"width": 16, "code_width": 8, "num_slots": 3, "half_lives_days": (30.0, 2.0)},
+    ),
+    "vista_addressed_forever_extendable": (
+        "vista_addressed",
+        {"width": 16, "code_width": 8, "num_slots": 4, "half_lives_days": (float("inf"),)},
     ),
     "vista_extendable": (
         "vista",

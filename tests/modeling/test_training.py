@@ -21,7 +21,13 @@ from feature_repo.arrow import micros
 from feature_repo.tables import JobFolder, StaleTableError
 from modeling import models, recipes
 from modeling.batch import Batch, Encoded, Encoder, Vocabulary
-from modeling.dataset import JoinError, Warehouse, check_rows, vocabularies
+from modeling.dataset import (
+    JoinError,
+    Warehouse,
+    check_rows,
+    refuse_without_positives,
+    vocabularies,
+)
 from modeling.evaluate import without_history
 from modeling.models.base import Ranker
 from modeling.recipes import Training
@@ -154,14 +160,12 @@ def test_an_interrupted_retraining_leaves_nothing_to_export(encoded: Any, tmp_pa
 def test_periods_without_a_positive_are_refused_before_training(
     shop: Any, warehouse: Warehouse
 ) -> None:
-    from modeling.command import refuse_unless_trainable
-
     split = warehouse.split(shop.store, RECIPE.service, "validation")
     nothing = np.zeros((len(split.requests.candidate_keys), 1))
     barren = replace(split, requests=replace(split.requests, labels=nothing))
-    refuse_unless_trainable(warehouse, split, split)
+    refuse_without_positives(warehouse.contract, "validation", split)
     with pytest.raises(ValueError, match="validation period has no positive"):
-        refuse_unless_trainable(warehouse, split, barren)
+        refuse_without_positives(warehouse.contract, "validation", barren)
 
 
 def test_tables_rebuilt_while_they_were_read_are_noticed(shop: Any) -> None:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from feature_repo.tables import JobFolder
 from modeling import recipes, training_set
 from modeling.batch import Encoded, Encoder, spread_rows
+from modeling.classic import CLASSICS, classic_scores
 from modeling.dataset import SPLITS, vocabularies
 from modeling.floors import FREQUENCY, floor_scores
+from modeling.metrics import mean_ndcg
 from modeling.ranking import build_model
 from modeling.shards import MappedRows, ShardError, open_shards, read_shard, write_shard
 from modeling.trainer import Trainer, read_metrics
@@ -140,3 +142,40 @@ def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet
     log = made.warehouse.log
     known = JobFolder(shop.settings.home, "user_history").read("user_stats").num_rows
     assert known >= len(log.users)
+
+
+def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> None:
+    encoded, chosen = made.period("test").encoded, np.arange(5)
+    whole = made.encoder(16).collate(encoded, chosen)
+    names = made.encoder(16).dense_names
+    between = torch.tensor(
+        [name.startswith(("match_", "life_", "value_ratio", "item_other")) for name in names]
+    )
+    some = made.encoder(16, without=("matches",)).collate(encoded, chosen)
+    assert some.candidates.dense_BCF[..., between].isnan().all()
+    for one, other in (
+        (some.candidates.dense_BCF, whole.candidates.dense_BCF),
+        (some.user.dense_BG, whole.user.dense_BG),
+    ):
+        kept = one if one.shape[-1] != len(names) else one[..., ~between]
+        expected = other if other.shape[-1] != len(names) else other[..., ~between]
+        assert torch.equal(kept.nan_to_num(-9), expected.nan_to_num(-9))
+    fewer = made.encoder(16, without=("matches", "user")).collate(encoded, chosen)
+    slots = made.encoder(16).request.sizes.num_slots
+    assert fewer.user.dense_BG.isnan().all()
+    assert (fewer.user.field_BU[:, :slots] == 0).all()
+    assert torch.equal(fewer.user.field_BU[:, slots:], whole.user.field_BU[:, slots:])
+    assert torch.equal(fewer.user.item_BL, whole.user.item_BL)
+    with pytest.raises(ValueError, match="no inputs"):
+        made.encoder(16, without=("history",))
+
+
+@pytest.mark.parametrize("kind", CLASSICS)
+def test_a_trained_floor_learns_from_what_is_not_withheld(made: TrainingSet, kind: Any) -> None:
+    train, test = made.period("train").encoded, made.period("test").encoded
+    labels = np.asarray(test.labels)[:, 0]
+    quality = {}
+    for without in ((), ("matches", "user")):
+        scores = classic_scores(kind, made.encoder(16, without=without), train, test, 0, 1)
+        quality[without] = mean_ndcg(labels, scores, test.candidate_offsets)
+    assert quality[()] > quality["matches", "user"] + 0.05
