@@ -188,6 +188,7 @@ class Encoded:
     item_of_key: np.ndarray
     gather: GatherHistories
     gather_tokens: GatherTokens | None = None
+    history_lengths: np.ndarray | None = None  # events known at each request; None: not known
 
     def __len__(self) -> int:
         return len(self.times)
@@ -519,6 +520,12 @@ class Encoder:
     def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
         value = self.contract.spec.stat_value
         return floats(columns[prefix + value]) if value else np.full(rows, np.nan)
+
+    def events_read(self, encoded: Encoded) -> np.ndarray:
+        """How many events a model reads of each request's history."""
+        if encoded.history_lengths is None:
+            return np.zeros(len(encoded), np.int64)
+        return np.minimum(encoded.history_lengths, self.history_length)
 
     def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
         """Pad the chosen requests into a Batch.

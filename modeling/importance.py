@@ -136,6 +136,9 @@ def select(encoded: Encoded, chosen: np.ndarray) -> Encoded:
         labels=encoded.labels[rows],
         gather=lambda requests, length: encoded.gather(chosen[requests], length),
         gather_tokens=gather_tokens and (lambda requests: gather_tokens(chosen[requests])),
+        history_lengths=None
+        if encoded.history_lengths is None
+        else encoded.history_lengths[chosen],
     )
 
 

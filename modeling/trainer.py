@@ -104,10 +104,19 @@ def masked_bce(
     return (loss * defined * weights).sum() / (mask_BC.sum() * weights.sum())
 
 
-def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[np.ndarray]:
+def batches(
+    num_candidates: np.ndarray,
+    training: Training,
+    epoch: int,
+    num_events: np.ndarray | None = None,
+) -> list[np.ndarray]:
     """Request numbers of every batch of an epoch: shuffled, then grouped by size so that little is
     padding.
+
+    Args:
+        num_events: that the model reads of each request's history; default: too few to matter.
     """
+    events = np.zeros(len(num_candidates), np.int64) if num_events is None else num_events
     rng = np.random.default_rng([training.seed, epoch])
     order = rng.permutation(len(num_candidates))
     window = training.max_requests * 16
@@ -115,16 +124,20 @@ def batches(num_candidates: np.ndarray, training: Training, epoch: int) -> list[
     for start in range(0, len(order), window):
         chosen = order[start : start + window]
         chosen = chosen[np.argsort(num_candidates[chosen], kind="stable")]
-        first = 0
+        first, longest = 0, int(events[chosen[0]])
         for last in range(1, len(chosen) + 1):
-            full = last - first >= training.max_requests
+            if last < len(chosen):
+                longest = max(longest, int(events[chosen[last]]))
+            number = last - first + 1
             if (
                 last == len(chosen)
-                or full
-                or (last - first + 1) * num_candidates[chosen[last]] > training.max_candidates
+                or number > training.max_requests
+                or number * num_candidates[chosen[last]] > training.max_candidates
+                or number * longest > training.max_events
             ):
                 grouped.append(chosen[first:last])
                 first = last
+                longest = int(events[chosen[last]]) if last < len(chosen) else 0
     return [grouped[i] for i in rng.permutation(len(grouped))]
 
 
@@ -150,6 +163,7 @@ def predict(
     *,
     max_requests: int = 64,
     max_candidates: int = 16_384,
+    max_events: int = 1 << 16,
 ) -> np.ndarray:
     """Logits of every candidate and task, N × T, in the order of `encoded`."""
     logits = np.zeros((len(encoded.candidate_item), model.sizes.tasks), np.float32)
@@ -157,14 +171,16 @@ def predict(
     order = np.argsort(sizes, kind="stable")
     device = next(model.parameters()).device
     model.eval()
-    plan, start = [], 0
+    events, plan, start = encoder.events_read(encoded), [], 0
     while start < len(order):
-        stop = start + 1
+        stop, longest = start + 1, int(events[order[start]])
         while (
             stop < len(order)
             and stop - start < max_requests
             and (stop - start + 1) * sizes[order[stop]] <= max_candidates
+            and (stop - start + 1) * max(longest, int(events[order[stop]])) <= max_events
         ):
+            longest = max(longest, int(events[order[stop]]))
             stop += 1
         plan.append(order[start:stop])
         start = stop
@@ -471,7 +487,8 @@ class Trainer(Loop):
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Request numbers of every batch."""
-        return batches(self.train.num_candidates, self.training, epoch)
+        events = self.encoder.events_read(self.train)
+        return batches(self.train.num_candidates, self.training, epoch, events)
 
     def load(self, chosen: np.ndarray) -> Batch:
         """The chosen requests, padded."""

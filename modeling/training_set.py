@@ -129,7 +129,7 @@ class TrainingSet:
         )
         log = self.warehouse.log
         rows, ends = np.asarray(requests["log_row"]), np.asarray(requests["history_end"])
-        encoder = self.encoder(1)
+        encoder, lengths = self.encoder(1), np.where(rows < 0, 0, ends)
         encoded = Encoded(
             times=np.asarray(requests["time"]),
             field_BU=requests["field"],
@@ -141,6 +141,7 @@ class TrainingSet:
             labels=candidates["labels"],
             item_of_key=encoder.items.indices_of(log.items),
             gather=self._gather(rows, ends),
+            history_lengths=np.minimum(lengths, self.options.visible or lengths),
         )
         if tokens and self.options.tokens is not None:
             version, shape = self.options.tokens
@@ -149,7 +150,6 @@ class TrainingSet:
             encoded = replace(
                 encoded, gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], shape)
             )
-        lengths = np.where(rows < 0, 0, ends)
         names = [key for key in candidates if key.startswith(FLOOR)]
         floors = {key.removeprefix(FLOOR): np.asarray(candidates[key]) for key in names}
         return Period(encoded, np.asarray(requests["user"]), rows, lengths, floors)

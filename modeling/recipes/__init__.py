@@ -45,6 +45,7 @@ class Training(Fit):
 
     max_requests: int = 64  # requests in a batch
     max_candidates: int = 6144  # padded candidates in a batch
+    max_events: int = 1 << 16  # padded events in a batch
     hidden: float = 0.02  # share of candidates that a step makes unknown, and as many that lose their statistics
 
 
