@@ -166,15 +166,19 @@ class Warehouse:
         rows = JobFolder(self.settings.home, "training_examples").read("training_examples")
         return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
 
-    def pieces(self, most: int) -> Iterator[tuple[str, pa.Table]]:
+    def pieces(self, most: int, every: tuple[int, int] = (1, 1)) -> Iterator[tuple[str, pa.Table]]:
         """The examples of all periods, each piece of one: whole requests, at most so many rows, or
         one request's. A period's pieces come in the order of its examples.
+
+        Args:
+            every: of the requests only each so manieth, in training and in evaluation.
         """
         folder = JobFolder(self.settings.home, "training_examples")
         for path in folder.paths("training_examples"):
             rows = folder.read_path(path)
             for split in SPLITS:
                 own = rows.filter(pc.equal(rows["split"], split)).combine_chunks()
+                own = _each(own, every[split != "train"])
                 bounds = np.r_[_request_starts(own["request_id"]), len(own)].astype(np.int64)
                 start = 0
                 while start < len(own):
@@ -315,6 +319,15 @@ class Warehouse:
             0.0,
             suite=suite,
         )
+
+
+def _each(rows: pa.Table, every: int) -> pa.Table:
+    """Rows of each so manieth request."""
+    if every == 1:
+        return rows
+    starts = _request_starts(rows["request_id"])
+    number = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
+    return rows.filter(pa.array(number % every == 0)).combine_chunks()
 
 
 def _request_starts(request_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:

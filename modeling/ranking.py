@@ -58,6 +58,7 @@ class Encodings:
         service: feature service that they join.
         tokens: version and shape of stored summary tokens, where some recipe reads them.
         visible: events before a request that anything may be known of; default: all.
+        every: of the requests only each so manieth, in training and in evaluation.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Encodings:
         service: str,
         tokens: Tokens | None = None,
         visible: int | None = None,
+        every: tuple[int, int] = (1, 1),
     ) -> None:
         from feature_repo.store import open_store
 
         self._settings, self._store = settings, open_store(settings)
         self._service, self._tokens, self._visible = service, tokens, visible
+        self._every = every
         self._opened = cache(self._open)
 
     def set_of(self, recipe: Recipe) -> TrainingSet:
@@ -89,7 +92,7 @@ class Encodings:
         return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
 
     def _open(self, min_item_count: int) -> TrainingSet:
-        options = Options(self._service, min_item_count, self._tokens, self._visible)
+        options = Options(self._service, min_item_count, self._tokens, self._visible, self._every)
         return open_training_set(self._settings, self._store, options)
 
 

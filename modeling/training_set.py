@@ -62,12 +62,15 @@ class Options:
         min_item_count: rarer items share one embedding.
         tokens: version and shape of the stored summary tokens that are read.
         visible: events before a request that anything may be known of; default: all.
+        every: of a user's requests only each so manieth, in training and in evaluation; their
+            histories are whole.
     """
 
     service: str
     min_item_count: int
     tokens: Tokens | None = None
     visible: int | None = None
+    every: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def _join(
     pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
-    for split, examples in warehouse.pieces(SHARD_ROWS):
+    for split, examples in warehouse.pieces(SHARD_ROWS, options.every):
         found = warehouse.join(store, options.service, split, examples, options.tokens)
         table = training_set_table(contract)
         if len(

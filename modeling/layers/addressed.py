@@ -34,6 +34,15 @@ class SlotStream(NamedTuple):
     mass_BAH: Tensor
 
 
+class Items(NamedTuple):
+    """The different items of some events, and which of them each event is of: what is computed of
+    items is computed once, however often they come.
+    """
+
+    codes_UW: Tensor
+    which_BL: Tensor
+
+
 class ItemCodes(nn.Module):
     """Codes of items, from their own rows and those of their categories; each of unit length.
 
@@ -80,6 +89,11 @@ class ItemCodes(nn.Module):
             mean = embedding_bag(rows, table.weight, mode="mean", padding_idx=0)  # type: ignore[arg-type]
             found.append(mean.view(*group.shape[:-1], -1))
         return normalize(torch.stack(found, dim=-2), dim=-1)
+
+    def of_events(self, item_BL: Tensor) -> Items:
+        """Codes of the events' items."""
+        items, which = torch.unique(item_BL, return_inverse=True)
+        return Items(self(self.parts(items)), which)
 
     def forward(self, parts: Tensor) -> Tensor:
         """Codes, … × W."""
@@ -132,7 +146,7 @@ class SlotMemory(nn.Module):
     def advance(
         self,
         stream: SlotStream,
-        codes_BLW: Tensor,
+        items: Items,
         action_BL: Tensor,
         events_BLN: Tensor,
         gap_days_BL: Tensor,
@@ -141,24 +155,30 @@ class SlotMemory(nn.Module):
         """Add the next events of each user.
 
         Args:
+            items: of the events.
             gap_days_BL: days since the event before; of the first one since the newest in `stream`.
         """
-        device = codes_BLW.device.type
+        device = items.codes_UW.device.type
         with torch.autocast(device, enabled=False):  # sums of a million events want float32
-            codes, gaps = codes_BLW.float(), gap_days_BL.float() * mask_BL
-            weight = self.action.float()[action_BL]
+            codes, gaps = items.codes_UW.float(), gap_days_BL.float() * mask_BL
+            weight = self.action.float()[action_BL] * mask_BL
             if self.gate is not None:
                 weight = weight * 2 * self.gate(events_BLN.float())[..., 0].sigmoid()
             whole = gaps.sum(1, keepdim=True)
             age = whole - gaps.cumsum(1)
-            faded = torch.exp2(-age[..., None] / self.half_lives) * mask_BL[..., None]
-            share = self.address(codes)[..., None] * faded[:, :, None]  # B × L × A × H
-            signed = (share * weight[..., None, None]).flatten(2)
-            added = (signed.transpose(1, 2) @ codes).unflatten(1, self.shape)
-            mass = (share * weight.abs()[..., None, None]).sum(1)
+            # An item's address and code are the same in all of its events.
+            address, code = self.address(codes), codes
+            of_event = embedding(items.which_BL, torch.cat([address, code], dim=1))
+            address_BLA, code_BLW = of_event.split([address.shape[1], code.shape[1]], dim=-1)
+            totals, masses = [], []
+            for half_life in self.half_lives.tolist():
+                faded = weight * torch.exp2(-age / half_life)
+                totals.append((address_BLA * faded[..., None]).transpose(1, 2) @ code_BLW)
+                masses.append((faded.abs()[:, None] @ address_BLA)[:, 0])
             before = torch.exp2(-whole / self.half_lives)[:, None]  # B × 1 × H
             return SlotStream(
-                stream.total_BAHW * before[..., None] + added, stream.mass_BAH * before + mass
+                stream.total_BAHW * before[..., None] + torch.stack(totals, dim=2),
+                stream.mass_BAH * before + torch.stack(masses, dim=2),
             )
 
 

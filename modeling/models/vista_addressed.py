@@ -226,7 +226,7 @@ class AddressedVISTA(TokenMaker):
     def _advanced(self, stream: SlotStream, user: UserInputs) -> SlotStream:
         return self.memory.advance(
             stream,
-            self.codes(self.codes.parts(user.item_BL)),
+            self.codes.of_events(user.item_BL),
             user.action_BL,
             self.features.events(user),
             torch.expm1(user.gap_BL),

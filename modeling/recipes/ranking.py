@@ -94,6 +94,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"mixed_width": 32, "history": "transformer"},
     ),
     "wukong": ("Wukong with target attention", "wukong", {}),
+    "mean_pool": (
+        "Mean pool and a network: what any reading of a history must beat",
+        "mean_pool",
+        {},
+    ),
+    "sim": (
+        "SIM, hard search: the candidate's category, then attention",
+        "two_stage",
+        {"rank": 64},
+    ),
+    "twin": (
+        "As TWIN: the events of the largest scores, then attention",
+        "two_stage",
+        {"search": "score", "rank": 64},
+    ),
 }
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 4 % of OneTrans: 215,649 and 224,801
     "retail": {

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling import models
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
+from modeling.baselines.two_stage import TwoStage, plain_search
+from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.columns import GroupSizes
 from modeling.layers import target_attention
 from modeling.layers.embedding import CategorySlots
@@ -178,3 +181,49 @@ def test_wukong_crosses_and_compresses_side_by_side() -> None:
     assert layer.residual is None
     torch.testing.assert_close(layer(rows)[0, 0], layer.norm(joined), atol=1e-5, rtol=1e-5)
     assert wukong.Layer(9, config)(torch.randn(2, 3, 9, WIDTH)).shape == (2, 3, 5, WIDTH)
+
+
+@pytest.mark.parametrize("search", ["category", "score"])
+def test_two_stage_attends_to_what_plain_search_finds(search: str) -> None:
+    """And to nothing else: an event that was not found changes no score."""
+    torch.manual_seed(0)
+    sizes = FeatureSizes(
+        items=30,
+        actions=1,
+        history_length=40,
+        candidate=GroupSizes((5,), (1,)),
+        item=GroupSizes((5,), (1,)),
+    )
+    config = {"width": 16, "rank": 8, "search": search, "retrieved": 4}
+    model = models.build("two_stage", config, sizes).eval()
+    assert isinstance(model, TwoStage)
+    categories = torch.randint(0, 5, (30, 1))
+    categories[0] = 0
+    nothing = torch.zeros(1, 0)
+    model.fit_statistics(TrainingSample(nothing, nothing, nothing, categories))
+    items = torch.randint(1, 30, (1, 25))
+    user = UserInputs(
+        item_BL=items,
+        action_BL=torch.zeros_like(items),
+        age_BL=torch.rand(1, 25),
+        gap_BL=torch.rand(1, 25),
+        event_BLE=torch.zeros(1, 25, 0),
+        mask_BL=torch.ones(1, 25, dtype=torch.bool),
+        field_BU=torch.zeros(1, 0, dtype=torch.long),
+        dense_BG=torch.zeros(1, 0),
+    )
+    some = Candidates(
+        item_BC=torch.arange(1, 9)[None],
+        category_BCK=categories[1:9][None],
+        dense_BCF=torch.zeros(1, 8, 0),
+        mask_BC=torch.ones(1, 8, dtype=torch.bool),
+    )
+    state = model.encode_user(user)
+    tokens = model.features.candidates(some)[:, :, 0]
+    scores = model.query(tokens) @ state.keys_BLD.transpose(1, 2) / 4
+    found = model._search(scores, state, some)[0]
+    for candidate in range(8):
+        plain = plain_search(
+            model, scores[0, candidate], state.category_BL[0], int(categories[candidate + 1])
+        )
+        assert torch.nonzero(found[candidate])[:, 0].tolist() == plain

@@ -1,0 +1,300 @@
+"""What a long memory is worth: rankers with the first 10, 50, … and all events of each user visible.
+
+Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
+events all inputs, features and floors among them, know so many newest events and no more. Then, of all
+events, two further arms: without match features, and without anything of users but their history.
+Requests are thinned out, events never are. Every row stands beside floors that need no training, and
+trees on the same numbers; differences are paired over users and seeds (`modeling/claims.py`).
+
+Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feature_repo.benchmarks import parser, report
+from feature_repo.settings import Settings
+from modeling.claims import PAIRED, PerUser, decided, difference, of_seeds
+from modeling.console import console
+from modeling.floors import floors_of
+from modeling.models.base import TokenMaker
+from modeling.ranking import (
+    Encodings,
+    build_model,
+    primary_number,
+    run_of,
+    stored_sums,
+    sums_by_user,
+    train_and_evaluate,
+    trained_floors,
+)
+from modeling.recipes import SERVICE, Recipe, Training
+from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
+
+EVERY = (4, 2)  # of the requests each so manieth, in training and in evaluation
+VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
+TRAINING = Training(epochs=1, learning_rate=4e-3)
+COMMON: dict[str, Any] = {"width": 32, "dropout": 0.1}
+RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, config
+    "vista_addressed": (
+        "vista_addressed",
+        WHOLE_HISTORY,
+        {"code_width": 64, "num_slots": 64, "half_lives_days": (FOREVER,), "cross_rank": 64},
+    ),
+    "mean_pool": ("mean_pool", WHOLE_HISTORY, {}),
+    "attention_1000": ("din", 1000, {}),
+    "sim": ("two_stage", WHOLE_HISTORY, {"rank": 64, "slot": 1}),
+    "twin": ("two_stage", WHOLE_HISTORY, {"rank": 64, "search": "score"}),
+    "vista_stream": (
+        "vista",
+        1000,
+        {**STREAM, "num_seeds": 64, "cross_rank": 64, "block": 128, "reconstruction": 0.0},
+    ),
+    "din_256": ("din", 256, {}),
+}
+CURVE = ("vista_addressed", "din_256")  # that are trained for every number of visible events
+ARMS: dict[str, tuple[str, ...]] = {
+    "all features": (),
+    "no match features": ("matches",),
+    "history alone": ("matches", "user"),
+}
+OF_HISTORY = ("mean_pool", "attention_1000", "sim", "twin", "vista_stream", "vista_addressed")
+Sums = dict[str, PerUser]
+Place = tuple[str, int | None]  # a ranker, and how many events it saw
+
+
+def main() -> None:
+    """Run."""
+    flags = parser("modeling.benchmarks.memory", __doc__)
+    flags.add_argument("--seeds", type=int, default=5, help="of each run (default 5)")
+    flags.add_argument("--curve_seeds", type=int, help="of visible numbers between the ends")
+    flags.add_argument("--part", choices=("curve", "arms", "cost", "all"), default="all")
+    arguments = flags.parse_args()
+    torch.set_num_threads(1)
+    settings = Settings.from_env()
+    every = (40, 20) if arguments.quick else EVERY
+    visible: tuple[int | None, ...] = (50, None) if arguments.quick else VISIBLE
+    seeds = 1 if arguments.quick else arguments.seeds
+    between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
+    rows: list[dict[str, Any]] = []
+    if arguments.part in ("curve", "all"):
+        rows += _curve(settings, every, visible, seeds, between)
+    if arguments.part in ("arms", "all"):
+        rows += _arms(settings, every, seeds)
+    if arguments.part in ("cost", "all"):
+        rows += _costs(settings, every)
+    config = {
+        "dataset": settings.dataset,
+        "every": every,
+        "seeds": seeds,
+        "epochs": TRAINING.epochs,
+    }
+    report("memory", config, rows, arguments.json)
+
+
+def recipe_of(name: str, arm: str, seed: int = 1) -> Recipe:
+    """A ranker of the bench, in an arm."""
+    model, length, config = RANKERS[name]
+    return Recipe(
+        f"memory_{name}",
+        model,
+        SERVICE,
+        {**COMMON, **config},
+        length,
+        training=replace(TRAINING, seed=seed),
+        without=ARMS[arm],
+    )
+
+
+def _curve(
+    settings: Settings,
+    every: tuple[int, int],
+    visible: tuple[int | None, ...],
+    seeds: int,
+    between: int,
+) -> list[dict[str, Any]]:
+    """Quality against the events that are visible, and what is claimed of it."""
+    rows: list[dict[str, Any]] = []
+    sums: dict[Place, Sums] = {}
+    ends = (50, 500, None)
+    for number in visible:
+        encodings = Encodings(settings, SERVICE, visible=number, every=every)
+        runs = seeds if number in ends else between
+        for name, one in _floors(encodings).items():
+            rows.append(_row("curve", number, name, one))
+        trees = trained_floors(
+            settings, encodings, recipe_of(CURVE[0], "all features"), min(runs, 3)
+        )
+        for floor in trees:
+            one = of_seeds([stored_sums(Path(folder)) for folder in floor.folders])
+            rows.append(_row("curve", number, floor.name, one, floor.cpu_seconds))
+            if floor.name == "trees":
+                sums["trees", number] = one
+        for name in CURVE:
+            found, cost = _trained(settings, encodings, name, "all features", runs)
+            sums[name, number] = found
+            rows.append(_row("curve", number, name, found, cost))
+    claims = []
+    for metric in PAIRED:
+        for name in CURVE:
+            pairs: list[tuple[str, Place, Place]] = [
+                (f"{name} − trees, all events", (name, None), ("trees", None))
+            ]
+            pairs += [
+                (f"{name}: all − {number} events", (name, None), (name, number))
+                for number in (50, 500)
+                if number in visible
+            ]
+            claims += [
+                difference(said, metric, sums[a][metric], sums[b][metric]) for said, a, b in pairs
+            ]
+        said = "trees: all − 500 events"
+        if 500 in visible:
+            claims.append(
+                difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
+            )
+    return rows + _claimed("curve", claims)
+
+
+def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[str, Any]]:
+    """What each reading of the history is worth where features do not say it."""
+    rows: list[dict[str, Any]] = []
+    claims = []
+    encodings = Encodings(settings, SERVICE, every=every)
+    for arm in ("no match features", "history alone"):
+        trees = trained_floors(settings, encodings, recipe_of("mean_pool", arm))
+        for floor in trees:
+            one = of_seeds([stored_sums(Path(folder)) for folder in floor.folders])
+            rows.append(_row(arm, None, floor.name, one, floor.cpu_seconds))
+        sums: dict[str, Sums] = {}
+        names = OF_HISTORY if arm == "no match features" else ("mean_pool", "vista_addressed")
+        for name in names:
+            sums[name], cost = _trained(settings, encodings, name, arm, seeds)
+            rows.append(_row(arm, None, name, sums[name], cost))
+        for metric in PAIRED:
+            for name in names[1:]:
+                said = f"{name} − mean_pool, {arm}"
+                claims.append(
+                    difference(said, metric, sums[name][metric], sums["mean_pool"][metric])
+                )
+    return rows + _claimed("arms", claims)
+
+
+def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
+    """CPU of a request with a hundred candidates, bytes that a user takes, cost of one new event."""
+    encodings = Encodings(settings, SERVICE, every=every)
+    rows = []
+    for name in OF_HISTORY:
+        recipe = recipe_of(name, "no match features")
+        encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test").encoded
+        model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
+        known = test.history_lengths
+        assert known is not None
+        longest = np.argsort(known, kind="stable")[-200:][::10]  # twenty long histories
+        spent, one_event, size = [], [], 0.0
+        for request in longest:
+            batch = encoder.collate(test, np.array([request]))
+            user = batch.user
+            with torch.inference_mode():
+                if isinstance(model, TokenMaker):
+                    tokens, streams = model.stream([user])
+                    stored = replace(
+                        user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True])
+                    )
+                    one_event.append(_ms(lambda: model.stream([user.events(-1)], streams)))  # noqa: B023
+                    size = 2 * tokens[0].numel()
+                else:
+                    stored, size = (
+                        user,
+                        float(np.mean(known[longest].clip(max=recipe.history_length)) * 16),
+                    )
+                spent.append(
+                    _ms(lambda: model.score(model.encode_user(stored), batch.candidates))  # noqa: B023
+                )
+        rows.append(
+            {
+                "case": "cost",
+                "ranker": name,
+                "events": int(np.mean(known[longest])),
+                "request_ms": statistics.median(spent),
+                "bytes_a_user": size,
+                "one_event_ms": statistics.median(one_event) if one_event else None,
+            }
+        )
+    return rows
+
+
+def _ms(call: Any, repeats: int = 5) -> float:
+    """Median CPU milliseconds of a call, after one that warms up."""
+    spent = []
+    for _ in range(repeats + 1):
+        started = time.process_time()
+        call()
+        spent.append(1000 * (time.process_time() - started))
+    return statistics.median(spent[1:])
+
+
+def _floors(encodings: Encodings) -> dict[str, Sums]:
+    """Scorings without training on the test requests."""
+    recipe = recipe_of(CURVE[0], "all features")
+    test, spec = encodings.period(recipe, "test"), encodings.encoder_of(recipe).contract.spec
+    number = primary_number(spec)
+    labels = np.asarray(test.encoded.labels)[:, number]
+    scores = floors_of(test.floors, labels, test.encoded.candidate_offsets)
+    return {name: sums_by_user(test, values, number) for name, values in scores.items()}
+
+
+def _trained(
+    settings: Settings, encodings: Encodings, name: str, arm: str, seeds: int
+) -> tuple[Sums, float]:
+    """Runs of a ranker over seeds, and the CPU seconds of one."""
+    found, spent = [], []
+    for seed in range(1, seeds + 1):
+        recipe = recipe_of(name, arm, seed)
+        console.print(f"memory: {name}, {arm}, seed {seed}", highlight=False)
+        result = train_and_evaluate(settings, encodings, recipe)
+        spent.append(result["summary"]["cpu_seconds"])
+        found.append(stored_sums(run_of(settings, encodings, recipe).folder))
+    return of_seeds(found), statistics.mean(spent)
+
+
+def _row(
+    case: str, visible: int | None, name: str, sums: Sums, cost: float | None = None
+) -> dict[str, Any]:
+    """A line of the table: each metric's mean over seeds, and its deviation."""
+    row: dict[str, Any] = {"case": case, "visible": visible or "all", "ranker": name}
+    for metric in PAIRED:
+        of_seed = sums[metric].total.sum(1) / sums[metric].weight.sum(1)
+        row[metric] = float(of_seed.mean())
+        if len(of_seed) > 1:
+            row[f"{metric} ±"] = float(of_seed.std(ddof=1))
+    row["seeds"] = len(sums[PAIRED[0]].total)
+    return row | ({} if cost is None else {"train_cpu_s": round(cost)})
+
+
+def _claimed(case: str, claims: list[Any]) -> list[dict[str, Any]]:
+    """Lines of the differences, after Holm's correction over all of this table."""
+    return [
+        {
+            "case": f"{case}: difference",
+            "ranker": claim.name,
+            claim.metric: claim.value,
+            "low": claim.low,
+            "high": claim.high,
+            "p": claim.p,
+            "verdict": claim.verdict,
+        }
+        for claim in decided(claims)
+    ]
+
+
+if __name__ == "__main__":
+    main()
