@@ -88,28 +88,126 @@ class Planted:
         )
         item = item // self.groups * self.groups + group
         label = rng.random(item.shape) < np.where(good, *self.positive)
-        start = 0 if newest is None else max(self.events - newest, 0)
-        kept = torch.from_numpy(history[:, start:])
-        days = torch.linspace(DAYS, 0, self.events)[
-            start:
-        ]  # however many events, they are of the same years
-        age = days.log1p().expand(kept.shape)
-        user = UserInputs(
-            item_BL=kept,
-            action_BL=torch.zeros_like(kept),
-            age_BL=age.contiguous(),
-            gap_BL=torch.full(kept.shape, DAYS / self.events).log1p(),
-            event_BLE=torch.zeros(*kept.shape, 0),
-            mask_BL=torch.ones(kept.shape, dtype=torch.bool),
-            field_BU=torch.zeros(users, 0, dtype=torch.long),
-            dense_BG=torch.zeros(users, 0),
+        # However many events, they are of the same years.
+        gap = np.full(self.events, DAYS / self.events, np.float32)
+        return _batch(history, gap, item, label, newest), torch.from_numpy(good)
+
+
+@dataclass(frozen=True)
+class PlantedPairs:
+    """Requests whose labels depend on the candidate and on what followed what, long ago.
+
+    There are R kinds of habit. A session is an event of A_r and, a minute later, one of some B_s.
+    Of a user's old sessions those of held habits end in their own B_r, those of the others in each
+    other's; the newest sessions end in any. Every A and every B comes once in R sessions, of every
+    user: counts say nothing, in whatever window and however they fade. A candidate C_r is positive
+    with one probability where its habit is held, and with a smaller one where it is not.
+
+    Items 0 … 3R · `each` - 1: item i is of kind i mod 3R; the kinds are A_0 … A_{R-1}, B_0 …, C_0 ….
+
+    Args:
+        events: of each history, rounded down to whole blocks of R sessions of two.
+        habits: R, an even number; a user holds half of them.
+        each: items of a kind.
+        planted: share of the history, its oldest part, that holds the signal.
+        positive: probability of a positive label where a habit is held, and where it is not.
+
+    Example:
+        >>> batch, held = PlantedPairs(events=1000).draw(users=4, candidates=20, seed=1)
+    """
+
+    events: int
+    habits: int = 8
+    each: int = 8
+    planted: float = 0.5
+    positive: tuple[float, float] = (0.7, 0.1)
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        """Items and nothing else."""
+        return FeatureSizes(3 * self.habits * self.each, 1, self.events)
+
+    @property
+    def attainable_auc(self) -> float:
+        """AUC of whoever knows the habits; half of the candidates are of a held one."""
+        return Planted(self.events, positive=self.positive).attainable_auc
+
+    def draw(
+        self, users: int, candidates: int, seed: int, newest: int | None = None
+    ) -> tuple[Batch, Tensor]:
+        """Requests of users that no other seed draws.
+
+        Args:
+            newest: only so many events of each history, the newest ones; default: all.
+
+        Returns:
+            The batch, and which candidates are of held habits, bool B × C.
+        """
+        rng, number = np.random.default_rng([seed, self.events, 2]), self.habits
+        # 1. Which B ends a session of each A: its own where the habit is held; the others' are
+        # passed round among those that are not.
+        order = rng.permuted(np.tile(np.arange(number), (users, 1)), axis=1)
+        held, others = order[:, : number // 2], order[:, number // 2 :]
+        ends = np.tile(np.arange(number), (users, 1))
+        np.put_along_axis(ends, others, np.roll(others, 1, axis=1), axis=1)
+
+        # 2. Sessions, the old ones by habit. Every block of R sessions has every A and every B once:
+        # were they drawn one by one, held habits would show in how counts of A and B differ.
+        blocks = self.events // (2 * number)
+        sessions, every = blocks * number, np.tile(np.arange(number), (users, blocks, 1))
+        first = rng.permuted(every, axis=2).reshape(users, sessions)
+        second = np.take_along_axis(ends, first, axis=1)
+        old = np.arange(sessions) < round(self.planted * blocks) * number
+        anyhow = rng.permuted(every, axis=2).reshape(users, sessions)
+        second = np.where(old, second, anyhow)
+        kinds = np.stack([first, number + second], axis=2).reshape(users, 2 * sessions)
+        history = kinds + 3 * number * rng.integers(0, self.each, kinds.shape)
+
+        # 3. Candidates of held habits and of others, alike many.
+        good = rng.random((users, candidates)) < 0.5
+        drawn = rng.integers(0, number // 2, (users, candidates))
+        habit = np.where(
+            good, np.take_along_axis(held, drawn, 1), np.take_along_axis(others, drawn, 1)
         )
-        chosen_items = Candidates(
-            item_BC=torch.from_numpy(item),
-            category_BCK=torch.zeros(*item.shape, 0, dtype=torch.long),
-            dense_BCF=torch.zeros(*item.shape, 0),
-            mask_BC=torch.ones(item.shape, dtype=torch.bool),
-        )
-        return Batch(
-            user, chosen_items, torch.from_numpy(label)[..., None].float()
-        ), torch.from_numpy(good)
+        item = 2 * number + habit + 3 * number * rng.integers(0, self.each, habit.shape)
+        label = rng.random(item.shape) < np.where(good, *self.positive)
+        gap = np.where(np.arange(2 * sessions) % 2, 1 / 1440, DAYS / sessions).astype(np.float32)
+        gap[0] = 0
+        return _batch(history, gap, item, label, newest), torch.from_numpy(good)
+
+
+def _batch(
+    history: np.ndarray,
+    gap_days: np.ndarray,
+    item: np.ndarray,
+    label: np.ndarray,
+    newest: int | None,
+) -> Batch:
+    """Histories of items alone, and their candidates, as a batch.
+
+    Args:
+        gap_days: days before each event, alike for all users.
+    """
+    start = 0 if newest is None else max(history.shape[1] - newest, 0)
+    kept = torch.from_numpy(history[:, start:])
+    days = torch.from_numpy(gap_days.sum() - np.cumsum(gap_days))[start:].float()
+    gaps = torch.from_numpy(gap_days)[start:].clone()
+    gaps[:1] = 0
+    users = len(history)
+    user = UserInputs(
+        item_BL=kept,
+        action_BL=torch.zeros_like(kept),
+        age_BL=days.log1p().expand(kept.shape).contiguous(),
+        gap_BL=gaps.log1p().expand(kept.shape).contiguous(),
+        event_BLE=torch.zeros(*kept.shape, 0),
+        mask_BL=torch.ones(kept.shape, dtype=torch.bool),
+        field_BU=torch.zeros(users, 0, dtype=torch.long),
+        dense_BG=torch.zeros(users, 0),
+    )
+    chosen = Candidates(
+        item_BC=torch.from_numpy(item),
+        category_BCK=torch.zeros(*item.shape, 0, dtype=torch.long),
+        dense_BCF=torch.zeros(*item.shape, 0),
+        mask_BC=torch.ones(item.shape, dtype=torch.bool),
+    )
+    return Batch(user, chosen, torch.from_numpy(label)[..., None].float())

@@ -54,7 +54,12 @@ def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dic
         spent["hash"] += hashed - started
         spent["add"] += time.process_time() - hashed
     one = layout.positions([c[-1:] for c in codes])
-    alone = _spent(lambda: [other.add(one, times[-1:]) for _ in range(1000)]) / 1000
+
+    def add_alone() -> None:
+        for _ in range(1000):
+            other.add(one, times[-1:])
+
+    alone = _spent(add_alone) / 1000
     merged = Sketch(layout)
     for part in _halves(layout, codes, times):
         merged.merge(part)

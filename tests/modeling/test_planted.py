@@ -4,11 +4,13 @@ not.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from modeling.metrics import auc
-from modeling.planted import Planted
+from modeling.planted import Planted, PlantedPairs
 
 LONG = Planted(events=4000)
 
@@ -45,3 +47,48 @@ def test_draws_are_repeated_by_their_seed_and_by_no_other() -> None:
     assert torch.equal(first.labels_BCT, again.labels_BCT)
     assert not torch.equal(first.user.item_BL, other.user.item_BL)
     assert torch.equal(LONG.draw(3, 5, 7, newest=9)[0].user.item_BL, first.user.item_BL[:, -9:])
+
+
+PAIRS = PlantedPairs(events=4000)
+
+
+def pair_scores(
+    spec: PlantedPairs, newest: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels; how often each candidate's A was followed by its own B; and a regression on counts of
+    all kinds beside the candidate's, which is all that a pool of items can tell.
+    """
+    batch, _ = spec.draw(400, 40, seed=1, newest=newest)
+    kind = batch.user.item_BL.numpy() % (3 * spec.habits)
+    habit = batch.candidates.item_BC.numpy() % (3 * spec.habits) - 2 * spec.habits
+    followed = np.zeros((len(kind), spec.habits))
+    for own in range(spec.habits):
+        after = (kind[:, :-1] == own) & (kind[:, 1:] == spec.habits + own)
+        followed[:, own] = after.sum(1) / np.maximum((kind[:, :-1] == own).sum(1), 1)
+    counts = np.stack([(kind == one).sum(1) for one in range(2 * spec.habits)], axis=1)
+    labels = batch.labels_BCT[..., 0].numpy()
+    by_pairs = np.take_along_axis(followed, habit, axis=1) > 1.5 / spec.habits
+    mine = np.eye(spec.habits)[habit]
+    features = np.concatenate(
+        [mine, np.stack([np.take_along_axis(counts, habit + s, 1) for s in (0, spec.habits)], 2)], 2
+    )
+    model = HistGradientBoostingClassifier(max_iter=50, random_state=0)
+    half = len(labels) // 2
+    model.fit(features[:half].reshape(-1, features.shape[2]), labels[:half].ravel())
+    by_counts = model.decision_function(features[half:].reshape(-1, features.shape[2]))
+    return labels, by_pairs.astype(np.float64), by_counts
+
+
+def test_who_reads_the_order_reaches_the_bound_and_who_counts_is_at_chance() -> None:
+    labels, by_pairs, by_counts = pair_scores(PAIRS, None)
+    assert auc(labels.ravel(), by_pairs.ravel()) == pytest.approx(PAIRS.attainable_auc, abs=0.01)
+    assert auc(labels[len(labels) // 2 :].ravel(), by_counts) == pytest.approx(0.5, abs=0.03)
+    labels, by_pairs, _ = pair_scores(PAIRS, 1000)
+    assert auc(labels.ravel(), by_pairs.ravel()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_every_kind_comes_once_in_as_many_sessions_of_every_user() -> None:
+    batch, _ = PAIRS.draw(50, 1, seed=3)
+    kind = batch.user.item_BL.numpy() % (3 * PAIRS.habits)
+    blocks = np.sort(kind.reshape(50, -1, 2 * PAIRS.habits), axis=2)
+    assert (blocks == np.arange(2 * PAIRS.habits)).all()
