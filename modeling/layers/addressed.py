@@ -182,6 +182,70 @@ class SlotMemory(nn.Module):
             )
 
 
+class PairStream(NamedTuple):
+    """What followed what, of the events so far; and the newest of them, which the next one follows."""
+
+    total_BFW: Tensor
+    mass_BF: Tensor
+    last_BW: Tensor  # its code
+    some_B: Tensor  # 1 where there is one
+
+
+class PairMemory(nn.Module):
+    """Sums of codes by the address of the event before: what followed the items of a slot, within a
+    session.
+
+    The same sums as `SlotMemory`, written where the event before points; a candidate reads where it
+    learns to look, which need not be at its own code.
+
+    Args:
+        num_slots: F.
+        session_days: after so long, an event follows the one before by half.
+    """
+
+    def __init__(self, width: int, num_slots: int, session_days: float, sharpness: float) -> None:
+        super().__init__()
+        self.session_days, self.sharpness = session_days, sharpness
+        self.keys = nn.Parameter(torch.randn(num_slots, width) * 0.3)
+
+    def address(self, codes: Tensor) -> Tensor:
+        """Softmax over slots, … × F."""
+        return (self.sharpness * codes @ self.keys.T).softmax(-1)
+
+    def start(self, batch: int) -> PairStream:
+        """No events yet."""
+        total = self.keys.new_zeros(batch, *self.keys.shape, dtype=torch.float32)
+        return PairStream(total, total[..., 0], total[:, 0], total[:, 0, 0])
+
+    def advance(
+        self, stream: PairStream, items: Items, gap_days_BL: Tensor, mask_BL: Tensor
+    ) -> PairStream:
+        """Add the next events of each user.
+
+        Args:
+            gap_days_BL: days since the event before; of the first one since the newest in `stream`.
+        """
+        with torch.autocast(items.codes_UW.device.type, enabled=False):
+            codes = items.codes_UW.float()
+            code_BLW = embedding(items.which_BL, codes)
+            addressed = embedding(items.which_BL, self.address(codes))
+            before = self.address(stream.last_BW) * stream.some_B[:, None]
+            address_BLF = torch.cat([before[:, None], addressed[:, :-1]], dim=1)
+            weight = torch.exp2(-gap_days_BL.float() / self.session_days) * mask_BL
+            written = address_BLF * weight[..., None]
+            number = mask_BL.sum(1)
+            newest = (number - 1).clamp(min=0)[:, None, None].expand(-1, 1, codes.shape[1])
+            last = torch.where(
+                (number > 0)[:, None], code_BLW.gather(1, newest)[:, 0], stream.last_BW
+            )
+            return PairStream(
+                stream.total_BFW + written.transpose(1, 2) @ code_BLW,
+                stream.mass_BF + written.sum(1),
+                last,
+                torch.maximum(stream.some_B, (number > 0).float()),
+            )
+
+
 def slot_memory_plain(
     memory: SlotMemory, codes_LW: Tensor, action_L: Tensor, age_days_L: Tensor
 ) -> SlotStream:

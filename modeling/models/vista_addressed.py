@@ -7,8 +7,8 @@ into tokens that a store keeps, and candidates read the tokens alone. Stage 1 is
 
 | paper | here |
 |---|---|
-| seeds, shared by all users | `memory.keys`, A slots; each is kept for H half-lives |
-| personalised seed embeddings | S = A · H tokens: a slot's mean code, and the logarithm of its mass |
+| seeds, shared by all users | `memory.keys`, A slots; each is kept for H half-lives; `pairs.keys`, F more |
+| personalised seed embeddings | S = A · H + F tokens: a slot's mean code, and the logarithm of its mass |
 | stage 2: attention of a candidate to the tokens | attention over slots, by the candidate's address |
 
 Differs: in the paper nothing binds a seed to which item it keeps, and its sums weigh an event of
@@ -21,20 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, normalize
 
 from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
-from modeling.layers.addressed import ItemCodes, SlotMemory, SlotStream
+from modeling.layers.addressed import ItemCodes, PairMemory, PairStream, SlotMemory, SlotStream
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, TaskHeads
 from modeling.models.base import CannotExtendError, TokenMaker
 
-STAGE_1 = ("codes.", "memory.", "features.events.")
+STAGE_1 = ("codes.", "memory.", "pairs.", "features.events.")
 FOREVER = 1e6  # days
+MOST_COUNTED = 32.0  # more of the same says nothing new; shares do
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,37 @@ class Config:
     num_slots: int = 16  # A
     half_lives_days: tuple[float, ...] = (FOREVER, 180.0, 30.0, 7.0)
     sharpness: float = 4.0
+    num_pairs: int = 0  # F, slots for what followed what; 0: the order of events is not kept
+    session_days: float = 0.05  # after so long, an event follows the one before by half
     cross_layers: int = 2
     cross_rank: int = 64
     head_hidden: int | None = None  # None: twice the width
     dropout: float = 0.0
 
 
+class Streams(NamedTuple):
+    """All that is kept of a history."""
+
+    slots: SlotStream
+    pairs: PairStream | None
+
+
 @dataclass(frozen=True)
 class UserState:
-    """Summary tokens, and what candidates read of them; the sums, where they can be extended."""
+    """Summary tokens, and what candidates read of them.
+
+    Args:
+        pair_total_BFW, pair_mass_BF: of what followed what; without slots where that is not kept.
+        streams: what new events are added to; None where the state was made of stored tokens.
+    """
 
     tokens_BSD: Tensor
     total_BAHW: Tensor
     mass_BAH: Tensor
+    pair_total_BFW: Tensor
+    pair_mass_BF: Tensor
     request_BRD: Tensor
-    stream: SlotStream | None = None
+    streams: Streams | None = None
 
 
 class AddressedVISTA(TokenMaker):
@@ -86,6 +103,11 @@ class AddressedVISTA(TokenMaker):
             self.features.events.size,
             config.sharpness,
         )
+        self.pairs = None
+        if config.num_pairs:
+            self.pairs = PairMemory(code, config.num_pairs, config.session_days, config.sharpness)
+            self.where, self.what = (nn.Linear(code, code, bias=False) for _ in range(2))
+            self.followed = nn.Linear(code + 2, width)
         kept = len(config.half_lives_days)
         self.read = nn.Linear(kept * code, width)
         self.products = nn.Linear(kept * (self.codes.num_parts + 1), width)
@@ -94,7 +116,7 @@ class AddressedVISTA(TokenMaker):
         self.whole = nn.Linear(kept * code, width)
         self.interaction = CrossNetwork(
             self.features.num_request + 1,
-            self.features.num_candidate + 3,
+            self.features.num_candidate + 3 + (self.pairs is not None),
             width,
             config.cross_layers,
             config.cross_rank,
@@ -126,19 +148,22 @@ class AddressedVISTA(TokenMaker):
     @property
     def token_shape(self) -> tuple[int, int]:
         """S, W + 1."""
-        return self.config.num_slots * len(self.config.half_lives_days), self.config.code_width + 1
+        slots = self.config.num_slots * len(self.config.half_lives_days)
+        return slots + self.config.num_pairs, self.config.code_width + 1
 
     @property
     def stream_shape(self) -> tuple[int, int]:
-        """As many numbers as the tokens have, before they are made means."""
-        return self.token_shape
+        """As many numbers as the tokens have, before they are made means; and the newest event."""
+        rows, width = self.token_shape
+        return rows + (self.pairs is not None), width
 
     @property
     def token_config(self) -> dict[str, Any]:
         """Of the sums."""
         return {
             "sharpness": self.config.sharpness,
-            "half_lives_days": [str(days) for days in self.config.half_lives_days],
+            "half_lives_days": list(self.config.half_lives_days),
+            "session_days": self.config.session_days if self.config.num_pairs else None,
         }
 
     def stage_1(self) -> dict[str, Tensor]:
@@ -150,7 +175,7 @@ class AddressedVISTA(TokenMaker):
     def encode_user(self, user: UserInputs) -> UserState:
         """Sums of the user's events, or the tokens of a store, where given."""
         if user.tokens_BSX is None or user.has_tokens_B is None:
-            return self._state(self._advanced(self.memory.start(len(user.item_BL)), user), user)
+            return self._state(self._advanced(self._started(len(user.item_BL)), user), user)
         has, stored = user.has_tokens_B, user.tokens_BSX
         if not bool(has.all()):
             fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
@@ -159,12 +184,12 @@ class AddressedVISTA(TokenMaker):
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """The sums take the new events."""
-        if user_state.stream is None:
+        if user_state.streams is None:
             raise CannotExtendError(
                 "this state was made of stored tokens, which are rounded. Encode the user again, or go on from the stored "
                 "streams (modeling/summary.py)"
             )
-        return self._state(self._advanced(user_state.stream, new_events), new_events)
+        return self._state(self._advanced(user_state.streams, new_events), new_events)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Each candidate reads its slots. logits_BCT."""
@@ -175,16 +200,32 @@ class AddressedVISTA(TokenMaker):
         mass = torch.einsum("bca,bah->bch", address, user_state.mass_BAH)
         products = torch.einsum("bchw,bcpw->bchp", total, parts)
         counts = torch.cat([products, mass[..., None]], dim=-1).flatten(2)
-        counts = counts.sign() * counts.abs().log1p()  # they grow with the history
+        counts = _bounded(counts)
         mean = (total / (mass[..., None] + 1)).flatten(2)
         read = [self.read(mean), self.mixed(gelu(self.products(counts))), self.own(own)]
+        if self.pairs is not None:
+            read.append(self._followed(user_state, own))
         tokens = torch.cat([self.features.candidates(candidates), torch.stack(read, dim=2)], dim=2)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits
 
+    def _followed(self, user_state: UserState, own_BCW: Tensor) -> Tensor:
+        """What a candidate reads of what followed what, where it learns to look: B × C × D."""
+        assert self.pairs is not None
+        address = self.pairs.address(normalize(self.where(own_BCW), dim=-1))
+        sought = normalize(self.what(own_BCW), dim=-1)
+        total = address @ user_state.pair_total_BFW
+        mass = address @ user_state.pair_mass_BF[..., None]
+        mean = total / (mass + 1)
+        share = (mean * sought).sum(-1, keepdim=True)
+        count = (total * sought).sum(-1, keepdim=True)
+        numbers = torch.cat([share, _bounded(count), mean], dim=-1)
+        followed: Tensor = self.followed(numbers)
+        return followed
+
     def tokens_of(self, user: UserInputs) -> Tensor:
         """Stage 1 alone."""
-        return self._tokens(self._advanced(self.memory.start(len(user.item_BL)), user))
+        return self._tokens(self._advanced(self._started(len(user.item_BL)), user))
 
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
         """The same of chunks."""
@@ -192,25 +233,30 @@ class AddressedVISTA(TokenMaker):
 
     @torch.inference_mode()
     def stream(
-        self, chunks: Iterable[UserInputs], streams: SlotStream | None = None
-    ) -> tuple[Tensor, SlotStream]:
+        self, chunks: Iterable[UserInputs], streams: Streams | None = None
+    ) -> tuple[Tensor, Streams]:
         """Tokens after chunks of any number of events, and the sums behind them.
 
         Raises:
             ValueError: there is no chunk.
         """
         for chunk in chunks:
-            before = self.memory.start(len(chunk.item_BL)) if streams is None else streams
+            before = self._started(len(chunk.item_BL)) if streams is None else streams
             streams = self._advanced(before, chunk)
         if streams is None:
             raise ValueError("summarise got no chunk; an empty history is one chunk without events")
         return self._tokens(streams), streams
 
-    def stored_streams(self, streams: SlotStream) -> Tensor:
-        """The sums, and their masses beside them."""
-        return torch.cat([streams.total_BAHW, streams.mass_BAH[..., None]], dim=-1).flatten(1, 2)
+    def stored_streams(self, streams: Streams) -> Tensor:
+        """The sums, and their masses beside them; then the newest event's code."""
+        rows = [_beside(streams.slots.total_BAHW, streams.slots.mass_BAH).flatten(1, 2)]
+        if streams.pairs is not None:
+            pairs = streams.pairs
+            rows.append(_beside(pairs.total_BFW, pairs.mass_BF))
+            rows.append(_beside(pairs.last_BW, pairs.some_B)[:, None])
+        return torch.cat(rows, dim=1)
 
-    def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> SlotStream:
+    def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> Streams:
         """The sums behind `stored_streams`.
 
         Raises:
@@ -220,39 +266,77 @@ class AddressedVISTA(TokenMaker):
             raise ValueError(
                 f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {self.stream_shape}"
             )
-        rows = stored_BRK.unflatten(1, self.memory.shape)
-        return SlotStream(rows[..., :-1], rows[..., -1])
+        slots, pairs = self._parted(stored_BRK)
+        kept = None
+        if self.pairs is not None:
+            last = pairs[:, -1]
+            kept = PairStream(pairs[:, :-1, :-1], pairs[:, :-1, -1], last[:, :-1], last[:, -1])
+        return Streams(SlotStream(slots[..., :-1], slots[..., -1]), kept)
 
-    def _advanced(self, stream: SlotStream, user: UserInputs) -> SlotStream:
-        return self.memory.advance(
-            stream,
-            self.codes.of_events(user.item_BL),
-            user.action_BL,
-            self.features.events(user),
-            torch.expm1(user.gap_BL),
-            user.mask_BL,
+    def _started(self, batch: int) -> Streams:
+        """Of users without events."""
+        pairs = None if self.pairs is None else self.pairs.start(batch)
+        return Streams(self.memory.start(batch), pairs)
+
+    def _advanced(self, streams: Streams, user: UserInputs) -> Streams:
+        items, gaps = self.codes.of_events(user.item_BL), torch.expm1(user.gap_BL)
+        events = self.features.events(user)
+        slots = self.memory.advance(
+            streams.slots, items, user.action_BL, events, gaps, user.mask_BL
         )
+        if self.pairs is None or streams.pairs is None:
+            return Streams(slots, None)
+        return Streams(slots, self.pairs.advance(streams.pairs, items, gaps, user.mask_BL))
 
-    def _tokens(self, stream: SlotStream) -> Tensor:
+    def _tokens(self, streams: Streams) -> Tensor:
         """Means and masses of slots: what a store keeps in a few bytes, however long the history."""
-        mass = stream.mass_BAH[..., None]
-        return torch.cat([stream.total_BAHW / (mass + 1), mass.log1p()], dim=-1).flatten(1, 2)
+        rows = [_means(streams.slots.total_BAHW, streams.slots.mass_BAH).flatten(1, 2)]
+        if streams.pairs is not None:
+            rows.append(_means(streams.pairs.total_BFW, streams.pairs.mass_BF))
+        return torch.cat(rows, dim=1)
 
-    def _state(self, stream: SlotStream, user: UserInputs) -> UserState:
-        return self._read_by(stream, self._tokens(stream), user, stream)
+    def _parted(self, rows_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of slots, B × A × H × D, and those behind them."""
+        slots, kept = self.memory.shape
+        return rows_BSD[:, : slots * kept].unflatten(1, (slots, kept)), rows_BSD[:, slots * kept :]
+
+    def _state(self, streams: Streams, user: UserInputs) -> UserState:
+        total, mass = streams.slots
+        pairs = streams.pairs
+        nothing = total.new_zeros(len(total), 0, total.shape[-1])
+        return UserState(
+            self._tokens(streams),
+            total,
+            mass,
+            nothing if pairs is None else pairs.total_BFW,
+            nothing[..., 0] if pairs is None else pairs.mass_BF,
+            self._request(total, mass, user),
+            streams,
+        )
 
     def _of_tokens(self, tokens_BSD: Tensor, user: UserInputs) -> UserState:
-        rows = tokens_BSD.float().unflatten(1, self.memory.shape)
-        mass = rows[..., -1].expm1()
-        return self._read_by(
-            SlotStream(rows[..., :-1] * (mass[..., None] + 1), mass), tokens_BSD, user, None
-        )
+        slots, pairs = self._parted(tokens_BSD.float())
+        mass, pair_mass = slots[..., -1].expm1(), pairs[..., -1].expm1()
+        total = slots[..., :-1] * (mass[..., None] + 1)
+        pair_total = pairs[..., :-1] * (pair_mass[..., None] + 1)
+        request = self._request(total, mass, user)
+        return UserState(tokens_BSD, total, mass, pair_total, pair_mass, request)
 
-    def _read_by(
-        self, sums: SlotStream, tokens_BSD: Tensor, user: UserInputs, stream: SlotStream | None
-    ) -> UserState:
-        """What candidates read; the request's fields, and beside them the mean of all slots."""
-        total, mass = sums.total_BAHW.sum(1), sums.mass_BAH.sum(1)
+    def _request(self, total_BAHW: Tensor, mass_BAH: Tensor, user: UserInputs) -> Tensor:
+        """The request's fields, and beside them the mean of all slots."""
+        total, mass = total_BAHW.sum(1), mass_BAH.sum(1)
         mean = self.whole((total / (mass[..., None] + 1)).flatten(1))
-        request = torch.cat([self.features.request(user), mean[:, None]], dim=1)
-        return UserState(tokens_BSD, sums.total_BAHW, sums.mass_BAH, request, stream)
+        return torch.cat([self.features.request(user), mean[:, None]], dim=1)
+
+
+def _bounded(counts: Tensor) -> Tensor:
+    """Counts that grow with a history, so that one of any length looks like those of training."""
+    return counts.sign() * counts.abs().clamp(max=MOST_COUNTED).log1p()
+
+
+def _beside(total: Tensor, mass: Tensor) -> Tensor:
+    return torch.cat([total, mass[..., None]], dim=-1)
+
+
+def _means(total: Tensor, mass: Tensor) -> Tensor:
+    return _beside(total / (mass[..., None] + 1), mass.log1p())

@@ -16,10 +16,17 @@ from modeling.batch import FeatureSizes, TrainingSample, UserInputs
 from modeling.columns import GroupSizes
 from modeling.layers.addressed import slot_memory_plain
 from modeling.metrics import auc
-from modeling.models.vista_addressed import AddressedVISTA, Config, UserState
+from modeling.models.vista_addressed import FOREVER, AddressedVISTA, Config, UserState
 
 SIZES = FeatureSizes(items=40, actions=2, history_length=64, item=GroupSizes((6, 4), (2, 1)))
-CONFIG = Config(width=16, code_width=12, num_slots=5, half_lives_days=(float("inf"), 20.0, 1.0))
+CONFIG = Config(
+    width=16,
+    code_width=12,
+    num_slots=5,
+    half_lives_days=(float("inf"), 20.0, 1.0),
+    num_pairs=6,
+    session_days=4.0,
+)
 
 
 def made(seed: int = 0) -> AddressedVISTA:
@@ -70,6 +77,11 @@ def test_sums_equal_their_plain_twin_and_padding_is_inert(length: int) -> None:
     )
     torch.testing.assert_close(state.total_BAHW, plain.total_BAHW, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state.mass_BAH, plain.mass_BAH, atol=1e-5, rtol=1e-4)
+    assert model.pairs is not None
+    address, total = model.pairs.address(codes), torch.zeros(6, 12)
+    for at in range(1, length):
+        total += torch.outer(address[at - 1], codes[at]) * 2 ** (-days[at] / 4.0)
+    torch.testing.assert_close(state.pair_total_BFW[0], total, atol=1e-5, rtol=1e-4)
     padded = model.encode_user(history(length, 1, width=length + 9))
     torch.testing.assert_close(padded.tokens_BSD, state.tokens_BSD, atol=1e-5, rtol=1e-4)
     assert state.tokens_BSD.isfinite().all()
@@ -135,7 +147,7 @@ def test_a_slot_tells_which_items_were_there() -> None:
     """
     torch.manual_seed(0)
     config = replace(
-        CONFIG, code_width=64, num_slots=64, half_lives_days=(float("inf"),), sharpness=30.0
+        CONFIG, code_width=64, num_slots=64, half_lives_days=(FOREVER,), sharpness=30.0
     )
     model = models.build("vista_addressed", config, FeatureSizes(500, 1, 300)).eval()
     assert isinstance(model, AddressedVISTA)

@@ -137,6 +137,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "vista_addressed",
         {"width": 16, "code_width": 8, "num_slots": 3, "half_lives_days": (30.0, 2.0)},
     ),
+    "vista_addressed_pairs_extendable": (
+        "vista_addressed",
+        {
+            "width": 16,
+            "code_width": 8,
+            "num_slots": 3,
+            "half_lives_days": (30.0,),
+            "num_pairs": 4,
+            "session_days": 2.0,
+        },
+    ),
     "vista_addressed_forever_extendable": (
         "vista_addressed",
         {"width": 16, "code_width": 8, "num_slots": 4, "half_lives_days": (float("inf"),)},
