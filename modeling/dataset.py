@@ -174,18 +174,18 @@ class Warehouse:
             every: of the requests only each so manieth, in training and in evaluation.
         """
         folder = JobFolder(self.settings.home, "training_examples")
+        waiting: dict[str, pa.Table] = {}
         for path in folder.paths("training_examples"):
             rows = folder.read_path(path)
             for split in SPLITS:
                 own = rows.filter(pc.equal(rows["split"], split)).combine_chunks()
-                own = _each(own, every[split != "train"])
-                bounds = np.r_[_request_starts(own["request_id"]), len(own)].astype(np.int64)
-                start = 0
-                while start < len(own):
-                    last = int(np.searchsorted(bounds, start + most, side="right")) - 1
-                    stop = max(int(bounds[last]), int(bounds[bounds > start][0]))
-                    yield split, own.slice(start, stop - start)
-                    start = stop
+                for piece in _cut(_each(own, every[split != "train"]), most):
+                    before = waiting.pop(split, piece.slice(0, 0))
+                    if len(before) and len(before) + len(piece) > most:
+                        yield split, before
+                        before = piece.slice(0, 0)
+                    waiting[split] = pa.concat_tables([before, piece])
+        yield from waiting.items()
 
     def split(
         self, store: FeatureStore, service: str, split: str, tokens: Tokens | None = None
@@ -319,6 +319,17 @@ class Warehouse:
             0.0,
             suite=suite,
         )
+
+
+def _cut(rows: pa.Table, most: int) -> Iterator[pa.Table]:
+    """Whole requests, at most so many rows at a time, or one request's."""
+    bounds = np.r_[_request_starts(rows["request_id"]), len(rows)].astype(np.int64)
+    start = 0
+    while start < len(rows):
+        last = int(np.searchsorted(bounds, start + most, side="right")) - 1
+        stop = max(int(bounds[last]), int(bounds[bounds > start][0]))
+        yield rows.slice(start, stop - start)
+        start = stop
 
 
 def _each(rows: pa.Table, every: int) -> pa.Table:
