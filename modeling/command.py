@@ -505,13 +505,15 @@ def refuse_longer_than_kept(run: TrainingRun) -> None:
     Raises:
         DataError: its recipe reads more events than are kept online.
     """
+    from modeling import models
     from modeling.models.base import TokenMaker
 
     kept = datasets.load_contract(run.settings.dataset).spec.num_history_online
     read = run.recipe.history_length
     if read > kept:
-        model, _ = _load_trained(run)
-        if isinstance(model, TokenMaker) and model.streams:
+        model = models.model_class(run.recipe.model)
+        config = models.config_class(run.recipe.model)(**run.recipe.config)
+        if issubclass(model, TokenMaker) and model.streams_with(config):
             return  # it is served the tokens of all events
         raise DataError(
             f"{run.recipe.name} reads {read:,} events of a history, online are kept {kept:,}: it would rank from less than it "

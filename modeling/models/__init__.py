@@ -13,12 +13,18 @@ from modeling.errors import RecipeError
 from modeling.models.base import Ranker
 from modeling.registry import CLASSES, NAMES, module_of
 
-__all__ = ["NAMES", "Ranker", "build", "config_class", "module_of"]
+__all__ = ["NAMES", "Ranker", "build", "config_class", "model_class", "module_of"]
 
 
 def config_class(name: str) -> type:
     """The dataclass of a model's config."""
     found: type = importlib.import_module(module_of(name)).Config
+    return found
+
+
+def model_class(name: str) -> type[Ranker]:
+    """A model's class."""
+    found: type[Ranker] = getattr(importlib.import_module(module_of(name)), CLASSES[name][1])
     return found
 
 
@@ -33,5 +39,5 @@ def build(name: str, config: dict[str, Any] | object, sizes: FeatureSizes) -> Ra
     known = {f.name for f in fields(made)}
     if unknown := sorted(set(plain) - known):
         raise RecipeError(f"model {name!r} does not know {unknown}; its config has {sorted(known)}")
-    model = getattr(importlib.import_module(module_of(name)), CLASSES[name][1])
+    model: Any = model_class(name)
     return cast(Ranker, model(made(**plain), sizes))

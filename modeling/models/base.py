@@ -109,10 +109,17 @@ class TokenMaker(Ranker):
     keeps of a history takes new events, at a cost that does not depend on how many came before.
     """
 
-    @property
+    config: Any
+
+    @staticmethod
     @abstractmethod
+    def streams_with(config: Any) -> bool:
+        """Whether stored streams take new events under a config: tokens are then of all events."""
+
+    @property
     def streams(self) -> bool:
-        """Whether stored streams take new events."""
+        """The same of this model's own."""
+        return self.streams_with(self.config)
 
     @property
     @abstractmethod

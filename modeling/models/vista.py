@@ -167,10 +167,10 @@ class VISTA(TokenMaker):
         """S, D; None where there is no stage 1."""
         return None if self.config.stored else (self.config.num_seeds, self.config.width)
 
-    @property
-    def streams(self) -> bool:
-        """Whether events read only those before them."""
-        return self.config.causal
+    @staticmethod
+    def streams_with(config: Config) -> bool:
+        """Where events read only those before them."""
+        return config.causal
 
     @property
     def piece(self) -> int:

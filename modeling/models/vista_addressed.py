@@ -135,8 +135,8 @@ class AddressedVISTA(TokenMaker):
         """Sums take new events."""
         return True
 
-    @property
-    def streams(self) -> bool:
+    @staticmethod
+    def streams_with(config: Config) -> bool:
         """Always."""
         return True
 
