@@ -354,3 +354,32 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
     finally:
         memory.write(user, before, 1)
     assert memory.read(user) == before
+
+
+def test_addressed_tokens_walk_the_same_road(
+    shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Built by the job, stored, matched by their version, and ranked from as from fresh ones."""
+    road = helpers.token_road(shop, tmp_path_factory.mktemp("addressed"), "vista_addressed_tiny")
+    ranker = open_ranker(road.settings, replay=True)
+    rows = JobFolder(road.settings.home, "summary_tokens").read("token_rows")
+    users = sorted(set(rows["user_id"].to_pylist()))
+    items = ranker.bundle.encoder.items.values.to_pylist()[:40]
+    columns = ranker.items.take(items).columns
+    at, compared = datetime.fromisoformat(ranker.bundle.manifest["data_as_of"]), 0
+    ranker.bundle.encoder.history_length = CONTRACT.spec.num_history_online  # all, as the job did
+    for user in users[:12]:
+        assert ranker.rank(RankRequest(user, items)).tokens == ranker.bundle.tokens
+        read = ranker.reader.read_user(user)
+        requests = [
+            ranker.requests_of(one, items, columns, at)
+            for one in (read, replace(read, tokens=None))
+        ]
+        stored, fresh = (
+            predict(ranker.bundle.model, ranker.bundle.encoder, ranker.bundle.encoder.featurise(r))
+            for r in requests
+        )
+        if read.columns["history_end"] <= ranker.bundle.encoder.history_length:
+            compared += 1
+            np.testing.assert_allclose(stored, fresh, atol=2e-3)  # fp16
+    assert compared
