@@ -437,6 +437,9 @@ class Encoder:
         # 2. What is between a request's history and its candidates.
         user, item = self._user_stats(requests), self._item_stats(requests)
         codes = self._remembered_codes(requests)
+        known_item = ~(
+            np.isnan(item[0]) & np.isnan(floats(requests.candidate_columns["item_known"]))
+        )
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
@@ -458,6 +461,8 @@ class Encoder:
             readings = requests.read_memory(
                 chosen, within_chunk, [values[first:last] for values in codes]
             )
+            # An item that nobody knows was never there, whatever cells it shares with others.
+            readings[~known_item[first:last], 0] = 0
             dense[first:last, memory] = memory_features(readings)
         item_of_key = self.items.indices_of(requests.items)
         tasks = len(self.contract.spec.tasks)
