@@ -40,10 +40,9 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
         writer.write_batch(log)
     counts = {"users": log.num_rows, "events": read, "shown": read - events.num_rows}
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
-    for table, rows in (
-        ("user_stats", stat_rows(contract, events)),
-        ("user_history", packed_rows(contract, events, remembered)),
-    ):
+    stats = stat_rows(contract, events)
+    packed = packed_rows(contract, events, stats, remembered)
+    for table, rows in (("user_stats", stats), ("user_history", packed)):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
 
 
@@ -118,13 +117,14 @@ def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
 
 
 def packed_rows(
-    contract: Contract, events: pa.Table, remembered: Sequence[np.ndarray] = ()
+    contract: Contract, events: pa.Table, stats: pa.Table, remembered: Sequence[np.ndarray] = ()
 ) -> pa.Table:
     """Each user's newest events, as many as are kept online, packed; and a sketch of all of them.
     Stamped just after the newest.
 
     Args:
         events: sorted by user and time.
+        stats: what `stat_rows` says of them.
         remembered: codes of their items in the columns that sketches count.
     """
     user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
@@ -141,7 +141,7 @@ def packed_rows(
         )
         for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
     ]
-    sketches = sketched(contract, events, remembered, starts, ends)
+    sketches = sketched(contract, events, stats, remembered)
     known = from_micros(time[ends - 1] + 1)
     return pa.table(
         [ids, pa.array(packed, pa.binary()), pa.array(sketches, pa.binary()), known, known],
@@ -150,37 +150,27 @@ def packed_rows(
 
 
 def sketched(
-    contract: Contract,
-    events: pa.Table,
-    remembered: Sequence[np.ndarray],
-    starts: np.ndarray,
-    ends: np.ndarray,
+    contract: Contract, events: pa.Table, stats: pa.Table, remembered: Sequence[np.ndarray]
 ) -> list[bytes]:
-    """A sketch of each user's events of the first action, in its envelope.
-
-    Args:
-        starts, ends: of each user's events.
+    """A sketch of each user's events of the first action, in its envelope; arguments as in
+    `packed_rows`.
     """
     layout, time = Layout.of(contract), micros(events["event_timestamp"])
-    item = events[contract.item.join_key]
-    digests = history.event_digests(
-        hash_keys(item),
-        history.event_columns(contract, events),
-        np.arange(len(time)) - np.repeat(starts, ends - starts),
-    )
     counted = events["action"].to_numpy() == 0
-    codes = [value_codes(item), *remembered]
-    users = events[contract.user.join_key].combine_chunks().take(pa.array(starts)).to_pylist()
-    found = []
-    for user, start, end in zip(users, starts.tolist(), ends.tolist(), strict=True):
-        chosen = np.flatnonzero(counted[start:end]) + start
+    codes = [value_codes(events[contract.item.join_key]), *remembered]
+    # The newest row of each user says how many events there are, and their digest.
+    key = stats[contract.user.join_key].combine_chunks()
+    newest_rows = history.run_ends(history.run_starts(key), len(key)) - 1
+    found, start = [], 0
+    for row in stats.take(pa.array(newest_rows)).to_pylist():
+        number = row["history_end"]
+        chosen = start + np.flatnonzero(counted[start : start + number])
         sketch = Sketch(layout)
         sketch.add(layout.positions([c[chosen] for c in codes]), time[chosen])
-        newest = int(time[end - 1])
-        with np.errstate(over="ignore"):
-            digest = int(digests[start:end].sum())
-        identity = Identity(layout.fingerprint, newest, newest + 1, end - start, digest)
-        found.append(sketch.to_bytes(user, identity))
+        newest = int(time[start + number - 1])
+        identity = Identity(layout.fingerprint, newest, newest + 1, number, row["history_digest"])
+        found.append(sketch.to_bytes(row[contract.user.join_key], identity))
+        start += number
     return found
 
 

@@ -219,12 +219,8 @@ class Sketch:
         kept = self.cells[:, filled] if sparse else self.cells[:, :-1]
         parts = [filled.astype("<u4").tobytes()] if sparse else []
         parts += [np.rint(kept[0]).astype("<u4").tobytes(), kept[1:].astype("<f4").tobytes()]
-        shape = (self.layout.parts, min(self.layout.width, (1 << 16) - 1))
-        return seal(
-            MAGIC,
-            Sealed(SPARSE if sparse else DENSE, 0, shape, identity, b"".join(parts)),
-            user_id,
-        )
+        kind, shape = SPARSE if sparse else DENSE, (self.layout.parts, DEPTH)
+        return seal(MAGIC, Sealed(kind, 0, shape, identity, b"".join(parts)), user_id)
 
     def _make_room(self, newest: int) -> None:
         """Move the moment of reference where the weights of new events would grow too large."""

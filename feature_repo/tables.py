@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -256,6 +256,25 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def held(folder: Path) -> TextIO:
+    """Hold a folder together with others who read it; nobody can have it `locked` meanwhile.
+
+    Returns:
+        What holds it: for as long as it is not closed.
+
+    Raises:
+        BlockingIOError: another process has it locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")  # noqa: SIM115 - whoever holds the folder closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

@@ -42,7 +42,7 @@ CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
 FAINTEST = 0.01  # of a count that has faded: less is told from nothing by nobody
 
 
-def memory_names(contract: Contract) -> tuple[str, ...]:
+def sketch_names(contract: Contract) -> tuple[str, ...]:
     """Names of what a sketch says of a candidate: for the item and for each remembered column the
     events of all time, and those that fade by each half-life.
     """
@@ -52,8 +52,8 @@ def memory_names(contract: Contract) -> tuple[str, ...]:
     return tuple(f"life_{column}{age}" for column in columns for age in ages)
 
 
-def memory_features(readings: np.ndarray) -> np.ndarray:
-    """Dense features of a sketch's readings, float32, N × `memory_names`.
+def sketch_features(readings: np.ndarray) -> np.ndarray:
+    """Dense features of a sketch's readings, float32, N × `sketch_names`.
 
     Args:
         readings: N × columns × counts; NaN where there is no sketch, or the candidate has no value.

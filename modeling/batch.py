@@ -29,8 +29,8 @@ from feature_repo.transforms import (
     context_fields,
     event_ages,
     match_features,
-    memory_features,
-    memory_names,
+    sketch_features,
+    sketch_names,
     squash,
     user_features,
 )
@@ -50,7 +50,7 @@ GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
-ReadMemory = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
+ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
 NOT_EVENTS = (
     "field_BU",
     "dense_BG",
@@ -60,7 +60,7 @@ NOT_EVENTS = (
 UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
 SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
 CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
-MEMORY_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
+SKETCH_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
 SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
 SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
@@ -165,7 +165,7 @@ class RequestColumns:
     gather: GatherHistories  # (request numbers, length) → their newest events
     labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
     gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
-    read_memory: ReadMemory | None = None  # None: nothing is known of the users' whole past
+    read_sketch: ReadSketch | None = None  # None: nothing is known of the users' whole past
 
     def __len__(self) -> int:
         return len(self.times)
@@ -263,8 +263,7 @@ class Encoder:
         categorical = [c for c in contract.item_columns if c.kind and c.is_categorical]
         self.own_item = group_of(categorical, vocabularies)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
-        self.memory_names = memory_names(contract)
-        self.remembered = (contract.item.column, *contract.remembered)
+        self.sketch_names = sketch_names(contract)
 
     @property
     def items(self) -> Vocabulary:
@@ -279,14 +278,19 @@ class Encoder:
         return (
             *self.stat_columns,
             *MATCH_FEATURES,
-            *self.memory_names,
+            *self.sketch_names,
             *self.candidate.dense_names,
         )
 
     @cached_property
+    def _of_sketch(self) -> Tensor:
+        """Which dense numbers of candidates a sketch says, bool."""
+        return torch.tensor([name in self.sketch_names for name in self.dense_names])
+
+    @cached_property
     def withheld(self) -> Withheld:
         """What no batch shows."""
-        between = {*MATCH_FEATURES, *self.memory_names} if "matches" in self.without else set()
+        between = {*MATCH_FEATURES, *self.sketch_names} if "matches" in self.without else set()
         dense = np.array([name in between for name in self.dense_names])
         return Withheld(dense, "user" in self.without)
 
@@ -298,7 +302,8 @@ class Encoder:
         values = np.full(len(self.dense_names), np.nan, np.float32)
         for name in ("match_times", "match_share", "match_other_times"):
             values[self.dense_names.index(name)] = 0
-        for name in self.memory_names[: len(self.memory_names) // len(self.remembered)]:
+        of_item = 1 + len(self.contract.spec.memory.half_lives_days)
+        for name in self.sketch_names[:of_item]:
             values[self.dense_names.index(name)] = np.log(FAINTEST)
         return values
 
@@ -348,9 +353,8 @@ class Encoder:
         spec, number = self.contract.spec, len(batch.labels_BCT)
         user, candidates = batch.user, batch.candidates
         device = candidates.item_BC.device
-        forgotten = torch.from_numpy(rng.random(number) < MEMORY_FORGOTTEN)[:, None, None]
-        memory = torch.tensor([name in self.memory_names for name in self.dense_names])
-        unread = (forgotten & memory).to(device)
+        forgotten = torch.from_numpy(rng.random(number) < SKETCH_FORGOTTEN)[:, None, None]
+        unread = (forgotten & self._of_sketch).to(device)
         candidates = replace(
             candidates, dense_BCF=candidates.dense_BCF.masked_fill(unread, torch.nan)
         )
@@ -429,10 +433,10 @@ class Encoder:
         for index, name in enumerate(self.stat_columns):
             dense[:, index] = squash(floats(requests.candidate_columns[name]))
         match = slice(len(self.stat_columns), len(self.stat_columns) + len(MATCH_FEATURES))
-        memory = slice(match.stop, match.stop + len(self.memory_names))
-        if memory.stop < dense.shape[1]:
+        sketch = slice(match.stop, match.stop + len(self.sketch_names))
+        if sketch.stop < dense.shape[1]:
             owner_times = np.repeat(requests.times, np.diff(offsets))
-            dense[:, memory.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
+            dense[:, sketch.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
 
         # 2. What is between a request's history and its candidates.
         user, item = self._user_stats(requests), self._item_stats(requests)
@@ -455,15 +459,15 @@ class Encoder:
                 known[-1],
             )
             dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
-            if requests.read_memory is None:
-                dense[first:last, memory] = np.nan
+            if requests.read_sketch is None:
+                dense[first:last, sketch] = np.nan
                 continue
-            readings = requests.read_memory(
+            readings = requests.read_sketch(
                 chosen, within_chunk, [values[first:last] for values in codes]
             )
             # An item that nobody knows was never there, whatever cells it shares with others.
             readings[~known_item[first:last], 0] = 0
-            dense[first:last, memory] = memory_features(readings)
+            dense[first:last, sketch] = sketch_features(readings)
         item_of_key = self.items.indices_of(requests.items)
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels

@@ -11,34 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from modeling.metrics import auc_by_user, ndcg_at
+from modeling.metrics import PerUser
+from modeling.shards import read_shard, write_shard
 
 PAIRED = ("ndcg@10", "gauc")  # metrics that are means over users
 RESAMPLES = 2000
 LEVEL = 0.05
+Sums = dict[str, PerUser]  # by metric
 Verdict = Literal["above", "below", "undecided"]
-
-
-@dataclass(frozen=True)
-class PerUser:
-    """A metric as sums over each user's requests: the metric is total / weight.
-
-    Args:
-        total: for each seed and user, seeds × users.
-        weight: the same; alike for rankers of the same requests.
-    """
-
-    total: np.ndarray
-    weight: np.ndarray
-
-    @property
-    def value(self) -> float:
-        """The metric, mean over seeds."""
-        return float((self.total.sum(1) / self.weight.sum(1)).mean())
 
 
 @dataclass(frozen=True)
@@ -62,38 +47,38 @@ class Difference:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {self.verdict}"
 
 
-def per_user(
-    labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, users: np.ndarray
-) -> dict[str, PerUser]:
-    """The paired metrics of one scoring, by user; one seed.
+def write_sums(path: Path, sums: Mapping[str, PerUser]) -> None:
+    """Keep a run's sums by user, of the paired metrics."""
+    kept = {}
+    for metric in PAIRED:
+        kept[f"{metric} total"], kept[f"{metric} weight"] = (
+            sums[metric].total[0],
+            sums[metric].weight[0],
+        )
+    write_shard(path, kept)
 
-    Args:
-        labels, scores: of all candidates.
-        offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
-        users: number of each request's user, 0 … U - 1.
+
+def read_sums(path: Path) -> Sums:
+    """What `write_sums` kept.
+
+    Raises:
+        ShardError: it is damaged or gone.
     """
-    number = int(users.max(initial=-1)) + 1
-    ndcg = ndcg_at(labels, scores, offsets)
-    defined = ~np.isnan(ndcg)
-    owner = np.repeat(users, np.diff(offsets))
-    auc, weight = auc_by_user(labels, scores, owner, number)
+    kept = read_shard(path)
     return {
-        "ndcg@10": PerUser(
-            np.bincount(users, np.nan_to_num(ndcg), number)[None],
-            np.bincount(users, defined, number)[None],
-        ),
-        "gauc": PerUser((np.nan_to_num(auc) * weight)[None], weight[None]),
+        metric: PerUser(kept[f"{metric} total"][None], kept[f"{metric} weight"][None])
+        for metric in PAIRED
     }
 
 
-def of_seeds(runs: Sequence[Mapping[str, PerUser]]) -> dict[str, PerUser]:
+def of_seeds(runs: Sequence[Mapping[str, PerUser]]) -> Sums:
     """Runs of several seeds as one."""
     return {
         metric: PerUser(
             np.concatenate([run[metric].total for run in runs]),
             np.concatenate([run[metric].weight for run in runs]),
         )
-        for metric in runs[0]
+        for metric in PAIRED
     }
 
 

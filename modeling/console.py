@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +13,7 @@ console = Console()
 
 
 class Told:
-    """Lines about long work, the first after ten seconds and then one every ten.
+    """Lines about long work: one at once, then one every ten seconds.
 
     Example:
         >>> told = Told()
@@ -20,12 +21,13 @@ class Told:
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
-        self._seconds, self._said = seconds, time.monotonic()
+        self._seconds, self._said = seconds, -math.inf
 
     def __call__(self, text: str) -> None:
         """Say this, unless something was said just before."""
-        if time.monotonic() - self._said >= self._seconds:
-            self._said = time.monotonic()
+        now = time.monotonic()
+        if now - self._said >= self._seconds:
+            self._said = now
             console.print(text, highlight=False)
 
 

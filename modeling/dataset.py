@@ -4,6 +4,7 @@ late from the log.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo import datasets
-from feature_repo.arrow import NO_VALUE, arrow_type, micros
+from feature_repo import datasets, expectations, limits
+from feature_repo.arrow import NO_VALUE, arrow_schema, arrow_type, micros
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
 from feature_repo.recall import Recall
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 OFFLINE_STORE = "feature_repo.offline_store.AsofDuckDBOfflineStore"  # which joins Arrow rows
+EXAMPLES_AT_A_TIME = 1 << 18  # rows, where a period is read as a whole
 SAMPLED_NUMBERS = 1 << 20  # of a column in buckets, from which its quantiles come
 Tokens = tuple[str, tuple[int, int]]  # version and shape of summary tokens
 
@@ -163,15 +165,16 @@ class Warehouse:
         """Training examples of one period, candidates of a request together."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-        rows = JobFolder(self.settings.home, "training_examples").read("training_examples")
-        return rows.filter(pc.equal(rows["split"], split)).combine_chunks()
+        nothing = arrow_schema(self.contract.table("training_examples")).empty_table()
+        own = [rows for name, rows in self.pieces(EXAMPLES_AT_A_TIME) if name == split]
+        return pa.concat_tables([nothing, *own]).combine_chunks()
 
     def pieces(self, most: int, every: tuple[int, int] = (1, 1)) -> Iterator[tuple[str, pa.Table]]:
         """The examples of all periods, each piece of one: whole requests, at most so many rows, or
         one request's. A period's pieces come in the order of its examples.
 
         Args:
-            every: of the requests only each so manieth, in training and in evaluation.
+            every: n and m: each n-th training request, each m-th of those that evaluate.
         """
         folder = JobFolder(self.settings.home, "training_examples")
         waiting: dict[str, pa.Table] = {}
@@ -266,7 +269,7 @@ class Warehouse:
 
         recall = Recall(log, newest=visible)
 
-        def read_memory(
+        def read_sketch(
             chosen: np.ndarray, within: np.ndarray, codes: Sequence[np.ndarray]
         ) -> np.ndarray:
             return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
@@ -299,9 +302,26 @@ class Warehouse:
             gather=gather,
             labels=np.stack([floats(joined[name]) for name in contract.labels], axis=1),
             gather_tokens=gather_tokens,
-            read_memory=read_memory,
+            read_sketch=read_sketch,
         )
         return Split(requests, request_ids.take(first), users, log, rows, ends, token_rows)
+
+    def refuse_broken(self, joined: pa.Table, split: str) -> None:
+        """Check every joined row against the contract's limits.
+
+        Raises:
+            GateError: a row is outside of them.
+        """
+        table = training_set_table(self.contract)
+        checked = limits.check(table, joined.select([c.name for c in table.all_columns]))
+        if len(checked.dead):
+            said = [
+                f"  {reason}: {number:,} rows"
+                for reason, number in Counter(checked.reasons).items()
+            ]
+            raise expectations.GateError(
+                "\n".join([f"joined features of the {split} period break the contract:", *said])
+            )
 
     def gate(self, joined: Iterable[pa.Table], split: str) -> None:
         """Great Expectations over pieces of a joined period.
@@ -309,8 +329,6 @@ class Warehouse:
         Raises:
             GateError: joined features break the contract.
         """
-        from feature_repo import expectations
-
         suite = f"training_set_{split}"
         expectations.gate(
             training_set_table(self.contract),
@@ -333,7 +351,7 @@ def _cut(rows: pa.Table, most: int) -> Iterator[pa.Table]:
 
 
 def _each(rows: pa.Table, every: int) -> pa.Table:
-    """Rows of each so manieth request."""
+    """Rows of each n-th request."""
     if every == 1:
         return rows
     starts = _request_starts(rows["request_id"])

@@ -72,6 +72,11 @@ def primary_task(spec: DatasetSpec) -> str:
     return max(spec.weights.items(), key=lambda named: named[1])[0]
 
 
+def primary_number(spec: DatasetSpec) -> int:
+    """Its number among the tasks."""
+    return [task.name for task in spec.tasks].index(primary_task(spec))
+
+
 def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     """Everything that is measured of a model on the test period, task by task.
 
@@ -101,8 +106,7 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
         for name, scores in floors.items():
             rows[name] = measure(encoded, users, scores, number, calibrated=False)
         found[task.name] = rows
-    primary = primary_task(spec)
-    number = [task.name for task in spec.tasks].index(primary)
+    primary, number = primary_task(spec), primary_number(spec)
     figures = picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths)
     importance = permutation_importance(model, encoder, encoded, number)
     figures["importance"] = [asdict(one) for one in importance]
@@ -187,12 +191,12 @@ def without_history(requests: RequestColumns, contract: Contract) -> RequestColu
     }
     layout = Layout.of(contract)
 
-    def read_memory(
+    def read_sketch(
         chosen: np.ndarray, offsets: np.ndarray, codes: Sequence[np.ndarray]
     ) -> np.ndarray:
         return Sketch(layout).read(layout.positions(codes), 0)
 
-    return replace(requests, gather=gather, user_columns=nothing_known, read_memory=read_memory)
+    return replace(requests, gather=gather, user_columns=nothing_known, read_sketch=read_sketch)
 
 
 def picture_figures(

@@ -66,7 +66,7 @@ def inputs(
 ) -> dict[str, Callable[[np.random.Generator], Encoded]]:
     """By name of each input: the same requests with that input of others."""
     stats, columns = len(encoder.stat_columns), encoder.request.sizes.num_slots
-    matches = stats + len(MATCH_FEATURES) + len(encoder.memory_names)
+    matches = stats + len(MATCH_FEATURES) + len(encoder.sketch_names)
 
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:
         def exchange(rng: np.random.Generator) -> Encoded:

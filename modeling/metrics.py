@@ -112,6 +112,95 @@ def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = Non
     )
 
 
+@dataclass(frozen=True)
+class PerUser:
+    """A metric as sums over each user's requests: the metric is total / weight.
+
+    Args:
+        total: for each seed and user, seeds × users.
+        weight: the same; alike for rankers of the same requests.
+    """
+
+    total: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """The metric of each seed; NaN where nothing defines it."""
+        weight = self.weight.sum(1)
+        return self.total.sum(1) / np.where(weight > 0, weight, np.nan)
+
+    @property
+    def value(self) -> float:
+        """The metric, mean over seeds."""
+        return float(self.values.mean())
+
+
+def per_user(
+    labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, users: np.ndarray
+) -> dict[str, PerUser]:
+    """GAUC, NDCG@10 and MRR of one scoring as sums by user; one seed.
+
+    Args:
+        labels, scores: of all candidates.
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
+        users: number of each request's user, 0 … U - 1.
+    """
+    number = int(users.max()) + 1
+    auc_U, weight_U = auc_by_user(labels, scores, np.repeat(users, np.diff(offsets)), number)
+    found = {"gauc": PerUser((np.nan_to_num(auc_U) * weight_U)[None], weight_U[None])}
+    for name, values in (
+        ("ndcg@10", ndcg_at(labels, scores, offsets)),
+        ("mrr", reciprocal_rank(labels, scores, offsets)),
+    ):
+        total = np.bincount(users, np.nan_to_num(values), number)
+        counted = np.bincount(users, ~np.isnan(values), number)
+        found[name] = PerUser(total[None], counted[None])
+    return found
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What calibration metrics are made of, by user.
+
+    Args:
+        candidates, positives, loss: sums of each user.
+        error: sums of probability - label by user and bin of probabilities, U × NUM_BINS.
+    """
+
+    candidates: np.ndarray
+    positives: np.ndarray
+    loss: np.ndarray
+    error: np.ndarray
+
+    @staticmethod
+    def of(labels: np.ndarray, probabilities: np.ndarray, owner: np.ndarray) -> _Calibration:
+        """Of all candidates; `owner` is the number of each one's user."""
+        number = int(owner.max()) + 1
+        clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+        loss = -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped))
+        rank = np.argsort(np.argsort(clipped, kind="stable"), kind="stable")
+        cell = owner * NUM_BINS + rank * NUM_BINS // len(clipped)
+        error = np.bincount(cell, clipped - labels, number * NUM_BINS)
+        return _Calibration(
+            np.bincount(owner, minlength=number),
+            np.bincount(owner, labels, number),
+            np.bincount(owner, loss, number),
+            error.reshape(number, NUM_BINS),
+        )
+
+    def measure(self, weight: np.ndarray) -> dict[str, float]:
+        """Log loss, NE and calibration error, each user counted so many times."""
+        total, positive = float(self.candidates @ weight), float(self.positives @ weight)
+        rate = min(max(positive / total, 1e-7), 1 - 1e-7)
+        loss = float(self.loss @ weight) / total
+        return {
+            "log_loss": loss,
+            "ne": loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)),
+            "calibration_error": float(np.abs(weight @ self.error).sum()) / total,
+        }
+
+
 def evaluate(
     labels: np.ndarray,
     scores: np.ndarray,
@@ -140,78 +229,39 @@ def evaluate(
         raise ScoresError(
             f"{int(np.isnan(scores).sum()):,} of {len(scores):,} scores are NaN: no ranking has them"
         )
+    # Sorted and summed by user once; a resample is then a weight for each user.
     labels = labels.astype(np.float64)
-    sizes = np.diff(offsets)
-    num_users = int(users.max()) + 1
-    user_of = np.repeat(users, sizes)
-    by_score = np.argsort(scores, kind="stable")
-    labels_sorted = labels[by_score]
-    user_sorted = user_of[by_score]
+    owner, by_score = np.repeat(users, np.diff(offsets)), np.argsort(scores, kind="stable")
+    labels_sorted, owner_sorted = labels[by_score], owner[by_score]
     ties = _tie_groups(scores[by_score])
-
-    ndcg, rr = ndcg_at(labels, scores, offsets), reciprocal_rank(labels, scores, offsets)
-    sums = {
-        "ndcg": np.bincount(users, np.nan_to_num(ndcg), num_users),
-        "rr": np.bincount(users, np.nan_to_num(rr), num_users),
-    }
-    counted = np.bincount(users, ~np.isnan(ndcg), num_users)
-    user_auc, user_weight = auc_by_user(labels, scores, user_of, num_users)
-    weighted_auc = np.nan_to_num(user_auc) * user_weight
-    candidates = np.bincount(user_of, minlength=num_users)
-    positives = np.bincount(user_of, labels, num_users)
-    if probabilities is not None:
-        clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-        loss = np.bincount(
-            user_of, -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)), num_users
-        )
-        bins = (
-            np.argsort(np.argsort(clipped, kind="stable"), kind="stable")
-            * NUM_BINS
-            // max(len(clipped), 1)
-        )
-        cell = user_of * NUM_BINS + bins
-        error = np.bincount(cell, clipped - labels, num_users * NUM_BINS).reshape(
-            num_users, NUM_BINS
-        )
+    sums = per_user(labels, scores, offsets, users)
+    calibration = None if probabilities is None else _Calibration.of(labels, probabilities, owner)
 
     def measure(weight: np.ndarray) -> dict[str, float]:
-        total, positive = float(candidates @ weight), float(positives @ weight)
-        found = {
-            "auc": _auc_sorted(labels_sorted, ties, weight[user_sorted]),
-            "gauc": _mean(weighted_auc @ weight, user_weight @ weight),
-            "ndcg@10": _mean(sums["ndcg"] @ weight, counted @ weight),
-            "mrr": _mean(sums["rr"] @ weight, counted @ weight),
-        }
-        if probabilities is not None:
-            rate = min(max(positive / total, 1e-7), 1 - 1e-7)
-            found["log_loss"] = float(loss @ weight) / total
-            found["ne"] = found["log_loss"] / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-            found["calibration_error"] = float(np.abs(weight @ error).sum()) / total
-        return found
+        found = {"auc": _auc_sorted(labels_sorted, ties, weight[owner_sorted])}
+        for name, one in sums.items():
+            found[name] = _mean(one.total[0] @ weight, one.weight[0] @ weight)
+        return found if calibration is None else found | calibration.measure(weight)
 
-    value = measure(np.ones(num_users))
+    number = int(users.max()) + 1
     rng = np.random.default_rng(seed)
-    draws = [
-        measure(
-            np.bincount(rng.integers(0, num_users, num_users), minlength=num_users).astype(
-                np.float64
-            )
-        )
-        for _ in range(resamples)
-    ]
-    # Centred on the value: resampling alone moves some metrics (calibration error grows with
-    # noise).
-    found = {}
-    for name, centre in value.items():
-        drawn = np.array([draw[name] for draw in draws])
-        drawn = drawn[
-            ~np.isnan(drawn)
-        ]  # a resample may leave a metric undefined that the whole defines
-        low = high = np.nan
-        if len(drawn) and not np.isnan(centre):
-            low, high = np.maximum(centre + np.percentile(drawn - drawn.mean(), [2.5, 97.5]), 0.0)
-        found[name] = Estimate(centre, float(low), float(high))
-    return found
+    drawn = [rng.integers(0, number, number) for _ in range(resamples)]
+    weights = [np.bincount(one, minlength=number).astype(np.float64) for one in drawn]
+    value, draws = measure(np.ones(number)), [measure(weight) for weight in weights]
+    return {name: _interval(value[name], [draw[name] for draw in draws]) for name in value}
+
+
+def _interval(centre: float, draws: list[float]) -> Estimate:
+    """The 95 % interval around a value: resampling alone moves some metrics (calibration error grows
+    with noise), so it is centred on the value.
+    """
+    drawn = np.array(draws)
+    # A resample may leave a metric undefined that the whole defines.
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn) or np.isnan(centre):
+        return Estimate(centre, np.nan, np.nan)
+    low, high = np.maximum(centre + np.percentile(drawn - drawn.mean(), [2.5, 97.5]), 0.0)
+    return Estimate(centre, float(low), float(high))
 
 
 def _mean(total: float, weight: float) -> float:

@@ -48,13 +48,7 @@ class Planted:
     @property
     def attainable_auc(self) -> float:
         """AUC of whoever knows the liked groups; half of the candidates are of one."""
-        high, low = self.positive
-        of_positives, of_negatives = (
-            high / (high + low),
-            (1 - high) / (2 - high - low),
-        )  # that are of liked groups
-        ties = of_positives * of_negatives + (1 - of_positives) * (1 - of_negatives)
-        return of_positives * (1 - of_negatives) + ties / 2
+        return attainable_auc(self.positive)
 
     def draw(
         self, users: int, candidates: int, seed: int, newest: int | None = None
@@ -130,7 +124,7 @@ class PlantedPairs:
     @property
     def attainable_auc(self) -> float:
         """AUC of whoever knows the habits; half of the candidates are of a held one."""
-        return Planted(self.events, positive=self.positive).attainable_auc
+        return attainable_auc(self.positive)
 
     def draw(
         self, users: int, candidates: int, seed: int, newest: int | None = None
@@ -174,6 +168,21 @@ class PlantedPairs:
         gap = np.where(np.arange(2 * sessions) % 2, 1 / 1440, DAYS / sessions).astype(np.float32)
         gap[0] = 0
         return _batch(history, gap, item, label, newest), torch.from_numpy(good)
+
+
+def attainable_auc(positive: tuple[float, float]) -> float:
+    """AUC of whoever knows which candidates are good, where half of them are.
+
+    Args:
+        positive: probability of a positive label of a good candidate, and of another.
+    """
+    high, low = positive
+    of_positives, of_negatives = (
+        high / (high + low),
+        (1 - high) / (2 - high - low),
+    )  # that are of liked groups
+    ties = of_positives * of_negatives + (1 - of_positives) * (1 - of_negatives)
+    return of_positives * (1 - of_negatives) + ties / 2
 
 
 def _batch(

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,75 +23,37 @@ from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import models, recipes
 from modeling.batch import Encoded, Encoder
-from modeling.claims import PAIRED, Difference, PerUser, decided, difference, of_seeds, per_user
-from modeling.classic import CLASSICS, Classic, classic_scores
+from modeling.claims import (
+    PAIRED,
+    Difference,
+    Sums,
+    decided,
+    difference,
+    of_seeds,
+    read_sums,
+    write_sums,
+)
 from modeling.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
-from modeling.dataset import SPLITS, Tokens
+from modeling.dataset import SPLITS, refuse_nothing_positive
+from modeling.encodings import Encodings
 from modeling.errors import RecipeError
-from modeling.evaluate import measure, plain_metrics, primary_task
+from modeling.evaluate import measure, plain_metrics, primary_number, primary_task
 from modeling.floors import floors_of
 from modeling.memory import keep_freed_memory
-from modeling.metrics import defined
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.registry import training_code
 from modeling.report import plots, write_page
-from modeling.shards import read_shard, write_shard
-from modeling.trainer import Trainer, locked_run, predict
-from modeling.training_set import Options, Period, TrainingSet, open_training_set
+from modeling.trained_floors import TrainedFloor, sums_by_user, trained_floors
+from modeling.trainer import PER_USER, Trainer, locked_run, predict
+from modeling.training_set import Period
 
 if TYPE_CHECKING:
     from feature_repo.schema import DatasetSpec
     from modeling.command import Comparison
 
 METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
-PER_USER = "per_user.arrow"  # the paired metrics of a run, by user
-
-
-class Encodings:
-    """Training sets of a comparison: made or opened once for all recipes that read them alike.
-
-    Args:
-        service: feature service that they join.
-        tokens: version and shape of stored summary tokens, where some recipe reads them.
-        visible: events before a request that anything may be known of; default: all.
-        every: of the requests only each so manieth, in training and in evaluation.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        service: str,
-        tokens: Tokens | None = None,
-        visible: int | None = None,
-        every: tuple[int, int] = (1, 1),
-    ) -> None:
-        from feature_repo.store import open_store
-
-        self._settings, self._store = settings, open_store(settings)
-        self._service, self._tokens, self._visible = service, tokens, visible
-        self._every = every
-        self._opened = cache(self._open)
-
-    def set_of(self, recipe: Recipe) -> TrainingSet:
-        """The training set that a recipe reads."""
-        return self._opened(recipe.min_item_count)
-
-    def encoder_of(self, recipe: Recipe) -> Encoder:
-        """Its encoder."""
-        tokens = recipe.tokens is not None
-        return self.set_of(recipe).encoder(
-            recipe.history_length, tokens=tokens, without=recipe.without
-        )
-
-    def period(self, recipe: Recipe, name: str) -> Period:
-        """One of its periods."""
-        return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
-
-    def _open(self, min_item_count: int) -> TrainingSet:
-        options = Options(self._service, min_item_count, self._tokens, self._visible, self._every)
-        return open_training_set(self._settings, self._store, options)
 
 
 def build_model(recipe: Recipe, encoder: Encoder, train: Encoded) -> Ranker:
@@ -149,38 +109,13 @@ def run_of(settings: Settings, encodings: Encodings, recipe: Recipe) -> Compared
     return ComparedRun(identity, Path(settings.path("comparison", name)))
 
 
-def primary_number(spec: DatasetSpec) -> int:
-    """Number of the primary task."""
-    return [task.name for task in spec.tasks].index(primary_task(spec))
-
-
-def sums_by_user(test: Period, scores: np.ndarray, task: int) -> dict[str, PerUser]:
-    """The paired metrics of a scoring, by user."""
-    known = defined(np.asarray(test.encoded.labels)[:, task], test.encoded.candidate_offsets)
-    _, numbered = np.unique(test.users[known.requests], return_inverse=True)
-    return per_user(known.labels, scores[known.rows], known.offsets, numbered)
-
-
-def _plain(sums: dict[str, PerUser]) -> dict[str, np.ndarray]:
-    """As a shard holds them."""
-    return {
-        f"{metric} {part}": getattr(one, part)[0]
-        for metric, one in sums.items()
-        for part in ("total", "weight")
-    }
-
-
-def stored_sums(folder: Path) -> dict[str, PerUser]:
+def stored_sums(settings: Settings, encodings: Encodings, recipe: Recipe) -> Sums:
     """The paired metrics of a finished run, by user.
 
     Raises:
         ShardError: they are damaged or gone.
     """
-    stored = read_shard(folder / PER_USER)
-    return {
-        metric: PerUser(stored[f"{metric} total"][None], stored[f"{metric} weight"][None])
-        for metric in PAIRED
-    }
+    return read_sums(run_of(settings, encodings, recipe).folder / PER_USER)
 
 
 def train_and_evaluate(
@@ -195,11 +130,7 @@ def train_and_evaluate(
     run = run_of(settings, encodings, recipe)
     folder, identity = run.folder, run.identity
     stored = Path(folder, "result.json")
-    if (
-        stored.exists()
-        and Path(folder, PER_USER).exists()
-        and (done := json.loads(stored.read_text()))["identity"] == identity
-    ):
+    if stored.exists() and (done := json.loads(stored.read_text()))["identity"] == identity:
         return cast(dict[str, Any], done)
     with locked_run(folder):
         return _train_and_evaluate(encodings, recipe, folder, identity, device)
@@ -222,10 +153,9 @@ def _train_and_evaluate(
     }
     spec = encoder.contract.spec
     found, number = by_task[primary_task(spec)], primary_number(spec)
-    write_shard(folder / PER_USER, _plain(sums_by_user(test, logits[:, number], number)))
+    write_sums(folder / PER_USER, sums_by_user(test, logits[:, number], number))
     result = {
         "identity": identity,
-        "folder": str(folder),
         "recipe": recipe.name,
         "seed": recipe.training.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -248,6 +178,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
 
     Raises:
         RecipeError: a recipe is no ranking recipe, or recipes read different feature services.
+        DataError: a period has no positive, or scikit-learn is not installed.
     """
     torch.set_num_threads(asked.threads)
     chosen = [_ranking_recipe(name) for name in asked.recipes]
@@ -269,49 +200,71 @@ def compare(settings: Settings, asked: Comparison) -> None:
     encodings = Encodings(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
     title = encodings.set_of(chosen[0]).describe()
     console.print(f"compare: {title}", highlight=False)
-    results: list[dict[str, Any]] = []
-
-    def run(recipe: Recipe, seed: int, rate: float | None) -> dict[str, Any]:
-        one = variant(recipe, seed, asked.epochs, rate)
-        console.print(f"compare: {one.name}, seed {seed}", highlight=False)
-        return train_and_evaluate(settings, encodings, one, asked.device)
-
-    for recipe in chosen:
-        rates: tuple[float | None, ...] = asked.learning_rates or (None,)
-        trials = [run(recipe, 1, rate) for rate in rates]
-        best = int(np.argmax([trial["summary"]["best_validation_ndcg@10"] for trial in trials]))
-        results.append(trials[best])
-        results += [run(recipe, seed, rates[best]) for seed in range(2, asked.seeds + 1)]
-    folder = comparison_folder(Path(settings.path("comparison")).parent, results)
-    contract = encodings.encoder_of(chosen[0]).contract
-    lines = summary_lines(results)
-    lines += floor_lines(contract.spec, encodings.period(chosen[0], "test"))
-    trained = trained_floors(settings, encodings, chosen[0])
-    lines += classic_lines(trained)
-    claims = claims_of(results, trained)
-    pictures = {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")}
-    (folder / "comparison.json").write_text(
-        json.dumps(
-            {
-                "title": title,
-                "results": results,
-                "floors": [asdict(floor) for floor in trained],
-                "claims": [asdict(claim) for claim in claims],
-            },
-            indent=1,
-        )
+    test, contract = encodings.period(chosen[0], "test"), encodings.encoder_of(chosen[0]).contract
+    labels = np.asarray(test.encoded.labels)
+    refuse_nothing_positive(contract, "test", (labels == 1).sum(axis=0))
+    # Trees first: what is missing for them shows before hours of training, not after.
+    floors = trained_floors(settings, encodings, chosen[0])
+    runs = [run for recipe in chosen for run in _runs_of(settings, encodings, recipe, asked)]
+    claims = claims_of(runs, floors)
+    floor_rows = floor_lines(contract.spec, test) + classic_lines(floors)
+    folder = comparison_folder(
+        Path(settings.path("comparison")).parent, [run.result for run in runs]
     )
-    subtitle = f"{title}. Test period; mean ± standard deviation over seeds."
-    tasks = [task.name for task in contract.spec.tasks]
-    more = {
-        "Differences, paired over users and seeds, after Holm's correction": claim_lines(claims)
-    }
-    more |= {f"Task {name}": summary_lines(results, name) for name in tasks if len(tasks) > 1}
-    page = folder / "comparison.html"
-    write_page(page, "Ranking comparison", [subtitle], lines, pictures, more)
-    print_table(lines)
+    page = _write(folder, title, contract.spec, [run.result for run in runs], floor_rows, claims)
+    print_table(summary_lines([run.result for run in runs]) + floor_rows)
     print_table(claim_lines(claims))
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's stored result, and its paired metrics by user."""
+
+    result: dict[str, Any]
+    sums: Sums
+
+
+def _runs_of(
+    settings: Settings, encodings: Encodings, recipe: Recipe, asked: Comparison
+) -> list[FinishedRun]:
+    """All seeds of a recipe, at the learning rate that is best for the first."""
+
+    def run(seed: int, rate: float | None) -> FinishedRun:
+        one = variant(recipe, seed, asked.epochs, rate)
+        console.print(f"compare: {one.name}, seed {seed}", highlight=False)
+        result = train_and_evaluate(settings, encodings, one, asked.device)
+        return FinishedRun(result, stored_sums(settings, encodings, one))
+
+    rates: tuple[float | None, ...] = asked.learning_rates or (None,)
+    trials = [run(1, rate) for rate in rates]
+    best = int(np.argmax([trial.result["summary"]["best_validation_ndcg@10"] for trial in trials]))
+    return [trials[best], *(run(seed, rates[best]) for seed in range(2, asked.seeds + 1))]
+
+
+def _write(
+    folder: Path,
+    title: str,
+    spec: DatasetSpec,
+    results: list[dict[str, Any]],
+    floor_rows: list[list[str]],
+    claims: list[Difference],
+) -> Path:
+    """Write `comparison.json` and the page; returns the page's path."""
+    content = {"title": title, "results": results, "claims": [asdict(claim) for claim in claims]}
+    (folder / "comparison.json").write_text(json.dumps(content, indent=1))
+    differences = "Differences, paired over users and seeds, after Holm's correction"
+    more = {differences: claim_lines(claims)}
+    if len(spec.tasks) > 1:
+        more |= {f"Task {task.name}": summary_lines(results, task.name) for task in spec.tasks}
+    return write_page(
+        folder / "comparison.html",
+        "Ranking comparison",
+        [f"{title}. Test period; mean ± standard deviation over seeds."],
+        summary_lines(results) + floor_rows,
+        {"quality_by_cost": quality_by_cost(plots(), results, "validation NDCG@10")},
+        more,
+    )
 
 
 def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> list[list[str]]:
@@ -347,68 +300,6 @@ def _tested(run: dict[str, Any], task: str | None) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class TrainedFloor:
-    """Trees or a regression on the same numbers, over seeds where they have any.
-
-    Args:
-        test: metrics of each seed, as `plain_metrics` gives them.
-        cpu_seconds: of fitting and scoring, mean over seeds.
-        folders: of its runs, where the sums by user are.
-    """
-
-    name: str
-    test: list[dict[str, Any]]
-    cpu_seconds: float
-    folders: list[str]
-
-
-def trained_floors(
-    settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int = 1
-) -> list[TrainedFloor]:
-    """The trained floors on what a recipe reads of dense numbers; kept, and not fitted again."""
-    found = []
-    for kind in CLASSICS:
-        results = [
-            _trained_floor(settings, encodings, recipe, kind, seed)
-            for seed in range(1, (seeds if kind == "trees" else 1) + 1)
-        ]
-        cost = statistics.mean(result["cpu_seconds"] for result in results)
-        folders = [result["folder"] for result in results]
-        found.append(TrainedFloor(kind, [result["test"] for result in results], cost, folders))
-    return found
-
-
-def _trained_floor(
-    settings: Settings, encodings: Encodings, recipe: Recipe, kind: Classic, seed: int
-) -> dict[str, Any]:
-    code = code_digest("modeling.classic", "modeling.metrics")
-    identity = digest_of([kind, seed, encodings.set_of(recipe).identity, recipe.without, code])
-    folder = Path(
-        settings.path("comparison", f"{kind.replace(' ', '_')}-seed{seed}-{identity[:8]}")
-    )
-    stored = folder / "result.json"
-    if stored.exists():
-        return cast(dict[str, Any], json.loads(stored.read_text()))
-    console.print(f"compare: {kind}, seed {seed}", highlight=False)
-    with locked_run(folder):
-        encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test")
-        train, number = (
-            encodings.period(recipe, "train").encoded,
-            primary_number(encoder.contract.spec),
-        )
-        started = time.process_time()
-        scores = classic_scores(kind, encoder, train, test.encoded, number, seed)
-        spent = time.process_time() - started
-        write_shard(folder / PER_USER, _plain(sums_by_user(test, scores, number)))
-        found = measure(test.encoded, test.users, scores, number)
-        result = {"test": plain_metrics(found), "cpu_seconds": spent, "folder": str(folder)}
-        draft = folder / ".result.draft"
-        draft.write_text(json.dumps(result, indent=1))
-        draft.replace(stored)
-    return result
-
-
 def classic_lines(floors: Sequence[TrainedFloor]) -> list[list[str]]:
     """Rows of the trained floors."""
     rows = []
@@ -419,23 +310,20 @@ def classic_lines(floors: Sequence[TrainedFloor]) -> list[list[str]]:
     return rows
 
 
-def claims_of(
-    results: Sequence[dict[str, Any]], floors: Sequence[TrainedFloor]
-) -> list[Difference]:
+def claims_of(runs: Sequence[FinishedRun], floors: Sequence[TrainedFloor]) -> list[Difference]:
     """Each recipe less the trees on the same numbers, and less the first recipe named."""
-    sums = {
-        name: of_seeds([stored_sums(Path(run["folder"])) for run in runs])
-        for name, runs in by_recipe(list(results)).items()
-    }
-    trees = next(floor for floor in floors if floor.name == "trees")
-    against = {"trees": of_seeds([stored_sums(Path(folder)) for folder in trees.folders])}
+    by_name: dict[str, list[Sums]] = {}
+    for run in runs:
+        by_name.setdefault(run.result["recipe"], []).append(run.sums)
+    sums = {name: of_seeds(found) for name, found in by_name.items()}
     first = next(iter(sums))
-    against[first] = sums[first]
-    pairs = [(name, other) for other in against for name in sums if name != other]
+    trees = next(floor.sums for floor in floors if floor.name == "trees")
+    pairs = [(name, "trees", trees) for name in sums]
+    pairs += [(name, first, sums[first]) for name in sums if name != first]
     return decided(
         [
-            difference(f"{name} − {other}", metric, sums[name][metric], against[other][metric])
-            for name, other in pairs
+            difference(f"{name} − {other}", metric, sums[name][metric], theirs[metric])
+            for name, other, theirs in pairs
             for metric in PAIRED
         ]
     )

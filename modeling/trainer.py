@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from feature_repo.errors import ExpectedError
 from feature_repo.tables import locked
 from modeling.batch import Batch, Encoded, Encoder
-from modeling.console import console
+from modeling.console import Told, console
 from modeling.errors import RunError
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
@@ -46,6 +46,7 @@ MIN_HIDDEN, MAX_HIDDEN = (
     0.2,
 )  # candidates of an epoch that are made unknown at least, and their share at most
 CHECKPOINT = "checkpoint.pt"
+PER_USER = "per_user.arrow"  # the paired metrics of a finished run, by user
 LOADED_AHEAD = 2  # batches
 OWN_FILES = (
     CHECKPOINT,
@@ -55,6 +56,7 @@ OWN_FILES = (
     "evaluation.json",
     "result.json",
     "report.html",
+    PER_USER,
 )
 
 
@@ -120,25 +122,42 @@ def batches(
     rng = np.random.default_rng([training.seed, epoch])
     order = rng.permutation(len(num_candidates))
     window = training.max_requests * 16
-    grouped: list[np.ndarray] = []
+    groups: list[np.ndarray] = []
     for start in range(0, len(order), window):
         chosen = order[start : start + window]
         chosen = chosen[np.argsort(num_candidates[chosen], kind="stable")]
-        first, longest = 0, int(events[chosen[0]])
-        for last in range(1, len(chosen) + 1):
-            if last < len(chosen):
-                longest = max(longest, int(events[chosen[last]]))
-            number = last - first + 1
-            if (
-                last == len(chosen)
-                or number > training.max_requests
-                or number * num_candidates[chosen[last]] > training.max_candidates
-                or number * longest > training.max_events
-            ):
-                grouped.append(chosen[first:last])
-                first = last
-                longest = int(events[chosen[last]]) if last < len(chosen) else 0
-    return [grouped[i] for i in rng.permutation(len(grouped))]
+        most = Most(training.max_requests, training.max_candidates, training.max_events)
+        groups += grouped(chosen, num_candidates, events, most)
+    return [groups[i] for i in rng.permutation(len(groups))]
+
+
+class Most(NamedTuple):
+    """What a batch may hold, padding counted."""
+
+    requests: int
+    candidates: int
+    events: int
+
+
+def grouped(
+    order: np.ndarray, num_candidates: np.ndarray, num_events: np.ndarray, most: Most
+) -> Iterator[np.ndarray]:
+    """Requests in groups that fit into a batch, or one that does not fit alone.
+
+    Args:
+        order: the requests, in ascending order of their candidates, so that the last one of a group
+            says how wide it is.
+    """
+    first, longest = 0, 0
+    for last, request in enumerate(order.tolist()):
+        number, longest = last - first + 1, max(longest, int(num_events[request]))
+        wide, long = number * num_candidates[request], number * longest
+        fits = number <= most.requests and wide <= most.candidates and long <= most.events
+        if last > first and not fits:
+            yield order[first:last]
+            first, longest = last, int(num_events[request])
+    if len(order):
+        yield order[first:]
 
 
 def ahead(load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray]) -> Iterator[Any]:
@@ -156,14 +175,15 @@ def ahead(load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray]) -> Iter
             yield waiting.popleft().result()
 
 
+PREDICTED = Most(requests=64, candidates=16_384, events=1 << 16)
+
+
 def predict(
     model: Ranker,
     encoder: Encoder,
     encoded: Encoded,
     *,
-    max_requests: int = 64,
-    max_candidates: int = 16_384,
-    max_events: int = 1 << 16,
+    most: Most = PREDICTED,
 ) -> np.ndarray:
     """Logits of every candidate and task, N × T, in the order of `encoded`."""
     logits = np.zeros((len(encoded.candidate_item), model.sizes.tasks), np.float32)
@@ -171,19 +191,7 @@ def predict(
     order = np.argsort(sizes, kind="stable")
     device = next(model.parameters()).device
     model.eval()
-    events, plan, start = encoder.events_read(encoded), [], 0
-    while start < len(order):
-        stop, longest = start + 1, int(events[order[start]])
-        while (
-            stop < len(order)
-            and stop - start < max_requests
-            and (stop - start + 1) * sizes[order[stop]] <= max_candidates
-            and (stop - start + 1) * max(longest, int(events[order[stop]])) <= max_events
-        ):
-            longest = max(longest, int(events[order[stop]]))
-            stop += 1
-        plan.append(order[start:stop])
-        start = stop
+    plan = list(grouped(order, sizes, encoder.events_read(encoded), most))
     with torch.inference_mode():
         loaded = ahead(lambda chosen: encoder.collate(encoded, chosen), plan)
         for chosen, batch in zip(plan, loaded, strict=True):
@@ -539,7 +547,7 @@ class _progress:
     """A bar with samples/s on a terminal; a line every ten seconds otherwise."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.samples, self.started, self.said = total, 0, time.monotonic(), 0.0
+        self.total, self.samples, self.started, self.told = total, 0, time.monotonic(), Told()
         self.bar = (
             Progress(
                 TextColumn("train"),
@@ -569,9 +577,8 @@ class _progress:
         rate = f"{self.samples / max(time.monotonic() - self.started, 1e-9):,.0f} samples/s"
         if self.bar:
             self.bar.update(self.task, completed=step, note=f"{note}, {rate}")
-        elif samples and time.monotonic() - self.said >= 10:
-            self.said = time.monotonic()
-            console.print(f"train: step {step} of {self.total}, {note}, {rate}", highlight=False)
+        elif samples:
+            self.told(f"train: step {step} of {self.total}, {note}, {rate}")
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from feature_repo import expectations, limits
+from feature_repo import expectations
 from feature_repo.code import code_digest
 from feature_repo.history import Histories
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder, digest_of, locked
+from feature_repo.tables import JobFolder, digest_of, held, locked
 from feature_repo.token_log import TokenLog
 from modeling.batch import Encoded, Encoder, GatherHistories
 from modeling.columns import Index
@@ -37,7 +39,6 @@ from modeling.dataset import (
     Tokens,
     Warehouse,
     refuse_nothing_positive,
-    training_set_table,
 )
 from modeling.errors import DataError, RunError
 from modeling.floors import floor_scores
@@ -62,7 +63,7 @@ class Options:
         min_item_count: rarer items share one embedding.
         tokens: version and shape of the stored summary tokens that are read.
         visible: events before a request that anything may be known of; default: all.
-        every: of a user's requests only each so manieth, in training and in evaluation; their
+        every: n and m: each n-th training request, each m-th of those that evaluate; their
             histories are whole.
     """
 
@@ -101,7 +102,8 @@ class TrainingSet:
     identity: str
     folder: Path
     vocabularies: dict[str, Index]
-    counts: dict[str, dict[str, int]]  # of each period: requests and candidates
+    counts: dict[str, dict[str, int]]  # of each period: requests, candidates, shards
+    hold: TextIO = field(repr=False)  # while this lives, no other process removes the shards
 
     def encoder(
         self, history_length: int, *, tokens: bool = False, without: tuple[str, ...] = ()
@@ -132,7 +134,7 @@ class TrainingSet:
         )
         log = self.warehouse.log
         rows, ends = np.asarray(requests["log_row"]), np.asarray(requests["history_end"])
-        encoder, lengths = self.encoder(1), np.where(rows < 0, 0, ends)
+        lengths, visible = np.where(rows < 0, 0, ends), self.options.visible
         encoded = Encoded(
             times=np.asarray(requests["time"]),
             field_BU=requests["field"],
@@ -142,9 +144,9 @@ class TrainingSet:
             candidate_category=candidates["category"],
             candidate_dense=candidates["dense"],
             labels=candidates["labels"],
-            item_of_key=encoder.items.indices_of(log.items),
+            item_of_key=self.encoder(1).items.indices_of(log.items),
             gather=self._gather(rows, ends),
-            history_lengths=np.minimum(lengths, self.options.visible or lengths),
+            history_lengths=lengths if visible is None else np.minimum(lengths, visible),
         )
         if tokens and self.options.tokens is not None:
             version, shape = self.options.tokens
@@ -197,17 +199,21 @@ def open_training_set(settings: Settings, store: FeatureStore, options: Options)
     )
     folder = Path(settings.path("training_sets", identity))
     try:
-        with locked(folder):
-            if not (folder / MANIFEST).exists():
+        hold = held(folder)
+        if not (folder / MANIFEST).exists():
+            hold.close()
+            with locked(folder):
                 _build(warehouse, store, options, folder)
+            hold = held(folder)
     except BlockingIOError as error:
         raise RunError(
             f"another process makes the training set in {folder}: wait for it"
         ) from error
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).touch()  # in use: see `_forget_others`
+    (folder / MANIFEST).touch()  # used just now: see `_forget_others`
     vocabularies = read_vocabularies(warehouse.contract, folder / VOCABULARIES)
-    return TrainingSet(warehouse, options, identity, folder, vocabularies, manifest["periods"])
+    counts = manifest["periods"]
+    return TrainingSet(warehouse, options, identity, folder, vocabularies, counts, hold)
 
 
 def _build(warehouse: Warehouse, store: FeatureStore, options: Options, folder: Path) -> None:
@@ -248,21 +254,16 @@ def _join(
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
     for split, examples in warehouse.pieces(SHARD_ROWS, options.every):
         found = warehouse.join(store, options.service, split, examples, options.tokens)
-        table = training_set_table(contract)
-        if len(
-            broken := limits.check(table, found.select([c.name for c in table.all_columns])).dead
-        ):
-            # A row outside its limits: the gate says which, and what was expected.
-            warehouse.gate([found.take(pa.array(broken))], split)
+        warehouse.refuse_broken(found, split)
         path = folder / f"{split}-{len(pieces[split]):05d}.arrow"
         _write_table(path, found)
         pieces[split].append(path)
         rows[split].append(len(found))
-        requests = _assembled(warehouse, found, options).requests
-        assert requests.labels is not None
-        positives[split] += (requests.labels == 1).sum(axis=0)
+        positives[split] += [
+            int(pc.sum(pc.equal(found[n], 1)).as_py() or 0) for n in contract.labels
+        ]
         if split == "train":
-            fitting.add(requests)
+            fitting.add(_assembled(warehouse, found, options).requests)
         told(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
     for split in ("train", "validation"):
         refuse_nothing_positive(contract, split, positives[split])
@@ -356,8 +357,14 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _forget_others(folder: Path) -> None:
-    """Remove training sets that have not been in use for longest."""
-    sets = [path.parent for path in folder.parent.glob(f"*/{MANIFEST}")]
-    sets.sort(key=lambda one: (one / MANIFEST).stat().st_mtime)
-    for old in sets[:-KEPT]:
-        shutil.rmtree(old)
+    """Remove the sets that were used longest ago, and what killed runs left; none that somebody
+    holds.
+    """
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    made = [path for path in others if (path / MANIFEST).exists()]
+    made.sort(key=lambda path: (path / MANIFEST).stat().st_mtime)
+    left = [path for path in others if path not in made]
+    for old in [*left, *made[: len(made) - (KEPT - 1)]]:
+        with suppress(BlockingIOError), locked(old):
+            (old / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(old)

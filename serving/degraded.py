@@ -28,9 +28,9 @@ class Degraded(StrEnum):
         "history_unreadable",
         "the user's stored history is damaged, or lacks what the bundle reads",
     )
-    NO_MEMORY = "no_memory", "the store has no sketch of the user's whole history"
-    MEMORY_UNREADABLE = (
-        "memory_unreadable",
+    NO_SKETCH = "no_sketch", "the store has no sketch of the user's whole history"
+    SKETCH_UNREADABLE = (
+        "sketch_unreadable",
         "the sketch of the user's whole history is damaged, or of another layout",
     )
     STORE_UNAVAILABLE = "store_unavailable", "the online store could not be read"

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """A user's sketch, and the time of the newest event in it, microseconds."""
+class StoredSketch:
+    """A sketch of a user's whole history, and the time of the newest event in it, microseconds."""
 
     sketch: Sketch
     as_of: int
@@ -54,7 +54,7 @@ class UserRow:
     history: pa.RecordBatch | None
     problems: tuple[Degraded, ...] = ()
     tokens: Envelope | None = None  # of the one version that the bundle accepts
-    memory: Memory | None = None  # of the whole history; None where there is none that can be used
+    sketch: StoredSketch | None = None  # None where there is none that can be used
 
     @property
     def events_behind(self) -> int:
@@ -126,36 +126,37 @@ class FeastReader:
         columns = {c.name: values[c.name][0] for c in self.contract.user_columns}
         packed = values["history"][0]
         if packed is None:
-            nothing = Memory(Sketch(self._layout), -1)  # no event: a past that is known to be empty
+            # No event is stored: a past that is known to be empty.
+            nothing = StoredSketch(Sketch(self._layout), -1)
             if tokens is None and all(value is None for value in columns.values()):
                 return UserRow(
                     columns,
                     None,
                     (Degraded.UNKNOWN_USER, *(p for p in problems if p is not Degraded.NO_TOKENS)),
-                    memory=nothing,
+                    sketch=nothing,
                 )
             return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens, nothing)
-        memory, forgotten = self._memory(user_id, values["sketch"][0])
-        problems = (*problems, *forgotten)
+        sketch, unread = self._sketch(user_id, values["sketch"][0])
+        problems = (*problems, *unread)
         try:
             history = unpack(self.contract, user_id, packed)
         except HistoryError:
             problems = (Degraded.HISTORY_UNREADABLE, *problems)
-            return UserRow(columns, None, problems, tokens, memory)
-        return UserRow(columns, history, problems, tokens, memory)
+            return UserRow(columns, None, problems, tokens, sketch)
+        return UserRow(columns, history, problems, tokens, sketch)
 
-    def _memory(
+    def _sketch(
         self, user_id: Id, stored: bytes | None
-    ) -> tuple[Memory | None, tuple[Degraded, ...]]:
+    ) -> tuple[StoredSketch | None, tuple[Degraded, ...]]:
         """The sketch of the user's whole history, if it is whole and as the contract declares."""
         if stored is None:
-            return None, (Degraded.NO_MEMORY,)
+            return None, (Degraded.NO_SKETCH,)
         try:
             sketch, identity = sketch_of(self._layout, stored, user_id)
         except SketchError:
             logger.exception("a sketch could not be read; the ranker does without")
-            return None, (Degraded.MEMORY_UNREADABLE,)
-        return Memory(sketch, identity.as_of), ()
+            return None, (Degraded.SKETCH_UNREADABLE,)
+        return StoredSketch(sketch, identity.as_of), ()
 
     def _tokens(
         self, user_id: Id, stored: bytes | None

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.history import Histories, from_batches, mean_names, primary_values
 from feature_repo.schema import Contract
-from modeling.batch import GatherTokens, ReadMemory, RequestColumns
+from modeling.batch import GatherTokens, ReadSketch, RequestColumns
 from modeling.bundle import Bundle
 from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
@@ -167,16 +167,16 @@ class RankService:
             candidate_columns={**columns, **shown},
             gather=gather,
             gather_tokens=self._tokens_of(user),
-            read_memory=self._memory_of(user, micros),
+            read_sketch=self._sketch_of(user, micros),
         )
 
-    def _memory_of(self, user: UserRow, micros: int) -> ReadMemory | None:
+    def _sketch_of(self, user: UserRow, micros: int) -> ReadSketch | None:
         """What the user's sketch says of candidates at the request's time; nothing where it counts
         events that came later, which cannot be taken out.
         """
-        if user.memory is None or user.memory.as_of >= micros:
+        if user.sketch is None or user.sketch.as_of >= micros:
             return None
-        sketch, layout = user.memory.sketch, user.memory.sketch.layout
+        sketch, layout = user.sketch.sketch, user.sketch.sketch.layout
         return lambda chosen, offsets, codes: sketch.read(layout.positions(codes), micros)
 
     def _tokens_of(self, user: UserRow) -> GatherTokens | None:

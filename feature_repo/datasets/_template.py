@@ -1,6 +1,4 @@
-"""One sentence: what the log is, and what a request is. Copy this file, or let `python -m feature_repo
-new` write it; no other file changes. `schema.py` says what every field may be.
-"""
+"""What the log is, and what a request is. Copy this file; `schema.py` says what fields may be."""
 
 from feature_repo.schema import (
     AGE,
@@ -12,6 +10,7 @@ from feature_repo.schema import (
     DatasetSpec,
     DType,
     Examples,
+    Memory,
     Requests,
     Source,
     Task,
@@ -57,4 +56,5 @@ SPEC = DatasetSpec(
     ),
     context_features=(Column("device", DType.STRING, "of the request", kind=CATEGORY),),
     stat_value="price",
+    memory=Memory(by=("tags",), half_lives_days=(7.0, 90.0), kibibytes=32),
 )

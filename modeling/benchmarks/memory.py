@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,24 +22,19 @@ import torch
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.settings import Settings
-from modeling.claims import PAIRED, PerUser, decided, difference, of_seeds
+from modeling.batch import Batch
+from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
 from modeling.console import console
+from modeling.encodings import Encodings
+from modeling.evaluate import primary_number
 from modeling.floors import floors_of
-from modeling.models.base import TokenMaker
-from modeling.ranking import (
-    Encodings,
-    build_model,
-    primary_number,
-    run_of,
-    stored_sums,
-    sums_by_user,
-    train_and_evaluate,
-    trained_floors,
-)
+from modeling.models.base import Ranker, TokenMaker
+from modeling.ranking import build_model, stored_sums, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
+from modeling.trained_floors import sums_by_user, trained_floors
 
-EVERY = (4, 2)  # of the requests each so manieth, in training and in evaluation
+EVERY = (4, 2)  # each fourth training request, each second test request
 VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
 TRAINING = Training(epochs=1, learning_rate=4e-3)
 COMMON: dict[str, Any] = {"width": 32, "dropout": 0.1}
@@ -67,7 +62,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "history alone": ("matches", "user"),
 }
 OF_HISTORY = ("mean_pool", "attention_1000", "sim", "twin", "vista_stream", "vista_addressed")
-Sums = dict[str, PerUser]
 Place = tuple[str, int | None]  # a ranker, and how many events it saw
 
 
@@ -134,10 +128,9 @@ def _curve(
             settings, encodings, recipe_of(CURVE[0], "all features"), min(runs, 3)
         )
         for floor in trees:
-            one = of_seeds([stored_sums(Path(folder)) for folder in floor.folders])
-            rows.append(_row("curve", number, floor.name, one, floor.cpu_seconds))
+            rows.append(_row("curve", number, floor.name, floor.sums, floor.cpu_seconds))
             if floor.name == "trees":
-                sums["trees", number] = one
+                sums["trees", number] = floor.sums
         for name in CURVE:
             found, cost = _trained(settings, encodings, name, "all features", runs)
             sums[name, number] = found
@@ -172,8 +165,7 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
     for arm in ("no match features", "history alone"):
         trees = trained_floors(settings, encodings, recipe_of("mean_pool", arm))
         for floor in trees:
-            one = of_seeds([stored_sums(Path(folder)) for folder in floor.folders])
-            rows.append(_row(arm, None, floor.name, one, floor.cpu_seconds))
+            rows.append(_row(arm, None, floor.name, floor.sums, floor.cpu_seconds))
         sums: dict[str, Sums] = {}
         names = OF_HISTORY if arm == "no match features" else ("mean_pool", "vista_addressed")
         for name in names:
@@ -189,7 +181,9 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
 
 
 def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
-    """CPU of a request with a hundred candidates, bytes that a user takes, cost of one new event."""
+    """CPU of a request with a hundred candidates, bytes that a user takes, cost of one new event; of
+    twenty long histories.
+    """
     encodings = Encodings(settings, SERVICE, every=every)
     rows = []
     for name in OF_HISTORY:
@@ -198,41 +192,52 @@ def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
         model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
         known = test.history_lengths
         assert known is not None
-        longest = np.argsort(known, kind="stable")[-200:][::10]  # twenty long histories
-        spent, one_event, size = [], [], 0.0
-        for request in longest:
-            batch = encoder.collate(test, np.array([request]))
-            user = batch.user
-            with torch.inference_mode():
-                if isinstance(model, TokenMaker):
-                    tokens, streams = model.stream([user])
-                    stored = replace(
-                        user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True])
-                    )
-                    one_event.append(_ms(lambda: model.stream([user.events(-1)], streams)))  # noqa: B023
-                    size = 2 * tokens[0].numel()
-                else:
-                    stored, size = (
-                        user,
-                        float(np.mean(known[longest].clip(max=recipe.history_length)) * 16),
-                    )
-                spent.append(
-                    _ms(lambda: model.score(model.encode_user(stored), batch.candidates))  # noqa: B023
-                )
+        longest = np.argsort(known, kind="stable")[-200:][::10]
+        costs = [_cost_of(model, encoder.collate(test, np.array([one]))) for one in longest]
+        stored = test.gather(longest, encoder.history_length)
+        arrays = (stored.item_keys, *stored.columns.values())
+        of_events = sum(array.nbytes for array in arrays) / len(longest)
+        events = [cost.one_event_ms for cost in costs if cost.one_event_ms is not None]
         rows.append(
             {
                 "case": "cost",
                 "ranker": name,
-                "events": int(np.mean(known[longest])),
-                "request_ms": statistics.median(spent),
-                "bytes_a_user": size,
-                "one_event_ms": statistics.median(one_event) if one_event else None,
+                "events": int(known[longest].mean()),
+                "request_ms": statistics.median(cost.request_ms for cost in costs),
+                "bytes_a_user": costs[0].state_bytes or of_events,
+                "one_event_ms": statistics.median(events) if events else None,
             }
         )
     return rows
 
 
-def _ms(call: Any, repeats: int = 5) -> float:
+@dataclass(frozen=True)
+class Cost:
+    """CPU milliseconds of a request and of one more event, and bytes of what is stored for it in
+    fp16; none where it is the events themselves.
+    """
+
+    request_ms: float
+    one_event_ms: float | None
+    state_bytes: int | None
+
+
+@torch.inference_mode()
+def _cost_of(model: Ranker, batch: Batch) -> Cost:
+    """Of one request: from stored tokens where the model makes some, else from the events."""
+    user, some = batch.user, batch.candidates
+    if not isinstance(model, TokenMaker):
+        return Cost(_ms(lambda: model.score(model.encode_user(user), some)), None, None)
+    tokens, streams = model.stream([user])
+    given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
+    return Cost(
+        _ms(lambda: model.score(model.encode_user(given), some)),
+        _ms(lambda: model.stream([user.events(-1)], streams)),
+        2 * tokens[0].numel(),
+    )
+
+
+def _ms(call: Callable[[], Any], repeats: int = 5) -> float:
     """Median CPU milliseconds of a call, after one that warms up."""
     spent = []
     for _ in range(repeats + 1):
@@ -262,7 +267,7 @@ def _trained(
         console.print(f"memory: {name}, {arm}, seed {seed}", highlight=False)
         result = train_and_evaluate(settings, encodings, recipe)
         spent.append(result["summary"]["cpu_seconds"])
-        found.append(stored_sums(run_of(settings, encodings, recipe).folder))
+        found.append(stored_sums(settings, encodings, recipe))
     return of_seeds(found), statistics.mean(spent)
 
 
@@ -272,7 +277,7 @@ def _row(
     """A line of the table: each metric's mean over seeds, and its deviation."""
     row: dict[str, Any] = {"case": case, "visible": visible or "all", "ranker": name}
     for metric in PAIRED:
-        of_seed = sums[metric].total.sum(1) / sums[metric].weight.sum(1)
+        of_seed = sums[metric].values
         row[metric] = float(of_seed.mean())
         if len(of_seed) > 1:
             row[f"{metric} ±"] = float(of_seed.std(ddof=1))
@@ -280,7 +285,7 @@ def _row(
     return row | ({} if cost is None else {"train_cpu_s": round(cost)})
 
 
-def _claimed(case: str, claims: list[Any]) -> list[dict[str, Any]]:
+def _claimed(case: str, claims: list[Difference]) -> list[dict[str, Any]]:
     """Lines of the differences, after Holm's correction over all of this table."""
     return [
         {

@@ -27,9 +27,10 @@ from feature_repo.settings import Settings
 from feature_repo.transforms import MICROS_PER_DAY
 from modeling import recipes
 from modeling.batch import Encoded, Encoder
+from modeling.encodings import Encodings
 from modeling.evaluate import measure
 from modeling.models.base import Ranker
-from modeling.ranking import Encodings, build_model, run_of, train_and_evaluate
+from modeling.ranking import build_model, run_of, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe
 from modeling.report import BLUE, GREY, ORANGE, plots, png_of
 from modeling.summary import Summariser

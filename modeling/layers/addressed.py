@@ -78,6 +78,8 @@ class ItemCodes(nn.Module):
             item: vocabulary indices.
             category_K: category slots, the items' own first; default: those known from training.
         """
+        # Not `CategorySlots`: its learned row of nothing begins at zero, where a vector has no
+        # direction and a normalised one no gradient; here an absent category adds nothing.
         slots = self.item_IK[item] if category_K is None else category_K
         found = [self.item(item)]
         groups = slots[..., : sum(self.slots)].split(self.slots, dim=-1) if self.slots else ()

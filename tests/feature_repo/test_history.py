@@ -128,7 +128,7 @@ def test_packed_history_equals_log_slice_at_the_same_instant(
 ) -> None:
     events = events_table(rows)
     kept = contract(replace(CONTRACT.spec, num_history_online=length))
-    log, newest = open_log(tmp_path, events), packed_rows(kept, events)
+    log, newest = open_log(tmp_path, events), packed_rows(kept, events, stat_rows(kept, events))
     for user, packed in zip(
         newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True
     ):
@@ -151,7 +151,8 @@ def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
 
 
 def packed_example() -> bytes:
-    newest = packed_rows(CONTRACT, events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)]))
+    events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
+    newest = packed_rows(CONTRACT, events, stat_rows(CONTRACT, events))
     return newest["history"][0].as_py()
 
 
@@ -194,7 +195,7 @@ def test_a_history_of_a_wider_contract_is_read_by_name() -> None:
     wider = contract(replace(CONTRACT.spec, event_features=(*CONTRACT.spec.event_features, extra)))
     events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
     more = events.append_column("margin", pa.array([0.5, 0.25], pa.float32()))
-    packed = packed_rows(wider, more)["history"][0].as_py()
+    packed = packed_rows(wider, more, stat_rows(wider, more))["history"][0].as_py()
     assert history.unpack(CONTRACT, 1, packed).equals(history.unpack(CONTRACT, 1, packed_example()))
     assert history.unpack(wider, 1, packed)["margin"].to_pylist() == [0.5, 0.25]
     with pytest.raises(HistoryError, match="no column margin"):

@@ -324,7 +324,8 @@ def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]
     """The job's bytes, read at a request, against the log's slice at the same instant."""
     events = events_of(rows)
     log, codes = open_log(tmp_path, events), remembered_codes(BRANDED, events, PROFILES)
-    stored, index = packed_rows(BRANDED, events, codes), stat_rows(BRANDED, events)
+    index = stat_rows(BRANDED, events)
+    stored = packed_rows(BRANDED, events, index, codes)
     layout, now = Layout.of(BRANDED), START + 90 * MICROS_PER_DAY
     wanted = [
         value_codes(pa.array(["10001", "10002A", "10009"])),

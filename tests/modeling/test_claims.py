@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from modeling.claims import Difference, PerUser, decided, difference, of_seeds, per_user
-from modeling.metrics import evaluate
+from modeling.claims import Difference, decided, difference, of_seeds, read_sums, write_sums
+from modeling.metrics import PerUser, evaluate, per_user
 
 
 def runs_of(mean: float, seeds: int, rng: np.random.Generator, users: np.ndarray) -> PerUser:
@@ -15,7 +17,7 @@ def runs_of(mean: float, seeds: int, rng: np.random.Generator, users: np.ndarray
     return PerUser(users + mean + noise, np.ones((seeds, len(users))))
 
 
-def test_a_users_sums_come_to_the_metric() -> None:
+def test_a_users_sums_come_to_the_metric_and_are_kept(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     offsets = np.r_[0, np.cumsum(rng.integers(2, 9, 40))]
     labels = (rng.random(offsets[-1]) < 0.3).astype(np.float64)
@@ -26,6 +28,10 @@ def test_a_users_sums_come_to_the_metric() -> None:
     for metric, one in found.items():
         assert one.value == pytest.approx(whole[metric].value)
     assert of_seeds([found, found])["gauc"].value == pytest.approx(found["gauc"].value)
+    write_sums(tmp_path / "sums.arrow", found)
+    for metric, one in read_sums(tmp_path / "sums.arrow").items():
+        assert np.array_equal(one.total, found[metric].total)
+        assert np.array_equal(one.weight, found[metric].weight)
 
 
 def test_a_real_difference_is_found_and_has_its_sign() -> None:

@@ -31,7 +31,7 @@ from modeling.dataset import (
 from modeling.evaluate import without_history
 from modeling.models.base import Ranker
 from modeling.recipes import Training
-from modeling.trainer import LossError, Trainer, batches, masked_bce, predict, read_metrics
+from modeling.trainer import LossError, Most, Trainer, batches, masked_bce, predict, read_metrics
 
 RECIPE = recipes.load("amortised_dlrm_tiny")
 
@@ -208,9 +208,9 @@ def test_training_learns(encoded: Any, tmp_path: Path) -> None:
 def test_prediction_in_batches_equals_prediction_alone(encoded: Any) -> None:
     encoder, train, validation = encoded
     model = fresh_model(encoder, train)
-    together = predict(model, encoder, validation, max_requests=7, max_candidates=900)
+    together = predict(model, encoder, validation, most=Most(7, 900, 10**6))
     np.testing.assert_allclose(
-        together, predict(model, encoder, validation, max_requests=1), atol=1e-5
+        together, predict(model, encoder, validation, most=Most(1, 10**6, 10**6)), atol=1e-5
     )
 
 

@@ -345,7 +345,7 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
         mean = "user_mean_unit_price"
         assert found["user_stats"].pop(mean) == pytest.approx(expected[mean], rel=1e-5)
         assert found["user_stats"] == {name: expected[name] for name in found["user_stats"]}
-        packed = packed_rows(CONTRACT, whole)["history"][0].as_py()
+        packed = packed_rows(CONTRACT, whole, stat_rows(CONTRACT, whole))["history"][0].as_py()
         assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(
             unpack(CONTRACT, user, packed)
         )
