@@ -16,10 +16,11 @@ from beam_jobs.runs import RunPlan
 from beam_jobs.token_options import prepared
 from feature_repo import token_log
 from feature_repo.arrow import arrow_schema, from_micros
+from feature_repo.contract import TOKEN_VERSION
 from feature_repo.envelope import EnvelopeError, from_bytes
 from feature_repo.history import Histories, newest_rows
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION
+from feature_repo.schema import EVENT_TIMESTAMP
 from feature_repo.token_log import PartName
 
 Stored = tuple[bytes, bytes | None]  # envelopes of a user's tokens and of their state

@@ -24,9 +24,10 @@ from beam_jobs.partition import Key, Piece, sort_by_key_and_time, split_by_key, 
 from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
 from feature_repo import datasets, limits
 from feature_repo.arrow import arrow_schema, micros, micros_iso
+from feature_repo.contract import Contract
 from feature_repo.history import run_starts
 from feature_repo.parse import REPEATED, wanted, without_repeats
-from feature_repo.schema import Contract, DatasetSpec, Table
+from feature_repo.schema import DatasetSpec, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
 

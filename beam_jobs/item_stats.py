@@ -19,8 +19,9 @@ from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
 from feature_repo.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract import Contract
 from feature_repo.history import run_ends, run_starts
-from feature_repo.schema import STAT_WINDOWS_DAYS, Contract
+from feature_repo.schema import STAT_WINDOWS_DAYS
 from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes
 from feature_repo.transforms import MICROS_PER_DAY

@@ -28,10 +28,11 @@ from beam_jobs.sinks import WriteView
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.catalogue import Catalogue
+from feature_repo.contract import contract
 from feature_repo.declarations import lacks, spec_of
 from feature_repo.history import newest_rows
 from feature_repo.online_rows import write_rows
-from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, contract
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.settings import Settings
 from feature_repo.store import note_epoch, open_store
 from feature_repo.tables import parquet_bytes

@@ -33,7 +33,7 @@ from beam_jobs.options import Options
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
-from feature_repo.schema import Contract
+from feature_repo.contract import Contract
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
 

@@ -38,11 +38,11 @@ from beam_jobs.runs import (
 )
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, iso_micros, micros, micros_iso
+from feature_repo.contract import Contract
 from feature_repo.errors import DeclarationError
 from feature_repo.examples import UNDEFINED, requests_of
 from feature_repo.history import run_ends, run_starts
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import Contract
 from feature_repo.tables import parquet_bytes
 
 PERIODS = ("train", "validation", "test")

@@ -16,9 +16,9 @@ from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, ReadOnce, RunPlan, account_of_events
 from feature_repo import history
 from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros, value_codes
+from feature_repo.contract import Contract
 from feature_repo.envelope import Identity
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import Contract
 from feature_repo.sketch import Layout, Sketch
 from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.schema import Contract, DType, Table
+from feature_repo.contract import Contract
+from feature_repo.schema import DType, Table
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 NO_VALUE = -(2**63)  # where a column of codes or times holds nothing

@@ -15,18 +15,16 @@ from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from feature_repo.contract import EVENT_ID, REQUEST_ID, Contract
 from feature_repo.errors import nearest
 from feature_repo.schema import (
-    EVENT_ID,
     EVENT_TIMESTAMP,
     KEY_TYPES,
     NUMBER_TYPES,
-    REQUEST_ID,
     TIME_UNITS,
     TYPES_OF_KIND,
     WHOLE_TYPES,
     Column,
-    Contract,
     DatasetSpec,
     DType,
     Examples,
@@ -93,9 +91,15 @@ def _wrong_ids_and_actions(spec: DatasetSpec) -> Iterator[str]:
         yield f"actions is {spec.actions}; name at least one, each once"
     elif spec.shown:
         if spec.shown not in spec.actions:
-            yield f"shown names {spec.shown!r}; there are {list(spec.actions)}{nearest(spec.shown, spec.actions)}"
+            yield (
+                f"shown names {spec.shown!r}; there are "
+                f"{list(spec.actions)}{nearest(spec.shown, spec.actions)}"
+            )
         if spec.shown == spec.actions[0]:
-            yield f"shown is {spec.shown!r}, the first action, which statistics are about; name another one first"
+            yield (
+                f"shown is {spec.shown!r}, the first action, which statistics are about; name "
+                "another one first"
+            )
 
 
 def _wrong_columns(spec: DatasetSpec) -> Iterator[str]:
@@ -105,7 +109,10 @@ def _wrong_columns(spec: DatasetSpec) -> Iterator[str]:
             if column.dtype is DType.BYTES:
                 yield f"{name} is bytes, which no table of features holds"
             if not NAME.fullmatch(column.name):
-                yield f"{name}: expected a name of letters, digits and underscores; map it by Source.columns"
+                yield (
+                    f"{name}: expected a name of letters, digits and underscores; map it by "
+                    "Source.columns"
+                )
             yield from _wrong_kind(name, column)
             if group in ("context_features", "shown_features") and column.kind is None:
                 yield f"{name} has no kind; what no ranker reads need not be declared"
@@ -114,11 +121,17 @@ def _wrong_columns(spec: DatasetSpec) -> Iterator[str]:
 def _wrong_kind(name: str, column: Column) -> Iterator[str]:
     kind = column.kind
     if kind is not None and column.dtype not in TYPES_OF_KIND[kind]:
-        yield f"{name} is {column.dtype.value} and of kind {kind.value}, which is one of {[t.value for t in TYPES_OF_KIND[kind]]}"
+        yield (
+            f"{name} is {column.dtype.value} and of kind {kind.value}, which is one of "
+            f"{[t.value for t in TYPES_OF_KIND[kind]]}"
+        )
     if column.dtype is DType.FLOAT32_LIST and not column.max_length:
         yield f"{name} is a vector; say how long it is by max_length"
     if column.values is not None and column.dtype not in (*WHOLE_TYPES, DType.STRING):
-        yield f"{name} is {column.dtype.value} and has values={column.values}; only texts and whole numbers may"
+        yield (
+            f"{name} is {column.dtype.value} and has values={column.values}; only texts and "
+            "whole numbers may"
+        )
     if column.hashed is not None and (kind not in (Kind.CATEGORY, Kind.BAG) or column.hashed < 2):
         yield f"{name} has hashed={column.hashed}; categories and bags may have 2 rows or more"
     if column.buckets is not None and (kind is not Kind.NUMBER or column.buckets < 2):
@@ -149,7 +162,10 @@ def _wrong_memory(spec: DatasetSpec) -> Iterator[str]:
     known = [c.name for c in spec.item_features if c.kind in (Kind.CATEGORY, Kind.BAG)]
     for name in memory.by:
         if name not in known:
-            yield f"memory.by names {name!r}; there are the categories and bags of items {known}{nearest(name, known)}"
+            yield (
+                f"memory.by names {name!r}; there are the categories and bags of items "
+                f"{known}{nearest(name, known)}"
+            )
     if not all(0 < days < math.inf for days in memory.half_lives_days):
         yield f"memory.half_lives_days is {memory.half_lives_days}; expected days, each more than 0"
     if not 1 <= memory.kibibytes <= 1024:
@@ -164,9 +180,15 @@ def _wrong_tasks(spec: DatasetSpec) -> Iterator[str]:
         if not NAME.fullmatch(task.name):
             yield f"task {task.name!r}: expected a name of letters, digits and underscores"
         if task.action not in spec.actions:
-            yield f"task {task.name!r} is about {task.action!r}; there are {list(spec.actions)}{nearest(task.action, spec.actions)}"
+            yield (
+                f"task {task.name!r} is about {task.action!r}; there are "
+                f"{list(spec.actions)}{nearest(task.action, spec.actions)}"
+            )
         if task.given and task.given not in names[:number]:
-            yield f"task {task.name!r} is given {task.given!r}; name a task before it, of {names[:number]}"
+            yield (
+                f"task {task.name!r} is given {task.given!r}; name a task before it, of "
+                f"{names[:number]}"
+            )
         if not task.weight > 0:
             yield f"task {task.name!r} has weight {task.weight}; expected more than 0"
     for name, weight in spec.rank_by:
@@ -184,7 +206,10 @@ def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
         try:
             times[field_name] = datetime.fromisoformat(text)
         except (ValueError, TypeError):
-            yield f"requests.{field_name} is {text!r}; expected an ISO time such as '2011-11-10T00:00:00+00:00'"
+            yield (
+                f"requests.{field_name} is {text!r}; expected an ISO time such as "
+                "'2011-11-10T00:00:00+00:00'"
+            )
             continue
         if times[field_name].tzinfo is None:
             yield f"requests.{field_name} is {text!r}, without a zone; write +00:00 behind it"
@@ -192,14 +217,23 @@ def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
         len(times) == len([t for t in times.values() if t.tzinfo]) == 2
         and times["validation_from"] >= times["test_from"]
     ):
-        yield f"requests.validation_from {rules.validation_from} is not before test_from {rules.test_from}"
+        yield (
+            f"requests.validation_from {rules.validation_from} is not before test_from "
+            f"{rules.test_from}"
+        )
     for field_name in ("train_negatives_per_positive", "eval_negatives"):
         number = getattr(rules, field_name)
         drawn = rules.examples is Examples.ACTIONS
         if drawn and number < 1:
-            yield f"requests.{field_name} is {number}; examples of actions want 1 or more, for the log has no negatives"
+            yield (
+                f"requests.{field_name} is {number}; examples of actions want 1 or more, for "
+                "the log has no negatives"
+            )
         if not drawn and number:
-            yield f"requests.{field_name} is {number}; {rules.examples.value} have labels of their own, and nothing is drawn"
+            yield (
+                f"requests.{field_name} is {number}; {rules.examples.value} have labels of "
+                "their own, and nothing is drawn"
+            )
     if rules.most < 1:
         yield f"requests.most is {rules.most}; expected 1 or more"
     if rules.by not in ("time", "request_id"):
@@ -214,29 +248,50 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
         if source is None:
             continue
         if source.time_unit not in (None, *TIME_UNITS):
-            yield f"{field_name}.time_unit is {source.time_unit!r}; expected one of {tuple(TIME_UNITS)}"
+            yield (
+                f"{field_name}.time_unit is {source.time_unit!r}; expected one of "
+                f"{tuple(TIME_UNITS)}"
+            )
         if source.format not in ("", "csv", "json", "parquet"):
             yield f"{field_name}.format is {source.format!r}; expected 'csv', 'json' or 'parquet'"
         if source.decimal not in (".", ","):
             yield f"{field_name}.decimal is {source.decimal!r}; expected '.' or ','"
         if not source.delimiter:
-            yield f"{field_name}.delimiter is empty; expected one character or more, such as ',' or '::'"
+            yield (
+                f"{field_name}.delimiter is empty; expected one character or more, such as "
+                "',' or '::'"
+            )
         try:
             ZoneInfo(source.zone)
         except (ZoneInfoNotFoundError, ValueError):
-            yield f"{field_name}.zone is {source.zone!r}; expected a zone such as 'UTC' or 'Europe/London'"
+            yield (
+                f"{field_name}.zone is {source.zone!r}; expected a zone such as 'UTC' or "
+                "'Europe/London'"
+            )
         for name in source.columns:
             if name not in ours:
-                yield f"{field_name}.columns names {name!r}; there are {sorted(ours)}{nearest(name, ours)}"
+                yield (
+                    f"{field_name}.columns names {name!r}; there are "
+                    f"{sorted(ours)}{nearest(name, ours)}"
+                )
         for name in (*source.actions.values(), *source.flags):
             if name not in spec.actions:
-                yield f"{field_name} names the action {name!r}; there are {list(spec.actions)}{nearest(name, spec.actions)}"
+                yield (
+                    f"{field_name} names the action {name!r}; there are "
+                    f"{list(spec.actions)}{nearest(name, spec.actions)}"
+                )
     source = spec.events
     ways = [name for name in ("action", "flags") if getattr(source, name)]
     if len(ways) > 1:
-        yield f"events declares {' and '.join(ways)}; an action is said by one column, or by one for each"
+        yield (
+            f"events declares {' and '.join(ways)}; an action is said by one column, or by "
+            "one for each"
+        )
     if source.at_least is not None and (not source.action or len(spec.actions) != 2):
-        yield "events.at_least needs events.action, their number, and two actions: from there on, and below"
+        yield (
+            "events.at_least needs events.action, their number, and two actions: from there "
+            "on, and below"
+        )
 
 
 def _wrong_views(spec: DatasetSpec) -> Iterator[str]:

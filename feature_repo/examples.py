@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.arrow import iso_micros, micros
+from feature_repo.contract import REQUEST_ID, Contract
 from feature_repo.history import run_ends, run_starts
-from feature_repo.schema import EVENT_TIMESTAMP, REQUEST_ID, Contract, Examples
+from feature_repo.schema import EVENT_TIMESTAMP, Examples
 
 UNDEFINED = -1  # a label that has no meaning for the item
 

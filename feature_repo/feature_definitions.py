@@ -14,6 +14,7 @@ from feast.data_format import ParquetFormat
 from feast.types import Array, Bytes, Float32, Int32, Int64, String, UnixTimestamp
 
 from feature_repo import datasets, schema
+from feature_repo.contract import STORE_PART, TOKEN_VERSION
 from feature_repo.schema import DType
 from feature_repo.settings import Settings
 
@@ -117,8 +118,8 @@ def _own_view(declared: schema.OwnView) -> FeatureView:
 
 user = _entity(contract.user)
 item = _entity(contract.item)
-token_version = _entity(schema.TOKEN_VERSION)
-store_part = _entity(schema.STORE_PART)
+token_version = _entity(TOKEN_VERSION)
+store_part = _entity(STORE_PART)
 
 user_profile_source = _source("user_profile")
 user_history_source = _source("user_history")

@@ -34,16 +34,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.arrow import LATEST, NO_VALUE, hash_keys, history_schema, micros, value_codes
+from feature_repo.contract import Contract
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import (
-    CREATED_TIMESTAMP,
-    EVENT_TIMESTAMP,
-    MAX_BAG,
-    Column,
-    Contract,
-    DType,
-    Kind,
-)
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, MAX_BAG, Column, DType, Kind
 from feature_repo.tables import JobFolder
 
 MAGIC = b"MHIS"

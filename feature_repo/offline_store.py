@@ -548,25 +548,43 @@ def _asof_join(
         else f: f"CASE WHEN {live} THEN {name}.{_quote(f)} END"
         for f in features
     }
-    if filter_by_created and source.created_timestamp_column:
-        # A row created after its stamp is invisible to some entity rows, so "the newest" differs by
-        # entity row. Where every row is created by its stamp, which is what our tables hold, the
-        # plain ASOF join is already right.
-        late = f"SELECT count(*) FROM (SELECT 1 FROM ({rows}) WHERE __created > __time LIMIT 1)"
-        connection = _connect(config)
-        has_late = bool(connection.execute(late).fetchone()[0])
-        connection.close()
-        if has_late:
-            picked = ", ".join(f"v.{_quote(f)}" for f in features)
-            join = (
-                f"LEFT JOIN (SELECT e.__row AS __of, v.__time{', ' + picked if picked else ''} FROM entity_rows e JOIN ({rows}) v ON {equal} "
-                f"AND v.__time <= {at} AND v.__created <= {at} "
-                f"QUALIFY row_number() OVER (PARTITION BY e.__row ORDER BY v.__time DESC, v.__created DESC) = 1) {name} ON {name}.__of = e.__row"
-            )
-            return ViewJoin(join, outputs)
+    if filter_by_created and source.created_timestamp_column and _has_late(rows, config):
+        return ViewJoin(_late_join(rows, equal, at, features, name), outputs)
     # Of rows with equal stamps the newest created: both in one key, so that no window has to look
     # for repetitions first.
     keyed = f"SELECT *, row(__time, __created) AS __order FROM ({rows})"
     condition = equal.replace("v.", f"{name}.")
     join = f"ASOF LEFT JOIN ({keyed}) {name} ON {condition} AND row({at}, TIMESTAMPTZ 'infinity') >= {name}.__order"
     return ViewJoin(join, outputs)
+
+
+def _has_late(rows: str, config: RepoConfig) -> bool:
+    """Whether a row was created after its stamp: then it is invisible to some entity rows, and "the
+    newest" differs by entity row. Without any, which is what our tables hold, the plain ASOF join is
+    right.
+    """
+    late = f"SELECT count(*) FROM (SELECT 1 FROM ({rows}) WHERE __created > __time LIMIT 1)"
+    connection = _connect(config)
+    try:
+        return bool(connection.execute(late).fetchone()[0])
+    finally:
+        connection.close()
+
+
+def _late_join(rows: str, equal: str, at: str, features: list[str], name: str) -> str:
+    """The join where rows came late: the newest of each entity row among those it may see.
+
+    Args:
+        rows: SQL of the source's rows.
+        equal: condition that keys are alike.
+        at: SQL of the entity row's time.
+        name: of the view in the statement.
+    """
+    picked = "".join(f", v.{_quote(feature)}" for feature in features)
+    visible = f"{equal} AND v.__time <= {at} AND v.__created <= {at}"
+    newest = "PARTITION BY e.__row ORDER BY v.__time DESC, v.__created DESC"
+    return (
+        f"LEFT JOIN (SELECT e.__row AS __of, v.__time{picked} "
+        f"FROM entity_rows e JOIN ({rows}) v ON {visible} "
+        f"QUALIFY row_number() OVER ({newest}) = 1) {name} ON {name}.__of = e.__row"
+    )

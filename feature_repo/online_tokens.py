@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo.arrow import from_micros
+from feature_repo.contract import Contract
 from feature_repo.errors import ExpectedError
 from feature_repo.online_rows import write_rows
 from feature_repo.redis_writer import RedisWriter
-from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -16,14 +16,12 @@ import pyarrow.compute as pc
 
 from feature_repo import limits, raw
 from feature_repo.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract import EVENT_ID, REQUEST_ID, Contract
 from feature_repo.errors import DeclarationError
 from feature_repo.schema import (
     CREATED_TIMESTAMP,
-    EVENT_ID,
     EVENT_TIMESTAMP,
-    REQUEST_ID,
     Column,
-    Contract,
     DatasetSpec,
     DType,
     Kind,

@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 
 from feature_repo import limits
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
+from feature_repo.contract import Contract
 from feature_repo.datasets import Dataset, Parsed, RawUnit
 from feature_repo.examples import UNDEFINED, requests_of
 from feature_repo.parse import REPEATED, without_repeats
-from feature_repo.schema import EVENT_TIMESTAMP, Column, Contract, Examples
+from feature_repo.schema import EVENT_TIMESTAMP, Column, Examples
 from feature_repo.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
 
 ROWS = 500_000

@@ -114,6 +114,7 @@ class Recall:
         """Cells of events and candidates, and the layout that they are of."""
         if not self.exact:
             return self.layout, self.layout.positions(events), self.layout.positions(candidates)
+        # Each key gets a cell of its own, numbered through all columns; one row of hashing is enough.
         number, size, cells = len(events[0]), 0, []
         for of_events, of_candidates in zip(events, candidates, strict=True):
             both = np.concatenate([beside([of_events]), beside([of_candidates])])

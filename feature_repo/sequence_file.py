@@ -29,18 +29,10 @@ import pyarrow as pa
 
 from feature_repo.arrow import MICROS, arrow_schema, from_micros, micros_iso
 from feature_repo.code import code_digest
+from feature_repo.contract import Contract, contract
 from feature_repo.errors import ExpectedError
 from feature_repo.history import log_part, run_starts
-from feature_repo.schema import (
-    Contract,
-    DatasetSpec,
-    DType,
-    Examples,
-    Requests,
-    Source,
-    Task,
-    contract,
-)
+from feature_repo.schema import DatasetSpec, DType, Examples, Requests, Source, Task
 from feature_repo.tables import JobFolder, Manifest, digest_of
 
 SPEC = DatasetSpec(

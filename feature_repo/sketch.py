@@ -31,8 +31,8 @@ from typing import Self
 import numpy as np
 
 from feature_repo.arrow import NO_VALUE
+from feature_repo.contract import Contract
 from feature_repo.envelope import EnvelopeError, Identity, Sealed, seal, unseal
-from feature_repo.schema import Contract
 
 MAGIC = b"MSKT"
 VERSION = 1  # raised when cells or hashes change their meaning

@@ -24,14 +24,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from feature_repo.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import (
-    CREATED_TIMESTAMP,
-    EPOCH_RUN,
-    EVENT_TIMESTAMP,
-    STORE_EPOCH,
-    STORE_PART,
-)
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.settings import CHECKOUT, Settings
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 from feature_repo import raw, sources
 from feature_repo.arrow import micros, micros_iso
+from feature_repo.contract import RESERVED
 from feature_repo.errors import RawDataError
-from feature_repo.schema import RESERVED, DType, Kind, Source
+from feature_repo.schema import DType, Kind, Source
 
 SAMPLE_ROWS = 50_000
 DELIMITERS = ("::", "\t", ";", "|", ",")

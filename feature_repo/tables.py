@@ -23,8 +23,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from feature_repo.arrow import iso_micros
+from feature_repo.contract import Contract
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import Contract
 
 MANIFEST = "manifest.json"
 LAYOUT = 1

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
+from feature_repo.contract import Contract
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import Contract
 from feature_repo.tables import JobFolder, Manifest, digest_of
 
 JOB = "summary_tokens"

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from feature_repo.contract import Contract
 from feature_repo.history import Histories
-from feature_repo.schema import Contract
 
 MICROS_PER_DAY = 86_400_000_000
 VERSION = 5  # raised when a feature of this file changes its meaning: bundles of another version are refused
@@ -58,6 +58,8 @@ def sketch_features(readings: np.ndarray) -> np.ndarray:
     Args:
         readings: N × columns × counts; NaN where there is no sketch, or the candidate has no value.
     """
+    # Logarithms: between one purchase and two lies as much as between ten and twenty, and a count that
+    # fades becomes a time since.
     with np.errstate(invalid="ignore"):
         return np.log(readings.reshape(len(readings), -1) + FAINTEST).astype(np.float32)
 

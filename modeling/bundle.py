@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from feature_repo import schema
+from feature_repo import contract as contracts
+from feature_repo.contract import Contract
 from feature_repo.declarations import lacks, plain, spec_of
 from feature_repo.errors import ExpectedError
-from feature_repo.schema import Contract
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
 from modeling import models
-from modeling.batch import Encoder
+from modeling.encoder import Encoder
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.token_identity import token_fingerprint
@@ -158,6 +158,46 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         BundleError: missing or changed files, another layout, dataset or contract, or weights that
             do not fit.
     """
+    # 1. What the bundle says of itself, and whether it may be served here.
+    digest, manifest = _manifest_of(path, expected_digest)
+    if manifest["dataset"] != contract.spec.name:
+        raise BundleError(
+            f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}"
+        )
+    own = contract_of(path, manifest)
+    if lacking := lacks(own, contract):
+        raise BundleError(
+            f"{path} was trained under contract {manifest['fingerprint']}; the one in force, {contract.fingerprint}, has no "
+            f"{', '.join(lacking)}: train and export again"
+        )
+    # 2. Its files, untouched; then what they hold.
+    _check_files(path, manifest["files"])
+    vocabularies = read_vocabularies(own, path / "vocabularies.json")
+    tokens = manifest["tokens"] or {"made_here": True, "version": None}
+    read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
+    encoder = Encoder(own, vocabularies, manifest["history_length"], read)
+    features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
+    if (trained := {name: manifest[name] for name in features}) != features:
+        raise BundleError(
+            f"{path} was trained on {trained}, this version computes {features}: train and export again"
+        )
+    model = models.build(manifest["model"], manifest["config"], encoder.sizes)
+    _load_weights(model, path)
+    # 3. Tokens of these weights are known by them.
+    made = token_fingerprint(model, encoder)
+    if tokens["made_here"] and made != tokens["version"]:
+        raise BundleError(
+            f"{path} says that it makes tokens of version {tokens['version']}, this code makes {made}: export it again"
+        )
+    return Bundle(digest, path, manifest, model.eval(), encoder)
+
+
+def _manifest_of(path: Path, expected_digest: str | None) -> tuple[str, dict[str, Any]]:
+    """Digest and content of a bundle's `bundle.json`.
+
+    Raises:
+        BundleError: missing, changed, of another layout, or without an entry.
+    """
     file = path / "bundle.json"
     if not file.is_file():
         raise BundleError(
@@ -170,7 +210,7 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
             f"{path}: bundle.json has digest {digest[:12]}, the catalogue says {expected_digest[:12]}: it was changed after export"
         )
     try:
-        manifest = json.loads(text)
+        manifest: dict[str, Any] = json.loads(text)
         layout = manifest["layout"]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} is no bundle manifest: {error}") from error
@@ -180,37 +220,34 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         )
     if missing := [name for name in ENTRIES if name not in manifest]:
         raise BundleError(f"{file} lacks {missing}: export it again")
-    if manifest["dataset"] != contract.spec.name:
+    return digest, manifest
+
+
+def _check_files(path: Path, listed: dict[str, str]) -> None:
+    """Refuse a bundle whose files are not those that it lists, by name and sha256.
+
+    Raises:
+        BundleError: it names the file.
+    """
+    if set(listed) != set(FILES):
         raise BundleError(
-            f"{path} is of dataset {manifest['dataset']!r}, this server is of {contract.spec.name!r}"
+            f"{path}: bundle.json lists files {sorted(listed)}, a bundle has {sorted(FILES)}"
         )
-    own = contract_of(path, manifest)
-    if lacking := lacks(own, contract):
-        raise BundleError(
-            f"{path} was trained under contract {manifest['fingerprint']}; the one in force, {contract.fingerprint}, has no "
-            f"{', '.join(lacking)}: train and export again"
-        )
-    if set(manifest["files"]) != set(FILES):
-        raise BundleError(
-            f"{path}: bundle.json lists files {sorted(manifest['files'])}, a bundle has {sorted(FILES)}"
-        )
-    for name, expected in manifest["files"].items():
+    for name, expected in listed.items():
         if not (path / name).is_file() or (path / name).is_symlink():
             raise BundleError(f"{path}: file {name!r} is missing")
         if (found := _sha256(path / name)) != expected:
             raise BundleError(
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
-    vocabularies = read_vocabularies(own, path / "vocabularies.json")
-    tokens = manifest["tokens"] or {"made_here": True, "version": None}
-    read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
-    encoder = Encoder(own, vocabularies, manifest["history_length"], read)
-    features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
-    if (trained := {name: manifest[name] for name in features}) != features:
-        raise BundleError(
-            f"{path} was trained on {trained}, this version computes {features}: train and export again"
-        )
-    model = models.build(manifest["model"], manifest["config"], encoder.sizes)
+
+
+def _load_weights(model: Ranker, path: Path) -> None:
+    """Set a model's weights from the bundle.
+
+    Raises:
+        BundleError: they cannot be read, are not finite, or do not fit.
+    """
     try:
         weights = load_file(path / "weights.safetensors")
     except (SafetensorError, OSError) as error:
@@ -227,12 +264,6 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         raise BundleError(
             f"{path}: weights do not fit the model that bundle.json describes: {error}"
         ) from error
-    made = token_fingerprint(model, encoder)
-    if tokens["made_here"] and made != tokens["version"]:
-        raise BundleError(
-            f"{path} says that it makes tokens of version {tokens['version']}, this code makes {made}: export it again"
-        )
-    return Bundle(digest, path, manifest, model.eval(), encoder)
 
 
 def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:
@@ -242,7 +273,7 @@ def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:
         BundleError: it is none, or not the one whose fingerprint stands beside it.
     """
     try:
-        own = schema.contract(spec_of(manifest["contract"]))
+        own = contracts.contract(spec_of(manifest["contract"]))
     except (ValueError, TypeError, KeyError) as error:
         raise BundleError(
             f"{path}: bundle.json holds no contract that this version reads: {error}"

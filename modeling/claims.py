@@ -95,6 +95,7 @@ def difference(name: str, metric: str, ours: PerUser, theirs: PerUser, seed: int
     users = ours.total.shape[1]
     drawn = np.empty(RESAMPLES)
     for number in range(RESAMPLES):
+        # The same users for both rankers, so that what is hard for all cancels; seeds by ranker.
         times = np.bincount(rng.integers(0, users, users), minlength=users).astype(np.float64)
         means = []
         for one in (ours, theirs):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from modeling.batch import Encoded, Encoder
 from modeling.columns import within
+from modeling.encoder import Encoded, Encoder
 from modeling.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _sampled(
     encoder: Encoder, train: Encoded, task: int, most: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of requests spread evenly over the training period."""
+    # The seed moves which requests are taken, so that seeds differ in more than the trees' own.
     step = -(-len(train.candidate_item) // most) or 1
     chosen = np.arange(seed % step, len(train), step)
     features = _features(encoder, train, chosen)

@@ -27,9 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.arrow import NO_VALUE, arrow_type, value_codes
+from feature_repo.contract import Contract
 from feature_repo.history import as_numbers
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import Column, Contract, DType, Kind
+from feature_repo.schema import Column, DType, Kind
 from feature_repo.transforms import MICROS_PER_DAY, squash
 
 Columns = Mapping[str, pa.Array]

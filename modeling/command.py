@@ -24,8 +24,8 @@ from modeling.recipes import NextItemRecipe, Recipe
 from modeling.registry import training_code
 
 if TYPE_CHECKING:
-    from modeling.batch import Encoder
     from modeling.dataset import Warehouse
+    from modeling.encoder import Encoder
     from modeling.models.base import Ranker
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
@@ -591,7 +591,7 @@ def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
     from safetensors.torch import load_file
 
     from modeling import models
-    from modeling.batch import Encoder
+    from modeling.encoder import Encoder
     from modeling.vocabularies import read_vocabularies
 
     contract = datasets.load_contract(run.settings.dataset)

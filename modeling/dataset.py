@@ -15,24 +15,16 @@ import pyarrow.compute as pc
 
 from feature_repo import datasets, expectations, limits
 from feature_repo.arrow import NO_VALUE, arrow_schema, arrow_type, micros
+from feature_repo.contract import TOKEN_ROW, TOKEN_VERSION, Contract
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
 from feature_repo.recall import Recall
-from feature_repo.schema import (
-    EVENT_TIMESTAMP,
-    TOKEN_ROW,
-    TOKEN_VERSION,
-    Column,
-    Contract,
-    DType,
-    Examples,
-    Table,
-)
+from feature_repo.schema import EVENT_TIMESTAMP, Column, DType, Examples, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
-from modeling.batch import RequestColumns, events_of
 from modeling.columns import Index, Vocabulary, event_key, fitted, floats, whole
+from modeling.encoder import RequestColumns, events_of
 from modeling.errors import DataError
 
 if TYPE_CHECKING:

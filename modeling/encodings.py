@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from feature_repo.settings import Settings
-from modeling.batch import Encoder
 from modeling.dataset import Tokens
+from modeling.encoder import Encoder
 from modeling.recipes import Recipe
 from modeling.training_set import Options, Period, TrainingSet, open_training_set
 

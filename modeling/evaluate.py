@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from feature_repo.contract import Contract
 from feature_repo.history import Histories
-from feature_repo.schema import Contract, DatasetSpec, Task
+from feature_repo.schema import DatasetSpec, Task
 from feature_repo.sketch import Layout, Sketch
-from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.dataset import Split
+from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.errors import NotTrainedError
 from modeling.floors import FREQUENCY, POPULARITY, floor_scores, floors_of
 from modeling.importance import permutation_importance

@@ -36,14 +36,13 @@ def floor_scores(split: Split, visible: int | None = None) -> dict[str, np.ndarr
     }
     layout = Layout((split.log.contract.item.join_key,), (1,), (HALF_LIFE_DAYS,), 1)
     codes = value_codes(requests.items)[requests.candidate_keys]
-    for newest in (*NEWEST, None):
-        if visible is not None and (newest is None or newest > visible):
-            newest = visible
+    narrower = [newest for newest in NEWEST if visible is None or newest < visible]
+    for newest in (*narrower, visible):
         recall = Recall(split.log, layout, newest=newest, exact=True)
         counts = recall.read(
             split.log_rows, split.history_ends, requests.times, requests.candidate_offsets, [codes]
         )
-        name = "" if newest is None or newest == visible else f", last {newest}"
+        name = "" if newest == visible else f", last {newest}"
         found[FREQUENCY + name] = counts[:, 0, 0]
         found[FADED + name] = counts[:, 0, 1]
     return {name: scores.astype(np.float32) for name, scores in found.items()}

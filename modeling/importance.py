@@ -15,8 +15,8 @@ import numpy as np
 
 from feature_repo.history import Histories
 from feature_repo.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
-from modeling.batch import Encoded, Encoder
 from modeling.columns import ColumnGroup, within
+from modeling.encoder import Encoded, Encoder
 from modeling.metrics import defined, ndcg_at
 from modeling.models.base import Ranker
 from modeling.tasks import ranking_logits

@@ -22,7 +22,6 @@ from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import models, recipes
-from modeling.batch import Encoded, Encoder
 from modeling.claims import (
     PAIRED,
     Difference,
@@ -36,6 +35,7 @@ from modeling.claims import (
 from modeling.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.dataset import SPLITS, refuse_nothing_positive
+from modeling.encoder import Encoded, Encoder
 from modeling.encodings import Encodings
 from modeling.errors import RecipeError
 from modeling.evaluate import measure, plain_metrics, primary_number, primary_task

@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from feature_repo.contract import Contract
 from feature_repo.history import HistoryLog
-from feature_repo.schema import Contract
 from feature_repo.tables import JobFolder
 from modeling.batch import FeatureSizes
 from modeling.layers.packing import Packing

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from feature_repo import envelope
+from feature_repo.contract import Contract
 from feature_repo.envelope import Envelope, Kind
 from feature_repo.history import Histories
-from feature_repo.schema import Contract
 from modeling import bundle
-from modeling.batch import Encoder, UserInputs
+from modeling.batch import UserInputs
+from modeling.encoder import Encoder
 from modeling.models.base import Ranker, TokenMaker
 from modeling.token_identity import token_fingerprint
 

@@ -9,7 +9,7 @@ import json
 
 from feature_repo import envelope
 from feature_repo.transforms import VERSION as TRANSFORMS_VERSION
-from modeling.batch import Encoder
+from modeling.encoder import Encoder
 from modeling.models.base import Ranker, TokenMaker
 
 VERSION = 1  # raised when the same weights would give other tokens

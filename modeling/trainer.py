@@ -30,8 +30,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from feature_repo.errors import ExpectedError
 from feature_repo.tables import locked
-from modeling.batch import Batch, Encoded, Encoder
+from modeling.batch import Batch
 from modeling.console import Told, console
+from modeling.encoder import Encoded, Encoder
 from modeling.errors import RunError
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker

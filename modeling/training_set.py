@@ -29,7 +29,6 @@ from feature_repo.history import Histories
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of, held, locked
 from feature_repo.token_log import TokenLog
-from modeling.batch import Encoded, Encoder, GatherHistories
 from modeling.columns import Index
 from modeling.console import Told
 from modeling.dataset import (
@@ -40,6 +39,7 @@ from modeling.dataset import (
     Warehouse,
     refuse_nothing_positive,
 )
+from modeling.encoder import Encoded, Encoder, GatherHistories
 from modeling.errors import DataError, RunError
 from modeling.floors import floor_scores
 from modeling.shards import MANIFEST, open_shards, write_shard

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from feature_repo.arrow import arrow_type
-from feature_repo.schema import Contract
-from modeling.batch import Encoder
+from feature_repo.contract import Contract
 from modeling.columns import Index, event_key, index_of, stored_type
+from modeling.encoder import Encoder
 
 
 def write_vocabularies(encoder: Encoder, path: Path) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from feature_repo.schema import Contract
+from feature_repo.contract import Contract
 from serving.errors import BodyTooLargeError, NotReadyError, ServingError, UnsupportedMediaError
 from serving.messages import MAX_BODY_BYTES, ErrorBody, decode_request, schemas
 from serving.ranker import RankService

@@ -28,9 +28,10 @@ from rich.table import Table as RichTable
 from feature_repo import datasets
 from feature_repo.arrow import EPOCH, micros, micros_iso
 from feature_repo.catalogue import Catalogue
+from feature_repo.contract import TOKEN_VERSION, Contract
 from feature_repo.envelope import from_bytes
 from feature_repo.history import HistoryLog, newest_rows, unpack
-from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Contract
+from feature_repo.schema import EVENT_TIMESTAMP
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.arrow import arrow_type
+from feature_repo.contract import TOKEN_VERSION, Contract
 from feature_repo.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history import HistoryError, unpack
 from feature_repo.key_index import KeyIndex
-from feature_repo.schema import EVENT_TIMESTAMP, TOKEN_VERSION, Column, Contract
+from feature_repo.schema import EVENT_TIMESTAMP, Column
 from feature_repo.sketch import Layout, Sketch, SketchError
 from feature_repo.sketch import from_bytes as sketch_of
 from serving.degraded import Degraded

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from feature_repo.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, Column, Contract, DType
+from feature_repo.contract import Contract
+from feature_repo.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, Column, DType
 from serving.degraded import Degraded
 from serving.errors import BadRequestError, InvalidRequestError
 

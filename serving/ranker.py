@@ -16,10 +16,10 @@ import torch
 from msgspec import UNSET, UnsetType
 
 from feature_repo.arrow import EPOCH, arrow_type
+from feature_repo.contract import Contract
 from feature_repo.history import Histories, from_batches, mean_names, primary_values
-from feature_repo.schema import Contract
-from modeling.batch import GatherTokens, ReadSketch, RequestColumns
 from modeling.bundle import Bundle
+from modeling.encoder import GatherTokens, ReadSketch, RequestColumns
 from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
 from serving.features import Id, ItemTable, Reader, UserRow

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_repo.arrow import EPOCH, MICROS, arrow_schema, history_schema, micros
+from feature_repo.contract import Contract
 from feature_repo.envelope import Envelope, EnvelopeError, Kind, from_bytes
 from feature_repo.errors import ExpectedError
 from feature_repo.history import (
@@ -29,7 +30,7 @@ from feature_repo.history import (
 )
 from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
-from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Contract
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from modeling.summary import Summariser, envelopes, stored_summary
 
 if TYPE_CHECKING:

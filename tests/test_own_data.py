@@ -28,9 +28,9 @@ from feature_repo.schema import Examples, Kind
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 from modeling import models
-from modeling.batch import Encoded, Encoder, RequestColumns
 from modeling.bundle import Bundle
 from modeling.dataset import Warehouse, point_in_time_join, vocabularies
+from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.tasks import probabilities
 from modeling.trainer import Trainer, predict
 from serving.features import FeastReader, ItemTable

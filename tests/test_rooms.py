@@ -24,7 +24,7 @@ EXCEPTIONS = {
     "beam_jobs/summarise.py": {"modeling.summary"},
     "beam_jobs/benchmarks/summary_tokens.py": {
         "modeling",
-        "modeling.batch",
+        "modeling.encoder",
         "modeling.columns",
         "modeling.recipes",
         "modeling.summary",
@@ -55,6 +55,7 @@ LIBRARIES = {
 }
 FOR_ALL = (
     "schema",
+    "contract",
     "datasets",
     "transforms",
     "history",

@@ -176,8 +176,8 @@ def export_bundle(settings: Settings) -> None:
     import torch
 
     from modeling import bundle, models
-    from modeling.batch import Encoder
     from modeling.columns import Vocabulary, nothing_known
+    from modeling.encoder import Encoder
     from modeling.recipes import SERVICE, Recipe
 
     items = pa.array([f"{20000 + item}" for item in range(ITEMS)])

@@ -40,6 +40,7 @@ def main() -> None:
 
 
 def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dict[str, Any]:
+    # 1. All events, a batch at a time; hashing and adding timed apart.
     width = kibibytes * 1024 // (4 * (1 + len(HALF_LIVES))) // (2 * DEPTH)
     layout = Layout(("item", "a", "b", "c"), (1, 1, 1, 1), HALF_LIVES, width)
     events, now = len(times), int(times[-1])
@@ -53,6 +54,7 @@ def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dic
         sketch.add(cells, times[chosen])
         spent["hash"] += hashed - started
         spent["add"] += time.process_time() - hashed
+    # 2. One event alone, which pays for every call by itself; and the sum of two halves.
     one = layout.positions([c[-1:] for c in codes])
 
     def add_alone() -> None:
@@ -63,6 +65,7 @@ def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dic
     merged = Sketch(layout)
     for part in _halves(layout, codes, times):
         merged.merge(part)
+    # 3. Readings against the truth.
     keys = np.unique(codes[0])[:KEYS]
     others = np.zeros(len(keys), np.int64)
     cells = layout.positions([keys, others, others, others])

@@ -192,10 +192,10 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
 
     from feature_repo.datasets import load_contract
     from modeling import models
-    from modeling.batch import Encoder
     from modeling.benchmarks.peers import ranker_answer
     from modeling.benchmarks.worlds import flops, gemm_rate
     from modeling.columns import nothing_known
+    from modeling.encoder import Encoder
     from modeling.memory import keep_freed_memory
     from modeling.recipes import Training
     from modeling.trainer import Trainer, predict
@@ -257,7 +257,7 @@ def _encoded(path: Path, group: int) -> Any:
     """Rows as requests of `group` candidates."""
     from feature_repo.history import Histories
     from feature_repo.schema import EVENT_TIMESTAMP
-    from modeling.batch import Encoded
+    from modeling.encoder import Encoded
 
     columns = np.load(path)
     history, number = columns["history"][::group], len(columns["label"])

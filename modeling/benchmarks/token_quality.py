@@ -26,7 +26,7 @@ from feature_repo.history import HistoryLog
 from feature_repo.settings import Settings
 from feature_repo.transforms import MICROS_PER_DAY
 from modeling import recipes
-from modeling.batch import Encoded, Encoder
+from modeling.encoder import Encoded, Encoder
 from modeling.encodings import Encodings
 from modeling.evaluate import measure
 from modeling.models.base import Ranker

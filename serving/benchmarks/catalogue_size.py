@@ -24,9 +24,9 @@ from feature_repo.benchmarks import interleaved, parser, report
 from feature_repo.datasets import load_contract
 from feature_repo.key_index import KeyIndex
 from modeling import models
-from modeling.batch import Encoder
 from modeling.bundle import Bundle
 from modeling.columns import Index, Vocabulary
+from modeling.encoder import Encoder
 from serving.features import ItemTable, UserRow, item_columns
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from beam_jobs.item_stats import stat_rows
 from feature_repo.arrow import from_micros, micros
+from feature_repo.contract import contract
 from feature_repo.datasets import load_contract
-from feature_repo.schema import STAT_WINDOWS_DAYS, Column, DType, contract
+from feature_repo.schema import STAT_WINDOWS_DAYS, Column, DType
 from feature_repo.transforms import MICROS_PER_DAY
 
 CONTRACT = load_contract("online_retail")

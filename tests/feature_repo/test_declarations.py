@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from feature_repo import cli, code, datasets
+from feature_repo.contract import contract
 from feature_repo.datasets import online_retail
 from feature_repo.declarations import groups, is_iso_time, lacks, plain, problems, spec_of
 from feature_repo.errors import DeclarationError, ExpectedError, SettingsError
@@ -28,7 +29,6 @@ from feature_repo.schema import (
     OwnView,
     Source,
     Task,
-    contract,
 )
 from feature_repo.settings import Settings
 

@@ -20,9 +20,10 @@ from beam_jobs.partition import sort_by_key_and_time
 from beam_jobs.user_history import packed_rows, stat_rows
 from feature_repo import history
 from feature_repo.arrow import EPOCH, arrow_schema, history_schema, micros
+from feature_repo.contract import contract
 from feature_repo.datasets import load_contract
 from feature_repo.history import Histories, HistoryError, HistoryLog
-from feature_repo.schema import Column, DType, contract
+from feature_repo.schema import Column, DType
 from feature_repo.tables import JobFolder
 from feature_repo.transforms import (
     CONTEXT_FIELDS,

@@ -138,8 +138,8 @@ def test_a_pushed_row_is_read_at_once(shop_with_views: Shop) -> None:
 
 
 def test_a_ranker_reads_them_by_their_kinds(shop_with_views: Shop) -> None:
-    from modeling.batch import Encoder
     from modeling.dataset import Warehouse, vocabularies
+    from modeling.encoder import Encoder
 
     warehouse = Warehouse(shop_with_views.settings)
     train = warehouse.split(shop_with_views.store, "ranking_v1", "train")

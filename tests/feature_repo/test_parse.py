@@ -13,6 +13,7 @@ import pytest
 
 from feature_repo import datasets, parse
 from feature_repo.arrow import NO_VALUE, from_micros, iso_micros
+from feature_repo.contract import contract
 from feature_repo.datasets import Dataset
 from feature_repo.errors import DeclarationError
 from feature_repo.examples import UNDEFINED, requests_of
@@ -27,7 +28,6 @@ from feature_repo.schema import (
     Requests,
     Source,
     Task,
-    contract,
 )
 
 SHOP = DatasetSpec(

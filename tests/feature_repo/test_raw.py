@@ -22,15 +22,7 @@ from feature_repo import datasets, limits, raw, sources
 from feature_repo.arrow import EPOCH
 from feature_repo.datasets import Parsed, RawDataError, RawUnit
 from feature_repo.parse import parse
-from feature_repo.schema import (
-    LARGEST_NUMBER,
-    MAX_TEXT_BYTES,
-    Column,
-    DType,
-    Entity,
-    Source,
-    Table,
-)
+from feature_repo.schema import LARGEST_NUMBER, MAX_TEXT_BYTES, Column, DType, Entity, Source, Table
 
 RETAIL = datasets.load("online_retail")
 

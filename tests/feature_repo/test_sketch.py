@@ -19,11 +19,12 @@ from beam_jobs.partition import sort_by_key_and_time
 from beam_jobs.user_history import packed_rows, remembered_codes, stat_rows
 from feature_repo import history
 from feature_repo.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
+from feature_repo.contract import Contract, contract
 from feature_repo.datasets import load_contract
 from feature_repo.envelope import Identity
 from feature_repo.history import HistoryLog
 from feature_repo.recall import Recall
-from feature_repo.schema import CATEGORY, Column, Contract, DType, Memory, contract
+from feature_repo.schema import CATEGORY, Column, DType, Memory
 from feature_repo.sketch import (
     DEPTH,
     MICROS_PER_DAY,

@@ -16,8 +16,8 @@ from feature_repo import datasets
 from feature_repo.envelope import from_bytes
 from feature_repo.history import Histories
 from modeling import models, summary
-from modeling.batch import Encoder
 from modeling.columns import Vocabulary, nothing_known
+from modeling.encoder import Encoder
 from modeling.models.vista import VISTA
 from modeling.summary import Summariser, Summary, envelopes, stored_summary, token_fingerprint
 

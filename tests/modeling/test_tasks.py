@@ -11,7 +11,7 @@ import torch
 
 from feature_repo import datasets
 from feature_repo.schema import Task
-from modeling.batch import Encoded
+from modeling.encoder import Encoded
 from modeling.evaluate import MODEL, measure, plain_metrics, undefined
 from modeling.metrics import defined
 from modeling.tasks import probabilities, ranking_logits, sigmoid, weighted

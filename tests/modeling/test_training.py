@@ -20,7 +20,7 @@ from beam_jobs.training_examples import ItemTables, example_rows
 from feature_repo.arrow import micros
 from feature_repo.tables import JobFolder, StaleTableError
 from modeling import models, recipes
-from modeling.batch import Batch, Encoded, Encoder, Vocabulary
+from modeling.batch import Batch
 from modeling.dataset import (
     JoinError,
     Warehouse,
@@ -28,6 +28,7 @@ from modeling.dataset import (
     refuse_without_positives,
     vocabularies,
 )
+from modeling.encoder import Encoded, Encoder, Vocabulary
 from modeling.evaluate import without_history
 from modeling.models.base import Ranker
 from modeling.recipes import Training

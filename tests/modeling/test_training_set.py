@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feature_repo.expectations import GateError
 from feature_repo.tables import JobFolder
 from modeling import recipes, training_set
-from modeling.batch import Encoded, Encoder, spread_rows
 from modeling.classic import CLASSICS, classic_scores
 from modeling.dataset import SPLITS, vocabularies
+from modeling.encoder import Encoded, Encoder, spread_rows
 from modeling.floors import FREQUENCY, floor_scores
 from modeling.metrics import mean_ndcg
 from modeling.ranking import build_model
-from modeling.shards import MappedRows, ShardError, open_shards, read_shard, write_shard
+from modeling.shards import MANIFEST, MappedRows, ShardError, open_shards, read_shard, write_shard
 from modeling.trainer import Trainer, read_metrics
 from modeling.training_set import Options, TrainingSet, open_training_set
 
@@ -179,3 +181,34 @@ def test_a_trained_floor_learns_from_what_is_not_withheld(made: TrainingSet, kin
         scores = classic_scores(kind, made.encoder(16, without=without), train, test, 0, 1)
         quality[without] = mean_ndcg(labels, scores, test.candidate_offsets)
     assert quality[()] > quality["matches", "user"] + 0.05
+
+
+def test_sets_that_somebody_reads_stay_and_others_go(
+    made: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_set, "KEPT", 1)
+    unused, torn = (made.folder.parent / name for name in ("unused", "torn"))
+    for folder in (unused, torn):
+        folder.mkdir()
+        (folder / "train-requests-00000.arrow").write_bytes(b"")
+    (unused / MANIFEST).write_text("{}")
+    newest = made.folder.parent / "newest"
+    newest.mkdir()
+    training_set._forget_others(newest)
+    newest.rmdir()
+    assert not unused.exists()
+    assert not torn.exists()
+    assert len(made.period("train").encoded)
+
+
+def test_a_joined_row_outside_the_contract_is_refused_with_its_reason(
+    shop: Any, made: TrainingSet
+) -> None:
+    warehouse = made.warehouse
+    rows = warehouse.examples("test").slice(0, 50)
+    joined = warehouse.join(shop.store, RECIPE.service, "test", rows)
+    warehouse.refuse_broken(joined, "test")
+    at = joined.column_names.index("history_end")
+    broken = joined.set_column(at, "history_end", pa.array([-5] * 50, pa.int64()))
+    with pytest.raises(GateError, match=r"history_end.*50 rows"):
+        warehouse.refuse_broken(broken, "test")

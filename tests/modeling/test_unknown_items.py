@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.batch import Encoder
 from modeling.dataset import Warehouse, vocabularies
+from modeling.encoder import Encoder
 from modeling.evaluate import unknown_first
 from modeling.ranking import build_model
 from modeling.recipes import Recipe, Training, ranking

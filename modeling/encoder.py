@@ -1,0 +1,555 @@
+"""Stored columns → numbers → batches, the same way for training and serving: `RequestColumns →
+featurise → collate → Batch`; there is no second path.
+
+What a kind of column becomes is said in `columns.py`; shape letters in `batch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from feature_repo.arrow import value_codes
+from feature_repo.contract import Contract
+from feature_repo.history import Histories, as_numbers
+from feature_repo.transforms import (
+    CONTEXT_FIELDS,
+    FAINTEST,
+    MATCH_FEATURES,
+    USER_FEATURES,
+    context_fields,
+    event_ages,
+    match_features,
+    sketch_features,
+    sketch_names,
+    squash,
+    user_features,
+)
+from modeling.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.columns import (
+    ColumnGroup,
+    Index,
+    Vocabulary,
+    floats,
+    group_of,
+    within,
+)
+from modeling.shards import Rows
+
+GatherHistories = Callable[[np.ndarray, int], Histories]
+GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
+# counts) → what each user's sketch says of them, N × columns × counts
+ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
+UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
+SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
+CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
+SKETCH_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
+SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
+SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
+
+
+@dataclass(frozen=True)
+class RequestColumns:
+    """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b],
+    candidate_offsets[b + 1])`.
+
+    `items` lists item ids by item key; `candidate_keys` and the histories' `item_keys` index it.
+    """
+
+    times: np.ndarray  # int64 microseconds, B
+    user_columns: dict[str, pa.Array]  # features and statistics of users, context; B
+    items: pa.Array
+    candidate_offsets: np.ndarray
+    candidate_keys: np.ndarray
+    candidate_columns: dict[str, pa.Array]  # features and statistics of items, impressions; N
+    gather: GatherHistories  # (request numbers, length) → their newest events
+    labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
+    gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
+    read_sketch: ReadSketch | None = None  # None: nothing is known of the users' whole past
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Requests as numbers, flat, in memory or on disk; `collate` pads any selection of them into a
+    Batch.
+    """
+
+    times: np.ndarray
+    field_BU: Rows
+    dense_BG: Rows
+    candidate_offsets: np.ndarray
+    candidate_item: Rows
+    candidate_category: Rows
+    candidate_dense: Rows
+    labels: Rows  # N × T
+    item_of_key: np.ndarray
+    gather: GatherHistories
+    gather_tokens: GatherTokens | None = None
+    history_lengths: np.ndarray | None = None  # events known at each request; None: not known
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def num_candidates(self) -> np.ndarray:
+        """Candidates of each request."""
+        return np.diff(self.candidate_offsets)
+
+
+GROUPS = ("matches", "user")  # inputs that a comparison may withhold
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """Inputs that a model is not to see.
+
+    Args:
+        candidate_dense: which dense numbers of candidates, bool.
+        user: whether all columns and statistics of users, and the context.
+    """
+
+    candidate_dense: np.ndarray
+    user: bool
+
+
+class Encoder:
+    """Turns stored columns into model inputs, the same way for training and serving.
+
+    Args:
+        contract: the dataset's contract.
+        vocabularies: by column name; the item id's is under the item's join key, those of event
+            columns under `event_key`.
+        history_length: events that the model reads; match features read all that are kept online.
+        tokens: number and width of stored summary tokens, where the model reads some.
+        without: inputs that are withheld, to see what a model makes of the others: "matches" between
+            candidate and history, sketch included; "user", all of users but their history.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        vocabularies: dict[str, Index],
+        history_length: int,
+        tokens: tuple[int, int] = (0, 0),
+        without: tuple[str, ...] = (),
+    ) -> None:
+        self.contract, self.vocabularies = contract, vocabularies
+        if unknown := set(without) - set(GROUPS):
+            raise ValueError(f"no inputs {sorted(unknown)} to withhold; there are {GROUPS}")
+        self.history_length, self.tokens, self.without = history_length, tokens, without
+        self.item_key = contract.item.join_key
+        self.request = group_of(contract.request_features, vocabularies)
+        self.candidate = group_of(contract.candidate_features, vocabularies)
+        self.event = group_of(contract.event_features, vocabularies, events=True)
+        categorical = [c for c in contract.item_columns if c.kind and c.is_categorical]
+        self.own_item = group_of(categorical, vocabularies)
+        self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
+        self.sketch_names = sketch_names(contract)
+
+    @property
+    def items(self) -> Vocabulary:
+        """Items that have a row of their own."""
+        found = self.vocabularies[self.item_key]
+        assert isinstance(found, Vocabulary)
+        return found
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the dense candidate features, in order."""
+        return (
+            *self.stat_columns,
+            *MATCH_FEATURES,
+            *self.sketch_names,
+            *self.candidate.dense_names,
+        )
+
+    @cached_property
+    def _of_sketch(self) -> Tensor:
+        """Which dense numbers of candidates a sketch says, bool."""
+        return torch.tensor([name in self.sketch_names for name in self.dense_names])
+
+    @cached_property
+    def withheld(self) -> Withheld:
+        """What no batch shows."""
+        between = {*MATCH_FEATURES, *self.sketch_names} if "matches" in self.without else set()
+        dense = np.array([name in between for name in self.dense_names])
+        return Withheld(dense, "user" in self.without)
+
+    @cached_property
+    def unknown_dense(self) -> np.ndarray:
+        """Dense features of an item that nobody knows: no statistics, and no event of the user's
+        with it.
+        """
+        values = np.full(len(self.dense_names), np.nan, np.float32)
+        for name in ("match_times", "match_share", "match_other_times"):
+            values[self.dense_names.index(name)] = 0
+        of_item = 1 + len(self.contract.spec.memory.half_lives_days)
+        for name in self.sketch_names[:of_item]:
+            values[self.dense_names.index(name)] = np.log(FAINTEST)
+        return values
+
+    def unknown_candidates(self, encoded: Encoded) -> Encoded:
+        """The same requests, each with one candidate that nobody knows."""
+        number = len(encoded)
+        return replace(
+            encoded,
+            candidate_offsets=np.arange(number + 1),
+            candidate_item=np.zeros(number, np.int64),
+            candidate_category=np.zeros((number, encoded.candidate_category.shape[1]), np.int32),
+            candidate_dense=np.tile(self.unknown_dense, (number, 1)),
+            labels=np.zeros((number, encoded.labels.shape[1]), np.float32),
+        )
+
+    def hide(self, batch: Batch, share: float, rng: np.random.Generator) -> Batch:
+        """A batch in which a share of the candidates is unknown, and as large a share has lost its
+        statistics alone.
+
+        What is missing at request time, such as an item that is new or a store that was emptied, is
+        thereby seen in training, and is scored by a prior: positives become unknown half as often
+        as negatives (`UNKNOWN_PRIOR`), so that an item of which nothing is known ranks below what
+        is known of the average candidate.
+        """
+        candidates = batch.candidates
+        device, shape = candidates.item_BC.device, tuple(candidates.item_BC.shape)
+        draw = torch.from_numpy(rng.random(shape, np.float32)).to(device)
+        positive = (batch.labels_BCT > 0).any(-1)
+        chance = torch.where(positive, share * UNKNOWN_PRIOR, share)
+        unknown, bare = draw < chance, draw > 1 - share
+        of_item = [*self.stat_columns, "value_ratio", "item_other_share"]
+        column = torch.tensor([name in of_item for name in self.dense_names], device=device)
+        nothing = torch.from_numpy(self.unknown_dense).to(device)
+        dense = candidates.dense_BCF.masked_fill(bare[..., None] & column, torch.nan)
+        hidden = replace(
+            candidates,
+            item_BC=candidates.item_BC.masked_fill(unknown, 0),
+            category_BCK=candidates.category_BCK.masked_fill(unknown[..., None], 0),
+            dense_BCF=torch.where(unknown[..., None], nothing, dense),
+        )
+        return replace(batch, candidates=hidden)
+
+    def forget(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        """A batch in which a share of the requests has lost what a served one may lack: all that is
+        known of impressions, such as positions, which none has; the context; the sketch.
+        """
+        spec, number = self.contract.spec, len(batch.labels_BCT)
+        user, candidates = batch.user, batch.candidates
+        device = candidates.item_BC.device
+        forgotten = torch.from_numpy(rng.random(number) < SKETCH_FORGOTTEN)[:, None, None]
+        unread = (forgotten & self._of_sketch).to(device)
+        candidates = replace(
+            candidates, dense_BCF=candidates.dense_BCF.masked_fill(unread, torch.nan)
+        )
+        if spec.shown_features:
+            forgotten = torch.from_numpy(rng.random(number) < SHOWN_FORGOTTEN)[:, None, None]
+            names = {c.name for c in spec.shown_features}
+            before = len(self.dense_names) - len(self.candidate.dense_names)
+            slots, dense = (
+                forgotten.to(candidates.item_BC.device) & mask.to(candidates.item_BC.device)
+                for mask in _columns_named(self.candidate, names, before)
+            )
+            candidates = replace(
+                candidates,
+                category_BCK=candidates.category_BCK.masked_fill(slots, 0),
+                dense_BCF=candidates.dense_BCF.masked_fill(dense, torch.nan),
+            )
+        if spec.context_features:
+            forgotten = torch.from_numpy(rng.random(number) < CONTEXT_FORGOTTEN)[:, None]
+            names = {c.name for c in spec.context_features}
+            slots, dense = _columns_named(self.request, names, len(USER_FEATURES))
+            # The categories of the request's time stand behind those of columns, and are kept.
+            slots = torch.nn.functional.pad(slots, (0, user.field_BU.shape[1] - len(slots)))
+            slots, dense = (
+                forgotten.to(user.field_BU.device) & mask.to(user.field_BU.device)
+                for mask in (slots, dense)
+            )
+            user = replace(
+                user,
+                field_BU=user.field_BU.masked_fill(slots, 0),
+                dense_BG=user.dense_BG.masked_fill(dense, torch.nan),
+            )
+        return replace(batch, user=user, candidates=candidates)
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        """What a model must be built for."""
+        request, candidate = self.request.sizes, self.candidate.sizes
+        context = tuple(CONTEXT_FIELDS.values())
+        return FeatureSizes(
+            items=self.items.size,
+            actions=len(self.contract.spec.actions),
+            history_length=self.history_length,
+            request=replace(
+                request,
+                categories=(*request.categories, *context),
+                slots=(*request.slots, *(1 for _ in context)),
+                numbers=len(USER_FEATURES) + request.numbers,
+            ),
+            candidate=replace(
+                candidate,
+                numbers=len(self.dense_names) - len(self.candidate.dense_names) + candidate.numbers,
+            ),
+            event=self.event.sizes,
+            item=self.own_item.sizes,
+            tasks=len(self.contract.spec.tasks),
+            tokens=self.tokens,
+        )
+
+    def featurise(self, requests: RequestColumns, chunk: int = 1024) -> Encoded:
+        """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
+        are never all in memory.
+        """
+        number, offsets, keys = len(requests), requests.candidate_offsets, requests.candidate_keys
+        # 1. Columns as they are stored.
+        fields_BU = np.concatenate(
+            [
+                self.request.categories(requests.user_columns, number),
+                context_fields(requests.times),
+            ],
+            axis=1,
+        )
+        own_BG = self.request.dense(requests.user_columns, requests.times)
+        dense_BG = np.empty((number, len(USER_FEATURES) + own_BG.shape[1]), np.float32)
+        dense_BG[:, len(USER_FEATURES) :] = own_BG
+        dense = np.empty((len(keys), len(self.dense_names)), np.float32)
+        for index, name in enumerate(self.stat_columns):
+            dense[:, index] = squash(floats(requests.candidate_columns[name]))
+        match = slice(len(self.stat_columns), len(self.stat_columns) + len(MATCH_FEATURES))
+        sketch = slice(match.stop, match.stop + len(self.sketch_names))
+        if sketch.stop < dense.shape[1]:
+            owner_times = np.repeat(requests.times, np.diff(offsets))
+            dense[:, sketch.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
+
+        # 2. What is between a request's history and its candidates.
+        user, item = self._user_stats(requests), self._item_stats(requests)
+        codes = self._remembered_codes(requests)
+        known_item = ~(
+            np.isnan(item[0]) & np.isnan(floats(requests.candidate_columns["item_known"]))
+        )
+        for start in range(0, number, chunk):
+            chosen = np.arange(start, min(start + chunk, number))
+            first, last = offsets[start], offsets[chosen[-1] + 1]
+            histories = requests.gather(chosen, self.contract.spec.num_history_online)
+            within_chunk = offsets[start : chosen[-1] + 2] - first
+            times, known = requests.times[chosen], [row[chosen] for row in user]
+            dense[first:last, match] = match_features(
+                histories,
+                within_chunk,
+                keys[first:last],
+                times,
+                [row[first:last] for row in item],
+                known[-1],
+            )
+            dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
+            if requests.read_sketch is None:
+                dense[first:last, sketch] = np.nan
+                continue
+            readings = requests.read_sketch(
+                chosen, within_chunk, [values[first:last] for values in codes]
+            )
+            # An item that nobody knows was never there, whatever cells it shares with others.
+            readings[~known_item[first:last], 0] = 0
+            dense[first:last, sketch] = sketch_features(readings)
+        item_of_key = self.items.indices_of(requests.items)
+        tasks = len(self.contract.spec.tasks)
+        labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
+        categories = self.candidate.categories(requests.candidate_columns, len(keys))
+        return Encoded(
+            times=requests.times,
+            field_BU=fields_BU,
+            dense_BG=dense_BG,
+            candidate_offsets=offsets,
+            candidate_item=item_of_key[keys],
+            candidate_category=categories.astype(np.int32),
+            candidate_dense=dense,
+            labels=labels.astype(np.float32),
+            item_of_key=item_of_key,
+            gather=requests.gather,
+            gather_tokens=requests.gather_tokens,
+        )
+
+    def training_sample(self, train: Encoded) -> TrainingSample:
+        """What a model takes its scales from."""
+        events = events_of(train.gather, len(train), self.contract.spec.num_history_online)
+        return TrainingSample(
+            torch.from_numpy(spread_rows(train.candidate_dense, SAMPLED_ROWS)),
+            torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
+            torch.from_numpy(self.event.event_dense(events.columns, events.times)),
+            torch.from_numpy(self._item_categories(train)),
+        )
+
+    def _item_categories(self, train: Encoded) -> np.ndarray:
+        """Category slots of each item, as the last training example with it has them."""
+        width = self.own_item.sizes.num_slots
+        found = np.zeros((self.items.size, width), np.int64)
+        for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
+            rows = slice(start, start + SAMPLED_ROWS)
+            found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
+        found[0] = 0  # what no vocabulary knows has no categories either
+        return found
+
+    def _user_stats(self, requests: RequestColumns) -> list[np.ndarray]:
+        """First event, events, other events and mean value of each request's user; NaN where one is
+        not known.
+        """
+        names = ["first_event_s", "history_end", "other_events"]
+        rows = [floats(requests.user_columns[name]) for name in names]
+        return [*rows, self._mean("user_mean_", requests.user_columns, len(requests))]
+
+    def _item_stats(self, requests: RequestColumns) -> list[np.ndarray]:
+        """Events, other events and mean value of each candidate's item."""
+        columns, number = requests.candidate_columns, len(requests.candidate_keys)
+        rows = [floats(columns[name]) for name in ("count_total", "other_total")]
+        return [*rows, self._mean("mean_", columns, number)]
+
+    def _remembered_codes(self, requests: RequestColumns) -> list[np.ndarray]:
+        """Of each candidate the values that sketches count: its id first."""
+        columns = requests.candidate_columns
+        ids = value_codes(requests.items)[requests.candidate_keys]
+        return [ids, *(as_numbers(c, columns[c.name]) for c in self.contract.remembered)]
+
+    def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
+        value = self.contract.spec.stat_value
+        return floats(columns[prefix + value]) if value else np.full(rows, np.nan)
+
+    def events_read(self, encoded: Encoded) -> np.ndarray:
+        """How many events a model reads of each request's history."""
+        if encoded.history_lengths is None:
+            return np.zeros(len(encoded), np.int64)
+        return np.minimum(encoded.history_lengths, self.history_length)
+
+    def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
+        """Pad the chosen requests into a Batch.
+
+        Args:
+            chosen: request numbers, in the order of the batch.
+        """
+        histories = encoded.gather(chosen, self.history_length)
+        user = self.user_inputs(
+            histories,
+            encoded.times[chosen],
+            encoded.field_BU[chosen],
+            encoded.dense_BG[chosen],
+            encoded.item_of_key,
+        )
+        if encoded.gather_tokens is not None:
+            tokens, has = encoded.gather_tokens(chosen)
+            user = replace(
+                user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has)
+            )
+        lengths = encoded.num_candidates[chosen]
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        flat = np.repeat(encoded.candidate_offsets[chosen], lengths) + within(lengths)
+        pad = _Padder(mask)
+        candidates = Candidates(
+            item_BC=pad(encoded.candidate_item[flat]),
+            category_BCK=pad(encoded.candidate_category[flat].astype(np.int64)),
+            dense_BCF=pad(encoded.candidate_dense[flat]),
+            mask_BC=torch.from_numpy(mask),
+        )
+        batch = Batch(user, candidates, pad(encoded.labels[flat]))
+        return self._without(batch) if self.without else batch
+
+    def _without(self, batch: Batch) -> Batch:
+        """The batch, what is withheld missing."""
+        user, candidates = batch.user, batch.candidates
+        column = torch.from_numpy(self.withheld.candidate_dense)
+        dense = candidates.dense_BCF.masked_fill(column, torch.nan)
+        if self.withheld.user:
+            fields = user.field_BU.clone()
+            fields[:, : self.request.sizes.num_slots] = 0  # behind them stand hour and weekday
+            unknown = torch.full_like(user.dense_BG, torch.nan)
+            user = replace(user, field_BU=fields, dense_BG=unknown)
+        return replace(batch, user=user, candidates=replace(candidates, dense_BCF=dense))
+
+    def user_inputs(
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        fields_BU: np.ndarray,
+        dense_BG: np.ndarray,
+        item_of_key: np.ndarray,
+        before: np.ndarray | None = None,
+    ) -> UserInputs:
+        """Pad histories; the rest stays as it is.
+
+        Args:
+            before: time of the event before each history's first, microseconds, -1 without one; the
+                first gap counts from it. Default: there is none.
+        """
+        lengths = histories.lengths
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        pad = _Padder(mask)
+        gap = np.diff(histories.times, prepend=histories.times[:1]) / 86_400_000_000
+        starts = histories.offsets[:-1][lengths > 0]
+        gap[starts] = 0
+        if before is not None:
+            known = before[lengths > 0]
+            gap[starts] = np.where(known >= 0, histories.times[starts] - known, 0) / 86_400_000_000
+        categories = None
+        if self.event.categorical:
+            categories = pad(self.event.event_categories(histories.columns))
+        return UserInputs(
+            item_BL=pad(item_of_key[histories.item_keys]),
+            action_BL=pad(histories.columns["action"].astype(np.int64)),
+            age_BL=pad(event_ages(histories, times)),
+            gap_BL=pad(np.log1p(np.maximum(gap, 0)).astype(np.float32)),
+            event_BLE=pad(self.event.event_dense(histories.columns, histories.times)),
+            mask_BL=torch.from_numpy(mask),
+            field_BU=torch.from_numpy(fields_BU),
+            dense_BG=torch.from_numpy(dense_BG),
+            event_category_BLJ=categories,
+        )
+
+
+def _columns_named(group: ColumnGroup, names: set[str], before: int) -> tuple[Tensor, Tensor]:
+    """Which category slots and which dense numbers of a group belong to these columns, bool.
+
+    Args:
+        before: dense numbers that stand before the group's own.
+    """
+    slots = [c.name in names for c in group.categorical for _ in range(c.slots)]
+    dense = [name.split("[")[0] in names for name in group.dense_names]
+    return torch.tensor(slots, dtype=torch.bool), torch.tensor([False] * before + dense)
+
+
+def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
+    """Newest events of up to `SAMPLED_REQUESTS` requests, spread evenly: what the training period
+    knows of events.
+    """
+    chosen = np.unique(np.linspace(0, max(requests - 1, 0), SAMPLED_REQUESTS).astype(np.int64))
+    return gather(chosen[:requests], length)
+
+
+def spread_rows(rows: Rows, most: int) -> np.ndarray:
+    """At most so many rows, spread evenly: all of a few."""
+    return rows[:: -(-len(rows) // most) or 1]
+
+
+class _Padder:
+    """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same
+    from run to run.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask, self.full = mask, bool(mask.all())
+
+    def __call__(self, flat: np.ndarray) -> Tensor:
+        if self.full:
+            return torch.from_numpy(flat).view(*self.mask.shape, *flat.shape[1:]).clone()
+        padded = torch.zeros(
+            (*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype
+        )
+        padded.numpy()[self.mask] = flat
+        return padded
