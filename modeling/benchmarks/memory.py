@@ -3,8 +3,9 @@
 Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
 events all inputs, features and floors among them, know so many newest events and no more. Then, of all
 events, two further arms: without match features, and without anything of users but their history.
-Requests are thinned out, events never are. Every row stands beside floors that need no training, and
-trees on the same numbers; differences are paired over users and seeds (`modeling/claims.py`).
+Users are parted by how long their histories are. Requests are thinned out, events never are. Every
+row stands beside floors that need no training, and trees on the same numbers; differences are paired
+over users and seeds (`modeling/claims.py`).
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
 """
@@ -28,6 +29,7 @@ from modeling.console import console
 from modeling.encodings import Encodings
 from modeling.evaluate import primary_number
 from modeling.floors import floors_of
+from modeling.metrics import PerUser, defined
 from modeling.models.base import Ranker, TokenMaker
 from modeling.ranking import build_model, stored_sums, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe, Training
@@ -55,7 +57,7 @@ RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, c
     ),
     "din_256": ("din", 256, {}),
 }
-CURVE = ("vista_addressed", "din_256")  # that are trained for every number of visible events
+CURVE = ("vista_addressed", "mean_pool")  # that are trained for every number of visible events
 ARMS: dict[str, tuple[str, ...]] = {
     "all features": (),
     "no match features": ("matches",),
@@ -154,7 +156,44 @@ def _curve(
             claims.append(
                 difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
             )
+    lengths = _user_lengths(encodings)  # of the last set, which sees all events
+    claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
+    claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
     return rows + _claimed("curve", claims)
+
+
+def _user_lengths(encodings: Encodings) -> np.ndarray:
+    """Events that each user of the test period has, mean over requests; users as `sums_by_user`
+    numbers them.
+    """
+    recipe = recipe_of(CURVE[0], "all features")
+    test, spec = encodings.period(recipe, "test"), encodings.encoder_of(recipe).contract.spec
+    labels = np.asarray(test.encoded.labels)[:, primary_number(spec)]
+    requests = defined(labels, test.encoded.candidate_offsets).requests
+    known = test.encoded.history_lengths
+    assert known is not None
+    _, numbered = np.unique(test.users[requests], return_inverse=True)
+    return np.bincount(numbered, known[requests]) / np.bincount(numbered)
+
+
+def _by_length(lengths: np.ndarray, ours: Sums, theirs: Sums, said: str) -> list[Difference]:
+    """A difference for each quarter of the users, from short histories to long ones."""
+    bounds = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
+    quarter = np.clip(np.searchsorted(bounds, lengths, side="right") - 1, 0, 3)
+    found = []
+    for number in range(4):
+        chosen = np.flatnonzero(quarter == number)
+        name = (
+            f"{CURVE[0]}, users of {bounds[number]:.0f} to {bounds[number + 1]:.0f} events: {said}"
+        )
+        for metric in PAIRED:
+            a, b = (_of_users(one[metric], chosen) for one in (ours, theirs))
+            found.append(difference(name, metric, a, b))
+    return found
+
+
+def _of_users(sums: PerUser, chosen: np.ndarray) -> PerUser:
+    return PerUser(sums.total[:, chosen], sums.weight[:, chosen])
 
 
 def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class AddressedVISTA(TokenMaker):
         if config.num_pairs:
             self.pairs = PairMemory(code, config.num_pairs, config.session_days, config.sharpness)
             self.where, self.what = (nn.Linear(code, code, bias=False) for _ in range(2))
-            self.followed = nn.Linear(code + 2, width)
+            self.followed = nn.Linear(code + 1, width)
         kept = len(config.half_lives_days)
         self.read = nn.Linear(kept * code, width)
         self.products = nn.Linear(kept * (self.codes.num_parts + 1), width)
@@ -217,9 +217,8 @@ class AddressedVISTA(TokenMaker):
         total = address @ user_state.pair_total_BFW
         mass = address @ user_state.pair_mass_BF[..., None]
         mean = total / (mass + 1)
-        share = (mean * sought).sum(-1, keepdim=True)
-        count = (total * sought).sum(-1, keepdim=True)
-        numbers = torch.cat([share, _bounded(count), mean], dim=-1)
+        share = (mean * sought).sum(-1, keepdim=True)  # not a count: the same for any length
+        numbers = torch.cat([share, mean], dim=-1)
         followed: Tensor = self.followed(numbers)
         return followed
 
