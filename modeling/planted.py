@@ -41,6 +41,11 @@ class Planted:
     positive: tuple[float, float] = (0.7, 0.1)
 
     @property
+    def kinds(self) -> int:
+        """Item i is of kind i modulo these: its group."""
+        return self.groups
+
+    @property
     def sizes(self) -> FeatureSizes:
         """Items and nothing else."""
         return FeatureSizes(self.items, 1, self.events)
@@ -117,9 +122,14 @@ class PlantedPairs:
     positive: tuple[float, float] = (0.7, 0.1)
 
     @property
+    def kinds(self) -> int:
+        """Item i is of kind i modulo these."""
+        return 3 * self.habits
+
+    @property
     def sizes(self) -> FeatureSizes:
         """Items and nothing else."""
-        return FeatureSizes(3 * self.habits * self.each, 1, self.events)
+        return FeatureSizes(self.kinds * self.each, 1, self.events)
 
     @property
     def attainable_auc(self) -> float:

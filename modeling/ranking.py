@@ -78,10 +78,9 @@ def variant(
     """The recipe under another seed, and with other epochs or another learning rate, which its name
     then tells.
     """
-    name, changes = recipe.name, {"seed": seed}
+    name, training = recipe.name, replace(recipe.training, seed=seed)
     if epochs is not None:
-        name, changes = f"{name}@{epochs}", {**changes, "epochs": epochs}
-    training = replace(recipe.training, **changes)
+        name, training = f"{name}@{epochs}", replace(training, epochs=epochs)
     if learning_rate is not None:
         name, training = f"{name}@{learning_rate:g}", replace(training, learning_rate=learning_rate)
     return replace(recipe, name=name, training=training)

@@ -36,6 +36,7 @@ from modeling.encoder import Encoded, Encoder
 from modeling.errors import RunError
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
+from modeling.optimizers import optimizer_of
 from modeling.recipes import Fit, Training
 from modeling.tasks import sigmoid, weighted
 
@@ -221,15 +222,7 @@ class Loop(ABC):
         self.model, self.training = model.to(self.device), training
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
-        decay = [p for p in model.parameters() if p.ndim > 1]
-        rest = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": decay, "weight_decay": training.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=training.learning_rate, betas=(0.9, training.beta2), fused=True
-        )
+        self.optimizer = optimizer_of(model, training)
         self.averaged = (
             copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         )
@@ -315,11 +308,12 @@ class Loop(ABC):
 
     def _train_step(self, loaded: Any, total: int) -> tuple[float, int]:
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.training.learning_rate * _schedule(
+        self.optimizer.set_rate(
+            _schedule(
                 self.step, total, self.training.warmup_steps, self.training.final_learning_rate
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        )
+        self.optimizer.zero_grad()
         loss, samples = 0.0, 0
         for part, number in self.losses(loaded):
             part.backward()
@@ -369,7 +363,7 @@ class Loop(ABC):
             "identity": self.identity,
             "model": self.model.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "place": [
@@ -406,7 +400,7 @@ class Loop(ABC):
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.restore(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -5,10 +5,12 @@ knows and what a candidate adds, so that the request's half is computed once.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.columns import GroupSizes
@@ -16,6 +18,8 @@ from modeling.layers.embedding import CategorySlots, Standardise
 
 FEATURES_PER_TOKEN = 5  # numbers that one token stands for
 EVENT_CATEGORY_WIDTH = 8  # of the embedding of an event's category
+NUM_BUCKETS = 32  # that a number is cut into
+Numbers = Literal["network", "buckets"]
 
 
 class Bags(NamedTuple):
@@ -35,16 +39,19 @@ class FeatureTokens(nn.Module):
 
     Args:
         bags: whether pooled sequences are among the request's tokens.
+        numbers: through a network together, or cut into buckets that have embeddings.
     """
 
-    def __init__(self, sizes: FeatureSizes, width: int, *, bags: bool) -> None:
+    def __init__(
+        self, sizes: FeatureSizes, width: int, *, bags: bool, numbers: Numbers = "network"
+    ) -> None:
         super().__init__()
         self.sizes, self.width, self.bags = sizes, width, bags
         self.item = nn.Embedding(sizes.items, width)
         self.fields = CategorySlots(sizes.request, width)
         self.categories = CategorySlots(sizes.candidate, width)
-        self.user_dense = DenseTokens(sizes.request, width)
-        self.candidate_dense = DenseTokens(sizes.candidate, width)
+        self.user_dense = DenseTokens(sizes.request, width, numbers)
+        self.candidate_dense = DenseTokens(sizes.candidate, width, numbers)
         self.events = EventInputs(sizes.event)
         self.nothing = (
             nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
@@ -85,8 +92,8 @@ class FeatureTokens(nn.Module):
 
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Take the scales of dense features from the training period."""
-        self.candidate_dense.standardise.fit(sample.candidate_NF)
-        self.user_dense.standardise.fit(sample.request_BG)
+        self.candidate_dense.fit(sample.candidate_NF)
+        self.user_dense.fit(sample.request_BG)
         self.events.standardise.fit(sample.event_ME)
 
     def bag(
@@ -144,22 +151,26 @@ class DenseTokens(nn.Module):
 
     Differs: beside each number the network sees whether it is there, and a missing vector has a
     learned row. What is missing (NaN) is neither small nor the mean.
+
+    Args:
+        numbers: "buckets" gives each number an embedding by its quantile instead (`BucketTokens`).
     """
 
-    def __init__(self, sizes: GroupSizes, width: int) -> None:
+    def __init__(self, sizes: GroupSizes, width: int, numbers: Numbers = "network") -> None:
         super().__init__()
         self.sizes, self.width = sizes, width
         self.num_number_tokens = math.ceil(sizes.numbers / FEATURES_PER_TOKEN)
         self.standardise = Standardise(sizes.dense)
-        self.network = (
-            nn.Sequential(
+        self.buckets = None
+        self.network: nn.Module = nn.Identity()
+        if sizes.numbers and numbers == "buckets":
+            self.buckets = BucketTokens(sizes.numbers, width)
+        elif sizes.numbers:
+            self.network = nn.Sequential(
                 nn.Linear(2 * sizes.numbers, 2 * width),
                 nn.GELU(),
                 nn.Linear(2 * width, self.num_number_tokens * width),
             )
-            if sizes.numbers
-            else nn.Identity()
-        )
         self.vectors = nn.ModuleList(nn.Linear(length, width) for length in sizes.vectors)
         self.nothing = nn.Parameter(torch.zeros(len(sizes.vectors), width))
 
@@ -168,13 +179,21 @@ class DenseTokens(nn.Module):
         """Tokens of the numbers, and one for each vector."""
         return self.num_number_tokens + len(self.vectors)
 
+    def fit(self, values_NF: Tensor) -> None:
+        """Take scales, and bounds of buckets, from the training period."""
+        self.standardise.fit(values_NF)
+        if self.buckets is not None:
+            self.buckets.fit(values_NF[:, : self.sizes.numbers])
+
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
         scaled, missing = self.standardise(values), values.isnan()
         sizes, found = (self.sizes.numbers, *self.sizes.vectors), []
         number, *vectors = scaled.split(sizes, dim=-1)
         number_missing, *vectors_missing = missing.split(sizes, dim=-1)
-        if self.num_number_tokens:
+        if self.buckets is not None:
+            found.append(self.buckets(values[..., : self.sizes.numbers]))
+        elif self.num_number_tokens:
             inputs = torch.cat([number, number_missing.to(number.dtype)], dim=-1)
             found.append(self.network(inputs).unflatten(-1, (self.num_number_tokens, self.width)))
         for index, project in enumerate(self.vectors):
@@ -182,6 +201,43 @@ class DenseTokens(nn.Module):
             token = torch.where(gone, self.nothing[index], project(vectors[index]))
             found.append(token[..., None, :])
         return torch.cat(found, dim=-2)
+
+
+class BucketTokens(nn.Module):
+    """Numbers → quantile buckets of the training period → an embedding each; five numbers' sum is a
+    token (OneTrans, arXiv 2510.26104, section 3.2: numeric features are bucketised).
+
+    A missing number (NaN) has a bucket of its own.
+    """
+
+    bounds_FQ: Tensor
+    first_F: Tensor
+
+    def __init__(self, numbers: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("bounds_FQ", torch.zeros(numbers, NUM_BUCKETS - 1))
+        each = NUM_BUCKETS + 1
+        self.register_buffer("first_F", each * torch.arange(numbers), persistent=False)
+        self.rows = nn.Embedding(each * numbers, width)
+        nn.init.normal_(self.rows.weight, std=0.05)
+
+    def fit(self, values_NF: Tensor) -> None:
+        """Bounds between equally many known values; a number that nobody knows has one bucket."""
+        shares = torch.linspace(0, 1, NUM_BUCKETS + 1, dtype=torch.float64)[1:-1]
+        for number, values in enumerate(values_NF.T):
+            known = values[~values.isnan()].double().numpy()
+            if len(known):
+                bounds = torch.from_numpy(np.quantile(known, shares.numpy()))
+                self.bounds_FQ[number] = bounds
+
+    def forward(self, values: Tensor) -> Tensor:
+        """… × F → … × tokens × D."""
+        flat = values.reshape(-1, values.shape[-1]).T.contiguous()
+        bucket = 1 + torch.searchsorted(self.bounds_FQ, flat.nan_to_num(0.0), right=True)
+        bucket = bucket.masked_fill(flat.isnan(), 0).T.reshape(values.shape)
+        rows = self.rows(bucket + self.first_F)
+        missing = -rows.shape[-2] % FEATURES_PER_TOKEN
+        return pad(rows, (0, 0, 0, missing)).unflatten(-2, (-1, FEATURES_PER_TOKEN)).sum(-2)
 
 
 class EventInputs(nn.Module):

@@ -30,6 +30,23 @@ class PerTokenLinear(nn.Module):
             mapped = mapped + self.bias[first : first + number]
         return mapped.reshape(*tokens.shape[:-1], self.weight.shape[-1])
 
+    def chosen(self, rows: Tensor, which: Tensor) -> Tensor:
+        """… × D → … × E, each row through the one map that is its own.
+
+        Args:
+            which: the map of each row, int64, shaped as rows without their last axis.
+        """
+        flat, which = rows.reshape(-1, rows.shape[-1]), which.reshape(-1)
+        order = which.argsort(stable=True)
+        numbers = torch.bincount(which, minlength=len(self.weight)).tolist()
+        found = []
+        for number, part in enumerate(flat[order].split(numbers)):
+            mapped = part @ self.weight[number]
+            found.append(mapped if self.bias is None else mapped + self.bias[number])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return torch.cat(found)[back].reshape(*rows.shape[:-1], self.weight.shape[-1])
+
 
 class PerTokenLayerNorm(nn.Module):
     """LayerNorm whose gain and bias are each token's own."""

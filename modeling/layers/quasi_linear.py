@@ -85,7 +85,7 @@ class QuasiLinearLayer(nn.Module):
         return _sum(keys, values, mask_BL), mask_BL.sum(1)
 
     def matrix(self, total: Tensor, count: Tensor) -> Tensor:
-        """W, B × H × K × K."""
+        """W, B × H × K × K, as wide as Z."""
         scaled = total / count.clamp(min=1)[:, None, None, None] if self.divide else total
         return silu(scaled) if self.outer else scaled
 
@@ -93,7 +93,7 @@ class QuasiLinearLayer(nn.Module):
         """Rows that read W: source rows, or target rows, which read themselves as well."""
         normed = self.norm(rows_BRD)
         query = self._heads(silu(self.query(normed)))
-        read = query @ matrix
+        read = query @ matrix.to(query.dtype)
         if target:
             keys, values = self._keys_values(normed)
             read = read + (query * keys).sum(-1, keepdim=True) * values
@@ -102,7 +102,7 @@ class QuasiLinearLayer(nn.Module):
     def start(self, batch: int, like: Tensor) -> Stream:
         """No rows yet."""
         width = self.query.in_features // self.num_heads
-        total = like.new_zeros(batch, self.num_heads, width, width)
+        total = like.new_zeros(batch, self.num_heads, width, width, dtype=_of_sums(like))
         count = torch.zeros(batch, dtype=torch.long, device=like.device)
         return Stream(total, count, total, count, count)
 
@@ -131,11 +131,10 @@ class QuasiLinearLayer(nn.Module):
         total, count = stream.total + first, stream.number + number
         block_total = torch.where(full[:, None, None, None], total, stream.block_total)
         block_count = torch.where(full, count, stream.block_number)
-        read = query @ old
+        read = query @ old.to(query.dtype)
         if bool(later.any()):
-            read = torch.where(
-                within[:, None, :, None], read, query @ self.matrix(block_total, block_count)
-            )
+            new = self.matrix(block_total, block_count).to(query.dtype)
+            read = torch.where(within[:, None, :, None], read, query @ new)
         read = read + (query * keys).sum(-1, keepdim=True) * values
         filled = torch.where(full, later, stream.filled + number)
         behind = Stream(total + rest, count + later, block_total, block_count, filled)
@@ -157,7 +156,7 @@ class QuasiLinearLayer(nn.Module):
             for rows in (self._heads(silu(self.query(normed))), *self._keys_values(normed))
         )
         real = pad(mask_BL, (0, missing)).unflatten(1, (-1, size))
-        sums = (keys * real[:, None, :, :, None]).transpose(-1, -2) @ values
+        sums = _product(keys * real[:, None, :, :, None], values)
         counts = real.sum(-1)
         totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(
             2
@@ -165,7 +164,7 @@ class QuasiLinearLayer(nn.Module):
         numbers = torch.cat([stream.number[:, None], counts], dim=1).cumsum(1)
         scaled = totals / numbers.clamp(min=1)[:, None, :, None, None] if self.divide else totals
         matrices = silu(scaled[:, :, :-1]) if self.outer else scaled[:, :, :-1]
-        read = query @ matrices + (query * keys).sum(-1, keepdim=True) * values
+        read = query @ matrices.to(query.dtype) + (query * keys).sum(-1, keepdim=True) * values
         full = (counts == size).sum(1)  # real rows stand first, so full blocks do
         at = full[:, None, None, None, None].expand(-1, totals.shape[1], 1, *totals.shape[3:])
         block_total = totals.gather(2, at)[:, :, 0]
@@ -196,6 +195,7 @@ class QuasiLinearLayer(nn.Module):
         added = mask_BP.sum(1)
         count, filled = stream.number + added, stream.filled + added
         old, new = self.matrix(stream.block_total, stream.block_number), self.matrix(total, count)
+        old, new = old.to(query.dtype), new.to(query.dtype)
         read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
         rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
         block_total = stream.block_total
@@ -227,7 +227,20 @@ class QuasiLinearLayer(nn.Module):
 
 def _sum(keys: Tensor, values: Tensor, mask_BL: Tensor) -> Tensor:
     """φ(K)^T V over real rows: padding is taken away after φ."""
-    return (keys * mask_BL[:, None, :, None]).transpose(-1, -2) @ values
+    return _product(keys * mask_BL[:, None, :, None], values)
+
+
+def _product(keys: Tensor, values: Tensor) -> Tensor:
+    """φ(K)^T V in float32 at least: sums of a million rows overflow in float16 and stand still in
+    bfloat16.
+    """
+    with torch.autocast(keys.device.type, enabled=False):
+        wide = _of_sums(keys)
+        return keys.to(wide).transpose(-1, -2) @ values.to(wide)
+
+
+def _of_sums(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def quasi_linear_plain(query: Tensor, key: Tensor, value: Tensor, num_targets: int) -> Tensor:

@@ -26,7 +26,7 @@ class Ranker(nn.Module, ABC):
 
     What must hold for each (tests/modeling/test_invariants.py): scores equal
     one-candidate-at-a-time forwards; no candidate changes another's score; padding is inert;
-    `extend_user` equals encoding anew.
+    `extend_user` equals encoding anew, in the sense that it says.
     """
 
     sizes: FeatureSizes
@@ -43,7 +43,14 @@ class Ranker(nn.Module, ABC):
         """Score candidates against encoded users: logits_BCT, float32, before the sigmoid."""
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
-        """The state after new events, equal to encoding the longer history.
+        """The state after new events: its scores are those that encoding the longer history would
+        give, up to the rounding of float32 sums in another order (tests: 1e-4), as long as
+        `must_refresh` does not ask for encoding anew.
+
+        The longer history is every event that the state has seen and the new ones, without a bound:
+        `encode_user` on the newest L of them is the same only while there are no more than L. Of
+        OneTrans, whose layers read tails, it is the encoding with tails where the last full one put
+        them.
 
         Args:
             new_events: only the new events, padded on the right; its features of user and context
@@ -56,6 +63,15 @@ class Ranker(nn.Module, ABC):
         raise CannotExtendError(
             f"{type(self).__name__} has no exact extend_user. Encode the user again"
         )
+
+    def must_refresh(self, user_state: UserState) -> Tensor:
+        """Users, bool B, or one for all of them, whom a caller that extends states is to encode
+        again before they are ranked.
+
+        Users of another model version must be encoded again too; a state does not know, the caller
+        does.
+        """
+        return torch.zeros((), dtype=torch.bool)
 
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Take what the model must know of the training period before the first step: the scales of

@@ -18,7 +18,9 @@ Differs, where the paper is silent or our choice (dated in modeling/README.md): 
 tokens stand before candidate-level ones, so that their keys and values are computed once per
 request too; W_O is shared unless asked for; behaviour tokens know their place from the oldest event
 and the gap to the event before, never their distance from now, so that cached keys stay true; heads
-read every final NS state, each normalised by itself.
+read every final NS state, each normalised by itself. The depth of Auto-Split's network is not
+stated: two layers and a GELU by default, one projection with `split_layers=1`. Numbers go through a
+network together, where the paper cuts them into buckets (`numbers="buckets"`).
 
 **Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a
 cache is then not what a new forward would give. Here the tails' starts stay where the last full
@@ -40,7 +42,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import attend_shared_and_own
 from modeling.layers.embedding import sinusoids
-from modeling.layers.features import Bags, FeatureTokens
+from modeling.layers.features import Bags, FeatureTokens, Numbers
 from modeling.layers.interaction import TaskHeads
 from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
 from modeling.layers.stored_tokens import StoredTokens
@@ -64,6 +66,9 @@ class Config:
     tokeniser: Literal["auto_split", "group_wise"] = "auto_split"
     request_tokens: int = 4  # of auto_split; group_wise has one for each semantic group
     candidate_tokens: int = 4
+    split_layers: Literal[1, 2] = 2  # of auto_split's network
+    numbers: Numbers = "network"
+    pooled_sequences: bool = False  # ours: the mean item of each sequence among the features
     merge: Literal["timestamp_aware", "timestamp_agnostic"] = "timestamp_aware"
     separators: bool = True  # learned rows between the sequences of a timestamp-agnostic merge
     pyramid: bool = True
@@ -84,7 +89,7 @@ class UserState:
     masks: tuple[Tensor, ...]  # num_layers × (B × (S_l + R)), True where a row is real
     request_BRD: Tensor  # final states of the request's NS tokens; with request_tokens 0 its features, as they are
     full: bool  # no padding in any row
-    bags: Bags
+    bags: Bags | None  # with pooled_sequences
     length_B: Tensor  # events so far
     added_B: Tensor  # of them, since the last full encoding
 
@@ -153,7 +158,9 @@ class OneTrans(Ranker):
         width = config.width
         if width % config.num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {config.num_heads}")
-        self.features = FeatureTokens(sizes, width, bags=True)
+        self.features = FeatureTokens(
+            sizes, width, bags=config.pooled_sequences, numbers=config.numbers
+        )
         features = self.features
         self.request_nodes: nn.Module | None
         self.candidate_nodes: nn.Module
@@ -162,9 +169,11 @@ class OneTrans(Ranker):
             alone = self.num_request == 0
             inputs = features.num_candidate + (features.num_request if alone else 0)
             self.request_nodes = (
-                None if alone else AutoSplit(features.num_request, width, self.num_request)
+                None
+                if alone
+                else AutoSplit(features.num_request, width, self.num_request, config.split_layers)
             )
-            self.candidate_nodes = AutoSplit(inputs, width, self.num_candidate)
+            self.candidate_nodes = AutoSplit(inputs, width, self.num_candidate, config.split_layers)
         else:
             self.num_request, self.num_candidate = (
                 len(features.request_groups),
@@ -229,9 +238,8 @@ class OneTrans(Ranker):
                 rows, mask = layer.finish(rows[:, -keep:], read), mask[:, -keep:]  # type: ignore[operator]
         length = user.mask_BL.sum(1)
         full = bool(user.mask_BL.all())
-        return self._with_request(
-            cache, user, self.features.bag(user), length, torch.zeros_like(length), full
-        )
+        bags = self.features.bag(user) if self.config.pooled_sequences else None
+        return self._with_request(cache, user, bags, length, torch.zeros_like(length), full)
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
         """Only the new events' rows, against cached keys and values; exact with respect to the
@@ -259,19 +267,15 @@ class OneTrans(Ranker):
                 )
                 rows = layer.finish(rows, read)  # type: ignore[operator]
         added = new.sum(1)
-        bags = self.features.bag(new_events, user_state.bags)
+        bags = user_state.bags
+        bags = None if bags is None else self.features.bag(new_events, bags)
         full = user_state.full and bool(new.all())
         return self._with_request(
             cache, new_events, bags, user_state.length_B + added, user_state.added_B + added, full
         )
 
     def must_refresh(self, user_state: UserState) -> Tensor:
-        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows: encode them
-        again.
-
-        Users of another model version must be encoded again too; a state does not know, the caller
-        does.
-        """
+        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows."""
         before = user_state.length_B - user_state.added_B + self.sizes.tokens[0]
         grown = torch.stack(
             [before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails]
@@ -356,7 +360,7 @@ class OneTrans(Ranker):
         self,
         cache: list[tuple[Tensor, Tensor, Tensor]],
         user: UserInputs,
-        bags: Bags,
+        bags: Bags | None,
         length_B: Tensor,
         added_B: Tensor,
         full: bool,
@@ -439,24 +443,30 @@ class OneTrans(Ranker):
             [self.features.item(user.item_BL), self.features.events(user), user.gap_BL[..., None]],
             dim=-1,
         )
-        every = self.event_down(
-            gelu(self.event_up(numbers[:, :, None].expand(-1, -1, self.sizes.actions, -1)))
-        )
-        chosen = user.action_BL[..., None, None].expand(-1, -1, 1, self.config.width)
-        event = every.gather(2, chosen)[:, :, 0]
+        # Each event goes through its own sequence's network alone, however many there are.
+        which = user.action_BL
+        event = self.event_down.chosen(gelu(self.event_up.chosen(numbers, which)), which)
         index = before_B[:, None] + torch.arange(event.shape[1], device=event.device)
         return event + self.sequence_type(user.action_BL) + sinusoids(index, self.config.width)
 
 
 class AutoSplit(nn.Module):
-    """All features through one matrix product, split into tokens (arXiv 2510.26104, section
-    3.2).
+    """All features through one network, split into tokens (arXiv 2510.26104, section 3.2).
+
+    Args:
+        layers: 1: a matrix product; 2: another one before it, as wide as the tokens together, and a
+            GELU between them.
     """
 
-    def __init__(self, num_features: int, width: int, num_tokens: int) -> None:
+    def __init__(self, num_features: int, width: int, num_tokens: int, layers: int) -> None:
         super().__init__()
         self.num_tokens = num_tokens
-        self.network = nn.Linear(num_features * width, num_tokens * width)
+        out, network = num_tokens * width, nn.Sequential()
+        if layers == 2:
+            network.extend([nn.Linear(num_features * width, out), nn.GELU(), nn.Linear(out, out)])
+        else:
+            network.append(nn.Linear(num_features * width, out))
+        self.network = network
 
     def forward(self, features: Tensor) -> Tensor:
         """… × features × D → … × tokens × D."""

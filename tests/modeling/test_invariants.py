@@ -91,6 +91,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "onetrans",
         {"width": 16, "request_tokens": 0, "pyramid": False},
     ),
+    "onetrans_pooled_extendable": (
+        "onetrans",
+        {
+            "width": 16,
+            "num_layers": 2,
+            "pyramid": False,
+            "pooled_sequences": True,
+            "numbers": "buckets",
+        },
+    ),
     "onetrans_agnostic": (
         "onetrans",
         {"width": 16, "merge": "timestamp_agnostic", "own_weights": False},

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling import models
 from modeling.batch import Batch, FeatureSizes, UserInputs
 from modeling.benchmarks.worlds import flops
+from modeling.layers.features import BucketTokens
+from modeling.layers.per_token import PerTokenLinear
 from modeling.models.onetrans import ROUND_TO, MixedLayer, OneTrans, UserState, tail_lengths
 from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 
@@ -57,6 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no separators": {"merge": "timestamp_agnostic", "separators": False},
     "shared weights": {"own_weights": False},
     "own output": {"own_output": True},
+    "pooled sequences": {"pooled_sequences": True},
+    "buckets": {"numbers": "buckets"},
 }
 
 
@@ -307,7 +311,7 @@ def test_the_last_layer_needs_queries_of_ns_tokens_only() -> None:
 
 def test_tokenisers_give_tokens_of_one_width() -> None:
     batch = batch_of([5], 3, 1)
-    split_model, group_model = build(), build(tokeniser="group_wise")
+    split_model, group_model = build(split_layers=1), build(tokeniser="group_wise")
     request = split_model.features.request(batch.user)
     candidate = split_model.features.candidates(batch.candidates)
     with FlopCounterMode(display=False) as counter:
@@ -318,9 +322,17 @@ def test_tokenisers_give_tokens_of_one_width() -> None:
     assert split_model.candidate_nodes(candidate).shape == (1, 3, 4, 16)
     request = group_model.features.request(batch.user)
     candidate = group_model.features.candidates(batch.candidates)
-    # Categories, numbers, vectors, two sequences; item, categories, numbers, vectors.
-    assert group_model.request_nodes(request).shape == (1, 5, 16)  # type: ignore[misc]
+    # Categories, numbers, vectors; item, categories, numbers, vectors.
+    assert group_model.request_nodes(request).shape == (1, 3, 16)  # type: ignore[misc]
     assert group_model.candidate_nodes(candidate).shape == (1, 3, 4, 16)
+    pooled = build(pooled_sequences=True)
+    assert pooled.features.num_request == split_model.features.num_request + SIZES.actions
+    with FlopCounterMode(display=False) as counter:
+        assert build().request_nodes(request).shape == (1, 4, 16)  # type: ignore[misc]
+    assert len(counter.get_flop_counts()["Global"]) == 1
+    assert sum(counter.get_flop_counts()["Global"].values()) == 2 * (
+        request[0].numel() * 4 * 16 + (4 * 16) ** 2
+    )  # two products
 
 
 def test_merges_order_events_as_they_say() -> None:
@@ -358,6 +370,42 @@ def test_a_sequence_projection_is_its_own() -> None:
         model.event_up.weight[1] = 0
         changed = (model._embed(user, torch.zeros(1, dtype=torch.long)) - before).abs().amax(-1) > 0
     assert torch.equal(changed, user.action_BL == 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_row_goes_through_its_own_map_alone(bias: bool) -> None:
+    """Gathering first is the same as running every map and keeping one."""
+    torch.manual_seed(0)
+    maps = PerTokenLinear(5, 3, 4, bias=bias)
+    rows, which = torch.randn(2, 7, 3, requires_grad=True), torch.randint(0, 4, (2, 7))
+    every = maps(rows[:, :, None].expand(-1, -1, 5, -1))
+    expected = every.gather(2, which[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+    found = maps.chosen(rows, which)
+    torch.testing.assert_close(found, expected)
+    (one,) = torch.autograd.grad(found.square().sum(), rows)
+    (other,) = torch.autograd.grad(expected.square().sum(), rows)
+    torch.testing.assert_close(one, other)
+    assert maps.chosen(rows[:, :0], which[:, :0]).shape == (2, 0, 4)
+
+
+def test_numbers_in_buckets_of_the_training_period() -> None:
+    """Equally many known values in each bucket; what is missing has one of its own; five numbers'
+    rows are one token's sum.
+    """
+    torch.manual_seed(0)
+    tokens = BucketTokens(7, 4)
+    values = torch.rand(6400, 7).exp()
+    values[:, 2] = torch.nan
+    tokens.fit(values)
+    with torch.no_grad():
+        tokens.rows.weight[:] = torch.arange(len(tokens.rows.weight))[:, None]
+    one = torch.full((1, 7), torch.nan)
+    missing = tokens(one)[0, :, 0]
+    assert missing.tolist() == [0 + 33 + 66 + 99 + 132, 165 + 198]
+    one[0, 6] = values[:, 6].median()
+    assert tokens(one)[0, 1, 0] - missing[1] in (16, 17)
+    bucket = tokens(torch.cat([torch.full((6400, 6), torch.nan), values[:, 6:]], 1))[:, 1, 0]
+    assert torch.bincount((bucket - missing[1]).long())[1:].tolist() == [200] * 32
 
 
 def test_nothing_new_changes_nothing() -> None:

@@ -296,3 +296,34 @@ def test_streams_and_softmax_or_source_seeds_do_not_go_together() -> None:
         build(attention="softmax").summarise(lambda: [])
     with pytest.raises(ValueError, match="no chunk"):
         build().summarise(lambda: [])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_hundred_thousand_events_add_up_in_half_precision(
+    kind: torch.dtype, causal: bool
+) -> None:
+    """Sums are float32 whatever the rows are: float16 has no number beyond 65,504, and bfloat16 stands
+    still where a sum is 256 times what is added.
+    """
+    torch.manual_seed(0)
+    role = {"causal": True, "seed_role": "target"} if causal else {}
+    model = models.build("vista", {"width": 16, "num_seeds": 4, "divide": True, **role}, SIZES)
+    assert isinstance(model, VISTA)
+    model = model.eval()
+    chunks = [user_inputs([2048], seed, 2048) for seed in range(3)] * 16  # 98,304 events
+    with torch.inference_mode():
+        exact = model.summarise(lambda: iter(chunks))
+        with torch.autocast("cpu", kind):
+            rounded = model.summarise(lambda: iter(chunks))
+    assert rounded.isfinite().all()
+    apart = (rounded.float() - exact).norm() / exact.norm()
+    assert apart < 0.02
+    rows, mask = torch.full((1, 1 << 17, 16), 3.0, dtype=kind), torch.ones(1, 1 << 17).bool()
+    layer = model.summary[0].to(kind)
+    whole, number = layer.sums(rows[:, :1024], mask[:, :1024])  # type: ignore[operator]
+    for start in range(1024, 1 << 17, 1024):
+        part = layer.sums(rows[:, start : start + 1024], mask[:, start : start + 1024])  # type: ignore[operator]
+        whole, number = whole + part[0], number + part[1]
+    first = layer.sums(rows[:, :1], mask[:, :1])[0]  # type: ignore[operator]
+    torch.testing.assert_close(whole, first * (1 << 17), rtol=1e-3, atol=1.0)

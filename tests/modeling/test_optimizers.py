@@ -1,0 +1,89 @@
+"""Optimisers: what is decayed, and OneTrans's RMSProp with Adagrad."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import models
+from modeling.layers.per_token import MixedRMSNorm, PerTokenLayerNorm
+from modeling.optimizers import RMSPROP_DECAY, optimizer_of, undecayed
+from modeling.recipes import Training
+from tests.modeling.test_invariants import SIZES
+
+
+class Network(nn.Module):
+    """A table and a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.map = nn.Embedding(5, 3), nn.Linear(3, 1)
+
+    def loss(self, items: list[int]) -> torch.Tensor:
+        """Of the items."""
+        found: torch.Tensor = self.map(self.table(torch.tensor(items))).square().sum()
+        return found
+
+
+@pytest.mark.parametrize("name", ["onetrans", "hiformer", "vista"])
+def test_norms_and_biases_of_tokens_are_decayed_no_more_than_shared_ones(name: str) -> None:
+    model = models.build(name, {"width": 16}, SIZES)
+    kept = {id(parameter) for parameter in undecayed(model)}
+    for module in model.modules():
+        is_norm = isinstance(module, (nn.RMSNorm, nn.LayerNorm, MixedRMSNorm, PerTokenLayerNorm))
+        for part, parameter in module.named_parameters(recurse=False):
+            if is_norm or part == "bias":
+                assert id(parameter) in kept
+            elif part == "weight" and parameter.ndim > 1:
+                assert id(parameter) not in kept
+    groups = optimizer_of(model, Training(weight_decay=0.1)).parts[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_rmsprop_sums_squares_and_tables_have_adagrad() -> None:
+    """Ten steps by torch's optimisers equal v <- a v + g^2 and Adagrad, written out."""
+    network, twin = Network(), Network()
+    optimizer = optimizer_of(network, Training(optimizer="rmsprop_adagrad", learning_rate=0.01))
+    squares = [torch.zeros_like(parameter) for parameter in twin.parameters()]
+    for step in range(10):
+        items, share = [step % 5, 1], 1 / (1 + step)
+        optimizer.set_rate(share)
+        optimizer.zero_grad()
+        network.loss(items).backward()
+        optimizer.step()
+        gradients = torch.autograd.grad(twin.loss(items), list(twin.parameters()))
+        with torch.no_grad():
+            for number, (parameter, gradient) in enumerate(
+                zip(twin.parameters(), gradients, strict=True)
+            ):
+                decay = 1.0 if number == 0 else RMSPROP_DECAY
+                squares[number] = decay * squares[number] + gradient**2
+                parameter -= share * 0.01 * gradient / (squares[number].sqrt() + 1e-8)
+    for parameter, expected in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_two_optimisers_go_on_from_a_kept_state() -> None:
+    training = Training(optimizer="rmsprop_adagrad", learning_rate=0.01)
+    network, other = Network(), Network()
+    optimizer = optimizer_of(network, training)
+    for steps in (3, 2):
+        for step in range(steps):
+            optimizer.zero_grad()
+            network.loss([step]).backward()
+            optimizer.step()
+        if steps == 3:
+            other.load_state_dict(network.state_dict())
+            again = optimizer_of(other, training)
+            again.restore(copy.deepcopy(optimizer.state()))
+    for step in range(2):
+        again.zero_grad()
+        other.loss([step]).backward()
+        again.step()
+    for parameter, expected in zip(other.parameters(), network.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
