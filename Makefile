@@ -4,6 +4,8 @@ VENV ?= .venv
 RECIPE ?= vista
 RUNNER ?= FnApiRunner
 PORT ?= 8000
+DATASETS ?= online_retail
+SEEDS ?= 5
 TORCH ?= torch==2.13.0
 # Where a CPU build of torch is found when no local wheel offers one. A CUDA build of the same version does as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -12,7 +14,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo refresh serve check lint types test format bench bench-gpu lock clean
+.PHONY: help setup demo refresh serve compare check lint types test format bench bench-gpu lock clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -49,6 +51,9 @@ refresh: setup  ## new raw rows into tables, online store and summary tokens
 
 serve: setup  ## rank over HTTP with the live bundle, as of the end of the data
 	$(RUN) -m serving --replay --port $(PORT)
+
+compare: setup  ## all rankers side by side, on DATASETS with SEEDS: resumes, uses all cores, writes a page
+	$(RUN) -m modeling.benchmarks.compare --datasets $(DATASETS) --seeds $(SEEDS) --curve --next_item
 
 check: setup lint types test  ## all that CI runs
 

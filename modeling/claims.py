@@ -48,13 +48,10 @@ class Difference:
 
 
 def write_sums(path: Path, sums: Mapping[str, PerUser]) -> None:
-    """Keep a run's sums by user, of the paired metrics."""
+    """Keep a run's sums by user."""
     kept = {}
-    for metric in PAIRED:
-        kept[f"{metric} total"], kept[f"{metric} weight"] = (
-            sums[metric].total[0],
-            sums[metric].weight[0],
-        )
+    for metric, one in sums.items():
+        kept[f"{metric} total"], kept[f"{metric} weight"] = one.total[0], one.weight[0]
     write_shard(path, kept)
 
 
@@ -65,9 +62,10 @@ def read_sums(path: Path) -> Sums:
         ShardError: it is damaged or gone.
     """
     kept = read_shard(path)
+    metrics = [name.removesuffix(" total") for name in kept if name.endswith(" total")]
     return {
         metric: PerUser(kept[f"{metric} total"][None], kept[f"{metric} weight"][None])
-        for metric in PAIRED
+        for metric in metrics
     }
 
 
@@ -78,7 +76,7 @@ def of_seeds(runs: Sequence[Mapping[str, PerUser]]) -> Sums:
             np.concatenate([run[metric].total for run in runs]),
             np.concatenate([run[metric].weight for run in runs]),
         )
-        for metric in PAIRED
+        for metric in runs[0]
     }
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.metrics import PerUser
 from modeling.models.sequence import SequenceRanker
 from modeling.sequences import Sequences, Target
 
@@ -50,13 +51,29 @@ def evaluate(
     Args:
         seed: of the sampled protocols' negatives.
     """
+    return metrics_of_ranks(evaluated_ranks(model, sequences, target, protocol, seed=seed))
+
+
+def evaluated_ranks(
+    model: SequenceRanker,
+    sequences: Sequences,
+    target: Target,
+    protocol: Protocol = "FULL",
+    *,
+    seed: int = 0,
+) -> np.ndarray:
+    """Rank of each evaluated user's target, from 0 for the best.
+
+    Raises:
+        ValueError: nobody has a target.
+    """
     users = sequences.evaluated
     if not len(users):
         raise ValueError("no user has three items or more: there is no target to evaluate on")
     rng = np.random.default_rng(seed)
     if protocol != "FULL" and len(users) > MAX_SAMPLED_USERS:
         users = np.sort(rng.choice(users, MAX_SAMPLED_USERS, replace=False))
-    return metrics_of_ranks(target_ranks(model, sequences, users, target, protocol, rng))
+    return target_ranks(model, sequences, users, target, protocol, rng)
 
 
 def supports(sequences: Sequences, protocol: Protocol) -> bool:
@@ -76,6 +93,13 @@ def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
         for k in CUTOFFS:
             found[f"{name}@{k}"] = float(np.where(ranks < k, gain, 0.0).mean())
     return found
+
+
+def sums_of_ranks(ranks: np.ndarray) -> dict[str, PerUser]:
+    """NDCG@10 and HR@10 by user, one target each: what paired differences are made of."""
+    each, hit = np.ones((1, len(ranks))), (ranks < 10)[None]
+    gain = np.where(hit, 1 / np.log2(ranks + 2.0), 0.0)
+    return {"ndcg@10": PerUser(gain, each), "hr@10": PerUser(hit.astype(np.float64), each)}
 
 
 def target_ranks(

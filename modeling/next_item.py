@@ -23,6 +23,7 @@ from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from modeling import leave_one_out, losses, models
+from modeling.claims import Sums, read_sums, write_sums
 from modeling.errors import DataError
 from modeling.leave_one_out import PROTOCOLS
 from modeling.memory import keep_freed_memory
@@ -35,7 +36,7 @@ from modeling.sequences import (
     cloze_batch,
     training_windows,
 )
-from modeling.trainer import Loop, forget_run, locked_run
+from modeling.trainer import PER_USER, Loop, forget_run, locked_run
 
 ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
@@ -230,16 +231,18 @@ def _train_and_evaluate(
     summary = trainer.run()
     best = cast(SequenceRanker, trainer.load_best())
     protocols = [name for name in PROTOCOLS if leave_one_out.supports(source.sequences, name)]
-    metrics = {
-        name: leave_one_out.evaluate(best, source.sequences, "test", name) for name in protocols
+    ranks = {
+        name: leave_one_out.evaluated_ranks(best, source.sequences, "test", name)
+        for name in protocols
     }
+    write_sums(folder / PER_USER, leave_one_out.sums_of_ranks(ranks["FULL"]))
     result = {
         "identity": identity,
         "recipe": recipe.name,
         "seed": recipe.training.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "summary": summary,
-        "test": metrics,
+        "test": {name: leave_one_out.metrics_of_ranks(found) for name, found in ranks.items()},
     }
     draft = folder / ".result.draft"
     draft.write_text(json.dumps(result, indent=1))
@@ -254,6 +257,15 @@ def finished(source: Source, recipe: NextItemRecipe) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text())
     return result if result["identity"] == _identity(source, recipe) else None
+
+
+def stored_sums(source: Source, recipe: NextItemRecipe) -> Sums:
+    """NDCG@10 and HR@10 (FULL) of a finished run, by user.
+
+    Raises:
+        ShardError: they are damaged or gone.
+    """
+    return read_sums(run_folder(source, recipe) / PER_USER)
 
 
 def run_folder(source: Source, recipe: NextItemRecipe) -> Path:

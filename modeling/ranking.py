@@ -180,7 +180,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
         DataError: a period has no positive, or scikit-learn is not installed.
     """
     torch.set_num_threads(asked.threads)
-    chosen = [_ranking_recipe(name) for name in asked.recipes]
+    chosen = [ranking_recipe(name) for name in asked.recipes]
     services, made_by = {r.service for r in chosen}, sorted({r.tokens for r in chosen if r.tokens})
     if (
         len(services - {SERVICE_WITH_TOKENS}) > 1
@@ -355,7 +355,12 @@ def floor_lines(spec: DatasetSpec, test: Period) -> list[list[str]]:
     return rows
 
 
-def _ranking_recipe(name: str) -> Recipe:
+def ranking_recipe(name: str) -> Recipe:
+    """The ranking recipe of that name.
+
+    Raises:
+        RecipeError: there is none, or it is a next-item recipe.
+    """
     recipe = recipes.load(name)
     if not isinstance(recipe, Recipe):
         raise RecipeError(

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,46 @@ def write_page(
         (path.parent / f"{name}.png").write_bytes(png)
     path.write_text(_page(title, about, rows, pictures, more or {}))
     return path
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a heading, a line of text, a table whose first row is its heading, pictures."""
+
+    title: str
+    text: str
+    rows: list[list[str]]
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+def write_sections(
+    folder: Path, name: str, title: str, about: Sequence[str], sections: Sequence[Section]
+) -> Path:
+    """Write `<name>.html`, self-contained, `<name>.md`, and the pictures beside it; returns the HTML
+    page's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for picture, png in section.pictures.items():
+            (folder / f"{picture}.png").write_bytes(png)
+    body = "".join(f"<p>{html.escape(line)}</p>" for line in about)
+    text = [f"# {title}", *about]
+    for section in sections:
+        body += f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+        body += _table(section.rows) + _images(section.pictures)
+        text += [f"## {section.title}", section.text, _markdown(section.rows)]
+        text += [f"![{picture}]({picture}.png)" for picture in section.pictures]
+    (folder / f"{name}.md").write_text("\n\n".join(part for part in text if part) + "\n")
+    page = folder / f"{name}.html"
+    page.write_text(_html(title, body))
+    return page
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """A table; a bar inside a cell would end it."""
+    head, *body = [[cell.replace("|", "/") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _loss(plt: Any, folder: Path) -> bytes:
@@ -205,10 +246,18 @@ def _page(
     further = "".join(
         f"<h2>{html.escape(name)}</h2>{_table(found)}" for name, found in more.items()
     )
+    return _html(title, said + _table(rows) + further + _images(pictures))
+
+
+def _images(pictures: Mapping[str, bytes]) -> str:
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in pictures.items()
     )
+    return f'<div class="pictures">{images}</div>' if images else ""
+
+
+def _html(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
@@ -222,9 +271,6 @@ table {{ display: block; overflow-x: auto; }}
 img {{ width: 100%; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-{said}
-{_table(rows)}
-{further}
-<div class="pictures">{images}</div>
+{body}
 </body></html>
 """

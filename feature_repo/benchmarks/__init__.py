@@ -60,7 +60,7 @@ def report(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_show(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    facts = {"benchmark": name, "commit": _commit(), "hardware": _hardware(), "config": config}
+    facts = {"benchmark": name, "commit": _commit(), "hardware": hardware(), "config": config}
     print(f"{name}, commit {facts['commit']}, {facts['hardware']}")
     print(", ".join(f"{key} {value}" for key, value in config.items()))
     print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
@@ -87,7 +87,8 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The machine, in a few words."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

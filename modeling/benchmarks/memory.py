@@ -13,9 +13,7 @@ Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same comma
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +21,14 @@ import torch
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.settings import Settings
-from modeling.batch import Batch
+from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
 from modeling.console import console
 from modeling.encodings import Encodings
 from modeling.evaluate import primary_number
 from modeling.floors import floors_of
 from modeling.metrics import PerUser, defined
-from modeling.models.base import Ranker, TokenMaker
-from modeling.ranking import build_model, stored_sums, train_and_evaluate
+from modeling.ranking import stored_sums, train_and_evaluate
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.trained_floors import sums_by_user, trained_floors
@@ -82,7 +79,7 @@ def main() -> None:
     between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
     rows: list[dict[str, Any]] = []
     if arguments.part in ("curve", "all"):
-        rows += _curve(settings, every, visible, seeds, between)
+        rows += curve(settings, every, visible, seeds, between)
     if arguments.part in ("arms", "all"):
         rows += _arms(settings, every, seeds)
     if arguments.part in ("cost", "all"):
@@ -110,7 +107,7 @@ def recipe_of(name: str, arm: str, seed: int = 1) -> Recipe:
     )
 
 
-def _curve(
+def curve(
     settings: Settings,
     every: tuple[int, int],
     visible: tuple[int | None, ...],
@@ -220,70 +217,13 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
 
 
 def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
-    """CPU of a request with a hundred candidates, bytes that a user takes, cost of one new event; of
-    twenty long histories.
-    """
+    """What each reading of the history costs."""
     encodings = Encodings(settings, SERVICE, every=every)
     rows = []
     for name in OF_HISTORY:
-        recipe = recipe_of(name, "no match features")
-        encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test").encoded
-        model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
-        known = test.history_lengths
-        assert known is not None
-        longest = np.argsort(known, kind="stable")[-200:][::10]
-        costs = [_cost_of(model, encoder.collate(test, np.array([one]))) for one in longest]
-        stored = test.gather(longest, encoder.history_length)
-        arrays = (stored.item_keys, *stored.columns.values())
-        of_events = sum(array.nbytes for array in arrays) / len(longest)
-        events = [cost.one_event_ms for cost in costs if cost.one_event_ms is not None]
-        rows.append(
-            {
-                "case": "cost",
-                "ranker": name,
-                "events": int(known[longest].mean()),
-                "request_ms": statistics.median(cost.request_ms for cost in costs),
-                "bytes_a_user": costs[0].state_bytes or of_events,
-                "one_event_ms": statistics.median(events) if events else None,
-            }
-        )
+        cost = cost_of(encodings, recipe_of(name, "no match features"))
+        rows.append({"case": "cost", "ranker": name, **asdict(cost)})
     return rows
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU milliseconds of a request and of one more event, and bytes of what is stored for it in
-    fp16; none where it is the events themselves.
-    """
-
-    request_ms: float
-    one_event_ms: float | None
-    state_bytes: int | None
-
-
-@torch.inference_mode()
-def _cost_of(model: Ranker, batch: Batch) -> Cost:
-    """Of one request: from stored tokens where the model makes some, else from the events."""
-    user, some = batch.user, batch.candidates
-    if not isinstance(model, TokenMaker):
-        return Cost(_ms(lambda: model.score(model.encode_user(user), some)), None, None)
-    tokens, streams = model.stream([user])
-    given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
-    return Cost(
-        _ms(lambda: model.score(model.encode_user(given), some)),
-        _ms(lambda: model.stream([user.events(-1)], streams)),
-        2 * tokens[0].numel(),
-    )
-
-
-def _ms(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Median CPU milliseconds of a call, after one that warms up."""
-    spent = []
-    for _ in range(repeats + 1):
-        started = time.process_time()
-        call()
-        spent.append(1000 * (time.process_time() - started))
-    return statistics.median(spent[1:])
 
 
 def _floors(encodings: Encodings) -> dict[str, Sums]:

@@ -48,6 +48,26 @@ VISTA: dict[str, Any] = {
 STREAM: dict[str, Any] = {**VISTA, "causal": True, "seed_role": "target"}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
+    "onetrans_group_wise": (
+        "OneTrans with a token for each group of features",
+        "onetrans",
+        {**ONETRANS, "tokeniser": "group_wise"},
+    ),
+    "onetrans_agnostic": (
+        "OneTrans, sequences merged by intent",
+        "onetrans",
+        {**ONETRANS, "merge": "timestamp_agnostic"},
+    ),
+    "onetrans_shared": (
+        "OneTrans, one set of weights for all tokens",
+        "onetrans",
+        {**ONETRANS, "own_weights": False},
+    ),
+    "onetrans_no_pyramid": (
+        "OneTrans, every row through every layer",
+        "onetrans",
+        {**ONETRANS, "pyramid": False},
+    ),
     "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
     "amortised_self": (
         "Amortised DLRM, self-attention",
@@ -110,8 +130,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"search": "score", "rank": 64},
     ),
 }
-# Of any size: they stand beside the others as floors and peers of long histories.
-BESIDE = ("mean_pool", "sim", "twin")
+# Of any size: OneTrans's ablations, floors, and peers of long histories.
+BESIDE = (
+    "onetrans_group_wise",
+    "onetrans_agnostic",
+    "onetrans_shared",
+    "onetrans_no_pyramid",
+    "mean_pool",
+    "sim",
+    "twin",
+)
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,137 and 244,321
     "retail": {
         "amortised": {"head_hidden": 224},

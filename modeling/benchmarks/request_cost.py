@@ -1,0 +1,100 @@
+"""What ranking costs once a model is trained: CPU of a request and of a new event, bytes of a user."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling.batch import Batch
+from modeling.encodings import Encodings
+from modeling.models.base import Ranker, TokenMaker
+from modeling.ranking import build_model
+from modeling.recipes import Recipe
+
+REQUESTS = 20  # of the longest histories
+CANDIDATES = 100
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU milliseconds of a request and of one more event, and bytes of what is stored for a user.
+
+    Args:
+        one_event_ms: None where the events themselves are stored.
+        bytes_a_user: of tokens in fp16, or of the events that the model reads, as they are encoded.
+        events: that these users have, in the mean.
+    """
+
+    request_ms: float
+    one_event_ms: float | None
+    bytes_a_user: float
+    events: float
+
+
+def cost_of(encodings: Encodings, recipe: Recipe) -> Cost:
+    """Of requests with long histories and a hundred candidates; weights do not matter and are those
+    that training begins with.
+    """
+    encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test").encoded
+    model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
+    known = test.history_lengths
+    assert known is not None
+    longest = np.argsort(known, kind="stable")[-10 * REQUESTS :][::10]
+    batches = [_of_size(encoder.collate(test, np.array([one]))) for one in longest]
+    stored = test.gather(longest, encoder.history_length)
+    arrays = (stored.item_keys, *stored.columns.values())
+    of_events = sum(array.nbytes for array in arrays) / len(longest)
+    found = [_measured(model, batch) for batch in batches]
+    one_event = [cost.one_event_ms for cost in found if cost.one_event_ms is not None]
+    return Cost(
+        statistics.median(cost.request_ms for cost in found),
+        statistics.median(one_event) if one_event else None,
+        found[0].state_bytes or of_events,
+        float(known[longest].mean()),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    request_ms: float
+    one_event_ms: float | None
+    state_bytes: int | None
+
+
+@torch.inference_mode()
+def _measured(model: Ranker, batch: Batch) -> _Measured:
+    """Of one request: from stored tokens where the model makes some, else from the events."""
+    user, some = batch.user, batch.candidates
+    if not isinstance(model, TokenMaker) or not model.streams:
+        return _Measured(_ms(lambda: model.score(model.encode_user(user), some)), None, None)
+    tokens, streams = model.stream([user])
+    given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
+    return _Measured(
+        _ms(lambda: model.score(model.encode_user(given), some)),
+        _ms(lambda: model.stream([user.events(-1)], streams)),
+        2 * tokens[0].numel(),
+    )
+
+
+def _of_size(batch: Batch) -> Batch:
+    """The request with a hundred candidates: its own, over and over."""
+    index = torch.arange(CANDIDATES) % batch.candidates.item_BC.shape[1]
+    return replace(
+        batch, candidates=batch.candidates.select(index), labels_BCT=batch.labels_BCT[:, index]
+    )
+
+
+def _ms(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Median CPU milliseconds of a call, after one that warms up."""
+    spent = []
+    for _ in range(repeats + 1):
+        started = time.process_time()
+        call()
+        spent.append(1000 * (time.process_time() - started))
+    return statistics.median(spent[1:])
