@@ -22,7 +22,6 @@ import torch
 
 from feature_repo.benchmarks import hardware, parser, report
 from feature_repo.settings import Settings
-from modeling import recipes
 from modeling.benchmarks import memory
 from modeling.benchmarks.published import HYDRAREC, MARGIN, PAPERS, Claim, Paper
 from modeling.benchmarks.request_cost import CANDIDATES, Cost, cost_of
@@ -39,7 +38,7 @@ from modeling.ranking import (
     summary_lines,
     train_and_evaluate,
 )
-from modeling.recipes import SERVICE, Recipe
+from modeling.recipes import SERVICE, Recipe, ranking
 from modeling.report import BLUE, GREY, ORANGE, Section, plots, png_of, write_sections
 from modeling.trained_floors import TrainedFloor, trained_floors
 
@@ -151,7 +150,7 @@ def one_dataset(
     """Run what is not finished of a dataset, and pair it."""
     settings = asked.settings
     encodings = Encodings(settings, SERVICE, every=asked.every)
-    first = ranking_recipe(names[0])
+    first = recipe_of(names[0], settings.dataset)
     title = encodings.set_of(first).describe()
     console.print(f"compare: {settings.dataset}, {title}", highlight=False)
     test, contract = encodings.period(first, "test"), encodings.encoder_of(first).contract
@@ -162,7 +161,7 @@ def one_dataset(
     runs = run_all(asked, tasks, workers)
     ranked = {name: [runs[name, seed] for seed in range(1, seeds + 1)] for name in names}
     sums = {name: of_seeds([run.sums for run in found]) for name, found in ranked.items()}
-    costs = {name: cost_of(encodings, ranking_recipe(name)) for name in names}
+    costs = {name: cost_of(encodings, recipe_of(name, settings.dataset)) for name in names}
     later = []
     if next_item:
         of_next = {
@@ -203,6 +202,7 @@ def run_all(
             console.print(
                 f"compare: {asked.settings.dataset}, {len(found)} of {len(tasks)} runs: {name}, seed {seed}, NDCG@10 {ndcg:.4f}",
                 highlight=False,
+                soft_wrap=True,
             )
     return found
 
@@ -220,9 +220,9 @@ def _encodings(settings: Settings, every: tuple[int, int]) -> Encodings:
 
 def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:
     """One run, or what is stored of it."""
-    recipe = recipes.load(name)
-    if not isinstance(recipe, Recipe):
+    if name in HYDRAREC.recipes:
         return _next_item(asked, name, seed)
+    recipe = recipe_of(name, asked.settings.dataset)
     training = replace(recipe.training, seed=seed)
     if asked.epochs is not None:
         training = replace(training, epochs=asked.epochs)
@@ -230,6 +230,13 @@ def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:
     encodings = _encodings(asked.settings, asked.every)
     result = train_and_evaluate(asked.settings, encodings, recipe)
     return FinishedRun(result, stored_sums(asked.settings, encodings, recipe))
+
+
+def recipe_of(name: str, dataset: str) -> Recipe:
+    """The ranking recipe of a name: in a dataset's own shape where it has one, so that parameters
+    are equal.
+    """
+    return ranking.for_dataset(name, dataset) if name in ranking.MODELS else ranking_recipe(name)
 
 
 def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:

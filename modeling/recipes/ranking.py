@@ -21,6 +21,7 @@ HISTORY = {
     "retail": ("Online Retail", 96),
     "ml1m": ("MovieLens 1M", 128),
 }  # title, and events that are read
+OF_DATASET = {"online_retail": "retail", "movielens_1m": "ml1m"}  # whose shapes a dataset has
 LENGTH = 128  # events that a recipe for any data reads
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
@@ -195,6 +196,13 @@ TINY = {
     "onetrans_tiny": ("onetrans", {**ONETRANS, "width": 16, "num_layers": 2, "num_heads": 2}),
     "hiformer_tiny": ("hiformer", {**HIFORMER, "width": 16}),
 }
+
+
+def for_dataset(name: str, dataset: str) -> Recipe:
+    """A model of `MODELS`, under its bare name, in the shape that a comparison on a dataset has."""
+    known = OF_DATASET.get(dataset)
+    recipe = _anywhere(name) if known is None else _recipe(f"{name}_{known}")
+    return replace(recipe, name=name)
 
 
 def _anywhere(name: str) -> Recipe:

@@ -303,6 +303,7 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
         "planted",
         "token_quality",
         "memory",
+        "compare",
     ],
 )
 def test_benchmarks_explain_themselves(name: str) -> None:

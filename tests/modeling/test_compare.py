@@ -1,0 +1,80 @@
+"""The page of all rankers: what is paired, what a claim is said to be, and that a second call reads
+what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling import recipes
+from modeling.benchmarks import compare
+from modeling.benchmarks.published import HYDRAREC, PAPERS, Claim
+from modeling.claims import Difference
+from modeling.recipes import NextItemRecipe
+
+ABOVE = Claim("better", "a", "b")
+NO_WORSE = Claim("no worse", "a", "b", "no worse")
+
+
+@pytest.mark.parametrize(
+    ("claim", "low", "high", "decided", "said"),
+    [
+        (ABOVE, 0.01, 0.03, "above", "replicated"),
+        (ABOVE, -0.03, -0.01, "below", "not replicated"),
+        (ABOVE, -0.01, 0.03, "undecided", "undecided"),
+        (ABOVE, 0.001, 0.03, "undecided", "undecided"),  # after Holm's correction
+        (NO_WORSE, -0.004, 0.001, "undecided", "replicated"),
+        (NO_WORSE, -0.004, -0.001, "below", "replicated"),
+        (NO_WORSE, -0.02, 0.001, "undecided", "undecided"),
+        (NO_WORSE, -0.02, -0.006, "below", "not replicated"),
+    ],
+)
+def test_what_a_difference_says_of_a_claim(
+    claim: Claim, low: float, high: float, decided: Any, said: str
+) -> None:
+    found = Difference("a − b", "ndcg@10", (low + high) / 2, low, high, 0.01, decided)
+    assert compare.verdict(claim, found) == said
+
+
+def test_claims_name_recipes_that_exist() -> None:
+    for paper in PAPERS:
+        for dataset in ("online_retail", "some_shop"):
+            for name in paper.recipes:
+                assert compare.recipe_of(name, dataset).name == name
+    assert all(isinstance(recipes.load(name), NextItemRecipe) for name in HYDRAREC.recipes)
+
+
+def test_a_page_of_tiny_recipes(
+    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, as workers are; then again, from what is kept."""
+    monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
+    monkeypatch.setattr(compare, "PAPERS", (*PAPERS[:1],))
+    stored = tmp_path / "found.json"
+    ask = ["compare", "--recipes", "onetrans_tiny", "vista_addressed_tiny", "--seeds", "2"]
+    monkeypatch.setattr(
+        sys, "argv", [*ask, "--epochs", "1", "--workers", "1", "--json", str(stored)]
+    )
+    compare.main()
+    said = capsys.readouterr().out
+    assert said.count("NDCG@10 0.") == 4
+    folder = Path(shop.settings.root, "comparison")
+    page, text = (folder / f"compare.{kind}" for kind in ("html", "md"))
+    rows = json.loads(stored.read_text())["rows"]
+    named = [row["recipe"] for row in rows]
+    assert named[:4] == ["onetrans_tiny"] * 2 + ["vista_addressed_tiny"] * 2
+    assert named.count("vista_addressed_tiny − trees") == 2
+    for name in ("onetrans_tiny − trees", "own frequency", "popularity, best window", "not run"):
+        assert name in page.read_text()
+        assert name in text.read_text()
+    assert f"{shop.settings.dataset}_frontier.png" in text.read_text()
+    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("result.json")}
+    compare.main()
+    again = json.loads(stored.read_text())["rows"]
+    assert [row.get("ndcg@10") for row in again] == [row.get("ndcg@10") for row in rows]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.parent.rglob("result.json")}
