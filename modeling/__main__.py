@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -126,6 +126,7 @@ def compare(
     device: Device = "cpu",
     threads: int = 1,
     no_scaling: bool = False,
+    split: Literal["leave_one_out", "global_time"] = "leave_one_out",
 ) -> None:
     """Recipes × seeds side by side: table, plots, page.
 
@@ -134,6 +135,7 @@ def compare(
         learning_rates: ranking recipes: try each with seed 1, go on with the best on validation.
         threads: of torch.
         no_scaling: leave out speed and memory against length.
+        split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
     from modeling import command
 
@@ -142,7 +144,7 @@ def compare(
             raise UsageError(f"--{name} expects 1 or more, not {value}")
     command.run_compare(
         command.Comparison(
-            recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling
+            recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling, split
         )
     )
 

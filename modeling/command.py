@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modeling.dataset import Warehouse
     from modeling.encoder import Encoder
     from modeling.models.base import Ranker
+    from modeling.sequences import SplitName
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
 NEWEST = "newest.json"  # beside a recipe's runs: what the last training was asked for
@@ -71,6 +72,7 @@ class Comparison:
     device: str = "cpu"
     threads: int = 1
     scaling: bool = True
+    split: SplitName = "leave_one_out"
 
 
 def run_train(
@@ -156,6 +158,8 @@ def run_compare(asked: Comparison) -> None:
             raise RecipeError(
                 f"--data is for next-item recipes; ranking reads the tables of dataset {settings.dataset}"
             )
+        if asked.split != "leave_one_out":
+            raise RecipeError("--split is for next-item recipes; ranking is split by time as it is")
         from modeling.ranking import compare
     else:
         from modeling.comparison import compare

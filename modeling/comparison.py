@@ -56,7 +56,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
 
     torch.set_num_threads(asked.threads)
     chosen = [next_item_recipe(name) for name in asked.recipes]
-    source = open_source(settings, asked.data)
+    source = open_source(settings, asked.data, asked.split)
     console.print(f"compare: {source.describe()}", highlight=False)
     results: list[dict[str, Any]] = []
     for recipe in chosen:

@@ -67,9 +67,9 @@ def evaluated_ranks(
     Raises:
         ValueError: nobody has a target.
     """
-    users = sequences.evaluated
+    users = sequences.evaluated(target)
     if not len(users):
-        raise ValueError("no user has three items or more: there is no target to evaluate on")
+        raise ValueError(f"no user has a {target} target to evaluate on")
     rng = np.random.default_rng(seed)
     if protocol != "FULL" and len(users) > MAX_SAMPLED_USERS:
         users = np.sort(rng.choice(users, MAX_SAMPLED_USERS, replace=False))

@@ -31,6 +31,7 @@ from modeling.models.sequence import PackedEvents, SequenceRanker
 from modeling.recipes import NextItemRecipe
 from modeling.sequences import (
     Sequences,
+    SplitName,
     TrainingWindows,
     causal_batch,
     cloze_batch,
@@ -164,14 +165,22 @@ class Source:
         if counts["repeats_dropped"]:
             line += f"; {counts['repeats_dropped']:,} repeats of a (user, item) dropped"
         if counts["users_not_evaluated"]:
-            line += f"; {counts['users_not_evaluated']:,} users with fewer than three items are not evaluated"
+            line += f"; {counts['users_not_evaluated']:,} users without a target are not evaluated"
+        if "targets" in counts:
+            line += (
+                f"; {counts['targets']:,} targets, {counts['targets_of_users_not_trained_on']:,} of users that training did not see, "
+                f"{counts['targets_not_trained_on']:,} of items that it did not see"
+            )
         return line
 
 
-def open_source(settings: Settings, data: Path | None) -> Source:
+def open_source(
+    settings: Settings, data: Path | None, split: SplitName = "leave_one_out"
+) -> Source:
     """Sequences of a plain file, or of the log that the Beam job built for the dataset in force.
 
     Raises:
+        DataError: a global time split of a file, which knows order only.
         SequenceFileError: the file is none.
         TableNotBuiltError: no file was given and no job has run.
     """
@@ -188,7 +197,9 @@ def open_source(settings: Settings, data: Path | None) -> Source:
         folder = sequence_file.write_log(data, str(home))
         contract, title = sequence_file.contract_of(folder), data.name
     sequences = Sequences.of(contract, folder, has_times=data is None)
-    identity = digest_of([folder.require().run_id, contract.fingerprint])
+    if split == "global_time":
+        sequences, title = sequences.by_time(), f"{title}, global time split"
+    identity = digest_of([folder.require().run_id, contract.fingerprint, split])
     return Source(sequences, identity, title, home / "runs")
 
 

@@ -1,10 +1,16 @@
-"""Next-item data: whole sequences from a history log, the leave-one-out split, and packed batches.
+"""Next-item data: whole sequences from a history log, two splits, and packed batches.
 
-Rules of the split (counted in `Sequences.counts`): events of the dataset's first action count,
-since a returned article is no target; the first event of each (user, item) counts, later repeats
-are dropped, since a seen item is none either; the last item of a user is the test target, the one
-before it the validation target; a user with fewer than three items is not evaluated, and trained on
-where there are two.
+Rules (counted in `Sequences.counts`): events of the dataset's first action count, since a returned
+article is no target; the first event of each (user, item) counts, later repeats are dropped, since a
+seen item is none either.
+
+| split | training | targets |
+|---|---|---|
+| leave one out | all but a user's last two items | the last item is the test target, the one before it the validation target; a user with fewer than three items has none, and is trained on where there are two |
+| global time | events before the last fifth of all events | a user's first event of the last tenth is the test target, of the tenth before it the validation target; what the user did before it is read, also where training did not see it |
+
+Leave-one-out trains on events that are later than another user's target; what a model learns of them,
+such as what becomes popular, no server can know.
 """
 
 from __future__ import annotations
@@ -21,13 +27,16 @@ from feature_repo.contract import Contract
 from feature_repo.history import HistoryLog
 from feature_repo.tables import JobFolder
 from modeling.batch import FeatureSizes
+from modeling.errors import DataError
 from modeling.layers.packing import Packing
 from modeling.models.sequence import PackedEvents
 
 Target = Literal["validation", "test"]
 Windows = Literal["newest", "all"]
+SplitName = Literal["leave_one_out", "global_time"]
 HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
 MIN_EVENTS = 3
+CUTS: dict[Target, float] = {"validation": 0.8, "test": 0.9}  # share of all events before a period
 MICROS_PER_DAY = 86_400_000_000
 USERS_AT_ONCE = (
     512  # whose events are read together: temporaries stay small beside the sequences themselves
@@ -43,6 +52,19 @@ class VocabularyError(ValueError):
 
 
 @dataclass(frozen=True)
+class Split:
+    """Which events are trained on and which are targets.
+
+    Args:
+        ends: end of each user's training events in `Sequences.items`.
+        rows: where each user's target stands in `Sequences.items`; -1 where there is none.
+    """
+
+    ends: np.ndarray
+    rows: dict[Target, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Each user's items, oldest first, each item once: user u owns `[offsets[u], offsets[u +
     1])`.
@@ -54,6 +76,7 @@ class Sequences:
     item_ids: pa.Array
     user_ids: pa.Array
     counts: dict[str, int]
+    split: Split
 
     @staticmethod
     def of(contract: Contract, folder: JobFolder, *, has_times: bool) -> Sequences:
@@ -84,7 +107,35 @@ class Sequences:
         offsets = np.r_[0, np.cumsum(length)]
         joined = np.concatenate(times) if has_times else None
         pa.default_memory_pool().release_unused()
-        return Sequences(offsets, np.concatenate(items), joined, log.items, log.users, counts)
+        split = split_last_items(offsets)
+        return Sequences(
+            offsets, np.concatenate(items), joined, log.items, log.users, counts, split
+        )
+
+    def by_time(self) -> Sequences:
+        """The same events under the global time split.
+
+        Raises:
+            DataError: the source knows order only.
+        """
+        if self.times is None:
+            raise DataError(
+                "a global time split needs times, and a sequence file knows order only: use a log that a Beam job built"
+            )
+        split = split_by_time(self.offsets, self.times)
+        found = replace(self, split=split)
+        targets, ends = found.evaluated("test"), split.ends
+        seen = np.zeros(self.num_items + 1, bool)
+        seen[self.items[np.arange(len(self.items)) < np.repeat(ends, self.lengths)]] = True
+        of_target = self.items[found.target_rows(targets, "test")]
+        counts = {
+            **self.counts,
+            "users_not_evaluated": len(self) - len(targets),
+            "targets": len(targets),
+            "targets_of_users_not_trained_on": int((ends == self.offsets[:-1])[targets].sum()),
+            "targets_not_trained_on": int((~seen[of_target]).sum()),
+        }
+        return replace(found, counts=counts)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -103,18 +154,17 @@ class Sequences:
         """What a model must be built for."""
         return FeatureSizes(self.num_items + 1, 1, history_length)
 
-    @property
-    def evaluated(self) -> np.ndarray:
-        """Users who have targets."""
-        return np.flatnonzero(self.lengths >= MIN_EVENTS)
+    def evaluated(self, target: Target) -> np.ndarray:
+        """Users who have such a target."""
+        return np.flatnonzero(self.split.rows[target] >= 0)
 
     def target_rows(self, users: np.ndarray, target: Target) -> np.ndarray:
         """Where the targets of users stand in `items`."""
-        return self.offsets[users + 1] - HELD_OUT[target]
+        return self.split.rows[target][users]
 
     def training_ends(self) -> np.ndarray:
         """End of each user's training events in `items`."""
-        return self.offsets[1:] - np.where(self.lengths >= MIN_EVENTS, 2, 0)
+        return self.split.ends
 
     def refuse_leaks(self, ends: np.ndarray) -> None:
         """Refuse to train on events up to `ends` if any target is among them.
@@ -122,9 +172,10 @@ class Sequences:
         Raises:
             LeakError: a user's validation or test item is one of the user's training items.
         """
-        users, lengths = self.evaluated, self.lengths
+        lengths = self.lengths
         trained = np.arange(len(self.items)) < np.repeat(ends, lengths)
         for target in HELD_OUT:
+            users = self.evaluated(target)
             wanted = np.zeros(len(self), np.int32)
             wanted[users] = self.items[self.target_rows(users, target)]
             leaked = trained & (self.items == np.repeat(wanted, lengths))
@@ -166,6 +217,36 @@ class Sequences:
             gap = torch.from_numpy(np.log1p(np.maximum(days, 0)).astype(np.float32))
         index = torch.from_numpy(items)
         return PackedEvents(index, torch.zeros_like(index), gap, packing), rows, order
+
+
+def split_last_items(offsets: np.ndarray) -> Split:
+    """The last two items of every user with three or more."""
+    has = np.diff(offsets) >= MIN_EVENTS
+    rows = {target: np.where(has, offsets[1:] - n, -1) for target, n in HELD_OUT.items()}
+    return Split(offsets[1:] - np.where(has, HELD_OUT["validation"], 0), rows)
+
+
+def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
+    """Periods of time for all users alike.
+
+    A user whose first event of all falls into a period has nothing to be read, and no target in it.
+    """
+    ordered = np.sort(times)
+    cuts = {target: ordered[int(share * len(ordered))] for target, share in CUTS.items()}
+    owner, users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), len(offsets) - 1
+    # The first event at or after a cut: a user's events stand in the order of time.
+    first = {
+        target: offsets[:-1] + np.bincount(owner[times < cut], minlength=users)
+        for target, cut in cuts.items()
+    }
+    last = {"validation": first["test"], "test": offsets[1:]}
+    rows: dict[Target, np.ndarray] = {
+        target: np.where(
+            (first[target] < last[target]) & (first[target] > offsets[:-1]), first[target], -1
+        )
+        for target in cuts
+    }
+    return Split(first["validation"], rows)
 
 
 @dataclass(frozen=True)

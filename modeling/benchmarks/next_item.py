@@ -19,7 +19,9 @@ from feature_repo.settings import Settings
 def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.next_item", __doc__)
-    flags.add_argument("--data", type=Path, required=True, help="a plain sequence file")
+    flags.add_argument("--data", type=Path, help="a plain sequence file; default: a dataset's log")
+    splits = ("leave_one_out", "global_time")
+    flags.add_argument("--split", choices=splits, default=splits[0], help="the latter needs times")
     flags.add_argument("--recipe", required=True, help="a next-item recipe")
     flags.add_argument("--seeds", type=int, default=1, help="seeds 1 … N (default 1)")
     flags.add_argument("--epochs", type=int, help="default: the recipe's; 1 with --quick")
@@ -36,7 +38,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     recipe = next_item_recipe(arguments.recipe)
-    source = open_source(Settings.from_env(), arguments.data)
+    source = open_source(Settings.from_env(), arguments.data, arguments.split)
     results = [
         train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device)
         for seed in range(1, arguments.seeds + 1)

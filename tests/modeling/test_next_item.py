@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from feature_repo.sequence_file import sequence_contract, write_log
 from modeling import leave_one_out, next_item, recipes
+from modeling.errors import DataError
 from modeling.leave_one_out import ScoreError, metrics_of_ranks, ranks_of, sample_negatives
 from modeling.models.sequence import SequenceRanker
 from modeling.next_item import NextItemTrainer, build_model
@@ -30,6 +31,8 @@ from modeling.sequences import (
     VocabularyError,
     causal_batch,
     cloze_batch,
+    split_by_time,
+    split_last_items,
     training_windows,
 )
 from modeling.trainer import LossError, read_metrics
@@ -71,7 +74,7 @@ def test_repeats_are_dropped_and_short_users_are_trained_on_only(tmp_path: Path)
         "users": 3, "items": 5, "events": 7, "repeats_dropped": 2, "other_actions_dropped": 0, "users_not_evaluated": 2,
     }  # fmt: skip
     assert items_of(sequences, 0, 4) == [5, 6, 7, 8]
-    assert sequences.evaluated.tolist() == [0]
+    assert sequences.evaluated("test").tolist() == [0]
     assert [
         items_of(sequences, row, row + 1) for row in sequences.target_rows(np.array([0]), "test")
     ] == [[8]]
@@ -84,6 +87,46 @@ def test_repeats_are_dropped_and_short_users_are_trained_on_only(tmp_path: Path)
         items_of(sequences, a, b) for a, b in zip(windows.starts, windows.stops, strict=True)
     ]
     assert trained == [[5, 6], [9, 5]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=8), min_size=2, max_size=9))
+def test_a_global_time_split_knows_nothing_later_than_its_cuts(users: list[list[int]]) -> None:
+    """Against the definition, user by user."""
+    times = [sorted(found) for found in users]
+    flat = np.array([time for found in times for time in found], np.int64)
+    if not len(flat):
+        return
+    offsets = np.r_[0, np.cumsum([len(found) for found in times])]
+    split = split_by_time(offsets, flat)
+    first, second = (np.sort(flat)[int(share * len(flat))] for share in (0.8, 0.9))
+    for user, found in enumerate(times):
+        start = int(offsets[user])
+        assert split.ends[user] == start + sum(time < first for time in found)
+        for target, low, high in (("validation", first, second), ("test", second, np.inf)):
+            of_period = [n for n, time in enumerate(found) if low <= time < high]
+            known = bool(of_period) and of_period[0] > 0
+            wanted = start + of_period[0] if known else -1
+            assert split.rows[target][user] == wanted  # type: ignore[index]
+
+
+def test_targets_of_a_time_split_are_counted(tmp_path: Path) -> None:
+    """Users whom training did not see are ranked from what they did since; items that it did not see
+    are targets all the same.
+    """
+    file = sequences_of([[1, 2, 3, 4], [1, 2, 4, 5], [6, 2], [1, 3]], tmp_path)
+    with pytest.raises(DataError, match="needs times"):
+        file.by_time()
+    times = np.array([0, 1, 2, 30, 3, 4, 20, 31, 30, 32, 5, 6], np.int64)
+    found = replace(file, times=times).by_time()
+    # Of twelve events the tenth in time, at 30, begins the validation period, that at 31 the test's.
+    assert found.evaluated("test").tolist() == [1, 2]
+    assert found.evaluated("validation").tolist() == [0]
+    assert found.training_ends().tolist() == [3, 7, 8, 12]
+    assert found.counts["targets"] == 2
+    assert found.counts["targets_of_users_not_trained_on"] == 1
+    assert found.counts["targets_not_trained_on"] == 1  # item 5
+    found.refuse_leaks(found.training_ends())
 
 
 def test_training_on_a_target_is_refused(tmp_path: Path) -> None:
@@ -123,7 +166,13 @@ def test_windows_cover_training_events_and_nothing_else(
     offsets = np.r_[0, np.cumsum(lengths)]
     items = np.concatenate([np.arange(1, n + 1) for n in lengths]).astype(np.int32)
     sequences = Sequences(
-        offsets, items, None, pa.array(range(60)), pa.array(range(len(lengths))), {}
+        offsets,
+        items,
+        None,
+        pa.array(range(60)),
+        pa.array(range(len(lengths))),
+        {},
+        split_last_items(offsets),
     )
     made = training_windows(sequences, history_length, windows, np.random.default_rng(seed))
     owner = np.searchsorted(offsets, made.starts, side="right") - 1
@@ -306,7 +355,7 @@ def test_negatives_leave_out_what_the_protocol_says(tmp_path: Path, protocol: An
     rng = np.random.default_rng(3)
     users = [(rng.permutation(130)[: rng.integers(3, 20)] + 1).tolist() for _ in range(60)]
     sequences = sequences_of(users, tmp_path)
-    everyone = sequences.evaluated
+    everyone = sequences.evaluated("test")
     drawn = sample_negatives(sequences, everyone, "test", protocol, np.random.default_rng(0))
     assert drawn.shape == (len(everyone), 100)
     validation_drawn = 0
@@ -331,7 +380,7 @@ def test_popular_negatives_are_drawn_more_often(tmp_path: Path) -> None:
     count = {
         protocol: np.bincount(
             sample_negatives(
-                sequences, sequences.evaluated, "test", protocol, np.random.default_rng(0)
+                sequences, sequences.evaluated("test"), "test", protocol, np.random.default_rng(0)
             ).ravel(),
             minlength=sequences.num_items,
         )
