@@ -64,8 +64,8 @@ lint: setup  ## ruff
 types: setup  ## mypy
 	$(RUN) -m mypy
 
-test: setup  ## pytest
-	$(RUN) -m pytest
+test: setup  ## pytest, a process on each core; each file in one of them, so that its worlds are built once
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 format: setup  ## ruff, mending
 	$(RUN) -m ruff check --fix .

@@ -150,7 +150,9 @@ def write(
         pictures["cost_by_length"] = _cost_by_length(plt, scaling)
     stored = {"title": title, "results": results, "scaling": scaling}
     (folder / "comparison.json").write_text(json.dumps(stored, indent=1))
-    subtitle = f"{title}. Leave-one-out, whole catalogue, seen items removed; mean ± standard deviation over seeds."
+    subtitle = (
+        f"{title}. Whole catalogue, seen items removed; mean ± standard deviation over seeds."
+    )
     return write_page(
         folder / "comparison.html",
         "Next-item comparison",

@@ -1,5 +1,5 @@
-"""Leave-one-out evaluation by named protocols. Results are comparable only within one data set and
-one protocol.
+"""Next-item evaluation by named protocols, one target a user. Results are comparable only within one
+data set, one split (`sequences.py`) and one protocol.
 
 | protocol | candidates of a user |
 |---|---|
@@ -77,9 +77,12 @@ def evaluated_ranks(
 
 
 def supports(sequences: Sequences, protocol: Protocol) -> bool:
-    """Whether the catalogue is large enough for the protocol's negatives of every user."""
+    """Whether the catalogue is large enough for the protocol's negatives of every user; the sampled
+    protocols are defined for leave-one-out alone.
+    """
     longest = int(sequences.lengths.max(initial=0))
-    return protocol == "FULL" or sequences.num_items - longest >= NUM_NEGATIVES
+    large = sequences.num_items - longest >= NUM_NEGATIVES
+    return protocol == "FULL" or (large and sequences.split.name == "leave_one_out")
 
 
 def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
@@ -199,6 +202,8 @@ def sample_negatives(
         ValueError: a user has interacted with so many items that fewer than 100 are left.
     """
     num_items, ends = sequences.num_items, sequences.training_ends()
+    if sequences.split.name != "leave_one_out":
+        raise ValueError(f"{protocol} is defined for leave_one_out, not {sequences.split.name}")
     if not supports(sequences, protocol):
         raise ValueError(
             f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}"

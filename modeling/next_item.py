@@ -1,5 +1,5 @@
-"""Next-item training and evaluation: a history log in, a sequence model and its leave-one-out
-metrics out.
+"""Next-item training and evaluation: a history log in, a sequence model and its metrics out, one
+target a user.
 
 One run is a recipe with a seed on one log, by one state of the code. Its folder resumes to the bit
 on a CPU with the same threads, like every run's; runs stand side by side.
@@ -154,12 +154,12 @@ class Source:
     sequences: Sequences
     identity: str
     title: str
-    runs: Path
+    runs: Path  # where they are kept
 
     def describe(self) -> str:
         """The source and its counts in a line."""
         counts = self.sequences.counts
-        line = f"{self.title}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
+        line = f"{self.title}, {self.sequences.split.name.replace('_', ' ')}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
         if counts["other_actions_dropped"]:
             line += f"; {counts['other_actions_dropped']:,} events of other actions dropped"
         if counts["repeats_dropped"]:
@@ -198,7 +198,7 @@ def open_source(
         contract, title = sequence_file.contract_of(folder), data.name
     sequences = Sequences.of(contract, folder, has_times=data is None)
     if split == "global_time":
-        sequences, title = sequences.by_time(), f"{title}, global time split"
+        sequences = sequences.by_time()
     identity = digest_of([folder.require().run_id, contract.fingerprint, split])
     return Source(sequences, identity, title, home / "runs")
 

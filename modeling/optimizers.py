@@ -63,12 +63,19 @@ class Optimizer:
 def optimizer_of(model: nn.Module, training: Fit) -> Optimizer:
     """The optimiser that a recipe asks for.
 
+    Raises:
+        ValueError: there is none of that name, or it does not know a setting that was changed.
+
     "rmsprop_adagrad" is OneTrans's: Adagrad for embedding tables, RMSProp for all else, without
     weight decay. Its RMSProp sums squares, v ← α v + g², with α = 0.99999; torch's averages them, v ←
     α v + (1 - α) g², which is the same with the rate times √(1 - α).
     """
     rate = training.learning_rate
     if training.optimizer == "rmsprop_adagrad":
+        if training.weight_decay:
+            raise ValueError(
+                f"rmsprop_adagrad has no weight decay (arXiv 2510.26104, section 4.1), and weight_decay is {training.weight_decay}: set 0"
+            )
         tables = embedding_tables(model)
         rest = _without(tables, model)
         shrunk = math.sqrt(1 - RMSPROP_DECAY)
@@ -76,6 +83,8 @@ def optimizer_of(model: nn.Module, training: Fit) -> Optimizer:
             rest, lr=rate * shrunk, alpha=RMSPROP_DECAY, eps=1e-8 * shrunk
         )
         return Optimizer([rmsprop, *([torch.optim.Adagrad(tables, lr=rate)] if tables else [])])
+    if training.optimizer != "adamw":
+        raise ValueError(f"optimizer must be adamw or rmsprop_adagrad, not {training.optimizer!r}")
     kept = undecayed(model)
     groups = [
         {"params": _without(kept, model), "weight_decay": training.weight_decay},

@@ -60,6 +60,7 @@ class Split:
         rows: where each user's target stands in `Sequences.items`; -1 where there is none.
     """
 
+    name: SplitName
     ends: np.ndarray
     rows: dict[Target, np.ndarray]
 
@@ -116,7 +117,7 @@ class Sequences:
         """The same events under the global time split.
 
         Raises:
-            DataError: the source knows order only.
+            DataError: the source knows order only, or a period is without a target.
         """
         if self.times is None:
             raise DataError(
@@ -124,6 +125,12 @@ class Sequences:
             )
         split = split_by_time(self.offsets, self.times)
         found = replace(self, split=split)
+        for target in CUTS:
+            if not len(found.evaluated(target)):
+                raise DataError(
+                    f"a global time split leaves no {target} target: nobody who was there before acts in that tenth of the {len(self.items):,} "
+                    "events; leave_one_out needs no times"
+                )
         targets, ends = found.evaluated("test"), split.ends
         seen = np.zeros(self.num_items + 1, bool)
         seen[self.items[np.arange(len(self.items)) < np.repeat(ends, self.lengths)]] = True
@@ -223,7 +230,7 @@ def split_last_items(offsets: np.ndarray) -> Split:
     """The last two items of every user with three or more."""
     has = np.diff(offsets) >= MIN_EVENTS
     rows = {target: np.where(has, offsets[1:] - n, -1) for target, n in HELD_OUT.items()}
-    return Split(offsets[1:] - np.where(has, HELD_OUT["validation"], 0), rows)
+    return Split("leave_one_out", offsets[1:] - np.where(has, HELD_OUT["validation"], 0), rows)
 
 
 def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
@@ -232,7 +239,9 @@ def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
     A user whose first event of all falls into a period has nothing to be read, and no target in it.
     """
     ordered = np.sort(times)
-    cuts = {target: ordered[int(share * len(ordered))] for target, share in CUTS.items()}
+    cuts = {
+        target: ordered[int(s * len(ordered))] if len(ordered) else 0 for target, s in CUTS.items()
+    }
     owner, users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), len(offsets) - 1
     # The first event at or after a cut: a user's events stand in the order of time.
     first = {
@@ -246,7 +255,7 @@ def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
         )
         for target in cuts
     }
-    return Split(first["validation"], rows)
+    return Split("global_time", first["validation"], rows)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def report(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_show(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    facts = {"benchmark": name, "commit": _commit(), "hardware": hardware(), "config": config}
+    facts = {"benchmark": name, "commit": commit(), "hardware": hardware(), "config": config}
     print(f"{name}, commit {facts['commit']}, {facts['hardware']}")
     print(", ".join(f"{key} {value}" for key, value in config.items()))
     print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
@@ -76,7 +76,8 @@ def _show(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, and whether it is changed."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,

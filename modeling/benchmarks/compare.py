@@ -1,8 +1,10 @@
 """All rankers on a dataset, side by side: quality with intervals, what they cost, and what of the five
 papers' claims holds here. One HTML and one Markdown page.
 
-Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on. Runs are
-shared out among processes of one thread each.
+Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on. Recipes ×
+seeds are shared out among processes of one thread each; the curve of visible events (`--curve`) is
+that of `modeling.benchmarks.memory`, one run after another. A page has a folder of its own for each
+set of runs.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from feature_repo.benchmarks import hardware, parser, report
+from feature_repo.benchmarks import commit, hardware, parser, report
+from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import Settings
 from modeling.benchmarks import memory
 from modeling.benchmarks.published import HYDRAREC, MARGIN, PAPERS, Claim, Paper
 from modeling.benchmarks.request_cost import CANDIDATES, Cost, cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
-from modeling.comparison import next_item_recipe
+from modeling.comparison import comparison_folder, next_item_recipe
 from modeling.console import console
+from modeling.dataset import refuse_nothing_positive
 from modeling.encodings import Encodings
 from modeling.ranking import (
     FinishedRun,
@@ -45,6 +49,7 @@ from modeling.trained_floors import TrainedFloor, trained_floors
 BESIDE = ("vista_addressed", "mean_pool", "sim", "twin")
 THINNED = {"complete_journey": (4, 2)}  # each fourth training request, each second that evaluates
 QUICK = (20, 10)
+SEEDS_OF_TREES = 3
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,22 @@ class Found:
     """What came out of one dataset.
 
     Args:
-        claims: by name, as `paired` names them.
+        against_floors: each recipe less trees and less a mean pool.
+        claims: what the papers compare.
         next_item: the same of the next-item recipes' NDCG@10 and HR@10.
+        failed: runs that have no result, and why.
     """
 
     asked: Asked
     title: str
     results: list[dict[str, Any]]
     floor_rows: list[list[str]]
+    against_floors: list[Difference]
     claims: list[Difference]
     costs: dict[str, Cost]
     curve: list[dict[str, Any]]
     next_item: list[Difference] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -88,7 +97,9 @@ def main() -> None:
     flags.add_argument(
         "--recipes", nargs="+", help="ranking recipes (default: all that claims name)"
     )
-    flags.add_argument("--epochs", type=int, help="default: the recipe's; 1 with --quick")
+    flags.add_argument(
+        "--epochs", type=int, help="of rankers (default: the recipe's; 1 with --quick)"
+    )
     flags.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     flags.add_argument("--curve", action="store_true", help="also quality by visible events")
     flags.add_argument("--next_item", action="store_true", help="also HydraRec beside SASRec")
@@ -115,8 +126,7 @@ def main() -> None:
                 next_item=arguments.next_item,
             )
         )
-    folder = Path(of_all.root if "://" not in of_all.root else ".memoir", "comparison")
-    page = write(folder, found, seeds)
+    page = write(found, seeds)
     rows = [row for one in found for row in _rows(one)]
     config = {"datasets": arguments.datasets, "seeds": seeds, "epochs": epochs, "page": page.name}
     report("compare", config, rows, arguments.json)
@@ -124,18 +134,23 @@ def main() -> None:
 
 
 def of_dataset(settings: Settings, dataset: str) -> Settings:
-    """The same surroundings, of another dataset."""
+    """The same surroundings, of another dataset.
+
+    Raises:
+        SettingsError: a production profile, which reads its dataset from the environment.
+    """
     if dataset == settings.dataset:
         return settings
-    before = os.environ.get("MEMOIR_DATASET")
-    os.environ["MEMOIR_DATASET"] = dataset
-    try:
-        return Settings.from_env()
-    finally:
-        if before is None:
-            del os.environ["MEMOIR_DATASET"]
-        else:
-            os.environ["MEMOIR_DATASET"] = before
+    if settings.profile != "local":
+        raise SettingsError(
+            f"the {settings.profile} profile serves MEMOIR_DATASET={settings.dataset} alone: compare {dataset} in a call of its own"
+        )
+    return replace(
+        settings,
+        dataset=dataset,
+        home=f"{settings.root}/{dataset}",
+        catalogue_url=settings.catalogue_url.replace(f"/{settings.dataset}/", f"/{dataset}/"),
+    )
 
 
 def one_dataset(
@@ -150,61 +165,70 @@ def one_dataset(
     """Run what is not finished of a dataset, and pair it."""
     settings = asked.settings
     encodings = Encodings(settings, SERVICE, every=asked.every)
-    first = recipe_of(names[0], settings.dataset)
+    recipes_of = {name: recipe_of(name, settings.dataset) for name in names}
+    first = recipes_of[names[0]]
     title = encodings.set_of(first).describe()
     console.print(f"compare: {settings.dataset}, {title}", highlight=False)
+    for recipe in recipes_of.values():
+        encodings.set_of(recipe)  # made here, so that no two workers make the same one
     test, contract = encodings.period(first, "test"), encodings.encoder_of(first).contract
-    floors = trained_floors(settings, encodings, first, min(seeds, 3))
-    tasks = [(name, seed) for name in names for seed in range(1, seeds + 1)]
+    refuse_nothing_positive(contract, "test", (np.asarray(test.encoded.labels) == 1).sum(axis=0))
+    floors = trained_floors(settings, encodings, first, min(seeds, SEEDS_OF_TREES))
+    numbers = range(1, seeds + 1)
+    tasks = [(name, seed) for name in names for seed in numbers]
     if next_item:
-        tasks += [(name, seed) for name in HYDRAREC.recipes for seed in range(1, seeds + 1)]
-    runs = run_all(asked, tasks, workers)
-    ranked = {name: [runs[name, seed] for seed in range(1, seeds + 1)] for name in names}
-    sums = {name: of_seeds([run.sums for run in found]) for name, found in ranked.items()}
-    costs = {name: cost_of(encodings, recipe_of(name, settings.dataset)) for name in names}
-    later = []
-    if next_item:
-        of_next = {
-            name: of_seeds([runs[name, seed].sums for seed in range(1, seeds + 1)])
-            for name in HYDRAREC.recipes
-        }
-        later = decided(
-            [
-                difference(paired(c.ours, c.theirs), m, of_next[c.ours][m], of_next[c.theirs][m])
-                for c in HYDRAREC.claims
-                for m in ("ndcg@10", "hr@10")
-            ]
-        )
+        tasks += [(name, seed) for name in HYDRAREC.recipes for seed in numbers]
+    runs, failed = run_all(asked, tasks, workers)
+    whole = [name for name in names if all((name, seed) in runs for seed in numbers)]
+    sums = {name: of_seeds([runs[name, seed].sums for seed in numbers]) for name in whole}
+    later = [name for name in HYDRAREC.recipes if all((name, seed) in runs for seed in numbers)]
+    of_later = {name: of_seeds([runs[name, seed].sums for seed in numbers]) for name in later}
+    visible = (50, None) if asked.every == QUICK else memory.VISIBLE
     return Found(
         asked,
         title,
-        [run.result for found in ranked.values() for run in found],
+        [runs[name, seed].result for name in whole for seed in numbers],
         floor_lines(contract.spec, test) + classic_lines(floors),
-        claims_of(sums, floors),
-        costs,
-        memory.curve(settings, asked.every, memory.VISIBLE, seeds, 1) if curve else [],
-        later,
+        less_floors(sums, floors),
+        of_papers(PAPERS, sums, PAIRED),
+        {name: cost_of(encodings, recipes_of[name]) for name in whole},
+        memory.curve(settings, asked.every, visible, seeds, 1) if curve else [],
+        of_papers((HYDRAREC,), of_later, ("ndcg@10", "hr@10")),
+        failed,
     )
 
 
 def run_all(
     asked: Asked, tasks: Sequence[tuple[str, int]], workers: int
-) -> dict[tuple[str, int], FinishedRun]:
-    """Every recipe and seed, in as many processes as there are workers."""
+) -> tuple[dict[tuple[str, int], FinishedRun], dict[str, str]]:
+    """Every recipe and seed, in as many processes as there are workers.
+
+    Returns:
+        Finished runs; and why the others, such as one whose loss became infinite, have no result.
+    """
     found: dict[tuple[str, int], FinishedRun] = {}
+    failed: dict[str, str] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start) as pool:
         waiting = {pool.submit(run_one, asked, *task): task for task in tasks}
         for done in as_completed(waiting):
             name, seed = waiting[done]
-            found[name, seed] = done.result()
-            ndcg = found[name, seed].sums["ndcg@10"].value
+            error = done.exception()
+            if isinstance(error, ExpectedError):
+                failed[f"{name}, seed {seed}"] = str(error)
+                outcome = f"no result: {error}"
+            elif error is not None:
+                pool.shutdown(cancel_futures=True)
+                raise error
+            else:
+                found[name, seed] = done.result()
+                outcome = f"NDCG@10 {found[name, seed].sums['ndcg@10'].value:.4f}"
             console.print(
-                f"compare: {asked.settings.dataset}, {len(found)} of {len(tasks)} runs: {name}, seed {seed}, NDCG@10 {ndcg:.4f}",
+                f"compare: {asked.settings.dataset}, {len(found) + len(failed)} of {len(tasks)} runs: {name}, seed {seed}, {outcome}",
                 highlight=False,
                 soft_wrap=True,
             )
-    return found
+    return found, failed
 
 
 def _start() -> None:
@@ -243,7 +267,7 @@ def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:
     from modeling import next_item
 
     source = next_item.open_source(asked.settings, None)
-    recipe = next_item.variant(next_item_recipe(name), seed, asked.epochs)
+    recipe = next_item.variant(next_item_recipe(name), seed)
     result = next_item.train_and_evaluate(source, recipe)
     return FinishedRun(result, next_item.stored_sums(source, recipe))
 
@@ -253,23 +277,37 @@ def paired(ours: str, theirs: str) -> str:
     return f"{ours} − {theirs}"
 
 
-def claims_of(sums: dict[str, Sums], floors: Sequence[TrainedFloor]) -> list[Difference]:
-    """Every recipe less trees and less a mean pool, and what the papers compare; corrected together."""
-    trees = next(floor.sums for floor in floors if floor.name == "trees")
-    pairs = [(name, "trees") for name in sums]
-    pairs += [(name, "mean_pool") for name in sums if name != "mean_pool" and "mean_pool" in sums]
-    pairs += [
-        (c.ours, c.theirs)
-        for paper in PAPERS
-        for c in paper.claims
-        if c.ours in sums and c.theirs in sums
-    ]
-    of = {**sums, "trees": trees}
+def less_floors(sums: dict[str, Sums], floors: Sequence[TrainedFloor]) -> list[Difference]:
+    """Every recipe less trees and less a mean pool, corrected together."""
+    against = {"trees": next(floor.sums for floor in floors if floor.name == "trees")}
+    if "mean_pool" in sums:
+        against["mean_pool"] = sums["mean_pool"]
     return decided(
         [
-            difference(paired(ours, theirs), metric, of[ours][metric], of[theirs][metric])
-            for ours, theirs in dict.fromkeys(pairs)
+            difference(paired(ours, theirs), metric, sums[ours][metric], floor[metric])
+            for theirs, floor in against.items()
+            for ours in sums
+            if ours != theirs
             for metric in PAIRED
+        ]
+    )
+
+
+def of_papers(
+    papers: Sequence[Paper], sums: dict[str, Sums], metrics: Sequence[str]
+) -> list[Difference]:
+    """What papers compare, of recipes that were run; corrected together."""
+    pairs = [
+        (claim.ours, claim.theirs)
+        for paper in papers
+        for claim in paper.claims
+        if claim.ours in sums and claim.theirs in sums
+    ]
+    return decided(
+        [
+            difference(paired(ours, theirs), metric, sums[ours][metric], sums[theirs][metric])
+            for ours, theirs in dict.fromkeys(pairs)
+            for metric in metrics
         ]
     )
 
@@ -287,44 +325,71 @@ def verdict(claim: Claim, found: Difference) -> str:
     return {"above": "replicated", "below": "not replicated"}.get(found.verdict, "undecided")
 
 
-def write(folder: Path, found: Sequence[Found], seeds: int) -> Path:
+def write(found: Sequence[Found], seeds: int) -> Path:
     """Write the two pages and their pictures; returns the HTML page's path."""
     plt = plots()
-    sections = []
-    for one in found:
-        rows = summary_lines(one.results)
-        pictures = {f"{one.name}_frontier": _frontier(plt, one)}
-        sections.append(Section(f"{one.name}: quality", one.title, rows + one.floor_rows, pictures))
-        cost_rows = [["recipe", "ms a request", "ms one more event", "bytes a user"]]
-        for name, cost in one.costs.items():
-            event = "–" if cost.one_event_ms is None else f"{cost.one_event_ms:.2f}"
-            cost_rows.append([name, f"{cost.request_ms:.2f}", event, f"{cost.bytes_a_user:,.0f}"])
-        events = statistics.mean(cost.events for cost in one.costs.values())
-        said = (
-            f"CPU of one thread, {CANDIDATES} candidates, the longest histories ({events:,.0f} events in the mean). Bytes are those "
-            "of summary tokens in fp16, or of the events that the model reads."
-        )
-        sections.append(Section(f"{one.name}: cost", said, cost_rows))
-        if one.curve:
-            curves = {f"{one.name}_history": _history(plt, one.curve)}
-            sections.append(
-                Section(f"{one.name}: visible events", "", _curve_rows(one.curve), curves)
-            )
-        sections.append(
-            Section(
-                f"{one.name}: differences",
-                "Paired over users and seeds, 95 % intervals, after Holm's correction over this table.",
-                _difference_rows(one.claims),
-            )
-        )
+    sections = [section for one in found for section in _of_dataset(plt, one)]
     for paper in (*PAPERS, HYDRAREC):
         sections.append(Section(paper.title, paper.about, _paper_rows(paper, found)))
+    epochs = found[0].asked.epochs
+    command = f"python -m modeling.benchmarks.compare --datasets {' '.join(one.name for one in found)} --seeds {seeds}"
     about = [
-        f"{hardware()}; {seeds} seeds; mean ± standard deviation over seeds. Floors stand below the recipes.",
-        "A claim is replicated, not replicated or undecided by the paired interval of NDCG@10; one of no loss is replicated "
-        f"where the interval excludes a loss of {MARGIN}.",
+        f"{command}{'' if epochs is None else f' --epochs {epochs}'}; commit {commit()}, {hardware()}.",
+        "Test period; mean ± standard deviation over seeds; floors stand below the recipes. Differences are paired over users and "
+        "seeds, with 95 % intervals, and decided after Holm's correction over their table.",
+        "Of a paper, “above” is replicated where NDCG@10 is decidedly above, after Holm's correction over all papers' claims; “no "
+        f"worse” where the interval of the difference, uncorrected, excludes a loss of {MARGIN}.",
     ]
+    root = found[0].asked.settings.path().parent
+    folder = comparison_folder(root, [result for one in found for result in one.results])
     return write_sections(folder, "compare", "Rankers side by side", about, sections)
+
+
+def _of_dataset(plt: Any, one: Found) -> list[Section]:
+    """Quality, cost, visible events and differences on one dataset."""
+    train, evaluated = one.asked.every
+    thinned = (
+        ""
+        if train == 1
+        else f"; each {train}th training request, each {evaluated}th that evaluates"
+    )
+    failed = "".join(f" {run}: {why}." for run, why in one.failed.items())
+    quality = Section(
+        f"{one.name}: quality",
+        f"{one.title}{thinned}.{failed}",
+        summary_lines(one.results) + one.floor_rows,
+        {f"{one.name}_frontier": _frontier(plt, one)},
+    )
+    cost_rows = [
+        [
+            "recipe",
+            "events read",
+            "ms a request",
+            "of it scoring",
+            "ms one more event",
+            "bytes a user",
+        ]
+    ]
+    for name, cost in one.costs.items():
+        event = "–" if cost.one_event_ms is None else f"{cost.one_event_ms:.2f}"
+        times = [f"{cost.events:,.0f}", f"{cost.request_ms:.2f}", f"{cost.score_ms:.2f}"]
+        cost_rows.append([name, *times, event, f"{cost.bytes_a_user:,.0f}"])
+    said = (
+        f"CPU of one thread, {CANDIDATES} candidates, the users of the longest histories. A request is ranked from stored summary "
+        "tokens where the model makes some that can be extended, else the user is encoded from events; “scoring” is what is left "
+        "where a cache has the user's state. Bytes are those of tokens in fp16 and their streams in fp32, or of the events read."
+    )
+    sections = [quality, Section(f"{one.name}: cost", said, cost_rows)]
+    if one.curve:
+        curves = {f"{one.name}_history": _history(plt, one.curve)}
+        said = (
+            "All inputs know the newest so many events of each user and no more. Recipes of modeling.benchmarks.memory, one epoch; "
+            "all seeds at 50, 500 and all events, one between."
+        )
+        rows = _curve_rows(one.curve)
+        sections.append(Section(f"{one.name}: visible events", said, rows, curves))
+    rows = _difference_rows(one.against_floors)
+    return [*sections, Section(f"{one.name}: less trees, less a mean pool", "", rows)]
 
 
 def _paper_rows(paper: Paper, found: Sequence[Found]) -> list[list[str]]:
@@ -353,34 +418,38 @@ def _difference_rows(claims: Sequence[Difference]) -> list[list[str]]:
 
 
 def _curve_rows(curve: Sequence[dict[str, Any]]) -> list[list[str]]:
-    rows = [["visible events", "ranker", *PAIRED]]
+    rows = [["visible events", "ranker", "seeds", *PAIRED]]
     for row in curve:
         if row["case"] == "curve":
-            figures = [f"{row[metric]:.4f}" for metric in PAIRED]
-            rows.append([str(row["visible"]), row["ranker"], *figures])
+            figures = [
+                f"{row[metric]:.4f}" + (f" ± {row[f'{metric} ±']:.4f}" if row["seeds"] > 1 else "")
+                for metric in PAIRED
+            ]
+            rows.append([str(row["visible"]), row["ranker"], str(row["seeds"]), *figures])
         else:
             metric = next(name for name in PAIRED if name in row)
             said = f"{row[metric]:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], {row['verdict']}"
             cells = [said if metric == name else "" for name in PAIRED]
-            rows.append(["difference", row["ranker"], *cells])
+            rows.append(["difference", row["ranker"], "", *cells])
     return rows
 
 
 def _frontier(plt: Any, one: Found) -> bytes:
-    """Quality against what a request costs, with intervals over seeds."""
+    """Quality against what a request costs, with deviations over seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
-    quality: dict[str, list[float]] = {}
-    for result in one.results:
-        quality.setdefault(result["recipe"], []).append(result["test"]["ndcg@10"]["value"])
-    points = {name: (one.costs[name].request_ms, np.mean(of)) for name, of in quality.items()}
     best = float("-inf")
-    for name, (cost, value) in sorted(points.items(), key=lambda pair: pair[1]):
-        on_frontier, best = value > best, max(best, float(value))
-        spread = np.std(quality[name], ddof=1) if len(quality[name]) > 1 else 0
-        colour = ORANGE if on_frontier else BLUE
-        axes.errorbar(cost, value, yerr=spread, fmt="o", color=colour, markersize=4, linewidth=1)
+    for name in sorted(one.costs, key=lambda name: one.costs[name].request_ms):
+        runs = [result for result in one.results if result["recipe"] == name]
+        values = [value for run in runs if (value := _value(run, "ndcg@10")) is not None]
+        if not values:
+            continue
+        place = (one.costs[name].request_ms, statistics.mean(values))
+        spread = statistics.stdev(values) if len(values) > 1 else 0
+        colour = ORANGE if place[1] > best else BLUE
+        best = max(best, place[1])
+        axes.errorbar(*place, yerr=spread, fmt="o", color=colour, markersize=4, linewidth=1)
         axes.annotate(
-            name, (cost, value), textcoords="offset points", xytext=(4, 3), fontsize=7, color=GREY
+            name, place, textcoords="offset points", xytext=(4, 3), fontsize=7, color=GREY
         )
     axes.set(
         xscale="log",
@@ -389,6 +458,12 @@ def _frontier(plt: Any, one: Found) -> bytes:
         title=f"{one.name}: quality and cost; nothing cheaper is better than the orange ones",
     )
     return png_of(plt, figure)
+
+
+def _value(result: dict[str, Any], metric: str) -> float | None:
+    """A test metric; None where it is undefined."""
+    found = result["test"][metric]
+    return None if found is None else float(found["value"])
 
 
 def _history(plt: Any, curve: Sequence[dict[str, Any]]) -> bytes:
@@ -414,7 +489,7 @@ def _rows(one: Found) -> list[dict[str, Any]]:
     """What the closing JSON line holds of a dataset."""
     rows: list[dict[str, Any]] = []
     for result in one.results:
-        figures = {metric: result["test"][metric]["value"] for metric in PAIRED}
+        figures = {metric: _value(result, metric) for metric in PAIRED}
         rows.append(
             {
                 "data": one.name,
@@ -425,7 +500,7 @@ def _rows(one: Found) -> list[dict[str, Any]]:
                 "request_ms": one.costs[result["recipe"]].request_ms,
             }
         )
-    for claim in (*one.claims, *one.next_item):
+    for claim in (*one.against_floors, *one.claims, *one.next_item):
         rows.append(
             {
                 "data": one.name,

@@ -153,7 +153,7 @@ def curve(
             claims.append(
                 difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
             )
-    lengths = _user_lengths(encodings)  # of the last set, which sees all events
+    lengths = _user_lengths(Encodings(settings, SERVICE, every=every))
     claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
     claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
     return rows + _claimed("curve", claims)
@@ -180,6 +180,8 @@ def _by_length(lengths: np.ndarray, ours: Sums, theirs: Sums, said: str) -> list
     found = []
     for number in range(4):
         chosen = np.flatnonzero(quarter == number)
+        if not len(chosen):
+            continue
         name = (
             f"{CURVE[0]}, users of {bounds[number]:.0f} to {bounds[number + 1]:.0f} events: {said}"
         )

@@ -1,5 +1,4 @@
-"""Quality of one next-item recipe over seeds: leave-one-out metrics of every protocol, and what
-training cost.
+"""Quality of one next-item recipe over seeds: metrics of every protocol, and what training cost.
 
 Runs are kept and resumed, so an interrupted benchmark goes on where it stopped, and a finished one
 only prints. The published figures to hold the rows against are in the result pages beside this

@@ -26,12 +26,17 @@ class Cost:
     """CPU milliseconds of a request and of one more event, and bytes of what is stored for a user.
 
     Args:
-        one_event_ms: None where the events themselves are stored.
-        bytes_a_user: of tokens in fp16, or of the events that the model reads, as they are encoded.
-        events: that these users have, in the mean.
+        request_ms: of one that arrives: from stored summary tokens where the model makes some, else the
+            user is encoded from events.
+        score_ms: of its candidates alone, against a user state that a cache still has.
+        one_event_ms: of taking it into stored streams; None where the events themselves are stored.
+        bytes_a_user: of tokens in fp16 and the streams behind them in fp32, or of the events that the
+            model reads, as they are encoded.
+        events: that the model reads of these users, in the mean.
     """
 
     request_ms: float
+    score_ms: float
     one_event_ms: float | None
     bytes_a_user: float
     events: float
@@ -54,15 +59,17 @@ def cost_of(encodings: Encodings, recipe: Recipe) -> Cost:
     one_event = [cost.one_event_ms for cost in found if cost.one_event_ms is not None]
     return Cost(
         statistics.median(cost.request_ms for cost in found),
+        statistics.median(cost.score_ms for cost in found),
         statistics.median(one_event) if one_event else None,
         found[0].state_bytes or of_events,
-        float(known[longest].mean()),
+        float(np.minimum(known[longest], encoder.history_length).mean()),
     )
 
 
 @dataclass(frozen=True)
 class _Measured:
     request_ms: float
+    score_ms: float
     one_event_ms: float | None
     state_bytes: int | None
 
@@ -71,14 +78,18 @@ class _Measured:
 def _measured(model: Ranker, batch: Batch) -> _Measured:
     """Of one request: from stored tokens where the model makes some, else from the events."""
     user, some = batch.user, batch.candidates
-    if not isinstance(model, TokenMaker) or not model.streams:
-        return _Measured(_ms(lambda: model.score(model.encode_user(user), some)), None, None)
-    tokens, streams = model.stream([user])
-    given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
+    given, one_event_ms, state_bytes = user, None, None
+    if isinstance(model, TokenMaker) and model.streams:
+        tokens, streams = model.stream([user])
+        given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
+        one_event_ms = _ms(lambda: model.stream([user.events(-1)], streams))
+        state_bytes = 2 * tokens[0].numel() + 4 * model.stored_streams(streams)[0].numel()
+    state = model.encode_user(given)
     return _Measured(
         _ms(lambda: model.score(model.encode_user(given), some)),
-        _ms(lambda: model.stream([user.events(-1)], streams)),
-        2 * tokens[0].numel(),
+        _ms(lambda: model.score(state, some)),
+        one_event_ms,
+        state_bytes,
     )
 
 

@@ -204,10 +204,11 @@ class DenseTokens(nn.Module):
 
 
 class BucketTokens(nn.Module):
-    """Numbers → quantile buckets of the training period → an embedding each; five numbers' sum is a
-    token (OneTrans, arXiv 2510.26104, section 3.2: numeric features are bucketised).
+    """Numbers → quantile buckets of the training period → an embedding each (OneTrans, arXiv
+    2510.26104, section 3.2: numeric features are bucketised).
 
-    A missing number (NaN) has a bucket of its own.
+    Differs: the paper does not say how buckets are cut; five numbers' embeddings are summed into a
+    token, as many as the network makes of them; a missing number (NaN) has a bucket of its own.
     """
 
     bounds_FQ: Tensor
@@ -222,7 +223,7 @@ class BucketTokens(nn.Module):
         nn.init.normal_(self.rows.weight, std=0.05)
 
     def fit(self, values_NF: Tensor) -> None:
-        """Bounds between equally many known values; a number that nobody knows has one bucket."""
+        """Bounds between equally many known values; those of a number that nobody knows stay 0."""
         shares = torch.linspace(0, 1, NUM_BUCKETS + 1, dtype=torch.float64)[1:-1]
         for number, values in enumerate(values_NF.T):
             known = values[~values.isnan()].double().numpy()

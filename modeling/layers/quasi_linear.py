@@ -232,7 +232,7 @@ def _sum(keys: Tensor, values: Tensor, mask_BL: Tensor) -> Tensor:
 
 def _product(keys: Tensor, values: Tensor) -> Tensor:
     """φ(K)^T V in float32 at least: sums of a million rows overflow in float16 and stand still in
-    bfloat16.
+    bfloat16. Rows read W in their own precision, so in float16 W has to be divided by N.
     """
     with torch.autocast(keys.device.type, enabled=False):
         wide = _of_sums(keys)

@@ -165,7 +165,9 @@ class OneTrans(Ranker):
         self.request_nodes: nn.Module | None
         self.candidate_nodes: nn.Module
         if config.tokeniser == "auto_split":
-            self.num_request, self.num_candidate = config.request_tokens, config.candidate_tokens
+            # A request without features has nothing to be split.
+            self.num_request = config.request_tokens if features.num_request else 0
+            self.num_candidate = config.candidate_tokens
             alone = self.num_request == 0
             inputs = features.num_candidate + (features.num_request if alone else 0)
             self.request_nodes = (
@@ -179,7 +181,9 @@ class OneTrans(Ranker):
                 len(features.request_groups),
                 len(features.candidate_groups),
             )
-            self.request_nodes = GroupWise(features.request_groups, width)
+            self.request_nodes = (
+                GroupWise(features.request_groups, width) if self.num_request else None
+            )
             self.candidate_nodes = GroupWise(features.candidate_groups, width)
         self.num_ns = self.num_request + self.num_candidate
         # One network for each behaviour sequence, shared by its events.

@@ -28,8 +28,8 @@ class Fit:
     final_learning_rate: float = (
         0.1  # share of the learning rate at the end of its cosine; 1 keeps it
     )
-    beta2: float = 0.99
-    weight_decay: float = 1e-5  # of maps and embeddings, not of biases and gains
+    beta2: float = 0.99  # of adamw
+    weight_decay: float = 1e-5  # of adamw: of maps and embeddings, not of biases and gains
     optimizer: Literal["adamw", "rmsprop_adagrad"] = "adamw"  # see modeling/optimizers.py
     warmup_steps: int = 50
     clip_norm: float = 1.0

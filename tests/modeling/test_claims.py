@@ -72,3 +72,23 @@ def test_rankers_of_other_requests_cannot_be_paired() -> None:
     ):
         with pytest.raises(ValueError, match="cannot be paired"):
             difference("x", "gauc", one, other)
+
+
+def test_a_long_table_of_clear_differences_is_decided() -> None:
+    """Holm's correction over hundreds of claims leaves what is clear beyond doubt."""
+    ours, theirs = (PerUser(np.full((5, 40), value), np.ones((5, 40))) for value in (0.9, 0.1))
+    noise = np.random.default_rng(0).normal(0, 0.05, (5, 40))
+    ours = PerUser(ours.total + noise, ours.weight)
+    claims = decided([difference(str(n), "gauc", ours, theirs, n) for n in range(300)])
+    assert {claim.verdict for claim in claims} == {"above"}
+
+
+def test_what_is_undefined_is_undecided() -> None:
+    """A metric that no user has; and one that a single user has, whom some draws leave out."""
+    nobody = PerUser(np.zeros((1, 5)), np.zeros((1, 5)))
+    (claim,) = decided([difference("nobody", "gauc", nobody, nobody)])
+    assert np.isnan(claim.value)
+    assert claim.verdict == "undecided"
+    weight = np.array([[1.0, 0, 0, 0, 0]])
+    one = difference("one", "gauc", PerUser(weight, weight), PerUser(0 * weight, weight))
+    assert (one.value, one.low, one.high) == (1, 1, 1)

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modeling import recipes
 from modeling.benchmarks import compare
 from modeling.benchmarks.published import HYDRAREC, PAPERS, Claim
-from modeling.claims import Difference
+from modeling.claims import PAIRED, Difference
+from modeling.metrics import PerUser
+from modeling.ranking import FinishedRun
 from modeling.recipes import NextItemRecipe
+from modeling.trainer import LossError
 
 ABOVE = Claim("better", "a", "b")
 NO_WORSE = Claim("no worse", "a", "b", "no worse")
@@ -63,8 +68,10 @@ def test_a_page_of_tiny_recipes(
     compare.main()
     said = capsys.readouterr().out
     assert said.count("NDCG@10 0.") == 4
-    folder = Path(shop.settings.root, "comparison")
-    page, text = (folder / f"compare.{kind}" for kind in ("html", "md"))
+    told = next(line for line in said.splitlines() if line.startswith("comparison: "))
+    page = Path(told.removeprefix("comparison: "))
+    assert page.parent.parent == Path(shop.settings.root, "comparisons")
+    text = page.with_suffix(".md")
     rows = json.loads(stored.read_text())["rows"]
     named = [row["recipe"] for row in rows]
     assert named[:4] == ["onetrans_tiny"] * 2 + ["vista_addressed_tiny"] * 2
@@ -73,8 +80,33 @@ def test_a_page_of_tiny_recipes(
         assert name in page.read_text()
         assert name in text.read_text()
     assert f"{shop.settings.dataset}_frontier.png" in text.read_text()
-    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("result.json")}
+    results = list(Path(shop.settings.root).rglob("result.json"))
+    before = {path: path.stat().st_mtime_ns for path in results}
     compare.main()
     again = json.loads(stored.read_text())["rows"]
     assert [row.get("ndcg@10") for row in again] == [row.get("ndcg@10") for row in rows]
-    assert before == {path: path.stat().st_mtime_ns for path in folder.parent.rglob("result.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in results}
+
+
+def test_a_run_without_a_result_costs_no_other(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its message says stands on the page; metrics that are undefined are no number."""
+    real = compare.ProcessPoolExecutor
+
+    class Threads(real):  # type: ignore[valid-type,misc]
+        """In this process, where a run can be replaced."""
+
+        def __new__(cls, workers: int, **_: Any) -> Any:
+            return ThreadPoolExecutor(workers)
+
+    def run(asked: Any, name: str, seed: int) -> FinishedRun:
+        if name == "din":
+            raise LossError("loss is nan")
+        one = {metric: PerUser(np.ones((1, 3)), np.ones((1, 3))) for metric in PAIRED}
+        return FinishedRun({"recipe": name, "seed": seed}, one)
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(compare, "run_one", run)
+    asked = compare.Asked(shop.settings, (1, 1), 1)
+    found, failed = compare.run_all(asked, [("din", 1), ("vista", 1)], 1)
+    assert list(found) == [("vista", 1)]
+    assert failed == {"din, seed 1": "loss is nan"}

@@ -127,6 +127,11 @@ def test_targets_of_a_time_split_are_counted(tmp_path: Path) -> None:
     assert found.counts["targets_of_users_not_trained_on"] == 1
     assert found.counts["targets_not_trained_on"] == 1  # item 5
     found.refuse_leaks(found.training_ends())
+    assert not leave_one_out.supports(found, "U100")
+    with pytest.raises(ValueError, match="U100 is defined for leave_one_out"):
+        sample_negatives(found, np.array([1]), "test", "U100", np.random.default_rng(0))
+    with pytest.raises(DataError, match="no validation target"):
+        replace(file, times=np.full(12, 7, np.int64)).by_time()
 
 
 def test_training_on_a_target_is_refused(tmp_path: Path) -> None:

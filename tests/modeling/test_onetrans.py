@@ -335,6 +335,29 @@ def test_tokenisers_give_tokens_of_one_width() -> None:
     )  # two products
 
 
+@pytest.mark.parametrize("tokeniser", ["auto_split", "group_wise"])
+def test_a_request_without_features_has_no_tokens(tokeniser: str) -> None:
+    """Items and nothing else."""
+    bare = FeatureSizes(SIZES.items, SIZES.actions, 160)
+    model, whole = build(bare, tokeniser=tokeniser), batch_of([9, 3], 3, 1)
+    user = replace(
+        whole.user,
+        field_BU=torch.zeros(2, 0, dtype=torch.long),
+        dense_BG=torch.zeros(2, 0),
+        event_BLE=torch.zeros(*whole.user.item_BL.shape, 0),
+        event_category_BLJ=None,
+    )
+    some = replace(
+        whole.candidates,
+        category_BCK=torch.zeros(2, 3, 0, dtype=torch.long),
+        dense_BCF=torch.zeros(2, 3, 0),
+    )
+    batch = Batch(user, some, torch.zeros(2, 3, 1))
+    assert model.num_request == 0
+    with torch.inference_mode():
+        assert_close(model(batch), model.forward_plain(batch))
+
+
 def test_merges_order_events_as_they_say() -> None:
     """Aware: by time. Agnostic: all of the first action, a separator, all of the second, each by
     time.

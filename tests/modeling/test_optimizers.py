@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import models
-from modeling.layers.per_token import MixedRMSNorm, PerTokenLayerNorm
-from modeling.optimizers import RMSPROP_DECAY, optimizer_of, undecayed
+from modeling import models, optimizers
+from modeling.optimizers import optimizer_of, undecayed
 from modeling.recipes import Training
 from tests.modeling.test_invariants import SIZES
 
@@ -29,26 +28,39 @@ class Network(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("name", ["onetrans", "hiformer", "vista"])
-def test_norms_and_biases_of_tokens_are_decayed_no_more_than_shared_ones(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "free", "decayed"),
+    [
+        (
+            "onetrans",
+            ["layers.0.norm.own", "layers.0.norm.shared", "final_norm.own", "event_up.bias"],
+            ["layers.0.query.own.weight", "layers.0.query.shared.weight", "event_up.weight"],
+        ),
+        ("hiformer", ["layers.0.norm.gain", "layers.0.norm.bias"], ["features.item.weight"]),
+        ("vista", ["summary.0.norm.weight"], ["summary.0.query.weight", "seeds"]),
+    ],
+)
+def test_gains_and_biases_of_tokens_are_decayed_no_more_than_shared_ones(
+    name: str, free: list[str], decayed: list[str]
+) -> None:
     model = models.build(name, {"width": 16}, SIZES)
     kept = {id(parameter) for parameter in undecayed(model)}
-    for module in model.modules():
-        is_norm = isinstance(module, (nn.RMSNorm, nn.LayerNorm, MixedRMSNorm, PerTokenLayerNorm))
-        for part, parameter in module.named_parameters(recurse=False):
-            if is_norm or part == "bias":
-                assert id(parameter) in kept
-            elif part == "weight" and parameter.ndim > 1:
-                assert id(parameter) not in kept
+    named = dict(model.named_parameters())
+    assert [id(named[part]) in kept for part in free] == [True] * len(free)
+    assert [id(named[part]) in kept for part in decayed] == [False] * len(decayed)
     groups = optimizer_of(model, Training(weight_decay=0.1)).parts[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_rmsprop_sums_squares_and_tables_have_adagrad() -> None:
-    """Ten steps by torch's optimisers equal v <- a v + g^2 and Adagrad, written out."""
+def test_rmsprop_sums_squares_and_tables_have_adagrad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps by torch's optimisers equal v <- a v + g^2 and Adagrad, written out; with a decay that
+    is felt in ten steps.
+    """
+    monkeypatch.setattr(optimizers, "RMSPROP_DECAY", 0.7)
     network, twin = Network(), Network()
-    optimizer = optimizer_of(network, Training(optimizer="rmsprop_adagrad", learning_rate=0.01))
+    training = Training(optimizer="rmsprop_adagrad", learning_rate=0.01, weight_decay=0.0)
+    optimizer = optimizer_of(network, training)
     squares = [torch.zeros_like(parameter) for parameter in twin.parameters()]
     for step in range(10):
         items, share = [step % 5, 1], 1 / (1 + step)
@@ -61,7 +73,7 @@ def test_rmsprop_sums_squares_and_tables_have_adagrad() -> None:
             for number, (parameter, gradient) in enumerate(
                 zip(twin.parameters(), gradients, strict=True)
             ):
-                decay = 1.0 if number == 0 else RMSPROP_DECAY
+                decay = 1.0 if number == 0 else 0.7  # the table is the first
                 squares[number] = decay * squares[number] + gradient**2
                 parameter -= share * 0.01 * gradient / (squares[number].sqrt() + 1e-8)
     for parameter, expected in zip(network.parameters(), twin.parameters(), strict=True):
@@ -69,7 +81,7 @@ def test_rmsprop_sums_squares_and_tables_have_adagrad() -> None:
 
 
 def test_two_optimisers_go_on_from_a_kept_state() -> None:
-    training = Training(optimizer="rmsprop_adagrad", learning_rate=0.01)
+    training = Training(optimizer="rmsprop_adagrad", learning_rate=0.01, weight_decay=0.0)
     network, other = Network(), Network()
     optimizer = optimizer_of(network, training)
     for steps in (3, 2):
@@ -87,3 +99,10 @@ def test_two_optimisers_go_on_from_a_kept_state() -> None:
         again.step()
     for parameter, expected in zip(other.parameters(), network.parameters(), strict=True):
         assert torch.equal(parameter, expected)
+
+
+def test_what_an_optimiser_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="adamw or rmsprop_adagrad, not 'adamW'"):
+        optimizer_of(Network(), Training(optimizer="adamW"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no weight decay"):
+        optimizer_of(Network(), Training(optimizer="rmsprop_adagrad", weight_decay=0.1))
