@@ -15,7 +15,8 @@ Differs. The paper caches nothing: composite keys and values mix all tokens. But
 splits, x K̂ = x_request K̂_top + x_candidate K̂_bottom, and its first half is here a `UserState`,
 computed once per request; likewise projections by token of the first layer. What the paper leaves
 open: pre-norm with each token's own gain; Xavier for maps by token, composite ones scaled by all
-their inputs; queries of inner layers are composite too; the paper has no sequences, so a pooled
+their inputs; queries of inner layers are composite too; numbers share the paper's one dense network, which also sees whether each is there, in place of a row
+for what is missing, and vectors have a matrix each; the paper has no sequences, so a pooled
 token for each behaviour sequence is among the request's, and `history` adds a token that the
 candidate reads from the events.
 """

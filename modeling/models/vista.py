@@ -16,7 +16,9 @@ Differs, where the paper is silent: seeds are source rows, or target rows (`seed
 knows when it happened (age, or in the streaming form the gap before it); targets of the
 reconstruction carry no gradient, and its mean is taken over events and width, so that a weight of 1
 means the same at any size; tokens attend to tokens, never to candidates; what a candidate read goes
-to the same cross layers and heads as the amortised DLRM's.
+to the same cross layers and heads as the amortised DLRM's. SGLU is twice the width, and stage 1's
+RMSNorms have gains (TransNormerLLM, which the gate is from, has none); stage 2 is of pre-norm layers
+with LayerNorm and a GELU feed-forward of twice the width.
 
 Ours: `causal=True` streams. Events read the blocks before their own; each layer's state has a fixed
 size; `extend_user` is exact at a cost that does not depend on the history.
