@@ -138,12 +138,13 @@ def compare(
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
     from modeling import command
+    from modeling.changes import Comparison
 
     for name, value in (("seeds", seeds), ("threads", threads)):
         if value < 1:
             raise UsageError(f"--{name} expects 1 or more, not {value}")
     command.run_compare(
-        command.Comparison(
+        Comparison(
             recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling, split
         )
     )

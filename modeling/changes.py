@@ -1,5 +1,5 @@
-"""`--set model.width=64`: any field of a recipe from the command line, by name and type; part of
-the run's identity.
+"""What a command line asks for: any field of a recipe, by name and type (`--set model.width=64`), which
+is part of the run's identity; and a comparison.
 """
 
 from __future__ import annotations
@@ -7,11 +7,12 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from feature_repo.errors import nearest
 from modeling.errors import RecipeError
-from modeling.recipes import AnyRecipe
+from modeling.recipes import AnyRecipe, SplitName
 
 R = TypeVar("R", bound=AnyRecipe)
 FIXED = (
@@ -32,6 +33,21 @@ class Changes:
     seed: int | None = None
     epochs: int | None = None
     assignments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` is asked for; see its help."""
+
+    recipes: tuple[str, ...]
+    data: Path | None = None
+    seeds: int = 1
+    epochs: int | None = None
+    learning_rates: tuple[float, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
+    scaling: bool = True
+    split: SplitName = "leave_one_out"
 
 
 def changed(recipe: R, changes: Changes) -> R:

@@ -17,7 +17,7 @@ from feature_repo.settings import Settings
 from feature_repo.sources import sha256_of
 from feature_repo.tables import JobFolder, digest_of
 from modeling import recipes
-from modeling.changes import Changes, changed
+from modeling.changes import Changes, Comparison, changed
 from modeling.console import console, print_table
 from modeling.errors import DataError, NotTrainedError, RecipeError, RunError
 from modeling.recipes import NextItemRecipe, Recipe
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from modeling.dataset import Warehouse
     from modeling.encoder import Encoder
     from modeling.models.base import Ranker
-    from modeling.sequences import SplitName
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
 NEWEST = "newest.json"  # beside a recipe's runs: what the last training was asked for
@@ -58,21 +57,6 @@ class TrainingRun:
     def evaluation_identity(self) -> str:
         """The run, and the code that evaluates it."""
         return digest_of([self.identity, code_digest("modeling.evaluate")])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` is asked for; see its help."""
-
-    recipes: tuple[str, ...]
-    data: Path | None = None
-    seeds: int = 1
-    epochs: int | None = None
-    learning_rates: tuple[float, ...] = ()
-    device: str = "cpu"
-    threads: int = 1
-    scaling: bool = True
-    split: SplitName = "leave_one_out"
 
 
 def run_train(

@@ -26,7 +26,7 @@ from modeling.report import plots, png_of, write_page
 from modeling.scaling import encoder_cost
 
 if TYPE_CHECKING:
-    from modeling.command import Comparison
+    from modeling.changes import Comparison
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 LENGTHS = (512, 2048, 8192)

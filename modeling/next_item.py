@@ -28,10 +28,9 @@ from modeling.errors import DataError
 from modeling.leave_one_out import PROTOCOLS
 from modeling.memory import keep_freed_memory
 from modeling.models.sequence import PackedEvents, SequenceRanker
-from modeling.recipes import NextItemRecipe
+from modeling.recipes import NextItemRecipe, SplitName
 from modeling.sequences import (
     Sequences,
-    SplitName,
     TrainingWindows,
     causal_batch,
     cloze_batch,

@@ -51,7 +51,7 @@ from modeling.training_set import Period
 
 if TYPE_CHECKING:
     from feature_repo.schema import DatasetSpec
-    from modeling.command import Comparison
+    from modeling.changes import Comparison
 
 METRICS = ("gauc", "ndcg@10", "auc", "log_loss")
 

@@ -30,10 +30,10 @@ from modeling.batch import FeatureSizes
 from modeling.errors import DataError
 from modeling.layers.packing import Packing
 from modeling.models.sequence import PackedEvents
+from modeling.recipes import SplitName
 
 Target = Literal["validation", "test"]
 Windows = Literal["newest", "all"]
-SplitName = Literal["leave_one_out", "global_time"]
 HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
 MIN_EVENTS = 3
 CUTS: dict[Target, float] = {"validation": 0.8, "test": 0.9}  # share of all events before a period

@@ -83,6 +83,7 @@ class Recipe:
     without: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
 
 
+SplitName = Literal["leave_one_out", "global_time"]  # see modeling/sequences.py
 Objective = Literal["softmax", "sampled_softmax", "gbce", "cloze"]
 
 
