@@ -65,7 +65,7 @@ types: setup  ## mypy
 	$(RUN) -m mypy
 
 test: setup  ## pytest, a process on each core; each file in one of them, so that its worlds are built once
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 format: setup  ## ruff, mending
 	$(RUN) -m ruff check --fix .

@@ -158,7 +158,7 @@ class Source:
     def describe(self) -> str:
         """The source and its counts in a line."""
         counts = self.sequences.counts
-        line = f"{self.title}, {self.sequences.split.name.replace('_', ' ')}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
+        line = f"{self.title}, {counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events"
         if counts["other_actions_dropped"]:
             line += f"; {counts['other_actions_dropped']:,} events of other actions dropped"
         if counts["repeats_dropped"]:
@@ -167,7 +167,7 @@ class Source:
             line += f"; {counts['users_not_evaluated']:,} users without a target are not evaluated"
         if "targets" in counts:
             line += (
-                f"; {counts['targets']:,} targets, {counts['targets_of_users_not_trained_on']:,} of users that training did not see, "
+                f"; global time split, {counts['targets']:,} targets, {counts['targets_of_users_not_trained_on']:,} of users that training did not see, "
                 f"{counts['targets_not_trained_on']:,} of items that it did not see"
             )
         return line
