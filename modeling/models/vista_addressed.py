@@ -12,8 +12,8 @@ into tokens that a store keeps, and candidates read the tokens alone. Stage 1 is
 | stage 2: attention of a candidate to the tokens | attention over slots, by the candidate's address |
 
 Differs: in the paper nothing binds a seed to which item it keeps, and its sums weigh an event of
-yesterday as one of five years ago. On The Complete Journey, without match features, that loses to a
-mean pool (`benchmarks/memory_…md`). There is no reconstruction loss: a slot's products with codes
+yesterday as one of five years ago. On The Complete Journey, without match features, that is worth
+0.018 NDCG@10 over a mean pool, and slots 0.216 (`benchmarks/memory_epyc2_2026-11-28.md`). There is no reconstruction loss: a slot's products with codes
 are what is read.
 """
 
