@@ -34,6 +34,7 @@ from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.trained_floors import sums_by_user, trained_floors
 
 EVERY = (4, 2)  # each fourth training request, each second test request
+QUICK = (120, 60)
 VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
 TRAINING = Training(epochs=1, learning_rate=4e-3)
 COMMON: dict[str, Any] = {"width": 32, "dropout": 0.1}
@@ -73,7 +74,7 @@ def main() -> None:
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
-    every = (40, 20) if arguments.quick else EVERY
+    every = QUICK if arguments.quick else EVERY
     visible: tuple[int | None, ...] = (50, None) if arguments.quick else VISIBLE
     seeds = 1 if arguments.quick else arguments.seeds
     between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
