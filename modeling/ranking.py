@@ -22,6 +22,7 @@ from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import models, recipes
+from modeling.batch import Batch
 from modeling.claims import (
     PAIRED,
     Difference,
@@ -41,7 +42,7 @@ from modeling.errors import RecipeError
 from modeling.evaluate import measure, plain_metrics, primary_number, primary_task
 from modeling.floors import floors_of
 from modeling.memory import keep_freed_memory
-from modeling.models.base import Ranker
+from modeling.models.base import Ranker, TokenMaker
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.registry import training_code
 from modeling.report import plots, write_page
@@ -70,6 +71,38 @@ def dense_parameters(model: torch.nn.Module) -> int:
         id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()
     }
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
+
+
+def history_parameters(model: Ranker, batch: Batch) -> int:
+    """Parameters beside embedding tables that read histories and nothing else: those that have a
+    gradient where requests have histories and none where these are taken away, and all of stage 1
+    where summary tokens are made.
+
+    What events share with candidates or features, such as an appended candidate's layers, is not
+    counted.
+    """
+    without = replace(batch.user, mask_BL=torch.zeros_like(batch.user.mask_BL))
+    reading = _with_gradient(model, batch) - _with_gradient(model, replace(batch, user=without))
+    if isinstance(model, TokenMaker):
+        stage_1 = model.stage_1()
+        reading |= {id(p) for name, p in model.named_parameters() if name in stage_1}
+    tables = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) in reading - tables)
+
+
+def _with_gradient(model: Ranker, batch: Batch) -> set[int]:
+    """Which parameters the scores of a batch depend on, by identity."""
+    model.zero_grad(set_to_none=True)
+    scores = model(batch)[batch.candidates.mask_BC]
+    # Squares, so that no two candidates' gradients cancel.
+    scores.square().sum().backward()
+    found = {
+        id(p) for p in model.parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)
+    }
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def variant(
@@ -145,7 +178,8 @@ def _train_and_evaluate(
     trainer = Trainer(model, encoder, recipe.training, Path(folder), identity, device)
     summary = trainer.fit(train, validation)
     test = encodings.period(recipe, "test")
-    logits = predict(cast(Ranker, trainer.load_best()), encoder, test.encoded)
+    best = cast(Ranker, trainer.load_best())
+    logits = predict(best, encoder, test.encoded)
     by_task = {
         task.name: measure(test.encoded, test.users, logits[:, number], number)
         for number, task in enumerate(encoder.contract.spec.tasks)
@@ -159,6 +193,7 @@ def _train_and_evaluate(
         "seed": recipe.training.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dense_parameters": dense_parameters(model),
+        "history_parameters": history_parameters(best, _longest(encoder, train).to(device)),
         "summary": summary,
         "test": plain_metrics(found),
         "tasks": {name: plain_metrics(row) for name, row in by_task.items()},
@@ -167,6 +202,11 @@ def _train_and_evaluate(
     draft.write_text(json.dumps(result, indent=1))
     draft.replace(folder / "result.json")
     return result
+
+
+def _longest(encoder: Encoder, encoded: Encoded, number: int = 8) -> Batch:
+    """Some of the requests with the longest histories."""
+    return encoder.collate(encoded, np.argsort(encoder.events_read(encoded))[-number:])
 
 
 def compare(settings: Settings, asked: Comparison) -> None:
@@ -279,6 +319,7 @@ def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> lis
         "validation ndcg@10",
         "parameters",
         "beside embeddings",
+        "of history alone",
         "CPU s",
     ]
     rows = []
@@ -288,7 +329,10 @@ def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> lis
             for metric in METRICS
         ]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
-        sizes = [f"{runs[0][size]:,}" for size in ("parameters", "dense_parameters")]
+        sizes = [
+            f"{runs[0][size]:,}" if size in runs[0] else "–"  # a run of before has no such count
+            for size in ("parameters", "dense_parameters", "history_parameters")
+        ]
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)
         rows.append([name, str(len(runs)), *cells, validation, *sizes, f"{cost:,.0f}"])
     return [head, *rows]
@@ -305,7 +349,7 @@ def classic_lines(floors: Sequence[TrainedFloor]) -> list[list[str]]:
     for floor in floors:
         cells = [spread([(run[m] or {}).get("value") for run in floor.test]) for m in METRICS]
         seeds, cost = str(len(floor.test)), f"{floor.cpu_seconds:,.0f}"
-        rows.append([f"{floor.name}, dense numbers", seeds, *cells, "–", "–", "–", cost])
+        rows.append([f"{floor.name}, dense numbers", seeds, *cells, "–", "–", "–", "–", cost])
     return rows
 
 
@@ -351,7 +395,7 @@ def floor_lines(spec: DatasetSpec, test: Period) -> list[list[str]]:
     for name, scores in floors_of(test.floors, labels, offsets).items():
         found = measure(test.encoded, test.users, scores, number, calibrated=False)
         cells = [f"{found[m].value:.4f}" if m in found else "–" for m in METRICS]
-        rows.append([name, "–", *cells, "–", "0", "0", "0"])
+        rows.append([name, "–", *cells, "–", "0", "0", "0", "0"])
     return rows
 
 

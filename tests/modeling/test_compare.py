@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from modeling import recipes
+from modeling.batch import Batch
 from modeling.benchmarks import compare
 from modeling.benchmarks.published import HYDRAREC, PAPERS, Claim
 from modeling.claims import PAIRED, Difference
 from modeling.metrics import PerUser
-from modeling.ranking import FinishedRun
+from modeling.ranking import FinishedRun, history_parameters
 from modeling.recipes import NextItemRecipe
 from modeling.trainer import LossError
+from tests.modeling.test_invariants import SIZES, candidates, make, user_inputs
 
 ABOVE = Claim("better", "a", "b")
 NO_WORSE = Claim("no worse", "a", "b", "no worse")
@@ -110,3 +113,23 @@ def test_a_run_without_a_result_costs_no_other(shop: Any, monkeypatch: pytest.Mo
     found, failed = compare.run_all(asked, [("din", 1), ("vista", 1)], 1)
     assert list(found) == [("vista", 1)]
     assert failed == {"din, seed 1": "loss is nan"}
+
+
+def test_parameters_that_read_histories_alone_are_counted() -> None:
+    """A reader beside features is counted whole, a stage 1 too; layers that candidates share are not,
+    and a mean pool has none.
+    """
+
+    def count(name: str) -> int:
+        batch = Batch(user_inputs([9, 5], 1), candidates(2, 4, 1), torch.zeros(2, 4, SIZES.tasks))
+        return history_parameters(make(name), batch)
+
+    din = make("baseline_din")
+    parts = [din.get_submodule("reader"), din.get_submodule("features.events")]
+    whole = sum(p.numel() for part in parts for p in part.parameters())
+    tables = [m for part in parts for m in part.modules() if isinstance(m, torch.nn.Embedding)]
+    assert count("baseline_din") == whole - sum(table.weight.numel() for table in tables)
+    assert count("baseline_mean_pool") == 0
+    vista = make("vista")
+    assert count("vista") >= sum(p.numel() for p in vista.get_submodule("summary").parameters())
+    assert 0 < count("amortised_self") < count("amortised_concat")
