@@ -12,7 +12,7 @@ Holm's method (1979). What is left undecided is called so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -114,6 +114,28 @@ def difference(name: str, metric: str, ours: PerUser, theirs: PerUser, seed: int
     p = math.erfc(abs(value) / deviation / math.sqrt(2)) if deviation else float(value == 0)
     found = Difference(name, metric, value, float(low), float(high), p)
     return replace(found, verdict=_verdict(found, p < LEVEL))
+
+
+def differences(
+    pairs: Iterable[tuple[str, str]], sums: Mapping[str, Sums], metrics: Sequence[str] = PAIRED
+) -> list[Difference]:
+    """One scoring less another for each pair of names and each metric, decided as one table.
+
+    Args:
+        sums: by name.
+    """
+    return decided(
+        [
+            difference(pair_name(ours, theirs), metric, sums[ours][metric], sums[theirs][metric])
+            for ours, theirs in pairs
+            for metric in metrics
+        ]
+    )
+
+
+def pair_name(ours: str, theirs: str) -> str:
+    """How the difference of two is called."""
+    return f"{ours} − {theirs}"
 
 
 def decided(claims: Sequence[Difference]) -> list[Difference]:

@@ -24,11 +24,9 @@ from feature_repo.tables import digest_of
 from modeling import models, recipes
 from modeling.batch import Batch
 from modeling.claims import (
-    PAIRED,
     Difference,
     Sums,
-    decided,
-    difference,
+    differences,
     of_seeds,
     read_sums,
     write_sums,
@@ -361,15 +359,9 @@ def claims_of(runs: Sequence[FinishedRun], floors: Sequence[TrainedFloor]) -> li
     sums = {name: of_seeds(found) for name, found in by_name.items()}
     first = next(iter(sums))
     trees = next(floor.sums for floor in floors if floor.name == "trees")
-    pairs = [(name, "trees", trees) for name in sums]
-    pairs += [(name, first, sums[first]) for name in sums if name != first]
-    return decided(
-        [
-            difference(f"{name} − {other}", metric, sums[name][metric], theirs[metric])
-            for name, other, theirs in pairs
-            for metric in PAIRED
-        ]
-    )
+    pairs = [(name, "trees") for name in sums]
+    pairs += [(name, first) for name in sums if name != first]
+    return differences(pairs, {**sums, "trees": trees})
 
 
 def claim_lines(claims: Sequence[Difference]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from feature_repo.settings import Settings
 from modeling.benchmarks import memory
 from modeling.benchmarks.published import HYDRAREC, MARGIN, PAPERS, Claim, Paper
 from modeling.benchmarks.request_cost import CANDIDATES, Cost, cost_of
-from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
+from modeling.claims import PAIRED, Difference, Sums, differences, of_seeds, pair_name
 from modeling.comparison import comparison_folder, next_item_recipe
 from modeling.console import console
 from modeling.dataset import refuse_nothing_positive
@@ -48,7 +48,7 @@ from modeling.trained_floors import TrainedFloor, trained_floors
 
 BESIDE = ("vista_addressed", "mean_pool", "sim", "twin")
 THINNED = {"complete_journey": (4, 2)}  # each fourth training request, each second that evaluates
-QUICK = (20, 10)
+QUICK = (20, 10)  # the same with --quick
 SEEDS_OF_TREES = 3
 
 
@@ -208,6 +208,7 @@ def run_all(
     """
     found: dict[tuple[str, int], FinishedRun] = {}
     failed: dict[str, str] = {}
+    # A fork of a process whose torch has threads may hang.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start) as pool:
         waiting = {pool.submit(run_one, asked, *task): task for task in tasks}
@@ -272,25 +273,12 @@ def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:
     return FinishedRun(result, next_item.stored_sums(source, recipe))
 
 
-def paired(ours: str, theirs: str) -> str:
-    """Name of a difference."""
-    return f"{ours} − {theirs}"
-
-
 def less_floors(sums: dict[str, Sums], floors: Sequence[TrainedFloor]) -> list[Difference]:
     """Every recipe less trees and less a mean pool, corrected together."""
-    against = {"trees": next(floor.sums for floor in floors if floor.name == "trees")}
-    if "mean_pool" in sums:
-        against["mean_pool"] = sums["mean_pool"]
-    return decided(
-        [
-            difference(paired(ours, theirs), metric, sums[ours][metric], floor[metric])
-            for theirs, floor in against.items()
-            for ours in sums
-            if ours != theirs
-            for metric in PAIRED
-        ]
-    )
+    trees = next(floor.sums for floor in floors if floor.name == "trees")
+    against = ["trees", *(["mean_pool"] if "mean_pool" in sums else [])]
+    pairs = [(ours, theirs) for theirs in against for ours in sums if ours != theirs]
+    return differences(pairs, {**sums, "trees": trees})
 
 
 def of_papers(
@@ -303,13 +291,7 @@ def of_papers(
         for claim in paper.claims
         if claim.ours in sums and claim.theirs in sums
     ]
-    return decided(
-        [
-            difference(paired(ours, theirs), metric, sums[ours][metric], sums[theirs][metric])
-            for ours, theirs in dict.fromkeys(pairs)
-            for metric in metrics
-        ]
-    )
+    return differences(dict.fromkeys(pairs), sums, metrics)
 
 
 def verdict(claim: Claim, found: Difference) -> str:
@@ -332,7 +314,12 @@ def write(found: Sequence[Found], seeds: int) -> Path:
     for paper in (*PAPERS, HYDRAREC):
         sections.append(Section(paper.title, paper.about, _paper_rows(paper, found)))
     epochs = found[0].asked.epochs
-    command = f"python -m modeling.benchmarks.compare --datasets {' '.join(one.name for one in found)} --seeds {seeds}"
+    # The recipes that were run, whether asked for or not, so that the line makes this very page.
+    names = dict.fromkeys(result["recipe"] for one in found for result in one.results)
+    command = (
+        f"python -m modeling.benchmarks.compare --datasets {' '.join(one.name for one in found)} --seeds {seeds} "
+        f"--recipes {' '.join(names)}"
+    )
     about = [
         f"{command}{'' if epochs is None else f' --epochs {epochs}'}; commit {commit()}, {hardware()}.",
         "Test period; mean ± standard deviation over seeds; floors stand below the recipes. Differences are paired over users and "
@@ -396,7 +383,7 @@ def _paper_rows(paper: Paper, found: Sequence[Found]) -> list[list[str]]:
     rows = [["claim", "here", "data", "NDCG@10", "95 % interval", "verdict"]]
     for claim in paper.claims:
         for one in found:
-            name = paired(claim.ours, claim.theirs)
+            name = pair_name(claim.ours, claim.theirs)
             of = one.next_item if paper is HYDRAREC else one.claims
             known = [c for c in of if c.name == name and c.metric == "ndcg@10"]
             if not known:

@@ -34,7 +34,7 @@ from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.trained_floors import sums_by_user, trained_floors
 
 EVERY = (4, 2)  # each fourth training request, each second test request
-QUICK = (120, 60)
+QUICK = (120, 60)  # the same with --quick
 VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
 TRAINING = Training(epochs=1, learning_rate=4e-3)
 COMMON: dict[str, Any] = {"width": 32, "dropout": 0.1}

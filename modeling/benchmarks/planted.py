@@ -179,7 +179,8 @@ def _train(
 ) -> Ranker:
     torch.manual_seed(seed)
     model = models.build(name, config, task.spec(LONGEST).sizes)
-    if not any(part.startswith("codes.") for part in model.state_dict()):  # codes have a direction
+    # Nothing learns this from item rows of the usual small scale; codes have unit length as they are.
+    if not any(part.startswith("codes.") for part in model.state_dict()):
         torch.nn.init.normal_(model.features.item.weight)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

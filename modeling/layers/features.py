@@ -224,12 +224,11 @@ class BucketTokens(nn.Module):
 
     def fit(self, values_NF: Tensor) -> None:
         """Bounds between equally many known values; those of a number that nobody knows stay 0."""
-        shares = torch.linspace(0, 1, NUM_BUCKETS + 1, dtype=torch.float64)[1:-1]
+        shares = np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1]
         for number, values in enumerate(values_NF.T):
             known = values[~values.isnan()].double().numpy()
             if len(known):
-                bounds = torch.from_numpy(np.quantile(known, shares.numpy()))
-                self.bounds_FQ[number] = bounds
+                self.bounds_FQ[number] = torch.from_numpy(np.quantile(known, shares))
 
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
