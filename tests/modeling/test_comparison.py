@@ -304,6 +304,7 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
         "token_quality",
         "memory",
         "compare",
+        "ablation",
     ],
 )
 def test_benchmarks_explain_themselves(name: str) -> None:
