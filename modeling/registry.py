@@ -22,6 +22,7 @@ CLASSES = {  # model → room and class; its module is `<room>.<model>`, the mod
     "linrec": ("models", "LinRec"),
     "mean_pool": ("baselines", "MeanPool"),
     "onetrans": ("models", "OneTrans"),
+    "persrec": ("baselines", "PerSRec"),
     "rankmixer": ("baselines", "RankMixer"),
     "sasrec": ("models", "SASRec"),
     "transformer": ("baselines", "Transformer"),

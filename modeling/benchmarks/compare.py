@@ -192,7 +192,7 @@ def one_dataset(
         less_floors(sums, floors),
         of_papers(PAPERS, sums, PAIRED),
         {name: cost_of(encodings, recipes_of[name]) for name in whole},
-        memory.curve(settings, asked.every, visible, seeds, 1) if curve else [],
+        memory.curve(settings, asked.every, visible, memory.CURVE, seeds, 1) if curve else [],
         of_papers((HYDRAREC,), of_later, ("ndcg@10", "hr@10")),
         failed,
     )

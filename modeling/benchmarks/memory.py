@@ -48,6 +48,7 @@ RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, c
     "attention_1000": ("din", 1000, {}),
     "sim": ("two_stage", WHOLE_HISTORY, {"rank": 64, "slot": 1}),
     "twin": ("two_stage", WHOLE_HISTORY, {"rank": 64, "search": "score"}),
+    "persrec": ("persrec", WHOLE_HISTORY, {"rank": 64}),
     "vista_stream": (
         "vista",
         1000,
@@ -55,13 +56,21 @@ RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, c
     ),
     "din_256": ("din", 256, {}),
 }
-CURVE = ("vista_addressed", "mean_pool")  # that are trained for every number of visible events
+CURVE = ("vista_addressed", "mean_pool")  # of whose curve something is claimed, with all seeds
 ARMS: dict[str, tuple[str, ...]] = {
     "all features": (),
     "no match features": ("matches",),
     "history alone": ("matches", "user"),
 }
-OF_HISTORY = ("mean_pool", "attention_1000", "sim", "twin", "vista_stream", "vista_addressed")
+OF_HISTORY = (
+    "mean_pool",
+    "attention_1000",
+    "sim",
+    "twin",
+    "persrec",
+    "vista_stream",
+    "vista_addressed",
+)
 Place = tuple[str, int | None]  # a ranker, and how many events it saw
 
 
@@ -69,18 +78,23 @@ def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.memory", __doc__)
     flags.add_argument("--seeds", type=int, default=5, help="of each run (default 5)")
-    flags.add_argument("--curve_seeds", type=int, help="of visible numbers between the ends")
+    flags.add_argument(
+        "--curve_seeds",
+        type=int,
+        help="of visible numbers between the ends, and of rankers of whose curve nothing is claimed",
+    )
     flags.add_argument("--part", choices=("curve", "arms", "cost", "all"), default="all")
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
     every = QUICK if arguments.quick else EVERY
     visible: tuple[int | None, ...] = (50, None) if arguments.quick else VISIBLE
+    rankers = CURVE if arguments.quick else OF_HISTORY
     seeds = 1 if arguments.quick else arguments.seeds
     between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
     rows: list[dict[str, Any]] = []
     if arguments.part in ("curve", "all"):
-        rows += curve(settings, every, visible, seeds, between)
+        rows += curve(settings, every, visible, rankers, seeds, between)
     if arguments.part in ("arms", "all"):
         rows += _arms(settings, every, seeds)
     if arguments.part in ("cost", "all"):
@@ -112,6 +126,7 @@ def curve(
     settings: Settings,
     every: tuple[int, int],
     visible: tuple[int | None, ...],
+    rankers: tuple[str, ...],
     seeds: int,
     between: int,
 ) -> list[dict[str, Any]]:
@@ -131,8 +146,9 @@ def curve(
             rows.append(_row("curve", number, floor.name, floor.sums, floor.cpu_seconds))
             if floor.name == "trees":
                 sums["trees", number] = floor.sums
-        for name in CURVE:
-            found, cost = _trained(settings, encodings, name, "all features", runs)
+        for name in rankers:
+            many = runs if name in CURVE else between
+            found, cost = _trained(settings, encodings, name, "all features", many)
             sums[name, number] = found
             rows.append(_row("curve", number, name, found, cost))
     claims = []

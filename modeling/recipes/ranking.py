@@ -130,6 +130,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "two_stage",
         {"search": "score", "rank": 64},
     ),
+    "persrec": (
+        "As PerSRec: learned tokens for each segment of the history, then recent events",
+        "persrec",
+        {"rank": 64},
+    ),
 }
 # Of any size: OneTrans's ablations, floors, and peers of long histories.
 BESIDE = (
@@ -140,6 +145,7 @@ BESIDE = (
     "mean_pool",
     "sim",
     "twin",
+    "persrec",
 )
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,137 and 244,321
     "retail": {

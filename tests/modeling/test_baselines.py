@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from modeling import models
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
+from modeling.baselines.persrec import PerSRec
 from modeling.baselines.two_stage import TwoStage, plain_search
 from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.columns import GroupSizes
@@ -201,17 +202,7 @@ def test_two_stage_attends_to_what_plain_search_finds(search: str) -> None:
     categories[0] = 0
     nothing = torch.zeros(1, 0)
     model.fit_statistics(TrainingSample(nothing, nothing, nothing, categories))
-    items = torch.randint(1, 30, (1, 25))
-    user = UserInputs(
-        item_BL=items,
-        action_BL=torch.zeros_like(items),
-        age_BL=torch.rand(1, 25),
-        gap_BL=torch.rand(1, 25),
-        event_BLE=torch.zeros(1, 25, 0),
-        mask_BL=torch.ones(1, 25, dtype=torch.bool),
-        field_BU=torch.zeros(1, 0, dtype=torch.long),
-        dense_BG=torch.zeros(1, 0),
-    )
+    user = _some_user(25)
     some = Candidates(
         item_BC=torch.arange(1, 9)[None],
         category_BCK=categories[1:9][None],
@@ -227,3 +218,34 @@ def test_two_stage_attends_to_what_plain_search_finds(search: str) -> None:
             model, scores[0, candidate], state.category_BL[0], int(categories[candidate + 1])
         )
         assert torch.nonzero(found[candidate])[:, 0].tolist() == plain
+
+
+def test_a_full_segments_tokens_do_not_change_with_newer_events() -> None:
+    """So that they can be kept: PerSRec's segments count from the oldest event."""
+    torch.manual_seed(0)
+    sizes = FeatureSizes(items=30, actions=1, history_length=40)
+    config = {"width": 16, "rank": 8, "segment": 4, "num_tokens": 2, "recent": 5}
+    model = models.build("persrec", config, sizes).eval()
+    assert isinstance(model, PerSRec)
+    user = _some_user(25)
+    of_all = model.encode_user(user)
+    before = model.encode_user(user.events(0, 20))
+    kept = (20 - 5) // 4 * 2  # three full segments
+    for layer in range(2):
+        torch.testing.assert_close(of_all.keys[layer][:, :, :kept], before.keys[layer][:, :, :kept])
+    assert of_all.mask_BL.sum() == 25 // 5 * 2 + 5
+
+
+def _some_user(length: int) -> UserInputs:
+    """A user of so many events of thirty items."""
+    items = torch.randint(1, 30, (1, length))
+    return UserInputs(
+        item_BL=items,
+        action_BL=torch.zeros_like(items),
+        age_BL=torch.rand(1, length),
+        gap_BL=torch.rand(1, length),
+        event_BLE=torch.zeros(1, length, 0),
+        mask_BL=torch.ones(1, length, dtype=torch.bool),
+        field_BU=torch.zeros(1, 0, dtype=torch.long),
+        dense_BG=torch.zeros(1, 0),
+    )

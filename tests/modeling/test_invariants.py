@@ -125,6 +125,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseline_mean_pool": ("mean_pool", {"width": 16, "hidden": 24}),
     "baseline_sim": ("two_stage", {"width": 16, "rank": 8, "slot": 3, "retrieved": 2}),
     "baseline_twin": ("two_stage", {"width": 16, "rank": 8, "search": "score", "retrieved": 3}),
+    "baseline_persrec": (
+        "persrec",
+        {"width": 16, "rank": 8, "segment": 3, "num_tokens": 2, "recent": 2},
+    ),
     "baseline_dcnv2": ("dcnv2", {"width": 16, "num_layers": 3, "rank": 8}),
     "baseline_rankmixer": (
         "rankmixer",
