@@ -204,6 +204,16 @@ class ColumnGroup:
         return tuple(c for c in self.columns if c.kind in wanted and not c.is_categorical)
 
     @cached_property
+    def aging(self) -> tuple[Column, ...]:
+        """Columns whose dense number is an age, which every request changes."""
+        return tuple(c for c in self.numbers if c.kind is Kind.AGE)
+
+    @cached_property
+    def aging_places(self) -> tuple[int, ...]:
+        """Where their numbers stand among the dense ones."""
+        return tuple(at for at, c in enumerate(self.numbers) if c.kind is Kind.AGE)
+
+    @cached_property
     def vectors(self) -> tuple[Column, ...]:
         """Columns that are several."""
         return tuple(c for c in self.columns if c.kind is Kind.VECTOR)

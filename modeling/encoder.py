@@ -7,7 +7,7 @@ What a kind of column becomes is said in `columns.py`; shape letters in `batch.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from feature_repo.arrow import value_codes
 from feature_repo.contract import Contract
 from feature_repo.history import Histories, as_numbers
+from feature_repo.schema import Kind
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
     FAINTEST,
@@ -36,6 +37,7 @@ from modeling.columns import (
     ColumnGroup,
     Index,
     Vocabulary,
+    ages,
     floats,
     group_of,
     within,
@@ -55,20 +57,18 @@ SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
 SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
 
-@dataclass(frozen=True)
-class RequestColumns:
-    """Requests as the stores give them. Candidates of request b are `[candidate_offsets[b],
-    candidate_offsets[b + 1])`.
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Requests, all but their candidates' own columns. Candidates of request b are
+    `[candidate_offsets[b], candidate_offsets[b + 1])`.
 
-    `items` lists item ids by item key; `candidate_keys` and the histories' `item_keys` index it.
+    Equal items have equal keys among `candidate_keys` and the histories' `item_keys`.
     """
 
     times: np.ndarray  # int64 microseconds, B
     user_columns: dict[str, pa.Array]  # features and statistics of users, context; B
-    items: pa.Array
     candidate_offsets: np.ndarray
     candidate_keys: np.ndarray
-    candidate_columns: dict[str, pa.Array]  # features and statistics of items, impressions; N
     gather: GatherHistories  # (request numbers, length) → their newest events
     labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
     gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
@@ -76,6 +76,64 @@ class RequestColumns:
 
     def __len__(self) -> int:
         return len(self.times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestColumns(Requests):
+    """Requests as the stores give them.
+
+    Args:
+        items: item ids by item key.
+        candidate_columns: features and statistics of items, impressions; N.
+    """
+
+    items: pa.Array
+    candidate_columns: dict[str, pa.Array]
+
+
+@dataclass(frozen=True)
+class ItemNumbers:
+    """Items as numbers, a row for each: all that no request changes. Training makes them of its
+    candidates, a server once of all items that it knows.
+
+    Args:
+        vocabulary_row: int64; 0 where the vocabulary has no such item.
+        category: int32 slots, N × K.
+        dense: float32, N × (statistics, then the columns' own); ages are the request's to fill in.
+        moments: int64 microseconds, N × columns that count as ages.
+        stats: float64, N × 3: events, other events, mean value; NaN where one is not known.
+        known: bool; whether a store knows the item at all.
+        codes: int64, N × values that sketches count: the id, then each remembered column's slots.
+    """
+
+    vocabulary_row: np.ndarray
+    category: np.ndarray
+    dense: np.ndarray
+    moments: np.ndarray
+    stats: np.ndarray
+    known: np.ndarray
+    codes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.vocabulary_row)
+
+    def take(self, rows: np.ndarray) -> ItemNumbers:
+        """Some of them, in this order."""
+        return ItemNumbers(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def with_rows(self, rows: np.ndarray, of: ItemNumbers) -> ItemNumbers:
+        """A copy in which these rows are those of others."""
+        copies = [getattr(self, f.name).copy() for f in fields(self)]
+        for copy, f in zip(copies, fields(self), strict=True):
+            copy[rows] = getattr(of, f.name)
+        return ItemNumbers(*copies)
+
+    @staticmethod
+    def joined(parts: Sequence[ItemNumbers]) -> ItemNumbers:
+        """Rows of several, one behind the other."""
+        return ItemNumbers(
+            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(parts[0]))
+        )
 
 
 @dataclass(frozen=True)
@@ -305,8 +363,60 @@ class Encoder:
         )
 
     def featurise(self, requests: RequestColumns, chunk: int = 1024) -> Encoded:
+        """Numbers for all requests at once."""
+        candidates = self.item_numbers(
+            requests.candidate_columns, requests.items, requests.candidate_keys
+        )
+        return self.encode(requests, candidates, self.items.indices_of(requests.items), chunk)
+
+    def item_numbers(
+        self, columns: dict[str, pa.Array], ids: pa.Array, keys: np.ndarray | None = None
+    ) -> ItemNumbers:
+        """Numbers of items.
+
+        Args:
+            columns: their features and statistics, N.
+            ids: item ids; by `keys`, N of them, where these are given.
+        """
+        rows, codes = self.items.indices_of(ids), value_codes(ids)
+        if keys is not None:
+            rows, codes = rows[keys], codes[keys]
+        number = len(rows)
+        dense = np.empty((number, len(self.stat_columns) + self.candidate.sizes.dense), np.float32)
+        for index, name in enumerate(self.stat_columns):
+            dense[:, index] = squash(floats(columns[name]))
+        # An age counts from a request, which is not known here.
+        dense[:, len(self.stat_columns) :] = self.candidate.dense(
+            columns, np.zeros(number, np.int64)
+        )
+        moments = [as_numbers(c, columns[c.name]) for c in self.candidate.aging]
+        stats = [floats(columns[name]) for name in ("count_total", "other_total")]
+        stats.append(self._mean("mean_", columns, number))
+        known = ~(np.isnan(stats[0]) & np.isnan(floats(columns["item_known"])))
+        remembered = [as_numbers(c, columns[c.name]) for c in self.contract.remembered]
+        return ItemNumbers(
+            vocabulary_row=rows,
+            category=self.candidate.categories(columns, number).astype(np.int32),
+            dense=dense,
+            moments=np.stack(moments, axis=1) if moments else np.zeros((number, 0), np.int64),
+            stats=np.stack(stats, axis=1),
+            known=known,
+            codes=np.column_stack([codes, *remembered]),
+        )
+
+    def encode(
+        self,
+        requests: Requests,
+        candidates: ItemNumbers,
+        item_of_key: np.ndarray,
+        chunk: int = 1024,
+    ) -> Encoded:
         """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
         are never all in memory.
+
+        Args:
+            candidates: of all requests, N.
+            item_of_key: row of the vocabulary of each item key.
         """
         number, offsets, keys = len(requests), requests.candidate_offsets, requests.candidate_keys
         # 1. Columns as they are stored.
@@ -321,20 +431,20 @@ class Encoder:
         dense_BG = np.empty((number, len(USER_FEATURES) + own_BG.shape[1]), np.float32)
         dense_BG[:, len(USER_FEATURES) :] = own_BG
         dense = np.empty((len(keys), len(self.dense_names)), np.float32)
-        for index, name in enumerate(self.stat_columns):
-            dense[:, index] = squash(floats(requests.candidate_columns[name]))
-        match = slice(len(self.stat_columns), len(self.stat_columns) + len(MATCH_FEATURES))
+        stats = len(self.stat_columns)
+        match = slice(stats, stats + len(MATCH_FEATURES))
         sketch = slice(match.stop, match.stop + len(self.sketch_names))
-        if sketch.stop < dense.shape[1]:
+        dense[:, :stats] = candidates.dense[:, :stats]
+        dense[:, sketch.stop :] = candidates.dense[:, stats:]
+        if self.candidate.aging:
             owner_times = np.repeat(requests.times, np.diff(offsets))
-            dense[:, sketch.stop :] = self.candidate.dense(requests.candidate_columns, owner_times)
+            for place, moments in zip(
+                self.candidate.aging_places, candidates.moments.T, strict=True
+            ):
+                dense[:, sketch.stop + place] = ages(moments, owner_times)
 
         # 2. What is between a request's history and its candidates.
-        user, item = self._user_stats(requests), self._item_stats(requests)
-        codes = self._remembered_codes(requests)
-        known_item = ~(
-            np.isnan(item[0]) & np.isnan(floats(requests.candidate_columns["item_known"]))
-        )
+        user, item = self._user_stats(requests), candidates.stats.T
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
             first, last = offsets[start], offsets[chosen[-1] + 1]
@@ -354,22 +464,20 @@ class Encoder:
                 dense[first:last, sketch] = np.nan
                 continue
             readings = requests.read_sketch(
-                chosen, within_chunk, [values[first:last] for values in codes]
+                chosen, within_chunk, self._by_column(candidates.codes[first:last])
             )
             # An item that nobody knows was never there, whatever cells it shares with others.
-            readings[~known_item[first:last], 0] = 0
+            readings[~candidates.known[first:last], 0] = 0
             dense[first:last, sketch] = sketch_features(readings)
-        item_of_key = self.items.indices_of(requests.items)
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
-        categories = self.candidate.categories(requests.candidate_columns, len(keys))
         return Encoded(
             times=requests.times,
             field_BU=fields_BU,
             dense_BG=dense_BG,
             candidate_offsets=offsets,
-            candidate_item=item_of_key[keys],
-            candidate_category=categories.astype(np.int32),
+            candidate_item=candidates.vocabulary_row,
+            candidate_category=candidates.category,
             candidate_dense=dense,
             labels=labels.astype(np.float32),
             item_of_key=item_of_key,
@@ -397,7 +505,7 @@ class Encoder:
         found[0] = 0  # what no vocabulary knows has no categories either
         return found
 
-    def _user_stats(self, requests: RequestColumns) -> list[np.ndarray]:
+    def _user_stats(self, requests: Requests) -> list[np.ndarray]:
         """First event, events, other events and mean value of each request's user; NaN where one is
         not known.
         """
@@ -405,17 +513,14 @@ class Encoder:
         rows = [floats(requests.user_columns[name]) for name in names]
         return [*rows, self._mean("user_mean_", requests.user_columns, len(requests))]
 
-    def _item_stats(self, requests: RequestColumns) -> list[np.ndarray]:
-        """Events, other events and mean value of each candidate's item."""
-        columns, number = requests.candidate_columns, len(requests.candidate_keys)
-        rows = [floats(columns[name]) for name in ("count_total", "other_total")]
-        return [*rows, self._mean("mean_", columns, number)]
-
-    def _remembered_codes(self, requests: RequestColumns) -> list[np.ndarray]:
-        """Of each candidate the values that sketches count: its id first."""
-        columns = requests.candidate_columns
-        ids = value_codes(requests.items)[requests.candidate_keys]
-        return [ids, *(as_numbers(c, columns[c.name]) for c in self.contract.remembered)]
+    def _by_column(self, codes: np.ndarray) -> list[np.ndarray]:
+        """Codes of each column that sketches count: N, or N × slots of a bag."""
+        bags = [c.kind is Kind.BAG for c in self.contract.remembered]
+        ends = np.cumsum([1, *(c.slots for c in self.contract.remembered)])
+        parts = np.split(codes, ends[:-1], axis=1)
+        return [
+            part if bag else part[:, 0] for part, bag in zip(parts, [False, *bags], strict=True)
+        ]
 
     def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
         value = self.contract.spec.stat_value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
 from rich.console import Console
 
 from feature_repo import datasets
@@ -15,7 +16,8 @@ from feature_repo.catalogue import Catalogue
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
 from modeling import bundle as bundles
-from serving.features import FeastReader, ItemTable
+from serving.features import FeastReader
+from serving.items import ItemTable, published_rows
 from serving.ranker import RankService
 
 console = Console()
@@ -51,8 +53,15 @@ def open_ranker(
     reader = FeastReader(
         open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens
     )
-    known = bundle.encoder.items.values.to_pylist()
-    items = ItemTable(reader, contract, known, item_refresh_s)
+    # Of its own, so that no request waits for the store while items are read.
+    item_reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"])
+
+    def load_items() -> pa.Table:
+        known = bundle.encoder.items.values.to_pylist()
+        rows = published_rows(settings, contract)
+        return item_reader.read_items(known) if rows is None else rows
+
+    items = ItemTable(bundle.encoder, item_reader.read_items, load_items, item_refresh_s)
     ranker = RankService(
         bundle,
         reader,

@@ -6,27 +6,49 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from msgspec import UNSET, UnsetType
 
-from feature_repo.arrow import EPOCH, arrow_type
+from feature_repo.arrow import EPOCH, arrow_type, history_schema
 from feature_repo.contract import Contract
-from feature_repo.history import Histories, from_batches, mean_names, primary_values
+from feature_repo.history import (
+    Histories,
+    event_columns,
+    from_batches,
+    mean_names,
+    primary_values,
+)
 from modeling.bundle import Bundle
-from modeling.encoder import GatherTokens, ReadSketch, RequestColumns
+from modeling.encoder import Encoded, GatherTokens, ItemNumbers, ReadSketch, Requests
 from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
-from serving.features import Id, ItemTable, Reader, UserRow
+from serving.features import Reader, UserRow
+from serving.items import Id, ItemTable, Taken
 from serving.messages import RankContext, RankRequest, RankResponse, Timings
 
 LOGIT_DIGITS = 5
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One request in the shape that training encodes: its numbers, but for what is between history
+    and candidates.
+
+    Args:
+        numbers: of the candidates.
+        item_of_key: row of the vocabulary of each item key.
+    """
+
+    requests: Requests
+    numbers: ItemNumbers
+    item_of_key: np.ndarray
 
 
 class RankService:
@@ -66,8 +88,6 @@ class RankService:
         user, degraded = self._read_user(request.user_id)
         clock.lap("user_read")
         items = self.items.take(request.candidates)
-        if not items.reached and Degraded.STORE_UNAVAILABLE not in degraded:
-            degraded.append(Degraded.STORE_UNAVAILABLE)
         clock.lap("item_read")
         given = request.context.request_timestamp if request.context else None
         at = given or self.default_time or datetime.now(UTC)
@@ -88,7 +108,7 @@ class RankService:
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
         context = context_columns(self.contract, request.context)
-        logits = self._score(user, request.candidates, items.columns, context, at, clock)
+        logits = self._score(user, request.candidates, items, context, at, clock)
         ranked = ranking_logits(self.contract.spec, logits)
         order = np.argsort(-np.round(ranked, LOGIT_DIGITS), kind="stable")[: request.k]
         each: dict[str, list[float]] | UnsetType = UNSET
@@ -114,36 +134,44 @@ class RankService:
         """
         empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
         ids = list(self.bundle.encoder.items.values[:16].to_pylist())
-        columns, context = self.items.take(ids).columns, context_columns(self.contract, None)
-        self._score(empty, ids, columns, context, datetime.now(UTC), _Clock(None))
+        context = context_columns(self.contract, None)
+        self._score(empty, ids, self.items.take(ids), context, datetime.now(UTC), _Clock(None))
 
-    def requests_of(
+    def encoded(
         self,
         user: UserRow,
         candidates: Sequence[Id],
-        columns: dict[str, pa.Array],
         at: datetime,
+        items: Taken | None = None,
         context: dict[str, pa.Array] | None = None,
-    ) -> RequestColumns:
-        """This one request in the shape that training encodes.
+    ) -> Encoded:
+        """This one request as training encodes it; see `prepared`."""
+        made = self.prepared(user, candidates, at, items, context)
+        return self.bundle.encoder.encode(made.requests, made.numbers, made.item_of_key)
+
+    def prepared(
+        self,
+        user: UserRow,
+        candidates: Sequence[Id],
+        at: datetime,
+        items: Taken | None = None,
+        context: dict[str, pa.Array] | None = None,
+    ) -> Prepared:
+        """What is known of the request at its time, without events at or after it.
 
         Args:
-            columns: features of the candidates.
+            items: the candidates' features; default: as the table has them.
             context: what the caller says of the circumstances; default: nothing.
         """
-        ids = pa.array(list(candidates), arrow_type(self.contract.item.dtype))
+        items = self.items.take(candidates) if items is None else items
+        keyed = self._keyed(user.history, candidates, items)
         micros = (at - EPOCH) // timedelta(microseconds=1)
-        history, known = user.history, user.columns
-        if history is not None:
-            whole, history = history, _before(history, micros)
-            known = known | _stats_before(self.contract, known, whole, history.num_rows)
-        histories, keys = from_batches(self.contract, [history], ids)
-        item_ids = (
-            ids
-            if history is None
-            else pa.concat_arrays([history[self.contract.item.join_key], ids])
-        )
-        first_of_key = np.unique(np.concatenate([histories.item_keys, keys]), return_index=True)[1]
+        histories, known = keyed.histories, user.columns
+        kept = int(np.searchsorted(histories.times, micros, side="left"))
+        if user.history is not None:
+            known = known | _stats_before(self.contract, known, user.history, kept)
+        if kept < len(histories.times):
+            histories = histories.take(np.array([0]), np.array([kept]))
 
         def gather(chosen: np.ndarray, length: int) -> Histories:
             return histories.newest(length)
@@ -153,22 +181,45 @@ class RankService:
             for c in self.contract.user_columns
         }
         user_columns |= context_columns(self.contract, None) if context is None else context
-        # Nothing is known of impressions that are yet to come.
-        shown = {
-            c.name: pa.nulls(len(ids), arrow_type(c.dtype))
-            for c in self.contract.spec.shown_features
-        }
-        return RequestColumns(
+        requests = Requests(
             times=np.array([micros]),
             user_columns=user_columns,
-            items=item_ids.take(pa.array(first_of_key)),
-            candidate_offsets=np.array([0, len(ids)]),
-            candidate_keys=keys,
-            candidate_columns={**columns, **shown},
+            candidate_offsets=np.array([0, len(candidates)]),
+            candidate_keys=keyed.candidate_keys,
             gather=gather,
             gather_tokens=self._tokens_of(user),
             read_sketch=self._sketch_of(user, micros),
         )
+        return Prepared(requests, items.numbers, keyed.item_of_key)
+
+    def _keyed(
+        self, history: pa.RecordBatch | None, candidates: Sequence[Id], items: Taken
+    ) -> _Keyed:
+        """Keys under which equal items of the history and the candidates are equal: their places in
+        the item table, where all of them are there.
+        """
+        contract, vocabulary = self.contract, self.bundle.encoder.items
+        if history is None:
+            nothing = pa.Table.from_batches([], history_schema(contract))
+            empty = Histories(
+                np.zeros(2, np.int64), np.zeros(0, np.int64), event_columns(contract, nothing)
+            )
+            keys = np.arange(len(candidates))
+            return _Keyed(empty, keys, items.numbers.vocabulary_row)
+        events = history[contract.item.join_key]
+        places = items.known.places(events.to_pylist())
+        if items.unknown or places.min(initial=0) < 0:
+            ids = pa.array(candidates, arrow_type(contract.item.dtype))
+            histories, keys = from_batches(contract, [history], ids)
+            item_of_key = np.zeros(
+                max(histories.item_keys.max(initial=-1), keys.max()) + 1, np.int64
+            )
+            item_of_key[histories.item_keys] = vocabulary.indices_of(events)
+            item_of_key[keys] = items.numbers.vocabulary_row
+            return _Keyed(histories, keys, item_of_key)
+        columns = event_columns(contract, pa.Table.from_batches([history]))
+        histories = Histories(np.array([0, len(places)]), places, columns)
+        return _Keyed(histories, items.places, items.known.vocabulary_row)
 
     def _sketch_of(self, user: UserRow, micros: int) -> ReadSketch | None:
         """What the user's sketch says of candidates at the request's time; nothing where it counts
@@ -214,14 +265,14 @@ class RankService:
         self,
         user: UserRow,
         candidates: Sequence[Id],
-        columns: dict[str, pa.Array],
+        items: Taken,
         context: dict[str, pa.Array],
         at: datetime,
         clock: _Clock,
     ) -> np.ndarray:
         """Logits, candidates × tasks."""
         encoder, model = self.bundle.encoder, self.bundle.model
-        encoded = encoder.featurise(self.requests_of(user, candidates, columns, at, context))
+        encoded = self.encoded(user, candidates, at, items, context)
         batch = encoder.collate(encoded, np.array([0]))
         with self._model_lock, torch.inference_mode():
             state = model.encode_user(batch.user)
@@ -229,6 +280,14 @@ class RankService:
             logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
         clock.lap("score")
         return logits
+
+
+class _Keyed(NamedTuple):
+    """A request's history and candidates by item key, and each key's row of the vocabulary."""
+
+    histories: Histories
+    candidate_keys: np.ndarray
+    item_of_key: np.ndarray
 
 
 class _Clock:
@@ -279,9 +338,3 @@ def context_columns(contract: Contract, context: RankContext | None) -> dict[str
         c.name: pa.array([getattr(context, c.name, None)], arrow_type(c.dtype))
         for c in contract.spec.context_features
     }
-
-
-def _before(history: pa.RecordBatch, micros: int) -> pa.RecordBatch:
-    """Events strictly before the request, as in training."""
-    times = history["event_timestamp"].cast(pa.int64()).to_numpy()
-    return history.slice(0, int(np.searchsorted(times, micros, side="left")))

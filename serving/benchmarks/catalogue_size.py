@@ -27,7 +27,8 @@ from modeling import models
 from modeling.bundle import Bundle
 from modeling.columns import Index, Vocabulary
 from modeling.encoder import Encoder
-from serving.features import ItemTable, UserRow, item_columns
+from serving.features import UserRow
+from serving.items import ItemTable, item_columns
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService
 
@@ -54,10 +55,9 @@ class Reader:
         history = pa.RecordBatch.from_arrays(
             [columns[name] for name in schema.names], schema=schema
         )
-        stats = {c.name: 1 for c in CONTRACT.table("user_stats").columns}
-        self.user = UserRow(
-            {"country": "France", **stats, "history_end": EVENTS, "other_events": 0}, history
-        )
+        known: dict[str, Any] = {c.name: 1 for c in CONTRACT.user_columns}
+        known |= {"country": "France", "history_end": EVENTS, "other_events": 0}
+        self.user = UserRow(known, history)
 
     def read_user(self, user_id: Any) -> UserRow:
         """The one user."""
@@ -92,7 +92,7 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     made = RankService(
         Bundle("0" * 64, Path(), manifest, model, encoder),
         reader,
-        ItemTable(reader, CONTRACT, ids.to_pylist()),
+        ItemTable(encoder, reader.read_items, lambda: reader.read_items(ids.to_pylist())),
     )
     chosen = ids.take(
         pa.array(np.random.default_rng(1).choice(number, CANDIDATES, replace=False))

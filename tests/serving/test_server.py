@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import replace
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,19 +15,23 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import datasets
 from feature_repo.arrow import arrow_type
+from feature_repo.history import from_batches
 from feature_repo.schema import MAX_ID_BYTES
 from feature_repo.tables import JobFolder
 from modeling.dataset import Warehouse, point_in_time_join
+from modeling.encoder import RequestColumns
 from modeling.trainer import predict
 from serving.app import create_app, read_body
 from serving.command import open_ranker
 from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
-from serving.features import ItemTable, UserRow
+from serving.features import UserRow
+from serving.items import ItemTable, published_rows
 from serving.messages import (
     MAX_BODY_BYTES,
     MAX_CANDIDATES,
@@ -124,9 +129,7 @@ def test_a_request_in_the_past_sees_nothing_later(
     history = ranker.reader.read_user(user).history
     cut = history["event_timestamp"][len(history) // 2].as_py()
     row = ranker.reader.read_user(user)
-    requests = ranker.requests_of(
-        row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, cut
-    )
+    requests = ranker.prepared(row, world["items"][:3], cut).requests
     times = requests.gather(np.array([0]), 512).times
     assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
     stats = JobFolder(trained_shop.settings.home, "user_history").read("user_stats").to_pylist()
@@ -139,16 +142,12 @@ def test_a_request_in_the_past_sees_nothing_later(
     mean = requests.user_columns["user_mean_unit_price"][0].as_py()
     assert mean == pytest.approx(then["user_mean_unit_price"], rel=1e-5)
     early = history["event_timestamp"][0].as_py()
-    nothing = ranker.requests_of(
-        row, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early
-    )
+    nothing = ranker.prepared(row, world["items"][:3], early).requests
     assert nothing.user_columns["history_end"].to_pylist() == [None]
     older = UserRow(
         row.columns | {"history_end": row.columns["history_end"] + 300}, history
     )  # of which 300 are not packed
-    unknown = ranker.requests_of(
-        older, world["items"][:3], ranker.items.take(world["items"][:3]).columns, early
-    )
+    unknown = ranker.prepared(older, world["items"][:3], early).requests
     assert unknown.user_columns["history_end"].to_pylist() == [None]
     assert ranker.rank(
         RankRequest(user, world["items"][:3], context=RankContext(cut))
@@ -374,8 +373,10 @@ def test_a_store_that_fails_costs_the_user_not_the_answer(
     ranker: RankService, world: dict[str, Any]
 ) -> None:
     reader = BrokenReader(ranker.reader, "down")
-    items = ItemTable(ranker.reader, CONTRACT, world["items"][:5])
-    items._reader = reader
+    first = world["items"][:5]
+    items = ItemTable(
+        ranker.bundle.encoder, reader.read_items, lambda: ranker.reader.read_items(first)
+    )
     broken = RankService(ranker.bundle, reader, items, ranker.default_time)
     answer = broken.rank(RankRequest(world["users"][0], [*world["items"][:5], "UNSEEN"]))
     assert answer.degraded == ["store_unavailable", "unknown_items"]
@@ -402,7 +403,15 @@ def test_a_damaged_history_is_noticed_and_named(
     assert answer.degraded == ["history_unreadable"]
 
 
-def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> None:
+def wait_for(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_item_features_are_refreshed_from_the_store(ranker: RankService) -> None:
     class Counting:
         def __init__(self) -> None:
             self.value = 1
@@ -426,21 +435,87 @@ def test_item_features_are_refreshed_from_the_store(world: dict[str, Any]) -> No
             return pa.table(columns)
 
     reader = Counting()
-    table = ItemTable(reader, CONTRACT, ["a", "b"], refresh_s=0.05)
+    table = ItemTable(
+        ranker.bundle.encoder,
+        reader.read_items,
+        lambda: reader.read_items(["a", "b"]),
+        refresh_s=0.05,
+    )
+
+    def counts(*items: str) -> list[float]:
+        return table.take(items).numbers.stats[:, 0].tolist()
+
     assert table.take(["b", "gone", "a"]).unknown == ["gone"]
-    assert table.take(["c"]).columns["count_total"].to_pylist() == [1]
+    table.take(["c"])
+    wait_for(lambda: not table.take(["c"]).unknown)
+    assert counts("c") == [1]
     reader.value = 2
-    deadline = time.monotonic() + 5
-    while (
-        table.take(["a"]).columns["count_total"].to_pylist() != [2] and time.monotonic() < deadline
-    ):
-        time.sleep(0.02)
-    taken = table.take(["b", "gone", "c"])
-    columns, unknown, reached = taken.columns, taken.unknown, taken.reached
+    wait_for(lambda: counts("a", "c") == [2, 2])
+    taken = table.take(["b", "gone", "c", "gone"])
     table.close()
-    assert (unknown, reached) == (["gone"], True)
-    assert columns["count_total"].to_pylist() == [2, None, 2]
-    assert len(table) == 3
+    assert taken.unknown == ["gone"]
+    np.testing.assert_array_equal(taken.numbers.stats[:, 0], [2, np.nan, 2, np.nan])
+    np.testing.assert_array_equal(taken.numbers.known, [True, False, True, False])
+
+
+@pytest.mark.parametrize("asked", ["all known", "one unknown", "one looked up"])
+def test_numbers_of_the_table_are_those_that_training_makes(
+    ranker: RankService, world: dict[str, Any], asked: str
+) -> None:
+    """Parity with the plain twin: columns of a request, encoded as training encodes them."""
+    user, at = ranker.reader.read_user(world["users"][2]), datetime(2011, 12, 20, tzinfo=UTC)
+    candidates = world["items"][:20] + (["NEVER SEEN"] if asked == "one unknown" else [])
+    table, encoder = ranker.items, ranker.bundle.encoder
+    if asked == "one looked up":
+        kept = [item for item in world["items"] if item != candidates[3]]
+        table = ItemTable(encoder, ranker.reader.read_items, lambda: ranker.reader.read_items(kept))
+        table.take(candidates)
+        wait_for(lambda: not table.take(candidates).unknown)
+    fast = ranker.encoded(user, candidates, at, table.take(candidates))
+    columns = ranker.reader.read_items(candidates)
+    prepared = ranker.prepared(user, candidates, at)
+    assert user.history is not None
+    ids = pa.array(candidates, pa.string())
+    histories, keys = from_batches(CONTRACT, [user.history], ids)
+    every = pa.concat_arrays([user.history["item_id"], ids])
+    all_keys = np.concatenate([histories.item_keys, keys])
+    first = np.unique(all_keys, return_index=True)[1]
+    given = {f.name: getattr(prepared.requests, f.name) for f in fields(prepared.requests)} | {
+        "candidate_keys": keys,
+        "gather": lambda chosen, length: histories.newest(length),
+    }
+    plain = encoder.featurise(
+        RequestColumns(
+            **given,
+            items=every.take(pa.array(first)),
+            candidate_columns={
+                name: columns[name].combine_chunks() for name in columns.column_names
+            },
+        )
+    )
+    for name in ("field_BU", "dense_BG", "candidate_item", "candidate_category", "candidate_dense"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
+    for one, other in zip(
+        (encoder.collate(fast, np.array([0])).user,),
+        (encoder.collate(plain, np.array([0])).user,),
+        strict=True,
+    ):
+        for f in fields(one):
+            mine, theirs = getattr(one, f.name), getattr(other, f.name)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=0, atol=0)
+
+
+def test_items_are_loaded_from_the_tables_as_the_store_has_them(
+    trained_shop: Any, ranker: RankService
+) -> None:
+    """The columnar road and the store agree, value for value."""
+    rows = published_rows(trained_shop.settings, CONTRACT)
+    assert rows is not None
+    stored = ranker.reader.read_items(rows["item_id"].to_pylist())
+    assert rows.num_rows > 100
+    assert rows.select(stored.column_names).to_pylist() == stored.to_pylist()
 
 
 def test_a_made_up_item_costs_one_read_and_a_lost_store_loses_no_features(
@@ -459,14 +534,17 @@ def test_a_made_up_item_costs_one_read_and_a_lost_store_loses_no_features(
             return ranker.reader.read_items([f"x{i}" for i in item_ids] if self.lost else item_ids)
 
     reader = Recording()
-    table = ItemTable(reader, CONTRACT, world["items"][:3])
+    known = world["items"][:3]
+    table = ItemTable(ranker.bundle.encoder, reader.read_items, lambda: reader.read_items(known))
+    assert table.take([known[0], "MADE UP"]).unknown == ["MADE UP"]
+    wait_for(lambda: "MADE UP" in table._absent)
     for _ in range(3):
-        assert table.take([world["items"][0], "MADE UP"]).unknown == ["MADE UP"]
-    assert reads == [world["items"][:3], ["MADE UP"]]
+        assert table.take([known[0], "MADE UP"]).unknown == ["MADE UP"]
+    assert reads == [known, ["MADE UP"]]
     reader.lost = True
-    with pytest.raises(LookupError, match="lost all"):
+    with pytest.raises(LookupError, match="no item has any features"):
         table.refresh()
-    assert table.take(world["items"][:3]).unknown == []
+    assert table.take(known).unknown == []
 
 
 JSON = st.recursive(

@@ -82,14 +82,11 @@ def test_scores_from_tokens_are_those_that_training_computes(
     assert np.abs(logits - without).max() > 1e-4  # thirty-day-old tokens are not fresh ones
     user, chosen = world[0][5], world[1][:40]
     read = ranker.reader.read_user(user)
-    columns = ranker.items.take(chosen).columns
     at = datetime.fromisoformat(bundle.manifest["data_as_of"])
-    fresh = ranker.requests_of(replace(read, tokens=None), chosen, columns, at)
-    stored = ranker.requests_of(read, chosen, columns, at)
+    fresh = ranker.encoded(replace(read, tokens=None), chosen, at)
+    stored = ranker.encoded(read, chosen, at)
     assert stored.gather_tokens is not None
-    scores = [
-        predict(bundle.model, bundle.encoder, bundle.encoder.featurise(r)) for r in (stored, fresh)
-    ]
+    scores = [predict(bundle.model, bundle.encoder, one) for one in (stored, fresh)]
     events = read.columns["history_end"]
     if (
         events <= bundle.encoder.history_length
@@ -365,19 +362,14 @@ def test_addressed_tokens_walk_the_same_road(
     rows = JobFolder(road.settings.home, "summary_tokens").read("token_rows")
     users = sorted(set(rows["user_id"].to_pylist()))
     items = ranker.bundle.encoder.items.values.to_pylist()[:40]
-    columns = ranker.items.take(items).columns
     at, compared = datetime.fromisoformat(ranker.bundle.manifest["data_as_of"]), 0
     ranker.bundle.encoder.history_length = CONTRACT.spec.num_history_online  # all, as the job did
     for user in users[:12]:
         assert ranker.rank(RankRequest(user, items)).tokens == ranker.bundle.tokens
         read = ranker.reader.read_user(user)
-        requests = [
-            ranker.requests_of(one, items, columns, at)
-            for one in (read, replace(read, tokens=None))
-        ]
         stored, fresh = (
-            predict(ranker.bundle.model, ranker.bundle.encoder, ranker.bundle.encoder.featurise(r))
-            for r in requests
+            predict(ranker.bundle.model, ranker.bundle.encoder, ranker.encoded(one, items, at))
+            for one in (read, replace(read, tokens=None))
         )
         if read.columns["history_end"] <= ranker.bundle.encoder.history_length:
             compared += 1

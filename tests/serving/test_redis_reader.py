@@ -1,0 +1,276 @@
+"""Users read straight from Redis: what Feast reads, in its time, or a declared error."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from feature_repo import datasets
+from serving.features import FeastReader
+from serving.redis_reader import RedisReader, StoreReadError, WrongStoreError
+
+CONTRACT = datasets.load_contract("online_retail")
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+TEXTS = ["", "a", "ü", "x" * 300, "né\u0301", "\u202e rtl", "🛒", " spaces ", "new\nline"]
+Draw = Callable[[random.Random], Any]
+
+
+def some_kinds() -> dict[str, tuple[Any, Draw]]:
+    """Types of Feast's, and random values of each."""
+    from feast import types
+
+    def integer(bits: int) -> Draw:
+        return lambda rng: rng.choice([0, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1)), 7])
+
+    def listed(draw: Draw) -> Draw:
+        return lambda rng: [draw(rng) for _ in range(rng.randrange(1, 4))]
+
+    def text(rng: random.Random) -> str:
+        return rng.choice(TEXTS)
+
+    return {
+        "whole": (types.Int64, integer(64)),
+        "small": (types.Int32, integer(32)),
+        "number": (types.Float64, lambda rng: rng.choice([0.0, -0.0, 1e300, 0.1, float("inf")])),
+        "single": (types.Float32, lambda rng: rng.choice([0.0, 0.5, -2.25, 1e30])),
+        "text": (types.String, text),
+        "data": (types.Bytes, lambda rng: rng.randbytes(rng.randrange(0, 200))),
+        "flag": (types.Bool, lambda rng: rng.random() < 0.5),
+        "moment": (types.UnixTimestamp, lambda rng: NOW + timedelta(seconds=rng.randrange(10**6))),
+        "wholes": (types.Array(types.Int64), listed(integer(64))),
+        "singles": (types.Array(types.Float32), listed(lambda rng: rng.choice([0.5, -1.5]))),
+        "texts": (types.Array(types.String), listed(text)),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, redis_address: str) -> Any:
+    """A store on Redis with random views of users, by user and by user and token version."""
+    from feast import (
+        Entity,
+        FeatureService,
+        FeatureStore,
+        FeatureView,
+        Field,
+        FileSource,
+        RepoConfig,
+        ValueType,
+    )
+    from feast.infra.online_stores.redis import RedisOnlineStoreConfig
+
+    folder = tmp_path_factory.mktemp("views")
+    config = RepoConfig(
+        project=f"p{random.Random(1).getrandbits(48):x}",
+        provider="local",
+        registry=str(folder / "registry.db"),
+        online_store=RedisOnlineStoreConfig(connection_string=redis_address),
+        entity_key_serialization_version=3,
+    )
+    store = FeatureStore(config=config)
+    user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+    version = Entity(name="version", join_keys=["token_version"], value_type=ValueType.STRING)
+    source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
+    kinds = some_kinds()
+
+    def view(name: str, entities: list[Any], prefix: str) -> Any:
+        fields = [Field(name=f"{prefix}{n}", dtype=kind) for n, (kind, _) in kinds.items()]
+        return FeatureView(
+            name=name, entities=entities, schema=fields, source=source, ttl=timedelta(0)
+        )
+
+    views = [
+        view("one", [user], ""),
+        view("two", [user], "also_"),
+        view("tokens", [user, version], "token_"),
+    ]
+    service = FeatureService(name="users", features=[views[0], views[1][["also_text"]], views[2]])
+    store.apply([user, version, *views, service])
+    return store, views
+
+
+def write_randomly(store: Any, views: list[Any], users: list[int], rng: random.Random) -> None:
+    """Random rows, a third of all values missing; one user in five lacks a view altogether."""
+    import pyarrow as pa
+
+    from feature_repo.online_rows import write_rows
+
+    draws = {name: draw for name, (_, draw) in some_kinds().items()}
+    for view in views:
+        for user in users:
+            if rng.random() < 0.2:
+                continue
+            row: dict[str, Any] = {"user_id": [user]}
+            if view.name == "tokens":
+                row["token_version"] = [rng.choice(["v1", "v2"])]
+            for field in view.features:
+                value = draws[field.name.removeprefix("also_").removeprefix("token_")](rng)
+                row[field.name] = [None if rng.random() < 1 / 3 else value]
+            stamp = pa.array([NOW], pa.timestamp("us", "UTC"))
+            table = pa.table({**row, "event_timestamp": stamp, "created_timestamp": stamp})
+            write_rows(store, view.name, table)
+
+
+def test_both_readers_agree_on_random_values(world: Any) -> None:
+    """Eleven types, three views, missing values, missing rows, another token version, unknown
+    users.
+    """
+    store, views = world
+    rng = random.Random(7)
+    users = [rng.choice([0, -1, 2**63 - 1, -(2**63)]) if n < 4 else n for n in range(400)]
+    write_randomly(store, views, users, rng)
+    reader = RedisReader(store, CONTRACT, "users", "v1")
+
+    async def read_all() -> list[dict[str, Any]]:
+        found = [await reader.read_values(user, 5.0) for user in [*users, 10**9]]
+        await reader.close()
+        return found
+
+    ours = asyncio.run(read_all())
+    service = store.get_feature_service("users")
+    compared = 0
+    for user, values in zip([*users, 10**9], ours, strict=True):
+        row = {"user_id": user, "token_version": "v1"}
+        theirs = store.get_online_features(service, [row]).to_dict()
+        for name, value in values.items():
+            assert [value] == theirs[name], (user, name)
+            assert type(value) is type(theirs[name][0])
+            compared += 1
+    assert compared == 401 * 23
+    assert sum(value is not None for values in ours for value in values.values()) > 3_000
+
+
+@pytest.fixture(scope="module")
+def on_redis(
+    trained_shop: Any, redis_address: str, postgres_url: str, helpers: Any
+) -> Iterator[Any]:
+    """The shop's tables online on Redis, with the SQL registry."""
+    import os
+
+    names = {
+        "MEMOIR_REGISTRY_URL": postgres_url,
+        "MEMOIR_REDIS": redis_address,
+        "MEMOIR_DATASET": trained_shop.settings.dataset,
+    }
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    production = replace(trained_shop.settings, profile="production")
+    store = helpers.apply_in_process(production)
+    helpers.run_jobs(production, "materialize")
+    yield store, production
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def test_a_users_row_is_what_feast_gives(on_redis: Any) -> None:
+    """History, statistics, profile and sketch, decoded."""
+    from feature_repo.tables import JobFolder
+
+    store, settings = on_redis
+    service = "ranking_v1_online"
+    slow = FeastReader(store, CONTRACT, service)
+    fast = RedisReader(store, CONTRACT, service)
+    users = JobFolder(settings.home, "user_history").read("user_history")["user_id"].to_pylist()
+
+    async def read_all() -> list[Any]:
+        found = [await fast.read_user(user, 5.0) for user in [*users, 10**9]]
+        await fast.close()
+        return found
+
+    for user, row in zip([*users, 10**9], asyncio.run(read_all()), strict=True):
+        expected = slow.read_user(user)
+        assert row.columns == expected.columns
+        assert row.problems == expected.problems
+        assert row.history == expected.history
+        assert (row.sketch is None) == (expected.sketch is None)
+        if row.sketch is not None and expected.sketch is not None:
+            assert row.sketch.as_of == expected.sketch.as_of
+            assert (row.sketch.sketch.cells == expected.sketch.sketch.cells).all()
+
+
+@pytest.fixture
+def fake_redis() -> Iterator[Callable[[bytes | None], str]]:
+    """Starts a listener that answers everything with the same bytes, or with nothing at all."""
+    listeners: list[socket.socket] = []
+
+    def start(reply: bytes | None) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listening)
+
+        def answer(connection: socket.socket) -> None:
+            with connection:
+                while connection.recv(65536):
+                    if reply is not None:
+                        connection.sendall(reply)
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"127.0.0.1:{listening.getsockname()[1]}"
+
+    yield start
+    for listening in listeners:
+        listening.close()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"-READONLY You can't write against a read only replica.\r\n",
+        b"-OOM command not allowed\r\n",
+        b"-MOVED 3999 127.0.0.1:6381\r\n",
+        b"-WRONGTYPE Operation against a key\r\n",
+        b"\x00\xff garbage that is no protocol",
+        b"+OK\r\n",
+        b"$3\r\nab",
+    ],
+)
+def test_a_store_that_does_not_answer_as_one_is_a_declared_error_in_its_time(
+    world: Any, fake_redis: Callable[[bytes | None], str], reply: bytes | None
+) -> None:
+    store, _ = world
+    reader = RedisReader(store, CONTRACT, "users", "v1")
+    host, _, port = fake_redis(reply).partition(":")
+    reader._options |= {"host": host, "port": int(port)}
+
+    async def timed() -> float:
+        started = time.perf_counter()
+        with pytest.raises(StoreReadError):
+            await reader.read_values(1, 0.2)
+        spent = time.perf_counter() - started
+        await reader.close()
+        return spent
+
+    assert asyncio.run(timed()) < 2  # seconds, not the minutes of retries; the deadline is 0.2
+
+
+def test_a_refused_connection_is_a_declared_error(world: Any) -> None:
+    store, _ = world
+    reader = RedisReader(store, CONTRACT, "users", "v1")
+    reader._options |= {"host": "127.0.0.1", "port": 1}
+    with pytest.raises(StoreReadError, match="did not answer"):
+        asyncio.run(reader.read_values(1, 0.2))
+
+
+def test_another_store_is_refused(trained_shop: Any) -> None:
+    with pytest.raises(WrongStoreError, match="sqlite"):
+        RedisReader(trained_shop.store, CONTRACT, "ranking_v1_online")
