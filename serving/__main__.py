@@ -5,6 +5,7 @@ it once, show it.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from feature_repo import cli
 from feature_repo.errors import UsageError
@@ -22,27 +23,51 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    processes: int = 1,
     bundle: str | None = None,
     replay: bool = False,
+    repair: bool = False,
     item_refresh_s: float = 300.0,
 ) -> int:
-    """Rank over HTTP until stopped.
+    """Rank over HTTP until stopped. Limits, times, TLS and callers' tokens are environment variables:
+    MEMOIR_SERVE_DEADLINE_MS and the like, all in serving/settings.py.
 
     Args:
         host: address to listen on; by default this machine only.
-        port: port to listen on.
-        bundle: folder of a bundle; by default the live one of the catalogue.
+        port: port to listen on; 0 for any free one.
+        processes: that serve; each holds the model and all items.
+        bundle: folder of a bundle; by default the live one of the catalogue, which is followed.
         replay: requests without a time are taken as made at the end of the data, for samples of the
             past.
+        repair: fill an online store that was emptied again, from the tables.
         item_refresh_s: seconds between refreshes of item features; 0 for never.
     """
-    if not 0 <= port <= 65_535:
-        raise UsageError(f"--port expects a number from 0 to 65,535, not {port}")
-    if not 0 <= item_refresh_s < 1e9:
-        raise UsageError(f"--item_refresh_s expects seconds, 0 for never, not {item_refresh_s}")
-    from serving import command
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "processes": processes,
+        "bundle": bundle,
+        "replay": replay,
+        "repair": repair,
+        "item_refresh_s": item_refresh_s,
+    }
+    from pydantic import ValidationError
 
-    return command.serve(command.ServeOptions(host, port, bundle, replay, item_refresh_s))
+    from serving import command
+    from serving.settings import ServeSettings
+
+    # A flag that is left as it is leaves the word to the environment.
+    asked = {name: value for name, value in given.items() if value != DEFAULTS[name]}
+    try:
+        settings = ServeSettings(**asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"--{where} {first['input']!r}: {first['msg']}") from error
+    return command.serve(settings)
+
+
+DEFAULTS: dict[str, Any] = dict(serve.__kwdefaults__ or {})
 
 
 @app.command

@@ -1,35 +1,77 @@
-"""The HTTP surface: routes, limits, errors to statuses, metrics. The hot route reads the raw body
-itself.
+"""The HTTP surface: who may come in, how much is taken on, how long it may take, and what a client
+that left still costs.
+
+Order of a ranking request: token → place (`admission.py`) → body → user by key (`guarded.py`) →
+everything that computes, on the one model thread → answer. Each wait ends with the request's deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hmac
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from feature_repo.contract import Contract
-from serving.errors import BodyTooLargeError, NotReadyError, ServingError, UnsupportedMediaError
-from serving.messages import MAX_BODY_BYTES, ErrorBody, decode_request, schemas
-from serving.ranker import RankService
+from serving.admission import Admission
+from serving.degraded import Degraded
+from serving.errors import (
+    BodyTooLargeError,
+    ForbiddenError,
+    InvalidRequestError,
+    NotReadyError,
+    ServingError,
+    SlowBodyError,
+    UnauthorizedError,
+    UnsupportedMediaError,
+)
+from serving.guarded import GuardedReader, ThreadedReader
+from serving.live import Live, Serving
+from serving.messages import ErrorBody, RankRequest, RankResponse, decode_request, schemas
+from serving.ranker import Clock, RankService
+from serving.redis_reader import StoreReadError
+from serving.settings import Scope, ServeSettings
 
 JSON = "application/json"
-STAGES = ("queue", "user_read", "item_read", "encode_user", "score", "sort")
+STAGES = (
+    "queue",
+    "user_read",
+    "item_read",
+    "features",
+    "model_wait",
+    "encode_user",
+    "score",
+    "sort",
+)
+MARGIN_S = 0.002  # of the deadline, kept for writing the answer
+logger = logging.getLogger(__name__)
+access = logging.getLogger("serving.access")
 
 
 class Metrics:
-    """Counters and histograms of one app; labels never carry ids."""
+    """Counters and histograms of one process; labels never carry ids."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "memoir_requests", "ranking requests by status", ["status"], registry=self.registry
+        )
+        self.left = Counter(
+            "memoir_clients_left", "clients that left before their answer", registry=self.registry
         )
         self.degraded = Counter(
             "memoir_degraded",
@@ -54,29 +96,142 @@ class Metrics:
         self.bundle = Gauge(
             "memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry
         )
-
-
-def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The app around a ranker; without one it answers that it is not ready."""
-    app = FastAPI(title="Memoir", version="0.1.0", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics, executor = Metrics(), ThreadPoolExecutor(max_workers=2, thread_name_prefix="rank")
-    encode = msgspec.json.encode
-    if ranker:
-        metrics.bundle.labels(ranker.bundle.name).set(1)
-
-    def ready() -> RankService:
-        if ranker is None:
-            raise NotReadyError("no bundle is loaded")
-        return ranker
-
-    async def rank(request: Request) -> Response:
-        arrived = time.perf_counter()
-        active = ready()
-        body = await read_body(request, max_body_bytes)
-        asked = decode_request(body, active.contract)
-        answer = await asyncio.get_running_loop().run_in_executor(
-            executor, active.rank, asked, arrived
+        self.ready = Gauge(
+            "memoir_ready", "whether requests should come here", registry=self.registry
         )
+        self.under_way = Gauge(
+            "memoir_requests_under_way", "requests being answered", registry=self.registry
+        )
+        self.swaps = Gauge(
+            "memoir_bundle_swaps", "bundles swapped in since the start", registry=self.registry
+        )
+        self.refused = Gauge(
+            "memoir_bundles_refused", "bundles that could not be served", registry=self.registry
+        )
+
+
+class Server:
+    """What the routes share: settings, the serving state, the model's thread, counters.
+
+    Args:
+        stopping: whose existence says that the server is about to stop; default: nothing says it.
+    """
+
+    def __init__(self, live: Live, settings: ServeSettings, stopping: Path | None = None) -> None:
+        self.live, self.settings, self.stopping = live, settings, stopping
+        self.metrics = Metrics()
+        self.admission = Admission(settings.max_in_flight)
+        # One model thread a process: two share one interpreter and are slower than one.
+        self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._encode = msgspec.json.Encoder().encode
+
+    def serving(self) -> Serving:
+        """The serving state.
+
+        Raises:
+            NotReadyError: there is none yet.
+        """
+        if self.live.current is None:
+            raise NotReadyError(self.live.not_loaded)
+        return self.live.current
+
+    def why_not_ready(self) -> str | None:
+        """Why no request should come here; None where they may."""
+        if self.stopping is not None and self.stopping.exists():
+            return "the server is about to stop"
+        return self.live.why_not_ready
+
+    def check(self, request: Request, scope: Scope) -> None:
+        """Refuse a caller who may not do this; with no token configured, everybody may.
+
+        Raises:
+            UnauthorizedError, ForbiddenError: see there.
+        """
+        if not self.settings.auth:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        found: tuple[Scope, ...] | None = None
+        for token, scopes in self.settings.auth.items():  # all of them, in the same time
+            if hmac.compare_digest(token.encode(), given.encode()) and kind.lower() == "bearer":
+                found = scopes
+        if found is None:
+            raise UnauthorizedError(
+                "expected `Authorization: Bearer` with a token that is known here"
+            )
+        if scope not in found:
+            raise ForbiddenError(f"this token may do {', '.join(found) or 'nothing'}, not {scope}")
+
+    async def rank(self, request: Request) -> Response:
+        """`POST /v1/rank`."""
+        clock = Clock()
+        arrived = time.perf_counter()
+        self.check(request, "rank")
+        with self.admission.admitted():
+            self.metrics.under_way.set(self.admission.under_way)
+            serving = self.serving()
+            body = await read_body(request, self.settings.max_body_bytes, self.settings.body_s)
+            asked = decode_request(body, serving.ranker.contract)
+            self._refuse_the_future(asked)
+            allowed = min(asked.deadline_ms or self.settings.deadline_ms, self.settings.deadline_ms)
+            deadline = arrived + allowed / 1000 - MARGIN_S
+            clock.lap("queue")
+            answer = await unless_left(request, self._answer(serving, asked, clock, deadline))
+        self._count(asked, answer)
+        timings = msgspec.structs.asdict(answer.timings_ms)
+        header = ", ".join(f"{stage};dur={timings[stage]}" for stage in STAGES)
+        return Response(self._encode(answer), media_type=JSON, headers={"Server-Timing": header})
+
+    async def _answer(
+        self, serving: Serving, asked: RankRequest, clock: Clock, deadline: float
+    ) -> RankResponse:
+        """The best answer that its time allows."""
+        ranker = serving.ranker
+        left = deadline - time.perf_counter()
+        try:
+            user = await serving.reader.read_user(
+                asked.user_id, min(self.settings.store_ms / 1000, left)
+            )
+        except StoreReadError as error:
+            if not serving.reader.open:
+                logger.warning("ranking without a user: %s", error)
+            user = ranker.nobody(Degraded.STORE_UNAVAILABLE)
+        clock.lap("user_read")
+        cancelled = False
+
+        def compute() -> RankResponse | None:
+            # Whoever asked may be gone, or the time up, by when the thread comes to it.
+            if cancelled or time.perf_counter() > deadline:
+                return None
+            return ranker.answer(asked, user, clock)
+
+        computing = asyncio.get_running_loop().run_in_executor(self.model, compute)
+        try:
+            async with asyncio.timeout(max(deadline - time.perf_counter(), 0)):
+                answer = await asyncio.shield(computing)
+        except (TimeoutError, asyncio.CancelledError) as ended:
+            cancelled = True
+            if not computing.cancel():
+                # It runs: its end is nobody's any more.
+                computing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if isinstance(ended, asyncio.CancelledError):
+                raise
+            answer = None
+        if answer is None:
+            late = [*user.problems, Degraded.DEADLINE]
+            return ranker.in_order(asked, late, Clock())
+        return answer
+
+    def _refuse_the_future(self, asked: RankRequest) -> None:
+        at = asked.context.request_timestamp if asked.context else None
+        latest = datetime.now(UTC) + timedelta(seconds=self.settings.max_future_s)
+        if at is not None and at > latest:
+            raise InvalidRequestError(
+                f"context.request_timestamp lies in the future: {at.isoformat()}. The server's clock says "
+                f"{datetime.now(UTC).isoformat(timespec='seconds')}, and takes {self.settings.max_future_s:g} s more"
+            )
+
+    def _count(self, asked: RankRequest, answer: RankResponse) -> None:
+        metrics = self.metrics
         for reason in answer.degraded:
             metrics.degraded.labels(reason).inc()
         metrics.unknown_items.inc(len(answer.unknown_items))
@@ -84,60 +239,205 @@ def create_app(ranker: RankService | None, *, max_body_bytes: int = MAX_BODY_BYT
         timings = msgspec.structs.asdict(answer.timings_ms)
         for stage in STAGES:
             metrics.seconds.labels(stage).observe(timings[stage] / 1000)
-        header = ", ".join(f"{stage};dur={timings[stage]}" for stage in STAGES)
-        return Response(encode(answer), media_type=JSON, headers={"Server-Timing": header})
 
-    @app.post("/v1/rank", include_in_schema=False)
-    async def rank_route(request: Request) -> Response:
-        response = await answered(rank, request)
-        metrics.requests.labels(str(response.status_code)).inc()
-        return response
-
-    @app.get("/livez", include_in_schema=False)
-    async def livez() -> Response:
+    async def livez(self, request: Request) -> Response:
+        """`GET /livez`: open to all."""
         return Response(b'{"status":"ok"}', media_type=JSON)
 
-    @app.get("/readyz", include_in_schema=False)
-    async def readyz(request: Request) -> Response:
-        async def check(_: Request) -> Response:
-            active = ready()
-            return Response(
-                encode(
-                    {"status": "ready", "bundle": active.bundle.name, "items": len(active.items)}
-                ),
-                media_type=JSON,
+    async def readyz(self, request: Request) -> Response:
+        """`GET /readyz`."""
+        self.check(request, "metrics")
+        if reason := self.why_not_ready():
+            raise NotReadyError(reason)
+        serving = self.serving()
+        items = len(serving.ranker.items)
+        return Response(
+            self._encode({"status": "ready", "bundle": serving.name, "items": items}),
+            media_type=JSON,
+        )
+
+    async def show_metrics(self, request: Request) -> Response:
+        """`GET /metrics`."""
+        self.check(request, "metrics")
+        metrics, live = self.metrics, self.live
+        metrics.bundle.clear()
+        if live.current is not None:
+            metrics.bundle.labels(live.current.name).set(1)
+        metrics.ready.set(self.why_not_ready() is None)
+        metrics.under_way.set(self.admission.under_way)
+        metrics.swaps.set(live.swaps)
+        metrics.refused.set(len(live.refused))
+        kind = "text/plain; version=0.0.4"
+        return Response(generate_latest(metrics.registry), media_type=kind)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`: what ranks, what ranked before, what was refused and why."""
+        self.check(request, "models")
+        live = self.live
+        described = {
+            "live": None if live.current is None else described_bundle(live.current),
+            "previous": None if live.previous is None else described_bundle(live.previous),
+            "refused": live.refused,
+            "not_ready": self.why_not_ready(),
+        }
+        return Response(self._encode(described), media_type=JSON)
+
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        self.check(request, "rank")
+        current = self.live.current
+        contract = None if current is None else current.ranker.contract
+        return Response(self._encode(openapi_document(contract)), media_type=JSON)
+
+    def counted(self, handler: Handler) -> Handler:
+        """The handler's answer or its error as a readable body; each of them counted and logged."""
+
+        async def answered(request: Request) -> Response:
+            began = time.perf_counter()
+            response = await self._answered(handler, request)
+            if request.url.path == "/v1/rank":
+                self.metrics.requests.labels(str(response.status_code)).inc()
+            if self.settings.access_log:
+                line = {
+                    "method": request.method,
+                    "path": request.url.path,
+                    "status": response.status_code,
+                    "ms": round(1000 * (time.perf_counter() - began), 2),
+                    "timings": response.headers.get("server-timing", ""),
+                }
+                access.info(self._encode(line).decode())
+            return response
+
+        return answered
+
+    async def _answered(self, handler: Handler, request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ServingError as error:
+            return error_response(error.status, error.kind, str(error))
+        except ClientDisconnect:
+            self.metrics.left.inc()
+            return Response(status_code=499)  # nobody reads it
+        except Exception:
+            logger.exception("a request could not be answered")
+            return error_response(
+                500, "internal", "this is a fault of the server; its log says more"
             )
 
-        return await answered(check, request)
 
-    @app.get("/metrics", include_in_schema=False)
-    async def show_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        contract = None if ranker is None else ranker.contract
-        return Response(encode(openapi_document(contract)), media_type=JSON)
-
-    return app
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-async def answered(handler: Callable[[Request], Any], request: Request) -> Response:
-    """The handler's answer, or its error as a readable body."""
+def described_bundle(serving: Serving) -> dict[str, Any]:
+    """What is told of a bundle."""
+    bundle = serving.ranker.bundle
+    return {
+        "bundle": bundle.name,
+        "digest": bundle.digest,
+        "model": bundle.manifest.get("model"),
+        "tokens": bundle.tokens,
+        "items": len(serving.ranker.items),
+    }
+
+
+def create_app(ranker: RankService | None, settings: ServeSettings | None = None) -> Starlette:
+    """The app around a ranker that never changes; without one it answers that it is not ready."""
+    live = Live(load=lambda: serving_of(ranker))
+    live.not_loaded = "no bundle is loaded"
+    if ranker is not None:
+        live.current = serving_of(ranker)
+    return app_of(Server(live, settings or ServeSettings()))
+
+
+def serving_of(ranker: RankService | None) -> Serving:
+    """A serving state around a ranker."""
+    if ranker is None:
+        raise LookupError("no bundle is loaded")
+    return Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
+
+
+def app_of(server: Server, *, keep_up: bool = False) -> Starlette:
+    """The routes of a server.
+
+    Args:
+        keep_up: whether bundles are loaded and followed, and the store is watched, in the background.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        settings, tasks = server.settings, []
+        if keep_up:
+            tasks = [
+                asyncio.create_task(server.live.follow(settings.follow_s)),
+                asyncio.create_task(server.live.watch(settings.watch_s)),
+            ]
+        yield
+        for task in tasks:
+            task.cancel()
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        response = error_response(
+            error.status_code, kind, f"{error.detail}: {request.method} {request.url.path}"
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    gets = {
+        "/livez": server.livez,
+        "/readyz": server.readyz,
+        "/metrics": server.show_metrics,
+        "/v1/models": server.models,
+        "/openapi.json": server.openapi,
+    }
+    routes = [
+        Route(path, server.counted(handler), methods=["GET"]) for path, handler in gets.items()
+    ]
+    routes.append(Route("/v1/rank", server.counted(server.rank), methods=["POST"]))
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
+
+
+def error_response(status: int, kind: str, message: str) -> Response:
+    """An error as clients read it."""
+    headers = {"Retry-After": "1"} if status == 503 else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == 408:
+        headers["Connection"] = "close"
+    body = msgspec.json.encode(ErrorBody(kind, message))
+    return Response(body, status_code=status, media_type=JSON, headers=headers)
+
+
+async def unless_left(request: Request, answering: Awaitable[RankResponse]) -> RankResponse:
+    """An answer, unless the client leaves before it is there.
+
+    Raises:
+        ClientDisconnect: they left; the work is cancelled.
+    """
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(answering), asyncio.ensure_future(left())
     try:
-        return await handler(request)
-    except ServingError as error:
-        headers = {"Retry-After": "1"} if error.status == 503 else None
-        body = msgspec.json.encode(ErrorBody(error.kind, str(error)))
-        return Response(body, status_code=error.status, media_type=JSON, headers=headers)
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, watching):
+            task.cancel()
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit.
+async def read_body(request: Request, limit: int, seconds: float = 5.0) -> bytes:
+    """The body, read no further than the limit and no longer than its time.
 
     Raises:
         UnsupportedMediaError: declared as something other than JSON, or compressed.
         BodyTooLargeError: longer than the limit.
+        SlowBodyError: not there in time.
     """
     declared = request.headers.get("content-type", JSON).split(";")[0].strip().lower()
     if declared != JSON:
@@ -151,10 +451,14 @@ async def read_body(request: Request, limit: int) -> bytes:
     if length.isdigit() and int(length) > limit:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError as error:
+        raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
     return bytes(body)
 
 
@@ -169,10 +473,13 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
 
     errors = {
         "400": "no JSON",
+        "401": "no bearer token that is known, where some are configured",
+        "403": "a token that may not do this",
+        "408": "the body did not arrive in time",
         "413": "body too large",
         "415": "not JSON",
         "422": "wrong shape, type or size",
-        "503": "not ready",
+        "503": "not ready, or too many requests under way; Retry-After says when to try again",
     }
     post = {
         "operationId": "rank",
@@ -190,8 +497,13 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
         for path, text, extra in (
             ("/livez", "the process runs", {}),
-            ("/readyz", "a bundle is loaded and warm", {"503": reply("not ready", "ErrorBody")}),
+            (
+                "/readyz",
+                "a bundle is loaded and warm, and the online store holds something",
+                {"503": reply("not ready", "ErrorBody")},
+            ),
             ("/metrics", "Prometheus metrics", {}),
+            ("/v1/models", "what ranks, what ranked before, what was refused", {}),
         )
     }
     return {

@@ -1,26 +1,23 @@
-"""Options → bundle, store, ranker → server."""
+"""Options → settings, source → server processes."""
 
 from __future__ import annotations
 
-import gc
+import os
 import socket
-from dataclasses import dataclass
-from datetime import datetime
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
-from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
-from modeling import bundle as bundles
-from serving.features import FeastReader
-from serving.items import ItemTable, published_rows
 from serving.ranker import RankService
+from serving.settings import PREFIX, ServeSettings
 
 console = Console()
+STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
 
 
 def open_ranker(
@@ -30,109 +27,132 @@ def open_ranker(
     replay: bool = False,
     item_refresh_s: float = 0.0,
 ) -> RankService:
-    """The live bundle (or the given one) over the online store, warm.
+    """The live bundle (or the given one) over the online store, warm, without a server.
 
     Raises:
         BundleError: the bundle must not be served.
         NoLiveBundleError: no bundle was given and none is live.
     """
-    import torch
+    from serving.live import Source
 
-    from feature_repo.store import open_store
-
-    torch.set_num_threads(1)
-    contract = datasets.load_contract(settings.dataset)
-    if bundle_path:
-        bundle = bundles.load(Path(bundle_path), contract)
-    else:
-        live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
-        bundle = bundles.load(settings.path(live.path), contract, live.digest)
-    contract = (
-        bundle.encoder.contract
-    )  # the bundle's own: what it was trained under, the one in force has
-    reader = FeastReader(
-        open_store(settings), contract, bundle.manifest["online_service"], bundle.tokens
-    )
-    # Of its own, so that no request waits for the store while items are read.
-    item_reader = FeastReader(open_store(settings), contract, bundle.manifest["online_service"])
-
-    def load_items() -> pa.Table:
-        known = bundle.encoder.items.values.to_pylist()
-        rows = published_rows(settings, contract)
-        return item_reader.read_items(known) if rows is None else rows
-
-    items = ItemTable(bundle.encoder, item_reader.read_items, load_items, item_refresh_s)
-    ranker = RankService(
-        bundle,
-        reader,
-        items,
-        datetime.fromisoformat(bundle.manifest["data_as_of"]) if replay else None,
-    )
-    ranker.warm_up()
-    gc.collect()
-    gc.freeze()  # what is loaded now stays; without this, full collections stop requests for tenths of a second
-    return ranker
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What a server is started with; see its help."""
-
-    host: str
-    port: int
-    bundle: str | None
-    replay: bool
-    item_refresh_s: float
+    given = None if bundle_path is None else Path(bundle_path)
+    return Source(settings, given, replay, item_refresh_s).load().ranker
 
 
 class PortTakenError(ExpectedError, OSError):
     """The address cannot be listened on."""
 
 
-def serve(options: ServeOptions) -> int:
+def serve(settings: ServeSettings) -> int:
     """Serve until stopped.
 
     Raises:
         PortTakenError: the address cannot be listened on.
         BundleError, NoLiveBundleError: there is nothing to serve.
     """
-    settings = Settings.from_env()
-    listening = listen(
-        options.host, options.port
-    )  # first, so that nobody waits for a bundle to load to hear of it
-    ranker = open_ranker(
-        settings, options.bundle, replay=options.replay, item_refresh_s=options.item_refresh_s
-    )
-    import uvicorn
-
-    from serving.app import create_app
-
-    host, port = listening.getsockname()[:2]
-    console.print(
-        f"serving {ranker.bundle.name} with {len(ranker.items):,} items on http://{host}:{port}",
-        highlight=False,
-    )
-    config = uvicorn.Config(
-        create_app(ranker), log_level="warning", access_log=False, timeout_keep_alive=10
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    # First, so that nobody waits for a bundle to load to hear of it.
+    port = listenable(settings.host, settings.port)
+    settings = settings.model_copy(update={"port": port})
+    with tempfile.TemporaryDirectory(prefix="memoir-serving-") as folder:
+        os.environ[STOPPING] = str(Path(folder, "stopping"))
+        os.environ |= environment_of(settings)
+        _granian(settings, Path(folder, "stopping")).serve()
     return 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, not yet listened on.
+def environment_of(settings: ServeSettings) -> dict[str, str]:
+    """Settings as worker processes read them."""
+    import json
+
+    plain = settings.model_dump(mode="json", exclude_defaults=True)
+    if settings.tls_key_password is not None:
+        plain["tls_key_password"] = settings.tls_key_password.get_secret_value()
+    return {
+        f"{PREFIX}{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for name, value in plain.items()
+    }
+
+
+def _granian(settings: ServeSettings, stopping: Path) -> Any:
+    """The HTTP server: granian's own processes, its limits, its TLS."""
+    from granian.constants import Interfaces
+    from granian.http import HTTP1Settings
+    from granian.log import LogLevels
+    from granian.server.mp import MPServer
+
+    class Stoppable(MPServer):
+        """First unready, so that a load balancer sends nothing more; then granian's own stop."""
+
+        def signal_handler_interrupt(self, *args: Any, **kwargs: Any) -> None:
+            stopping.touch()
+            time.sleep(settings.unready_s)
+            super().signal_handler_interrupt(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    password = settings.tls_key_password
+    return Stoppable(
+        "serving.command:app",
+        factory=True,
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGI,
+        workers=settings.processes,
+        respawn_failed_workers=True,
+        workers_kill_timeout=settings.stop_s,
+        websockets=False,
+        backpressure=8 * settings.max_in_flight,
+        http1_settings=HTTP1Settings(header_read_timeout=1000 * settings.header_s),
+        log_level=LogLevels.warning,
+        ssl_cert=settings.tls_certificate,
+        ssl_key=settings.tls_key,
+        ssl_key_password=None if password is None else password.get_secret_value(),
+        ssl_ca=settings.tls_client_ca,
+        ssl_client_verify=settings.tls_client_ca is not None,
+    )
+
+
+def app() -> Any:
+    """The ASGI app of a worker process, from the environment."""
+    import logging
+
+    from serving.app import Server, app_of
+    from serving.live import Live, Repair, Source, epoch_of
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("serving.access").setLevel(logging.INFO)
+    settings, home = ServeSettings(), Settings.from_env()
+    source = Source(
+        home, settings.bundle, settings.replay, settings.item_refresh_s, settings.stale_days
+    )
+    live = Live(
+        source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None
+    )
+    live.load_now()
+    if live.current is not None:
+        console.print(
+            f"serving {live.current.name} with {len(live.current.ranker.items):,} items on "
+            f"{'https' if settings.tls_certificate else 'http'}://{settings.host}:{settings.port}",
+            highlight=False,
+        )
+    else:
+        console.print(f"not ready: {live.not_loaded}", highlight=False)
+    stopping = os.environ.get(STOPPING)
+    return app_of(Server(live, settings, Path(stopping) if stopping else None), keep_up=True)
+
+
+def listenable(host: str, port: int) -> int:
+    """A port that can be listened on: this one, or any free one for 0.
 
     Raises:
         PortTakenError: it cannot be.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((host, port))
-    except OSError as error:
-        made.close()
-        raise PortTakenError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host"
-        ) from error
-    return made
+    with socket.socket(family) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind((host, port))
+        except OSError as error:
+            raise PortTakenError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host"
+            ) from error
+        found: int = made.getsockname()[1]
+        return found

@@ -54,3 +54,15 @@ class Degraded(StrEnum):
         "newer_features",
         "the request lies before the user's newest event: the history is cut there, the sketch is not used, profile and statistics are of now",
     )
+    STALE_FEATURES = (
+        "stale_features",
+        "item features are older than the server is told to take for fresh",
+    )
+    NO_SCORES = (
+        "no_scores",
+        "the model gave numbers that are none: candidates are in the request's order, without scores",
+    )
+    DEADLINE = (
+        "deadline",
+        "the time was up before the model was done: candidates are in the request's order, without scores",
+    )

@@ -5,7 +5,11 @@ ServingError
 ├── BodyTooLargeError        413  more bytes than allowed
 ├── UnsupportedMediaError    415  not JSON
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
-└── NotReadyError            503  no bundle is loaded
+├── UnauthorizedError        401  no bearer token, or none that is known
+├── ForbiddenError           403  one that may not do this
+├── SlowBodyError            408  the body did not arrive in time
+├── OverloadedError          503  too many requests are under way
+└── NotReadyError            503  no bundle is loaded, the store is away or empty, or the server stops
 
 What a person at the command line can mend (feature_repo.errors.ExpectedError):
 `command.PortTakenError`, `refresh.NoStateError`, `refresh.RefusedError`.
@@ -54,3 +58,31 @@ class NotReadyError(ServingError):
 
     status = 503
     kind = "not_ready"
+
+
+class UnauthorizedError(ServingError):
+    """There is no bearer token, or none that is known."""
+
+    status = 401
+    kind = "unauthorized"
+
+
+class ForbiddenError(ServingError):
+    """The caller may not do this."""
+
+    status = 403
+    kind = "forbidden"
+
+
+class SlowBodyError(ServingError):
+    """The body did not arrive in its time."""
+
+    status = 408
+    kind = "slow_body"
+
+
+class OverloadedError(ServingError):
+    """More requests are under way than are taken on."""
+
+    status = 503
+    kind = "overloaded"

@@ -49,7 +49,15 @@ def item_columns(contract: Contract) -> list[tuple[str, Column]]:
     ]
 
 
-def published_rows(settings: Settings, contract: Contract) -> pa.Table | None:
+@dataclass(frozen=True)
+class Loaded:
+    """Rows of items, and as of when, microseconds; None where that is not known."""
+
+    rows: pa.Table
+    as_of: int | None = None
+
+
+def published_rows(settings: Settings, contract: Contract) -> Loaded | None:
     """Every item's id and features as the last `materialize` sent them online, from its own tables.
 
     None where that cannot be said: the tables are not here or were rebuilt since, or items have views
@@ -79,7 +87,7 @@ def published_rows(settings: Settings, contract: Contract) -> pa.Table | None:
         taken = rows.take(pa.array(places, mask=places < 0))
         for column in contract.table(view).columns:
             columns[column.name] = taken[column.name].cast(arrow_type(column.dtype))
-    return pa.table(columns)
+    return Loaded(pa.table(columns), sent.as_of_micros)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class ItemTable:
         self,
         encoder: Encoder,
         read: ReadItems,
-        load: Callable[[], pa.Table],
+        load: Callable[[], Loaded],
         refresh_s: float = 0.0,
     ) -> None:
         self._encoder, self._read, self._load = encoder, read, load
@@ -189,7 +197,7 @@ class ItemTable:
         self._sought: dict[Id, None] = {}
         self._changed = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
-        self.known = self._loaded()
+        self.known, self.as_of = self._loaded()
         threading.Thread(target=self._keep_up, args=(refresh_s,), daemon=True, name="items").start()
 
     def __len__(self) -> int:
@@ -221,7 +229,8 @@ class ItemTable:
         loaded = self._loaded()
         with self._changed:
             # What was looked up since is looked up again when it is asked for.
-            self.known, self._absent = loaded, set()
+            self.known, self.as_of = loaded
+            self._absent = set()
 
     def look_up(self) -> None:
         """Look up in the store what requests asked for in vain."""
@@ -253,14 +262,16 @@ class ItemTable:
             self._sought |= dict.fromkeys(new[:room])
         self._wake.set()
 
-    def _loaded(self) -> KnownItems:
-        rows = self._rows(self._load())
+    def _loaded(self) -> tuple[KnownItems, int | None]:
+        loaded = self._load()
+        rows = self._rows(loaded.rows)
         if not len(rows.index):
             raise LookupError(
                 "no item has any features: run `python -m beam_jobs materialize`; what was loaded before stays in use"
             )
         nothing = pa.array([], self._kind)
-        return KnownItems(rows, _Rows(KeyIndex(nothing), rows.numbers.take(np.zeros(0, np.int64))))
+        added = _Rows(KeyIndex(nothing), rows.numbers.take(np.zeros(0, np.int64)))
+        return KnownItems(rows, added), loaded.as_of
 
     def _rows(self, table: pa.Table) -> _Rows:
         """Those rows in which anything is known."""

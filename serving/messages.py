@@ -39,6 +39,9 @@ class RankRequest(Struct, forbid_unknown_fields=True):
     k: Annotated[int, Meta(ge=1)] | None = None  # how many of the best to return; all unless given
     context: RankContext | None = None
     probabilities: bool = False  # whether to name each task's probability
+    deadline_ms: Annotated[float, Meta(gt=0)] | None = (
+        None  # from arrival; at most the server's own
+    )
 
 
 class Timings(Struct):
@@ -47,6 +50,8 @@ class Timings(Struct):
     queue: float = 0.0
     user_read: float = 0.0
     item_read: float = 0.0
+    features: float = 0.0
+    model_wait: float = 0.0
     encode_user: float = 0.0
     score: float = 0.0
     sort: float = 0.0
@@ -56,7 +61,8 @@ class RankResponse(Struct):
     """Candidates, best first. `scores` are what they are ranked by: the mean of the tasks'
     probabilities under the dataset's weights. `probabilities` are each task's, where asked for.
 
-    `degraded` names what the answer had to do without, and is empty when nothing was missing.
+    `degraded` names what the answer had to do without, and is empty when nothing was missing. With
+    `no_scores` or `deadline` among it candidates are in the request's order, and `scores` is empty.
     """
 
     item_ids: list[int | str]

@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from feature_repo.arrow import EPOCH, arrow_type, history_schema
 from feature_repo.contract import Contract
+from feature_repo.errors import ExpectedError
 from feature_repo.history import (
     Histories,
     event_columns,
@@ -24,6 +25,8 @@ from feature_repo.history import (
     mean_names,
     primary_values,
 )
+from feature_repo.schema import DType
+from feature_repo.transforms import MICROS_PER_DAY
 from modeling.bundle import Bundle
 from modeling.encoder import Encoded, GatherTokens, ItemNumbers, ReadSketch, Requests
 from modeling.tasks import probabilities, ranking_logits, sigmoid
@@ -33,7 +36,12 @@ from serving.items import Id, ItemTable, Taken
 from serving.messages import RankContext, RankRequest, RankResponse, Timings
 
 LOGIT_DIGITS = 5
+STALE_DAYS = 7.0
 logger = logging.getLogger(__name__)
+
+
+class NotFiniteError(ExpectedError, ValueError):
+    """A model gives numbers that are none."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,16 @@ class RankService:
         items: item features.
         default_time: time of requests that carry none, for sample data of the past; the clock
             unless given.
+        stale_days: item features that are older than so many days at a request are said to be stale.
     """
 
     def __init__(
-        self, bundle: Bundle, reader: Reader, items: ItemTable, default_time: datetime | None = None
+        self,
+        bundle: Bundle,
+        reader: Reader,
+        items: ItemTable,
+        default_time: datetime | None = None,
+        stale_days: float = STALE_DAYS,
     ) -> None:
         self.bundle, self.reader, self.items, self.default_time = (
             bundle,
@@ -72,6 +86,7 @@ class RankService:
             default_time,
         )
         self.contract: Contract = bundle.encoder.contract
+        self.stale_micros = stale_days * MICROS_PER_DAY
         self._model_lock = threading.Lock()
 
     def rank(self, request: RankRequest, arrived: float | None = None) -> RankResponse:
@@ -83,23 +98,39 @@ class RankService:
         Args:
             arrived: `time.perf_counter()` when the request came, for the queue's timing.
         """
-        clock = _Clock(arrived)
+        clock = Clock(arrived)
         clock.lap("queue")
-        user, degraded = self._read_user(request.user_id)
+        try:
+            user = self.reader.read_user(request.user_id)
+        except Exception:
+            logger.exception("the online store could not be read; ranking without a user")
+            user = self.nobody(Degraded.STORE_UNAVAILABLE)
         clock.lap("user_read")
+        return self.answer(request, user, clock)
+
+    def nobody(self, *problems: Degraded) -> UserRow:
+        """A user of whom nothing is known, and why."""
+        return UserRow({c.name: None for c in self.contract.user_columns}, None, problems)
+
+    def answer(self, request: RankRequest, user: UserRow, clock: Clock) -> RankResponse:
+        """Rank for a user who has been read: all that follows the store.
+
+        Args:
+            clock: which goes on from there.
+        """
+        degraded = list(user.problems)
         items = self.items.take(request.candidates)
         clock.lap("item_read")
         given = request.context.request_timestamp if request.context else None
         at = given or self.default_time or datetime.now(UTC)
+        micros = (at - EPOCH) // timedelta(microseconds=1)
         if (
             user.history is not None
             and user.history.num_rows
             and user.history["event_timestamp"][-1].as_py() >= at
         ):
             degraded.append(Degraded.NEWER_FEATURES)
-        if user.tokens is not None and user.tokens.as_of >= (at - EPOCH) // timedelta(
-            microseconds=1
-        ):
+        if user.tokens is not None and user.tokens.as_of >= micros:
             degraded.append(Degraded.NEWER_TOKENS)
             user = replace(user, tokens=None)  # they know what comes after the request
         elif user.tokens_know_another_past:
@@ -107,8 +138,15 @@ class RankService:
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
+        if self.items.as_of is not None and micros - self.items.as_of > self.stale_micros:
+            degraded.append(Degraded.STALE_FEATURES)
         context = context_columns(self.contract, request.context)
         logits = self._score(user, request.candidates, items, context, at, clock)
+        if items.unknown:
+            degraded.append(Degraded.UNKNOWN_ITEMS)
+        if not np.isfinite(logits).all():
+            logger.error("the model of %s gave numbers that are none", self.bundle.name)
+            return self.in_order(request, [*degraded, Degraded.NO_SCORES], clock, items.unknown)
         ranked = ranking_logits(self.contract.spec, logits)
         order = np.argsort(-np.round(ranked, LOGIT_DIGITS), kind="stable")[: request.k]
         each: dict[str, list[float]] | UnsetType = UNSET
@@ -122,20 +160,50 @@ class RankService:
             scores=sigmoid(ranked)[order].tolist(),
             bundle=self.bundle.name,
             tokens=None if user.tokens is None else user.tokens.fingerprint,
-            degraded=[*degraded, *([Degraded.UNKNOWN_ITEMS] if items.unknown else [])],
+            degraded=degraded,
             unknown_items=items.unknown,
             timings_ms=Timings(**clock.laps),
             probabilities=each,
         )
 
+    def in_order(
+        self,
+        request: RankRequest,
+        degraded: Sequence[Degraded],
+        clock: Clock,
+        unknown: Sequence[Id] = (),
+    ) -> RankResponse:
+        """The last rung: candidates in the request's order, without scores."""
+        return RankResponse(
+            item_ids=request.candidates[: request.k],
+            scores=[],
+            bundle=self.bundle.name,
+            tokens=None,
+            degraded=list(degraded),
+            unknown_items=list(unknown),
+            timings_ms=Timings(**clock.laps),
+        )
+
     def warm_up(self) -> None:
         """Rank once without a user, so that the first request does not pay for what is set up on
         first use.
+
+        Raises:
+            NotFiniteError: the model gives numbers that are none; it must not be served.
         """
-        empty = UserRow({c.name: None for c in self.contract.user_columns}, None)
-        ids = list(self.bundle.encoder.items.values[:16].to_pylist())
+        ids = list(self.bundle.encoder.items.values[:16].to_pylist()) or [self._no_item()]
         context = context_columns(self.contract, None)
-        self._score(empty, ids, self.items.take(ids), context, datetime.now(UTC), _Clock(None))
+        logits = self._score(
+            self.nobody(), ids, self.items.take(ids), context, datetime.now(UTC), Clock(None)
+        )
+        if not np.isfinite(logits).all():
+            raise NotFiniteError(
+                f"bundle {self.bundle.name} gives scores that are no numbers ({logits.ravel()[:3]} …): its weights are not "
+                "fit to be served. Train and export it again"
+            )
+
+    def _no_item(self) -> Id:
+        return "" if self.contract.item.dtype is DType.STRING else 0
 
     def encoded(
         self,
@@ -252,15 +320,6 @@ class RankService:
             )
         return lambda chosen: (found[None], np.array([True]))
 
-    def _read_user(self, user_id: Id) -> tuple[UserRow, list[Degraded]]:
-        try:
-            user = self.reader.read_user(user_id)
-        except Exception:
-            logger.exception("the online store could not be read; ranking without a user")
-            nothing = {c.name: None for c in self.contract.user_columns}
-            return UserRow(nothing, None), [Degraded.STORE_UNAVAILABLE]
-        return user, list(user.problems)
-
     def _score(
         self,
         user: UserRow,
@@ -268,13 +327,15 @@ class RankService:
         items: Taken,
         context: dict[str, pa.Array],
         at: datetime,
-        clock: _Clock,
+        clock: Clock,
     ) -> np.ndarray:
         """Logits, candidates × tasks."""
         encoder, model = self.bundle.encoder, self.bundle.model
         encoded = self.encoded(user, candidates, at, items, context)
         batch = encoder.collate(encoded, np.array([0]))
+        clock.lap("features")
         with self._model_lock, torch.inference_mode():
+            clock.lap("model_wait")
             state = model.encode_user(batch.user)
             clock.lap("encode_user")
             logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
@@ -290,12 +351,19 @@ class _Keyed(NamedTuple):
     item_of_key: np.ndarray
 
 
-class _Clock:
-    def __init__(self, arrived: float | None) -> None:
+class Clock:
+    """Milliseconds by stage, each from the end of the one before.
+
+    Args:
+        arrived: `time.perf_counter()` at the beginning; default: now.
+    """
+
+    def __init__(self, arrived: float | None = None) -> None:
         self._last = time.perf_counter() if arrived is None else arrived
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
+        """A stage ends here."""
         now = time.perf_counter()
         self.laps[name] = round((now - self._last) * 1000, 3)
         self._last = now

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from feature_repo.contract import TOKEN_VERSION, Contract
+from feature_repo.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART, TOKEN_VERSION, Contract
 from feature_repo.errors import ExpectedError
 from feature_repo.schema import DType
 from serving.features import UserDecoder, UserRow
@@ -73,14 +73,79 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
     )
 
 
+class RedisHashes:
+    """Fields of hashes, in one round trip within its time; nothing is tried twice. Belongs to the event
+    loop that first reads with it.
+
+    Args:
+        store: whose online store is one Redis.
+        connect_s: how long a new connection may take.
+
+    Raises:
+        WrongStoreError: the online store is another one, or a Redis Cluster.
+    """
+
+    def __init__(self, store: FeatureStore, connect_s: float = 0.05) -> None:
+        from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
+
+        online = store.config.online_store
+        if not isinstance(online, RedisOnlineStoreConfig) or online.redis_type.value != "redis":
+            raise WrongStoreError(
+                f"expected one Redis, the online store is {online.type!r}: read it through Feast (FeastReader)"
+            )
+        nodes, given = RedisOnlineStore._parse_connection_string(online.connection_string)
+        self.options: dict[str, Any] = {
+            **nodes[0],
+            **given,
+            "socket_connect_timeout": connect_s,
+            "retry": None,
+            "retry_on_error": [],
+        }
+        self._client: Redis | None = None
+
+    async def read(
+        self, keys: Sequence[bytes], fields: Sequence[Sequence[bytes]], timeout_s: float
+    ) -> list[list[bytes | None]]:
+        """One HMGET for each key.
+
+        Raises:
+            StoreReadError: there was no answer within `timeout_s` seconds, or none of a Redis that
+                holds hashes there.
+        """
+        import redis.exceptions
+
+        try:
+            async with asyncio.timeout(timeout_s), self._connected().pipeline(False) as pipe:
+                for key, names in zip(keys, fields, strict=True):
+                    pipe.hmget(key, list(names))  # type: ignore[arg-type]  # keys are bytes
+                found: list[list[bytes | None]] = await pipe.execute()
+                return found
+        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
+            raise StoreReadError(
+                f"Redis did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
+            ) from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    def _connected(self) -> Redis:
+        if self._client is None:
+            from redis.asyncio import Redis
+
+            self._client = Redis(**self.options)
+        return self._client
+
+
 class RedisReader:
-    """See the module docstring. Belongs to the event loop that first reads with it.
+    """See the module docstring.
 
     Args:
         store: whose online store is one Redis.
         online_service: a feature service of users.
         token_version: of the summary tokens to read; no tokens of another are ever returned.
-        connect_s: how long a new connection may take.
 
     Raises:
         WrongStoreError: the online store is another one, or a Redis Cluster.
@@ -92,31 +157,17 @@ class RedisReader:
         contract: Contract,
         online_service: str,
         token_version: str | None = None,
-        connect_s: float = 0.05,
     ) -> None:
-        from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
-
-        config = store.config
-        online = config.online_store
-        if not isinstance(online, RedisOnlineStoreConfig) or online.redis_type.value != "redis":
-            raise WrongStoreError(
-                f"expected one Redis, the online store is {online.type!r}: read it through Feast (FeastReader)"
-            )
+        self.hashes = RedisHashes(store)
         self._decoder = UserDecoder(contract, token_version)
         self._plan = plan_of(store, online_service)
         self._key = _key_maker(
-            config.project, config.entity_key_serialization_version, contract, self._plan
+            store.config.project,
+            store.config.entity_key_serialization_version,
+            contract,
+            self._plan,
         )
-        nodes, given = RedisOnlineStore._parse_connection_string(online.connection_string)
-        self._options = {
-            **nodes[0],
-            **given,
-            "socket_connect_timeout": connect_s,
-            "retry": None,
-            "retry_on_error": [],
-        }
         self._token_version = token_version
-        self._client: Redis | None = None
 
     async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
         """One user's features, history and tokens.
@@ -134,53 +185,59 @@ class RedisReader:
         Raises:
             StoreReadError: see `read_user`.
         """
-        import redis.exceptions
-
         keys = self._key(user_id, self._token_version)
-        try:
-            async with asyncio.timeout(timeout_s):
-                found = await self._asked(keys)
-        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
-            raise StoreReadError(
-                f"Redis did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
-            ) from error
-        return self._decoded(found)
+        found = await self.hashes.read(keys, self._plan.fields, timeout_s)
+        return {
+            name: decoded(name, data)
+            for names, stored in zip(self._plan.names, found, strict=True)
+            for name, data in zip(names, stored, strict=True)
+        }
 
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
 
-    async def _asked(self, keys: Sequence[bytes]) -> list[list[bytes | None]]:
-        """One HMGET for each hash, in one round trip."""
-        async with self._connected().pipeline(transaction=False) as pipe:
-            for key, fields in zip(keys, self._plan.fields, strict=True):
-                pipe.hmget(key, list(fields))  # type: ignore[arg-type]  # keys are bytes
-            found: list[list[bytes | None]] = await pipe.execute()
-            return found
+class RedisEpoch:
+    """Which run of a job the store says it holds.
 
-    def _connected(self) -> Redis:
-        if self._client is None:
-            from redis.asyncio import Redis
+    Args:
+        job: that fills the store.
+    """
 
-            self._client = Redis(**self._options)
-        return self._client
-
-    def _decoded(self, found: Sequence[Sequence[bytes | None]]) -> dict[str, Any]:
+    def __init__(self, store: FeatureStore, job: str, timeout_s: float = 0.2) -> None:
+        from feast.infra.online_stores.helpers import _mmh3, _redis_key
+        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.protos.feast.types.Value_pb2 import Value
-        from google.protobuf.message import DecodeError
 
-        values: dict[str, Any] = {}
-        for names, stored in zip(self._plan.names, found, strict=True):
-            for name, data in zip(names, stored, strict=True):
-                try:
-                    values[name] = plain_value(Value.FromString(data)) if data else None
-                except DecodeError as error:
-                    raise StoreReadError(
-                        f"{name} is stored as no value of Feast's: {error}"
-                    ) from error
-        return values
+        self.hashes, self._timeout_s = RedisHashes(store), timeout_s
+        part = EntityKey(join_keys=[STORE_PART.join_key], entity_values=[Value(string_val=job)])
+        version = store.config.entity_key_serialization_version
+        self._key = _redis_key(store.config.project, part, entity_key_serialization_version=version)
+        self._field = _mmh3(f"{STORE_EPOCH}:{EPOCH_RUN.name}")
+
+    async def __call__(self) -> str | None:
+        """The run's id; None where the store holds none.
+
+        Raises:
+            StoreReadError: the store did not answer in its time.
+        """
+        ((data,),) = await self.hashes.read([self._key], [[self._field]], self._timeout_s)
+        found: str | None = decoded(EPOCH_RUN.name, data)
+        return found
+
+
+def decoded(name: str, data: bytes | None) -> Any:
+    """A stored Value as Python has it; None where there is none.
+
+    Raises:
+        StoreReadError: what is stored is no Value.
+    """
+    from feast.protos.feast.types.Value_pb2 import Value
+    from google.protobuf.message import DecodeError
+
+    if not data:
+        return None
+    try:
+        return plain_value(Value.FromString(data))
+    except DecodeError as error:
+        raise StoreReadError(f"{name} is stored as no value of Feast's: {error}") from error
 
 
 def plain_value(value: Any) -> Any:

@@ -133,7 +133,7 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
 
 
 def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
-    from fastapi.testclient import TestClient
+    from starlette.testclient import TestClient
 
     from serving.app import create_app
     from serving.command import open_ranker

@@ -28,7 +28,7 @@ from modeling.bundle import Bundle
 from modeling.columns import Index, Vocabulary
 from modeling.encoder import Encoder
 from serving.features import UserRow
-from serving.items import ItemTable, item_columns
+from serving.items import ItemTable, Loaded, item_columns
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService
 
@@ -92,7 +92,7 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     made = RankService(
         Bundle("0" * 64, Path(), manifest, model, encoder),
         reader,
-        ItemTable(encoder, reader.read_items, lambda: reader.read_items(ids.to_pylist())),
+        ItemTable(encoder, reader.read_items, lambda: Loaded(reader.read_items(ids.to_pylist()))),
     )
     chosen = ids.take(
         pa.array(np.random.default_rng(1).choice(number, CANDIDATES, replace=False))

@@ -131,7 +131,7 @@ def test_both_readers_agree_on_random_values(world: Any) -> None:
 
     async def read_all() -> list[dict[str, Any]]:
         found = [await reader.read_values(user, 5.0) for user in [*users, 10**9]]
-        await reader.close()
+        await reader.hashes.close()
         return found
 
     ours = asyncio.run(read_all())
@@ -185,7 +185,7 @@ def test_a_users_row_is_what_feast_gives(on_redis: Any) -> None:
 
     async def read_all() -> list[Any]:
         found = [await fast.read_user(user, 5.0) for user in [*users, 10**9]]
-        await fast.close()
+        await fast.hashes.close()
         return found
 
     for user, row in zip([*users, 10**9], asyncio.run(read_all()), strict=True):
@@ -250,14 +250,14 @@ def test_a_store_that_does_not_answer_as_one_is_a_declared_error_in_its_time(
     store, _ = world
     reader = RedisReader(store, CONTRACT, "users", "v1")
     host, _, port = fake_redis(reply).partition(":")
-    reader._options |= {"host": host, "port": int(port)}
+    reader.hashes.options |= {"host": host, "port": int(port)}
 
     async def timed() -> float:
         started = time.perf_counter()
         with pytest.raises(StoreReadError):
             await reader.read_values(1, 0.2)
         spent = time.perf_counter() - started
-        await reader.close()
+        await reader.hashes.close()
         return spent
 
     assert asyncio.run(timed()) < 2  # seconds, not the minutes of retries; the deadline is 0.2
@@ -266,7 +266,7 @@ def test_a_store_that_does_not_answer_as_one_is_a_declared_error_in_its_time(
 def test_a_refused_connection_is_a_declared_error(world: Any) -> None:
     store, _ = world
     reader = RedisReader(store, CONTRACT, "users", "v1")
-    reader._options |= {"host": "127.0.0.1", "port": 1}
+    reader.hashes.options |= {"host": "127.0.0.1", "port": 1}
     with pytest.raises(StoreReadError, match="did not answer"):
         asyncio.run(reader.read_values(1, 0.2))
 

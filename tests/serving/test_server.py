@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -31,7 +32,7 @@ from serving.app import create_app, read_body
 from serving.command import open_ranker
 from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
 from serving.features import UserRow
-from serving.items import ItemTable, published_rows
+from serving.items import ItemTable, Loaded, published_rows
 from serving.messages import (
     MAX_BODY_BYTES,
     MAX_CANDIDATES,
@@ -178,6 +179,8 @@ def test_an_answer_has_what_it_promises(
         "queue",
         "user_read",
         "item_read",
+        "features",
+        "model_wait",
         "encode_user",
         "score",
         "sort",
@@ -338,7 +341,13 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
     ):
         assert line in metrics
     document = client.request("GET", "/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/rank", "/livez", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {
+        "/v1/rank",
+        "/livez",
+        "/readyz",
+        "/metrics",
+        "/v1/models",
+    }
     assert document["components"]["schemas"]["RankRequest"]["additionalProperties"] is False
     assert (
         document["components"]["schemas"]["RankRequest"]["properties"]["candidates"]["maxItems"]
@@ -375,7 +384,7 @@ def test_a_store_that_fails_costs_the_user_not_the_answer(
     reader = BrokenReader(ranker.reader, "down")
     first = world["items"][:5]
     items = ItemTable(
-        ranker.bundle.encoder, reader.read_items, lambda: ranker.reader.read_items(first)
+        ranker.bundle.encoder, reader.read_items, lambda: Loaded(ranker.reader.read_items(first))
     )
     broken = RankService(ranker.bundle, reader, items, ranker.default_time)
     answer = broken.rank(RankRequest(world["users"][0], [*world["items"][:5], "UNSEEN"]))
@@ -438,7 +447,7 @@ def test_item_features_are_refreshed_from_the_store(ranker: RankService) -> None
     table = ItemTable(
         ranker.bundle.encoder,
         reader.read_items,
-        lambda: reader.read_items(["a", "b"]),
+        lambda: Loaded(reader.read_items(["a", "b"])),
         refresh_s=0.05,
     )
 
@@ -468,7 +477,9 @@ def test_numbers_of_the_table_are_those_that_training_makes(
     table, encoder = ranker.items, ranker.bundle.encoder
     if asked == "one looked up":
         kept = [item for item in world["items"] if item != candidates[3]]
-        table = ItemTable(encoder, ranker.reader.read_items, lambda: ranker.reader.read_items(kept))
+        table = ItemTable(
+            encoder, ranker.reader.read_items, lambda: Loaded(ranker.reader.read_items(kept))
+        )
         table.take(candidates)
         wait_for(lambda: not table.take(candidates).unknown)
     fast = ranker.encoded(user, candidates, at, table.take(candidates))
@@ -511,8 +522,9 @@ def test_items_are_loaded_from_the_tables_as_the_store_has_them(
     trained_shop: Any, ranker: RankService
 ) -> None:
     """The columnar road and the store agree, value for value."""
-    rows = published_rows(trained_shop.settings, CONTRACT)
-    assert rows is not None
+    loaded = published_rows(trained_shop.settings, CONTRACT)
+    assert loaded is not None
+    rows = loaded.rows
     stored = ranker.reader.read_items(rows["item_id"].to_pylist())
     assert rows.num_rows > 100
     assert rows.select(stored.column_names).to_pylist() == stored.to_pylist()
@@ -535,7 +547,9 @@ def test_a_made_up_item_costs_one_read_and_a_lost_store_loses_no_features(
 
     reader = Recording()
     known = world["items"][:3]
-    table = ItemTable(ranker.bundle.encoder, reader.read_items, lambda: reader.read_items(known))
+    table = ItemTable(
+        ranker.bundle.encoder, reader.read_items, lambda: Loaded(reader.read_items(known))
+    )
     assert table.take([known[0], "MADE UP"]).unknown == ["MADE UP"]
     wait_for(lambda: "MADE UP" in table._absent)
     for _ in range(3):
@@ -680,9 +694,10 @@ def test_any_id_that_the_contract_takes_is_let_in(item: str) -> None:
 
 
 def test_a_port_that_is_taken_is_said_in_a_line() -> None:
-    from serving.command import PortTakenError, listen
+    from serving.command import PortTakenError, listenable
 
-    with listen("127.0.0.1", 0) as taken:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(PortTakenError, match="Choose another --port"):
-            listen("127.0.0.1", taken.getsockname()[1])
+            listenable("127.0.0.1", taken.getsockname()[1])

@@ -1,0 +1,257 @@
+"""What a process ranks with: loaded, tried, swapped in at once, and gone back from.
+
+A serving state is one object (`Serving`): bundle, item table and readers, all built before it is
+swapped in and none changed after. The catalogue says which bundle is live; it is read here, in the
+background, and never by a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from feature_repo import datasets
+from feature_repo.catalogue import Catalogue, NoLiveBundleError
+from feature_repo.errors import ExpectedError
+from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.store import held_epoch, open_store
+from modeling import bundle as bundles
+from serving.features import FeastReader
+from serving.guarded import AsyncReader, GuardedReader, ThreadedReader
+from serving.items import ItemTable, Loaded, published_rows
+from serving.ranker import STALE_DAYS, NotFiniteError, RankService
+from serving.redis_reader import RedisEpoch, RedisReader, WrongStoreError
+
+logger = logging.getLogger(__name__)
+FILLS_ONLINE = "materialize"  # the job whose epoch says that the store holds anything
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything that answers are made from."""
+
+    ranker: RankService
+    reader: GuardedReader
+
+    @property
+    def name(self) -> str:
+        """The bundle's."""
+        return self.ranker.bundle.name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a process's bundles, items and users come from.
+
+    Args:
+        bundle: a folder; default: the live one of the catalogue.
+        replay: requests without a time are as of the end of the data.
+    """
+
+    settings: Settings
+    bundle: Path | None = None
+    replay: bool = False
+    item_refresh_s: float = 0.0
+    stale_days: float = STALE_DAYS
+
+    def live_digest(self) -> str | None:
+        """Of the bundle that should rank now; None for one given by its folder.
+
+        Raises:
+            NoLiveBundleError: none is live.
+        """
+        if self.bundle is not None:
+            return None
+        return Catalogue(self.settings.catalogue_url).live_bundle(self.settings.dataset).digest
+
+    def load(self) -> Serving:
+        """The bundle over the online store, warm, its scores tried.
+
+        Raises:
+            BundleError: the bundle must not be served.
+            NoLiveBundleError: no bundle was given and none is live.
+            NotFiniteError: its scores are no numbers.
+            LookupError: no item has any features.
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        settings = self.settings
+        contract = datasets.load_contract(settings.dataset)
+        if self.bundle is not None:
+            bundle = bundles.load(self.bundle, contract)
+        else:
+            live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+            bundle = bundles.load(settings.path(live.path), contract, live.digest)
+        # The bundle's own: what it was trained under, the one in force has.
+        contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
+        store = open_store(settings)
+        reader = FeastReader(store, contract, service, bundle.tokens)
+        # Of its own, so that no request waits for the store while items are read.
+        items_of = FeastReader(open_store(settings), contract, service)
+        known = bundle.encoder.items.values.to_pylist()
+
+        def load_items() -> Loaded:
+            return published_rows(settings, contract) or Loaded(items_of.read_items(known))
+
+        items = ItemTable(bundle.encoder, items_of.read_items, load_items, self.item_refresh_s)
+        ranker = RankService(
+            bundle,
+            reader,
+            items,
+            datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None,
+            self.stale_days,
+        )
+        ranker.warm_up()
+        users: AsyncReader
+        try:
+            users = RedisReader(store, contract, service, bundle.tokens)
+        except WrongStoreError:
+            users = ThreadedReader(reader)
+        # What is loaded now stays; without this, full collections stop requests for tenths of a second.
+        gc.collect()
+        gc.freeze()
+        return Serving(ranker, GuardedReader(users))
+
+
+class Live:
+    """The serving state of a process, kept up with catalogue and store.
+
+    Args:
+        load: makes a serving state; raises `ExpectedError` or `LookupError` where it cannot.
+        live_digest: of the bundle that should rank; None where that never changes.
+        epoch: the run that the online store says it holds; None where it holds none.
+        repair: called when the store holds nothing; default: nobody repairs it.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Serving],
+        live_digest: Callable[[], str | None] = lambda: None,
+        epoch: Callable[[], Awaitable[str | None]] | None = None,
+        repair: Callable[[], None] | None = None,
+    ) -> None:
+        self._load, self._live_digest, self._epoch, self._repair = load, live_digest, epoch, repair
+        self.current: Serving | None = None
+        self.previous: Serving | None = None
+        self.refused: dict[str, str] = {}  # digests that were tried, and why they do not rank
+        self.not_loaded = "no bundle is loaded yet"
+        self.store_problem: str | None = None
+        self.swaps = 0
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why no request should come here; None where they may."""
+        return self.not_loaded if self.current is None else self.store_problem
+
+    def load_now(self) -> None:
+        """Load what should rank, try it, and swap it in; what ranked before is kept beside.
+
+        A bundle that cannot be served is noted in `refused`, and the one before goes on ranking.
+        """
+        digest: str | None = None
+        try:
+            digest = self._live_digest()
+            ranks = self.current
+            if ranks is not None and (digest is None or digest == ranks.ranker.bundle.digest):
+                return
+            if digest is not None and digest in self.refused:
+                return
+            if self.previous is not None and self.previous.ranker.bundle.digest == digest:
+                self.roll_back()  # it is warm
+                return
+            made = self._load()
+        except (ExpectedError, LookupError) as error:
+            self.not_loaded = str(error)
+            # A bundle does not change; what else was amiss may be mended.
+            if digest is not None and isinstance(error, bundles.BundleError | NotFiniteError):
+                self.refused[digest] = str(error)
+            logger.error("a bundle cannot be served: %s", error)
+            return
+        if self.previous is not None:
+            self.previous.ranker.items.close()
+        self.previous, self.current = self.current, made
+        self.swaps += 1
+        logger.info("%s ranks now", made.name)
+
+    def roll_back(self) -> None:
+        """Rank with the bundle before this one, which is still warm.
+
+        Raises:
+            NoLiveBundleError: there is none.
+        """
+        if self.previous is None:
+            raise NoLiveBundleError("no bundle ranked here before this one")
+        self.current, self.previous = self.previous, self.current
+        self.swaps += 1
+
+    async def look_at_store(self) -> None:
+        """Ask the store what it holds; where that is nothing, have it repaired."""
+        if self._epoch is None:
+            return
+        try:
+            held = await self._epoch()
+        except Exception as error:
+            self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
+            return
+        if held is None:
+            self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
+            if self._repair is not None:
+                self._repair()
+            return
+        self.store_problem = None
+
+    async def follow(self, every_s: float) -> None:
+        """Load, and keep up with the catalogue, for ever; a failed load is tried again."""
+        while True:
+            await asyncio.to_thread(self.load_now)
+            if not every_s and self.current is not None:
+                return
+            await asyncio.sleep(every_s or 1.0)
+
+    async def watch(self, every_s: float) -> None:
+        """Keep an eye on the store, for ever. A look that hangs counts as a failure after `every_s`."""
+        while True:
+            looking = asyncio.ensure_future(self.look_at_store())
+            done, _ = await asyncio.wait([looking], timeout=every_s)
+            if not done:
+                self.store_problem = f"the online store did not answer within {every_s:g} s"
+                await looking
+            await asyncio.sleep(every_s)
+
+
+def epoch_of(settings: Settings) -> Callable[[], Awaitable[str | None]]:
+    """Reads which run of `materialize` the online store holds."""
+
+    async def through_feast() -> str | None:
+        return await asyncio.to_thread(held_epoch, settings, FILLS_ONLINE)
+
+    if settings.profile != "production":
+        return through_feast
+    try:
+        return RedisEpoch(open_store(settings), FILLS_ONLINE)
+    except WrongStoreError:
+        return through_feast
+
+
+class Repair:
+    """Runs the job that fills an emptied online store from the tables, one at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        """Start it, unless it runs."""
+        if self._running is not None and self._running.poll() is None:
+            return
+        logger.warning("the online store is empty: it is filled again from the tables")
+        command = [sys.executable, "-m", "beam_jobs", "materialize", "--runner=FnApiRunner"]
+        self._running = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)

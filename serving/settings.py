@@ -1,0 +1,59 @@
+"""What a server is started with: options of `python -m serving`, each also an environment variable
+(`MEMOIR_SERVE_DEADLINE_MS=100`). Worker processes read them from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.messages import MAX_BODY_BYTES
+
+PREFIX = "MEMOIR_SERVE_"
+Scope = Literal["rank", "metrics", "models"]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ServeSettings(BaseSettings):
+    """See the module docstring.
+
+    >>> ServeSettings(deadline_ms=100).deadline_ms
+    100.0
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    processes: Annotated[int, Field(ge=1, le=256)] = 1  # each holds the model and all items
+    bundle: Path | None = None  # default: the live one of the catalogue, which is followed
+    replay: bool = False  # requests without a time are as of the end of the data
+
+    deadline_ms: Positive = 250.0  # of a request, from its arrival; a caller may ask for less
+    store_ms: Positive = 50.0  # of it, for the online store
+    max_in_flight: Annotated[int, Field(ge=1)] = 16  # of a process; more are refused at once
+    max_body_bytes: Annotated[int, Field(ge=1)] = MAX_BODY_BYTES
+    body_s: Positive = 5.0  # for a body to arrive
+    header_s: Annotated[int, Field(ge=1, le=60)] = 5  # for a request's head to arrive
+    max_future_s: Annotated[float, Field(ge=0)] = 300.0  # by how much a time may be ahead
+    stale_days: Positive = 7.0  # item features that are older are said to be stale
+
+    item_refresh_s: Annotated[float, Field(ge=0, lt=1e9)] = 300.0  # 0: never
+    follow_s: Annotated[float, Field(ge=0)] = 5.0  # between looks into the catalogue; 0: never
+    watch_s: Positive = 0.5  # between looks at the online store
+    repair: bool = False  # an emptied store is filled again from the tables, by the jobs
+
+    unready_s: Annotated[float, Field(ge=0)] = 0.0  # after SIGTERM, before connections are refused
+    stop_s: Annotated[int, Field(ge=1)] = 10  # for requests that are under way by then
+
+    # Callers' tokens and what each may do; none: everybody may do everything.
+    auth: dict[str, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_key_password: SecretStr | None = None
+    tls_client_ca: Path | None = None  # callers must show a certificate that it signed
+
+    access_log: bool = False

@@ -1,0 +1,454 @@
+"""Foul weather: what is asked of the server is bounded, ends in time, and is answered by a named rung."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from feature_repo.errors import ExpectedError
+from modeling.bundle import BundleError
+from serving.app import Server, app_of
+from serving.command import environment_of, open_ranker
+from serving.features import UserRow
+from serving.guarded import GuardedReader, ThreadedReader
+from serving.live import Live, Serving
+from serving.messages import RankRequest, RankResponse
+from serving.ranker import Clock, NotFiniteError, RankService
+from serving.redis_reader import StoreReadError
+from serving.settings import ServeSettings
+
+
+@pytest.fixture(scope="module")
+def ranker(trained_shop: Any) -> RankService:
+    return open_ranker(trained_shop.settings, replay=True)
+
+
+@pytest.fixture(scope="module")
+def items(ranker: RankService) -> list[Any]:
+    found: list[Any] = ranker.bundle.encoder.items.values.to_pylist()[:20]
+    return found
+
+
+class StillReader:
+    """A store that stands still for so many seconds."""
+
+    def __init__(self, ranker: RankService, seconds: float) -> None:
+        self.ranker, self.seconds, self.asked = ranker, seconds, 0
+
+    async def read_user(self, user_id: Any, timeout_s: float) -> UserRow:
+        self.asked += 1
+        await asyncio.sleep(min(self.seconds, timeout_s))
+        if self.seconds > timeout_s:
+            raise StoreReadError("too slow")
+        return self.ranker.nobody()
+
+
+def server_of(ranker: RankService, reader: Any = None, **settings: Any) -> Server:
+    """A server around a ranker."""
+    live = Live(load=lambda: pytest.fail("nothing is loaded here"))
+    users = GuardedReader(ThreadedReader(ranker.reader) if reader is None else reader)
+    live.current = Serving(ranker, users)
+    return Server(live, ServeSettings(**settings))
+
+
+def talk(server: Server, call: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+    """Something done with a client of the server."""
+
+    async def run() -> Any:
+        transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await call(client)
+
+    return asyncio.run(run())
+
+
+def rank(server: Server, body: dict[str, Any], **options: Any) -> httpx.Response:
+    """One ranking request."""
+    found: httpx.Response = talk(
+        server, lambda client: client.post("/v1/rank", json=body, **options)
+    )
+    return found
+
+
+def test_a_store_that_stands_still_costs_its_share_of_the_time_and_the_user(
+    ranker: RankService, items: list[Any]
+) -> None:
+    server = server_of(ranker, StillReader(ranker, 60), store_ms=30, deadline_ms=2_000)
+    began = time.perf_counter()
+    answer = rank(server, {"user_id": 1, "candidates": items}).json()
+    assert time.perf_counter() - began < 1.5
+    assert answer["degraded"] == ["store_unavailable"]
+    assert len(answer["scores"]) == len(items)
+
+
+def test_a_store_that_is_away_is_tried_now_and_then_and_found_again(
+    ranker: RankService, items: list[Any]
+) -> None:
+    reader = StillReader(ranker, 60)
+    server = server_of(ranker, reader, store_ms=10, deadline_ms=2_000)
+    body = {"user_id": 1, "candidates": items[:2]}
+
+    async def many(client: httpx.AsyncClient) -> None:
+        for _ in range(3):
+            await client.post("/v1/rank", json=body)
+        assert reader.asked == 3
+        for _ in range(5):  # nobody waits any more
+            answer = (await client.post("/v1/rank", json=body)).json()
+            assert answer["degraded"] == ["store_unavailable"]
+        assert reader.asked <= 4
+        reader.seconds = 0
+        await asyncio.sleep(0.3)
+        answer = (await client.post("/v1/rank", json=body)).json()
+        assert answer["degraded"] == []
+
+    talk(server, many)
+
+
+@pytest.mark.parametrize("asked_ms", [None, 60])
+def test_when_time_is_up_candidates_come_in_the_requests_order(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch, asked_ms: float | None
+) -> None:
+    answer_of = RankService.answer
+
+    def slow(self: RankService, *given: Any) -> RankResponse:
+        time.sleep(0.5)
+        return answer_of(self, *given)
+
+    monkeypatch.setattr(RankService, "answer", slow)
+    server = server_of(ranker, deadline_ms=60 if asked_ms is None else 5_000)
+    body = {"user_id": 1, "candidates": items, "k": 3}
+    if asked_ms:
+        body["deadline_ms"] = asked_ms
+    began = time.perf_counter()
+    answer = rank(server, body).json()
+    assert time.perf_counter() - began < 0.4
+    assert answer["item_ids"] == items[:3]
+    assert answer["scores"] == []
+    assert answer["degraded"][-1] == "deadline"
+
+
+def test_more_requests_than_are_taken_on_are_refused_at_once(
+    ranker: RankService, items: list[Any]
+) -> None:
+    server = server_of(
+        ranker, StillReader(ranker, 0.2), store_ms=1_000, deadline_ms=5_000, max_in_flight=2
+    )
+    read = 0
+
+    async def body() -> Any:
+        nonlocal read
+        read += 1
+        yield b'{"user_id": 1, "candidates": ["%b"]}' % items[0].encode()
+
+    async def many(client: httpx.AsyncClient) -> list[httpx.Response]:
+        headers = {"Content-Type": "application/json"}
+        asked = [client.post("/v1/rank", content=body(), headers=headers) for _ in range(10)]
+        return await asyncio.gather(*asked)
+
+    responses = talk(server, many)
+    refused = [r for r in responses if r.status_code == 503]
+    assert sorted(r.status_code for r in responses) == [200, 200, *[503] * 8]
+    assert {r.json()["error"] for r in refused} == {"overloaded"}
+    assert {r.headers["retry-after"] for r in refused} == {"1"}
+    assert server.admission.under_way == 0
+    assert rank(server, {"user_id": 1, "candidates": items[:1]}).status_code == 200
+
+
+def test_a_client_that_left_costs_no_scoring(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their place is free at once, and the model is not asked."""
+    scored: list[int] = []
+    answer_of = RankService.answer
+
+    def counted(self: RankService, asked: RankRequest, *given: Any) -> RankResponse:
+        scored.append(len(asked.candidates))
+        return answer_of(self, asked, *given)
+
+    monkeypatch.setattr(RankService, "answer", counted)
+    server = server_of(ranker, StillReader(ranker, 0.3), store_ms=1_000, deadline_ms=5_000)
+    app = app_of(server)
+    body = b'{"user_id": 1, "candidates": ["%b"]}' % items[0].encode()
+
+    async def leave() -> list[Any]:
+        sent: list[Any] = []
+        messages = [
+            {"type": "http.request", "body": body, "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop(0)
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/rank",
+            "raw_path": b"/v1/rank",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("server", 80),
+        }
+        began = time.perf_counter()
+        await app(scope, receive, send)
+        assert time.perf_counter() - began < 0.2
+        return sent
+
+    sent = asyncio.run(leave())
+    assert sent[0]["status"] == 499
+    assert scored == []
+    assert server.admission.under_way == 0
+    assert server.metrics.left._value.get() == 1
+
+
+def test_a_body_that_trickles_in_is_given_up(ranker: RankService) -> None:
+    async def trickle() -> Any:
+        yield b'{"user_id"'
+        await asyncio.sleep(5)
+        yield b": 1}"
+
+    async def send(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(
+            "/v1/rank", content=trickle(), headers={"Content-Type": "application/json"}
+        )
+
+    server = server_of(ranker, body_s=0.1)
+    response = talk(server, send)
+    assert response.status_code == 408
+    assert response.json()["error"] == "slow_body"
+    assert response.headers["connection"] == "close"
+
+
+def test_numbers_that_are_none_become_no_scores_and_no_null(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ranker.bundle.model
+    score = type(model).score
+
+    def broken(self: Any, *given: Any) -> Any:
+        return score(self, *given) * torch.nan
+
+    monkeypatch.setattr(type(model), "score", broken)
+    answer = rank(server_of(ranker, deadline_ms=5_000), {"user_id": 1, "candidates": items}).json()
+    assert answer["degraded"][-1] == "no_scores"
+    assert answer["item_ids"] == items
+    assert answer["scores"] == []
+    with pytest.raises(NotFiniteError, match="no numbers"):
+        ranker.warm_up()
+
+
+def test_a_time_of_the_future_is_refused(ranker: RankService, items: list[Any]) -> None:
+    server = server_of(ranker)
+    for ahead, status in ((timedelta(hours=1), 422), (timedelta(seconds=60), 200)):
+        at = (datetime.now(UTC) + ahead).isoformat()
+        body = {"user_id": 1, "candidates": items, "context": {"request_timestamp": at}}
+        assert rank(server, body).status_code == status
+
+
+def test_features_of_years_ago_are_said_to_be_stale(
+    trained_shop: Any, ranker: RankService, items: list[Any]
+) -> None:
+    today = open_ranker(trained_shop.settings)
+    assert "stale_features" in today.rank(RankRequest(1, items)).degraded
+    assert "stale_features" not in ranker.rank(RankRequest(1, items)).degraded
+
+
+@pytest.mark.parametrize(
+    ("header", "path", "status"),
+    [
+        (None, "/livez", 200),
+        (None, "/readyz", 401),
+        (None, "/v1/rank", 401),
+        ("Bearer wrong", "/v1/rank", 401),
+        ("Basic secret", "/v1/rank", 401),
+        ("Bearer secret", "/v1/rank", 200),
+        ("bearer secret", "/v1/rank", 200),
+        ("Bearer secret", "/metrics", 403),
+        ("Bearer scraper", "/metrics", 200),
+        ("Bearer scraper", "/readyz", 200),
+        ("Bearer scraper", "/v1/rank", 403),
+        ("Bearer scraper", "/v1/models", 403),
+        ("Bearer secrets", "/v1/rank", 401),
+        ("Bearer ", "/v1/rank", 401),
+    ],
+)
+def test_what_a_caller_may_do(
+    ranker: RankService, items: list[Any], header: str | None, path: str, status: int
+) -> None:
+    auth = {"secret": ("rank",), "scraper": ("metrics",)}
+    server = server_of(ranker, auth=auth, deadline_ms=5_000)
+    headers = {} if header is None else {"Authorization": header}
+    body = {"user_id": 1, "candidates": items} if path == "/v1/rank" else None
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.request("POST" if body else "GET", path, headers=headers, json=body)
+
+    response = talk(server, ask)
+    assert response.status_code == status
+    assert "secret" not in response.text
+    assert "scraper" not in response.text
+
+
+def test_an_unknown_path_and_method_are_told_as_errors_are(ranker: RankService) -> None:
+    server = server_of(ranker)
+
+    async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return [
+            await client.get("/nowhere"),
+            await client.get("/v1/rank"),
+            await client.head("/livez"),
+            await client.head("/readyz"),
+        ]
+
+    missing, wrong, alive, ready = talk(server, ask)
+    assert (missing.status_code, missing.json()["error"]) == (404, "not_found")
+    assert (wrong.status_code, wrong.json()["error"]) == (405, "method_not_allowed")
+    assert (alive.status_code, ready.status_code) == (200, 200)
+
+
+def test_every_fault_of_ours_is_counted_and_tells_nothing(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr(RankService, "answer", fails)
+    server = server_of(ranker, deadline_ms=5_000)
+    response = rank(server, {"user_id": 1, "candidates": items})
+    assert response.status_code == 500
+    assert "inside" not in response.text
+    assert server.metrics.requests.labels("500")._value.get() == 1
+
+
+class Bundles:
+    """What a catalogue would say, and what loading it would give."""
+
+    def __init__(self, ranker: RankService) -> None:
+        self.ranker, self.live, self.broken = ranker, "a" * 64, set[str]()
+        self.loaded: list[str] = []
+
+    def load(self) -> Serving:
+        digest = self.live
+        self.loaded.append(digest)
+        if digest in self.broken:
+            raise BundleError(f"{digest[:4]} is broken")
+        from dataclasses import replace
+
+        made = RankService(
+            replace(self.ranker.bundle, digest=digest), self.ranker.reader, self.ranker.items
+        )
+        return Serving(made, GuardedReader(ThreadedReader(self.ranker.reader)))
+
+
+def test_a_live_bundle_is_followed_and_a_broken_one_never_ranks(ranker: RankService) -> None:
+    bundles = Bundles(ranker)
+    live = Live(bundles.load, lambda: bundles.live)
+    assert live.why_not_ready == "no bundle is loaded yet"
+    live.load_now()
+    first = live.current
+    assert first is not None
+    assert live.why_not_ready is None
+    live.load_now()
+    assert bundles.loaded == ["a" * 64]  # as long as nothing changes, nothing is loaded
+    bundles.live = "b" * 64
+    bundles.broken.add("b" * 64)
+    live.load_now()
+    live.load_now()
+    assert live.current is first
+    assert live.refused == {"b" * 64: "bbbb is broken"}
+    assert bundles.loaded == ["a" * 64, "b" * 64]  # tried once
+    bundles.live = "c" * 64
+    live.load_now()
+    assert live.current is not None
+    assert live.current.ranker.bundle.digest == "c" * 64
+    assert live.previous is first
+    bundles.live = "a" * 64  # somebody rolled back: it is warm, and not loaded again
+    live.load_now()
+    assert live.current is first
+    assert len(bundles.loaded) == 3
+    assert live.swaps == 3
+
+
+def test_a_server_without_a_bundle_says_why_and_tries_again(ranker: RankService) -> None:
+    found: list[Serving] = []
+
+    def load() -> Serving:
+        if not found:
+            raise ExpectedError("no item has any features: run materialize")
+        return found[0]
+
+    live = Live(load)
+    live.load_now()
+    server = Server(live, ServeSettings())
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.get("/readyz")
+
+    response = talk(server, ask)
+    assert response.status_code == 503
+    assert response.json()["message"] == "no item has any features: run materialize"
+    found.append(Serving(ranker, GuardedReader(ThreadedReader(ranker.reader))))
+    live.load_now()
+    assert talk(server, ask).status_code == 200
+
+
+def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> None:
+    held: list[str | None] = ["run-1"]
+    repaired: list[int] = []
+
+    async def epoch() -> str | None:
+        if held[0] == "away":
+            raise StoreReadError("away")
+        return held[0]
+
+    live = Live(lambda: pytest.fail("no"), epoch=epoch, repair=lambda: repaired.append(1))
+    live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
+    for store, problem in (
+        ("run-1", None),
+        (None, "holds nothing"),
+        ("away", "cannot be read"),
+        ("run-2", None),
+    ):
+        held[0] = store
+        asyncio.run(live.look_at_store())
+        assert (live.why_not_ready is None) == (problem is None)
+        assert problem is None or problem in (live.why_not_ready or "")
+    assert repaired == [1]
+
+
+def test_settings_reach_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServeSettings(
+        port=1234,
+        auth={"t": ("rank", "metrics")},
+        deadline_ms=77.5,
+        replay=True,
+        bundle="some/where",
+    )
+    for name, value in environment_of(settings).items():
+        monkeypatch.setenv(name, value)
+    assert ServeSettings() == settings
+
+
+def test_a_clock_tells_stages() -> None:
+    clock = Clock()
+    time.sleep(0.01)
+    clock.lap("queue")
+    assert 10 <= clock.laps["queue"] < 500
