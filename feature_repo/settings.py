@@ -9,6 +9,7 @@ Standard library only.
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
 | `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
+| `MEMOIR_SERVE_…` | of the server: `serving/settings.py` | |
 | `MEMOIR_REQUIRE_SERVICES` | tests: a missing service is a failure | |
 """
 
@@ -23,6 +24,7 @@ from feature_repo.errors import SettingsError, nearest
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
+OF_THE_SERVER = "MEMOIR_SERVE_"  # which knows its own: serving/settings.py
 VARIABLES = frozenset(
     f"MEMOIR_{name}"
     for name in (
@@ -106,7 +108,11 @@ def refuse_unknown_variables() -> None:
         SettingsError: a variable begins with `MEMOIR_` and is none of ours.
     """
     unknown = sorted(
-        name for name in os.environ if name.startswith("MEMOIR_") and name not in VARIABLES
+        name
+        for name in os.environ
+        if name.startswith("MEMOIR_")
+        and name not in VARIABLES
+        and not name.startswith(OF_THE_SERVER)
     )
     if unknown:
         raise SettingsError(

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from feature_repo import cli
-from feature_repo.errors import UsageError
 
 app = cli.app(
     "serving",
@@ -51,20 +50,12 @@ def serve(
         "repair": repair,
         "item_refresh_s": item_refresh_s,
     }
-    from pydantic import ValidationError
-
     from serving import command
-    from serving.settings import ServeSettings
+    from serving.settings import settings_from
 
     # A flag that is left as it is leaves the word to the environment.
     asked = {name: value for name, value in given.items() if value != DEFAULTS[name]}
-    try:
-        settings = ServeSettings(**asked)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"--{where} {first['input']!r}: {first['msg']}") from error
-    return command.serve(settings)
+    return command.serve(settings_from(**asked))
 
 
 DEFAULTS: dict[str, Any] = dict(serve.__kwdefaults__ or {})

@@ -1,4 +1,8 @@
-"""How many requests a process takes on: bounded, and told at once, before a body is read."""
+"""How many requests a process takes on: bounded, and told at once, before a body is read.
+
+A body that is still arriving takes no place: whoever sends a thousand of them slowly would otherwise
+take all. How much of them is held is bounded by bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,25 @@ class Admission:
 
     Args:
         most: requests at a time; each beyond is refused.
+        most_bytes: of bodies that are arriving.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, most_bytes: int = 64 << 20) -> None:
+        self.most, self.most_bytes = most, most_bytes
         self.under_way = 0
+        self.arriving_bytes = 0
+
+    def refuse_if_full(self) -> None:
+        """For a request whose body is not read yet.
+
+        Raises:
+            OverloadedError: there is no place.
+        """
+        if self.under_way >= self.most or self.arriving_bytes >= self.most_bytes:
+            raise OverloadedError(
+                f"{self.under_way} requests are under way, as many as this process takes on: try again in a second, "
+                "or elsewhere"
+            )
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -29,11 +47,7 @@ class Admission:
         Raises:
             OverloadedError: there is none left.
         """
-        if self.under_way >= self.most:
-            raise OverloadedError(
-                f"{self.under_way} requests are under way, as many as this process takes on: try again in a second, "
-                "or elsewhere"
-            )
+        self.refuse_if_full()
         self.under_way += 1
         try:
             yield

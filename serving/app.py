@@ -166,12 +166,13 @@ class Server:
         clock = Clock()
         arrived = time.perf_counter()
         self.check(request, "rank")
+        self.admission.refuse_if_full()
+        serving = self.serving()
+        settings = self.settings
+        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        asked = decode_request(body, serving.ranker.contract)
+        self._refuse_the_future(asked)
         with self.admission.admitted():
-            self.metrics.under_way.set(self.admission.under_way)
-            serving = self.serving()
-            body = await read_body(request, self.settings.max_body_bytes, self.settings.body_s)
-            asked = decode_request(body, serving.ranker.contract)
-            self._refuse_the_future(asked)
             allowed = min(asked.deadline_ms or self.settings.deadline_ms, self.settings.deadline_ms)
             deadline = arrived + allowed / 1000 - MARGIN_S
             clock.lap("queue")
@@ -431,13 +432,19 @@ async def unless_left(request: Request, answering: Awaitable[RankResponse]) -> R
             task.cancel()
 
 
-async def read_body(request: Request, limit: int, seconds: float = 5.0) -> bytes:
+async def read_body(
+    request: Request, limit: int, seconds: float = 5.0, admission: Admission | None = None
+) -> bytes:
     """The body, read no further than the limit and no longer than its time.
+
+    Args:
+        admission: which bounds how much of all bodies is held; default: nothing does.
 
     Raises:
         UnsupportedMediaError: declared as something other than JSON, or compressed.
         BodyTooLargeError: longer than the limit.
         SlowBodyError: not there in time.
+        OverloadedError: too much of other bodies is held.
     """
     declared = request.headers.get("content-type", JSON).split(";")[0].strip().lower()
     if declared != JSON:
@@ -455,10 +462,16 @@ async def read_body(request: Request, limit: int, seconds: float = 5.0) -> bytes
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 body += chunk
+                if admission is not None:
+                    admission.arriving_bytes += len(chunk)
+                    admission.refuse_if_full()
                 if len(body) > limit:
                     raise too_large
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
+    finally:
+        if admission is not None:
+            admission.arriving_bytes -= len(body)
     return bytes(body)
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
 from serving.ranker import RankService
-from serving.settings import PREFIX, ServeSettings
+from serving.settings import PREFIX, STOPPING, ServeSettings, settings_from
 
 console = Console()
-STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
+MAX_CONNECTIONS = 4_096  # of a process, with a request under way; admission refuses long before
 
 
 def open_ranker(
@@ -99,7 +99,7 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         respawn_failed_workers=True,
         workers_kill_timeout=settings.stop_s,
         websockets=False,
-        backpressure=8 * settings.max_in_flight,
+        backpressure=MAX_CONNECTIONS,
         http1_settings=HTTP1Settings(header_read_timeout=1000 * settings.header_s),
         log_level=LogLevels.warning,
         ssl_cert=settings.tls_certificate,
@@ -119,7 +119,7 @@ def app() -> Any:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("serving.access").setLevel(logging.INFO)
-    settings, home = ServeSettings(), Settings.from_env()
+    settings, home = settings_from(), Settings.from_env()
     source = Source(
         home, settings.bundle, settings.replay, settings.item_refresh_s, settings.stale_days
     )

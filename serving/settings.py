@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from feature_repo.errors import SettingsError, nearest
 from serving.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
+STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
 Scope = Literal["rank", "metrics", "models"]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -57,3 +60,25 @@ class ServeSettings(BaseSettings):
     tls_client_ca: Path | None = None  # callers must show a certificate that it signed
 
     access_log: bool = False
+
+
+def settings_from(**options: Any) -> ServeSettings:
+    """Settings from options and, for those that are not given, the environment.
+
+    Raises:
+        SettingsError: a value that cannot be, or a variable of the server's that there is not.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING}
+    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n not in known)
+    if unknown:
+        raise SettingsError(
+            f"environment variable {unknown[0]} is none of the server's{nearest(unknown[0], sorted(known))}"
+        )
+    try:
+        return ServeSettings(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SettingsError(
+            f"{where} (--{where} or {PREFIX}{where.upper()}) cannot be {first['input']!r}: {first['msg']}"
+        ) from error
