@@ -185,13 +185,21 @@ class RedisReader:
         Raises:
             StoreReadError: see `read_user`.
         """
-        keys = self._key(user_id, self._token_version)
-        found = await self.hashes.read(keys, self._plan.fields, timeout_s)
+        found = await self.read_raw(user_id, timeout_s)
         return {
             name: decoded(name, data)
             for names, stored in zip(self._plan.names, found, strict=True)
             for name, data in zip(names, stored, strict=True)
         }
+
+    async def read_raw(self, user_id: Id, timeout_s: float) -> list[list[bytes | None]]:
+        """The same as stored, hash by hash in the order of the plan.
+
+        Raises:
+            StoreReadError: see `read_user`.
+        """
+        keys = self._key(user_id, self._token_version)
+        return await self.hashes.read(keys, self._plan.fields, timeout_s)
 
 
 class RedisEpoch:

@@ -33,7 +33,8 @@ from modeling.dataset import Warehouse, point_in_time_join, vocabularies
 from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.tasks import probabilities
 from modeling.trainer import Trainer, predict
-from serving.features import FeastReader, ItemTable
+from serving.features import FeastReader
+from serving.items import ItemTable, Loaded
 from serving.messages import decode_request
 from serving.ranker import RankService
 from tests.modeling.test_unknown_items import MODELS
@@ -327,7 +328,8 @@ def test_every_ranker_trains_and_is_served_with_context(
     contract = encoder.contract
     bundle = Bundle("0" * 64, tmp_path, {"recipe": name, "tokens": None}, model.eval(), encoder)
     reader = FeastReader(world.shop.store, contract, "ranking_v1_online")
-    items = ItemTable(reader, contract, encoder.items.values.to_pylist())
+    known = encoder.items.values.to_pylist()
+    items = ItemTable(encoder, reader.read_items, lambda: Loaded(reader.read_items(known)))
     ranker = RankService(bundle, reader, items)
     logits = predict(model, encoder, world.asked)
     expected = probabilities(contract.spec, logits)

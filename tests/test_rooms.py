@@ -47,6 +47,7 @@ LIBRARIES = {
         "modeling/dataset.py",
         "modeling/training_set.py",
         "serving/features.py",
+        "serving/redis_reader.py",
         "serving/refresh.py",
     },
     "torch": {"modeling", "serving"},

@@ -18,7 +18,8 @@ from feature_repo.catalogue import Catalogue
 from feature_repo.tables import JobFolder
 from modeling import bundle as bundles
 from serving.degraded import Degraded
-from serving.features import FeastReader, UserRow, item_columns
+from serving.features import FeastReader, UserRow
+from serving.items import item_columns
 
 CONTRACT = datasets.load_contract("online_retail")
 
