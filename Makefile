@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo refresh serve compare check lint types test format bench bench-gpu lock clean
+.PHONY: help setup demo refresh serve compare check lint types test format bench bench-gpu reliability lock clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -87,6 +87,9 @@ bench-gpu: setup  ## the same on a GPU
 	$(RUN) -m modeling.benchmarks.amortised --device cuda
 	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
 	$(RUN) -m modeling.benchmarks.precision --device cuda
+
+reliability: setup  ## what make check samples, whole: schemas, faults under load
+	$(RUN) -m pytest -m whole tests
 
 lock: setup  ## renew requirements.lock; releases younger than two weeks are left out
 	$(RUN) .ci/lock.py

@@ -41,7 +41,14 @@ from serving.errors import (
 )
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
-from serving.messages import ErrorBody, RankRequest, RankResponse, decode_request, schemas
+from serving.messages import (
+    ErrorBody,
+    RankRequest,
+    RankResponse,
+    decode_events,
+    decode_request,
+    schemas,
+)
 from serving.ranker import Clock, RankService
 from serving.redis_reader import StoreReadError
 from serving.settings import Scope, ServeSettings
@@ -123,6 +130,7 @@ class Server:
         self.admission = Admission(settings.max_in_flight)
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
         self._encode = msgspec.json.Encoder().encode
 
     def serving(self) -> Serving:
@@ -224,8 +232,7 @@ class Server:
 
     def _refuse_the_future(self, asked: RankRequest) -> None:
         at = asked.context.request_timestamp if asked.context else None
-        latest = datetime.now(UTC) + timedelta(seconds=self.settings.max_future_s)
-        if at is not None and at > latest:
+        if at is not None and at > self._latest():
             raise InvalidRequestError(
                 f"context.request_timestamp lies in the future: {at.isoformat()}. The server's clock says "
                 f"{datetime.now(UTC).isoformat(timespec='seconds')}, and takes {self.settings.max_future_s:g} s more"
@@ -240,6 +247,31 @@ class Server:
         timings = msgspec.structs.asdict(answer.timings_ms)
         for stage in STAGES:
             metrics.seconds.labels(stage).observe(timings[stage] / 1000)
+
+    async def take_events(self, request: Request) -> Response:
+        """`POST /v1/events`."""
+        self.check(request, "events")
+        self.admission.refuse_if_full()
+        serving, settings = self.serving(), self.settings
+        if serving.events is None:
+            raise NotReadyError("this server takes no events: it has no online store of its own")
+        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        user_id, events = decode_events(body, serving.ranker.contract)
+        latest = self._latest()
+        for event in events:
+            if event["event_timestamp"] > latest:
+                raise InvalidRequestError(
+                    f"an event lies in the future: {event['event_timestamp'].isoformat()}; nothing was added"
+                )
+        with self.admission.admitted():
+            taken = await asyncio.get_running_loop().run_in_executor(
+                self.events, serving.events.take, user_id, events
+            )
+        return Response(self._encode(taken), media_type=JSON)
+
+    def _latest(self) -> datetime:
+        """How late a time may be."""
+        return datetime.now(UTC) + timedelta(seconds=self.settings.max_future_s)
 
     async def livez(self, request: Request) -> Response:
         """`GET /livez`: open to all."""
@@ -395,7 +427,10 @@ def app_of(server: Server, *, keep_up: bool = False) -> Starlette:
     routes = [
         Route(path, server.counted(handler), methods=["GET"]) for path, handler in gets.items()
     ]
-    routes.append(Route("/v1/rank", server.counted(server.rank), methods=["POST"]))
+    posts = {"/v1/rank": server.rank, "/v1/events": server.take_events}
+    routes += [
+        Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
+    ]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
 
 
@@ -494,18 +529,27 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         "422": "wrong shape, type or size",
         "503": "not ready, or too many requests under way; Retry-After says when to try again",
     }
-    post = {
-        "operationId": "rank",
-        "summary": "Rank candidates for a user",
-        "requestBody": {
-            "required": True,
-            "content": {JSON: {"schema": {"$ref": "#/components/schemas/RankRequest"}}},
-        },
-        "responses": {
-            "200": reply("best first", "RankResponse"),
-            **{code: reply(text, "ErrorBody") for code, text in errors.items()},
-        },
-    }
+
+    def post(operation: str, summary: str, asked: str, given: str, **more: str) -> dict[str, Any]:
+        return {
+            "operationId": operation,
+            "summary": summary,
+            "requestBody": {
+                "required": True,
+                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{asked}"}}},
+            },
+            "responses": {
+                "200": reply("done", given),
+                **{code: reply(text, "ErrorBody") for code, text in {**errors, **more}.items()},
+            },
+        }
+
+    posts = {"/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse")}
+    if contract is not None:
+        late = {"409": "an event is older than what is known of the user"}
+        posts["/v1/events"] = post(
+            "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
+        )
     plain = {
         path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
         for path, text, extra in (
@@ -526,6 +570,6 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "version": "0.1.0",
             "description": "Ranks candidates with a user's whole history in view.",
         },
-        "paths": {"/v1/rank": {"post": post}, **plain},
+        "paths": {**{path: {"post": described} for path, described in posts.items()}, **plain},
         "components": {"schemas": schemas(contract)},
     }

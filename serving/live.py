@@ -23,6 +23,7 @@ from feature_repo.errors import ExpectedError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store import held_epoch, open_store
 from modeling import bundle as bundles
+from serving.events import EventTaker
 from serving.features import FeastReader
 from serving.guarded import AsyncReader, GuardedReader, ThreadedReader
 from serving.items import ItemTable, Loaded, published_rows
@@ -39,6 +40,7 @@ class Serving:
 
     ranker: RankService
     reader: GuardedReader
+    events: EventTaker | None = None
 
     @property
     def name(self) -> str:
@@ -118,7 +120,8 @@ class Source:
         # What is loaded now stays; without this, full collections stop requests for tenths of a second.
         gc.collect()
         gc.freeze()
-        return Serving(ranker, GuardedReader(users))
+        events = EventTaker(open_store(settings), contract, bundle)
+        return Serving(ranker, GuardedReader(users), events)
 
 
 class Live:

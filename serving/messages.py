@@ -17,6 +17,7 @@ from serving.degraded import Degraded
 from serving.errors import BadRequestError, InvalidRequestError
 
 MAX_CANDIDATES = 5_000
+MAX_EVENTS = 1_000  # of one user at a time
 MAX_BODY_BYTES = 1 << 20
 MAX_LIST = 1_000  # values of a bag in a request's context
 INT64 = range(-(2**63), 2**63)
@@ -75,6 +76,13 @@ class RankResponse(Struct):
     probabilities: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
 
 
+class EventsResponse(Struct):
+    """What became of a user's events."""
+
+    added: int
+    known: int  # that were there already: the same item, action and time
+
+
 class ErrorBody(Struct):
     """Why a request was refused."""
 
@@ -104,6 +112,76 @@ def request_type(fields: tuple[Column, ...]) -> type[RankRequest]:
     )
     made.__doc__ = RankRequest.__doc__
     return cast(type[RankRequest], made)
+
+
+@cache
+def events_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...]) -> type[Struct]:
+    """A user's new events: `EventsRequest`, whose events have the columns of a dataset's histories.
+
+    A column that an event may lack is left out or null.
+
+    Args:
+        item: join key of items.
+        features: event features.
+    """
+    named: Any = Literal[actions]
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
+        (item, Id),
+        ("event_timestamp", Annotated[datetime, Meta(tz=True)]),
+        ("action", named, actions[0]),
+    ]
+    for column in features:
+        kind = _wire_type(column)
+        fields.append((column.name, kind | None, None) if column.nullable else (column.name, kind))
+    fields.sort(key=len)  # those that must be there first
+    event = msgspec.defstruct("Event", fields, forbid_unknown_fields=True)
+    event.__doc__ = "One event of a user."
+    made = msgspec.defstruct(
+        "EventsRequest",
+        [
+            ("user_id", Id),
+            ("events", Annotated[list[event], Meta(min_length=1, max_length=MAX_EVENTS)]),  # type: ignore[valid-type]
+        ],
+        forbid_unknown_fields=True,
+    )
+    made.__doc__ = "New events of one user, in any order."
+    return made
+
+
+def events_of(contract: Contract) -> type[Struct]:
+    """`events_type` of a contract."""
+    spec = contract.spec
+    return events_type(contract.item.join_key, tuple(spec.actions), tuple(spec.event_features))
+
+
+def decode_events(body: bytes, contract: Contract) -> tuple[Id, list[dict[str, Any]]]:
+    """A user and their new events, oldest first, as histories hold them.
+
+    Raises:
+        BadRequestError, InvalidRequestError: as of `decode_request`.
+    """
+    asked: Any = _decoded(msgspec.json.Decoder(events_of(contract)), body)
+    check_id("user_id", asked.user_id, contract.user.dtype)
+    number = {name: at for at, name in enumerate(contract.spec.actions)}
+    found = []
+    for position, event in enumerate(asked.events):
+        item = getattr(event, contract.item.join_key)
+        check_id(f"events[{position}].{contract.item.join_key}", item, contract.item.dtype)
+        if not EARLIEST <= event.event_timestamp <= LATEST:
+            raise InvalidRequestError(
+                f"events[{position}].event_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}"
+            )
+        found.append(msgspec.structs.asdict(event) | {"action": number[event.action]})
+    return asked.user_id, sorted(found, key=lambda event: event["event_timestamp"])
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is no JSON: {error}") from error
 
 
 def _wire_type(column: Column) -> Any:
@@ -142,12 +220,7 @@ def decode_request(body: bytes, contract: Contract) -> RankRequest:
         InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the
             wrong kind, context that its columns do not allow.
     """
-    try:
-        request = _decoder(contract.spec.context_features).decode(body)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequestError(f"the body is no JSON: {error}") from error
+    request: RankRequest = _decoded(_decoder(contract.spec.context_features), body)
     check_id("user_id", request.user_id, contract.user.dtype)
     for position, candidate in enumerate(request.candidates):
         check_id(f"candidates[{position}]", candidate, contract.item.dtype)
@@ -187,10 +260,30 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
 def schemas(contract: Contract | None) -> dict[str, Any]:
     """JSON schemas of all messages, for OpenAPI."""
     fields = () if contract is None else contract.spec.context_features
+    events = () if contract is None else (events_of(contract), EventsResponse)
     _, components = msgspec.json.schema_components(
-        (request_type(fields), RankResponse, ErrorBody), ref_template="#/components/schemas/{name}"
+        (request_type(fields), RankResponse, ErrorBody, *events),
+        ref_template="#/components/schemas/{name}",
     )
+    if contract is not None:
+        _ids_of(contract, components)
     components["Degraded"]["description"] = "; ".join(
         f"`{reason}`: {reason.meaning}" for reason in Degraded
     )
     return components
+
+
+def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
+    """Write the contract's own types of ids in place of "a number or a text"."""
+    user, item = (
+        {"type": "string", "minLength": 1, "maxLength": MAX_ID_BYTES}
+        if entity.dtype is DType.STRING
+        else {"type": "integer", "minimum": INT64.start, "maximum": INT64.stop - 1}
+        for entity in (contract.user, contract.item)
+    )
+    for name in ("RankRequest", "EventsRequest"):
+        components[name]["properties"]["user_id"] = user
+    components["Event"]["properties"][contract.item.join_key] = item
+    components["RankRequest"]["properties"]["candidates"]["items"] = item
+    for name in ("item_ids", "unknown_items"):
+        components["RankResponse"]["properties"][name]["items"] = {"type": item["type"]}

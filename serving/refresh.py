@@ -10,17 +10,27 @@ build, but for the last digits of a mean; the next run of the jobs replaces them
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.arrow import EPOCH, MICROS, arrow_schema, history_schema, micros
+from feature_repo.arrow import (
+    EPOCH,
+    MICROS,
+    arrow_schema,
+    arrow_type,
+    history_schema,
+    micros,
+    value_codes,
+)
 from feature_repo.contract import Contract
-from feature_repo.envelope import Envelope, EnvelopeError, Kind, from_bytes
+from feature_repo.envelope import Envelope, EnvelopeError, Identity, Kind, from_bytes
 from feature_repo.errors import ExpectedError
 from feature_repo.history import (
+    as_numbers,
     extended_digest,
     from_batches,
     mean_names,
@@ -31,7 +41,10 @@ from feature_repo.history import (
 from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.sketch import Layout, Sketch, SketchError
+from feature_repo.sketch import from_bytes as sketch_of
 from modeling.summary import Summariser, envelopes, stored_summary
+from serving.items import item_columns
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -180,7 +193,7 @@ class UserMemory:
             write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
 
     def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> None:
-        """Add a user's new events, oldest first, to history, statistics and tokens.
+        """Add a user's new events, oldest first, to history, sketch, statistics and tokens.
 
         Args:
             new_events: columns of `contract.history_columns`, later than all that is stored;
@@ -211,11 +224,67 @@ class UserMemory:
         kept = kept.slice(
             max(kept.num_rows - self._contract.spec.num_history_online, 0)
         ).combine_chunks()
-        rows = {
-            "user_history": {"history": pack(self._contract, user_id, kept)},
-            "user_stats": stats_after(self._contract, stored["user_stats"], events),
-        }
+        stats = stats_after(self._contract, stored["user_stats"], events)
+        sketch = sketch_after(
+            self._contract,
+            user_id,
+            stored["user_history"]["sketch"],
+            stats,
+            events,
+            self._remembered(events),
+        )
+        history = {"history": pack(self._contract, user_id, kept), "sketch": sketch}
+        rows = {"user_history": history, "user_stats": stats}
         self.write(user_id, rows, int(times[-1]) + 1)
+
+    def _remembered(self, events: pa.Table) -> list[np.ndarray]:
+        """Codes of each event's item in the columns that sketches count, as the store has them."""
+        columns, item = self._contract.remembered, self._contract.item.join_key
+        if not columns:
+            return []
+        view_of = {column.name: view for view, column in item_columns(self._contract)}
+        refs = [f"{view_of[column.name]}:{column.name}" for column in columns]
+        asked = [{item: key} for key in events[item].to_pylist()]
+        found = self._store.get_online_features(refs, asked).to_dict()
+        return [
+            as_numbers(column, pa.array(found[column.name], arrow_type(column.dtype)))
+            for column in columns
+        ]
+
+
+def sketch_after(
+    contract: Contract,
+    user_id: int | str,
+    stored: bytes | None,
+    stats: dict[str, Any],
+    events: pa.Table,
+    remembered: Sequence[np.ndarray],
+) -> bytes | None:
+    """A user's sketch with new events; None where earlier ones were in none that could be read, since
+    a sketch of a part would count too little.
+
+    Args:
+        stats: of the user with the new events.
+        remembered: codes of the events' items in the columns that sketches count.
+    """
+    layout, times = Layout.of(contract), micros(events[EVENT_TIMESTAMP])
+    if stored is not None:
+        try:
+            sketch, _ = sketch_of(layout, stored, user_id)
+        except SketchError:
+            return None
+    elif stats["history_end"] > events.num_rows:
+        return None
+    else:
+        sketch = Sketch(layout)
+    chosen = np.flatnonzero(events["action"].to_numpy() == 0)
+    codes = [value_codes(events[contract.item.join_key]), *remembered]
+    sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
+    newest = int(times[-1])
+    identity = Identity(
+        layout.fingerprint, newest, newest + 1, stats["history_end"], stats["history_digest"]
+    )
+    return sketch.to_bytes(user_id, identity)
 
 
 def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) -> dict[str, Any]:

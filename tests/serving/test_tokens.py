@@ -21,6 +21,8 @@ from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
 from feature_repo.history import Histories, unpack
 from feature_repo.online_tokens import OnlineTokens
+from feature_repo.sketch import Layout
+from feature_repo.sketch import from_bytes as sketch_of
 from feature_repo.tables import JobFolder
 from modeling import bundle as bundles
 from modeling.dataset import Warehouse
@@ -314,7 +316,7 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
 def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
     token_shop: Any, world: Any
 ) -> None:
-    from beam_jobs.user_history import packed_rows, stat_rows
+    from beam_jobs.user_history import packed_rows, remembered_codes, stat_rows
 
     user, store = world[0][1], token_shop.store
     events = JobFolder(token_shop.settings.home, "events").read("events")
@@ -342,7 +344,16 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
         mean = "user_mean_unit_price"
         assert found["user_stats"].pop(mean) == pytest.approx(expected[mean], rel=1e-5)
         assert found["user_stats"] == {name: expected[name] for name in found["user_stats"]}
-        packed = packed_rows(CONTRACT, whole, stat_rows(CONTRACT, whole))["history"][0].as_py()
+        profiles = JobFolder(token_shop.settings.home, "events").read("item_profile")
+        codes = remembered_codes(CONTRACT, whole, profiles)
+        rows = packed_rows(CONTRACT, whole, stat_rows(CONTRACT, whole), codes)
+        packed = rows["history"][0].as_py()
+        layout = Layout.of(CONTRACT)
+        ours, identity = sketch_of(layout, found["user_history"]["sketch"], user)
+        theirs, expected_identity = sketch_of(layout, rows["sketch"][0].as_py(), user)
+        assert identity == expected_identity
+        np.testing.assert_array_equal(ours.cells[0], theirs.cells[0])
+        np.testing.assert_allclose(ours.cells, theirs.cells, rtol=1e-5)  # stored as float32
         assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(
             unpack(CONTRACT, user, packed)
         )

@@ -1,0 +1,162 @@
+"""New events over HTTP: the next answer knows them, a second delivery changes nothing, and what cannot
+be is refused whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from feature_repo.tables import JobFolder
+from serving.app import Server, app_of
+from serving.live import Live, Source
+from serving.settings import ServeSettings
+
+
+@pytest.fixture(scope="module")
+def road(shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A shop of its own with tokens: events change its store."""
+    return helpers.token_road(shop, tmp_path_factory.mktemp("events"))
+
+
+@pytest.fixture(scope="module")
+def server(road: Any) -> Server:
+    """A server over it."""
+    live = Live(Source(road.settings).load)
+    live.load_now()
+    assert live.current is not None, live.not_loaded
+    return Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000))
+
+
+@pytest.fixture
+def user(road: Any) -> Iterator[int]:
+    """Customers in turn, each with a history."""
+    users = JobFolder(road.settings.home, "user_history").read("user_history")["user_id"]
+    found: int = users[next(TURN)].as_py()
+    return found
+
+
+TURN = iter(range(1_000))
+
+
+def call(server: Server, path: str, body: Any) -> httpx.Response:
+    """One request."""
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(path, json=body)
+
+    return asyncio.run(run())
+
+
+def event_of(server: Server, at: datetime, item: str | None = None, **more: Any) -> dict[str, Any]:
+    """A purchase."""
+    assert server.live.current is not None
+    known = server.live.current.ranker.bundle.encoder.items.values
+    return {
+        "item_id": known[0].as_py() if item is None else item,
+        "event_timestamp": at.isoformat(),
+        "quantity": 2.0,
+        "unit_price": 1.5,
+        **more,
+    }
+
+
+def test_the_next_answer_knows_an_event_and_a_second_delivery_changes_nothing(
+    server: Server, user: int
+) -> None:
+    assert server.live.current is not None
+    ranker = server.live.current.ranker
+    candidates = ranker.bundle.encoder.items.values.to_pylist()[:20]
+    asked = {"user_id": user, "candidates": candidates}
+    before = ranker.reader.read_user(user)
+    now = datetime.now(UTC) - timedelta(seconds=30)
+    events = [
+        event_of(server, now),
+        event_of(server, now - timedelta(minutes=5), candidates[3], action="purchase"),
+    ]
+    first = call(server, "/v1/rank", asked).json()
+    taken = call(server, "/v1/events", {"user_id": user, "events": events})
+    assert (taken.status_code, taken.json()) == (200, {"added": 2, "known": 0})
+    after = ranker.reader.read_user(user)
+    assert after.history is not None
+    assert after.history["event_timestamp"][-1].as_py() == now
+    assert after.history["item_id"].to_pylist()[-2:] == [candidates[3], candidates[0]]
+    assert after.columns["history_end"] == before.columns["history_end"] + 2
+    assert after.tokens is not None
+    assert after.tokens.num_events == after.columns["history_end"]
+    assert after.sketch is not None
+    assert after.problems == ()
+    answer = call(server, "/v1/rank", asked).json()
+    assert answer["degraded"] == first["degraded"] == ["stale_features"]  # a log of 2011
+    assert answer["scores"] != first["scores"]
+    again = call(server, "/v1/events", {"user_id": user, "events": [*events, events[0]]})
+    assert again.json() == {"added": 0, "known": 3}
+    assert ranker.reader.read_user(user).columns == after.columns
+
+
+def test_a_late_event_is_refused_and_nothing_is_added(server: Server, user: int) -> None:
+    assert server.live.current is not None
+    reader = server.live.current.ranker.reader
+    before = reader.read_user(user)
+    late = datetime(2000, 1, 1, tzinfo=UTC)
+    response = call(
+        server,
+        "/v1/events",
+        {"user_id": user, "events": [event_of(server, late), event_of(server, datetime.now(UTC))]},
+    )
+    assert (response.status_code, response.json()["error"]) == (409, "late_event")
+    assert reader.read_user(user).columns == before.columns
+
+
+def test_a_user_nobody_knew_is_known_by_their_first_event(server: Server) -> None:
+    assert server.live.current is not None
+    now = datetime.now(UTC) - timedelta(seconds=5)
+    body = {"user_id": 987_654, "events": [event_of(server, now)]}
+    assert call(server, "/v1/events", body).json() == {"added": 1, "known": 0}
+    row = server.live.current.ranker.reader.read_user(987_654)
+    assert row.history is not None
+    assert row.history.num_rows == row.columns["history_end"] == 1
+    assert row.sketch is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"event_timestamp": "2200-01-01T00:00:00Z"}, "future"),
+        ({"event_timestamp": "2020-01-01T00:00:00"}, "timezone"),
+        ({"action": "dream"}, "dream"),
+        ({"item_id": 5}, "must be a string"),
+        ({"quantity": "two"}, "float"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(
+    server: Server, user: int, change: dict[str, Any], reason: str
+) -> None:
+    event = event_of(server, datetime.now(UTC)) | change
+    response = call(server, "/v1/events", {"user_id": user, "events": [event]})
+    assert response.status_code == 422
+    assert reason in response.json()["message"]
+
+
+def test_openapi_says_what_an_event_has(server: Server) -> None:
+    async def run() -> Any:
+        transport = httpx.ASGITransport(app_of(server))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return (await client.get("/openapi.json")).json()
+
+    document = asyncio.run(run())
+    schemas = document["components"]["schemas"]
+    assert {"item_id", "event_timestamp", "action", "quantity"} <= set(
+        schemas["Event"]["properties"]
+    )
+    assert schemas["RankRequest"]["properties"]["user_id"]["type"] == "integer"
+    assert schemas["RankRequest"]["properties"]["candidates"]["items"]["type"] == "string"
+    assert "409" in document["paths"]["/v1/events"]["post"]["responses"]
