@@ -17,6 +17,7 @@ from serving.ranker import RankService
 from serving.settings import PREFIX, STOPPING, ServeSettings, settings_from
 
 console = Console()
+SWITCH_S = 0.0005
 MAX_CONNECTIONS = 4_096  # of a process, with a request under way; admission refuses long before
 
 
@@ -113,12 +114,16 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
 def app() -> Any:
     """The ASGI app of a worker process, from the environment."""
     import logging
+    import sys
 
     from serving.app import Server, app_of
     from serving.live import Live, Repair, Source, epoch_of
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("serving.access").setLevel(logging.INFO)
+    # The event loop and the model's thread share an interpreter: refusals and store reads must not wait
+    # for five milliseconds each time the model's thread holds it.
+    sys.setswitchinterval(SWITCH_S)
     settings, home = settings_from(), Settings.from_env()
     source = Source(
         home, settings.bundle, settings.replay, settings.item_refresh_s, settings.stale_days
