@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -42,18 +42,23 @@ from serving.errors import (
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.messages import (
+    JSON,
+    MSGPACK,
     ErrorBody,
+    RankBatchResponse,
     RankRequest,
     RankResponse,
+    decode_batch,
     decode_events,
     decode_request,
+    encoded,
     schemas,
 )
 from serving.ranker import Clock, RankService
 from serving.redis_reader import StoreReadError
 from serving.settings import Scope, ServeSettings
 
-JSON = "application/json"
+T = TypeVar("T")
 STAGES = (
     "queue",
     "user_read",
@@ -178,17 +183,44 @@ class Server:
         serving = self.serving()
         settings = self.settings
         body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
-        asked = decode_request(body, serving.ranker.contract)
+        asked = decode_request(body, serving.ranker.contract, media_of(request))
         self._refuse_the_future(asked)
         with self.admission.admitted():
-            allowed = min(asked.deadline_ms or self.settings.deadline_ms, self.settings.deadline_ms)
-            deadline = arrived + allowed / 1000 - MARGIN_S
+            deadline = self._deadline(asked, arrived)
             clock.lap("queue")
             answer = await unless_left(request, self._answer(serving, asked, clock, deadline))
         self._count(asked, answer)
         timings = msgspec.structs.asdict(answer.timings_ms)
         header = ", ".join(f"{stage};dur={timings[stage]}" for stage in STAGES)
-        return Response(self._encode(answer), media_type=JSON, headers={"Server-Timing": header})
+        return answered_with(request, answer, {"Server-Timing": header})
+
+    async def rank_batch(self, request: Request) -> Response:
+        """`POST /v1/rank:batch`: one after the other, all within the time of one; it takes one place."""
+        arrived = time.perf_counter()
+        self.check(request, "rank")
+        self.admission.refuse_if_full()
+        serving, settings = self.serving(), self.settings
+        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        batch = decode_batch(body, serving.ranker.contract, media_of(request))
+        for asked in batch:
+            self._refuse_the_future(asked)
+
+        async def each() -> list[RankResponse]:
+            return [
+                await self._answer(serving, asked, Clock(), self._deadline(asked, arrived))
+                for asked in batch
+            ]
+
+        with self.admission.admitted():
+            answers = await unless_left(request, each())
+        for asked, answer in zip(batch, answers, strict=True):
+            self._count(asked, answer)
+        return answered_with(request, RankBatchResponse(answers))
+
+    def _deadline(self, asked: RankRequest, arrived: float) -> float:
+        """By when a request must be answered, as `time.perf_counter` has it."""
+        allowed = min(asked.deadline_ms or self.settings.deadline_ms, self.settings.deadline_ms)
+        return arrived + allowed / 1000 - MARGIN_S
 
     async def _answer(
         self, serving: Serving, asked: RankRequest, clock: Clock, deadline: float
@@ -256,7 +288,7 @@ class Server:
         if serving.events is None:
             raise NotReadyError("this server takes no events: it has no online store of its own")
         body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
-        user_id, events = decode_events(body, serving.ranker.contract)
+        user_id, events = decode_events(body, serving.ranker.contract, media_of(request))
         latest = self._latest()
         for event in events:
             if event["event_timestamp"] > latest:
@@ -267,7 +299,7 @@ class Server:
             taken = await asyncio.get_running_loop().run_in_executor(
                 self.events, serving.events.take, user_id, events
             )
-        return Response(self._encode(taken), media_type=JSON)
+        return answered_with(request, taken)
 
     def _latest(self) -> datetime:
         """How late a time may be."""
@@ -328,7 +360,7 @@ class Server:
         async def answered(request: Request) -> Response:
             began = time.perf_counter()
             response = await self._answered(handler, request)
-            if request.url.path == "/v1/rank":
+            if request.url.path.startswith("/v1/rank"):
                 self.metrics.requests.labels(str(response.status_code)).inc()
             if self.settings.access_log:
                 line = {
@@ -427,7 +459,11 @@ def app_of(server: Server, *, keep_up: bool = False) -> Starlette:
     routes = [
         Route(path, server.counted(handler), methods=["GET"]) for path, handler in gets.items()
     ]
-    posts = {"/v1/rank": server.rank, "/v1/events": server.take_events}
+    posts = {
+        "/v1/rank": server.rank,
+        "/v1/rank:batch": server.rank_batch,
+        "/v1/events": server.take_events,
+    }
     routes += [
         Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
     ]
@@ -445,7 +481,23 @@ def error_response(status: int, kind: str, message: str) -> Response:
     return Response(body, status_code=status, media_type=JSON, headers=headers)
 
 
-async def unless_left(request: Request, answering: Awaitable[RankResponse]) -> RankResponse:
+def media_of(request: Request) -> str:
+    """What a body is said to be, lower case; JSON where nothing is said."""
+    return request.headers.get("content-type", JSON).split(";")[0].strip().lower()
+
+
+def answered_with(request: Request, answer: Any, headers: dict[str, str] | None = None) -> Response:
+    """An answer in the words of the request, or in those that it accepts alone."""
+    accepted = request.headers.get("accept", "")
+    media = media_of(request)
+    if MSGPACK in accepted and JSON not in accepted:
+        media = MSGPACK
+    elif JSON in accepted and MSGPACK not in accepted:
+        media = JSON
+    return Response(encoded(answer, media), media_type=media, headers=headers)
+
+
+async def unless_left(request: Request, answering: Awaitable[T]) -> T:
     """An answer, unless the client leaves before it is there.
 
     Raises:
@@ -476,17 +528,16 @@ async def read_body(
         admission: which bounds how much of all bodies is held; default: nothing does.
 
     Raises:
-        UnsupportedMediaError: declared as something other than JSON, or compressed.
+        UnsupportedMediaError: declared as something other than JSON or msgpack, or compressed.
         BodyTooLargeError: longer than the limit.
         SlowBodyError: not there in time.
         OverloadedError: too much of other bodies is held.
     """
-    declared = request.headers.get("content-type", JSON).split(";")[0].strip().lower()
-    if declared != JSON:
-        raise UnsupportedMediaError(f"Content-Type must be {JSON}, not {declared!r}")
+    if (declared := media_of(request)) not in (JSON, MSGPACK):
+        raise UnsupportedMediaError(f"Content-Type must be {JSON} or {MSGPACK}, not {declared!r}")
     if encoding := request.headers.get("content-encoding"):
         raise UnsupportedMediaError(
-            f"Content-Encoding {encoding!r} is not accepted: send plain JSON"
+            f"Content-Encoding {encoding!r} is not accepted: send it as it is"
         )
     too_large = BodyTooLargeError(f"the body may have {limit:,} bytes at most")
     length = request.headers.get("content-length", "")
@@ -520,12 +571,12 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         }
 
     errors = {
-        "400": "no JSON",
+        "400": "no JSON, or no msgpack",
         "401": "no bearer token that is known, where some are configured",
         "403": "a token that may not do this",
         "408": "the body did not arrive in time",
         "413": "body too large",
-        "415": "not JSON",
+        "415": "neither JSON nor msgpack",
         "422": "wrong shape, type or size",
         "503": "not ready, or too many requests under way; Retry-After says when to try again",
     }
@@ -536,7 +587,10 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "summary": summary,
             "requestBody": {
                 "required": True,
-                "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{asked}"}}},
+                "content": {
+                    JSON: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
+                    MSGPACK: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
+                },
             },
             "responses": {
                 "200": reply("done", given),
@@ -544,7 +598,12 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             },
         }
 
-    posts = {"/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse")}
+    posts = {
+        "/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse"),
+        "/v1/rank:batch": post(
+            "rank_batch", "Rank for several requests", "RankBatch", "RankBatchResponse"
+        ),
+    }
     if contract is not None:
         late = {"409": "an event is older than what is known of the user"}
         posts["/v1/events"] = post(

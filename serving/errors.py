@@ -1,9 +1,9 @@
 """Errors that a client sees.
 
 ServingError
-├── BadRequestError          400  the body is no JSON
+├── BadRequestError          400  the body is no JSON or msgpack
 ├── BodyTooLargeError        413  more bytes than allowed
-├── UnsupportedMediaError    415  not JSON
+├── UnsupportedMediaError    415  neither JSON nor msgpack
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
 ├── UnauthorizedError        401  no bearer token, or none that is known
 ├── ForbiddenError           403  one that may not do this

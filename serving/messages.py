@@ -18,6 +18,8 @@ from serving.errors import BadRequestError, InvalidRequestError
 
 MAX_CANDIDATES = 5_000
 MAX_EVENTS = 1_000  # of one user at a time
+MAX_BATCH = 64  # requests
+JSON, MSGPACK = "application/json", "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
 MAX_LIST = 1_000  # values of a bag in a request's context
 INT64 = range(-(2**63), 2**63)
@@ -43,6 +45,12 @@ class RankRequest(Struct, forbid_unknown_fields=True):
     deadline_ms: Annotated[float, Meta(gt=0)] | None = (
         None  # from arrival; at most the server's own
     )
+
+
+class RankBatch(Struct, forbid_unknown_fields=True):
+    """Several requests at once, answered one after the other within the time of one."""
+
+    requests: Annotated[list[RankRequest], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
 class Timings(Struct):
@@ -74,6 +82,12 @@ class RankResponse(Struct):
     unknown_items: list[int | str]
     timings_ms: Timings
     probabilities: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
+
+
+class RankBatchResponse(Struct):
+    """The requests' answers, in their order."""
+
+    answers: list[RankResponse]
 
 
 class EventsResponse(Struct):
@@ -112,6 +126,19 @@ def request_type(fields: tuple[Column, ...]) -> type[RankRequest]:
     )
     made.__doc__ = RankRequest.__doc__
     return cast(type[RankRequest], made)
+
+
+@cache
+def batch_type(fields: tuple[Column, ...]) -> type[RankBatch]:
+    """`RankBatch` of such requests."""
+    if not fields:
+        return RankBatch
+    some = Annotated[list[request_type(fields)], Meta(min_length=1, max_length=MAX_BATCH)]  # type: ignore[misc, valid-type]
+    made: Any = msgspec.defstruct(
+        "RankBatch", [("requests", some)], bases=(RankBatch,), forbid_unknown_fields=True
+    )
+    made.__doc__ = RankBatch.__doc__
+    return cast(type[RankBatch], made)
 
 
 @cache
@@ -154,13 +181,15 @@ def events_of(contract: Contract) -> type[Struct]:
     return events_type(contract.item.join_key, tuple(spec.actions), tuple(spec.event_features))
 
 
-def decode_events(body: bytes, contract: Contract) -> tuple[Id, list[dict[str, Any]]]:
+def decode_events(
+    body: bytes, contract: Contract, media: str = JSON
+) -> tuple[Id, list[dict[str, Any]]]:
     """A user and their new events, oldest first, as histories hold them.
 
     Raises:
         BadRequestError, InvalidRequestError: as of `decode_request`.
     """
-    asked: Any = _decoded(msgspec.json.Decoder(events_of(contract)), body)
+    asked: Any = _decoded(events_of(contract), body, media)
     check_id("user_id", asked.user_id, contract.user.dtype)
     number = {name: at for at, name in enumerate(contract.spec.actions)}
     found = []
@@ -175,13 +204,25 @@ def decode_events(body: bytes, contract: Contract) -> tuple[Id, list[dict[str, A
     return asked.user_id, sorted(found, key=lambda event: event["event_timestamp"])
 
 
-def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+def _decoded(kind: Any, body: bytes, media: str) -> Any:
     try:
-        return decoder.decode(body)
+        return _decoder(kind, media).decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequestError(f"the body is no JSON: {error}") from error
+        what = "msgpack" if media == MSGPACK else "JSON"
+        raise BadRequestError(f"the body is no {what}: {error}") from error
+
+
+@cache
+def _decoder(kind: Any, media: str) -> msgspec.json.Decoder[Any] | msgspec.msgpack.Decoder[Any]:
+    made = msgspec.msgpack.Decoder if media == MSGPACK else msgspec.json.Decoder
+    return made(kind)
+
+
+def encoded(answer: Any, media: str) -> bytes:
+    """An answer as JSON or msgpack."""
+    return (msgspec.msgpack if media == MSGPACK else msgspec.json).encode(answer)
 
 
 def _wire_type(column: Column) -> Any:
@@ -207,33 +248,44 @@ def _wire_type(column: Column) -> Any:
     return Annotated[kind, Meta(ge=low, le=high), doc]
 
 
-@cache
-def _decoder(fields: tuple[Column, ...]) -> msgspec.json.Decoder[RankRequest]:
-    return msgspec.json.Decoder(request_type(fields))
-
-
-def decode_request(body: bytes, contract: Contract) -> RankRequest:
-    """A request from its JSON body.
+def decode_request(body: bytes, contract: Contract, media: str = JSON) -> RankRequest:
+    """A request from its body.
 
     Raises:
-        BadRequestError: no JSON.
+        BadRequestError: the body is not of its media type.
         InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the
             wrong kind, context that its columns do not allow.
     """
-    request: RankRequest = _decoded(_decoder(contract.spec.context_features), body)
-    check_id("user_id", request.user_id, contract.user.dtype)
+    request: RankRequest = _decoded(request_type(contract.spec.context_features), body, media)
+    _check_request(request, contract)
+    return request
+
+
+def decode_batch(body: bytes, contract: Contract, media: str = JSON) -> list[RankRequest]:
+    """The requests of a batch.
+
+    Raises:
+        BadRequestError, InvalidRequestError: as of `decode_request`; one of them is enough.
+    """
+    batch: RankBatch = _decoded(batch_type(contract.spec.context_features), body, media)
+    for position, request in enumerate(batch.requests):
+        _check_request(request, contract, f"requests[{position}].")
+    return batch.requests
+
+
+def _check_request(request: RankRequest, contract: Contract, where: str = "") -> None:
+    check_id(f"{where}user_id", request.user_id, contract.user.dtype)
     for position, candidate in enumerate(request.candidates):
-        check_id(f"candidates[{position}]", candidate, contract.item.dtype)
+        check_id(f"{where}candidates[{position}]", candidate, contract.item.dtype)
     if request.context and (at := request.context.request_timestamp):
         if at.tzinfo is None:
             raise InvalidRequestError(
-                "context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z"
+                f"{where}context.request_timestamp needs a time zone, such as 2011-12-09T12:00:00Z"
             )
         if not EARLIEST <= at <= LATEST:
             raise InvalidRequestError(
-                f"context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}"
+                f"{where}context.request_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}, not {at.isoformat()}"
             )
-    return request
 
 
 def check_id(name: str, value: int | str, dtype: DType) -> None:
@@ -262,7 +314,14 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
     fields = () if contract is None else contract.spec.context_features
     events = () if contract is None else (events_of(contract), EventsResponse)
     _, components = msgspec.json.schema_components(
-        (request_type(fields), RankResponse, ErrorBody, *events),
+        (
+            request_type(fields),
+            RankResponse,
+            batch_type(fields),
+            RankBatchResponse,
+            ErrorBody,
+            *events,
+        ),
         ref_template="#/components/schemas/{name}",
     )
     if contract is not None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import torch
 
@@ -452,3 +453,58 @@ def test_a_clock_tells_stages() -> None:
     time.sleep(0.01)
     clock.lap("queue")
     assert 10 <= clock.laps["queue"] < 500
+
+
+def test_a_batch_is_answered_as_its_requests_are(ranker: RankService, items: list[Any]) -> None:
+    server = server_of(ranker, deadline_ms=5_000, store_ms=2_000)
+    bodies = [{"user_id": user, "candidates": items[user:]} for user in range(1, 4)]
+    single = [rank(server, body).json() for body in bodies]
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/rank:batch", json={"requests": bodies})
+
+    batch = talk(server, ask).json()["answers"]
+    for one, other in zip(single, batch, strict=True):
+        assert one.pop("timings_ms")
+        assert other.pop("timings_ms")
+        assert one == other
+    bodies[1]["candidates"] = [5]
+    refused = talk(server, ask)
+    assert refused.status_code == 422
+    assert "requests[1].candidates[0]" in refused.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        (None, "application/msgpack"),
+        ("*/*", "application/msgpack"),
+        ("application/json", "application/json"),
+        ("application/msgpack", "application/msgpack"),
+    ],
+)
+def test_msgpack_says_what_json_says(
+    ranker: RankService, items: list[Any], accept: str | None, expected: str
+) -> None:
+    server = server_of(ranker, deadline_ms=5_000, store_ms=2_000)
+    body = {
+        "user_id": 1,
+        "candidates": items,
+        "context": {"request_timestamp": datetime(2011, 12, 1, tzinfo=UTC)},
+    }
+    headers = {"Content-Type": "application/msgpack"} | (
+        {} if accept is None else {"Accept": accept}
+    )
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        content = msgspec.msgpack.encode(body)
+        return await client.post("/v1/rank", content=content, headers=headers)
+
+    response = talk(server, ask)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == expected
+    decode = msgspec.json.decode if expected.endswith("json") else msgspec.msgpack.decode
+    answer = decode(response.content)
+    plain = rank(server, body | {"context": {"request_timestamp": "2011-12-01T00:00:00Z"}}).json()
+    assert answer["item_ids"] == plain["item_ids"]
+    assert answer["scores"] == plain["scores"]

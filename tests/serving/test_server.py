@@ -343,6 +343,7 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
     document = client.request("GET", "/openapi.json").json()
     assert set(document["paths"]) == {
         "/v1/rank",
+        "/v1/rank:batch",
         "/v1/events",
         "/livez",
         "/readyz",
