@@ -28,17 +28,26 @@ class Admission:
         self.under_way = 0
         self.arriving_bytes = 0
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no place."""
+        return self.under_way >= self.most or self.arriving_bytes >= self.most_bytes
+
+    def error(self) -> OverloadedError:
+        """What is told whoever finds none."""
+        return OverloadedError(
+            f"{self.under_way} requests are under way, as many as this process takes on: try again in a second, "
+            "or elsewhere"
+        )
+
     def refuse_if_full(self) -> None:
         """For a request whose body is not read yet.
 
         Raises:
             OverloadedError: there is no place.
         """
-        if self.under_way >= self.most or self.arriving_bytes >= self.most_bytes:
-            raise OverloadedError(
-                f"{self.under_way} requests are under way, as many as this process takes on: try again in a second, "
-                "or elsewhere"
-            )
+        if self.full:
+            raise self.error()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from feature_repo.contract import Contract
 from serving.admission import Admission
@@ -405,7 +407,7 @@ def described_bundle(serving: Serving) -> dict[str, Any]:
     }
 
 
-def create_app(ranker: RankService | None, settings: ServeSettings | None = None) -> Starlette:
+def create_app(ranker: RankService | None, settings: ServeSettings | None = None) -> RefusesFirst:
     """The app around a ranker that never changes; without one it answers that it is not ready."""
     live = Live(load=lambda: serving_of(ranker))
     live.not_loaded = "no bundle is loaded"
@@ -421,7 +423,7 @@ def serving_of(ranker: RankService | None) -> Serving:
     return Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
 
 
-def app_of(server: Server, *, keep_up: bool = False) -> Starlette:
+def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
     """The routes of a server.
 
     Args:
@@ -467,7 +469,28 @@ def app_of(server: Server, *, keep_up: bool = False) -> Starlette:
     routes += [
         Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
+    return RefusesFirst(app, server, frozenset(posts))
+
+
+class RefusesFirst:
+    """The app, before which a full server refuses: with a tenth of what the way through the routes costs,
+    so that refusing three times the load leaves time to answer what was taken on.
+    """
+
+    def __init__(self, app: Starlette, server: Server, paths: frozenset[str]) -> None:
+        self._app, self._server, self._paths = app, server, paths
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        full = self._server.admission.full
+        if full and scope["type"] == "http" and scope["path"] in self._paths:
+            error = self._server.admission.error()
+            response = error_response(error.status, error.kind, str(error))
+            self._server.metrics.requests.labels(str(error.status)).inc()
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def error_response(status: int, kind: str, message: str) -> Response:
