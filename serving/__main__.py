@@ -62,6 +62,32 @@ DEFAULTS: dict[str, Any] = dict(serve.__kwdefaults__ or {})
 
 
 @app.command
+def audit(log: str, *, bundle: str | None = None) -> None:
+    """Compute what was served anew from the tables, and say which features differ.
+
+    Args:
+        log: folder that the server logged to (MEMOIR_SERVE_LOG_FOLDER).
+        bundle: folder of the bundle that served; by default the live one.
+    """
+    from serving import command
+
+    command.run_audit(log, bundle)
+
+
+@app.command
+def replay(log: str, *, bundle: str | None = None) -> None:
+    """Rank what was served with another bundle, and say how far the lists part.
+
+    Args:
+        log: folder that the server logged to (MEMOIR_SERVE_LOG_FOLDER).
+        bundle: folder of the other bundle; by default the live one.
+    """
+    from serving import command
+
+    command.run_replay(log, bundle)
+
+
+@app.command
 def demo(*, recipe: str | None = None) -> int:
     """Start a server, ask it once, show what it answers.
 

@@ -29,6 +29,7 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from feature_repo.contract import Contract
+from modeling.encoder import Encoded
 from serving.admission import Admission
 from serving.degraded import Degraded
 from serving.errors import (
@@ -58,6 +59,7 @@ from serving.messages import (
 )
 from serving.ranker import Clock, RankService
 from serving.redis_reader import StoreReadError
+from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
 
 T = TypeVar("T")
@@ -119,6 +121,12 @@ class Metrics:
         self.swaps = Gauge(
             "memoir_bundle_swaps", "bundles swapped in since the start", registry=self.registry
         )
+        self.logged = Gauge(
+            "memoir_served_logged", "requests in the served-feature log", registry=self.registry
+        )
+        self.log_dropped = Gauge(
+            "memoir_served_log_dropped", "requests that it had no room for", registry=self.registry
+        )
         self.refused = Gauge(
             "memoir_bundles_refused", "bundles that could not be served", registry=self.registry
         )
@@ -138,7 +146,25 @@ class Server:
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
+        self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
+
+    @property
+    def logs(self) -> list[ServedLog]:
+        """All that were opened."""
+        return list(self._logs.values())
+
+    @property
+    def served_log(self) -> ServedLog | None:
+        """The log of the bundle that ranks; None where nothing is logged."""
+        folder, current = self.settings.log_folder, self.live.current
+        if folder is None or current is None:
+            return None
+        digest = current.ranker.bundle.digest
+        if digest not in self._logs:  # a bundle's own: its features are in the files
+            encoder = current.ranker.bundle.encoder
+            self._logs[digest] = ServedLog(folder, encoder, self.settings.log_share)
+        return self._logs[digest]
 
     def serving(self) -> Serving:
         """The serving state.
@@ -245,7 +271,13 @@ class Server:
             # Whoever asked may be gone, or the time up, by when the thread comes to it.
             if cancelled or time.perf_counter() > deadline:
                 return None
-            return ranker.answer(asked, user, clock)
+            log = self.served_log
+            if log is None or not log.samples(asked.user_id):
+                return ranker.answer(asked, user, clock)
+            numbers: list[tuple[datetime, Encoded]] = []
+            answer = ranker.answer(asked, user, clock, lambda at, made: numbers.append((at, made)))
+            log.add(Served(asked, answer, *numbers[0]))
+            return answer
 
         computing = asyncio.get_running_loop().run_in_executor(self.model, compute)
         try:
@@ -334,6 +366,8 @@ class Server:
         metrics.under_way.set(self.admission.under_way)
         metrics.swaps.set(live.swaps)
         metrics.refused.set(len(live.refused))
+        metrics.logged.set(sum(log.written for log in self.logs))
+        metrics.log_dropped.set(sum(log.dropped for log in self.logs))
         kind = "text/plain; version=0.0.4"
         return Response(generate_latest(metrics.registry), media_type=kind)
 
@@ -441,6 +475,8 @@ def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
         yield
         for task in tasks:
             task.cancel()
+        for log in server.logs:
+            await asyncio.to_thread(log.close)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -9,10 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
+from feature_repo import datasets
+from feature_repo.catalogue import Catalogue
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
+from modeling import bundle as bundles
+from modeling.bundle import Bundle
 from serving.ranker import RankService
 from serving.settings import PREFIX, STOPPING, ServeSettings, settings_from
 
@@ -38,6 +44,63 @@ def open_ranker(
 
     given = None if bundle_path is None else Path(bundle_path)
     return Source(settings, given, replay, item_refresh_s).load().ranker
+
+
+def run_audit(log: str, bundle_path: str | None) -> None:
+    """Print which features of logged requests differ from what the tables say.
+
+    Raises:
+        NothingToAuditError: no logged request can be computed anew.
+    """
+    from serving.audit import audit
+    from serving.served_log import read_log
+
+    settings = Settings.from_env()
+    found = audit(settings, read_log(Path(log)), _bundle(settings, bundle_path))
+    wrong = [one for one in found.features if one.differ]
+    table = Table("feature", "numbers", "differ", "rate", "largest difference", box=SIMPLE_HEAD)
+    for one in wrong:
+        table.add_row(
+            one.feature,
+            f"{one.compared:,}",
+            f"{one.differ:,}",
+            f"{one.rate:.4%}",
+            f"{one.largest:.3g}",
+        )
+    if wrong:
+        console.print(table)
+    console.print(
+        f"{found.requests:,} requests, {len(found.features)} features: {len(wrong)} differ anywhere; "
+        f"{found.skipped:,} requests were served without something and are not compared",
+        highlight=False,
+    )
+
+
+def run_replay(log: str, bundle_path: str | None) -> None:
+    """Print how far a bundle's lists part from those that were served.
+
+    Raises:
+        NothingToAuditError: no logged request can be ranked anew.
+    """
+    from serving.audit import replay
+    from serving.served_log import read_log
+
+    settings = Settings.from_env()
+    found = replay(settings, read_log(Path(log)), _bundle(settings, bundle_path))
+    console.print(
+        f"{found.requests:,} requests: the same first item in {found.same_first:.1%}, rank correlation "
+        f"{found.rank_correlation:.3f}, {found.overlap_10:.1%} of the ten best in common",
+        highlight=False,
+    )
+
+
+def _bundle(settings: Settings, path: str | None) -> Bundle:
+    """A bundle by its folder, or the live one."""
+    contract = datasets.load_contract(settings.dataset)
+    if path is not None:
+        return bundles.load(Path(path), contract)
+    live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+    return bundles.load(settings.path(live.path), contract, live.digest)
 
 
 class PortTakenError(ExpectedError, OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -112,11 +112,18 @@ class RankService:
         """A user of whom nothing is known, and why."""
         return UserRow({c.name: None for c in self.contract.user_columns}, None, problems)
 
-    def answer(self, request: RankRequest, user: UserRow, clock: Clock) -> RankResponse:
+    def answer(
+        self,
+        request: RankRequest,
+        user: UserRow,
+        clock: Clock,
+        seen: Callable[[datetime, Encoded], None] | None = None,
+    ) -> RankResponse:
         """Rank for a user who has been read: all that follows the store.
 
         Args:
             clock: which goes on from there.
+            seen: called with the request's time and the numbers that the model is given.
         """
         degraded = list(user.problems)
         items = self.items.take(request.candidates)
@@ -141,7 +148,10 @@ class RankService:
         if self.items.as_of is not None and micros - self.items.as_of > self.stale_micros:
             degraded.append(Degraded.STALE_FEATURES)
         context = context_columns(self.contract, request.context)
-        logits = self._score(user, request.candidates, items, context, at, clock)
+        encoded = self.encoded(user, request.candidates, at, items, context)
+        if seen is not None:
+            seen(at, encoded)
+        logits = self._score(encoded, clock)
         if items.unknown:
             degraded.append(Degraded.UNKNOWN_ITEMS)
         if not np.isfinite(logits).all():
@@ -193,9 +203,9 @@ class RankService:
         """
         ids = list(self.bundle.encoder.items.values[:16].to_pylist()) or [self._no_item()]
         context = context_columns(self.contract, None)
-        logits = self._score(
-            self.nobody(), ids, self.items.take(ids), context, datetime.now(UTC), Clock(None)
-        )
+        now = datetime.now(UTC)
+        encoded = self.encoded(self.nobody(), ids, now, self.items.take(ids), context)
+        logits = self._score(encoded, Clock())
         if not np.isfinite(logits).all():
             raise NotFiniteError(
                 f"bundle {self.bundle.name} gives scores that are no numbers ({logits.ravel()[:3]} …): its weights are not "
@@ -320,18 +330,9 @@ class RankService:
             )
         return lambda chosen: (found[None], np.array([True]))
 
-    def _score(
-        self,
-        user: UserRow,
-        candidates: Sequence[Id],
-        items: Taken,
-        context: dict[str, pa.Array],
-        at: datetime,
-        clock: Clock,
-    ) -> np.ndarray:
+    def _score(self, encoded: Encoded, clock: Clock) -> np.ndarray:
         """Logits, candidates × tasks."""
         encoder, model = self.bundle.encoder, self.bundle.model
-        encoded = self.encoded(user, candidates, at, items, context)
         batch = encoder.collate(encoded, np.array([0]))
         clock.lap("features")
         with self._model_lock, torch.inference_mode():

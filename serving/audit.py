@@ -1,0 +1,191 @@
+"""Was what the server saw what the tables say? Logged requests, computed anew as of their time.
+
+`audit` compares every number that the model was given, feature by feature; `replay` ranks the logged
+requests with another bundle and says how far its lists part from those that were served.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.arrow import arrow_type
+from feature_repo.errors import ExpectedError
+from feature_repo.schema import EVENT_TIMESTAMP
+from feature_repo.settings import Settings
+from feature_repo.store import open_store
+from feature_repo.transforms import USER_FEATURES
+from modeling.bundle import Bundle
+from modeling.dataset import Warehouse, point_in_time_join
+from modeling.encoder import Encoded
+from modeling.tasks import ranking_logits
+from modeling.trainer import predict
+from serving.degraded import Degraded
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5  # by which float32 numbers may differ and be taken for equal
+# Without these a request's numbers are what the tables say; with any other something was missing.
+AS_THE_TABLES = {Degraded.STALE_FEATURES.value, Degraded.UNKNOWN_ITEMS.value}
+
+
+class NothingToAuditError(ExpectedError, LookupError):
+    """No logged request can be computed anew."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One feature over all logged requests."""
+
+    feature: str
+    compared: int
+    differ: int
+    largest: float
+
+    @property
+    def rate(self) -> float:
+        """Share of numbers that differ."""
+        return self.differ / max(self.compared, 1)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Args:
+        skipped: requests that were served without something, which the tables have.
+    """
+
+    requests: int
+    skipped: int
+    features: list[Mismatch]
+
+
+def audit(settings: Settings, log: pa.Table, bundle: Bundle) -> Audit:
+    """Compare the log with the tables.
+
+    Raises:
+        NothingToAuditError: no request of the bundle's was served with all it needs.
+    """
+    chosen = comparable(log, bundle)
+    encoded = recomputed(settings, chosen, bundle)
+    logged_names = json.loads((log.schema.metadata or {})[b"dense_names"])
+    names = bundle.encoder.dense_names
+    if list(names) != logged_names:
+        raise NothingToAuditError(
+            f"the log has the features {logged_names}, bundle {bundle.name} has {list(names)}: audit with the bundle that served"
+        )
+    served = flat(chosen["candidate_dense"]).reshape(-1, len(names))
+    found = _mismatches(names, served, np.asarray(encoded.candidate_dense))
+    user_names = [*USER_FEATURES, *bundle.encoder.request.dense_names]
+    of_user = flat(chosen["user_dense"]).reshape(-1, len(user_names))
+    found += _mismatches([f"user: {n}" for n in user_names], of_user, np.asarray(encoded.dense_BG))
+    found.sort(key=lambda one: (-one.rate, one.feature))
+    return Audit(len(chosen), len(log) - len(chosen), found)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How far another bundle's lists part from those that were served.
+
+    Args:
+        same_first: share of the requests with the same item at the top.
+        rank_correlation: Spearman's, mean over requests of more than one candidate.
+        overlap_10: mean share of the served ten that are among the other's ten.
+    """
+
+    requests: int
+    same_first: float
+    rank_correlation: float
+    overlap_10: float
+
+
+def replay(settings: Settings, log: pa.Table, bundle: Bundle) -> Replay:
+    """Rank logged requests with a bundle, from the tables as of each request.
+
+    Raises:
+        NothingToAuditError: no request can be ranked anew.
+    """
+    chosen = comparable(log, None)
+    encoded = recomputed(settings, chosen, bundle)
+    logits = ranking_logits(
+        bundle.encoder.contract.spec, predict(bundle.model, bundle.encoder, encoded)
+    )
+    same, correlation, overlap = [], [], []
+    offsets = encoded.candidate_offsets
+    for number, row in enumerate(chosen.select(["candidates", "ranked"]).to_pylist()):
+        scores = logits[offsets[number] : offsets[number + 1]]
+        order = [row["candidates"][at] for at in np.argsort(-scores, kind="stable")]
+        same.append(order[0] == row["ranked"][0])
+        overlap.append(len(set(order[:10]) & set(row["ranked"][:10])) / min(10, len(row["ranked"])))
+        place = {item: at for at, item in enumerate(order)}
+        if len(place) > 1 and len(row["ranked"]) == len(place):
+            theirs = np.array([place[item] for item in row["ranked"]])
+            correlation.append(float(np.corrcoef(np.arange(len(theirs)), theirs)[0, 1]))
+    mean = float(np.mean(correlation)) if correlation else float("nan")
+    return Replay(len(chosen), float(np.mean(same)), mean, float(np.mean(overlap)))
+
+
+def comparable(log: pa.Table, bundle: Bundle | None) -> pa.Table:
+    """Requests that were served with all that the tables have, by a bundle or by any.
+
+    Raises:
+        NothingToAuditError: there is none.
+    """
+    whole = [set(reasons) <= AS_THE_TABLES for reasons in log["degraded"].to_pylist()]
+    kept = pc.and_(pa.array(whole), pc.greater(pc.list_value_length(log["scores"]), 0))
+    if bundle is not None:
+        kept = pc.and_(kept, pc.equal(log["bundle"], bundle.name))
+    chosen = log.filter(kept)
+    if not len(chosen):
+        raise NothingToAuditError(
+            f"none of {len(log):,} logged requests was served whole"
+            + (f" by {bundle.name}" if bundle is not None else "")
+            + f"; they were served by {sorted(set(log['bundle'].to_pylist()))}"
+        )
+    return chosen
+
+
+def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
+    """The numbers of logged requests, from the offline store as of each request."""
+    contract, encoder = bundle.encoder.contract, bundle.encoder
+    lengths = pc.list_value_length(log["candidates"]).to_numpy().astype(np.int64)
+    row = pa.array(np.repeat(np.arange(len(log)), lengths))
+    user, item = contract.user.join_key, contract.item.join_key
+    entity_rows = pa.table(
+        {
+            user: log[user].take(row).cast(arrow_type(contract.user.dtype)),
+            item: pc.list_flatten(log["candidates"]).cast(arrow_type(contract.item.dtype)),
+            EVENT_TIMESTAMP: log["request_timestamp"].take(row),
+        }
+    )
+    joined = point_in_time_join(open_store(settings), bundle.manifest["service"], entity_rows)
+    nothing = pa.nulls(len(joined), pa.int8())
+    for name in contract.labels:
+        joined = joined.append_column(name, nothing)
+    for column in contract.spec.context_features:
+        joined = joined.append_column(column.name, log[column.name].take(row))
+    for column in contract.spec.shown_features:
+        joined = joined.append_column(column.name, pa.nulls(len(joined), arrow_type(column.dtype)))
+    split = Warehouse(settings).assemble(joined, log["request_id"].take(row).combine_chunks())
+    return encoder.featurise(split.requests)
+
+
+def flat(lists: pa.ChunkedArray) -> np.ndarray:
+    """All numbers of a column of lists."""
+    found: np.ndarray = pc.list_flatten(lists).to_numpy()
+    return found
+
+
+def _mismatches(
+    names: list[str] | tuple[str, ...], served: np.ndarray, now: np.ndarray
+) -> list[Mismatch]:
+    """Of each column, how many numbers differ; missing equals missing."""
+    close = np.isclose(served, now, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+    apart = np.nan_to_num(np.abs(served - now), nan=0.0, posinf=np.inf)
+    return [
+        Mismatch(name, len(served), int((~close[:, at]).sum()), float(apart[:, at].max(initial=0)))
+        for at, name in enumerate(names)
+    ]

@@ -1,0 +1,183 @@
+"""What was served, with the very numbers that the model saw: a sample of users, in Parquet.
+
+`audit.py` computes the same numbers anew from the tables, as of each request, and says where they differ;
+it can rank logged requests with another bundle. Sampled by a hash of the user, so a user is in the log
+with all requests or with none.
+
+No answer waits for the log: rows go through a bounded queue to a thread that writes whole files; what does
+not fit is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from feature_repo.arrow import TIMESTAMP, arrow_type, hash_keys
+from feature_repo.contract import Contract
+from modeling.encoder import Encoded, Encoder
+from serving.items import Id
+from serving.messages import RankRequest, RankResponse
+
+MAX_WAITING = 10_000  # rows
+PART_ROWS = 1_000  # of a file, at most
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One answer and what it was made from.
+
+    Args:
+        at: the request's time.
+        encoded: the one request as numbers.
+    """
+
+    asked: RankRequest
+    answer: RankResponse
+    at: datetime
+    encoded: Encoded
+
+
+def log_schema(contract: Contract) -> pa.Schema:
+    """Columns of the log; lists run over the candidates in the request's order."""
+    item = arrow_type(contract.item.dtype)
+    context = [pa.field(c.name, arrow_type(c.dtype)) for c in contract.spec.context_features]
+    return pa.schema(
+        [
+            ("request_id", pa.string()),
+            ("request_timestamp", TIMESTAMP),
+            ("served_at", TIMESTAMP),
+            (contract.user.join_key, arrow_type(contract.user.dtype)),
+            ("candidates", pa.list_(item)),
+            ("ranked", pa.list_(item)),
+            ("scores", pa.list_(pa.float64())),
+            ("bundle", pa.string()),
+            ("tokens", pa.string()),
+            ("degraded", pa.list_(pa.string())),
+            ("user_dense", pa.list_(pa.float32())),
+            ("candidate_dense", pa.list_(pa.float32())),  # candidate by candidate
+            *context,
+        ]
+    )
+
+
+class ServedLog:
+    """Writes a share of the users' requests.
+
+    Args:
+        folder: where parts go, a folder a day.
+        share: of the users.
+        every_s: the longest that a row waits for its file.
+    """
+
+    def __init__(
+        self, folder: Path, encoder: Encoder, share: float = 0.01, every_s: float = 30.0
+    ) -> None:
+        self._folder, self._encoder, self._share = folder, encoder, share
+        self._kind = arrow_type(encoder.contract.user.dtype)
+        self.schema = log_schema(encoder.contract).with_metadata(
+            {
+                "dense_names": json.dumps(encoder.dense_names),
+                "dataset": encoder.contract.spec.name,
+            }
+        )
+        self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WAITING)
+        self._every_s, self._stop = every_s, threading.Event()
+        self.written, self.dropped = 0, 0
+        self._thread = threading.Thread(target=self._write_for_ever, daemon=True, name="served")
+        self._thread.start()
+
+    def samples(self, user_id: Id) -> bool:
+        """Whether a user's requests are logged."""
+        hashed = int(hash_keys(pa.array([user_id], self._kind))[0])
+        return hashed < self._share * 2**64
+
+    def add(self, served: Served) -> None:
+        """Log an answer, later; where too many wait, it is dropped and counted."""
+        try:
+            self._waiting.put_nowait(self._row(served))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what waits, and stop."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _row(self, served: Served) -> dict[str, Any]:
+        asked, answer, contract = served.asked, served.answer, self._encoder.contract
+        return {
+            "request_id": uuid.uuid4().hex,
+            "request_timestamp": served.at,
+            "served_at": datetime.now(UTC),
+            contract.user.join_key: asked.user_id,
+            "candidates": asked.candidates,
+            "ranked": answer.item_ids,
+            "scores": answer.scores,
+            "bundle": answer.bundle,
+            "tokens": answer.tokens,
+            "degraded": list(answer.degraded),
+            "user_dense": np.asarray(served.encoded.dense_BG)[0].tolist(),
+            "candidate_dense": np.asarray(served.encoded.candidate_dense).ravel().tolist(),
+            **{
+                c.name: getattr(asked.context, c.name, None) for c in contract.spec.context_features
+            },
+        }
+
+    def _write_for_ever(self) -> None:
+        rows: list[dict[str, Any]] = []
+        due = time.monotonic() + self._every_s
+        while True:
+            stopping = self._stop.is_set()
+            try:
+                rows.append(self._waiting.get(timeout=0.05 if stopping else 0.2))
+            except queue.Empty:
+                if stopping:
+                    self._write(rows)
+                    return
+            if len(rows) >= PART_ROWS or (rows and time.monotonic() >= due):
+                self._write(rows)
+                rows, due = [], time.monotonic() + self._every_s
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """One file, visible when it is whole."""
+        if not rows:
+            return
+        try:
+            folder = self._folder / f"{datetime.now(UTC):%Y-%m-%d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"part-{uuid.uuid4().hex}.parquet"
+            draft = folder / f".{name}.draft"
+            pq.write_table(pa.Table.from_pylist(list(rows), schema=self.schema), draft)
+            draft.replace(folder / name)
+            self.written += len(rows)
+        except (OSError, pa.ArrowException):
+            self.dropped += len(rows)
+            logger.exception("%d served requests could not be logged", len(rows))
+
+
+def read_log(folder: Path) -> pa.Table:
+    """All parts of a log.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    parts = sorted(folder.rglob("part-*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"{folder} holds no part of a log of served requests")
+    tables = [pq.read_table(part) for part in parts]
+    return pa.concat_tables(tables, promote_options="permissive")
