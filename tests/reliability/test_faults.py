@@ -200,8 +200,23 @@ def answered_in_time(outcome: Outcome) -> None:
     assert outcome.latency_us.get_max_value() / 1000 <= DEADLINE_MS + SLACK_MS
 
 
-@pytest.mark.parametrize("fault", ["stands still", "is killed and comes back empty"])
+FAULTS = ("stands still", "is killed and comes back empty")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_store_that_fails_breaks_no_answer_and_is_found_again(site: Site, fault: str) -> None:
+    fail_and_come_back(site, fault)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_same_twenty_times(site: Site, fault: str) -> None:
+    for _ in range(20):
+        fail_and_come_back(site, fault)
+
+
+def fail_and_come_back(site: Site, fault: str) -> None:
+    """The store fails for two seconds of six under load."""
     assert site.ready()
     unready: list[float] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -508,3 +509,60 @@ def test_msgpack_says_what_json_says(
     plain = rank(server, body | {"context": {"request_timestamp": "2011-12-01T00:00:00Z"}}).json()
     assert answer["item_ids"] == plain["item_ids"]
     assert answer["scores"] == plain["scores"]
+
+
+def swap_under_load(ranker: RankService, items: list[Any], swaps: int) -> None:
+    """Two bundles that rank differently take turns while requests are under way; every answer is that of
+    the bundle it names.
+    """
+    from dataclasses import replace
+
+    flipped = copy.deepcopy(ranker.bundle.model)
+    with torch.no_grad():
+        for parameter in flipped.parameters():
+            parameter.mul_(-0.9)
+    other = replace(ranker.bundle, digest="f" * 64, model=flipped)
+    rankers = [ranker, RankService(other, ranker.reader, ranker.items, ranker.default_time)]
+    assert rankers[0].bundle.name != rankers[1].bundle.name
+    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=30_000, max_in_flight=64)
+    live = server.live
+    live.previous = Serving(rankers[1], GuardedReader(StillReader(ranker, 0.0)))
+    asked = [{"user_id": 1, "candidates": items[at : at + 10]} for at in range(10)]
+    oracle = {
+        (one.bundle.name, at): one.answer(
+            RankRequest(1, body["candidates"]), one.nobody(), Clock()
+        ).scores
+        for one in rankers
+        for at, body in enumerate(asked)
+    }
+    named: set[str] = set()
+
+    async def load(client: httpx.AsyncClient) -> None:
+        async def keep_asking() -> None:
+            number = 0
+            while live.swaps < swaps:
+                at = number % len(asked)
+                answer = (await client.post("/v1/rank", json=asked[at])).json()
+                assert answer["scores"] == oracle[answer["bundle"], at]
+                assert answer["degraded"] == []
+                named.add(answer["bundle"])
+                number += 1
+
+        async def keep_swapping() -> None:
+            while live.swaps < swaps:
+                live.roll_back()
+                await asyncio.sleep(0.005)
+
+        await asyncio.gather(keep_swapping(), *(keep_asking() for _ in range(4)))
+
+    talk(server, load)
+    assert named == {one.bundle.name for one in rankers}
+
+
+def test_swaps_under_load_mix_no_answer(ranker: RankService, items: list[Any]) -> None:
+    swap_under_load(ranker, items, 100)
+
+
+@pytest.mark.whole
+def test_a_thousand_swaps_under_load_mix_no_answer(ranker: RankService, items: list[Any]) -> None:
+    swap_under_load(ranker, items, 1_000)
