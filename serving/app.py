@@ -53,6 +53,7 @@ from serving.messages import (
     RankResponse,
     decode_batch,
     decode_events,
+    decode_explain,
     decode_request,
     encoded,
     schemas,
@@ -244,6 +245,25 @@ class Server:
         for asked, answer in zip(batch, answers, strict=True):
             self._count(asked, answer)
         return answered_with(request, RankBatchResponse(answers))
+
+    async def explain(self, request: Request) -> Response:
+        """`POST /v1/explain`: a scope of its own, since it tells a user's past."""
+        self.check(request, "explain")
+        self.admission.refuse_if_full()
+        serving, settings = self.serving(), self.settings
+        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        asked, number = decode_explain(body, serving.ranker.contract, media_of(request))
+        self._refuse_the_future(asked)
+        with self.admission.admitted():
+            try:
+                user = await serving.reader.read_user(asked.user_id, settings.store_ms / 1000)
+            except StoreReadError:
+                user = serving.ranker.nobody(Degraded.STORE_UNAVAILABLE)
+            # Beside the model's thread, which ranks; event by event it waits its turn there.
+            explained = await asyncio.get_running_loop().run_in_executor(
+                self.events, serving.ranker.explain, asked, user, number
+            )
+        return answered_with(request, explained)
 
     def _deadline(self, asked: RankRequest, arrived: float) -> float:
         """By when a request must be answered, as `time.perf_counter` has it."""
@@ -500,6 +520,7 @@ def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
     posts = {
         "/v1/rank": server.rank,
         "/v1/rank:batch": server.rank_batch,
+        "/v1/explain": server.explain,
         "/v1/events": server.take_events,
     }
     routes += [
@@ -661,6 +682,9 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         "/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse"),
         "/v1/rank:batch": post(
             "rank_batch", "Rank for several requests", "RankBatch", "RankBatchResponse"
+        ),
+        "/v1/explain": post(
+            "explain", "Say why a candidate is where it is", "ExplainRequest", "ExplainResponse"
         ),
     }
     if contract is not None:

@@ -19,6 +19,7 @@ from serving.errors import BadRequestError, InvalidRequestError
 MAX_CANDIDATES = 5_000
 MAX_EVENTS = 1_000  # of one user at a time
 MAX_BATCH = 64  # requests
+MAX_EXPLAINED = 50  # events
 JSON, MSGPACK = "application/json", "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
 MAX_LIST = 1_000  # values of a bag in a request's context
@@ -90,6 +91,30 @@ class RankBatchResponse(Struct):
     answers: list[RankResponse]
 
 
+class EventEffect(Struct):
+    """One event of the history, and by how much the logit would be lower without it."""
+
+    item_id: int | str
+    event_timestamp: datetime
+    action: str
+    effect: float
+
+
+class ExplainResponse(Struct):
+    """Why a candidate is where it is.
+
+    `score` is from the newest events that the store holds, without summary tokens, which no event can be
+    taken out of. `features` are the numbers that the model was given of the candidate, null where one is
+    missing.
+    """
+
+    score: float
+    features: dict[str, float | None]
+    events: list[EventEffect]  # newest first
+    bundle: str
+    degraded: list[Degraded]
+
+
 class EventsResponse(Struct):
     """What became of a user's events."""
 
@@ -139,6 +164,37 @@ def batch_type(fields: tuple[Column, ...]) -> type[RankBatch]:
     )
     made.__doc__ = RankBatch.__doc__
     return cast(type[RankBatch], made)
+
+
+@cache
+def explain_type(fields: tuple[Column, ...]) -> type[Struct]:
+    """`ExplainRequest` with the context features of a dataset."""
+    context: Any = request_type(fields).__annotations__["context"] if fields else RankContext | None
+    made = msgspec.defstruct(
+        "ExplainRequest",
+        [
+            ("user_id", Id),
+            ("candidate", Id),
+            ("context", context, None),
+            ("num_events", Annotated[int, Meta(ge=0, le=MAX_EXPLAINED)], 20),
+        ],
+        forbid_unknown_fields=True,
+    )
+    made.__doc__ = "Explain one candidate for a user, by so many of the newest events."
+    return made
+
+
+def decode_explain(body: bytes, contract: Contract, media: str = JSON) -> tuple[RankRequest, int]:
+    """The request to be explained, of one candidate, and by how many events.
+
+    Raises:
+        BadRequestError, InvalidRequestError: as of `decode_request`.
+    """
+    fields = contract.spec.context_features
+    asked: Any = _decoded(explain_type(fields), body, media)
+    request = request_type(fields)(asked.user_id, [asked.candidate], context=asked.context)
+    _check_request(request, contract)
+    return request, asked.num_events
 
 
 @cache
@@ -319,6 +375,8 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
             RankResponse,
             batch_type(fields),
             RankBatchResponse,
+            explain_type(fields),
+            ExplainResponse,
             ErrorBody,
             *events,
         ),
@@ -340,9 +398,10 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
         else {"type": "integer", "minimum": INT64.start, "maximum": INT64.stop - 1}
         for entity in (contract.user, contract.item)
     )
-    for name in ("RankRequest", "EventsRequest"):
+    for name in ("RankRequest", "EventsRequest", "ExplainRequest"):
         components[name]["properties"]["user_id"] = user
     components["Event"]["properties"][contract.item.join_key] = item
     components["RankRequest"]["properties"]["candidates"]["items"] = item
+    components["ExplainRequest"]["properties"]["candidate"] = item
     for name in ("item_ids", "unknown_items"):
         components["RankResponse"]["properties"][name]["items"] = {"type": item["type"]}

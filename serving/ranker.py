@@ -33,7 +33,14 @@ from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
 from serving.features import Reader, UserRow
 from serving.items import Id, ItemTable, Taken
-from serving.messages import RankContext, RankRequest, RankResponse, Timings
+from serving.messages import (
+    EventEffect,
+    ExplainResponse,
+    RankContext,
+    RankRequest,
+    RankResponse,
+    Timings,
+)
 
 LOGIT_DIGITS = 5
 STALE_DAYS = 7.0
@@ -128,8 +135,7 @@ class RankService:
         degraded = list(user.problems)
         items = self.items.take(request.candidates)
         clock.lap("item_read")
-        given = request.context.request_timestamp if request.context else None
-        at = given or self.default_time or datetime.now(UTC)
+        at = self._time_of(request)
         micros = (at - EPOCH) // timedelta(microseconds=1)
         if (
             user.history is not None
@@ -175,6 +181,53 @@ class RankService:
             timings_ms=Timings(**clock.laps),
             probabilities=each,
         )
+
+    def explain(self, request: RankRequest, user: UserRow, num_events: int) -> ExplainResponse:
+        """Why the request's one candidate is where it is: its numbers, and what each of the newest events
+        is worth, by ranking without it. Statistics and the sketch keep it.
+        """
+        user = replace(user, tokens=None)
+        at = self._time_of(request)
+        context = context_columns(self.contract, request.context)
+        items = self.items.take(request.candidates)
+        encoded = self.encoded(user, request.candidates, at, items, context)
+        base = self._logit(encoded)
+        numbers = np.asarray(encoded.candidate_dense)[0]
+        names = self.bundle.encoder.dense_names
+        effects = []
+        events = [] if user.history is None else user.history.to_pylist()
+        known = [row for row, event in enumerate(events) if event["event_timestamp"] < at]
+        for row in known[::-1][:num_events]:
+            assert user.history is not None
+            kept = pa.array(np.delete(np.arange(len(events)), row))
+            without = replace(user, history=user.history.take(kept))
+            lacking = self._logit(self.encoded(without, request.candidates, at, items, context))
+            effects.append(
+                EventEffect(
+                    events[row][self.contract.item.join_key],
+                    events[row]["event_timestamp"],
+                    self.contract.spec.actions[events[row]["action"]],
+                    base - lacking,
+                )
+            )
+        return ExplainResponse(
+            score=float(sigmoid(np.array([base]))[0]),
+            features={
+                name: None if np.isnan(value) else float(value)
+                for name, value in zip(names, numbers, strict=True)
+            },
+            events=effects,
+            bundle=self.bundle.name,
+            degraded=list(user.problems),
+        )
+
+    def _logit(self, encoded: Encoded) -> float:
+        """What the one candidate of a request is ranked by."""
+        return float(ranking_logits(self.contract.spec, self._score(encoded, Clock()))[0])
+
+    def _time_of(self, request: RankRequest) -> datetime:
+        given = request.context.request_timestamp if request.context else None
+        return given or self.default_time or datetime.now(UTC)
 
     def in_order(
         self,

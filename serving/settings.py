@@ -16,7 +16,7 @@ from serving.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
 STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
-Scope = Literal["rank", "events", "metrics", "models"]
+Scope = Literal["rank", "events", "explain", "metrics", "models"]
 Positive = Annotated[float, Field(gt=0)]
 
 

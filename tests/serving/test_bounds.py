@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from feature_repo.errors import ExpectedError
+from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
 from serving.app import Server, app_of
 from serving.command import environment_of, open_ranker
@@ -566,3 +568,32 @@ def test_swaps_under_load_mix_no_answer(ranker: RankService, items: list[Any]) -
 @pytest.mark.whole
 def test_a_thousand_swaps_under_load_mix_no_answer(ranker: RankService, items: list[Any]) -> None:
     swap_under_load(ranker, items, 1_000)
+
+
+def test_an_explanation_says_what_each_event_is_worth(
+    trained_shop: Any, ranker: RankService, items: list[Any]
+) -> None:
+    """Its score is the ranker's, and an event's effect is what ranking without it changes."""
+    index = JobFolder(trained_shop.settings.home, "user_history").read("user_stats")
+    user_id = index["user_id"][0].as_py()
+    server = server_of(ranker, deadline_ms=5_000, store_ms=2_000)
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        body = {"user_id": user_id, "candidate": items[0], "num_events": 3}
+        return await client.post("/v1/explain", json=body)
+
+    found = talk(server, ask).json()
+    ranked = rank(server, {"user_id": user_id, "candidates": items[:1]}).json()
+    assert found["score"] == pytest.approx(ranked["scores"][0], abs=1e-6)
+    assert set(found["features"]) == set(ranker.bundle.encoder.dense_names)
+    user = ranker.reader.read_user(user_id)
+    assert user.history is not None
+    newest = user.history.to_pylist()[::-1][:3]
+    assert [event["item_id"] for event in found["events"]] == [e["item_id"] for e in newest]
+    assert all(event["action"] in ranker.contract.spec.actions for event in found["events"])
+    from dataclasses import replace
+
+    without = replace(user, history=user.history.slice(0, len(user.history) - 1))
+    answer = ranker.answer(RankRequest(user_id, items[:1]), without, Clock())
+    logits = [math.log(s / (1 - s)) for s in (found["score"], answer.scores[0])]
+    assert found["events"][0]["effect"] == pytest.approx(logits[0] - logits[1], abs=1e-4)

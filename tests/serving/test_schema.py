@@ -28,6 +28,7 @@ def operations(trained_shop: Any) -> dict[str, Any]:
 OPERATIONS = (
     "POST /v1/rank",
     "POST /v1/rank:batch",
+    "POST /v1/explain",
     "POST /v1/events",
     "GET /livez",
     "GET /readyz",
@@ -65,7 +66,7 @@ def test_what_the_document_allows_is_answered_as_it_says(
     check(operations[label], GenerationMode.POSITIVE, HURRIED)
 
 
-@pytest.mark.parametrize("label", OPERATIONS[:3])
+@pytest.mark.parametrize("label", OPERATIONS[:4])
 def test_what_it_does_not_allow_is_refused_as_it_says(
     operations: dict[str, Any], label: str
 ) -> None:
@@ -74,6 +75,6 @@ def test_what_it_does_not_allow_is_refused_as_it_says(
 
 @pytest.mark.whole
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-@pytest.mark.parametrize("label", OPERATIONS[:3])
+@pytest.mark.parametrize("label", OPERATIONS[:4])
 def test_the_same_many_times_over(operations: dict[str, Any], label: str, mode: Any) -> None:
     check(operations[label], mode, WHOLE)
