@@ -20,26 +20,26 @@ app = cli.app(
 @app.default
 def serve(
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    processes: int = 1,
+    host: str | None = None,
+    port: int | None = None,
+    processes: int | None = None,
     bundle: str | None = None,
-    replay: bool = False,
-    repair: bool = False,
-    item_refresh_s: float = 300.0,
+    replay: bool | None = None,
+    repair: bool | None = None,
+    item_refresh_s: float | None = None,
 ) -> int:
     """Rank over HTTP until stopped. Limits, times, TLS and callers' tokens are environment variables:
     MEMOIR_SERVE_DEADLINE_MS and the like, all in serving/settings.py.
 
     Args:
-        host: address to listen on; by default this machine only.
-        port: port to listen on; 0 for any free one.
-        processes: that serve; each holds the model and all items.
+        host: address to listen on; by default 127.0.0.1, this machine only.
+        port: port to listen on, by default 8000; 0 for any free one.
+        processes: that serve, by default one; each holds the model and all items.
         bundle: folder of a bundle; by default the live one of the catalogue, which is followed.
         replay: requests without a time are taken as made at the end of the data, for samples of the
             past.
         repair: fill an online store that was emptied again, from the tables.
-        item_refresh_s: seconds between refreshes of item features; 0 for never.
+        item_refresh_s: seconds between refreshes of item features, by default 300; 0 for never.
     """
     given: dict[str, Any] = {
         "host": host,
@@ -53,12 +53,9 @@ def serve(
     from serving import command
     from serving.settings import settings_from
 
-    # A flag that is left as it is leaves the word to the environment.
-    asked = {name: value for name, value in given.items() if value != DEFAULTS[name]}
+    # A flag that is not given leaves the word to the environment.
+    asked = {name: value for name, value in given.items() if value is not None}
     return command.serve(settings_from(**asked))
-
-
-DEFAULTS: dict[str, Any] = dict(serve.__kwdefaults__ or {})
 
 
 @app.command

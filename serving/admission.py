@@ -1,15 +1,29 @@
 """How many requests a process takes on: bounded, and told at once, before a body is read.
 
 A body that is still arriving takes no place: whoever sends a thousand of them slowly would otherwise
-take all. How much of them is held is bounded by bytes.
+take all. How much of them is held is bounded by bytes; where that is reached, the body that has been
+arriving for the longest is given up.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serving.errors import OverloadedError
+
+
+class Arriving:
+    """A body on its way."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout = timeout
+        self.bytes = 0
+
+    def give_up(self) -> None:
+        """Its time is over now."""
+        self._timeout.reschedule(asyncio.get_running_loop().time())
 
 
 class Admission:
@@ -26,12 +40,13 @@ class Admission:
     def __init__(self, most: int, most_bytes: int = 64 << 20) -> None:
         self.most, self.most_bytes = most, most_bytes
         self.under_way = 0
-        self.arriving_bytes = 0
+        self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
+        self._bytes = 0
 
     @property
     def full(self) -> bool:
         """Whether there is no place."""
-        return self.under_way >= self.most or self.arriving_bytes >= self.most_bytes
+        return self.under_way >= self.most
 
     def error(self) -> OverloadedError:
         """What is told whoever finds none."""
@@ -62,3 +77,27 @@ class Admission:
             yield
         finally:
             self.under_way -= 1
+
+    @contextmanager
+    def arriving(self, timeout: asyncio.Timeout) -> Iterator[Arriving]:
+        """A body on its way, for as long as the block runs.
+
+        Args:
+            timeout: within which it is read.
+        """
+        body = Arriving(timeout)
+        self._arriving[body] = None
+        try:
+            yield body
+        finally:
+            self._bytes -= body.bytes
+            self._arriving.pop(body, None)
+
+    def came(self, body: Arriving, number: int) -> None:
+        """So many bytes of a body came."""
+        body.bytes += number
+        self._bytes += number
+        if self._bytes > self.most_bytes:
+            oldest = next(iter(self._arriving))
+            del self._arriving[oldest]
+            oldest.give_up()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from feature_repo.contract import Contract
+from feature_repo.history import HistoryError
 from modeling.encoder import Encoded
 from serving.admission import Admission
 from serving.degraded import Degraded
@@ -39,9 +41,11 @@ from serving.errors import (
     NotReadyError,
     ServingError,
     SlowBodyError,
+    StoreAwayError,
     UnauthorizedError,
     UnsupportedMediaError,
 )
+from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.messages import (
@@ -59,21 +63,22 @@ from serving.messages import (
     schemas,
 )
 from serving.ranker import Clock, RankService
-from serving.redis_reader import StoreReadError
+from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.served_log import Served, ServedLog
-from serving.settings import Scope, ServeSettings
+from serving.settings import SHARED, Scope, ServeSettings
 
 T = TypeVar("T")
 STAGES = (
     "queue",
     "user_read",
+    "model_wait",
     "item_read",
     "features",
-    "model_wait",
     "encode_user",
     "score",
     "sort",
 )
+LEAST_S = 0.002  # with less left, the store is not asked
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
@@ -84,8 +89,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # Of several processes each answers for all: their counters lie in files that all read.
+        self.shared = SHARED in os.environ
         self.requests = Counter(
-            "memoir_requests", "ranking requests by status", ["status"], registry=self.registry
+            "memoir_requests",
+            "requests by route and status",
+            ["route", "status"],
+            registry=self.registry,
         )
         self.left = Counter(
             "memoir_clients_left", "clients that left before their answer", registry=self.registry
@@ -111,26 +121,58 @@ class Metrics:
             registry=self.registry,
         )
         self.bundle = Gauge(
-            "memoir_bundle_info", "the bundle in use", ["bundle"], registry=self.registry
+            "memoir_bundle_info",
+            "processes that rank with a bundle",
+            ["bundle"],
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.ready = Gauge(
-            "memoir_ready", "whether requests should come here", registry=self.registry
+            "memoir_ready",
+            "whether requests should come here, to every process",
+            registry=self.registry,
+            multiprocess_mode="livemin",
         )
         self.under_way = Gauge(
-            "memoir_requests_under_way", "requests being answered", registry=self.registry
+            "memoir_requests_under_way",
+            "requests being answered",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.swaps = Gauge(
-            "memoir_bundle_swaps", "bundles swapped in since the start", registry=self.registry
+            "memoir_bundle_swaps",
+            "bundles swapped in since the start",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.logged = Gauge(
-            "memoir_served_logged", "requests in the served-feature log", registry=self.registry
+            "memoir_served_logged",
+            "requests in the served-feature log",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.log_dropped = Gauge(
-            "memoir_served_log_dropped", "requests that it had no room for", registry=self.registry
+            "memoir_served_log_dropped",
+            "requests that it had no room for",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.refused = Gauge(
-            "memoir_bundles_refused", "bundles that could not be served", registry=self.registry
+            "memoir_bundles_refused",
+            "bundles that could not be served",
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
+
+    def text(self) -> bytes:
+        """As Prometheus reads them."""
+        if not self.shared:
+            return generate_latest(self.registry)
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        whole = CollectorRegistry()
+        MultiProcessCollector(whole)  # type: ignore[no-untyped-call]
+        return generate_latest(whole)
 
 
 class Server:
@@ -144,6 +186,7 @@ class Server:
         self.live, self.settings, self.stopping = live, settings, stopping
         self.metrics = Metrics()
         self.admission = Admission(settings.max_in_flight)
+        self.event_admission = Admission(settings.max_events_in_flight)
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
@@ -255,10 +298,8 @@ class Server:
         asked, number = decode_explain(body, serving.ranker.contract, media_of(request))
         self._refuse_the_future(asked)
         with self.admission.admitted():
-            try:
-                user = await serving.reader.read_user(asked.user_id, settings.store_ms / 1000)
-            except StoreReadError:
-                user = serving.ranker.nobody(Degraded.STORE_UNAVAILABLE)
+            deadline = time.perf_counter() + settings.deadline_ms / 1000
+            user = await self._read_user(serving, asked, deadline)
             # Beside the model's thread, which ranks; event by event it waits its turn there.
             explained = await asyncio.get_running_loop().run_in_executor(
                 self.events, serving.ranker.explain, asked, user, number
@@ -275,19 +316,12 @@ class Server:
     ) -> RankResponse:
         """The best answer that its time allows."""
         ranker = serving.ranker
-        left = deadline - time.perf_counter()
-        try:
-            user = await serving.reader.read_user(
-                asked.user_id, min(self.settings.store_ms / 1000, left)
-            )
-        except StoreReadError as error:
-            if not serving.reader.open:
-                logger.warning("ranking without a user: %s", error)
-            user = ranker.nobody(Degraded.STORE_UNAVAILABLE)
+        user = await self._read_user(serving, asked, deadline)
         clock.lap("user_read")
         cancelled = False
 
         def compute() -> RankResponse | None:
+            clock.lap("model_wait")
             # Whoever asked may be gone, or the time up, by when the thread comes to it.
             if cancelled or time.perf_counter() > deadline:
                 return None
@@ -305,16 +339,30 @@ class Server:
                 answer = await asyncio.shield(computing)
         except (TimeoutError, asyncio.CancelledError) as ended:
             cancelled = True
-            if not computing.cancel():
-                # It runs: its end is nobody's any more.
-                computing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            computing.cancel()  # where it runs already, its end is nobody's any more
             if isinstance(ended, asyncio.CancelledError):
                 raise
             answer = None
         if answer is None:
             late = [*user.problems, Degraded.DEADLINE]
-            return ranker.in_order(asked, late, Clock())
+            return ranker.in_order(asked, late, clock)
         return answer
+
+    async def _read_user(self, serving: Serving, asked: RankRequest, deadline: float) -> UserRow:
+        """The user from the store, or nobody and why."""
+        full = self.settings.store_ms / 1000
+        left = min(full, deadline - time.perf_counter())
+        try:
+            if left < LEAST_S:
+                raise StoreReadError("no time is left to ask the store")
+            return await serving.reader.read_user(asked.user_id, left, counts=left >= full)
+        except DamagedValueError:
+            logger.exception("what is stored of a user could not be read")
+            return serving.ranker.nobody(Degraded.HISTORY_UNREADABLE)
+        except StoreReadError as error:
+            if not serving.reader.open:
+                logger.warning("ranking without a user: %s", error)
+            return serving.ranker.nobody(Degraded.STORE_UNAVAILABLE)
 
     def _refuse_the_future(self, asked: RankRequest) -> None:
         at = asked.context.request_timestamp if asked.context else None
@@ -335,9 +383,9 @@ class Server:
             metrics.seconds.labels(stage).observe(timings[stage] / 1000)
 
     async def take_events(self, request: Request) -> Response:
-        """`POST /v1/events`."""
+        """`POST /v1/events`: places of its own, so that a slow store keeps nobody from ranking."""
         self.check(request, "events")
-        self.admission.refuse_if_full()
+        self.event_admission.refuse_if_full()
         serving, settings = self.serving(), self.settings
         if serving.events is None:
             raise NotReadyError("this server takes no events: it has no online store of its own")
@@ -349,10 +397,25 @@ class Server:
                 raise InvalidRequestError(
                     f"an event lies in the future: {event['event_timestamp'].isoformat()}; nothing was added"
                 )
-        with self.admission.admitted():
-            taken = await asyncio.get_running_loop().run_in_executor(
+        with self.event_admission.admitted():
+            taking = asyncio.get_running_loop().run_in_executor(
                 self.events, serving.events.take, user_id, events
             )
+            try:
+                async with asyncio.timeout(settings.events_s):
+                    taken = await taking
+            except ServingError:
+                raise
+            except HistoryError as error:
+                raise InvalidRequestError(
+                    f"what is stored of this user is damaged, and takes no events until the jobs ran: {error}"
+                ) from error
+            except Exception as error:  # whatever a store's client raises
+                logger.exception("events could not be taken")
+                raise StoreAwayError(
+                    f"the online store did not take the events within {settings.events_s:g} s "
+                    f"({type(error).__name__}); some may be there: send them again, which adds none twice"
+                ) from error
         return answered_with(request, taken)
 
     def _latest(self) -> datetime:
@@ -379,9 +442,9 @@ class Server:
         """`GET /metrics`."""
         self.check(request, "metrics")
         metrics, live = self.metrics, self.live
-        metrics.bundle.clear()
-        if live.current is not None:
-            metrics.bundle.labels(live.current.name).set(1)
+        for one in (live.current, live.previous):
+            if one is not None:
+                metrics.bundle.labels(one.name).set(one is live.current)
         metrics.ready.set(self.why_not_ready() is None)
         metrics.under_way.set(self.admission.under_way)
         metrics.swaps.set(live.swaps)
@@ -389,7 +452,7 @@ class Server:
         metrics.logged.set(sum(log.written for log in self.logs))
         metrics.log_dropped.set(sum(log.dropped for log in self.logs))
         kind = "text/plain; version=0.0.4"
-        return Response(generate_latest(metrics.registry), media_type=kind)
+        return Response(metrics.text(), media_type=kind)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: what ranks, what ranked before, what was refused and why."""
@@ -416,8 +479,8 @@ class Server:
         async def answered(request: Request) -> Response:
             began = time.perf_counter()
             response = await self._answered(handler, request)
-            if request.url.path.startswith("/v1/rank"):
-                self.metrics.requests.labels(str(response.status_code)).inc()
+            if request.method == "POST":
+                self.metrics.requests.labels(request.url.path, str(response.status_code)).inc()
             if self.settings.access_log:
                 line = {
                     "method": request.method,
@@ -463,7 +526,7 @@ def described_bundle(serving: Serving) -> dict[str, Any]:
 
 def create_app(ranker: RankService | None, settings: ServeSettings | None = None) -> RefusesFirst:
     """The app around a ranker that never changes; without one it answers that it is not ready."""
-    live = Live(load=lambda: serving_of(ranker))
+    live = Live(load=lambda digest: serving_of(ranker))
     live.not_loaded = "no bundle is loaded"
     if ranker is not None:
         live.current = serving_of(ranker)
@@ -527,7 +590,7 @@ def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
         Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
-    return RefusesFirst(app, server, frozenset(posts))
+    return RefusesFirst(app, server, frozenset(posts) - {"/v1/events"})
 
 
 class RefusesFirst:
@@ -544,7 +607,7 @@ class RefusesFirst:
         if full and scope["type"] == "http" and scope["path"] in self._paths:
             error = self._server.admission.error()
             response = error_response(error.status, error.kind, str(error))
-            self._server.metrics.requests.labels(str(error.status)).inc()
+            self._server.metrics.requests.labels(scope["path"], str(error.status)).inc()
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -610,8 +673,7 @@ async def read_body(
     Raises:
         UnsupportedMediaError: declared as something other than JSON or msgpack, or compressed.
         BodyTooLargeError: longer than the limit.
-        SlowBodyError: not there in time.
-        OverloadedError: too much of other bodies is held.
+        SlowBodyError: not there in time, or the slowest of too many.
     """
     if (declared := media_of(request)) not in (JSON, MSGPACK):
         raise UnsupportedMediaError(f"Content-Type must be {JSON} or {MSGPACK}, not {declared!r}")
@@ -623,21 +685,17 @@ async def read_body(
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise too_large
-    body = bytearray()
+    body, admission = bytearray(), admission or Admission(1)
     try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if admission is not None:
-                    admission.arriving_bytes += len(chunk)
-                    admission.refuse_if_full()
-                if len(body) > limit:
-                    raise too_large
+        async with asyncio.timeout(seconds) as timeout:
+            with admission.arriving(timeout) as arriving:
+                async for chunk in request.stream():
+                    body += chunk
+                    admission.came(arriving, len(chunk))
+                    if len(body) > limit:
+                        raise too_large
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
-    finally:
-        if admission is not None:
-            admission.arriving_bytes -= len(body)
     return bytes(body)
 
 
@@ -688,7 +746,7 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         ),
     }
     if contract is not None:
-        late = {"409": "an event is older than what is known of the user"}
+        late = {"409": "an event is earlier than what is known of the user"}
         posts["/v1/events"] = post(
             "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
         )

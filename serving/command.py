@@ -20,7 +20,7 @@ from feature_repo.settings import Settings
 from modeling import bundle as bundles
 from modeling.bundle import Bundle
 from serving.ranker import RankService
-from serving.settings import PREFIX, STOPPING, ServeSettings, settings_from
+from serving.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
 
 console = Console()
 SWITCH_S = 0.0005
@@ -108,11 +108,10 @@ class PortTakenError(ExpectedError, OSError):
 
 
 def serve(settings: ServeSettings) -> int:
-    """Serve until stopped.
+    """Serve until stopped; without a bundle that can be served, not ready, and says why.
 
     Raises:
         PortTakenError: the address cannot be listened on.
-        BundleError, NoLiveBundleError: there is nothing to serve.
     """
     # First, so that nobody waits for a bundle to load to hear of it.
     port = listenable(settings.host, settings.port)
@@ -120,6 +119,8 @@ def serve(settings: ServeSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="memoir-serving-") as folder:
         os.environ[STOPPING] = str(Path(folder, "stopping"))
         os.environ |= environment_of(settings)
+        if settings.processes > 1:
+            os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, SHARED: "1"}
         _granian(settings, Path(folder, "stopping")).serve()
     return 0
 
@@ -139,7 +140,7 @@ def environment_of(settings: ServeSettings) -> dict[str, str]:
 
 def _granian(settings: ServeSettings, stopping: Path) -> Any:
     """The HTTP server: granian's own processes, its limits, its TLS."""
-    from granian.constants import Interfaces
+    from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
     from granian.log import LogLevels
     from granian.server.mp import MPServer
@@ -159,6 +160,8 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         address=settings.host,
         port=settings.port,
         interface=Interfaces.ASGI,
+        # HTTP/2 by guess would keep connections that send nothing.
+        http=HTTPModes.http1,
         workers=settings.processes,
         respawn_failed_workers=True,
         workers_kill_timeout=settings.stop_s,

@@ -7,8 +7,9 @@ ServingError
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
 ├── UnauthorizedError        401  no bearer token, or none that is known
 ├── ForbiddenError           403  one that may not do this
-├── LateEventError           409  an event is older than what is known of the user
+├── LateEventError           409  an event is earlier than what is known of the user
 ├── SlowBodyError            408  the body did not arrive in time
+├── StoreAwayError           503  the online store did not take events
 ├── OverloadedError          503  too many requests are under way
 └── NotReadyError            503  no bundle is loaded, the store is away or empty, or the server stops
 
@@ -90,7 +91,14 @@ class OverloadedError(ServingError):
 
 
 class LateEventError(ServingError):
-    """An event is not later than all that is known of the user."""
+    """An event is earlier than what is known of the user."""
 
     status = 409
     kind = "late_event"
+
+
+class StoreAwayError(ServingError):
+    """The online store did not take events."""
+
+    status = 503
+    kind = "store_unavailable"

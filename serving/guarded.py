@@ -11,7 +11,7 @@ from typing import Protocol
 
 from serving.features import Reader, UserRow
 from serving.items import Id
-from serving.redis_reader import StoreReadError
+from serving.redis_reader import DamagedValueError, StoreReadError
 
 
 class AsyncReader(Protocol):
@@ -66,8 +66,13 @@ class GuardedReader:
         """Whether the store is taken to be away."""
         return self._failed >= self._failures
 
-    async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
-        """See `AsyncReader`; while open, the error comes at once."""
+    async def read_user(self, user_id: Id, timeout_s: float, *, counts: bool = True) -> UserRow:
+        """See `AsyncReader`; while open, the error comes at once.
+
+        Args:
+            counts: whether a failure says anything of the store: not where the caller had less time left
+                than a store is given, or any caller could shut it off for all.
+        """
         if self.open:
             now = time.monotonic()
             if now < self._next_try:
@@ -75,10 +80,13 @@ class GuardedReader:
             self._next_try = now + self._pause_s  # this request tries; others do not wait with it
         try:
             row = await self._reader.read_user(user_id, timeout_s)
+        except DamagedValueError:
+            raise
         except StoreReadError:
-            self._failed += 1
-            if self._failed == self._failures:
-                self._next_try = time.monotonic() + self._pause_s
+            if counts:
+                self._failed += 1
+                if self._failed == self._failures:
+                    self._next_try = time.monotonic() + self._pause_s
             raise
         self._failed = 0
         return row

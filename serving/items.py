@@ -32,6 +32,7 @@ from modeling.encoder import Encoder, ItemNumbers
 Id = int | str
 ReadItems = Callable[[Sequence[Id]], pa.Table]
 MAX_ABSENT = 100_000  # ids remembered as unknown to the store
+ABSENT_S = 10.0  # for so long
 MAX_HOT = 200_000  # ids whose place is kept beside the index
 MAX_SOUGHT = 10_000  # ids that wait to be looked up
 PAUSE_S = 1.0  # after the store could not be read
@@ -193,7 +194,7 @@ class ItemTable:
         self._kind = arrow_type(encoder.contract.item.dtype)
         self._names = [column.name for _, column in item_columns(encoder.contract)]
         self._shown = {c.name: arrow_type(c.dtype) for c in encoder.contract.spec.shown_features}
-        self._absent: set[Id] = set()
+        self._absent: dict[Id, float] = {}  # and until when
         self._sought: dict[Id, None] = {}
         self._changed = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -221,28 +222,36 @@ class ItemTable:
         return Taken(numbers.with_rows(lacking, bare), places, unknown, known)
 
     def refresh(self) -> None:
-        """Load every known item again and swap the table.
+        """Load every known item again and swap the table; what was looked up since is read again too.
 
         Raises:
             LookupError: there is no item any more; the last features stay in use.
         """
-        loaded = self._loaded()
+        loaded, as_of = self._loaded()
+        added = self.known.added.index.keys
+        lacking = np.flatnonzero(loaded.base.index.places(added) < 0)
+        if len(lacking):
+            rows = self._rows(self._read(added.take(pa.array(lacking)).to_pylist()))
+            loaded = KnownItems(loaded.base, rows)
         with self._changed:
-            # What was looked up since is looked up again when it is asked for.
-            self.known, self.as_of = loaded
-            self._absent = set()
+            self.known, self.as_of = loaded, as_of
 
     def look_up(self) -> None:
         """Look up in the store what requests asked for in vain."""
         with self._changed:
             sought, self._sought = list(self._sought), {}
+            # A request may ask for an id while its look-up runs.
+            known = self.known.places(sought)
+            sought = [key for key, at in zip(sought, known.tolist(), strict=True) if at < 0]
         if not sought:
             return
         rows = self._rows(self._read(sought))
+        now = time.monotonic()
         with self._changed:
-            if len(self._absent) < MAX_ABSENT:
-                self._absent |= set(sought) - set(rows.index.keys.to_pylist())
-            # Nobody else adds: what was sought is in neither table.
+            self._absent = {key: until for key, until in self._absent.items() if until > now}
+            found = set(rows.index.keys.to_pylist())
+            gone = [key for key in sought if key not in found]
+            self._absent |= dict.fromkeys(gone[: MAX_ABSENT - len(self._absent)], now + ABSENT_S)
             base, added = self.known.base, self.known.added
             keys = pa.concat_arrays([added.index.keys, rows.index.keys])
             numbers = ItemNumbers.joined([added.numbers, rows.numbers])
@@ -254,7 +263,8 @@ class ItemTable:
         self._wake.set()
 
     def _seek(self, unknown: list[Id]) -> None:
-        new = [key for key in unknown if key not in self._absent]
+        now = time.monotonic()
+        new = [key for key in unknown if self._absent.get(key, 0.0) < now]
         if not new:
             return
         with self._changed:
@@ -304,12 +314,14 @@ class ItemTable:
             self._wake.clear()
             if self._stop.is_set():
                 return
-            try:
-                self.look_up()
-                if time.monotonic() >= due:
-                    due = time.monotonic() + refresh_s
-                    self.refresh()
-            except Exception:
-                logger.exception("items could not be read; the last features stay in use")
-                # What asks for an unknown item asks again; a store that fails is not asked at once.
-                self._stop.wait(PAUSE_S)
+            for due_now, work in ((True, self.look_up), (time.monotonic() >= due, self.refresh)):
+                if not due_now:
+                    continue
+                try:
+                    work()
+                except Exception:
+                    logger.exception("items could not be read; the last features stay in use")
+                    # What asks for an unknown item asks again; a store that fails is not asked at once.
+                    self._stop.wait(PAUSE_S)
+            if time.monotonic() >= due:
+                due = time.monotonic() + refresh_s

@@ -12,14 +12,18 @@ import gc
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.errors import ExpectedError
+from feature_repo.schema import DType
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store import held_epoch, open_store
 from modeling import bundle as bundles
@@ -30,7 +34,13 @@ from serving.items import ItemTable, Loaded, published_rows
 from serving.ranker import STALE_DAYS, NotFiniteError, RankService
 from serving.redis_reader import RedisEpoch, RedisReader, WrongStoreError
 
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
 logger = logging.getLogger(__name__)
+EVENT_STORE_S = 2.0
+LONGEST_PAUSE_S = 600.0
+REFUSED_AGAIN_S = 60.0  # until a bundle that was refused is tried again
 FILLS_ONLINE = "materialize"  # the job whose epoch says that the store holds anything
 
 
@@ -63,6 +73,10 @@ class Source:
     item_refresh_s: float = 0.0
     stale_days: float = STALE_DAYS
 
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return Catalogue(self.settings.catalogue_url)
+
     def live_digest(self) -> str | None:
         """Of the bundle that should rank now; None for one given by its folder.
 
@@ -71,14 +85,17 @@ class Source:
         """
         if self.bundle is not None:
             return None
-        return Catalogue(self.settings.catalogue_url).live_bundle(self.settings.dataset).digest
+        return self._catalogue.live_bundle(self.settings.dataset).digest
 
-    def load(self) -> Serving:
+    def load(self, digest: str | None = None) -> Serving:
         """The bundle over the online store, warm, its scores tried.
+
+        Args:
+            digest: of the live bundle, as it was asked for; default: whichever is live.
 
         Raises:
             BundleError: the bundle must not be served.
-            NoLiveBundleError: no bundle was given and none is live.
+            NoLiveBundleError: no bundle was given and none is live, or another by now.
             NotFiniteError: its scores are no numbers.
             LookupError: no item has any features.
         """
@@ -90,7 +107,9 @@ class Source:
         if self.bundle is not None:
             bundle = bundles.load(self.bundle, contract)
         else:
-            live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+            live = self._catalogue.live_bundle(settings.dataset)
+            if digest is not None and live.digest != digest:
+                raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
             bundle = bundles.load(settings.path(live.path), contract, live.digest)
         # The bundle's own: what it was trained under, the one in force has.
         contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
@@ -100,35 +119,61 @@ class Source:
         items_of = FeastReader(open_store(settings), contract, service)
         known = bundle.encoder.items.values.to_pylist()
 
+        from_tables = False
+
         def load_items() -> Loaded:
-            return published_rows(settings, contract) or Loaded(items_of.read_items(known))
+            nonlocal from_tables
+            published = published_rows(settings, contract)
+            if published is None and from_tables:
+                raise LookupError(
+                    "the tables were rebuilt since they were sent online: run `python -m beam_jobs materialize`"
+                )
+            from_tables = published is not None
+            return published or Loaded(items_of.read_items(known))
 
         items = ItemTable(bundle.encoder, items_of.read_items, load_items, self.item_refresh_s)
-        ranker = RankService(
-            bundle,
-            reader,
-            items,
-            datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None,
-            self.stale_days,
-        )
-        ranker.warm_up()
-        users: AsyncReader
         try:
-            users = RedisReader(store, contract, service, bundle.tokens)
-        except WrongStoreError:
-            users = ThreadedReader(reader)
+            ranker = RankService(
+                bundle,
+                reader,
+                items,
+                datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None,
+                self.stale_days,
+            )
+            ranker.warm_up()
+            users: AsyncReader
+            try:
+                users = RedisReader(store, contract, service, bundle.tokens)
+            except WrongStoreError:
+                # The first read sets up connections and Feast's caches: not within a request's time.
+                reader.read_user("nobody" if contract.user.dtype is DType.STRING else 0)
+                users = ThreadedReader(reader)
+            events = EventTaker(open_events_store(settings), contract, bundle)
+        except BaseException:
+            items.close()
+            raise
         # What is loaded now stays; without this, full collections stop requests for tenths of a second.
         gc.collect()
         gc.freeze()
-        events = EventTaker(open_store(settings), contract, bundle)
         return Serving(ranker, GuardedReader(users), events)
+
+
+def open_events_store(settings: Settings) -> FeatureStore:
+    """The store for events: of its own, and on Redis with a limit to each answer, so that one that stands
+    still is an error and not a thread for ever.
+    """
+    store = open_store(settings)
+    online = store.config.online_store
+    if online.type.startswith("redis"):
+        online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
+    return store
 
 
 class Live:
     """The serving state of a process, kept up with catalogue and store.
 
     Args:
-        load: makes a serving state; raises `ExpectedError` or `LookupError` where it cannot.
+        load: makes a serving state of the bundle of a digest; raises where it cannot.
         live_digest: of the bundle that should rank; None where that never changes.
         epoch: the run that the online store says it holds; None where it holds none.
         repair: called when the store holds nothing; default: nobody repairs it.
@@ -136,7 +181,7 @@ class Live:
 
     def __init__(
         self,
-        load: Callable[[], Serving],
+        load: Callable[[str | None], Serving],
         live_digest: Callable[[], str | None] = lambda: None,
         epoch: Callable[[], Awaitable[str | None]] | None = None,
         repair: Callable[[], None] | None = None,
@@ -145,6 +190,7 @@ class Live:
         self.current: Serving | None = None
         self.previous: Serving | None = None
         self.refused: dict[str, str] = {}  # digests that were tried, and why they do not rank
+        self._again: dict[str, float] = {}  # and when they are tried again
         self.not_loaded = "no bundle is loaded yet"
         self.store_problem: str | None = None
         self.swaps = 0
@@ -157,32 +203,44 @@ class Live:
     def load_now(self) -> None:
         """Load what should rank, try it, and swap it in; what ranked before is kept beside.
 
-        A bundle that cannot be served is noted in `refused`, and the one before goes on ranking.
+        A bundle that cannot be served is noted in `refused` and tried again in a while; the one before
+        goes on ranking. Nothing is raised: this is called again.
         """
-        digest: str | None = None
         try:
             digest = self._live_digest()
-            ranks = self.current
-            if ranks is not None and (digest is None or digest == ranks.ranker.bundle.digest):
-                return
-            if digest is not None and digest in self.refused:
-                return
-            if self.previous is not None and self.previous.ranker.bundle.digest == digest:
-                self.roll_back()  # it is warm
-                return
-            made = self._load()
-        except (ExpectedError, LookupError) as error:
-            self.not_loaded = str(error)
-            # A bundle does not change; what else was amiss may be mended.
-            if digest is not None and isinstance(error, bundles.BundleError | NotFiniteError):
-                self.refused[digest] = str(error)
-            logger.error("a bundle cannot be served: %s", error)
+        except Exception as error:
+            self._not_loaded(error)
+            return
+        if self._ranks(digest) or time.monotonic() < self._again.get(digest or "", 0.0):
+            return
+        if self.previous is not None and self.previous.ranker.bundle.digest == digest:
+            self.roll_back()  # it is warm
+            return
+        try:
+            made = self._load(digest)
+        except Exception as error:
+            self._not_loaded(error)
+            if isinstance(error, bundles.BundleError | NotFiniteError):
+                self.refused[digest or "given"] = str(error)
+                self._again[digest or ""] = time.monotonic() + REFUSED_AGAIN_S
             return
         if self.previous is not None:
             self.previous.ranker.items.close()
         self.previous, self.current = self.current, made
+        self.refused.pop(digest or "given", None)
         self.swaps += 1
         logger.info("%s ranks now", made.name)
+
+    def _ranks(self, digest: str | None) -> bool:
+        """Whether the bundle that should rank does."""
+        return self.current is not None and digest in (None, self.current.ranker.bundle.digest)
+
+    def _not_loaded(self, error: Exception) -> None:
+        self.not_loaded = str(error)
+        if isinstance(error, ExpectedError | LookupError):
+            logger.error("a bundle cannot be served: %s", error)
+        else:
+            logger.error("a bundle could not be loaded", exc_info=error)
 
     def roll_back(self) -> None:
         """Rank with the bundle before this one, which is still warm.
@@ -207,7 +265,10 @@ class Live:
         if held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
             if self._repair is not None:
-                self._repair()
+                try:
+                    self._repair()
+                except OSError:
+                    logger.exception("the store could not be repaired")
             return
         self.store_problem = None
 
@@ -245,16 +306,35 @@ def epoch_of(settings: Settings) -> Callable[[], Awaitable[str | None]]:
 
 
 class Repair:
-    """Runs the job that fills an emptied online store from the tables, one at a time."""
+    """Runs the job that fills an emptied online store from the tables: one at a time, and after one that
+    failed only in a while, twice as long each time.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    Every process may have one: the job itself lets no second one run in a home.
+    """
+
+    def __init__(self, settings: Settings, pause_s: float = 5.0) -> None:
+        self._settings, self._first_s, self._pause_s = settings, pause_s, pause_s
+        self._next = 0.0
         self._running: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        """Start it, unless it runs."""
-        if self._running is not None and self._running.poll() is None:
+        """Start it, unless it runs or failed just now."""
+        if self._running is not None:
+            ended = self._running.poll()
+            if ended is None:
+                return
+            if ended == 0:
+                self._pause_s = self._first_s
+            else:
+                logger.error("the job that fills the store ended with %d", ended)
+                self._next = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._running = None
+        if time.monotonic() < self._next:
             return
         logger.warning("the online store is empty: it is filled again from the tables")
+        self._running = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "beam_jobs", "materialize", "--runner=FnApiRunner"]
-        self._running = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)

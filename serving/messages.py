@@ -59,9 +59,9 @@ class Timings(Struct):
 
     queue: float = 0.0
     user_read: float = 0.0
+    model_wait: float = 0.0  # until the model's thread is free
     item_read: float = 0.0
     features: float = 0.0
-    model_wait: float = 0.0
     encode_user: float = 0.0
     score: float = 0.0
     sort: float = 0.0
@@ -234,7 +234,9 @@ def events_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...
 def events_of(contract: Contract) -> type[Struct]:
     """`events_type` of a contract."""
     spec = contract.spec
-    return events_type(contract.item.join_key, tuple(spec.actions), tuple(spec.event_features))
+    # What a user was shown is in no history.
+    actions = tuple(name for name in spec.actions if name != spec.shown)
+    return events_type(contract.item.join_key, actions, tuple(spec.event_features))
 
 
 def decode_events(

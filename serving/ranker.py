@@ -389,7 +389,6 @@ class RankService:
         batch = encoder.collate(encoded, np.array([0]))
         clock.lap("features")
         with self._model_lock, torch.inference_mode():
-            clock.lap("model_wait")
             state = model.encode_user(batch.user)
             clock.lap("encode_user")
             logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()

@@ -31,6 +31,10 @@ class StoreReadError(Exception):
     """The online store did not answer in its time, or not as a store does."""
 
 
+class DamagedValueError(StoreReadError):
+    """What is stored of one user is no value; the store itself is well."""
+
+
 class WrongStoreError(ExpectedError, ValueError):
     """The online store is not one Redis."""
 
@@ -235,7 +239,7 @@ def decoded(name: str, data: bytes | None) -> Any:
     """A stored Value as Python has it; None where there is none.
 
     Raises:
-        StoreReadError: what is stored is no Value.
+        DamagedValueError: what is stored is no Value.
     """
     from feast.protos.feast.types.Value_pb2 import Value
     from google.protobuf.message import DecodeError
@@ -245,7 +249,7 @@ def decoded(name: str, data: bytes | None) -> Any:
     try:
         return plain_value(Value.FromString(data))
     except DecodeError as error:
-        raise StoreReadError(f"{name} is stored as no value of Feast's: {error}") from error
+        raise DamagedValueError(f"{name} is stored as no value of Feast's: {error}") from error
 
 
 def plain_value(value: Any) -> Any:

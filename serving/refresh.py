@@ -9,6 +9,7 @@ build, but for the last digits of a mean; the next run of the jobs replaces them
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -50,12 +51,19 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
+logger = logging.getLogger(__name__)
+
+
 class NoStateError(ExpectedError, LookupError):
     """A user has no stored state of this token version to go on from."""
 
 
 class RefusedError(ExpectedError, RuntimeError):
     """The store holds newer tokens by now."""
+
+
+class LateError(ExpectedError, ValueError):
+    """An event is earlier than what is known of its user."""
 
 
 class Refresher:
@@ -84,13 +92,28 @@ class Refresher:
             kind,
         )
 
+    def known(self, user_id: int | str) -> int:
+        """How many events the stored tokens stand for.
+
+        Raises:
+            NoStateError: there are none.
+            EnvelopeError: they are damaged.
+        """
+        version = self._summariser.fingerprint
+        ((tokens, _),) = self._online.read(version, [user_id])
+        if tokens is None:
+            raise NoStateError(
+                f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
+            )
+        return from_bytes(tokens, user_id).num_events
+
     def refresh(
         self, user_id: int | str, new_events: list[dict[str, Any]], computed_at: int | None = None
     ) -> Envelope:
         """Add a user's new events, oldest first, and store what comes of it.
 
         Args:
-            new_events: columns of `contract.history_columns`, all later than those in the tokens.
+            new_events: columns of `contract.history_columns`, none earlier than those in the tokens.
             computed_at: microseconds; the clock unless given.
 
         Raises:
@@ -127,9 +150,9 @@ class Refresher:
             raise ValueError(
                 f"new events of user {user_id!r} hold impressions, which are in no history"
             )
-        if not len(times) or times[0] <= kept.as_of or (np.diff(times) < 0).any():
+        if not len(times) or times[0] < kept.as_of or (np.diff(times) < 0).any():
             raise ValueError(
-                f"new events of user {user_id!r} must be later than {kept.as_of} µs and in the order of time, got {times.tolist()}"
+                f"new events of user {user_id!r} must not be earlier than {kept.as_of} µs, and in the order of time, got {times.tolist()}"
             )
         item = self._contract.item.join_key
         codes = self._summariser.encoder.items.indices_of(
@@ -193,49 +216,107 @@ class UserMemory:
             write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
 
     def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> None:
-        """Add a user's new events, oldest first, to history, sketch, statistics and tokens.
+        """Add a user's new events, oldest first: to the history, with the sketch that counts it; then
+        statistics and tokens are brought up to it, which makes whole what an earlier call left half
+        done.
 
         Args:
-            new_events: columns of `contract.history_columns`, later than all that is stored;
+            new_events: columns of `contract.history_columns`, none earlier than what is stored;
                 impressions among them are left out.
 
         Raises:
             HistoryError: the stored history is damaged.
-            ValueError: an event is not later than those that are stored.
+            LateError: an event is earlier than one that is stored.
         """
         acted = self._contract.history_actions
+        # What a user was shown is in no history.
         new_events = [event for event in new_events if event["action"] in acted]
-        if not new_events:  # what a user was shown is in no history
-            return
         stored = self.read(user_id)
-        events = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
-        times = micros(events[EVENT_TIMESTAMP])
+        before = self._events(user_id, stored)
+        # A history without a sketch does not say how many events it stands for; the statistics do.
+        counted = self._counted(user_id, stored)
+        if new_events:
+            new = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
+            times = micros(new[EVENT_TIMESTAMP])
+            last = micros(before[EVENT_TIMESTAMP])[-1] if before.num_rows else -1
+            if times[0] < last or (np.diff(times) < 0).any():
+                raise LateError(
+                    f"new events of user {user_id!r} must not be earlier than {last} µs, and in order, got {times.tolist()}"
+                )
+            whole = pa.concat_tables([before, new])
+            self._write_history(user_id, stored, whole, new, counted)
+            counted += new.num_rows
+            before = self._kept(whole)
+        self._catch_up(user_id, stored["user_stats"], before, counted)
+
+    def _events(self, user_id: int | str, stored: dict[str, dict[str, Any]]) -> pa.Table:
+        """The packed events."""
         packed = stored["user_history"]["history"]
-        earlier = [] if packed is None else [unpack(self._contract, user_id, packed)]
-        whole = pa.Table.from_batches(earlier, events.schema)
-        last = micros(whole[EVENT_TIMESTAMP])[-1] if whole.num_rows else -1
-        if not len(times) or times[0] <= last or (np.diff(times) < 0).any():
-            raise ValueError(
-                f"new events of user {user_id!r} must be later than {last} µs and in order, got {times.tolist()}"
+        batches = [] if packed is None else [unpack(self._contract, user_id, packed)]
+        return pa.Table.from_batches(batches, history_schema(self._contract))
+
+    def _counted(self, user_id: int | str, stored: dict[str, dict[str, Any]]) -> int:
+        """How many events the stored history stands for, those that are no longer packed included."""
+        try:
+            _, identity = sketch_of(
+                Layout.of(self._contract), stored["user_history"]["sketch"] or b"", user_id
             )
-        if self._refresher is not None:
-            self._refresher.refresh(user_id, new_events)
-        kept = pa.concat_tables([whole, events])
-        kept = kept.slice(
-            max(kept.num_rows - self._contract.spec.num_history_online, 0)
-        ).combine_chunks()
-        stats = stats_after(self._contract, stored["user_stats"], events)
+        except SketchError:
+            return stored["user_stats"]["history_end"] or 0
+        return identity.num_events
+
+    def _kept(self, events: pa.Table) -> pa.Table:
+        """As many of the newest as are packed."""
+        number = self._contract.spec.num_history_online
+        return events.slice(max(events.num_rows - number, 0)).combine_chunks()
+
+    def _write_history(
+        self,
+        user_id: int | str,
+        stored: dict[str, dict[str, Any]],
+        whole: pa.Table,
+        new: pa.Table,
+        counted: int,
+    ) -> None:
+        """The packed history and its sketch, in one write.
+
+        Args:
+            counted: events before the new ones.
+        """
         sketch = sketch_after(
             self._contract,
             user_id,
             stored["user_history"]["sketch"],
-            stats,
-            events,
-            self._remembered(events),
+            counted,
+            stored["user_stats"]["history_digest"] or 0,
+            new,
+            self._remembered(new),
         )
-        history = {"history": pack(self._contract, user_id, kept), "sketch": sketch}
-        rows = {"user_history": history, "user_stats": stats}
-        self.write(user_id, rows, int(times[-1]) + 1)
+        row = {"history": pack(self._contract, user_id, self._kept(whole)), "sketch": sketch}
+        self.write(user_id, {"user_history": row}, int(micros(new[EVENT_TIMESTAMP])[-1]) + 1)
+
+    def _catch_up(
+        self, user_id: int | str, stats: dict[str, Any], packed: pa.Table, counted: int
+    ) -> None:
+        """Bring statistics, then tokens, up to the history; those that lag further than it reaches are
+        the jobs' to mend.
+        """
+        behind = counted - (stats["history_end"] or 0)
+        if 0 < behind <= packed.num_rows:
+            lacking = packed.slice(packed.num_rows - behind).combine_chunks()
+            after = stats_after(self._contract, stats, lacking)
+            self.write(
+                user_id, {"user_stats": after}, int(micros(lacking[EVENT_TIMESTAMP])[-1]) + 1
+            )
+        if self._refresher is None:
+            return
+        try:
+            behind = counted - self._refresher.known(user_id)
+            if 0 < behind <= packed.num_rows:
+                self._refresher.refresh(user_id, packed.slice(packed.num_rows - behind).to_pylist())
+        except (NoStateError, RefusedError, EnvelopeError):
+            # No tokens yet, newer ones, or damaged ones: the answer names it, and the job makes them.
+            logger.exception("summary tokens do not know the newest events")
 
     def _remembered(self, events: pa.Table) -> list[np.ndarray]:
         """Codes of each event's item in the columns that sketches count, as the store has them."""
@@ -256,7 +337,8 @@ def sketch_after(
     contract: Contract,
     user_id: int | str,
     stored: bytes | None,
-    stats: dict[str, Any],
+    counted: int,
+    digest: int,
     events: pa.Table,
     remembered: Sequence[np.ndarray],
 ) -> bytes | None:
@@ -264,16 +346,18 @@ def sketch_after(
     a sketch of a part would count too little.
 
     Args:
-        stats: of the user with the new events.
+        counted: events before the new ones.
+        digest: of those, where the sketch does not say it.
         remembered: codes of the events' items in the columns that sketches count.
     """
     layout, times = Layout.of(contract), micros(events[EVENT_TIMESTAMP])
     if stored is not None:
         try:
-            sketch, _ = sketch_of(layout, stored, user_id)
+            sketch, identity = sketch_of(layout, stored, user_id)
+            digest = identity.digest
         except SketchError:
             return None
-    elif stats["history_end"] > events.num_rows:
+    elif counted:
         return None
     else:
         sketch = Sketch(layout)
@@ -282,7 +366,11 @@ def sketch_after(
     sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
     newest = int(times[-1])
     identity = Identity(
-        layout.fingerprint, newest, newest + 1, stats["history_end"], stats["history_digest"]
+        layout.fingerprint,
+        newest,
+        newest + 1,
+        counted + events.num_rows,
+        extended_digest(contract, digest, counted, events),
     )
     return sketch.to_bytes(user_id, identity)
 

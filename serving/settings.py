@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from feature_repo.errors import SettingsError, nearest
 from serving.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
 STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
+SHARED = f"{PREFIX}SHARED_METRICS"  # set where several processes count together
 Scope = Literal["rank", "events", "explain", "metrics", "models"]
 Positive = Annotated[float, Field(gt=0)]
+Token = Annotated[str, Field(min_length=16, pattern=r"^[\x21-\x7e]+$")]  # visible ASCII
 
 
 class ServeSettings(BaseSettings):
@@ -38,6 +41,8 @@ class ServeSettings(BaseSettings):
     deadline_ms: Positive = 250.0  # of a request, from its arrival; a caller may ask for less
     store_ms: Positive = 50.0  # of it, for the online store
     max_in_flight: Annotated[int, Field(ge=1)] = 16  # of a process; more are refused at once
+    max_events_in_flight: Annotated[int, Field(ge=1)] = 16  # the same of `POST /v1/events`
+    events_s: Positive = 5.0  # for the online store to take a user's events
     max_body_bytes: Annotated[int, Field(ge=1)] = MAX_BODY_BYTES
     body_s: Positive = 5.0  # for a body to arrive
     header_s: Annotated[int, Field(ge=1, le=60)] = 5  # for a request's head to arrive
@@ -53,7 +58,7 @@ class ServeSettings(BaseSettings):
     stop_s: Annotated[int, Field(ge=1)] = 10  # for requests that are under way by then
 
     # Callers' tokens and what each may do; none: everybody may do everything.
-    auth: dict[str, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
+    auth: dict[Token, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_key_password: SecretStr | None = None
@@ -70,7 +75,7 @@ def settings_from(**options: Any) -> ServeSettings:
     Raises:
         SettingsError: a value that cannot be, or a variable of the server's that there is not.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING}
+    known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING, SHARED}
     unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n not in known)
     if unknown:
         raise SettingsError(
@@ -80,7 +85,16 @@ def settings_from(**options: Any) -> ServeSettings:
         return ServeSettings(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = str(first["loc"][0])
+        if where == "auth":  # what it holds is nobody's to read in a log
+            raise SettingsError(
+                f"{PREFIX}AUTH must be JSON of tokens, each of at least 16 visible ASCII characters, and their scopes, "
+                f"of {list(get_args(Scope))}"
+            ) from None
         raise SettingsError(
             f"{where} (--{where} or {PREFIX}{where.upper()}) cannot be {first['input']!r}: {first['msg']}"
         ) from error
+    except SourceError as error:
+        raise SettingsError(
+            f"{str(error).split(' from ')[0]}: expected JSON in a variable {PREFIX}…"
+        ) from None

@@ -93,7 +93,7 @@ async def _parts(target: Target, seconds: float, rate: float | None) -> list[dic
 
 
 def _row(part: str, outcome: Outcome, offered: float | None = None) -> dict[str, Any]:
-    refused = sum(outcome.statuses.values()) - outcome.answered
+    refused = outcome.statuses[503]
     return {
         "part": part,
         "offered_s": offered,
@@ -105,7 +105,8 @@ def _row(part: str, outcome: Outcome, offered: float | None = None) -> dict[str,
         "refused_p99_ms": outcome.refusal_us.get_value_at_percentile(99) / 1000
         if refused
         else None,
-        "failed": outcome.statuses[0],
+        "failed": outcome.statuses[0] + outcome.statuses[-1],
+        "unscored": outcome.unscored,
     }
 
 

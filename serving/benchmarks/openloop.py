@@ -26,7 +26,7 @@ class Outcome:
     """What came of the requests.
 
     Args:
-        statuses: answers by status; 0 is no answer.
+        statuses: answers by status; 0 is no answer, -1 a connection that was refused.
         latency_us: of answers with status 200, from the moment each was due.
         refusal_us: of all other answers, from the moment each was sent.
     """
@@ -36,6 +36,7 @@ class Outcome:
     refusal_us: HdrHistogram = field(default_factory=lambda: HdrHistogram(1, HIGHEST_US, 3))
     bodies: list[tuple[float, int, bytes]] = field(default_factory=list)  # due, status, body
     seconds: float = 0.0
+    unscored: int = 0  # answers of the last rung, or without the user: not what was asked for
 
     def ms(self, percentile: float) -> float:
         """A percentile of the latency of answers, milliseconds."""
@@ -83,7 +84,7 @@ class Connections:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, number: int) -> tuple[int, bytes]:
-        """Status and body of the answer; (0, b"") for none."""
+        """Status and body of the answer; status 0 for none, -1 where nobody listens."""
         message = self._target.message(number)
         for reused in (True, False):
             if reused and not self._free:
@@ -94,7 +95,10 @@ class Connections:
                     if reused
                     else await asyncio.open_connection(self._target.host, self._target.port)
                 )
-                reader, writer = found
+            except OSError:
+                return -1, b""
+            reader, writer = found
+            try:
                 writer.write(message)
                 status, body, stays = await _answer(reader)
             except (OSError, EOFError, ValueError):
@@ -152,8 +156,9 @@ async def open_loop(target: Target, moments: Sequence[float], *, keep: bool = Fa
         now = time.perf_counter()
         outcome.statuses[status] += 1
         if status == 200:
+            outcome.unscored += b'"deadline"' in body or b'"store_unavailable"' in body
             outcome.latency_us.record_value(max(int(1e6 * (now - began - due)), 1))
-        elif status:
+        elif status > 0:
             outcome.refusal_us.record_value(max(int(1e6 * (now - sent)), 1))
         if keep:
             outcome.bodies.append((due, status, body))

@@ -48,4 +48,4 @@ def test_a_request_without_an_answer_is_counted() -> None:
         target = Target("127.0.0.1", 1, lambda number: b"")
         return dict((await open_loop(target, [0.0, 0.01])).statuses)
 
-    assert asyncio.run(ask()) == {0: 2}
+    assert asyncio.run(ask()) == {-1: 2}

@@ -15,18 +15,20 @@ import msgspec
 import pytest
 import torch
 
-from feature_repo.errors import ExpectedError
+from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
-from serving.app import Server, app_of
+from serving.admission import Admission
+from serving.app import Server, app_of, read_body
 from serving.command import environment_of, open_ranker
+from serving.errors import SlowBodyError
 from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Serving
+from serving.live import Live, Repair, Serving
 from serving.messages import RankRequest, RankResponse
 from serving.ranker import Clock, NotFiniteError, RankService
-from serving.redis_reader import StoreReadError
-from serving.settings import ServeSettings
+from serving.redis_reader import DamagedValueError, StoreReadError
+from serving.settings import ServeSettings, settings_from
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ class StillReader:
 
 def server_of(ranker: RankService, reader: Any = None, **settings: Any) -> Server:
     """A server around a ranker."""
-    live = Live(load=lambda: pytest.fail("nothing is loaded here"))
+    live = Live(load=lambda digest: pytest.fail("nothing is loaded here"))
     users = GuardedReader(ThreadedReader(ranker.reader) if reader is None else reader)
     live.current = Serving(ranker, users)
     return Server(live, ServeSettings(**settings))
@@ -161,6 +163,7 @@ def test_more_requests_than_are_taken_on_are_refused_at_once(
     assert sorted(r.status_code for r in responses) == [200, 200, *[503] * 8]
     assert {r.json()["error"] for r in refused} == {"overloaded"}
     assert {r.headers["retry-after"] for r in refused} == {"1"}
+    assert read < 10  # a full server reads no body
     assert server.admission.under_way == 0
     assert rank(server, {"user_id": 1, "candidates": items[:1]}).status_code == 200
 
@@ -282,22 +285,22 @@ def test_features_of_years_ago_are_said_to_be_stale(
         (None, "/readyz", 401),
         (None, "/v1/rank", 401),
         ("Bearer wrong", "/v1/rank", 401),
-        ("Basic secret", "/v1/rank", 401),
-        ("Bearer secret", "/v1/rank", 200),
-        ("bearer secret", "/v1/rank", 200),
-        ("Bearer secret", "/metrics", 403),
-        ("Bearer scraper", "/metrics", 200),
-        ("Bearer scraper", "/readyz", 200),
-        ("Bearer scraper", "/v1/rank", 403),
-        ("Bearer scraper", "/v1/models", 403),
-        ("Bearer secrets", "/v1/rank", 401),
+        ("Basic a-secret-of-this-test", "/v1/rank", 401),
+        ("Bearer a-secret-of-this-test", "/v1/rank", 200),
+        ("bearer a-secret-of-this-test", "/v1/rank", 200),
+        ("Bearer a-secret-of-this-test", "/metrics", 403),
+        ("Bearer another-one-for-metrics", "/metrics", 200),
+        ("Bearer another-one-for-metrics", "/readyz", 200),
+        ("Bearer another-one-for-metrics", "/v1/rank", 403),
+        ("Bearer another-one-for-metrics", "/v1/models", 403),
+        ("Bearer a-secret-of-this-tests", "/v1/rank", 401),
         ("Bearer ", "/v1/rank", 401),
     ],
 )
 def test_what_a_caller_may_do(
     ranker: RankService, items: list[Any], header: str | None, path: str, status: int
 ) -> None:
-    auth = {"secret": ("rank",), "scraper": ("metrics",)}
+    auth = {"a-secret-of-this-test": ("rank",), "another-one-for-metrics": ("metrics",)}
     server = server_of(ranker, auth=auth, deadline_ms=5_000)
     headers = {} if header is None else {"Authorization": header}
     body = {"user_id": 1, "candidates": items} if path == "/v1/rank" else None
@@ -307,8 +310,8 @@ def test_what_a_caller_may_do(
 
     response = talk(server, ask)
     assert response.status_code == status
-    assert "secret" not in response.text
-    assert "scraper" not in response.text
+    assert "a-secret" not in response.text
+    assert "another-one" not in response.text
 
 
 def test_an_unknown_path_and_method_are_told_as_errors_are(ranker: RankService) -> None:
@@ -339,7 +342,7 @@ def test_every_fault_of_ours_is_counted_and_tells_nothing(
     response = rank(server, {"user_id": 1, "candidates": items})
     assert response.status_code == 500
     assert "inside" not in response.text
-    assert server.metrics.requests.labels("500")._value.get() == 1
+    assert server.metrics.requests.labels("/v1/rank", "500")._value.get() == 1
 
 
 class Bundles:
@@ -349,8 +352,8 @@ class Bundles:
         self.ranker, self.live, self.broken = ranker, "a" * 64, set[str]()
         self.loaded: list[str] = []
 
-    def load(self) -> Serving:
-        digest = self.live
+    def load(self, digest: str | None) -> Serving:
+        assert digest is not None
         self.loaded.append(digest)
         if digest in self.broken:
             raise BundleError(f"{digest[:4]} is broken")
@@ -394,7 +397,7 @@ def test_a_live_bundle_is_followed_and_a_broken_one_never_ranks(ranker: RankServ
 def test_a_server_without_a_bundle_says_why_and_tries_again(ranker: RankService) -> None:
     found: list[Serving] = []
 
-    def load() -> Serving:
+    def load(digest: str | None) -> Serving:
         if not found:
             raise ExpectedError("no item has any features: run materialize")
         return found[0]
@@ -423,7 +426,7 @@ def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> N
             raise StoreReadError("away")
         return held[0]
 
-    live = Live(lambda: pytest.fail("no"), epoch=epoch, repair=lambda: repaired.append(1))
+    live = Live(lambda digest: pytest.fail("no"), epoch=epoch, repair=lambda: repaired.append(1))
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
     for store, problem in (
         ("run-1", None),
@@ -441,7 +444,7 @@ def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> N
 def test_settings_reach_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServeSettings(
         port=1234,
-        auth={"t": ("rank", "metrics")},
+        auth={"a-token-of-sixteen": ("rank", "metrics")},
         deadline_ms=77.5,
         replay=True,
         bundle="some/where",
@@ -597,3 +600,170 @@ def test_an_explanation_says_what_each_event_is_worth(
     answer = ranker.answer(RankRequest(user_id, items[:1]), without, Clock())
     logits = [math.log(s / (1 - s)) for s in (found["score"], answer.scores[0])]
     assert found["events"][0]["effect"] == pytest.approx(logits[0] - logits[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("asked_ms", [0.5, 3.0])
+def test_callers_in_a_hurry_shut_the_store_off_for_nobody(
+    ranker: RankService, items: list[Any], asked_ms: float
+) -> None:
+    """A store that answers in five milliseconds is well, whatever time a caller has."""
+    server = server_of(ranker, StillReader(ranker, 0.005), store_ms=1_000, deadline_ms=5_000)
+    body = {"user_id": 1, "candidates": items[:2]}
+
+    async def many(client: httpx.AsyncClient) -> Any:
+        for _ in range(5):
+            await client.post("/v1/rank", json={**body, "deadline_ms": asked_ms})
+        return (await client.post("/v1/rank", json=body)).json()
+
+    assert talk(server, many)["degraded"] == []
+
+
+def test_one_damaged_user_shuts_the_store_off_for_nobody(
+    ranker: RankService, items: list[Any]
+) -> None:
+    class Damaged(StillReader):
+        async def read_user(self, user_id: Any, timeout_s: float) -> UserRow:
+            if user_id == 13:
+                raise DamagedValueError("history is stored as no value")
+            return await super().read_user(user_id, timeout_s)
+
+    server = server_of(ranker, Damaged(ranker, 0), deadline_ms=5_000)
+    for _ in range(4):
+        answer = rank(server, {"user_id": 13, "candidates": items[:2]}).json()
+        assert answer["degraded"] == ["history_unreadable"]
+    assert rank(server, {"user_id": 1, "candidates": items[:2]}).json()["degraded"] == []
+
+
+def test_the_wait_for_the_model_is_told_as_one(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by an answer whose time was up."""
+    answer_of = RankService.answer
+
+    def slow(self: RankService, *given: Any) -> RankResponse:
+        time.sleep(0.1)
+        return answer_of(self, *given)
+
+    monkeypatch.setattr(RankService, "answer", slow)
+    server = server_of(ranker, StillReader(ranker, 0), deadline_ms=250)
+    body = {"user_id": 1, "candidates": items[:2]}
+
+    async def many(client: httpx.AsyncClient) -> list[Any]:
+        asked = [client.post("/v1/rank", json=body) for _ in range(4)]
+        return [response.json() for response in await asyncio.gather(*asked)]
+
+    answers = talk(server, many)
+    waits = sorted(a["timings_ms"]["model_wait"] for a in answers if a["scores"])
+    assert waits[-1] > 80
+    assert all(a["timings_ms"]["item_read"] < 150 for a in answers)
+    late = [a for a in answers if a["degraded"]]
+    assert late
+    assert all(sum(a["timings_ms"].values()) > 0 for a in late)
+
+
+def test_too_much_of_slow_bodies_gives_up_the_longest_held() -> None:
+    """Whoever sends most of a megabyte and waits keeps nobody else out."""
+
+    async def run() -> tuple[list[BaseException | bytes], bytes]:
+        admission = Admission(4, most_bytes=3_000)
+
+        async def body(parts: list[bytes], pause: float) -> Any:
+            for part in parts:
+                yield part
+                await asyncio.sleep(pause)
+
+        async def read(parts: list[bytes], pause: float) -> bytes:
+            request: Any = FakeRequest(body(parts, pause))
+            return await read_body(request, 10_000, 5.0, admission)
+
+        slow = [asyncio.create_task(read([b"x" * 1_000, b"y"], 2.0)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        quick = await read([b"z" * 500, b"z" * 500], 0.01)
+        ended = await asyncio.wait_for(asyncio.gather(slow[0], return_exceptions=True), 1.0)
+        for task in slow[1:]:
+            task.cancel()
+        await asyncio.gather(*slow[1:], return_exceptions=True)
+        assert admission._bytes == 0
+        assert not admission._arriving
+        return ended, quick
+
+    ended, quick = asyncio.run(run())
+    assert len(quick) == 1_000
+    assert isinstance(ended[0], SlowBodyError)
+
+
+class FakeRequest:
+    """What `read_body` needs of a request."""
+
+    def __init__(self, stream: Any) -> None:
+        self.headers: dict[str, str] = {}
+        self._stream = stream
+
+    def stream(self) -> Any:
+        return self._stream
+
+
+def test_a_catalogue_that_fails_once_is_asked_again(ranker: RankService) -> None:
+    bundles = Bundles(ranker)
+    fails = [True, True]
+
+    def digest() -> str:
+        if fails:
+            fails.pop()
+            raise OSError("the catalogue is away")
+        return bundles.live
+
+    live = Live(bundles.load, digest)
+    live.load_now()
+    assert live.current is None
+    assert "the catalogue is away" in (live.why_not_ready or "")
+    live.load_now()
+    live.load_now()
+    assert live.current is not None
+
+
+def test_a_repair_that_fails_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Failed:
+        def poll(self) -> int:
+            return 1
+
+    def start(self: Repair) -> Any:
+        started.append(1)
+        return Failed()
+
+    monkeypatch.setattr(Repair, "_start", start)
+    settings: Any = None
+    repair = Repair(settings, pause_s=0.2)
+    for _ in range(5):
+        repair()
+    assert len(started) == 1
+    time.sleep(0.25)
+    for _ in range(5):
+        repair()
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('{"supersecret-supersecret": ["everything"]}', "16 visible ASCII"),
+        ('["supersecret-supersecret"]', "16 visible ASCII"),
+        ('{"": ["rank"]}', "16 visible ASCII"),
+        ("{supersecret", "expected JSON"),
+    ],
+)
+def test_wrong_tokens_are_refused_without_being_told(
+    monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    monkeypatch.setenv("MEMOIR_SERVE_AUTH", value)
+    with pytest.raises(SettingsError, match=said) as refused:
+        settings_from()
+    assert "supersecret" not in str(refused.value)
+
+
+def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOIR_SERVE_DEADLIN_MS", "5")
+    with pytest.raises(SettingsError, match="MEMOIR_SERVE_DEADLINE_MS"):
+        settings_from()

@@ -5,6 +5,7 @@ be is refused whole.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from feature_repo.online_tokens import OnlineTokens
 from feature_repo.tables import JobFolder
 from serving.app import Server, app_of
+from serving.degraded import Degraded
 from serving.live import Live, Source
+from serving.refresh import Refresher, UserMemory
 from serving.settings import ServeSettings
 
 
@@ -160,3 +164,101 @@ def test_openapi_says_what_an_event_has(server: Server) -> None:
     assert schemas["RankRequest"]["properties"]["user_id"]["type"] == "integer"
     assert schemas["RankRequest"]["properties"]["candidates"]["items"]["type"] == "string"
     assert "409" in document["paths"]["/v1/events"]["post"]["responses"]
+
+
+@pytest.mark.parametrize("fails", ["user_history", "user_stats", "summary_tokens"])
+def test_a_call_that_fails_half_way_is_made_whole_by_the_same_call(
+    server: Server, user: int, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost, and nothing is counted twice."""
+    assert server.live.current is not None
+    ranker = server.live.current.ranker
+    before = ranker.reader.read_user(user)
+    events = [event_of(server, datetime.now(UTC) - timedelta(seconds=20))]
+    once = [True]
+
+    def failing(original: Any, matters: Any) -> Any:
+        def call_it(self: Any, *given: Any) -> Any:
+            if once and matters(given):
+                once.pop()
+                raise ConnectionError("the store went away")
+            return original(self, *given)
+
+        return call_it
+
+    if fails == "summary_tokens":
+        patched = failing(Refresher.refresh, lambda given: True)
+        monkeypatch.setattr(Refresher, "refresh", patched)
+    else:
+        patched = failing(UserMemory.write, lambda given: fails in given[1])
+        monkeypatch.setattr(UserMemory, "write", patched)
+    first = call(server, "/v1/events", {"user_id": user, "events": events})
+    assert first.status_code == 503
+    assert first.json()["error"] == "store_unavailable"
+    again = call(server, "/v1/events", {"user_id": user, "events": events})
+    assert again.status_code == 200
+    after = ranker.reader.read_user(user)
+    assert after.columns["history_end"] == before.columns["history_end"] + 1
+    assert after.tokens is not None
+    assert after.tokens.num_events == after.columns["history_end"]
+    assert after.tokens.digest == after.columns["history_digest"]
+    assert not after.tokens_know_another_past
+    assert after.problems == ()
+
+
+def test_a_basket_may_come_in_two_calls(server: Server, user: int) -> None:
+    """Its events have one time."""
+    assert server.live.current is not None
+    items = server.live.current.ranker.bundle.encoder.items.values.to_pylist()
+    at = datetime.now(UTC) - timedelta(seconds=10)
+    first, second = (event_of(server, at, items[n]) for n in (1, 2))
+    assert call(server, "/v1/events", {"user_id": user, "events": [first]}).json()["added"] == 1
+    answer = call(server, "/v1/events", {"user_id": user, "events": [first, second]}).json()
+    assert answer == {"added": 1, "known": 1}
+    row = server.live.current.ranker.reader.read_user(user)
+    assert row.history is not None
+    assert row.history["item_id"].to_pylist()[-2:] == [items[1], items[2]]
+    assert row.tokens is not None
+    assert row.tokens.num_events == row.columns["history_end"]
+
+
+def test_damaged_tokens_keep_no_event_out(server: Server, user: int, road: Any) -> None:
+    """They are named by answers, and the job makes them anew."""
+    assert server.live.current is not None
+    ranker = server.live.current.ranker
+    online = OnlineTokens(road.store, ranker.contract)
+    version = ranker.bundle.tokens or ""
+    ((tokens, state),) = online.read(version, [user])
+    assert tokens is not None
+    broken = tokens[:40] + bytes([tokens[40] ^ 1]) + tokens[41:]
+    online.write(version, [user], [broken], [state], int(datetime.now(UTC).timestamp() * 1e6))
+    events = [event_of(server, datetime.now(UTC) - timedelta(seconds=3))]
+    taken = call(server, "/v1/events", {"user_id": user, "events": events})
+    assert (taken.status_code, taken.json()["added"]) == (200, 1)
+    assert ranker.reader.read_user(user).problems == (Degraded.TOKENS_UNREADABLE,)
+
+
+def test_a_store_that_stands_still_keeps_nobody_from_ranking(
+    server: Server, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stands_still(*given: Any) -> None:
+        time.sleep(1.0)
+
+    monkeypatch.setattr(UserMemory, "add", stands_still)
+    slow = Server(server.live, ServeSettings(deadline_ms=10_000, store_ms=5_000, events_s=0.2))
+    body = {"user_id": user, "events": [event_of(server, datetime.now(UTC))]}
+    assert server.live.current is not None
+    items = server.live.current.ranker.bundle.encoder.items.values.to_pylist()[:3]
+
+    async def run() -> tuple[list[int], int]:
+        transport = httpx.ASGITransport(app_of(slow), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            asked = [client.post("/v1/events", json=body) for _ in range(30)]
+            tasks = [asyncio.create_task(one) for one in asked]
+            await asyncio.sleep(0.05)
+            ranked = await client.post("/v1/rank", json={"user_id": user, "candidates": items})
+            return [r.status_code for r in await asyncio.gather(*tasks)], ranked.status_code
+
+    statuses, ranked = asyncio.run(run())
+    assert ranked == 200
+    assert set(statuses) == {503}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from feature_repo import datasets
+from serving.benchmarks.faultproxy import Fault, FaultProxy
 from serving.features import FeastReader
 from serving.redis_reader import RedisReader, StoreReadError, WrongStoreError
 
@@ -274,3 +275,81 @@ def test_a_refused_connection_is_a_declared_error(world: Any) -> None:
 def test_another_store_is_refused(trained_shop: Any) -> None:
     with pytest.raises(WrongStoreError, match="sqlite"):
         RedisReader(trained_shop.store, CONTRACT, "ranking_v1_online")
+
+
+@pytest.mark.parametrize(
+    ("fault", "fails"),
+    [
+        (Fault(delay_s=0.02), False),
+        (Fault(delay_s=0.5), True),
+        (Fault(silent=True), True),
+        (Fault(refuse=True), True),
+        (Fault(cut_after=7), True),
+        (Fault(bytes_per_s=20), True),
+    ],
+)
+def test_a_faulty_way_to_redis_is_an_error_in_time_and_no_wrong_value(
+    world: Any, redis_address: str, fault: Fault, fails: bool
+) -> None:
+    """And the next read, on a sound way, is right."""
+    store, views = world
+    write_randomly(store, views, [5_000], random.Random(3))
+    reader = RedisReader(store, CONTRACT, "users", "v1")
+
+    async def run() -> tuple[Any, Any, Any]:
+        direct = await reader.read_values(5_000, 5.0)
+        await reader.hashes.close()
+        host, _, port = redis_address.partition(":")
+        async with FaultProxy(host, int(port)) as proxy:
+            reader.hashes.options |= {"host": "127.0.0.1", "port": proxy.port}
+            await reader.read_values(5_000, 5.0)
+            proxy.fault = fault
+            began = time.perf_counter()
+            try:
+                during = await reader.read_values(5_000, 0.2)
+            except StoreReadError:
+                during = None
+            assert time.perf_counter() - began < 1.0
+            proxy.fault = Fault()
+            after = await reader.read_values(5_000, 5.0)
+        await reader.hashes.close()
+        return direct, during, after
+
+    direct, during, after = asyncio.run(run())
+    assert during == (None if fails else direct)
+    assert after == direct
+
+
+def test_bytes_that_changed_on_the_way_are_never_another_users_history(
+    on_redis: Any, redis_address: str
+) -> None:
+    """Checksums notice what the protocol does not."""
+    from feature_repo.tables import JobFolder
+
+    store, settings = on_redis
+    reader = RedisReader(store, CONTRACT, "ranking_v1_online")
+    users = JobFolder(settings.home, "user_history").read("user_history")["user_id"].to_pylist()
+
+    async def run() -> int:
+        right = {user: await reader.read_user(user, 5.0) for user in users[:20]}
+        await reader.hashes.close()
+        host, _, port = redis_address.partition(":")
+        noticed = 0
+        async with FaultProxy(host, int(port), seed=5) as proxy:
+            reader.hashes.options |= {"host": "127.0.0.1", "port": proxy.port}
+            proxy.fault = Fault(corrupt=1.0)
+            for round in range(10):
+                for user, expected in right.items():
+                    try:
+                        found = await reader.read_user(user, 0.2)
+                    except StoreReadError:
+                        noticed += 1
+                        continue
+                    if found.history is None or found.problems:
+                        noticed += 1
+                    else:
+                        assert found.history == expected.history, round
+            await reader.hashes.close()
+        return noticed
+
+    assert asyncio.run(run()) > 100

@@ -38,7 +38,7 @@ def log(
     import asyncio
 
     folder = tmp_path_factory.mktemp("served")
-    live = Live(load=lambda: pytest.fail("nothing is loaded here"))
+    live = Live(load=lambda digest: pytest.fail("nothing is loaded here"))
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
     server = Server(
         live,

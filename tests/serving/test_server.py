@@ -334,7 +334,7 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
     client.rank({"user_id": 5, "candidates": ["NOPE"]})
     metrics = client.request("GET", "/metrics").text
     for line in (
-        'memoir_requests_total{status="200"}',
+        'memoir_requests_total{route="/v1/rank",status="200"}',
         'memoir_degraded_total{reason="unknown_user"}',
         "memoir_stage_seconds_bucket",
         ranker.bundle.name,
