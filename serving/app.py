@@ -441,6 +441,12 @@ class Server:
     async def show_metrics(self, request: Request) -> Response:
         """`GET /metrics`."""
         self.check(request, "metrics")
+        self.observe()
+        kind = "text/plain; version=0.0.4"
+        return Response(self.metrics.text(), media_type=kind)
+
+    def observe(self) -> None:
+        """Set what is not counted as it happens."""
         metrics, live = self.metrics, self.live
         for one in (live.current, live.previous):
             if one is not None:
@@ -451,8 +457,12 @@ class Server:
         metrics.refused.set(len(live.refused))
         metrics.logged.set(sum(log.written for log in self.logs))
         metrics.log_dropped.set(sum(log.dropped for log in self.logs))
-        kind = "text/plain; version=0.0.4"
-        return Response(metrics.text(), media_type=kind)
+
+    async def observe_for_ever(self) -> None:
+        """Each process, since a scrape of all meets one of them."""
+        while True:
+            self.observe()
+            await asyncio.sleep(1.0)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: what ranks, what ranked before, what was refused and why."""
@@ -554,6 +564,7 @@ def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
             tasks = [
                 asyncio.create_task(server.live.follow(settings.follow_s)),
                 asyncio.create_task(server.live.watch(settings.watch_s)),
+                asyncio.create_task(server.observe_for_ever()),
             ]
         yield
         for task in tasks:

@@ -109,7 +109,7 @@ def test_only_callers_with_a_certificate_and_a_token_come_in(
         "MEMOIR_SERVE_TLS_CERTIFICATE": str(files["certificate"]),
         "MEMOIR_SERVE_TLS_KEY": str(files["key"]),
         "MEMOIR_SERVE_TLS_CLIENT_CA": str(files["root"]),
-        "MEMOIR_SERVE_AUTH": '{"scraper": ["metrics"]}',
+        "MEMOIR_SERVE_AUTH": '{"a-scraper-of-this-test": ["metrics"]}',
     }
     nobody = ssl.create_default_context()
     authority.configure_trust(nobody)
@@ -119,6 +119,8 @@ def test_only_callers_with_a_certificate_and_a_token_come_in(
         assert asks(port, caller(trustme.CA(), trusts=authority)) == "refused"
         assert asks(port, ssl.create_default_context()) == "refused"  # whom the caller distrusts
         assert asks(port, caller(authority), "/metrics") == 401
-        assert asks(port, caller(authority), "/metrics", "scraper") == 200
-        assert asks(port, caller(authority), "/v1/models", "scraper") == 403
-        assert asks(port, caller(authority), "/readyz", "scraper") == 503  # nothing to rank with
+        assert asks(port, caller(authority), "/metrics", "a-scraper-of-this-test") == 200
+        assert asks(port, caller(authority), "/v1/models", "a-scraper-of-this-test") == 403
+        assert (
+            asks(port, caller(authority), "/readyz", "a-scraper-of-this-test") == 503
+        )  # nothing to rank with
