@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -29,7 +27,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from feature_repo.contract import Contract
 from feature_repo.history import HistoryError
 from modeling.encoder import Encoded
 from serving.admission import Admission
@@ -60,119 +57,19 @@ from serving.messages import (
     decode_explain,
     decode_request,
     encoded,
-    schemas,
 )
+from serving.metrics import STAGES, Metrics
+from serving.openapi import openapi_document
 from serving.ranker import Clock, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.served_log import Served, ServedLog
-from serving.settings import SHARED, Scope, ServeSettings
+from serving.settings import Scope, ServeSettings
 
 T = TypeVar("T")
-STAGES = (
-    "queue",
-    "user_read",
-    "model_wait",
-    "item_read",
-    "features",
-    "encode_user",
-    "score",
-    "sort",
-)
 LEAST_S = 0.002  # with less left, the store is not asked
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
-
-
-class Metrics:
-    """Counters and histograms of one process; labels never carry ids."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        # Of several processes each answers for all: their counters lie in files that all read.
-        self.shared = SHARED in os.environ
-        self.requests = Counter(
-            "memoir_requests",
-            "requests by route and status",
-            ["route", "status"],
-            registry=self.registry,
-        )
-        self.left = Counter(
-            "memoir_clients_left", "clients that left before their answer", registry=self.registry
-        )
-        self.degraded = Counter(
-            "memoir_degraded",
-            "answers by what they had to do without",
-            ["reason"],
-            registry=self.registry,
-        )
-        self.unknown_items = Counter(
-            "memoir_unknown_items",
-            "candidates that the store does not know",
-            registry=self.registry,
-        )
-        self.candidates = Counter("memoir_candidates", "candidates scored", registry=self.registry)
-        buckets = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-        self.seconds = Histogram(
-            "memoir_stage_seconds",
-            "time by stage",
-            ["stage"],
-            buckets=buckets,
-            registry=self.registry,
-        )
-        self.bundle = Gauge(
-            "memoir_bundle_info",
-            "processes that rank with a bundle",
-            ["bundle"],
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.ready = Gauge(
-            "memoir_ready",
-            "whether requests should come here, to every process",
-            registry=self.registry,
-            multiprocess_mode="livemin",
-        )
-        self.under_way = Gauge(
-            "memoir_requests_under_way",
-            "requests being answered",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.swaps = Gauge(
-            "memoir_bundle_swaps",
-            "bundles swapped in since the start",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.logged = Gauge(
-            "memoir_served_logged",
-            "requests in the served-feature log",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.log_dropped = Gauge(
-            "memoir_served_log_dropped",
-            "requests that it had no room for",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self.refused = Gauge(
-            "memoir_bundles_refused",
-            "bundles that could not be served",
-            registry=self.registry,
-            multiprocess_mode="livemax",
-        )
-
-    def text(self) -> bytes:
-        """As Prometheus reads them."""
-        if not self.shared:
-            return generate_latest(self.registry)
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        whole = CollectorRegistry()
-        MultiProcessCollector(whole)  # type: ignore[no-untyped-call]
-        return generate_latest(whole)
 
 
 class Server:
@@ -708,79 +605,3 @@ async def read_body(
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
     return bytes(body)
-
-
-def openapi_document(contract: Contract | None) -> dict[str, Any]:
-    """OpenAPI 3.1, derived from the messages and the dataset's context features."""
-
-    def reply(description: str, schema: str) -> dict[str, Any]:
-        return {
-            "description": description,
-            "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
-        }
-
-    errors = {
-        "400": "no JSON, or no msgpack",
-        "401": "no bearer token that is known, where some are configured",
-        "403": "a token that may not do this",
-        "408": "the body did not arrive in time",
-        "413": "body too large",
-        "415": "neither JSON nor msgpack",
-        "422": "wrong shape, type or size",
-        "503": "not ready, or too many requests under way; Retry-After says when to try again",
-    }
-
-    def post(operation: str, summary: str, asked: str, given: str, **more: str) -> dict[str, Any]:
-        return {
-            "operationId": operation,
-            "summary": summary,
-            "requestBody": {
-                "required": True,
-                "content": {
-                    JSON: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
-                    MSGPACK: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
-                },
-            },
-            "responses": {
-                "200": reply("done", given),
-                **{code: reply(text, "ErrorBody") for code, text in {**errors, **more}.items()},
-            },
-        }
-
-    posts = {
-        "/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse"),
-        "/v1/rank:batch": post(
-            "rank_batch", "Rank for several requests", "RankBatch", "RankBatchResponse"
-        ),
-        "/v1/explain": post(
-            "explain", "Say why a candidate is where it is", "ExplainRequest", "ExplainResponse"
-        ),
-    }
-    if contract is not None:
-        late = {"409": "an event is earlier than what is known of the user"}
-        posts["/v1/events"] = post(
-            "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
-        )
-    plain = {
-        path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
-        for path, text, extra in (
-            ("/livez", "the process runs", {}),
-            (
-                "/readyz",
-                "a bundle is loaded and warm, and the online store holds something",
-                {"503": reply("not ready", "ErrorBody")},
-            ),
-            ("/metrics", "Prometheus metrics", {}),
-            ("/v1/models", "what ranks, what ranked before, what was refused", {}),
-        )
-    }
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Memoir",
-            "version": "0.1.0",
-            "description": "Ranks candidates with a user's whole history in view.",
-        },
-        "paths": {**{path: {"post": described} for path, described in posts.items()}, **plain},
-        "components": {"schemas": schemas(contract)},
-    }

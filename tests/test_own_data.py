@@ -348,8 +348,8 @@ def test_every_ranker_trains_and_is_served_with_context(
 
 
 def test_context_is_read_and_checked_by_its_declaration(world: World) -> None:
-    from serving.app import openapi_document
     from serving.errors import InvalidRequestError
+    from serving.openapi import openapi_document
 
     contract = world.encoder.contract
     schema = openapi_document(contract)["components"]["schemas"]["RankContext"]["properties"]
