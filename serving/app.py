@@ -64,6 +64,7 @@ from serving.ranker import Clock, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
+from serving.shadow import Shadow
 
 T = TypeVar("T")
 LEAST_S = 0.002  # with less left, the store is not asked
@@ -87,6 +88,7 @@ class Server:
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
+        self.shadow: Shadow | None = None
         self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
 
@@ -106,6 +108,15 @@ class Server:
             encoder = current.ranker.bundle.encoder
             self._logs[digest] = ServedLog(folder, encoder, self.settings.log_share)
         return self._logs[digest]
+
+    def load_shadow(self, load: Callable[[], Serving]) -> None:
+        """Ask another bundle beside, from now on; one that cannot be loaded is said and left."""
+        try:
+            ranker = load().ranker
+        except Exception:
+            logger.exception("the shadow bundle could not be loaded")
+            return
+        self.shadow = Shadow(ranker, self.metrics, self.settings.shadow_share)
 
     def serving(self) -> Serving:
         """The serving state.
@@ -240,6 +251,8 @@ class Server:
             if isinstance(ended, asyncio.CancelledError):
                 raise
             answer = None
+        if answer is not None and self.shadow is not None:
+            self.shadow.consider(asked, user, answer)
         if answer is None:
             late = [*user.problems, Degraded.DEADLINE]
             return ranker.in_order(asked, late, clock)
@@ -447,18 +460,23 @@ def serving_of(ranker: RankService | None) -> Serving:
     return Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
 
 
-def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
+def app_of(
+    server: Server, *, keep_up: bool = False, shadow: Callable[[], Serving] | None = None
+) -> RefusesFirst:
     """The routes of a server.
 
     Args:
+        shadow: loads the bundle that is asked beside.
         keep_up: whether bundles are loaded and followed, and the store is watched, in the background.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         settings, tasks = server.settings, []
+        if shadow is not None:  # behind the start
+            tasks.append(asyncio.create_task(asyncio.to_thread(server.load_shadow, shadow)))
         if keep_up:
-            tasks = [
+            tasks += [
                 asyncio.create_task(server.live.follow(settings.follow_s)),
                 asyncio.create_task(server.live.watch(settings.watch_s)),
                 asyncio.create_task(server.observe_for_ever()),
@@ -466,6 +484,8 @@ def app_of(server: Server, *, keep_up: bool = False) -> RefusesFirst:
         yield
         for task in tasks:
             task.cancel()
+        if server.shadow is not None:
+            await asyncio.to_thread(server.shadow.close)
         for log in server.logs:
             await asyncio.to_thread(log.close)
 

@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,11 @@ def app() -> Any:
     else:
         console.print(f"not ready: {live.not_loaded}", highlight=False)
     stopping = os.environ.get(STOPPING)
-    return app_of(Server(live, settings, Path(stopping) if stopping else None), keep_up=True)
+    shadow = None
+    if settings.shadow is not None:
+        shadow = replace(source, bundle=settings.shadow).load
+    server = Server(live, settings, Path(stopping) if stopping else None)
+    return app_of(server, keep_up=True, shadow=shadow)
 
 
 def listenable(host: str, port: int) -> int:

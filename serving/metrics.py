@@ -81,6 +81,18 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livesum",
         )
+        self.shadow = Counter(
+            "memoir_shadow",
+            "requests that another bundle was asked beside: compared, same_first, dropped, failed",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.shadow_correlation = Histogram(
+            "memoir_shadow_rank_correlation",
+            "of its list with the one that was served",
+            buckets=(-0.5, 0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
+            registry=self.registry,
+        )
         self.logged = Gauge(
             "memoir_served_logged",
             "requests in the served-feature log",

@@ -65,6 +65,8 @@ class ServeSettings(BaseSettings):
     tls_client_ca: Path | None = None  # callers must show a certificate that it signed
 
     access_log: bool = False
+    shadow: Path | None = None  # a bundle's folder: asked beside the one that ranks
+    shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the requests
     log_folder: Path | None = None  # of what was served, with the numbers that the model saw
     log_share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the users
 

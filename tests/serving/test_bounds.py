@@ -767,3 +767,42 @@ def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMOIR_SERVE_DEADLIN_MS", "5")
     with pytest.raises(SettingsError, match="MEMOIR_SERVE_DEADLINE_MS"):
         settings_from()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_shadow_says_how_far_its_lists_part_and_touches_no_answer(
+    ranker: RankService, items: list[Any], same: bool
+) -> None:
+    from dataclasses import replace
+
+    flipped: Any = copy.deepcopy(ranker.bundle.model)
+    if not same:
+        flipped.score = lambda *given: -type(flipped).score(flipped, *given)
+    other = replace(ranker.bundle, digest="f" * 64, model=flipped)
+    beside = RankService(other, ranker.reader, ranker.items, ranker.default_time)
+    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=5_000, shadow_share=1.0)
+    body = {"user_id": 1, "candidates": items}
+    alone = rank(server, body).json()
+    server.load_shadow(lambda: Serving(beside, GuardedReader(StillReader(ranker, 0.0))))
+    assert server.shadow is not None
+    with_shadow = rank(server, body).json()
+    server.shadow.close()
+    assert with_shadow["scores"] == alone["scores"]
+    assert with_shadow["bundle"] == ranker.bundle.name
+    text = server.metrics.text().decode()
+    assert 'memoir_shadow_total{outcome="compared"} 1.0' in text
+    assert ('memoir_shadow_total{outcome="same_first"} 1.0' in text) == same
+    below = 'memoir_shadow_rank_correlation_bucket{le="-0.5"} '
+    assert below + ("0.0" if same else "1.0") in text
+
+
+def test_a_shadow_that_cannot_be_loaded_keeps_nobody_from_ranking(
+    ranker: RankService, items: list[Any]
+) -> None:
+    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=5_000)
+
+    def broken() -> Serving:
+        raise BundleError("it is broken")
+
+    server.load_shadow(broken)
+    assert rank(server, {"user_id": 1, "candidates": items}).status_code == 200
