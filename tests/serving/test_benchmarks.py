@@ -1,0 +1,30 @@
+"""Benchmarks of the server explain themselves, and the smallest run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["catalogue_size", "readers", "load", "faults"])
+def test_benchmarks_explain_themselves(name: str) -> None:
+    command = [sys.executable, "-m", f"serving.benchmarks.{name}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--json" in done.stdout
+    assert "--quick" in done.stdout
+
+
+def test_the_size_of_a_catalogue_is_measured_without_a_store(tmp_path: Path) -> None:
+    """Which broke once without anybody's notice: it needs nothing but this checkout."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "serving.benchmarks.catalogue_size", "--quick"]
+    subprocess.run([*command, "--json", str(out)], capture_output=True, cwd=ROOT, check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["items"] for row in rows] == [3_000, 50_000]
+    assert all(row["rank_ms"] > 0 for row in rows)
