@@ -67,6 +67,7 @@ from serving.settings import Scope, ServeSettings
 from serving.shadow import Shadow
 
 T = TypeVar("T")
+MOST_EXPLAINED = 2  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class Server:
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
+        # Few, since each ranks as often as it names events.
+        self.explain_admission = Admission(MOST_EXPLAINED)
+        self.explaining = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
         self.shadow: Shadow | None = None
         self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
@@ -97,17 +101,15 @@ class Server:
         """All that were opened."""
         return list(self._logs.values())
 
-    @property
-    def served_log(self) -> ServedLog | None:
-        """The log of the bundle that ranks; None where nothing is logged."""
-        folder, current = self.settings.log_folder, self.live.current
-        if folder is None or current is None:
+    def log_of(self, serving: Serving) -> ServedLog | None:
+        """The log of a bundle's answers, whose files name its features; None where nothing is logged."""
+        folder, bundle = self.settings.log_folder, serving.ranker.bundle
+        if folder is None:
             return None
-        digest = current.ranker.bundle.digest
-        if digest not in self._logs:  # a bundle's own: its features are in the files
-            encoder = current.ranker.bundle.encoder
-            self._logs[digest] = ServedLog(folder, encoder, self.settings.log_share)
-        return self._logs[digest]
+        if bundle.digest not in self._logs:
+            made = ServedLog(folder, bundle.encoder, self.settings.log_share)
+            self._logs[bundle.digest] = made
+        return self._logs[bundle.digest]
 
     def load_shadow(self, load: Callable[[], Serving]) -> None:
         """Ask another bundle beside, from now on; one that cannot be loaded is said and left."""
@@ -158,11 +160,7 @@ class Server:
         """`POST /v1/rank`."""
         clock = Clock()
         arrived = time.perf_counter()
-        self.check(request, "rank")
-        self.admission.refuse_if_full()
-        serving = self.serving()
-        settings = self.settings
-        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        serving, body = await self._received(request, "rank", self.admission)
         asked = decode_request(body, serving.ranker.contract, media_of(request))
         self._refuse_the_future(asked)
         with self.admission.admitted():
@@ -177,10 +175,7 @@ class Server:
     async def rank_batch(self, request: Request) -> Response:
         """`POST /v1/rank:batch`: one after the other, all within the time of one; it takes one place."""
         arrived = time.perf_counter()
-        self.check(request, "rank")
-        self.admission.refuse_if_full()
-        serving, settings = self.serving(), self.settings
-        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        serving, body = await self._received(request, "rank", self.admission)
         batch = decode_batch(body, serving.ranker.contract, media_of(request))
         for asked in batch:
             self._refuse_the_future(asked)
@@ -199,20 +194,31 @@ class Server:
 
     async def explain(self, request: Request) -> Response:
         """`POST /v1/explain`: a scope of its own, since it tells a user's past."""
-        self.check(request, "explain")
-        self.admission.refuse_if_full()
-        serving, settings = self.serving(), self.settings
-        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        serving, body = await self._received(request, "explain", self.explain_admission)
         asked, number = decode_explain(body, serving.ranker.contract, media_of(request))
         self._refuse_the_future(asked)
-        with self.admission.admitted():
-            deadline = time.perf_counter() + settings.deadline_ms / 1000
+        with self.explain_admission.admitted():
+            deadline = time.perf_counter() + self.settings.deadline_ms / 1000
             user = await self._read_user(serving, asked, deadline)
             # Beside the model's thread, which ranks; event by event it waits its turn there.
             explained = await asyncio.get_running_loop().run_in_executor(
-                self.events, serving.ranker.explain, asked, user, number
+                self.explaining, serving.ranker.explain, asked, user, number
             )
         return answered_with(request, explained)
+
+    async def _received(
+        self, request: Request, scope: Scope, admission: Admission
+    ) -> tuple[Serving, bytes]:
+        """The serving state and the body, of a caller who may do this and for whom there is a place.
+
+        Raises:
+            ServingError: see `read_body`; or there is no token, no place, no bundle.
+        """
+        self.check(request, scope)
+        admission.refuse_if_full()
+        serving, settings = self.serving(), self.settings
+        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
+        return serving, body
 
     def _deadline(self, asked: RankRequest, arrived: float) -> float:
         """By when a request must be answered, as `time.perf_counter` has it."""
@@ -233,7 +239,7 @@ class Server:
             # Whoever asked may be gone, or the time up, by when the thread comes to it.
             if cancelled or time.perf_counter() > deadline:
                 return None
-            log = self.served_log
+            log = self.log_of(serving)
             if log is None or not log.samples(asked.user_id):
                 return ranker.answer(asked, user, clock)
             numbers: list[tuple[datetime, Encoded]] = []
@@ -294,12 +300,10 @@ class Server:
 
     async def take_events(self, request: Request) -> Response:
         """`POST /v1/events`: places of its own, so that a slow store keeps nobody from ranking."""
-        self.check(request, "events")
-        self.event_admission.refuse_if_full()
-        serving, settings = self.serving(), self.settings
+        serving, body = await self._received(request, "events", self.event_admission)
+        settings = self.settings
         if serving.events is None:
             raise NotReadyError("this server takes no events: it has no online store of its own")
-        body = await read_body(request, settings.max_body_bytes, settings.body_s, self.admission)
         user_id, events = decode_events(body, serving.ranker.contract, media_of(request))
         latest = self._latest()
         for event in events:
