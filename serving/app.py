@@ -522,7 +522,7 @@ def app_of(
         Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
-    return RefusesFirst(app, server, frozenset(posts) - {"/v1/events"})
+    return RefusesFirst(app, server, frozenset({"/v1/rank", "/v1/rank:batch"}))
 
 
 class RefusesFirst:
