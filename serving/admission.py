@@ -90,14 +90,19 @@ class Admission:
         try:
             yield body
         finally:
-            self._bytes -= body.bytes
-            self._arriving.pop(body, None)
+            self._leave(body)
 
     def came(self, body: Arriving, number: int) -> None:
         """So many bytes of a body came."""
+        if body not in self._arriving:  # given up, and on its way to its end
+            return
         body.bytes += number
         self._bytes += number
-        if self._bytes > self.most_bytes:
-            oldest = next(iter(self._arriving))
-            del self._arriving[oldest]
+        while self._bytes > self.most_bytes:
+            self._leave(oldest := next(iter(self._arriving)))
             oldest.give_up()
+
+    def _leave(self, body: Arriving) -> None:
+        if body in self._arriving:
+            del self._arriving[body]
+            self._bytes -= body.bytes

@@ -211,7 +211,8 @@ class Live:
         except Exception as error:
             self._not_loaded(error)
             return
-        if self._ranks(digest) or time.monotonic() < self._again.get(digest or "", 0.0):
+        name = digest or "given"
+        if self._ranks(digest) or time.monotonic() < self._again.get(name, 0.0):
             return
         if self.previous is not None and self.previous.ranker.bundle.digest == digest:
             self.roll_back()  # it is warm
@@ -221,13 +222,13 @@ class Live:
         except Exception as error:
             self._not_loaded(error)
             if isinstance(error, bundles.BundleError | NotFiniteError):
-                self.refused[digest or "given"] = str(error)
-                self._again[digest or ""] = time.monotonic() + REFUSED_AGAIN_S
+                self.refused[name] = str(error)
+                self._again[name] = time.monotonic() + REFUSED_AGAIN_S
             return
         if self.previous is not None:
             self.previous.ranker.items.close()
         self.previous, self.current = self.current, made
-        self.refused.pop(digest or "given", None)
+        self.refused.pop(name, None)
         self.swaps += 1
         logger.info("%s ranks now", made.name)
 
