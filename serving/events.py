@@ -16,7 +16,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract import Contract
-from feature_repo.history import unpack
 from feature_repo.online_tokens import OnlineTokens
 from modeling.bundle import Bundle
 from modeling.summary import Summariser
@@ -38,7 +37,7 @@ class EventTaker:
     """
 
     def __init__(self, store: FeatureStore, contract: Contract, bundle: Bundle) -> None:
-        self._contract, refresher = contract, None
+        refresher = None
         if bundle.makes_tokens:
             summariser = Summariser(bundle.model, bundle.encoder)
             if summariser.streams:
@@ -54,24 +53,8 @@ class EventTaker:
             HistoryError: what is stored of the user is damaged.
         """
         with self._one_at_a_time:
-            seen = set(self._known(user_id))
-            new = []
-            for event in events:
-                if (key := self._key(event)) not in seen:
-                    seen.add(key)
-                    new.append(event)
             try:
-                self._memory.add(user_id, new)
+                added = self._memory.add(user_id, events)
             except LateError as error:
                 raise LateEventError(str(error)) from error
-            return EventsResponse(len(new), len(events) - len(new))
-
-    def _known(self, user_id: Id) -> list[tuple[Any, ...]]:
-        """Events of the stored history."""
-        packed = self._memory.read(user_id)["user_history"]["history"]
-        if packed is None:
-            return []
-        return [self._key(event) for event in unpack(self._contract, user_id, packed).to_pylist()]
-
-    def _key(self, event: dict[str, Any]) -> tuple[Any, ...]:
-        return event[self._contract.item.join_key], event["action"], event["event_timestamp"]
+        return EventsResponse(added, len(events) - added)

@@ -188,15 +188,14 @@ class UserMemory:
 
     def read(self, user_id: int | str) -> dict[str, dict[str, Any]]:
         """What is stored of a user, by view; to be put back by `write`."""
-        found = {}
-        for view in ("user_history", "user_stats"):
-            names = [c.name for c in self._contract.table(view).columns]
-            refs = [f"{view}:{name}" for name in names]
-            rows = self._store.get_online_features(
-                refs, [{self._contract.user.join_key: user_id}]
-            ).to_dict()
-            found[view] = {name: rows[name][0] for name in names}
-        return found
+        views = {
+            view: [c.name for c in self._contract.table(view).columns]
+            for view in ("user_history", "user_stats")
+        }
+        refs = [f"{view}:{name}" for view, names in views.items() for name in names]
+        asked = [{self._contract.user.join_key: user_id}]
+        rows = self._store.get_online_features(refs, asked).to_dict()
+        return {view: {name: rows[name][0] for name in names} for view, names in views.items()}
 
     def write(self, user_id: int | str, rows: dict[str, dict[str, Any]], known: int) -> None:
         """Store rows of a user, by view.
@@ -215,10 +214,11 @@ class UserMemory:
             }
             write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
 
-    def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> None:
+    def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> int:
         """Add a user's new events, oldest first: to the history, with the sketch that counts it; then
         statistics and tokens are brought up to it, which makes whole what an earlier call left half
-        done.
+        done. Returns how many were added: one that is there already, the same item, action and time,
+        is not.
 
         Args:
             new_events: columns of `contract.history_columns`, none earlier than what is stored;
@@ -229,10 +229,12 @@ class UserMemory:
             LateError: an event is earlier than one that is stored.
         """
         acted = self._contract.history_actions
-        # What a user was shown is in no history.
-        new_events = [event for event in new_events if event["action"] in acted]
         stored = self.read(user_id)
         before = self._events(user_id, stored)
+        seen = {self._identity(event) for event in before.to_pylist()}
+        # What a user was shown is in no history.
+        unseen = {self._identity(event): event for event in new_events if event["action"] in acted}
+        new_events = [event for key, event in unseen.items() if key not in seen]
         # A history without a sketch does not say how many events it stands for; the statistics do.
         counted = self._counted(user_id, stored)
         if new_events:
@@ -248,6 +250,10 @@ class UserMemory:
             counted += new.num_rows
             before = self._kept(whole)
         self._catch_up(user_id, stored["user_stats"], before, counted)
+        return len(new_events)
+
+    def _identity(self, event: dict[str, Any]) -> tuple[Any, ...]:
+        return event[self._contract.item.join_key], event["action"], event[EVENT_TIMESTAMP]
 
     def _events(self, user_id: int | str, stored: dict[str, dict[str, Any]]) -> pa.Table:
         """The packed events."""
