@@ -20,7 +20,7 @@ from feature_repo.settings import Settings
 from feature_repo.store import open_store
 from feature_repo.transforms import USER_FEATURES
 from modeling.bundle import Bundle
-from modeling.dataset import Warehouse, point_in_time_join
+from modeling.dataset import Warehouse
 from modeling.encoder import Encoded
 from modeling.tasks import ranking_logits
 from modeling.trainer import predict
@@ -154,22 +154,25 @@ def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
     lengths = pc.list_value_length(log["candidates"]).to_numpy().astype(np.int64)
     row = pa.array(np.repeat(np.arange(len(log)), lengths))
     user, item = contract.user.join_key, contract.item.join_key
-    entity_rows = pa.table(
+    examples = pa.table(
         {
             user: log[user].take(row).cast(arrow_type(contract.user.dtype)),
             item: pc.list_flatten(log["candidates"]).cast(arrow_type(contract.item.dtype)),
             EVENT_TIMESTAMP: log["request_timestamp"].take(row),
+            "request_id": log["request_id"].take(row),
+            **{c.name: log[c.name].take(row) for c in contract.spec.context_features},
+            # What came of it is not known here, and nothing is of impressions.
+            **{name: pa.nulls(len(row), pa.int8()) for name in contract.labels},
+            **{
+                c.name: pa.nulls(len(row), arrow_type(c.dtype))
+                for c in contract.spec.shown_features
+            },
         }
     )
-    joined = point_in_time_join(open_store(settings), bundle.manifest["service"], entity_rows)
-    nothing = pa.nulls(len(joined), pa.int8())
-    for name in contract.labels:
-        joined = joined.append_column(name, nothing)
-    for column in contract.spec.context_features:
-        joined = joined.append_column(column.name, log[column.name].take(row))
-    for column in contract.spec.shown_features:
-        joined = joined.append_column(column.name, pa.nulls(len(joined), arrow_type(column.dtype)))
-    split = Warehouse(settings).assemble(joined, log["request_id"].take(row).combine_chunks())
+    warehouse = Warehouse(settings)
+    store, service = open_store(settings), bundle.manifest["service"]
+    joined = warehouse.join(store, service, "test", examples)
+    split = warehouse.assemble(joined.drop_columns("request_id"), joined["request_id"])
     return encoder.featurise(split.requests)
 
 
