@@ -107,7 +107,7 @@ class Server:
         if folder is None:
             return None
         if bundle.digest not in self._logs:
-            made = ServedLog(folder, bundle.encoder, self.settings.log_share)
+            made = ServedLog(folder / bundle.name, bundle.encoder, self.settings.log_share)
             self._logs[bundle.digest] = made
         return self._logs[bundle.digest]
 

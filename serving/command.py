@@ -14,12 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
-from modeling import bundle as bundles
-from modeling.bundle import Bundle
 from serving.ranker import RankService
 from serving.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
 
@@ -43,8 +39,7 @@ def open_ranker(
     """
     from serving.live import Source
 
-    given = None if bundle_path is None else Path(bundle_path)
-    return Source(settings, given, replay, item_refresh_s).load().ranker
+    return Source(settings, _path(bundle_path), replay, item_refresh_s).load().ranker
 
 
 def run_audit(log: str, bundle_path: str | None) -> None:
@@ -54,10 +49,12 @@ def run_audit(log: str, bundle_path: str | None) -> None:
         NothingToAuditError: no logged request can be computed anew.
     """
     from serving.audit import audit
+    from serving.live import Source
     from serving.served_log import read_log
 
     settings = Settings.from_env()
-    found = audit(settings, read_log(Path(log)), _bundle(settings, bundle_path))
+    bundle = Source(settings, _path(bundle_path)).open_bundle()
+    found = audit(settings, read_log(Path(log, bundle.name)), bundle)
     wrong = [one for one in found.features if one.differ]
     table = Table("feature", "numbers", "differ", "rate", "largest difference", box=SIMPLE_HEAD)
     for one in wrong:
@@ -84,10 +81,12 @@ def run_replay(log: str, bundle_path: str | None) -> None:
         NothingToAuditError: no logged request can be ranked anew.
     """
     from serving.audit import replay
+    from serving.live import Source
     from serving.served_log import read_log
 
     settings = Settings.from_env()
-    found = replay(settings, read_log(Path(log)), _bundle(settings, bundle_path))
+    bundle = Source(settings, _path(bundle_path)).open_bundle()
+    found = replay(settings, read_log(Path(log)), bundle)
     console.print(
         f"{found.requests:,} requests: the same first item in {found.same_first:.1%}, rank correlation "
         f"{found.rank_correlation:.3f}, {found.overlap_10:.1%} of the ten best in common",
@@ -95,13 +94,8 @@ def run_replay(log: str, bundle_path: str | None) -> None:
     )
 
 
-def _bundle(settings: Settings, path: str | None) -> Bundle:
-    """A bundle by its folder, or the live one."""
-    contract = datasets.load_contract(settings.dataset)
-    if path is not None:
-        return bundles.load(Path(path), contract)
-    live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
-    return bundles.load(settings.path(live.path), contract, live.digest)
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 class PortTakenError(ExpectedError, OSError):

@@ -87,6 +87,16 @@ class Source:
             return None
         return self._catalogue.live_bundle(self.settings.dataset).digest
 
+    def open_bundle(self, digest: str | None = None) -> bundles.Bundle:
+        """The bundle alone, checked; arguments and errors as in `load`."""
+        contract = datasets.load_contract(self.settings.dataset)
+        if self.bundle is not None:
+            return bundles.load(self.bundle, contract)
+        live = self._catalogue.live_bundle(self.settings.dataset)
+        if digest is not None and live.digest != digest:
+            raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
+        return bundles.load(self.settings.path(live.path), contract, live.digest)
+
     def load(self, digest: str | None = None) -> Serving:
         """The bundle over the online store, warm, its scores tried.
 
@@ -102,15 +112,7 @@ class Source:
         import torch
 
         torch.set_num_threads(1)
-        settings = self.settings
-        contract = datasets.load_contract(settings.dataset)
-        if self.bundle is not None:
-            bundle = bundles.load(self.bundle, contract)
-        else:
-            live = self._catalogue.live_bundle(settings.dataset)
-            if digest is not None and live.digest != digest:
-                raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
-            bundle = bundles.load(settings.path(live.path), contract, live.digest)
+        settings, bundle = self.settings, self.open_bundle(digest)
         # The bundle's own: what it was trained under, the one in force has.
         contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
         store = open_store(settings)

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from feature_repo.arrow import TIMESTAMP, arrow_type, hash_keys
 from feature_repo.contract import Contract
+from feature_repo.errors import ExpectedError
 from modeling.encoder import Encoded, Encoder
 from serving.items import Id
 from serving.messages import RankRequest, RankResponse
@@ -35,6 +36,10 @@ from serving.messages import RankRequest, RankResponse
 MAX_WAITING = 10_000  # rows
 PART_ROWS = 1_000  # of a file, at most
 logger = logging.getLogger(__name__)
+
+
+class NoLogError(ExpectedError, FileNotFoundError):
+    """There is no log of what was served."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class ServedLog:
     """Writes a share of the users' requests.
 
     Args:
-        folder: where parts go, a folder a day.
+        folder: of this bundle's parts, since its features are named in them; a folder a day.
         share: of the users.
         every_s: the longest that a row waits for its file.
     """
@@ -174,10 +179,13 @@ def read_log(folder: Path) -> pa.Table:
     """All parts of a log.
 
     Raises:
-        FileNotFoundError: there is none.
+        NoLogError: there is none.
     """
     parts = sorted(folder.rglob("part-*.parquet"))
     if not parts:
-        raise FileNotFoundError(f"{folder} holds no part of a log of served requests")
+        held = sorted(one.name for one in folder.parent.glob("*") if one.is_dir())
+        raise NoLogError(
+            f"{folder} holds no part of a log of served requests; beside it are {held}"
+        )
     tables = [pq.read_table(part) for part in parts]
     return pa.concat_tables(tables, promote_options="permissive")

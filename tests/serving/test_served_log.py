@@ -21,7 +21,7 @@ from serving.command import open_ranker
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.ranker import RankService
-from serving.served_log import ServedLog, read_log
+from serving.served_log import NoLogError, ServedLog, read_log
 from serving.settings import ServeSettings
 
 
@@ -120,7 +120,7 @@ def test_a_user_is_logged_always_or_never_and_a_full_queue_drops(
     assert chosen == [log.samples(user) for user in range(2_000)]
     assert 0.25 < np.mean(chosen) < 0.35
     log.close()
-    with pytest.raises(FileNotFoundError, match="no part"):
+    with pytest.raises(NoLogError, match="no part"):
         read_log(tmp_path)
 
 
