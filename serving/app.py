@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -30,25 +30,21 @@ from starlette.types import Scope as ASGIScope
 from feature_repo.history import HistoryError
 from modeling.encoder import Encoded
 from serving.admission import Admission
+from serving.bodies import answered_with, error_response, media_of, read_body, unless_left
 from serving.degraded import Degraded
 from serving.errors import (
-    BodyTooLargeError,
     ForbiddenError,
     InvalidRequestError,
     NotReadyError,
     ServingError,
-    SlowBodyError,
     StoreAwayError,
     UnauthorizedError,
-    UnsupportedMediaError,
 )
 from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.messages import (
     JSON,
-    MSGPACK,
-    ErrorBody,
     RankBatchResponse,
     RankRequest,
     RankResponse,
@@ -56,7 +52,6 @@ from serving.messages import (
     decode_events,
     decode_explain,
     decode_request,
-    encoded,
 )
 from serving.metrics import STAGES, Metrics
 from serving.openapi import openapi_document
@@ -66,7 +61,6 @@ from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
 from serving.shadow import Shadow
 
-T = TypeVar("T")
 MOST_EXPLAINED = 2  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
@@ -543,89 +537,3 @@ class RefusesFirst:
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def error_response(status: int, kind: str, message: str) -> Response:
-    """An error as clients read it."""
-    headers = {"Retry-After": "1"} if status == 503 else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if status == 408:
-        headers["Connection"] = "close"
-    body = msgspec.json.encode(ErrorBody(kind, message))
-    return Response(body, status_code=status, media_type=JSON, headers=headers)
-
-
-def media_of(request: Request) -> str:
-    """What a body is said to be, lower case; JSON where nothing is said."""
-    return request.headers.get("content-type", JSON).split(";")[0].strip().lower()
-
-
-def answered_with(request: Request, answer: Any, headers: dict[str, str] | None = None) -> Response:
-    """An answer in the words of the request, or in those that it accepts alone."""
-    accepted = request.headers.get("accept", "")
-    media = media_of(request)
-    if MSGPACK in accepted and JSON not in accepted:
-        media = MSGPACK
-    elif JSON in accepted and MSGPACK not in accepted:
-        media = JSON
-    return Response(encoded(answer, media), media_type=media, headers=headers)
-
-
-async def unless_left(request: Request, answering: Awaitable[T]) -> T:
-    """An answer, unless the client leaves before it is there.
-
-    Raises:
-        ClientDisconnect: they left; the work is cancelled.
-    """
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(answering), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, watching):
-            task.cancel()
-
-
-async def read_body(
-    request: Request, limit: int, seconds: float = 5.0, admission: Admission | None = None
-) -> bytes:
-    """The body, read no further than the limit and no longer than its time.
-
-    Args:
-        admission: which bounds how much of all bodies is held; default: nothing does.
-
-    Raises:
-        UnsupportedMediaError: declared as something other than JSON or msgpack, or compressed.
-        BodyTooLargeError: longer than the limit.
-        SlowBodyError: not there in time, or the slowest of too many.
-    """
-    if (declared := media_of(request)) not in (JSON, MSGPACK):
-        raise UnsupportedMediaError(f"Content-Type must be {JSON} or {MSGPACK}, not {declared!r}")
-    if encoding := request.headers.get("content-encoding"):
-        raise UnsupportedMediaError(
-            f"Content-Encoding {encoding!r} is not accepted: send it as it is"
-        )
-    too_large = BodyTooLargeError(f"the body may have {limit:,} bytes at most")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    body, admission = bytearray(), admission or Admission(1)
-    try:
-        async with asyncio.timeout(seconds) as timeout:
-            with admission.arriving(timeout) as arriving:
-                async for chunk in request.stream():
-                    body += chunk
-                    admission.came(arriving, len(chunk))
-                    if len(body) > limit:
-                        raise too_large
-    except TimeoutError as error:
-        raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
-    return bytes(body)

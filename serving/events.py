@@ -1,11 +1,11 @@
 """New events of a user, taken by the server into all that the online store holds of them: the next
 answer knows them.
 
-The history is written first, with the sketch that counts it; statistics and tokens are then brought up to
-it, from whatever they hold. So a call that failed half-way is made whole by the next one, and a caller may
-send the same events again: one that is there already (the same item, action and time) is not added twice.
-One that is earlier than the newest that is known is refused: histories are in the order of time, and the
-jobs put late events where they belong.
+The history is written first, with the sketch that counts it; statistics and tokens are then brought
+up to it, from whatever they hold. So a call that failed half-way is made whole by the next one, and a
+caller may send the same events again: one that is there already (the same item, action and time) is
+not added twice. One that is earlier than the newest that is known is refused: histories are in the
+order of time, and the jobs put late events where they belong.
 
 Two processes that take events of one user at the same moment can lose one of them until the jobs run.
 """
@@ -43,6 +43,7 @@ class EventTaker:
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
         self._memory = UserMemory(store, contract, refresher)
+        # To add is to read and to write: two at a time would each write what they read.
         self._one_at_a_time = threading.Lock()
 
     def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:

@@ -15,6 +15,8 @@ from feature_repo.benchmarks import parser, report
 from feature_repo.settings import Settings
 
 WHOLE = "gated_ml1m"
+# What parts do together need not be the sum of what each does: the layers as a whole, then SASRec
+# with all that the recipe has beside them, which is what a better architecture must be held against.
 AS_SASREC = ("model.gated=False", "model.activation=relu", "model.expansion=1")
 SASREC = (*AS_SASREC, "model.width=64", "model.num_heads=1", "model.dropout=0.1")
 CHANGES: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,8 @@ from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
 from serving.admission import Admission
-from serving.app import Server, app_of, read_body
+from serving.app import Server, app_of
+from serving.bodies import read_body
 from serving.command import environment_of, open_ranker
 from serving.errors import SlowBodyError
 from serving.features import UserRow

@@ -28,7 +28,8 @@ from feature_repo.tables import JobFolder
 from modeling.dataset import Warehouse, point_in_time_join
 from modeling.encoder import RequestColumns
 from modeling.trainer import predict
-from serving.app import create_app, read_body
+from serving.app import create_app
+from serving.bodies import read_body
 from serving.command import open_ranker
 from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
 from serving.features import UserRow
