@@ -25,6 +25,7 @@ from modeling.encoder import Encoded
 from modeling.tasks import ranking_logits
 from modeling.trainer import predict
 from serving.degraded import Degraded
+from serving.shadow import rank_correlation
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # by which float32 numbers may differ and be taken for equal
 # Without these a request's numbers are what the tables say; with any other something was missing.
@@ -120,10 +121,8 @@ def replay(settings: Settings, log: pa.Table, bundle: Bundle) -> Replay:
         order = [row["candidates"][at] for at in np.argsort(-scores, kind="stable")]
         same.append(order[0] == row["ranked"][0])
         overlap.append(len(set(order[:10]) & set(row["ranked"][:10])) / min(10, len(row["ranked"])))
-        place = {item: at for at, item in enumerate(order)}
-        if len(place) > 1 and len(row["ranked"]) == len(place):
-            theirs = np.array([place[item] for item in row["ranked"]])
-            correlation.append(float(np.corrcoef(np.arange(len(theirs)), theirs)[0, 1]))
+        if (found := rank_correlation(row["ranked"], order)) is not None:
+            correlation.append(found)
     mean = float(np.mean(correlation)) if correlation else float("nan")
     return Replay(len(chosen), float(np.mean(same)), mean, float(np.mean(overlap)))
 

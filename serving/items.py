@@ -98,7 +98,7 @@ class _Rows:
 
 
 class KnownItems:
-    """All items at one time; nothing of it changes.
+    """All items at one time; nothing of it changes, but for what is remembered of look-ups.
 
     Places count through what was loaded, then through what was looked up since.
     """
@@ -314,14 +314,15 @@ class ItemTable:
             self._wake.clear()
             if self._stop.is_set():
                 return
-            for due_now, work in ((True, self.look_up), (time.monotonic() >= due, self.refresh)):
-                if not due_now:
-                    continue
-                try:
-                    work()
-                except Exception:
-                    logger.exception("items could not be read; the last features stay in use")
-                    # What asks for an unknown item asks again; a store that fails is not asked at once.
-                    self._stop.wait(PAUSE_S)
+            self._try(self.look_up)
             if time.monotonic() >= due:
+                self._try(self.refresh)
                 due = time.monotonic() + refresh_s
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("items could not be read; the last features stay in use")
+            # What asks for an unknown item asks again; a store that fails is not asked at once.
+            self._stop.wait(PAUSE_S)
