@@ -25,14 +25,16 @@ from beam_jobs.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
 from feature_repo import datasets, limits
 from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.contract import Contract
+from feature_repo.erased import REDACTED, Erased, erased_of
 from feature_repo.history import run_starts
-from feature_repo.parse import REPEATED, wanted, without_repeats
+from feature_repo.parse import REPEATED, user_columns, wanted, without_repeats
 from feature_repo.schema import DatasetSpec, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
 
 COUNTS = b"counts"  # of a unit, beside its dead letters
 LATE = "time is at or after --as_of"
+NOBODY_ERASED = Erased()
 NOT_BAD = (LATE, REPEATED)  # reasons that say nothing against the data
 
 
@@ -49,8 +51,9 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
     """One raw unit as keyed pieces, and its dead letters with its counts."""
     counts: Counter[str] = Counter()
     letters = [arrow_schema(plan.contract.table("dead_letters")).empty_table()]
+    erased = erased_of(plan.home)
     for number, parsed in enumerate(datasets.load(plan.dataset).parse(unit.source)):
-        sifted = sift(plan, unit, parsed)
+        sifted = sift(plan, unit, parsed, erased)
         counts.update(sifted.counts)
         letters.append(sifted.dead_letters)
         for key, rows in sifted.by_key(plan):
@@ -76,17 +79,24 @@ class Sifted:
                 yield (table, partition), piece
 
 
-def sift(plan: RunPlan, unit: Unit, parsed: datasets.Parsed) -> Sifted:
-    """Set aside what breaks a limit, and what the run may not know."""
-    contract = plan.contract
-    letters = [parsed.dead_letters]
+def sift(
+    plan: RunPlan, unit: Unit, parsed: datasets.Parsed, erased: Erased = NOBODY_ERASED
+) -> Sifted:
+    """Leave out users who were erased; set aside what breaks a limit, and what the run may not know."""
+    contract, user = plan.contract, plan.contract.user.join_key
+    letters = [redacted(contract, parsed.dead_letters, erased)]
     counts: Counter[str] = Counter(parsed.counts)
 
-    # 1. What breaks a limit of the contract, row by row.
-    events = limits.check(contract.table("events"), parsed.events)
-    letters.append(_letters(plan, unit, parsed.events.take(pa.array(events.dead)), events.reasons))
+    # 1. Who was erased.
+    told = erased.without(parsed.events, user)
+    users = erased.without(parsed.users, user)
+    counts["events_erased"] = parsed.events.num_rows - told.num_rows
+
+    # 2. What breaks a limit of the contract, row by row.
+    events = limits.check(contract.table("events"), told)
+    letters.append(_letters(plan, unit, told.take(pa.array(events.dead)), events.reasons))
     profiles = {}
-    for name, rows in (("user_profile", parsed.users), ("item_profile", parsed.items)):
+    for name, rows in (("user_profile", users), ("item_profile", parsed.items)):
         checked = limits.check(contract.table(name), rows)
         reasons = [f"{name}, {reason}" for reason in checked.reasons]
         letters.append(_letters(plan, unit, rows.take(pa.array(checked.dead)), reasons))
@@ -95,7 +105,7 @@ def sift(plan: RunPlan, unit: Unit, parsed: datasets.Parsed) -> Sifted:
         counts["nulls_dropped_from_lists"] += checked.nulls_dropped
         profiles[name] = checked.kept
 
-    # 2. What the run may not know.
+    # 3. What the run may not know.
     known = events.kept
     if plan.as_of is not None:
         late = micros(known["event_timestamp"]) >= plan.as_of
@@ -106,8 +116,19 @@ def sift(plan: RunPlan, unit: Unit, parsed: datasets.Parsed) -> Sifted:
             for n, rows in profiles.items()
         }
 
-    counts["events_dead"] = parsed.events.num_rows - known.num_rows
+    counts["events_dead"] = told.num_rows - known.num_rows
     return Sifted({"events": known, **profiles}, pa.concat_tables(letters), counts)
+
+
+def redacted(contract: Contract, letters: pa.Table, erased: Erased) -> pa.Table:
+    """Dead letters that keep their reasons and places, and of erased users nothing else."""
+    if not erased or not letters.num_rows:
+        return letters
+    raw = letters["raw"].to_pylist()
+    theirs = erased.in_raw(raw, user_columns(contract.spec))
+    blanked = [REDACTED if is_theirs else row for row, is_theirs in zip(raw, theirs, strict=True)]
+    place = letters.schema.get_field_index("raw")
+    return letters.set_column(place, letters.schema.field(place), pa.array(blanked, pa.string()))
 
 
 def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
@@ -274,7 +295,10 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     dataset = datasets.load(plan.dataset)
     events = [unit for unit in units if unit.source.kind == "events"]
     sampled = expectations.spread(events, [unit.rows for unit in events])
+    erased, user = erased_of(plan.home), plan.contract.user.join_key
     raw = (rows for unit in sampled for rows in dataset.read_raw(unit.source))
+    if erased:  # nobody finds them in a report either
+        raw = (erased.without(rows, user) if user in rows.column_names else rows for rows in raw)
     batches = expectations.rebatch(expectations.first_rows(raw))
     table = raw_table(dataset.spec)
     return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
@@ -292,12 +316,13 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
     raw = [unit for unit in units if unit.source.kind == "events"]
     given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
     read, used, dead = (counts.get(name, 0) for name in ("rows_read", "rows_used", "rows_dead"))
-    made, kept, lost = (counts.get(n, 0) for n in ("events_made", "rows_events", "events_dead"))
+    made, kept = counts.get("events_made", 0), counts.get("rows_events", 0)
+    lost, gone = counts.get("events_dead", 0), counts.get("events_erased", 0)
     # A compressed file knows how many rows it has only once it is read.
-    if given not in (None, read) or read != used + dead or made != kept + lost:
+    if given not in (None, read) or read != used + dead or made != kept + lost + gone:
         raise LostRowsError(
             f"{'unknown' if given is None else f'{given:,}'} raw rows, {read:,} read, {used:,} used + {dead:,} dead; "
-            f"{made:,} events made, {kept:,} kept + {lost:,} dead: the run was not published"
+            f"{made:,} events made, {kept:,} kept + {lost:,} dead + {gone:,} of erased users: the run was not published"
         )
     if not kept:
         raise datasets.RawDataError(
@@ -352,6 +377,7 @@ JOB = Job(
     name="events",
     doc="raw rows → events by user, profiles, dead letters",
     reads={"raw": ()},
+    also_depends_on=("erased",),
     options=TableOptions,
     steps=partial(BuildTables, read=parse_unit, build=build),
     num_parts=lambda plan, units: 4 * num_partitions(plan) + units,

@@ -11,6 +11,7 @@ from pathlib import Path
 from feature_repo import datasets
 from feature_repo.code import code_digest
 from feature_repo.datasets import Dataset
+from feature_repo.erased import erased_of
 from feature_repo.settings import Settings
 from feature_repo.sources import sha256_of
 from feature_repo.store import held_epoch, store_digest
@@ -23,7 +24,8 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     """Digest of each input as it is now.
 
     Args:
-        names: "code", "store", "raw", "views" or the name of a job; a job that has not run has no digest.
+        names: "code", "store", "raw", "views", "erased" or the name of a job; a job that has not run has no
+            digest.
     """
     found = {}
     for name in names:
@@ -35,6 +37,8 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
             found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
         elif name == "views":
             found[name] = datasets.load(settings.dataset).views_digest(settings.data)
+        elif name == "erased":
+            found[name] = erased_of(settings.home).digest
         elif manifest := JobFolder(settings.home, name).manifest():
             found[name] = manifest.digest
     return found

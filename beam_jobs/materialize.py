@@ -30,6 +30,7 @@ from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.catalogue import Catalogue
 from feature_repo.contract import contract
 from feature_repo.declarations import lacks, spec_of
+from feature_repo.erased import erased_of
 from feature_repo.history import newest_rows
 from feature_repo.online_rows import write_rows
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
@@ -196,8 +197,10 @@ def write_own_views(plan: RunPlan, settings: Settings) -> None:
         if plan.as_of is not None:
             known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
             rows = rows.filter(pa.array(known <= plan.as_of))
+        key = plan.contract.table(view.name).join_keys[0]
+        if key == plan.contract.user.join_key:
+            rows = erased_of(plan.home).without(rows, key)
         if rows.num_rows:
-            key = plan.contract.table(view.name).join_keys[0]
             write_rows(open_store(settings), view.name, newest_rows(rows, key))
 
 
@@ -214,7 +217,7 @@ JOB = Job(
     num_parts=lambda plan, units: (
         units + len({"user_profile", "item_profile", "user_history", "user_stats", "item_stats"})
     ),
-    also_depends_on=("views",),
+    also_depends_on=("views", "erased"),
     gate=refuse_to_break_the_live_bundle,
     account=account,
     finish=finish,

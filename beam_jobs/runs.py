@@ -39,7 +39,7 @@ from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_by
 
 logger = logging.getLogger(__name__)
 SET_ASIDE = ("dead_letters", "token_dead_letters")  # tables of what broke a limit
-SOURCES = ("raw", "views")  # inputs that no job builds
+SOURCES = ("raw", "views", "erased")  # inputs that no job builds
 CORES = os.cpu_count() or 1
 PARTS = "_parts"  # a small JSON beside each part: what it holds and what its maker counted
 

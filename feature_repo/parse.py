@@ -113,6 +113,18 @@ def theirs(spec: DatasetSpec, kind: str) -> list[str]:
     return list(dict.fromkeys(name for _, name in wanted(spec, kind)))
 
 
+def user_columns(spec: DatasetSpec) -> set[str]:
+    """Raw columns that hold users, in whatever source; none where code makes them."""
+    found = set()
+    for kind in ("events", "users"):
+        if getattr(spec, kind) is not None:
+            named = {name for column, name in wanted(spec, kind) if column.name == "user_id"}
+            if not named:
+                return set()
+            found |= named
+    return found
+
+
 def typed(spec: DatasetSpec, unit: RawUnit, rows: pa.Table) -> pa.Table:
     """Raw rows as the declared columns; null where a value cannot be read."""
     source: Source = getattr(spec, unit.kind)

@@ -239,7 +239,17 @@ class JobFolder:
         """
         previous = self.manifest()
         self.write_bytes(f"{self.root}/{MANIFEST}", manifest.to_json().encode())
-        keep = manifest.runs | (previous.runs if previous else set())
+        self._keep_only(manifest.runs | (previous.runs if previous else set()))
+
+    def forget_earlier_runs(self) -> None:
+        """Drop the folders of all runs but the published one, the one before it included, which readers
+        may still have open.
+        """
+        manifest = self.manifest()
+        if manifest is not None:
+            self._keep_only(manifest.runs)
+
+    def _keep_only(self, keep: set[str]) -> None:
         for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):
             if info.type == pafs.FileType.Directory and info.base_name not in keep:
                 self.filesystem.delete_dir(info.path)

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
 from feature_repo.contract import Contract
+from feature_repo.erased import Erased
 from feature_repo.errors import ExpectedError
-from feature_repo.tables import JobFolder, Manifest, digest_of
+from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
 
 JOB = "summary_tokens"
 TABLE = "token_log"
@@ -119,6 +121,65 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
                 if not stays(part.path):
                     folder.filesystem.delete_file(f"{folder.root}/{part.path}")
     return sum(part.rows for part in dropped)
+
+
+def erase(contract: Contract, home: str, erased: Erased) -> int:
+    """Publish the tables of `summary_tokens` without erased users; the files that held them go. Returns
+    the rows that went.
+
+    In the token log a row stays where it is, since others' row numbers count it, and loses what it holds.
+
+    Raises:
+        JobRunningError: the job is under way.
+    """
+    folder, user = JobFolder(home, JOB), contract.user.join_key
+    with folder.lock():
+        manifest = folder.manifest()
+        if manifest is None:
+            return 0
+        # The manifest keeps its run, which the online store names: what it holds is still that run's.
+        folder_of_these = digest_of([manifest.digest, "without", erased.digest])
+        gone, replaced = 0, []
+        tables: dict[str, list[Part]] = {}
+        for table, parts in manifest.tables.items():
+            tables[table] = kept = []
+            for part in parts:
+                path = f"{folder.root}/{part.path}"
+                if not part.path.endswith((".arrow", ".parquet")):
+                    kept.append(part)  # counts alone
+                    continue
+                log = table == TABLE and part.path.endswith(".arrow")
+                rows = (
+                    pa.ipc.open_file(folder.open(path)).read_all()
+                    if log
+                    else folder.read_path(path)
+                )
+                held = erased.holds(rows[user]) if user in rows.column_names else np.zeros(0, bool)
+                if not held.any():
+                    kept.append(part)
+                    continue
+                gone += int(held.sum())
+                replaced.append(path)
+                data = _blanked(rows, held) if log else parquet_bytes(rows.filter(pa.array(~held)))
+                number = rows.num_rows if log else int((~held).sum())
+                name = part.path.rsplit("/", 1)[-1]
+                kept.append(folder.write_part(folder_of_these, table, name, data, number))
+        if replaced:
+            folder.publish(replace(manifest, tables=tables))
+        for path in replaced:
+            folder.filesystem.delete_file(path)
+    return gone
+
+
+def _blanked(rows: pa.Table, held: np.ndarray) -> pa.Buffer:
+    """A part of the log whose chosen rows hold nobody and nothing."""
+    mask = pa.array(held)
+    columns = [pc.if_else(mask, pa.scalar(None, c.type), c) for c in rows.columns]
+    batch = pa.table(columns, names=rows.column_names).combine_chunks().to_batches()[0]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
 
 
 def log_part(contract: Contract, users: pa.Array, envelopes: list[bytes]) -> pa.RecordBatch:

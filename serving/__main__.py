@@ -85,6 +85,20 @@ def replay(log: str, *, bundle: str | None = None) -> None:
 
 
 @app.command
+def erase(*users: str, logs: tuple[str, ...] = (), allow: bool = False) -> None:
+    """Take users out of every table, store, version and log, prove it, and keep them out of later runs.
+
+    Args:
+        users: their ids.
+        logs: folders that servers logged to; MEMOIR_SERVE_LOG_FOLDER always counts.
+        allow: take them off the list of erased users: jobs and servers may know them again.
+    """
+    from serving import command
+
+    command.run_erase(list(users), list(logs), allow=allow)
+
+
+@app.command
 def demo(*, recipe: str | None = None) -> int:
     """Start a server, ask it once, show what it answers.
 

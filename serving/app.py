@@ -73,9 +73,17 @@ class Server:
 
     Args:
         stopping: whose existence says that the server is about to stop; default: nothing says it.
+        home: the dataset's, whose erased users no log holds.
     """
 
-    def __init__(self, live: Live, settings: ServeSettings, stopping: Path | None = None) -> None:
+    def __init__(
+        self,
+        live: Live,
+        settings: ServeSettings,
+        stopping: Path | None = None,
+        home: str | None = None,
+    ) -> None:
+        self.home = home
         self.live, self.settings, self.stopping = live, settings, stopping
         self.metrics = Metrics()
         self.admission = Admission(settings.max_in_flight)
@@ -101,7 +109,9 @@ class Server:
         if folder is None:
             return None
         if bundle.digest not in self._logs:
-            made = ServedLog(folder / bundle.name, bundle.encoder, self.settings.log_share)
+            made = ServedLog(
+                folder / bundle.name, bundle.encoder, self.settings.log_share, home=self.home
+            )
             self._logs[bundle.digest] = made
         return self._logs[bundle.digest]
 

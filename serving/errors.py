@@ -97,6 +97,13 @@ class LateEventError(ServingError):
     kind = "late_event"
 
 
+class ErasedUserError(ServingError):
+    """The user was erased, and nothing may be kept of them."""
+
+    status = 409
+    kind = "erased_user"
+
+
 class StoreAwayError(ServingError):
     """The online store did not take events."""
 

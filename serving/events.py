@@ -16,10 +16,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract import Contract
+from feature_repo.erased import Erased, erased_of
 from feature_repo.online_tokens import OnlineTokens
 from modeling.bundle import Bundle
 from modeling.summary import Summariser
-from serving.errors import LateEventError
+from serving.errors import ErasedUserError, LateEventError
 from serving.items import Id
 from serving.messages import EventsResponse
 from serving.refresh import LateError, Refresher, UserMemory
@@ -34,15 +35,18 @@ class EventTaker:
     Args:
         store: of its own; no request that ranks waits for it.
         bundle: whose tokens are taken further, where it makes some that stream.
+        home: whose erased users are refused; default: nobody was erased.
     """
 
-    def __init__(self, store: FeatureStore, contract: Contract, bundle: Bundle) -> None:
+    def __init__(
+        self, store: FeatureStore, contract: Contract, bundle: Bundle, home: str | None = None
+    ) -> None:
         refresher = None
         if bundle.makes_tokens:
             summariser = Summariser(bundle.model, bundle.encoder)
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
-        self._memory = UserMemory(store, contract, refresher)
+        self._memory, self._home = UserMemory(store, contract, refresher), home
         # To add is to read and to write: two at a time would each write what they read.
         self._one_at_a_time = threading.Lock()
 
@@ -51,8 +55,14 @@ class EventTaker:
 
         Raises:
             LateEventError: one is earlier than what is known; none was added.
+            ErasedUserError: the user was erased.
             HistoryError: what is stored of the user is damaged.
         """
+        erased = Erased() if self._home is None else erased_of(self._home)
+        if erased and erased.hash_of(user_id) in erased.users:
+            raise ErasedUserError(
+                "this user was erased, and nothing is kept of them: `python -m serving erase --allow` lets them come back"
+            )
         with self._one_at_a_time:
             try:
                 added = self._memory.add(user_id, events)

@@ -150,7 +150,7 @@ class Source:
                 # The first read sets up connections and Feast's caches: not within a request's time.
                 reader.read_user("nobody" if contract.user.dtype is DType.STRING else 0)
                 users = ThreadedReader(reader)
-            events = EventTaker(open_events_store(settings), contract, bundle)
+            events = EventTaker(open_events_store(settings), contract, bundle, settings.home)
         except BaseException:
             items.close()
             raise

@@ -55,7 +55,7 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         ),
     }
     if contract is not None:
-        late = {"409": "an event is earlier than what is known of the user"}
+        late = {"409": "an event is earlier than what is known of the user, or the user was erased"}
         posts["/v1/events"] = post(
             "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
         )

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from feature_repo.arrow import TIMESTAMP, arrow_type, hash_keys
 from feature_repo.contract import Contract
+from feature_repo.erased import erased_of
 from feature_repo.errors import ExpectedError
 from modeling.encoder import Encoded, Encoder
 from serving.items import Id
@@ -87,11 +88,18 @@ class ServedLog:
         folder: of this bundle's parts, since its features are named in them; a folder a day.
         share: of the users.
         every_s: the longest that a row waits for its file.
+        home: whose erased users are left out; default: nobody was erased.
     """
 
     def __init__(
-        self, folder: Path, encoder: Encoder, share: float = 0.01, every_s: float = 30.0
+        self,
+        folder: Path,
+        encoder: Encoder,
+        share: float = 0.01,
+        every_s: float = 30.0,
+        home: str | None = None,
     ) -> None:
+        self._home = home
         self._folder, self._encoder, self._share = folder, encoder, share
         self._kind = arrow_type(encoder.contract.user.dtype)
         self.schema = log_schema(encoder.contract).with_metadata(
@@ -167,7 +175,10 @@ class ServedLog:
             folder.mkdir(parents=True, exist_ok=True)
             name = f"part-{uuid.uuid4().hex}.parquet"
             draft = folder / f".{name}.draft"
-            pq.write_table(pa.Table.from_pylist(list(rows), schema=self.schema), draft)
+            table = pa.Table.from_pylist(list(rows), schema=self.schema)
+            if self._home is not None:
+                table = erased_of(self._home).without(table, self._encoder.contract.user.join_key)
+            pq.write_table(table, draft)
             draft.replace(folder / name)
             self.written += len(rows)
         except (OSError, pa.ArrowException):

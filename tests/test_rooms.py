@@ -39,6 +39,7 @@ LIBRARIES = {
     "feast": {
         "feature_repo/feature_definitions.py",
         "feature_repo/offline_store.py",
+        "feature_repo/online_erase.py",
         "feature_repo/online_rows.py",
         "feature_repo/online_tokens.py",
         "feature_repo/redis_writer.py",

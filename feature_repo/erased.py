@@ -1,0 +1,118 @@
+"""Users who were erased: jobs leave them out of whatever they build, and the server takes no events of
+them, until they are allowed again.
+
+The list is `<home>/erased/users.json`. It holds a keyed hash of each id, so that it can recognise a user and
+names nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.tables import JobFolder, digest_of
+
+FOLDER, USERS = "erased", "users.json"
+REDACTED = '{"erased": true}'  # in place of a raw row
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The list, as it is now.
+
+    >>> Erased("00", frozenset()).holds(pa.array([12680])).tolist()
+    [False]
+    """
+
+    salt: str = ""
+    users: frozenset[str] = field(default_factory=frozenset)
+
+    def __bool__(self) -> bool:
+        return bool(self.users)
+
+    @property
+    def digest(self) -> str:
+        """Of who is listed."""
+        return digest_of([self.salt, sorted(self.users)])
+
+    def hash_of(self, user: Any) -> str:
+        """What the list holds of a user."""
+        key = bytes.fromhex(self.salt)
+        text = str(user).encode(errors="surrogatepass")
+        return hashlib.blake2b(text, key=key, digest_size=16).hexdigest()
+
+    def holds(self, users: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Which of these ids are listed, bool."""
+        if not self.users or not len(users):
+            return np.zeros(len(users), bool)
+        joined = users.combine_chunks() if isinstance(users, pa.ChunkedArray) else users
+        coded = joined.dictionary_encode()
+        listed = [self.hash_of(user) in self.users for user in coded.dictionary.to_pylist()]
+        places = pc.fill_null(coded.indices, len(listed)).to_numpy(zero_copy_only=False)
+        return np.array([*listed, False])[places]
+
+    def without(self, rows: pa.Table, key: str) -> pa.Table:
+        """Rows of everybody else."""
+        held = self.holds(rows[key])
+        return rows.filter(pa.array(~held)) if held.any() else rows
+
+    def in_raw(self, rows: Iterable[str], names: Collection[str]) -> np.ndarray:
+        """Which raw rows, as dead letters hold them, are of a listed user, bool.
+
+        Args:
+            names: of the raw columns that hold users; of none, any value may be one.
+        """
+        return np.array([self._in_row(json.loads(row), names) for row in rows], bool)
+
+    def _in_row(self, row: dict[str, Any], names: Collection[str]) -> bool:
+        # A line that could not be split has no columns: it is whoever's it looks like.
+        line = row.get("line")
+        values = line.replace('"', " ").replace(",", " ").split() if line else []
+        values += [value for name, value in row.items() if not names or name in names]
+        return any(self.hash_of(form) in self.users for value in values for form in _forms(value))
+
+
+def _forms(value: Any) -> set[str]:
+    """How a raw value may read as an id: 12680.0 and " 12680 " are 12680."""
+    text = str(value).strip()
+    found = {str(value), text}
+    try:
+        number = float(text)
+    except ValueError:
+        return found
+    return found | {str(int(number))} if number.is_integer() else found
+
+
+def erased_of(home: str) -> Erased:
+    """The list of a home; nobody, where nobody was erased."""
+    folder = JobFolder(home, FOLDER)
+    stored = folder.read_bytes(f"{folder.root}/{USERS}")
+    if stored is None:
+        return Erased()
+    read = json.loads(stored)
+    return Erased(read["salt"], frozenset(read["users"]))
+
+
+def list_erased(home: str, users: Collection[Any], *, allow: bool = False) -> Erased:
+    """Put users on the list, or with `allow` take them off; returns the list.
+
+    Raises:
+        JobRunningError: somebody else writes it.
+    """
+    folder = JobFolder(home, FOLDER)
+    with folder.lock():
+        now = erased_of(home)
+        salted = Erased(now.salt or secrets.token_hex(32), now.users)
+        named = frozenset(map(salted.hash_of, users))
+        made = Erased(salted.salt, now.users - named if allow else now.users | named)
+        listed = {"salt": made.salt, "users": sorted(made.users)}
+        folder.write_bytes(f"{folder.root}/{USERS}", json.dumps(listed, indent=1).encode())
+    return made
