@@ -117,7 +117,8 @@ class OnlineEraser:
 
     def _mark(self, user: Any) -> bytes:
         """The bytes of a user's id in any key: its type, its length and itself."""
-        key = self._keys(self._views[0], [user])[0]
+        by_user_alone = next(view for view in self._views if len(view.join_keys) == 1)
+        key = self._keys(by_user_alone, [user])[0]
         value = str(user).encode() if isinstance(user, str) else bytes(8)
         return key[-(8 + len(value)) :]
 
