@@ -28,10 +28,11 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from feature_repo.history import HistoryError
+from feature_repo.settings import Settings
 from modeling.encoder import Encoded
 from serving.admission import Admission
 from serving.bodies import answered_with, error_response, media_of, read_body, unless_left
-from serving.degraded import Degraded
+from serving.degraded import Degraded, reason_named
 from serving.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -51,10 +52,14 @@ from serving.messages import (
     decode_batch,
     decode_events,
     decode_explain,
+    decode_history,
     decode_request,
 )
 from serving.metrics import STAGES, Metrics
 from serving.openapi import openapi_document
+from serving.overview import Overview
+from serving.page import PAGE
+from serving.pretended import NO_SCORES, as_asked
 from serving.ranker import Clock, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.served_log import Served, ServedLog
@@ -73,7 +78,7 @@ class Server:
 
     Args:
         stopping: whose existence says that the server is about to stop; default: nothing says it.
-        home: the dataset's, whose erased users no log holds.
+        home: where the tables are, and who was erased; default: nowhere, and nobody.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class Server:
         live: Live,
         settings: ServeSettings,
         stopping: Path | None = None,
-        home: str | None = None,
+        home: Settings | None = None,
     ) -> None:
         self.home = home
         self.live, self.settings, self.stopping = live, settings, stopping
@@ -95,6 +100,8 @@ class Server:
         self.explain_admission = Admission(MOST_EXPLAINED)
         self.explaining = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
         self.shadow: Shadow | None = None
+        self.beside: Serving | None = None  # the state of the shadow's bundle
+        self.overview = Overview(home)
         self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
 
@@ -109,8 +116,9 @@ class Server:
         if folder is None:
             return None
         if bundle.digest not in self._logs:
+            home = None if self.home is None else self.home.home
             made = ServedLog(
-                folder / bundle.name, bundle.encoder, self.settings.log_share, home=self.home
+                folder / bundle.name, bundle.encoder, self.settings.log_share, home=home
             )
             self._logs[bundle.digest] = made
         return self._logs[bundle.digest]
@@ -118,11 +126,44 @@ class Server:
     def load_shadow(self, load: Callable[[], Serving]) -> None:
         """Ask another bundle beside, from now on; one that cannot be loaded is said and left."""
         try:
-            ranker = load().ranker
+            self.beside = load()
         except Exception:
             logger.exception("the shadow bundle could not be loaded")
             return
-        self.shadow = Shadow(ranker, self.metrics, self.settings.shadow_share)
+        self.shadow = Shadow(self.beside.ranker, self.metrics, self.settings.shadow_share)
+
+    def loaded(self) -> dict[str, Serving]:
+        """Every bundle that can be asked for, by name, the live one first."""
+        every = (self.live.current, self.live.previous, self.beside)
+        found: dict[str, Serving] = {}
+        for one in every:
+            if one is not None:
+                found.setdefault(one.name, one)
+        return found
+
+    def of_bundle(self, asked: RankRequest, live: Serving) -> Serving:
+        """What a request is ranked with.
+
+        Raises:
+            InvalidRequestError: the bundle that it names is not loaded.
+        """
+        if asked.bundle is None:
+            return live
+        loaded = self.loaded()
+        if asked.bundle not in loaded:
+            raise InvalidRequestError(
+                f"bundle {asked.bundle!r} is not loaded here; these are: {', '.join(loaded)}"
+            )
+        return loaded[asked.bundle]
+
+    def check_special(self, request: Request, asked: RankRequest) -> None:
+        """Refuse a caller who may rank but not look into the ranker.
+
+        Raises:
+            ForbiddenError: see there.
+        """
+        if asked.bundle is not None or asked.force is not None or asked.pretended is not None:
+            self.check(request, "explain")
 
     def serving(self) -> Serving:
         """The serving state.
@@ -166,6 +207,8 @@ class Server:
         arrived = time.perf_counter()
         serving, body = await self._received(request, "rank", self.admission)
         asked = decode_request(body, serving.ranker.contract, media_of(request))
+        self.check_special(request, asked)
+        serving = self.of_bundle(asked, serving)
         self._refuse_the_future(asked)
         with self.admission.admitted():
             deadline = self._deadline(asked, arrived)
@@ -182,12 +225,14 @@ class Server:
         serving, body = await self._received(request, "rank", self.admission)
         batch = decode_batch(body, serving.ranker.contract, media_of(request))
         for asked in batch:
+            self.check_special(request, asked)
             self._refuse_the_future(asked)
+        chosen = [self.of_bundle(asked, serving) for asked in batch]
 
         async def each() -> list[RankResponse]:
             return [
-                await self._answer(serving, asked, Clock(), self._deadline(asked, arrived))
-                for asked in batch
+                await self._answer(one, asked, Clock(), self._deadline(asked, arrived))
+                for one, asked in zip(chosen, batch, strict=True)
             ]
 
         with self.admission.admitted():
@@ -200,15 +245,44 @@ class Server:
         """`POST /v1/explain`: a scope of its own, since it tells a user's past."""
         serving, body = await self._received(request, "explain", self.explain_admission)
         asked, number = decode_explain(body, serving.ranker.contract, media_of(request))
+        serving = self.of_bundle(asked, serving)
         self._refuse_the_future(asked)
         with self.explain_admission.admitted():
             deadline = time.perf_counter() + self.settings.deadline_ms / 1000
             user = await self._read_user(serving, asked, deadline)
+            user = as_asked(serving.ranker.contract, user, asked)
             # Beside the model's thread, which ranks; event by event it waits its turn there.
             explained = await asyncio.get_running_loop().run_in_executor(
                 self.explaining, serving.ranker.explain, asked, user, number
             )
         return answered_with(request, explained)
+
+    async def history(self, request: Request) -> Response:
+        """`POST /v1/history`: what the store holds of a user."""
+        serving, body = await self._received(request, "explain", self.explain_admission)
+        user_id = decode_history(body, serving.ranker.contract, media_of(request))
+        with self.explain_admission.admitted():
+            deadline = time.perf_counter() + self.settings.deadline_ms / 1000
+            user = await self._read_user(serving, RankRequest(user_id, []), deadline)
+            known = serving.ranker.known_of(user)
+            items = list(dict.fromkeys(event.item_id for event in known.events))
+            known.titles = await asyncio.get_running_loop().run_in_executor(
+                self.explaining, self.overview.titles_of, serving, items
+            )
+        return answered_with(request, known)
+
+    async def look(self, request: Request) -> Response:
+        """`GET /v1/overview`: what there is to look at."""
+        self.check(request, "explain")
+        serving = self.serving()
+        found = await asyncio.get_running_loop().run_in_executor(
+            self.explaining, self.overview.of, serving, list(self.loaded())
+        )
+        return Response(self._encode(found), media_type=JSON)
+
+    async def page(self, request: Request) -> Response:
+        """`GET /`: the page, which asks for everything else; open to all, for it says nothing."""
+        return Response(PAGE.body, media_type="text/html", headers=PAGE.headers)
 
     async def _received(
         self, request: Request, scope: Scope, admission: Admission
@@ -236,6 +310,9 @@ class Server:
         ranker = serving.ranker
         user = await self._read_user(serving, asked, deadline)
         clock.lap("user_read")
+        if asked.force in NO_SCORES:
+            return ranker.in_order(asked, [*user.problems, reason_named(asked.force)], clock)
+        user = as_asked(ranker.contract, user, asked)
         cancelled = False
 
         def compute() -> RankResponse | None:
@@ -244,7 +321,8 @@ class Server:
             if cancelled or time.perf_counter() > deadline:
                 return None
             log = self.log_of(serving)
-            if log is None or not log.samples(asked.user_id):
+            special = asked.force is not None or asked.pretended is not None
+            if log is None or special or not log.samples(asked.user_id):
                 return ranker.answer(asked, user, clock)
             numbers: list[tuple[datetime, Encoded]] = []
             answer = ranker.answer(asked, user, clock, lambda at, made: numbers.append((at, made)))
@@ -261,7 +339,7 @@ class Server:
             if isinstance(ended, asyncio.CancelledError):
                 raise
             answer = None
-        if answer is not None and self.shadow is not None:
+        if answer is not None and self.shadow is not None and asked.bundle is None:
             self.shadow.consider(asked, user, answer)
         if answer is None:
             late = [*user.problems, Degraded.DEADLINE]
@@ -509,6 +587,8 @@ def app_of(
     gets = {
         "/livez": server.livez,
         "/readyz": server.readyz,
+        "/": server.page,
+        "/v1/overview": server.look,
         "/metrics": server.show_metrics,
         "/v1/models": server.models,
         "/openapi.json": server.openapi,
@@ -520,6 +600,7 @@ def app_of(
         "/v1/rank": server.rank,
         "/v1/rank:batch": server.rank_batch,
         "/v1/explain": server.explain,
+        "/v1/history": server.history,
         "/v1/events": server.take_events,
     }
     routes += [

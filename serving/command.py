@@ -236,7 +236,7 @@ def app() -> Any:
     shadow = None
     if settings.shadow is not None:
         shadow = replace(source, bundle=settings.shadow).load
-    server = Server(live, settings, Path(stopping) if stopping else None, home.home)
+    server = Server(live, settings, Path(stopping) if stopping else None, home)
     return app_of(server, keep_up=True, shadow=shadow)
 
 

@@ -66,3 +66,12 @@ class Degraded(StrEnum):
         "deadline",
         "the time was up before the model was done: candidates are in the request's order, without scores",
     )
+
+
+def reason_named(value: str) -> Degraded:
+    """The reason of a value, as answers write it.
+
+    >>> reason_named("no_tokens").meaning
+    "the user has no summary tokens of the bundle's version"
+    """
+    return Degraded[value.upper()]

@@ -4,6 +4,7 @@ a body.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Literal, cast
@@ -20,6 +21,7 @@ MAX_CANDIDATES = 5_000
 MAX_EVENTS = 1_000  # of one user at a time
 MAX_BATCH = 64  # requests
 MAX_EXPLAINED = 50  # events
+MAX_PRETENDED = 50  # events
 JSON, MSGPACK = "application/json", "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
 MAX_LIST = 1_000  # values of a bag in a request's context
@@ -29,14 +31,35 @@ EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo
 Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)]
 
 
+# What an answer can be asked to do without, for a look at what it would be worth then.
+Forced = Literal[
+    "store_unavailable", "no_history", "no_sketch", "no_tokens", "no_scores", "deadline"
+]
+
+
 class RankContext(Struct, forbid_unknown_fields=True):
     """Circumstances of a request; a dataset's own context features stand beside the time."""
 
     request_timestamp: datetime | None = None  # when the user asks; the server's clock unless given
 
 
+class Pretended(Struct, forbid_unknown_fields=True):
+    """A past that is not the user's, for this answer alone: nothing is stored.
+
+    Ranked from the newest events then, without stored tokens, which no event can be taken out of;
+    statistics and the sketch keep an event that is left out.
+    """
+
+    without: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=MAX_EVENTS)] = []
+    # Places of events that never were, 0 for the newest.
+
+
 class RankRequest(Struct, forbid_unknown_fields=True):
-    """Rank these candidates for this user."""
+    """Rank these candidates for this user.
+
+    `bundle`, `force` and `pretended` are for looking into the ranker; where callers have tokens they need
+    the scope `explain`.
+    """
 
     user_id: Id
     candidates: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
@@ -46,6 +69,9 @@ class RankRequest(Struct, forbid_unknown_fields=True):
     deadline_ms: Annotated[float, Meta(gt=0)] | None = (
         None  # from arrival; at most the server's own
     )
+    bundle: str | None = None  # of those that are loaded; the live one unless given
+    force: Forced | None = None  # answer as if this were so
+    pretended: Pretended | None = None
 
 
 class RankBatch(Struct, forbid_unknown_fields=True):
@@ -105,13 +131,37 @@ class ExplainResponse(Struct):
 
     `score` is from the newest events that the store holds, without summary tokens, which no event can be
     taken out of. `features` are the numbers that the model was given of the candidate, null where one is
-    missing.
+    missing. `tokens` are the effects of the stored summary tokens: by how much the logit that is ranked
+    with all of them would be lower without each.
     """
 
     score: float
     features: dict[str, float | None]
     events: list[EventEffect]  # newest first
+    tokens: list[float]  # empty where none are stored
     bundle: str
+    degraded: list[Degraded]
+
+
+class PastEvent(Struct):
+    """One event that the online store holds of a user."""
+
+    item_id: int | str
+    event_timestamp: datetime
+    action: str
+    values: dict[str, Any]  # by event feature
+
+
+class HistoryResponse(Struct):
+    """What the online store holds of a user: the newest events, and how much they stand for."""
+
+    events: list[PastEvent]  # newest first
+    num_events: int  # of the whole past
+    tokens: str | None  # version of the stored summary tokens
+    num_tokens: int
+    events_behind: int  # that the tokens have not seen
+    tokens_as_of: datetime | None  # time of the newest event in them
+    titles: dict[str, str]  # of the events' items, where the tables are here and hold some
     degraded: list[Degraded]
 
 
@@ -122,6 +172,42 @@ class EventsResponse(Struct):
     known: int  # that were there already: the same item, action and time
 
 
+class KnownUser(Struct):
+    """A user to look at."""
+
+    user_id: int | str
+    num_events: int
+
+
+class KnownItem(Struct):
+    """An item to rank."""
+
+    item_id: int | str
+    title: str | None
+
+
+class ReportRow(Struct):
+    """One ranker of the last report, with its 95 % intervals."""
+
+    name: str
+    ndcg: tuple[float, float, float]  # value, low, high
+    gauc: tuple[float, float, float]
+
+
+class OverviewResponse(Struct):
+    """What there is to look at: what the page shows first."""
+
+    dataset: str
+    as_of: datetime | None  # of requests without a time; the clock unless given
+    bundles: list[str]  # that are loaded, the live one first
+    users: list[KnownUser]  # some, with long and with short histories
+    items: list[KnownItem]  # some, the most frequent of late first
+    built: dict[str, datetime]  # up to when each job's tables know events
+    coverage: float | None  # share of users with summary tokens of the live bundle
+    report: list[ReportRow]  # of the live bundle; empty where none is here
+    forced: dict[str, str]  # what an answer can be asked to do without, and what that means
+
+
 class ErrorBody(Struct):
     """Why a request was refused."""
 
@@ -130,35 +216,48 @@ class ErrorBody(Struct):
 
 
 @cache
-def request_type(fields: tuple[Column, ...]) -> type[RankRequest]:
-    """`RankRequest` with the context features of a dataset.
+def request_type(
+    fields: tuple[Column, ...], event: type[Struct] | None = None
+) -> type[RankRequest]:
+    """`RankRequest` with the context features and the events of a dataset.
 
     Args:
         fields: the context features.
+        event: `event_type` of the dataset; default: no event can be pretended.
     """
-    if not fields:
+    own: list[tuple[str, Any, Any]] = []
+    if fields:
+        named = [(column.name, _wire_type(column) | None, None) for column in fields]
+        context = msgspec.defstruct(
+            "RankContext", named, bases=(RankContext,), forbid_unknown_fields=True
+        )
+        context.__doc__ = RankContext.__doc__
+        own.append(("context", context | None, None))
+    if event is not None:
+        some = Annotated[list[event], Meta(max_length=MAX_PRETENDED)]  # type: ignore[valid-type]
+        pretended = msgspec.defstruct(
+            "Pretended", [("events", some, [])], bases=(Pretended,), forbid_unknown_fields=True
+        )
+        pretended.__doc__ = Pretended.__doc__
+        own.append(("pretended", pretended | None, None))
+    if not own:
         return RankRequest
-    own = [(column.name, _wire_type(column) | None, None) for column in fields]
-    context = msgspec.defstruct(
-        "RankContext", own, bases=(RankContext,), forbid_unknown_fields=True
-    )
-    context.__doc__ = RankContext.__doc__
     made: Any = msgspec.defstruct(
-        "RankRequest",
-        [("context", context | None, None)],
-        bases=(RankRequest,),
-        forbid_unknown_fields=True,
+        "RankRequest", own, bases=(RankRequest,), forbid_unknown_fields=True
     )
     made.__doc__ = RankRequest.__doc__
     return cast(type[RankRequest], made)
 
 
+def request_of(contract: Contract) -> type[RankRequest]:
+    """`request_type` of a contract."""
+    return request_type(contract.spec.context_features, event_of(contract))
+
+
 @cache
-def batch_type(fields: tuple[Column, ...]) -> type[RankBatch]:
+def batch_type(request: type[RankRequest]) -> type[RankBatch]:
     """`RankBatch` of such requests."""
-    if not fields:
-        return RankBatch
-    some = Annotated[list[request_type(fields)], Meta(min_length=1, max_length=MAX_BATCH)]  # type: ignore[misc, valid-type]
+    some = Annotated[list[request], Meta(min_length=1, max_length=MAX_BATCH)]  # type: ignore[valid-type]
     made: Any = msgspec.defstruct(
         "RankBatch", [("requests", some)], bases=(RankBatch,), forbid_unknown_fields=True
     )
@@ -167,16 +266,18 @@ def batch_type(fields: tuple[Column, ...]) -> type[RankBatch]:
 
 
 @cache
-def explain_type(fields: tuple[Column, ...]) -> type[Struct]:
-    """`ExplainRequest` with the context features of a dataset."""
-    context: Any = request_type(fields).__annotations__["context"] if fields else RankContext | None
+def explain_type(request: type[RankRequest]) -> type[Struct]:
+    """`ExplainRequest` with the context and the pretended past of such requests."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(request)}
     made = msgspec.defstruct(
         "ExplainRequest",
         [
             ("user_id", Id),
             ("candidate", Id),
-            ("context", context, None),
+            ("context", kinds["context"], None),
             ("num_events", Annotated[int, Meta(ge=0, le=MAX_EXPLAINED)], 20),
+            ("bundle", str | None, None),
+            ("pretended", kinds["pretended"], None),
         ],
         forbid_unknown_fields=True,
     )
@@ -190,18 +291,40 @@ def decode_explain(body: bytes, contract: Contract, media: str = JSON) -> tuple[
     Raises:
         BadRequestError, InvalidRequestError: as of `decode_request`.
     """
-    fields = contract.spec.context_features
-    asked: Any = _decoded(explain_type(fields), body, media)
-    request = request_type(fields)(asked.user_id, [asked.candidate], context=asked.context)
+    kind = request_of(contract)
+    asked: Any = _decoded(explain_type(kind), body, media)
+    request = kind(
+        asked.user_id,
+        [asked.candidate],
+        context=asked.context,
+        bundle=asked.bundle,
+        pretended=asked.pretended,
+    )
     _check_request(request, contract)
     return request, asked.num_events
 
 
-@cache
-def events_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...]) -> type[Struct]:
-    """A user's new events: `EventsRequest`, whose events have the columns of a dataset's histories.
+class HistoryRequest(Struct, forbid_unknown_fields=True):
+    """Tell what is known of a user."""
 
-    A column that an event may lack is left out or null.
+    user_id: Id
+
+
+def decode_history(body: bytes, contract: Contract, media: str = JSON) -> Id:
+    """Whose history is asked for.
+
+    Raises:
+        BadRequestError, InvalidRequestError: as of `decode_request`.
+    """
+    asked: HistoryRequest = _decoded(HistoryRequest, body, media)
+    check_id("user_id", asked.user_id, contract.user.dtype)
+    return asked.user_id
+
+
+@cache
+def event_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...]) -> type[Struct]:
+    """One event with the columns of a dataset's histories; a column that an event may lack is left out
+    or null.
 
     Args:
         item: join key of items.
@@ -219,6 +342,20 @@ def events_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...
     fields.sort(key=len)  # those that must be there first
     event = msgspec.defstruct("Event", fields, forbid_unknown_fields=True)
     event.__doc__ = "One event of a user."
+    return event
+
+
+def event_of(contract: Contract) -> type[Struct]:
+    """`event_type` of a contract."""
+    spec = contract.spec
+    # What a user was shown is in no history.
+    actions = tuple(name for name in spec.actions if name != spec.shown)
+    return event_type(contract.item.join_key, actions, tuple(spec.event_features))
+
+
+@cache
+def events_type(event: type[Struct]) -> type[Struct]:
+    """A user's new events: `EventsRequest`."""
     made = msgspec.defstruct(
         "EventsRequest",
         [
@@ -231,14 +368,6 @@ def events_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...
     return made
 
 
-def events_of(contract: Contract) -> type[Struct]:
-    """`events_type` of a contract."""
-    spec = contract.spec
-    # What a user was shown is in no history.
-    actions = tuple(name for name in spec.actions if name != spec.shown)
-    return events_type(contract.item.join_key, actions, tuple(spec.event_features))
-
-
 def decode_events(
     body: bytes, contract: Contract, media: str = JSON
 ) -> tuple[Id, list[dict[str, Any]]]:
@@ -247,19 +376,31 @@ def decode_events(
     Raises:
         BadRequestError, InvalidRequestError: as of `decode_request`.
     """
-    asked: Any = _decoded(events_of(contract), body, media)
+    asked: Any = _decoded(events_type(event_of(contract)), body, media)
     check_id("user_id", asked.user_id, contract.user.dtype)
+    return asked.user_id, events_in_order(asked.events, contract)
+
+
+def events_in_order(
+    events: Sequence[Any], contract: Contract, where: str = ""
+) -> list[dict[str, Any]]:
+    """Events as histories hold them, oldest first.
+
+    Raises:
+        InvalidRequestError: an id or a time that cannot be.
+    """
     number = {name: at for at, name in enumerate(contract.spec.actions)}
     found = []
-    for position, event in enumerate(asked.events):
+    for position, event in enumerate(events):
+        name = f"{where}events[{position}]"
         item = getattr(event, contract.item.join_key)
-        check_id(f"events[{position}].{contract.item.join_key}", item, contract.item.dtype)
+        check_id(f"{name}.{contract.item.join_key}", item, contract.item.dtype)
         if not EARLIEST <= event.event_timestamp <= LATEST:
             raise InvalidRequestError(
-                f"events[{position}].event_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}"
+                f"{name}.event_timestamp must lie between {EARLIEST.date()} and {LATEST.date()}"
             )
         found.append(msgspec.structs.asdict(event) | {"action": number[event.action]})
-    return asked.user_id, sorted(found, key=lambda event: event["event_timestamp"])
+    return sorted(found, key=lambda event: event["event_timestamp"])
 
 
 def _decoded(kind: Any, body: bytes, media: str) -> Any:
@@ -314,7 +455,7 @@ def decode_request(body: bytes, contract: Contract, media: str = JSON) -> RankRe
         InvalidRequestError: unknown fields, wrong types, no or too many candidates, ids of the
             wrong kind, context that its columns do not allow.
     """
-    request: RankRequest = _decoded(request_type(contract.spec.context_features), body, media)
+    request: RankRequest = _decoded(request_of(contract), body, media)
     _check_request(request, contract)
     return request
 
@@ -325,7 +466,7 @@ def decode_batch(body: bytes, contract: Contract, media: str = JSON) -> list[Ran
     Raises:
         BadRequestError, InvalidRequestError: as of `decode_request`; one of them is enough.
     """
-    batch: RankBatch = _decoded(batch_type(contract.spec.context_features), body, media)
+    batch: RankBatch = _decoded(batch_type(request_of(contract)), body, media)
     for position, request in enumerate(batch.requests):
         _check_request(request, contract, f"requests[{position}].")
     return batch.requests
@@ -369,16 +510,19 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
 
 def schemas(contract: Contract | None) -> dict[str, Any]:
     """JSON schemas of all messages, for OpenAPI."""
-    fields = () if contract is None else contract.spec.context_features
-    events = () if contract is None else (events_of(contract), EventsResponse)
+    request = request_type(()) if contract is None else request_of(contract)
+    events = () if contract is None else (events_type(event_of(contract)), EventsResponse)
     _, components = msgspec.json.schema_components(
         (
-            request_type(fields),
+            request,
             RankResponse,
-            batch_type(fields),
+            batch_type(request),
             RankBatchResponse,
-            explain_type(fields),
+            explain_type(request),
             ExplainResponse,
+            HistoryRequest,
+            HistoryResponse,
+            OverviewResponse,
             ErrorBody,
             *events,
         ),
@@ -400,7 +544,7 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
         else {"type": "integer", "minimum": INT64.start, "maximum": INT64.stop - 1}
         for entity in (contract.user, contract.item)
     )
-    for name in ("RankRequest", "EventsRequest", "ExplainRequest"):
+    for name in ("RankRequest", "EventsRequest", "ExplainRequest", "HistoryRequest"):
         components[name]["properties"]["user_id"] = user
     components["Event"]["properties"][contract.item.join_key] = item
     components["RankRequest"]["properties"]["candidates"]["items"] = item

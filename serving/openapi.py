@@ -53,6 +53,9 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         "/v1/explain": post(
             "explain", "Say why a candidate is where it is", "ExplainRequest", "ExplainResponse"
         ),
+        "/v1/history": post(
+            "history", "What the store holds of a user", "HistoryRequest", "HistoryResponse"
+        ),
     }
     if contract is not None:
         late = {"409": "an event is earlier than what is known of the user, or the user was erased"}
@@ -70,6 +73,14 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             ),
             ("/metrics", "Prometheus metrics", {}),
             ("/v1/models", "what ranks, what ranked before, what was refused", {}),
+            (
+                "/v1/overview",
+                "some users and items, how fresh the tables are, the last report",
+                {
+                    "200": reply("done", "OverviewResponse"),
+                    "503": reply("not ready", "ErrorBody"),
+                },
+            ),
         )
     }
     return {

@@ -36,6 +36,8 @@ from serving.items import Id, ItemTable, Taken
 from serving.messages import (
     EventEffect,
     ExplainResponse,
+    HistoryResponse,
+    PastEvent,
     RankContext,
     RankRequest,
     RankResponse,
@@ -143,11 +145,8 @@ class RankService:
             and user.history["event_timestamp"][-1].as_py() >= at
         ):
             degraded.append(Degraded.NEWER_FEATURES)
-        if user.tokens is not None and user.tokens.as_of >= micros:
-            degraded.append(Degraded.NEWER_TOKENS)
-            user = replace(user, tokens=None)  # they know what comes after the request
-        elif user.tokens_know_another_past:
-            degraded.append(Degraded.TOKENS_OF_ANOTHER_PAST)
+        if (unfit := why_unfit(user, micros)) is not None:
+            degraded.append(unfit)
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
@@ -184,12 +183,13 @@ class RankService:
 
     def explain(self, request: RankRequest, user: UserRow, num_events: int) -> ExplainResponse:
         """Why the request's one candidate is where it is: its numbers, and what each of the newest events
-        is worth, by ranking without it. Statistics and the sketch keep it.
+        and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
         """
-        user = replace(user, tokens=None)
         at = self._time_of(request)
         context = context_columns(self.contract, request.context)
         items = self.items.take(request.candidates)
+        of_tokens = self._effects_of_tokens(request, user, at, items, context)
+        user = replace(user, tokens=None)
         encoded = self.encoded(user, request.candidates, at, items, context)
         base = self._logit(encoded)
         numbers = np.asarray(encoded.candidate_dense)[0]
@@ -217,7 +217,57 @@ class RankService:
                 for name, value in zip(names, numbers, strict=True)
             },
             events=effects,
+            tokens=of_tokens,
             bundle=self.bundle.name,
+            degraded=list(user.problems),
+        )
+
+    def _effects_of_tokens(
+        self,
+        request: RankRequest,
+        user: UserRow,
+        at: datetime,
+        items: Taken,
+        context: dict[str, pa.Array],
+    ) -> list[float]:
+        """By how much the logit would be lower if a stored token were all zeros, token by token."""
+        stored = user.tokens
+        if (
+            stored is None
+            or stored.tokens_SD is None
+            or why_unfit(user, (at - EPOCH) // timedelta(microseconds=1)) is not None
+        ):
+            return []
+
+        def logit_with(tokens_SD: np.ndarray) -> float:
+            seen = replace(user, tokens=replace(stored, tokens_SD=tokens_SD))
+            return self._logit(self.encoded(seen, request.candidates, at, items, context))
+
+        base, effects = logit_with(stored.tokens_SD), []
+        for token in range(len(stored.tokens_SD)):
+            lacking_SD = stored.tokens_SD.copy()
+            lacking_SD[token] = 0.0
+            effects.append(base - logit_with(lacking_SD))
+        return effects
+
+    def known_of(self, user: UserRow) -> HistoryResponse:
+        """What the store holds of a user, for a person to read."""
+        contract, events = self.contract, []
+        item, features = contract.item.join_key, [c.name for c in contract.spec.event_features]
+        rows = [] if user.history is None else user.history.to_pylist()
+        for row in reversed(rows):
+            action = contract.spec.actions[row["action"]]
+            values = {name: row.get(name) for name in features}
+            events.append(PastEvent(row[item], row["event_timestamp"], action, values))
+        tokens = user.tokens
+        return HistoryResponse(
+            events=events,
+            num_events=user.columns["history_end"] or len(events),
+            tokens=None if tokens is None else tokens.fingerprint,
+            num_tokens=0 if tokens is None or tokens.tokens_SD is None else len(tokens.tokens_SD),
+            events_behind=user.events_behind,
+            tokens_as_of=None if tokens is None else EPOCH + timedelta(microseconds=tokens.as_of),
+            titles={},
             degraded=list(user.problems),
         )
 
@@ -394,6 +444,15 @@ class RankService:
             logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
         clock.lap("score")
         return logits
+
+
+def why_unfit(user: UserRow, at: int) -> Degraded | None:
+    """Why a user's stored tokens must not be ranked with at this time, microseconds; None where they may,
+    or where there are none.
+    """
+    if user.tokens is not None and user.tokens.as_of >= at:
+        return Degraded.NEWER_TOKENS  # they know what comes after the request
+    return Degraded.TOKENS_OF_ANOTHER_PAST if user.tokens_know_another_past else None
 
 
 class _Keyed(NamedTuple):

@@ -410,6 +410,8 @@ def helpers() -> Any:
         train_road,
         token_road,
         copied,
+        free_port,
+        wait_for_port,
     ):
         setattr(Helpers, function.__name__, staticmethod(function))
     Helpers.replace = staticmethod(replace)

@@ -351,6 +351,8 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
         "/readyz",
         "/metrics",
         "/v1/models",
+        "/v1/overview",
+        "/v1/history",
     }
     assert document["components"]["schemas"]["RankRequest"]["additionalProperties"] is False
     assert (
