@@ -65,6 +65,7 @@ from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
 from serving.shadow import Shadow
+from serving.states import OUTCOMES
 
 MOST_EXPLAINED = 2  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
@@ -323,9 +324,11 @@ class Server:
             log = self.log_of(serving)
             special = asked.force is not None or asked.pretended is not None
             if log is None or special or not log.samples(asked.user_id):
-                return ranker.answer(asked, user, clock)
+                return ranker.answer(asked, user, clock, keep=not special)
             numbers: list[tuple[datetime, Encoded]] = []
-            answer = ranker.answer(asked, user, clock, lambda at, made: numbers.append((at, made)))
+            answer = ranker.answer(
+                asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
+            )
             log.add(Served(asked, answer, *numbers[0]))
             return answer
 
@@ -451,6 +454,10 @@ class Server:
         metrics.under_way.set(self.admission.under_way)
         metrics.swaps.set(live.swaps)
         metrics.refused.set(len(live.refused))
+        kept = None if live.current is None else live.current.ranker.states
+        for outcome in OUTCOMES:
+            metrics.states.labels(outcome).set(0 if kept is None else kept.counts[outcome])
+        metrics.state_bytes.set(0 if kept is None else kept.bytes)
         metrics.logged.set(sum(log.written for log in self.logs))
         metrics.log_dropped.set(sum(log.dropped for log in self.logs))
 

@@ -218,7 +218,12 @@ def app() -> Any:
     sys.setswitchinterval(SWITCH_S)
     settings, home = settings_from(), Settings.from_env()
     source = Source(
-        home, settings.bundle, settings.replay, settings.item_refresh_s, settings.stale_days
+        home,
+        settings.bundle,
+        settings.replay,
+        settings.item_refresh_s,
+        settings.stale_days,
+        settings.state_mib << 20,
     )
     live = Live(
         source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None

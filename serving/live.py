@@ -72,6 +72,7 @@ class Source:
     replay: bool = False
     item_refresh_s: float = 0.0
     stale_days: float = STALE_DAYS
+    state_bytes: int = 0  # of encoded users that are kept between requests
 
     @cached_property
     def _catalogue(self) -> Catalogue:
@@ -141,6 +142,7 @@ class Source:
                 items,
                 datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None,
                 self.stale_days,
+                self.state_bytes,
             )
             ranker.warm_up()
             users: AsyncReader

@@ -47,6 +47,10 @@ class Metrics:
         self.refused = gauge("bundles_refused", "bundles that could not be served", "livemax")
         self.logged = gauge("served_logged", "requests in the served-feature log", "livesum")
         self.log_dropped = gauge("served_log_dropped", "requests it had no room for", "livesum")
+        self.states = gauge(
+            "user_states", "users by how their encoding came about", "livesum", "outcome"
+        )
+        self.state_bytes = gauge("user_state_bytes", "of encoded users that are kept", "livesum")
         self.seconds = Histogram(
             "memoir_stage_seconds",
             "time by stage",

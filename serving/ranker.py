@@ -43,6 +43,7 @@ from serving.messages import (
     RankResponse,
     Timings,
 )
+from serving.states import UserStates
 
 LOGIT_DIGITS = 5
 STALE_DAYS = 7.0
@@ -78,6 +79,7 @@ class RankService:
         default_time: time of requests that carry none, for sample data of the past; the clock
             unless given.
         stale_days: item features that are older than so many days at a request are said to be stale.
+        state_bytes: of encoded users that are kept between requests; 0 for none.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class RankService:
         items: ItemTable,
         default_time: datetime | None = None,
         stale_days: float = STALE_DAYS,
+        state_bytes: int = 0,
     ) -> None:
+        self.states = UserStates(bundle.model, state_bytes) if state_bytes else None
         self.bundle, self.reader, self.items, self.default_time = (
             bundle,
             reader,
@@ -127,12 +131,15 @@ class RankService:
         user: UserRow,
         clock: Clock,
         seen: Callable[[datetime, Encoded], None] | None = None,
+        *,
+        keep: bool = False,
     ) -> RankResponse:
         """Rank for a user who has been read: all that follows the store.
 
         Args:
             clock: which goes on from there.
             seen: called with the request's time and the numbers that the model is given.
+            keep: the encoded user for further requests, and use what was kept.
         """
         degraded = list(user.problems)
         items = self.items.take(request.candidates)
@@ -156,7 +163,8 @@ class RankService:
         encoded = self.encoded(user, request.candidates, at, items, context)
         if seen is not None:
             seen(at, encoded)
-        logits = self._score(encoded, clock)
+        known = keep and user.history is not None
+        logits = self._score(encoded, clock, request.user_id if known else None)
         if items.unknown:
             degraded.append(Degraded.UNKNOWN_ITEMS)
         if not np.isfinite(logits).all():
@@ -433,13 +441,20 @@ class RankService:
             )
         return lambda chosen: (found[None], np.array([True]))
 
-    def _score(self, encoded: Encoded, clock: Clock) -> np.ndarray:
-        """Logits, candidates × tasks."""
+    def _score(self, encoded: Encoded, clock: Clock, user_id: Id | None = None) -> np.ndarray:
+        """Logits, candidates × tasks.
+
+        Args:
+            user_id: whose encoding is kept; default: nobody's.
+        """
         encoder, model = self.bundle.encoder, self.bundle.model
         batch = encoder.collate(encoded, np.array([0]))
         clock.lap("features")
         with self._model_lock, torch.inference_mode():
-            state = model.encode_user(batch.user)
+            if user_id is None or self.states is None:
+                state = model.encode_user(batch.user)
+            else:
+                state = self.states.of(user_id, batch.user)
             clock.lap("encode_user")
             logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
         clock.lap("score")

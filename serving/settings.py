@@ -47,6 +47,7 @@ class ServeSettings(BaseSettings):
     body_s: Positive = 5.0  # for a body to arrive
     header_s: Annotated[int, Field(ge=1, le=60)] = 5  # for a request's head to arrive
     max_future_s: Annotated[float, Field(ge=0)] = 300.0  # by how much a time may be ahead
+    state_mib: Annotated[int, Field(ge=0)] = 64  # of encoded users kept between requests, a bundle
     stale_days: Positive = 7.0  # item features that are older are said to be stale
 
     item_refresh_s: Annotated[float, Field(ge=0, lt=1e9)] = 300.0  # 0: never

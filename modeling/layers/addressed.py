@@ -89,7 +89,7 @@ class ItemCodes(nn.Module):
                 continue
             rows = group.reshape(-1, group.shape[-1])
             mean = embedding_bag(rows, table.weight, mode="mean", padding_idx=0)  # type: ignore[arg-type]
-            found.append(mean.view(*group.shape[:-1], -1))
+            found.append(mean.view(*group.shape[:-1], mean.shape[-1]))
         return normalize(torch.stack(found, dim=-2), dim=-1)
 
     def of_events(self, item_BL: Tensor) -> Items:

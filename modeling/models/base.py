@@ -91,6 +91,13 @@ class Ranker(nn.Module, ABC):
         """Whether `extend_user` is exact in this configuration."""
         return False
 
+    @property
+    def grows_exactly(self) -> bool:
+        """Whether extending by new events, too, is what encoding anew would give while the history fits
+        the window; a model that pins something at the last full encoding says no.
+        """
+        return self.can_extend
+
     def forward(self, batch: Batch) -> Tensor:
         """Both steps in a row, as training does: logits_BCT."""
         return self.score(self.encode_user(batch.user), batch.candidates)

@@ -217,6 +217,11 @@ class OneTrans(Ranker):
         return self.config.merge == "timestamp_aware"
 
     @property
+    def grows_exactly(self) -> bool:
+        """Tails stay where the last full encoding put them, so with a pyramid they grow meanwhile."""
+        return self.can_extend and not self.config.pyramid
+
+    @property
     def tails(self) -> tuple[int, ...]:
         """S rows of each layer's input for a full history, before any extension."""
         length = self.sizes.history_length + (self.sizes.actions - 1 if self._has_separators else 0)

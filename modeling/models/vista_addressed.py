@@ -278,6 +278,8 @@ class AddressedVISTA(TokenMaker):
         return Streams(self.memory.start(batch), pairs)
 
     def _advanced(self, streams: Streams, user: UserInputs) -> Streams:
+        if not user.item_BL.shape[1]:  # another request, no new event
+            return streams
         items, gaps = self.codes.of_events(user.item_BL), torch.expm1(user.gap_BL)
         events = self.features.events(user)
         slots = self.memory.advance(

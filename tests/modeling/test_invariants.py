@@ -508,6 +508,16 @@ def test_extended_states_score_as_recomputed_ones(
         assert_equal_scores(model.score(state, some), model.score(model.encode_user(user), some))
 
 
+@pytest.mark.parametrize("name", EXTENDABLE)
+def test_a_state_extended_by_nothing_is_of_the_new_request(name: str) -> None:
+    """The past is what it was; features of user and context are the new request's."""
+    model, some, user = make(name), candidates(2, 4, 1), user_inputs([5, 9], 1)
+    other = replace(user, field_BU=(user.field_BU + 1) % 3, dense_BG=user.dense_BG + 1)
+    with torch.inference_mode():
+        state = model.extend_user(model.encode_user(user), other.events(9, 9))
+        assert_equal_scores(model.score(state, some), model.score(model.encode_user(other), some))
+
+
 @every_model
 def test_models_that_cannot_extend_say_so(name: str) -> None:
     model = make(name)
