@@ -124,9 +124,9 @@ def test_when_time_is_up_candidates_come_in_the_requests_order(
 ) -> None:
     answer_of = RankService.answer
 
-    def slow(self: RankService, *given: Any) -> RankResponse:
+    def slow(self: RankService, *given: Any, **options: Any) -> RankResponse:
         time.sleep(0.5)
-        return answer_of(self, *given)
+        return answer_of(self, *given, **options)
 
     monkeypatch.setattr(RankService, "answer", slow)
     server = server_of(ranker, deadline_ms=60 if asked_ms is None else 5_000)
@@ -176,9 +176,9 @@ def test_a_client_that_left_costs_no_scoring(
     scored: list[int] = []
     answer_of = RankService.answer
 
-    def counted(self: RankService, asked: RankRequest, *given: Any) -> RankResponse:
+    def counted(self: RankService, asked: RankRequest, *given: Any, **options: Any) -> RankResponse:
         scored.append(len(asked.candidates))
-        return answer_of(self, asked, *given)
+        return answer_of(self, asked, *given, **options)
 
     monkeypatch.setattr(RankService, "answer", counted)
     server = server_of(ranker, StillReader(ranker, 0.3), store_ms=1_000, deadline_ms=5_000)
@@ -335,7 +335,7 @@ def test_an_unknown_path_and_method_are_told_as_errors_are(ranker: RankService) 
 def test_every_fault_of_ours_is_counted_and_tells_nothing(
     ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*given: Any) -> None:
+    def fails(*given: Any, **options: Any) -> None:
         raise RuntimeError("a secret of the inside")
 
     monkeypatch.setattr(RankService, "answer", fails)
@@ -641,9 +641,9 @@ def test_the_wait_for_the_model_is_told_as_one(
     """Also by an answer whose time was up."""
     answer_of = RankService.answer
 
-    def slow(self: RankService, *given: Any) -> RankResponse:
+    def slow(self: RankService, *given: Any, **options: Any) -> RankResponse:
         time.sleep(0.1)
-        return answer_of(self, *given)
+        return answer_of(self, *given, **options)
 
     monkeypatch.setattr(RankService, "answer", slow)
     server = server_of(ranker, StillReader(ranker, 0), deadline_ms=250)
