@@ -346,6 +346,7 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
         contract_line,
         metric_rows,
         read,
+        rungs_line,
         unbeaten,
         undefined,
         unknown_line,
@@ -391,6 +392,7 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
     print_table(metric_rows(evaluation["metrics"]))
     console.print(unknown_line(evaluation["unknown"]), highlight=False)
+    console.print(rungs_line(evaluation), highlight=False)
     for task, rows in evaluation["tasks"].items():
         if task != evaluation["primary"]:
             console.print(f"task {task}", highlight=False)

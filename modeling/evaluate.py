@@ -5,18 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from feature_repo.contract import Contract
-from feature_repo.history import Histories
 from feature_repo.schema import DatasetSpec, Task
-from feature_repo.sketch import Layout, Sketch
 from modeling.dataset import Split
 from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.errors import NotTrainedError
@@ -24,6 +20,7 @@ from modeling.floors import FREQUENCY, POPULARITY, floor_scores, floors_of
 from modeling.importance import permutation_importance
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
+from modeling.rungs import empty_sketch, nulled, rungs, without_events
 from modeling.tasks import ranking_logits, sigmoid
 from modeling.trainer import predict
 
@@ -53,7 +50,8 @@ class UnknownFirst:
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics of the model and the baselines for each task, the figures behind the report's
-    pictures (of the primary task), and what unknown items do.
+    pictures (of the primary task), what unknown items do, and what answers are worth that do without
+    something (of the primary task, by the name of the reason).
     """
 
     tasks: dict[str, dict[str, dict[str, Estimate]]]
@@ -61,6 +59,7 @@ class Evaluation:
     figures: dict[str, Any]
     counts: dict[str, int]
     unknown: UnknownFirst
+    rungs: dict[str, dict[str, Estimate]]
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
@@ -111,6 +110,12 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
     figures = picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths)
     importance = permutation_importance(model, encoder, encoded, number)
     figures["importance"] = [asdict(one) for one in importance]
+    worth = {
+        name: measure(
+            encoded, users, predict(model, encoder, encoder.featurise(lacking))[:, number], number
+        )
+        for name, lacking in rungs(requests, encoder.contract).items()
+    }
     counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
     return Evaluation(
         found,
@@ -118,6 +123,7 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
         figures,
         counts,
         unknown_first(model, encoder, encoded, ranked),
+        worth,
     )
 
 
@@ -173,6 +179,13 @@ def unknown_line(unknown: dict[str, float]) -> str:
     )
 
 
+def rungs_line(evaluation: dict[str, Any]) -> str:
+    """What answers are worth that do without something, in a line."""
+    found = {name: row["ndcg@10"] for name, row in evaluation["rungs"].items() if row["ndcg@10"]}
+    told = ", ".join(f"{name} {value['value']:.3f}" for name, value in found.items())
+    return f"NDCG@10 of answers that do without something: {told}"
+
+
 def floors(metrics: dict[str, Any]) -> list[str]:
     """Scorings that a model must not fall below: those that need no training."""
     return [name for name in (FREQUENCY, POPULARITY) if name in metrics]
@@ -180,24 +193,9 @@ def floors(metrics: dict[str, Any]) -> list[str]:
 
 def without_history(requests: RequestColumns, contract: Contract) -> RequestColumns:
     """The same requests of users of whom nothing is known yet."""
-
-    def gather(chosen: np.ndarray, length: int) -> Histories:
-        histories = requests.gather(chosen, length)
-        nothing = np.zeros(len(chosen), np.int64)
-        return histories.take(nothing, nothing)
-
-    known = {c.name for c in contract.table("user_stats").columns}
-    nothing_known = {
-        n: pa.nulls(len(c), c.type) if n in known else c for n, c in requests.user_columns.items()
-    }
-    layout = Layout.of(contract)
-
-    def read_sketch(
-        chosen: np.ndarray, offsets: np.ndarray, codes: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        return Sketch(layout).read(layout.positions(codes), 0)
-
-    return replace(requests, gather=gather, user_columns=nothing_known, read_sketch=read_sketch)
+    known = [column.name for column in contract.table("user_stats").columns]
+    empty = nulled(without_events(requests), known)
+    return replace(empty, read_sketch=empty_sketch(contract))
 
 
 def picture_figures(
@@ -252,6 +250,7 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
         "figures": found.figures,
         "counts": found.counts,
         "unknown": asdict(found.unknown),
+        "rungs": {name: plain_metrics(row) for name, row in found.rungs.items()},
     }
     draft = folder / ".evaluation.draft"
     draft.write_text(json.dumps(content, indent=1, allow_nan=False))

@@ -44,6 +44,7 @@ def write_report(
     first, *others = tables.items()
     primary = tables.pop(evaluation["primary"], first[1])
     more = {f"Task {task}": rows for task, rows in tables.items()} if others else {}
+    more["Answers that do without something"] = metric_rows(evaluation["rungs"])
     return write_page(folder / "report.html", title, lines, primary, pictures, more)
 
 

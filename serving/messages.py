@@ -205,6 +205,7 @@ class OverviewResponse(Struct):
     built: dict[str, datetime]  # up to when each job's tables know events
     coverage: float | None  # share of users with summary tokens of the live bundle
     report: list[ReportRow]  # of the live bundle; empty where none is here
+    rungs: list[ReportRow]  # what its answers are worth without something, by reason
     forced: dict[str, str]  # what an answer can be asked to do without, and what that means
 
 

@@ -83,6 +83,7 @@ class Overview:
             built={},
             coverage=None,
             report=[],
+            rungs=[],
             forced={name: reason_named(name).meaning for name in get_args(Forced)},
         )
         if settings is None:
@@ -103,7 +104,7 @@ class Overview:
         made.coverage = next(
             (row.coverage for row in versions if row.fingerprint == ranker.bundle.tokens), None
         )
-        made.report = last_report(settings, serving)
+        made.report, made.rungs = last_report(settings, serving)
         return made
 
 
@@ -133,14 +134,21 @@ def item_titles(settings: Settings, contract: Contract) -> pa.Table:
     return newest_rows(profile, item).select([item, title])
 
 
-def last_report(settings: Settings, serving: Serving) -> list[ReportRow]:
-    """The rankers of the live bundle's report, as `evaluate` left it; none where it is elsewhere."""
+def last_report(settings: Settings, serving: Serving) -> tuple[list[ReportRow], list[ReportRow]]:
+    """The rankers of the live bundle's report as `evaluate` left it, and what its answers are worth that
+    do without something; none where it is elsewhere.
+    """
     manifest = serving.ranker.bundle.manifest
     run = settings.path("runs", manifest["recipe"]) / str(manifest["trained_on"])
     try:
-        metrics = json.loads((run / "evaluation.json").read_text())["metrics"]
+        found = json.loads((run / "evaluation.json").read_text())
+        return rows_of(found["metrics"]), rows_of(found["rungs"])
     except (OSError, ValueError, KeyError):
-        return []
+        return [], []
+
+
+def rows_of(metrics: dict[str, dict[str, dict[str, float]]]) -> list[ReportRow]:
+    """Those of which both metrics are defined."""
 
     def interval(of: dict[str, dict[str, float]], name: str) -> tuple[float, float, float]:
         return of[name]["value"], of[name]["low"], of[name]["high"]
@@ -148,5 +156,5 @@ def last_report(settings: Settings, serving: Serving) -> list[ReportRow]:
     return [
         ReportRow(name, interval(of, "ndcg@10"), interval(of, "gauc"))
         for name, of in metrics.items()
-        if {"ndcg@10", "gauc"} <= set(of)
+        if of.get("ndcg@10") and of.get("gauc")
     ]
