@@ -16,21 +16,25 @@ import pyarrow as pa
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
 
 MAX_ROWS = 10_000  # of one write
 
 
-def write_rows(store: FeatureStore, view: str, rows: pa.Table) -> int:
+def write_rows(
+    store: FeatureStore, view: str, rows: pa.Table, definition: FeatureView | None = None
+) -> int:
     """Write rows of one view; returns how many there were.
 
     Args:
         rows: join keys, features, and both timestamps of the view; nulls are stored as "no value".
+        definition: of the view; default: the registry is asked, which takes milliseconds, or for ever
+            where it is away.
     """
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.type_map import python_values_to_proto_values
 
-    definition = store.get_feature_view(view)
+    definition = store.get_feature_view(view) if definition is None else definition
     keys = {column.name: column.dtype.to_value_type() for column in definition.entity_columns}
     kinds = {feature.name: feature.dtype.to_value_type() for feature in definition.features}
     for start in range(0, rows.num_rows, MAX_ROWS):

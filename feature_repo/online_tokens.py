@@ -36,6 +36,7 @@ class OnlineTokens:
 
     def __init__(self, store: FeatureStore, contract: Contract) -> None:
         self._store, self._contract = store, contract
+        self._view = store.get_feature_view(VIEW)  # once: no write waits for the registry
         self._redis = (
             RedisWriter(store, VIEW) if store.config.online_store.type.startswith("redis") else None
         )
@@ -60,7 +61,7 @@ class OnlineTokens:
             return self._redis.write(keys, values, [computed_at] * len(users))
         stamp = from_micros(np.full(len(users), computed_at))
         rows = pa.table({**keys, **values, EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp})
-        return write_rows(self._store, VIEW, rows)
+        return write_rows(self._store, VIEW, rows, self._view)
 
     def read(self, version: str, users: Sequence[Any]) -> list[tuple[bytes | None, bytes | None]]:
         """Envelopes of tokens and state of each user, None where there are none."""

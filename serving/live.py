@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,10 +116,10 @@ class Source:
         settings, bundle = self.settings, self.open_bundle(digest)
         # The bundle's own: what it was trained under, the one in force has.
         contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
-        store = open_store(settings)
+        store = open_pinned(settings)
         reader = FeastReader(store, contract, service, bundle.tokens)
         # Of its own, so that no request waits for the store while items are read.
-        items_of = FeastReader(open_store(settings), contract, service)
+        items_of = FeastReader(open_pinned(settings), contract, service)
         known = bundle.encoder.items.values.to_pylist()
 
         from_tables = False
@@ -162,11 +162,21 @@ class Source:
         return Serving(ranker, GuardedReader(users), events)
 
 
+def open_pinned(settings: Settings) -> FeatureStore:
+    """A store whose registry is read now and never again: Feast reads one that is older than its time to
+    live anew in the middle of whatever request comes then, and waits for it.
+    """
+    store = open_store(settings)
+    if hasattr(store.registry, "cached_registry_proto_ttl"):
+        store.registry.cached_registry_proto_ttl = timedelta(0)  # for ever
+    return store
+
+
 def open_events_store(settings: Settings) -> FeatureStore:
     """The store for events: of its own, and on Redis with a limit to each answer, so that one that stands
     still is an error and not a thread for ever.
     """
-    store = open_store(settings)
+    store = open_pinned(settings)
     online = store.config.online_store
     if online.type.startswith("redis"):
         online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
@@ -305,7 +315,7 @@ def epoch_of(settings: Settings) -> Callable[[], Awaitable[str | None]]:
     if settings.profile != "production":
         return through_feast
     try:
-        return RedisEpoch(open_store(settings), FILLS_ONLINE)
+        return RedisEpoch(open_pinned(settings), FILLS_ONLINE)
     except WrongStoreError:
         return through_feast
 

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VIEWS = ("user_history", "user_stats")  # what events change
+
 
 class NoStateError(ExpectedError, LookupError):
     """A user has no stored state of this token version to go on from."""
@@ -185,13 +187,12 @@ class UserMemory:
         self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None
     ) -> None:
         self._store, self._contract, self._refresher = store, contract, refresher
+        # Read once: no event waits for the registry.
+        self._views = {view: store.get_feature_view(view) for view in VIEWS}
 
     def read(self, user_id: int | str) -> dict[str, dict[str, Any]]:
         """What is stored of a user, by view; to be put back by `write`."""
-        views = {
-            view: [c.name for c in self._contract.table(view).columns]
-            for view in ("user_history", "user_stats")
-        }
+        views = {view: [c.name for c in self._contract.table(view).columns] for view in VIEWS}
         refs = [f"{view}:{name}" for view, names in views.items() for name in names]
         asked = [{self._contract.user.join_key: user_id}]
         rows = self._store.get_online_features(refs, asked).to_dict()
@@ -212,7 +213,8 @@ class UserMemory:
                 EVENT_TIMESTAMP: stamp,
                 CREATED_TIMESTAMP: stamp,
             }
-            write_rows(self._store, view, pa.Table.from_pylist([row], schema=arrow_schema(table)))
+            rows_of_view = pa.Table.from_pylist([row], schema=arrow_schema(table))
+            write_rows(self._store, view, rows_of_view, self._views[view])
 
     def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> int:
         """Add a user's new events, oldest first: to the history, with the sketch that counts it; then
