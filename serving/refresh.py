@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_repo.arrow import (
     EPOCH,
     MICROS,
+    TIMESTAMP,
     arrow_schema,
     arrow_type,
     history_schema,
@@ -233,7 +235,10 @@ class UserMemory:
         acted = self._contract.history_actions
         stored = self.read(user_id)
         before = self._events(user_id, stored)
-        seen = {self._identity(event) for event in before.to_pylist()}
+        # Of all that is packed, only what happened at the same moments can be the same.
+        stamps = pa.array([event[EVENT_TIMESTAMP] for event in new_events], TIMESTAMP)
+        same_moment = before.filter(pc.is_in(before[EVENT_TIMESTAMP], stamps))
+        seen = {self._identity(event) for event in same_moment.to_pylist()}
         # What a user was shown is in no history.
         unseen = {self._identity(event): event for event in new_events if event["action"] in acted}
         new_events = [event for key, event in unseen.items() if key not in seen]

@@ -1,10 +1,11 @@
 """What a server does under load: one caller, capacity, open loop below it, three times of it, and what
 comes after.
 
-Of the dataset in force, whose bundle is live. Server processes are started here, on a free port; client,
-store and server share this machine's cores, and all figures are of that. Latency counts from the moment a
-request is due (`openloop.py`). Floor: a bare ASGI app on the same HTTP server, which reads the body and
-answers as many ids.
+Of the dataset in force, whose bundle is live; or, with `--ranker`, of an untrained ranker of a given size
+over made-up users and a Redis that is started here. Server processes are started here, on a free port;
+client, store and server share this machine's cores, and all figures are of that. Latency counts from the
+moment a request is due (`openloop.py`). Floor: a bare ASGI app on the same HTTP server, which reads the body
+and answers as many ids.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,25 +43,59 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=20.0, help="of each part (default 20)")
     flags.add_argument("--processes", type=int, default=1, help="of the server (default 1)")
     flags.add_argument("--rate", type=float, help="requests a second; default: 0.6 of capacity")
+    flags.add_argument("--ranker", choices=["live", "small", "base"], default="live")
     arguments = flags.parse_args()
     seconds = 4.0 if arguments.quick else arguments.seconds
-    settings = Settings.from_env()
-    bodies = requests_of(settings)
     rows: list[dict[str, Any]] = []
-    with served("serving.benchmarks.load:echo", arguments.processes) as port:
-        rows += asyncio.run(_floor(Target("127.0.0.1", port, bodies), seconds))
-    with server(arguments.processes) as (port, started_s):
-        target = Target("127.0.0.1", port, bodies)
-        rows.append({"part": "start to ready", "p50_ms": 1000 * started_s})
-        rows += asyncio.run(_parts(target, seconds, arguments.rate))
-    live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+    with _site(arguments.ranker) as site:
+        with served("serving.benchmarks.load:echo", arguments.processes) as port:
+            rows += asyncio.run(_floor(Target("127.0.0.1", port, site.bodies), seconds))
+        with server(arguments.processes, **site.variables) as (port, started_s):
+            target = Target("127.0.0.1", port, site.bodies)
+            rows.append({"part": "start to ready", "p50_ms": 1000 * started_s})
+            rows += asyncio.run(_parts(target, seconds, arguments.rate))
     config = {
-        "bundle": f"{live.recipe}@{live.digest[:12]}",
+        "bundle": site.name,
         "candidates": CANDIDATES,
         "processes": arguments.processes,
         "seconds": seconds,
     }
     report("load", config, rows, arguments.json)
+
+
+class Site(NamedTuple):
+    """What is asked of which bundle."""
+
+    name: str
+    bodies: Callable[[int], bytes]
+    variables: dict[str, str]  # of the server
+
+
+@contextmanager
+def _site(ranker: str) -> Iterator[Site]:
+    """The live bundle, or a made-up one."""
+    if ranker == "live":
+        settings = Settings.from_env()
+        live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
+        yield Site(f"{live.recipe}@{live.digest[:12]}", requests_of(settings), {})
+        return
+    with made_up(ranker) as site:
+        yield site
+
+
+@contextmanager
+def made_up(ranker: str) -> Iterator[Site]:
+    """An untrained ranker over made-up users."""
+    from serving.benchmarks.synthetic import SIZES, Requests, bundle_of, fill, store
+
+    size = SIZES[ranker]
+    with store() as settings:
+        fill(settings, size.length)
+        folder = bundle_of(settings, size)
+        name = f"{ranker}: width {size.width}, {size.layers} layers, {size.length} events"
+        drawn = Requests(CANDIDATES)
+        bodies = Bodies([drawn(number) for number in range(500)])
+        yield Site(name, bodies, {"MEMOIR_SERVE_BUNDLE": str(folder)})
 
 
 async def _floor(target: Target, seconds: float) -> list[dict[str, Any]]:
