@@ -4,9 +4,11 @@ and services.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -22,6 +24,7 @@ import pandas as pd
 import pytest
 
 from feature_repo.settings import CHECKOUT, Settings
+from tests.promises import Promises
 
 NUM_CUSTOMERS, NUM_PRODUCTS = 60, 220
 
@@ -29,6 +32,32 @@ NUM_CUSTOMERS, NUM_PRODUCTS = 60, 220
 for name in [name for name in os.environ if name.startswith("MEMOIR_")]:
     if name != "MEMOIR_REQUIRE_SERVICES":
         del os.environ[name]
+
+
+BEGAN = pytest.StashKey[float]()
+PROMISES = Promises()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--page`: where `make reliability` leaves its page."""
+    parser.addoption("--page", type=Path, help="write what was promised and found to this file")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """For how long it took."""
+    session.config.stash[BEGAN] = time.monotonic()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The page of promises."""
+    if (page := session.config.getoption("--page")) is not None:
+        PROMISES.write(page, time.monotonic() - session.config.stash[BEGAN])
+
+
+@pytest.fixture(scope="session")
+def promises() -> Promises:
+    """What is written down of this run."""
+    return PROMISES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -345,9 +374,71 @@ def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(timeout=10)
 
 
+class Postgres:
+    """A PostgreSQL of our own, which may be stopped and killed.
+
+    Args:
+        folder: its own; given to the user `postgres` where we are root.
+    """
+
+    def __init__(self, initdb: Path, folder: Path) -> None:
+        self.port, self._folder = free_port(), folder
+        self._as_user: list[str] = []
+        if os.getuid() == 0:
+            shutil.chown(folder, "postgres")
+            self._as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        self._binary = initdb.with_name("postgres")
+        subprocess.run(
+            [
+                *self._as_user,
+                str(initdb),
+                "-D",
+                str(folder / "data"),
+                "-A",
+                "trust",
+                "-U",
+                "memoir",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+        )
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """Of an empty database, for SQLAlchemy."""
+        return f"postgresql+psycopg://memoir@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        """Start it."""
+        command = [*self._as_user, str(self._binary), "-D", str(self._folder / "data")]
+        command += ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self._folder
+        )
+        wait_for_port(self.port, self.process)
+        time.sleep(0.3)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to it and to all its processes."""
+        parent = self.process.pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for one in [parent, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, number)
+        if number == signal.SIGKILL:
+            self.process.wait(timeout=10)
+
+    def stop(self) -> None:
+        """Stop it for good."""
+        self.process.terminate()
+        self.process.wait(timeout=20)
+
+
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """A PostgreSQL of our own on a free loopback port, as a SQLAlchemy URL of an empty database."""
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of our own on a free loopback port."""
     import tempfile
 
     found = (
@@ -358,39 +449,17 @@ def postgres_url() -> Iterator[str]:
     binary = Path(shutil.which("initdb") or (found[-1] if found else ""))
     if not binary.name:
         _missing("postgresql")
-    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="memoir-pg-"))
-    as_user = []
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres")
-        as_user = ["runuser", "-u", "postgres", "--"]
-    data = folder / "data"
-    subprocess.run(
-        [*as_user, str(binary), "-D", str(data), "-A", "trust", "-U", "memoir"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        cwd=folder,
-    )
-    serve = [
-        *as_user,
-        str(binary.with_name("postgres")),
-        "-D",
-        str(data),
-        "-p",
-        str(port),
-        "-h",
-        "127.0.0.1",
-        "-k",
-        str(folder),
-    ]
-    process = subprocess.Popen(
-        serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
-    )
-    wait_for_port(port, process)
-    time.sleep(0.3)
-    yield f"postgresql+psycopg://memoir@127.0.0.1:{port}/postgres"
-    process.terminate()
-    process.wait(timeout=20)
+    folder = Path(tempfile.mkdtemp(prefix="memoir-pg-"))
+    made = Postgres(binary, folder)
+    yield made
+    made.stop()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: Postgres) -> str:
+    """Its address."""
+    return postgres.url
 
 
 @pytest.fixture(scope="session")

@@ -211,10 +211,14 @@ class Withstood:
     grown_mib: float
 
 
-def withstand(site: Site, abuse: str) -> Withstood:
-    """Many connections do it at once, while others are served."""
+def withstand(site: Site, abuse: str, most: int = 100) -> Withstood:
+    """Many connections do it at once, while others are served.
+
+    Args:
+        most: connections; of those that send as fast as they can a few.
+    """
     before = memory_mib(site.process.pid)
-    number = {"endless head": 4, "huge body": 4, "never reads": 2}.get(abuse, 100)
+    number = {"endless head": 4, "huge body": 4, "never reads": 2}.get(abuse, most)
     sockets = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(number)]
     head = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     asked = site.body(0)

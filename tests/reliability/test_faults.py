@@ -4,20 +4,26 @@ with callers that mean no good. Short; what is drawn is seeded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from feature_repo.tables import JobFolder
+from serving.benchmarks.events import post
 from serving.benchmarks.faults import (
     ABUSES,
     DEADLINE_MS,
@@ -25,7 +31,9 @@ from serving.benchmarks.faults import (
     SERVE,
     Redis,
     Site,
+    Weathered,
     connects,
+    degraded_of,
     wait_for,
     weather,
     withstand,
@@ -35,9 +43,14 @@ from serving.benchmarks.openloop import Outcome
 SLACK_MS = 150.0  # client and server share two cores
 
 
+TIMES, MOST = 20, 800  # of each failure, and connections at a time, in `make reliability`
+SOMEBODY = 990_001  # of whom no request asks
+REGISTRY_FAULTS = ("stands still", "is killed", "comes back empty")
+
+
 @pytest.fixture(scope="module")
 def site(
-    trained_shop: Any, postgres_url: str, helpers: Any, tmp_path_factory: pytest.TempPathFactory
+    trained_shop: Any, postgres: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """The shop's live bundle, served over Redis."""
     if not shutil.which("redis-server"):
@@ -53,7 +66,7 @@ def site(
     redis.start()
     settings = replace(trained_shop.settings, profile="production")
     environment = {
-        "MEMOIR_REGISTRY_URL": postgres_url,
+        "MEMOIR_REGISTRY_URL": postgres.url,
         "MEMOIR_REDIS": f"127.0.0.1:{ports[0]}",
         "MEMOIR_DATASET": settings.dataset,
         "MEMOIR_HOME": str(Path(settings.home).parent),
@@ -107,7 +120,7 @@ def answered_in_time(outcome: Outcome) -> None:
     assert outcome.latency_us.get_max_value() / 1000 <= DEADLINE_MS + SLACK_MS
 
 
-def check_weather(site: Site, fault: str) -> None:
+def check_weather(site: Site, fault: str) -> Weathered:
     """Nothing but 200, in time, by a named rung; noticed and found again."""
     assert site.ready()
     found = weather(site, fault)
@@ -125,6 +138,7 @@ def check_weather(site: Site, fault: str) -> None:
     well = site.load(1.0)
     answered_in_time(well)
     assert well.unscored == 0
+    return found
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -134,9 +148,71 @@ def test_a_store_that_fails_breaks_no_answer_and_is_found_again(site: Site, faul
 
 @pytest.mark.whole
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_same_twenty_times(site: Site, fault: str) -> None:
-    for _ in range(20):
-        check_weather(site, fault)
+def test_the_same_twenty_times(site: Site, fault: str, promises: Any) -> None:
+    found = [check_weather(site, fault) for _ in range(TIMES)]
+    latest = max(one.outcome.latency_us.get_max_value() / 1000 for one in found)
+    ready = max(one.ready_s for one in found)
+    promises.note(
+        f"Redis {fault}, {TIMES} times under load",
+        f"no 5xx, all marked, none later than {DEADLINE_MS + 10:.0f} ms, ready again ≤ 1 s",
+        f"{sum(one.outcome.answered for one in found):,} answers, all 200 and marked; latest {latest:.0f} ms; "
+        f"unready said in ≤ {max(one.unready_s for one in found):.2f} s, ready again in ≤ {ready:.2f} s",
+        held=latest <= DEADLINE_MS + 10 and ready <= 1.0,
+        seed=1,
+    )
+
+
+def check_registry(site: Site, postgres: Any, fault: str) -> Outcome:
+    """No request notices that the registry is away: neither one that ranks nor one that takes events."""
+    if fault == "comes back empty":
+        with contextlib.closing(psycopg.connect(postgres.url.replace("+psycopg", ""))) as opened:
+            opened.execute("DROP SCHEMA public CASCADE")
+            opened.execute("CREATE SCHEMA public")
+            opened.commit()
+    else:
+        postgres.send(signal.SIGSTOP if fault == "stands still" else signal.SIGKILL)
+    try:
+        outcome = site.load(2.0)
+        event = {
+            "item_id": site.items[0],
+            "event_timestamp": datetime.now(UTC).isoformat(),
+            "quantity": 1,
+            "unit_price": 1,
+        }
+        began = time.perf_counter()
+        taken = post(site.port, "/v1/events", {"user_id": SOMEBODY, "events": [event]})
+        assert taken["added"] == 1
+        assert time.perf_counter() - began < 1.0
+        assert site.ready()
+    finally:
+        if fault == "stands still":
+            postgres.send(signal.SIGCONT)
+        elif fault == "is killed":
+            postgres.start()
+    answered_in_time(outcome)
+    assert degraded_of(outcome, 0.0, 2.0) == set()
+    return outcome
+
+
+@pytest.mark.parametrize("fault", REGISTRY_FAULTS[:2])
+def test_no_request_notices_that_the_registry_is_away(
+    site: Site, postgres: Any, fault: str
+) -> None:
+    check_registry(site, postgres, fault)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("fault", REGISTRY_FAULTS)
+def test_nor_twenty_times(site: Site, postgres: Any, fault: str, promises: Any) -> None:
+    found = [check_registry(site, postgres, fault) for _ in range(TIMES)]
+    latest = max(one.latency_us.get_max_value() / 1000 for one in found)
+    promises.note(
+        f"PostgreSQL {fault}, {TIMES} times under load",
+        "no 5xx, none degraded or late, events taken, ready throughout",
+        f"{sum(one.answered for one in found):,} answers, none of them degraded; latest {latest:.0f} ms",
+        held=latest <= DEADLINE_MS + 10,
+        seed=1,
+    )
 
 
 @pytest.mark.parametrize("abuse", ABUSES)
@@ -145,6 +221,23 @@ def test_callers_that_mean_no_good_are_cut_and_others_are_served(site: Site, abu
     answered_in_time(found.outcome)
     assert found.kept == 0
     assert found.grown_mib < 64
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("abuse", ABUSES)
+def test_eight_hundred_of_them_are_cut_too(site: Site, abuse: str, promises: Any) -> None:
+    steady = site.load(4.0)
+    found = withstand(site, abuse, MOST)
+    answered_in_time(found.outcome)
+    assert found.kept == 0
+    p99, before = found.outcome.ms(99), steady.ms(99)
+    promises.note(
+        f"{found.connections} connections: {abuse}",
+        "gone in ≤ 10 s, memory + ≤ 16 MiB, others' p99 ≤ 2 × steady",
+        f"all gone; {found.grown_mib:+.0f} MiB; others' p99 {p99:.0f} ms, steady {before:.0f} ms",
+        held=found.grown_mib <= 16 and p99 <= 2 * before,
+        seed=1,
+    )
 
 
 def test_a_stop_under_load_fails_no_request(site: Site) -> None:
