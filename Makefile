@@ -4,6 +4,7 @@ VENV ?= .venv
 RECIPE ?= vista
 RUNNER ?= FnApiRunner
 PORT ?= 8000
+PAGE ?= .memoir/reliability.md
 DATASETS ?= online_retail
 SEEDS ?= 5
 TORCH ?= torch==2.13.0
@@ -88,8 +89,8 @@ bench-gpu: setup  ## the same on a GPU
 	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
 	$(RUN) -m modeling.benchmarks.precision --device cuda
 
-reliability: setup  ## what make check samples, whole: schemas, faults under load
-	$(RUN) -m pytest -m whole tests
+reliability: setup  ## what make check samples, whole: schemas, faults, loads, a soak; over an hour, leaves PAGE
+	$(RUN) -m pytest -m whole tests --page $(PAGE)
 
 lock: setup  ## renew requirements.lock; releases younger than two weeks are left out
 	$(RUN) .ci/lock.py

@@ -3,15 +3,21 @@
 A body that is still arriving takes no place: whoever sends a thousand of them slowly would otherwise
 take all. How much of them is held is bounded by bytes; where that is reached, the body that has been
 arriving for the longest is given up.
+
+Nor is a request taken on that could not be answered in time behind those that wait already: a slow model
+would otherwise spend itself on answers that come too late.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serving.errors import OverloadedError
+
+STEP = 0.1  # of the moving mean
 
 
 class Arriving:
@@ -35,10 +41,12 @@ class Admission:
     Args:
         most: requests at a time; each beyond is refused.
         most_bytes: of bodies that are arriving.
+        patience_s: for how long a request may wait for those before it.
     """
 
-    def __init__(self, most: int, most_bytes: int = 64 << 20) -> None:
-        self.most, self.most_bytes = most, most_bytes
+    def __init__(self, most: int, most_bytes: int = 64 << 20, patience_s: float = math.inf) -> None:
+        self.most, self.most_bytes, self._patience_s = most, most_bytes, patience_s
+        self._each_s = 0.0  # that a request takes of what all share; moves with the last ones
         self.under_way = 0
         self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
         self._bytes = 0
@@ -46,12 +54,18 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether there is no place."""
-        return self.under_way >= self.most
+        return self.under_way >= self.most or (
+            self.under_way > 0 and self.under_way * self._each_s >= self._patience_s
+        )
+
+    def took(self, seconds: float) -> None:
+        """A request kept the others waiting for so long."""
+        self._each_s += STEP * (seconds - self._each_s)
 
     def error(self) -> OverloadedError:
         """What is told whoever finds none."""
         return OverloadedError(
-            f"{self.under_way} requests are under way, as many as this process takes on: try again in a second, "
+            f"{self.under_way} requests are under way, as many as this process answers in time: try again in a second, "
             "or elsewhere"
         )
 

@@ -69,6 +69,7 @@ from serving.states import OUTCOMES
 
 MOST_EXPLAINED = 2  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
+PATIENCE = 0.7  # of the deadline, spent waiting for the model; the rest is for the answer itself
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
@@ -92,7 +93,8 @@ class Server:
         self.home = home
         self.live, self.settings, self.stopping = live, settings, stopping
         self.metrics = Metrics()
-        self.admission = Admission(settings.max_in_flight)
+        patience_s = PATIENCE * settings.deadline_ms / 1000
+        self.admission = Admission(settings.max_in_flight, patience_s=patience_s)
         self.event_admission = Admission(settings.max_events_in_flight)
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -321,16 +323,11 @@ class Server:
             # Whoever asked may be gone, or the time up, by when the thread comes to it.
             if cancelled or time.perf_counter() > deadline:
                 return None
-            log = self.log_of(serving)
-            special = asked.force is not None or asked.pretended is not None
-            if log is None or special or not log.samples(asked.user_id):
-                return ranker.answer(asked, user, clock, keep=not special)
-            numbers: list[tuple[datetime, Encoded]] = []
-            answer = ranker.answer(
-                asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
-            )
-            log.add(Served(asked, answer, *numbers[0]))
-            return answer
+            began = time.perf_counter()
+            try:
+                return self._ranked(serving, asked, user, clock)
+            finally:
+                self.admission.took(time.perf_counter() - began)
 
         computing = asyncio.get_running_loop().run_in_executor(self.model, compute)
         try:
@@ -347,6 +344,21 @@ class Server:
         if answer is None:
             late = [*user.problems, Degraded.DEADLINE]
             return ranker.in_order(asked, late, clock)
+        return answer
+
+    def _ranked(
+        self, serving: Serving, asked: RankRequest, user: UserRow, clock: Clock
+    ) -> RankResponse:
+        """The answer, on the model's thread, logged where its user is among those who are."""
+        ranker, log = serving.ranker, self.log_of(serving)
+        special = asked.force is not None or asked.pretended is not None
+        if log is None or special or not log.samples(asked.user_id):
+            return ranker.answer(asked, user, clock, keep=not special)
+        numbers: list[tuple[datetime, Encoded]] = []
+        answer = ranker.answer(
+            asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
+        )
+        log.add(Served(asked, answer, *numbers[0]))
         return answer
 
     async def _read_user(self, serving: Serving, asked: RankRequest, deadline: float) -> UserRow:

@@ -43,7 +43,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with served("serving.benchmarks.load:echo") as port:
         rows.append({"what": "floor: a body read, an answer sent"} | _floor(port, rounds))
-    with server(1, **SERVE) as (port, _):
+    with server(1, **SERVE) as running:
         for name, chosen in (("longest", ranked[:40]), ("shortest", ranked[-40:])):
             users = chosen[user].to_pylist()
             rows.append(
@@ -51,7 +51,7 @@ def main() -> None:
                     "what": f"the {len(users)} {name} histories",
                     "events before": int(pc.mean(chosen["history_end"]).as_py()),
                 }
-                | _measure(port, contract, users, asked, rounds)
+                | _measure(running.port, contract, users, asked, rounds)
             )
     report("events", {"rounds": rounds, "candidates": len(asked)}, rows, arguments.json)
 

@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,9 +51,9 @@ def main() -> None:
     with _site(arguments.ranker) as site:
         with served("serving.benchmarks.load:echo", arguments.processes) as port:
             rows += asyncio.run(_floor(Target("127.0.0.1", port, site.bodies), seconds))
-        with server(arguments.processes, **site.variables) as (port, started_s):
-            target = Target("127.0.0.1", port, site.bodies)
-            rows.append({"part": "start to ready", "p50_ms": 1000 * started_s})
+        with server(arguments.processes, **site.variables) as running:
+            target = Target("127.0.0.1", running.port, site.bodies)
+            rows.append({"part": "start to ready", "p50_ms": 1000 * running.started_s})
             rows += asyncio.run(_parts(target, seconds, arguments.rate))
     config = {
         "bundle": site.name,
@@ -180,9 +181,18 @@ def requests_of(settings: Settings, number: int = 500) -> Bodies:
     return Bodies(made)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server process that is ready, and how many seconds that took."""
+
+    port: int
+    started_s: float
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
-def server(processes: int = 1, **variables: str) -> Iterator[tuple[int, float]]:
-    """`python -m serving` on a free port, ready, and how many seconds that took."""
+def server(processes: int = 1, **variables: str) -> Iterator[Running]:
+    """`python -m serving` on a free port."""
     port = listenable("127.0.0.1", 0)
     command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
     began = time.perf_counter()
@@ -193,7 +203,7 @@ def server(processes: int = 1, **variables: str) -> Iterator[tuple[int, float]]:
     )
     try:
         wait_until_ready(port, process)
-        yield port, time.perf_counter() - began
+        yield Running(port, time.perf_counter() - began, process)
     finally:
         process.terminate()
         process.wait(timeout=30)

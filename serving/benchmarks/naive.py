@@ -61,9 +61,10 @@ def _measure(settings: Settings, ranker: str, length: int, rounds: int) -> dict[
     folder = bundle_of(settings, replace(SIZES[ranker], length=length))
     requests = Requests(CANDIDATES)
     started = server(1, MEMOIR_SERVE_BUNDLE=str(folder), **SERVE)
-    with started as (port, _), plain(folder) as other:
-        ours, twin = Target("127.0.0.1", port, requests), Target("127.0.0.1", other, requests)
-        mine, theirs = _scores(port, requests(0)), _scores(other, requests(0))
+    with started as running, plain(folder) as other:
+        ours = Target("127.0.0.1", running.port, requests)
+        twin = Target("127.0.0.1", other, requests)
+        mine, theirs = _scores(running.port, requests(0)), _scores(other, requests(0))
         different = max(abs(mine[item] - theirs[item]) for item in mine)
         asyncio.run(closed_loop(ours, 1.0))
         fast, slow = [], []

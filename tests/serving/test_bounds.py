@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import math
 import time
@@ -853,3 +854,26 @@ def test_a_shadow_that_cannot_be_loaded_keeps_nobody_from_ranking(
 
     server.load_shadow(broken)
     assert rank(server, {"user_id": 1, "candidates": items}).status_code == 200
+
+
+def test_no_more_are_taken_on_than_are_answered_in_time() -> None:
+    """However many places there are: behind a slow model a queue would only grow old."""
+    admission = Admission(16, patience_s=0.17)
+    for _ in range(100):
+        admission.took(0.05)
+    with contextlib.ExitStack() as places:
+        taken = 0
+        while not admission.full:
+            places.enter_context(admission.admitted())
+            taken += 1
+        assert taken == 4  # 4 × 50 ms is more patience than there is; 3 is not
+    # A model that got faster gets its places back.
+    for _ in range(100):
+        admission.took(0.001)
+    with contextlib.ExitStack() as places:
+        for _ in range(16):
+            places.enter_context(admission.admitted())
+        assert admission.full
+    # One is always taken on, however slow the last were.
+    admission.took(100.0)
+    assert not admission.full
