@@ -85,6 +85,20 @@ def replay(log: str, *, bundle: str | None = None) -> None:
 
 
 @app.command
+def impressions(log: str, file: str, *, top: int | None = None) -> None:
+    """Write what was served as rows of the dataset's raw log: impressions for the next training set.
+
+    Args:
+        log: folder that the server logged to (MEMOIR_SERVE_LOG_FOLDER).
+        file: a new file where the dataset's declaration looks for events.
+        top: of each list only so many, from its top; by default all of it.
+    """
+    from serving import command
+
+    command.run_impressions(log, file, top)
+
+
+@app.command
 def erase(*users: str, logs: tuple[str, ...] = (), allow: bool = False) -> None:
     """Take users out of every table, store, version and log, prove it, and keep them out of later runs.
 

@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -66,6 +67,7 @@ from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
 from serving.shadow import Shadow
 from serving.states import OUTCOMES
+from serving.tracing import Tracing
 
 MOST_EXPLAINED = 2  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
@@ -81,6 +83,7 @@ class Server:
     Args:
         stopping: whose existence says that the server is about to stop; default: nothing says it.
         home: where the tables are, and who was erased; default: nowhere, and nobody.
+        tracing: makes spans of requests; default: nobody traces.
     """
 
     def __init__(
@@ -89,8 +92,9 @@ class Server:
         settings: ServeSettings,
         stopping: Path | None = None,
         home: Settings | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        self.home = home
+        self.home, self.tracing = home, tracing
         self.live, self.settings, self.stopping = live, settings, stopping
         self.metrics = Metrics()
         patience_s = PATIENCE * settings.deadline_ms / 1000
@@ -358,6 +362,7 @@ class Server:
         answer = ranker.answer(
             asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
         )
+        answer.request_id = uuid.uuid4().hex
         log.add(Served(asked, answer, *numbers[0]))
         return answer
 
@@ -503,7 +508,12 @@ class Server:
 
         async def answered(request: Request) -> Response:
             began = time.perf_counter()
-            response = await self._answered(handler, request)
+            if self.tracing is None:
+                response = await self._answered(handler, request)
+            else:
+                response = await self.tracing.around(
+                    request, lambda: self._answered(handler, request)
+                )
             if request.method == "POST":
                 self.metrics.requests.labels(request.url.path, str(response.status_code)).inc()
             if self.settings.access_log:
@@ -593,6 +603,8 @@ def app_of(
             await asyncio.to_thread(server.shadow.close)
         for log in server.logs:
             await asyncio.to_thread(log.close)
+        if server.tracing is not None:
+            await asyncio.to_thread(server.tracing.close)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

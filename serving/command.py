@@ -94,6 +94,23 @@ def run_replay(log: str, bundle_path: str | None) -> None:
     )
 
 
+def run_impressions(log: str, file: str, top: int | None) -> None:
+    """Write impressions and say how many.
+
+    Raises:
+        ImpressionsError: the dataset's raw log cannot hold them.
+        NoLogError: nothing was logged.
+    """
+    from serving.impressions import write_impressions
+    from serving.served_log import read_log
+
+    number = write_impressions(Settings.from_env(), read_log(Path(log)), Path(file), top)
+    console.print(
+        f"{number:,} impressions in {file}: the next `python -m beam_jobs refresh` reads them",
+        highlight=False,
+    )
+
+
 def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
     """Erase users and print what was found where; or allow them again.
 
@@ -210,6 +227,7 @@ def app() -> Any:
 
     from serving.app import Server, app_of
     from serving.live import Live, Repair, Source, epoch_of
+    from serving.tracing import tracing_from_env
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("serving.access").setLevel(logging.INFO)
@@ -241,7 +259,8 @@ def app() -> Any:
     shadow = None
     if settings.shadow is not None:
         shadow = replace(source, bundle=settings.shadow).load
-    server = Server(live, settings, Path(stopping) if stopping else None, home)
+    stopping_file = Path(stopping) if stopping else None
+    server = Server(live, settings, stopping_file, home, tracing_from_env())
     return app_of(server, keep_up=True, shadow=shadow)
 
 

@@ -109,6 +109,9 @@ class RankResponse(Struct):
     unknown_items: list[int | str]
     timings_ms: Timings
     probabilities: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
+    request_id: str | UnsetType = (
+        UNSET  # of an answer that was logged: events under it are its labels
+    )
 
 
 class RankBatchResponse(Struct):

@@ -134,7 +134,7 @@ class ServedLog:
     def _row(self, served: Served) -> dict[str, Any]:
         asked, answer, contract = served.asked, served.answer, self._encoder.contract
         return {
-            "request_id": uuid.uuid4().hex,
+            "request_id": answer.request_id or uuid.uuid4().hex,
             "request_timestamp": served.at,
             "served_at": datetime.now(UTC),
             contract.user.join_key: asked.user_id,

@@ -378,3 +378,78 @@ def test_of_impressions_evaluation_knows_as_little_as_the_server(world: World) -
     context = [c.name for c in world.encoder.request.categorical].index("device")
     assert 0 < int((left.user.field_BU[:, context] == 0).sum()) < 64
     assert (left.user.field_BU[:, -2:] == batch.user.field_BU[:, -2:]).all()  # the time is kept
+
+
+def test_what_was_served_is_read_as_impressions_and_events_under_its_id_are_labels(
+    shop_on_the_road: Shop, helpers: Any, tmp_path: Path
+) -> None:
+    from serving.impressions import ImpressionsError, write_impressions
+    from serving.served_log import log_schema
+
+    data = tmp_path / "raw"
+    shutil.copytree(shop_on_the_road.settings.data or "", data)
+    settings = helpers.settings_in(tmp_path / "home", NAME, data)
+    contract = datasets.load_contract(NAME)
+    items = ["00000", "Tasse 001 é", "Tasse 002 é"]
+    at = datetime(2025, 2, 20, 12, 30, tzinfo=UTC)
+    served = [
+        {
+            "request_id": f"served-{number}",
+            "request_timestamp": at + timedelta(minutes=number),
+            "user_id": "café user 1",
+            "ranked": items[number:] + items[:number],
+            "scores": [0.9, 0.5, 0.1] if number < 2 else [],  # the last rung is nobody's ranking
+            "device": "phone",
+            "local_hour": 12.0,
+        }
+        for number in range(3)
+    ]
+    log = pa.Table.from_pylist(served, schema=log_schema(contract))
+    assert write_impressions(settings, log, data / "log" / "served.csv", 2) == 4
+    with pytest.raises(ImpressionsError, match="is there already"):
+        write_impressions(settings, log, data / "log" / "served.csv", 2)
+    with pytest.raises(ImpressionsError, match="not among the files"):
+        write_impressions(settings, log, data / "elsewhere" / "served.csv", 2)
+    assert not (data / "elsewhere" / "served.csv").exists()
+    # What the shop itself logs later, under the id that came with the answer.
+    click = "c1;served-1;café user 1;Tasse 001 é;2025-02-20T12:31:05+00:00;;phone;12;1;0;0;"
+    header = "event_id;session;customer;product;shown_at;position;device;local_hour;clicked;carted;purchased;price"
+    (data / "log" / "clicks.csv").write_text(f"{header}\n{click}\n", encoding="utf-8")
+
+    helpers.run_jobs(settings, "events", "item_stats", "training_examples", num_partitions=3)
+    events = JobFolder(settings.home, "events").read("events").to_pylist()
+    ours = [event for event in events if (event["request_id"] or "").startswith("served-")]
+    letters = JobFolder(settings.home, "events").read("dead_letters").to_pylist()
+    assert not [one for one in letters if "served" in one["raw"]], letters
+    impression = contract.spec.actions.index(contract.spec.shown)
+    shown = [e for e in ours if e["action"] == impression and e["event_id"] != "c1"]
+    assert [(e["item_id"], e["position"]) for e in shown] == [
+        ("00000", 0),
+        ("Tasse 001 é", 1),
+        ("Tasse 001 é", 0),
+        ("Tasse 002 é", 1),
+    ]
+    assert {e["device"] for e in shown} == {"phone"}
+    assert shown[0]["event_timestamp"] == at
+    examples = JobFolder(settings.home, "training_examples").read("training_examples").to_pylist()
+    mine = [
+        one for one in examples if one["user_id"] == "café user 1" and one["event_timestamp"] >= at
+    ]
+    labels = {
+        (one["event_timestamp"], one["item_id"]): one["label_click"]
+        for one in mine
+        if one["event_timestamp"] < at + timedelta(minutes=2)
+    }
+    assert labels == {
+        (at, "00000"): 0,
+        (at, "Tasse 001 é"): 0,
+        (at + timedelta(minutes=1), "Tasse 001 é"): 1,
+        (at + timedelta(minutes=1), "Tasse 002 é"): 0,
+    }
+
+
+def test_a_log_that_needs_what_was_not_served_is_refused() -> None:
+    from serving.impressions import ImpressionsError, values_of
+
+    with pytest.raises(ImpressionsError, match="declares no action for impressions"):
+        values_of(datasets.load_contract("online_retail"))
