@@ -100,6 +100,7 @@ def run_command(
             "docs": outcome.docs,
             "inputs": planned.inputs,
             "argv": _asked(options, common),
+            "command": _flags(options, common, beam_args),
         }
     if outcome.built:
         _report(outcome.manifest, outcome.docs)
@@ -192,6 +193,17 @@ def live_bundle_makes_tokens(settings: Settings) -> bool:
 def _asked(options: Options, common: Common) -> str:
     """What decides a run's rows, as the catalogue keeps it."""
     return json.dumps({**asdict(options), "as_of": common.as_of}, sort_keys=True)
+
+
+def _flags(options: Options, common: Common, beam_args: list[str]) -> list[str]:
+    """What has to be said for the same run once more."""
+    said = {**asdict(options), **asdict(common), "dry_run": False, "force": False}
+    flags = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in said.items()
+        if value is not None and value is not False
+    ]
+    return [*flags, *beam_args]
 
 
 def _report(manifest: Manifest, docs: str | None) -> None:

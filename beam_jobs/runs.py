@@ -34,8 +34,16 @@ from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.contract import Contract
+from feature_repo.erased import erased_of
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
-from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
+from feature_repo.tables import (
+    JobFolder,
+    Manifest,
+    Part,
+    StaleTableError,
+    digest_of,
+    parquet_bytes,
+)
 
 logger = logging.getLogger(__name__)
 SET_ASIDE = ("dead_letters", "token_dead_letters")  # tables of what broke a limit
@@ -431,6 +439,7 @@ def run(
         docs = job.gate(plan, units, settings)
         tell("building")
         pipeline(job, plan, units, beam_args).run().wait_until_finish()
+        _refuse_if_erased_meanwhile(plan, planned.inputs)
         _add_empty_tables(plan)
         tables, counts = collect(plan)
         as_of_micros = job.account(plan, units, counts)
@@ -457,6 +466,18 @@ def run(
         )  # from here on the run is visible; everything above may be repeated
         said = job.finish(plan, manifest.counts, settings)
     return Outcome(manifest, built=True, docs=docs or built_docs, said=tuple(said))
+
+
+def _refuse_if_erased_meanwhile(plan: RunPlan, inputs: dict[str, str]) -> None:
+    """A run whose workers may have read two lists of erased users holds half of somebody.
+
+    Raises:
+        StaleTableError: the list changed while the run was under way; nothing was published.
+    """
+    if inputs.get("erased", "") not in ("", erased_of(plan.home).digest):
+        raise StaleTableError(
+            f"users were erased or allowed while {plan.job} was under way: nothing was published; run it again"
+        )
 
 
 def _add_empty_tables(plan: RunPlan) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,16 +68,20 @@ class Erased:
     def in_raw(self, rows: Iterable[str], names: Collection[str]) -> np.ndarray:
         """Which raw rows, as dead letters hold them, are of a listed user, bool.
 
+        A row that does not say whose it is counts as one: a line that could not be split, and every row
+        where code makes the ids of users.
+
         Args:
-            names: of the raw columns that hold users; of none, any value may be one.
+            names: of the columns that hold users; none where code makes them.
         """
         return np.array([self._in_row(json.loads(row), names) for row in rows], bool)
 
     def _in_row(self, row: dict[str, Any], names: Collection[str]) -> bool:
-        # A line that could not be split has no columns: it is whoever's it looks like.
-        line = row.get("line")
-        values = line.replace('"', " ").replace(",", " ").split() if line else []
-        values += [value for name, value in row.items() if not names or name in names]
+        if row == json.loads(REDACTED):
+            return False
+        if not names or "line" in row:
+            return True
+        values = [value for name, value in row.items() if name in names]
         return any(self.hash_of(form) in self.users for value in values for form in _forms(value))
 
 
@@ -99,6 +104,31 @@ def erased_of(home: str) -> Erased:
         return Erased()
     read = json.loads(stored)
     return Erased(read["salt"], frozenset(read["users"]))
+
+
+class ErasedList:
+    """The list of a home for who asks often: read again after a second.
+
+    >>> ErasedList(None).now().users
+    frozenset()
+
+    Args:
+        home: None where nobody was erased.
+    """
+
+    def __init__(self, home: str | None) -> None:
+        self._home, self._read, self._until = home, Erased(), 0.0
+
+    def now(self) -> Erased:
+        """As it was at most a second ago.
+
+        Raises:
+            OSError, ValueError, KeyError: it cannot be read.
+        """
+        if self._home is not None and time.monotonic() >= self._until:
+            self._read = erased_of(self._home)
+            self._until = time.monotonic() + 1.0
+        return self._read
 
 
 def list_erased(home: str, users: Collection[Any], *, allow: bool = False) -> Erased:

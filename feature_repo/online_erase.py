@@ -46,34 +46,38 @@ class OnlineEraser:
         )
         self._views: list[Table] = [contract.table(name) for name in sorted(theirs)]
 
-    def erase(self, users: Sequence[Any], at: datetime) -> int:
-        """Remove users; returns how many stored rows or keys there were, where the store can say it.
+    @property
+    def deletes(self) -> bool:
+        """Whether keys can be looked through and deleted."""
+        return self.kind.startswith("redis") or self.kind == "sqlite"
+
+    def erase(self, users: Sequence[Any], at: datetime) -> int | None:
+        """Remove users by the keys that they must have, which is quick; returns how many there were, None
+        where the store cannot say it.
 
         Args:
             at: time of the rows of nulls, where keys cannot be deleted.
         """
-        if self.kind.startswith("redis"):
-            return self._from_redis(users)
-        if self.kind == "sqlite":
-            return self._from_sqlite(users)
+        if self.deletes:
+            return self._delete({key for view in self._views for key in self._keys(view, users)})
         for view in self._views:
             rows = list(self._rows_of(view, users))
             nulls = [row | {EVENT_TIMESTAMP: at, CREATED_TIMESTAMP: at} for row in rows]
             write_rows(
                 self._store, view.name, pa.Table.from_pylist(nulls, schema=arrow_schema(view))
             )
-        return 0
+        return None
+
+    def sweep(self, users: Sequence[Any]) -> int:
+        """Remove whatever a search of all keys finds of users, of versions that nobody listed too."""
+        return self._delete(set(self._found(users))) if self.deletes else 0
 
     def find(self, users: Sequence[Any]) -> int:
         """How many keys of these users the store still holds, of whatever view and version: all keys are
         looked through. Where that cannot be, how many of the known ones have a value.
         """
-        if self.kind.startswith("redis") or self.kind == "sqlite":
-            marks = [self._mark(user) for user in users]
-            if not marks:
-                return 0
-            pattern = re.compile(b"|".join(map(re.escape, marks)), re.DOTALL)
-            return sum(pattern.search(key) is not None for key in self._all_keys())
+        if self.deletes:
+            return len(self._found(users))
         found = 0
         for view in self._views:
             rows = list(self._rows_of(view, users))
@@ -115,21 +119,34 @@ class OnlineEraser:
             for row in self._rows_of(view, users)
         ]
 
+    def _found(self, users: Sequence[Any]) -> list[bytes]:
+        """Keys whose user is one of these."""
+        if not users:
+            return []
+        # The bytes of a value may stand in an item's key as well: they choose, the key itself decides.
+        marks = re.compile(b"|".join(re.escape(self._mark(user)) for user in users), re.DOTALL)
+        wanted = set(users)
+        return [
+            key for key in self._all_keys() if marks.search(key) and self._user_of(key) in wanted
+        ]
+
+    def _user_of(self, key: bytes) -> Any:
+        """Whose a key is; None of a key that names no user."""
+        from feast.infra.key_encoding_utils import deserialize_entity_key
+
+        version = self._store.config.entity_key_serialization_version
+        read = deserialize_entity_key(key, version)
+        for name, value in zip(read.join_keys, read.entity_values, strict=True):
+            if name == self._contract.user.join_key:
+                return getattr(value, value.WhichOneof("val"))
+        return None
+
     def _mark(self, user: Any) -> bytes:
         """The bytes of a user's id in any key: its type, its length and itself."""
         by_user_alone = next(view for view in self._views if len(view.join_keys) == 1)
         key = self._keys(by_user_alone, [user])[0]
         value = str(user).encode() if isinstance(user, str) else bytes(8)
         return key[-(8 + len(value)) :]
-
-    def _from_redis(self, users: Sequence[Any]) -> int:
-        client, project = self._redis(), self._store.config.project.encode()
-        keys = {key + project for view in self._views for key in self._keys(view, users)}
-        ordered = sorted(keys)
-        return sum(
-            client.unlink(*ordered[start : start + PIECE])
-            for start in range(0, len(ordered), PIECE)
-        )
 
     def _redis(self) -> Any:
         from feast.infra.online_stores.redis import RedisOnlineStore
@@ -142,25 +159,43 @@ class OnlineEraser:
         made.execute("PRAGMA secure_delete = ON")  # the bytes go too, not only what names them
         return made
 
-    def _from_sqlite(self, users: Sequence[Any]) -> int:
+    def _delete(self, keys: set[bytes]) -> int:
+        """Remove keys from everywhere in the store; returns how many there were."""
+        ordered = sorted(keys)
+        if self.kind.startswith("redis"):
+            client, project = self._redis(), self._store.config.project.encode()
+            full = [key + project for key in ordered]
+            return sum(
+                client.unlink(*full[start : start + PIECE]) for start in range(0, len(full), PIECE)
+            )
         gone = 0
         with closing(self._sqlite()) as connection, connection:
-            for view in self._views:
-                table = f'"{self._store.config.project}_{view.name}"'
-                for key in self._keys(view, users):
-                    gone += connection.execute(
-                        f"DELETE FROM {table} WHERE entity_key = ?", (key,)
-                    ).rowcount
+            for table in self._tables(connection):
+                query = f'DELETE FROM "{table}" WHERE entity_key = ? RETURNING entity_key'
+                gone += sum(
+                    len(set(connection.execute(query, (key,)).fetchall())) for key in ordered
+                )
         return gone
 
+    @staticmethod
+    def _tables(connection: sqlite3.Connection) -> list[str]:
+        """Tables of the store that have keys."""
+        named = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        columns = {
+            table: {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+            for (table,) in named
+        }
+        return [table for table, names in columns.items() if "entity_key" in names]
+
     def _all_keys(self) -> Iterator[bytes]:
+        """Every key of this project's, as Feast serialises it."""
         if self.kind.startswith("redis"):
-            yield from self._redis().scan_iter(count=10 * PIECE)
+            project = self._store.config.project.encode()
+            for key in self._redis().scan_iter(count=10 * PIECE):
+                if key.endswith(project):
+                    yield key.removesuffix(project)
             return
         with closing(self._sqlite()) as connection:
-            query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-            for (table,) in connection.execute(query).fetchall():
-                columns = {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
-                if "entity_key" in columns:
-                    query = f'SELECT DISTINCT entity_key FROM "{table}"'
-                    yield from (key for (key,) in connection.execute(query))
+            for table in self._tables(connection):
+                query = f'SELECT DISTINCT entity_key FROM "{table}"'
+                yield from (key for (key,) in connection.execute(query))

@@ -242,12 +242,26 @@ class JobFolder:
         self._keep_only(manifest.runs | (previous.runs if previous else set()))
 
     def forget_earlier_runs(self) -> None:
-        """Drop the folders of all runs but the published one, the one before it included, which readers
-        may still have open.
+        """Drop every file that the published manifest does not name: the run before it, which readers may
+        still have open, and what earlier runs left in folders that are kept for their other parts.
+
+        Raises:
+            JobRunningError: the job is under way.
         """
-        manifest = self.manifest()
-        if manifest is not None:
+        with self.lock():
+            manifest = self.manifest()
+            if manifest is None:
+                return
             self._keep_only(manifest.runs)
+            named = {f"{self.root}/{part.path}" for of in manifest.tables.values() for part in of}
+            for run in manifest.runs:
+                folder = pafs.FileSelector(
+                    f"{self.root}/{run}", recursive=True, allow_not_found=True
+                )
+                for info in self.filesystem.get_file_info(folder):
+                    counts = "/_parts/" in info.path  # of each part, which name nobody
+                    if info.type == pafs.FileType.File and info.path not in named and not counts:
+                        self.filesystem.delete_file(info.path)
 
     def _keep_only(self, keep: set[str]) -> None:
         for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):

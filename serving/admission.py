@@ -46,7 +46,8 @@ class Admission:
 
     def __init__(self, most: int, most_bytes: int = 64 << 20, patience_s: float = math.inf) -> None:
         self.most, self.most_bytes, self._patience_s = most, most_bytes, patience_s
-        self._each_s = 0.0  # that a request takes of what all share; moves with the last ones
+        self._each_s = 0.0  # that a ranking takes of what all share; moves with the last ones
+        self._waiting = 0  # rankings of the requests under way
         self.under_way = 0
         self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
         self._bytes = 0
@@ -55,11 +56,11 @@ class Admission:
     def full(self) -> bool:
         """Whether there is no place."""
         return self.under_way >= self.most or (
-            self.under_way > 0 and self.under_way * self._each_s >= self._patience_s
+            self.under_way > 0 and self._waiting * self._each_s >= self._patience_s
         )
 
     def took(self, seconds: float) -> None:
-        """A request kept the others waiting for so long."""
+        """A ranking kept the others waiting for so long."""
         self._each_s += STEP * (seconds - self._each_s)
 
     def error(self) -> OverloadedError:
@@ -79,18 +80,23 @@ class Admission:
             raise self.error()
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
+    def admitted(self, rankings: int = 1) -> Iterator[None]:
         """A place, for as long as the block runs.
+
+        Args:
+            rankings: that the request comes to.
 
         Raises:
             OverloadedError: there is none left.
         """
         self.refuse_if_full()
         self.under_way += 1
+        self._waiting += rankings
         try:
             yield
         finally:
             self.under_way -= 1
+            self._waiting -= rankings
 
     @contextmanager
     def arriving(self, timeout: asyncio.Timeout) -> Iterator[Arriving]:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -69,10 +69,11 @@ from serving.shadow import Shadow
 from serving.states import OUTCOMES
 from serving.tracing import Tracing
 
-MOST_EXPLAINED = 2  # requests at a time
+MOST_EXPLAINED, MOST_LOOKING = 2, 8  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
 PATIENCE = 0.7  # of the deadline, spent waiting for the model; the rest is for the answer itself
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
 
@@ -103,12 +104,15 @@ class Server:
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
-        # Few, since each ranks as often as it names events.
+        # Few, since each ranks as often as it names events, and as there are stored tokens.
         self.explain_admission = Admission(MOST_EXPLAINED)
         self.explaining = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
         self.shadow: Shadow | None = None
         self.beside: Serving | None = None  # the state of the shadow's bundle
         self.overview = Overview(home)
+        # Tables and catalogue may be slow, and keep nobody from an explanation.
+        self.look_admission = Admission(MOST_LOOKING)
+        self.looking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="looking")
         self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
 
@@ -169,7 +173,7 @@ class Server:
         Raises:
             ForbiddenError: see there.
         """
-        if asked.bundle is not None or asked.force is not None or asked.pretended is not None:
+        if asked.bundle is not None or special(asked):
             self.check(request, "explain")
 
     def serving(self) -> Serving:
@@ -221,7 +225,8 @@ class Server:
             deadline = self._deadline(asked, arrived)
             clock.lap("queue")
             answer = await unless_left(request, self._answer(serving, asked, clock, deadline))
-        self._count(asked, answer)
+        if not special(asked):
+            self._count(asked, answer)
         timings = msgspec.structs.asdict(answer.timings_ms)
         header = ", ".join(f"{stage};dur={timings[stage]}" for stage in STAGES)
         return answered_with(request, answer, {"Server-Timing": header})
@@ -242,10 +247,11 @@ class Server:
                 for one, asked in zip(chosen, batch, strict=True)
             ]
 
-        with self.admission.admitted():
+        with self.admission.admitted(len(batch)):
             answers = await unless_left(request, each())
         for asked, answer in zip(batch, answers, strict=True):
-            self._count(asked, answer)
+            if not special(asked):
+                self._count(asked, answer)
         return answered_with(request, RankBatchResponse(answers))
 
     async def explain(self, request: Request) -> Response:
@@ -273,19 +279,31 @@ class Server:
             user = await self._read_user(serving, RankRequest(user_id, []), deadline)
             known = serving.ranker.known_of(user)
             items = list(dict.fromkeys(event.item_id for event in known.events))
-            known.titles = await asyncio.get_running_loop().run_in_executor(
-                self.explaining, self.overview.titles_of, serving, items
-            )
+            known.titles = await self._looked_up(self.overview.titles_of, serving, items)
         return answered_with(request, known)
 
     async def look(self, request: Request) -> Response:
         """`GET /v1/overview`: what there is to look at."""
         self.check(request, "explain")
-        serving = self.serving()
-        found = await asyncio.get_running_loop().run_in_executor(
-            self.explaining, self.overview.of, serving, list(self.loaded())
-        )
+        found = await self._looked_up(self.overview.of, self.serving(), list(self.loaded()))
         return Response(self._encode(found), media_type=JSON)
+
+    async def _looked_up(self, look: Callable[..., T], *about: Any) -> T:
+        """What tables and catalogue say, on a thread of their own.
+
+        Raises:
+            OverloadedError: too many wait for it.
+            NotReadyError: it takes too long.
+        """
+        with self.look_admission.admitted():
+            looking = asyncio.get_running_loop().run_in_executor(self.looking, look, *about)
+            try:
+                async with asyncio.timeout(self.settings.events_s):
+                    return await looking
+            except TimeoutError as error:
+                raise NotReadyError(
+                    f"tables and catalogue did not answer within {self.settings.events_s:g} s"
+                ) from error
 
     async def page(self, request: Request) -> Response:
         """`GET /`: the page, which asks for everything else; open to all, for it says nothing."""
@@ -343,7 +361,8 @@ class Server:
             if isinstance(ended, asyncio.CancelledError):
                 raise
             answer = None
-        if answer is not None and self.shadow is not None and asked.bundle is None:
+        plain = asked.bundle is None and not special(asked)
+        if answer is not None and self.shadow is not None and plain:
             self.shadow.consider(asked, user, answer)
         if answer is None:
             late = [*user.problems, Degraded.DEADLINE]
@@ -355,9 +374,8 @@ class Server:
     ) -> RankResponse:
         """The answer, on the model's thread, logged where its user is among those who are."""
         ranker, log = serving.ranker, self.log_of(serving)
-        special = asked.force is not None or asked.pretended is not None
-        if log is None or special or not log.samples(asked.user_id):
-            return ranker.answer(asked, user, clock, keep=not special)
+        if log is None or special(asked) or not log.samples(asked.user_id):
+            return ranker.answer(asked, user, clock, keep=not special(asked))
         numbers: list[tuple[datetime, Encoded]] = []
         answer = ranker.answer(
             asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
@@ -482,6 +500,8 @@ class Server:
         """Each process, since a scrape of all meets one of them."""
         while True:
             self.observe()
+            for serving in self.loaded().values():
+                await asyncio.to_thread(serving.ranker.forget_old_users)
             await asyncio.sleep(1.0)
 
     async def models(self, request: Request) -> Response:
@@ -545,6 +565,11 @@ class Server:
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+def special(asked: RankRequest) -> bool:
+    """Whether a request looks into the ranker: its answer says nothing of how things are."""
+    return asked.force is not None or asked.pretended is not None
 
 
 def described_bundle(serving: Serving) -> dict[str, Any]:

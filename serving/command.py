@@ -131,9 +131,9 @@ def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
     proof, path = erase(
         settings, ids, sorted(folders), tell=lambda step: console.print(f"erase: {step}")
     )
-    table = Table("searched", "rows there", "of these users", box=SIMPLE_HEAD)
+    table = Table("searched", "rows or keys there", "of these users", box=SIMPLE_HEAD)
     for one in proof.searched:
-        table.add_row(one.place, "" if one.rows is None else f"{one.rows:,}", f"{one.theirs:,}")
+        table.add_row(one.place, "" if one.of is None else f"{one.of:,}", f"{one.theirs:,}")
     console.print(table)
     for line in proof.left:
         console.print(f"not touched: {line}", highlight=False, soft_wrap=True)

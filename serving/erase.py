@@ -1,14 +1,17 @@
 """`python -m serving erase USER`: a user out of everything that we hold, and a proof of it.
 
-    1. on the list of erased users   from here on no job builds a row of theirs, no server takes their events
-    2. online store                  at once, in every view and token version
-    3. token tables                  their rows are cut out
-    4. served logs, training sets    rewritten; dropped, since they are made again when they are needed
-    5. the other tables              built again without them by the jobs; runs that nobody reads any more go
-    6. online store again            a job that was under way may have written meanwhile
-    7. the proof                     everything is searched, and what was found is written down
+    1. on the list of erased users   `events` leaves them out from here on, no server takes their events
+    2. online store                  at once, in every view and known token version
+    3. served logs                   rewritten without them
+    4. tables                        built again without them by the jobs, each as it was run last
+    5. training sets, reports        dropped: they are made again when they are needed
+    6. token tables                  their rows are cut out
+    7. what no manifest names        dropped, the runs before among it
+    8. online store again            a job that was under way may have written meanwhile
+    9. the proof                     everything is searched, and what was found is written down
 
-Each step may be repeated: a call that was stopped is made whole by the same call.
+A job that is under way is waited for. Each step may be repeated: a call that was stopped is made whole by the
+same call.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from feature_repo.parse import user_columns
 from feature_repo.schema import DType
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store import open_store
-from feature_repo.tables import JobFolder, JobRunningError
+from feature_repo.tables import JobFolder, JobRunningError, locked
 from serving.items import Id
 
 # In the order in which they read each other.
@@ -47,6 +50,7 @@ JOBS = ("events", "user_history", "item_stats", "training_examples", "materializ
 # Made again whenever they are needed: whoever is in them, they go whole.
 CACHES = ("training_sets", "expectations")
 RAW = "raw"  # the column of dead letters that holds a row as it came
+DRAFT_S = 60.0  # a file takes a server less to write
 WAIT_S = 600.0  # for a job that is under way
 RunJob = Callable[[str], None]
 Answer = TypeVar("Answer")
@@ -62,7 +66,7 @@ class Searched:
 
     place: str
     theirs: int
-    rows: int | None = None  # of anybody; None where nobody counted
+    of: int | None = None  # of anybody; None where nobody counted
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,15 @@ class Proof:
     """What was erased, and that nothing is left. Users stand here by their keyed hashes.
 
     Args:
-        removed: rows or keys that went, by place; tables that were built again are only in `searched`.
+        removed: rows or keys that went, by place, None where the place cannot say it; tables that were
+            built again are only in `searched`.
         left: what holds traces that no search finds, or is not ours.
     """
 
     erased_at: str
     took_s: float
     users: list[str]
-    removed: dict[str, int]
+    removed: dict[str, int | None]
     searched: list[Searched]
     left: list[str]
 
@@ -93,9 +98,13 @@ def ids_of(contract: Contract, users: Sequence[str]) -> list[Id]:
     if contract.user.dtype is DType.STRING:
         return list(users)
     try:
-        return [int(user) for user in users]
-    except ValueError as error:
-        raise ErasureError(f"users of this dataset are whole numbers: {error}") from error
+        ids: list[Id] = [int(user) for user in users]
+        pa.array(ids, pa.int64())
+    except (ValueError, OverflowError) as error:
+        raise ErasureError(
+            f"users of this dataset are whole numbers of 64 bits: {error}"
+        ) from error
+    return ids
 
 
 def erase(
@@ -117,13 +126,14 @@ def erase(
         JobRunningError: a job was under way for `WAIT_S`.
     """
     began, at = time.monotonic(), datetime.now(UTC)
-    contract = datasets.load_contract(settings.dataset)
+    contract, home = datasets.load_contract(settings.dataset), settings.home
     run_job = run_job or _in_process_of_its_own(settings)
-    removed: dict[str, int] = {}
+    if missing := [str(log) for log in logs if not log.is_dir()]:
+        raise ErasureError(f"{missing[0]} is no folder that a server logged to")
+    removed: dict[str, int | None] = {}
 
     tell("listing them")
-    _when_free(lambda: list_erased(settings.home, users))
-    listed = list_erased(settings.home, [])
+    listed = _when_free(partial(list_erased, home, users))
     theirs = Erased(listed.salt, frozenset(map(listed.hash_of, users)))
 
     tell("online store")
@@ -131,32 +141,40 @@ def erase(
     place = f"online store ({online.kind})"
     removed[place] = online.erase(users, at)
 
-    tell("token tables")
-    removed[token_log.JOB] = _when_free(lambda: token_log.erase(contract, settings.home, theirs))
-
-    tell("served logs and caches")
+    tell("served logs")
     for log in logs:
-        removed[str(log)] = sum(_rewrite(path, contract, theirs) for path in _parquet_of(log))
-    for cache in CACHES:
-        shutil.rmtree(settings.path(cache), ignore_errors=True)
+        removed[str(log)] = _out_of_log(log, contract, theirs)
 
     for job in JOBS:
-        if JobFolder(settings.home, job).manifest() is not None:
-            tell(f"building {job} again")
-            _when_free(partial(_is_free, settings, job))
+        tell(f"building {job} again")
+        _when_free(partial(_is_free, settings, job))
+        if JobFolder(home, job).manifest() is not None:
             run_job(job)
+
+    tell("training sets and reports")
+    for cache in CACHES:
+        for folder in (settings.path(cache), *settings.path(cache).glob("*")):
+            if (folder / ".lock").exists():
+                _when_free(partial(_drop, folder))
+        shutil.rmtree(settings.path(cache), ignore_errors=True)
+
+    tell("token tables")
+    removed[token_log.JOB] = _when_free(partial(token_log.erase, contract, home, theirs))
     for job in (*JOBS, token_log.JOB):
-        JobFolder(settings.home, job).forget_earlier_runs()
+        _when_free(JobFolder(home, job).forget_earlier_runs)
 
     tell("online store again")
-    removed[place] += online.erase(users, at)
+    online.erase(users, at)
+    found = online.sweep(users)
+    removed[place] = None if removed[place] is None else (removed[place] or 0) + found
 
     tell("searching")
     searched = [Searched(place, online.find(users)), *search(settings, contract, theirs, logs)]
     if kept := [one for one in searched if one.theirs]:
-        where = ", ".join(f"{one.place} ({one.theirs:,} rows)" for one in kept)
+        where = ", ".join(f"{one.place} ({one.theirs:,})" for one in kept)
         raise ErasureError(
-            f"not all is gone: {where}. Run the same command again; what is left then was written by somebody else"
+            f"not all is gone: {where}. Run the same command again; what is left then is somebody else's file, or was "
+            "written by somebody else"
         )
     proof = Proof(
         at.isoformat(timespec="seconds"),
@@ -174,7 +192,11 @@ def erase(
 def search(
     settings: Settings, contract: Contract, theirs: Erased, logs: Sequence[Path]
 ) -> list[Searched]:
-    """Every file that has a column of users, in the home and in the logs: how many rows are theirs."""
+    """Every table that has a column of users, in the home and in the logs: how many rows are theirs.
+
+    Training sets hold users without their ids; those of before are gone, and later ones are of the tables
+    that were built without them.
+    """
     home = JobFolder(settings.home, "")
     found: dict[str, Searched] = {}
     where = [(home.filesystem, home.root.rstrip("/"))]
@@ -187,7 +209,7 @@ def search(
             if counted is not None:
                 before = found.get(place, Searched(place, 0, 0))
                 found[place] = Searched(
-                    place, before.theirs + counted.theirs, (before.rows or 0) + (counted.rows or 0)
+                    place, before.theirs + counted.theirs, (before.of or 0) + (counted.of or 0)
                 )
     return list(found.values())
 
@@ -197,14 +219,14 @@ def _count(
 ) -> Searched | None:
     """The rows of one file; None of one that has no column of users, nor of raw rows."""
     user = contract.user.join_key
+    named = user_columns(contract.spec)
+    names_of_raw = {*named, user} if named else named
     if path.endswith(".parquet"):
         with filesystem.open_input_file(path) as file:
             names = pq.read_schema(file).names
             if RAW in names:
                 raw = pq.read_table(file, columns=[RAW])[RAW].to_pylist()
-                return Searched(
-                    path, int(theirs.in_raw(raw, user_columns(contract.spec)).sum()), len(raw)
-                )
+                return Searched(path, int(theirs.in_raw(raw, names_of_raw).sum()), len(raw))
             if user not in names:
                 return None
             column = pq.read_table(file, columns=[user])[user]
@@ -218,8 +240,27 @@ def _count(
     return Searched(path, int(theirs.holds(column).sum()), len(column))
 
 
-def _parquet_of(log: Path) -> list[Path]:
-    return sorted(log.rglob("*.parquet"))
+def _drop(folder: Path) -> None:
+    """Remove a folder that nobody reads.
+
+    Raises:
+        JobRunningError: somebody does.
+    """
+    try:
+        with locked(folder):
+            shutil.rmtree(folder)
+    except BlockingIOError as error:
+        raise JobRunningError(
+            f"a training still reads {folder}: wait for it, or stop it"
+        ) from error
+
+
+def _out_of_log(log: Path, contract: Contract, theirs: Erased) -> int:
+    """Rewrite a log; drafts that nobody finishes any more go. Returns how many rows went."""
+    for draft in log.rglob("*.draft"):
+        if time.time() - draft.stat().st_mtime > DRAFT_S:
+            draft.unlink()
+    return sum(_rewrite(path, contract, theirs) for path in sorted(log.rglob("*.parquet")))
 
 
 def _rewrite(path: Path, contract: Contract, theirs: Erased) -> int:
@@ -255,6 +296,8 @@ def _left(settings: Settings) -> list[str]:
     return [
         f"{len(files):,} raw files, which are their owner's: {', '.join(sorted(files)[:3])}; whatever is read of them "
         "leaves these users out",
+        "logs of servers that were not named by --logs, and requests that a server has not written yet: it leaves "
+        "these users out",
         "files of the online store's own, such as Redis' append-only file: rewritten by its own tools",
         f"weights that were trained before now ({', '.join(named) or 'none'}): they hold no id; the next training "
         "leaves these users out",
@@ -288,9 +331,7 @@ def _in_process_of_its_own(settings: Settings) -> RunJob:
 
     def run(job: str) -> None:
         last = catalogue.last_run(settings.dataset, job)
-        asked = json.loads(last.details.get("argv", "{}")) if last else {}
-        given = [f"--{name}={value}" for name, value in asked.items() if value not in (None, False)]
-        given = [flag.removesuffix("=True") for flag in given]
+        given = last.details.get("command", []) if last else []
         command = [sys.executable, "-m", "beam_jobs", job, *given]
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -8,6 +8,7 @@ ServingError
 ├── UnauthorizedError        401  no bearer token, or none that is known
 ├── ForbiddenError           403  one that may not do this
 ├── LateEventError           409  an event is earlier than what is known of the user
+├── ErasedUserError          409  the user was erased
 ├── SlowBodyError            408  the body did not arrive in time
 ├── StoreAwayError           503  the online store did not take events
 ├── OverloadedError          503  too many requests are under way

@@ -16,11 +16,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract import Contract
-from feature_repo.erased import Erased, erased_of
+from feature_repo.erased import ErasedList
 from feature_repo.online_tokens import OnlineTokens
 from modeling.bundle import Bundle
 from modeling.summary import Summariser
-from serving.errors import ErasedUserError, LateEventError
+from serving.errors import ErasedUserError, LateEventError, StoreAwayError
 from serving.items import Id
 from serving.messages import EventsResponse
 from serving.refresh import LateError, Refresher, UserMemory
@@ -46,7 +46,7 @@ class EventTaker:
             summariser = Summariser(bundle.model, bundle.encoder)
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
-        self._memory, self._home = UserMemory(store, contract, refresher), home
+        self._memory, self._erased = UserMemory(store, contract, refresher), ErasedList(home)
         # To add is to read and to write: two at a time would each write what they read.
         self._one_at_a_time = threading.Lock()
 
@@ -56,9 +56,15 @@ class EventTaker:
         Raises:
             LateEventError: one is earlier than what is known; none was added.
             ErasedUserError: the user was erased.
+            StoreAwayError: whether they were cannot be told.
             HistoryError: what is stored of the user is damaged.
         """
-        erased = Erased() if self._home is None else erased_of(self._home)
+        try:
+            erased = self._erased.now()
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreAwayError(
+                f"the list of erased users cannot be read ({error}), so no events are taken: send them again"
+            ) from error
         if erased and erased.hash_of(user_id) in erased.users:
             raise ErasedUserError(
                 "this user was erased, and nothing is kept of them: `python -m serving erase --allow` lets them come back"

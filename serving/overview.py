@@ -7,20 +7,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from sqlalchemy.exc import SQLAlchemyError
 
 from feature_repo.catalogue import Catalogue
 from feature_repo.contract import Contract
 from feature_repo.errors import ExpectedError
 from feature_repo.history import newest_rows
-from feature_repo.schema import STAT_WINDOWS_DAYS
+from feature_repo.key_index import KeyIndex
+from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, STAT_WINDOWS_DAYS
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 from serving.degraded import reason_named
@@ -30,6 +31,7 @@ from serving.messages import Forced, KnownItem, KnownUser, OverviewResponse, Rep
 
 NUM_USERS, NUM_ITEMS = 40, 500
 KEPT_S = 60.0
+Seen = TypeVar("Seen")
 logger = logging.getLogger(__name__)
 JOBS = ("events", "user_history", "item_stats", "materialize", "summary_tokens")
 
@@ -44,20 +46,14 @@ class Overview:
     def __init__(self, settings: Settings | None) -> None:
         self._settings = settings
         self._kept: tuple[float, str, OverviewResponse] | None = None
-        self._titles: pa.Table | None = None  # of all items, as long as what else is kept
+        self._titles: Titles | None = None  # of all items, as long as what else is kept
 
     def titles_of(self, serving: Serving, items: Sequence[Id]) -> dict[str, str]:
         """What a person reads of items, by id; of those that have no title nothing."""
-        contract = serving.ranker.contract
-        if self._titles is None and self._settings is not None and contract.spec.item_title:
-            with suppress(ExpectedError, OSError):
-                self._titles = item_titles(self._settings, contract)
-        if self._titles is None:
-            return {}
-        ids, titles = self._titles.columns
-        places = pc.index_in(pa.array(items, ids.type), ids.combine_chunks())
-        found = titles.take(places).to_pylist()
-        return {str(i): title for i, title in zip(items, found, strict=True) if title is not None}
+        contract, settings = serving.ranker.contract, self._settings
+        if self._titles is None and settings is not None and contract.spec.item_title:
+            self._titles = _seen(lambda: Titles.read(settings, contract))
+        return {} if self._titles is None else self._titles.of(items)
 
     def of(self, serving: Serving, bundles: Sequence[str]) -> OverviewResponse:
         """As things are for these bundles, the live one first."""
@@ -88,23 +84,16 @@ class Overview:
         )
         if settings is None:
             return made
-        for job in JOBS:
-            if (manifest := JobFolder(settings.home, job).manifest()) is not None:
-                made.built[job] = datetime.fromisoformat(manifest.as_of)
-        try:
-            made.users = some_users(settings, ranker.contract)
-            frequent = frequent_items(settings, ranker.contract)
+        contract = ranker.contract
+        made.built = _seen(lambda: built_until(settings)) or {}
+        made.users = _seen(lambda: some_users(settings, contract)) or []
+        if frequent := _seen(lambda: frequent_items(settings, contract)):
             titles = self.titles_of(serving, frequent)
-            made.items = [KnownItem(item, titles.get(str(item))) for item in frequent] or made.items
-        except (ExpectedError, OSError):
-            logger.info(
-                "tables are not here, or not whole: there is less to look at", exc_info=True
-            )
-        versions = Catalogue(settings.catalogue_url).token_versions(settings.dataset)
-        made.coverage = next(
-            (row.coverage for row in versions if row.fingerprint == ranker.bundle.tokens), None
-        )
-        made.report, made.rungs = last_report(settings, serving)
+            made.items = [KnownItem(item, titles.get(str(item))) for item in frequent]
+        made.coverage = _seen(lambda: coverage_of(settings, ranker.bundle.tokens))
+        evaluation = _seen(lambda: evaluation_of(settings, serving)) or {}
+        made.report = rows_of(evaluation.get("metrics", {}))
+        made.rungs = rows_of(evaluation.get("rungs", {}))
         return made
 
 
@@ -121,30 +110,63 @@ def some_users(settings: Settings, contract: Contract) -> list[KnownUser]:
 def frequent_items(settings: Settings, contract: Contract) -> list[Id]:
     """The items with most events of late."""
     item = contract.item.join_key
-    stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats"), item)
     by = f"count_{max(STAT_WINDOWS_DAYS)}d"
+    columns = [item, by, EVENT_TIMESTAMP, CREATED_TIMESTAMP]
+    stats = newest_rows(JobFolder(settings.home, "item_stats").read("item_stats", columns), item)
     most = stats.sort_by([(by, "descending"), (item, "ascending")])
     return most[item][:NUM_ITEMS].to_pylist()
 
 
-def item_titles(settings: Settings, contract: Contract) -> pa.Table:
-    """Id and title of every item."""
-    item, title = contract.item.join_key, contract.spec.item_title
-    profile = JobFolder(settings.home, "events").read("item_profile")
-    return newest_rows(profile, item).select([item, title])
+@dataclass(frozen=True)
+class Titles:
+    """What a person reads of every item."""
+
+    index: KeyIndex
+    titles: pa.ChunkedArray
+
+    @staticmethod
+    def read(settings: Settings, contract: Contract) -> Titles:
+        """Of the newest profiles."""
+        item, title = contract.item.join_key, contract.spec.item_title
+        profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
+        return Titles(KeyIndex(profile[item].combine_chunks()), profile[title])
+
+    def of(self, items: Sequence[Id]) -> dict[str, str]:
+        """By id, of those that have one."""
+        places = self.index.places(pa.array(items, self.index.keys.type))
+        known = np.flatnonzero(places >= 0)
+        titles = self.titles.take(pa.array(places[known])).to_pylist()
+        named = zip(known.tolist(), titles, strict=True)
+        return {str(items[at]): title for at, title in named if title is not None}
 
 
-def last_report(settings: Settings, serving: Serving) -> tuple[list[ReportRow], list[ReportRow]]:
-    """The rankers of the live bundle's report as `evaluate` left it, and what its answers are worth that
-    do without something; none where it is elsewhere.
-    """
+def built_until(settings: Settings) -> dict[str, datetime]:
+    """Up to when each job's tables know events."""
+    manifests = {job: JobFolder(settings.home, job).manifest() for job in JOBS}
+    return {job: datetime.fromisoformat(m.as_of) for job, m in manifests.items() if m is not None}
+
+
+def coverage_of(settings: Settings, version: str | None) -> float | None:
+    """Share of users with summary tokens of a version; None where nothing was recorded."""
+    versions = Catalogue(settings.catalogue_url).token_versions(settings.dataset)
+    return next((row.coverage for row in versions if row.fingerprint == version), None)
+
+
+def _seen(look: Callable[[], Seen]) -> Seen | None:
+    """What there is to see; None where a table, a file or the catalogue is not here, or not whole."""
+    try:
+        return look()
+    except (ExpectedError, OSError, ValueError, pa.ArrowException, SQLAlchemyError):
+        logger.info("there is less to look at", exc_info=True)
+        return None
+
+
+def evaluation_of(settings: Settings, serving: Serving) -> dict[str, Any]:
+    """What `evaluate` left of the live bundle's run."""
     manifest = serving.ranker.bundle.manifest
     run = settings.path("runs", manifest["recipe"]) / str(manifest["trained_on"])
-    try:
-        found = json.loads((run / "evaluation.json").read_text())
-        return rows_of(found["metrics"]), rows_of(found["rungs"])
-    except (OSError, ValueError, KeyError):
-        return [], []
+    found: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+    return found
 
 
 def rows_of(metrics: dict[str, dict[str, dict[str, float]]]) -> list[ReportRow]:

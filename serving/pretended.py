@@ -54,9 +54,12 @@ def _with_past(contract: Contract, user: UserRow, pretended: Any) -> UserRow:
         order = np.argsort(micros(both["event_timestamp"]), kind="stable")
         newest = order[-contract.spec.num_history_online :]
         kept = both.take(pa.array(newest)).combine_chunks().to_batches()[0]
-    problems = tuple(
-        p for p in user.problems if p not in (Degraded.UNKNOWN_USER, Degraded.NO_HISTORY)
-    )
+    problems = user.problems
+    if kept.num_rows:
+        unknown = (Degraded.UNKNOWN_USER, Degraded.NO_HISTORY)
+        problems = tuple(problem for problem in problems if problem not in unknown)
+    elif user.history is not None:
+        problems = (*problems, Degraded.NO_HISTORY)
     return replace(
         user, columns=columns, history=kept, tokens=None, sketch=sketch, problems=problems
     )

@@ -305,6 +305,12 @@ class RankService:
             timings_ms=Timings(**clock.laps),
         )
 
+    def forget_old_users(self) -> None:
+        """Let go of encoded users that were kept for too long."""
+        if self.states is not None:
+            with self._model_lock:
+                self.states.forget_old()
+
     def warm_up(self) -> None:
         """Rank once without a user, so that the first request does not pay for what is set up on
         first use.

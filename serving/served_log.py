@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from feature_repo.arrow import TIMESTAMP, arrow_type, hash_keys
 from feature_repo.contract import Contract
-from feature_repo.erased import erased_of
+from feature_repo.erased import ErasedList
 from feature_repo.errors import ExpectedError
 from modeling.encoder import Encoded, Encoder
 from serving.items import Id
@@ -99,7 +99,7 @@ class ServedLog:
         every_s: float = 30.0,
         home: str | None = None,
     ) -> None:
-        self._home = home
+        self._erased = ErasedList(home)
         self._folder, self._encoder, self._share = folder, encoder, share
         self._kind = arrow_type(encoder.contract.user.dtype)
         self.schema = log_schema(encoder.contract).with_metadata(
@@ -176,12 +176,11 @@ class ServedLog:
             name = f"part-{uuid.uuid4().hex}.parquet"
             draft = folder / f".{name}.draft"
             table = pa.Table.from_pylist(list(rows), schema=self.schema)
-            if self._home is not None:
-                table = erased_of(self._home).without(table, self._encoder.contract.user.join_key)
+            table = self._erased.now().without(table, self._encoder.contract.user.join_key)
             pq.write_table(table, draft)
             draft.replace(folder / name)
             self.written += len(rows)
-        except (OSError, pa.ArrowException):
+        except Exception:  # whatever it was, the next file is tried again
             self.dropped += len(rows)
             logger.exception("%d served requests could not be logged", len(rows))
 

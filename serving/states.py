@@ -25,7 +25,7 @@ from modeling.models.base import CannotExtendError, Ranker, UserState
 Outcome = Literal["encoded", "extended", "known"]
 OUTCOMES = get_args(Outcome)
 EVENTS = ("item_BL", "action_BL", "gap_BL", "event_BLE", "event_category_BLJ")
-STATE_S = 600.0
+STATE_S, SWEEP_S = 600.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class UserStates:
         self._kept: OrderedDict[Any, Kept] = OrderedDict()
         self._extends = model.can_extend
         self.bytes = 0
+        self._swept = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -69,10 +70,23 @@ class UserStates:
             key: whose; states of other keys are never looked at.
             user: one user's inputs.
         """
-        outcome, state = self._made(self._kept.get(key), user)
+        kept = self._kept.get(key)
+        outcome, state = self._made(kept, user)
         self.counts[outcome] += 1
-        self._keep(key, state, user)
+        # What was extended is as old as what it was made from.
+        old = kept is not None and outcome != "encoded"
+        self._keep(key, state, user, kept.made if old and kept is not None else time.monotonic())
         return state
+
+    def forget_old(self) -> None:
+        """Let go of what was made too long ago, whoever's it is; at most every so often."""
+        now = time.monotonic()
+        if now - self._swept < SWEEP_S:
+            return
+        self._swept = now
+        for key, kept in list(self._kept.items()):
+            if now - kept.made >= self._most_s:
+                self.bytes -= self._kept.pop(key).size
 
     def _made(self, kept: Kept | None, user: UserInputs) -> tuple[Outcome, UserState]:
         if kept is not None and time.monotonic() - kept.made < self._most_s:
@@ -101,13 +115,12 @@ class UserStates:
             return None
         return None if bool(self._model.must_refresh(state).any()) else state
 
-    def _keep(self, key: Any, state: UserState, user: UserInputs) -> None:
+    def _keep(self, key: Any, state: UserState, user: UserInputs, made: float) -> None:
         if (gone := self._kept.pop(key, None)) is not None:
             self.bytes -= gone.size
         size = sum(t.untyped_storage().nbytes() for t in (*_tensors(state), *_tensors(user)))
         if size > self._most_bytes:
             return
-        made = gone.made if gone is not None and gone.state is state else time.monotonic()
         self._kept[key] = Kept(state, user, size, made)
         self.bytes += size
         while self.bytes > self._most_bytes:

@@ -74,8 +74,9 @@ class Tab:
             self.complaints.append(json.dumps(params["entry"]))
 
     def go(self, address: str) -> None:
-        """Open an address."""
+        """Open an address, and wait until its page is there."""
         self.call("Page.navigate", url=address)
+        self.until(f"document.readyState === 'complete' && location.href === {address!r}")
 
     def run(self, script: str) -> Any:
         """The value of an expression, or of the promise that it gives."""
@@ -139,7 +140,8 @@ def open_tab(width: int = 1280, height: int = 900) -> Iterator[Tab]:
         os.dup2(one, 3)
         os.dup2(other, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    # A process of the browser's may still write while it ends.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
                 binary,

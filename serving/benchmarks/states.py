@@ -8,6 +8,7 @@ costs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,7 +60,7 @@ def _measure(model: Ranker, length: int, repeats: int) -> dict[str, Any]:
     def kept(user: UserInputs) -> Any:
         """From what was kept of `before`."""
         states = UserStates(model, most_bytes=1 << 30)
-        states._keep(0, known, before)
+        states._keep(0, known, before, time.monotonic())
         return states.of(0, user)
 
     @torch.inference_mode()

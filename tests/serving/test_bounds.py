@@ -867,6 +867,8 @@ def test_no_more_are_taken_on_than_are_answered_in_time() -> None:
             places.enter_context(admission.admitted())
             taken += 1
         assert taken == 4  # 4 × 50 ms is more patience than there is; 3 is not
+    with admission.admitted(rankings=4):  # one request, which is as much to wait for
+        assert admission.full
     # A model that got faster gets its places back.
     for _ in range(100):
         admission.took(0.001)

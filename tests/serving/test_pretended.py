@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from feature_repo.sketch import Layout, Sketch
 from feature_repo.tables import JobFolder
 from serving.app import Server, app_of
 from serving.command import open_ranker
 from serving.degraded import Degraded, reason_named
-from serving.features import UserRow
+from serving.features import StoredSketch, UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.messages import Forced, RankRequest, decode_request, encoded
@@ -122,9 +123,33 @@ def test_nothing_pretended_reaches_the_store(server: Server, user: Any) -> None:
     again = call(server, "/v1/rank", body).json()
     assert other["scores"] != first["scores"] == again["scores"]
     assert other["tokens"] is None
+    none = {"pretended": {"without": list(range(len(first_events(server, user))))}}
+    assert call(server, "/v1/rank", body | none).json()["degraded"] == ["no_history"]
+    nobody = call(server, "/v1/rank", body | {"user_id": 987_654_321, "pretended": {}}).json()
+    assert nobody["degraded"] == ["unknown_user"]
     far = call(server, "/v1/rank", body | {"pretended": {"without": [100_000]}})
     assert far.status_code == 422
     assert "100000" in far.json()["message"]
+
+
+def first_events(server: Server, user: Any) -> list[Any]:
+    events: list[Any] = call(server, "/v1/history", {"user_id": user}).json()["events"]
+    return events
+
+
+def test_looking_into_the_ranker_counts_as_no_trouble(server: Server, user: Any) -> None:
+    assert server.live.current is not None
+    body = {"user_id": user, "candidates": candidates_of(server.live.current.ranker)}
+    before = server.metrics.text()
+    call(server, "/v1/rank", body | {"force": "store_unavailable"})
+    call(server, "/v1/rank", body | {"pretended": {"without": [0]}})
+    assert b'memoir_degraded_total{reason="store_unavailable"}' not in server.metrics.text()
+    assert seconds_of(server.metrics.text()) == seconds_of(before)
+
+
+def seconds_of(text: bytes) -> list[bytes]:
+    """Lines of the stages' histogram."""
+    return [line for line in text.splitlines() if line.startswith(b"memoir_stage_seconds")]
 
 
 @pytest.mark.parametrize("name", get_args(Forced))
@@ -147,14 +172,16 @@ def test_a_forced_rung_is_what_the_fault_itself_would_give(
         Degraded.STORE_UNAVAILABLE: ranker.nobody(rung),
         Degraded.NO_TOKENS: replace(row, tokens=None, problems=(rung,)),
         Degraded.NO_SKETCH: replace(row, sketch=None, problems=(rung,)),
+        Degraded.NO_HISTORY: replace(
+            row,
+            history=None,
+            sketch=StoredSketch(Sketch(Layout.of(ranker.contract)), -1),
+            problems=(rung,),
+        ),
     }
-    if rung in fault:
-        expected = ranker.answer(asked, fault[rung], Clock())
-        assert answer["item_ids"] == expected.item_ids
-        assert answer["scores"] == pytest.approx(expected.scores, abs=1e-6)
-    else:
-        assert rung is Degraded.NO_HISTORY
-        assert len(answer["scores"]) == len(asked.candidates)
+    expected = ranker.answer(asked, fault[rung], Clock())
+    assert answer["item_ids"] == expected.item_ids
+    assert answer["scores"] == pytest.approx(expected.scores, abs=1e-6)
 
 
 def test_only_who_may_look_into_the_ranker_does(server: Server, user: Any) -> None:

@@ -587,17 +587,16 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.one_of(
-        JSON,
-        st.fixed_dictionaries(
-            {"user_id": st.integers(), "candidates": st.lists(st.text(max_size=5), max_size=4)},
-            optional={"k": st.integers(-2, 5)},
-        ),
-    )
+BODIES = st.one_of(
+    JSON,
+    st.fixed_dictionaries(
+        {"user_id": st.integers(), "candidates": st.lists(st.text(max_size=5), max_size=4)},
+        optional={"k": st.integers(-2, 5)},
+    ),
 )
-def test_the_decoder_accepts_exactly_what_the_contract_allows(body: Any) -> None:
+
+
+def check_body(body: Any) -> None:
     """Oracle in plain Python; whatever comes, only a declared error leaves the decoder."""
 
     def allowed() -> bool:
@@ -630,14 +629,38 @@ def test_the_decoder_accepts_exactly_what_the_contract_allows(body: Any) -> None
     assert accepted == allowed()
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_give_a_declared_error_or_a_request(data: bytes) -> None:
+def check_bytes(data: bytes) -> None:
+    """A request, or a declared error."""
     try:
         outcome: object = decode_request(data, CONTRACT)
     except Exception as error:
         outcome = error
     assert isinstance(outcome, (RankRequest, BadRequestError, InvalidRequestError)), repr(outcome)
+
+
+def many(check: Any, drawn: Any, examples: int) -> None:
+    """Check so many of what is drawn."""
+    settings(max_examples=examples, deadline=None)(given(drawn)(check))()
+
+
+def test_the_decoder_accepts_exactly_what_the_contract_allows() -> None:
+    many(check_body, BODIES, 400)
+
+
+def test_any_bytes_give_a_declared_error_or_a_request() -> None:
+    many(check_bytes, st.binary(max_size=200), 300)
+
+
+@pytest.mark.whole
+def test_both_on_five_thousand(promises: Any) -> None:
+    many(check_body, BODIES, 5_000)
+    many(check_bytes, st.binary(max_size=200), 5_000)
+    promises.note(
+        "bodies and bytes drawn by hypothesis, against an oracle",
+        "accepted exactly where the contract allows it",
+        "2 × 5,000, all as the oracle says",
+        held=True,
+    )
 
 
 @pytest.fixture

@@ -130,6 +130,11 @@ def test_bytes_are_bounded_and_the_least_used_go_first(monkeypatch: pytest.Monke
         monkeypatch.setattr(time, "monotonic", lambda: now + 601)
         states.of(0, whole)
         assert states.counts["encoded"] == 6
+        # And whoever is not asked for any more goes too.
+        assert len(states) == 3
+        states.forget_old()
+        assert len(states) == 1
+        assert states.bytes == one
 
 
 def test_a_server_keeps_users_and_ranks_them_alike(trained_shop: Any) -> None:
