@@ -41,8 +41,8 @@ def main() -> None:
     ranked = stats.take(order)
     asked = json.loads(requests_of(settings, 1)(0))["candidates"]
     rows: list[dict[str, Any]] = []
-    with served("serving.benchmarks.load:echo") as port:
-        rows.append({"what": "floor: a body read, an answer sent"} | _floor(port, rounds))
+    with served("serving.benchmarks.load:echo") as echoes:
+        rows.append({"what": "floor: a body read, an answer sent"} | _floor(echoes.port, rounds))
     with server(1, **SERVE) as running:
         for name, chosen in (("longest", ranked[:40]), ("shortest", ranked[-40:])):
             users = chosen[user].to_pylist()

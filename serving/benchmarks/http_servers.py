@@ -11,19 +11,14 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from feature_repo.benchmarks import parser, report
 from serving.benchmarks.faults import memory_mib
-from serving.benchmarks.load import wait_until_ready
+from serving.benchmarks.load import started
 from serving.benchmarks.openloop import Target, closed_loop
-from serving.command import listenable
 
 APP = "serving.benchmarks.load:echo"
 HEADER_S = 5  # for a head to arrive, where a server can be told
@@ -46,23 +41,10 @@ def main() -> None:
     for name in SERVERS:
         if importlib.util.find_spec(name) is None:
             continue
-        with running(name) as (port, pid):
-            rows.append({"server": name} | _measure(port, pid, seconds))
+        where = ["--bind", "127.0.0.1:{port}"] if name == "hypercorn" else ["--port", "{port}"]
+        with started(name, *where, *SERVERS[name]) as running:
+            rows.append({"server": name} | _measure(running.port, running.process.pid, seconds))
     report("http_servers", {"seconds": seconds, "header_s": HEADER_S}, rows, arguments.json)
-
-
-@contextmanager
-def running(name: str) -> Iterator[tuple[int, int]]:
-    """A server's port and process."""
-    port = listenable("127.0.0.1", 0)
-    where = ["--bind", f"127.0.0.1:{port}"] if name == "hypercorn" else ["--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-m", name, *where, *SERVERS[name]])
-    try:
-        wait_until_ready(port, process)
-        yield port, process.pid
-    finally:
-        process.kill()
-        process.wait(timeout=30)
 
 
 def _measure(port: int, pid: int, seconds: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,8 +49,8 @@ def main() -> None:
     seconds = 4.0 if arguments.quick else arguments.seconds
     rows: list[dict[str, Any]] = []
     with _site(arguments.ranker) as site:
-        with served("serving.benchmarks.load:echo", arguments.processes) as port:
-            rows += asyncio.run(_floor(Target("127.0.0.1", port, site.bodies), seconds))
+        with served("serving.benchmarks.load:echo", arguments.processes) as echoes:
+            rows += asyncio.run(_floor(Target("127.0.0.1", echoes.port, site.bodies), seconds))
         with server(arguments.processes, **site.variables) as running:
             target = Target("127.0.0.1", running.port, site.bodies)
             rows.append({"part": "start to ready", "p50_ms": 1000 * running.started_s})
@@ -191,37 +191,34 @@ class Running:
 
 
 @contextmanager
-def server(processes: int = 1, **variables: str) -> Iterator[Running]:
-    """`python -m serving` on a free port."""
+def started(module: str, *words: str, **variables: str) -> Iterator[Running]:
+    """`python -m module … ` that serves HTTP, ready; `{port}` in its words stands for a free port."""
     port = listenable("127.0.0.1", 0)
-    command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
+    command = [sys.executable, "-m", module, *(word.format(port=port) for word in words)]
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--processes", str(processes)],
-        env={**os.environ, **variables},
-        stdout=subprocess.DEVNULL,
-    )
+    process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
     try:
         wait_until_ready(port, process)
         yield Running(port, time.perf_counter() - began, process)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # one that waits for connections to end
+            process.kill()
+            process.wait(timeout=30)
 
 
-@contextmanager
-def served(target: str, processes: int = 1) -> Iterator[int]:
+def server(processes: int = 1, **variables: str) -> AbstractContextManager[Running]:
+    """Ours."""
+    words = ("--port", "{port}", "--replay", "--processes", str(processes))
+    return started("serving", *words, **variables)
+
+
+def served(target: str, processes: int = 1) -> AbstractContextManager[Running]:
     """Another ASGI app on the same HTTP server."""
-    port = listenable("127.0.0.1", 0)
-    command = [sys.executable, "-m", "granian", target, "--interface", "asgi", "--no-ws"]
-    command += ["--port", str(port), "--workers", str(processes), "--log-level", "error"]
-    process = subprocess.Popen(command)
-    try:
-        wait_until_ready(port, process)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    words = ("--interface", "asgi", "--no-ws", "--log-level", "error", "--port", "{port}")
+    return started("granian", target, *words, "--workers", str(processes))
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -13,11 +13,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -30,10 +27,9 @@ from feature_repo.datasets import load_contract
 from feature_repo.settings import Settings
 from feature_repo.store import open_store
 from modeling import bundle as bundles
-from serving.benchmarks.load import server, wait_until_ready
+from serving.benchmarks.load import Running, server, started
 from serving.benchmarks.openloop import Target, closed_loop
 from serving.benchmarks.synthetic import SIZES, Requests, bundle_of, fill, model_ms, store
-from serving.command import listenable
 
 LENGTHS, CANDIDATES = (512, 1024), 128
 BUNDLE = "PLAIN_TWIN_BUNDLE"  # environment of the twin: folder of the bundle
@@ -60,11 +56,11 @@ def _measure(settings: Settings, ranker: str, length: int, rounds: int) -> dict[
     fill(settings, length)
     folder = bundle_of(settings, replace(SIZES[ranker], length=length))
     requests = Requests(CANDIDATES)
-    started = server(1, MEMOIR_SERVE_BUNDLE=str(folder), **SERVE)
-    with started as running, plain(folder) as other:
+    our_server = server(1, MEMOIR_SERVE_BUNDLE=str(folder), **SERVE)
+    with our_server as running, plain(folder) as other:
         ours = Target("127.0.0.1", running.port, requests)
-        twin = Target("127.0.0.1", other, requests)
-        mine, theirs = _scores(running.port, requests(0)), _scores(other, requests(0))
+        twin = Target("127.0.0.1", other.port, requests)
+        mine, theirs = _scores(running.port, requests(0)), _scores(other.port, requests(0))
         different = max(abs(mine[item] - theirs[item]) for item in mine)
         asyncio.run(closed_loop(ours, 1.0))
         fast, slow = [], []
@@ -93,19 +89,10 @@ def _scores(port: int, body: bytes) -> dict[str, float]:
     return dict(zip(answer["item_ids"], answer["scores"], strict=True))
 
 
-@contextmanager
-def plain(folder: Path) -> Iterator[int]:
-    """The plain twin on a free port."""
-    port = listenable("127.0.0.1", 0)
-    command = [sys.executable, "-m", "uvicorn", "--factory", "serving.benchmarks.naive:plain_app"]
-    command += ["--port", str(port), "--log-level", "error"]
-    process = subprocess.Popen(command, env={**os.environ, BUNDLE: str(folder)})
-    try:
-        wait_until_ready(port, process)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+def plain(folder: Path) -> AbstractContextManager[Running]:
+    """The plain twin."""
+    words = ("--factory", "serving.benchmarks.naive:plain_app", "--log-level", "error")
+    return started("uvicorn", *words, "--port", "{port}", **{BUNDLE: str(folder)})
 
 
 def plain_app() -> Any:
