@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["catalogue_size", "readers", "load", "faults"])
+NAMES = ("catalogue_size", "events", "faults", "http_servers", "load")
+MORE = ("micro_batching", "naive", "readers", "states")
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_benchmarks_explain_themselves(name: str) -> None:
     command = [sys.executable, "-m", f"serving.benchmarks.{name}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -28,3 +32,13 @@ def test_the_size_of_a_catalogue_is_measured_without_a_store(tmp_path: Path) -> 
     rows = json.loads(out.read_text())["rows"]
     assert [row["items"] for row in rows] == [3_000, 50_000]
     assert all(row["rank_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["micro_batching", "states"])
+def test_what_needs_no_store_is_measured_and_scores_are_alike(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", f"serving.benchmarks.{name}", "--quick", "--repeats", "1"]
+    subprocess.run([*command, "--json", str(out)], capture_output=True, cwd=ROOT, check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert rows
+    assert all(row["largest difference"] < 1e-4 for row in rows)
