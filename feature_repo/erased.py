@@ -1,5 +1,5 @@
-"""Users who were erased: jobs leave them out of whatever they build, and the server takes no events of
-them, until they are allowed again.
+"""Users who were erased: the `events` job leaves them out, so that no table built from it knows them, and
+the server takes no events of theirs, until they are allowed again.
 
 The list is `<home>/erased/users.json`. It holds a keyed hash of each id, so that it can recognise a user and
 names nobody.
@@ -23,6 +23,7 @@ from feature_repo.tables import JobFolder, digest_of
 
 FOLDER, USERS = "erased", "users.json"
 REDACTED = '{"erased": true}'  # in place of a raw row
+_BLANK = json.loads(REDACTED)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Erased:
         return np.array([self._in_row(json.loads(row), names) for row in rows], bool)
 
     def _in_row(self, row: dict[str, Any], names: Collection[str]) -> bool:
-        if row == json.loads(REDACTED):
+        if row == _BLANK:
             return False
         if not names or "line" in row:
             return True

@@ -68,9 +68,11 @@ class OnlineEraser:
             )
         return None
 
-    def sweep(self, users: Sequence[Any]) -> int:
-        """Remove whatever a search of all keys finds of users, of versions that nobody listed too."""
-        return self._delete(set(self._found(users))) if self.deletes else 0
+    def sweep(self, users: Sequence[Any], at: datetime) -> int | None:
+        """Remove whatever a search of all keys finds of users, of versions that nobody listed too; where keys
+        cannot be looked through, as `erase`.
+        """
+        return self._delete(set(self._found(users))) if self.deletes else self.erase(users, at)
 
     def find(self, users: Sequence[Any]) -> int:
         """How many keys of these users the store still holds, of whatever view and version: all keys are

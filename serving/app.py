@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -45,6 +45,7 @@ from serving.errors import (
 from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
+from serving.look import Looks
 from serving.messages import (
     JSON,
     RankBatchResponse,
@@ -52,14 +53,10 @@ from serving.messages import (
     RankResponse,
     decode_batch,
     decode_events,
-    decode_explain,
-    decode_history,
     decode_request,
 )
 from serving.metrics import STAGES, Metrics
 from serving.openapi import openapi_document
-from serving.overview import Overview
-from serving.page import PAGE
 from serving.pretended import NO_SCORES, as_asked
 from serving.ranker import Clock, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
@@ -69,11 +66,9 @@ from serving.shadow import Shadow
 from serving.states import OUTCOMES
 from serving.tracing import Tracing
 
-MOST_EXPLAINED, MOST_LOOKING = 2, 8  # requests at a time
 LEAST_S = 0.002  # with less left, the store is not asked
 PATIENCE = 0.7  # of the deadline, spent waiting for the model; the rest is for the answer itself
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
 
@@ -104,15 +99,8 @@ class Server:
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
-        # Few, since each ranks as often as it names events, and as there are stored tokens.
-        self.explain_admission = Admission(MOST_EXPLAINED)
-        self.explaining = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
         self.shadow: Shadow | None = None
         self.beside: Serving | None = None  # the state of the shadow's bundle
-        self.overview = Overview(home)
-        # Tables and catalogue may be slow, and keep nobody from an explanation.
-        self.look_admission = Admission(MOST_LOOKING)
-        self.looking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="looking")
         self._logs: dict[str, ServedLog] = {}
         self._encode = msgspec.json.Encoder().encode
 
@@ -216,11 +204,11 @@ class Server:
         """`POST /v1/rank`."""
         clock = Clock()
         arrived = time.perf_counter()
-        serving, body = await self._received(request, "rank", self.admission)
+        serving, body = await self.received(request, "rank", self.admission)
         asked = decode_request(body, serving.ranker.contract, media_of(request))
         self.check_special(request, asked)
         serving = self.of_bundle(asked, serving)
-        self._refuse_the_future(asked)
+        self.refuse_the_future(asked)
         with self.admission.admitted():
             deadline = self._deadline(asked, arrived)
             clock.lap("queue")
@@ -234,11 +222,11 @@ class Server:
     async def rank_batch(self, request: Request) -> Response:
         """`POST /v1/rank:batch`: one after the other, all within the time of one; it takes one place."""
         arrived = time.perf_counter()
-        serving, body = await self._received(request, "rank", self.admission)
+        serving, body = await self.received(request, "rank", self.admission)
         batch = decode_batch(body, serving.ranker.contract, media_of(request))
         for asked in batch:
             self.check_special(request, asked)
-            self._refuse_the_future(asked)
+            self.refuse_the_future(asked)
         chosen = [self.of_bundle(asked, serving) for asked in batch]
 
         async def each() -> list[RankResponse]:
@@ -254,62 +242,7 @@ class Server:
                 self._count(asked, answer)
         return answered_with(request, RankBatchResponse(answers))
 
-    async def explain(self, request: Request) -> Response:
-        """`POST /v1/explain`: a scope of its own, since it tells a user's past."""
-        serving, body = await self._received(request, "explain", self.explain_admission)
-        asked, number = decode_explain(body, serving.ranker.contract, media_of(request))
-        serving = self.of_bundle(asked, serving)
-        self._refuse_the_future(asked)
-        with self.explain_admission.admitted():
-            deadline = time.perf_counter() + self.settings.deadline_ms / 1000
-            user = await self._read_user(serving, asked, deadline)
-            user = as_asked(serving.ranker.contract, user, asked)
-            # Beside the model's thread, which ranks; event by event it waits its turn there.
-            explained = await asyncio.get_running_loop().run_in_executor(
-                self.explaining, serving.ranker.explain, asked, user, number
-            )
-        return answered_with(request, explained)
-
-    async def history(self, request: Request) -> Response:
-        """`POST /v1/history`: what the store holds of a user."""
-        serving, body = await self._received(request, "explain", self.explain_admission)
-        user_id = decode_history(body, serving.ranker.contract, media_of(request))
-        with self.explain_admission.admitted():
-            deadline = time.perf_counter() + self.settings.deadline_ms / 1000
-            user = await self._read_user(serving, RankRequest(user_id, []), deadline)
-            known = serving.ranker.known_of(user)
-            items = list(dict.fromkeys(event.item_id for event in known.events))
-            known.titles = await self._looked_up(self.overview.titles_of, serving, items)
-        return answered_with(request, known)
-
-    async def look(self, request: Request) -> Response:
-        """`GET /v1/overview`: what there is to look at."""
-        self.check(request, "explain")
-        found = await self._looked_up(self.overview.of, self.serving(), list(self.loaded()))
-        return Response(self._encode(found), media_type=JSON)
-
-    async def _looked_up(self, look: Callable[..., T], *about: Any) -> T:
-        """What tables and catalogue say, on a thread of their own.
-
-        Raises:
-            OverloadedError: too many wait for it.
-            NotReadyError: it takes too long.
-        """
-        with self.look_admission.admitted():
-            looking = asyncio.get_running_loop().run_in_executor(self.looking, look, *about)
-            try:
-                async with asyncio.timeout(self.settings.events_s):
-                    return await looking
-            except TimeoutError as error:
-                raise NotReadyError(
-                    f"tables and catalogue did not answer within {self.settings.events_s:g} s"
-                ) from error
-
-    async def page(self, request: Request) -> Response:
-        """`GET /`: the page, which asks for everything else; open to all, for it says nothing."""
-        return Response(PAGE.body, media_type="text/html", headers=PAGE.headers)
-
-    async def _received(
+    async def received(
         self, request: Request, scope: Scope, admission: Admission
     ) -> tuple[Serving, bytes]:
         """The serving state and the body, of a caller who may do this and for whom there is a place.
@@ -333,7 +266,7 @@ class Server:
     ) -> RankResponse:
         """The best answer that its time allows."""
         ranker = serving.ranker
-        user = await self._read_user(serving, asked, deadline)
+        user = await self.read_user(serving, asked, deadline)
         clock.lap("user_read")
         if asked.force in NO_SCORES:
             return ranker.in_order(asked, [*user.problems, reason_named(asked.force)], clock)
@@ -384,7 +317,7 @@ class Server:
         log.add(Served(asked, answer, *numbers[0]))
         return answer
 
-    async def _read_user(self, serving: Serving, asked: RankRequest, deadline: float) -> UserRow:
+    async def read_user(self, serving: Serving, asked: RankRequest, deadline: float) -> UserRow:
         """The user from the store, or nobody and why."""
         full = self.settings.store_ms / 1000
         left = min(full, deadline - time.perf_counter())
@@ -400,7 +333,12 @@ class Server:
                 logger.warning("ranking without a user: %s", error)
             return serving.ranker.nobody(Degraded.STORE_UNAVAILABLE)
 
-    def _refuse_the_future(self, asked: RankRequest) -> None:
+    def refuse_the_future(self, asked: RankRequest) -> None:
+        """Refuse a request that is said to be made later than the clock can be wrong.
+
+        Raises:
+            InvalidRequestError: see there.
+        """
         at = asked.context.request_timestamp if asked.context else None
         if at is not None and at > self._latest():
             raise InvalidRequestError(
@@ -420,7 +358,7 @@ class Server:
 
     async def take_events(self, request: Request) -> Response:
         """`POST /v1/events`: places of its own, so that a slow store keeps nobody from ranking."""
-        serving, body = await self._received(request, "events", self.event_admission)
+        serving, body = await self.received(request, "events", self.event_admission)
         settings = self.settings
         if serving.events is None:
             raise NotReadyError("this server takes no events: it has no online store of its own")
@@ -640,11 +578,12 @@ def app_of(
         response.headers.update(error.headers or {})
         return response
 
+    looks = Looks(server)
     gets = {
         "/livez": server.livez,
         "/readyz": server.readyz,
-        "/": server.page,
-        "/v1/overview": server.look,
+        "/": looks.page,
+        "/v1/overview": looks.overview,
         "/metrics": server.show_metrics,
         "/v1/models": server.models,
         "/openapi.json": server.openapi,
@@ -655,8 +594,8 @@ def app_of(
     posts = {
         "/v1/rank": server.rank,
         "/v1/rank:batch": server.rank_batch,
-        "/v1/explain": server.explain,
-        "/v1/history": server.history,
+        "/v1/explain": looks.explain,
+        "/v1/history": looks.history,
         "/v1/events": server.take_events,
     }
     routes += [

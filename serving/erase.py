@@ -164,9 +164,8 @@ def erase(
         _when_free(JobFolder(home, job).forget_earlier_runs)
 
     tell("online store again")
-    online.erase(users, at)
-    found = online.sweep(users)
-    removed[place] = None if removed[place] is None else (removed[place] or 0) + found
+    first, again = removed[place], online.sweep(users, at)
+    removed[place] = None if first is None or again is None else first + again
 
     tell("searching")
     searched = [Searched(place, online.find(users)), *search(settings, contract, theirs, logs)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar, get_args
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 from sqlalchemy.exc import SQLAlchemyError
@@ -64,8 +65,7 @@ class Overview:
             self._titles = None
             made = self._made(serving)
             self._kept = now, digest, made
-        made.bundles = list(bundles)
-        return made
+        return msgspec.structs.replace(made, bundles=list(bundles))
 
     def _made(self, serving: Serving) -> OverviewResponse:
         ranker, settings = serving.ranker, self._settings

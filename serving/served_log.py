@@ -177,9 +177,11 @@ class ServedLog:
             draft = folder / f".{name}.draft"
             table = pa.Table.from_pylist(list(rows), schema=self.schema)
             table = self._erased.now().without(table, self._encoder.contract.user.join_key)
+            if not table.num_rows:
+                return
             pq.write_table(table, draft)
             draft.replace(folder / name)
-            self.written += len(rows)
+            self.written += table.num_rows
         except Exception:  # whatever it was, the next file is tried again
             self.dropped += len(rows)
             logger.exception("%d served requests could not be logged", len(rows))

@@ -71,11 +71,13 @@ class UserStates:
             user: one user's inputs.
         """
         kept = self._kept.get(key)
+        if kept is not None and time.monotonic() - kept.made >= self._most_s:
+            kept = None
         outcome, state = self._made(kept, user)
         self.counts[outcome] += 1
         # What was extended is as old as what it was made from.
-        old = kept is not None and outcome != "encoded"
-        self._keep(key, state, user, kept.made if old and kept is not None else time.monotonic())
+        made = time.monotonic() if kept is None or outcome == "encoded" else kept.made
+        self._keep(key, state, user, made)
         return state
 
     def forget_old(self) -> None:
@@ -89,7 +91,7 @@ class UserStates:
                 self.bytes -= self._kept.pop(key).size
 
     def _made(self, kept: Kept | None, user: UserInputs) -> tuple[Outcome, UserState]:
-        if kept is not None and time.monotonic() - kept.made < self._most_s:
+        if kept is not None:
             if _equal(kept.user, user, [field.name for field in fields(user)]):
                 return "known", kept.state
             if (state := self._extended(kept, user)) is not None:

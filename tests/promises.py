@@ -52,18 +52,19 @@ class Promises:
     def write(self, path: Path, seconds: float) -> None:
         """The page."""
         short = sum(not one.held for one in self.kept)
-        head = [
-            "# What was promised, and what was found",
-            "",
-            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {hardware()}; client, stores and server on the same cores. "
-            f"`make reliability`, {seconds / 60:.0f} minutes: {len(self.kept)} promises, {short} short.",
-            "",
-            "| promise | asked | found | seed | |",
-            "|---|---|---|---|---|",
-        ]
+        about = (
+            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {hardware()}; client, stores and server on the "
+            f"same cores. `make reliability`, {seconds / 60:.0f} minutes: {len(self.kept)} promises, "
+            f"{short} short."
+        )
+        head = ["# What was promised, and what was found", "", about, ""]
+        head += ["| promise | asked | found | seed | |", "|---|---|---|---|---|"]
         rows = [
-            f"| {one.what} | {one.asked} | {one.found} | {'' if one.seed is None else one.seed} | {'' if one.held else SHORT} |"
+            [one.what, one.asked, one.found, one.seed, "" if one.held else SHORT]
             for one in self.kept
         ]
+        text = [
+            f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join([*head, *rows]) + "\n")
+        path.write_text("\n".join([*head, *text]) + "\n")

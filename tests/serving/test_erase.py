@@ -179,7 +179,7 @@ def test_on_redis_the_keys_of_every_view_and_version_go(
     store, contract = open_store(settings), load_contract(settings.dataset)
     users = users_in(road)[5:8]
     # The store is shared: other tests may have left tokens of theirs.
-    OnlineEraser(store, contract, []).sweep(users)
+    OnlineEraser(store, contract, []).sweep(users, datetime.now(UTC))
     helpers.run_jobs(settings, "materialize")
     online = OnlineTokens(store, contract)
     for version in ("one", "two"):
@@ -193,7 +193,7 @@ def test_on_redis_the_keys_of_every_view_and_version_go(
     # A version that nobody named is found all the same, and swept.
     online.write("three", users[:1], [b"tokens"], [None], 1)
     assert eraser.find(users[:2]) == OnlineEraser(store, contract, []).find(users[:2]) == 1
-    assert eraser.sweep(users[:2]) == 1
+    assert eraser.sweep(users[:2], datetime.now(UTC)) == 1
     assert eraser.find(users[:2]) == 0
     assert eraser.find(users[2:]) == 3
 

@@ -24,9 +24,8 @@ CHIP = "document.querySelector('#state').textContent"
 
 @pytest.fixture(scope="module")
 def road(shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A shop with tokens, and a bundle before the one that ranks."""
-    made = helpers.token_road(shop, tmp_path_factory.mktemp("page"))
-    return made
+    """A shop with tokens."""
+    return helpers.token_road(shop, tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
