@@ -125,7 +125,7 @@ def redacted(contract: Contract, letters: pa.Table, erased: Erased) -> pa.Table:
     if not erased or not letters.num_rows:
         return letters
     raw = letters["raw"].to_pylist()
-    theirs = erased.in_raw(raw, user_columns(contract.spec))
+    theirs = erased.in_raw(raw, user_columns(contract.spec), contract.user.join_key)
     blanked = [REDACTED if is_theirs else row for row, is_theirs in zip(raw, theirs, strict=True)]
     place = letters.schema.get_field_index("raw")
     return letters.set_column(place, letters.schema.field(place), pa.array(blanked, pa.string()))

@@ -66,23 +66,27 @@ class Erased:
         held = self.holds(rows[key])
         return rows.filter(pa.array(~held)) if held.any() else rows
 
-    def in_raw(self, rows: Iterable[str], names: Collection[str]) -> np.ndarray:
-        """Which raw rows, as dead letters hold them, are of a listed user, bool.
+    def in_raw(self, rows: Iterable[str], names: Collection[str], user: str) -> np.ndarray:
+        """Which rows, as dead letters hold them, are of a listed user, bool.
 
-        A row that does not say whose it is counts as one: a line that could not be split, and every row
+        A raw row that does not say whose it is counts as one: a line that could not be split, and every row
         where code makes the ids of users.
 
         Args:
-            names: of the columns that hold users; none where code makes them.
+            names: of the raw columns that hold users; none where code makes them.
+            user: the join key, which a row has that broke a limit only after it was read.
         """
-        return np.array([self._in_row(json.loads(row), names) for row in rows], bool)
+        return np.array([self._in_row(json.loads(row), names, user) for row in rows], bool)
 
-    def _in_row(self, row: dict[str, Any], names: Collection[str]) -> bool:
+    def _in_row(self, row: dict[str, Any], names: Collection[str], user: str) -> bool:
         if row == _BLANK:
             return False
-        if not names or "line" in row:
+        if user in row:
+            values = [row[user]]
+        elif not names or "line" in row:
             return True
-        values = [value for name, value in row.items() if name in names]
+        else:
+            values = [value for name, value in row.items() if name in names]
         return any(self.hash_of(form) in self.users for value in values for form in _forms(value))
 
 

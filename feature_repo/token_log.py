@@ -140,35 +140,37 @@ def erase(contract: Contract, home: str, erased: Erased) -> int:
         # The manifest keeps its run, which the online store names: what it holds is still that run's.
         folder_of_these = digest_of([manifest.digest, "without", erased.digest])
         gone, replaced = 0, []
-        tables: dict[str, list[Part]] = {}
-        for table, parts in manifest.tables.items():
-            tables[table] = kept = []
-            for part in parts:
-                path = f"{folder.root}/{part.path}"
-                if not part.path.endswith((".arrow", ".parquet")):
-                    kept.append(part)  # counts alone
-                    continue
-                log = table == TABLE and part.path.endswith(".arrow")
-                rows = (
-                    pa.ipc.open_file(folder.open(path)).read_all()
-                    if log
-                    else folder.read_path(path)
-                )
-                held = erased.holds(rows[user]) if user in rows.column_names else np.zeros(0, bool)
-                if not held.any():
-                    kept.append(part)
-                    continue
-                gone += int(held.sum())
-                replaced.append(path)
-                data = _blanked(rows, held) if log else parquet_bytes(rows.filter(pa.array(~held)))
-                number = rows.num_rows if log else int((~held).sum())
-                name = part.path.rsplit("/", 1)[-1]
-                kept.append(folder.write_part(folder_of_these, table, name, data, number))
+        tables: dict[str, list[Part]] = {table: [] for table in manifest.tables}
+        for table, part in [(of, part) for of, parts in manifest.tables.items() for part in parts]:
+            path = f"{folder.root}/{part.path}"
+            rows = _rows_of(folder, path)
+            if rows is None or user not in rows.column_names:  # counts alone
+                tables[table].append(part)
+                continue
+            held = erased.holds(rows[user])
+            if not held.any():
+                tables[table].append(part)
+                continue
+            kept = rows.filter(pa.array(~held))
+            data = _blanked(rows, held) if table == TABLE else parquet_bytes(kept)
+            number = rows.num_rows if table == TABLE else kept.num_rows
+            name = part.path.rsplit("/", 1)[-1]
+            made = folder.write_part(folder_of_these, table, name, data, number)
+            tables[table].append(made)
+            replaced.append(path)
+            gone += int(held.sum())
         if replaced:
             folder.publish(replace(manifest, tables=tables))
         for path in replaced:
             folder.filesystem.delete_file(path)
     return gone
+
+
+def _rows_of(folder: JobFolder, path: str) -> pa.Table | None:
+    """A part's rows; None of a part that is no table."""
+    if path.endswith(".arrow"):
+        return pa.ipc.open_file(folder.open(path)).read_all()
+    return folder.read_path(path) if path.endswith(".parquet") else None
 
 
 def _blanked(rows: pa.Table, held: np.ndarray) -> pa.Buffer:

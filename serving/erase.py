@@ -218,14 +218,13 @@ def _count(
 ) -> Searched | None:
     """The rows of one file; None of one that has no column of users, nor of raw rows."""
     user = contract.user.join_key
-    named = user_columns(contract.spec)
-    names_of_raw = {*named, user} if named else named
     if path.endswith(".parquet"):
         with filesystem.open_input_file(path) as file:
             names = pq.read_schema(file).names
             if RAW in names:
                 raw = pq.read_table(file, columns=[RAW])[RAW].to_pylist()
-                return Searched(path, int(theirs.in_raw(raw, names_of_raw).sum()), len(raw))
+                held = theirs.in_raw(raw, user_columns(contract.spec), user)
+                return Searched(path, int(held.sum()), len(raw))
             if user not in names:
                 return None
             column = pq.read_table(file, columns=[user])[user]

@@ -431,8 +431,8 @@ class Postgres:
             self.process.wait(timeout=10)
 
     def stop(self) -> None:
-        """Stop it for good."""
-        self.process.terminate()
+        """Stop it for good, whoever is still connected; a plain termination would wait for them."""
+        self.process.send_signal(signal.SIGINT)
         self.process.wait(timeout=20)
 
 

@@ -216,9 +216,14 @@ def test_ids_are_typed_and_recognised_however_a_raw_row_writes_them(road: Any) -
         '{"line": "7::a::\\"b"}',  # nobody can say whose it is
         '{"id": null}',
         REDACTED,
+        '{"user_id": 12680, "n": 1}',  # which broke a limit once it was read
+        '{"user_id": 12681, "n": 12680}',
     ]
-    assert listed.in_raw(rows, {"id"}).tolist() == [True, True, False, True, False, False]
-    assert listed.in_raw(rows, ()).tolist() == [True] * 5 + [False]
+    of_rows = [True, True, False, True, False, False, True, False]
+    assert listed.in_raw(rows, {"id"}, "user_id").tolist() == of_rows
+    # Where code makes ids, no raw row says whose it is.
+    made_by_code = [True] * 5 + [False, True, False]
+    assert listed.in_raw(rows, (), "user_id").tolist() == made_by_code
     assert Catalogue(road.settings.catalogue_url).token_versions("online_retail")
 
 
