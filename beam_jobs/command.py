@@ -226,6 +226,9 @@ def _report(manifest: Manifest, docs: str | None) -> None:
             if name.startswith("cut: ") and number:
                 what = f"values of {name[5:]} beyond those that are read"
                 console.print(f"  {number:,} {what}", highlight=False)
+            if name.startswith("lost: ") and number:
+                what = f"values of {name[6:]} that could not be read and are missing"
+                console.print(f"  {number:,} {what}", highlight=False)
     else:
         console.print(
             "  " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),

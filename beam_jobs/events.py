@@ -27,7 +27,7 @@ from feature_repo.arrow import arrow_schema, micros, micros_iso
 from feature_repo.contract import Contract
 from feature_repo.erased import REDACTED, Erased, erased_of
 from feature_repo.history import run_starts
-from feature_repo.parse import REPEATED, user_columns, wanted, without_repeats
+from feature_repo.parse import NOT_BAD, REPEATED, user_columns, wanted, without_repeats
 from feature_repo.schema import DatasetSpec, Table
 from feature_repo.settings import Settings
 from feature_repo.tables import parquet_bytes
@@ -35,7 +35,6 @@ from feature_repo.tables import parquet_bytes
 COUNTS = b"counts"  # of a unit, beside its dead letters
 LATE = "time is at or after --as_of"
 NOBODY_ERASED = Erased()
-NOT_BAD = (LATE, REPEATED)  # reasons that say nothing against the data
 
 
 MAX_BLOCKS = 1 << 20  # of one unit
@@ -343,7 +342,7 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
     from feature_repo.expectations import GateError
 
     limit, read = _limit(plan), counts["rows_read"]
-    excused = sum(counts.get(f"dead: {reason}", 0) for reason in NOT_BAD)
+    excused = sum(counts.get(f"dead: {reason}", 0) for reason in (LATE, *NOT_BAD))
     dead = counts["rows_dead"] + counts["events_dead"] - excused
     if dead > limit * read:
         raise GateError(

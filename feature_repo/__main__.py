@@ -52,19 +52,29 @@ def new(
     events: str,
     items: str | None = None,
     users: str | None = None,
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+    action: str | None = None,
     force: bool = False,
-) -> None:
+) -> int:
     """Look at a log's files, say what each column was taken for and why, and write a dataset module to
-    correct.
+    correct. What is not sure has `# ?` behind it, here and there. Ends with 1 where no column was
+    taken for user, item or time: the draft then has "?" in their place.
 
     Args:
         name: of the dataset: small letters, digits and underscores.
         events: file, folder or glob of the log.
         items: the same of a table of items.
         users: the same of a table of users.
+        user: column of the events that says who acted, where you know better.
+        item: column that says on what.
+        time: column that says when.
+        action: column that says what happened, in words or as a rating.
         force: write over a module of that name.
     """
     from feature_repo import datasets, suggest
+    from feature_repo.suggest import UNKNOWN
     from feature_repo.suggest_text import module_text
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -73,17 +83,31 @@ def new(
     if path.exists() and not force:
         raise UsageError(f"{path} is there already: choose another name, or pass --force")
     folder, below = _common_folder([file for file in (events, items, users) if file])
-    log = suggest.log_of(folder, below[events], users and below[users], items and below[items])
-    cuts = suggest.periods(log.events, folder)
+    given = {"user": user, "item": item, "time": time, "action": action}
+    said = {role: column for role, column in given.items() if column}
+    log = suggest.log_of(
+        folder, below[events], users and below[users], items and below[items], said
+    )
+    cuts = ("?", "?") if "time" in log.missing else suggest.periods(log.events, folder)
     for guess in log.guesses:
         print(f"  {guess.column}: {guess.told}")
+    for doubt in log.doubts():
+        print(f"  # ? {doubt}")
     path.write_text(module_text(name, log, cuts))
+    if log.missing:
+        flags = " ".join(f"--{role} COLUMN" for role in log.missing)
+        print(
+            f"wrote {path} with {UNKNOWN!r} in the place of {' and '.join(log.missing)}: no column was taken for it; "
+            f"there are {log.events.rows.column_names}. Name it there, or again with {flags} --force"
+        )
+        return 1
     print(
         f"wrote {path}\ncorrect it, then:\n"
         f"  export MEMOIR_DATASET={name} MEMOIR_DATA={folder}\n"
         "  python -m feature_repo check\n"
         "  make demo"
     )
+    return 0
 
 
 def _common_folder(files: list[str]) -> tuple[str, dict[str, str]]:

@@ -256,6 +256,18 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
             yield f"{field_name}.format is {source.format!r}; expected 'csv', 'json' or 'parquet'"
         if source.decimal not in (".", ","):
             yield f"{field_name}.decimal is {source.decimal!r}; expected '.' or ','"
+        if source.time_format and source.time_unit:
+            yield f"{field_name} has a time_format and a time_unit; a time is text or a number"
+        if source.skip < 0:
+            yield f"{field_name}.skip is {source.skip}; expected a number of lines"
+        for name, sign in source.decimals.items():
+            if name not in ours:
+                yield (
+                    f"{field_name}.decimals names {name!r}; there are "
+                    f"{sorted(ours)}{nearest(name, ours)}"
+                )
+            if sign not in (".", ","):
+                yield f"{field_name}.decimals of {name!r} is {sign!r}; expected '.' or ','"
         if not source.delimiter:
             yield (
                 f"{field_name}.delimiter is empty; expected one character or more, such as "
@@ -332,7 +344,7 @@ def plain(spec: DatasetSpec) -> dict[str, Any]:
     left out.
     """
     found = asdict(spec)
-    for name in ("events", "users", "items"):
+    for name in ("events", "users", "items", "accept"):
         del found[name]
     made: dict[str, Any] = json.loads(json.dumps(found))
     return made

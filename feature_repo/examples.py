@@ -39,6 +39,28 @@ class Requests:
     repeats: int
 
 
+def random_ndcg(requests: Requests, drawn: int) -> float:
+    """NDCG@10 of the first task that a random order is expected to reach: 1 where each request has one
+    candidate. NaN where no request has a positive.
+
+    Args:
+        requests: whose candidates are ranked.
+        drawn: negatives that are drawn beside each request's.
+    """
+    label = requests.labels[:, 0] if len(requests.labels) else np.array([], np.int8)
+    defined = label != UNDEFINED
+    number = len(requests.first_event)
+    size = np.bincount(requests.request[defined], minlength=number) + drawn
+    positive = np.bincount(requests.request[defined & (label == 1)], minlength=number)
+    asked = positive > 0
+    if not asked.any():
+        return float("nan")
+    gain = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(2, 12)))]
+    # Each place holds a positive in the share that positives have of the candidates.
+    reached = positive[asked] / size[asked] * gain[np.minimum(size[asked], 10)]
+    return float((reached / gain[np.minimum(positive[asked], 10)]).mean())
+
+
 def requests_of(contract: Contract, events: pa.Table) -> Requests:
     """What was asked, as the dataset declares.
 
@@ -84,12 +106,13 @@ def _asked_together(
     starts = run_starts(user)
     lengths = run_ends(starts, number) - starts
     owner = np.repeat(np.arange(len(starts)), lengths)
+    # No request lies in two periods, or labels of one would be learned in the one before: an id of a
+    # session that lasts names another request from the next period on.
+    bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
+    part = owner * 3 + np.searchsorted(bounds, micros(events[EVENT_TIMESTAMP]), side="right")
     if rules.examples is Examples.RATINGS:
         chosen = np.flatnonzero(np.isin(action, contract.history_actions))
-        # No request lies in two periods, or labels of one would be learned in the one before.
-        bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
-        time = micros(events[EVENT_TIMESTAMP])[chosen]
-        part = owner[chosen] * 3 + np.searchsorted(bounds, time, side="right")
+        part = part[chosen]
         within = np.arange(len(chosen)) - np.searchsorted(part, part, "left")
         return chosen, _joined(part, within // rules.most)
     about = np.ones(number, bool)
@@ -102,7 +125,7 @@ def _asked_together(
     named = events[REQUEST_ID.name].combine_chunks()
     chosen = np.flatnonzero(about & pc.is_valid(named).to_numpy(zero_copy_only=False))
     codes = pc.fill_null(named.dictionary_encode().indices, 0).to_numpy()
-    return chosen, _joined(owner[chosen], codes[chosen])
+    return chosen, _joined(part[chosen], codes[chosen])
 
 
 def _joined(owner: np.ndarray, within: np.ndarray) -> np.ndarray:

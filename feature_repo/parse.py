@@ -7,6 +7,7 @@ reason. What breaks a limit of the contract is for the job to set aside (`limits
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ from feature_repo.sources import Block, RawUnit
 KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
 ACTION = "__action"  # as read: what the source's action column says
 REPEATED = "repeated: the same event stands earlier"
+UNSAID = "action: says nothing, as declared"
+NOT_BAD = (REPEATED, UNSAID)  # dead letters that say nothing against the data
 IDS = ("user_id", "item_id", EVENT_ID.name)
 TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
 FLAG = "__flag_"  # as read: whether an action happened as well
@@ -52,7 +55,10 @@ class Derived:
     reasons: tuple[tuple[np.ndarray, str], ...] = ()
 
 
-# Of a kind ("events", "users" or "items"), rows as read, and rows as they stand.
+# Of a kind ("events", "users" or "items"), rows as read, and rows as they stand. It is called for each
+# block of rows of each source, in no order, in several processes. Rows as read hold the columns that
+# the declaration names, of our names and types, null where a value cannot be read, and those of
+# Source.raw; rows as they stand hold theirs, of a CSV file as bytes.
 Derive = Callable[[str, pa.Table, pa.Table], Derived]
 
 
@@ -61,8 +67,9 @@ class Parsed:
     """Rows of a raw source, split.
 
     Args:
-        counts: `rows_read`, `rows_used` (that became events), `events_made`, and
-            `cut: <column>` for the values of a bag beyond what is read of it.
+        counts: `rows_read`, `rows_used` (that became events), `events_made`,
+            `cut: <column>` for the values of a bag beyond what is read of it, and `lost: <column>`
+            for values that could not be read.
     """
 
     events: pa.Table
@@ -79,7 +86,8 @@ def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
         kind: "events", "users" or "items".
     """
     source: Source = getattr(spec, kind)
-    user, item = Column("user_id", spec.user_id, "user"), Column("item_id", spec.item_id, "item")
+    user = Column("user_id", spec.user_id, "user", is_key=True)
+    item = Column("item_id", spec.item_id, "item", is_key=True)
     time = Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened")
     if kind == "events":
         ours = [user, item, time]
@@ -110,7 +118,16 @@ def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
 
 def theirs(spec: DatasetSpec, kind: str) -> list[str]:
     """Names of the raw columns that are read of a source."""
-    return list(dict.fromkeys(name for _, name in wanted(spec, kind)))
+    source: Source = getattr(spec, kind)
+    zone = [source.zone_column] if source.zone_column else []
+    return list(dict.fromkeys([*(name for _, name in wanted(spec, kind)), *zone]))
+
+
+def optional(spec: DatasetSpec, kind: str) -> list[str]:
+    """Those of `theirs` that one file of several may lack: what is read of them may be null."""
+    needed = {name for column, name in wanted(spec, kind) if not column.nullable}
+    source: Source = getattr(spec, kind)
+    return [name for name in theirs(spec, kind) if name not in needed | {source.zone_column}]
 
 
 def user_columns(spec: DatasetSpec) -> set[str]:
@@ -135,7 +152,7 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     """One block of a source, split."""
     spec = contract.spec
     read = typed(spec, unit, block.rows)
-    derived = Derived() if derive is None else derive(unit.kind, read, block.rows)
+    derived = Derived() if derive is None else _derived(derive, unit, block, read)
     source: Source = getattr(spec, unit.kind)
     if missing := set(source.derived) - set(derived.columns):
         raise DeclarationError(
@@ -151,7 +168,7 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
         rows = profile(contract, PROFILES[unit.kind], read, known)
         made = {"users": nothing.users, "items": nothing.items, unit.kind: rows}
         lost, table = len(block.broken), PROFILES[unit.kind]
-        counts = cut_values(spec, unit.kind, read)
+        counts = cut_values(spec, unit.kind, read) | lost_values(spec, unit.kind, block.rows, read)
         counts |= {f"read_{table}": lost, f"dead_{table}": lost, "profile_rows_dead": lost}
         return Parsed(
             nothing.events,
@@ -164,7 +181,13 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     actions = _actions(spec, read)
     verdict = np.full(len(read), -1)
     reasons: list[str] = []
-    for mask, reason in (*derived.reasons, *_unreadable(spec, block.rows, read), *actions.reasons):
+    reasons_found = [
+        *derived.reasons,
+        *_unsaid(source, block.rows),
+        *_unreadable(spec, block.rows, read),
+        *actions.reasons,
+    ]
+    for mask, reason in reasons_found:
         verdict[(verdict < 0) & mask] = len(reasons)
         reasons.append(reason)
     kept = verdict < 0
@@ -178,13 +201,43 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     users = profile(contract, "user_profile", used, known) if spec.users is None else nothing.users
     items = profile(contract, "item_profile", used, known) if spec.items is None else nothing.items
     letters = _letters(contract, unit, block, verdict, reasons)
-    counts = cut_values(spec, "events", used) | {
+    counts = cut_values(spec, "events", used) | lost_values(spec, "events", block.rows, read)
+    counts |= {
         "rows_read": block.num_read,
         "rows_used": int(kept.sum()),
         "rows_dead": len(letters),
         "events_made": len(events),
     }
     return Parsed(events, users, items, letters, counts)
+
+
+def _derived(derive: Derive, unit: RawUnit, block: Block, read: pa.Table) -> Derived:
+    """What a dataset's own code makes of rows.
+
+    Raises:
+        DeclarationError: it fails; the message names its line and the first row on which it does.
+    """
+    try:
+        return derive(unit.kind, read, block.rows)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename == derive.__code__.co_filename] or frames
+        at = next(
+            (n for n in range(len(read)) if _fails_on(derive, unit.kind, read, block, n)), None
+        )
+        row = "none of its rows alone" if at is None else f"row {block.positions[at]:,}"
+        raise DeclarationError(
+            f"{own[-1].filename}:{own[-1].lineno}, {own[-1].name}: {type(error).__name__}: {error}. It was given "
+            f"{len(read):,} rows of {unit.kind} from {unit.file}, and fails on {row}"
+        ) from error
+
+
+def _fails_on(derive: Derive, kind: str, read: pa.Table, block: Block, row: int) -> bool:
+    try:
+        derive(kind, read.slice(row, 1), block.rows.slice(row, 1))
+    except Exception:
+        return True
+    return False
 
 
 def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table, pa.Table]:
@@ -243,6 +296,24 @@ def cut_values(spec: DatasetSpec, kind: str, read: pa.Table) -> dict[str, int]:
     return found
 
 
+def lost_values(spec: DatasetSpec, kind: str, given: pa.Table, read: pa.Table) -> dict[str, int]:
+    """How many values there are that could not be read and are missing now, by column. Where something
+    must be there the row is a dead letter, and says so itself.
+    """
+    source: Source = getattr(spec, kind)
+    marks = tuple(mark.lower() for mark in source.missing)
+    found = {}
+    for column, name in wanted(spec, kind):
+        if not column.nullable or read[column.name].null_count == 0:
+            continue
+        lost = pc.is_null(read[column.name]).to_numpy() & ~raw.is_blank(given[name], marks)
+        if further := source.missing_in.get(name):
+            lost &= ~raw.says_nothing(given[name], further)
+        if lost.any():
+            found[f"lost: {column.name}"] = int(lost.sum())
+    return found
+
+
 @dataclass(frozen=True)
 class _Actions:
     """What happened in each row.
@@ -298,6 +369,12 @@ def _nothing_happened(happened: np.ndarray) -> tuple[tuple[np.ndarray, str], ...
     return ((silent, "action: none that is declared"),)
 
 
+def _unsaid(source: Source, given: pa.Table) -> list[tuple[np.ndarray, str]]:
+    """Rows whose action is declared to say nothing, such as a rating of 0 that was never given."""
+    marks = source.missing_in.get(source.action, ())
+    return [(raw.says_nothing(given[source.action], marks), UNSAID)] if marks else []
+
+
 def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tuple[np.ndarray, str]]:
     """Rows that lack what every event has, and why."""
     required = {"user_id", "item_id", EVENT_TIMESTAMP, EVENT_ID.name}
@@ -312,7 +389,7 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
         missing, is_id = pc.is_null(read[column.name]).to_numpy(), column.name in IDS
         if not (missing.any() or is_id):
             continue
-        blank = raw.is_blank(given[name])
+        blank = raw.is_blank(given[name], tuple(mark.lower() for mark in spec.events.missing))
         missing = missing | blank if is_id else missing  # a blank is nobody's id
         found.append((missing & ~blank, f"{name}: unreadable"))
         if not is_flag:  # of a flag that is blank nothing happened

@@ -7,25 +7,47 @@ declaration to show, and the figures say of how many rows they are.
 
 from __future__ import annotations
 
+import re
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo import limits
+from feature_repo import limits, parse, sniff, sources
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.contract import Contract
 from feature_repo.datasets import Dataset, Parsed, RawUnit
-from feature_repo.examples import UNDEFINED, requests_of
-from feature_repo.parse import REPEATED, without_repeats
+from feature_repo.examples import UNDEFINED, Requests, random_ndcg, requests_of
+from feature_repo.parse import NOT_BAD, REPEATED, without_repeats
 from feature_repo.schema import EVENT_TIMESTAMP, Column, Examples
 from feature_repo.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
 
 ROWS = 500_000
+MOST_FILES = (
+    200  # of a log of more files so many are looked into, the first and the last among them
+)
+LARGE_SHARE = 0.05  # of all events, by one user or item
+TIMES_MEAN = 4  # of the others' mean, from where on a share is large
+RARE_LABEL = 0.001  # share of the examples
+RANDOM_TELLS = 0.9  # NDCG@10 of a random order from where on the figure tells nothing
+LONG_REQUEST = 86_400_000_000  # microseconds; a request is one moment
+DAY = 86_400_000_000  # microseconds
+FEW_REQUESTS = 10  # of a period
 SHOWN_EVENTS = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What would make a ranking wrong, unless a person knows that it is right."""
+
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,10 @@ class Preview:
         cut: values of bags that no ranker reads, by column.
         known_items, known_users: share of the events' ids that their profiles know; None where these
             come from the events themselves.
+        lost: values that could not be read, by column.
+        of_files: what files say against the declaration, each in a line.
+        rows_of_keys: of a table of items or users without a time: its rows and how many keys they
+            are of.
     """
 
     contract: Contract
@@ -49,6 +75,9 @@ class Preview:
     cut: Counter[str]
     known_items: float | None
     known_users: float | None
+    lost: Counter[str] = field(default_factory=Counter)
+    of_files: tuple[str, ...] = ()
+    rows_of_keys: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -63,13 +92,21 @@ class Preview:
         yield from self._read()
 
     def problems(self) -> list[str]:
-        """What must be mended before the road can be walked."""
+        """What must be mended before the road can be walked, and what would make a ranking wrong. Of
+        the latter each has a name, by which a person who knows better takes it for right.
+        """
+        accepted = self.contract.spec.accept
+        named = [f for f in findings(self) if f.name not in accepted]
+        hint = "if it is right, SPEC.accept names"
+        return [*self._obstacles(), *(f"{f.text} ({hint} {f.name!r})" for f in named)]
+
+    def _obstacles(self) -> list[str]:
         found = []
         if not len(self.events):
             found.append("not one row is an event")
             return found
         dead, limit = sum(self.dead.values()), self.contract.spec.max_bad_fraction
-        dead -= self.dead[REPEATED]  # which says nothing against the data
+        dead -= sum(self.dead[reason] for reason in NOT_BAD)
         if dead > limit * self.rows:
             found.append(
                 f"{dead:,} of {self.rows:,} rows are dead letters ({dead / self.rows:.1%}); SPEC.max_bad_fraction allows {limit:.1%}"
@@ -82,18 +119,29 @@ class Preview:
                     f"requests.{name} is {getattr(rules, name)}, and events run from {micros_iso(int(times.min()))} to "
                     f"{micros_iso(int(times.max()))}"
                 )
+        ahead = int((times > time.time() * 1e6).sum())
+        if ahead:
+            found.append(
+                f"{ahead:,} events are yet to come, the last of {micros_iso(int(times.max()))}: `beam_jobs events` stops "
+                "at them unless --as_of says what time it is, and later rows become dead letters"
+            )
         for name, share in (("items", self.known_items), ("users", self.known_users)):
             if share == 0:
                 found.append(
                     f"the table of {name} knows none of the events' {name}: are the ids the same?"
                 )
-        requests = requests_of(self.contract, self.events)
+        requests = self.requests
         if not len(requests.first_event):
             found.append(f"no request comes of requests.examples={rules.examples.value}")
         for number, name in enumerate(self.contract.labels):
             if len(requests.labels) and not (requests.labels[:, number] == 1).any():
                 found.append(f"no example has {name} = 1")
         return found
+
+    @cached_property
+    def requests(self) -> Requests:
+        """What the events ask about."""
+        return requests_of(self.contract, self.events)
 
     def _rows(self) -> Iterator[str]:
         known = (
@@ -107,6 +155,8 @@ class Preview:
         for name, number in self.cut.items():
             if number:
                 yield f"  {number:,}  values of {name.removeprefix('cut: ')} beyond those that are read"
+        for name, number in self.lost.items():
+            yield f"  {number:,}  values of {name} that could not be read and are missing"
         for what, share in (("items", self.known_items), ("users", self.known_users)):
             if share is not None:
                 yield f"  {share:.1%} of the events' {what} are in their table"
@@ -124,7 +174,7 @@ class Preview:
             yield "  " + ", ".join(f"{name} {limits.shown(value)!r}" for name, value in row.items())
 
     def _requests(self) -> Iterator[str]:
-        found, rules = requests_of(self.contract, self.events), self.contract.spec.requests
+        found, rules = self.requests, self.contract.spec.requests
         times = micros(self.events[EVENT_TIMESTAMP])[found.first_event]
         bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
         by_period = np.bincount(np.searchsorted(bounds, times, side="right"), minlength=3)
@@ -150,6 +200,118 @@ class Preview:
         yield f"  of a candidate: item, {_named(contract.candidate_features)}{', '.join((*stats, *MATCH_FEATURES))}"
 
 
+def findings(found: Preview) -> Iterator[Finding]:
+    """What is there and would make a ranking wrong without a word."""
+    yield from (Finding("files_differ", text) for text in found.of_files)
+    for kind, (rows, keys) in found.rows_of_keys.items():
+        if rows > keys:
+            yield Finding(
+                "rows_of_keys",
+                f"the table of {kind} has {rows:,} rows of {keys:,} {kind}: of several the one that stands last is taken; "
+                "name a time by columns={'event_timestamp': …}, or write one row for each",
+            )
+    if not len(found.events):
+        return
+    yield from _of_shares(found)
+    yield from _of_times(found)
+    yield from _of_repeats(found)
+    if len(found.requests.first_event):
+        yield from _of_requests(found)
+
+
+def _of_shares(found: Preview) -> Iterator[Finding]:
+    """A user or item that has a large part of the log is often a mark for nobody."""
+    for entity in (found.contract.user, found.contract.item):
+        counted = found.events[entity.join_key].combine_chunks().value_counts()
+        counts = counted.field("counts").to_numpy()
+        at, total = int(counts.argmax()), int(counts.sum())
+        others = (total - counts[at]) / max(len(counts) - 1, 1)
+        if counts[at] > LARGE_SHARE * total and counts[at] > TIMES_MEAN * others:
+            value = counted.field("values")[at].as_py()
+            yield Finding(
+                "large_share",
+                f"one {entity.name}, {value!r}, has {counts[at] / total:.1%} of the events; if it stands for nobody, name "
+                f"it in Source.missing",
+            )
+
+
+def _of_times(found: Preview) -> Iterator[Finding]:
+    """Events far from all others, and dates whose day and month are told apart by nothing."""
+    times = np.sort(micros(found.events[EVENT_TIMESTAMP]))
+    low, high = (int(v) for v in np.quantile(times, [0.01, 0.99]))
+    far = times[(times < low - (high - low)) | (times > high + (high - low))]
+    if len(far) and high > low:
+        yield Finding(
+            "far_times",
+            f"{len(far):,} events lie far from all others, such as of {micros_iso(int(far[0]))}; the others run from "
+            f"{micros_iso(low)} to {micros_iso(high)}",
+        )
+    written = found.contract.spec.events.time_format
+    days = {datetime.fromtimestamp(at // 1e6, UTC).day for at in np.unique(times // DAY) * DAY}
+    if (
+        {"%d", "%m"} <= set(re.findall("%.", written))
+        and "%Y-%m" not in written
+        and max(days) <= 12
+    ):
+        yield Finding(
+            "day_and_month",
+            f"no event is of a day after the 12th: {written!r} may have day and month in the wrong order",
+        )
+
+
+def _of_repeats(found: Preview) -> Iterator[Finding]:
+    """Events that are the same in all that is known of them."""
+    if found.contract.spec.event_identity:
+        return
+    names = [n for n in found.events.column_names if n != "source_position"]
+    flat = [n for n in names if not pa.types.is_nested(found.events.schema.field(n).type)]
+    distinct = found.events.select(flat).group_by(flat).aggregate([]).num_rows
+    repeats = len(found.events) - distinct
+    if repeats:
+        yield Finding(
+            "repeats",
+            f"{repeats:,} events are the same as another in all that is declared of them; if they were delivered twice, "
+            "SPEC.event_identity names what says so, such as "
+            f"{tuple(n for n in flat if n not in ('user_id', 'action'))[:2]!r}",
+        )
+
+
+def _of_requests(found: Preview) -> Iterator[Finding]:
+    """Requests that last, that have nothing to rank, and labels that hardly ever are."""
+    spec, requests = found.contract.spec, found.requests
+    times = micros(found.events[EVENT_TIMESTAMP])
+    begins = times[requests.first_event]
+    lasts = np.zeros(len(begins), np.int64)
+    np.maximum.at(lasts, requests.request, times[requests.event] - begins[requests.request])
+    long = (lasts > LONG_REQUEST).mean()
+    if long > 0.01 and spec.requests.examples is not Examples.RATINGS:
+        yield Finding(
+            "long_requests",
+            f"{long:.1%} of the requests last longer than a day, one of them {lasts.max() / LONG_REQUEST:,.0f} days: does "
+            f"{spec.events.columns.get('request_id', 'request_id')!r} name a visitor rather than a request?",
+        )
+    drawn = spec.requests.eval_negatives
+    reached = random_ndcg(requests, drawn)
+    if reached >= RANDOM_TELLS:
+        yield Finding(
+            "nothing_to_rank",
+            f"a random order reaches an NDCG@10 of {reached:.2f}: requests have "
+            f"{len(requests.request) / len(begins):.1f} items, and no figure of quality tells anything",
+        )
+    bounds = [iso_micros(spec.requests.validation_from), iso_micros(spec.requests.test_from)]
+    by_period = np.bincount(np.searchsorted(bounds, begins, side="right"), minlength=3)
+    for name, number in zip(("train", "validation", "test"), by_period, strict=True):
+        if found.whole and number < FEW_REQUESTS <= len(begins) / 10:
+            yield Finding("few_requests", f"{number:,} of {len(begins):,} requests are of {name}")
+    for number, label in enumerate(found.contract.labels):
+        defined = requests.labels[:, number] != UNDEFINED
+        share = (requests.labels[defined, number] == 1).mean() if defined.any() else 0.0
+        if 0 < share < RARE_LABEL:
+            yield Finding(
+                "rare_label", f"{label} is 1 in {share:.3%} of {defined.sum():,} examples"
+            )
+
+
 def preview(dataset: Dataset, data: str | None) -> Preview:
     """Read what there is time for.
 
@@ -160,7 +322,7 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
     units = dataset.raw_units(data)
     events = [unit for unit in units if unit.kind == "events"]
     known = all(unit.rows >= 0 for unit in events)
-    read = [p for unit in _some(events) for p in _parsed(dataset, unit)]
+    read = [p for unit in _some(dataset, events) for p in _parsed(dataset, unit)]
     dead: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     kept = [arrow_schema(contract.table("events")).empty_table()]
@@ -179,48 +341,103 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
         kind: [p for unit in units if unit.kind == kind for p in dataset.parse(unit)]
         for kind in ("users", "items")
     }
+    for parsed in (*profiles["users"], *profiles["items"]):
+        counts.update(parsed.counts)
+    keys = {"users": [p.users[user] for p in profiles["users"]]}
+    keys["items"] = [p.items[item] for p in profiles["items"]]
     return Preview(
         contract,
         table,
         dead,
         counts["rows_read"],
         sum(unit.rows for unit in events) if known else None,
-        Counter({name: n for name, n in counts.items() if name.startswith("cut: ")}),
-        _share(table[item], [p.items[item] for p in profiles["items"]]),
-        _share(table[user], [p.users[user] for p in profiles["users"]]),
+        _counted(counts, "cut: ", keep=True),
+        _share(table[item], keys["items"]),
+        _share(table[user], keys["users"]),
+        _counted(counts, "lost: "),
+        tuple(_of_files(dataset, units)),
+        {
+            kind: (sum(map(len, found)), len(pc.unique(_joined(found))))
+            for kind, found in keys.items()
+            if found and EVENT_TIMESTAMP not in dataset.sources[kind].columns
+        },
     )
 
 
-def _some(units: Sequence[RawUnit]) -> list[RawUnit]:
-    """Units from both ends of the log, as many as `ROWS` allows, and at least the two ends."""
+def _counted(counts: Counter[str], prefix: str, keep: bool = False) -> Counter[str]:
+    chosen = {name: n for name, n in counts.items() if name.startswith(prefix)}
+    return Counter({name if keep else name.removeprefix(prefix): n for name, n in chosen.items()})
+
+
+def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:
+    """What files say against the declaration: quotes that are none, columns that some of them lack."""
+    for kind, source in dataset.sources.items():
+        files = list(dict.fromkeys(unit.file for unit in units if unit.kind == kind))
+        chosen = np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))
+        for at in chosen:
+            if said := sniff.same_dialect(source, files[at]):
+                yield f"{files[at]}: {said}"
+        if sources.format_of(source, files[0]) == "json":
+            continue  # whose objects leave out what is null
+        wanted = parse.theirs(dataset.spec, kind)
+        lacking = Counter(
+            name
+            for file in files
+            for name in wanted
+            if len(files) > 1 and name not in sources.columns_in(source, file)
+        )
+        for name, number in lacking.items():
+            yield f"column {name!r} is not in {number:,} of {len(files):,} files of {kind}, and missing there"
+
+
+def _some(dataset: Dataset, units: Sequence[RawUnit]) -> list[RawUnit]:
+    """All units; or of a long log, for each of at most `MOST_FILES` files, units from both of its ends
+    on until it has its share of `ROWS`.
+    """
     if sum(max(unit.rows, 0) for unit in units) <= ROWS:
         return list(units)
-    chosen = {0, len(units) - 1}
-    rows = sum(units[at].rows for at in chosen)
-    for at in np.linspace(0, len(units) - 1, len(units)).astype(int).tolist():
-        if at not in chosen and rows + units[at].rows <= ROWS:
-            chosen.add(at)
-            rows += units[at].rows
-    return [units[at] for at in sorted(chosen)]
+    files = list(dict.fromkeys(unit.file for unit in units))
+    chosen = [files[at] for at in np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))]
+    share, some = ROWS // len(chosen), []
+    for file in chosen:
+        of_file = [unit for unit in units if unit.file == file]
+        ends = {id(unit): unit for unit in (of_file[0], of_file[-1])}
+        if sum(max(unit.rows, 0) for unit in ends.values()) > share:
+            some += sources.ends_of(dataset.spec.events, of_file)
+            continue
+        rows = sum(unit.rows for unit in ends.values())
+        for unit in of_file:
+            if id(unit) not in ends and rows + unit.rows <= share:
+                ends[id(unit)] = unit
+                rows += unit.rows
+        some += sorted(ends.values(), key=lambda unit: unit.start)
+    return some
 
 
 def _parsed(dataset: Dataset, unit: RawUnit) -> Iterator[Parsed]:
-    """Blocks of a unit, until enough rows are read."""
-    rows = 0
-    for parsed in dataset.parse(unit):
-        yield parsed
-        rows += parsed.counts["rows_read"]
-        if rows >= ROWS:
-            return
+    """Blocks of a unit until enough rows are read, and the last one: a packed file is unpacked to its
+    end, for one that was cut off says so only there.
+    """
+    rows, last = 0, None
+    for block in dataset.blocks(unit):
+        last = block
+        if rows < ROWS:
+            yield dataset.parse_block(unit, block)
+            rows, last = rows + block.num_read, None
+    if last is not None:
+        yield dataset.parse_block(unit, last)
 
 
 def _share(ids: pa.ChunkedArray, tables: Sequence[pa.ChunkedArray]) -> float | None:
     if not tables or not len(ids):
         return None
-    known = pa.concat_arrays([chunk for table in tables for chunk in table.chunks])
     distinct = pc.unique(ids)
-    share: float = pc.mean(pc.is_in(distinct, known).cast(pa.float64())).as_py()
+    share: float = pc.mean(pc.is_in(distinct, _joined(tables)).cast(pa.float64())).as_py()
     return share
+
+
+def _joined(tables: Sequence[pa.ChunkedArray]) -> pa.Array:
+    return pa.concat_arrays([chunk for table in tables for chunk in table.chunks])
 
 
 def _shown(column: Column) -> str:

@@ -61,6 +61,12 @@ TIME_UNITS = {
     "nanoseconds": 1e-3,
 }  # in microseconds
 KEY_TYPES = (DType.INT64, DType.STRING)
+# Texts that say "nothing here", in any letter case: exports of databases, pandas, Hive and web
+# analytics write these. A source whose values they are declares others.
+MISSING = (
+    "", "nan", "null", "none", "nil", "na", "<na>", "n/a", "#n/a", "(null)", "<null>", "(none)",
+    "(not set)", "undefined", "\\n", "-", "--", "?",
+)  # fmt: skip
 MAX_BAG = 8  # values read of a bag that declares no `max_length`
 CATEGORY, NUMBER, BAG, VECTOR, AGE = Kind
 WHOLE_TYPES = (DType.INT8, DType.INT32, DType.INT64)
@@ -77,7 +83,8 @@ TYPES_OF_KIND = {
 @dataclass(frozen=True)
 class Column:
     """One column: its type, meaning, limits, and how a ranker reads it. Limits become expectations;
-    `None` means unlimited.
+    `None` means unlimited. A number that is text may carry its `unit`: with unit="EUR" a raw
+    `12,99 EUR` is a number, and `12,99 USD` is none.
 
     Example:
         >>> Column("price", DType.FLOAT32, "of one piece", kind=NUMBER, nullable=True, minimum=0)
@@ -222,7 +229,8 @@ class Requests:
         examples: IMPRESSIONS: the items of events that belong together (`by`) are one request, at
             the time of the first. ACTIONS: the same of items that a task's action was about; others
             are drawn as negatives. RATINGS: up to `most` consecutive events of a user in one period
-            are one request, at the time of the first.
+            are one request, at the time of the first. No request lies in two periods: what comes
+            later than a period's end belongs to a request of its own.
         validation_from: ISO time with a zone; requests from then on validate.
         test_from: the same for the test period.
         train_negatives_per_positive: drawn in training, of ACTIONS.
@@ -276,16 +284,32 @@ class Source:
 
     Args:
         path: below MEMOIR_DATA: a file, a folder, or a glob; of several the first that exists.
-        columns: our column → theirs; a column that is not named has the same name there.
+        columns: our column → theirs; a column that is not named has the same name there. Theirs may
+            be a part of the path (`event` of `event=view/part-0.csv`) or a field inside an object
+            (`user.id`).
         format: "csv", "json" (a JSON object in a line) or "parquet"; by the file's name unless given.
         delimiter: of a CSV file; one or more characters.
-        header: names of its columns, where the file has no header.
+        quote: of a CSV file, around values; "" where quotes are text like any other.
+        escape: of a CSV file, before a quote inside of quotes; "" where it is doubled.
+        skip: lines of a CSV file before its header, or before its first row if it has none.
+        header: names of its columns, where the file has no header, or in place of the file's own
+            (which then counts to `skip`). A name that a file leaves blank is `column_3`, by its
+            place; one that it has twice is `name` and `name_2`.
         quoted_newlines: whether values in quotes may hold line ends; such a file is read whole.
-        encodings: of a text file; the first in which it can be read.
-        decimal: "." or ",".
+        encodings: of a text file; the first in which it can be read. A byte order mark overrules
+            them.
+        missing: texts that say "nothing here", in any letter case; they are nobody's id, no number
+            and no time, and a nullable text or category is null there.
+        missing_in: their column → further values that say nothing there, numbers included, such as
+            {"rating": ("0",)} where a row of 0 stars was never rated.
+        decimal: "." or ","; the other one may stand between thousands.
+        decimals: our column → its own sign, where columns differ.
         list_separator: between the values of a bag that is written as text.
-        time_unit: of times that are whole numbers, a key of `TIME_UNITS`; without one they are refused.
+        time_unit: of times that are numbers, a key of `TIME_UNITS`; without one they are refused.
+        time_format: of times that are text and not ISO 8601, as `datetime.strptime` has it; a name
+            or offset of a zone may stand behind it.
         zone: of times that carry none.
+        zone_column: their column that names each row's zone, such as "Europe/London" or "+02:00".
         action: their column that says what happened; none: every row is the first action.
         actions: their value → our action; none: values are our names.
         at_least: their action column is a number: the first action from here on, else the second.
@@ -299,13 +323,21 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     format: Literal["", "csv", "json", "parquet"] = ""
     delimiter: str = ","
+    quote: Literal['"', "'", ""] = '"'
+    escape: str = ""
+    skip: int = 0
     header: tuple[str, ...] = ()
     quoted_newlines: bool = False
     encodings: tuple[str, ...] = ("utf-8",)
+    missing: tuple[str, ...] = MISSING
+    missing_in: dict[str, tuple[str, ...]] = field(default_factory=dict)
     decimal: Literal[".", ","] = "."
+    decimals: dict[str, Literal[".", ","]] = field(default_factory=dict)
     list_separator: str = "|"
     time_unit: str | None = None
+    time_format: str = ""
     zone: str = "UTC"
+    zone_column: str = ""
     action: str = ""
     actions: dict[str, str] = field(default_factory=dict)
     at_least: float | None = None
@@ -380,6 +412,8 @@ class DatasetSpec:
             the rows of events.
         event_identity: columns of `events` that say "the same event", `event_id` among them where
             the source gives one; without any, none is repeated.
+        accept: names of findings of `python -m feature_repo check` that are right as they are, such
+            as "large_share" where one customer is a wholesaler.
     """
 
     name: str
@@ -409,6 +443,7 @@ class DatasetSpec:
     # Whether an item that a user has acted on is worth ranking for them again.
     items_repeat: bool = True
     memory: Memory = Memory()
+    accept: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, float]:

@@ -3,7 +3,7 @@ Standard library only.
 
 | variable | meaning | default |
 |---|---|---|
-| `MEMOIR_DATASET` | dataset module under `feature_repo/datasets/` | `online_retail` |
+| `MEMOIR_DATASET` | dataset module under `feature_repo/datasets/`; or a module of yours, `my_package.my_module`, or a file, `/srv/shop/my_module.py` | `online_retail` |
 | `MEMOIR_DATA` | its raw data, a folder | the shipped sample, where the dataset has one |
 | `MEMOIR_HOME` | built tables, runs, bundles, catalogue | `.memoir` in the checkout |
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
@@ -16,7 +16,9 @@ Standard library only.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from feature_repo.errors import SettingsError, nearest
@@ -25,6 +27,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
 OF_THE_SERVER = "MEMOIR_SERVE_"  # which knows its own: serving/settings.py
+# Kubernetes sets these for every service that is named memoir, or memoir-something.
+LINK = re.compile(
+    r"MEMOIR(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
 VARIABLES = frozenset(
     f"MEMOIR_{name}"
     for name in (
@@ -62,7 +68,7 @@ class Settings:
                 profile, or `MEMOIR_DATA` is no folder.
         """
         refuse_unknown_variables()
-        dataset = os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
+        dataset = declared_dataset().name
         root = os.environ.get("MEMOIR_HOME") or str(CHECKOUT / ".memoir")
         if "://" not in root:
             root = str(Path(root).resolve())
@@ -101,6 +107,46 @@ class Settings:
         return path
 
 
+@dataclass(frozen=True)
+class Declared:
+    """A dataset by name, and the folder of its module where that is none of this checkout's."""
+
+    name: str
+    folder: str = ""
+
+
+def declared_dataset() -> Declared:
+    """The dataset that `MEMOIR_DATASET` names: one of this checkout, a module, or a file.
+
+    Raises:
+        SettingsError: there is no such module or file.
+    """
+    value = os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
+    if value.endswith(".py") or "/" in value:
+        file = Path(value).expanduser().resolve()
+        if not file.is_file():
+            raise SettingsError(f"MEMOIR_DATASET names the file {value}, which is not there")
+        return Declared(file.stem, str(file.parent))
+    if "." not in value:
+        return Declared(value)
+    try:
+        found = find_spec(value)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or not found.origin:
+        raise SettingsError(
+            f"MEMOIR_DATASET names the module {value}, which cannot be imported: install its package, or put its folder "
+            "on PYTHONPATH"
+        )
+    return Declared(value.rpartition(".")[2], str(Path(found.origin).parent))
+
+
+def is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether a variable tells of a Kubernetes service rather than of us."""
+    link = value.startswith(("tcp://", "udp://", "sctp://"))
+    return LINK.fullmatch(name) is not None or (name.endswith("_PORT") and link)
+
+
 def refuse_unknown_variables() -> None:
     """Refuse a misspelt variable, which would otherwise be ignored without a word.
 
@@ -109,15 +155,16 @@ def refuse_unknown_variables() -> None:
     """
     unknown = sorted(
         name
-        for name in os.environ
+        for name, value in os.environ.items()
         if name.startswith("MEMOIR_")
         and name not in VARIABLES
         and not name.startswith(OF_THE_SERVER)
+        and not is_of_kubernetes(name, value)
     )
     if unknown:
+        said = " ".join(f"{name}{nearest(name, VARIABLES) or '.'}" for name in unknown)
         raise SettingsError(
-            f"environment variable {unknown[0]} is none of Memoir's{nearest(unknown[0], VARIABLES)} "
-            f"There are {', '.join(sorted(VARIABLES))}"
+            f"environment variables that are none of Memoir's: {said} There are {', '.join(sorted(VARIABLES))}"
         )
 
 

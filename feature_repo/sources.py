@@ -8,15 +8,18 @@ bytes, so that ids keep their spelling; `raw.py` reads them as the types that a 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +50,14 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+COMPRESSED = tuple(CODECS)
+HEAD_BYTES = 1 << 20  # of a text file, in which its header stands
+# Marks at a file's beginning, and the encodings that they stand for; the longer ones first.
+MARKS = (
+    (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,14 @@ def format_of(source: Source, file: str) -> str:
     )
 
 
+def is_csv(source: Source, file: str) -> bool:
+    """Whether a file is a table of lines; so is one whose name says nothing."""
+    try:
+        return format_of(source, file) == "csv"
+    except RawDataError:
+        return True
+
+
 def files_of(source: Source, data: str | None) -> list[str]:
     """Files of a source, sorted by name: of its paths the first that there is.
 
@@ -131,77 +149,194 @@ def files_of(source: Source, data: str | None) -> list[str]:
     raise RawDataError(f"expected {wanted} in {data}; found none")
 
 
-def units_of(source: Source, data: str | None, kind: str, columns: Sequence[str]) -> list[RawUnit]:
+def units_of(
+    source: Source,
+    data: str | None,
+    kind: str,
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+) -> list[RawUnit]:
     """A source in pieces.
 
     Args:
-        columns: that every file must have.
+        columns: that are read.
+        optional: those of them that a file may lack, and is null there; some file must have each.
 
     Raises:
-        RawDataError: no file, one that cannot be read, or one without a column.
+        RawDataError: no file, only empty ones, one that cannot be read, or one without a column.
     """
+    files = files_of(source, data)
+    filled = [file for file in files if size_of(file)]
+    if not filled:
+        raise RawDataError(f"{files[0]} is empty: 0 bytes, where {kind} are expected")
+    lacking = set(columns)
     units: list[RawUnit] = []
-    for file in files_of(source, data):
-        filesystem, path = located(file)
-        if filesystem.get_file_info(path).size == 0:
-            continue
+    for file in filled:
+        found = _has(source, file, columns)
+        lacking -= found
+        is_json = format_of(source, file) == "json"  # whose objects leave out what is null
+        needed = [name for name in columns if not is_json and name not in optional]
+        if not found.issuperset(needed):
+            _refuse_missing(file, needed, columns_in(source, file))
         if format_of(source, file) == "parquet":
-            parquet_rows(file, columns)
             units += _parquet_units(file, kind)
         else:
-            units += _text_units(source, file, kind, columns)
+            units += _text_units(source, file, kind)
+    if lacking:
+        _refuse_missing(filled[-1], [c for c in columns if c in lacking], columns_in(source, file))
     return units
+
+
+def _has(source: Source, file: str, columns: Sequence[str]) -> set[str]:
+    """Which of these columns a file has. In JSON lines a field may come late: they are searched."""
+    found = set(columns) & set(columns_in(source, file))
+    rest = set(columns) - found
+    if rest and format_of(source, file) == "json":
+        keys = {name: f'"{name.rsplit(".", 1)[-1]}"'.encode() for name in rest}
+        before = b""
+        with open_text(file, _encoding(source, file)) as stream:
+            while rest and (data := stream.read(UNIT_BYTES)):
+                seen = {name for name in rest if keys[name] in before + data}
+                found |= seen
+                rest -= seen
+                before = data[-MAX_TEXT_BYTES:]
+    return found
+
+
+def path_columns(file: str) -> dict[str, str]:
+    """What the parts of a path say of every row below it: event → view of `event=view/part-0.csv`."""
+    parts = (part.split("=", 1) for part in file.split("/")[:-1] if "=" in part)
+    return {name: unquote(value) for name, value in parts if name}
 
 
 def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator[Block]:
     """The rows of a unit, a block at a time."""
     found = format_of(source, unit.file)
+    names: Sequence[str] = ()
+    if found == "json":
+        held = list(columns)  # a field that an object lacks is null
+    else:
+        names = (
+            _leaves(unit.file) if found == "parquet" else _header(source, unit.file, unit.encoding)
+        )
+        held = [name for name in columns if name in names]
     if found == "parquet":
-        for start, rows in _parquet_blocks(unit, columns):
-            yield Block(rows, start + np.arange(rows.num_rows))
+        for start, rows in _parquet_blocks(unit, held):
+            yield _completed(Block(rows, start + np.arange(rows.num_rows)), unit.file, columns)
         return
     read = _csv_block if found == "csv" else _json_block
-    names = _header(source, unit.file, unit.encoding) if found == "csv" else ()
     start = unit.start
     for data in _lines_of(unit, source.quoted_newlines):
-        block = read(source, names, columns, _as_utf8(data, unit.encoding), start)
+        block = read(source, names, held, _as_utf8(data, unit.encoding), start)
         start += block.num_read
-        yield block
+        yield _completed(block, unit.file, columns)
+
+
+END_BYTES = 1 << 21  # of a text file, from where on both its ends are read instead of all
+
+
+def ends_of(source: Source, units: Sequence[RawUnit]) -> list[RawUnit]:
+    """Both ends of every file of some units, as smaller units; of a packed file the whole."""
+    by_file: dict[str, list[RawUnit]] = {}
+    for unit in units:
+        by_file.setdefault(unit.file, []).append(unit)
+    ends: list[RawUnit] = []
+    for several in by_file.values():
+        first, last = several[0], several[-1]
+        if format_of(source, first.file) == "parquet":
+            ends.append(replace(first, rows=min(first.rows, BATCH_ROWS)))
+            if last.start + last.rows > BATCH_ROWS:
+                rows = min(last.rows, BATCH_ROWS)
+                ends.append(replace(last, start=last.start + last.rows - rows, rows=rows))
+        elif first.size < 0 or (first is last and first.size <= END_BYTES):
+            ends.append(first)
+        else:
+            ends += [_beginning_of(first), _end_of(last)]
+    return ends
+
+
+def _beginning_of(unit: RawUnit) -> RawUnit:
+    data = _bytes_of(unit)[: END_BYTES // 2]
+    data = data[: data.rfind(b"\n") + 1] or _bytes_of(unit)
+    return replace(unit, size=len(data), rows=_num_lines(data))
+
+
+def _end_of(unit: RawUnit) -> RawUnit:
+    data = _bytes_of(unit)
+    skipped = data.find(b"\n", max(len(data) - END_BYTES // 2, 0)) + 1
+    kept = data[skipped:] or data
+    skipped = len(data) - len(kept)
+    rows = _num_lines(kept)
+    return replace(
+        unit,
+        start=unit.start + unit.rows - rows,
+        rows=rows,
+        offset=unit.offset + skipped,
+        size=len(kept),
+    )
+
+
+def _bytes_of(unit: RawUnit) -> bytes:
+    return next(_lines_of(unit, False))
+
+
+def _completed(block: Block, file: str, columns: Sequence[str]) -> Block:
+    """A block with the columns that its file says by its path, and nulls for those that it lacks."""
+    rows, said = block.rows, path_columns(file)
+    for name in columns:
+        lacks = name not in rows.column_names
+        if lacks or (name in said and rows[name].null_count == len(rows)):
+            value = said.get(name)
+            values = pa.array([value] * len(block.positions), pa.string())
+            at = rows.schema.get_field_index(name)
+            rows = rows.append_column(name, values) if lacks else rows.set_column(at, name, values)
+    return replace(block, rows=rows.select(list(columns)))
 
 
 def columns_in(source: Source, file: str) -> list[str]:
-    """Names of the columns of a file."""
+    """Names of the columns of a file, then of those that its path says. A field inside an object is a
+    column: `user.id`.
+    """
     found = format_of(source, file)
     if found == "parquet":
-        return list(_parquet(file).schema_arrow.names)
-    encoding = _encoding(source, file)
-    if found == "csv":
-        return list(_header(source, file, encoding))
-    with open_stream(file) as stream:
-        lines = stream.read(1 << 20).decode(encoding, "replace").splitlines()[:100]
-    names: dict[str, None] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        names |= dict.fromkeys(row if isinstance(row, dict) else ())
-    return list(names)
+        names = dict.fromkeys(_leaves(file))
+    elif found == "csv":
+        names = dict.fromkeys(_header(source, file, _encoding(source, file)))
+    else:
+        names = {}
+        with open_text(file, _encoding(source, file)) as stream:
+            lines = stream.read(HEAD_BYTES).decode("utf-8", "replace").splitlines()[:1000]
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            names |= dict.fromkeys(_keys_of(row) if isinstance(row, dict) else ())
+    return list(names | dict.fromkeys(path_columns(file)))
+
+
+def _keys_of(row: dict[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _keys_of(value, f"{before}{key}.")
+        else:
+            yield before + key
 
 
 # --- Parquet
 
 
-def parquet_rows(file: str, columns: Sequence[str]) -> int:
-    """Rows of a Parquet file that has these columns.
+def _leaves(file: str) -> list[str]:
+    """Columns of a Parquet file; of an object its fields, as `user.id`."""
+    return list(_leaf_fields(_parquet(file).schema_arrow))
 
-    Raises:
-        RawDataError: it is no Parquet file, or lacks a column.
-    """
-    opened = _parquet(file)
-    _refuse_missing(file, columns, opened.schema_arrow.names)
-    rows: int = opened.metadata.num_rows
-    return rows
+
+def _leaf_fields(fields: Iterable[pa.Field], before: str = "") -> Iterator[str]:
+    for each in fields:
+        if pa.types.is_struct(each.type):
+            yield from _leaf_fields(each.type, f"{before}{each.name}.")
+        else:
+            yield before + each.name
 
 
 def _parquet(file: str) -> pq.ParquetFile:
@@ -245,11 +380,23 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
         first, last = max(unit.start - at, 0), min(stop - at, batch.num_rows)
         at += batch.num_rows
         if last > first:
-            waiting.append(shortened(pa.Table.from_batches([batch.slice(first, last - first)])))
+            table = pa.Table.from_batches([batch.slice(first, last - first)])
+            while any(pa.types.is_struct(column.type) for column in table.schema):
+                table = table.flatten()
+            waiting.append(shortened(_without_views(table)))
         if sum(len(table) for table in waiting) >= UNIT_ROWS or (waiting and at >= stop):
             whole = pa.concat_tables(waiting, promote_options="permissive").select(list(columns))
             yield start, whole
             start, waiting = start + len(whole), []
+
+
+def _without_views(rows: pa.Table) -> pa.Table:
+    """Texts and bytes as arrays that Arrow can filter; of views it cannot yet."""
+    for index, column in enumerate(rows.schema):
+        if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+            kind = pa.string() if pa.types.is_string_view(column.type) else pa.binary()
+            rows = rows.set_column(index, column.name, rows[column.name].cast(kind))
+    return rows
 
 
 def shortened(rows: pa.Table) -> pa.Table:
@@ -273,13 +420,11 @@ def shortened(rows: pa.Table) -> pa.Table:
 # --- text files
 
 
-def _text_units(source: Source, file: str, kind: str, columns: Sequence[str]) -> list[RawUnit]:
+def _text_units(source: Source, file: str, kind: str) -> list[RawUnit]:
     encoding = _encoding(source, file)
     is_csv = format_of(source, file) == "csv"
-    if is_csv:
-        _refuse_missing(file, columns, _header(source, file, encoding))
-    skipped = _header_bytes(source, file) if is_csv else _bom_bytes(file)
-    if file.lower().endswith(COMPRESSED) or source.quoted_newlines:
+    skipped = _head(source, file, encoding).size if is_csv else _bom_bytes(file, encoding)
+    if file.lower().endswith(COMPRESSED) or source.quoted_newlines or _is_wide(encoding):
         return [RawUnit(file, 0, -1, kind, skipped, -1, encoding)]
     units, start, offset = [], 0, skipped
     with open_stream(file) as stream:
@@ -327,7 +472,7 @@ def _lines_of(unit: RawUnit, whole: bool) -> Iterator[bytes]:
             opened.seek(unit.offset)
             yield opened.read(unit.size)
         return
-    with open_stream(unit.file) as stream:
+    with open_text(unit.file, unit.encoding) as stream:
         stream.read(unit.offset)
         if whole:
             yield stream.read()
@@ -336,15 +481,17 @@ def _lines_of(unit: RawUnit, whole: bool) -> Iterator[bytes]:
 
 
 def _as_utf8(data: bytes, encoding: str) -> bytes:
-    if encoding in ("utf-8", "utf8", "ascii"):
+    if encoding in ("utf-8", "utf8", "ascii") or _is_wide(encoding):  # see `open_text`
         return data
     return data.decode(encoding, "replace").encode()
 
 
 def _encoding(source: Source, file: str) -> str:
-    """The first of the declared encodings in which the whole file can be read; the last, if none
-    can.
+    """What the file's byte order mark says; else the first of the declared encodings in which the
+    whole file can be read; the last, if none can.
     """
+    if marked := marked_encoding(file):
+        return marked
     for encoding in source.encodings[:-1]:
         try:
             with open_stream(file) as stream:
@@ -356,39 +503,76 @@ def _encoding(source: Source, file: str) -> str:
     return source.encodings[-1]
 
 
-def _bom_bytes(file: str) -> int:
+def marked_encoding(file: str) -> str:
+    """The encoding of a wide byte order mark, "" where there is none."""
     with open_stream(file) as stream:
+        first: bytes = stream.read(4)
+    return next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
+
+
+def _is_wide(encoding: str) -> bool:
+    """Whether a line end is more than one byte, so that a file cannot be cut at one."""
+    return encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32", "utf16", "utf32"))
+
+
+def _bom_bytes(file: str, encoding: str) -> int:
+    with open_text(file, encoding) as stream:
         return len(BOM) if stream.read(len(BOM)) == BOM else 0
 
 
-def _first_line(file: str) -> bytes:
-    with open_stream(file) as stream:
-        data: bytes = stream.read(1 << 16)
-    return data.split(b"\n", 1)[0] + b"\n"
+@dataclass(frozen=True)
+class _Head:
+    """What stands before the rows of a CSV file: names of its columns, and how many bytes."""
+
+    names: tuple[str, ...]
+    size: int
 
 
-def _header_bytes(source: Source, file: str) -> int:
-    """Bytes before the first row."""
-    return _bom_bytes(file) if source.header else len(_first_line(file))
+def _head(source: Source, file: str, encoding: str) -> _Head:
+    size = _bom_bytes(file, encoding)
+    with open_text(file, encoding) as stream:
+        lines = stream.read(HEAD_BYTES)[size:].split(b"\n")
+    above = source.skip + (not source.header)
+    size += sum(len(line) + 1 for line in lines[:above])
+    if source.header:
+        return _Head(source.header, size)
+    line = _as_utf8(lines[source.skip] if source.skip < len(lines) else b"", encoding)
+    text = line.decode("utf-8", "replace").strip("\r\n")
+    return _Head(named_once(fields_of(text, source)), size)
 
 
 def _header(source: Source, file: str, encoding: str) -> tuple[str, ...]:
-    if source.header:
-        return source.header
-    line = _first_line(file).removeprefix(BOM).decode(encoding, "replace").strip("\r\n")
-    names = fields_of(line, source.delimiter)
-    return tuple(name.strip() for name in names)
+    return source.header or _head(source, file, encoding).names
 
 
-def fields_of(line: str, delimiter: str) -> list[str]:
+def named_once(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of columns, each once: a blank one by its place, a second of one name with a number."""
+    found: dict[str, None] = {}
+    for place, name in enumerate(names, 1):
+        base = name.strip() or f"column_{place}"
+        numbers = (f"{base}_{number}" for number in itertools.count(2))
+        found[next(n for n in itertools.chain([base], numbers) if n not in found)] = None
+    return tuple(found)
+
+
+def fields_of(line: str, source: Source) -> list[str]:
     """Fields of one line.
 
     Raises:
         csv.Error: no reader of CSV files would take it.
     """
-    if len(delimiter) > 1:
-        return line.split(delimiter)
-    return next(csv.reader([line], delimiter=delimiter), [])
+    if len(source.delimiter) > 1:
+        return line.split(source.delimiter)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if source.quote else csv.QUOTE_NONE
+    reader = csv.reader(
+        [line],
+        delimiter=source.delimiter,
+        quoting=quoting,
+        quotechar=source.quote or None,
+        escapechar=source.escape or None,
+        doublequote=not source.escape,
+    )
+    return next(reader, [])
 
 
 def _csv_block(
@@ -413,6 +597,9 @@ def _csv_block(
             ),
             parse_options=pacsv.ParseOptions(
                 delimiter=source.delimiter,
+                quote_char=source.quote or False,
+                double_quote=not source.escape,
+                escape_char=source.escape or False,
                 invalid_row_handler=set_aside,
                 newlines_in_values=source.quoted_newlines,
             ),
@@ -445,7 +632,7 @@ def _split_by_hand(
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     for at, line in enumerate(line for line in map(_without_return, lines) if line):
         try:
-            fields = fields_of(line, source.delimiter)
+            fields = fields_of(line, source)
         except csv.Error as error:
             broken.append((start + at, _shown(line), str(error)))
             continue
@@ -488,9 +675,18 @@ def _json_block(
             continue
         positions.append(start + at)
         for name, column in zip(columns, values, strict=True):
-            column.append(row.get(name))
+            column.append(_value_of(row, name))
     rows = pa.table([_arrow_of(column) for column in values], names=list(columns))
     return Block(rows, np.array(positions, np.int64), tuple(broken))
+
+
+def _value_of(row: dict[str, Any], name: str) -> Any:
+    """A field of an object, or of an object inside of it: `user.id`."""
+    if name in row or "." not in name:
+        return row.get(name)
+    first, rest = name.split(".", 1)
+    inner = row.get(first)
+    return _value_of(inner, rest) if isinstance(inner, dict) else None
 
 
 def _arrow_of(values: list[Any]) -> pa.Array:
@@ -537,17 +733,86 @@ def sha256_of(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_stream(file: str) -> Any:
+class _Bytes:
+    """A file's bytes from its beginning, unpacked. What cannot be unpacked is said by file and byte."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        filesystem, path = located(file)
+        codec = CODECS.get(file[file.rfind(".") :].lower())
+        try:
+            self._packed = filesystem.open_input_file(path)
+            self._stream = pa.CompressedInputStream(self._packed, codec) if codec else self._packed
+        except OSError as error:
+            raise RawDataError(f"{file} cannot be read: {error}") from error
+
+    def read(self, size: int | None = None) -> bytes:
+        """So many bytes, fewer at the end, or all that is left.
+
+        Raises:
+            RawDataError: the file is damaged, or ends before its end.
+        """
+        try:
+            data: bytes = self._stream.read(size)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RawDataError(
+                f"{self._file} cannot be unpacked around byte {self._packed.tell():,}: {error}. It is cut off, "
+                "or something stands behind its end: fetch it again"
+            ) from error
+        return data
+
+    def __enter__(self) -> _Bytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+class _Transcoded:
+    """The bytes of a text in UTF-16 or UTF-32 as UTF-8; what is none of it becomes a sign."""
+
+    def __init__(self, stream: _Bytes, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+        self._ready = b""
+
+    def read(self, size: int | None = None) -> bytes:
+        """So many bytes, fewer at the end, or all that is left."""
+        while size is None or len(self._ready) < size:
+            data = self._stream.read(size if size is None else max(size, HEAD_BYTES))
+            self._ready += self._decoder.decode(data, final=not data).encode("utf-8", "replace")
+            if not data or size is None:
+                break
+        size = len(self._ready) if size is None else size
+        given, self._ready = self._ready[:size], self._ready[size:]
+        return given
+
+    def __enter__(self) -> _Transcoded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.__exit__()
+
+
+def open_stream(file: str) -> _Bytes:
     """A file's bytes from its beginning, unpacked.
 
     Raises:
         RawDataError: it cannot be read.
     """
+    return _Bytes(file)
+
+
+def open_text(file: str, encoding: str) -> _Bytes | _Transcoded:
+    """A file's bytes from its beginning, unpacked; of a wide encoding as UTF-8."""
+    stream = open_stream(file)
+    return _Transcoded(stream, encoding) if _is_wide(encoding) else stream
+
+
+def size_of(file: str) -> int:
+    """Bytes of a file as it lies."""
     filesystem, path = located(file)
-    try:
-        return filesystem.open_input_stream(path, compression="detect")
-    except OSError as error:
-        raise RawDataError(f"{file} cannot be read: {error}") from error
+    return int(filesystem.get_file_info(path).size or 0)
 
 
 def _paths(source: Source) -> tuple[str, ...]:

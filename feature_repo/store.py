@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from feature_repo.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
-from feature_repo.errors import ExpectedError
+from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
-from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.settings import CHECKOUT, Settings, declared_dataset
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -48,7 +49,7 @@ def yaml_path(settings: Settings) -> Path:
     one.
     """
     if settings.profile == "production":
-        return PRODUCTION_YAML
+        return _production_yaml(settings)
     if settings.is_default_home:
         return LOCAL_YAML
     text = LOCAL_YAML.read_text()
@@ -56,9 +57,36 @@ def yaml_path(settings: Settings) -> Path:
         text = text.replace(f"data/{name}", str(settings.path(name)))
     text = text.replace("dataset: online_retail", f"dataset: {settings.dataset}")
     path = settings.path("feature_store.yaml")
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    _write_changed(path, text)
     return path
+
+
+def _production_yaml(settings: Settings) -> Path:
+    """The production profile; where `MEMOIR_DATASET` is no plain name, a copy with the dataset's.
+
+    Raises:
+        SettingsError: a variable that it reads is not set.
+    """
+    text = PRODUCTION_YAML.read_text()
+    wanted = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - {"MEMOIR_DATASET"})
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing:
+        raise SettingsError(
+            f"MEMOIR_PROFILE=production needs {' and '.join(missing)}; {PRODUCTION_YAML} says what they are"
+        )
+    if os.environ.get("MEMOIR_DATASET") == settings.dataset:
+        return PRODUCTION_YAML
+    path = settings.path("feature_store.yaml")
+    _write_changed(path, text.replace("${MEMOIR_DATASET}", settings.dataset))
+    return path
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and not where it says the same already."""
+    if not path.exists() or path.read_text() != text:
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(text)
+        draft.replace(path)
 
 
 def local_file(settings: Settings, name: str) -> Path:
@@ -188,7 +216,10 @@ def feast_apply(settings: Settings) -> str:
     Raises:
         StoreError: it failed; the message holds its output.
     """
-    environment = {**os.environ, "MEMOIR_DATASET": settings.dataset, "MEMOIR_HOME": settings.root}
+    # One that names the same dataset by its file or package says more than the name.
+    same = declared_dataset().name == settings.dataset
+    named = (os.environ.get("MEMOIR_DATASET") if same else None) or settings.dataset
+    environment = {**os.environ, "MEMOIR_DATASET": named, "MEMOIR_HOME": settings.root}
     command = [
         str(Path(sys.executable).parent / "feast"),
         "-c",

@@ -1,49 +1,34 @@
-"""A stranger's files → a declaration to correct: what each column was taken for, and why.
+"""A stranger's files → a declaration to correct: what each column was taken for, why, and what is not
+sure of it.
 
-What a column is called and what is in it decide together. Nothing is kept of the files but the text
-of a dataset module; `python -m feature_repo check` says what comes of it.
+What a column is called (`names.py`) and what is in it (`shapes.py`) decide together, by both ends of
+every file. Nothing is kept of the files but the text of a dataset module (`suggest_text.py`);
+`python -m feature_repo check` says what comes of it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo import raw, sources
+from feature_repo import raw, sniff, sources
 from feature_repo.arrow import micros, micros_iso
 from feature_repo.contract import RESERVED
-from feature_repo.errors import RawDataError
+from feature_repo.errors import RawDataError, UsageError, nearest
+from feature_repo.names import ACTION_WORDS, best_named, named_as, parts_of, singular
 from feature_repo.schema import DType, Kind, Source
+from feature_repo.shapes import FEW, Shape, is_unsure_decimal, shape_of
 
 SAMPLE_ROWS = 50_000
-DELIMITERS = ("::", "\t", ";", "|", ",")
-ENCODINGS = ("utf-8", "cp1252", "latin-1")
-FEW = 20  # distinct whole numbers that are read as categories
+SAMPLE_FILES = 50  # of a log of more files so many are looked at, the first and the last among them
 MANY = 10_000  # distinct texts from where on a category is hashed
-WORDS = {
-    "user": "user customer member household visitor account client uid person buyer reader viewer",
-    "item": "item product sku article movie stock asin song track listing content ad video book good",
-    "time": "time timestamp date datetime ts at when created day",
-    "request": "request impression session basket order invoice query search visit",
-    "event": "event transaction row log uuid",
-    "action": "action event type behaviour behavior activity interaction",
-    "rating": "rating stars score grade",
-    "position": "position rank slot place",
-    "title": "title name description",
-}
-KNOWN_WORDS = frozenset(" ".join(WORDS.values()).split())
-SHOWN_WORDS = ("view", "impression", "shown", "show", "exposure", "display", "see")
-ACTION_WORDS = (
-    *SHOWN_WORDS, "click", "cart", "add_to_cart", "addtocart", "purchase", "buy", "bought", "order",
-    "like", "share", "save", "favourite", "favorite", "play", "watch", "read", "open", "rate",
-    "return", "remove", "remove_from_cart", "transaction", "checkout", "download", "follow",
-)  # fmt: skip
+SAMPLE_TIMES = 1_000_000  # of which the periods are cut
+UNKNOWN = "?"  # stands in the draft for a column that nobody knows
 
 
 @dataclass(frozen=True)
@@ -51,9 +36,10 @@ class Guess:
     """What a column was taken for.
 
     Args:
-        role: "user", "item", "time", "request", "event id", "action", "rating", "flag", "feature"
-            or "left out".
+        role: "user", "item", "time", "request", "event id", "action", "rating", "flag", "zone",
+            "feature" or "left out".
         group: of a feature: the field of the declaration.
+        doubt: why it may be otherwise; "" where it is sure.
     """
 
     column: str
@@ -67,27 +53,35 @@ class Guess:
     length: int | None = None
     hashed: int | None = None
     separator: str = ""
+    decimal: str = ""  # its sign, where one is seen
+    unit: str = ""
+    doubt: str = ""
 
     @property
     def told(self) -> str:
         """What it was taken for, in a line."""
-        if self.role != "feature":
-            return (
-                f"{self.role}, for {self.why}"
-                if self.role == "left out"
-                else f"{self.role}: {self.why}"
-            )
         kind = self.kind.value if self.kind else "not read by rankers"
-        return f"{self.group}, {kind}: {self.why}"
+        said = {
+            "feature": f"{self.group}, {kind}: {self.why}",
+            "left out": f"left out, for {self.why}",
+        }.get(self.role, f"{self.role}: {self.why}")
+        return f"{said}  # ? {self.doubt}" if self.doubt else said
 
 
 @dataclass(frozen=True)
 class Looked:
-    """A file as it was found: how it is read, some of its rows as text, and what each column is."""
+    """A source as it was found: how it is read, some of its rows as text, and what each column is.
+
+    Args:
+        shapes: of its columns.
+        doubts: field of the source → why it may be otherwise.
+    """
 
     source: Source
     rows: pa.Table
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
     guesses: dict[str, Guess] = field(default_factory=dict)
+    doubts: dict[str, str] = field(default_factory=dict)
 
     def column(self, role: str) -> str | None:
         """The column that has a role."""
@@ -95,7 +89,7 @@ class Looked:
 
 
 def look(path: str, data: str, kind: str = "events") -> Looked:
-    """How a file is written, and its first rows.
+    """How files are written, and rows from both ends of each.
 
     Args:
         path: of a file, folder or glob, below `data`.
@@ -104,138 +98,136 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
     Raises:
         RawDataError: nothing is there, or it is no table.
     """
-    source = Source(path)
-    file = sources.files_of(source, data)[0]
-    if sources.format_of(replace(source, format=_format(file)), file) == "csv":
-        source = _csv_source(path, file, kind.removesuffix("s"))
-    names = sources.columns_in(source, file)
-    units = sources.units_of(source, data, "events", names)
-    if not units:
+    source, doubts = Source(path), {}
+    files = sources.files_of(source, data)
+    if sources.is_csv(source, files[0]):
+        sniffed = sniff.sniff(path, _first_filled(files), kind.removesuffix("s"))
+        source, doubts = sniffed.source, dict(sniffed.doubts)
+    elif sources.format_of(source, files[0]) == "json":
+        sniff.refuse_other_json(_first_filled(files))
+    held = {
+        file: sources.columns_in(source, file) for file in _some(files) if sources.size_of(file)
+    }
+    names = list(dict.fromkeys(name for found in held.values() for name in found))
+    if not names:
         raise RawDataError(f"{path} has no row")
-    rows = next(iter(sources.blocks_of(source, units[0], names))).rows
-    if sources.format_of(source, file) == "csv":
-        source = replace(source, decimal=_decimal(rows))
-    return Looked(source, rows.slice(0, SAMPLE_ROWS))
+    units = sources.units_of(source, data, kind, names, optional=names)
+    rows = _sample(source, units, names)
+    if not len(rows):
+        raise RawDataError(f"{path} has no row")
+    for name in names:
+        having = sum(name in found for found in held.values())
+        if having < len(held):
+            doubts[f"column {name}"] = f"in {having:,} of {len(held):,} files"
+    shapes = {name: shape_of(rows[name]) for name in names}
+    commas = [shape for shape in shapes.values() if shape.decimal == ","]
+    if commas:
+        source = replace(source, decimal=",")
+    return Looked(source, rows, shapes, doubts=doubts)
 
 
-def _format(file: str) -> Literal["", "csv", "json", "parquet"]:
-    """By the file's name; a file whose name says nothing is taken for text."""
-    try:
-        sources.format_of(Source(""), file)
-    except RawDataError:
-        return "csv"
-    return ""
+def _first_filled(files: list[str]) -> str:
+    return next((file for file in files if sources.size_of(file)), files[0])
 
 
-def _csv_source(path: str, file: str, prefix: str) -> Source:
-    """Delimiter, encoding and header of a text file, from its first lines."""
-    with sources.open_stream(file) as stream:
-        data: bytes = stream.read(1 << 18).removeprefix(sources.BOM)
-    encoding = next(code for code in ENCODINGS if _decodes(data, code))
-    lines = [line for line in data.decode(encoding, "replace").splitlines()[:200] if line.strip()]
-    lines = lines[:-1] if len(lines) > 2 else lines  # the last may be cut
-    delimiter = max(DELIMITERS, key=lambda sign: _agreement(lines, sign))
-    if _agreement(lines, delimiter) == 0:
-        delimiter = ","
-    first, *others = (sources.fields_of(line, delimiter) for line in lines)
-    known = ENCODINGS[: ENCODINGS.index(encoding) + 1]
-    source = Source(path, format="csv", delimiter=delimiter, encodings=known)
-    if _is_header(first, others):
-        return source
-    return replace(source, header=tuple(f"{prefix}_{n}" for n in range(1, len(first) + 1)))
+def _some(files: list[str]) -> list[str]:
+    chosen = np.linspace(0, len(files) - 1, min(len(files), SAMPLE_FILES)).astype(int)
+    return [files[at] for at in np.unique(chosen)]
 
 
-def _decimal(rows: pa.Table) -> Literal[".", ","]:
-    """A comma, where some column is all numbers with it and not without."""
-    for name in rows.column_names:
-        values = rows[name].combine_chunks()
-        values = values.filter(pa.array(~raw.is_blank(values)))
-        commas = len(values) and raw.numbers(values, ",").null_count == 0
-        if commas and raw.numbers(values).null_count:
-            return ","
-    return "."
+def _sample(source: Source, units: list[sources.RawUnit], names: list[str]) -> pa.Table:
+    """Rows from both ends of the files, of one type a column."""
+    chosen = set(_some(list(dict.fromkeys(unit.file for unit in units))))
+    ends = sources.ends_of(source, [unit for unit in units if unit.file in chosen])
+    share = max(SAMPLE_ROWS // max(len(ends), 1), 100)
+    tables = [
+        next(iter(sources.blocks_of(source, end, names))).rows.slice(0, share) for end in ends
+    ]
+    return _together([table for table in tables if len(table)] or tables, names)
 
 
-def _decodes(data: bytes, encoding: str) -> bool:
-    try:
-        data[: data.rfind(b"\n") + 1].decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _agreement(lines: list[str], delimiter: str) -> float:
-    """How well lines agree on how many fields they have: share of the commonest number above one."""
-    counts = [len(sources.fields_of(line, delimiter)) for line in lines]
-    numbers, times = np.unique([c for c in counts if c > 1], return_counts=True)
-    if not len(numbers):
-        return 0.0
-    share = times.max() / len(lines)
-    # Among delimiters on which all agree, the one that cuts finer.
-    return float(share + min(numbers[times.argmax()], 50) / 1000) if share > 0.8 else 0.0
-
-
-def _is_header(first: list[str], others: list[list[str]]) -> bool:
-    """Whether a line names columns: words all, once each, where a line below has a number or time."""
-    if len(set(first)) < len(first) or any(not re.search("[A-Za-z]", name) for name in first):
-        return False
-    below = others[:50]
-    looks = [any(_is_number(row[at]) for row in below if at < len(row)) for at in range(len(first))]
-    return any(looks) or not below
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"\s*[+-]?[0-9][0-9.,:T /-]*\s*", text))
+def _together(tables: list[pa.Table], names: list[str]) -> pa.Table:
+    """Tables below one another; columns whose types differ become text."""
+    columns = []
+    for name in names:
+        parts = [table[name] for table in tables]
+        kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
+        if len(kinds) > 1 and all(raw.is_readable(kind) for kind in kinds):
+            parts = [pa.chunked_array([raw.texts(part)]) for part in parts]
+            kinds = {pa.string()}
+        kind = next(iter(kinds), pa.string())
+        chunks = [c for part in parts for c in part.cast(kind).chunks] if len(kinds) < 2 else []
+        columns.append(pa.chunked_array(chunks or parts[0].chunks, kind))
+    return pa.table(columns, names=names)
 
 
 # --- roles
 
 
-def guess_events(looked: Looked) -> Looked:
-    """Roles of the columns of an event log."""
-    names = looked.rows.column_names
-    found: dict[str, Guess] = {}
-    shapes = {name: _shape(looked.rows[name], looked.source.decimal) for name in names}
-    nameless = bool(looked.source.header)
+def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looked:
+    """Roles of the columns of an event log.
 
-    def take(role: str, column: str | None, why: str, dtype: DType = DType.STRING) -> None:
-        if column is not None:
-            found[column] = Guess(column, role, why, dtype=dtype)
+    Args:
+        said: role → column, by a person who knows.
+    """
+    said = dict(said or {})
+    names, shapes = looked.rows.column_names, looked.shapes
+    for role, column in said.items():
+        if column not in names:
+            raise UsageError(
+                f"--{role} names {column!r}; there are {names}{nearest(column, names)}"
+            )
+    found: dict[str, Guess] = {}
+    nameless = "header" in looked.doubts and bool(looked.source.header)
+    nameless = nameless and not any(parts_of(name)[:1] != ["event"] for name in names)
+
+    def take(
+        role: str, column: str | None, why: str, dtype: DType = DType.STRING, doubt: str = ""
+    ) -> None:
+        if column is not None and column not in found:
+            found[column] = Guess(column, role, why, dtype=dtype, doubt=doubt)
 
     def free(test: str = "") -> list[str]:
-        left = [name for name in names if name not in found]
-        return [n for n in left if named_as(n, test)] if test else left
+        left = [
+            n for n in names if n not in found and n not in said.values() and shapes[n].readable
+        ]
+        return [n for n in left if named_as(n, test) and not nameless] if test else left
+
+    for role, column in said.items():
+        dtype = _key_type(shapes[column]) if role in ("user", "item") else DType.STRING
+        is_rating = role == "action" and shapes[column].number and not shapes[column].flag
+        take("rating" if is_rating else role, column, "as you say", dtype)
 
     # 1. When: what can be read as a time, the better named the sooner.
-    times = [name for name in free() if shapes[name].time]
-    take("time", _best(times, "time"), "its values are times", DType.TIMESTAMP)
-    if looked_time := next((n for n, g in found.items() if g.role == "time"), None):
-        unit = shapes[looked_time].unit
-        looked = replace(looked, source=replace(looked.source, time_unit=unit))
+    if "time" not in said:
+        times = [n for n in free() if shapes[n].time and _may_be_time(n, shapes[n], nameless)]
+        written = [n for n in times if named_as(n, "time") or not shapes[n].number]
+        # In a nameless file the finest of several: ids that look like times come again and again.
+        times = sorted(times, key=lambda n: -shapes[n].distinct) if nameless else times
+        chosen = best_named(written or times, "time")
+        unsure = chosen is not None and not written
+        doubt = (
+            f"its numbers may be times in {shapes[chosen].time_unit}" if chosen and unsure else ""
+        )
+        take("time", chosen, "its values are times", DType.TIMESTAMP, doubt)
+    looked = _with_time(looked, found)
     # 2. What happened: flags of 0 and 1, a rating, or a column of few words.
     for name in free():
-        if shapes[name].flag and singular(name) in ACTION_WORDS:
+        if shapes[name].flag and singular(name) in ACTION_WORDS and "action" not in said:
             take("flag", name, "0 or 1, and named as an action", DType.INT8)
-    ratings = [
-        n for n in free() if shapes[n].number and shapes[n].distinct <= 11 and shapes[n].high <= 10
-    ]
-    rated = [n for n in ratings if named_as(n, "rating")]
-    if nameless and not rated:
-        rated = [n for n in ratings if shapes[n].distinct > 2][:1]
-    if not any(g.role == "flag" for g in found.values()):
-        take("rating", rated[0] if rated else None, "a small number for each event", DType.FLOAT32)
-        if not rated:
-            said = [n for n in free() if shapes[n].text and shapes[n].distinct <= FEW]
-            spoken = [n for n in said if _words_of(looked.rows[n])]
-            take("action", _best(spoken, "action"), "its few values are actions")
+    if not any(g.role == "flag" for g in found.values()) and "action" not in said:
+        _take_action(looked, found, free, take, nameless)
     # 3. Who and what: by name, and in a nameless file by the order that all such files have.
     for role in ("user", "item"):
-        keys = [name for name in free() if shapes[name].key]
+        keys = [n for n in free() if shapes[n].key and not shapes[n].flag]
         named = [name for name in keys if named_as(name, role)]
-        chosen = _best(named, role) or (keys[0] if nameless and keys else None)
-        if chosen is not None:
+        # One who comes once has no history: what is new in each row names the row.
+        repeated = [n for n in keys if shapes[n].distinct < 0.9 * len(looked.rows)]
+        chosen = best_named(named, role) or (repeated[0] if nameless and repeated else None)
+        if chosen is not None and role not in said:
             why = "by its name" if named else "in the place where such files have it"
-            take(role, chosen, why, _key_type(looked.rows[chosen], shapes[chosen]))
+            doubt = "" if named else "no name says so"
+            take(role, chosen, why, _key_type(shapes[chosen]), doubt)
     # 4. What was asked together, and the source's name of an event.
     rows = len(looked.rows)
     user = next((name for name, guess in found.items() if guess.role == "user"), None)
@@ -245,12 +237,67 @@ def guess_events(looked: Looked) -> Looked:
         if shapes[name].key and shapes[name].distinct < rows and user is not None
         if _depends(looked.rows, user, name)  # a request is one user's
     ]
-    take("request", _best(ids, "request"), "by its name; several rows share one")
+    take("request", best_named(ids, "request"), "by its name; several rows share one")
     unique = [n for n in free("event") if shapes[n].key and shapes[n].distinct > 0.9 * rows > 1]
-    take("event id", _best(unique, "event"), "by its name; hardly any two rows share one")
-    for name in free():
-        found[name] = _feature(looked.rows, name, shapes[name], _group(looked, found, name))
+    take("event id", best_named(unique, "event"), "by its name; hardly any two rows share one")
+    for name in names:
+        if name not in found:
+            group = _group(looked, found, name) if shapes[name].readable else ""
+            found[name] = _feature(looked, name, group)
     return replace(looked, guesses={name: found[name] for name in names})
+
+
+def _take_action(looked: Looked, found: dict[str, Guess], free, take, nameless: bool) -> None:  # type: ignore[no-untyped-def]
+    """A rating, a column of few words for actions, or one of codes that is named so."""
+    shapes = looked.shapes
+    ratings = [
+        n for n in free() if shapes[n].number and shapes[n].distinct <= 21 and shapes[n].high <= 10
+    ]
+    rated = [n for n in ratings if named_as(n, "rating")]
+    if nameless and not rated:
+        rated = [n for n in ratings if shapes[n].distinct > 2][:1]
+    if rated:
+        doubt = "" if named_as(rated[0], "rating") else "no name says so"
+        take("rating", rated[0], "a small number for each event", DType.FLOAT32, doubt)
+        return
+    said = [n for n in free() if shapes[n].text and shapes[n].distinct <= FEW]
+    spoken = [n for n in said if words_of_actions(looked.rows[n])]
+    if spoken:
+        take("action", best_named(spoken, "action"), "its few values are actions")
+        return
+    coded = [n for n in free("action") if shapes[n].distinct <= FEW and shapes[n].distinct > 1]
+    coded = [n for n in coded if "id" not in parts_of(n) and not shapes[n].time]
+    take("action", best_named(coded, "action"), "by its name", doubt="say what its values mean")
+
+
+def _may_be_time(name: str, shape: Shape, nameless: bool) -> bool:
+    """An id is no time, however likely its size."""
+    if not shape.number or nameless:
+        return True
+    named = named_as(name, "time")
+    if shape.time_format:  # 20250304
+        return named
+    if "id" in parts_of(name) and not named:
+        return False
+    return named or (not any(named_as(name, role) for role in ("user", "item", "request", "event")))
+
+
+def _with_time(looked: Looked, found: dict[str, Guess]) -> Looked:
+    """The source with how its times are written, and a column that says each row's zone."""
+    column = next((name for name, guess in found.items() if guess.role == "time"), None)
+    if column is None:
+        return looked
+    shape, doubts = looked.shapes[column], dict(looked.doubts)
+    source = replace(looked.source, time_unit=shape.time_unit, time_format=shape.time_format)
+    if shape.or_format:
+        doubts["time_format"] = f"or {shape.or_format}: day and month cannot be told apart"
+    for name, other in looked.shapes.items():
+        if named_as(name, "zone") and other.text and name not in found:
+            values = pc.unique(raw.texts(looked.rows[name]).drop_null()).to_pylist()
+            if values and all(raw.zone_of(value) for value in values):
+                found[name] = Guess(name, "zone", "its values are zones")
+                source = replace(source, zone_column=name)
+    return replace(looked, source=source, doubts=doubts)
 
 
 def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
@@ -258,8 +305,7 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
     events' ids.
     """
     role = kind.removesuffix("s")
-    decimal = looked.source.decimal
-    shapes = {name: _shape(looked.rows[name], decimal) for name in looked.rows.column_names}
+    shapes = {n: s for n, s in looked.shapes.items() if s.readable}
 
     def shared(name: str) -> float:
         texts = texts_of(looked.rows[name])
@@ -268,16 +314,28 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
 
     candidates = [name for name in shapes if shapes[name].distinct == len(looked.rows)]
     key = max(candidates or list(shapes), key=shared)
+    if not candidates or shared(key) < 0.5:
+        key = max(shapes, key=shared)
     if not shared(key):
         raise RawDataError(
             f"{looked.source.path}: no column shares a value with the {role} ids of the events; is it another table?"
         )
-    dtype = _key_type(looked.rows[key], shapes[key])
-    found = {key: Guess(key, role, "its values are the events' ids", dtype=dtype)}
-    for name, shape in shapes.items():
-        if name != key:
-            found[name] = _feature(looked.rows, name, shape, f"{role}_features")
-    return replace(looked, guesses={name: found[name] for name in shapes})
+    found = {key: Guess(key, role, "its values are the events' ids", dtype=_key_type(shapes[key]))}
+    rows, distinct = len(looked.rows), shapes[key].distinct
+    if distinct < rows:
+        doubt = f"{rows:,} rows of {distinct:,} {kind}: of several the last of the file is taken"
+        found[key] = replace(found[key], doubt=doubt)
+        times = [n for n, shape in shapes.items() if shape.time and _may_be_time(n, shape, False)]
+        if time := best_named([n for n in times if n != key], "time"):
+            found[time] = Guess(time, "time", "since when a row is known", dtype=DType.TIMESTAMP)
+            found[key] = replace(
+                found[key], doubt=f"{rows:,} rows of {distinct:,} {kind}: each from its {time} on"
+            )
+            looked = _with_time(looked, {time: found[time]})
+    for name in looked.shapes:
+        if name not in found:
+            found[name] = _feature(looked, name, f"{role}_features")
+    return replace(looked, guesses={name: found[name] for name in looked.shapes})
 
 
 def _group(looked: Looked, found: dict[str, Guess], name: str) -> str:
@@ -305,9 +363,16 @@ def _depends(rows: pa.Table, name: str, key: str) -> bool:
     return pairs <= 1.01 * distinct < 0.8 * len(rows)
 
 
-def _feature(rows: pa.Table, name: str, shape: _Shape, group: str) -> Guess:
+def _feature(looked: Looked, name: str, group: str) -> Guess:
     """How a ranker should read a column."""
-    made = Guess(name, "feature", "", group=group, nullable=shape.blank > 0)
+    shape, rows = looked.shapes[name], looked.rows
+    if not shape.readable:
+        return Guess(name, "left out", f"it holds {rows[name].type}, which no ranker reads")
+    doubt = looked.doubts.get(f"column {name}", "")
+    if shape.lost:
+        doubt = f"{shape.lost:,} of {shape.rows:,} values are none such"
+    absent = shape.blank > 0 or shape.lost > 0 or bool(doubt)
+    made = Guess(name, "feature", "", group=group, nullable=absent, doubt=doubt)
     if shape.distinct <= 1:
         return Guess(name, "left out", "it never changes")
     if shape.length:
@@ -318,7 +383,11 @@ def _feature(rows: pa.Table, name: str, shape: _Shape, group: str) -> Guess:
             dtype=DType.FLOAT32_LIST,
             kind=Kind.VECTOR,
             length=shape.length,
+            decimal=shape.decimal,
         )
+    if shape.separator == " ":
+        why = "it holds several ids; of items that were shown together write a row for each"
+        return Guess(name, "left out", why)
     if shape.separator:
         why = f"several values, with {shape.separator!r} between them"
         return replace(
@@ -329,18 +398,32 @@ def _feature(rows: pa.Table, name: str, shape: _Shape, group: str) -> Guess:
             length=shape.most,
             separator=shape.separator,
         )
+    time_format = looked.source.time_format
     if shape.time and not shape.number:
+        if shape.time_format != time_format:
+            return replace(made, why=f"times of another format, {shape.time_format or 'ISO 8601'}")
         return replace(made, why="its values are times", dtype=DType.TIMESTAMP, kind=Kind.AGE)
     if shape.flag:
         return replace(made, why="0 or 1", dtype=DType.INT8, kind=Kind.CATEGORY)
     if shape.number:
-        names_things = bool({"id", "code", "key"} & set(_parts(name)))
-        if shape.whole and (shape.distinct <= FEW or names_things):
+        names_things = bool({"id", "code", "key"} & set(parts_of(name)))
+        if shape.whole and shape.spelt_id and (shape.distinct <= FEW or names_things):
             hashed = 1 << 14 if shape.distinct > MANY else None
             why = f"{shape.distinct:,} whole numbers" + " that name something" * names_things
             category = replace(made, why=why, dtype=DType.INT64, kind=Kind.CATEGORY)
             return replace(category, hashed=hashed)
-        return replace(made, why="numbers", dtype=DType.FLOAT32, kind=Kind.NUMBER)
+        if shape.spelt_id or not shape.whole or not names_things:
+            unsure = shape.number and is_unsure_decimal(texts_of(rows[name]))
+            doubt = "its comma stands between thousands" if unsure else made.doubt
+            return replace(
+                made,
+                why="numbers",
+                dtype=DType.FLOAT32,
+                kind=Kind.NUMBER,
+                decimal=shape.decimal if shape.signed else "",
+                unit=shape.unit,
+                doubt=doubt,
+            )
     if named_as(name, "title") and shape.distinct > FEW:
         return replace(made, why="text for people, by its name")
     if shape.distinct <= max(FEW, len(rows) // 4):
@@ -351,159 +434,23 @@ def _feature(rows: pa.Table, name: str, shape: _Shape, group: str) -> Guess:
     return replace(made, why="text, nearly all different: for people")
 
 
-# --- shapes of columns
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the values of a column are like."""
-
-    distinct: int
-    blank: float
-    number: bool = False
-    whole: bool = False
-    high: float = 0.0
-    flag: bool = False
-    time: bool = False
-    unit: str | None = None
-    separator: str = ""
-    most: int = 0
-    length: int = 0
-    leading_zero: bool = False
-
-    @property
-    def text(self) -> bool:
-        """Whether it is neither number, nor list, nor time."""
-        return not (self.number or self.separator or self.length or self.time)
-
-    @property
-    def key(self) -> bool:
-        """Whether it may name something."""
-        is_list = bool(self.separator or self.length)
-        return not is_list and not (self.number and not self.whole) and self.distinct > 1
-
-
-def _shape(column: pa.ChunkedArray, decimal: str) -> _Shape:
-    whole = column.combine_chunks()
-    blank = raw.is_blank(whole)
-    values = whole.filter(pa.array(~blank))
-    share = float(blank.mean()) if len(blank) else 0.0
-    if pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
-        return _list_shape(values, share)
-    texts = texts_of(values)
-    distinct = len(pc.unique(texts))
-    if not len(values):
-        return _Shape(0, share)
-    made = _Shape(distinct, share)
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        return replace(made, time=True)
-    numbers = raw.numbers(values, decimal)
-    if numbers.null_count == 0:
-        floats = numbers.to_numpy()
-        wholes = raw.whole_numbers(values)
-        is_whole = wholes.null_count == 0
-        unit = raw.likely_unit(wholes.to_numpy()) if is_whole else None
-        low, high = float(floats.min()), float(floats.max())
-        flag = is_whole and distinct == 2 and low == 0 and high == 1
-        zero = bool(pc.any(pc.match_substring_regex(texts, "^0[0-9]")).as_py())
-        return replace(
-            made, number=True, whole=is_whole, high=high, flag=flag, time=unit is not None,
-            unit=unit, leading_zero=zero,
-        )  # fmt: skip
-    if distinct == 2 and raw.truths(texts).null_count == 0:
-        return replace(made, flag=True)
-    if raw.times(values).null_count <= 0.01 * len(values):
-        return replace(made, time=True)
-    return _text_list_shape(texts, made, decimal)
-
-
-def _text_list_shape(texts: pa.Array, made: _Shape, decimal: str) -> _Shape:
-    """Lists that are written as text: of numbers, or of few words with a sign between them."""
-    vectors = raw.number_lists(texts, decimal)
-    lengths = pc.fill_null(pc.list_value_length(vectors), 0).to_numpy()
-    if lengths.min() == lengths.max() >= 4:
-        return replace(made, length=int(lengths[0]))
-    for separator in ("|", ";", ","):
-        parts = pc.split_pattern(pc.utf8_trim(texts, "[] "), separator)
-        lengths = pc.list_value_length(parts).to_numpy()
-        distinct = len(pc.unique(pc.utf8_trim_whitespace(pc.list_flatten(parts))))
-        if (lengths > 1).mean() > 0.2 and distinct <= max(FEW, made.distinct // 2):
-            return replace(made, separator=separator, most=_most(lengths))
-    return made
-
-
-def _list_shape(values: pa.Array, blank: float) -> _Shape:
-    lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
-    numeric = pa.types.is_floating(pc.list_flatten(values).type)
-    if numeric and len(lengths) and lengths.min() == lengths.max():
-        return _Shape(len(values), blank, length=int(lengths[0]))
-    return _Shape(len(values), blank, separator="|", most=_most(lengths))
-
-
-def _most(lengths: np.ndarray) -> int:
-    """Values that cover nearly all bags."""
-    return int(np.clip(np.quantile(lengths, 0.99), 1, 16)) if len(lengths) else 1
-
-
 def texts_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column as text, lists as Python writes them."""
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.array([str(value) for value in column.to_pylist()])
+    if pa.types.is_nested(column.type):
+        return pa.array([str(value) for value in column.to_pylist()], pa.string())
     return raw.texts(column)
 
 
-def _key_type(column: pa.ChunkedArray, shape: _Shape) -> DType:
-    """Whole numbers keep their spelling unless zeros stand before them."""
-    return DType.INT64 if shape.whole and not shape.leading_zero else DType.STRING
+def _key_type(shape: Shape) -> DType:
+    """Ids that are spelt as their numbers are numbers; 007 and 7 stay two texts."""
+    return DType.INT64 if shape.spelt_id else DType.STRING
 
 
-def _parts(name: str) -> list[str]:
-    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
-    found = []
-    for part in re.split(r"[^A-Za-z]+", spaced):
-        word = part.lower()
-        if word.removesuffix("id") in KNOWN_WORDS:  # itemid is an item's id
-            found += [word.removesuffix("id"), "id"] if word.endswith("id") else [word]
-        elif word:
-            found.append(word)
-    return found
-
-
-def named_as(name: str, role: str) -> bool:
-    """Whether a word of a column's name is one of those for a role."""
-    words = WORDS.get(role, "").split()
-    return any(part.rstrip("s") in words or part in words for part in _parts(name))
-
-
-def _best(names: Sequence[str], role: str) -> str | None:
-    """The best named of some columns: those with the role's words first, of these the ids."""
-    if not names:
-        return None
-    words = WORDS[role].split()
-
-    def rank(name: str) -> tuple[bool, int, bool]:
-        parts = _parts(name)
-        place = min((words.index(p) for p in parts if p in words), default=len(words))
-        return not named_as(name, role), place, "id" not in parts
-
-    return min(names, key=rank)
-
-
-def _words_of(column: pa.ChunkedArray) -> bool:
+def words_of_actions(column: pa.ChunkedArray) -> bool:
     """Whether most values of a column are words for actions."""
     values = [str(value).lower() for value in pc.unique(texts_of(column)).to_pylist() if value]
     hits = [any(word in value for word in ACTION_WORDS) for value in values]
     return bool(values) and sum(hits) >= len(hits) / 2
-
-
-def singular(name: str) -> str:
-    """Clicked → click, is_purchased → purchase, n_clicks → click."""
-    text = re.sub(r"^(is|has|n|num|was)_", "", "_".join(_parts(name)))
-    for end in ("ed", "d", "s"):
-        if text.removesuffix(end) in ACTION_WORDS:
-            return text.removesuffix(end)
-    return text
 
 
 # --- names
@@ -523,25 +470,40 @@ class Log:
         files = (self.events, self.users, self.items)
         return [guess for looked in files if looked for guess in looked.guesses.values()]
 
+    @property
+    def missing(self) -> list[str]:
+        """Roles that no column was taken for, and without which there is no event."""
+        return [role for role in ("user", "item", "time") if self.events.column(role) is None]
 
-def log_of(data: str, events: str, users: str | None = None, items: str | None = None) -> Log:
+    def doubts(self) -> Iterator[str]:
+        """What is not sure, a line for each."""
+        for looked in (self.events, self.users, self.items):
+            if looked:
+                yield from (f"{name}: {why}" for name, why in looked.doubts.items())
+
+
+def log_of(
+    data: str,
+    events: str,
+    users: str | None = None,
+    items: str | None = None,
+    said: Mapping[str, str] | None = None,
+) -> Log:
     """What the files of a log were taken for.
 
+    Args:
+        said: role ("user", "item", "time", "action") → column of the events, by who knows better.
+
     Raises:
-        RawDataError: a file is missing or no table, or no column was taken for user, item or time.
+        RawDataError: a file is missing or no table.
+        UsageError: a column that is said is not there.
     """
-    log = guess_events(look(events, data))
-    missing = [role for role in ("user", "item", "time") if log.column(role) is None]
-    if missing:
-        raise RawDataError(
-            f"{events}: no column looks like {' or '.join(missing)}; there are {log.rows.column_names}. Write the "
-            "declaration by hand, from feature_repo/datasets/complete_journey.py"
-        )
+    log = guess_events(look(events, data), said)
     profiles: dict[str, Looked | None] = {"users": None, "items": None}
     for kind, path in (("users", users), ("items", items)):
         if path is not None:
             key = log.column(kind.removesuffix("s"))
-            keys = pc.unique(texts_of(log.rows[key]))
+            keys = pc.unique(texts_of(log.rows[key])) if key else pa.array([], pa.string())
             profiles[kind] = guess_profile(look(path, data, kind), kind, keys)
     log = _without_doubles(log, profiles)
     used: set[str] = set(RESERVED)
@@ -564,35 +526,43 @@ def _without_doubles(log: Looked, profiles: dict[str, Looked | None]) -> Looked:
 def _with_names(looked: Looked, used: set[str]) -> Looked:
     """Names of our own for features: words with underscores, each once. `used` takes them in."""
     guesses = {}
-    for name, guess in looked.guesses.items():
+    for place, (name, guess) in enumerate(looked.guesses.items(), 1):
         if guess.role not in ("feature", "rating"):
             guesses[name] = guess
             continue
         words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
         base = re.sub(r"[^A-Za-z0-9]+", "_", words).strip("_").lower()
-        base = base if base[:1].isalpha() else f"column_{base}"
+        base = base if base[:1].isalpha() else f"column_{base or place}"
         owner = guess.group.removesuffix("_features") or "event"
-        ours = base if base not in used else f"{owner}_{base}"
+        tried = (f"{owner}_{base}", *(f"{owner}_{base}_{n}" for n in range(2, 1000)))
+        ours = next(n for n in (base, *tried) if n not in used)
         used.add(ours)
         guesses[name] = replace(guess, ours=ours)
     return replace(looked, guesses=guesses)
 
 
 def periods(events: Looked, data: str) -> tuple[str, str]:
-    """From when on validation and test run: the last tenth of the time, and the tenth before."""
+    """From when on validation and test run: by where the events are, so that the last tenth of them
+    tests and the tenth before validates, however far off a few others lie.
+    """
     column = events.column("time")
     assert column is not None
-    low = high = None
+    written = raw.Format.of(events.source)
+    seen: list[np.ndarray] = []
     for unit in sources.units_of(events.source, data, "events", [column]):
-        for block in sources.blocks_of(events.source, unit, [column]):
-            found = raw.times(block.rows[column], unit=events.source.time_unit)
-            at = micros(found.drop_null())
-            if len(at):
-                low = int(at.min()) if low is None else min(low, int(at.min()))
-                high = int(at.max()) if high is None else max(high, int(at.max()))
-    if low is None or high is None or low == high:
+        columns = [column, *([written.zone_column] if written.zone_column else [])]
+        for block in sources.blocks_of(events.source, unit, columns):
+            found = raw.times_of(block.rows, column, written)
+            seen.append(micros(found.drop_null()))
+            if sum(map(len, seen)) > 2 * SAMPLE_TIMES:
+                seen = [np.concatenate(seen)[::2]]
+    at = np.sort(np.concatenate(seen)) if seen else np.array([], np.int64)
+    if len(at) < 2 or at[0] == at[-1]:
         raise RawDataError(f"column {column!r} holds no two different times")
     minute = 60_000_000
-    cuts = ((low + (high - low) * tenths // 10) // minute * minute for tenths in (8, 9))
+    cuts = [int(at[len(at) * tenths // 10]) // minute * minute for tenths in (8, 9)]
+    if cuts[0] == cuts[1] or not at[0] < cuts[0]:  # all at a few moments: by the time itself
+        low, high = int(at[0]), int(at[-1])
+        cuts = [(low + (high - low) * tenths // 10) // minute * minute for tenths in (8, 9)]
     first, second = (micros_iso(cut) for cut in cuts)
     return first, second

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo import raw
+from feature_repo.names import SHOWN_WORDS, named_as, singular
 from feature_repo.schema import DType, Kind, Source
-from feature_repo.suggest import SHOWN_WORDS, Guess, Log, Looked, named_as, singular, texts_of
+from feature_repo.suggest import UNKNOWN, Guess, Log, Looked, texts_of
 
 # From the action that matters most to the one that matters least.
 STRENGTH = (
@@ -17,6 +22,8 @@ STRENGTH = (
     "favorite", "favourite", "save", "follow", "share", "like", "play", "watch", "read", "download",
     "click", "open",
 )  # fmt: skip
+LEAST_SHARE = 0.001  # of the events: a rarer action is no task
+FEWEST = 20  # rows of an action that is one
 PRICED = {"price", "value", "amount", "total", "paid"}
 GROUPS = ("event_features", "user_features", "item_features", "context_features", "shown_features")
 
@@ -29,10 +36,13 @@ class _Actions:
     tasks: tuple[tuple[str, str, str], ...]  # name, action, given
     shown: str = ""
     source: tuple[str, ...] = ()  # fields of Source
+    doubt: str = ""
 
 
 def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
-    """A module that `datasets.load` takes; `cuts` say from when on validation and test run."""
+    """A module that `datasets.load` takes, with `# ?` behind what is not sure; `cuts` say from when on
+    validation and test run.
+    """
     events, actions = log.events, _actions(log.events)
     has_request = events.column("request") is not None
     body = [
@@ -40,7 +50,7 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
         f'    title="{name.replace("_", " ")}",',
         f"    user_id=DType.{_dtype(events, 'user')},",
         f"    item_id=DType.{_dtype(events, 'item')},",
-        f"    actions={_tuple(actions.names)},",
+        f"    actions={_tuple(actions.names)}," + _doubt(actions.doubt),
         *([f'    shown="{actions.shown}",'] if actions.shown else []),
         "    tasks=(",
         *(
@@ -56,14 +66,17 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
     for kind, looked in (("users", log.users), ("items", log.items)):
         if looked is not None:
             role = kind.removesuffix("s")
-            columns = {f"{role}_id": looked.column(role) or ""} | _renamed(looked)
+            columns = {f"{role}_id": looked.column(role) or UNKNOWN} | _renamed(looked)
+            if time := looked.column("time"):
+                columns["event_timestamp"] = time
             body += _source(kind, looked, [], {o: t for o, t in columns.items() if o != t})
     for group in GROUPS:
         chosen = [g for g in log.guesses if g.group == group and g.role == "feature"]
         if group == "event_features":
             chosen = [*(g for g in log.guesses if g.role == "rating"), *chosen]
         if chosen:
-            body += [f"    {group}=(", *(f"        {_column(g)}," for g in chosen), "    ),"]
+            lines = (f"        {_column(g)},{_doubt(g.doubt)}" for g in chosen)
+            body += [f"    {group}=(", *lines, "    ),"]
     body += _rest(log)
     used = "\n".join(body)
     kinds = [k for k in ("AGE", "BAG", "CATEGORY", "NUMBER", "VECTOR") if f"kind={k}" in used]
@@ -72,7 +85,8 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
         [
             f'"""{name.replace("_", " ")}: say here what the log is, in a sentence.',
             "",
-            "Written by `python -m feature_repo new`; correct it, and run `python -m feature_repo check`.",
+            "Written by `python -m feature_repo new`; correct it, above all what has `# ?` behind it, and run",
+            "`python -m feature_repo check`.",
             '"""',
             "",
             "from feature_repo.schema import (",
@@ -89,12 +103,19 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
 
 def _dtype(looked: Looked, role: str) -> str:
     column = looked.column(role)
-    assert column is not None
-    return looked.guesses[column].dtype.name
+    return DType.STRING.name if column is None else looked.guesses[column].dtype.name
 
 
-def _tuple(names: tuple[str, ...]) -> str:
-    return "(" + ", ".join(f'"{name}"' for name in names) + ("," if len(names) == 1 else "") + ")"
+def _doubt(why: str) -> str:
+    return f"  # ? {' '.join(why.split())}" if why else ""
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return "(" + ", ".join(map(_text, names)) + ("," if len(names) == 1 else "") + ")"
 
 
 def _strength(action: str) -> int:
@@ -111,11 +132,7 @@ def _actions(events: Looked) -> _Actions:
     if flags:
         return _flagged(events, flags)
     if rating := events.column("rating"):
-        top = pc.max(raw.numbers(events.rows[rating])).as_py()
-        limit = round(0.8 * top, 1)
-        source = (f'action="{rating}"', f"at_least={limit:g}")
-        task = ("label_like", "high_rating", "")
-        return _Actions(("high_rating", "low_rating"), (task,), source=source)
+        return _rated(events, rating)
     column = events.column("action")
     if column is None:
         priced = any(
@@ -123,18 +140,65 @@ def _actions(events: Looked) -> _Actions:
         )
         only = "purchase" if priced else "interaction"
         return _Actions((only,), ((f"label_{only}", only, ""),))
-    values = [str(value) for value in pc.unique(texts_of(events.rows[column])).to_pylist() if value]
-    ours = {value: "".join(s if s.isalnum() else "_" for s in value).lower() for value in values}
-    names = sorted(ours.values(), key=lambda n: (_strength(n), _is_shown(n), n))
+    spelt = raw.without_missing(events.rows[column])
+    values = Counter(value for value in texts_of(spelt).to_pylist() if value)
+    ours = {value: _name_of(value, place) for place, value in enumerate(values, 1)}
+    rows = Counter[str]()
+    for value, number in values.items():
+        rows[ours[value]] += number
+    # A few stray rows are nothing to rank by, however strong their word.
+    total = sum(rows.values())
+    rare = {
+        name for name, n in rows.items() if n < max(LEAST_SHARE * total, min(FEWEST, total / 50))
+    }
+    coded = events.guesses[column].doubt
+
+    def order(name: str) -> tuple[bool, int, bool, int, str]:
+        return name in rare, _strength(name), _is_shown(name), rows[name] if coded else 0, name
+
+    names = sorted(rows, key=order)
     shown = next((n for n in names if _is_shown(n)), "")
-    fields = [f'action="{column}"']
+    doubt = coded or ", ".join(
+        f"{name} has {rows[name]:,} of {total:,} rows" for name in sorted(rare)
+    )
+    fields = [f"action={_text(column)}"]
     if any(value != name for value, name in ours.items()):
-        fields.append("actions={" + ", ".join(f'"{v}": "{n}"' for v, n in ours.items()) + "}")
+        pairs = ", ".join(f"{_text(v)}: {_text(n)}" for v, n in ours.items())
+        fields.append(f"actions={{{pairs}}}")
     if not (shown and len(names) > 1 and events.column("request")):
-        return _Actions(tuple(names), ((f"label_{names[0]}", names[0], ""),), source=tuple(fields))
+        task = (f"label_{names[0]}", names[0], "")
+        return _Actions(tuple(names), (task,), source=tuple(fields), doubt=doubt)
     acted = [name for name in names if name != shown]
-    tasks = tuple((f"label_{name}", name, "") for name in reversed(acted))
-    return _Actions((*acted, shown), tasks, shown, tuple(fields))
+    asked = [name for name in acted if name not in rare] or acted
+    tasks = tuple((f"label_{name}", name, "") for name in reversed(asked))
+    return _Actions((*acted, shown), tasks, shown, tuple(fields), doubt)
+
+
+def _name_of(value: str, place: int) -> str:
+    """A name of ours for an action: small letters, digits and underscores."""
+    name = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in value).lower()
+    name = name.strip("_")
+    return name if name[:1].isalpha() else f"action_{name or place}"
+
+
+def _rated(events: Looked, rating: str) -> _Actions:
+    """Ratings from 0.8 of the highest on are high. A value below a scale that else begins at 1 was no
+    rating where it is negative, or the commonest of all.
+    """
+    stars = raw.numbers(events.rows[rating]).drop_null().to_numpy()
+    values, counts = np.unique(stars, return_counts=True)
+    source = [f"action={_text(rating)}", f"at_least={round(0.8 * float(values[-1]), 1):g}"]
+    unrated = [
+        f"{value:g}"
+        for value, number in zip(values, counts, strict=True)
+        if value < 0 or (value == 0 and number == counts.max() and min(values[values > 0]) >= 1)
+    ]
+    if unrated:
+        share = np.isin(stars, [float(value) for value in unrated]).mean()
+        marks = f"missing_in={{{_text(rating)}: {_tuple(unrated)}}}"
+        source.append(f"{marks},{_doubt(f'{share:.0%} of the rows, below all other ratings')}")
+    task = ("label_like", "high_rating", "")
+    return _Actions(("high_rating", "low_rating"), (task,), source=tuple(source))
 
 
 def _flagged(events: Looked, flags: list[str]) -> _Actions:
@@ -151,7 +215,7 @@ def _flagged(events: Looked, flags: list[str]) -> _Actions:
         tasks.append((f"label_{singular(flag)}", singular(flag), before if implied else ""))
         before = tasks[-1][0]
     acted = sorted((singular(flag) for flag in flags), key=_strength)
-    pairs = ", ".join(f'"{singular(flag)}": "{flag}"' for flag in by_rate)
+    pairs = ", ".join(f"{_text(singular(flag))}: {_text(flag)}" for flag in by_rate)
     return _Actions((*acted, "impression"), tuple(tasks), "impression", (f"flags={{{pairs}}}",))
 
 
@@ -196,6 +260,7 @@ def _event_columns(events: Looked) -> dict[str, str]:
         "event id": "event_id",
     }
     found = {ours: column for role, ours in roles.items() if (column := events.column(role))}
+    found |= {roles[role]: UNKNOWN for role in ("user", "item", "time") if not events.column(role)}
     found |= _renamed(events)
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
 
@@ -203,34 +268,63 @@ def _event_columns(events: Looked) -> dict[str, str]:
 def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str]) -> list[str]:
     source, plain = looked.source, Source("")
     assert isinstance(source.path, str)
-    lines = [f'"{source.path}"']
+    lines = [_text(source.path)]
     if columns:
-        lines += ["columns={", *(f'    "{o}": "{t}",' for o, t in columns.items()), "}"]
+        pairs = (f"    {_text(o)}: {_text(t)},{_told(looked, t)}" for o, t in columns.items())
+        lines += ["columns={", *pairs, "}"]
     if source.format and not source.path.lower().endswith((".csv", ".csv.gz")):
         lines.append(f'format="{source.format}"')
     if source.delimiter != plain.delimiter:
-        lines.append(f"delimiter={source.delimiter!r}".replace("'", '"'))
+        lines.append(f"delimiter={_text(source.delimiter)}")
+    if source.quote != plain.quote:
+        lines.append(f"quote={_text(source.quote)}")
+    if source.escape:
+        lines.append(f"escape={_text(source.escape)}")
+    if source.quoted_newlines:
+        lines.append("quoted_newlines=True")
+    if source.skip:
+        lines.append(f"skip={source.skip},{_doubt(looked.doubts.get('skip', ''))}")
     if source.header:
-        lines.append(f"header={_tuple(source.header)}")
+        lines.append(f"header={_tuple(source.header)},{_doubt(looked.doubts.get('header', ''))}")
     if source.encodings != plain.encodings:
         lines.append(f"encodings={_tuple(source.encodings)}")
     if source.decimal != plain.decimal:
         lines.append(f'decimal="{source.decimal}"')
+    signed = (Kind.NUMBER, Kind.VECTOR)
+    own = {g.ours: g.decimal for g in looked.guesses.values() if g.kind in signed and g.ours}
+    if odd := {name: sign for name, sign in own.items() if sign not in ("", source.decimal)}:
+        lines.append(f"decimals={json.dumps(odd)}")
     signs = {g.separator for g in looked.guesses.values() if g.separator}
     if signs - {plain.list_separator}:
         lines.append(f'list_separator="{sorted(signs)[0]}"')
     if source.time_unit:
         lines.append(f'time_unit="{source.time_unit}"')
+    if source.time_format:
+        doubt = _doubt(looked.doubts.get("time_format", ""))
+        lines.append(f"time_format={_text(source.time_format)},{doubt}")
+    if source.zone_column:
+        lines.append(f"zone_column={_text(source.zone_column)}")
     lines += more
     if len(lines) == 1:
         return [f"    {kind}=Source({lines[0]}),"]
-    shown = [f"        {line}" + ("" if line.endswith(("{", ",")) else ",") for line in lines]
+    ended = ("{", ",")
+    shown = [
+        f"        {line}" + ("" if line.endswith(ended) or "# ?" in line else ",") for line in lines
+    ]
     return [f"    {kind}=Source(", *shown, "    ),"]
+
+
+def _told(looked: Looked, column: str) -> str:
+    """What is not sure of a column, as a comment."""
+    if column == UNKNOWN:
+        return _doubt("no column was taken for it; name one here, or by --user, --item or --time")
+    return _doubt(looked.guesses[column].doubt) if column in looked.guesses else ""
 
 
 def _column(guess: Guess) -> str:
     kind = "NUMBER" if guess.role == "rating" else guess.kind.name if guess.kind else ""
-    parts = [f'"{guess.ours}"', f"DType.{guess.dtype.name}", f'"{guess.why}"']
+    parts = [_text(guess.ours), f"DType.{guess.dtype.name}", _text(guess.why)]
+    parts += [f"unit={_text(guess.unit)}"] if guess.unit else []
     parts += [f"kind={kind}"] if kind else []
     parts += ["values=(0, 1)"] if guess.dtype is DType.INT8 else []
     parts += ["nullable=True"] if guess.nullable else []

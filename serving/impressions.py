@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,6 +117,8 @@ def values_of(contract: Contract) -> dict[str, Value]:
         found[source.action] = lambda request, place: shown
     for theirs in source.flags.values():
         found[theirs] = lambda request, place: 0
+    if source.zone_column:
+        found[source.zone_column] = lambda request, place: "UTC"
     return found
 
 
@@ -124,7 +127,10 @@ def _logged(name: str) -> Value:
 
 
 def time_as_declared(source: Source, at: datetime) -> Any:
-    """A time as the raw log writes it."""
+    """A time as the raw log writes it: with its offset, or in UTC beside a column of zones."""
+    if source.time_format:
+        zone = UTC if source.zone_column else ZoneInfo(source.zone)
+        return at.astimezone(zone).strftime(source.time_format)
     if source.time_unit is None:
         return at.isoformat()
     return int(at.timestamp() * 1_000_000 / TIME_UNITS[source.time_unit])
@@ -148,20 +154,31 @@ def _write_csv(source: Source, names: list[str], rows: list[dict[str, Any]], fil
         raise ImpressionsError(f"no file is written with the delimiter {source.delimiter!r}")
     order = list(source.header) or names
     with file.open("w", newline="", encoding=source.encodings[0]) as out:
-        writer = csv.writer(out, delimiter=source.delimiter, lineterminator="\n")
+        out.write("\n" * source.skip)
+        writer = csv.writer(
+            out,
+            delimiter=source.delimiter,
+            lineterminator="\n",
+            quoting=csv.QUOTE_MINIMAL if source.quote else csv.QUOTE_NONE,
+            quotechar=source.quote or None,
+            escapechar=source.escape or None,
+            doublequote=not source.escape,
+        )
         if not source.header:
             writer.writerow(order)
         writer.writerows(_texts(source, order, rows))
 
 
 def _texts(source: Source, order: list[str], rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    ours = {theirs: name for name, theirs in source.columns.items()}
+    signs = [source.decimals.get(ours.get(name, name), source.decimal) for name in order]
     for row in rows:
-        values = [row.get(name) for name in order]
+        values = zip((row.get(name) for name in order), signs, strict=True)
         yield [
-            str(value).replace(".", source.decimal)
+            str(value).replace(".", sign)
             if isinstance(value, float)
             else source.list_separator.join(map(str, value))
             if isinstance(value, list)
             else value
-            for value in values
+            for value, sign in values
         ]

@@ -10,7 +10,9 @@ Limits of columns are checked by the job, row by row (`limits.py`); which events
 together follows from `SPEC.requests` (`examples.py`).
 
 To add a dataset, run `python -m feature_repo new NAME --events PATH`, correct what it writes, and
-set `MEMOIR_DATASET` to its name. No other file changes.
+set `MEMOIR_DATASET` to its name. No other file changes. A declaration may as well lie in a package of
+your own: `MEMOIR_DATASET=my_package.my_module`, or the path of its file; workers of a pipeline need
+the variable and the module too.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from feature_repo.declarations import problems
 from feature_repo.errors import DeclarationError, RawDataError, nearest
 from feature_repo.parse import Derive, Derived, Parsed
 from feature_repo.schema import DatasetSpec, OwnView, Source
+from feature_repo.settings import declared_dataset
 from feature_repo.sources import RawUnit
 
 __all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "load", "names"]
@@ -69,8 +72,8 @@ class Dataset:
         """
         units: list[RawUnit] = []
         for kind, source in self.sources.items():
-            columns = parse.theirs(self.spec, kind)
-            units += sources.units_of(source, self._folder(data), kind, columns)
+            columns, optional = parse.theirs(self.spec, kind), parse.optional(self.spec, kind)
+            units += sources.units_of(source, self._folder(data), kind, columns, optional)
         return units
 
     @property
@@ -110,22 +113,30 @@ class Dataset:
 
     def read_raw(self, unit: RawUnit) -> Iterator[pa.Table]:
         """One piece as the declared columns, a block at a time, for validation."""
-        for block in self._blocks(unit):
+        for block in self.blocks(unit):
             yield parse.typed(self.spec, unit, block.rows)
 
     def parse(self, unit: RawUnit) -> Iterator[Parsed]:
         """One piece as events, users, items and dead letters, a block at a time."""
-        made = self.contract
-        for block in self._blocks(unit):
-            yield parse.parse(made, unit, block, self.derive)
+        for block in self.blocks(unit):
+            yield self.parse_block(unit, block)
 
-    def _blocks(self, unit: RawUnit) -> Iterator[sources.Block]:
+    def parse_block(self, unit: RawUnit, block: sources.Block) -> Parsed:
+        """One block of a piece as events, users, items and dead letters."""
+        return parse.parse(self.contract, unit, block, self.derive)
+
+    def blocks(self, unit: RawUnit) -> Iterator[sources.Block]:
+        """One piece as it stands, a block at a time."""
         source = getattr(self.spec, unit.kind)
         return sources.blocks_of(source, unit, parse.theirs(self.spec, unit.kind))
 
 
 def names() -> list[str]:
-    """Datasets that exist."""
+    """Datasets that exist, that of `MEMOIR_DATASET` among them wherever it lies."""
+    folder = declared_dataset().folder
+    if folder and folder not in __path__:
+        __path__.append(folder)
+        importlib.invalidate_caches()
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
@@ -143,7 +154,7 @@ def load(name: str) -> Dataset:
             f"feature_repo/datasets/{name}.py"
         )
     module: ModuleType = importlib.import_module(f"feature_repo.datasets.{name}")
-    file = f"feature_repo/datasets/{name}.py"
+    file = _shown(module, name)
     if not isinstance(getattr(module, "SPEC", None), DatasetSpec):
         raise DeclarationError(f"{file} declares no SPEC: expected SPEC = DatasetSpec(...)")
     wrong = problems(module.SPEC)
@@ -158,6 +169,21 @@ def load(name: str) -> Dataset:
     if wrong:
         raise DeclarationError("\n".join([f"{file}, SPEC:", *(f"  {line}" for line in wrong)]))
     return Dataset(module.SPEC, derive, getattr(module, "SHIPPED", False))
+
+
+def _shown(module: ModuleType, name: str) -> str:
+    """The file of a declaration, as a person names it.
+
+    Raises:
+        DeclarationError: `MEMOIR_DATASET` names a file of the name of one of ours.
+    """
+    declared, file = declared_dataset(), Path(module.__file__ or "")
+    if declared.name == name and declared.folder and str(file.parent) != declared.folder:
+        raise DeclarationError(
+            f"{declared.folder}/{name}.py has the name of {file}: rename it, and its SPEC.name"
+        )
+    inside = file.is_relative_to(SHIPPED.parent)
+    return f"feature_repo/{file.relative_to(SHIPPED.parent)}" if inside else str(file)
 
 
 @cache

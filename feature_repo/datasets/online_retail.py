@@ -75,6 +75,7 @@ SPEC = DatasetSpec(
     item_title="description",
     stat_value="unit_price",
     max_bad_fraction=0.4,
+    accept=("repeats",),  # an invoice may name a product twice
 )
 
 

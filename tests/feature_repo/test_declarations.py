@@ -292,8 +292,8 @@ def test_times_of_movielens_in_another_unit_are_refused(tmp_path: Path) -> None:
 def test_titles_are_read_in_the_encodings_that_files_have(encoding: str, tmp_path: Path) -> None:
     title = "Ådalen 31… (1969)" if encoding != "latin-1" else "Ådalen 31 (1969)"
     (tmp_path / "movies.dat").write_bytes(f"1::{title}::Drama|War\n\n".encode(encoding))
-    for name in ("users", "ratings"):
-        (tmp_path / f"{name}.dat").write_text("")
+    (tmp_path / "users.dat").write_text("1::F::1::10::48067\n")
+    (tmp_path / "ratings.dat").write_text("1::1::5::978300760\n")
     films = datasets.load("movielens_1m")
     (unit,) = [unit for unit in films.raw_units(str(tmp_path)) if unit.kind == "items"]
     items = next(films.parse(unit)).items.to_pylist()

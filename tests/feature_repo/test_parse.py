@@ -141,7 +141,7 @@ def test_the_same_id_of_two_users_is_two_events() -> None:
 def test_one_unreadable_value_in_a_small_file_is_a_dead_letter(tmp_path: Path) -> None:
     log = "u,i,t,r,c,b,price\na,x,N/A,s1,0,0,1\n"
     found = parsed(SHOP, written(tmp_path, log))["events"]
-    assert found.dead_letters["reason"].to_pylist() == ["t: unreadable"]
+    assert found.dead_letters["reason"].to_pylist() == ["t: is missing"]  # N/A is a mark of nothing
 
 
 def test_what_derive_forgets_is_refused(tmp_path: Path) -> None:

@@ -161,10 +161,10 @@ def test_a_row_range_is_read_a_few_rows_at_a_time_and_long_texts_are_cut(tmp_pat
 def test_a_file_that_is_no_parquet_or_lacks_a_column_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(RawDataError, match=r"a\.parquet is no Parquet file"):
-        sources.parquet_rows(str(tmp_path / "a.parquet"), ["n"])
+        sources.units_of(Source("a.parquet"), str(tmp_path), "events", ["n"])
     pq.write_table(pa.table({"m": [1]}), tmp_path / "b.parquet")
     with pytest.raises(RawDataError, match=r"b\.parquet: columns \['n'\] are missing"):
-        sources.parquet_rows(str(tmp_path / "b.parquet"), ["n"])
+        sources.units_of(Source("b.parquet"), str(tmp_path), "events", ["n"])
 
 
 LINE = {

@@ -175,8 +175,8 @@ def test_odd_bytes_cost_their_own_line_alone(
 
 def test_half_an_emoji_and_a_line_of_blanks_cost_no_other(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"id": "u\\ud83d"}\n   \n{"id": "v"}\n')
-    (unit,) = sources.units_of(Source("log.jsonl"), str(tmp_path), "events", NAMES)
-    (block,) = sources.blocks_of(Source("log.jsonl"), unit, NAMES)
+    (unit,) = sources.units_of(Source("log.jsonl"), str(tmp_path), "events", ["id"])
+    (block,) = sources.blocks_of(Source("log.jsonl"), unit, ["id"])
     assert unit.rows == block.num_read == 3
     assert [at for at, _, _ in block.broken] == [1]
     from feature_repo import raw

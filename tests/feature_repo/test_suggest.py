@@ -127,14 +127,19 @@ def test_actions_in_a_column_become_tasks_of_impressions(tmp_path: Path) -> None
     assert spec.requests.examples == "impressions"
 
 
-def test_new_refuses_what_it_cannot_name(tmp_path: Path) -> None:
+def test_new_refuses_what_it_cannot_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(modules)])
     (tmp_path / "log.csv").write_text("a,b\nx,y\nz,w\n")
-    for words, code in (
-        (["new", "Shop", "--events", f"{tmp_path}/log.csv"], 2),
-        (["new", "online_retail", "--events", f"{tmp_path}/log.csv"], 2),
-        (["new", "shop_of_mine", "--events", f"{tmp_path}/log.csv"], 1),
-        (["new", "shop_of_mine", "--events", f"{tmp_path}/none.csv"], 1),
+    for name, file, code in (
+        ("Shop", "log.csv", 2),
+        ("nothing_there", "none.csv", 1),
+        ("shop_of_mine", "log.csv", 1),  # a draft to fill in
+        ("shop_of_mine", "log.csv", 2),  # which is not written over
     ):
+        words = ["new", name, "--events", f"{tmp_path}/{file}"]
         with contextlib.redirect_stderr(io.StringIO()):
             assert cli.run(lambda words=words: app(words)) == code
-    assert not Path(datasets.__path__[0], "shop_of_mine.py").exists()
+    assert [path.name for path in modules.iterdir()] == ["shop_of_mine.py"]
+    assert '"user_id": "?"' in (modules / "shop_of_mine.py").read_text()

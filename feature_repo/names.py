@@ -1,0 +1,82 @@
+"""What the name of a raw column says of it: words by which people call users, items and times, in
+the languages in which headers of logs were seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# By role, the likeliest first. Languages of which words are not spaced are searched within a name.
+WORDS = {
+    "user": "user customer member household visitor account client uid person buyer reader viewer "
+    "shopper player subscriber cust 用户 用戶 会员 會員 客户 客戶 顾客 买家 ユーザー 顧客 会員 사용자 고객 회원 "
+    "пользователь покупатель клиент посетитель читатель usuario cliente comprador utilisateur acheteur "
+    "membre benutzer nutzer kunde käufer besucher utente acquirente usuário użytkownik klient gebruiker "
+    "klant kullanıcı müşteri χρήστης πελάτης",
+    "item": "item product sku article movie stock asin song track listing content ad video book good "
+    "artist film game recipe course restaurant business prod 商品 物品 产品 產品 货品 品番 製品 アイテム 상품 제품 "
+    "товар продукт артикул фильм книга artículo articulo producto película libro produit produkt "
+    "artikel ware prodotto articolo produto ürün προϊόν",
+    "time": "time timestamp date datetime ts at when created day unix epoch dat dt 时间 時間 日期 日時 日付 시간 "
+    "날짜 время дата fecha hora heure zeit zeitpunkt datum data ora tempo czas tijd zaman tarih ημερομηνία",
+    "request": "request impression session basket order invoice query search visit 会话 會話 セッション 订单 "
+    "сессия заказ sesión sitzung séance sessione",
+    "event": "event transaction row log uuid",
+    "action": "action event type behaviour behavior activity interaction 行为 行為 行動 действие событие "
+    "acción aktion azione",
+    "rating": "rating stars score grade 评分 評分 評価 оценка valoración puntuación bewertung note voto",
+    "position": "position rank slot place",
+    "title": "title name description 名称 名前 название titel titre nombre",
+    "zone": "timezone tz zone",
+}
+KNOWN_WORDS = frozenset(" ".join(WORDS.values()).split())
+UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+SHOWN_WORDS = ("view", "impression", "shown", "show", "exposure", "display", "see", "pv")
+ACTION_WORDS = (
+    *SHOWN_WORDS, "click", "cart", "add_to_cart", "addtocart", "purchase", "buy", "bought", "order",
+    "like", "share", "save", "favourite", "favorite", "fav", "play", "watch", "read", "open", "rate",
+    "return", "remove", "remove_from_cart", "transaction", "checkout", "download", "follow",
+)  # fmt: skip
+
+
+def parts_of(name: str) -> list[str]:
+    """Words of a name in small letters; itemid is an item's id, and so is 商品编号's first word."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    found: list[str] = []
+    for part in re.split(r"[\W\d_]+", spaced):
+        word = part.lower()
+        if UNSPACED.search(word):
+            found += [known for known in KNOWN_WORDS if UNSPACED.search(known) and known in word]
+        elif word.endswith("id") and word.removesuffix("id") in KNOWN_WORDS:
+            found += [word.removesuffix("id"), "id"]
+        elif word:
+            found.append(word)
+    return found
+
+
+def named_as(name: str, role: str) -> bool:
+    """Whether a word of a column's name is one of those for a role."""
+    words = WORDS.get(role, "").split()
+    return any(part.rstrip("s") in words or part in words for part in parts_of(name))
+
+
+def best_named(names: Sequence[str], role: str) -> str | None:
+    """The best named of some columns: those with the role's words first, of these the ids."""
+    words = WORDS[role].split()
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        parts = parts_of(name)
+        place = min((words.index(p) for p in parts if p in words), default=len(words))
+        return not named_as(name, role), "id" not in parts, place
+
+    return min(names, key=rank) if names else None
+
+
+def singular(name: str) -> str:
+    """Clicked → click, is_purchased → purchase, n_clicks → click."""
+    text = re.sub(r"^(is|has|n|num|was)_", "", "_".join(parts_of(name)))
+    for end in ("ed", "d", "s"):
+        if text.removesuffix(end) in ACTION_WORDS:
+            return text.removesuffix(end)
+    return text
