@@ -4,7 +4,7 @@ DuckDB's sniffer decides about delimiter, quotes and lines to skip; it is right 
 than rules of ours were. It reads neither UTF-16 nor Latin-1, no `::`, and believes the first line of
 a file of words alone to be a header; these are decided here. Files are read by `sources.py`, whose
 speed is the same and which refuses a packed file that was cut off, where DuckDB's reader gives the
-rows until then (`benchmarks/readers_epyc2_2026-11-28.md`).
+rows until then (`benchmarks/text_readers_epyc2_2026-11-28.md`).
 """
 
 from __future__ import annotations
