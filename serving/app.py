@@ -325,8 +325,8 @@ class Server:
             if left < LEAST_S:
                 raise StoreReadError("no time is left to ask the store")
             return await serving.reader.read_user(asked.user_id, left, counts=left >= full)
-        except DamagedValueError:
-            logger.exception("what is stored of a user could not be read")
+        except DamagedValueError as error:
+            logger.warning("what is stored of a user could not be read: %s", error)
             return serving.ranker.nobody(Degraded.HISTORY_UNREADABLE)
         except StoreReadError as error:
             if not serving.reader.open:
@@ -383,7 +383,7 @@ class Server:
                     f"what is stored of this user is damaged, and takes no events until the jobs ran: {error}"
                 ) from error
             except Exception as error:  # whatever a store's client raises
-                logger.exception("events could not be taken")
+                logger.warning("events could not be taken: %s: %s", type(error).__name__, error)
                 raise StoreAwayError(
                     f"the online store did not take the events within {settings.events_s:g} s "
                     f"({type(error).__name__}); some may be there: send them again, which adds none twice"

@@ -33,6 +33,10 @@ class Degraded(StrEnum):
         "sketch_unreadable",
         "the sketch of the user's whole history is damaged, or of another layout",
     )
+    MIXED_HISTORY = (
+        "mixed_history",
+        "the user's history and statistics are of different moments: a job is writing them",
+    )
     STORE_UNAVAILABLE = "store_unavailable", "the online store could not be read"
     UNKNOWN_ITEMS = (
         "unknown_items",

@@ -29,7 +29,6 @@ from feature_repo import datasets
 from feature_repo.arrow import EPOCH, micros, micros_iso
 from feature_repo.catalogue import Catalogue
 from feature_repo.contract import TOKEN_VERSION, Contract
-from feature_repo.envelope import from_bytes
 from feature_repo.history import HistoryLog, newest_rows, unpack
 from feature_repo.schema import EVENT_TIMESTAMP
 from feature_repo.settings import Settings
@@ -158,6 +157,7 @@ def one_more(
     everything back.
     """
     from feature_repo.online_tokens import OnlineTokens
+    from feature_repo.online_users import HISTORY
     from feature_repo.store import open_store
     from serving.refresh import UserMemory
 
@@ -171,7 +171,7 @@ def one_more(
     item = before["item_ids"][len(before["item_ids"]) // 2]
     stored = memory.read(user)
     # What an event carries beside the item is as at the user's last one.
-    history = unpack(contract, user, stored["user_history"]["history"])
+    history = unpack(contract, user, stored[HISTORY]["history"])
     event = {
         **history.slice(history.num_rows - 1).to_pylist()[0],
         contract.item.join_key: item,
@@ -180,20 +180,13 @@ def one_more(
     }
     if contract.spec.stat_value and titles[item][1]:
         event[contract.spec.stat_value] = titles[item][1]
-    ((tokens, state),) = online.read(version, [user]) if version else ((None, None),)
     started = time.perf_counter()
     try:
         memory.add(user, [event])
         taken = 1000 * (time.perf_counter() - started)
         after = post(address, whole)
     finally:
-        memory.write(user, stored, as_of + 2)
-        if refresher is not None and tokens is not None:
-            later = (
-                from_bytes(online.read(version, [user])[0][0] or tokens, user).computed_at
-                + 1_000_000
-            )
-            online.write(version, [user], [tokens], [state], later)
+        memory.put_back(stored, as_of + 2)
     return OneMore(item, before, after, taken, refresher is not None)
 
 

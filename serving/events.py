@@ -1,13 +1,11 @@
 """New events of a user, taken by the server into all that the online store holds of them: the next
 answer knows them.
 
-The history is written first, with the sketch that counts it; statistics and tokens are then brought
-up to it, from whatever they hold. So a call that failed half-way is made whole by the next one, and a
-caller may send the same events again: one that is there already (the same item, action and time) is
-not added twice. One that is earlier than the newest that is known is refused: histories are in the
-order of time, and the jobs put late events where they belong.
-
-Two processes that take events of one user at the same moment can lose one of them until the jobs run.
+History, sketch, statistics and tokens are replaced together, and only if nobody changed them since
+they were read; so any number of processes may take events of one user, and a caller may send the same
+events again: one that is there already (the same item, action and time) is not added twice. One that
+is earlier than the newest that is known is refused: histories are in the order of time, and the jobs
+put late events where they belong.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from modeling.summary import Summariser
 from serving.errors import ErasedUserError, LateEventError, StoreAwayError
 from serving.items import Id
 from serving.messages import EventsResponse
-from serving.refresh import LateError, Refresher, UserMemory
+from serving.refresh import BusyUserError, LateError, Refresher, UserMemory
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -47,8 +45,13 @@ class EventTaker:
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
         self._memory, self._erased = UserMemory(store, contract, refresher), ErasedList(home)
-        # To add is to read and to write: two at a time would each write what they read.
+        # Two threads of one process would only make each other begin again.
         self._one_at_a_time = threading.Lock()
+
+    @property
+    def without_tokens(self) -> dict[str, int]:
+        """Events that summary tokens do not know, by why: the job makes these."""
+        return dict(self._memory.without_tokens)
 
     def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:
         """Add events, oldest first.
@@ -59,6 +62,17 @@ class EventTaker:
             StoreAwayError: whether they were cannot be told.
             HistoryError: what is stored of the user is damaged.
         """
+        with self._one_at_a_time:
+            try:
+                added = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
+            except LateError as error:
+                raise LateEventError(str(error)) from error
+            except BusyUserError as error:
+                raise StoreAwayError(f"{error}: send them again") from error
+        return EventsResponse(added, len(events) - added)
+
+    def _refuse_erased(self, user_id: Id) -> None:
+        """Refuse events of a user who was erased, also while they were on their way."""
         try:
             erased = self._erased.now()
         except (OSError, ValueError, KeyError) as error:
@@ -69,9 +83,3 @@ class EventTaker:
             raise ErasedUserError(
                 "this user was erased, and nothing is kept of them: `python -m serving erase --allow` lets them come back"
             )
-        with self._one_at_a_time:
-            try:
-                added = self._memory.add(user_id, events)
-            except LateError as error:
-                raise LateEventError(str(error)) from error
-        return EventsResponse(added, len(events) - added)

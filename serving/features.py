@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,10 +32,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredSketch:
-    """A sketch of a user's whole history, and the time of the newest event in it, microseconds."""
+    """A sketch of a user's whole history.
+
+    Args:
+        as_of: time of the newest event in it, microseconds.
+        num_events: how many events it knows, and `digest` which ones.
+    """
 
     sketch: Sketch
     as_of: int
+    num_events: int = 0
+    digest: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ class UserDecoder:
             return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens, nothing)
         sketch, unread = self._sketch(user_id, values["sketch"])
         problems = (*problems, *unread)
+        if sketch is not None and _is_mixed(columns, sketch):
+            problems = (*problems, Degraded.MIXED_HISTORY)
         try:
             history = unpack(self.contract, user_id, packed)
         except HistoryError:
@@ -138,10 +148,10 @@ class UserDecoder:
             return None, (Degraded.NO_SKETCH,)
         try:
             sketch, identity = sketch_of(self._layout, stored, user_id)
-        except SketchError:
-            logger.exception("a sketch could not be read; the ranker does without")
+        except SketchError as error:
+            logger.warning("a sketch could not be read; the ranker does without: %s", error)
             return None, (Degraded.SKETCH_UNREADABLE,)
-        return StoredSketch(sketch, identity.as_of), ()
+        return StoredSketch(sketch, identity.as_of, identity.num_events, identity.digest), ()
 
     def _tokens(
         self, user_id: Id, stored: bytes | None
@@ -155,12 +165,18 @@ class UserDecoder:
             return None, (Degraded.NO_TOKENS,)
         try:
             found = from_bytes(stored, user_id)
-        except EnvelopeError:
-            logger.exception("summary tokens could not be read; the ranker does without")
+        except EnvelopeError as error:
+            logger.warning("summary tokens could not be read; the ranker does without: %s", error)
             return None, (Degraded.TOKENS_UNREADABLE,)
         if found.fingerprint != self.token_version:
             return None, (Degraded.TOKENS_MISMATCHED,)
         return (None, (Degraded.NO_TOKENS,)) if found.tombstone else (found, ())
+
+
+def _is_mixed(columns: Mapping[str, Any], sketch: StoredSketch) -> bool:
+    """Whether the sketch, which is written with the history, knows other events than the statistics."""
+    end, digest = columns["history_end"], columns["history_digest"]
+    return end is not None and (end, digest) != (sketch.num_events, sketch.digest)
 
 
 class FeastReader:
@@ -205,5 +221,19 @@ class FeastReader:
         return pa.table(arrays, names=[entity.join_key, *found])
 
     def _read(self, features: Any, rows: list[dict[str, Id]]) -> dict[str, list[Any]]:
-        with self._lock:
+        with self._lock, self._of_one_moment():
             return self._store.get_online_features(features=features, entity_rows=rows).to_dict()
+
+    @contextmanager
+    def _of_one_moment(self) -> Iterator[None]:
+        """On SQLite one transaction for all views: each is a table, and somebody may write between."""
+        online = getattr(getattr(self._store, "config", None), "online_store", None)
+        if getattr(online, "type", "") != "sqlite":
+            yield
+            return
+        connection = self._store._get_provider().online_store._get_conn(self._store.config)
+        connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            connection.execute("ROLLBACK")

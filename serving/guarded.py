@@ -38,8 +38,8 @@ class ThreadedReader:
     async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
         """See `AsyncReader`."""
         loop = asyncio.get_running_loop()
-        reading = loop.run_in_executor(self._thread, self._reader.read_user, user_id)
         try:
+            reading = loop.run_in_executor(self._thread, self._reader.read_user, user_id)
             async with asyncio.timeout(timeout_s):
                 return await reading
         except Exception as error:  # whatever a store's client raises

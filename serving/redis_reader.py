@@ -12,12 +12,13 @@ mmh3("view:feature") holds a Value.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART, TOKEN_VERSION, Contract
 from feature_repo.errors import ExpectedError
+from feature_repo.online_users import plain_value
 from feature_repo.schema import DType
 from serving.features import UserDecoder, UserRow
 from serving.items import Id
@@ -47,11 +48,13 @@ class Plan:
         join_keys: of each hash, in the order of the serialised key.
         fields: of each hash, as Redis knows them.
         names: features behind the fields.
+        kinds: which value of Feast's each feature is stored as, such as `bytes_val`.
     """
 
     join_keys: tuple[tuple[str, ...], ...]
     fields: tuple[tuple[bytes, ...], ...]
     names: tuple[tuple[str, ...], ...]
+    kinds: tuple[tuple[str, ...], ...]
 
 
 def plan_of(store: FeatureStore, online_service: str) -> Plan:
@@ -62,18 +65,23 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
     """
     from feast.infra.online_stores.helpers import _mmh3
 
-    by_keys: dict[tuple[str, ...], list[tuple[bytes, str]]] = {}
+    by_keys: dict[tuple[str, ...], list[tuple[bytes, str, str]]] = {}
     for projection in store.get_feature_service(online_service).feature_view_projections:
         definition = store.get_feature_view(projection.name)
         keys = tuple(sorted(column.name for column in definition.entity_columns))
         by_keys.setdefault(keys, []).extend(
-            (_mmh3(f"{projection.name}:{feature.name}"), feature.name)
+            (
+                _mmh3(f"{projection.name}:{feature.name}"),
+                feature.name,
+                f"{feature.dtype.to_value_type().name.lower()}_val",
+            )
             for feature in projection.features
         )
     return Plan(
         tuple(by_keys),
-        tuple(tuple(field for field, _ in found) for found in by_keys.values()),
-        tuple(tuple(name for _, name in found) for found in by_keys.values()),
+        tuple(tuple(field for field, _, _ in found) for found in by_keys.values()),
+        tuple(tuple(name for _, name, _ in found) for found in by_keys.values()),
+        tuple(tuple(kind for _, _, kind in found) for found in by_keys.values()),
     )
 
 
@@ -106,11 +114,12 @@ class RedisHashes:
             "retry_on_error": [],
         }
         self._client: Redis | None = None
+        self._connection_class = _sharing_tls(self.options) if self.options.get("ssl") else None
 
     async def read(
         self, keys: Sequence[bytes], fields: Sequence[Sequence[bytes]], timeout_s: float
     ) -> list[list[bytes | None]]:
-        """One HMGET for each key.
+        """One HMGET for each key, all of one moment.
 
         Raises:
             StoreReadError: there was no answer within `timeout_s` seconds, or none of a Redis that
@@ -119,15 +128,28 @@ class RedisHashes:
         import redis.exceptions
 
         try:
-            async with asyncio.timeout(timeout_s), self._connected().pipeline(False) as pipe:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._connected().pipeline(len(keys) > 1) as pipe,
+            ):
                 for key, names in zip(keys, fields, strict=True):
                     pipe.hmget(key, list(names))  # type: ignore[arg-type]  # keys are bytes
-                found: list[list[bytes | None]] = await pipe.execute()
-                return found
+                found: Any = await pipe.execute()
         except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
             raise StoreReadError(
                 f"Redis did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
             ) from error
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            # The client's own parsers meet a shape that no Redis sends.
+            found = error
+        if not _are_hashes(found, fields):
+            # What follows on these connections may be the rest of such an answer.
+            await self._connected().connection_pool.disconnect(inuse_connections=False)
+            raise StoreReadError(
+                f"what answers is no Redis: to HMGET of {len(keys)} hashes came {str(found)[:80]!r}"
+            )
+        hashes: list[list[bytes | None]] = found
+        return hashes
 
     async def close(self) -> None:
         """Close the connections."""
@@ -140,7 +162,41 @@ class RedisHashes:
             from redis.asyncio import Redis
 
             self._client = Redis(**self.options)
+            if self._connection_class is not None:
+                self._client.connection_pool.connection_class = self._connection_class
         return self._client
+
+
+def _are_hashes(found: Any, fields: Sequence[Sequence[bytes]]) -> bool:
+    """Whether an answer holds a value or nothing for each field that was asked for."""
+    return (
+        isinstance(found, list)
+        and len(found) == len(fields)
+        and all(
+            isinstance(values, list)
+            and len(values) == len(names)
+            and all(value is None or isinstance(value, bytes) for value in values)
+            for values, names in zip(found, fields, strict=True)
+        )
+    )
+
+
+def _sharing_tls(options: Mapping[str, Any]) -> type:
+    """Connections that share one TLS context, made here: to make one takes longer than a connection
+    may take to be made.
+    """
+    from redis.asyncio import Redis, SSLConnection
+
+    pool: Any = Redis(**options).connection_pool
+    context = pool.make_connection().ssl_context
+    context.get()
+
+    class Shared(SSLConnection):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.ssl_context = context
+
+    return Shared
 
 
 class RedisReader:
@@ -191,9 +247,9 @@ class RedisReader:
         """
         found = await self.read_raw(user_id, timeout_s)
         return {
-            name: decoded(name, data)
-            for names, stored in zip(self._plan.names, found, strict=True)
-            for name, data in zip(names, stored, strict=True)
+            name: decoded(name, data, kind)
+            for names, kinds, stored in zip(self._plan.names, self._plan.kinds, found, strict=True)
+            for name, kind, data in zip(names, kinds, stored, strict=True)
         }
 
     async def read_raw(self, user_id: Id, timeout_s: float) -> list[list[bytes | None]]:
@@ -235,11 +291,14 @@ class RedisEpoch:
         return found
 
 
-def decoded(name: str, data: bytes | None) -> Any:
+def decoded(name: str, data: bytes | None, kind: str = "") -> Any:
     """A stored Value as Python has it; None where there is none.
 
+    Args:
+        kind: of value that it must be, such as `bytes_val`; "" for any.
+
     Raises:
-        DamagedValueError: what is stored is no Value.
+        DamagedValueError: what is stored is no Value, or one of another kind.
     """
     from feast.protos.feast.types.Value_pb2 import Value
     from google.protobuf.message import DecodeError
@@ -247,24 +306,12 @@ def decoded(name: str, data: bytes | None) -> Any:
     if not data:
         return None
     try:
-        return plain_value(Value.FromString(data))
+        value = Value.FromString(data)
     except DecodeError as error:
         raise DamagedValueError(f"{name} is stored as no value of Feast's: {error}") from error
-
-
-def plain_value(value: Any) -> Any:
-    """A Value of Feast's as Python has it, as Feast's own answers do; None where it holds none."""
-    kind = value.WhichOneof("val")
-    if kind is None or kind == "null_val":
-        return None
-    found = getattr(value, kind)
-    if kind.endswith("_list_val"):
-        return list(found.val)
-    if kind == "unix_timestamp_val":
-        from datetime import UTC, datetime
-
-        return datetime.fromtimestamp(found, tz=UTC)
-    return found
+    if kind and value.WhichOneof("val") not in (None, "null_val", kind):
+        raise DamagedValueError(f"{name} is stored as {value.WhichOneof('val')}, expected {kind}")
+    return plain_value(value)
 
 
 def _key_maker(

@@ -1,18 +1,19 @@
-"""New events of one user into everything that the online store holds of them: history, statistics,
-summary tokens.
+"""New events of one user into everything that the online store holds of them: history, sketch,
+statistics, summary tokens.
 
-What a stream of events would call for each user. Tokens go from stored state to stored state,
-without reading the old events, and are written at a newer time, so that on Redis two that refresh
-the same user at once cannot leave the older ones. History and statistics are what the jobs would
-build, but for the last digits of a mean; the next run of the jobs replaces them.
+The record is read, what follows from the events is computed, and the record is replaced as a whole if
+nobody changed it meanwhile; else all begins again from what is there now (`online_users.py`). Tokens
+go from stored state to stored state, without reading the old events. History and statistics are what
+the jobs would build, but for the last digits of a mean; the next run of the jobs replaces them.
 """
 
 from __future__ import annotations
 
-import logging
+import random
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.arrow import (
-    EPOCH,
     MICROS,
     TIMESTAMP,
-    arrow_schema,
     arrow_type,
     history_schema,
     micros,
@@ -41,9 +40,16 @@ from feature_repo.history import (
     primary_values,
     unpack,
 )
-from feature_repo.online_rows import write_rows
 from feature_repo.online_tokens import OnlineTokens
-from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.online_users import (
+    HISTORY,
+    STATS,
+    TOKENS,
+    NewRow,
+    UserRecord,
+    user_records,
+)
+from feature_repo.schema import EVENT_TIMESTAMP
 from feature_repo.sketch import Layout, Sketch, SketchError
 from feature_repo.sketch import from_bytes as sketch_of
 from modeling.summary import Summariser, envelopes, stored_summary
@@ -53,9 +59,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
-logger = logging.getLogger(__name__)
-
-VIEWS = ("user_history", "user_stats")  # what events change
+ADD_S = 2.0  # how long a call goes on where others change the same user
+PAUSE_S = 0.002  # at most, before it begins again
 
 
 class NoStateError(ExpectedError, LookupError):
@@ -68,6 +73,24 @@ class RefusedError(ExpectedError, RuntimeError):
 
 class LateError(ExpectedError, ValueError):
     """An event is earlier than what is known of its user."""
+
+
+class BusyUserError(ExpectedError, RuntimeError):
+    """Others changed the user all the time: nothing was added."""
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """A user's tokens and state as they are stored, and since when, microseconds."""
+
+    tokens: bytes
+    state: bytes | None
+    computed_at: int
+
+    @property
+    def row(self) -> NewRow:
+        """The same as a row of the online store."""
+        return NewRow({"tokens": self.tokens, "state": self.state}, self.computed_at)
 
 
 class Refresher:
@@ -96,20 +119,10 @@ class Refresher:
             kind,
         )
 
-    def known(self, user_id: int | str) -> int:
-        """How many events the stored tokens stand for.
-
-        Raises:
-            NoStateError: there are none.
-            EnvelopeError: they are damaged.
-        """
-        version = self._summariser.fingerprint
-        ((tokens, _),) = self._online.read(version, [user_id])
-        if tokens is None:
-            raise NoStateError(
-                f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
-            )
-        return from_bytes(tokens, user_id).num_events
+    @property
+    def version(self) -> str:
+        """The token version that it makes."""
+        return self._summariser.fingerprint
 
     def refresh(
         self, user_id: int | str, new_events: list[dict[str, Any]], computed_at: int | None = None
@@ -127,8 +140,29 @@ class Refresher:
             ValueError: no new event, one that is not later than the last, or a value of the wrong
                 type.
         """
-        version = self._summariser.fingerprint
-        ((tokens, state),) = self._online.read(version, [user_id])
+        ((tokens, state),) = self._online.read(self.version, [user_id])
+        made = self.extended(user_id, tokens, state, new_events, computed_at)
+        stored = ([made.tokens], [made.state], made.computed_at)
+        if not self._online.write(self.version, [user_id], *stored):
+            raise RefusedError(
+                f"tokens of user {user_id!r} were replaced by newer ones meanwhile: refresh again from those"
+            )
+        return from_bytes(made.tokens, user_id)
+
+    def extended(
+        self,
+        user_id: int | str,
+        tokens: bytes | None,
+        state: bytes | None,
+        new_events: list[dict[str, Any]],
+        computed_at: int | None = None,
+    ) -> NewTokens:
+        """Stored tokens and state with new events; nothing is read or written.
+
+        Raises:
+            NoStateError, EnvelopeError, ValueError: see `refresh`.
+        """
+        version = self.version
         if tokens is None or state is None:
             raise NoStateError(
                 f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
@@ -158,20 +192,39 @@ class Refresher:
             raise ValueError(
                 f"new events of user {user_id!r} must not be earlier than {kept.as_of} µs, and in the order of time, got {times.tolist()}"
             )
-        item = self._contract.item.join_key
-        codes = self._summariser.encoder.items.indices_of(
-            batch[item].unique()
-        )  # in the order of the item keys: of first occurrence
-        summary = self._summariser.extended(stored_summary(before, kept), histories, codes)
+        summary = self._summariser.extended(
+            stored_summary(before, kept), histories, self._codes(batch)
+        )
         digest = extended_digest(self._contract, before.digest, before.num_events, batch)
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
-        stored, streams = envelopes(summary, 0, user_id, version, at, self._kind, digest)
-        if not self._online.write(version, [user_id], [stored], [streams], at):
-            raise RefusedError(
-                f"tokens of user {user_id!r} were replaced by newer ones meanwhile: refresh again from those"
-            )
-        return from_bytes(stored, user_id)
+        return NewTokens(
+            *envelopes(summary, 0, user_id, version, at, self._kind, digest), computed_at=at
+        )
+
+    def begun(self, user_id: int | str, events: pa.Table, not_before: int = 0) -> NewTokens:
+        """Tokens and state of a user's whole history, of whom there are none yet.
+
+        Args:
+            events: all of them, oldest first.
+            not_before: microseconds; the tokens are computed later than this.
+        """
+        batch = events.combine_chunks().to_batches()[0]
+        histories, _ = from_batches(
+            self._contract, [batch], pa.array([], batch.schema.field(0).type)
+        )
+        # A stream's tokens depend on no moment but those of the events.
+        summary = self._summariser.whole(histories, self._codes(batch), np.array([0]))
+        digest = extended_digest(self._contract, 0, 0, batch)
+        at = max(time.time_ns() // 1000, not_before + 1)
+        return NewTokens(
+            *envelopes(summary, 0, user_id, self.version, at, self._kind, digest), computed_at=at
+        )
+
+    def _codes(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Indices of a batch's items, in the order of the item keys: of first occurrence."""
+        item = self._contract.item.join_key
+        return self._summariser.encoder.items.indices_of(batch[item].unique())
 
 
 class UserMemory:
@@ -189,52 +242,61 @@ class UserMemory:
         self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None
     ) -> None:
         self._store, self._contract, self._refresher = store, contract, refresher
-        # Read once: no event waits for the registry.
-        self._views = {view: store.get_feature_view(view) for view in VIEWS}
+        self._records = user_records(store, contract, refresher.version if refresher else None)
+        # Why tokens of a user do not know the newest events, and how often.
+        self.without_tokens: Counter[str] = Counter()
 
-    def read(self, user_id: int | str) -> dict[str, dict[str, Any]]:
-        """What is stored of a user, by view; to be put back by `write`."""
-        views = {view: [c.name for c in self._contract.table(view).columns] for view in VIEWS}
-        refs = [f"{view}:{name}" for view, names in views.items() for name in names]
-        asked = [{self._contract.user.join_key: user_id}]
-        rows = self._store.get_online_features(refs, asked).to_dict()
-        return {view: {name: rows[name][0] for name in names} for view, names in views.items()}
+    def read(self, user_id: int | str) -> UserRecord:
+        """What is stored of a user, of one moment; to be put back by `put_back`."""
+        return self._records.read(user_id)
 
-    def write(self, user_id: int | str, rows: dict[str, dict[str, Any]], known: int) -> None:
-        """Store rows of a user, by view.
+    def put_back(self, record: UserRecord, known: int) -> None:
+        """Store a record as it once was read, whatever is there now.
 
         Args:
             known: since when, microseconds.
         """
-        for view, values in rows.items():
-            table = self._contract.table(view)
-            stamp = EPOCH + timedelta(microseconds=known)
-            row = {
-                self._contract.user.join_key: user_id,
-                **values,
-                EVENT_TIMESTAMP: stamp,
-                CREATED_TIMESTAMP: stamp,
-            }
-            rows_of_view = pa.Table.from_pylist([row], schema=arrow_schema(table))
-            write_rows(self._store, view, rows_of_view, self._views[view])
+        rows = {view: NewRow(values, known) for view, values in record.views.items()}
+        while not self._records.swap(self._records.read(record.user_id), rows):
+            pass
 
-    def add(self, user_id: int | str, new_events: list[dict[str, Any]]) -> int:
-        """Add a user's new events, oldest first: to the history, with the sketch that counts it; then
-        statistics and tokens are brought up to it, which makes whole what an earlier call left half
-        done. Returns how many were added: one that is there already, the same item, action and time,
-        is not.
+    def add(
+        self,
+        user_id: int | str,
+        new_events: list[dict[str, Any]],
+        refuse: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Add a user's new events, oldest first, to history, sketch, statistics and tokens at once; what
+        an interrupted writer left behind is made whole on the way. Returns how many were added: one
+        that is there already, the same item, action and time, is not.
 
         Args:
             new_events: columns of `contract.history_columns`, none earlier than what is stored;
                 impressions among them are left out.
+            refuse: raises where this user's events are not to be added; asked before each attempt.
 
         Raises:
             HistoryError: the stored history is damaged.
             LateError: an event is earlier than one that is stored.
+            BusyUserError: others changed the user for `ADD_S` seconds; nothing was added.
         """
+        until = time.monotonic() + ADD_S
+        while True:
+            refuse()
+            record = self._records.read(user_id)
+            after = self._after(record, new_events)
+            if not after.rows or self._records.swap(record, after.rows):
+                return after.added
+            if time.monotonic() > until:
+                raise BusyUserError(
+                    f"user {user_id!r} was changed by others for {ADD_S:g} s; nothing was added"
+                )
+            time.sleep(random.uniform(0, PAUSE_S))  # noqa: S311  # so that two do not meet again
+
+    def _after(self, record: UserRecord, new_events: list[dict[str, Any]]) -> _After:
+        """What a user's record becomes by new events."""
         acted = self._contract.history_actions
-        stored = self.read(user_id)
-        before = self._events(user_id, stored)
+        before = self._events(record)
         # Of all that is packed, only what happened at the same moments can be the same.
         stamps = pa.array([event[EVENT_TIMESTAMP] for event in new_events], TIMESTAMP)
         same_moment = before.filter(pc.is_in(before[EVENT_TIMESTAMP], stamps))
@@ -243,39 +305,38 @@ class UserMemory:
         unseen = {self._identity(event): event for event in new_events if event["action"] in acted}
         new_events = [event for key, event in unseen.items() if key not in seen]
         # A history without a sketch does not say how many events it stands for; the statistics do.
-        counted = self._counted(user_id, stored)
+        counted = self._counted(record)
+        rows: dict[str, NewRow] = {}
         if new_events:
             new = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
             times = micros(new[EVENT_TIMESTAMP])
             last = micros(before[EVENT_TIMESTAMP])[-1] if before.num_rows else -1
             if times[0] < last or (np.diff(times) < 0).any():
                 raise LateError(
-                    f"new events of user {user_id!r} must not be earlier than {last} µs, and in order, got {times.tolist()}"
+                    f"new events of user {record.user_id!r} must not be earlier than {last} µs, and in order, got {times.tolist()}"
                 )
-            whole = pa.concat_tables([before, new])
-            self._write_history(user_id, stored, whole, new, counted)
+            before = self._kept(pa.concat_tables([before, new]))
+            rows[HISTORY] = self._history_row(record, before, new, counted)
             counted += new.num_rows
-            before = self._kept(whole)
-        self._catch_up(user_id, stored["user_stats"], before, counted)
-        return len(new_events)
+        return _After(rows | self._caught_up(record, before, counted), len(new_events))
 
     def _identity(self, event: dict[str, Any]) -> tuple[Any, ...]:
         return event[self._contract.item.join_key], event["action"], event[EVENT_TIMESTAMP]
 
-    def _events(self, user_id: int | str, stored: dict[str, dict[str, Any]]) -> pa.Table:
+    def _events(self, record: UserRecord) -> pa.Table:
         """The packed events."""
-        packed = stored["user_history"]["history"]
-        batches = [] if packed is None else [unpack(self._contract, user_id, packed)]
+        packed = record[HISTORY]["history"]
+        batches = [] if packed is None else [unpack(self._contract, record.user_id, packed)]
         return pa.Table.from_batches(batches, history_schema(self._contract))
 
-    def _counted(self, user_id: int | str, stored: dict[str, dict[str, Any]]) -> int:
+    def _counted(self, record: UserRecord) -> int:
         """How many events the stored history stands for, those that are no longer packed included."""
         try:
             _, identity = sketch_of(
-                Layout.of(self._contract), stored["user_history"]["sketch"] or b"", user_id
+                Layout.of(self._contract), record[HISTORY]["sketch"] or b"", record.user_id
             )
         except SketchError:
-            return stored["user_stats"]["history_end"] or 0
+            return record[STATS]["history_end"] or 0
         return identity.num_events
 
     def _kept(self, events: pa.Table) -> pa.Table:
@@ -283,53 +344,73 @@ class UserMemory:
         number = self._contract.spec.num_history_online
         return events.slice(max(events.num_rows - number, 0)).combine_chunks()
 
-    def _write_history(
-        self,
-        user_id: int | str,
-        stored: dict[str, dict[str, Any]],
-        whole: pa.Table,
-        new: pa.Table,
-        counted: int,
-    ) -> None:
-        """The packed history and its sketch, in one write.
+    def _history_row(
+        self, record: UserRecord, kept: pa.Table, new: pa.Table, counted: int
+    ) -> NewRow:
+        """The packed history and its sketch.
 
         Args:
+            kept: the events that are packed, the new ones among them.
             counted: events before the new ones.
         """
         sketch = sketch_after(
             self._contract,
-            user_id,
-            stored["user_history"]["sketch"],
+            record.user_id,
+            record[HISTORY]["sketch"],
             counted,
-            stored["user_stats"]["history_digest"] or 0,
+            record[STATS]["history_digest"] or 0,
             new,
             self._remembered(new),
         )
-        row = {"history": pack(self._contract, user_id, self._kept(whole)), "sketch": sketch}
-        self.write(user_id, {"user_history": row}, int(micros(new[EVENT_TIMESTAMP])[-1]) + 1)
+        values = {"history": pack(self._contract, record.user_id, kept), "sketch": sketch}
+        return NewRow(values, int(micros(new[EVENT_TIMESTAMP])[-1]) + 1)
 
-    def _catch_up(
-        self, user_id: int | str, stats: dict[str, Any], packed: pa.Table, counted: int
-    ) -> None:
-        """Bring statistics, then tokens, up to the history; those that lag further than it reaches are
-        the jobs' to mend.
+    def _caught_up(self, record: UserRecord, packed: pa.Table, counted: int) -> dict[str, NewRow]:
+        """Statistics and tokens that know the history; those that lag further than it reaches are the
+        jobs' to mend.
         """
-        behind = counted - (stats["history_end"] or 0)
+        rows: dict[str, NewRow] = {}
+        behind = counted - (record[STATS]["history_end"] or 0)
         if 0 < behind <= packed.num_rows:
             lacking = packed.slice(packed.num_rows - behind).combine_chunks()
-            after = stats_after(self._contract, stats, lacking)
-            self.write(
-                user_id, {"user_stats": after}, int(micros(lacking[EVENT_TIMESTAMP])[-1]) + 1
-            )
-        if self._refresher is None:
-            return
+            known = int(micros(lacking[EVENT_TIMESTAMP])[-1]) + 1
+            rows[STATS] = NewRow(stats_after(self._contract, record[STATS], lacking), known)
+        digest = (rows[STATS].values if STATS in rows else record[STATS])["history_digest"]
+        made = self._tokens_after(record, packed, counted, digest)
+        return rows if made is None else {**rows, TOKENS: made.row}
+
+    def _tokens_after(
+        self, record: UserRecord, packed: pa.Table, counted: int, digest: int | None
+    ) -> NewTokens | None:
+        """Tokens that know the history; None where they do so already, and where only the job can make
+        them: the answer names it.
+
+        Args:
+            digest: of the whole history.
+        """
+        if self._refresher is None or not counted:
+            return None
+        tokens, state = record[TOKENS]["tokens"], record[TOKENS]["state"]
         try:
-            behind = counted - self._refresher.known(user_id)
-            if 0 < behind <= packed.num_rows:
-                self._refresher.refresh(user_id, packed.slice(packed.num_rows - behind).to_pylist())
-        except (NoStateError, RefusedError, EnvelopeError):
-            # No tokens yet, newer ones, or damaged ones: the answer names it, and the job makes them.
-            logger.exception("summary tokens do not know the newest events")
+            stored = None if tokens is None else from_bytes(tokens, record.user_id)
+            if stored is None or stored.tombstone:
+                whole = counted == packed.num_rows
+                if not whole or digest != extended_digest(self._contract, 0, 0, packed):
+                    self.without_tokens["no_state"] += 1
+                    return None
+                return self._refresher.begun(
+                    record.user_id, packed, stored.computed_at if stored else 0
+                )
+            behind = counted - stored.num_events
+            if not 0 < behind <= packed.num_rows:
+                return None
+            lacking = packed.slice(packed.num_rows - behind).to_pylist()
+            return self._refresher.extended(record.user_id, tokens, state, lacking)
+        except NoStateError:
+            self.without_tokens["no_state"] += 1
+        except EnvelopeError:
+            self.without_tokens["damaged"] += 1
+        return None
 
     def _remembered(self, events: pa.Table) -> list[np.ndarray]:
         """Codes of each event's item in the columns that sketches count, as the store has them."""
@@ -344,6 +425,14 @@ class UserMemory:
             as_numbers(column, pa.array(found[column.name], arrow_type(column.dtype)))
             for column in columns
         ]
+
+
+@dataclass(frozen=True)
+class _After:
+    """Rows of a user by view that replace the stored ones, and how many events are new in them."""
+
+    rows: dict[str, NewRow]
+    added: int
 
 
 def sketch_after(
@@ -388,7 +477,7 @@ def sketch_after(
     return sketch.to_bytes(user_id, identity)
 
 
-def stats_after(contract: Contract, before: dict[str, Any], events: pa.Table) -> dict[str, Any]:
+def stats_after(contract: Contract, before: Mapping[str, Any], events: pa.Table) -> dict[str, Any]:
     """A user's statistics with new events; `before` holds nulls of whoever had none."""
     end, others = before["history_end"] or 0, before["other_events"] or 0
     primary = events["action"].to_numpy() == 0

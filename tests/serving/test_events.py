@@ -7,17 +7,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from feature_repo.history import from_batches
 from feature_repo.online_tokens import OnlineTokens
+from feature_repo.online_users import STATS, TOKENS, NewRow, _SqliteRecords, user_records
 from feature_repo.tables import JobFolder
+from modeling.summary import Summariser
 from serving.app import Server, app_of
 from serving.degraded import Degraded
+from serving.features import UserRow
 from serving.live import Live, Source
+from serving.ranker import RankService
 from serving.refresh import Refresher, UserMemory
 from serving.settings import ServeSettings
 
@@ -46,6 +54,11 @@ def user(road: Any) -> Iterator[int]:
 
 
 TURN = iter(range(1_000))
+
+
+def ranker_of(server: Server) -> RankService:
+    assert server.live.current is not None
+    return server.live.current.ranker
 
 
 def call(server: Server, path: str, body: Any) -> httpx.Response:
@@ -119,15 +132,30 @@ def test_a_late_event_is_refused_and_nothing_is_added(server: Server, user: int)
     assert reader.read_user(user).columns == before.columns
 
 
-def test_a_user_nobody_knew_is_known_by_their_first_event(server: Server) -> None:
+def test_a_user_nobody_knew_is_known_by_their_first_event(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     assert server.live.current is not None
     now = datetime.now(UTC) - timedelta(seconds=5)
     body = {"user_id": 987_654, "events": [event_of(server, now)]}
     assert call(server, "/v1/events", body).json() == {"added": 1, "known": 0}
-    row = server.live.current.ranker.reader.read_user(987_654)
+    ranker = server.live.current.ranker
+    row = ranker.reader.read_user(987_654)
     assert row.history is not None
     assert row.history.num_rows == row.columns["history_end"] == 1
-    assert row.sketch is not None
+    assert_of_one_moment(row)  # a stream begins from nothing
+    later = [event_of(server, now + timedelta(seconds=1))]
+    assert call(server, "/v1/events", {"user_id": 987_654, "events": later}).json()["added"] == 1
+    row = ranker.reader.read_user(987_654)
+    assert row.columns["history_end"] == 2
+    assert_of_one_moment(row)
+    assert row.tokens is not None
+    histories, _ = from_batches(ranker.contract, [row.history], pa.array([], pa.string()))
+    summariser = Summariser(ranker.bundle.model, ranker.bundle.encoder)
+    codes = ranker.bundle.encoder.items.indices_of(row.history["item_id"].unique())
+    whole = summariser.whole(histories, codes, np.array([0]))
+    np.testing.assert_allclose(row.tokens.tokens_SD, whole.tokens_BSD[0], atol=2e-3)  # fp16
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -166,44 +194,62 @@ def test_openapi_says_what_an_event_has(server: Server) -> None:
     assert "409" in document["paths"]["/v1/events"]["post"]["responses"]
 
 
-@pytest.mark.parametrize("fails", ["user_history", "user_stats", "summary_tokens"])
-def test_a_call_that_fails_half_way_is_made_whole_by_the_same_call(
-    server: Server, user: int, fails: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("took_effect", [False, True])
+def test_a_call_whose_outcome_is_unknown_is_made_whole_by_the_same_call(
+    server: Server, user: int, took_effect: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is lost, and nothing is counted twice."""
-    assert server.live.current is not None
-    ranker = server.live.current.ranker
+    ranker = ranker_of(server)
     before = ranker.reader.read_user(user)
     events = [event_of(server, datetime.now(UTC) - timedelta(seconds=20))]
     once = [True]
+    swap = _SqliteRecords.swap
 
-    def failing(original: Any, matters: Any) -> Any:
-        def call_it(self: Any, *given: Any) -> Any:
-            if once and matters(given):
-                once.pop()
-                raise ConnectionError("the store went away")
-            return original(self, *given)
+    def failing(self: Any, *given: Any) -> bool:
+        if not once:
+            return swap(self, *given)
+        once.pop()
+        if took_effect:
+            assert swap(self, *given)
+        raise ConnectionError("the store went away")
 
-        return call_it
-
-    if fails == "summary_tokens":
-        patched = failing(Refresher.refresh, lambda given: True)
-        monkeypatch.setattr(Refresher, "refresh", patched)
-    else:
-        patched = failing(UserMemory.write, lambda given: fails in given[1])
-        monkeypatch.setattr(UserMemory, "write", patched)
+    monkeypatch.setattr(_SqliteRecords, "swap", failing)
     first = call(server, "/v1/events", {"user_id": user, "events": events})
     assert first.status_code == 503
     assert first.json()["error"] == "store_unavailable"
     again = call(server, "/v1/events", {"user_id": user, "events": events})
-    assert again.status_code == 200
+    assert again.json() == {"added": int(not took_effect), "known": int(took_effect)}
     after = ranker.reader.read_user(user)
     assert after.columns["history_end"] == before.columns["history_end"] + 1
-    assert after.tokens is not None
-    assert after.tokens.num_events == after.columns["history_end"]
-    assert after.tokens.digest == after.columns["history_digest"]
-    assert not after.tokens_know_another_past
-    assert after.problems == ()
+    assert_of_one_moment(after)
+
+
+@pytest.mark.parametrize("lags", [(STATS,), (TOKENS,), (STATS, TOKENS)])
+def test_what_an_older_writer_left_behind_is_made_whole(
+    server: Server, user: int, road: Any, lags: tuple[str, ...]
+) -> None:
+    """Statistics and tokens that do not know the history yet are brought up to it by any call."""
+    ranker = ranker_of(server)
+    records = user_records(road.store, ranker.contract, ranker.bundle.tokens)
+    before = records.read(user)
+    events = [event_of(server, datetime.now(UTC) - timedelta(seconds=20))]
+    assert call(server, "/v1/events", {"user_id": user, "events": events}).json()["added"] == 1
+    now = records.read(user)
+    assert records.swap(now, {view: NewRow(before[view], 1) for view in lags})
+    if STATS in lags:
+        assert Degraded.MIXED_HISTORY in ranker.reader.read_user(user).problems
+    call(server, "/v1/events", {"user_id": user, "events": events})
+    assert_of_one_moment(ranker.reader.read_user(user))
+
+
+def assert_of_one_moment(row: UserRow) -> None:
+    """History, sketch, statistics and tokens know the same events."""
+    assert row.tokens is not None
+    assert row.sketch is not None
+    known = (row.columns["history_end"], row.columns["history_digest"])
+    assert (row.tokens.num_events, row.tokens.digest) == known
+    assert (row.sketch.num_events, row.sketch.digest) == known
+    assert row.problems == ()
 
 
 def test_a_basket_may_come_in_two_calls(server: Server, user: int) -> None:
@@ -220,6 +266,30 @@ def test_a_basket_may_come_in_two_calls(server: Server, user: int) -> None:
     assert row.history["item_id"].to_pylist()[-2:] == [items[1], items[2]]
     assert row.tokens is not None
     assert row.tokens.num_events == row.columns["history_end"]
+
+
+def test_a_user_without_tokens_whose_past_is_longer_than_is_kept_is_counted(
+    server: Server, user: int, road: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the job can make them: no log line for each event."""
+    ranker = ranker_of(server)
+    records = user_records(road.store, ranker.contract, ranker.bundle.tokens)
+    seen = records.read(user)
+    assert records.swap(seen, {TOKENS: NewRow({"tokens": None, "state": None}, 1)})
+    memory = UserMemory(road.store, ranker.contract, None)
+    memory._refresher = Refresher(
+        Summariser(ranker.bundle.model, ranker.bundle.encoder),
+        OnlineTokens(road.store, ranker.contract),
+        ranker.contract,
+    )
+    memory._records = records
+    record = records.read(user)
+    stats = {**record[STATS], "history_end": 9_999}
+    longer = replace(record, views={**record.views, STATS: stats})
+    history = memory._events(longer)
+    assert memory._tokens_after(longer, history, 9_999, stats["history_digest"]) is None
+    assert memory.without_tokens == {"no_state": 1}
+    assert not caplog.records
 
 
 def test_damaged_tokens_keep_no_event_out(server: Server, user: int, road: Any) -> None:
