@@ -104,6 +104,9 @@ class UserRecords(Protocol):
     def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
         """Replace rows of a user by view, all or none. False: what is stored is no longer `seen`."""
 
+    def close(self) -> None:
+        """Let go of connections."""
+
 
 def user_records(store: FeatureStore, contract: Contract, token_version: str | None) -> UserRecords:
     """Records of users in a store of Feast's.
@@ -225,6 +228,9 @@ class _RedisRecords:
             return all(self._script(keys=[key], args=call) for key, call in each)
         return bool(self._script(keys=keys, args=[part for call in calls for part in call]))
 
+    def close(self) -> None:
+        self._client.close()
+
     def _pairs(self, views: list[str]) -> list[tuple[str, str]]:
         return [(view, name) for view in views for name in self._definitions.features(view)]
 
@@ -287,6 +293,9 @@ class _SqliteRecords:
                 self._connection.execute("ROLLBACK")
                 raise
         return same
+
+    def close(self) -> None:
+        self._connection.close()
 
     def _raw(self, user_id: int | str) -> Raw:
         found: Raw = {}
@@ -358,6 +367,9 @@ class _FeastRecords:
             table = pa.Table.from_pylist([{**keys, **row.values, **stamps}], schema=schema)
             write_rows(self._store, view, table, definitions.views[view])
         return True
+
+    def close(self) -> None:
+        """Its connections are the store's."""
 
 
 def plain_value(value: Any) -> Any:

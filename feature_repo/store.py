@@ -124,6 +124,20 @@ def open_store(settings: Settings) -> FeatureStore:
     return FeatureStore(repo_path=str(REPO), fs_yaml_file=yaml_path(settings))
 
 
+def close_store(store: FeatureStore) -> None:
+    """Let go of a store's connections, to registry and online store; what goes on using it opens new
+    ones.
+    """
+    for name in ("write_engine", "read_engine", "engine"):
+        if (engine := getattr(store.registry, name, None)) is not None:
+            engine.dispose()
+    online = store._get_provider().online_store
+    for name in ("_client", "_conn"):
+        if (held := getattr(online, name, None)) is not None:
+            held.close()
+            setattr(online, name, None)
+
+
 def tables_elsewhere(settings: Settings) -> list[str]:
     """Files other than this home's online store in which the local registry says that its tables
     are.

@@ -66,6 +66,15 @@ class UserInputs(_Tensors):
         }
         return replace(self, **cut)
 
+    def with_events(self, length: int) -> UserInputs:
+        """The same users with so many events, of which nothing is known: what a model is timed by."""
+        made = {
+            f.name: value.new_zeros((value.shape[0], length, *value.shape[2:]))
+            for f in fields(self)
+            if f.name not in NOT_EVENTS and (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **made | {"mask_BL": torch.ones_like(made["mask_BL"])})
+
 
 @dataclass(frozen=True)
 class Candidates(_Tensors):

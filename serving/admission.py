@@ -5,19 +5,46 @@ take all. How much of them is held is bounded by bytes; where that is reached, t
 arriving for the longest is given up.
 
 Nor is a request taken on that could not be answered in time behind those that wait already: a slow model
-would otherwise spend itself on answers that come too late.
+would otherwise spend itself on answers that come too late. A place is for 500 candidates: a request for
+more takes more of them, and all such requests together half of the places at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from serving.errors import OverloadedError
 
 STEP = 0.1  # of the moving mean
+OF_A_PLACE = 500  # candidates
+FIXED = 100  # candidates that cost as much as all of a ranking that does not depend on how many there are
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a request takes of what all share.
+
+    Args:
+        places: of those that there are.
+        rankings: of 500 candidates that it costs as much as.
+    """
+
+    places: int = 1
+    rankings: float = 1.0
+
+    @staticmethod
+    def of(candidates: Sequence[int]) -> Weight:
+        """Of one ranking for each number of candidates, one after the other."""
+        places = max(math.ceil(max(candidates) / OF_A_PLACE), 1)
+        cost = sum(FIXED + number for number in candidates) / (FIXED + OF_A_PLACE)
+        return Weight(places, cost)
+
+
+USUAL = Weight()
 
 
 class Arriving:
@@ -47,21 +74,35 @@ class Admission:
     def __init__(self, most: int, most_bytes: int = 64 << 20, patience_s: float = math.inf) -> None:
         self.most, self.most_bytes, self._patience_s = most, most_bytes, patience_s
         self._each_s = 0.0  # that a ranking takes of what all share; moves with the last ones
-        self._waiting = 0  # rankings of the requests under way
-        self.under_way = 0
+        self._weights: list[Weight] = []  # of the requests under way
         self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
         self._bytes = 0
 
     @property
-    def full(self) -> bool:
-        """Whether there is no place."""
-        return self.under_way >= self.most or (
-            self.under_way > 0 and self._waiting * self._each_s >= self._patience_s
-        )
+    def under_way(self) -> int:
+        """Requests under way."""
+        return len(self._weights)
 
-    def took(self, seconds: float) -> None:
-        """A ranking kept the others waiting for so long."""
-        self._each_s += STEP * (seconds - self._each_s)
+    @property
+    def full(self) -> bool:
+        """Whether there is no place for a usual request."""
+        return self._refuses(USUAL)
+
+    def _refuses(self, weight: Weight) -> bool:
+        if not self._weights:
+            return False
+        taken = sum(other.places for other in self._weights)
+        if weight.places > 1:
+            large = sum(other.places for other in self._weights if other.places > 1)
+            if large and large + weight.places > self.most // 2:
+                return True
+        # Between pieces of a large request a small one comes to the model: it waits for its like.
+        waiting = sum(min(other.rankings, weight.rankings) for other in self._weights)
+        return taken >= self.most or waiting * self._each_s >= self._patience_s
+
+    def took(self, seconds: float, rankings: float = 1.0) -> None:
+        """So many rankings of 500 candidates kept the others waiting for so long."""
+        self._each_s += STEP * (seconds / rankings - self._each_s)
 
     def error(self) -> OverloadedError:
         """What is told whoever finds none."""
@@ -80,23 +121,19 @@ class Admission:
             raise self.error()
 
     @contextmanager
-    def admitted(self, rankings: int = 1) -> Iterator[None]:
-        """A place, for as long as the block runs.
-
-        Args:
-            rankings: that the request comes to.
+    def admitted(self, weight: Weight = USUAL) -> Iterator[None]:
+        """Places for a request, for as long as the block runs.
 
         Raises:
-            OverloadedError: there is none left.
+            OverloadedError: there are none left.
         """
-        self.refuse_if_full()
-        self.under_way += 1
-        self._waiting += rankings
+        if self._refuses(weight):
+            raise self.error()
+        self._weights.append(weight)
         try:
             yield
         finally:
-            self.under_way -= 1
-            self._waiting -= rankings
+            self._weights.remove(weight)
 
     @contextmanager
     def arriving(self, timeout: asyncio.Timeout) -> Iterator[Arriving]:

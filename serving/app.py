@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,8 +32,9 @@ from starlette.types import Scope as ASGIScope
 from feature_repo.history import HistoryError
 from feature_repo.settings import Settings
 from modeling.encoder import Encoded
-from serving.admission import Admission
+from serving.admission import Admission, Weight
 from serving.bodies import answered_with, error_response, media_of, read_body, unless_left
+from serving.callers import why_refused
 from serving.degraded import Degraded, reason_named
 from serving.errors import (
     ForbiddenError,
@@ -58,17 +60,20 @@ from serving.messages import (
 from serving.metrics import STAGES, Metrics
 from serving.openapi import openapi_document
 from serving.pretended import NO_SCORES, as_asked
-from serving.ranker import Clock, RankService
+from serving.ranker import PIECE, Clock, OutOfTimeError, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
+from serving.refresh import WITHOUT_TOKENS
 from serving.served_log import Served, ServedLog
 from serving.settings import Scope, ServeSettings
 from serving.shadow import Shadow
 from serving.states import OUTCOMES
 from serving.tracing import Tracing
 
+LEAVE_S = 1.0  # before the process would be killed
 LEAST_S = 0.002  # with less left, the store is not asked
 PATIENCE = 0.7  # of the deadline, spent waiting for the model; the rest is for the answer itself
 MARGIN_S = 0.002  # of the deadline, kept for writing the answer
+YIELD_S = 0.0005  # that a large request leaves the model to others, between its pieces
 logger = logging.getLogger(__name__)
 access = logging.getLogger("serving.access")
 
@@ -98,10 +103,13 @@ class Server:
         self.event_admission = Admission(settings.max_events_in_flight)
         # One model thread a process: two share one interpreter and are slower than one.
         self.model = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.large = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large")
         self.events = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
         self.shadow: Shadow | None = None
         self.beside: Serving | None = None  # the state of the shadow's bundle
         self._logs: dict[str, ServedLog] = {}
+        self._closed_logs = [0, 0]  # rows written and dropped by logs that are closed
+        self._shown_bundles: set[str] = set()  # of which a gauge tells
         self._encode = msgspec.json.Encoder().encode
 
     @property
@@ -121,6 +129,30 @@ class Server:
             )
             self._logs[bundle.digest] = made
         return self._logs[bundle.digest]
+
+    async def close_unused_logs(self) -> None:
+        """Close logs of bundles that are loaded no longer; what they counted stays counted."""
+        states = [*self.loaded().values(), *self.live.retired]
+        used = {one.ranker.bundle.digest for one in states}
+        for digest in [digest for digest in self._logs if digest not in used]:
+            log = self._logs.pop(digest)
+            await asyncio.to_thread(log.close)
+            self._closed_logs[0] += log.written
+            self._closed_logs[1] += log.dropped
+
+    async def close(self) -> None:
+        """Write what is to be written, and let go of threads and connections."""
+        if self.shadow is not None:
+            await asyncio.to_thread(self.shadow.close)
+        for log in self.logs:
+            await asyncio.to_thread(log.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+        await self.live.close()
+        if self.beside is not None:
+            await self.beside.close()
+        for thread in (self.model, self.large, self.events):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def load_shadow(self, load: Callable[[], Serving]) -> None:
         """Ask another bundle beside, from now on; one that cannot be loaded is said and left."""
@@ -209,7 +241,7 @@ class Server:
         self.check_special(request, asked)
         serving = self.of_bundle(asked, serving)
         self.refuse_the_future(asked)
-        with self.admission.admitted():
+        with self.admission.admitted(Weight.of([len(asked.candidates)])):
             deadline = self._deadline(asked, arrived)
             clock.lap("queue")
             answer = await unless_left(request, self._answer(serving, asked, clock, deadline))
@@ -235,7 +267,7 @@ class Server:
                 for one, asked in zip(chosen, batch, strict=True)
             ]
 
-        with self.admission.admitted(len(batch)):
+        with self.admission.admitted(Weight.of([len(asked.candidates) for asked in batch])):
             answers = await unless_left(request, each())
         for asked, answer in zip(batch, answers, strict=True):
             if not special(asked):
@@ -272,19 +304,33 @@ class Server:
             return ranker.in_order(asked, [*user.problems, reason_named(asked.force)], clock)
         user = as_asked(ranker.contract, user, asked)
         cancelled = False
+        weight = Weight.of([len(asked.candidates)])
 
         def compute() -> RankResponse | None:
             clock.lap("model_wait")
             # Whoever asked may be gone, or the time up, by when the thread comes to it.
             if cancelled or time.perf_counter() > deadline:
                 return None
-            began = time.perf_counter()
-            try:
-                return self._ranked(serving, asked, user, clock)
-            finally:
-                self.admission.took(time.perf_counter() - began)
+            began = piece_began = time.perf_counter()
 
-        computing = asyncio.get_running_loop().run_in_executor(self.model, compute)
+            def go_on(left: int) -> None:
+                nonlocal piece_began
+                now = time.perf_counter()
+                if cancelled or now + left * (now - piece_began) > deadline:
+                    raise OutOfTimeError
+                time.sleep(YIELD_S)  # a lock is not fair: who waits for the model comes first
+                piece_began = time.perf_counter()
+
+            try:
+                answer = self._ranked(serving, asked, user, clock, go_on)
+            except OutOfTimeError:
+                return None
+            self.admission.took(time.perf_counter() - began, weight.rankings)
+            return answer
+
+        # A large request comes to the model piece by piece, and small ones between its pieces.
+        thread = self.large if len(asked.candidates) > PIECE else self.model
+        computing = asyncio.get_running_loop().run_in_executor(thread, compute)
         try:
             async with asyncio.timeout(max(deadline - time.perf_counter(), 0)):
                 answer = await asyncio.shield(computing)
@@ -303,15 +349,20 @@ class Server:
         return answer
 
     def _ranked(
-        self, serving: Serving, asked: RankRequest, user: UserRow, clock: Clock
+        self,
+        serving: Serving,
+        asked: RankRequest,
+        user: UserRow,
+        clock: Clock,
+        go_on: Callable[[int], None],
     ) -> RankResponse:
         """The answer, on the model's thread, logged where its user is among those who are."""
         ranker, log = serving.ranker, self.log_of(serving)
         if log is None or special(asked) or not log.samples(asked.user_id):
-            return ranker.answer(asked, user, clock, keep=not special(asked))
+            return ranker.answer(asked, user, clock, keep=not special(asked), go_on=go_on)
         numbers: list[tuple[datetime, Encoded]] = []
         answer = ranker.answer(
-            asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True
+            asked, user, clock, lambda at, made: numbers.append((at, made)), keep=True, go_on=go_on
         )
         answer.request_id = uuid.uuid4().hex
         log.add(Served(asked, answer, *numbers[0]))
@@ -420,9 +471,12 @@ class Server:
     def observe(self) -> None:
         """Set what is not counted as it happens."""
         metrics, live = self.metrics, self.live
-        for one in (live.current, live.previous):
-            if one is not None:
-                metrics.bundle.labels(one.name).set(one is live.current)
+        names = {one.name: one is live.current for one in (live.previous, live.current) if one}
+        for name in self._shown_bundles - set(names):
+            metrics.forget_bundle(name)
+        self._shown_bundles = set(names)
+        for name, ranks in names.items():
+            metrics.bundle.labels(name).set(ranks)
         metrics.ready.set(self.why_not_ready() is None)
         metrics.under_way.set(self.admission.under_way)
         metrics.swaps.set(live.swaps)
@@ -431,8 +485,13 @@ class Server:
         for outcome in OUTCOMES:
             metrics.states.labels(outcome).set(0 if kept is None else kept.counts[outcome])
         metrics.state_bytes.set(0 if kept is None else kept.bytes)
-        metrics.logged.set(sum(log.written for log in self.logs))
-        metrics.log_dropped.set(sum(log.dropped for log in self.logs))
+        written, dropped = self._closed_logs
+        metrics.logged.set(written + sum(log.written for log in self.logs))
+        metrics.log_dropped.set(dropped + sum(log.dropped for log in self.logs))
+        current = None if live.current is None else live.current.events
+        for reason in WITHOUT_TOKENS:
+            number = 0 if current is None else current.without_tokens.get(reason, 0)
+            metrics.events_without_tokens.labels(reason).set(number)
 
     async def observe_for_ever(self) -> None:
         """Each process, since a scrape of all meets one of them."""
@@ -440,6 +499,7 @@ class Server:
             self.observe()
             for serving in self.loaded().values():
                 await asyncio.to_thread(serving.ranker.forget_old_users)
+            await self.close_unused_logs()
             await asyncio.sleep(1.0)
 
     async def models(self, request: Request) -> Response:
@@ -519,6 +579,7 @@ def described_bundle(serving: Serving) -> dict[str, Any]:
         "model": bundle.manifest.get("model"),
         "tokens": bundle.tokens,
         "items": len(serving.ranker.items),
+        "ms_of_500": serving.ranker.ms_of_500,
     }
 
 
@@ -559,15 +620,12 @@ def app_of(
                 asyncio.create_task(server.live.watch(settings.watch_s)),
                 asyncio.create_task(server.observe_for_ever()),
             ]
+        if keep_up and server.stopping is not None:
+            tasks.append(asyncio.create_task(leave_in_time(server)))
         yield
         for task in tasks:
             task.cancel()
-        if server.shadow is not None:
-            await asyncio.to_thread(server.shadow.close)
-        for log in server.logs:
-            await asyncio.to_thread(log.close)
-        if server.tracing is not None:
-            await asyncio.to_thread(server.tracing.close)
+        await server.close()
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -602,24 +660,52 @@ def app_of(
         Route(path, server.counted(handler), methods=["POST"]) for path, handler in posts.items()
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refused})
+    app.router.redirect_slashes = False  # to an address that the caller's Host would name
     return RefusesFirst(app, server, frozenset({"/v1/rank", "/v1/rank:batch"}))
 
 
+async def leave_in_time(server: Server) -> None:
+    """End this process by itself before the one above it kills it: a connection that somebody holds open
+    would otherwise cost the rows of the served log that are not written yet.
+    """
+    assert server.stopping is not None
+    settings = server.settings
+    while not server.stopping.exists():
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(max(settings.unready_s + settings.stop_s - LEAVE_S, 0.1))
+    logger.warning("connections are still open after %d s: the server ends", settings.stop_s)
+    try:
+        async with asyncio.timeout(LEAVE_S / 2):
+            await server.close()
+    finally:
+        os._exit(0)
+
+
 class RefusesFirst:
-    """The app, before which a full server refuses: with a tenth of what the way through the routes costs,
-    so that refusing three times the load leaves time to answer what was taken on.
+    """The app, before which foreign callers and, by a full server, rankings are refused: with a tenth of
+    what the way through the routes costs, so that refusing three times the load leaves time to answer
+    what was taken on.
+
+    Args:
+        paths: of rankings.
     """
 
     def __init__(self, app: Starlette, server: Server, paths: frozenset[str]) -> None:
         self._app, self._server, self._paths = app, server, paths
+        self._known = {route.path for route in app.routes if isinstance(route, Route)}
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        full = self._server.admission.full
-        if full and scope["type"] == "http" and scope["path"] in self._paths:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = why_refused(scope, self._server.settings)
+        if error is None and self._server.admission.full and scope["path"] in self._paths:
             error = self._server.admission.error()
+        if error is not None:
             response = error_response(error.status, error.kind, str(error))
-            self._server.metrics.requests.labels(scope["path"], str(error.status)).inc()
+            path = scope["path"] if scope["path"] in self._known else "other"
+            self._server.metrics.requests.labels(path, str(error.status)).inc()
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -11,7 +11,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serving.admission import Admission
-from serving.errors import BodyTooLargeError, SlowBodyError, UnsupportedMediaError
+from serving.errors import (
+    BodyTooLargeError,
+    BrokenBodyError,
+    SlowBodyError,
+    UnsupportedMediaError,
+)
 from serving.messages import JSON, MSGPACK, ErrorBody, encoded
 
 T = TypeVar("T")
@@ -22,15 +27,15 @@ def error_response(status: int, kind: str, message: str) -> Response:
     headers = {"Retry-After": "1"} if status == 503 else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if status == 408:
-        headers["Connection"] = "close"
+    if kind in (SlowBodyError.kind, BrokenBodyError.kind):
+        headers["Connection"] = "close"  # what else comes is the rest of that body
     body = msgspec.json.encode(ErrorBody(kind, message))
     return Response(body, status_code=status, media_type=JSON, headers=headers)
 
 
 def media_of(request: Request) -> str:
-    """What a body is said to be, lower case; JSON where nothing is said."""
-    return request.headers.get("content-type", JSON).split(";")[0].strip().lower()
+    """What a body is said to be, lower case; "" where nothing is said."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def answered_with(request: Request, answer: Any, headers: dict[str, str] | None = None) -> Response:
@@ -75,12 +80,22 @@ async def read_body(
         admission: which bounds how much of all bodies is held; default: nothing does.
 
     Raises:
-        UnsupportedMediaError: declared as something other than JSON or msgpack, or compressed.
+        UnsupportedMediaError: declared as something other than JSON or msgpack, as nothing, or
+            compressed.
         BodyTooLargeError: longer than the limit.
         SlowBodyError: not there in time, or the slowest of too many.
+        BrokenBodyError: it ended before it was whole.
     """
+    # Required: a page of another site may send what declares nothing without asking first.
     if (declared := media_of(request)) not in (JSON, MSGPACK):
-        raise UnsupportedMediaError(f"Content-Type must be {JSON} or {MSGPACK}, not {declared!r}")
+        raise UnsupportedMediaError(
+            f"Content-Type must be {JSON} or {MSGPACK}, not {declared!r}"
+            if declared
+            else f"Content-Type is required: {JSON} or {MSGPACK}"
+        )
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].strip('" ')
+    if declared == JSON and charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMediaError(f"JSON is read in UTF-8, not in {charset!r}")
     if encoding := request.headers.get("content-encoding"):
         raise UnsupportedMediaError(
             f"Content-Encoding {encoding!r} is not accepted: send it as it is"
@@ -100,4 +115,8 @@ async def read_body(
                         raise too_large
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {seconds:g} s") from error
+    except ClientDisconnect as error:
+        raise BrokenBodyError(
+            "the body ended before it was whole, or its chunks are broken"
+        ) from error
     return bytes(body)

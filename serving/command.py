@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
@@ -14,13 +15,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from feature_repo.errors import ExpectedError
+from feature_repo import datasets
+from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import Settings
+from feature_repo.store import yaml_path
 from serving.ranker import RankService
 from serving.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
 
 console = Console()
 SWITCH_S = 0.0005
+LOG_FORMAT, LOG_TIME = "%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ"
 MAX_CONNECTIONS = 4_096  # of a process, with a request under way; admission refuses long before
 
 
@@ -156,6 +160,15 @@ def serve(settings: ServeSettings) -> int:
     Raises:
         PortTakenError: the address cannot be listened on.
     """
+    # What a worker would end with, again and again, is said once, here.
+    home = Settings.from_env()
+    datasets.load_contract(home.dataset)
+    yaml_path(home)
+    if settings.stop_s <= max(settings.header_s, settings.body_s):
+        raise SettingsError(
+            f"stop_s is {settings.stop_s}, and a head or body may take {max(settings.header_s, settings.body_s):g} s: a "
+            "server that stops would cut those off; raise MEMOIR_SERVE_STOP_S, or lower HEADER_S and BODY_S"
+        )
     # First, so that nobody waits for a bundle to load to hear of it.
     port = listenable(settings.host, settings.port)
     settings = settings.model_copy(update={"port": port})
@@ -212,6 +225,12 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         backpressure=MAX_CONNECTIONS,
         http1_settings=HTTP1Settings(header_read_timeout=1000 * settings.header_s),
         log_level=LogLevels.warning,
+        log_dictconfig={
+            "formatters": {
+                name: {"()": "logging.Formatter", "fmt": LOG_FORMAT, "datefmt": LOG_TIME}
+                for name in ("generic", "access")
+            }
+        },
         ssl_cert=settings.tls_certificate,
         ssl_key=settings.tls_key,
         ssl_key_password=None if password is None else password.get_secret_value(),
@@ -229,7 +248,8 @@ def app() -> Any:
     from serving.live import Live, Repair, Source, epoch_of
     from serving.tracing import tracing_from_env
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME)
+    logging.Formatter.converter = time.gmtime
     logging.getLogger("serving.access").setLevel(logging.INFO)
     # The event loop and the model's thread share an interpreter: refusals and store reads must not wait
     # for five milliseconds each time the model's thread holds it.
@@ -242,6 +262,7 @@ def app() -> Any:
         settings.item_refresh_s,
         settings.stale_days,
         settings.state_mib << 20,
+        settings.deadline_ms,
     )
     live = Live(
         source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None
@@ -258,7 +279,7 @@ def app() -> Any:
     stopping = os.environ.get(STOPPING)
     shadow = None
     if settings.shadow is not None:
-        shadow = replace(source, bundle=settings.shadow).load
+        shadow = replace(source, bundle=settings.shadow, deadline_ms=math.inf).load
     stopping_file = Path(stopping) if stopping else None
     server = Server(live, settings, stopping_file, home, tracing_from_env())
     return app_of(server, keep_up=True, shadow=shadow)

@@ -2,6 +2,7 @@
 
 ServingError
 ├── BadRequestError          400  the body is no JSON or msgpack
+├── BrokenBodyError          400  the body ended before it was whole
 ├── BodyTooLargeError        413  more bytes than allowed
 ├── UnsupportedMediaError    415  neither JSON nor msgpack
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
@@ -33,6 +34,13 @@ class BadRequestError(ServingError):
 
     status = 400
     kind = "bad_json"
+
+
+class BrokenBodyError(ServingError):
+    """The body ended before it was whole."""
+
+    status = 400
+    kind = "broken_body"
 
 
 class BodyTooLargeError(ServingError):

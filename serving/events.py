@@ -53,6 +53,10 @@ class EventTaker:
         """Events that summary tokens do not know, by why: the job makes these."""
         return dict(self._memory.without_tokens)
 
+    def close(self) -> None:
+        """Let go of connections."""
+        self._memory.close()
+
     def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:
         """Add events, oldest first.
 

@@ -47,6 +47,10 @@ class ThreadedReader:
                 f"the online store did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
             ) from error
 
+    async def close(self) -> None:
+        """End the thread, once what it reads is read."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
 
 class GuardedReader:
     """A circuit breaker: after a few failures in a row the store is not asked, but for one request now
@@ -90,3 +94,9 @@ class GuardedReader:
             raise
         self._failed = 0
         return row
+
+    async def close(self) -> None:
+        """Close what reads."""
+        close = getattr(self._reader, "close", None)
+        if close is not None:
+            await close()

@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from feature_repo.arrow import arrow_type, micros
+from feature_repo.arrow import arrow_schema, arrow_type, micros
 from feature_repo.contract import Contract
+from feature_repo.errors import ExpectedError
 from feature_repo.history import newest_rows
 from feature_repo.key_index import KeyIndex
 from feature_repo.schema import EVENT_TIMESTAMP, Column
@@ -36,9 +39,17 @@ ABSENT_S = 10.0  # for so long
 MAX_HOT = 200_000  # ids whose place is kept beside the index
 MAX_SOUGHT = 10_000  # ids that wait to be looked up
 PAUSE_S = 1.0  # after the store could not be read
+LOOK_UP = 500  # ids of one look-up
+LOOK_UP_SHARE = 0.05  # of a processor, for look-ups
+CLOSE_S = 10.0  # for a read that is under way, at the end
+BATCH_ROWS = 1 << 16
 logger = logging.getLogger(__name__)
 
 ITEM_TABLES = {"item_profile": "events", "item_stats": "item_stats"}  # and the jobs that build them
+
+
+class NotYetError(LookupError):
+    """The items of a run that is not online yet: an ordinary moment, and the last ones stay in use."""
 
 
 def item_columns(contract: Contract) -> list[tuple[str, Column]]:
@@ -70,16 +81,15 @@ def published_rows(settings: Settings, contract: Contract) -> Loaded | None:
     if sent is None or sent.fingerprint != contract.fingerprint:
         return None
     key = contract.item.join_key
-    tables, ids = [], []
+    tables: list[pa.Table] = []
+    ids: list[pa.Array] = []
     for view, job in ITEM_TABLES.items():
         folder = JobFolder(settings.home, job)
         manifest = folder.manifest()
         if manifest is None or manifest.digest != sent.inputs.get(job):
             return None
-        rows = folder.read(view)
-        known = pa.array(micros(rows[EVENT_TIMESTAMP]) <= sent.as_of_micros)
-        rows = newest_rows(rows.filter(known), key)
-        tables.append(rows.combine_chunks())
+        rows = newest_of(folder, contract, view, sent.as_of_micros)
+        tables.append(rows)
         ids.append(rows[key].combine_chunks())
     every = pc.unique(pa.concat_arrays(ids))
     columns = {key: every}
@@ -89,6 +99,22 @@ def published_rows(settings: Settings, contract: Contract) -> Loaded | None:
         for column in contract.table(view).columns:
             columns[column.name] = taken[column.name].cast(arrow_type(column.dtype))
     return Loaded(pa.table(columns), sent.as_of_micros)
+
+
+def newest_of(folder: JobFolder, contract: Contract, view: str, until: int) -> pa.Table:
+    """The newest row of each key up to a time, microseconds: read a batch at a time, since a table holds
+    every snapshot of every item and one row of each stays.
+    """
+    key, kept = contract.item.join_key, arrow_schema(contract.table(view)).empty_table()
+    for path in folder.paths(view):
+        with pq.ParquetFile(folder.open(path), pre_buffer=False) as file:
+            pieces = [kept]
+            for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+                rows = pa.Table.from_batches([batch])
+                known = pa.array(micros(rows[EVENT_TIMESTAMP]) <= until)
+                pieces.append(newest_rows(rows.filter(known), key))
+        kept = newest_rows(pa.concat_tables(pieces), key).combine_chunks()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -199,7 +225,10 @@ class ItemTable:
         self._changed = threading.Lock()
         self._wake, self._stop = threading.Event(), threading.Event()
         self.known, self.as_of = self._loaded()
-        threading.Thread(target=self._keep_up, args=(refresh_s,), daemon=True, name="items").start()
+        self._refresh_s = refresh_s
+        self._due = time.monotonic() + refresh_s if refresh_s else math.inf
+        self._thread = threading.Thread(target=self._keep_up, daemon=True, name="items")
+        self._thread.start()
 
     def __len__(self) -> int:
         return len(self.known)
@@ -237,9 +266,11 @@ class ItemTable:
             self.known, self.as_of = loaded, as_of
 
     def look_up(self) -> None:
-        """Look up in the store what requests asked for in vain."""
+        """Look up in the store what requests asked for in vain, at most `LOOK_UP` at a time."""
         with self._changed:
-            sought, self._sought = list(self._sought), {}
+            sought = list(islice(self._sought, LOOK_UP))
+            for key in sought:
+                del self._sought[key]
             # A request may ask for an id while its look-up runs.
             known = self.known.places(sought)
             sought = [key for key, at in zip(sought, known.tolist(), strict=True) if at < 0]
@@ -247,20 +278,29 @@ class ItemTable:
             return
         rows = self._rows(self._read(sought))
         now = time.monotonic()
+        found = set(rows.index.keys.to_pylist())
+        gone = [key for key in sought if key not in found]
+        # Made before the lock is taken: requests wait for it. Only this thread changes `known`.
+        base, added = self.known.base, self.known.added
+        keys = pa.concat_arrays([added.index.keys, rows.index.keys])
+        numbers = ItemNumbers.joined([added.numbers, rows.numbers])
+        known_now = KnownItems(base, _Rows(KeyIndex(keys), numbers))
+        absent = {key: until for key, until in self._absent.items() if until > now}
+        absent |= dict.fromkeys(gone[: MAX_ABSENT - len(absent)], now + ABSENT_S)
         with self._changed:
-            self._absent = {key: until for key, until in self._absent.items() if until > now}
-            found = set(rows.index.keys.to_pylist())
-            gone = [key for key in sought if key not in found]
-            self._absent |= dict.fromkeys(gone[: MAX_ABSENT - len(self._absent)], now + ABSENT_S)
-            base, added = self.known.base, self.known.added
-            keys = pa.concat_arrays([added.index.keys, rows.index.keys])
-            numbers = ItemNumbers.joined([added.numbers, rows.numbers])
-            self.known = KnownItems(base, _Rows(KeyIndex(keys), numbers))
+            self._absent = absent
+            self.known = known_now
+
+    def refresh_soon(self) -> None:
+        """Load every item again now, rather than when it is due."""
+        self._due = 0.0
+        self._wake.set()
 
     def close(self) -> None:
-        """Stop keeping up."""
+        """Stop keeping up; what is under way ends first."""
         self._stop.set()
         self._wake.set()
+        self._thread.join(timeout=CLOSE_S)
 
     def _seek(self, unknown: list[Id]) -> None:
         now = time.monotonic()
@@ -275,6 +315,7 @@ class ItemTable:
     def _loaded(self) -> tuple[KnownItems, int | None]:
         loaded = self._load()
         rows = self._rows(loaded.rows)
+        pa.default_memory_pool().release_unused()  # what tables took to be read
         if not len(rows.index):
             raise LookupError(
                 "no item has any features: run `python -m beam_jobs materialize`; what was loaded before stays in use"
@@ -305,24 +346,35 @@ class ItemTable:
         shown = {name: pa.nulls(len(ids), kind) for name, kind in self._shown.items()}
         return self._encoder.item_numbers({**columns, **shown}, ids)
 
-    def _keep_up(self, refresh_s: float) -> None:
+    def _keep_up(self) -> None:
         """Look up what is sought as it comes, and refresh now and then."""
-        due = time.monotonic() + refresh_s if refresh_s else math.inf
         while not self._stop.is_set():
-            left = due - time.monotonic()
+            left = self._due - time.monotonic()
             self._wake.wait(None if math.isinf(left) else max(left, 0))
             self._wake.clear()
             if self._stop.is_set():
                 return
+            began = time.thread_time()
             self._try(self.look_up)
-            if time.monotonic() >= due:
+            # Made-up ids must not take the processor from rankings, however many are asked for.
+            self._stop.wait((time.thread_time() - began) * (1 / LOOK_UP_SHARE - 1))
+            if self._sought:
+                self._wake.set()
+            if time.monotonic() >= self._due:
+                self._due = time.monotonic() + self._refresh_s if self._refresh_s else math.inf
                 self._try(self.refresh)
-                due = time.monotonic() + refresh_s
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception:
-            logger.exception("items could not be read; the last features stay in use")
+        except NotYetError as error:
+            logger.info("items are not read yet: %s", error)
+        except Exception as error:
+            known = isinstance(error, ExpectedError | LookupError)
+            logger.error(
+                "items could not be read; the last features stay in use: %s",
+                error,
+                exc_info=None if known else error,
+            )
             # What asks for an unknown item asks again; a store that fails is not asked at once.
             self._stop.wait(PAUSE_S)

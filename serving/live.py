@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -25,13 +26,13 @@ from feature_repo.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.errors import ExpectedError
 from feature_repo.schema import DType
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.store import held_epoch, open_store
+from feature_repo.store import close_store, held_epoch, open_store
 from modeling import bundle as bundles
 from serving.events import EventTaker
 from serving.features import FeastReader
 from serving.guarded import AsyncReader, GuardedReader, ThreadedReader
-from serving.items import ItemTable, Loaded, published_rows
-from serving.ranker import STALE_DAYS, NotFiniteError, RankService
+from serving.items import ItemTable, Loaded, NotYetError, published_rows
+from serving.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.redis_reader import RedisEpoch, RedisReader, WrongStoreError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 EVENT_STORE_S = 2.0
 LONGEST_PAUSE_S = 600.0
 REFUSED_AGAIN_S = 60.0  # until a bundle that was refused is tried again
+RETIRED_S = 60.0  # for requests that are under way with a state that ranks no longer
 FILLS_ONLINE = "materialize"  # the job whose epoch says that the store holds anything
 
 
@@ -51,11 +53,21 @@ class Serving:
     ranker: RankService
     reader: GuardedReader
     events: EventTaker | None = None
+    stores: tuple[FeatureStore, ...] = ()  # that it opened
 
     @property
     def name(self) -> str:
         """The bundle's."""
         return self.ranker.bundle.name
+
+    async def close(self) -> None:
+        """Let go of threads, connections and files; no request may be under way with it."""
+        await asyncio.to_thread(self.ranker.items.close)
+        await self.reader.close()
+        if self.events is not None:
+            await asyncio.to_thread(self.events.close)
+        for store in self.stores:
+            await asyncio.to_thread(close_store, store)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Source:
     Args:
         bundle: a folder; default: the live one of the catalogue.
         replay: requests without a time are as of the end of the data.
+        deadline_ms: a bundle that takes longer to rank 500 candidates is refused.
     """
 
     settings: Settings
@@ -73,6 +86,7 @@ class Source:
     item_refresh_s: float = 0.0
     stale_days: float = STALE_DAYS
     state_bytes: int = 0  # of encoded users that are kept between requests
+    deadline_ms: float = math.inf
 
     @cached_property
     def _catalogue(self) -> Catalogue:
@@ -108,6 +122,7 @@ class Source:
             BundleError: the bundle must not be served.
             NoLiveBundleError: no bundle was given and none is live, or another by now.
             NotFiniteError: its scores are no numbers.
+            TooSlowError: it cannot keep the deadline.
             LookupError: no item has any features.
         """
         import torch
@@ -116,10 +131,11 @@ class Source:
         settings, bundle = self.settings, self.open_bundle(digest)
         # The bundle's own: what it was trained under, the one in force has.
         contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
-        store = open_pinned(settings)
+        # Items and events have stores of their own: no request waits while these are read or written.
+        store, store_of_items = open_pinned(settings), open_pinned(settings)
+        stores = (store, store_of_items, open_events_store(settings))
         reader = FeastReader(store, contract, service, bundle.tokens)
-        # Of its own, so that no request waits for the store while items are read.
-        items_of = FeastReader(open_pinned(settings), contract, service)
+        items_of = FeastReader(store_of_items, contract, service)
         known = bundle.encoder.items.values.to_pylist()
 
         from_tables = False
@@ -128,7 +144,7 @@ class Source:
             nonlocal from_tables
             published = published_rows(settings, contract)
             if published is None and from_tables:
-                raise LookupError(
+                raise NotYetError(
                     "the tables were rebuilt since they were sent online: run `python -m beam_jobs materialize`"
                 )
             from_tables = published is not None
@@ -145,6 +161,12 @@ class Source:
                 self.state_bytes,
             )
             ranker.warm_up()
+            took = ranker.time_a_ranking()
+            if took > self.deadline_ms:
+                raise TooSlowError(
+                    f"bundle {bundle.name} takes {took:.0f} ms to rank 500 candidates, and {self.deadline_ms:g} ms are "
+                    "allowed to answer a request: MEMOIR_SERVE_DEADLINE_MS allows more, or make a smaller one live"
+                )
             users: AsyncReader
             try:
                 users = RedisReader(store, contract, service, bundle.tokens)
@@ -152,14 +174,23 @@ class Source:
                 # The first read sets up connections and Feast's caches: not within a request's time.
                 reader.read_user("nobody" if contract.user.dtype is DType.STRING else 0)
                 users = ThreadedReader(reader)
-            events = EventTaker(open_events_store(settings), contract, bundle, settings.home)
+            events = EventTaker(stores[2], contract, bundle, settings.home)
         except BaseException:
             items.close()
+            for opened in stores:
+                close_store(opened)
             raise
-        # What is loaded now stays; without this, full collections stop requests for tenths of a second.
+        freeze_once()
+        return Serving(ranker, GuardedReader(users), events, stores)
+
+
+def freeze_once() -> None:
+    """What is loaded first stays, and is left out of collections, which would stop requests for tenths of
+    a second. What comes later is collected as usual: frozen, an old bundle's cycles would stay for ever.
+    """
+    if not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
-        return Serving(ranker, GuardedReader(users), events)
 
 
 def open_pinned(settings: Settings) -> FeatureStore:
@@ -181,6 +212,14 @@ def open_events_store(settings: Settings) -> FeatureStore:
     if online.type.startswith("redis"):
         online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
     return store
+
+
+@dataclass(frozen=True)
+class _Retired:
+    """A state that ranks no longer, and since when, as `time.monotonic` has it."""
+
+    serving: Serving
+    since: float
 
 
 class Live:
@@ -208,6 +247,8 @@ class Live:
         self.not_loaded = "no bundle is loaded yet"
         self.store_problem: str | None = None
         self.swaps = 0
+        self._held: str | None = None  # the run that the store was last seen to hold
+        self._retired: list[_Retired] = []
 
     @property
     def why_not_ready(self) -> str | None:
@@ -235,12 +276,12 @@ class Live:
             made = self._load(digest)
         except Exception as error:
             self._not_loaded(error)
-            if isinstance(error, bundles.BundleError | NotFiniteError):
+            if isinstance(error, bundles.BundleError | NotFiniteError | TooSlowError):
                 self.refused[name] = str(error)
                 self._again[name] = time.monotonic() + REFUSED_AGAIN_S
             return
         if self.previous is not None:
-            self.previous.ranker.items.close()
+            self._retired.append(_Retired(self.previous, time.monotonic()))
         self.previous, self.current = self.current, made
         self.refused.pop(name, None)
         self.swaps += 1
@@ -286,11 +327,38 @@ class Live:
                     logger.exception("the store could not be repaired")
             return
         self.store_problem = None
+        if self._held is not None and held != self._held:
+            # Somebody sent other tables online: items follow now, and not when they are next due.
+            for one in (self.current, self.previous):
+                if one is not None:
+                    one.ranker.items.refresh_soon()
+        self._held = held
+
+    @property
+    def retired(self) -> list[Serving]:
+        """States that rank no longer, and of which a request may still be under way."""
+        return [old.serving for old in self._retired]
+
+    async def close_retired(self, after_s: float = RETIRED_S) -> None:
+        """Close states that have not ranked for so long that no request can be under way with them."""
+        now = time.monotonic()
+        due = [old for old in self._retired if now - old.since >= after_s]
+        self._retired = [old for old in self._retired if old not in due]
+        for old in due:
+            await old.serving.close()
+
+    async def close(self) -> None:
+        """Close every state."""
+        await self.close_retired(0.0)
+        for one in (self.current, self.previous):
+            if one is not None:
+                await one.close()
 
     async def follow(self, every_s: float) -> None:
         """Load, and keep up with the catalogue, for ever; a failed load is tried again."""
         while True:
             await asyncio.to_thread(self.load_now)
+            await self.close_retired()
             if not every_s and self.current is not None:
                 return
             await asyncio.sleep(every_s or 1.0)

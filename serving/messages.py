@@ -4,6 +4,7 @@ a body.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -408,13 +409,34 @@ def events_in_order(
 
 
 def _decoded(kind: Any, body: bytes, media: str) -> Any:
+    """A body as what it says.
+
+    Raises:
+        InvalidRequestError: it has the wrong shape, or names a field twice.
+        BadRequestError: it is no JSON or msgpack.
+    """
     try:
-        return _decoder(kind, media).decode(body)
+        made = _decoder(kind, media).decode(body)
+        if media != MSGPACK:
+            json.loads(body, object_pairs_hook=_each_once)
+        return made
     except msgspec.ValidationError as error:
         raise InvalidRequestError(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         what = "msgpack" if media == MSGPACK else "JSON"
         raise BadRequestError(f"the body is no {what}: {error}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse a name that an object has twice: readers differ in which one they take.
+
+    Raises:
+        InvalidRequestError: see there.
+    """
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequestError(f"the body names {twice!r} twice in one object")
 
 
 @cache

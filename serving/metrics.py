@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
 
 from serving.settings import SHARED
 
@@ -51,6 +60,12 @@ class Metrics:
             "user_states", "users by how their encoding came about", "livesum", "outcome"
         )
         self.state_bytes = gauge("user_state_bytes", "of encoded users that are kept", "livesum")
+        self.events_without_tokens = gauge(
+            "events_without_tokens",
+            "events that summary tokens do not know until the job has run",
+            "livesum",
+            "reason",
+        )
         self.seconds = Histogram(
             "memoir_stage_seconds",
             "time by stage",
@@ -64,6 +79,12 @@ class Metrics:
             buckets=(-0.5, 0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
             registry=self.registry,
         )
+
+    def forget_bundle(self, name: str) -> None:
+        """Show nothing any more of a bundle that is loaded no longer."""
+        self.bundle.labels(name).set(0)
+        if not self.shared:
+            self.bundle.remove(name)
 
     def _counter(self, name: str, doc: str, *labels: str) -> Counter:
         return Counter(f"memoir_{name}", doc, labels, registry=self.registry)
@@ -81,5 +102,20 @@ class Metrics:
         from prometheus_client.multiprocess import MultiProcessCollector
 
         whole = CollectorRegistry()
-        MultiProcessCollector(whole)  # type: ignore[no-untyped-call]
+        whole.register(_Loaded(MultiProcessCollector(CollectorRegistry())))  # type: ignore[no-untyped-call]
         return generate_latest(whole)
+
+
+class _Loaded(Collector):
+    """What several processes count together, without bundles that none of them ranks with: of files that
+    they share nothing can be removed.
+    """
+
+    def __init__(self, every: Collector) -> None:
+        self._every = every
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._every.collect():
+            if metric.name == "memoir_bundle_info":
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric

@@ -72,7 +72,7 @@ class Overview:
         known = ranker.bundle.encoder.items.values[:NUM_ITEMS].to_pylist()
         made = OverviewResponse(
             dataset=ranker.contract.spec.title,
-            as_of=ranker.default_time,
+            as_of=ranker.end_of_data(),
             bundles=[],
             users=[],
             items=[KnownItem(item, None) for item in known],

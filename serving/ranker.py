@@ -46,12 +46,22 @@ from serving.messages import (
 from serving.states import UserStates
 
 LOGIT_DIGITS = 5
+PIECE = 512  # candidates that are scored at a time; between pieces others come to the model
+TIMED = 500  # candidates of the ranking by which a bundle is timed
 STALE_DAYS = 7.0
 logger = logging.getLogger(__name__)
 
 
 class NotFiniteError(ExpectedError, ValueError):
     """A model gives numbers that are none."""
+
+
+class TooSlowError(ExpectedError, ValueError):
+    """A model takes longer for a ranking than a request may take."""
+
+
+class OutOfTimeError(Exception):
+    """What is left of a request cannot be done in its time."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,9 @@ class RankService:
         bundle: the loaded bundle.
         reader: the online store.
         items: item features.
-        default_time: time of requests that carry none, for sample data of the past; the clock
-            unless given.
+        replay_from: requests that carry no time are as of the end of the data, for sample data of the
+            past: at this time, or just behind the newest that items or the user know of. Default: as
+            of the clock.
         stale_days: item features that are older than so many days at a request are said to be stale.
         state_bytes: of encoded users that are kept between requests; 0 for none.
     """
@@ -87,17 +98,18 @@ class RankService:
         bundle: Bundle,
         reader: Reader,
         items: ItemTable,
-        default_time: datetime | None = None,
+        replay_from: datetime | None = None,
         stale_days: float = STALE_DAYS,
         state_bytes: int = 0,
     ) -> None:
         self.states = UserStates(bundle.model, state_bytes) if state_bytes else None
-        self.bundle, self.reader, self.items, self.default_time = (
+        self.bundle, self.reader, self.items, self.replay_from = (
             bundle,
             reader,
             items,
-            default_time,
+            replay_from,
         )
+        self.ms_of_500: float | None = None  # see `time_a_ranking`
         self.contract: Contract = bundle.encoder.contract
         self.stale_micros = stale_days * MICROS_PER_DAY
         self._model_lock = threading.Lock()
@@ -133,6 +145,7 @@ class RankService:
         seen: Callable[[datetime, Encoded], None] | None = None,
         *,
         keep: bool = False,
+        go_on: Callable[[int], None] = lambda left: None,
     ) -> RankResponse:
         """Rank for a user who has been read: all that follows the store.
 
@@ -140,11 +153,13 @@ class RankService:
             clock: which goes on from there.
             seen: called with the request's time and the numbers that the model is given.
             keep: the encoded user for further requests, and use what was kept.
+            go_on: called before each further piece of the candidates with how many pieces are left;
+                raises OutOfTimeError where they cannot be scored in time.
         """
         degraded = list(user.problems)
         items = self.items.take(request.candidates)
         clock.lap("item_read")
-        at = self._time_of(request)
+        at = self._time_of(request, user)
         micros = (at - EPOCH) // timedelta(microseconds=1)
         if (
             user.history is not None
@@ -157,14 +172,14 @@ class RankService:
             user = replace(user, tokens=None)
         elif user.events_behind:
             degraded.append(Degraded.STALE_TOKENS)
-        if self.items.as_of is not None and micros - self.items.as_of > self.stale_micros:
+        if self._items_are_stale(request, at):
             degraded.append(Degraded.STALE_FEATURES)
         context = context_columns(self.contract, request.context)
         encoded = self.encoded(user, request.candidates, at, items, context)
         if seen is not None:
             seen(at, encoded)
         known = keep and user.history is not None
-        logits = self._score(encoded, clock, request.user_id if known else None)
+        logits = self._score(encoded, clock, request.user_id if known else None, go_on)
         if items.unknown:
             degraded.append(Degraded.UNKNOWN_ITEMS)
         if not np.isfinite(logits).all():
@@ -193,7 +208,7 @@ class RankService:
         """Why the request's one candidate is where it is: its numbers, and what each of the newest events
         and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
         """
-        at = self._time_of(request)
+        at = self._time_of(request, user)
         context = context_columns(self.contract, request.context)
         items = self.items.take(request.candidates)
         of_tokens = self._effects_of_tokens(request, user, at, items, context)
@@ -283,9 +298,31 @@ class RankService:
         """What the one candidate of a request is ranked by."""
         return float(ranking_logits(self.contract.spec, self._score(encoded, Clock()))[0])
 
-    def _time_of(self, request: RankRequest) -> datetime:
+    def end_of_data(self) -> datetime | None:
+        """As of when requests without a time are ranked, but for what is newer of their user; None: of
+        the clock. It moves with each refresh of the items.
+        """
+        if self.replay_from is None:
+            return None
+        return max(self.replay_from, EPOCH + timedelta(microseconds=self.items.as_of or 0))
+
+    def _time_of(self, request: RankRequest, user: UserRow) -> datetime:
         given = request.context.request_timestamp if request.context else None
-        return given or self.default_time or datetime.now(UTC)
+        end = self.end_of_data()
+        if given is not None or end is None:
+            return given or datetime.now(UTC)
+        return max(end, EPOCH + timedelta(microseconds=_newest_of(user) + 1))
+
+    def _items_are_stale(self, request: RankRequest, at: datetime) -> bool:
+        """Whether the items' features are older than is told to be fresh. Of a request that replays the
+        data they are as old as the data is.
+        """
+        if self.items.as_of is None:
+            return False
+        replayed = request.context is None or request.context.request_timestamp is None
+        end = self.end_of_data() if replayed else None
+        micros = ((end or at) - EPOCH) // timedelta(microseconds=1)
+        return micros - self.items.as_of > self.stale_micros
 
     def in_order(
         self,
@@ -328,6 +365,29 @@ class RankService:
                 f"bundle {self.bundle.name} gives scores that are no numbers ({logits.ravel()[:3]} …): its weights are not "
                 "fit to be served. Train and export it again"
             )
+
+    def time_a_ranking(self) -> float:
+        """Milliseconds that the model takes for a ranking of 500 with a whole history, and with stored
+        tokens where it reads any, the best of three; kept as `ms_of_500`.
+        """
+        known = self.bundle.encoder.items.values[:TIMED].to_pylist() or [self._no_item()]
+        ids = (known * (TIMED // len(known) + 1))[:TIMED]
+        context = context_columns(self.contract, None)
+        encoded = self.encoded(self.nobody(), ids, datetime.now(UTC), self.items.take(ids), context)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            batch = self.bundle.encoder.collate(encoded, np.array([0]))
+            user = batch.user.with_events(self.bundle.encoder.history_length)
+            if self.bundle.tokens is not None:
+                stored = torch.zeros(1, *self.bundle.token_shape)
+                user = replace(user, tokens_BSX=stored, has_tokens_B=torch.tensor([True]))
+            with self._model_lock, torch.inference_mode():
+                state = self.bundle.model.encode_user(user)
+                self.bundle.model.score(state, batch.candidates)
+            times.append(1000 * (time.perf_counter() - began))
+        self.ms_of_500 = round(min(times), 2)
+        return self.ms_of_500
 
     def _no_item(self) -> Id:
         return "" if self.contract.item.dtype is DType.STRING else 0
@@ -447,11 +507,18 @@ class RankService:
             )
         return lambda chosen: (found[None], np.array([True]))
 
-    def _score(self, encoded: Encoded, clock: Clock, user_id: Id | None = None) -> np.ndarray:
-        """Logits, candidates × tasks.
+    def _score(
+        self,
+        encoded: Encoded,
+        clock: Clock,
+        user_id: Id | None = None,
+        go_on: Callable[[int], None] = lambda left: None,
+    ) -> np.ndarray:
+        """Logits, candidates × tasks: piece by piece against one encoded user, the same bits as at once.
 
         Args:
             user_id: whose encoding is kept; default: nobody's.
+            go_on: see `answer`.
         """
         encoder, model = self.bundle.encoder, self.bundle.model
         batch = encoder.collate(encoded, np.array([0]))
@@ -462,9 +529,30 @@ class RankService:
             else:
                 state = self.states.of(user_id, batch.user)
             clock.lap("encode_user")
-            logits: np.ndarray[Any, Any] = model.score(state, batch.candidates)[0].numpy()
+        total = batch.candidates.item_BC.shape[1]
+        pieces = []
+        for start in range(0, total, PIECE):
+            if start:
+                go_on(-(-(total - start) // PIECE))
+            chosen = batch.candidates.select(slice(start, start + PIECE))
+            with self._model_lock, torch.inference_mode():
+                pieces.append(model.score(state, chosen)[0])
+        logits: np.ndarray[Any, Any] = torch.cat(pieces).numpy()
         clock.lap("score")
         return logits
+
+
+def _newest_of(user: UserRow) -> int:
+    """Time of the newest event that anything of a user knows, microseconds; -1 of nobody."""
+    known = [-1]
+    if user.history is not None and user.history.num_rows:
+        newest = user.history["event_timestamp"][-1].as_py()
+        known.append((newest - EPOCH) // timedelta(microseconds=1))
+    if user.sketch is not None:
+        known.append(user.sketch.as_of)
+    if user.tokens is not None:
+        known.append(user.tokens.as_of)
+    return max(known)
 
 
 def why_unfit(user: UserRow, at: int) -> Degraded | None:

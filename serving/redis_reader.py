@@ -239,6 +239,10 @@ class RedisReader:
         values = await self.read_values(user_id, timeout_s)
         return self._decoder.row(user_id, values)
 
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.hashes.close()
+
     async def read_values(self, user_id: Id, timeout_s: float) -> dict[str, Any]:
         """Every feature of the service for a user, None where there is no value.
 

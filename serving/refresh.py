@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
+WITHOUT_TOKENS = ("no_state", "damaged")  # why tokens do not know an event
 ADD_S = 2.0  # how long a call goes on where others change the same user
 PAUSE_S = 0.002  # at most, before it begins again
 
@@ -249,6 +250,10 @@ class UserMemory:
     def read(self, user_id: int | str) -> UserRecord:
         """What is stored of a user, of one moment; to be put back by `put_back`."""
         return self._records.read(user_id)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._records.close()
 
     def put_back(self, record: UserRecord, known: int) -> None:
         """Store a record as it once was read, whatever is there now.

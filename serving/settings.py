@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from feature_repo.errors import SettingsError, nearest
+from feature_repo.settings import is_of_kubernetes
 from serving.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
@@ -34,6 +35,7 @@ class ServeSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    hosts: tuple[str, ...] = ()  # further names by which callers without an API key may call it
     processes: Annotated[int, Field(ge=1, le=256)] = 1  # each holds the model and all items
     bundle: Path | None = None  # default: the live one of the catalogue, which is followed
     replay: bool = False  # requests without a time are as of the end of the data
@@ -79,11 +81,15 @@ def settings_from(**options: Any) -> ServeSettings:
         SettingsError: a value that cannot be, or a variable of the server's that there is not.
     """
     known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING, SHARED}
-    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n not in known)
+    of_ours = {n: v for n, v in os.environ.items() if n.startswith(PREFIX)}
+    unknown = sorted(n for n, v in of_ours.items() if n not in known and not is_of_kubernetes(n, v))
     if unknown:
-        raise SettingsError(
-            f"environment variable {unknown[0]} is none of the server's{nearest(unknown[0], sorted(known))}"
-        )
+        said = " ".join(f"{name}{nearest(name, sorted(known)) or '.'}" for name in unknown)
+        raise SettingsError(f"environment variables that are none of the server's: {said}")
+    # Kubernetes sets this one for a service that is named memoir-serve.
+    port = f"{PREFIX}PORT"
+    if is_of_kubernetes(port, os.environ.get(port, "")):
+        options = {"port": ServeSettings.model_fields["port"].default, **options}
     try:
         return ServeSettings(**options)
     except ValidationError as error:

@@ -143,7 +143,9 @@ def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
     assert "localhost:8000/v1/rank" in arguments
     body = arguments[arguments.index("-d") + 1]
     header = arguments[arguments.index("-H") + 1].split(": ")
-    client = TestClient(create_app(open_ranker(trained_shop.settings, replay=True)))
+    client = TestClient(
+        create_app(open_ranker(trained_shop.settings, replay=True)), base_url="http://localhost"
+    )
     answer = client.post("/v1/rank", content=body, headers=dict([header]))
     assert answer.status_code == 200
     assert len(answer.json()["item_ids"]) == json.loads(body)["k"]

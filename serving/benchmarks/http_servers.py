@@ -30,7 +30,7 @@ SERVERS = {
     "uvicorn": [*QUIET, "--timeout-keep-alive", str(HEADER_S), APP],
     "hypercorn": [*QUIET, "--keep-alive", str(HEADER_S), APP],
 }
-HEAD = b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/rank HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def test_every_rung_changes_what_it_says_and_nothing_else(
     row = ranker.reader.read_user(user.as_py())
     items = ranker.bundle.encoder.items.values.to_pylist()[:10]
     asked = RankRequest(user.as_py(), items)
-    at = ranker.default_time
+    at = ranker.replay_from
     assert at is not None
     taken, context = ranker.items.take(items), context_columns(contract, None)
 

@@ -73,7 +73,7 @@ def talk(server: Server, call: Callable[[httpx.AsyncClient], Awaitable[Any]]) ->
 
     async def run() -> Any:
         transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await call(client)
 
     return asyncio.run(run())
@@ -214,7 +214,7 @@ def test_a_client_that_left_costs_no_scoring(
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1),
             "server": ("server", 80),
         }
@@ -540,7 +540,7 @@ def swap_under_load(ranker: RankService, items: list[Any], swaps: int) -> Swappe
         for parameter in flipped.parameters():
             parameter.mul_(-0.9)
     other = replace(ranker.bundle, digest="f" * 64, model=flipped)
-    rankers = [ranker, RankService(other, ranker.reader, ranker.items, ranker.default_time)]
+    rankers = [ranker, RankService(other, ranker.reader, ranker.items, ranker.replay_from)]
     assert rankers[0].bundle.name != rankers[1].bundle.name
     server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=30_000, max_in_flight=64)
     live = server.live
@@ -744,7 +744,7 @@ class FakeRequest:
     """What `read_body` needs of a request."""
 
     def __init__(self, stream: Any) -> None:
-        self.headers: dict[str, str] = {}
+        self.headers = {"content-type": "application/json"}
         self._stream = stream
 
     def stream(self) -> Any:
@@ -827,7 +827,7 @@ def test_a_shadow_says_how_far_its_lists_part_and_touches_no_answer(
     if not same:
         flipped.score = lambda *given: -type(flipped).score(flipped, *given)
     other = replace(ranker.bundle, digest="f" * 64, model=flipped)
-    beside = RankService(other, ranker.reader, ranker.items, ranker.default_time)
+    beside = RankService(other, ranker.reader, ranker.items, ranker.replay_from)
     server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=5_000, shadow_share=1.0)
     body = {"user_id": 1, "candidates": items}
     alone = rank(server, body).json()

@@ -66,7 +66,7 @@ def call(server: Server, path: str, body: Any) -> httpx.Response:
 
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, json=body)
 
     return asyncio.run(run())
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_refused_with_its_reason(
 def test_openapi_says_what_an_event_has(server: Server) -> None:
     async def run() -> Any:
         transport = httpx.ASGITransport(app_of(server))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return (await client.get("/openapi.json")).json()
 
     document = asyncio.run(run())
@@ -322,7 +322,7 @@ def test_a_store_that_stands_still_keeps_nobody_from_ranking(
 
     async def run() -> tuple[list[int], int]:
         transport = httpx.ASGITransport(app_of(slow), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             asked = [client.post("/v1/events", json=body) for _ in range(30)]
             tasks = [asyncio.create_task(one) for one in asked]
             await asyncio.sleep(0.05)

@@ -50,7 +50,7 @@ def server(ranker: RankService) -> Server:
 def call(server: Server, path: str, body: Any, token: str = "a-caller-who-looks") -> Any:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             headers = {"Authorization": f"Bearer {token}"}
             return await client.post(path, json=body, headers=headers)
 
@@ -203,7 +203,7 @@ def test_a_bundle_is_asked_for_by_name(server: Server, user: Any) -> None:
     body = {"user_id": user, "candidates": candidates_of(ranker)}
     other = replace(ranker.bundle, digest="f" * 64)
     live.previous = Serving(
-        RankService(other, ranker.reader, ranker.items, ranker.default_time),
+        RankService(other, ranker.reader, ranker.items, ranker.replay_from),
         live.current.reader,
     )
     try:

@@ -52,7 +52,7 @@ def log(
 
     async def run() -> None:
         transport = httpx.ASGITransport(app_of(server))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for number, user in enumerate([*users, 987_654_321]):
                 chosen = items[number % 10 : number % 10 + 5 + number % 7]
                 body = {

@@ -60,7 +60,9 @@ class Client:
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def call() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(call())
@@ -286,7 +288,7 @@ def test_huge_bodies_are_refused_by_their_declared_length(client: Client) -> Non
 
 def test_an_endless_body_is_read_no_further_than_the_limit() -> None:
     class Endless:
-        headers: ClassVar[dict[str, str]] = {}
+        headers: ClassVar[dict[str, str]] = {"content-type": "application/json"}
         read = 0
 
         async def stream(self) -> Any:
@@ -392,7 +394,7 @@ def test_a_store_that_fails_costs_the_user_not_the_answer(
     items = ItemTable(
         ranker.bundle.encoder, reader.read_items, lambda: Loaded(ranker.reader.read_items(first))
     )
-    broken = RankService(ranker.bundle, reader, items, ranker.default_time)
+    broken = RankService(ranker.bundle, reader, items, ranker.replay_from)
     answer = broken.rank(RankRequest(world["users"][0], [*world["items"][:5], "UNSEEN"]))
     assert answer.degraded == ["store_unavailable", "unknown_items"]
     assert answer.unknown_items == ["UNSEEN"]

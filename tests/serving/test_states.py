@@ -140,7 +140,7 @@ def test_bytes_are_bounded_and_the_least_used_go_first(monkeypatch: pytest.Monke
 def test_a_server_keeps_users_and_ranks_them_alike(trained_shop: Any) -> None:
     plain = open_ranker(trained_shop.settings, replay=True)
     keeps = RankService(
-        plain.bundle, plain.reader, plain.items, plain.default_time, state_bytes=1 << 24
+        plain.bundle, plain.reader, plain.items, plain.replay_from, state_bytes=1 << 24
     )
     items = plain.bundle.encoder.items.values.to_pylist()
     users = JobFolder(trained_shop.settings.home, "user_history").read("user_history")["user_id"]

@@ -36,7 +36,7 @@ def test_a_request_is_a_span_with_a_child_for_each_stage(trained_shop: Any) -> N
 
     async def run() -> list[int]:
         transport = httpx.ASGITransport(app_of(server), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"user_id": 987_654_321, "candidates": items}
             traced = {"traceparent": PARENT}
             first = await client.post("/v1/rank", json=body, headers=traced)
