@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,12 @@ def serve(settings: ServeSettings) -> int:
             f"stop_s is {settings.stop_s}, and a head or body may take {max(settings.header_s, settings.body_s):g} s: a "
             "server that stops would cut those off; raise MEMOIR_SERVE_STOP_S, or lower HEADER_S and BODY_S"
         )
+    if not (settings.auth or settings.tls_certificate or _is_loopback(settings.host)):
+        console.print(
+            f"listening on {settings.host} without API keys and TLS: whoever reaches it may read histories and add events "
+            "(MEMOIR_SERVE_AUTH, SECURITY.md)",
+            style="yellow",
+        )
     # First, so that nobody waits for a bundle to load to hear of it.
     port = listenable(settings.host, settings.port)
     settings = settings.model_copy(update={"port": port})
@@ -179,6 +186,13 @@ def serve(settings: ServeSettings) -> int:
             os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, SHARED: "1"}
         _granian(settings, Path(folder, "stopping")).serve()
     return 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def environment_of(settings: ServeSettings) -> dict[str, str]:

@@ -18,12 +18,12 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
         }
 
     errors = {
-        "400": "no JSON, or no msgpack",
+        "400": "no JSON, or no msgpack, or a body that ended before it was whole",
         "401": "no bearer token that is known, where some are configured",
-        "403": "a token that may not do this",
+        "403": "an API key that may not do this; without keys a foreign Host, or a page of another site",
         "408": "the body did not arrive in time",
         "413": "body too large",
-        "415": "neither JSON nor msgpack",
+        "415": "neither JSON nor msgpack by Content-Type, which is required",
         "422": "wrong shape, type or size",
         "503": "not ready, or too many requests under way; Retry-After says when to try again",
     }

@@ -9,10 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from feature_repo.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -94,6 +97,11 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
             env=environment,
             check=False,
         )
+        if command.endswith("feature_repo check"):
+            # One customer of the invented shop has bought everything once, and that is said.
+            said = [line for line in done.stdout.splitlines() if line.startswith("to mend: ")]
+            assert [line.rsplit("'", 2)[1] for line in said] == ["large_share"]
+            continue
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for command in told:
         if "--runner" in command or "-m modeling" in command and "recipes" not in command:  # noqa: RUF021
@@ -162,6 +170,56 @@ def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
         assert f"`{name}`" in README
     for path in re.findall(r"`(/[a-z.]+)`", README):
         assert client.get(path).status_code == 200
+
+
+def test_the_sequence_that_is_shown_knows_the_purchase(
+    shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rank, an event of now, rank again, as printed but for the ids: nothing is lacking, and the list is
+    another one. `make serve` replays data of the past.
+    """
+    from starlette.testclient import TestClient
+
+    from serving.app import Server, app_of
+    from serving.live import Live, Source
+    from serving.settings import ServeSettings
+
+    road = helpers.token_road(shop, tmp_path_factory.mktemp("readme"))
+    live = Live(Source(road.settings, replay=True).load)
+    live.load_now()
+    assert live.current is not None, live.not_loaded
+    server = Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000))
+    client = TestClient(app_of(server), base_url="http://localhost")
+    ranker = live.current.ranker
+    users = JobFolder(road.settings.home, "user_history").read("user_history")["user_id"]
+    known = ranker.bundle.encoder.items.values.to_pylist()
+    ids = {"12680": str(users[0]), "22726": known[3], "85123A": known[4], "23256": known[5]}
+    ranked, event = (
+        shlex.split(re.sub("|".join(ids), lambda found: ids[found[0]], text))
+        for text in (curl_of("/v1/rank"), curl_of("/v1/events"))
+    )
+
+    def send(words: list[str]) -> dict[str, Any]:
+        path = words[2].removeprefix("localhost:8000")
+        header = words[words.index("-H") + 1].split(": ")
+        answer = client.post(path, content=words[words.index("-d") + 1], headers=dict([header]))
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    before = send(ranked)
+    assert (before["degraded"], before["tokens"]) == ([], ranker.bundle.tokens)
+    assert send(event) == {"added": 1, "known": 0}
+    after = send(ranked)
+    assert (after["degraded"], after["tokens"]) == ([], ranker.bundle.tokens)
+    assert after["scores"] != before["scores"]
+
+
+def curl_of(path: str) -> str:
+    """The call of a path that the README prints, with the shell's clock read."""
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    (block,) = [block for block in blocks if f"localhost:8000{path} " in block]
+    return block.replace("'$(date -u +%FT%TZ)'", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
 
 
 def test_links_lead_somewhere() -> None:

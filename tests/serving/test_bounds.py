@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
+import json
 import math
+import os
+import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,18 +25,22 @@ import torch
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
-from serving.admission import Admission
+from serving.admission import Admission, Weight
 from serving.app import Server, app_of
+from serving.benchmarks.faults import memory_mib
 from serving.bodies import read_body
 from serving.command import environment_of, open_ranker
-from serving.errors import SlowBodyError
+from serving.degraded import Degraded
+from serving.errors import OverloadedError, SlowBodyError
 from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Repair, Serving
+from serving.items import ItemTable, Loaded
+from serving.live import Live, Repair, Serving, Source
 from serving.messages import RankRequest, RankResponse
-from serving.ranker import Clock, NotFiniteError, RankService
+from serving.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.settings import ServeSettings, settings_from
+from tests.promises import Promises
 
 
 @pytest.fixture(scope="module")
@@ -867,8 +875,11 @@ def test_no_more_are_taken_on_than_are_answered_in_time() -> None:
             places.enter_context(admission.admitted())
             taken += 1
         assert taken == 4  # 4 × 50 ms is more patience than there is; 3 is not
-    with admission.admitted(rankings=4):  # one request, which is as much to wait for
-        assert admission.full
+    batch = Weight(rankings=4.0)  # one request, which is as much to wait for
+    with admission.admitted(batch):
+        with pytest.raises(OverloadedError), admission.admitted(batch):
+            pass
+        assert not admission.full  # a small one comes to the model between its rankings
     # A model that got faster gets its places back.
     for _ in range(100):
         admission.took(0.001)
@@ -879,3 +890,271 @@ def test_no_more_are_taken_on_than_are_answered_in_time() -> None:
     # One is always taken on, however slow the last were.
     admission.took(100.0)
     assert not admission.full
+
+
+def test_a_request_for_many_candidates_takes_many_places() -> None:
+    admission = Admission(16)
+    large = Weight.of([5_000])
+    assert large.places == 10
+    with contextlib.ExitStack() as places:
+        places.enter_context(admission.admitted(large))
+        with pytest.raises(OverloadedError), admission.admitted(large):
+            pass  # two of them would leave nobody else a place
+        for _ in range(6):
+            places.enter_context(admission.admitted(Weight.of([500])))
+        assert admission.full
+    assert not admission.full
+    assert Weight.of([500]).rankings == pytest.approx(1.0)
+    assert Weight.of([500, 500, 500]).places == 1  # one after the other
+
+
+def test_a_small_ranking_waits_for_its_like_and_not_for_all_of_a_large_one() -> None:
+    admission = Admission(16, patience_s=0.1)
+    for _ in range(200):
+        admission.took(0.3, Weight.of([5_000]).rankings)  # 35 ms for 500
+    with admission.admitted(Weight.of([5_000])):
+        assert not admission.full
+        with admission.admitted(Weight.of([500])), admission.admitted(Weight.of([500])):
+            assert admission.full
+
+
+def test_candidates_are_scored_in_pieces_as_at_once(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = ranker.bundle.encoder.items.values.to_pylist()[:200]
+    asked, user = RankRequest(-5, candidates), ranker.nobody(Degraded.UNKNOWN_USER)
+    at_once = ranker.answer(asked, user, Clock())
+    left: list[int] = []
+    monkeypatch.setattr("serving.ranker.PIECE", 32)
+    in_pieces = ranker.answer(asked, user, Clock(), go_on=left.append)
+    pieces = -(-len(candidates) // 32)
+    assert left == list(range(pieces - 1, 0, -1))
+    once, later = (
+        dict(zip(answer.item_ids, answer.scores, strict=True)) for answer in (at_once, in_pieces)
+    )
+    assert later == pytest.approx(once, abs=1e-6)  # the last bits of a sum differ by its place
+
+    def stop(pieces: int) -> None:
+        raise OutOfTimeError
+
+    with pytest.raises(OutOfTimeError):
+        ranker.answer(asked, user, Clock(), go_on=stop)
+
+
+def test_what_cannot_be_scored_in_time_is_given_up_between_pieces(
+    ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And others are served meanwhile."""
+    monkeypatch.setattr("serving.ranker.PIECE", 16)
+    score, scored = type(ranker.bundle.model).score, []
+
+    def slow(self: Any, *given: Any) -> Any:
+        scored.append(1)
+        time.sleep(0.03)
+        return score(self, *given)
+
+    monkeypatch.setattr(type(ranker.bundle.model), "score", slow)
+    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=200, max_in_flight=64)
+    many = {"user_id": 1, "candidates": (items * 50)[:1000]}
+
+    async def ask(client: httpx.AsyncClient) -> tuple[Any, Any]:
+        large = asyncio.create_task(client.post("/v1/rank", json=many))
+        await asyncio.sleep(0.06)
+        small = await client.post("/v1/rank", json={"user_id": 1, "candidates": items[:5]})
+        return (await large).json(), small.json()
+
+    large, small = talk(server, ask)
+    assert large["degraded"] == ["deadline"]
+    assert small["degraded"] == []
+    assert len(scored) < 20  # of 63 pieces
+
+
+def test_a_bundle_that_cannot_keep_the_deadline_never_ranks(
+    trained_shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(trained_shop.settings)
+    quick = source.load()
+    assert 0 < (quick.ranker.ms_of_500 or 0) < 1_000
+    digest = quick.ranker.bundle.digest
+    live = Live(replace(source, deadline_ms=0.001).load, lambda: digest)
+    live.load_now()
+    assert live.current is None
+    assert "ms to rank 500 candidates, and 0.001 ms are allowed" in live.refused[digest]
+    asyncio.run(quick.close())
+
+
+def test_bundles_that_were_loaded_and_left_leave_nothing(trained_shop: Any) -> None:
+    grown = grown_by_loads(trained_shop, warm_up=3, loads=4)
+    assert grown.descriptors <= 0
+    assert grown.threads <= 0
+    assert grown.frozen == 0
+    assert grown.objects < 2_000  # of the 4,500 that each load left behind
+
+
+@pytest.mark.whole
+def test_a_thousand_bundles_that_were_loaded_and_left_leave_nothing(
+    trained_shop: Any, promises: Promises
+) -> None:
+    grown = grown_by_loads(trained_shop, warm_up=20, loads=1_000)
+    held = grown.descriptors <= 0 and grown.threads <= 0 and grown.mib < 20
+    promises.note(
+        "a thousand swaps of different bundles",
+        "descriptors, threads and memory flat",
+        f"{grown.descriptors:+d} descriptors, {grown.threads:+d} threads, {grown.mib:+.1f} MiB",
+        held=held,
+    )
+    assert grown.descriptors <= 0
+    assert grown.threads <= 0
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a process has more of than before."""
+
+    descriptors: int
+    threads: int
+    objects: int
+    frozen: int
+    mib: float
+
+
+def grown_by_loads(road: Any, warm_up: int, loads: int) -> Grown:
+    """Loads of a bundle under ever new digests, each of which ranks and is closed after the next two."""
+    source, number = Source(road.settings), [0]
+
+    def load(digest: str | None) -> Serving:
+        made = source.load()
+        bundle = replace(made.ranker.bundle, digest=digest or "")
+        made.ranker.bundle = bundle
+        return made
+
+    live = Live(load, lambda: f"{number[0]:064x}")
+
+    def held() -> tuple[int, int, int, int, float]:
+        gc.collect()
+        return (
+            len(os.listdir("/proc/self/fd")),
+            threading.active_count(),
+            len(gc.get_objects()),
+            gc.get_freeze_count(),
+            memory_mib(os.getpid()),
+        )
+
+    async def swap(times: int) -> None:
+        for _ in range(times):
+            number[0] += 1
+            await asyncio.to_thread(live.load_now)
+            assert live.current is not None
+            assert live.current.ranker.bundle.digest == f"{number[0]:064x}"
+            await live.close_retired(0.0)
+
+    async def run() -> Grown:
+        await swap(warm_up)
+        before = held()
+        await swap(loads)
+        after = held()
+        await live.close()
+        return Grown(*(late - early for early, late in zip(before, after, strict=True)))  # type: ignore[arg-type]
+
+    return asyncio.run(run())
+
+
+def test_a_field_that_stands_twice_is_refused(ranker: RankService, items: list[Any]) -> None:
+    body = f'{{"user_id": 1, "candidates": {json.dumps(items[:2])}, "user_id": 2}}'
+    headers = {"Content-Type": "application/json"}
+    server = server_of(ranker)
+    response = talk(server, lambda c: c.post("/v1/rank", content=body, headers=headers))
+    assert response.status_code == 422
+    assert response.json()["message"] == "the body names 'user_id' twice in one object"
+
+
+def test_what_declares_no_type_or_comes_to_another_path_is_refused(ranker: RankService) -> None:
+    server = server_of(ranker)
+    response = talk(server, lambda client: client.post("/v1/rank", content=b"{}"))
+    assert (response.status_code, response.json()["error"]) == (415, "unsupported_media_type")
+    assert "is required" in response.json()["message"]
+    moved = talk(server, lambda client: client.post("/v1/rank/", json={}))
+    assert moved.status_code == 404
+    assert "location" not in moved.headers
+
+
+def test_a_body_that_breaks_off_is_told_so(ranker: RankService) -> None:
+    """A client whose chunks are broken is there and reads the answer."""
+
+    async def call() -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "path": "/v1/rank", "raw_path": b"/v1/rank", "query_string": b"", "root_path": "",
+            "scheme": "http", "headers": headers, "client": ("127.0.0.1", 1), "server": ("x", 80),
+        }  # fmt: skip
+        await app_of(server_of(ranker))(scope, receive, send)
+        return sent
+
+    begin, body = asyncio.run(call())
+    assert begin["status"] == 400
+    assert json.loads(body["body"])["error"] == "broken_body"
+    assert (b"connection", b"close") in begin["headers"]
+
+
+def test_a_gauge_tells_of_loaded_bundles_alone(ranker: RankService) -> None:
+    bundles = Bundles(ranker)
+    live = Live(bundles.load, lambda: bundles.live)
+    server = Server(live, ServeSettings())
+    for letter in "abcd":
+        bundles.live = letter * 64
+        live.load_now()
+        assert live.current is not None
+        server.observe()
+    told = server.metrics.text().decode()
+    named = {line.split('"')[1] for line in told.splitlines() if "memoir_bundle_info{" in line}
+    assert len(named) == 2
+
+
+def test_look_ups_of_made_up_ids_take_turns_with_everything_else(ranker: RankService) -> None:
+    read: list[int] = []
+    rows = ranker.items._read
+
+    def counting(ids: Any) -> Any:
+        read.append(len(ids))
+        return rows(ids)
+
+    def load() -> Loaded:
+        return Loaded(rows(ranker.bundle.encoder.items.values.to_pylist()[:50]))
+
+    table = ItemTable(ranker.bundle.encoder, counting, load)
+    try:
+        table.take([f"made up {n}" for n in range(1_200)])
+        deadline = time.monotonic() + 60
+        while sum(read) < 1_200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert read == [500, 500, 200]
+    finally:
+        table.close()
+
+
+def test_a_store_that_was_filled_anew_is_followed_at_once(ranker: RankService) -> None:
+    held, asked = ["run-1"], []
+
+    async def epoch() -> str | None:
+        return held[0]
+
+    live = Live(lambda digest: pytest.fail("no"), epoch=epoch)
+    live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
+    soon = ranker.items.refresh_soon
+    try:
+        ranker.items.refresh_soon = lambda: asked.append(held[0])  # type: ignore[method-assign]
+        for run in ("run-1", "run-1", "run-2", "run-2"):
+            held[0] = run
+            asyncio.run(live.look_at_store())
+    finally:
+        ranker.items.refresh_soon = soon  # type: ignore[method-assign]
+    assert asked == ["run-2"]

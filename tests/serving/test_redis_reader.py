@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,13 @@ import pytest
 from feature_repo import datasets
 from serving.benchmarks.faultproxy import Fault, FaultProxy
 from serving.features import FeastReader
-from serving.redis_reader import RedisReader, StoreReadError, WrongStoreError
+from serving.redis_reader import (
+    DamagedValueError,
+    RedisReader,
+    StoreReadError,
+    WrongStoreError,
+    decoded,
+)
 
 CONTRACT = datasets.load_contract("online_retail")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -202,7 +211,9 @@ def test_a_users_row_is_what_feast_gives(on_redis: Any) -> None:
 
 @pytest.fixture
 def fake_redis() -> Iterator[Callable[[bytes | None], str]]:
-    """Starts a listener that answers everything with the same bytes, or with nothing at all."""
+    """Starts a listener that speaks as Redis does until it is asked for values: these it answers with
+    the same bytes each time, or with nothing at all.
+    """
     listeners: list[socket.socket] = []
 
     def start(reply: bytes | None) -> str:
@@ -210,9 +221,18 @@ def fake_redis() -> Iterator[Callable[[bytes | None], str]]:
         listeners.append(listening)
 
         def answer(connection: socket.socket) -> None:
+            stream = connection.makefile("rb")
             with connection:
-                while connection.recv(65536):
-                    if reply is not None:
+                while line := stream.readline():
+                    words = []
+                    for _ in range(int(line[1:])):
+                        size = int(stream.readline()[1:])
+                        words.append(stream.read(size + 2)[:-2].upper())
+                    if words[0] == b"CLIENT" or words[0] == b"MULTI":
+                        connection.sendall(b"+OK\r\n")
+                    elif words[0] == b"HMGET" and reply is not None:
+                        connection.sendall(b"+QUEUED\r\n")
+                    elif reply is not None:
                         connection.sendall(reply)
 
         def accept() -> None:
@@ -231,37 +251,139 @@ def fake_redis() -> Iterator[Callable[[bytes | None], str]]:
         listening.close()
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        None,
-        b"-LOADING Redis is loading the dataset in memory\r\n",
-        b"-READONLY You can't write against a read only replica.\r\n",
-        b"-OOM command not allowed\r\n",
-        b"-MOVED 3999 127.0.0.1:6381\r\n",
-        b"-WRONGTYPE Operation against a key\r\n",
-        b"\x00\xff garbage that is no protocol",
-        b"+OK\r\n",
-        b"$3\r\nab",
-    ],
-)
+def array(*parts: bytes) -> bytes:
+    return b"*%d\r\n" % len(parts) + b"".join(parts)
+
+
+NIL, TEXT = b"$-1\r\n", b"$1\r\na\r\n"
+# The plan of `world` asks twelve fields of the user's hash and eleven of the tokens'.
+WHOLE = array(array(*[NIL] * 12), array(*[NIL] * 11))
+SHAPES = {
+    "silence": None,
+    "loading": b"-LOADING Redis is loading the dataset in memory\r\n",
+    "read only": b"-READONLY You can't write against a read only replica.\r\n",
+    "out of memory": b"-OOM command not allowed\r\n",
+    "moved": b"-MOVED 3999 127.0.0.1:6381\r\n",
+    "wrong type": b"-WRONGTYPE Operation against a key\r\n",
+    "garbage": b"\x00\xff garbage that is no protocol",
+    "cut text": b"$3\r\nab",
+    "a number": b":5\r\n",
+    "a word": b"+OK\r\n",
+    "no array": b"*-1\r\n",
+    "no text": NIL,
+    "nothing": b"*0\r\n",
+    "a text": TEXT,
+    "a null": b"_\r\n",
+    "a truth": b"#t\r\n",
+    "a fraction": b",1.5\r\n",
+    "a large number": b"(12345678901234567890\r\n",
+    "a verbatim text": b"=7\r\ntxt:abc\r\n",
+    "a map": b"%1\r\n+a\r\n+b\r\n",
+    "a set": b"~1\r\n+a\r\n",
+    "one hash": array(array(*[NIL] * 12)),
+    "three hashes": array(*[array(*[NIL] * 12)] * 3),
+    "one value fewer": array(array(*[NIL] * 11), array(*[NIL] * 11)),
+    "one value more": array(array(*[NIL] * 13), array(*[NIL] * 11)),
+    "nested": array(array(array(*[NIL] * 12)), array(*[NIL] * 11)),
+    "values that are arrays": array(array(*[b"*0\r\n"] * 12), array(*[NIL] * 11)),
+    "values that are numbers": array(array(*[b":1\r\n"] * 12), array(*[NIL] * 11)),
+    "hashes that are texts": array(TEXT, TEXT),
+    "hashes that are none": array(b"*-1\r\n", b"*-1\r\n"),
+    "an error inside": array(b"-ERR no\r\n", array(*[NIL] * 11)),
+    "a negative size": b"*-5\r\n",
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_store_that_does_not_answer_as_one_is_a_declared_error_in_its_time(
-    world: Any, fake_redis: Callable[[bytes | None], str], reply: bytes | None
+    world: Any, fake_redis: Callable[[bytes | None], str], shape: str
 ) -> None:
+    """It is the store that is away, and no user's damage: the breaker counts it."""
     store, _ = world
     reader = RedisReader(store, CONTRACT, "users", "v1")
-    host, _, port = fake_redis(reply).partition(":")
+    host, _, port = fake_redis(SHAPES[shape]).partition(":")
     reader.hashes.options |= {"host": host, "port": int(port)}
 
     async def timed() -> float:
         started = time.perf_counter()
-        with pytest.raises(StoreReadError):
-            await reader.read_values(1, 0.2)
+        for _ in range(2):  # what is left of one answer is not taken for the next
+            with pytest.raises(StoreReadError) as raised:
+                await reader.read_values(1, 0.2)
+            assert not isinstance(raised.value, DamagedValueError)
         spent = time.perf_counter() - started
         await reader.hashes.close()
         return spent
 
-    assert asyncio.run(timed()) < 2  # seconds, not the minutes of retries; the deadline is 0.2
+    assert (
+        asyncio.run(timed()) < 4
+    )  # seconds, not the minutes of retries; the deadline is 0.2 twice
+
+
+def test_the_fake_speaks_as_redis_does(
+    world: Any, fake_redis: Callable[[bytes | None], str]
+) -> None:
+    store, _ = world
+    reader = RedisReader(store, CONTRACT, "users", "v1")
+    host, _, port = fake_redis(WHOLE).partition(":")
+    reader.hashes.options |= {"host": host, "port": int(port)}
+
+    async def read() -> dict[str, Any]:
+        found = await reader.read_values(1, 1.0)
+        await reader.hashes.close()
+        return found
+
+    assert set(asyncio.run(read()).values()) == {None}
+
+
+def test_a_value_of_another_kind_is_damage_of_one_user(world: Any) -> None:
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    number = Value(int64_val=5).SerializeToString()
+    assert decoded("history", number) == 5
+    with pytest.raises(DamagedValueError, match="stored as int64_val, expected bytes_val"):
+        decoded("history", number, "bytes_val")
+    assert decoded("history", Value().SerializeToString(), "bytes_val") is None
+
+
+def test_over_tls_the_first_read_of_each_connection_is_in_its_time(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, helpers: Any, world: Any
+) -> None:
+    trustme = pytest.importorskip("trustme")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    authority, port = trustme.CA(), helpers.free_port()
+    issued = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    command = [program, "--port", "0", "--tls-port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    command += ["--tls-cert-file", str(tmp_path / "cert.pem"), "--tls-auth-clients", "no"]
+    command += ["--tls-key-file", str(tmp_path / "key.pem"), "--tls-ca-cert-file"]
+    running = subprocess.Popen([*command, str(tmp_path / "ca.pem")], stdout=subprocess.DEVNULL)
+    try:
+        helpers.wait_for_port(port, running)
+        store, _ = world
+        plain = store.config.online_store.connection_string
+        store.config.online_store.connection_string = (
+            f"127.0.0.1:{port},ssl=true,ssl_ca_certs={tmp_path / 'ca.pem'}"
+        )
+        reader = RedisReader(store, CONTRACT, "users", "v1")
+        store.config.online_store.connection_string = plain
+
+        async def read_at_once() -> int:
+            found = await asyncio.gather(*(reader.read_values(n, 0.5) for n in range(4)))
+            await reader.hashes.close()
+            return len(found)
+
+        assert asyncio.run(read_at_once()) == 4
+        made = reader.hashes._connection_class
+        assert made is not None
+        first, second = made(ssl_ca_certs=str(tmp_path / "ca.pem")), made()
+        assert first.ssl_context is second.ssl_context  # made once, and not within a read's time
+    finally:
+        running.terminate()
+        running.wait(timeout=10)
 
 
 def test_a_refused_connection_is_a_declared_error(world: Any) -> None:
