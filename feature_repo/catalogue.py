@@ -282,6 +282,10 @@ class Catalogue:
         with Session(self.engine) as session, session.begin():
             session.merge(BundleNote(digest=digest, test=test, held_back=held_back[:2048]))
 
+    def hold_back(self, digest: str, why: str) -> None:
+        """Note what holds a bundle back from now on; on which requests it was measured stays."""
+        self.note_comparison(digest, self.test_of(digest) or "", why)
+
     def test_of(self, digest: str) -> str | None:
         """On which test requests a bundle was measured."""
         with Session(self.engine) as session:

@@ -27,6 +27,9 @@ Seed = Annotated[
 Epochs = Annotated[int | None, Parameter(help="default: the recipe's")]
 Force = Annotated[bool, Parameter(help="do it again, up to date or not")]
 Device = Annotated[str, Parameter(help="where to train, such as cuda")]
+Threads = Annotated[
+    int, Parameter(help="of torch and scikit-learn; one is safest beside other load")
+]
 Set = Annotated[
     tuple[str, ...],
     Parameter(
@@ -44,13 +47,15 @@ def train(
     seed: Seed = None,
     epochs: Epochs = None,
     device: Device = "cpu",
+    threads: Threads = 1,
     changes: Set = (),
     force: Force = False,
 ) -> None:
     """Train a recipe on the built tables; resumes where it stopped."""
     from modeling import command
 
-    command.run_train(recipe, data, _changes(seed, epochs, changes), device, force)
+    _refuse_below_one(threads=threads)
+    command.run_train(recipe, data, _changes(seed, epochs, changes), device, force, threads)
 
 
 @app.command
@@ -60,6 +65,7 @@ def evaluate(
     data: Data = None,
     seed: Seed = None,
     epochs: Epochs = None,
+    threads: Threads = 1,
     changes: Set = (),
     force: Force = False,
 ) -> None:
@@ -68,7 +74,8 @@ def evaluate(
     """
     from modeling import command
 
-    command.run_evaluate(recipe, data, _changes(seed, epochs, changes), force)
+    _refuse_below_one(threads=threads)
+    command.run_evaluate(recipe, data, _changes(seed, epochs, changes), force, threads)
 
 
 @app.command
@@ -124,7 +131,8 @@ def compare(
         tuple[float, ...], Parameter(consume_multiple=True, negative=())
     ] = (),
     device: Device = "cpu",
-    threads: int = 1,
+    threads: Threads = 1,
+    changes: Set = (),
     no_scaling: bool = False,
     split: Literal["leave_one_out", "global_time"] = "leave_one_out",
 ) -> None:
@@ -133,32 +141,50 @@ def compare(
     Args:
         seeds: seeds 1 … N of each recipe.
         learning_rates: ranking recipes: try each with seed 1, go on with the best on validation.
-        threads: of torch.
         no_scaling: leave out speed and memory against length.
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
     from modeling import command
     from modeling.changes import Comparison
 
-    for name, value in (("seeds", seeds), ("threads", threads)):
-        if value < 1:
-            raise UsageError(f"--{name} expects 1 or more, not {value}")
+    _refuse_below_one(seeds=seeds, threads=threads)
+    if any(word.startswith("training.seed=") for word in changes):
+        raise UsageError("--set training.seed: compare numbers its seeds; --seeds says how many")
     command.run_compare(
         Comparison(
-            recipe, data, seeds, epochs, learning_rates, device, threads, not no_scaling, split
+            recipe,
+            data,
+            seeds,
+            epochs,
+            learning_rates,
+            device,
+            threads,
+            not no_scaling,
+            split,
+            changes,
         )
     )
 
 
 @app.command
-def recipes() -> None:
-    """List recipes by what they need."""
+def recipes(*, all: bool = False) -> None:
+    """Say which recipe to begin with, and list those for one's own data.
+
+    Args:
+        all: list also those for comparisons, tests and plain files.
+    """
     from modeling import recipes as found
 
-    for title, group in found.grouped().items():
+    groups = list(found.grouped().items())
+    print(found.ADVICE)
+    shown = groups if all else groups[: found.FOR_ANYBODY]
+    width = max(len(name) for _, group in shown for name in group)
+    for title, group in shown:
         print(f"\n{title}")
         for name, line in group.items():
-            print(f"  {name:34} {line}")
+            print(f"  {name:{width}}  {line}")
+    if left := sum(len(group) for _, group in groups[len(shown) :]):
+        print(f"\n{left} more, for comparisons, tests and plain files: --all")
 
 
 @app.command
@@ -167,6 +193,12 @@ def about(recipe: str = DEFAULT) -> None:
     from modeling import recipes as found
 
     print(found.about(found.load(recipe)))
+
+
+def _refuse_below_one(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise UsageError(f"--{name} expects 1 or more, not {value}")
 
 
 def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...]) -> Any:
@@ -181,6 +213,9 @@ def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...])
 
 def main() -> int:
     """Dispatch."""
+    from modeling.processes import wait_passively
+
+    wait_passively()
     return cli.run(app)
 
 

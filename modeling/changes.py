@@ -48,6 +48,7 @@ class Comparison:
     threads: int = 1
     scaling: bool = True
     split: SplitName = "leave_one_out"
+    assignments: tuple[str, ...] = ()  # fields of every recipe, as `--set` has them
 
 
 def changed(recipe: R, changes: Changes) -> R:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from modeling.columns import within
+from modeling.console import console
 from modeling.encoder import Encoded, Encoder
 from modeling.errors import DataError
 
@@ -22,17 +23,26 @@ Classic = Literal["trees", "logistic regression"]
 CLASSICS: tuple[Classic, ...] = ("trees", "logistic regression")
 MOST_ROWS: dict[str, int] = {"trees": 1 << 21, "logistic regression": 1 << 18}
 CHUNK = 2_000  # requests scored at a time
+LEAST_KNOWN = 20  # values of a column, and labels of a kind: the least leaf of a tree
 
 
 def classic_scores(
-    kind: Classic, encoder: Encoder, train: Encoded, test: Encoded, task: int, seed: int
+    kind: Classic,
+    encoder: Encoder,
+    train: Encoded,
+    test: Encoded,
+    task: int,
+    seed: int,
+    most: int | None = None,
 ) -> np.ndarray:
-    """Scores of all test candidates, as logits.
+    """Scores of all test candidates, as logits. Columns of which hardly anything is known are left out
+    and said; where there is nothing to learn from, all scores are 0, which is said too.
 
     Args:
         encoder: says which inputs are withheld.
-        train: requests are taken evenly from all of it, up to `MOST_ROWS` candidates.
+        train: requests are taken evenly from all of it, up to `most` candidates.
         task: number of the label.
+        most: default: `MOST_ROWS` of the kind.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -43,16 +53,43 @@ def classic_scores(
         raise DataError(
             "trees and logistic regression need scikit-learn: pip install scikit-learn"
         ) from error
-    features, labels = _sampled(encoder, train, task, MOST_ROWS[kind], seed)
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    features, labels = _sampled(encoder, train, task, most or MOST_ROWS[kind], seed)
+    kept = (~np.isnan(features)).sum(0) >= LEAST_KNOWN
+    if not kept.all():
+        names = np.array(_names(encoder))[~kept]
+        console.print(
+            f"{kind}: without {', '.join(names)}, of which hardly anything is known",
+            highlight=False,
+        )
+    rarest = int(np.bincount(labels.astype(np.int64), minlength=2).min())
+    if not kept.any() or rarest < 2:
+        console.print(f"{kind}: nothing to learn from; every score is 0", highlight=False)
+        return np.zeros(len(test.candidate_item))
     model: Any
     if kind == "trees":
         model = HistGradientBoostingClassifier(
-            max_iter=200, max_leaf_nodes=63, early_stopping=True, random_state=seed
+            max_iter=200,
+            max_leaf_nodes=63,
+            early_stopping=rarest >= LEAST_KNOWN,
+            random_state=seed,
         )
     else:
         model = _regression(seed)
-    model.fit(features, labels)
-    return np.concatenate([model.decision_function(part) for part in _parts(encoder, test)])
+    # scikit-learn brings an OpenMP of its own, whose threads would spin beside those of others.
+    with threadpool_limits(torch.get_num_threads()):
+        model.fit(features[:, kept], labels)
+        parts = [model.decision_function(part[:, kept]) for part in _parts(encoder, test)]
+    return np.concatenate(parts)
+
+
+def _names(encoder: Encoder) -> list[str]:
+    """Names of the columns that `_features` makes."""
+    withheld = encoder.withheld
+    names = np.array(encoder.dense_names)[~withheld.candidate_dense].tolist()
+    return names if withheld.user else [*names, *encoder.user_dense_names]
 
 
 def _regression(seed: int) -> Any:

@@ -5,10 +5,12 @@ date and says so.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from feature_repo import datasets
 from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
@@ -56,13 +58,20 @@ class TrainingRun:
     @property
     def evaluation_identity(self) -> str:
         """The run, and the code that evaluates it."""
-        return digest_of([self.identity, code_digest("modeling.evaluate")])
+        code = code_digest("modeling.evaluate", "modeling.trained_floors")
+        return digest_of([self.identity, code])
 
 
 def run_train(
-    name: str, data: Path | None, changes: Changes, device: str, force: bool = False
+    name: str,
+    data: Path | None,
+    changes: Changes,
+    device: str,
+    force: bool = False,
+    threads: int = 1,
 ) -> None:
     """Train a recipe to its end; with `force` from the beginning, trained or not."""
+    _use_threads(threads)
     settings = Settings.from_env()
     recipe = changed(recipes.load(name), changes)
     if isinstance(recipe, NextItemRecipe):
@@ -76,8 +85,20 @@ def run_train(
     draft.replace(run.folder.parent / NEWEST)
 
 
-def run_evaluate(name: str, data: Path | None, changes: Changes, force: bool = False) -> None:
+def _use_threads(number: int) -> None:
+    """So many threads for torch and, by them, for scikit-learn. One by default: two that wait for each
+    other beside other load are a tenth as fast as one, and results do not depend on the machine.
+    """
+    import torch
+
+    torch.set_num_threads(number)
+
+
+def run_evaluate(
+    name: str, data: Path | None, changes: Changes, force: bool = False, threads: int = 1
+) -> None:
     """Metrics of a trained recipe."""
+    _use_threads(threads)
     settings = Settings.from_env()
     recipe = recipes.load(name)
     if isinstance(recipe, NextItemRecipe):
@@ -88,8 +109,11 @@ def run_evaluate(name: str, data: Path | None, changes: Changes, force: bool = F
     evaluate(run, Catalogue(settings.catalogue_url), force=force)
 
 
-def run_export(name: str, changes: Changes, live: bool | None, force: bool = False) -> None:
+def run_export(
+    name: str, changes: Changes, live: bool | None, force: bool = False, threads: int = 1
+) -> None:
     """Write the bundle of an evaluated run; of a next-item recipe there is none, which is said."""
+    _use_threads(threads)
     settings = Settings.from_env()
     recipe = recipes.load(name)
     if isinstance(recipe, NextItemRecipe):
@@ -106,7 +130,10 @@ def run_bundles(promote: str | None, rollback: bool) -> None:
     if promote is not None:
         catalogue.set_live(dataset, catalogue.bundle(dataset, promote).digest)
     if rollback:
+        left = catalogue.live_bundle(dataset).digest
         catalogue.set_live(dataset, catalogue.live_before(dataset).digest)
+        # So that its own tokens, once they are built, do not make it live again.
+        catalogue.hold_back(left, "it was rolled back")
     live = catalogue.live_or_none(dataset)
     rows = [["bundle", "state", "ndcg@10", "gauc", "exported"]]
     for row in catalogue.bundles(dataset):
@@ -343,11 +370,11 @@ def refuse_if_rebuilt(run: TrainingRun) -> None:
 def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
     """Metrics on the test period, baselines, report."""
     from modeling.evaluate import (
+        calibration_line,
         contract_line,
         metric_rows,
         read,
         rungs_line,
-        unbeaten,
         undefined,
         unknown_line,
         write,
@@ -362,23 +389,28 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     )
     if not done:
         from modeling.dataset import refuse_without_positives
-        from modeling.evaluate import evaluate_run
         from modeling.report import write_report
 
-        with (
-            catalogue.stage(run.settings.dataset, f"evaluate {run.recipe.name}", identity) as stage,
-            console.status("evaluate: joining, scoring, bootstrapping"),
-        ):
+        with catalogue.stage(
+            run.settings.dataset, f"evaluate {run.recipe.name}", identity
+        ) as stage:
+            _tell("evaluate: joining the test period")
             store, warehouse = _stores(run.settings)
             model, encoder = _load_trained(run)
             test = warehouse.split(store, run.recipe.service, "test", run.tokens)
             refuse_without_positives(warehouse.contract, "test", test)
             refuse_if_rebuilt(run)
-            found = evaluate_run(model, encoder, test)
+            found = _evaluated(run, model, encoder, test)
             write(run.folder, identity, found)
             evaluation = read(run.folder)
             title = f"{run.recipe.name} on {warehouse.contract.spec.title}"
-            about = [contract_line(warehouse.contract, evaluation["counts"]), *_told(run, model)]
+            about = [
+                contract_line(warehouse.contract, evaluation["counts"]),
+                *_told(run, model),
+                evaluation["beside_trees"],
+                f"Calibration: {calibration_line(evaluation)}.",
+            ]
+            _tell("evaluate: writing the report")
             write_report(run.folder, title, about, evaluation)
             stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {
                 "report": str(report)
@@ -399,11 +431,54 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
             print_table(metric_rows(rows))
         if note := undefined(rows):
             console.print(f"  {task}: {note}", style="yellow", highlight=False)
-    for row in unbeaten(evaluation["metrics"]):
-        console.print(
-            f"  not beaten with separate intervals: {row}", style="yellow", highlight=False
-        )
+    console.print(f"calibration: {calibration_line(evaluation)}", highlight=False)
+    if told := evaluation["beside_trees"]:
+        better = told.startswith("the model ranks better")
+        console.print(told, style="" if better else "yellow", highlight=False)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _tell(text: str) -> None:
+    console.print(text, highlight=False)
+
+
+def _evaluated(run: TrainingRun, model: Ranker, encoder: Encoder, test: Any) -> Any:
+    """The evaluation of a run, with trees on the same numbers beside it."""
+    from modeling.claims import difference
+    from modeling.encodings import Encodings
+    from modeling.evaluate import (
+        beside_trees,
+        estimates,
+        evaluate_run,
+        primary_number,
+        sampling_shift,
+        without_ranking,
+    )
+    from modeling.floors import TREES
+    from modeling.trained_floors import quick_trees, sums_by_user
+    from modeling.trainer import predict
+
+    encodings = Encodings(run.settings, run.recipe.service, run.tokens)
+    labels = [
+        np.asarray(encodings.period(run.recipe, name).encoded.labels)
+        for name in ("train", "validation")
+    ]
+    spec = encoder.contract.spec
+    found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), _tell)
+    _tell("evaluate: trees on the same numbers")
+    trees = quick_trees(run.settings, encodings, run.recipe)
+    period, number = encodings.period(run.recipe, "test"), primary_number(spec)
+    scores = predict(model, encodings.encoder_of(run.recipe), period.encoded)[:, number]
+    ours = sums_by_user(period, scores, number)["ndcg@10"]
+    paired = difference("model − trees", "ndcg@10", ours, trees.sums["ndcg@10"])
+    rows = found.metrics | {TREES: estimates(trees.test[0])}
+    if found.nothing_to_rank:
+        rows[TREES] = without_ranking(rows[TREES])
+    return replace(
+        found,
+        tasks={**found.tasks, found.primary: rows},
+        beside_trees="" if found.nothing_to_rank else beside_trees(paired),
+    )
 
 
 def _told(run: TrainingRun, model: Ranker) -> list[str]:
@@ -449,10 +524,8 @@ def export(
     test = promotion.test_key(run.settings)
     row = None if force else _exported(run, catalogue)
     if row is None:
-        with (
-            catalogue.stage(dataset, f"export {name}", run.identity) as stage,
-            console.status("export"),
-        ):
+        with catalogue.stage(dataset, f"export {name}", run.identity) as stage:
+            _tell(f"export {name}: writing the bundle")
             stage.details = row = _write_bundle(run, catalogue, evaluation)
     else:
         console.print(f"export {name}: up to date ({name}@{row['digest'][:12]})", highlight=False)
@@ -460,7 +533,11 @@ def export(
     reasons = promotion.reasons_against(
         evaluation, catalogue.live_or_none(dataset), catalogue, digest, test
     )
-    catalogue.note_comparison(digest, test, "; ".join(reasons.hold) if live is None else "")
+    held = list(reasons.hold) if live is None else []
+    if live is False and not _is_live(catalogue, dataset, digest):
+        # Else its tokens, once they are built, would make it live all the same.
+        held = ["it was exported with --not_live", *reasons.hold]
+    catalogue.note_comparison(digest, test, "; ".join(held))
     for reason in reasons.warn:
         console.print(f"  {reason}", style="yellow", highlight=False)
     state = _go_live(run, catalogue, digest, live, reasons.hold)
@@ -478,7 +555,7 @@ def _go_live(
     if _is_live(catalogue, dataset, digest):
         return "live"
     if live is False:
-        return "recorded, not live"
+        return "; ".join(["recorded, not live", *held])
     if live is None and held:
         return f"recorded, not live: {'; '.join(held)}. `python -m modeling bundles --promote {name}` makes it live all the same"
     if not _waits(catalogue, dataset, digest):

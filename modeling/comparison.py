@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import recipes
+from modeling.changes import Changes, changed
 from modeling.console import console, print_table
 from modeling.errors import RecipeError
 from modeling.leave_one_out import CUTOFFS
@@ -55,7 +56,8 @@ def compare(settings: Settings, asked: Comparison) -> None:
     from modeling.next_item import open_source, train_and_evaluate, variant
 
     torch.set_num_threads(asked.threads)
-    chosen = [next_item_recipe(name) for name in asked.recipes]
+    alike = Changes(assignments=asked.assignments)
+    chosen = [changed(next_item_recipe(name), alike) for name in asked.recipes]
     source = open_source(settings, asked.data, asked.split)
     console.print(f"compare: {source.describe()}", highlight=False)
     results: list[dict[str, Any]] = []

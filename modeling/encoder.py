@@ -222,6 +222,11 @@ class Encoder:
         return found
 
     @property
+    def user_dense_names(self) -> tuple[str, ...]:
+        """Numbers of a request: of its user and its context."""
+        return (*USER_FEATURES, *self.request.dense_names)
+
+    @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense candidate features, in order."""
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from feature_repo.contract import Contract
-from feature_repo.schema import DatasetSpec, Task
+from feature_repo.schema import DatasetSpec, Examples, Task
+from modeling.claims import Difference
 from modeling.dataset import Split
 from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.errors import NotTrainedError
-from modeling.floors import FREQUENCY, POPULARITY, floor_scores, floors_of
+from modeling.floors import FREQUENCY, POPULARITY, RANDOM, TREES, floor_scores, floors_of
 from modeling.importance import permutation_importance
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
@@ -27,6 +29,7 @@ from modeling.trainer import predict
 MODEL = "model"
 EMPTY = "same network, empty history"
 AS_RANKED = "model, as ranked"  # where several tasks make the score
+RANDOM_TELLS = 0.9  # NDCG@10 of a random order, from where on the figure tells nothing
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
@@ -60,11 +63,18 @@ class Evaluation:
     counts: dict[str, int]
     unknown: UnknownFirst
     rungs: dict[str, dict[str, Estimate]]
+    beside_trees: str = ""  # a sentence
+    shift: float = 0.0  # on the primary task's logits, before they are taken for probabilities
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
         """Of the primary task."""
         return self.tasks[self.primary]
+
+    @property
+    def nothing_to_rank(self) -> bool:
+        """Whether requests have so few candidates that their order tells nothing."""
+        return math.isnan(self.metrics[RANDOM]["ndcg@10"].value)
 
 
 def primary_task(spec: DatasetSpec) -> str:
@@ -77,45 +87,63 @@ def primary_number(spec: DatasetSpec) -> int:
     return [task.name for task in spec.tasks].index(primary_task(spec))
 
 
-def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
+def evaluate_run(
+    model: Ranker,
+    encoder: Encoder,
+    test: Split,
+    shift_T: np.ndarray | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
     """Everything that is measured of a model on the test period, task by task.
 
     Each task's scores are its own logits, on the candidates of which it is defined; where there are
     several tasks, what requests are ranked by is measured beside them.
 
+    Args:
+        shift_T: added to each task's logits before they are taken for probabilities: see
+            `sampling_shift`.
+        tell: is told what is being done.
+
     Raises:
         ScoresError: the model gives NaN.
     """
     requests, spec = test.requests, encoder.contract.spec
+    shift_T = np.zeros(len(spec.tasks)) if shift_T is None else shift_T
+    tell(f"evaluate: scoring {len(requests.candidate_keys):,} candidates")
     encoded = encoder.featurise(requests)
     logits = predict(model, encoder, encoded)
     ranked = ranking_logits(spec, logits)
+    tell("evaluate: the same with an empty history")
     empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
     users = test.users.dictionary_encode().indices.to_numpy()
     scored = floor_scores(test)
     assert requests.labels is not None
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    # Of one task that is given nothing the order is the task's own.
+    mixes = len(spec.weights) > 1 or bool(spec.tasks[primary_number(spec)].given)
     for number, task in enumerate(spec.tasks):
+        tell(f"evaluate: metrics of {task.name}, baselines")
+        shift = float(shift_T[number])
         rows = {
-            MODEL: measure(encoded, users, logits[:, number], number),
-            EMPTY: measure(encoded, users, empty[:, number], number),
+            MODEL: measure(encoded, users, logits[:, number], number, shift=shift),
+            EMPTY: measure(encoded, users, empty[:, number], number, shift=shift),
         }
-        if len(spec.tasks) > 1:
+        if mixes or task.name != primary_task(spec):
             rows[AS_RANKED] = measure(encoded, users, ranked, number, calibrated=False)
         floors = floors_of(scored, requests.labels[:, number], requests.candidate_offsets)
         for name, scores in floors.items():
             rows[name] = measure(encoded, users, scores, number, calibrated=False)
-        found[task.name] = rows
+        found[task.name] = without_telling_nothing(rows)
     primary, number = primary_task(spec), primary_number(spec)
-    figures = picture_figures(encoded, logits, spec.tasks, primary, test.history_lengths)
+    figures = picture_figures(encoded, logits + shift_T, spec.tasks, primary, test.history_lengths)
+    tell("evaluate: what the ranking rests on")
     importance = permutation_importance(model, encoder, encoded, number)
     figures["importance"] = [asdict(one) for one in importance]
-    worth = {
-        name: measure(
-            encoded, users, predict(model, encoder, encoder.featurise(lacking))[:, number], number
-        )
-        for name, lacking in rungs(requests, encoder.contract).items()
-    }
+    worth = {}
+    for name, lacking in rungs(requests, encoder.contract).items():
+        tell(f"evaluate: answers by {name}")
+        scores = predict(model, encoder, encoder.featurise(lacking))[:, number]
+        worth[name] = measure(encoded, users, scores, number, shift=float(shift_T[number]))
     counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
     return Evaluation(
         found,
@@ -124,11 +152,63 @@ def evaluate_run(model: Ranker, encoder: Encoder, test: Split) -> Evaluation:
         counts,
         unknown_first(model, encoder, encoded, ranked),
         worth,
+        shift=float(shift_T[number]),
     )
 
 
+def sampling_shift(spec: DatasetSpec, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
+    """What is to be added to each task's logits so that they are probabilities of a period that is
+    evaluated, T values: where negatives are drawn, training draws some for each positive and
+    evaluation as many for each request, so that positives are of another share. 0 where the log says
+    what was shown, and of a task that is given another one, for which nothing is drawn.
+
+    Args:
+        train, validation: labels of all candidates of a period, N × T, NaN where undefined.
+    """
+    shift = np.zeros(len(spec.tasks))
+    if spec.requests.examples is not Examples.ACTIONS:
+        return shift
+    for number, task in enumerate(spec.tasks):
+        odds = [_odds(labels[:, number]) for labels in (validation, train)]
+        if not task.given and all(odds):
+            shift[number] = math.log(odds[0] / odds[1])
+    return shift
+
+
+def _odds(labels: np.ndarray) -> float:
+    """Positives for each negative; 0 where there is none of either."""
+    positive, negative = int((labels == 1).sum()), int((labels == 0).sum())
+    return positive / negative if negative else 0.0
+
+
+def without_telling_nothing(rows: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+    """The metrics of a task without those of an order where a random one is nearly perfect: requests
+    have so few candidates that they are no ranking.
+    """
+    if not rows[RANDOM]["ndcg@10"].value >= RANDOM_TELLS:
+        return rows
+    return {name: without_ranking(values) for name, values in rows.items()}
+
+
+def without_ranking(row: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Metrics without those of an order within requests."""
+    return row | dict.fromkeys(("ndcg@10", "mrr"), Estimate(math.nan, math.nan, math.nan))
+
+
+def estimates(plain: dict[str, dict[str, float] | None]) -> dict[str, Estimate]:
+    """What `plain_metrics` made, back again."""
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    return {name: Estimate(**value) if value else nothing for name, value in plain.items()}
+
+
 def measure(
-    encoded: Encoded, users: np.ndarray, scores: np.ndarray, task: int, *, calibrated: bool = True
+    encoded: Encoded,
+    users: np.ndarray,
+    scores: np.ndarray,
+    task: int,
+    *,
+    calibrated: bool = True,
+    shift: float = 0.0,
 ) -> dict[str, Estimate]:
     """Metrics of one task on the candidates of which it is defined; all undefined where it is of
     none.
@@ -136,6 +216,7 @@ def measure(
     Args:
         users: number of each request's user.
         scores: of all candidates; logits where `calibrated`.
+        shift: added to logits that are taken for probabilities.
     """
     known = defined(np.asarray(encoded.labels)[:, task], encoded.candidate_offsets)
     if not len(known.rows):
@@ -143,7 +224,7 @@ def measure(
         return {name: Estimate(math.nan, math.nan, math.nan) for name in names}
     own = scores[known.rows]
     _, numbered = np.unique(users[known.requests], return_inverse=True)
-    probability = sigmoid(own) if calibrated else None
+    probability = sigmoid(own + shift) if calibrated else None
     return evaluate(known.labels, own, known.offsets, numbered, probability)
 
 
@@ -189,6 +270,25 @@ def rungs_line(evaluation: dict[str, Any]) -> str:
 def floors(metrics: dict[str, Any]) -> list[str]:
     """Scorings that a model must not fall below: those that need no training."""
     return [name for name in (FREQUENCY, POPULARITY) if name in metrics]
+
+
+def best_baselines(metrics: dict[str, Any]) -> list[str]:
+    """The best baseline by NDCG@10 that was fitted, and the best that needs no training."""
+    found = []
+    for names in ((TREES,), floors(metrics)):
+        known = [n for n in names if metrics.get(n, {}).get("ndcg@10")]
+        found += sorted(known, key=lambda n: -metrics[n]["ndcg@10"]["value"])[:1]
+    return found
+
+
+def beside_trees(difference: Difference) -> str:
+    """How a model stands beside trees, in a sentence."""
+    told = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    if difference.low > 0:
+        return f"the model ranks better than trees on the same numbers: NDCG@10 {told}"
+    if difference.high < 0:
+        return f"trees on the same numbers rank better than the model: NDCG@10 {told}"
+    return f"the model and trees on the same numbers cannot be told apart: NDCG@10 {told}"
 
 
 def without_history(requests: RequestColumns, contract: Contract) -> RequestColumns:
@@ -251,6 +351,8 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
         "counts": found.counts,
         "unknown": asdict(found.unknown),
         "rungs": {name: plain_metrics(row) for name, row in found.rungs.items()},
+        "shift": found.shift,
+        "beside_trees": found.beside_trees,
     }
     draft = folder / ".evaluation.draft"
     draft.write_text(json.dumps(content, indent=1, allow_nan=False))
@@ -260,7 +362,7 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
 def plain_metrics(row: dict[str, Estimate]) -> dict[str, dict[str, float] | None]:
     """Metrics as JSON holds them: null where one is undefined."""
     return {
-        name: None if math.isnan(estimate.value) else asdict(estimate)
+        name: None if math.isnan(estimate.value + estimate.low) else asdict(estimate)
         for name, estimate in row.items()
     }
 
@@ -299,21 +401,28 @@ def undefined(metrics: dict[str, dict[str, Any]]) -> str:
     names = [name for name, value in metrics[MODEL].items() if value is None]
     if not names:
         return ""
-    return f"{', '.join(names)}: undefined, for all labels of the period are alike"
+    if "auc" not in names and "ndcg@10" in names:
+        return (
+            f"{', '.join(names)}: undefined, for there is nothing to rank: a random order of so few candidates is nearly "
+            "perfect. Say what belongs together by Requests.by, or by one time"
+        )
+    return (
+        f"{', '.join(names)}: undefined, for all labels of the period are alike, or there is none"
+    )
 
 
-def unbeaten(
-    metrics: dict[str, dict[str, dict[str, float]]], names: tuple[str, ...] = ("ndcg@10", "gauc")
-) -> list[str]:
-    """Baselines whose interval overlaps the model's, or lies above it."""
-    model = {name: Estimate(**metrics[MODEL][name]) for name in names if metrics[MODEL].get(name)}
-    return [
-        f"{scoring} on {name}"
-        for scoring in metrics
-        if scoring not in (MODEL, AS_RANKED)
-        for name in model
-        if metrics[scoring].get(name) and not model[name].beats(Estimate(**metrics[scoring][name]))
-    ]
+def calibration_line(evaluation: dict[str, Any]) -> str:
+    """How far probabilities can be trusted, in a sentence."""
+    ne = evaluation["metrics"][MODEL].get("ne")
+    points = evaluation["figures"]["calibration"]
+    predicted, happened = (sum(p[n] for p in points) / max(len(points), 1) for n in (0, 1))
+    told = f"mean probability {predicted:.3f}, mean label {happened:.3f}"
+    shift = evaluation.get("shift", 0.0)
+    if shift:
+        told += f", after {shift:+.2f} on each logit for the share of drawn negatives"
+    if ne and ne["value"] >= 1:
+        told += "; no better than the base rate: take them for scores, not for probabilities"
+    return told
 
 
 def contract_line(contract: Contract, counts: dict[str, int]) -> str:

@@ -12,9 +12,10 @@ from feature_repo.recall import Recall
 from feature_repo.schema import STAT_WINDOWS_DAYS
 from feature_repo.sketch import Layout
 from modeling.dataset import Split
-from modeling.metrics import mean_ndcg
+from modeling.metrics import defined, mean_ndcg
 
 RANDOM = "random"
+TREES = "trees, dense numbers"  # fitted: `trained_floors.py`
 POPULARITY = "popularity, best window"
 FREQUENCY = "own frequency"
 FADED = "own frequency, fading"
@@ -51,17 +52,35 @@ def floor_scores(split: Split, visible: int | None = None) -> dict[str, np.ndarr
 def floors_of(
     scores: Mapping[str, np.ndarray], labels: np.ndarray, offsets: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Random, popularity, and the own frequencies; popularity over the window that is best on these
-    very requests.
+    """Random, popularity, and the own frequencies that say anything; popularity over the window that is
+    best on these very requests.
 
     Args:
         scores: of `floor_scores`.
-        labels: of all candidates, for one task.
+        labels: of all candidates, for one task; NaN where it is undefined.
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
     """
+    known = defined(labels, offsets)
     windows = [values for name, values in scores.items() if name.startswith(_WINDOW)]
-    quality = [mean_ndcg(labels, values, offsets) for values in windows]
-    own = {name: values for name, values in scores.items() if not name.startswith(_WINDOW)}
+    quality = [mean_ndcg(known.labels, values[known.rows], known.offsets) for values in windows]
+    own = _telling(
+        {name: values for name, values in scores.items() if not name.startswith(_WINDOW)},
+        known.rows,
+    )
     best = windows[int(np.nanargmax(quality))] if not np.isnan(quality).all() else windows[0]
     random = np.random.default_rng(0).random(len(labels))
     return {**own, POPULARITY: best, RANDOM: random}
+
+
+def _telling(own: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Own frequencies without those that order nothing, where nobody acts on an item twice, and without
+    windows that come to the same as all events.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, values in own.items():
+        said = values[rows]
+        whole = FADED if name.startswith(FADED) else FREQUENCY
+        same = name != whole and whole in own and np.array_equal(said, own[whole][rows])
+        if len(said) and said.min() < said.max() and not same:
+            found[name] = values
+    return found

@@ -45,8 +45,22 @@ def ranks_within(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return ranks
 
 
+def refuse_undefined(labels: np.ndarray) -> None:
+    """Refuse labels that are undefined (NaN): `defined` leaves their candidates out.
+
+    Raises:
+        ScoresError: there are such.
+    """
+    number = int(np.isnan(labels).sum()) if labels.dtype.kind == "f" else 0
+    if number:
+        raise ScoresError(
+            f"{number:,} of {len(labels):,} labels are undefined: leave their candidates out (`metrics.defined`)"
+        )
+
+
 def ndcg_at(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, k: int = 10) -> np.ndarray:
     """NDCG@k of each request; NaN without a positive."""
+    refuse_undefined(labels)
     ranks = ranks_within(scores, offsets)
     gain = np.where(ranks < k, labels / np.log2(ranks + 2), 0.0)
     ideal_of = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2))])
@@ -57,6 +71,7 @@ def ndcg_at(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray, k: int 
 
 def reciprocal_rank(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """1 / rank of the first positive of each request; NaN without one."""
+    refuse_undefined(labels)
     ranks = ranks_within(scores, offsets).astype(np.float64)
     best = (
         np.minimum.reduceat(np.where(labels > 0, ranks, np.inf), offsets[:-1])
@@ -94,6 +109,7 @@ def defined(labels: np.ndarray, offsets: np.ndarray) -> Defined:
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean negative log likelihood; probabilities are kept away from 0 and 1 by 1e-7."""
+    refuse_undefined(labels)
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
     return float(-(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean())
 
@@ -106,6 +122,7 @@ def mean_ndcg(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray) -> fl
 
 def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Area under the ROC curve, weighted, ties as half; NaN with one kind of label."""
+    refuse_undefined(labels)
     order = np.argsort(scores, kind="stable")
     return _auc_sorted(
         labels[order], _tie_groups(scores[order]), None if weights is None else weights[order]
@@ -221,8 +238,9 @@ def evaluate(
             metrics.
 
     Raises:
-        ScoresError: scores that are NaN, or no request at all.
+        ScoresError: scores or labels that are NaN, or no request at all.
     """
+    refuse_undefined(labels)
     if not len(users):
         raise ScoresError("there is no request to measure on")
     if np.isnan(scores).any():

@@ -12,6 +12,18 @@ from typing import Any
 from feature_repo.settings import CHECKOUT
 
 
+def wait_passively() -> None:
+    """Have threads that wait for others sleep rather than spin, where nothing else is said: beside other
+    load a spinning one takes the time of the one it waits for. Before torch or scikit-learn is loaded.
+    """
+    for name, value in (
+        ("OMP_WAIT_POLICY", "PASSIVE"),
+        ("GOMP_SPINCOUNT", "0"),
+        ("KMP_BLOCKTIME", "0"),
+    ):
+        os.environ.setdefault(name, value)
+
+
 def ask(module: str, case: str, question: dict[str, Any]) -> dict[str, Any]:
     """Run `python -m <module> --child <case>` with a question, whose `threads` it gets, and read
     its answer.

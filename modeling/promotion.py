@@ -15,7 +15,8 @@ from typing import Any
 from feature_repo.catalogue import BundleRow, Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
-from modeling.evaluate import MODEL, floors
+from modeling.evaluate import AS_RANKED, MODEL, floors
+from modeling.floors import TREES
 from modeling.metrics import Estimate
 
 METRICS = ("ndcg@10", "gauc")
@@ -46,7 +47,8 @@ def reasons_against(
         test: what its test requests are.
     """
     metrics = evaluation["metrics"]
-    model = {name: Estimate(**metrics[MODEL][name]) for name in METRICS if metrics[MODEL].get(name)}
+    ours = metrics.get(AS_RANKED, metrics[MODEL])  # what requests are ranked by
+    model = {name: Estimate(**ours[name]) for name in METRICS if ours.get(name)}
     below = [
         f"{floor} is better on {name} ({metrics[floor][name]['value']:.4f} against {estimate.value:.4f})"
         for floor in floors(metrics)
@@ -54,12 +56,24 @@ def reasons_against(
         if metrics[floor].get(name) and metrics[floor][name]["value"] > estimate.value
     ]
     hold, warn = ([], below) if live is None else (below, [])
+    same_test = live is not None and catalogue.test_of(live.digest) == test
+    for name, estimate in model.items():
+        trees = metrics.get(TREES, {}).get(name)
+        if trees is None or estimate.value >= trees["value"]:
+            continue
+        told = f"trees on the same numbers are better on {name} ({trees['value']:.4f} against {estimate.value:.4f})"
+        now = live.metrics.get(name) if live is not None and same_test else None
+        # A live one that is below trees itself is no reason to wait.
+        (hold if now and now["value"] >= trees["value"] else warn).append(told)
+    if not model.get("ndcg@10"):
+        undefined = "how well it ranks is not known: its NDCG@10 is undefined"
+        (warn if live is None else hold).append(undefined)
     unknown = evaluation["unknown"]
     if unknown["first"] > unknown["most"]:
         hold.append(
             f"an item that nobody knows comes first in {unknown['first']:.1%} of requests; by chance it would in {unknown['chance']:.1%}"
         )
-    if live is not None and live.digest != digest and catalogue.test_of(live.digest) == test:
+    if live is not None and live.digest != digest and same_test:
         for name, estimate in model.items():
             now = live.metrics.get(name)
             if now and estimate.value < now["low"]:

@@ -23,6 +23,7 @@ from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
 from modeling import models, recipes
 from modeling.batch import Batch
+from modeling.changes import Changes, changed
 from modeling.claims import (
     Difference,
     Sums,
@@ -218,7 +219,8 @@ def compare(settings: Settings, asked: Comparison) -> None:
         DataError: a period has no positive, or scikit-learn is not installed.
     """
     torch.set_num_threads(asked.threads)
-    chosen = [ranking_recipe(name) for name in asked.recipes]
+    alike = Changes(assignments=asked.assignments)
+    chosen = [changed(ranking_recipe(name), alike) for name in asked.recipes]
     services, made_by = {r.service for r in chosen}, sorted({r.tokens for r in chosen if r.tokens})
     if (
         len(services - {SERVICE_WITH_TOKENS}) > 1

@@ -249,8 +249,7 @@ def show_one_more(
 
 def summary(settings: Settings, started_s: float) -> None:
     """Stage timings, metrics and how to go on."""
-    from modeling.console import print_table
-    from modeling.evaluate import metric_rows
+    from modeling.evaluate import best_baselines
 
     catalogue = Catalogue(settings.catalogue_url)
     recipe = catalogue.live_bundle(settings.dataset).recipe
@@ -271,7 +270,13 @@ def summary(settings: Settings, started_s: float) -> None:
     evaluation = runs["evaluate"].details
     counts = evaluation["counts"]
     print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
-    print_table(metric_rows(evaluation["metrics"]))
+    metrics = evaluation["metrics"]
+    told = [
+        f"{name} {metrics[name]['ndcg@10']['value']:.4f}"
+        for name in ("model", *best_baselines(metrics))
+        if metrics[name].get("ndcg@10")
+    ]
+    print(f"ndcg@10: {', '.join(told)} (the whole table stands above, by evaluate)")
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
     print(
         "\ngo on:\n"
