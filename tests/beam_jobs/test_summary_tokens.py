@@ -615,3 +615,22 @@ def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any
     assert not outcome.built
     assert outcome.said[-1].endswith("is live")
     assert live(fresh).manifest["recipe"] == "vista_tiny"
+
+
+def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
+    fresh: Any, helpers: Any
+) -> None:
+    from modeling import command, recipes
+
+    build(fresh, helpers)
+    assert live(fresh).manifest["recipe"] == "vista_tiny"
+    catalogue = Catalogue(fresh.settings.catalogue_url)
+    run = command.open_run(fresh.settings, recipes.load("vista_bidirectional_tiny"))
+    command.train(run, catalogue)
+    command.evaluate(command.trained(run), catalogue)
+    command.export(command.trained(run), catalogue, live=False)
+    outcome = build(fresh, helpers, bundle="vista_bidirectional_tiny")
+    assert live(fresh).manifest["recipe"] == "vista_tiny"
+    assert "exported with --not_live" in outcome.said[-1]
+    digest = catalogue.bundle(fresh.settings.dataset, "vista_bidirectional_tiny").digest
+    assert "exported with --not_live" in catalogue.held_back(fresh.settings.dataset, digest)

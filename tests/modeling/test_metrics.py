@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
+from feature_repo import datasets
+from feature_repo.schema import Examples
 from modeling.errors import ScoresError
+from modeling.evaluate import plain_metrics, sampling_shift, undefined, without_telling_nothing
+from modeling.floors import floors_of
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
+from modeling.metrics import log_loss as our_log_loss
 
 REQUESTS = st.lists(
     st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15),
@@ -168,3 +174,69 @@ def test_infinite_scores_are_ordered_and_tie_like_others() -> None:
     found = evaluate(labels, scores, np.array([0, 2, 4]), np.array([0, 1]), None, resamples=2)
     assert found["auc"].value == (1 + 1 + 0 + 0.5) / 4
     assert found["gauc"].value == 0.75
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda labels, scores: ndcg_at(labels, scores, np.array([0, 3])),
+        lambda labels, scores: reciprocal_rank(labels, scores, np.array([0, 3])),
+        lambda labels, scores: auc(labels, scores),
+        lambda labels, scores: our_log_loss(labels, scores),
+        lambda labels, scores: evaluate(
+            labels, scores, np.array([0, 3]), np.zeros(1, np.int64), None
+        ),
+    ],
+)
+def test_an_undefined_label_is_refused_and_taken_for_nothing(measured: Any) -> None:
+    labels, scores = np.array([1.0, np.nan, 0.0]), np.array([0.3, 0.2, 0.1])
+    with pytest.raises(ScoresError, match="1 of 3 labels are undefined"):
+        measured(labels, scores)
+
+
+def test_a_baseline_that_orders_nothing_is_left_out() -> None:
+    """Where nobody acts on an item twice, and where a window comes to all events."""
+    rows, offsets = 6, np.array([0, 3, 6])
+    labels = np.array([1, 0, 0, np.nan, 1, 0])
+    rising, nothing = np.arange(rows, dtype=np.float32), np.zeros(rows, np.float32)
+    scores = {f"popularity:{n}": rising for n in "ab"}
+    own = {
+        "own frequency, last 50": rising,
+        "own frequency": rising,
+        "own frequency, fading": nothing,
+    }
+    found = floors_of({**scores, **own}, labels, offsets)
+    assert list(found) == ["own frequency", "popularity, best window", "random"]
+
+
+def test_probabilities_are_shifted_by_how_negatives_are_drawn() -> None:
+    """Training draws four for each positive, evaluation a hundred for each request."""
+    spec = datasets.load_contract("online_retail").spec
+    rng = np.random.default_rng(0)
+    train = (rng.random((50_000, 1)) < 1 / 5).astype(np.float32)
+    later = (rng.random((50_000, 1)) < 1 / 101).astype(np.float32)
+    (shift,) = sampling_shift(spec, train, later)
+    assert shift == pytest.approx(np.log(4 / 100), abs=0.1)
+    constant = np.full(len(later), np.log(1 / 4))  # the base rate of training
+    offsets, users = np.arange(0, len(later) + 1, 50), np.zeros(len(later) // 50, np.int64)
+    ne = [
+        evaluate(later[:, 0], constant, offsets, users, 1 / (1 + np.exp(-(constant + by))))[
+            "ne"
+        ].value
+        for by in (0.0, shift)
+    ]
+    assert ne[0] > 2
+    assert ne[1] == pytest.approx(1.0, abs=0.01)
+    shown = replace(spec, requests=replace(spec.requests, examples=Examples.IMPRESSIONS))
+    assert sampling_shift(shown, train, later).tolist() == [0.0]
+
+
+def test_an_order_of_one_candidate_tells_nothing() -> None:
+    one = Estimate(1.0, 1.0, 1.0)
+    rows = {name: {"ndcg@10": one, "mrr": one, "auc": one} for name in ("model", "random")}
+    found = without_telling_nothing(rows)
+    assert np.isnan(found["model"]["ndcg@10"].value)
+    assert found["model"]["auc"] == one
+    assert plain_metrics(found["model"])["ndcg@10"] is None
+    plain = {name: plain_metrics(row) for name, row in found.items()}
+    assert "nothing to rank" in undefined(plain)

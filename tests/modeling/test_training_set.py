@@ -183,6 +183,27 @@ def test_a_trained_floor_learns_from_what_is_not_withheld(made: TrainingSet, kin
     assert quality[()] > quality["matches", "user"] + 0.05
 
 
+@pytest.mark.parametrize("kind", CLASSICS)
+def test_a_column_that_is_never_known_is_left_out_and_said(
+    made: TrainingSet, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder, train = made.encoder(16), made.period("train").encoded
+    test = made.period("test").encoded
+    dense = np.array(train.candidate_dense)
+    unknown = encoder.dense_names.index("match_days_ago")
+    dense[:, unknown] = np.nan
+    scores = classic_scores(kind, encoder, replace(train, candidate_dense=dense), test, 0, 1)
+    assert np.isfinite(scores).all()
+    assert f"{kind}: without match_days_ago, of which hardly anything is known" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    one = np.full_like(np.asarray(train.labels), np.nan)
+    one[:40] = 0  # and no positive at all
+    scores = classic_scores(kind, encoder, replace(train, labels=one), test, 0, 1)
+    assert not scores.any()
+    assert "nothing to learn from" in capsys.readouterr().out
+
+
 def test_sets_that_somebody_reads_stay_and_others_go(
     made: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
