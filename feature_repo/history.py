@@ -57,7 +57,10 @@ def pack(contract: Contract, user_id: int | str, events: pa.Table) -> bytes:
     Args:
         events: columns of `contract.history_columns`.
     """
+    # A copy: what is written of a slice is padded with bytes of the rows beside it, which may be
+    # another user's.
     whole = events.cast(history_schema(contract)).combine_chunks()
+    whole = whole.take(pa.array(np.arange(whole.num_rows)))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, whole.schema) as writer:
         writer.write_table(whole)

@@ -171,7 +171,15 @@ class OnlineEraser:
                 client.unlink(*full[start : start + PIECE]) for start in range(0, len(full), PIECE)
             )
         gone = 0
-        with closing(self._sqlite()) as connection, connection:
+        with closing(self._sqlite()) as connection:
+            gone = self._delete_rows(connection, ordered)
+            # Pages that values were overwritten on by others' connections are written anew.
+            connection.execute("VACUUM")
+        return gone
+
+    def _delete_rows(self, connection: sqlite3.Connection, ordered: list[bytes]) -> int:
+        gone = 0
+        with connection:
             for table in self._tables(connection):
                 query = f'DELETE FROM "{table}" WHERE entity_key = ? RETURNING entity_key'
                 gone += sum(

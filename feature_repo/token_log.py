@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from feature_repo import envelope
 from feature_repo.arrow import arrow_type
@@ -23,6 +22,7 @@ from feature_repo.contract import Contract
 from feature_repo.erased import Erased
 from feature_repo.errors import ExpectedError
 from feature_repo.tables import JobFolder, Manifest, Part, digest_of, parquet_bytes
+from feature_repo.traces import behind_nulls
 
 JOB = "summary_tokens"
 TABLE = "token_log"
@@ -147,7 +147,8 @@ def erase(contract: Contract, home: str, erased: Erased) -> int:
             if rows is None or user not in rows.column_names:  # counts alone
                 tables[table].append(part)
                 continue
-            held = erased.holds(rows[user])
+            # A row that was struck and kept its bytes is rebuilt as well.
+            held = erased.holds(rows[user]) | erased.holds(behind_nulls(rows[user]))
             if not held.any():
                 tables[table].append(part)
                 continue
@@ -174,10 +175,11 @@ def _rows_of(folder: JobFolder, path: str) -> pa.Table | None:
 
 
 def _blanked(rows: pa.Table, held: np.ndarray) -> pa.Buffer:
-    """A part of the log whose chosen rows hold nobody and nothing."""
-    mask = pa.array(held)
-    columns = [pc.if_else(mask, pa.scalar(None, c.type), c) for c in rows.columns]
-    batch = pa.table(columns, names=rows.column_names).combine_chunks().to_batches()[0]
+    """A part of the log whose chosen rows hold nobody and nothing: built anew, for to clear the bit of a
+    value keeps its bytes.
+    """
+    places = pa.array(np.arange(rows.num_rows), mask=held)
+    batch = rows.combine_chunks().take(places).combine_chunks().to_batches()[0]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

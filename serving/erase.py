@@ -8,7 +8,8 @@
     6. token tables                  their rows are cut out
     7. what no manifest names        dropped, the runs before among it
     8. online store again            a job that was under way may have written meanwhile
-    9. the proof                     everything is searched, and what was found is written down
+    9. the proof                     every file is searched, by columns and by bytes, and what was found is
+                                     written down
 
 A job that is under way is waited for. Each step may be repeated: a call that was stopped is made whole by the
 same call.
@@ -43,6 +44,7 @@ from feature_repo.schema import DType
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store import open_store
 from feature_repo.tables import JobFolder, JobRunningError, locked
+from feature_repo.traces import LEAST_BYTES, behind_nulls, mark_of, traces_in
 from serving.items import Id
 
 # In the order in which they read each other.
@@ -168,7 +170,8 @@ def erase(
     removed[place] = None if first is None or again is None else first + again
 
     tell("searching")
-    searched = [Searched(place, online.find(users)), *search(settings, contract, theirs, logs)]
+    searched = [Searched(place, online.find(users))]
+    searched += search(settings, contract, theirs, logs, users)
     if kept := [one for one in searched if one.theirs]:
         where = ", ".join(f"{one.place} ({one.theirs:,})" for one in kept)
         raise ErasureError(
@@ -181,7 +184,7 @@ def erase(
         sorted(theirs.users),
         removed,
         searched,
-        _left(settings),
+        _left(settings, users),
     )
     path = settings.path(FOLDER, f"proof-{at:%Y%m%dT%H%M%S}.json")
     path.write_text(json.dumps(asdict(proof), indent=1))
@@ -189,13 +192,24 @@ def erase(
 
 
 def search(
-    settings: Settings, contract: Contract, theirs: Erased, logs: Sequence[Path]
+    settings: Settings,
+    contract: Contract,
+    theirs: Erased,
+    logs: Sequence[Path],
+    users: Sequence[Id] = (),
 ) -> list[Searched]:
-    """Every table that has a column of users, in the home and in the logs: how many rows are theirs.
+    """Every file of the home and of the logs: how many rows of tables are theirs, and how often their ids
+    stand in whatever else it holds.
 
     Training sets hold users without their ids; those of before are gone, and later ones are of the tables
     that were built without them.
+
+    Args:
+        users: whose ids are searched by their bytes as well.
     """
+    mark = mark_of(users)
+    # An item may have the name that a user has as an id.
+    of_items = {contract.item.join_key, *(c.name for c in contract.item_columns)}
     home = JobFolder(settings.home, "")
     found: dict[str, Searched] = {}
     where = [(home.filesystem, home.root.rstrip("/"))]
@@ -203,13 +217,16 @@ def search(
     for filesystem, root in where:
         chosen = pafs.FileSelector(root, recursive=True, allow_not_found=True)
         for info in filesystem.get_file_info(chosen):
+            if info.type != pafs.FileType.File:
+                continue
             place = "/".join([root, *info.path.removeprefix(f"{root}/").split("/")[:1]])
-            counted = _count(filesystem, info.path, contract, theirs)
-            if counted is not None:
-                before = found.get(place, Searched(place, 0, 0))
-                found[place] = Searched(
-                    place, before.theirs + counted.theirs, (before.of or 0) + (counted.of or 0)
-                )
+            counted = _count(filesystem, info.path, contract, theirs) or Searched(place, 0, 0)
+            traces = counted.theirs
+            if mark is not None and not traces:
+                traces = traces_in(filesystem, info.path, mark, of_items)
+            before = found.get(place, Searched(place, 0, 0))
+            rows = (before.of or 0) + (counted.of or 0)
+            found[place] = Searched(place, before.theirs + traces, rows)
     return list(found.values())
 
 
@@ -233,6 +250,9 @@ def _count(
             if user not in read.schema.names:
                 return None
             column = read.read_all()[user]
+            struck = theirs.holds(behind_nulls(column))
+            number = int((theirs.holds(column) | struck).sum())
+            return Searched(path, number, len(column))
     else:
         return None
     return Searched(path, int(theirs.holds(column).sum()), len(column))
@@ -286,8 +306,8 @@ def _token_versions(settings: Settings) -> list[str]:
     return sorted({row.fingerprint for row in recorded} | set(published))
 
 
-def _left(settings: Settings) -> list[str]:
-    """What was not touched, and why."""
+def _left(settings: Settings, users: Sequence[Id]) -> list[str]:
+    """What was not touched or not looked for, and why."""
     files = datasets.load(settings.dataset).files(settings.data)
     bundles = Catalogue(settings.catalogue_url).bundles(settings.dataset)
     named = sorted({f"{row.recipe}@{row.digest[:12]}" for row in bundles})
@@ -297,8 +317,20 @@ def _left(settings: Settings) -> list[str]:
         "logs of servers that were not named by --logs, and requests that a server has not written yet: it leaves "
         "these users out",
         "files of the online store's own, such as Redis' append-only file: rewritten by its own tools",
+        *_not_by_bytes(users),
         f"weights that were trained before now ({', '.join(named) or 'none'}): they hold no id; the next training "
         "leaves these users out",
+    ]
+
+
+def _not_by_bytes(users: Sequence[Id]) -> list[str]:
+    """Which ids were searched in tables and keys alone."""
+    short = [user for user in users if mark_of([user]) is None]
+    if not short:
+        return []
+    return [
+        f"{len(short):,} of the ids are numbers, or have fewer than {LEAST_BYTES} letters: they were searched in columns and "
+        "keys of users, and not by their bytes, which stand in any file"
     ]
 
 

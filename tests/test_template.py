@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import re
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from modeling.evaluate import AS_RANKED, MODEL, read
 from modeling.floors import TREES
 from serving.app import create_app
 from serving.command import open_ranker
+from serving.erase import ErasureError, erase
 
 NAME = "template_shop"
 TEMPLATE = Path(datasets.__file__).with_name("_template.py")
@@ -123,3 +125,40 @@ def test_a_request_is_answered_over_http(walked: Any) -> None:
     assert sorted(told["item_ids"]) == sorted(body["candidates"])  # type: ignore[type-var]
     assert set(told["probabilities"]) == {"label_click", "label_purchase"}
     assert told["degraded"] == []
+
+
+@pytest.mark.slow
+def test_no_byte_of_an_erased_customer_is_left_in_any_file(
+    walked: Any, helpers: Any, tmp_path: Path
+) -> None:
+    """Ids are text here, so that every file is searched by bytes: by the proof, and by this test."""
+    road = helpers.token_road(walked, tmp_path)
+    settings, needle = road.settings, "user 17"
+    (Path(settings.home) / ".left.draft").write_text("nobody")
+    before = files_with(settings.home, needle)
+    assert {"events", "user_history", "summary_tokens"} <= before
+    run = lambda name: helpers.run_jobs(settings, name, num_partitions=3)  # noqa: E731
+    proof, _ = erase(settings, [needle], [], run)
+    assert files_with(settings.home, needle) == set()
+    assert not any(one.theirs for one in proof.searched)
+    others = files_with(settings.home, "user 18")
+    assert {"events", "user_history", "summary_tokens"} <= others
+    # What somebody puts there later is found.
+    (Path(settings.home) / "note.txt").write_text(f"about {needle}")
+    with pytest.raises(ErasureError, match=r"note\.txt \(1\)"):
+        erase(settings, [needle], [], run)
+
+
+def files_with(home: str, text: str) -> set[str]:
+    """First parts of the paths of all files that hold a text, Parquet files unpacked."""
+    found = set()
+    for path in Path(home).rglob("*"):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path)
+            data = "\n".join(str(rows[name].to_pylist()) for name in rows.column_names).encode()
+        if re.search(rb"(?<!\w)" + text.encode() + rb"(?!\w)", data):
+            found.add(path.relative_to(home).parts[0])
+    return found

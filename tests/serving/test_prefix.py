@@ -75,7 +75,9 @@ def site(
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def take_events(settings: Settings, users: list[int], number: int, seed: int, out: Any) -> None:
+def take_events(
+    settings: Settings, users: list[int], number: int, seed: int, out: Any, go: Any
+) -> None:
     """One process of a server: events of now, sent again where others were first."""
     import torch
 
@@ -84,6 +86,7 @@ def take_events(settings: Settings, users: list[int], number: int, seed: int, ou
     items = serving.ranker.bundle.encoder.items.values.to_pylist()
     rng, taken = np.random.default_rng(seed), []
     out.put("ready")
+    go.wait()
     for _ in range(number):
         # Of two processes no two events are the same: each has items of its own.
         user, item = int(rng.choice(users)), items[5 * int(rng.integers(8)) + seed]
@@ -123,17 +126,18 @@ def written_together(
 ) -> tuple[list[Taken], list[Read], dict[int, Read], dict[int, Read]]:
     """Events by several processes, and reads meanwhile: both, and the users before and after."""
     spawn = multiprocessing.get_context("spawn")
-    queues = [spawn.Queue() for _ in range(processes)]
+    queues, go = [spawn.Queue() for _ in range(processes)], spawn.Event()
     read = reader_of(settings)
     before = {user: read(user) for user in users}
     workers = [
-        spawn.Process(target=take_events, args=(settings, users, number, n, queue))
+        spawn.Process(target=take_events, args=(settings, users, number, n, queue, go))
         for n, queue in enumerate(queues)
     ]
     for worker in workers:
         worker.start()
     for queue in queues:
         assert queue.get(timeout=300) == "ready"
+    go.set()
     reads: list[Read] = []
     rng = np.random.default_rng(0)
     while all(queue.empty() for queue in queues):
