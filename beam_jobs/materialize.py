@@ -183,8 +183,8 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
 
 
 def write_own_views(plan: RunPlan, settings: Settings) -> None:
-    """The newest row of each key of a person's own views → online store, as `feast materialize`
-    does.
+    """The newest row of each key of custom feature views → online store; nothing of keys that an earlier
+    run sent and the file no longer has, unless somebody pushed a newer row meanwhile.
     """
     dataset = datasets.load(plan.dataset)
     for view in dataset.spec.views:
@@ -198,10 +198,43 @@ def write_own_views(plan: RunPlan, settings: Settings) -> None:
             known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
             rows = rows.filter(pa.array(known <= plan.as_of))
         key = plan.contract.table(view.name).join_keys[0]
+        newest = newest_rows(rows, key) if rows.num_rows else rows
+        earlier = _sent_before(plan, view.name, schema)
         if key == plan.contract.user.join_key:
-            rows = erased_of(plan.home).without(rows, key)
-        if rows.num_rows:
-            write_rows(open_store(settings), view.name, newest_rows(rows, key))
+            erased = erased_of(plan.home)
+            newest, earlier = erased.without(newest, key), erased.without(earlier, key)
+        gone = earlier.filter(pc.invert(pc.is_in(earlier[key], newest[key].combine_chunks())))
+        # Before the rows: were this run killed between the two, the next one would not know.
+        _note_sent(plan, view.name, pa.concat_tables([newest, gone]), key)
+        written = pa.concat_tables([gone, newest])
+        if written.num_rows:
+            write_rows(open_store(settings), view.name, written)
+        _note_sent(plan, view.name, newest, key)
+
+
+def _sent_before(plan: RunPlan, view: str, schema: pa.Schema) -> pa.Table:
+    """Keys that earlier runs sent of a custom view, as rows of nulls at the time that each was sent with:
+    a row that is newer stays.
+    """
+    data = plan.folder.read_bytes(_sent_file(plan, view))
+    if data is None:
+        return schema.empty_table()
+    sent = pq.read_table(pa.BufferReader(data))
+    columns = [
+        sent[f.name].cast(f.type) if f.name in sent.column_names else pa.nulls(len(sent), f.type)
+        for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _note_sent(plan: RunPlan, view: str, rows: pa.Table, key: str) -> None:
+    sent = rows.select([key, EVENT_TIMESTAMP, CREATED_TIMESTAMP])
+    plan.folder.write_bytes(_sent_file(plan, view), parquet_bytes(sent))
+
+
+def _sent_file(plan: RunPlan, view: str) -> str:
+    """Beside the runs, since it is of all of them."""
+    return f"{plan.folder.root}/sent-{view}.parquet"
 
 
 JOB = Job(

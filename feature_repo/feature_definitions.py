@@ -112,7 +112,7 @@ def _own_view(declared: schema.OwnView) -> FeatureView:
         ],
         source=_own_source(declared),
         online=True,
-        tags=tags,
+        tags=tags | {"own": "true"},  # of which the newest row stays: provider.py
     )
 
 

@@ -14,10 +14,11 @@ for each version; on SQLite each view is a table of (entity key, feature) rows.
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -252,8 +253,6 @@ class _SqliteRecords:
     BUSY_S = 5.0  # how long a writer waits for another
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
-        import sqlite3
-
         from feast.infra.online_stores.helpers import compute_table_id
 
         config = store.config
@@ -311,20 +310,10 @@ class _SqliteRecords:
 
     def _write(self, user_id: int | str, rows: Mapping[str, NewRow]) -> None:
         """Rows as Feast writes them, its times in whole seconds."""
-        from feast.infra.online_stores.helpers import extract_text_and_num
-
         for view, row in rows.items():
             key, seconds = self._key(view, user_id), row.known // 1_000_000
             for name, value in self._definitions.protos(view, row).items():
-                text, _ = extract_text_and_num(value, False)
-                self._connection.execute(
-                    f'INSERT INTO "{self._tables[view]}" '
-                    "(entity_key, feature_name, value, value_text, event_ts, created_ts) "
-                    "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (entity_key, feature_name) DO UPDATE SET "
-                    "value = excluded.value, value_text = excluded.value_text, "
-                    "event_ts = excluded.event_ts, created_ts = excluded.created_ts",
-                    (key, name, value.SerializeToString(), text, seconds, seconds),
-                )
+                _upsert(self._connection, self._tables[view], key, name, value, seconds)
 
     def _key(self, view: str, user_id: int | str) -> bytes:
         from feast.infra.key_encoding_utils import serialize_entity_key
@@ -332,6 +321,49 @@ class _SqliteRecords:
         entity = self._definitions.key(view, user_id)
         key: bytes = serialize_entity_key(entity, entity_key_serialization_version=self._version)
         return key
+
+
+def upsert_sqlite(
+    connection: sqlite3.Connection, config: Any, view: FeatureView, rows: Any
+) -> None:
+    """Write rows of a view as Feast hands them on, in one transaction; one that is older than what is
+    stored, by whole seconds, changes nothing.
+    """
+    from feast.infra.key_encoding_utils import serialize_entity_key
+    from feast.infra.online_stores.helpers import compute_table_id
+
+    table = compute_table_id(config.project, view).replace('"', '""')
+    version = config.entity_key_serialization_version
+    with connection:
+        for entity, values, at, _ in rows:
+            key = serialize_entity_key(entity, entity_key_serialization_version=version)
+            seconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+            for name, value in values.items():
+                _upsert(connection, table, key, name, value, seconds, newest_wins=True)
+
+
+def _upsert(
+    connection: sqlite3.Connection,
+    table: str,
+    key: bytes,
+    name: str,
+    value: Any,
+    seconds: int,
+    *,
+    newest_wins: bool = False,
+) -> None:
+    """A feature's value as Feast writes it, its time in whole seconds."""
+    from feast.infra.online_stores.helpers import extract_text_and_num
+
+    text, _ = extract_text_and_num(value, False)
+    condition = f' WHERE excluded.event_ts >= "{table}".event_ts' if newest_wins else ""
+    connection.execute(
+        f'INSERT INTO "{table}" (entity_key, feature_name, value, value_text, event_ts, created_ts) '
+        "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (entity_key, feature_name) DO UPDATE SET "
+        "value = excluded.value, value_text = excluded.value_text, "
+        f"event_ts = excluded.event_ts, created_ts = excluded.created_ts{condition}",
+        (key, name, value.SerializeToString(), text, seconds, seconds),
+    )
 
 
 class _FeastRecords:

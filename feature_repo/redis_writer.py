@@ -11,12 +11,15 @@ field mmh3("view:feature") holds a Value, field "_ts:view" the time of the row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 PIECE = 1000  # keys of one round trip
+# KEYS: a hash. ARGV: the field of its time, the new time, "later" or "not earlier" (what replaces it),
+# then fields and values.
 COMPARE_AND_SET = """
 local function time_of(bytes)
   local found, place = {0, 0}, 1
@@ -36,13 +39,44 @@ local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if stored then
   local seconds, nanos = time_of(stored)
   local new_seconds, new_nanos = time_of(ARGV[2])
-  if new_seconds < seconds or new_seconds == seconds and new_nanos <= nanos then
+  local older = new_seconds < seconds or new_seconds == seconds and new_nanos < nanos
+  if older or (ARGV[3] == 'later' and new_seconds == seconds and new_nanos == nanos) then
     return 0
   end
 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2], unpack(ARGV, 4))
 return 1
 """
+
+
+def write_newest(
+    config: Any, view: str, rows: Sequence[tuple[Any, Mapping[str, Any], datetime, Any]]
+) -> None:
+    """Write rows of a view as Feast hands them on: entity key, values by feature, time, when it was made.
+    One that is older than what is stored changes nothing.
+    """
+    from feast.infra.online_stores.helpers import _mmh3, _redis_key
+    from feast.infra.online_stores.redis import RedisOnlineStore
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    client = RedisOnlineStore()._get_client(config.online_store)
+    script = client.register_script(COMPARE_AND_SET)
+    version = config.entity_key_serialization_version
+    for start in range(0, len(rows), PIECE):
+        with client.pipeline(transaction=False) as pipe:
+            for entity, values, at, _ in rows[start : start + PIECE]:
+                stamp = Timestamp()
+                stamp.FromDatetime(at)
+                pairs = [
+                    part
+                    for name, value in values.items()
+                    for part in (_mmh3(f"{view}:{name}"), value.SerializeToString())
+                ]
+                key = _redis_key(config.project, entity, entity_key_serialization_version=version)
+                time = [f"_ts:{view}", stamp.SerializeToString(), "not earlier"]
+                script(keys=[key], args=[*time, *pairs], client=pipe)
+            pipe.execute()
+    client.close()
 
 
 class RedisWriter:
@@ -143,7 +177,8 @@ class RedisWriter:
                     key = _redis_key(
                         self._project, entity, entity_key_serialization_version=self._version
                     )
-                    self._script(keys=[key], args=[self._time_field, time, *pairs], client=pipe)
+                    arguments = [self._time_field, time, "later", *pairs]
+                    self._script(keys=[key], args=arguments, client=pipe)
                 written += sum(pipe.execute())
         return written
 

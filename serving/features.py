@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from feature_repo.arrow import arrow_type
+from feature_repo.arrow import EPOCH, arrow_type
 from feature_repo.contract import TOKEN_VERSION, Contract
 from feature_repo.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history import HistoryError, unpack
-from feature_repo.schema import EVENT_TIMESTAMP
+from feature_repo.schema import EVENT_TIMESTAMP, OwnView
 from feature_repo.sketch import Layout, Sketch, SketchError
 from feature_repo.sketch import from_bytes as sketch_of
 from serving.degraded import Degraded
@@ -58,6 +59,7 @@ class UserRow:
     problems: tuple[Degraded, ...] = ()
     tokens: Envelope | None = None  # of the one version that the bundle accepts
     sketch: StoredSketch | None = None  # None where there is none that can be used
+    known_at: Mapping[str, int] = field(default_factory=dict)  # custom view → time of its row, µs
 
     @property
     def events_behind(self) -> int:
@@ -88,6 +90,30 @@ class UserRow:
         return bool(self.tokens.num_events > end and self.tokens.as_of <= newest)
 
 
+def as_known(contract: Contract, user: UserRow, at: int) -> UserRow:
+    """A user as training joins them at a moment, microseconds: nothing of a custom view's row that is yet
+    to come, or that is older than the view keeps values. (Online is one row; where training would find
+    an older one, nothing is found.)
+    """
+    lacking = [
+        column.name
+        for view in contract.spec.views
+        if view.entity == "user" and not _holds(view, user.known_at.get(view.name), at)
+        for column in view.columns
+    ]
+    if all(user.columns.get(name) is None for name in lacking):
+        return user
+    return replace(user, columns={**user.columns, **dict.fromkeys(lacking)})
+
+
+def _holds(view: OwnView, known: int | None, at: int) -> bool:
+    """Whether a row of a custom view is known at a moment, and not too old."""
+    if known is None:
+        return True  # nothing says when it was written
+    oldest = at - int(view.ttl_days * 86_400_000_000) if view.ttl_days else known
+    return oldest <= known <= at
+
+
 class Reader(Protocol):
     """Reads the online store."""
 
@@ -115,6 +141,15 @@ class UserDecoder:
         Args:
             values: by feature name; None where the store has no value.
         """
+        row = self._row(user_id, values)
+        known = {
+            view: values[time_of(view)]
+            for view in self.contract.views_of("user")
+            if values.get(time_of(view)) is not None
+        }
+        return replace(row, known_at=known) if known else row
+
+    def _row(self, user_id: Id, values: Mapping[str, Any]) -> UserRow:
         tokens, problems = self._tokens(user_id, values.get("tokens"))
         columns = {c.name: values[c.name] for c in self.contract.user_columns}
         packed = values["history"]
@@ -173,6 +208,26 @@ class UserDecoder:
         return (None, (Degraded.NO_TOKENS,)) if found.tombstone else (found, ())
 
 
+def time_of(view: str) -> str:
+    """Under which name the time of a custom view's row stands among a user's values."""
+    return f"_ts:{view}"
+
+
+def _micros_of(seconds: int | None) -> int | None:
+    """A time as Feast's answers have it, microseconds; None where there is none."""
+    return seconds * 1_000_000 if seconds else None
+
+
+def _without_expired(view: OwnView, values: dict[str, list[Any]], now: datetime) -> None:
+    """Take out, in place, what items' rows of a custom view say that is too old or yet to come."""
+    at = (now - EPOCH) // timedelta(microseconds=1)
+    times = values[f"{view.columns[0].name}__ts"]
+    for row, seconds in enumerate(times):
+        if not _holds(view, _micros_of(seconds), at):
+            for column in view.columns:
+                values[column.name][row] = None
+
+
 def _is_mixed(columns: Mapping[str, Any], sketch: StoredSketch) -> bool:
     """Whether the sketch, which is written with the history, knows other events than the statistics."""
     end, digest = columns["history_end"], columns["history_digest"]
@@ -184,6 +239,7 @@ class FeastReader:
 
     Args:
         token_version: of the summary tokens to read; no tokens of another are ever returned.
+        now: as of when items' rows of custom views are known and not too old.
     """
 
     def __init__(
@@ -192,8 +248,9 @@ class FeastReader:
         contract: Contract,
         online_service: str,
         token_version: str | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.contract, self.token_version = contract, token_version
+        self.contract, self.token_version, self._now = contract, token_version, now
         self._decoder = UserDecoder(contract, token_version)
         self._store, self._service = store, store.get_feature_service(online_service)
         self._item_refs = [f"{view}:{column.name}" for view, column in item_columns(contract)]
@@ -205,7 +262,11 @@ class FeastReader:
         key = self.contract.user.join_key
         version = {} if self.token_version is None else {TOKEN_VERSION.join_key: self.token_version}
         values = self._read(self._service, [{key: user_id, **version}])
-        return self._decoder.row(user_id, {name: found[0] for name, found in values.items()})
+        row = {name: found[0] for name, found in values.items()}
+        for view in self.contract.spec.views:
+            if view.entity == "user":
+                row[time_of(view.name)] = _micros_of(row[f"{view.columns[0].name}__ts"])
+        return self._decoder.row(user_id, row)
 
     def read_items(self, item_ids: Sequence[Id]) -> pa.Table:
         """Item features, a row for each id; nulls where the store has none."""
@@ -214,6 +275,9 @@ class FeastReader:
         for start in range(0, len(item_ids), READ_ITEMS):
             rows = [{entity.join_key: item_id} for item_id in item_ids[start : start + READ_ITEMS]]
             values = self._read(self._item_refs, rows)
+            for view in self.contract.spec.views:
+                if view.entity == "item":
+                    _without_expired(view, values, self._now())
             for name, column in found.items():
                 column += values[name]
         arrays = [pa.array(list(item_ids), arrow_type(entity.dtype))]
@@ -222,7 +286,9 @@ class FeastReader:
 
     def _read(self, features: Any, rows: list[dict[str, Id]]) -> dict[str, list[Any]]:
         with self._lock, self._of_one_moment():
-            return self._store.get_online_features(features=features, entity_rows=rows).to_dict()
+            found = self._store.get_online_features(features=features, entity_rows=rows)
+            # Times cost, and only custom views are read by them.
+            return found.to_dict(True) if self.contract.spec.views else found.to_dict()
 
     @contextmanager
     def _of_one_moment(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,7 +135,10 @@ class Source:
         store, store_of_items = open_pinned(settings), open_pinned(settings)
         stores = (store, store_of_items, open_events_store(settings))
         reader = FeastReader(store, contract, service, bundle.tokens)
-        items_of = FeastReader(store_of_items, contract, service)
+        end = datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None
+        items_of = FeastReader(
+            store_of_items, contract, service, now=lambda: end or datetime.now(UTC)
+        )
         known = bundle.encoder.items.values.to_pylist()
 
         from_tables = False
@@ -156,7 +159,7 @@ class Source:
                 bundle,
                 reader,
                 items,
-                datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None,
+                end,
                 self.stale_days,
                 self.state_bytes,
             )

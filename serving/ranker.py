@@ -31,7 +31,7 @@ from modeling.bundle import Bundle
 from modeling.encoder import Encoded, GatherTokens, ItemNumbers, ReadSketch, Requests
 from modeling.tasks import probabilities, ranking_logits, sigmoid
 from serving.degraded import Degraded
-from serving.features import Reader, UserRow
+from serving.features import Reader, UserRow, as_known
 from serving.items import Id, ItemTable, Taken
 from serving.messages import (
     EventEffect,
@@ -161,6 +161,7 @@ class RankService:
         clock.lap("item_read")
         at = self._time_of(request, user)
         micros = (at - EPOCH) // timedelta(microseconds=1)
+        user = as_known(self.contract, user, micros)
         if (
             user.history is not None
             and user.history.num_rows
@@ -209,6 +210,7 @@ class RankService:
         and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
         """
         at = self._time_of(request, user)
+        user = as_known(self.contract, user, (at - EPOCH) // timedelta(microseconds=1))
         context = context_columns(self.contract, request.context)
         items = self.items.take(request.candidates)
         of_tokens = self._effects_of_tokens(request, user, at, items, context)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 
+TIME = "time"  # the kind of a stored time, which is no value of Feast's
+
+
 class StoreReadError(Exception):
     """The online store did not answer in its time, or not as a store does."""
 
@@ -77,6 +80,10 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
             )
             for feature in projection.features
         )
+        if definition.tags.get("own") == "true":
+            by_keys[keys].append(
+                (f"_ts:{projection.name}".encode(), f"_ts:{projection.name}", TIME)
+            )
     return Plan(
         tuple(by_keys),
         tuple(tuple(field for field, _, _ in found) for found in by_keys.values()),
@@ -309,6 +316,8 @@ def decoded(name: str, data: bytes | None, kind: str = "") -> Any:
 
     if not data:
         return None
+    if kind == TIME:
+        return _time_of(name, data)
     try:
         value = Value.FromString(data)
     except DecodeError as error:
@@ -316,6 +325,18 @@ def decoded(name: str, data: bytes | None, kind: str = "") -> Any:
     if kind and value.WhichOneof("val") not in (None, "null_val", kind):
         raise DamagedValueError(f"{name} is stored as {value.WhichOneof('val')}, expected {kind}")
     return plain_value(value)
+
+
+def _time_of(name: str, data: bytes) -> int:
+    """A stored time, microseconds since 1970."""
+    from google.protobuf.message import DecodeError
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    try:
+        read = Timestamp.FromString(data)
+    except DecodeError as error:
+        raise DamagedValueError(f"{name} is stored as no time: {error}") from error
+    return int(read.seconds) * 1_000_000 + int(read.nanos) // 1000
 
 
 def _key_maker(

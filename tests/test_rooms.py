@@ -43,6 +43,7 @@ LIBRARIES = {
         "feature_repo/online_rows.py",
         "feature_repo/online_tokens.py",
         "feature_repo/online_users.py",
+        "feature_repo/provider.py",
         "feature_repo/redis_writer.py",
         "feature_repo/store.py",
         "feature_repo/benchmarks/point_in_time.py",

@@ -4,10 +4,11 @@ training, and read online with the user or item.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from beam_jobs.materialize import write_own_views
 from feature_repo import datasets
 from feature_repo.schema import AGE, CATEGORY, NUMBER, Column, DType, OwnView
 from feature_repo.settings import Settings
+from serving.features import FeastReader, as_known
+from serving.redis_reader import RedisReader
 
 NAME = "shop_with_views"
 VIEWS = (
@@ -112,8 +116,6 @@ def test_training_joins_what_was_known_then(
 
 
 def test_a_request_reads_them_online_with_user_and_item(shop_with_views: Shop) -> None:
-    from serving.features import FeastReader
-
     contract = datasets.load_contract(NAME)
     reader = FeastReader(shop_with_views.store, contract, "ranking_v1_online")
     user = reader.read_user(shop_with_views.user)
@@ -123,8 +125,6 @@ def test_a_request_reads_them_online_with_user_and_item(shop_with_views: Shop) -
 
 
 def test_a_pushed_row_is_read_at_once(shop_with_views: Shop) -> None:
-    from serving.features import FeastReader
-
     at = pd.Timestamp("2011-12-08", tz="UTC")
     row = {
         "user_id": [shop_with_views.user],
@@ -170,3 +170,135 @@ def test_a_changed_file_is_another_input_of_jobs_and_training(
         frame.iloc[:-1].to_parquet(f"{other.data}/{name}.parquet", index=False)
     assert current_inputs("materialize", ["views"], other) != before
     assert command.open_run(other, recipe).identity != run
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def either(request: pytest.FixtureRequest, shop_with_views: Shop, helpers: Any) -> Iterator[Shop]:
+    """The shop's views on either online store."""
+    if request.param == "sqlite":
+        yield shop_with_views
+        return
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEMOIR_REGISTRY_URL", request.getfixturevalue("postgres_url"))
+    patch.setenv("MEMOIR_REDIS", request.getfixturevalue("redis_address"))
+    patch.setenv("MEMOIR_DATASET", NAME)
+    production = replace(shop_with_views.settings, profile="production")
+    store = helpers.apply_in_process(production)
+    helpers.run_jobs(production, "materialize")
+    yield replace(shop_with_views, settings=production, store=store)
+    patch.undo()
+
+
+def points_of(shop: Shop, user: int, at: datetime | None = None) -> int | None:
+    """Points of a user as a server reads them, at a moment."""
+    contract = datasets.load_contract(NAME)
+    service = "ranking_v1_online"
+    if shop.settings.profile == "production":
+
+        async def read() -> Any:
+            reader = RedisReader(shop.store, contract, service)
+            row = await reader.read_user(user, 5.0)
+            await reader.close()
+            return row
+
+        row = asyncio.run(read())
+    else:
+        row = FeastReader(shop.store, contract, service).read_user(user)
+    moment = at or datetime(2012, 1, 1, tzinfo=UTC)
+    found: int | None = as_known(contract, row, int(moment.timestamp() * 1e6)).columns["points"]
+    return found
+
+
+def push(shop: Shop, user: int, points: int, day: str) -> None:
+    row = {
+        "user_id": [user],
+        "points": [points],
+        "known_at": [pd.Timestamp(day, tz="UTC")],
+        "card_since": [JUNE],
+    }
+    shop.store.push("loyalty_push", pd.DataFrame(row))
+
+
+def test_the_newest_row_stays_whoever_writes_it_and_when(either: Shop) -> None:
+    user = 13_005
+    push(either, user, 80, "2011-12-10")
+    push(either, user, 1, "2011-12-09")  # late
+    assert points_of(either, user) == 80
+    push(either, user, 81, "2011-12-10")  # corrected
+    assert points_of(either, user) == 81
+    write_own_views(plan_of(either), either.settings)  # the file's row is of December 1
+    assert points_of(either, user) == 81
+    both = pd.DataFrame(
+        {
+            "user_id": [user, user],
+            "points": [90, 85],
+            "known_at": [
+                pd.Timestamp("2011-12-12", tz="UTC"),
+                pd.Timestamp("2011-12-11", tz="UTC"),
+            ],
+            "card_since": [JUNE, JUNE],
+        }
+    )
+    either.store.push("loyalty_push", both)  # out of order in one batch
+    assert points_of(either, user) == 90
+
+
+def plan_of(shop: Shop) -> Any:
+    from beam_jobs import runs
+
+    job = runs.load_job("materialize")
+    return runs.plan_run(job, shop.settings, job.options(), None).plan
+
+
+def test_a_row_that_is_too_old_or_yet_to_come_is_missing_as_in_training(
+    either: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = datasets.load_contract(NAME)
+    user = 13_007
+    push(either, user, 50, "2011-12-20")
+    month = replace(VIEWS[0], ttl_days=30.0)
+    short = replace(contract, spec=replace(contract.spec, views=(month, VIEWS[1])))
+    monkeypatch.setattr(datasets, "load_contract", lambda name: short)
+    for day, points in (
+        ("2011-12-19", None),
+        ("2011-12-20", 50),
+        ("2012-01-19", 50),
+        ("2012-01-20", None),
+    ):
+        at = datetime.fromisoformat(f"{day}T00:00:00+00:00")
+        assert points_of(either, user, at) == points, day
+
+
+def test_items_rows_expire_when_items_are_read(shop_with_views: Shop) -> None:
+    contract = datasets.load_contract(NAME)
+    views = (VIEWS[0], replace(VIEWS[1], ttl_days=30.0))
+    short = replace(contract, spec=replace(contract.spec, views=views))
+    for day, aisle in (("2011-06-20", "aisle 0"), ("2011-08-01", None), ("2011-05-01", None)):
+        at = datetime.fromisoformat(f"{day}T00:00:00+00:00")
+        reader = FeastReader(
+            shop_with_views.store, short, "ranking_v1_online", now=lambda at=at: at
+        )
+        assert reader.read_items([shop_with_views.item])["aisle"].to_pylist() == [aisle]
+
+
+def test_a_key_that_was_struck_loses_its_values_unless_they_are_newer(either: Shop) -> None:
+    folder = Path(str(either.settings.data))
+    whole = (folder / "loyalty.parquet").read_bytes()
+    frame = pd.read_parquet(folder / "loyalty.parquet")
+    struck, pushed = 13_009, 13_010
+    try:
+        write_own_views(plan_of(either), either.settings)
+        assert points_of(either, struck) == 70
+        push(either, pushed, 75, "2011-12-15")
+        kept = frame[~frame["user_id"].isin([struck, pushed])]
+        kept.to_parquet(folder / "loyalty.parquet", index=False)
+        write_own_views(plan_of(either), either.settings)
+        assert points_of(either, struck) is None
+        assert points_of(either, pushed) == 75
+        frame.iloc[:0].to_parquet(folder / "loyalty.parquet", index=False)  # emptied
+        write_own_views(plan_of(either), either.settings)
+        assert points_of(either, 13_011) is None
+    finally:
+        (folder / "loyalty.parquet").write_bytes(whole)
+        write_own_views(plan_of(either), either.settings)
+    assert points_of(either, struck) == 70
