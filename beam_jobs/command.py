@@ -5,6 +5,8 @@ code.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import threading
@@ -124,10 +126,13 @@ def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Com
     parser = _BeamArgumentParser(allow_abbrev=False, add_help=False)
     for options_class in {c.__name__: c for c in PipelineOptions.__subclasses__()}.values():
         options_class._add_argparse_args(parser)
+    said = io.StringIO()
     try:
-        _, unknown = parser.parse_known_args(beam_args)
+        with contextlib.redirect_stderr(said):
+            _, unknown = parser.parse_known_args(beam_args)
     except (SystemExit, argparse.ArgumentError) as error:
-        raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}; see above") from error
+        told = (said.getvalue() or str(error)).strip().splitlines()[-1].partition("error: ")[2]
+        raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}: {told}") from error
     if unknown:
         known = {f.name for f in (*fields(options), *fields(common))} | set(
             vars(parser.parse_args([]))

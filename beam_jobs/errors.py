@@ -2,6 +2,7 @@
 
 feature_repo.errors.ExpectedError
 ├── OptionsError             options that do not go together, or name what is not there (exit code 2)
+├── RunnerError              a runner cannot run here
 ├── NotEnoughItemsError      an evaluation request cannot get its fixed number of negatives
 └── BreaksLiveError          the live bundle reads what would no longer be online
 
@@ -15,6 +16,10 @@ from feature_repo.errors import ExpectedError, UsageError
 
 class OptionsError(UsageError):
     """Options that do not go together, or name what is not there."""
+
+
+class RunnerError(ExpectedError, RuntimeError):
+    """A runner cannot run here."""
 
 
 class NotEnoughItemsError(ExpectedError, ValueError):

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from feature_repo.declarations import is_iso_time
-from feature_repo.errors import UsageError
+from feature_repo.errors import UsageError, nearest
 
 Kind = Literal["fp32", "fp16", "int8"]
+# As Beam knows them; a test holds the two equal.
+RUNNERS = (
+    "FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner", "PrismRunner",
+    "PortableRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "KafkaStreamsRunner",
+    "InteractiveRunner", "TestDirectRunner", "TestDataflowRunner",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,9 @@ class Common:
     """What every job takes.
 
     Args:
-        runner: Beam runner by name.
+        runner: Beam runner by name. FnApiRunner and DirectRunner run here; PrismRunner wants
+            --prism_location, PortableRunner --job_endpoint, FlinkRunner and SparkRunner Java and
+            their jar, DataflowRunner the extra `gcp` and a project.
         dry_run: print graph, inputs and estimated rows; write nothing.
         as_of: ISO time (UTC): build as if now were then; the default is the end of the data.
         force: build again, up to date or not.
@@ -31,6 +39,12 @@ class Common:
     max_bad_fraction: float | None = None
 
     def __post_init__(self) -> None:
+        asked, known = self.runner.lower(), {name.lower() for name in RUNNERS}
+        if "." not in asked and not {asked, f"{asked}runner"} & known:
+            raise UsageError(
+                f"--runner expects one of {', '.join(RUNNERS)}, or a class by its full name, not {self.runner!r}"
+                f"{nearest(self.runner, RUNNERS)}"
+            )
         if self.as_of is not None and not is_iso_time(self.as_of):
             raise UsageError(
                 f"--as_of expects an ISO time such as 2011-12-09 or 2011-12-09T12:00:00Z, not {self.as_of!r}"

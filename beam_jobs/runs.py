@@ -12,13 +12,17 @@ import importlib
 import json
 import logging
 import os
+import re
+import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
@@ -27,7 +31,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_jobs.errors import LostRowsError
+from beam_jobs.errors import LostRowsError, OptionsError, RunnerError
 from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
 from beam_jobs.options import Options
 from beam_jobs.partition import Key, Piece, join_pieces
@@ -35,6 +39,7 @@ from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.contract import Contract
 from feature_repo.erased import erased_of
+from feature_repo.errors import ExpectedError
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 from feature_repo.tables import (
     JobFolder,
@@ -438,7 +443,7 @@ def run(
         tell("checking inputs")
         docs = job.gate(plan, units, settings)
         tell("building")
-        pipeline(job, plan, units, beam_args).run().wait_until_finish()
+        run_pipeline(pipeline(job, plan, units, beam_args), beam_args)
         _refuse_if_erased_meanwhile(plan, planned.inputs)
         _add_empty_tables(plan)
         tables, counts = collect(plan)
@@ -523,9 +528,91 @@ def pipeline(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str
     """The job's pipeline, not yet run."""
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+    try:
+        made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+    except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
+        told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise OptionsError(f"Beam takes no such options ({' '.join(beam_args)}): {told}") from error
     _ = made | "List inputs" >> beam.Create(units) | job.name >> job.steps(plan)
     return made
+
+
+HERE = ("fnapirunner", "directrunner", "")  # runners whose workers are this process or its children
+# What a worker raised, at the end of the text that Beam makes of it.
+OURS = re.compile(r"^((?:feature_repo|beam_jobs|modeling)(?:\.\w+)+): ", re.MULTILINE)
+
+
+def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:
+    """Run a pipeline to its end. Workers of other processes hand a mistake on as the text of a traceback,
+    and print it: a person is told the mistake alone.
+
+    Raises:
+        ExpectedError: a worker met something that a person can mend; or the runner cannot run here.
+    """
+    runner = next((a.partition("=")[2] for a in beam_args if a.startswith("--runner=")), "")
+    embedded = runner.lower() in HERE
+    with _held_back(embedded and any("multi" in argument for argument in beam_args)) as noise:
+        try:
+            made.run().wait_until_finish()
+        except (RuntimeError, NotImplementedError, OSError) as error:
+            if isinstance(error, ExpectedError):
+                raise
+            if (found := from_worker(str(error))) is not None:
+                raise found from error
+            traceback_told = "Traceback (most recent call last)" in str(error)
+            if not embedded and not traceback_told:
+                first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise RunnerError(f"{runner} could not run: {first}") from error
+            noise.show()
+            raise
+
+
+def from_worker(text: str) -> ExpectedError | None:
+    """The mistake that the text of a worker's traceback ends with; None where it is a fault of ours."""
+    named = list(OURS.finditer(text))
+    if not named:
+        return None
+    last = named[-1]
+    module, _, name = last[1].rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    if not (isinstance(kind, type) and issubclass(kind, ExpectedError)):
+        return None
+    found = ExpectedError(text[last.end() :].strip())
+    found.exit_code = kind.exit_code
+    return found
+
+
+class _Noise:
+    """What workers wrote on standard error while it was held back."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+
+    def show(self) -> None:
+        """Write it out."""
+        if self._file is not None:
+            self._file.seek(0)
+            sys.stderr.write(self._file.read().decode(errors="replace"))
+
+
+@contextmanager
+def _held_back(hold: bool) -> Iterator[_Noise]:
+    """Keep standard error of this process and its children in a file."""
+    if not hold:
+        yield _Noise(None)
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield _Noise(file)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:

@@ -165,16 +165,31 @@ def apply(*, force: bool = False) -> None:
         printed = feast_apply(settings)
     log = settings.path("feast_apply.log")
     log.write_text(printed)
-    changes = re.findall(r"^(Created|Updated|Deleted) ", printed, re.MULTILINE)
-    said = (
-        ", ".join(f"{changes.count(kind)} {kind.lower()}" for kind in dict.fromkeys(changes))
-        or "nothing changed"
-    )
+    said = changes_told(printed)
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
     print(
         f"feast apply: registered {settings.dataset} with {shown}: {said}; what Feast said is in {log}"
     )
     assert settings.profile == "production" or local_file(settings, REGISTRY).exists()
+
+
+def changes_told(printed: str) -> str:
+    """What an apply did, of what Feast printed. For SQL registries it prints no plan, but which views it
+    deploys.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    kinds = {
+        "created": r"^Created ",
+        "updated": r"^Updated ",
+        "deleted": r"^Deleted ",
+        "views deployed": r"^Deploying infrastructure for ",
+        "views removed": r"^Removing infrastructure for ",
+    }
+    counts = {name: len(re.findall(sign, plain, re.MULTILINE)) for name, sign in kinds.items()}
+    told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    if not told and "No changes to registry" in plain:
+        return "the registry holds it already"
+    return told or "done"
 
 
 def definition_files() -> list[Path]:

@@ -63,6 +63,15 @@ def run(command: Callable[[], Any]) -> int:
         error.verbose = False
         complain(error)
         return 2
+    except ModuleNotFoundError as error:
+        top = (error.name or "").split(".")[0]
+        if top in ("feature_repo", "beam_jobs", "modeling", "serving", ""):
+            raise
+        complain(
+            f"{top} is not installed in this Python ({sys.executable}): `make setup` installs everything, then "
+            ".venv/bin/python -m …; or install the extra of pyproject.toml that names it"
+        )
+        return 1
     except KeyboardInterrupt:
         complain(
             "interrupted; what was not finished is not visible, and the same command goes on from there"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,10 @@ def check(
 def _check(
     table: Table, batches: Iterable[pa.Table], docs_folder: str | Path, name: str
 ) -> Verdict:
-    gx, context = _context(docs_folder)
+    site = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site")
+    draft = Path(docs_folder, ".draft")
+    shutil.rmtree(draft, ignore_errors=True)  # what a killed check left
+    gx, context = _context(draft)
     expectations = expectations_of(table)
     context.suites.add_or_update(
         gx.ExpectationSuite(name=name, expectations=[e for e, _ in expectations])
@@ -126,20 +130,28 @@ def _check(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         context.build_data_docs()
-    site = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site")
-    docs = readable_offline(site)
+    docs = _published(draft, site)
     return Verdict(name, rows, bad_rows, list(merged.values()), str(docs))
 
 
-def readable_offline(site: Path) -> Path:
-    """Data Docs without what they fetch from elsewhere, in a style of their own; returns an index that
-    needs no script.
+def _published(draft: Path, site: Path) -> Path:
+    """Move the pages of one check to those of others, each whole: without what they fetch from elsewhere,
+    in a style of their own. Returns an index that needs no script.
     """
-    for page in site.rglob("*.html"):
-        text = page.read_text()
-        if STYLE not in text:
-            text = REMOTE.sub("", text).replace("</head>", f"{STYLE}</head>", 1)
-            page.write_text(text)
+    for page in sorted(draft.rglob("*.html")):
+        if page.parent == draft:  # its index knows this check alone
+            continue
+        text = REMOTE.sub("", page.read_text()).replace("</head>", f"{STYLE}</head>", 1)
+        page.write_text(text)
+        there = site / page.relative_to(draft)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        page.replace(there)
+    shutil.rmtree(draft, ignore_errors=True)
+    return _index_of(site)
+
+
+def _index_of(site: Path) -> Path:
+    """An index of all suites and their validations."""
     lines = []
     for suite in sorted(site.glob("expectations/*.html")):
         runs = sorted(site.glob(f"validations/{suite.stem}/**/*.html"), reverse=True)
@@ -150,11 +162,13 @@ def readable_offline(site: Path) -> Path:
             f'<h2>{suite.stem}</h2><p><a href="{suite.relative_to(site)}">what is expected</a>; validations, newest first:</p>'
             f"<ul>{links}</ul>"
         )
-    index = site / "index.html"
-    index.write_text(
+    site.mkdir(parents=True, exist_ok=True)
+    index, draft = site / "index.html", site / ".index.draft"
+    draft.write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data Docs</title>{STYLE}</head>'
         f"<body><h1>Data Docs</h1>{''.join(lines)}</body></html>"
     )
+    draft.replace(index)
     return index
 
 
@@ -253,33 +267,44 @@ def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.T
         yield pa.concat_tables(held)
 
 
-def _context(folder: str | Path) -> tuple[Any, Any]:
+def _context(draft: Path) -> tuple[Any, Any]:
+    """Great Expectations without a project of files, which a killed check would leave half-written; its
+    Data Docs go to a folder that is nobody else's, since it removes what it does not know there.
+    """
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import logging
 
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     import great_expectations as gx
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.data_context.types.base import (
+        DataContextConfig,
+        InMemoryStoreBackendDefaults,
+        ProgressBarsConfig,
+    )
 
-    context = gx.get_context(mode="file", project_root_dir=str(folder))
+    # Without the docs site of its own, a folder that nobody would remove.
+    stores = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+    config = DataContextConfig(store_backend_defaults=stores)
+    context = gx.get_context(mode="ephemeral", project_config=config)
+    context.add_data_docs_site(
+        "local_site",
+        {
+            "class_name": "SiteBuilder",
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": {
+                "class_name": "TupleFilesystemStoreBackend",
+                "base_directory": str(draft),
+            },
+        },
+    )
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     return gx, context
 
 
 def _definition(gx: Any, context: Any, name: str) -> Any:
-    try:
-        source = context.data_sources.get("frames")
-    except KeyError:
-        source = context.data_sources.add_pandas("frames")
-    try:
-        asset = source.get_asset(name)
-    except LookupError:
-        asset = source.add_dataframe_asset(name)
-    try:
-        batch = asset.get_batch_definition("whole")
-    except KeyError:
-        batch = asset.add_batch_definition_whole_dataframe("whole")
-    return context.validation_definitions.add_or_update(
+    asset = context.data_sources.add_pandas("frames").add_dataframe_asset(name)
+    batch = asset.add_batch_definition_whole_dataframe("whole")
+    return context.validation_definitions.add(
         gx.ValidationDefinition(name=name, data=batch, suite=context.suites.get(name))
     )
 

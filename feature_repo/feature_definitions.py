@@ -60,7 +60,9 @@ def _source(name: str) -> FileSource:
         file_format=ParquetFormat(),
         timestamp_field=schema.EVENT_TIMESTAMP,
         created_timestamp_column=schema.CREATED_TIMESTAMP,
-        tags=tags | optional,
+        tags=tags
+        | optional
+        | {"whole": "true"},  # materialized from its beginning: offline_store.py
         description=f"written by `python -m beam_jobs {table.job}`"
         if table.job
         else "written by every job that writes online",

@@ -22,7 +22,9 @@ Rows = list[tuple[Any, dict[str, Any], datetime, datetime | None]]
 
 
 class MemoirProvider(PassthroughProvider):
-    """See the module docstring; `provider:` of `feature_store.yaml` names it."""
+    """See the module docstring. `offline_store.py`, which `feature_store.yaml` names, makes it the local
+    provider: under a name of its own Feast would plan no change of tables, and forget which there are.
+    """
 
     def online_write_batch(
         self, config: Any, table: Any, data: Rows, progress: Callable[[int], Any] | None

@@ -246,5 +246,8 @@ def feast_apply(settings: Settings) -> str:
         command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False
     )
     if done.returncode:
-        raise StoreError(f"`{' '.join(command)}` failed:\n{done.stdout}\n{done.stderr}")
+        log = settings.path("feast_apply.log")
+        log.write_text(f"{done.stdout}\n{done.stderr}")
+        last = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()][-1]
+        raise StoreError(f"`feast apply` failed: {last.strip()}; all that it said is in {log}")
     return done.stdout

@@ -3,3 +3,5 @@ evaluation, bundles.
 
 Imports `feature_repo` only; never Beam, never `serving`.
 """
+
+import feature_repo  # noqa: F401  # which says where the environment is not installed

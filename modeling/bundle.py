@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from feature_repo import contract as contracts
 from feature_repo.contract import Contract
@@ -30,6 +30,7 @@ from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.token_identity import token_fingerprint
 from modeling.vocabularies import read_vocabularies, write_vocabularies
+from modeling.weights import save_weights
 
 LAYOUT = 2
 ENTRIES = (
@@ -108,10 +109,7 @@ def export(
     draft = folder / f".{recipe.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        draft / "weights.safetensors",
-    )
+    save_weights(model.state_dict(), draft / "weights.safetensors")
     write_vocabularies(encoder, draft / "vocabularies.json")
     contract = encoder.contract
     accepted = tokens or token_fingerprint(model, encoder)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -39,6 +39,7 @@ from modeling.models.base import Ranker
 from modeling.optimizers import optimizer_of
 from modeling.recipes import Fit, Training
 from modeling.tasks import sigmoid, weighted
+from modeling.weights import save_weights
 
 UnpicklingError: type[Exception] = vars(torch.serialization)[
     "pickle"
@@ -351,7 +352,7 @@ class Loop(ABC):
             if ndcg > self.best:
                 self.best, self.epochs_since_best = ndcg, 0
                 draft = self.folder / ".best.draft"
-                save_file(self.evaluated_model.state_dict(), draft)
+                save_weights(self.evaluated_model.state_dict(), draft)
                 draft.replace(self.folder / "best.safetensors")
             else:
                 self.epochs_since_best += 1

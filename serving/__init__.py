@@ -2,3 +2,5 @@
 
 Imports `modeling` and `feature_repo`; nothing imports this room.
 """
+
+import feature_repo  # noqa: F401  # which says where the environment is not installed

@@ -536,6 +536,7 @@ class Server:
                 self.metrics.requests.labels(request.url.path, str(response.status_code)).inc()
             if self.settings.access_log:
                 line = {
+                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                     "method": request.method,
                     "path": request.url.path,
                     "status": response.status_code,

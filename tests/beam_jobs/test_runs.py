@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from beam_jobs.options import RUNNERS, Common
 from feature_repo import datasets
 from feature_repo.schema import Source
 from feature_repo.tables import (
@@ -484,8 +485,9 @@ def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_mea
     assert runs.plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id
 
 
+@pytest.mark.parametrize("mode", ["in_memory", "multi_threading", "multi_processing"])
 def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(
-    tmp_path: Path, helpers: Any
+    tmp_path: Path, helpers: Any, mode: str
 ) -> None:
     films = tmp_path / "films"
     helpers.write_film_club(films)
@@ -495,7 +497,7 @@ def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(
     )
     surroundings = {**os.environ, "MEMOIR_HOME": str(tmp_path / "home"), "MEMOIR_DATA": str(films)}
     done = subprocess.run(
-        [sys.executable, "-m", "beam_jobs", "events"],
+        [sys.executable, "-m", "beam_jobs", "events", "--direct_running_mode", mode],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -503,8 +505,66 @@ def test_a_mistake_that_a_worker_finds_is_a_line_and_no_traceback(
         check=False,
     )
     assert done.returncode == 1
+    assert len(done.stderr.splitlines()) <= 2
     assert "column 'item_id': expected a whole number" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_runners_are_those_that_beam_knows() -> None:
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    from feature_repo.errors import UsageError
+
+    assert set(RUNNERS) == set(StandardOptions.KNOWN_RUNNER_NAMES)
+    assert Common(runner="directrunner").runner == "directrunner"  # as Beam takes it
+    assert Common(runner="fnapi").runner == "fnapi"
+    with pytest.raises(UsageError, match="did you mean FlinkRunner"):
+        Common(runner="FlinkRunne")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--runner=DataflowRunner"], 2, "Missing required option: project"),
+        (["--runner=my.own.Runner"], 2, "my.own.Runner"),
+        (["--runner=PortableRunner"], 1, "job_endpoint"),
+        (["--direct_running_mode", "nope"], 2, "invalid choice: 'nope'"),
+    ],
+)
+def test_a_runner_that_cannot_run_is_a_line(
+    shop: Any, tmp_path: Path, flags: list[str], code: int, says: str
+) -> None:
+    settings = shop.settings
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_jobs", "item_stats", "--force", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "MEMOIR_HOME": str(Path(settings.home).parent),
+            "MEMOIR_DATA": str(settings.data),
+            "MEMOIR_DATASET": settings.dataset,
+        },
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_text_of_a_workers_traceback_becomes_its_mistake() -> None:
+    from beam_jobs import runs
+
+    text = (
+        "Traceback (most recent call last):\n  File x\n"
+        "feature_repo.errors.RawDataError: a.csv: column 'x'\nexpected a time [while running 'Read']"
+    )
+    found = runs.from_worker(text)
+    assert found is not None
+    assert str(found).startswith("a.csv: column 'x'")
+    assert runs.from_worker("KeyError: 'x'") is None
+    assert runs.from_worker("beam_jobs.errors.LostRowsError: two rows") is None  # a fault of ours
 
 
 def films(folder: Path, helpers: Any, **changes: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +134,45 @@ def test_every_declared_limit_becomes_an_expectation(name: str) -> None:
             not c.nullable for c in table.all_columns
         )
         assert kinds.count("ExpectCompoundColumnsToBeUnique") == bool(table.unique)
+
+
+KILLED = """
+import sys
+import pyarrow as pa
+from tests.feature_repo.test_expectations import TABLE, batch
+from feature_repo import expectations
+print("begun", flush=True)
+while True:
+    expectations.check(TABLE, [batch()], sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_check_that_was_killed_hinders_no_later_one(tmp_path: Path) -> None:
+    other = Table("others", "for tests", (Column("key", DType.INT64, "key"),))
+    expectations.check(other, [pa.table({"key": [1]})], tmp_path)
+    root = Path(__file__).resolve().parents[2]
+    for seconds in (0.05, 0.15, 0.25, 0.4):
+        running = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, stdout=subprocess.PIPE
+        )
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"begun\n"
+        time.sleep(seconds)
+        running.kill()
+        running.wait()
+        running.stdout.close()
+        verdict = expectations.check(TABLE, [batch()], tmp_path)
+        assert verdict.bad_rows == 0
+    index = Path(verdict.docs).read_text()
+    assert "others" in index  # pages of other suites stay
+    assert "things" in index
+    assert not any(path.stat().st_size == 0 for path in tmp_path.rglob("*.html"))
+
+
+def test_what_an_older_version_left_half_written_is_never_read(tmp_path: Path) -> None:
+    for name in ("great_expectations.yml", "expectations/things.json"):
+        path = tmp_path / "gx" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert expectations.check(TABLE, [batch()], tmp_path).bad_rows == 0

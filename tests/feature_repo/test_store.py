@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from feature_repo import datasets
+from feature_repo.__main__ import changes_told
+from feature_repo.errors import SettingsError
 from feature_repo.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,3 +184,61 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
     writer = WriteView(plan_run(job, settings, job.options(), None).plan)
     writer.setup()
     assert list(writer.process(("user_profile", to_ipc(rows)))) == [("user_profile", rows.num_rows)]
+
+
+def test_materialize_incremental_sends_what_is_newest_however_old(
+    shop: Any, tmp_path: Path, helpers: Any
+) -> None:
+    """A log of the past lies before the year with which Feast begins; and what is rebuilt with old times
+    comes online as well.
+    """
+    road = helpers.copied(shop, tmp_path)
+    expected = online_values(road.store, road.settings)
+    with sqlite3.connect(Path(road.settings.home, "online_store.db")) as connection:
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+        ).fetchall()
+        for (table,) in tables:
+            connection.execute(f'DELETE FROM "{table}"')
+    connection.close()
+    for _ in range(2):
+        road.store.materialize_incremental(datetime.now(UTC))
+        found = online_values(road.store, road.settings)
+        for view, values in expected.items():
+            assert found[view] == values, view
+
+
+@pytest.mark.slow
+def test_feast_ui_has_all_that_it_imports() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import feast.ui_server, feast.registry_server"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_production_profile_names_the_variables_that_it_lacks(
+    shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from feature_repo.store import yaml_path
+
+    production = replace(shop.settings, profile="production")
+    for name in ("MEMOIR_REDIS", "MEMOIR_REGISTRY_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingsError, match="needs MEMOIR_REDIS and MEMOIR_REGISTRY_URL"):
+        yaml_path(production)
+    monkeypatch.setenv("MEMOIR_REDIS", "localhost:6379")
+    with pytest.raises(SettingsError, match="needs MEMOIR_REGISTRY_URL;"):
+        yaml_path(production)
+
+
+def test_an_apply_says_what_it_did_for_either_registry() -> None:
+    plan = (
+        "Applying changes\n\x1b[32mCreated entity user\nCreated feature view a\nDeleted entity x\n"
+    )
+    assert changes_told(plan) == "2 created, 1 deleted"
+    sql = "Deploying infrastructure for a\nDeploying infrastructure for b\nRemoving infrastructure for c\n"
+    assert changes_told(sql) == "2 views deployed, 1 views removed"
+    assert changes_told("No changes to registry\n") == "the registry holds it already"
