@@ -407,7 +407,7 @@ class DatasetSpec:
         shown_features: of an impression, such as its position. Rankers read them in training and in
             no request: there they are missing.
         stat_value: the number among the event features whose mean items and users keep; may be "".
-        rank_by: tasks whose probabilities, weighted, are the score; default: the first task's.
+        rank_by: tasks whose scores, weighted, are the score; default: the first task's.
         events, users, items: raw sources. Features that have no source of their own are read from
             the rows of events.
         event_identity: columns of `events` that say "the same event", `event_id` among them where
@@ -447,5 +447,5 @@ class DatasetSpec:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What the server ranks by: the weight of each task's probability."""
+        """What the server ranks by: the weight of each task's score."""
         return dict(self.rank_by or ((self.tasks[0].name, 1.0),))

@@ -64,11 +64,11 @@ class Looks:
         """`POST /v1/history`: what the store holds of a user."""
         server = self._server
         serving, body = await server.received(request, "explain", self._explain_admission)
-        user_id = decode_history(body, serving.ranker.contract, media_of(request))
+        asked = decode_history(body, serving.ranker.contract, media_of(request))
         with self._explain_admission.admitted():
-            user = await server.read_user(serving, RankRequest(user_id, []), self._deadline())
+            user = await server.read_user(serving, RankRequest(asked.user_id, []), self._deadline())
             known = serving.ranker.known_of(user)
-            items = list(dict.fromkeys(event.item_id for event in known.events))
+            items = list(dict.fromkeys([*(event.item_id for event in known.events), *asked.items]))
             titles = await self._looked_up(self._overview.titles_of, serving, items)
         return answered_with(request, msgspec.structs.replace(known, titles=titles))
 

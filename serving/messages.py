@@ -41,7 +41,9 @@ Forced = Literal[
 class RankContext(Struct, forbid_unknown_fields=True):
     """Circumstances of a request; a dataset's own context features stand beside the time."""
 
-    request_timestamp: datetime | None = None  # when the user asks; the server's clock unless given
+    request_timestamp: (
+        Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})] | None
+    ) = None  # when the user asks; the server's clock unless given
 
 
 class Pretended(Struct, forbid_unknown_fields=True):
@@ -66,7 +68,7 @@ class RankRequest(Struct, forbid_unknown_fields=True):
     candidates: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
     k: Annotated[int, Meta(ge=1)] | None = None  # how many of the best to return; all unless given
     context: RankContext | None = None
-    probabilities: bool = False  # whether to name each task's probability
+    task_scores: bool = False  # whether to name each task's own score
     deadline_ms: Annotated[float, Meta(gt=0)] | None = (
         None  # from arrival; at most the server's own
     )
@@ -95,8 +97,11 @@ class Timings(Struct):
 
 
 class RankResponse(Struct):
-    """Candidates, best first. `scores` are what they are ranked by: the mean of the tasks'
-    probabilities under the dataset's weights. `probabilities` are each task's, where asked for.
+    """Candidates, best first. `scores` are what they are ranked by: the mean of the tasks' scores under
+    the dataset's weights; `task_scores` are each task's, where asked for. A score is between 0 and 1:
+    the model's probability of the label among candidates such as it was trained on. Where negatives are
+    drawn (`Examples.ACTIONS`) that is not the label's probability in the world: order by it, do not
+    multiply by it. The report's line "Calibration" says how far it can be trusted.
 
     `degraded` names what the answer had to do without, and is empty when nothing was missing. With
     `no_scores` or `deadline` among it candidates are in the request's order, and `scores` is empty.
@@ -109,7 +114,7 @@ class RankResponse(Struct):
     degraded: list[Degraded]
     unknown_items: list[int | str]
     timings_ms: Timings
-    probabilities: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
+    task_scores: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
     request_id: str | UnsetType = (
         UNSET  # of an answer that was logged: events under it are its labels
     )
@@ -165,7 +170,9 @@ class HistoryResponse(Struct):
     num_tokens: int
     events_behind: int  # that the tokens have not seen
     tokens_as_of: datetime | None  # time of the newest event in them
-    titles: dict[str, str]  # of the events' items, where the tables are here and hold some
+    titles: dict[
+        str, str
+    ]  # of the events' items and of those asked for, where the tables hold some
     degraded: list[Degraded]
 
 
@@ -310,12 +317,13 @@ def decode_explain(body: bytes, contract: Contract, media: str = JSON) -> tuple[
 
 
 class HistoryRequest(Struct, forbid_unknown_fields=True):
-    """Tell what is known of a user."""
+    """Tell what is known of a user, and what a person reads of some items."""
 
     user_id: Id
+    items: Annotated[list[Id], Meta(max_length=MAX_CANDIDATES)] = []  # to be named among `titles`
 
 
-def decode_history(body: bytes, contract: Contract, media: str = JSON) -> Id:
+def decode_history(body: bytes, contract: Contract, media: str = JSON) -> HistoryRequest:
     """Whose history is asked for.
 
     Raises:
@@ -323,7 +331,9 @@ def decode_history(body: bytes, contract: Contract, media: str = JSON) -> Id:
     """
     asked: HistoryRequest = _decoded(HistoryRequest, body, media)
     check_id("user_id", asked.user_id, contract.user.dtype)
-    return asked.user_id
+    for place, item in enumerate(asked.items):
+        check_id(f"items[{place}]", item, contract.item.dtype)
+    return asked
 
 
 @cache
@@ -574,6 +584,7 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
         components[name]["properties"]["user_id"] = user
     components["Event"]["properties"][contract.item.join_key] = item
     components["RankRequest"]["properties"]["candidates"]["items"] = item
+    components["HistoryRequest"]["properties"]["items"]["items"] = item
     components["ExplainRequest"]["properties"]["candidate"] = item
     for name in ("item_ids", "unknown_items"):
         components["RankResponse"]["properties"][name]["items"] = {"type": item["type"]}

@@ -189,7 +189,7 @@ class RankService:
         ranked = ranking_logits(self.contract.spec, logits)
         order = np.argsort(-np.round(ranked, LOGIT_DIGITS), kind="stable")[: request.k]
         each: dict[str, list[float]] | UnsetType = UNSET
-        if request.probabilities:
+        if request.task_scores:
             by_task = probabilities(self.contract.spec, logits)[order]
             named = zip(self.contract.labels, by_task.T, strict=True)
             each = {name: values.tolist() for name, values in named}
@@ -202,7 +202,7 @@ class RankService:
             degraded=degraded,
             unknown_items=items.unknown,
             timings_ms=Timings(**clock.laps),
-            probabilities=each,
+            task_scores=each,
         )
 
     def explain(self, request: RankRequest, user: UserRow, num_events: int) -> ExplainResponse:

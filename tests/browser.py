@@ -94,6 +94,22 @@ class Tab:
             time.sleep(0.05)
         return value
 
+    def before(self, script: str) -> None:
+        """Run a script in every page that is opened from now on, before its own."""
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+
+    def choose(self, selector: str, value: str) -> None:
+        """Give a field a value, as a person does who then leaves it."""
+        self.run(
+            f"{{ const e = document.querySelector({selector!r}); e.value = {value!r};"
+            " e.dispatchEvent(new Event('change')) }"
+        )
+
+    def text(self, selector: str) -> str:
+        """What an element says."""
+        found: str = self.run(f"document.querySelector({selector!r}).textContent")
+        return found
+
     def key(self, name: str) -> None:
         """Press and leave a key."""
         codes = {"Enter": 13, "Tab": 9, "ArrowDown": 40, "ArrowRight": 39, "ArrowLeft": 37}

@@ -335,13 +335,13 @@ def test_every_ranker_trains_and_is_served_with_context(
     expected = probabilities(contract.spec, logits)
     offsets = world.asked.candidate_offsets
     for number, body in enumerate(world.bodies):
-        request = decode_request(msgspec.json.encode({**body, "probabilities": True}), contract)
+        request = decode_request(msgspec.json.encode({**body, "task_scores": True}), contract)
         answer = ranker.rank(request)
         place = {item: row for row, item in enumerate(body["candidates"])}
         order = [place[item] for item in answer.item_ids]
         wanted = expected[offsets[number] : offsets[number + 1]][order]
-        assert isinstance(answer.probabilities, dict)
-        served = np.stack([answer.probabilities[task] for task in contract.labels], axis=1)
+        assert isinstance(answer.task_scores, dict)
+        served = np.stack([answer.task_scores[task] for task in contract.labels], axis=1)
         np.testing.assert_allclose(served, wanted, atol=1e-6)
         np.testing.assert_allclose(answer.scores, wanted[:, 0], atol=1e-6)
         assert answer.unknown_items == ["never seen"]

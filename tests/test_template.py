@@ -117,13 +117,13 @@ def test_a_request_is_answered_over_http(walked: Any) -> None:
         "user_id": "user 3",
         "candidates": ["mug 1", "mug 2", "mug 3"],
         "context": {"device": "phone", "request_timestamp": f"{datetime(2025, 3, 20, tzinfo=UTC)}"},
-        "probabilities": True,
+        "task_scores": True,
     }
     answer = client.post("/v1/rank", json=body)
     assert answer.status_code == 200, answer.text
     told = answer.json()
     assert sorted(told["item_ids"]) == sorted(body["candidates"])  # type: ignore[type-var]
-    assert set(told["probabilities"]) == {"label_click", "label_purchase"}
+    assert set(told["task_scores"]) == {"label_click", "label_purchase"}
     assert told["degraded"] == []
 
 

@@ -92,7 +92,14 @@ def test_the_page_shows_a_customers_past_list_times_and_freshness(tab: Tab, addr
     assert tab.run("document.querySelectorAll('#tokens i').length") > 0
     assert tab.run("document.querySelectorAll('#stages i').length") == 8
     assert "up to" in tab.run("document.querySelector('#freshness').textContent")
-    assert "popularity" in tab.run("document.querySelector('#report').textContent")
+    # Bars have numbers beside them, squares and colours say what they are.
+    assert "popularity" in tab.text("#report")
+    assert re.search(r"\d\.\d{3}–\d\.\d{3}", tab.text("#report"))
+    scores = "[...document.querySelectorAll('#list .score')].map(e => parseFloat(e.textContent))"
+    assert tab.run(scores) == sorted(tab.run(scores), reverse=True)
+    assert tab.run(scores)[0] > 0
+    assert tab.text("#squares").startswith("Summary tokens: ")
+    assert "lowers it" in tab.text(".key")
     assert "PRODUCT" in tab.run(LIST)
     assert tab.run("document.querySelector('#key').checkVisibility()") is False
     # Whatever it loaded came from its own server.
@@ -104,11 +111,12 @@ def test_the_page_shows_a_customers_past_list_times_and_freshness(tab: Tab, addr
 
 def test_pointing_at_a_candidate_lights_up_what_it_rests_on(tab: Tab, address: str) -> None:
     opened(tab, address)
-    before = tab.run("document.querySelector('#told').textContent")
+    before = tab.text("#words")
     tab.point("#list li:nth-child(2)")
     told = tab.until(
-        f"document.querySelector('#told').textContent !== {before!r} && document.querySelector('#told').textContent"
+        f"document.querySelector('#words').textContent !== {before!r} && document.querySelector('#words').textContent"
     )
+    assert "logit" not in tab.text("body")
     name = tab.run("document.querySelector('#list li[aria-selected=true] .name').textContent")
     assert told.startswith(f"{name}: ")
     assert "summary token" in told
@@ -160,18 +168,13 @@ def test_a_forced_rung_is_named_and_another_customer_has_another_list(
 ) -> None:
     opened(tab, address)
     first = tab.run(BARS)
-    rung = "const r = document.querySelector('#rung'); r.value = {0!r}; r.dispatchEvent(new Event('change'))"
     for name in ("store_unavailable", "no_tokens", "no_history", "no_scores"):
-        tab.run(f"{{ {rung.format(name)} }}")
+        tab.choose("#rung", name)
         tab.until(f"{CHIP}.includes({name.replace('_', ' ')!r})")
-    tab.run(f"{{ {rung.format('')} }}")
+    tab.choose("#rung", "")
     tab.until(f"{BARS} === {first!r}")
     tab.run("document.querySelector('#another').click()")
     tab.until(f"{BARS} !== {first!r}")
-    tab.run(
-        "{ const u = document.querySelector('#user'); u.value = 'x'; u.dispatchEvent(new Event('change')) }"
-    )
-    assert "user_id" in tab.until("document.querySelector('#error').textContent")
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(tab: Tab, address: str) -> None:
@@ -180,6 +183,164 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(tab: Tab, address: s
     assert tab.run("document.documentElement.scrollWidth") <= 390
     # A finger is wider than a mouse.
     assert tab.run("document.querySelector('#strip button').getBoundingClientRect().width") > 16
+    # An explanation is read where the finger is, however far down the list, and can be put away.
+    tab.run("document.querySelector('#list li:last-child').scrollIntoView()")
+    tab.run("document.querySelector('#list li:last-child').click()")
+    tab.until("document.querySelector('#told').classList.contains('on')")
+    where = "(e => { const r = e.getBoundingClientRect(); return [r.top, r.bottom]; })(document.querySelector('#told'))"
+    top, bottom = tab.run(where)
+    assert 0 <= top < bottom <= 844
+    tab.run("document.querySelector('#close').click()")
+    assert tab.run("getComputedStyle(document.querySelector('#told')).position") == "static"
+
+
+NOBODY = "99999999"
+
+
+def test_a_refusal_is_said_and_leaves_the_list_as_it_was(tab: Tab, address: str) -> None:
+    opened(tab, address)
+    first, user, ranked = tab.run(LIST), tab.text("#ranked"), tab.run(BARS)
+    # A user that cannot be.
+    tab.choose("#user", "x")
+    assert "user_id" in tab.until("document.querySelector('#error').textContent")
+    assert tab.run("document.querySelector('#user').getAttribute('aria-invalid')") == "true"
+    assert (tab.run(LIST), tab.text("#ranked")) == (first, user)
+    # An event that the server refuses: the field's own limits are taken away to get it there.
+    tab.run(
+        "{ const f = document.querySelector('#fields input'); f.type = 'text'; f.value = 'many';"
+        " f.dataset.kind = ''; f.removeAttribute('min'); document.querySelector('#add').requestSubmit() }"
+    )
+    tab.until("document.querySelector('#error').textContent.includes('quantity')")
+    assert tab.run(LIST) == first
+    assert tab.run("document.querySelectorAll('#strip .added').length") == 0
+    # Every later click is as if nothing had been refused.
+    tab.run("document.querySelector('#strip button:last-of-type').click()")
+    tab.until("document.querySelectorAll('#strip button[aria-pressed=true]').length === 1")
+    assert tab.text("#error") == ""
+    tab.run("document.querySelector('#undo').click()")
+    tab.until(f"{BARS} === {ranked!r}")
+    tab.point("#list li:nth-child(3)")
+    tab.until("document.querySelector('#told').classList.contains('on')")
+    assert tab.text("#error") == ""
+
+
+def test_a_user_without_events_has_no_one_elses_explanation(tab: Tab, address: str) -> None:
+    opened(tab, address)
+    tab.point("#list li:nth-child(2)")
+    tab.until("document.querySelector('#told').classList.contains('on')")
+    tab.choose("#user", NOBODY)
+    tab.until(f"document.querySelector('#ranked').textContent.includes({NOBODY!r})")
+    assert "no events of this user" in tab.text("#words")
+    assert tab.text("#strip") == "No events."
+    assert "No summary tokens" in tab.text("#squares")
+    assert "unknown user" in tab.run(CHIP)
+    # Theirs is an explanation too, and a first event can be added.
+    tab.point("#list li:nth-child(4)")
+    tab.until("document.querySelector('#words').textContent.includes('no event stands behind')")
+    tab.run("document.querySelector('#add').requestSubmit()")
+    tab.until("document.querySelectorAll('#strip button.added').length === 1")
+    assert tab.text("#error") == ""
+    assert tab.complaints == []
+
+
+def test_candidates_of_ones_own_are_named_and_unknown_ones_marked(tab: Tab, address: str) -> None:
+    opened(tab, address)
+    assert "most frequent" in tab.text("#many")
+    item = tab.run("document.querySelector('#item option:last-of-type').value")
+    tab.choose("#many", "own")
+    assert tab.run("document.querySelector('#own').checkVisibility()")
+    tab.run("document.querySelector('#mine').requestSubmit()")
+    assert "at least one" in tab.until("document.querySelector('#error').textContent")
+    tab.run(f"document.querySelector('#own').value = {item + chr(10) + 'no such thing'!r}")
+    tab.run("document.querySelector('#mine').requestSubmit()")
+    tab.until("document.querySelectorAll('#list li').length === 2")
+    assert tab.text("#error") == ""
+    assert tab.text("#list li.unknown .name") == "no such thing"
+    assert tab.text("#list li:not(.unknown) .name").startswith("PRODUCT")
+    assert "candidates that nobody knows1" in tab.text("#freshness")
+    # Another user ranks the same.
+    ranked = tab.text("#ranked")
+    tab.run("document.querySelector('#another').click()")
+    tab.until(f"document.querySelector('#ranked').textContent !== {ranked!r}")
+    assert tab.run("document.querySelectorAll('#list li').length") == 2
+    tab.choose("#many", "50")
+    tab.until("document.querySelectorAll('#list li').length > 2")
+    assert not tab.run("document.querySelector('#mine').checkVisibility()")
+
+
+def test_the_time_of_the_request_is_ones_own(tab: Tab, address: str) -> None:
+    opened(tab, address)
+    first, past = tab.run(BARS), tab.text("#strip .day:last-of-type")
+    tab.run("document.querySelector('#circumstances').open = true")
+    tab.choose("#context [name=request_timestamp]", f"{past}T00:00")
+    tab.until(f"{BARS} !== {first!r}")
+    # Events of that day come after such a request; none of them explains it.
+    assert tab.run("document.querySelectorAll('#strip button.later').length") > 0
+    tab.point("#list li:nth-child(2)")
+    tab.until("document.querySelector('#told').classList.contains('on')")
+    assert tab.text("#error") == ""
+    assert not tab.run("document.querySelectorAll('#strip .later.up, #strip .later.down').length")
+    tab.choose("#context [name=request_timestamp]", "")
+    tab.until(f"{BARS} === {first!r}")
+
+
+ANSWERS_ONCE = """
+const real = window.fetch, failing = new Map(Object.entries(%s));
+window.failing = failing;
+window.fetch = (path, ...more) => failing.has(path) ? failing.get(path) === "away"
+  ? Promise.reject(new TypeError("Failed to fetch"))
+  : Promise.resolve(new Response(failing.get(path), {status: 502})) : real(path, ...more);
+"""
+
+
+def test_a_server_that_is_away_or_says_nonsense_is_said_and_can_be_asked_again(
+    tab: Tab, address: str
+) -> None:
+    tab.before(ANSWERS_ONCE % '{"/v1/overview": "<html>bad gateway</html>"}')
+    tab.go(address)
+    assert "502" in tab.until("document.querySelector('#error').textContent")
+    tab.run("failing.set('/v1/overview', 'away')")
+    tab.run("document.querySelector('#again').click()")
+    tab.until("document.querySelector('#error').textContent.includes('cannot be reached')")
+    tab.run("failing.clear()")
+    tab.run("document.querySelector('#again').click()")
+    tab.until("document.querySelectorAll('#list li').length > 10")
+    assert tab.text("#error") == ""
+    assert not tab.run("document.querySelector('#again').checkVisibility()")
+    # Away in the middle of it: the list stays, and goes on afterwards.
+    first = tab.run(BARS)
+    tab.run("failing.set('/v1/rank', 'away')")
+    tab.choose("#rung", "no_history")
+    tab.until("document.querySelector('#error').textContent.includes('cannot be reached')")
+    assert tab.run("document.querySelector('#rung').value") == ""
+    tab.run("failing.set('/v1/explain', 'away')")
+    tab.point("#list li:nth-child(2)")
+    tab.until("document.querySelector('#words').textContent.includes('no explanation')")
+    tab.run("failing.clear()")
+    tab.choose("#rung", "no_history")
+    tab.until(f"{BARS} !== {first!r}")
+    assert tab.complaints == []
+
+
+def test_where_the_tables_are_elsewhere_the_page_has_less_to_show(tab: Tab, address: str) -> None:
+    bare = (
+        "{...found, as_of: null, users: [], built: {}, coverage: null, report: [], rungs: [],"
+        " items: found.items.map(item => ({...item, title: null}))}"
+    )
+    tab.before(
+        "const real = window.fetch; window.fetch = async (path, ...more) => {"
+        " const answer = await real(path, ...more); if (path !== '/v1/overview') return answer;"
+        f" const found = await answer.json(); window.users = found.users; return new Response(JSON.stringify({bare}));}}"
+    )
+    tab.go(address)
+    tab.until("document.querySelector('#words').textContent.includes('type the id of one')")
+    assert "No report" in tab.text("#report")
+    tab.choose("#many", "50")  # before anybody is chosen
+    assert "user" in tab.until("document.querySelector('#error').textContent")
+    tab.choose("#user", str(tab.run("users[0].user_id")))
+    tab.until("document.querySelectorAll('#list li').length > 10")
+    assert tab.text("#error") == ""
+    assert tab.complaints == []
 
 
 def test_where_callers_have_tokens_the_page_asks_for_one(tab: Tab, serve: Any) -> None:
@@ -188,9 +349,7 @@ def test_where_callers_have_tokens_the_page_asks_for_one(tab: Tab, serve: Any) -
     tab.go(address)
     tab.until("document.querySelector('#key').checkVisibility()")
     assert "bearer" in tab.until("document.querySelector('#error').textContent").lower()
-    tab.run(
-        f"{{ const t = document.querySelector('#token'); t.value = {token!r}; t.dispatchEvent(new Event('change')) }}"
-    )
+    tab.choose("#token", token)
     tab.until("document.querySelectorAll('#list li').length > 10")
 
 
