@@ -119,6 +119,7 @@ def evaluate_run(
     scored = floor_scores(test)
     assert requests.labels is not None
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    random: dict[str, float] = {}  # NDCG@10 of a random order, by task
     # Of one task that is given nothing the order is the task's own.
     mixes = len(spec.weights) > 1 or bool(spec.tasks[primary_number(spec)].given)
     for number, task in enumerate(spec.tasks):
@@ -133,7 +134,8 @@ def evaluate_run(
         floors = floors_of(scored, requests.labels[:, number], requests.candidate_offsets)
         for name, scores in floors.items():
             rows[name] = measure(encoded, users, scores, number, calibrated=False)
-        found[task.name] = without_telling_nothing(rows)
+        random[task.name] = rows[RANDOM]["ndcg@10"].value
+        found[task.name] = without_telling_nothing(rows, random[task.name])
     primary, number = primary_task(spec), primary_number(spec)
     figures = picture_figures(encoded, logits + shift_T, spec.tasks, primary, test.history_lengths)
     tell("evaluate: what the ranking rests on")
@@ -151,7 +153,7 @@ def evaluate_run(
         figures,
         counts,
         unknown_first(model, encoder, encoded, ranked),
-        worth,
+        without_telling_nothing(worth, random[primary]),
         shift=float(shift_T[number]),
     )
 
@@ -181,11 +183,16 @@ def _odds(labels: np.ndarray) -> float:
     return positive / negative if negative else 0.0
 
 
-def without_telling_nothing(rows: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+def without_telling_nothing(
+    rows: dict[str, dict[str, Estimate]], random: float
+) -> dict[str, dict[str, Estimate]]:
     """The metrics of a task without those of an order where a random one is nearly perfect: requests
     have so few candidates that they are no ranking.
+
+    Args:
+        random: NDCG@10 of a random order.
     """
-    if not rows[RANDOM]["ndcg@10"].value >= RANDOM_TELLS:
+    if not random >= RANDOM_TELLS:
         return rows
     return {name: without_ranking(values) for name, values in rows.items()}
 
@@ -264,7 +271,7 @@ def rungs_line(evaluation: dict[str, Any]) -> str:
     """What answers are worth that do without something, in a line."""
     found = {name: row["ndcg@10"] for name, row in evaluation["rungs"].items() if row["ndcg@10"]}
     told = ", ".join(f"{name} {value['value']:.3f}" for name, value in found.items())
-    return f"NDCG@10 of answers that do without something: {told}"
+    return f"NDCG@10 of answers that do without something: {told or 'undefined'}"
 
 
 def floors(metrics: dict[str, Any]) -> list[str]:

@@ -14,7 +14,13 @@ from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 from feature_repo import datasets
 from feature_repo.schema import Examples
 from modeling.errors import ScoresError
-from modeling.evaluate import plain_metrics, sampling_shift, undefined, without_telling_nothing
+from modeling.evaluate import (
+    plain_metrics,
+    rungs_line,
+    sampling_shift,
+    undefined,
+    without_telling_nothing,
+)
 from modeling.floors import floors_of
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 from modeling.metrics import log_loss as our_log_loss
@@ -234,9 +240,11 @@ def test_probabilities_are_shifted_by_how_negatives_are_drawn() -> None:
 def test_an_order_of_one_candidate_tells_nothing() -> None:
     one = Estimate(1.0, 1.0, 1.0)
     rows = {name: {"ndcg@10": one, "mrr": one, "auc": one} for name in ("model", "random")}
-    found = without_telling_nothing(rows)
+    assert without_telling_nothing(rows, random=0.5) == rows
+    found = without_telling_nothing(rows, random=1.0)
     assert np.isnan(found["model"]["ndcg@10"].value)
     assert found["model"]["auc"] == one
     assert plain_metrics(found["model"])["ndcg@10"] is None
     plain = {name: plain_metrics(row) for name, row in found.items()}
     assert "nothing to rank" in undefined(plain)
+    assert rungs_line({"rungs": plain}).endswith("do without something: undefined")
