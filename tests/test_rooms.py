@@ -82,6 +82,10 @@ FOR_ALL = (
     "preview",
     "sources",
     "suggest",
+    "names",
+    "shapes",
+    "sniff",
+    "traces",
 )
 
 
