@@ -45,7 +45,8 @@ TAGS = ("red", "blue", "gift", "très chic", "kitchen")
 
 def write_shop(folder: Path, seed: int = 0) -> int:
     """A log of impressions in two files, out of order and with repeats, and a table of items: decimal
-    commas, gaps in prices, zones of every kind. Returns how many impressions were made.
+    commas, gaps in prices, marks of nothing, times in every zone and in more than one spelling. Returns
+    how many impressions were made.
     """
     rng = np.random.default_rng(seed)
     items = [f"Tasse {n:03d} é" if n % 5 else f"0{n:04d}" for n in range(150)]
@@ -60,10 +61,19 @@ def write_shop(folder: Path, seed: int = 0) -> int:
         out = csv.writer(file, delimiter=";")
         out.writerow(["product", "name", "brand", "list_price", "tags", "embedding"])
         for n, item in enumerate(items):
-            price = number(3 + n / 10, 2) if n % 4 else ""
+            price = number(3 + n / 10, 2) if n % 4 else ("", "N/A")[n % 8 // 4]
             tags = "|".join(rng.permutation(TAGS)[: 1 + n % 3])
             vector = " ".join(number(v, 4) for v in vectors[n])
-            out.writerow([item, f"Item number {n}", f"brand {n % 7}", price, tags, f"[{vector}]"])
+            out.writerow(
+                [
+                    item,
+                    f"Item number {n}",
+                    f"brand {n % 7}" if n % 11 else "-",
+                    price,
+                    tags,
+                    f"[{vector}]",
+                ]
+            )
     rows: list[list[Any]] = []
     for session in range(900):
         user = int(rng.integers(50))
@@ -75,14 +85,20 @@ def write_shop(folder: Path, seed: int = 0) -> int:
             clicked = rng.random() < 1 / (1 + math.exp(1 - like))
             carted = clicked and rng.random() < 0.6
             bought = carted and rng.random() < 0.6
-            when = (at + timedelta(seconds=position)).astimezone(zone).isoformat()
-            paid = number(3 + item / 10 + rng.random(), 2) if rng.random() < 0.8 else ""
+            moment = (at + timedelta(seconds=position)).astimezone(zone)
+            when = moment.isoformat(
+                "T" if session % 2 else " ", ("auto", "milliseconds")[session % 4 // 2]
+            )
+            paid = number(3 + item / 10 + rng.random(), 2) if rng.random() < 0.8 else r"\N"
             labels = [int(clicked), int(carted), int(bought)]
             about = [f"e{len(rows)}", f"s{session}", users[user], items[item], when, position]
             rows.append([*about, device, at.astimezone(zone).hour, *labels, paid])
     made = len(rows)
     rows += rows[::97]  # delivered twice
-    rows.append(["x", "s1", "", items[0], "not a time", 0, "phone", 1, 0, 0, 0, "1,0"])
+    rows.append(["x", "s1", users[1], items[0], "not a time", 0, "phone", 1, 0, 0, 0, "1,0"])
+    for number_of, nobody in enumerate(("", "NULL", "(null)", "undefined")):
+        about = [f"n{number_of}", f"s{number_of}", nobody, items[0], when, 0]
+        rows.append([*about, "phone", 1, 0, 0, 0, "1,0"])
     names = "event_id session customer product shown_at position device local_hour clicked carted purchased price"
     order = rng.permutation(len(rows))
     for part, chosen in enumerate(np.array_split(order, 2)):
@@ -190,7 +206,8 @@ def test_check_tells_in_seconds_what_comes_of_it(
     told = command("check")
     for line in (
         "repeated: the same event stands earlier",
-        "customer: is missing",
+        "4  customer: is missing",
+        "1  shown_at: ",
         "100.0% of the events' items are in their table",
         "900 requests (",
         "label_purchase: ",
@@ -212,6 +229,21 @@ def test_events_have_an_identity_and_impressions_are_in_no_history(shop_on_the_r
     assert history["shown"] == shop_on_the_road.impressions
     ends = JobFolder(settings.home, "user_history").read("user_stats")["history_end"]
     assert max(ends.to_pylist()) < len(events) - int(shown.sum())
+
+
+def test_marks_of_nothing_are_nobody_no_number_and_no_brand(shop_on_the_road: Shop) -> None:
+    tables = JobFolder(shop_on_the_road.settings.home, "events")
+    users = set(tables.read("user_profile")["user_id"].to_pylist())
+    assert not users & {"", "NULL", "(null)", "undefined"}
+    items = (
+        tables.read("item_profile")
+        .group_by("item_id")
+        .aggregate([("brand", "max"), ("list_price", "max")])
+    )
+    assert items["brand_max"].null_count == len(range(0, 150, 11))
+    assert items["list_price_max"].null_count == len(range(0, 150, 4))
+    bought = tables.read("events")
+    assert 0 < bought["price"].null_count < len(bought)
 
 
 def test_the_order_of_files_does_not_matter(
