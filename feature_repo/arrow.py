@@ -112,3 +112,14 @@ def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
     with np.errstate(over="ignore"):
         mixed = (hashed ^ (hashed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
         return mixed ^ (mixed >> np.uint64(33))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of this type are texts or bytes."""
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )
+    return any(test(kind) for test in tests)

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.arrow import EPOCH, LATEST, MICROS, TIMESTAMP, iso_micros
+from feature_repo.arrow import EPOCH, LATEST, MICROS, TIMESTAMP, is_text, iso_micros
 from feature_repo.errors import RawDataError
 from feature_repo.schema import (
     MAX_TEXT_BYTES,
@@ -183,7 +183,7 @@ def without_missing(
 ) -> pa.ChunkedArray | pa.Array:
     """A column of text with null for every mark of nothing; any other column as it is."""
     plain = _plain(column)
-    if not _is_text(plain.type):
+    if not is_text(plain.type):
         return column
     blank = is_blank(plain, marks)
     return (
@@ -194,7 +194,7 @@ def without_missing(
 def truths(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """1 and 0 as int64, also where they are spelt true and false or yes and no; null for all else."""
     column = _plain(column)
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return whole_numbers(column)
     spelt = pc.utf8_lower(pc.utf8_trim_whitespace(texts(column)))
     place = pc.index_in(spelt, pa.array(list(TRUTHS)))
@@ -272,7 +272,7 @@ def is_blank(given: pa.ChunkedArray | pa.Array, marks: Sequence[str] = MISSING) 
     plain = _plain(given)
     floating = pa.types.is_floating(plain.type)
     nothing = pc.is_null(plain, nan_is_null=floating).to_numpy(zero_copy_only=False)
-    if not _is_text(plain.type):
+    if not is_text(plain.type):
         return nothing
     # Marks are short, and few texts are: only these are looked at.
     length = pc.fill_null(pc.binary_length(plain), 0)
@@ -293,7 +293,7 @@ def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     column = _plain(column)
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), pa.string())
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return pc.cast(column, pa.string())
     data = pc.cast(column, pa.large_binary())
     data = pc.if_else(
@@ -308,7 +308,7 @@ def texts(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 def id_numbers(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """int64 of ids, null where one is not spelt as its number: 007 would come together with 7."""
     column = _plain(column)
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return whole_numbers(column)
     spelt = texts(column)
     fits = pc.fill_null(pc.match_substring_regex(pc.utf8_trim_whitespace(spelt), SPELT_ID), False)
@@ -429,7 +429,7 @@ def times(
             micros = _local_to_utc(micros, zone)
     elif pa.types.is_date(kind):
         micros = _local_to_utc(_micros_of(pc.cast(column, pa.timestamp("s"))), zone)
-    elif _is_text(kind) and unit is None:
+    elif is_text(kind) and unit is None:
         text = texts(column)
         micros = (
             _formatted_times(text, zone, time_format) if time_format else _iso_times(text, zone)
@@ -517,7 +517,7 @@ def _refuse_unreadable(
     written: Format,
 ) -> None:
     kind = given.type
-    if column.dtype in NUMBER_TYPES and not _is_text(kind) and not pa.types.is_dictionary(kind):
+    if column.dtype in NUMBER_TYPES and not is_text(kind) and not pa.types.is_dictionary(kind):
         return  # numbers as numbers: those out of range are rows to set aside
     lost = pc.is_null(made).to_numpy(zero_copy_only=False)
     if not lost.any():
@@ -562,7 +562,7 @@ def _refuse_unreadable(
 
 def _shown(given: pa.ChunkedArray, row: int) -> str:
     value = given[row]
-    raw = value.cast(pa.binary()).as_py() if _is_text(value.type) else value.as_py()
+    raw = value.cast(pa.binary()).as_py() if is_text(value.type) else value.as_py()
     return repr(raw.decode(errors="replace") if isinstance(raw, bytes) else raw)[:60]
 
 
@@ -611,16 +611,6 @@ def is_readable(kind: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in tests)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-    )
     return any(test(kind) for test in tests)
 
 

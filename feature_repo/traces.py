@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from feature_repo.arrow import is_text
+
 LEAST_BYTES = 6  # of an id that is searched by its bytes
 PIECE = 1 << 24  # of a file that is no local one
 
@@ -69,7 +71,7 @@ def _in_columns(batch: pa.RecordBatch, mark: re.Pattern[bytes], without: Collect
     """The same of a table's columns: value by value, for in a file they stand wall to wall."""
     found = 0
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name in without or not _is_text(field.type):
+        if field.name in without or not _holds_text(field.type):
             continue
         if pa.types.is_nested(field.type):
             column = pc.list_flatten(column)
@@ -80,17 +82,10 @@ def _in_columns(batch: pa.RecordBatch, mark: re.Pattern[bytes], without: Collect
     return found
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _holds_text(kind: pa.DataType) -> bool:
     """Whether a column holds text or bytes, or lists of them."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-    )
-    return any(test(kind) for test in tests)
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_text(kind.value_type if nested else kind)
 
 
 def behind_nulls(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -112,4 +107,4 @@ def _empty(kind: pa.DataType) -> object:
     """What stands behind a null that was never a value."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return ""
-    return b"" if _is_text(kind) else 0
+    return b"" if is_text(kind) else 0
