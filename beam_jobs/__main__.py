@@ -5,6 +5,7 @@ refused.
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -112,10 +113,18 @@ def refresh(
         "materialize": OnlineOptions(),
     }
     for job, options in jobs.items():
+        _tell_time(f"refresh: {job}")
         _run(job, options, common, beam)
     if live_bundle_makes_tokens(Settings.from_env()):
+        _tell_time("refresh: summary_tokens")
         _run("summary_tokens", TokenOptions(), common, beam)
+    _tell_time("refresh: done")
     return 0
+
+
+def _tell_time(what: str) -> None:
+    """A line with the time in front, for a log that cron appends to."""
+    print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {what}", flush=True)
 
 
 def _run(job: str, options: Options, common: Common, beam: tuple[str, ...]) -> int:

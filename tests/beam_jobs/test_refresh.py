@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def test_new_rows_are_online_after_a_refresh(
     )
     assert refresh() == 0
     assert events_online(13001) == before + 1
-    assert "no bundle is live" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no bundle is live" in told
+    assert re.search(r"^20\d\d-\d\d-\d\dT[\d:]{8}Z refresh: events$", told, re.MULTILINE)
     assert refresh() == 0
     assert capsys.readouterr().out.count("up to date") == 4
