@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from feature_repo.arrow import EPOCH
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
@@ -36,7 +37,7 @@ from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.items import ItemTable, Loaded
 from serving.live import Live, Repair, Serving, Source
-from serving.messages import RankRequest, RankResponse
+from serving.messages import RankContext, RankRequest, RankResponse
 from serving.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
 from serving.settings import ServeSettings, settings_from
@@ -1158,3 +1159,25 @@ def test_a_store_that_was_filled_anew_is_followed_at_once(ranker: RankService) -
     finally:
         ranker.items.refresh_soon = soon  # type: ignore[method-assign]
     assert asked == ["run-2"]
+
+
+def test_a_replaying_server_follows_its_data(ranker: RankService, items: list[Any]) -> None:
+    begun = ranker.end_of_data()
+    assert begun is not None
+    rows = ranker.reader.read_items(items)
+    as_of = [begun]
+    micros = timedelta(microseconds=1)
+    table = ItemTable(
+        ranker.bundle.encoder,
+        ranker.reader.read_items,
+        lambda: Loaded(rows, (as_of[0] - EPOCH) // micros),
+    )
+    replaying = RankService(ranker.bundle, ranker.reader, table, begun)
+    assert replaying.end_of_data() == begun
+    as_of[0] = begun + timedelta(days=2)  # as `refresh` leaves it
+    table.refresh()
+    assert replaying.end_of_data() == as_of[0]
+    context = RankContext(begun + timedelta(days=1))
+    answer = replaying.rank(RankRequest(13001, items, context=context))
+    assert answer.degraded == []
+    table.close()
