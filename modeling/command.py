@@ -109,11 +109,9 @@ def run_evaluate(
     evaluate(run, Catalogue(settings.catalogue_url), force=force)
 
 
-def run_export(
-    name: str, changes: Changes, live: bool | None, force: bool = False, threads: int = 1
-) -> None:
+def run_export(name: str, changes: Changes, live: bool | None, force: bool = False) -> None:
     """Write the bundle of an evaluated run; of a next-item recipe there is none, which is said."""
-    _use_threads(threads)
+    _use_threads(1)
     settings = Settings.from_env()
     recipe = recipes.load(name)
     if isinstance(recipe, NextItemRecipe):

@@ -4,15 +4,20 @@ is there.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from feature_repo import cli
 from feature_repo.catalogue import Catalogue
 from modeling import promotion, recipes
+from modeling.__main__ import app
 from modeling.changes import Changes, changed
 from modeling.errors import RecipeError
+from modeling.processes import wait_passively
 
 
 def test_fields_of_recipe_model_and_training_are_set_by_type() -> None:
@@ -141,3 +146,28 @@ def test_a_table_fits_the_terminal(width: int, capsys: pytest.CaptureFixture[str
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
     assert all(f"metric {n}" in shown for n in range(7))
     assert shown.count("0.1234 ±0.0123") == 14
+
+
+@pytest.mark.parametrize(("flags", "threads"), [((), 1), (("--threads", "3"), 3)])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_one_thread_computes_unless_more_are_asked_for(
+    command: str, flags: tuple[str, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    assert cli.run(lambda: app([command, "no_such_recipe", *flags])) != 0
+    assert taken == [threads]
+    assert cli.run(lambda: app([command, "no_such_recipe", "--threads", "0"])) != 0
+    assert taken == [threads]
+
+
+def test_threads_that_wait_for_others_sleep_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "ACTIVE"})
+    wait_passively()
+    assert os.environ == {
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+    }
