@@ -116,7 +116,7 @@ def test_pointing_at_a_candidate_lights_up_what_it_rests_on(tab: Tab, address: s
     told = tab.until(
         f"document.querySelector('#words').textContent !== {before!r} && document.querySelector('#words').textContent"
     )
-    assert "logit" not in tab.text("body")
+    assert "logit" not in tab.text("main")
     name = tab.run("document.querySelector('#list li[aria-selected=true] .name').textContent")
     assert told.startswith(f"{name}: ")
     assert "summary token" in told
@@ -137,9 +137,15 @@ def test_all_of_it_goes_by_keyboard(tab: Tab, address: str) -> None:
     )
     tab.run("document.querySelector('#strip button').focus()")
     tab.key("ArrowRight")
-    assert tab.run("document.activeElement === document.querySelectorAll('#strip button')[1]")
+    second = "document.activeElement === document.querySelectorAll('#strip button')[1]"
+    assert tab.run(second)
     tab.key("Enter")
     tab.until("document.querySelectorAll('#strip button[aria-pressed=true]').length === 1")
+    assert tab.run(second)  # an answer takes no focus away
+    assert tab.run("document.querySelectorAll('#strip button[tabindex=\"0\"]').length") == 1
+    tab.key("ArrowRight")
+    tab.key("Enter")
+    tab.until("document.querySelectorAll('#strip button[aria-pressed=true]').length === 2")
     assert tab.complaints == []
 
 
@@ -192,6 +198,56 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(tab: Tab, address: s
     assert 0 <= top < bottom <= 844
     tab.run("document.querySelector('#close').click()")
     assert tab.run("getComputedStyle(document.querySelector('#told')).position") == "static"
+
+
+def test_two_quick_presses_both_count_and_tokens_that_are_set_aside_are_said(
+    tab: Tab, address: str
+) -> None:
+    opened(tab, address)
+    assert "set aside" not in tab.text("#squares")
+    tab.run(
+        "document.querySelectorAll('#strip button').forEach((one, at) => { if (at < 2) one.click(); })"
+    )
+    tab.until("document.querySelectorAll('#strip button[aria-pressed=true]').length === 2")
+    assert "set aside" in tab.text("#squares")
+    tab.run(
+        "{ const add = document.querySelector('#add'); add.requestSubmit(); add.requestSubmit() }"
+    )
+    tab.until("document.querySelectorAll('#strip button.added').length === 2")
+    names = tab.run("[...document.querySelectorAll('#strip .added')].map(e => e.title).join()")
+    assert "purchase" in names
+    assert "undefined" not in names
+    assert tab.text("#error") == ""
+
+
+def test_a_circumstance_that_is_refused_goes_no_further(tab: Tab, address: str) -> None:
+    opened(tab, address)
+    first = tab.run(BARS)
+    tab.run("document.querySelector('#circumstances').open = true")
+    field = "#context [name=request_timestamp]"
+    tab.choose(field, "2095-01-01T00:00")
+    tab.until("document.querySelector('#error').textContent !== ''")
+    assert tab.run(f"document.querySelector('{field}').getAttribute('aria-invalid')") == "true"
+    assert tab.run(BARS) == first
+    tab.run("document.querySelector('#strip button').click()")
+    tab.until("document.querySelectorAll('#strip button[aria-pressed=true]').length === 1")
+    assert tab.run(f"document.querySelector('{field}').value") == ""  # what the list is of
+    assert tab.text("#error") == ""
+
+
+def test_a_store_that_does_not_answer_is_no_user_without_a_past(tab: Tab, address: str) -> None:
+    tab.before(
+        "const real = window.fetch; window.away = true; window.fetch = async (path, ...more) => {"
+        " const answer = await real(path, ...more); if (path !== '/v1/history' || !window.away) return answer;"
+        " const found = await answer.json(); return new Response(JSON.stringify("
+        "{...found, events: [], num_events: 0, degraded: ['store_unavailable']}));}"
+    )
+    tab.go(address)
+    tab.until("document.querySelector('#error').textContent.includes('store did not answer')")
+    assert "no events" not in tab.text("main")
+    tab.run("window.away = false; document.querySelector('#again').click()")
+    tab.until("document.querySelectorAll('#list li').length > 10")
+    assert tab.text("#error") == ""
 
 
 NOBODY = "99999999"
