@@ -30,6 +30,64 @@ WORDS = {
     "title": "title name description 名称 名前 название titel titre nombre",
     "zone": "timezone tz zone",
 }
+# A column that is about a user or an item and names neither; a time that is not the event's own.
+NO_KEYS = frozenset(
+    [
+        "age",
+        "gender",
+        "sex",
+        "type",
+        "kind",
+        "name",
+        "category",
+        "brand",
+        "price",
+        "cost",
+        "amount",
+        "count",
+        "quantity",
+        "qty",
+        "number",
+        "status",
+        "segment",
+        "group",
+        "country",
+        "city",
+        "region",
+        "zip",
+        "rating",
+        "score",
+        "rank",
+        "title",
+        "color",
+        "colour",
+        "size",
+        "weight",
+    ]
+)
+OTHER_TIMES = frozenset(
+    [
+        "birth",
+        "birthday",
+        "dob",
+        "born",
+        "release",
+        "released",
+        "signup",
+        "joined",
+        "registered",
+        "registration",
+        "published",
+        "updated",
+        "modified",
+        "expiry",
+        "expires",
+        "expired",
+        "end",
+        "ended",
+        "until",
+    ]
+)
 KNOWN_WORDS = frozenset(" ".join(WORDS.values()).split())
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SHOWN_WORDS = ("view", "impression", "shown", "show", "exposure", "display", "see", "pv")
@@ -38,6 +96,33 @@ ACTION_WORDS = (
     "like", "share", "save", "favourite", "favorite", "fav", "play", "watch", "read", "open", "rate",
     "return", "remove", "remove_from_cart", "transaction", "checkout", "download", "follow",
 )  # fmt: skip
+
+
+JOINED = frozenset(["page", "add", "addto", "product", "item", "detail", "video", "ad", "email"])
+UNDOING = frozenset(
+    [
+        "cancel",
+        "canceled",
+        "cancelled",
+        "remove",
+        "removed",
+        "removefromcart",
+        "delete",
+        "deleted",
+        "refund",
+        "refunded",
+        "return",
+        "returned",
+        "skip",
+        "skipped",
+        "hide",
+        "hidden",
+        "block",
+        "blocked",
+        "not",
+        "no",
+    ]
+)
 
 
 def parts_of(name: str) -> list[str]:
@@ -61,16 +146,59 @@ def named_as(name: str, role: str) -> bool:
     return any(part.rstrip("s") in words or part in words for part in parts_of(name))
 
 
+def may_be_key(name: str) -> bool:
+    """Whether a column may name users or items by what it is called: a user's age names nobody."""
+    return not NO_KEYS & set(parts_of(name))
+
+
 def best_named(names: Sequence[str], role: str) -> str | None:
-    """The best named of some columns: those with the role's words first, of these the ids."""
-    words = WORDS[role].split()
+    """The best named of some columns: those with the role's words first, of these the ids, and those whose
+    names say the least beside it.
+    """
+    return min(names, key=lambda name: _rank(name, role)) if names else None
 
-    def rank(name: str) -> tuple[bool, bool, int]:
-        parts = parts_of(name)
-        place = min((words.index(p) for p in parts if p in words), default=len(words))
-        return not named_as(name, role), "id" not in parts, place
 
-    return min(names, key=rank) if names else None
+def as_well_named(chosen: str, names: Sequence[str], role: str) -> list[str]:
+    """The others of which nothing says that they are named worse."""
+    return [n for n in names if n != chosen and _rank(n, role) == _rank(chosen, role)]
+
+
+def _rank(name: str, role: str) -> tuple[bool, bool, bool, int, int]:
+    words, parts = WORDS[role].split(), parts_of(name)
+    place = min((words.index(p) for p in parts if p in words), default=len(words))
+    beside = sum(part not in words and part != "id" for part in parts)
+    # `order_item_id` counts the items of an order; `event_timestamp` is as good as `timestamp`.
+    by = (beside, place) if role in ("user", "item") else (place, beside)
+    other = role == "time" and bool(OTHER_TIMES & set(parts))
+    return not named_as(name, role), other, "id" not in parts, *by
+
+
+def means(action: str, words: Sequence[str]) -> int | None:
+    """The place of the first of these words that an action's name has; None where it has none, or says
+    the opposite: `review` is no view, and `dislike` no like.
+    """
+    parts = parts_of(action)
+    if takes_back(action):
+        return None
+    places = [at for at, word in enumerate(words) if any(_is_form(part, word) for part in parts)]
+    joined = "_".join(parts)
+    places += [at for at, word in enumerate(words) if "_" in word and word in joined]
+    return min(places, default=None)
+
+
+def _is_form(part: str, word: str) -> bool:
+    """Views, viewed, viewing, pageview of view."""
+    ends = ("", "s", "ed", "d", "ing", "es")
+    stems = {word + end for end in ends} | {word.removesuffix("e") + "ing", word + word[-1] + "ed"}
+    return any(part == stem or part.removesuffix(stem) in JOINED for stem in stems)
+
+
+def takes_back(action: str) -> bool:
+    """Whether an action undoes another, or says the opposite: cancel_order, unlike, dislike."""
+    parts = parts_of(action)
+    stems = [part.removeprefix(by) for part in parts for by in ("dis", "un") if part.startswith(by)]
+    undoes = bool(UNDOING & set(parts))
+    return undoes or any(_is_form(stem, word) for stem in stems for word in ACTION_WORDS)
 
 
 def singular(name: str) -> str:

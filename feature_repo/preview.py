@@ -25,7 +25,7 @@ from feature_repo.contract import Contract
 from feature_repo.datasets import Dataset, Parsed, RawUnit
 from feature_repo.examples import UNDEFINED, Requests, random_ndcg, requests_of
 from feature_repo.parse import NOT_BAD, REPEATED, without_repeats
-from feature_repo.schema import EVENT_TIMESTAMP, Column, Examples
+from feature_repo.schema import EVENT_TIMESTAMP, Column, DType, Examples
 from feature_repo.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
 
 ROWS = 500_000
@@ -35,6 +35,7 @@ MOST_FILES = (
 LARGE_SHARE = 0.05  # of all events, by one user or item
 TIMES_MEAN = 4  # of the others' mean, from where on a share is large
 RARE_LABEL = 0.001  # share of the examples
+FEW_KNOWN = 0.5  # of the events' items or users, from where down a table is asked about
 RANDOM_TELLS = 0.9  # NDCG@10 of a random order from where on the figure tells nothing
 LONG_REQUEST = 86_400_000_000  # microseconds; a request is one moment
 DAY = 86_400_000_000  # microseconds
@@ -212,6 +213,13 @@ def findings(found: Preview) -> Iterator[Finding]:
             )
     if not len(found.events):
         return
+    for kind, share in (("items", found.known_items), ("users", found.known_users)):
+        if share and share < FEW_KNOWN:
+            yield Finding(
+                "few_known",
+                f"the table of {kind} knows {share:.1%} of the events' {kind}: are all ids spelt the same?",
+            )
+    yield from _of_padding(found)
     yield from _of_shares(found)
     yield from _of_times(found)
     yield from _of_repeats(found)
@@ -232,6 +240,23 @@ def _of_shares(found: Preview) -> Iterator[Finding]:
                 "large_share",
                 f"one {entity.name}, {value!r}, has {counts[at] / total:.1%} of the events; if it stands for nobody, name "
                 f"it in Source.missing",
+            )
+
+
+def _of_padding(found: Preview) -> Iterator[Finding]:
+    """Ids with spaces around them: padded to one width, or typed so now and then."""
+    for entity in (found.contract.user, found.contract.item):
+        if entity.dtype is not DType.STRING:
+            continue
+        ids = pc.unique(found.events[entity.join_key])
+        bare = pc.utf8_trim_whitespace(ids)
+        padded = pc.sum(pc.not_equal(ids, bare)).as_py() or 0
+        if padded:
+            same = len(ids) - len(pc.unique(bare))
+            yield Finding(
+                "padded_ids",
+                f"{padded:,} ids of {entity.name}s have spaces around them, and {same:,} are another's but for these: who "
+                "asks without them asks for somebody else",
             )
 
 
@@ -373,6 +398,8 @@ def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:
     """What files say against the declaration: quotes that are none, columns that some of them lack."""
     for kind, source in dataset.sources.items():
         files = list(dict.fromkeys(unit.file for unit in units if unit.kind == kind))
+        if not files:
+            continue  # none of them has a row
         chosen = np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))
         for at in chosen:
             if said := sniff.same_dialect(source, files[at]):

@@ -131,6 +131,13 @@ def typed(
                 f"{file}: column {theirs!r} holds {raw[theirs].type}, which no column of ours can be; name a field "
                 "inside of it, such as 'user.id', or write a row for each of its elements"
             )
+        if is_list(raw[theirs].type) and column.dtype not in (
+            DType.STRING_LIST,
+            DType.FLOAT32_LIST,
+        ):
+            raise RawDataError(
+                f"{file}: column {theirs!r} holds lists ({raw[theirs].type}), and {column.name!r} is one value a row"
+            )
         given = without_missing(raw[theirs], written.missing) if _may_miss(column) else raw[theirs]
         if marks := written.missing_in.get(theirs, ()):
             said = pa.array(~says_nothing(given, marks))
@@ -603,13 +610,14 @@ def is_readable(kind: pa.DataType) -> bool:
         return is_readable(kind.storage_type)
     if pa.types.is_dictionary(kind):
         return is_readable(kind.value_type)
-    if _is_list(kind):
+    if is_list(kind):
         inner = kind.value_type
-        return is_readable(inner) and not _is_list(inner)
+        return is_readable(inner) and not is_list(inner)
     return not pa.types.is_nested(kind)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists, of whatever kind."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(test(kind) for test in tests)
 
@@ -728,7 +736,13 @@ def _formatted_times(column: pa.Array, zone: tzinfo, time_format: str) -> pa.Arr
     return made
 
 
+DIGITS_ONLY = {"%Y%m%d": 8, "%Y%m%d%H%M": 12, "%Y%m%d%H%M%S": 14}
+
+
 def _formatted_of(text: str, zone: tzinfo, time_format: str) -> int | None:
+    # `strptime` would take 202401151030 for a time of one-digit minutes and seconds.
+    if time_format in DIGITS_ONLY and len(text) != DIGITS_ONLY[time_format]:
+        return None
     zoned = () if "%z" in time_format else (f"{time_format}%z", f"{time_format} %z")
     for given in (time_format, *zoned):
         try:

@@ -103,11 +103,15 @@ def shape_of(column: pa.ChunkedArray) -> Shape:
     blank = raw.is_blank(whole)
     values = whole.filter(pa.array(~blank))
     share = float(blank.mean()) if len(blank) else 0.0
-    if pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+    if raw.is_list(values.type):
         return _list_shape(values, share)
     if not len(values):
         return Shape(0, len(column), share)
     texts = raw.texts(values)
+    if texts.null_count == len(texts):
+        return Shape(0, len(column), share, readable=False)
+    if texts.null_count:  # of bytes that are no text, or of too many
+        values, texts = values.filter(pc.is_valid(texts)), texts.drop_null()
     made = Shape(len(pc.unique(texts)), len(column), share)
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
         return replace(made, time=True)
@@ -141,7 +145,7 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: Shape) -> Shape | Non
     spelt = pc.all(pc.match_substring_regex(pc.utf8_trim_whitespace(texts), raw.SPELT_ID)).as_py()
     time_unit = _time_unit(floats) if not unit else None
     dates = made.distinct > 1 and is_whole and 8 <= len(texts[0].as_py().strip()) <= 14
-    found = formats_of(texts, ("%Y%m%d", "%Y%m%d%H%M%S")) if dates else []
+    found = formats_of(texts, ("%Y%m%d", "%Y%m%d%H%M", "%Y%m%d%H%M%S")) if dates else []
     return replace(
         made,
         number=True,
@@ -177,14 +181,21 @@ def decimal_of(texts: pa.Array) -> Literal[".", ","]:
     return "," if zero else "."
 
 
-def is_unsure_decimal(texts: pa.Array) -> bool:
-    """Whether all that tells thousands from fractions is that each comma has three digits behind it."""
-    comma = pc.fill_null(pc.match_substring(texts, ","), False)
-    point = pc.any(pc.match_substring(texts, ".")).as_py()
-    groups = pc.any(pc.match_substring_regex(texts, ",[0-9]{3},")).as_py()
-    return bool(pc.all(pc.or_(comma, pc.less(pc.utf8_length(texts), 4))).as_py()) and not (
-        point or groups or not pc.any(comma).as_py()
-    )
+def unsure_sign(texts: pa.Array) -> str:
+    """A comma or point that may stand before a fraction or between thousands, for all that tells is that it
+    has three digits behind it each time; "" where there is none.
+    """
+    plain = pc.utf8_trim_whitespace(texts)
+    for sign, other in ((",", "."), (".", ",")):
+        signed = pc.fill_null(pc.match_substring(plain, sign), False)
+        sure = rf"\{other}|\{sign}\d*\{sign}|^[+-]?0\{sign}"
+        if not pc.any(signed).as_py() or pc.any(pc.match_substring_regex(plain, sure)).as_py():
+            continue
+        three = pc.match_substring_regex(plain, rf"^\D*\d{{1,3}}\{sign}\d{{3}}\D*$")
+        short = pc.match_substring_regex(plain, r"^\D*\d{1,3}\D*$")
+        if pc.all(pc.if_else(signed, three, short)).as_py():
+            return sign
+    return ""
 
 
 def _time_unit(values: np.ndarray) -> str | None:

@@ -9,7 +9,7 @@ every file. Nothing is kept of the files but the text of a dataset module (`sugg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,15 +20,27 @@ from feature_repo import raw, sniff, sources
 from feature_repo.arrow import micros, micros_iso
 from feature_repo.contract import RESERVED
 from feature_repo.errors import RawDataError, UsageError, nearest
-from feature_repo.names import ACTION_WORDS, best_named, named_as, parts_of, singular
+from feature_repo.names import (
+    ACTION_WORDS,
+    as_well_named,
+    best_named,
+    may_be_key,
+    means,
+    named_as,
+    parts_of,
+    singular,
+    takes_back,
+)
 from feature_repo.schema import DType, Kind, Source
-from feature_repo.shapes import FEW, Shape, is_unsure_decimal, shape_of
+from feature_repo.shapes import FEW, Shape, shape_of, unsure_sign
 
 SAMPLE_ROWS = 50_000
 SAMPLE_FILES = 50  # of a log of more files so many are looked at, the first and the last among them
 MANY = 10_000  # distinct texts from where on a category is hashed
 SAMPLE_TIMES = 1_000_000  # of which the periods are cut
 UNKNOWN = "?"  # stands in the draft for a column that nobody knows
+LABEL_WORDS = frozenset(["label", "target", "clk", "conversion", "converted", "y"])
+CLOCK = r"^\s*\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?\s*$"
 
 
 @dataclass(frozen=True)
@@ -140,10 +152,14 @@ def _sample(source: Source, units: list[sources.RawUnit], names: list[str]) -> p
     chosen = set(_some(list(dict.fromkeys(unit.file for unit in units))))
     ends = sources.ends_of(source, [unit for unit in units if unit.file in chosen])
     share = max(SAMPLE_ROWS // max(len(ends), 1), 100)
-    tables = [
-        next(iter(sources.blocks_of(source, end, names))).rows.slice(0, share) for end in ends
-    ]
-    return _together([table for table in tables if len(table)] or tables, names)
+    firsts = [next(iter(sources.blocks_of(source, end, names)), None) for end in ends]
+    tables = [first.rows.slice(0, share) for first in firsts if first is not None]
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        raise RawDataError(
+            f"{source.path} has no row below its header: what columns hold is told from rows"
+        )
+    return _together(tables, names)
 
 
 def _together(tables: list[pa.Table], names: list[str]) -> pa.Table:
@@ -207,7 +223,11 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         chosen = best_named(written or times, "time")
         unsure = chosen is not None and not written
         doubt = (
-            f"its numbers may be times in {shapes[chosen].time_unit}" if chosen and unsure else ""
+            f"its numbers may be times in {shapes[chosen].time_unit}"
+            if chosen and unsure
+            else _or(as_well_named(chosen, written, "time"))
+            if chosen
+            else ""
         )
         take("time", chosen, "its values are times", DType.TIMESTAMP, doubt)
     looked = _with_time(looked, found)
@@ -219,14 +239,14 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         _take_action(looked, found, free, take, nameless)
     # 3. Who and what: by name, and in a nameless file by the order that all such files have.
     for role in ("user", "item"):
-        keys = [n for n in free() if shapes[n].key and not shapes[n].flag]
+        keys = [n for n in free() if shapes[n].key and not shapes[n].flag and may_be_key(n)]
         named = [name for name in keys if named_as(name, role)]
         # One who comes once has no history: what is new in each row names the row.
         repeated = [n for n in keys if shapes[n].distinct < 0.9 * len(looked.rows)]
         chosen = best_named(named, role) or (repeated[0] if nameless and repeated else None)
         if chosen is not None and role not in said:
             why = "by its name" if named else "in the place where such files have it"
-            doubt = "" if named else "no name says so"
+            doubt = _or(as_well_named(chosen, named, role)) if named else "no name says so"
             take(role, chosen, why, _key_type(shapes[chosen]), doubt)
     # 4. What was asked together, and the source's name of an event.
     rows = len(looked.rows)
@@ -310,7 +330,8 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
     def shared(name: str) -> float:
         texts = texts_of(looked.rows[name])
         known = pc.mean(pc.is_in(texts, keys).cast(pa.float64())).as_py() or 0.0
-        return float(known + 0.5 * named_as(name, role))
+        named = 0.5 * named_as(name, role) + 0.25 * ("id" in parts_of(name))
+        return float(known + named * may_be_key(name))
 
     candidates = [name for name in shapes if shapes[name].distinct == len(looked.rows)]
     key = max(candidates or list(shapes), key=shared)
@@ -320,7 +341,16 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
         raise RawDataError(
             f"{looked.source.path}: no column shares a value with the {role} ids of the events; is it another table?"
         )
-    found = {key: Guess(key, role, "its values are the events' ids", dtype=_key_type(shapes[key]))}
+    alike = [name for name in candidates if name != key and shared(name) == shared(key)]
+    found = {
+        key: Guess(
+            key,
+            role,
+            "its values are the events' ids",
+            dtype=_key_type(shapes[key]),
+            doubt=_or(alike),
+        )
+    }
     rows, distinct = len(looked.rows), shapes[key].distinct
     if distinct < rows:
         doubt = f"{rows:,} rows of {distinct:,} {kind}: of several the last of the file is taken"
@@ -372,9 +402,16 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
     if shape.lost:
         doubt = f"{shape.lost:,} of {shape.rows:,} values are none such"
     absent = shape.blank > 0 or shape.lost > 0 or bool(doubt)
+    if group == "event_features":
+        doubt = doubt or _overlooked(name, shape, rows)
     made = Guess(name, "feature", "", group=group, nullable=absent, doubt=doubt)
     if shape.distinct <= 1:
-        return Guess(name, "left out", "it never changes")
+        named = singular(name) in ACTION_WORDS or bool(LABEL_WORDS & set(parts_of(name)))
+        asked = (
+            f"{shape.blank:.0%} of the rows say nothing: is it an action, written as 1 or nothing?"
+        )
+        doubt = asked if named and shape.distinct and shape.blank else ""
+        return Guess(name, "left out", "it never changes", doubt=doubt)
     if shape.length:
         why = f"{shape.length} numbers in each"
         return replace(
@@ -413,8 +450,11 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
             category = replace(made, why=why, dtype=DType.INT64, kind=Kind.CATEGORY)
             return replace(category, hashed=hashed)
         if shape.spelt_id or not shape.whole or not names_things:
-            unsure = shape.number and is_unsure_decimal(texts_of(rows[name]))
-            doubt = "its comma stands between thousands" if unsure else made.doubt
+            unsure = unsure_sign(texts_of(rows[name]))
+            between = f"its {'comma' if unsure == ',' else 'point'} may stand " + (
+                "before a fraction" if unsure != shape.decimal else "between thousands"
+            )
+            doubt = between if unsure else made.doubt
             return replace(
                 made,
                 why="numbers",
@@ -441,6 +481,25 @@ def texts_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return raw.texts(column)
 
 
+def _overlooked(name: str, shape: Shape, rows: pa.Table) -> str:
+    """What a feature of an event may be by its name, and was not taken for; "" where nothing."""
+    if named_as(name, "rating"):
+        return (
+            "its name says rating: if it is one, say from where on a row is liked (Source.at_least)"
+        )
+    if LABEL_WORDS & set(parts_of(name)):
+        return "its name says label: if it is one, say what happened (Source.flags, Source.action)"
+    texts = texts_of(rows[name]).drop_null()
+    clocks = pc.mean(pc.match_substring_regex(texts, CLOCK).cast(pa.float64())).as_py() or 0.0
+    if clocks > 0.9:
+        return "its values are times of day: a time has day and hour in one column"
+    return ""
+
+
+def _or(others: Sequence[str]) -> str:
+    return f"it may be {' or '.join(map(repr, others))}" if others else ""
+
+
 def _key_type(shape: Shape) -> DType:
     """Ids that are spelt as their numbers are numbers; 007 and 7 stay two texts."""
     return DType.INT64 if shape.spelt_id else DType.STRING
@@ -448,8 +507,8 @@ def _key_type(shape: Shape) -> DType:
 
 def words_of_actions(column: pa.ChunkedArray) -> bool:
     """Whether most values of a column are words for actions."""
-    values = [str(value).lower() for value in pc.unique(texts_of(column)).to_pylist() if value]
-    hits = [any(word in value for word in ACTION_WORDS) for value in values]
+    values = [str(value) for value in pc.unique(texts_of(column)).to_pylist() if value]
+    hits = [means(value, ACTION_WORDS) is not None or takes_back(value) for value in values]
     return bool(values) and sum(hits) >= len(hits) / 2
 
 

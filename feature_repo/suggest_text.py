@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo import raw
-from feature_repo.names import SHOWN_WORDS, named_as, singular
+from feature_repo.names import SHOWN_WORDS, means, named_as, singular
 from feature_repo.schema import DType, Kind, Source
 from feature_repo.suggest import UNKNOWN, Guess, Log, Looked, texts_of
 
@@ -119,12 +118,12 @@ def _tuple(names: Sequence[str]) -> str:
 
 
 def _strength(action: str) -> int:
-    spoken = [place for place, word in enumerate(STRENGTH) if word in action.lower()]
-    return min(spoken, default=len(STRENGTH))
+    place = means(action, STRENGTH)
+    return len(STRENGTH) if place is None else place
 
 
 def _is_shown(action: str) -> bool:
-    return any(word in action.lower() for word in SHOWN_WORDS)
+    return means(action, SHOWN_WORDS) is not None
 
 
 def _actions(events: Looked) -> _Actions:
@@ -204,7 +203,7 @@ def _rated(events: Looked, rating: str) -> _Actions:
 def _flagged(events: Looked, flags: list[str]) -> _Actions:
     """A row is an impression, and says by 0 and 1 what came of it."""
     happened = {
-        f: pc.fill_null(raw.whole_numbers(_plain(events.rows[f])), 0).to_numpy() > 0 for f in flags
+        f: pc.fill_null(raw.truths(texts_of(events.rows[f])), 0).to_numpy() > 0 for f in flags
     }
     by_rate = sorted(flags, key=lambda flag: -happened[flag].sum())
     tasks, before = [], ""
@@ -217,13 +216,6 @@ def _flagged(events: Looked, flags: list[str]) -> _Actions:
     acted = sorted((singular(flag) for flag in flags), key=_strength)
     pairs = ", ".join(f"{_text(singular(flag))}: {_text(flag)}" for flag in by_rate)
     return _Actions((*acted, "impression"), tuple(tasks), "impression", (f"flags={{{pairs}}}",))
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """Flags as numbers, however they are spelt."""
-    texts = pc.utf8_lower(texts_of(column))
-    spelt = pc.replace_with_mask(texts, pc.equal(texts, "true"), pa.scalar("1"))
-    return pc.replace_with_mask(spelt, pc.equal(spelt, "false"), pa.scalar("0"))
 
 
 def _requests(

@@ -639,6 +639,206 @@ def test_repeats_and_rare_labels_are_said(tell: Callable[..., Told]) -> None:
     assert "20 events are the same as another" in told.problems
 
 
+# --- what nothing tells apart is marked
+
+
+def log_with(names: Sequence[str], made: Callable[[int, Visit], Sequence[Any]]) -> str:
+    """A log of which each row is made of a visit and its number."""
+    return text_of(names, [made(number, visit) for number, visit in enumerate(LOG)])
+
+
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        (["order_item_id", "product_id", "customer_id", "at"], ("customer_id", "product_id")),
+        (["user_age", "product_id", "client_code", "at"], ("client_code", "product_id")),
+        (["customer_gender", "product_id", "buyer", "at"], ("buyer", "product_id")),
+        (["product_category_id", "product_id", "user_id", "at"], ("user_id", "product_id")),
+    ],
+)
+def test_what_is_about_a_user_or_an_item_names_neither(
+    tell: Callable[..., Told], names: list[str], roles: tuple[str, str]
+) -> None:
+    rows = log_with(names, lambda n, v: (n % 3 + 1, f"p{v[1]}", f"c{v[0]}", minute(v[2])))
+    columns = tell({"log.csv": rows}).spec.events.columns
+    assert tuple(columns.get(ours, ours) for ours in ("user_id", "item_id")) == roles
+
+
+def test_columns_that_are_named_alike_are_a_doubt(tell: Callable[..., Told]) -> None:
+    names = ["seller_user_id", "buyer_user_id", "item_id", "ship_date", "order_date"]
+    rows = log_with(
+        names, lambda n, v: (n % 9, v[0], v[1], minute(v[2] + timedelta(days=3)), minute(v[2]))
+    )
+    told = tell({"log.csv": rows})
+    assert told.spec.events.columns["user_id"] == "buyer_user_id"  # a buyer is a user twice
+    assert "# ? it may be 'order_date'" in told.said
+    names = ["birth_date", "user_id", "item_id", "order_date"]
+    rows = log_with(names, lambda n, v: (f"19{60 + v[0]}-01-10", v[0], v[1], minute(v[2])))
+    assert tell({"log.csv": rows}).spec.events.columns["event_timestamp"] == "order_date"
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [
+        (("like", "dislike"), "label_like"),
+        (("order", "cancel_order"), "label_order"),
+        (("purchase", "review"), "label_purchase"),
+    ],
+)
+def test_an_action_that_says_the_opposite_is_not_the_one_to_rank_by(
+    tell: Callable[..., Told], values: tuple[str, str], asked: str
+) -> None:
+    names = ["user_id", "item_id", "at", "event"]
+    rows = log_with(names, lambda n, v: (v[0], v[1], minute(v[2]), values[n % 2]))
+    assert tell({"log.csv": rows}).spec.tasks[0].name == asked
+
+
+def test_a_review_is_no_view_and_a_display_no_play(tell: Callable[..., Told]) -> None:
+    names = ["session", "user_id", "item_id", "at", "event"]
+    words = ("view", "review", "purchase")
+    rows = log_with(names, lambda n, v: (f"{v[0]}-{v[2]:%m}", *v[:2], minute(v[2]), words[n % 3]))
+    assert tell({"log.csv": rows}).spec.shown == "view"
+    names = ["user_id", "item_id", "at", "channel"]
+    rows = log_with(names, lambda n, v: (v[0], v[1], minute(v[2]), ("bread", "corporate")[n % 2]))
+    assert tell({"log.csv": rows}).spec.events.action == ""
+
+
+def test_flags_mean_the_same_however_they_are_spelt(tell: Callable[..., Told]) -> None:
+    names = ["session_id", "user_id", "item_id", "at", "clicked", "liked"]
+
+    def row(no: str, yes: str) -> str:
+        return log_with(
+            names,
+            lambda n, v: (
+                f"s{n // 3}",
+                v[0],
+                v[1],
+                minute(v[2]),
+                (no, yes)[n % 4 == 0],
+                (no, yes)[n % 5 == 0],
+            ),
+        )
+
+    by_words, by_digits = (
+        tell({"log.csv": row(*spelt)}).spec for spelt in (("no", "yes"), ("0", "1"))
+    )
+    assert by_words.tasks == by_digits.tasks
+    assert {task.given for task in by_words.tasks} == {""}
+
+
+def test_what_was_not_taken_for_what_its_name_says_is_a_doubt(tell: Callable[..., Told]) -> None:
+    names = ["user_id", "item_id", "date", "time", "rating", "label", "click"]
+    rows = log_with(
+        names,
+        lambda n, v: (
+            *v[:2],
+            *minute(v[2]).split(),
+            f"{n % 5 + 1} stars",
+            n % 2,
+            "1" if n % 3 else "",
+        ),
+    )
+    said = tell({"log.csv": rows}, check=False).said
+    for doubt in ("times of day", "its name says rating", "its name says label", "written as 1 or"):
+        assert doubt in said
+
+
+@pytest.mark.parametrize(
+    ("prices", "doubt"),
+    [
+        (("950", "1.250", "12.000"), "its point may stand between thousands"),
+        (("950", "1,250", "12,000"), "its comma may stand before a fraction"),
+        (("0.950", "1.250", "12.000"), ""),
+        (("3,50", "12,50", "7,25"), ""),
+        (("1 250,50", "12,50", "7,25"), ""),
+    ],
+)
+def test_three_digits_behind_a_sign_tell_nothing(prices: tuple[str, ...], doubt: str) -> None:
+    texts = pa.array(prices)
+    found = shapes.unsure_sign(texts)
+    assert bool(found) == bool(doubt)
+    assert found == ("" if not doubt else "." if "point" in doubt else ",")
+
+
+def test_digits_alone_are_a_time_of_one_width(tell: Callable[..., Told]) -> None:
+    names = ["user_id", "item_id", "timestamp"]
+    rows = log_with(names, lambda n, v: (v[0], v[1], v[2].strftime("%Y%m%d%H%M")))
+    told = tell({"log.csv": rows})
+    assert told.spec.events.time_format == "%Y%m%d%H%M"
+    first = min(told.preview.events["event_timestamp"].to_pylist())
+    assert first == min(at for _, _, at in LOG).replace(second=0)
+
+
+def test_spaces_around_ids_are_asked_about(tell: Callable[..., Told]) -> None:
+    names = ["user", "item", "at"]
+    rows = log_with(names, lambda n, v: (f"u{v[0]}" + "   " * (n % 2), f" p{v[1]}", minute(v[2])))
+    problems = tell({"log.csv": rows}).problems
+    assert "ids of users have spaces around them, and 40 are another's" in problems
+    assert "ids of items have spaces around them, and 0 are another's" in problems
+
+
+def test_a_table_that_knows_few_is_asked_about_and_its_key_is_an_id(
+    tell: Callable[..., Told],
+) -> None:
+    items = text_of(["rank", "id", "name"], [(60 - i, i, f"thing {i}") for i in range(60)])
+    rows = log_with(["user_id", "item_id", "at"], lambda n, v: (v[0], v[1], minute(v[2])))
+    told = tell({"log.csv": rows, "items.csv": items}, "--items", "RAW/items.csv")
+    assert told.spec.items.columns["item_id"] == "id"
+    few = text_of(["id", "name"], [(i, f"thing {i}") for i in range(5)])
+    told = tell({"log.csv": rows, "items.csv": few}, "--items", "RAW/items.csv")
+    assert "of the events' items: are all ids spelt the same?" in told.problems
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["user_id,item_id,at\n", "user_id,item_id,at", "table without rows"],
+)
+def test_a_file_without_a_row_is_a_line(tell: Callable[..., Told], content: str) -> None:
+    made: str | bytes = content
+    name = "log.csv"
+    if content == "table without rows":
+        out = io.BytesIO()
+        pq.write_table(
+            pa.table({"user_id": pa.array([], pa.int64()), "at": pa.array([], pa.string())}), out
+        )
+        made, name = out.getvalue(), "log.parquet"
+    told = tell({name: made}, check=False)
+    assert told.code == 2 or told.code == 1
+    assert "no row" in told.said
+    assert "Traceback" not in told.said
+
+
+def test_a_log_that_lost_its_rows_is_said_by_check(tell: Callable[..., Told]) -> None:
+    told = tell({"log.csv": text_of(HEADED, PLAIN)})
+    (_raw(told) / "log.csv").write_text("product,customer,at\n")
+    assert told.dataset is not None
+    assert "not one row is an event" in preview(told.dataset, str(_raw(told))).problems()
+
+
+def test_a_text_beyond_its_bound_and_lists_in_the_wrong_place_are_lines(
+    tell: Callable[..., Told],
+) -> None:
+    names = ["user_id", "item_id", "at", "description"]
+    rows = log_with(
+        names, lambda n, v: (v[0], v[1], minute(v[2]), "y" * 40_000 if n == 3 else f"text {n}")
+    )
+    assert tell({"log.csv": rows}).code == 0
+    out = io.BytesIO()
+    made = {
+        "user_id": [u for u, _, _ in LOG],
+        "item_id": [i for _, i, _ in LOG],
+        "at": [minute(t) for _, _, t in LOG],
+        "tags": pa.array([["a", "bc"[i % 2]] for _, i, _ in LOG], pa.large_list(pa.string())),
+    }
+    pq.write_table(pa.table(made), out)
+    told = tell({"log.parquet": out.getvalue()})
+    assert told.code == 0
+    assert told.dataset is not None
+    told.spec.events.columns["item_id"] = "tags"
+    with pytest.raises(RawDataError, match="column 'tags' holds lists"):
+        preview(told.dataset, str(_raw(told)))
+
+
 def test_formats_are_tried_on_both_ends_of_a_column() -> None:
     texts = pa.array([f"{d:02d}/01/2024" for d in (1, 2, 3)] * 50 + ["25/01/2024"])
     assert shapes.formats_of(texts) == ["%d/%m/%Y"]
