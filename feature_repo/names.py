@@ -38,7 +38,6 @@ NO_KEYS = frozenset(
         "sex",
         "type",
         "kind",
-        "name",
         "category",
         "brand",
         "price",
@@ -47,7 +46,6 @@ NO_KEYS = frozenset(
         "count",
         "quantity",
         "qty",
-        "number",
         "status",
         "segment",
         "group",
@@ -58,7 +56,6 @@ NO_KEYS = frozenset(
         "rating",
         "score",
         "rank",
-        "title",
         "color",
         "colour",
         "size",
@@ -98,7 +95,11 @@ ACTION_WORDS = (
 )  # fmt: skip
 
 
-JOINED = frozenset(["page", "add", "addto", "product", "item", "detail", "video", "ad", "email"])
+# What is written before and behind a word for an action without a space.
+BEFORE = frozenset(["page", "add", "addto", "product", "item", "detail", "video", "ad", "email"])
+BEHIND = frozenset(
+    ["out", "through", "thru", "item", "page", "product", "content", "complete", "placed"]
+)
 UNDOING = frozenset(
     [
         "cancel",
@@ -187,10 +188,11 @@ def means(action: str, words: Sequence[str]) -> int | None:
 
 
 def _is_form(part: str, word: str) -> bool:
-    """Views, viewed, viewing, pageview of view."""
-    ends = ("", "s", "ed", "d", "ing", "es")
-    stems = {word + end for end in ends} | {word.removesuffix("e") + "ing", word + word[-1] + "ed"}
-    return any(part == stem or part.removesuffix(stem) in JOINED for stem in stems)
+    """Views, viewed, viewing, pageview, viewitem of view."""
+    stems = {word + end for end in ("", "s", "ed", "d", "ing", "es")}
+    stems |= {word.removesuffix("e") + "ing", word + word[-1] + "ed"}
+    led = any(part.endswith(stem) and part.removesuffix(stem) in BEFORE for stem in stems)
+    return part in stems or led or (part.startswith(word) and part.removeprefix(word) in BEHIND)
 
 
 def takes_back(action: str) -> bool:

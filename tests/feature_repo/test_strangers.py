@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_repo import cli, datasets, raw, shapes, sniff, sources
+from feature_repo import names as names_of_columns
 from feature_repo.__main__ import app
 from feature_repo.arrow import iso_micros
 from feature_repo.datasets import Dataset
@@ -654,6 +655,7 @@ def log_with(names: Sequence[str], made: Callable[[int, Visit], Sequence[Any]]) 
         (["user_age", "product_id", "client_code", "at"], ("client_code", "product_id")),
         (["customer_gender", "product_id", "buyer", "at"], ("buyer", "product_id")),
         (["product_category_id", "product_id", "user_id", "at"], ("user_id", "product_id")),
+        (["place", "item_title", "member_number", "at"], ("member_number", "item_title")),
     ],
 )
 def test_what_is_about_a_user_or_an_item_names_neither(
@@ -691,6 +693,28 @@ def test_an_action_that_says_the_opposite_is_not_the_one_to_rank_by(
     names = ["user_id", "item_id", "at", "event"]
     rows = log_with(names, lambda n, v: (v[0], v[1], minute(v[2]), values[n % 2]))
     assert tell({"log.csv": rows}).spec.tasks[0].name == asked
+
+
+@pytest.mark.parametrize(
+    ("action", "place"),
+    [
+        ("purchases", 0),
+        ("Viewed", 1),
+        ("pageview", 1),
+        ("view_item", 1),
+        ("addtocart", 2),
+        ("add_to_cart", 2),
+        ("clickout item", 3),
+        ("shopping", None),
+        ("page", None),
+        ("add_to_wishlist", None),
+        ("preview", None),
+        ("unlike", None),
+        ("removed_from_cart", None),
+    ],
+)
+def test_an_action_means_what_its_words_say(action: str, place: int | None) -> None:
+    assert names_of_columns.means(action, ("purchase", "view", "cart", "click", "like")) == place
 
 
 def test_a_review_is_no_view_and_a_display_no_play(tell: Callable[..., Told]) -> None:

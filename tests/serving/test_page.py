@@ -179,8 +179,12 @@ def test_a_forced_rung_is_named_and_another_customer_has_another_list(
         tab.until(f"{CHIP}.includes({name.replace('_', ' ')!r})")
     tab.choose("#rung", "")
     tab.until(f"{BARS} === {first!r}")
+    user = tab.text("#ranked")
     tab.run("document.querySelector('#another').click()")
     tab.until(f"{BARS} !== {first!r}")
+    assert tab.text("#ranked") != user
+    assert tab.run(CHIP) == "nothing was missing"
+    assert tab.complaints == []
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(tab: Tab, address: str) -> None:
