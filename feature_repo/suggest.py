@@ -219,14 +219,11 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         # In a nameless file the finest of several: ids that look like times come again and again.
         times = sorted(times, key=lambda n: -shapes[n].distinct) if nameless else times
         chosen = best_named(written or times, "time")
-        unsure = chosen is not None and not written
-        doubt = (
-            f"its numbers may be times in {shapes[chosen].time_unit}"
-            if chosen and unsure
-            else _or(as_well_named(chosen, written, "time"))
-            if chosen
-            else ""
-        )
+        doubt = ""
+        if chosen is not None and written:
+            doubt = _or(as_well_named(chosen, written, "time"))
+        elif chosen is not None:
+            doubt = f"its numbers may be times in {shapes[chosen].time_unit}"
         take("time", chosen, "its values are times", DType.TIMESTAMP, doubt)
     looked = _with_time(looked, found)
     # 2. What happened: flags of 0 and 1, a rating, or a column of few words.
@@ -401,7 +398,7 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
         doubt = f"{shape.lost:,} of {shape.rows:,} values are none such"
     absent = shape.blank > 0 or shape.lost > 0 or bool(doubt)
     if group == "event_features":
-        doubt = doubt or _overlooked(name, shape, rows)
+        doubt = doubt or _overlooked(name, rows[name])
     made = Guess(name, "feature", "", group=group, nullable=absent, doubt=doubt)
     if shape.distinct <= 1:
         named = singular(name) in ACTION_WORDS or bool(LABEL_WORDS & set(parts_of(name)))
@@ -479,7 +476,7 @@ def texts_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return raw.texts(column)
 
 
-def _overlooked(name: str, shape: Shape, rows: pa.Table) -> str:
+def _overlooked(name: str, values: pa.ChunkedArray) -> str:
     """What a feature of an event may be by its name, and was not taken for; "" where nothing."""
     if named_as(name, "rating"):
         return (
@@ -487,7 +484,7 @@ def _overlooked(name: str, shape: Shape, rows: pa.Table) -> str:
         )
     if LABEL_WORDS & set(parts_of(name)):
         return "its name says label: if it is one, say what happened (Source.flags, Source.action)"
-    texts = texts_of(rows[name]).drop_null()
+    texts = texts_of(values).drop_null()
     clocks = pc.mean(pc.match_substring_regex(texts, CLOCK).cast(pa.float64())).as_py() or 0.0
     if clocks > 0.9:
         return "its values are times of day: a time has day and hour in one column"
