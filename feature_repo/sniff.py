@@ -28,6 +28,16 @@ DELIMITERS = ("::", "\t", ";", "|", ",")
 ENCODINGS = ("utf-8", "cp1252", "latin-1")
 LINES = 2000  # of a file's beginning that are looked at
 WIDE = {0: "utf-16-be", 1: "utf-16-le"}  # by the place of the zero byte in most pairs
+# How files begin that are no lines of text, whatever their name says.
+BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive or an Excel workbook",
+    b"\x1f\x8b": "packed by gzip under another name",
+    b"\xfd7zXZ": "packed by xz",
+    b"SQLite format 3": "an SQLite database",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file it stands for",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
 NUMBER = re.compile(r"\s*[+-]?[0-9][0-9.,:T/ -]*([+-][0-9:]+|Z|UTC)?\s*")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -148,6 +158,7 @@ def _text_of(file: str) -> tuple[str, tuple[str, ...]]:
     marked = sources.marked_encoding(file)
     with sources.open_text(file, marked or "utf-8") as stream:
         data = stream.read(sources.HEAD_BYTES)
+    _refuse_other_kinds(file, data)
     if marked:
         return data.decode("utf-8", "replace").removeprefix("\ufeff"), ("utf-8",)
     zeros = np.flatnonzero(np.frombuffer(data[:4096], np.uint8) == 0) % 2
@@ -163,6 +174,25 @@ def _text_of(file: str) -> tuple[str, tuple[str, ...]]:
         except UnicodeDecodeError:
             continue
     raise AssertionError("latin-1 reads every byte")
+
+
+def _refuse_other_kinds(file: str, data: bytes) -> None:
+    """Refuse what is no text by how it begins.
+
+    Raises:
+        RawDataError: it names what the file is.
+    """
+    begins = data[:64].lstrip()
+    tar = "a tar archive" if data[257:262] == b"ustar" else ""
+    kinds = (
+        kind
+        for mark, kind in BEGINNINGS.items()
+        if begins.startswith(mark) or begins.lower().startswith(mark)
+    )
+    if kind := tar or next(kinds, ""):
+        raise RawDataError(
+            f"{file} is {kind}: unpack or export it, and name a text or Parquet file"
+        )
 
 
 def _dialect(source: Source, lines: list[str]) -> Source:

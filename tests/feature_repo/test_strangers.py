@@ -832,6 +832,28 @@ def test_a_file_without_a_row_is_a_line(tell: Callable[..., Told], content: str)
     assert "Traceback" not in told.said
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PK\x03\x04" + b"x" * 400, "zip archive"),
+        (gzip.compress(b"user_id,item_id,at\n1,2,2024-01-01\n"), "gzip under another name"),
+        (
+            b"log.csv".ljust(257, b"\0") + b"ustar" + b"user_id,item_id,at\n1,2,2024-01-01\n",
+            "tar archive",
+        ),
+        (b"<!DOCTYPE html><html>\n<body>403</body></html>\n", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "Git LFS"),
+    ],
+)
+def test_a_file_that_is_no_text_is_called_what_it_is(
+    tell: Callable[..., Told], content: bytes, kind: str
+) -> None:
+    told = tell({"log.csv": content}, check=False)
+    assert told.code != 0
+    assert kind in told.said
+    assert not told.text
+
+
 def test_a_log_that_lost_its_rows_is_said_by_check(tell: Callable[..., Told]) -> None:
     told = tell({"log.csv": text_of(HEADED, PLAIN)})
     (_raw(told) / "log.csv").write_text("product,customer,at\n")
