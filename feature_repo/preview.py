@@ -35,10 +35,12 @@ MOST_FILES = (
 LARGE_SHARE = 0.05  # of all events, by one user or item
 TIMES_MEAN = 4  # of the others' mean, from where on a share is large
 RARE_LABEL = 0.001  # share of the examples
+SPELT_TWICE = 0.001  # share of the ids that are another's in another spelling
 FEW_KNOWN = 0.5  # of the events' items or users, from where down a table is asked about
 RANDOM_TELLS = 0.9  # NDCG@10 of a random order from where on the figure tells nothing
 LONG_REQUEST = 86_400_000_000  # microseconds; a request is one moment
 DAY = 86_400_000_000  # microseconds
+NOON = 12  # the last hour of a clock that says AM or PM beside it
 FEW_REQUESTS = 10  # of a period
 SHOWN_EVENTS = 10
 
@@ -219,7 +221,7 @@ def findings(found: Preview) -> Iterator[Finding]:
                 "few_known",
                 f"the table of {kind} knows {share:.1%} of the events' {kind}: are all ids spelt the same?",
             )
-    yield from _of_padding(found)
+    yield from _of_spellings(found)
     yield from _of_shares(found)
     yield from _of_times(found)
     yield from _of_repeats(found)
@@ -243,8 +245,8 @@ def _of_shares(found: Preview) -> Iterator[Finding]:
             )
 
 
-def _of_padding(found: Preview) -> Iterator[Finding]:
-    """Ids with spaces around them: padded to one width, or typed so now and then."""
+def _of_spellings(found: Preview) -> Iterator[Finding]:
+    """Ids that are another's but for spaces, letter case, or the '.0' of numbers that were floats."""
     for entity in (found.contract.user, found.contract.item):
         if entity.dtype is not DType.STRING:
             continue
@@ -258,6 +260,18 @@ def _of_padding(found: Preview) -> Iterator[Finding]:
                 f"{padded:,} ids of {entity.name}s have spaces around them, and {same:,} are another's but for these: who "
                 "asks without them asks for somebody else",
             )
+        whole = pc.replace_substring_regex(bare, r"^([0-9]+)\.0+$", r"\1")
+        spellings = {
+            "with and without '.0' behind them": whole,
+            "in small and in large letters": pc.utf8_lower(bare),
+        }
+        for how, one_way in spellings.items():
+            twice = len(pc.unique(bare)) - len(pc.unique(one_way))
+            if twice > SPELT_TWICE * len(ids):
+                yield Finding(
+                    "spelt_twice",
+                    f"{twice:,} of {len(ids):,} ids of {entity.name}s come {how}, and are taken for two: write them one way",
+                )
 
 
 def _of_times(found: Preview) -> Iterator[Finding]:
@@ -271,7 +285,16 @@ def _of_times(found: Preview) -> Iterator[Finding]:
             f"{len(far):,} events lie far from all others, such as of {micros_iso(int(far[0]))}; the others run from "
             f"{micros_iso(low)} to {micros_iso(high)}",
         )
-    written = found.contract.spec.events.time_format
+    source = found.contract.spec.events
+    local = pa.array(times, pa.timestamp("us", "UTC")).cast(pa.timestamp("us", source.zone))
+    hours = set(pc.unique(pc.hour(local)).to_pylist())
+    written_out = not (source.time_unit or source.zone_column)
+    if written_out and min(hours) > 0 and max(hours) == NOON and len(hours) > NOON - 2:
+        yield Finding(
+            "half_days",
+            "no event is of an hour before 1 or after 12: do the files say AM or PM, and does the declaration read it?",
+        )
+    written = source.time_format
     days = {datetime.fromtimestamp(at // 1e6, UTC).day for at in np.unique(times // DAY) * DAY}
     if (
         {"%d", "%m"} <= set(re.findall("%.", written))

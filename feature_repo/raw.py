@@ -486,12 +486,15 @@ def zone_of(name: str) -> tzinfo | None:
 
 
 def _number_times(column: pa.Array, micros: float) -> pa.Array:
-    """Numbers of a unit as microseconds: whole ones exactly, a fraction to the microsecond."""
+    """Numbers of a unit as microseconds: whole ones exactly, a fraction to the microsecond, behind
+    whichever sign it stands.
+    """
     whole = whole_numbers(column)
     found = _scaled(whole, micros)
     if found.null_count == column.null_count:
         return found
-    values = pc.fill_null(numbers(column), np.nan).to_numpy(zero_copy_only=False) * micros
+    amounts = pc.coalesce(numbers(column), numbers(column, ","))
+    values = pc.fill_null(amounts, np.nan).to_numpy(zero_copy_only=False) * micros
     fits = np.isfinite(values) & (np.abs(values) < 2**62)
     rounded = pa.array(np.where(fits, np.rint(values), 0).astype(np.int64), mask=~fits)
     return pc.coalesce(found, rounded)

@@ -21,10 +21,12 @@ FEW = 20  # distinct values that are read as categories
 NEARLY_ALL = 0.98  # share of a column's values that decides what it is; the others are counted
 TRIED = 2000  # distinct texts on which formats of times are tried
 FIRST_TIME = iso_micros("1990-01-01")  # numbers before it are taken for ids rather than times
+YEAR = 366 * 86_400 * 1e6  # microseconds
+UNIX_TIMES = iso_micros("1997-01-01")  # a log of numbers before it may count from another year
 _DATES = (
     "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%Y", "%d.%m.%y", "%m/%d/%Y", "%d/%m/%Y", "%m/%d/%y", "%d/%m/%y",
     "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d-%b-%y", "%d %b %Y", "%d %B %Y", "%b %d %Y", "%b %d, %Y",
-    "%B %d, %Y", "%m %d, %Y", "%Y-%m-%d",
+    "%B %d, %Y", "%m %d, %Y", "%Y-%m-%d", "%y/%m/%d", "%y.%m.%d", "%y-%m-%d",
 )  # fmt: skip
 _CLOCKS = ("", "%H:%M:%S", "%H:%M", "%I:%M:%S %p", "%I:%M %p", "%H:%M:%S.%f")
 FORMATS = (
@@ -36,6 +38,14 @@ FORMATS = (
 )  # fmt: skip
 
 
+# How a spreadsheet shows a long number: 1.70407E+12 was 1704067200123.
+_ROUNDED = r"^\s*[+-]?[0-9](\.[0-9]{1,7})?[eE]\+[0-9]+\s*$"
+# Numbers in all ways in which prices are written: (12.50), 12.50-, -$12.50, 12,50 EUR.
+_LIKE_A_NUMBER = (
+    r"^[\s(+-]*([A-Z]{3}|[€$£¥₽₹])?[\s+-]*"
+    r"([0-9]{1,3}([.,' \x{a0}][0-9]{3})+|[0-9]+)([.,][0-9]+)?"
+    r"\s*([A-Z]{3}|[€$£¥₽₹%]|zł|kr)?[\s)+-]*$"
+)
 # Ids with spaces between them, as of the items that were shown: N512 N17, or N512-0 N17-1.
 _IDS_IN_A_ROW = r"^[A-Za-z]{0,3}[0-9]+(-[01])?( [A-Za-z]{0,3}[0-9]+(-[01])?){2,}$"
 
@@ -55,6 +65,7 @@ class Shape:
         separator: between the parts of a list that is text; `most` of them are read. `length` is
             that of a vector.
         spelt_id: whether each is spelt as its number, so that it can be an id that is one.
+        rounded: whether numbers are written as 1.70407E+12, without their last digits.
         lost: values that are not what nearly all others are.
         readable: whether a column of ours can hold it.
     """
@@ -78,6 +89,7 @@ class Shape:
     most: int = 0
     length: int = 0
     spelt_id: bool = False
+    rounded: bool = False
     lost: int = 0
     readable: bool = True
 
@@ -140,6 +152,8 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: Shape) -> Shape | Non
     decimal = decimal_of(texts) if lost["."] == lost[","] else min(signs, key=lost.__getitem__)
     amounts = read[decimal]
     wholes = raw.whole_numbers(values, decimal)
+    if pc.any(pc.match_substring_regex(texts.filter(pc.is_null(wholes)), r"^[0-9]{19,}$")).as_py():
+        return None  # ids beyond 2^63, which are text
     is_whole = wholes.null_count == lost[decimal] and not unit
     floats = amounts.drop_null().to_numpy()
     spelt = pc.all(pc.match_substring_regex(pc.utf8_trim_whitespace(texts), raw.SPELT_ID)).as_py()
@@ -159,6 +173,7 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: Shape) -> Shape | Non
         time_unit=None if found else time_unit,
         time_format=found[0] if found else "",
         spelt_id=bool(spelt) and is_whole,
+        rounded=bool(pc.any(pc.match_substring_regex(texts, _ROUNDED)).as_py()),
         lost=lost[decimal],
     )
 
@@ -198,6 +213,20 @@ def unsure_sign(texts: pa.Array) -> str:
     return ""
 
 
+def unlike_numbers(texts: pa.Array) -> str:
+    """Of texts that nearly all look like numbers, one that is none as most of them are written; "" where they
+    do not, or all are.
+    """
+    like = pc.match_substring_regex(texts, _LIKE_A_NUMBER)
+    if (pc.mean(like.cast(pa.float64())).as_py() or 0.0) < NEARLY_ALL:
+        return ""
+    read = min(
+        (raw.numbers(texts, sign) for sign in (".", ",")), key=lambda found: found.null_count
+    )
+    odd = texts.filter(pc.is_null(read))
+    return str(odd[0]) if len(odd) else ""
+
+
 def _time_unit(values: np.ndarray) -> str | None:
     """The unit in which nearly all of these numbers are times from 1990 to a year from now."""
     last = micros_of_now() + 366 * 86_400 * 1e6
@@ -214,8 +243,9 @@ def micros_of_now() -> float:
 
 
 def formats_of(texts: pa.Array, formats: tuple[str, ...] = FORMATS) -> list[str]:
-    """Formats in which nearly all of these texts are times from 1970 to a year from now; those that
-    read the month first before those that read the day first, where both do.
+    """Formats in which nearly all of these texts are times from 1970 to a year from now. A format by which
+    they lie decades apart, as 24.01.15 and 24.01.16 where the year is read last, is none where another
+    reads them together. Where both do, the one with the month first comes before the one with the day.
     """
     distinct = pc.unique(texts.drop_null())
     tried = distinct.take(
@@ -232,9 +262,12 @@ def formats_of(texts: pa.Array, formats: tuple[str, ...] = FORMATS) -> list[str]
             read.null_count <= (1 - NEARLY_ALL) * len(tried)
             and np.median(micros(read.drop_null())) < last
         ):
-            found.append((read.null_count, written))
-    least = min((lost for lost, _ in found), default=0)
-    return [written for lost, written in found if lost == least]
+            found.append((read.null_count, float(np.std(micros(read.drop_null()))), written))
+    least = min((lost for lost, _, _ in found), default=0)
+    fitting = [(spread, written) for lost, spread, written in found if lost == least]
+    closest = min((spread for spread, _ in fitting), default=0.0)
+    # A day taken for a year spreads a log over decades; day and month exchanged, over a year.
+    return [written for spread, written in fitting if spread <= 4 * closest + YEAR]
 
 
 def _text_list_shape(texts: pa.Array, made: Shape) -> Shape:
@@ -250,6 +283,8 @@ def _text_list_shape(texts: pa.Array, made: Shape) -> Shape:
     if pc.mean(spaced.cast(pa.float64())).as_py() > 0.9:
         lengths = pc.list_value_length(pc.utf8_split_whitespace(texts)).to_numpy()
         return replace(made, separator=" ", most=_most(lengths))
+    if unlike_numbers(texts):  # 12,50 beside 12.50 is no list
+        return made
     for separator in ("|", ";", ","):
         parts = pc.split_pattern(pc.utf8_trim(texts, "[] "), separator)
         lengths = pc.list_value_length(parts).to_numpy()

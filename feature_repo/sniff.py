@@ -28,15 +28,32 @@ DELIMITERS = ("::", "\t", ";", "|", ",")
 ENCODINGS = ("utf-8", "cp1252", "latin-1")
 LINES = 2000  # of a file's beginning that are looked at
 WIDE = {0: "utf-16-be", 1: "utf-16-le"}  # by the place of the zero byte in most pairs
-# How files begin that are no lines of text, whatever their name says.
+SQL = "statements of SQL"
+# How files begin that are no lines of a table, whatever their name says.
 BEGINNINGS = {
     b"PK\x03\x04": "a zip archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook of before 2007",
+    b"PAR1\x15": "a Parquet file under another name",
+    b"ARROW1\0": "an Arrow file",
+    b"Obj\x01": "an Avro file",
     b"\x1f\x8b": "packed by gzip under another name",
+    b"BZh": "packed by bzip2 under another name",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard under another name",
     b"\xfd7zXZ": "packed by xz",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
     b"SQLite format 3": "an SQLite database",
     b"version https://git-lfs": "a pointer of Git LFS, not the file it stands for",
+    b"%PDF-": "a PDF document",
     b"<!doctype html": "a web page",
     b"<html": "a web page",
+    b"<?xml": "an XML document",
+    b"-- mysql dump": SQL,
+    b"-- mariadb dump": SQL,
+    b"--\n-- postgresql": SQL,
+    b"create table": SQL,
+    b"insert into": SQL,
+    b"pragma foreign_keys": SQL,
 }
 NUMBER = re.compile(r"\s*[+-]?[0-9][0-9.,:T/ -]*([+-][0-9:]+|Z|UTC)?\s*")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -83,7 +100,7 @@ def sniff(path: str, file: str, prefix: str) -> Sniffed:
         first, *below = [sources.fields_of(line, source) for line in filled]
     except csv.Error as error:
         raise RawDataError(f"{file} is no table of lines: {error}") from error
-    doubts = {}
+    doubts = _of_encoding(text, encodings)
     if source.skip:
         above = text.split("\n")[source.skip - 1].strip()
         doubts["skip"] = f"left out, {above[:60]!r} being the last"
@@ -156,8 +173,7 @@ def _is_odd(line: str, source: Source) -> bool:
 def _text_of(file: str) -> tuple[str, tuple[str, ...]]:
     """The beginning of a file as text, whole lines, and the encodings in which it was read."""
     marked = sources.marked_encoding(file)
-    with sources.open_text(file, marked or "utf-8") as stream:
-        data = stream.read(sources.HEAD_BYTES)
+    data = sources.beginning_of(file, marked or "utf-8")
     _refuse_other_kinds(file, data)
     if marked:
         return data.decode("utf-8", "replace").removeprefix("\ufeff"), ("utf-8",)
@@ -166,14 +182,27 @@ def _text_of(file: str) -> tuple[str, tuple[str, ...]]:
         wide = WIDE[int(zeros.mean() > 0.5)]
         return data.decode(wide, "replace"), (wide,)
     data = data.removeprefix(sources.BOM)
-    cut = len(data) == sources.HEAD_BYTES
-    whole = data[: data.rfind(b"\n") + 1] if cut else data
+    cut = len(data) >= sources.HEAD_BYTES - len(sources.BOM)
+    whole = (data[: data.rfind(b"\n") + 1] if cut else data) or data
     for number, encoding in enumerate(ENCODINGS):
         try:
             return whole.decode(encoding), ENCODINGS[: number + 1]
         except UnicodeDecodeError:
             continue
     raise AssertionError("latin-1 reads every byte")
+
+
+def _of_encoding(text: str, encodings: tuple[str, ...]) -> dict[str, str]:
+    """A doubt with a word to look at, where the bytes were no UTF-8: every text of one byte a letter can
+    be read as another such.
+    """
+    foreign = re.search(r"[^\s,;|\"]*[^\x00-\x7f][^\s,;|\"]*", text)
+    if len(encodings) < 2 or foreign is None:
+        return {}
+    shown = foreign.group()[:40]
+    return {
+        "encodings": f"no UTF-8; is {shown!r} spelt right? Else name the file's, such as 'cp1251' or 'shift_jis'"
+    }
 
 
 def _refuse_other_kinds(file: str, data: bytes) -> None:

@@ -53,6 +53,7 @@ FORMATS = {
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 COMPRESSED = tuple(CODECS)
 HEAD_BYTES = 1 << 20  # of a text file, in which its header stands
+LONGEST_LINE = 1 << 26  # so far a first line is read that is longer
 # Marks at a file's beginning, and the encodings that they stand for; the longer ones first.
 MARKS = (
     (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
@@ -304,9 +305,8 @@ def columns_in(source: Source, file: str) -> list[str]:
         names = dict.fromkeys(_header(source, file, _encoding(source, file)))
     else:
         names = {}
-        with open_text(file, _encoding(source, file)) as stream:
-            lines = stream.read(HEAD_BYTES).decode("utf-8", "replace").splitlines()[:1000]
-        for line in lines:
+        data = beginning_of(file, _encoding(source, file))
+        for line in data.decode("utf-8", "replace").splitlines()[:1000]:
             try:
                 row = json.loads(line)
             except ValueError:
@@ -508,6 +508,18 @@ def marked_encoding(file: str) -> str:
     with open_stream(file) as stream:
         first: bytes = stream.read(4)
     return next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
+
+
+def beginning_of(file: str, encoding: str) -> bytes:
+    """The first bytes of a text file, with the whole of its first line."""
+    with open_text(file, encoding) as stream:
+        data = stream.read(HEAD_BYTES)
+        while b"\n" not in data[-HEAD_BYTES:] and len(data) < LONGEST_LINE:
+            more = stream.read(HEAD_BYTES)
+            if not more:
+                break
+            data += more
+    return data
 
 
 def _is_wide(encoding: str) -> bool:

@@ -31,8 +31,8 @@ from feature_repo.names import (
     singular,
     takes_back,
 )
-from feature_repo.schema import DType, Kind, Source
-from feature_repo.shapes import FEW, Shape, shape_of, unsure_sign
+from feature_repo.schema import TIME_UNITS, DType, Kind, Source
+from feature_repo.shapes import FEW, UNIX_TIMES, Shape, shape_of, unlike_numbers, unsure_sign
 
 SAMPLE_ROWS = 50_000
 SAMPLE_FILES = 50  # of a log of more files so many are looked at, the first and the last among them
@@ -224,12 +224,16 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
             doubt = _or(as_well_named(chosen, written, "time"))
         elif chosen is not None:
             doubt = f"its numbers may be times in {shapes[chosen].time_unit}"
+        if chosen is not None:
+            doubt = doubt or odd_times(shapes[chosen])
         take("time", chosen, "its values are times", DType.TIMESTAMP, doubt)
     looked = _with_time(looked, found)
     # 2. What happened: flags of 0 and 1, a rating, or a column of few words.
     for name in free():
         if shapes[name].flag and singular(name) in ACTION_WORDS and "action" not in said:
-            take("flag", name, "0 or 1, and named as an action", DType.INT8)
+            doubt = f"{shapes[name].blank:.0%} of the rows are blank, and count as 0"
+            doubt = doubt if shapes[name].blank else ""
+            take("flag", name, "0 or 1, and named as an action", DType.INT8, doubt)
     if not any(g.role == "flag" for g in found.values()) and "action" not in said:
         _take_action(looked, found, free, take, nameless)
     # 3. Who and what: by name, and in a nameless file by the order that all such files have.
@@ -282,6 +286,10 @@ def _take_action(looked: Looked, found: dict[str, Guess], free, take, nameless: 
         return
     coded = [n for n in free("action") if shapes[n].distinct <= FEW and shapes[n].distinct > 1]
     coded = [n for n in coded if "id" not in parts_of(n) and not shapes[n].time]
+    if told := [n for n in coded if shapes[n].flag and not shapes[n].number]:
+        doubt = "it says true or false: name what happened where it is true"
+        take("flag", told[0], "true or false, by its name", DType.INT8, doubt)
+        return
     take("action", best_named(coded, "action"), "by its name", doubt="say what its values mean")
 
 
@@ -313,6 +321,21 @@ def _with_time(looked: Looked, found: dict[str, Guess]) -> Looked:
                 found[name] = Guess(name, "zone", "its values are zones")
                 source = replace(source, zone_column=name)
     return replace(looked, source=source, doubts=doubts)
+
+
+def odd_times(shape: Shape) -> str:
+    """What may be wrong with times that are numbers; "" where nothing is seen."""
+    if not shape.time_unit:
+        return ""
+    if shape.rounded:
+        return "1.70407E+12 is how a spreadsheet shows a number: its last digits are lost"
+    last = shape.high * TIME_UNITS[shape.time_unit]
+    if last >= UNIX_TIMES:
+        return ""
+    return (
+        f"as {shape.time_unit} since 1970 the last is of {micros_iso(int(last))[:10]}; ticks of .NET and seconds "
+        "since 2001 look so: write them as times since 1970"
+    )
 
 
 def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
@@ -450,6 +473,8 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
                 "before a fraction" if unsure != shape.decimal else "between thousands"
             )
             doubt = between if unsure else made.doubt
+            if shape.rounded:
+                doubt = "1.70407E+12 is how a spreadsheet shows a number: its last digits are lost"
             return replace(
                 made,
                 why="numbers",
@@ -459,6 +484,12 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
                 unit=shape.unit,
                 doubt=doubt,
             )
+    if not {"id", "code", "key"} & set(parts_of(name)) and (
+        odd := unlike_numbers(texts_of(rows[name].drop_null()))
+    ):
+        made = replace(
+            made, doubt=f"numbers that are written in several ways, such as {odd!r}, are text"
+        )
     if named_as(name, "title") and shape.distinct > FEW:
         return replace(made, why="text for people, by its name")
     if shape.distinct <= max(FEW, len(rows) // 4):
@@ -611,8 +642,18 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
             if sum(map(len, seen)) > 2 * SAMPLE_TIMES:
                 seen = [np.concatenate(seen)[::2]]
     at = np.sort(np.concatenate(seen)) if seen else np.array([], np.int64)
-    if len(at) < 2 or at[0] == at[-1]:
-        raise RawDataError(f"column {column!r} holds no two different times")
+    if not len(at):
+        raise RawDataError(
+            f"{events.source.path}: no value of column {column!r} can be read as a time"
+        )
+    if at[0] == at[-1]:
+        held = (
+            "only one row has a" if len(at) == 1 else f"all {len(at):,} rows have one and the same"
+        )
+        raise RawDataError(
+            f"{events.source.path}: {held} time in column {column!r}; training, validation and test need rows of "
+            "different times"
+        )
     minute = 60_000_000
     cuts = [int(at[len(at) * tenths // 10]) // minute * minute for tenths in (8, 9)]
     if cuts[0] == cuts[1] or not at[0] < cuts[0]:  # all at a few moments: by the time itself

@@ -215,7 +215,9 @@ def _flagged(events: Looked, flags: list[str]) -> _Actions:
         before = tasks[-1][0]
     acted = sorted((singular(flag) for flag in flags), key=_strength)
     pairs = ", ".join(f"{_text(singular(flag))}: {_text(flag)}" for flag in by_rate)
-    return _Actions((*acted, "impression"), tuple(tasks), "impression", (f"flags={{{pairs}}}",))
+    doubt = "; ".join(f"{f}: {why}" for f in flags if (why := events.guesses[f].doubt))
+    names = (*acted, "impression")
+    return _Actions(names, tuple(tasks), "impression", (f"flags={{{pairs}}}",), doubt)
 
 
 def _requests(
@@ -254,7 +256,8 @@ def _event_columns(events: Looked) -> dict[str, str]:
     found = {ours: column for role, ours in roles.items() if (column := events.column(role))}
     found |= {roles[role]: UNKNOWN for role in ("user", "item", "time") if not events.column(role)}
     found |= _renamed(events)
-    return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    # A column of our name is written as well where there is a doubt to write behind it.
+    return {o: t for o, t in found.items() if o != t or events.guesses[t].doubt}
 
 
 def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str]) -> list[str]:
@@ -279,7 +282,8 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
     if source.header:
         lines.append(f"header={_tuple(source.header)},{_doubt(looked.doubts.get('header', ''))}")
     if source.encodings != plain.encodings:
-        lines.append(f"encodings={_tuple(source.encodings)}")
+        doubt = _doubt(looked.doubts.get("encodings", ""))
+        lines.append(f"encodings={_tuple(source.encodings)},{doubt}")
     if source.decimal != plain.decimal:
         lines.append(f'decimal="{source.decimal}"')
     signed = (Kind.NUMBER, Kind.VECTOR)

@@ -842,6 +842,10 @@ def test_a_file_without_a_row_is_a_line(tell: Callable[..., Told], content: str)
             "tar archive",
         ),
         (b"<!DOCTYPE html><html>\n<body>403</body></html>\n", "web page"),
+        (b"<?xml version='1.0'?>\n<rows>\n</rows>\n", "XML document"),
+        (b"-- MySQL dump 10.13\nINSERT INTO log VALUES (1,2);\n", "statements of SQL"),
+        (b"--\n-- PostgreSQL database dump\n--\nCOPY log FROM stdin;\n", "statements of SQL"),
+        (b"PAR1\x15\x04\x15" + b"x" * 90 + b"PAR1", "Parquet file under another name"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "Git LFS"),
     ],
 )
@@ -889,6 +893,143 @@ def test_formats_are_tried_on_both_ends_of_a_column() -> None:
     texts = pa.array([f"{d:02d}/01/2024" for d in (1, 2, 3)] * 50 + ["25/01/2024"])
     assert shapes.formats_of(texts) == ["%d/%m/%Y"]
     assert sniff.ENCODINGS[0] == "utf-8"
+
+
+# --- what tools of other kinds write
+
+
+@pytest.mark.parametrize(
+    ("written", "doubt"),
+    [
+        (lambda at: str(int((at - datetime(1, 1, 1, tzinfo=UTC)).total_seconds()) * 10**7), "ticks of .NET"),
+        (lambda at: str(int((at - datetime(2001, 1, 1, tzinfo=UTC)).total_seconds())), "seconds since 2001"),
+        (lambda at: f"{at.timestamp() * 1000:.5E}", "its last digits are lost"),
+    ],
+)  # fmt: skip
+def test_numbers_that_count_from_another_year_are_asked_about(
+    tell: Callable[..., Told], written: Callable[[datetime], str], doubt: str
+) -> None:
+    for name in ("created", "event_timestamp"):
+        rows = log_with(["user", "item", name], lambda n, v: (v[0], v[1], written(v[2])))
+        told = tell({"log.csv": rows}, check=False)
+        assert f"{name}: time" in told.said
+        (line,) = (
+            line for line in told.text.splitlines() if line.strip().startswith('"event_timestamp"')
+        )
+        assert "# ?" in line
+        assert doubt in line
+
+
+def test_a_fraction_of_a_second_may_stand_behind_a_comma(tell: Callable[..., Told]) -> None:
+    names = ["user", "item", "at", "price"]
+    rows = text_of(
+        names,
+        [(u, i, f"{t.timestamp() + 0.25:.2f}".replace(".", ","), f"{i},99") for u, i, t in LOG],
+        ";",
+    )
+    told = tell({"log.csv": rows})
+    first = min(told.preview.events["event_timestamp"].to_pylist())
+    assert first == LOG[0][2] + timedelta(seconds=0.25)
+    points = text_of(names, [(u, i, t.timestamp() + 0.25, f"{i},99") for u, i, t in LOG], ";")
+    assert tell({"log.csv": points}).preview.events["event_timestamp"].to_pylist()[0].microsecond
+
+
+@pytest.mark.parametrize("written", ["%y.%m.%d %H:%M:%S", "%d.%m.%y %H:%M:%S"])
+def test_a_year_of_two_digits_may_stand_first(tell: Callable[..., Told], written: str) -> None:
+    rows = log_with(["user", "item", "at"], lambda n, v: (*v[:2], v[2].strftime(written)))
+    told = tell({"log.csv": rows})
+    assert told.spec.events.time_format == written
+    assert "cannot be told apart" not in told.text
+
+
+def test_a_clock_of_twelve_hours_is_asked_about(tell: Callable[..., Told]) -> None:
+    rows = log_with(["user", "item", "at"], lambda n, v: (*v[:2], f"{v[2]:%Y-%m-%d %I:%M:%S}"))
+    assert "AM or PM" in tell({"log.csv": rows}).problems
+    assert "AM or PM" not in tell({"log.csv": text_of(HEADED, PLAIN)}).problems
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [("12.50", "(7.25)"), ("12.50", "7.25-"), ("$12.50", "-$7.25"), ("12.50 EUR", "7.25 USD"), ("12.50", "7,25")],
+)  # fmt: skip
+def test_numbers_that_are_written_in_several_ways_are_a_doubt(
+    tell: Callable[..., Told], prices: tuple[str, str]
+) -> None:
+    names = ["user", "item", "at", "price"]
+    rows = log_with(names, lambda n, v: (*v[:2], minute(v[2]), f"{prices[n % 3 == 0]}"))
+    told = tell({"log.csv": rows}, check=False)
+    assert "written in several ways" in told.text
+
+
+def test_ids_in_two_spellings_are_asked_about(tell: Callable[..., Told]) -> None:
+    names = ["user", "item", "at"]
+    rows = log_with(
+        names, lambda n, v: (f"{v[0]}" + ".0" * (n % 2), f"{'mM'[n % 2]}ug {v[1]}", minute(v[2]))
+    )
+    problems = tell({"log.csv": rows + "user,item,at\n"}).problems
+    assert f"{USERS:,} of {2 * USERS:,} ids of users come with and without '.0'" in problems
+    assert "ids of items come in small and in large letters" in problems
+
+
+@pytest.mark.parametrize("encoding", ["shift_jis", "cp1251"])
+def test_letters_of_another_encoding_are_asked_about(
+    tell: Callable[..., Told], encoding: str
+) -> None:
+    shop = {"shift_jis": "マグ", "cp1251": "Кружка"}[encoding]
+    rows = log_with(["user", "item", "at", "shop"], lambda n, v: (*v[:2], minute(v[2]), shop))
+    told = tell({"log.csv": rows.encode(encoding)}, check=False)
+    (line,) = (line for line in told.text.splitlines() if "encodings=" in line)
+    assert "# ? no UTF-8" in line
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_ids_beyond_an_int64_are_texts(tell: Callable[..., Told], kind: str) -> None:
+    ids = [2**63 + 10**6 * u for u, _, _ in LOG]
+    content: str | bytes = text_of(
+        ["user", "item", "at"], [(x, *r[1:2], minute(r[2])) for x, r in zip(ids, LOG, strict=True)]
+    )
+    if kind == "parquet":
+        out = io.BytesIO()
+        times = [minute(t) for _, _, t in LOG]
+        table = {"user": pa.array(ids, pa.uint64()), "item": [i for _, i, _ in LOG], "at": times}
+        pq.write_table(pa.table(table), out)
+        content = out.getvalue()
+    told = tell({f"log.{kind}": content})
+    assert told.users == USERS
+    assert str(ids[0]) in told.preview.events["user_id"].to_pylist()
+
+
+def test_one_row_and_one_moment_are_called_so(tell: Callable[..., Told]) -> None:
+    one = tell({"log.csv": text_of(HEADED, PLAIN[:1])}, check=False).said
+    assert "only one row has a time" in one
+    same = text_of(["user", "item", "at"], [(u, i, "2024-01-05") for u, i, _ in LOG])
+    assert "all 900 rows have one and the same time" in tell({"log.csv": same}, check=False).said
+
+
+def test_a_line_of_json_may_be_long(tell: Callable[..., Told]) -> None:
+    rows = [
+        {"user": u, "item": i, "at": minute(t), "note": "x" * (1_200_000 if n == 0 else 3)}
+        for n, (u, i, t) in enumerate(LOG)
+    ]
+    told = tell({"log.jsonl": "\n".join(map(json.dumps, rows))})
+    assert told.users == USERS
+
+
+def test_an_action_that_is_true_or_false_happened_where_it_is_true(
+    tell: Callable[..., Told],
+) -> None:
+    names = ["session_id", "user", "item", "at", "action"]
+    words = ("false", "true", "false")
+    rows = log_with(names, lambda n, v: (f"s{n // 3}", *v[:2], minute(v[2]), words[n % 3]))
+    told = tell({"log.csv": rows})
+    assert (told.spec.actions, told.spec.tasks[0].action) == (("action", "impression"), "action")
+    assert "name what happened where it is true" in told.text
+
+
+def test_blanks_among_flags_are_asked_about(tell: Callable[..., Told]) -> None:
+    names = ["session_id", "user", "item", "at", "click"]
+    rows = log_with(names, lambda n, v: (f"s{n // 3}", *v[:2], minute(v[2]), ("0", "1", "")[n % 3]))
+    assert "33% of the rows are blank, and count as 0" in tell({"log.csv": rows}).text
 
 
 # --- the declaration itself
