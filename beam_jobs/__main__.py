@@ -14,7 +14,7 @@ from beam_jobs.options import (
     Common,
     ExampleOptions,
     OnlineOptions,
-    Options,
+    RunOptions,
     TableOptions,
     TokenOptions,
 )
@@ -106,7 +106,7 @@ def refresh(
     from beam_jobs.command import live_bundle_makes_tokens
     from feature_repo.settings import Settings
 
-    jobs: dict[str, Options] = {
+    jobs: dict[str, RunOptions] = {
         "events": TableOptions(),
         "user_history": TableOptions(),
         "item_stats": TableOptions(),
@@ -127,7 +127,7 @@ def _tell_time(what: str) -> None:
     print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {what}", flush=True)
 
 
-def _run(job: str, options: Options, common: Common, beam: tuple[str, ...]) -> int:
+def _run(job: str, options: RunOptions, common: Common, beam: tuple[str, ...]) -> int:
     from feature_repo.settings import Settings
 
     settings = Settings.from_env()

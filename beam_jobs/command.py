@@ -1,4 +1,4 @@
-"""What `python -m beam_jobs` does once its flags are read: progress, counts, dead letters, exit
+"""`python -m beam_jobs` once its flags are read: progress, counts, dead letters, exit
 code.
 """
 
@@ -29,7 +29,7 @@ from rich.progress import (
 )
 
 from beam_jobs.inputs import current_inputs, output_is_there
-from beam_jobs.options import Common, Options, TokenOptions
+from beam_jobs.options import Common, RunOptions, TokenOptions
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.errors import UsageError, nearest
@@ -39,12 +39,13 @@ from feature_repo.tables import JobFolder, Manifest
 if TYPE_CHECKING:
     from beam_jobs.runs import RunPlan
 
-PLAIN_LINE_S = 10  # seconds between lines where there is no terminal
+PLAIN_LINE_S = 10.0  # between lines where there is no terminal
+FIRST_LISTING_S = 0.5  # before a run's folder is listed for a bar
 console = Console()
 
 
 def run_command(
-    name: str, options: Options, common: Common, beam_args: list[str], settings: Settings
+    name: str, options: RunOptions, common: Common, beam_args: list[str], settings: Settings
 ) -> int:
     """Run one job. Returns the exit code 0: built or up to date.
 
@@ -113,7 +114,7 @@ def run_command(
     return 0
 
 
-def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Common) -> None:
+def refuse_unknown(beam_args: list[str], job: str, options: RunOptions, common: Common) -> None:
     """Refuse arguments that no option class of Beam knows; Beam itself would ignore them.
 
     Raises:
@@ -144,7 +145,7 @@ def refuse_unknown(beam_args: list[str], job: str, options: Options, common: Com
         )
 
 
-def _up_to_date(name: str, options: Options, common: Common, settings: Settings) -> bool:
+def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settings) -> bool:
     """Say so and skip, without importing Beam, where the last run had these very inputs and
     options.
     """
@@ -167,8 +168,9 @@ def _up_to_date(name: str, options: Options, common: Common, settings: Settings)
 
 
 def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> bool:
-    """Whether the bundle that is asked for is still the one that made the published tokens."""
-    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    """Return whether the requested bundle is still the one that made the published tokens."""
+    catalogue = Catalogue(settings.catalogue_url)
+    dataset = settings.dataset
     try:
         row = (
             catalogue.bundle(dataset, options.bundle)
@@ -181,7 +183,7 @@ def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> b
 
 
 def live_bundle_makes_tokens(settings: Settings) -> bool:
-    """Whether servers rank from summary tokens that the live bundle's own stage 1 makes; said where
+    """Return whether servers rank from summary tokens that the live bundle's own stage 1 makes; said where
     there are none to refresh.
     """
     catalogue = Catalogue(settings.catalogue_url)
@@ -195,13 +197,13 @@ def live_bundle_makes_tokens(settings: Settings) -> bool:
     return True
 
 
-def _asked(options: Options, common: Common) -> str:
-    """What decides a run's rows, as the catalogue keeps it."""
+def _asked(options: RunOptions, common: Common) -> str:
+    """Return the options that decide a run's rows, as the catalogue keeps them."""
     return json.dumps({**asdict(options), "as_of": common.as_of}, sort_keys=True)
 
 
-def _flags(options: Options, common: Common, beam_args: list[str]) -> list[str]:
-    """What has to be said for the same run once more."""
+def _flags(options: RunOptions, common: Common, beam_args: list[str]) -> list[str]:
+    """Return the flags that start the same run once more."""
     said = {**asdict(options), **asdict(common), "dry_run": False, "force": False}
     flags = [
         f"--{name}" if value is True else f"--{name}={value}"
@@ -215,8 +217,10 @@ def _report(manifest: Manifest, docs: str | None) -> None:
     counts = manifest.counts
     console.print(f"{manifest.job}: run {manifest.run_id}, as of {manifest.as_of}", highlight=False)
     if "rows_read" in counts:
-        used, dead = counts["rows_used"], counts["rows_dead"]
-        made, kept = counts["events_made"], counts["rows_events"]
+        used = counts["rows_used"]
+        dead = counts["rows_dead"]
+        made = counts["events_made"]
+        kept = counts["rows_events"]
         events = "" if made == used == kept else f"; {made:,} events, {kept:,} kept"
         console.print(
             f"  read {counts['rows_read']:,} = used {used:,} + dead letters {dead:,}{events}",
@@ -250,7 +254,10 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
     """
     from beam_jobs.runs import PARTS
 
-    folder, done, phase, started = plan.folder, threading.Event(), "starting", time.monotonic()
+    folder = plan.folder
+    done = threading.Event()
+    phase = "starting"
+    started = time.monotonic()
     root = f"{folder.root}/{plan.run_id}/{PARTS}"
     columns = (
         SpinnerColumn(),
@@ -265,18 +272,21 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
     def tell(new_phase: str) -> None:
         nonlocal phase
         phase = new_phase
+        bar.update(task, description=f"{plan.job}: {phase}")
 
+    # Workers may run elsewhere: all that is sure to be seen from here is the parts that appear. Their
+    # folder may be an object store, so it is listed less and less often, and never for nothing.
     def watch() -> None:
-        said = 0.0
-        while not done.wait(0.2):
+        wait_s = FIRST_LISTING_S if console.is_terminal else PLAIN_LINE_S
+        while not done.wait(wait_s):
+            wait_s = min(1.5 * wait_s, PLAIN_LINE_S)
             infos = folder.filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
             parts = min(sum(not info.base_name.startswith(".") for info in infos), num_parts)
-            now = time.monotonic()
-            bar.update(task, completed=parts, description=f"{plan.job}: {phase}")
-            if not console.is_terminal and now - said >= PLAIN_LINE_S:
-                said = now
+            bar.update(task, completed=parts)
+            if not console.is_terminal:
+                spent_s = time.monotonic() - started
                 console.print(
-                    f"{plan.job}: {phase}, {parts} of {num_parts} parts, {now - started:.0f} s",
+                    f"{plan.job}: {phase}, {parts} of {num_parts} parts, {spent_s:.0f} s",
                     highlight=False,
                 )
 

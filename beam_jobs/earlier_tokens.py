@@ -1,5 +1,5 @@
-"""What earlier runs of `summary_tokens` stored: whose tokens, of how many events, of which past,
-and where streams go on.
+"""Tokens that earlier runs of `summary_tokens` stored: their users, the number and digest of their
+events, and the states of streams.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ Stored = tuple[bytes, bytes | None]  # envelopes of a user's tokens and of their
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """What is behind each of some users' newest tokens; zeros without any."""
+    """The events behind each user's newest tokens; zeros without tokens."""
 
     num_events: np.ndarray
     digests: np.ndarray
 
 
 class Earlier:
-    """What earlier runs stored of one version for the users of one log part, or, with no part
+    """Tokens of one version that earlier runs stored for the users of one log part, or, with no part
     named, for all users.
     """
 
     def __init__(self, plan: RunPlan, part: int | None) -> None:
-        self._plan, self._user = plan, plan.contract.user.join_key
+        self._plan = plan
+        self._user = plan.contract.user.join_key
         manifest = plan.folder.manifest()
         self._tables = manifest.tables if manifest else {}
         self._part = part
@@ -56,7 +57,7 @@ class Earlier:
         return self._rows["token_events"].to_numpy()
 
     def newest_of(self, users: pa.Array) -> KnownTokens:
-        """What is behind these users' newest tokens."""
+        """Return the events behind these users' newest tokens."""
         place = self._index.places(users)
         found = {}
         for name in ("token_events", "token_digest"):
@@ -152,7 +153,7 @@ class Earlier:
         return pa.concat_tables([row.select([*keys, *columns]) for row in rows]).combine_chunks()
 
     def _may_hold(self, name: PartName) -> bool:
-        """Whether a part may hold users of ours: they keep their log part as long as the number of
+        """Return whether a part may hold users of this one: they keep their log part as long as the number of
         parts stays.
 
         Tombstones stand in a part behind the last one, for users of all.

@@ -6,7 +6,7 @@ feature_repo.errors.ExpectedError
 ├── NotEnoughItemsError      an evaluation request cannot get its fixed number of negatives
 └── BreaksLiveError          the live bundle reads what would no longer be online
 
-`LostRowsError` is none of them: rows that vanish are a fault of ours, and its traceback is shown.
+`LostRowsError` is not among them: rows that vanish are our fault, and its traceback is shown.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
 
 @dataclass(frozen=True)
 class Sifted:
-    """What is left of a parsed block, by table; what was set aside; and how much of each."""
+    """The rows of a parsed block, by table; the dead letters; and counts of each."""
 
     rows: dict[str, pa.Table]
     dead_letters: pa.Table
@@ -82,7 +82,8 @@ def sift(
     plan: RunPlan, unit: Unit, parsed: datasets.Parsed, erased: Erased = NOBODY_ERASED
 ) -> Sifted:
     """Leave out users who were erased; set aside what breaks a limit, and what the run may not know."""
-    contract, user = plan.contract, plan.contract.user.join_key
+    contract = plan.contract
+    user = plan.contract.user.join_key
     letters = [redacted(contract, parsed.dead_letters, erased)]
     counts: Counter[str] = Counter(parsed.counts)
 
@@ -166,7 +167,7 @@ def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
 
 
 def changes_only(rows: pa.Table, key: str) -> pa.Table:
-    """Of rows sorted by key and time: the last of each instant, and of those the ones that differ
+    """Keep, of rows sorted by key and time, the last of each instant, and among these the ones that differ
     from the one before.
     """
     if not rows.num_rows:
@@ -253,24 +254,6 @@ def in_histories(contract: Contract, events: pa.Table) -> pa.Table:
     return events.filter(pc.is_in(events["action"].combine_chunks(), allowed))
 
 
-@dataclass(frozen=True)
-class StatValues:
-    """The number of each event whose mean is kept: 0 where there is none, and where there is one."""
-
-    numbers: np.ndarray
-    there: np.ndarray
-
-
-def stat_values(contract: Contract, events: pa.Table) -> StatValues:
-    """The dataset's `stat_value`; of none nothing."""
-    name = contract.spec.stat_value
-    if not name:
-        return StatValues(np.zeros(events.num_rows), np.zeros(events.num_rows, bool))
-    column = events[name].combine_chunks()
-    numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
-    return StatValues(numbers, pc.is_valid(column).to_numpy(zero_copy_only=False))
-
-
 def raw_table(spec: DatasetSpec) -> Table:
     """The raw events' table as it is read, with the limits of our columns."""
     derives = bool(spec.events.derived or spec.events.raw)
@@ -294,7 +277,8 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     dataset = datasets.load(plan.dataset)
     events = [unit for unit in units if unit.source.kind == "events"]
     sampled = expectations.spread(events, [unit.rows for unit in events])
-    erased, user = erased_of(plan.home), plan.contract.user.join_key
+    erased = erased_of(plan.home)
+    user = plan.contract.user.join_key
     raw = (rows for unit in sampled for rows in dataset.read_raw(unit.source))
     if erased:  # nobody finds them in a report either
         raw = (erased.without(rows, user) if user in rows.column_names else rows for rows in raw)
@@ -315,8 +299,10 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
     raw = [unit for unit in units if unit.source.kind == "events"]
     given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
     read, used, dead = (counts.get(name, 0) for name in ("rows_read", "rows_used", "rows_dead"))
-    made, kept = counts.get("events_made", 0), counts.get("rows_events", 0)
-    lost, gone = counts.get("events_dead", 0), counts.get("events_erased", 0)
+    made = counts.get("events_made", 0)
+    kept = counts.get("rows_events", 0)
+    lost = counts.get("events_dead", 0)
+    gone = counts.get("events_erased", 0)
     # A compressed file knows how many rows it has only once it is read.
     if given not in (None, read) or read != used + dead or made != kept + lost + gone:
         raise LostRowsError(
@@ -341,7 +327,8 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
 def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
     from feature_repo.expectations import GateError
 
-    limit, read = _limit(plan), counts["rows_read"]
+    limit = _limit(plan)
+    read = counts["rows_read"]
     excused = sum(counts.get(f"dead: {reason}", 0) for reason in (LATE, *NOT_BAD))
     dead = counts["rows_dead"] + counts["events_dead"] - excused
     if dead > limit * read:
@@ -350,7 +337,8 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
             f"Nothing was published. Reasons:{_listed(counts)}"
         )
     for table in ("user_profile", "item_profile"):
-        lost, rows = counts.get(f"dead_{table}", 0), counts.get(f"read_{table}", 0)
+        lost = counts.get(f"dead_{table}", 0)
+        rows = counts.get(f"read_{table}", 0)
         if 2 * lost > rows:
             raise GateError(
                 f"{lost:,} of {rows:,} rows for {table} break the contract. Nothing was published. Reasons:{_listed(counts)}"

@@ -1,4 +1,4 @@
-"""What makes a run stale: raw files that changed, output that is gone. Imports no Beam, so that a
+"""The reasons why a run is stale: raw files that changed, output that is gone. Imports no Beam, so that a
 skip costs nothing.
 """
 
@@ -72,7 +72,7 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
-    """Whether the online store still holds what the published run of a job wrote there; the store
+    """Return whether the online store still holds what the published run of a job wrote there; the store
     itself is asked.
     """
     if job not in WRITES_ONLINE:

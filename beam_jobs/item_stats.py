@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_item, in_histories, num_partitions, stat_values
+from beam_jobs.events import by_item, in_histories, num_partitions
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, RunPlan, account_of_events
@@ -22,7 +22,7 @@ from feature_repo.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract import Contract
 from feature_repo.history import run_ends, run_starts
 from feature_repo.schema import STAT_WINDOWS_DAYS
-from feature_repo.sums import Exact
+from feature_repo.sums import Exact, stat_values
 from feature_repo.tables import parquet_bytes
 from feature_repo.transforms import MICROS_PER_DAY
 
@@ -80,10 +80,14 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     changes = delta.any(axis=0)
     if as_of is not None:
         changes &= when * MICROS_PER_DAY <= as_of
-    when, what, delta = when[changes], what[changes], delta[:, changes]
+    when = when[changes]
+    what = what[changes]
+    delta = delta[:, changes]
 
     order = np.lexsort((when, what))
-    when, what, delta = when[order], what[order], delta[:, order]
+    when = when[order]
+    what = what[order]
+    delta = delta[:, order]
     first = np.flatnonzero(np.r_[True, (np.diff(what) != 0) | (np.diff(when) != 0)][: len(when)])
     running = (
         np.cumsum(delta, axis=1)[:, np.r_[first[1:], len(when)].astype(np.int64) - 1]
@@ -99,7 +103,8 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         )
         before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     counts = running - before
-    number, sums = counts[-3], Exact(counts[-2], counts[-1]).floats()
+    number = counts[-3]
+    sums = Exact(counts[-2], counts[-1]).floats()
     mean = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
     means = [pa.array(mean.astype(np.float32), from_pandas=True)]
     known = from_micros(when[first] * MICROS_PER_DAY)

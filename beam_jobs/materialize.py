@@ -104,7 +104,8 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
     """Rows of nulls for the keys of a view that some earlier run sent online and this one does
     not.
     """
-    table, root = plan.contract.table(view), plan.folder.root
+    table = plan.contract.table(view)
+    root = plan.folder.root
     key = table.join_keys[0]
     sent: dict[bool, list[pa.Table]] = {True: [], False: []}
     for info in plan.folder.filesystem.get_file_info(
@@ -202,7 +203,8 @@ def write_own_views(plan: RunPlan, settings: Settings) -> None:
         earlier = _sent_before(plan, view.name, schema)
         if key == plan.contract.user.join_key:
             erased = erased_of(plan.home)
-            newest, earlier = erased.without(newest, key), erased.without(earlier, key)
+            newest = erased.without(newest, key)
+            earlier = erased.without(earlier, key)
         gone = earlier.filter(pc.invert(pc.is_in(earlier[key], newest[key].combine_chunks())))
         # Before the rows: were this run killed between the two, the next one would not know.
         _note_sent(plan, view.name, pa.concat_tables([newest, gone]), key)

@@ -19,7 +19,7 @@ RUNNERS = (
 
 @dataclass(frozen=True)
 class Common:
-    """What every job takes.
+    """Options that every job takes.
 
     Args:
         runner: Beam runner by name. FnApiRunner and DirectRunner run here; PrismRunner wants
@@ -39,7 +39,8 @@ class Common:
     max_bad_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        asked, known = self.runner.lower(), {name.lower() for name in RUNNERS}
+        asked = self.runner.lower()
+        known = {name.lower() for name in RUNNERS}
         if "." not in asked and not {asked, f"{asked}runner"} & known:
             raise UsageError(
                 f"--runner expects one of {', '.join(RUNNERS)}, or a class by its full name, not {self.runner!r}"
@@ -56,12 +57,12 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of a job that has none of its own."""
+class RunOptions:
+    """Options of a job that adds none."""
 
 
 @dataclass(frozen=True)
-class OnlineOptions(Options):
+class OnlineOptions(RunOptions):
     """Options of `materialize`.
 
     Args:
@@ -73,7 +74,7 @@ class OnlineOptions(Options):
 
 
 @dataclass(frozen=True)
-class TableOptions(Options):
+class TableOptions(RunOptions):
     """Options of a job that writes tables.
 
     Args:
@@ -106,7 +107,7 @@ class ExampleOptions(TableOptions):
 
 
 @dataclass(frozen=True)
-class TokenOptions(Options):
+class TokenOptions(RunOptions):
     """Options of `summary_tokens`.
 
     Args:
@@ -115,8 +116,8 @@ class TokenOptions(Options):
         kind: how tokens are stored; as before by default, fp16 at first.
         every_days: also as they were every so many days, for training; as before by default, only
             as of now at first.
-        full: skip nobody: build this version anew, such as for another `--kind`.
-        refill: send everybody's stored tokens online, such as to an emptied store.
+        full: skip no user: build this version anew, such as for another `--kind`.
+        refill: send all stored tokens online, such as to an emptied store.
         computed_at: ISO time of the run; the clock by default, or what a killed run claimed.
         not_live: leave the live bundle as it is.
     """

@@ -44,7 +44,8 @@ def split_by_key(
         return
     partition = (hash_keys(table[key_column]) % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(partition, kind="stable")
-    ordered, sizes = table.take(pa.array(order)), np.bincount(partition, minlength=num_partitions)
+    ordered = table.take(pa.array(order))
+    sizes = np.bincount(partition, minlength=num_partitions)
     start = 0
     for number, size in enumerate(sizes):
         if size:
@@ -81,7 +82,7 @@ def _ranks(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _any_equal(columns: list[np.ndarray], order: np.ndarray) -> bool:
-    """Whether two neighbours in this order are equal in all columns."""
+    """Return whether two neighbours in this order are equal in all columns."""
     equal = np.ones(max(len(order) - 1, 0), bool)
     for values in columns:
         ordered = values[order]

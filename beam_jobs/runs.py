@@ -33,7 +33,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_jobs.errors import LostRowsError, OptionsError, RunnerError
 from beam_jobs.inputs import WRITES_ONLINE, current_inputs, output_is_there
-from beam_jobs.options import Options
+from beam_jobs.options import RunOptions
 from beam_jobs.partition import Key, Piece, join_pieces
 from feature_repo import datasets
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
@@ -76,7 +76,7 @@ class RunPlan:
     home: str
     run_id: str
     as_of: int | None  # microseconds; events at or after it are unknown to the run
-    options: Options
+    options: RunOptions
     profile: str
     catalogue_url: str
     pinned: dict[str, Manifest] = field(
@@ -91,15 +91,15 @@ class RunPlan:
 
     @property
     def folder(self) -> JobFolder:
-        """Where the run writes."""
+        """The folder that the run writes."""
         return JobFolder(self.home, self.job)
 
     def input_folder(self, job: str) -> JobFolder:
-        """Where another job has written."""
+        """Return the folder of an input job."""
         return JobFolder(self.home, job)
 
     def input_paths(self, job: str, table: str) -> list[str]:
-        """Parts of another job's table in the very run that this one names as its input,
+        """List the parts of an input job's table in the very run that this one names as its input,
         republished since or not.
         """
         root = self.input_folder(job).root
@@ -143,7 +143,7 @@ def no_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | N
 
 @dataclass(frozen=True)
 class Job:
-    """What a job module declares.
+    """The declaration of a job by its module.
 
     `reads` maps jobs to those of their tables that are this job's input ("raw" is the dataset's raw
     source); `steps` turns units of them into named parts. `gate` checks the inputs before anything
@@ -158,13 +158,13 @@ class Job:
     name: str
     doc: str
     reads: dict[str, tuple[str, ...]]
-    options: type[Options]
+    options: type[RunOptions]
     steps: Callable[[RunPlan], beam.PTransform]
     num_parts: Callable[[RunPlan, int], int]  # of the plan and the number of its units; at most
     gate: Callable[[RunPlan, Sequence[Unit], Settings], str | None] = no_gate
     account: Callable[[RunPlan, Sequence[Unit], Counts], int | None] = nothing_to_account
     also_depends_on: tuple[str, ...] = ()
-    resolve: Callable[[Settings, Options], Options] = lambda settings, options: options
+    resolve: Callable[[Settings, RunOptions], RunOptions] = lambda settings, options: options
     prepare: Callable[[RunPlan, Manifest | None], RunPlan] = lambda plan, published: plan
     carried: Callable[[RunPlan, Manifest | None], dict[str, list[Part]]] = lambda plan, published: {}
     finish: Callable[[RunPlan, Counts | None, Settings], list[str]] = (
@@ -191,7 +191,7 @@ def settings_of(plan: RunPlan) -> Settings:
 
 
 class ReadOnce(Generic[Found]):
-    """What a process reads once for each run, however many threads ask.
+    """A value that a process reads once for each run, however many threads ask.
 
     Example:
         >>> item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
@@ -200,11 +200,12 @@ class ReadOnce(Generic[Found]):
     """
 
     def __init__(self, read: Callable[[RunPlan], Found]) -> None:
-        self._read, self._lock = read, Lock()
+        self._read = read
+        self._lock = Lock()
         self._found: dict[str, Found] = {}
 
     def __call__(self, plan: RunPlan) -> Found:
-        """What the run reads."""
+        """Return what the run reads, from memory if it was read before."""
         with self._lock:
             if plan.run_id not in self._found:
                 self._found = {plan.run_id: self._read(plan)}
@@ -220,15 +221,16 @@ class SideBySide(beam.DoFn, ABC):
 
     @abstractmethod
     def work(self, element: Any) -> Iterable[Any]:
-        """What comes of one element."""
+        """Work on one element; on a thread of the pool."""
 
     def emit(self, made: Any) -> Any:
-        """What goes on of a result; on the bundle's own thread, where Beam counts."""
+        """Yield the outputs of a result; on the bundle's thread, where Beam counts."""
         return made
 
     def start_bundle(self) -> None:
-        """A pool of its own for each bundle."""
-        self._pool, self._waiting = ThreadPoolExecutor(CORES), deque[Future[list[Any]]]()
+        """Start the bundle's pool."""
+        self._pool = ThreadPoolExecutor(CORES)
+        self._waiting = deque[Future[list[Any]]]()
 
     def process(self, element: Any) -> Iterator[Any]:
         """Hand an element over; yields what is finished by then."""
@@ -256,7 +258,8 @@ class BuildPart(SideBySide):
     """Join the pieces of one partition, build its parts and write them with their counts."""
 
     def __init__(self, plan: RunPlan, builder: Builder) -> None:
-        self.plan, self.builder = plan, builder
+        self.plan = plan
+        self.builder = builder
 
     def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
         """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
@@ -306,7 +309,8 @@ class ReadUnit(SideBySide):
     def __init__(
         self, plan: RunPlan, read: Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]
     ) -> None:
-        self.plan, self.read = plan, read
+        self.plan = plan
+        self.read = read
 
     def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
         """Yields pieces."""
@@ -352,15 +356,17 @@ class Planned:
     inputs: dict[str, str]
 
 
-def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) -> Planned:
+def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | None) -> Planned:
     """Resolve inputs and name the run.
 
     Raises:
         TableNotBuiltError: an input job has not run.
-        StaleTableError: an input was built under another contract than the one in force.
-        RawDataError: the raw data is missing or of another shape.
+        StaleTableError: an input was built under a contract that is not the one in force.
+        RawDataError: the raw data is missing or not of the declared shape.
     """
-    dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
+    dataset = datasets.load(settings.dataset)
+    contract = datasets.load_contract(settings.dataset)
+    # 1. Pin the runs of the input jobs, and whatever else makes this run stale.
     sources = (*job.reads, *job.also_depends_on)
     pinned = {
         source: JobFolder(settings.home, source).require(contract)
@@ -370,6 +376,7 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
     names = ["code", *sources, *(["store"] if job.name in WRITES_ONLINE else [])]
     inputs = current_inputs(job.name, [name for name in names if name not in pinned], settings)
     inputs |= {source: manifest.digest for source, manifest in pinned.items()}
+    # 2. One unit of work for each part of an input.
     units: list[Unit] = []
     as_of_micros = None
     for source, tables in job.reads.items():
@@ -377,7 +384,8 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
             raw = dataset.raw_units(settings.data)
             units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
             continue
-        folder, manifest = JobFolder(settings.home, source), pinned[source]
+        folder = JobFolder(settings.home, source)
+        manifest = pinned[source]
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
         for table in tables:
             parts = manifest.tables[table]
@@ -385,6 +393,7 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
                 Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows)
                 for i, part in enumerate(parts)
             ]
+    # 3. The run's name is a digest of all that decides its rows.
     if as_of:
         as_of_micros = iso_micros(as_of)
     run_id = digest_of(
@@ -407,7 +416,7 @@ def plan_run(job: Job, settings: Settings, options: Options, as_of: str | None) 
 def run(
     job: Job,
     settings: Settings,
-    options: Options,
+    options: RunOptions,
     beam_args: Sequence[str],
     *,
     as_of: str | None,
@@ -426,7 +435,8 @@ def run(
     """
     planned = plan_run(job, settings, options, as_of)
     # Not part of the name: how strict a gate is changes whether there are rows, not which.
-    plan, units = replace(planned.plan, max_bad_fraction=max_bad_fraction), planned.units
+    plan = replace(planned.plan, max_bad_fraction=max_bad_fraction)
+    units = planned.units
     with plan.folder.lock():
         published = plan.folder.manifest()
         done = (
@@ -586,7 +596,7 @@ def from_worker(text: str) -> ExpectedError | None:
 
 
 class _Noise:
-    """What workers wrote on standard error while it was held back."""
+    """Output of workers on standard error while it was held back."""
 
     def __init__(self, file: IO[bytes] | None) -> None:
         self._file = file
@@ -641,7 +651,7 @@ def collect(plan: RunPlan) -> tuple[dict[str, list[Part]], dict[str, int]]:
 
 
 def describe(job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]) -> str:
-    """What a run would do: graph, inputs, estimated rows. Writes nothing."""
+    """Describe what a run would do: graph, inputs, estimated rows. Writes nothing."""
     from apache_beam.pipeline import PipelineVisitor
 
     steps: list[str] = []
@@ -689,7 +699,8 @@ def _built_gate(plan: RunPlan, settings: Settings, tables: dict[str, list[Part]]
     """
     from feature_repo import expectations
 
-    folder, docs = plan.folder, None
+    folder = plan.folder
+    docs = None
     limit = 0.0 if plan.job == "events" else plan.max_bad_fraction or 0.0
     for table in plan.contract.tables:
         parts = tables.get(table.name)

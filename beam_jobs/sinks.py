@@ -15,7 +15,7 @@ class WriteView(beam.DoFn):
     """Write rows of one view online: `(view, Arrow IPC)` in, `(view, rows written)` out.
 
     The timestamp of a row is the one it has offline, so a repeated write changes nothing on any
-    store. A row whose features are all null is a tombstone: whoever reads the key finds nothing.
+    store. A row whose features are all null is a tombstone: a reader of the key finds nothing.
     """
 
     def __init__(self, plan: RunPlan) -> None:

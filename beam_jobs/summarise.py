@@ -93,11 +93,15 @@ def piece_ends(lengths: np.ndarray, bytes_of_user: int) -> list[tuple[int, int]]
     """Ranges of log rows, each within the bounds of a piece or one user long; one empty range for
     an empty part.
     """
-    most, ranges, start, events = min(PIECE_USERS, max(PIECE_BYTES // bytes_of_user, 1)), [], 0, 0
+    most = min(PIECE_USERS, max(PIECE_BYTES // bytes_of_user, 1))
+    ranges = []
+    start = 0
+    events = 0
     for row, length in enumerate(lengths.tolist()):
         if row > start and (row - start >= most or events + length > PIECE_EVENTS):
             ranges.append((start, row))
-            start, events = row, 0
+            start = row
+            events = 0
         events += length
     return [*ranges, (start, len(lengths))]
 
@@ -121,8 +125,8 @@ class Users:
     Args:
         ids: by row of the piece.
         histories: of all of them.
-        known: events behind each one's newest tokens; 0 where the stored ones are of another past.
-        corrected: whose past is no longer the one that their stored tokens know.
+        known: events behind each one's newest tokens; 0 if the stored ones are of a different history.
+        corrected: users whose history is no longer the one that their stored tokens know.
         streams: by row, where stage 1 can go on: its state, and the time of the last event in it.
         dead: by row, why there are no tokens.
     """
@@ -242,7 +246,7 @@ def events_before(histories: Histories, at: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Result:
-    """One user's summary, at `place` of one that holds several; or the reason why there is none."""
+    """One user's summary, at `place` of one that holds several; or the reason why there are no tokens."""
 
     row: int
     extended: bool = False  # whether it went on from a stored state
@@ -299,7 +303,7 @@ def whole_summary(
     at: int,
     rows: list[int],
 ) -> Summary:
-    """Of all events before the instant."""
+    """Summarise all events before the instant."""
     which = np.array(rows)
     starts = users.histories.offsets[which]
     return summariser.whole(
@@ -315,11 +319,12 @@ def extended_summary(
     at: int,
     rows: list[int],
 ) -> Summary:
-    """Of stored states and the events since."""
+    """Extend stored states by the events since."""
     from modeling.summary import Summary
 
     which = np.array(rows)
-    starts, known = users.histories.offsets[which], users.known[which]
+    starts = users.histories.offsets[which]
+    known = users.known[which]
     states = np.stack([users.streams[row][0] for row in rows])
     last = np.array([users.streams[row][1] for row in rows])
     before = Summary(np.empty(len(which)), states, known, last)
@@ -335,7 +340,8 @@ def stored_row(
     from modeling.summary import envelopes
 
     assert result.summary is not None
-    options, user = prepared(plan), users.ids[result.row]
+    options = prepared(plan)
+    user = users.ids[result.row]
     number = int(result.summary.num_events[result.place])
     digest = users.digest_at(result.row, number)
     assert options.kind is not None
@@ -350,7 +356,8 @@ def stored_row(
 
 def tombstones(plan: RunPlan) -> Iterator[Piece]:
     """A piece for users of whom tokens are stored and whom the log no longer has."""
-    options, before = prepared(plan), Earlier(plan, None)
+    options = prepared(plan)
+    before = Earlier(plan, None)
     if not before.all_events.any():
         return
     log = HistoryLog(
@@ -373,14 +380,17 @@ def tombstones(plan: RunPlan) -> Iterator[Piece]:
 
 def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
     """A piece as parts of its tables; dead letters always, since they carry the counts."""
-    contract, name, version = plan.contract, piece.name, prepared(plan).version
+    contract = plan.contract
+    name = piece.name
+    version = prepared(plan).version
     user = contract.user.join_key
     if piece.rows:
         users = pa.array(
             [row.user for row in piece.rows],
             arrow_schema(contract.table("token_rows")).field(user).type,
         )
-        number, known = len(piece.rows), from_micros(np.array([row.snapshot for row in piece.rows]))
+        number = len(piece.rows)
+        known = from_micros(np.array([row.snapshot for row in piece.rows]))
         # 1. The envelopes themselves.
         batch = token_log.log_part(contract, users, [row.stored[0] for row in piece.rows])
         sink = pa.BufferOutputStream()

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.errors import LostRowsError, OptionsError
 from beam_jobs.inputs import job_code, output_is_there
-from beam_jobs.options import Options, TokenOptions
+from beam_jobs.options import RunOptions, TokenOptions
 from beam_jobs.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
 from beam_jobs.summarise import Piece, parts_of, summarise_part, tombstones
 from beam_jobs.token_options import PreparedOptions, ResolvedOptions, prepared
@@ -153,10 +153,12 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
         OptionsError: snapshots or a kind that this version's earlier rows do not have.
     """
     assert isinstance(plan.options, ResolvedOptions)
-    asked, version = plan.options, plan.options.version
+    asked = plan.options
+    version = plan.options.version
     before: dict[str, Any] = published.options if published else {}
     code = job_code(plan.job, plan.dataset)
     begun = before.get("versions", {}).get(version)
+    # 1. A version keeps the kind and the snapshots that it was begun with.
     full = asked.full or (begun is not None and begun["code"] != code)
     wanted = {n: value for n in ("every_days", "kind") if (value := getattr(asked, n)) is not None}
     kept = (
@@ -173,6 +175,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
             f"tokens of version {version} were built with {kept}, asked for are {other}: pass --full to build them anew"
         )
     chosen = {**kept, **wanted}
+    # 2. Tokens go online again where the store is new or was emptied.
     settings = settings_of(plan)
     lost = published is not None and (
         published.inputs.get("store") != store_digest(settings)
@@ -182,6 +185,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
         published and plan.run_id in published.runs
     ):  # the same work again, so its files must have other names
         plan = replace(plan, run_id=digest_of([plan.run_id, published.digest]))
+    # 3. Numbers and times that follow on earlier runs'.
     parts = published.tables.get(token_log.TABLE, []) if published else []
     runs = [name.run for part in parts if (name := PartName.of(part.path))]
     ended = () if begun is None or full else tuple(begun.get("as_of", ()))
@@ -209,7 +213,8 @@ def _claim(plan: RunPlan, asked: ResolvedOptions, before: int) -> int:
     """
     if asked.computed_at:
         return iso_micros(asked.computed_at)
-    folder, claim = plan.folder, f"{plan.folder.root}/claims/{plan.run_id}.json"
+    folder = plan.folder
+    claim = f"{plan.folder.root}/claims/{plan.run_id}.json"
     if (stored := folder.read_bytes(claim)) is not None:
         claimed: int = json.loads(stored)["computed_at"]
         return max(claimed, before + 1)
@@ -270,7 +275,9 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
     """
     catalogue = Catalogue(settings.catalogue_url)
     assert isinstance(plan.options, ResolvedOptions)
-    options, said = plan.options, []
+    options = plan.options
+    # 1. Note what was built.
+    said = []
     if counts is not None:
         note_epoch(settings_of(plan), plan.job, plan.run_id)
         catalogue.record_tokens(
@@ -296,6 +303,7 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
     )
     if counts and counts.get("online_kept_newer"):
         said.append(f"{counts['online_kept_newer']:,} users had newer tokens online, which stay")
+    # 2. The bundle goes live unless something speaks against it.
     if options.not_live:
         return said
     digest = str(options.bundle)
@@ -311,7 +319,7 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
     return [*said, f"{name} is live"]
 
 
-def resolve(settings: Settings, options: Options) -> Options:
+def resolve(settings: Settings, options: RunOptions) -> RunOptions:
     """Which bundle is meant, and which tokens it makes.
 
     Raises:
@@ -320,7 +328,8 @@ def resolve(settings: Settings, options: Options) -> Options:
     from modeling.bundle import read_manifest
 
     assert isinstance(options, TokenOptions)
-    catalogue, name = Catalogue(settings.catalogue_url), options.bundle
+    catalogue = Catalogue(settings.catalogue_url)
+    name = options.bundle
     try:
         row = (
             catalogue.bundle(settings.dataset, name)

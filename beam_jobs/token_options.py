@@ -1,6 +1,4 @@
-"""What a run of `summary_tokens` knows beyond what it was asked for: which bundle, which tokens,
-which names.
-"""
+"""The resolved options of a run of `summary_tokens`: which bundle, which tokens, which names."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class ItemPool:
 
 @dataclass(frozen=True)
 class ItemTables:
-    """What a run reads of items: statistics and profiles."""
+    """Statistics and profiles of items, as a run reads them."""
 
     stats: pa.Table
     profiles: pa.Table
@@ -225,7 +225,7 @@ class Asked:
 
 
 def asked_of(contract: Contract, events: pa.Table, items: pa.Array) -> Asked:
-    """What was asked, as the dataset declares.
+    """Return the requests of a log, as the dataset declares.
 
     Args:
         events: of whole users, sorted by user and time.
@@ -274,13 +274,16 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
         NotEnoughItemsError: a validation or test request finds fewer negatives than the protocol
             fixes.
     """
-    rules, seeds, short = contract.spec.requests, hash_keys(asked.users), 0
+    rules = contract.spec.requests
+    seeds = hash_keys(asked.users)
+    short = 0
     candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
     origin: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
     for index in np.argsort(asked.times, kind="stable"):  # by time, as the pool is swept forward
         numbers = np.arange(asked.first[index], asked.last[index])
         own = asked.item[numbers]
-        evaluated, time = bool(asked.period[index]), int(asked.times[index])
+        evaluated = bool(asked.period[index])
+        time = int(asked.times[index])
         positives = int((asked.label[numbers] == 1).any(axis=1).sum())
         wanted = (
             rules.eval_negatives if evaluated else rules.train_negatives_per_positive * positives
@@ -355,7 +358,8 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
         DeclarationError: no request is in the training period, or all are.
     """
     as_of = account_of_events(plan, units, counts)
-    first, last = counts.pop("min_request_micros", 0), counts.pop("max_request_micros", 0)
+    first = counts.pop("min_request_micros", 0)
+    last = counts.pop("max_request_micros", 0)
     empty = [name for name in PERIODS if not counts.get(f"requests_{name}")]
     rules = plan.contract.spec.requests
     if len(empty) > 1 or "train" in empty:

@@ -10,17 +10,16 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.events import by_user, in_histories, num_partitions, stat_values
+from beam_jobs.events import by_user, in_histories, num_partitions
 from beam_jobs.options import TableOptions
 from beam_jobs.partition import Key, sort_by_key_and_time
 from beam_jobs.runs import BuildTables, Built, Job, ReadOnce, RunPlan, account_of_events
-from feature_repo import history
-from feature_repo.arrow import arrow_schema, from_micros, hash_keys, micros, value_codes
+from feature_repo import history, user_stats
+from feature_repo.arrow import arrow_schema, from_micros, micros, value_codes
 from feature_repo.contract import Contract
 from feature_repo.envelope import Identity
 from feature_repo.key_index import KeyIndex
 from feature_repo.sketch import Layout, Sketch
-from feature_repo.sums import Exact
 from feature_repo.tables import parquet_bytes
 
 item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
@@ -28,7 +27,8 @@ item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     """One partition of users: a log part, statistics, and packed newest events."""
-    contract, partition = plan.contract, key[1]
+    contract = plan.contract
+    partition = key[1]
     read = events.num_rows
     events = in_histories(contract, sort_by_key_and_time(events, contract.user.join_key))
     remembered: list[np.ndarray] = []
@@ -40,7 +40,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
         writer.write_batch(log)
     counts = {"users": log.num_rows, "events": read, "shown": read - events.num_rows}
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
-    stats = stat_rows(contract, events)
+    stats = user_stats.build(contract, events)
     packed = packed_rows(contract, events, stats, remembered)
     for table, rows in (("user_stats", stats), ("user_history", packed)):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
@@ -72,50 +72,6 @@ def remembered_codes(contract: Contract, events: pa.Table, profiles: pa.Table) -
     ]
 
 
-def stat_rows(contract: Contract, events: pa.Table) -> pa.Table:
-    """A row for each user and distinct event time: what the events up to it come to, known just
-    after it.
-
-    Args:
-        events: sorted by user and time.
-    """
-    user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
-    starts = history.run_starts(user)
-    first = np.repeat(starts, history.run_ends(starts, len(user)) - starts)
-    last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
-    at = np.flatnonzero(last_of_instant)
-    primary = events["action"].to_numpy() == 0
-    value = stat_values(contract, events)
-    values = Exact.of(np.where(primary, value.numbers, 0))
-
-    def to_date(counted: np.ndarray) -> np.ndarray:
-        running = np.r_[0, np.cumsum(counted)]
-        return (running[at + 1] - running[first[at]]).astype(np.int64)
-
-    number = to_date(primary & value.there)
-    total = Exact(to_date(values.high), to_date(values.low)).floats()
-    mean = np.where(number > 0, total / np.maximum(number, 1), np.nan)
-    means = [pa.array(mean.astype(np.float32), from_pandas=True), pa.array(number)]
-    columns = history.event_columns(contract, events)
-    digests = history.event_digests(
-        hash_keys(events[contract.item.join_key]), columns, np.arange(len(user)) - first
-    )
-    known = from_micros(time[at] + 1)
-    return pa.table(
-        [
-            user.take(pa.array(at)),
-            pa.array(at - first[at] + 1),
-            pa.array(to_date(digests)),
-            pa.array(time[first[at]] // 1_000_000),
-            pa.array(to_date(~primary)),
-            *(means if contract.spec.stat_value else ()),
-            known,
-            known,
-        ],
-        schema=arrow_schema(contract.table("user_stats")),
-    )
-
-
 def packed_rows(
     contract: Contract, events: pa.Table, stats: pa.Table, remembered: Sequence[np.ndarray] = ()
 ) -> pa.Table:
@@ -124,10 +80,11 @@ def packed_rows(
 
     Args:
         events: sorted by user and time.
-        stats: what `stat_rows` says of them.
+        stats: what `user_stats.build` says of them.
         remembered: codes of their items in the columns that sketches count.
     """
-    user, time = events[contract.user.join_key].combine_chunks(), micros(events["event_timestamp"])
+    user = events[contract.user.join_key].combine_chunks()
+    time = micros(events["event_timestamp"])
     starts = history.run_starts(user)
     ends = history.run_ends(starts, len(user))
     length = contract.spec.num_history_online
@@ -155,13 +112,15 @@ def sketched(
     """A sketch of each user's events of the first action, in its envelope; arguments as in
     `packed_rows`.
     """
-    layout, time = Layout.of(contract), micros(events["event_timestamp"])
+    layout = Layout.of(contract)
+    time = micros(events["event_timestamp"])
     counted = events["action"].to_numpy() == 0
     codes = [value_codes(events[contract.item.join_key]), *remembered]
     # The newest row of each user says how many events there are, and their digest.
     key = stats[contract.user.join_key].combine_chunks()
     newest_rows = history.run_ends(history.run_starts(key), len(key)) - 1
-    found, start = [], 0
+    found = []
+    start = 0
     for row in stats.take(pa.array(newest_rows)).to_pylist():
         number = row["history_end"]
         chosen = start + np.flatnonzero(counted[start : start + number])

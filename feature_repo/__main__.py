@@ -25,7 +25,7 @@ app = cli.app(
 
 @app.command
 def check() -> int:
-    """What the dataset in force declares and holds, in seconds: slips of the declaration, ten events,
+    """Show in seconds what the dataset in force declares and holds: slips of the declaration, ten events,
     dead letters, requests, labels, and what a ranker reads.
     """
     from feature_repo import datasets
@@ -77,11 +77,13 @@ def new(
     from feature_repo.suggest import UNKNOWN
     from feature_repo.suggest_text import module_text
 
+    # 1. Refuse before any file is read.
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(f"NAME expects small letters, digits and underscores, not {name!r}")
     path = Path(datasets.__path__[-1]) / f"{name}.py"
     if path.exists() and not force:
         raise UsageError(f"{path} is there already: choose another name, or pass --force")
+    # 2. Look at the files.
     folder, below = _common_folder([file for file in (events, items, users) if file])
     given = {"user": user, "item": item, "time": time, "action": action}
     said = {role: column for role, column in given.items() if column}
@@ -89,6 +91,7 @@ def new(
         folder, below[events], users and below[users], items and below[items], said
     )
     cuts = ("?", "?") if "time" in log.missing else suggest.periods(log.events, folder)
+    # 3. Show what each column was taken for, then write the draft.
     for guess in log.guesses:
         print(f"  {guess.column}: {guess.told}")
     for doubt in log.doubts():
@@ -144,7 +147,9 @@ def apply(*, force: bool = False) -> None:
 
     settings = Settings.from_env()
     contract = datasets.load_contract(settings.dataset)
-    catalogue, config = Catalogue(settings.catalogue_url), yaml_path(settings)
+    catalogue = Catalogue(settings.catalogue_url)
+    config = yaml_path(settings)
+    # The registry depends on the contract, on every file that Feast scans, and on where the stores are.
     content = hashlib.sha256(contract.fingerprint.encode())
     for file in definition_files():
         content.update(file.name.encode() + file.read_bytes())
@@ -157,6 +162,7 @@ def apply(*, force: bool = False) -> None:
     if current and not force and not missing_tables(settings, served):
         print("feast apply: up to date")
         return
+    # Feast prints a page for each apply: it goes to a log, and a line to the terminal.
     with (
         catalogue.stage(settings.dataset, "apply", inputs),
         Console(stderr=True).status("feast apply"),
@@ -174,7 +180,7 @@ def apply(*, force: bool = False) -> None:
 
 
 def changes_told(printed: str) -> str:
-    """What an apply did, of what Feast printed. For SQL registries it prints no plan, but which views it
+    """Return what an apply did, out of what Feast printed. For SQL registries it prints no plan, but which views it
     deploys.
     """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
@@ -238,7 +244,8 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
     if not 0 <= longest_life_days < 36_525:
         raise UsageError(f"--longest_life_days expects a number of days, not {longest_life_days}")
     settings = Settings.from_env()
-    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    catalogue = Catalogue(settings.catalogue_url)
+    dataset = settings.dataset
     old = catalogue.retirable_tokens(dataset, timedelta(days=longest_life_days))
     try:
         live = catalogue.accepted_tokens(catalogue.live_bundle(dataset).digest)

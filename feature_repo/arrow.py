@@ -115,7 +115,7 @@ def hash_keys(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type are texts or bytes."""
+    """Return whether values of this type are texts or bytes."""
     tests = (
         pa.types.is_string,
         pa.types.is_large_string,

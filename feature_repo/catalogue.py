@@ -13,7 +13,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Float, ForeignKey, String, create_engine, delete, select
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Float,
+    Select,
+    String,
+    create_engine,
+    delete,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -41,9 +51,9 @@ class StageRun(Base):
 
 
 class BundleRow(Base):
-    """One exported bundle."""
+    """One exported bundle, how it compared when it was exported, and what holds it back."""
 
-    __tablename__ = "bundles"
+    __tablename__ = "exported_bundles"
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     dataset: Mapped[str] = mapped_column(String(64), index=True)
     recipe: Mapped[str] = mapped_column(String(64))
@@ -51,15 +61,15 @@ class BundleRow(Base):
     path: Mapped[str] = mapped_column(String(1024))
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-
-
-class Live(Base):
-    """The one bundle of a dataset that servers rank with."""
-
-    __tablename__ = "live"
-    dataset: Mapped[str] = mapped_column(String(64), primary_key=True)
-    digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"))
-    since: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    tokens: Mapped[str | None] = mapped_column(
+        String(32), index=True, doc="the one token version that it accepts"
+    )
+    test: Mapped[str | None] = mapped_column(
+        String(64), doc="key of the test requests on which it was measured"
+    )
+    held_back: Mapped[str | None] = mapped_column(
+        String(2048), doc="why it may not go live; empty where it may"
+    )
 
 
 class LiveSince(Base):
@@ -89,25 +99,6 @@ class TokenVersion(Base):
     def coverage(self) -> float:
         """Share of users with a history who have tokens."""
         return self.covered / self.users if self.users else 0.0
-
-
-class AcceptedTokens(Base):
-    """The one token version that a bundle accepts."""
-
-    __tablename__ = "accepted_tokens"
-    digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"), primary_key=True)
-    fingerprint: Mapped[str] = mapped_column(String(32), index=True)
-
-
-class BundleNote(Base):
-    """How a bundle compared when it was exported: on which test requests, and what holds it back
-    from going live.
-    """
-
-    __tablename__ = "bundle_notes"
-    digest: Mapped[str] = mapped_column(ForeignKey("bundles.digest"), primary_key=True)
-    test: Mapped[str] = mapped_column(String(64))
-    held_back: Mapped[str] = mapped_column(String(2048))
 
 
 class NotRecordedError(ExpectedError, LookupError):
@@ -147,7 +138,9 @@ class Catalogue:
     @contextmanager
     def stage(self, dataset: str, stage: str, inputs: str) -> Iterator[Stage]:
         """Time a stage and record it when it finishes without an error."""
-        started, clock, current = datetime.now(UTC), time.perf_counter(), Stage()
+        started = datetime.now(UTC)
+        clock = time.perf_counter()
+        current = Stage()
         yield current
         if not current.recorded:
             return
@@ -181,7 +174,7 @@ class Catalogue:
             return session.scalars(query).first()
 
     def is_current(self, dataset: str, stage: str, inputs: str) -> bool:
-        """Whether the newest run of a stage read exactly these inputs."""
+        """Return whether the newest run of a stage read exactly these inputs."""
         run = self.last_run(dataset, stage)
         return run is not None and run.inputs == inputs
 
@@ -210,11 +203,9 @@ class Catalogue:
                 path=path,
                 metrics=metrics,
                 created_at=datetime.now(UTC),
+                tokens=tokens,
             )
             session.merge(row)
-            session.flush()
-            if tokens is not None:
-                session.merge(AcceptedTokens(digest=digest, fingerprint=tokens))
 
     def set_live(self, dataset: str, digest: str) -> None:
         """Make a recorded bundle the live one of its dataset.
@@ -228,10 +219,9 @@ class Catalogue:
                 raise NotRecordedError(
                     f"no bundle {digest[:12]} of dataset {dataset!r} in the catalogue: export it first"
                 )
-            current = session.get(Live, dataset)
-            if current is None or current.digest != digest:
+            newest = session.scalars(_live_log(dataset).limit(1)).first()
+            if newest is None or newest.digest != digest:
                 session.add(LiveSince(dataset=dataset, digest=digest, since=datetime.now(UTC)))
-            session.merge(Live(dataset=dataset, digest=digest, since=datetime.now(UTC)))
 
     def live_bundle(self, dataset: str) -> BundleRow:
         """The live bundle of a dataset.
@@ -240,11 +230,8 @@ class Catalogue:
             NoLiveBundleError: none is live.
         """
         with Session(self.engine) as session:
-            row = session.scalars(
-                select(BundleRow)
-                .join(Live, Live.digest == BundleRow.digest)
-                .where(Live.dataset == dataset)
-            ).first()
+            newest = session.scalars(_live_log(dataset).limit(1)).first()
+            row = None if newest is None else session.get(BundleRow, newest.digest)
         if row is None:
             raise NoLiveBundleError(
                 f"no bundle of {dataset!r} is live: run `python -m modeling train`, `evaluate` and `export` first"
@@ -265,10 +252,7 @@ class Catalogue:
             NotRecordedError: none was.
         """
         with Session(self.engine) as session:
-            query = (
-                select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id.desc())
-            )
-            log = [row.digest for row in session.scalars(query)]
+            log = [row.digest for row in session.scalars(_live_log(dataset))]
             for digest in log[1:]:
                 row = session.get(BundleRow, digest)
                 if digest != log[0] and row is not None:
@@ -276,28 +260,30 @@ class Catalogue:
         raise NotRecordedError(f"no bundle of {dataset!r} was live before the present one")
 
     def note_comparison(self, digest: str, test: str, held_back: str) -> None:
-        """Note on which test requests a bundle was measured, and what holds it back; empty:
-        nothing.
-        """
-        with Session(self.engine) as session, session.begin():
-            session.merge(BundleNote(digest=digest, test=test, held_back=held_back[:2048]))
+        """Note on which test requests a bundle was measured, and what holds it back; "": nothing."""
+        self._note(digest, test=test, held_back=held_back[:2048])
 
     def hold_back(self, digest: str, why: str) -> None:
         """Note what holds a bundle back from now on; on which requests it was measured stays."""
-        self.note_comparison(digest, self.test_of(digest) or "", why)
+        self._note(digest, held_back=why[:2048])
 
     def test_of(self, digest: str) -> str | None:
         """On which test requests a bundle was measured."""
         with Session(self.engine) as session:
-            row = session.get(BundleNote, digest)
+            row = session.get(BundleRow, digest)
             return None if row is None else row.test
 
     def held_back(self, dataset: str, digest: str) -> str:
-        """What holds a bundle back from going live; empty where nothing does, or it is live."""
+        """Return the reason why a bundle may not go live; "" if there is no reason, or it is live."""
         live = self.live_or_none(dataset)
         with Session(self.engine) as session:
-            row = session.get(BundleNote, digest)
-        return "" if row is None or (live is not None and live.digest == digest) else row.held_back
+            row = session.get(BundleRow, digest)
+        is_live = live is not None and live.digest == digest
+        return "" if row is None or is_live else row.held_back or ""
+
+    def _note(self, digest: str, **columns: str) -> None:
+        with Session(self.engine) as session, session.begin():
+            session.execute(update(BundleRow).where(BundleRow.digest == digest).values(**columns))
 
     def bundles(self, dataset: str) -> list[BundleRow]:
         """All recorded bundles of a dataset, newest first."""
@@ -314,7 +300,7 @@ class Catalogue:
         """The newest bundle of a recipe, or the one whose digest begins so.
 
         Raises:
-            NotRecordedError: there is none.
+            NotRecordedError: no such bundle is recorded.
         """
         for row in self.bundles(dataset):
             if (
@@ -330,8 +316,8 @@ class Catalogue:
     def accepted_tokens(self, digest: str) -> str | None:
         """The token version that a bundle accepts, if it reads tokens."""
         with Session(self.engine) as session:
-            row = session.get(AcceptedTokens, digest)
-            return None if row is None else row.fingerprint
+            row = session.get(BundleRow, digest)
+            return None if row is None else row.tokens
 
     def record_tokens(
         self,
@@ -403,14 +389,12 @@ class Catalogue:
             ended = {row.digest: _utc(after.since) for row, after in itertools.pairwise(log)}
             if log:
                 ended[log[-1].digest] = datetime.max.replace(tzinfo=UTC)
-            query = select(AcceptedTokens, BundleRow).join(
-                BundleRow, BundleRow.digest == AcceptedTokens.digest
+            reading = select(BundleRow).where(
+                BundleRow.dataset == dataset, BundleRow.tokens.is_not(None)
             )
             needed = {
-                accepted.fingerprint
-                for accepted, bundle in session.execute(
-                    query.where(BundleRow.dataset == dataset)
-                ).all()
+                bundle.tokens
+                for bundle in session.scalars(reading)
                 if max(ended.get(bundle.digest, _utc(bundle.created_at)), _utc(bundle.created_at))
                 > limit
             }
@@ -419,6 +403,11 @@ class Catalogue:
             for row in self.token_versions(dataset)
             if row.fingerprint not in needed and _utc(row.built_at) <= limit
         ]
+
+
+def _live_log(dataset: str) -> Select[LiveSince]:
+    """Bundles of a dataset in the order in which they became live, the newest first."""
+    return select(LiveSince).where(LiveSince.dataset == dataset).order_by(LiveSince.id.desc())
 
 
 def _utc(time: datetime) -> datetime:

@@ -1,4 +1,4 @@
-"""What all rooms' command lines share: how an app is made, how errors end a command, and how tables
+"""Helpers of every room's command line: how an app is made, how errors end a command, and how tables
 fit a terminal.
 """
 
@@ -52,6 +52,7 @@ def run(command: Callable[[], Any]) -> int:
             stream.reconfigure(
                 errors="replace"
             )  # a terminal that knows ASCII only gets question marks, not a traceback
+    # From here on every way in which a command can end has its exit code.
     try:
         code = command()
         sys.stdout.flush()

@@ -38,7 +38,7 @@ class Contract:
         """The table of that name.
 
         Raises:
-            KeyError: no such table; the message lists those that exist.
+            KeyError: no such table; the message lists all tables.
         """
         for table in self.tables:
             if table.name == name:
@@ -72,12 +72,12 @@ class Contract:
 
     @property
     def user_columns(self) -> tuple[Column, ...]:
-        """What a request reads of its user beside the history."""
+        """Return the columns that a request reads of its user beside the history."""
         return self.columns_of(("user_profile", "user_stats", *self.views_of("user")))
 
     @property
     def item_columns(self) -> tuple[Column, ...]:
-        """What a request reads of its candidates."""
+        """Return the columns that a request reads of its candidates."""
         return self.columns_of(("item_profile", "item_stats", *self.views_of("item")))
 
     def columns_of(self, tables: Iterable[str]) -> tuple[Column, ...]:
@@ -143,6 +143,7 @@ def contract(spec: DatasetSpec) -> Contract:
     """
     if shared := shared_names(spec):
         raise DeclarationError(f"SPEC of {spec.name!r}: {'; '.join(shared)}. Rename one of them")
+    # In the order in which they are built: raw tables, views, training examples, custom views.
     user = Entity("user", "user_id", spec.user_id, "who acted")
     item = Entity("item", "item_id", spec.item_id, "what was acted on")
     tables = (
@@ -330,7 +331,8 @@ def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
     """Statistics of a user; the mean of a number, and how many events have it, where one is
     declared.
     """
-    primary, value = spec.actions[0], spec.stat_value
+    primary = spec.actions[0]
+    value = spec.stat_value
     mean_doc = f"mean {value} of the user's events '{primary}' to date"
     number_doc = f"events '{primary}' with a {value}"
     mean = (

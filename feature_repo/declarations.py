@@ -1,7 +1,7 @@
-"""Whether a dataset's declaration can be what it says, and its form as JSON. Standard library only.
+"""Validation of a dataset's declaration, and its form as JSON. Standard library only.
 
-A slip is named with its field, what it holds and what is possible; all of them at once, for whoever
-mends one by one runs the same command for each.
+A slip is named with its field, what it holds and what is possible; all of them at once, because a person
+who mends one at a time has to run the command for each.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def problems(spec: DatasetSpec) -> list[str]:
-    """What a dataset declares and cannot be, a line for each slip."""
+    """Yield a line for each slip of a declaration."""
     return [
         *_wrong_ids_and_actions(spec),
         *_wrong_columns(spec),
@@ -247,6 +247,7 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
         source: Source | None = getattr(spec, field_name)
         if source is None:
             continue
+        # 1. How values are written.
         if source.time_unit not in (None, *TIME_UNITS):
             yield (
                 f"{field_name}.time_unit is {source.time_unit!r}; expected one of "
@@ -280,6 +281,7 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
                 f"{field_name}.zone is {source.zone!r}; expected a zone such as 'UTC' or "
                 "'Europe/London'"
             )
+        # 2. Names that must be declared elsewhere.
         for name in source.columns:
             if name not in ours:
                 yield (
@@ -292,6 +294,7 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
                     f"{field_name} names the action {name!r}; there are "
                     f"{list(spec.actions)}{nearest(name, spec.actions)}"
                 )
+    # 3. What says that an action happened.
     source = spec.events
     ways = [name for name in ("action", "flags") if getattr(source, name)]
     if len(ways) > 1:
@@ -331,7 +334,7 @@ def _wrong_limits(spec: DatasetSpec) -> Iterator[str]:
 
 
 def is_iso_time(text: str) -> bool:
-    """Whether text is an ISO time, with or without a zone."""
+    """Return whether a text is an ISO time, with or without a zone."""
     try:
         datetime.fromisoformat(text)
     except ValueError:
@@ -354,7 +357,7 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
     """The declaration that `plain` stored, without its sources.
 
     Raises:
-        ValueError, TypeError, KeyError: it is none of this version's.
+        ValueError, TypeError, KeyError: another version stored it.
     """
 
     def columns(listed: list[dict[str, Any]]) -> tuple[Column, ...]:
@@ -391,7 +394,7 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
 
 
 def lacks(needed: Contract, found: Contract) -> list[str]:
-    """What a model of the contract `needed` reads and tables of the contract `found` do not have.
+    """Return what a model of the contract `needed` reads and tables of the contract `found` lack.
     Empty: it can go on.
 
     More features, or more actions behind the known ones, take nothing from it.
@@ -422,5 +425,5 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
 
 
 def _shape(column: Column) -> tuple[DType, int | None]:
-    """What two columns of one name must share: the type, and the length of a vector."""
+    """Return what two columns of one name must share: the type, and the length of a vector."""
     return column.dtype, column.max_length if column.dtype is DType.FLOAT32_LIST else None

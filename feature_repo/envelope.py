@@ -1,4 +1,4 @@
-"""What is stored of one user beside the events: summary tokens and sketches, as bytes that say what
+"""Envelopes of a user's summary tokens and sketches: bytes that say what
 they are, of whom, made by which model or layout, and how old.
 
     magic 4 | layout u8 | kind u8 | flags u16 | rows u16 | width u16 | fingerprint 16
@@ -46,14 +46,14 @@ class Envelope:
     """Summary tokens and their identity.
 
     Args:
-        fingerprint: of the stage 1 that made them, 32 hexadecimal digits; tokens of another are
-            never scored.
+        fingerprint: of the stage 1 that made them, 32 hexadecimal digits; tokens of
+            a different stage 1 are never scored.
         as_of: events up to this time are in them, microseconds.
         computed_at: when they were made, microseconds.
         num_events: events behind them.
         tokens_SD: float32; None in a tombstone.
         digest: of those events (`history.event_digests`): the same number of events with another
-            digest is another past.
+            digest is a different history.
     """
 
     fingerprint: str
@@ -65,7 +65,7 @@ class Envelope:
 
     @property
     def tombstone(self) -> bool:
-        """Whether it says that there are no tokens any more."""
+        """True if the envelope says that there are no tokens any more."""
         return self.tokens_SD is None
 
 
@@ -90,7 +90,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Sealed:
-    """What an envelope holds: its header, and a payload that the checksum has vouched for."""
+    """An envelope's header, and a payload that the checksum has vouched for."""
 
     kind: int
     flags: int
@@ -103,7 +103,7 @@ def seal(magic: bytes, sealed: Sealed, user_id: int | str) -> bytes:
     """An envelope's bytes, for this user's key alone.
 
     Raises:
-        EnvelopeError: a fingerprint of another length.
+        EnvelopeError: the fingerprint has not 16 bytes.
     """
     identity = sealed.identity
     try:
@@ -131,7 +131,7 @@ def seal(magic: bytes, sealed: Sealed, user_id: int | str) -> bytes:
 
 
 def unseal(magic: bytes, data: bytes, user_id: int | str, what: str = "tokens") -> Sealed:
-    """What an envelope says, once it is known to be whole and this user's.
+    """Open an envelope once it is known to be whole and this user's.
 
     Args:
         what: the payload's name in error messages.
@@ -152,7 +152,8 @@ def unseal(magic: bytes, data: bytes, user_id: int | str, what: str = "tokens") 
         raise EnvelopeError(
             f"{what} of user {user_id!r} have {len(data)} bytes: too short to be an envelope"
         )
-    body, (stored,) = data[: -_CRC.size], _CRC.unpack(data[-_CRC.size :])
+    body = data[: -_CRC.size]
+    (stored,) = _CRC.unpack(data[-_CRC.size :])
     if checksum(user_id, body) != stored:
         raise EnvelopeError(
             f"{what} of user {user_id!r} are damaged, or were stored for another user: checksum differs"
@@ -169,12 +170,13 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
 
     Raises:
         EnvelopeError: tokens that are no finite S × D array, or that fp16 cannot hold; a
-            fingerprint of another length.
+            fingerprint that has not 16 bytes.
     """
     if kind not in KINDS:
         raise EnvelopeError(f"no kind of payload {kind!r}; there are {KINDS}")
     tokens = envelope.tokens_SD
-    shape, payload = (0, 0), b""
+    shape = (0, 0)
+    payload = b""
     if tokens is not None:
         if tokens.ndim != 2 or not all(0 < size < 1 << 16 for size in tokens.shape):
             raise EnvelopeError(
@@ -182,7 +184,8 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
             )
         if not np.isfinite(tokens).all():
             raise EnvelopeError(f"tokens of user {user_id!r} hold NaN or infinity")
-        shape, payload = tokens.shape, _payload(tokens.astype(np.float32), kind, user_id)
+        shape = tokens.shape
+        payload = _payload(tokens.astype(np.float32), kind, user_id)
     flags = _TOMBSTONE if tokens is None else 0
     identity = Identity(
         envelope.fingerprint,
@@ -195,7 +198,7 @@ def to_bytes(envelope: Envelope, user_id: int | str, kind: Kind = "fp16") -> byt
 
 
 def from_bytes(data: bytes, user_id: int | str) -> Envelope:
-    """What the bytes under a user's key say.
+    """Decode the bytes under a user's key.
 
     Raises:
         LayoutError: of a layout that this version does not read.

@@ -1,8 +1,8 @@
 """Users who were erased: the `events` job leaves them out, so that no table built from it knows them, and
 the server takes no events of theirs, until they are allowed again.
 
-The list is `<home>/erased/users.json`. It holds a keyed hash of each id, so that it can recognise a user and
-names nobody.
+The list is `<home>/erased/users.json`. It holds a keyed hash of each id, so that it recognises a user without
+naming one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 
 from feature_repo.tables import JobFolder, digest_of
 
-FOLDER, USERS = "erased", "users.json"
+FOLDER = "erased"
+USERS = "users.json"
 REDACTED = '{"erased": true}'  # in place of a raw row
 _BLANK = json.loads(REDACTED)
 
@@ -42,11 +43,11 @@ class Erased:
 
     @property
     def digest(self) -> str:
-        """Of who is listed."""
+        """A digest of the listed users."""
         return digest_of([self.salt, sorted(self.users)])
 
     def hash_of(self, user: Any) -> str:
-        """What the list holds of a user."""
+        """Return the keyed hash by which the list holds a user."""
         key = bytes.fromhex(self.salt)
         text = str(user).encode(errors="surrogatepass")
         return hashlib.blake2b(text, key=key, digest_size=16).hexdigest()
@@ -102,7 +103,7 @@ def _forms(value: Any) -> set[str]:
 
 
 def erased_of(home: str) -> Erased:
-    """The list of a home; nobody, where nobody was erased."""
+    """Return the list of a home; an empty one if no user was erased."""
     folder = JobFolder(home, FOLDER)
     stored = folder.read_bytes(f"{folder.root}/{USERS}")
     if stored is None:
@@ -118,11 +119,13 @@ class ErasedList:
     frozenset()
 
     Args:
-        home: None where nobody was erased.
+        home: None if no user was erased.
     """
 
     def __init__(self, home: str | None) -> None:
-        self._home, self._read, self._until = home, Erased(), 0.0
+        self._home = home
+        self._read = Erased()
+        self._until = 0.0
 
     def now(self) -> Erased:
         """As it was at most a second ago.

@@ -5,7 +5,7 @@ ExpectedError                     exit code 1
 ├── UsageError                    exit code 2: options that do not exist, or values that they do not take
 ├── SettingsError                 an environment variable that is unknown, or holds what it may not
 ├── DeclarationError              a dataset module declares what cannot be
-├── RawDataError                  raw data is missing, or of another shape than its module expects
+├── RawDataError                  raw data is missing, or not of the shape that its module expects
 ├── sequence_file.SequenceFileError
 ├── tables.TableNotBuiltError     a table was asked for that no finished run has written
 ├── tables.StaleTableError        a table was built under another contract, or by another run than the one named

@@ -21,7 +21,7 @@ UNDEFINED = -1  # a label that has no meaning for the item
 
 
 @dataclass(frozen=True)
-class Requests:
+class LoggedRequests:
     """Requests of some users, in the order of their events, and the items of each.
 
     Args:
@@ -39,7 +39,7 @@ class Requests:
     repeats: int
 
 
-def random_ndcg(requests: Requests, drawn: int) -> float:
+def random_ndcg(requests: LoggedRequests, drawn: int) -> float:
     """NDCG@10 of the first task that a random order is expected to reach: 1 where each request has one
     candidate. NaN where no request has a positive.
 
@@ -61,13 +61,14 @@ def random_ndcg(requests: Requests, drawn: int) -> float:
     return float((reached / gain[np.minimum(positive[asked], 10)]).mean())
 
 
-def requests_of(contract: Contract, events: pa.Table) -> Requests:
-    """What was asked, as the dataset declares.
+def requests_of(contract: Contract, events: pa.Table) -> LoggedRequests:
+    """Return the requests of a log, as the dataset declares.
 
     Args:
         events: of whole users, sorted by user, time and position.
     """
-    rules, action = contract.spec.requests, events["action"].to_numpy()
+    rules = contract.spec.requests
+    action = events["action"].to_numpy()
     chosen, key = _asked_together(contract, events, action)
     first, request = _numbered(key)
     item = events[contract.item.join_key].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -88,7 +89,7 @@ def requests_of(contract: Contract, events: pa.Table) -> Requests:
             labels[given != 1, number] = UNDEFINED
     order = np.argsort(request[first_of_pair], kind="stable")
     said = np.unique(np.stack([pair_of_event, action[chosen].astype(np.int64)]), axis=1).shape[1]
-    return Requests(
+    return LoggedRequests(
         first_event=chosen[first],
         request=request[first_of_pair][order],
         event=chosen[first_of_pair][order],
@@ -101,7 +102,8 @@ def _asked_together(
     contract: Contract, events: pa.Table, action: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Events that some request is about, and a number for each that those of one request share."""
-    rules, number = contract.spec.requests, events.num_rows
+    rules = contract.spec.requests
+    number = events.num_rows
     user = events[contract.user.join_key].combine_chunks()
     starts = run_starts(user)
     lengths = run_ends(starts, number) - starts

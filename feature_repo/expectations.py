@@ -22,10 +22,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 from feature_repo.schema import Column, Table
 
-BATCH_ROWS, BATCH_BYTES = 1_000_000, 1 << 28
+BATCH_ROWS = 1_000_000
+BATCH_BYTES = 1 << 28
 SAMPLED_ROWS = 200_000  # of a larger table; a million take Great Expectations about five seconds
 # Great Expectations' pages fetch style, scripts and a logo from other hosts.
 REMOTE = re.compile(
@@ -45,8 +47,8 @@ class GateError(ExpectedError, ValueError):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one expectation saw over all batches of a table."""
+class ExpectationResult:
+    """The outcome of one expectation over all batches of a table."""
 
     column: str
     expectation: str
@@ -64,7 +66,7 @@ class Verdict:
     suite: str
     rows: int
     bad_rows: int
-    findings: list[Finding]
+    findings: list[ExpectationResult]
     docs: str
 
     @property
@@ -105,7 +107,7 @@ def _check(
     )
     definition = _definition(gx, context, name)
 
-    merged: dict[tuple[str, str], Finding] = {}
+    merged: dict[tuple[str, str], ExpectationResult] = {}
     rows = bad_rows = 0
     for batch in batches:
         frame = _frame(batch)
@@ -163,12 +165,12 @@ def _index_of(site: Path) -> Path:
             f"<ul>{links}</ul>"
         )
     site.mkdir(parents=True, exist_ok=True)
-    index, draft = site / "index.html", site / ".index.draft"
-    draft.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data Docs</title>{STYLE}</head>'
-        f"<body><h1>Data Docs</h1>{''.join(lines)}</body></html>"
-    )
-    draft.replace(index)
+    index = site / "index.html"
+    with atomic_write(index) as draft:
+        draft.write_text(
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data Docs</title>{STYLE}</head>'
+            f"<body><h1>Data Docs</h1>{''.join(lines)}</body></html>"
+        )
     return index
 
 
@@ -269,7 +271,7 @@ def rebatch(tables: Iterable[pa.Table], rows: int = BATCH_ROWS) -> Iterable[pa.T
 
 def _context(draft: Path) -> tuple[Any, Any]:
     """Great Expectations without a project of files, which a killed check would leave half-written; its
-    Data Docs go to a folder that is nobody else's, since it removes what it does not know there.
+    Data Docs go to a folder that it does not share, because it removes whatever it does not know there.
     """
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import logging
@@ -327,7 +329,7 @@ def _exceptions(outcome: Any) -> str:
 
 
 def _merge(
-    merged: dict[tuple[str, str], Finding], outcome: Any, frame: Any, index: np.ndarray
+    merged: dict[tuple[str, str], ExpectationResult], outcome: Any, frame: Any, index: np.ndarray
 ) -> None:
     config = outcome.expectation_config
     column = str(config.kwargs.get("column") or config.kwargs.get("column_list"))
@@ -342,4 +344,4 @@ def _merge(
         bad += previous.bad
         rows = (previous.rows + rows)[:NUM_EXAMPLES]
         observed = (previous.observed + observed)[:NUM_EXAMPLES]
-    merged[column, config.type] = Finding(column, config.type, bad, observed, rows)
+    merged[column, config.type] = ExpectationResult(column, config.type, bad, observed, rows)

@@ -89,7 +89,7 @@ def _view(entities: list[Entity], source: FileSource, *, online: bool = True) ->
 
 
 def _own_source(declared: schema.OwnView) -> FileSource | PushSource:
-    """Where a person's own view is read from: a file that no job of ours writes."""
+    """Return the source of a custom feature view: a file that no job of ours writes."""
     batch = FileSource(
         name=f"{declared.name}_source",
         path=dataset.path_of(declared, settings.data),

@@ -72,7 +72,7 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
     """The events of a packed history, oldest first; columns of `contract.history_columns`.
 
     Raises:
-        HistoryError: damaged, truncated, of another layout, stored for another user, without a
+        HistoryError: damaged, truncated, in an unknown layout, stored for a different user, without a
             column that the contract has, or with a value that no event can have.
     """
     if len(data) < _HEADER.size + _CRC.size:
@@ -88,7 +88,8 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
         raise HistoryError(
             f"packed history of user {user_id!r} has layout {layout}; this version reads {LAYOUT}"
         )
-    body, (crc,) = data[: -_CRC.size], _CRC.unpack_from(data, len(data) - _CRC.size)
+    body = data[: -_CRC.size]
+    (crc,) = _CRC.unpack_from(data, len(data) - _CRC.size)
     if crc != checksum(user_id, body):
         raise HistoryError(
             f"packed history of user {user_id!r} fails its checksum: damaged, or another user's"
@@ -242,13 +243,6 @@ def mean_names(contract: Contract) -> tuple[str, str]:
     return f"user_mean_{value}", f"user_num_{value}"
 
 
-def primary_values(contract: Contract, events: pa.Table | pa.RecordBatch) -> np.ndarray:
-    """The dataset's number of those events of the first action that have one, float64."""
-    chosen = pc.fill_null(pc.equal(events["action"], 0), False)
-    values = pc.drop_null(pc.filter(events[contract.spec.stat_value], chosen))
-    return values.to_numpy(zero_copy_only=False).astype(np.float64)
-
-
 def log_part(
     contract: Contract, events: pa.Table, remembered: Sequence[np.ndarray] = ()
 ) -> pa.RecordBatch:
@@ -291,7 +285,7 @@ def _stored(numbers: np.ndarray) -> pa.Array:
 
 
 def _loaded(values: pa.Array) -> np.ndarray:
-    """What `_stored` stored, without a copy."""
+    """Read what `_stored` wrote, without a copy."""
     if not pa.types.is_fixed_size_list(values.type):
         return values.to_numpy()
     return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
@@ -334,7 +328,7 @@ class Histories:
     """Events of several requests, flat: request b owns `[offsets[b], offsets[b + 1])`, oldest
     first.
 
-    `item_keys` are integers of which equal ones mean the same item (within this object and the
+    `item_keys` are integers; equal ones mean the same item (within this object and the
     `item_keys` of the candidates that came with it); `columns` hold the other event columns, times
     in microseconds.
     """
@@ -409,7 +403,8 @@ class HistoryLog:
         self.contract = contract
         paths = folder.paths("history_log") if paths is None else paths
         parts = [_open_part(folder, path) for path in paths]
-        item, user = contract.item.join_key, contract.user.join_key
+        item = contract.item.join_key
+        user = contract.user.join_key
         self.items: pa.Array = pc.unique(
             pa.concat_arrays([part[item].values.dictionary for part in parts])
         ).sort()
@@ -478,6 +473,7 @@ class HistoryLog:
                 f"history_end {int(ends[beyond][0])} of user {self.users[row]} lies beyond the {int(self._count[row])} events in the "
                 "log: index and log are of different runs; run `python -m beam_jobs user_history` and `feast apply` again"
             )
+        # Places of the chosen events in their parts, all requests in one flat array.
         starts = np.zeros_like(ends) if length is None else np.maximum(ends - length, 0)
         lengths = ends - starts
         offsets = np.r_[0, np.cumsum(lengths)]
@@ -491,6 +487,7 @@ class HistoryLog:
             name: np.empty((len(flat), *parts[0].shape[1:]), parts[0].dtype)
             for name, parts in chosen.items()
         }
+        # Part by part: a part is one memory-mapped file.
         for part in np.unique(owner):
             mine = owner == part
             at = flat[mine]

@@ -1,8 +1,8 @@
-"""Where keys stand in a column of keys, looked up in time that depends on how many are asked for,
+"""The places of keys in a column of keys, looked up in time that depends on how many are asked for,
 not on how many there are.
 
 `pyarrow.compute.index_in` hashes the whole column anew for each call: 83 ms at a million keys, for
-however few are asked. Here that is done once: 64-bit hashes in order, and where those that begin
+however few are asked. Here that is done once: 64-bit hashes in order, and where hashes that begin
 with the same bits start. A look-up is then a handful of gathers, at 16 bytes a key.
 """
 
@@ -53,12 +53,15 @@ class KeyIndex:
         # it.
         while len(asked):
             within = at < len(self._hash)
-            at, asked = at[within], asked[within]
-            here, sought = self._hash[at], hashes[asked]
+            at = at[within]
+            asked = asked[within]
+            here = self._hash[at]
+            sought = hashes[asked]
             match = here == sought
             found[asked[match]] = self._place[at[match]]
             on = here < sought
-            at, asked = at[on] + 1, asked[on]
+            at = at[on] + 1
+            asked = asked[on]
         return self._verified(wanted, found)
 
     def _verified(self, wanted: pa.Array, found: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the name of a raw column says of it: words by which people call users, items and times, in
+"""The meaning of a raw column's name: words by which people call users, items and times, in
 the languages in which headers of logs were seen.
 """
 
@@ -142,13 +142,13 @@ def parts_of(name: str) -> list[str]:
 
 
 def named_as(name: str, role: str) -> bool:
-    """Whether a word of a column's name is one of those for a role."""
+    """Return whether a column's name has one of the words for a role."""
     words = WORDS.get(role, "").split()
     return any(part.rstrip("s") in words or part in words for part in parts_of(name))
 
 
 def may_be_key(name: str) -> bool:
-    """Whether a column may name users or items by what it is called: a user's age names nobody."""
+    """Return whether a column may name users or items, judging by its name: `user_age` may not."""
     return not NO_KEYS & set(parts_of(name))
 
 
@@ -160,12 +160,13 @@ def best_named(names: Sequence[str], role: str) -> str | None:
 
 
 def as_well_named(chosen: str, names: Sequence[str], role: str) -> list[str]:
-    """The others of which nothing says that they are named worse."""
+    """Return the other columns whose names fit a role as well as the chosen one's."""
     return [n for n in names if n != chosen and _rank(n, role) == _rank(chosen, role)]
 
 
 def _rank(name: str, role: str) -> tuple[bool, bool, bool, int, int]:
-    words, parts = WORDS[role].split(), parts_of(name)
+    words = WORDS[role].split()
+    parts = parts_of(name)
     place = min((words.index(p) for p in parts if p in words), default=len(words))
     beside = sum(part not in words and part != "id" for part in parts)
     # `order_item_id` counts the items of an order; `event_timestamp` is as good as `timestamp`.
@@ -196,7 +197,7 @@ def _is_form(part: str, word: str) -> bool:
 
 
 def takes_back(action: str) -> bool:
-    """Whether an action undoes another, or says the opposite: cancel_order, unlike, dislike."""
+    """Return whether an action undoes a different one, or says the opposite: cancel_order, unlike, dislike."""
     parts = parts_of(action)
     stems = [part.removeprefix(by) for part in parts for by in ("dis", "un") if part.startswith(by)]
     undoes = bool(UNDOING & set(parts))

@@ -63,7 +63,7 @@ WHOLE = "whole"  # tag of a source whose newest row of each key is materialized,
 class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
     """`offline_store:` of `feature_store.yaml`.
 
-    `dataset` guards the registry: definitions of another dataset are refused at `feast apply`.
+    `dataset` guards the registry: `feast apply` refuses the definitions of any other dataset.
     """
 
     type: str = TYPE
@@ -113,8 +113,10 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             raise EntityFrameError(
                 f"entity_df must be a pandas DataFrame or an Arrow table, not {type(entity_df).__name__}"
             )
+        # 1. The asked rows, under names of DuckDB's that no feature can have.
         _refuse_shared_names(_names(entity_df), feature_refs, full_feature_names)
         entities = _entity_table(entity_df, time, feature_views)
+        # 2. One ASOF join for each view, all in one query.
         joins: list[str] = []
         outputs: list[str] = []
         names: list[str] = []
@@ -135,6 +137,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         outputs = [f"e.{inner}" for inner in entities.inner.values()] + outputs
         names = [*entities.inner, *names]
         sql = f"SELECT {', '.join(f'{value} AS __o{n}' for n, value in enumerate(outputs))} FROM entity_rows e {' '.join(joins)} ORDER BY e.__row"
+        # 3. What Feast wants to know of the job before it runs.
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
         span = pc.min_max(entities.table[entities.inner[time]])
         now = datetime.now(UTC)
@@ -205,7 +208,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
         )
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
-        """Refuse definitions of another dataset than the registry is for, and a registry that was
+        """Refuse definitions of a dataset that the registry is not for, and a registry that was
         copied from elsewhere.
 
         Raises:
@@ -213,7 +216,8 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             StoreError: the registry's tables lie elsewhere: Feast would drop them there.
         """
         _refuse_foreign_registry(config)
-        expected, found = config.offline_store.dataset, (data_source.tags or {}).get("dataset")
+        expected = config.offline_store.dataset
+        found = (data_source.tags or {}).get("dataset")
         if expected and found and expected != found:
             raise WrongDatasetError(
                 f"this feature_store.yaml is for dataset {expected!r}, but MEMOIR_DATASET makes definitions of {found!r}: use "
@@ -222,7 +226,8 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
 
 
 def _refuse_foreign_registry(config: RepoConfig) -> None:
-    path, online = getattr(config.registry, "path", ""), getattr(config.online_store, "path", None)
+    path = getattr(config.registry, "path", "")
+    online = getattr(config.online_store, "path", None)
     if (
         getattr(config.registry, "registry_type", "file") != "file"
         or online is None
@@ -251,12 +256,13 @@ class AsofJob(RetrievalJob):
         metadata: RetrievalMetadata,
     ) -> None:
         super().__init__()
-        self._config, self._sql, self._names, self._entities = config, sql, names, entities
-        self._on_demand, self._full_feature_names, self._metadata = (
-            on_demand,
-            full_feature_names,
-            metadata,
-        )
+        self._config = config
+        self._sql = sql
+        self._names = names
+        self._entities = entities
+        self._on_demand = on_demand
+        self._full_feature_names = full_feature_names
+        self._metadata = metadata
 
     def to_batches(self, rows: int = 65_536) -> pa.RecordBatchReader:
         """The result as a stream of Arrow batches, in entity order."""
@@ -282,7 +288,7 @@ class AsofJob(RetrievalJob):
 
     @property
     def full_feature_names(self) -> bool:
-        """Whether feature columns carry their view's name."""
+        """True if feature columns carry their view's name."""
         return self._full_feature_names
 
     @property
@@ -400,11 +406,11 @@ def _time_of(rows: pa.Table) -> str:
 def _entity_table(
     entity_df: pd.DataFrame | pa.Table, time: str, views: list[FeatureView]
 ) -> EntityRows:
-    """Entity rows as DuckDB joins them: columns under names of their own, times in UTC, keys of
+    """Entity rows as DuckDB joins them: columns under distinct names, times in UTC, keys of
     their views' types.
 
     Raises:
-        EntityFrameError: a row without a time, or keys of another kind than the view's.
+        EntityFrameError: a row without a time, or keys that are not of the view's type.
     """
     if isinstance(entity_df, pa.Table):
         at = entity_df.column_names.index(time)
@@ -572,7 +578,7 @@ def _asof_join(
 
 
 def _has_late(rows: str, config: RepoConfig) -> bool:
-    """Whether a row was created after its stamp: then it is invisible to some entity rows, and "the
+    """Return whether any row was created after its stamp: then it is invisible to some entity rows, and "the
     newest" differs by entity row. Without any, which is what our tables hold, the plain ASOF join is
     right.
     """

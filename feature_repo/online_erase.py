@@ -36,7 +36,9 @@ class OnlineEraser:
     """
 
     def __init__(self, store: FeatureStore, contract: Contract, versions: Sequence[str]) -> None:
-        self._store, self._contract, self._versions = store, contract, versions
+        self._store = store
+        self._contract = contract
+        self._versions = versions
         self.kind: str = store.config.online_store.type
         user = contract.user.join_key
         theirs = (
@@ -48,7 +50,7 @@ class OnlineEraser:
 
     @property
     def deletes(self) -> bool:
-        """Whether keys can be looked through and deleted."""
+        """Return whether keys can be looked through and deleted."""
         return self.kind.startswith("redis") or self.kind == "sqlite"
 
     def erase(self, users: Sequence[Any], at: datetime) -> int | None:
@@ -69,7 +71,7 @@ class OnlineEraser:
         return None
 
     def sweep(self, users: Sequence[Any], at: datetime) -> int | None:
-        """Remove whatever a search of all keys finds of users, of versions that nobody listed too; where keys
+        """Remove whatever a search of all keys finds of users, of unlisted versions too; where keys
         cannot be looked through, as `erase`.
         """
         return self._delete(set(self._found(users))) if self.deletes else self.erase(users, at)
@@ -92,7 +94,8 @@ class OnlineEraser:
 
     def _rows_of(self, view: Table, users: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """Keys of a view, of each user and, where the view has them, each token version."""
-        user, version = self._contract.user.join_key, TOKEN_VERSION.join_key
+        user = self._contract.user.join_key
+        version = TOKEN_VERSION.join_key
         for one in users:
             if version in view.join_keys:
                 yield from ({user: one, version: each} for each in self._versions)
@@ -165,7 +168,8 @@ class OnlineEraser:
         """Remove keys from everywhere in the store; returns how many there were."""
         ordered = sorted(keys)
         if self.kind.startswith("redis"):
-            client, project = self._redis(), self._store.config.project.encode()
+            client = self._redis()
+            project = self._store.config.project.encode()
             full = [key + project for key in ordered]
             return sum(
                 client.unlink(*full[start : start + PIECE]) for start in range(0, len(full), PIECE)

@@ -1,6 +1,6 @@
 """Summary tokens in the online store: written, read and removed by user and token version.
 
-On Redis a value is replaced only by one computed later, whoever writes (`redis_writer.py`). Other
+On Redis a value is replaced only by one computed later, by any writer (`redis_writer.py`). Other
 stores are written through Feast's own API, whose last write wins: there, let one job at a time
 write tokens.
 """
@@ -35,7 +35,8 @@ class OnlineTokens:
     """See the module docstring."""
 
     def __init__(self, store: FeatureStore, contract: Contract) -> None:
-        self._store, self._contract = store, contract
+        self._store = store
+        self._contract = contract
         self._view = store.get_feature_view(VIEW)  # once: no write waits for the registry
         self._redis = (
             RedisWriter(store, VIEW) if store.config.online_store.type.startswith("redis") else None
@@ -102,7 +103,7 @@ class OnlineTokens:
         return number
 
     def _prefix(self, version: str) -> bytes:
-        """What the keys of all users of a version begin with: the version sorts before the user."""
+        """Return the common beginning of a version's keys: the version sorts before the user."""
         from feast.infra.key_encoding_utils import serialize_entity_key
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.protos.feast.types.Value_pb2 import Value

@@ -1,10 +1,10 @@
-"""What the online store holds of one user, as one record: read at one moment, and replaced as a whole
+"""A user's record in the online store: read at one moment, and replaced as a whole
 only if nothing of it has changed since.
 
-Whoever adds an event reads the record, computes what follows, and swaps. Where somebody else was
+A process that adds an event reads the record, computes what follows, and swaps. Where somebody else was
 first the swap says so, and the reader begins again from what is there now; so any number of processes
-may take events of one user, none is lost, and no reader sees a history of one moment beside
-statistics of another. The comparison is by content: a writer that keeps no version (a job, `feast
+may take events of one user, none is lost, and no reader sees a history beside statistics
+of a different moment. The comparison is by content: a writer that keeps no version (a job, `feast
 materialize`) is noticed as well.
 
 Layout (Feast 0.67): on Redis a user's views share one hash, and summary tokens have one of their own
@@ -32,7 +32,9 @@ from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-HISTORY, STATS, TOKENS = "user_history", "user_stats", "summary_tokens"
+HISTORY = "user_history"
+STATS = "user_stats"
+TOKENS = "summary_tokens"
 Raw = dict[tuple[str, str], bytes | None]  # (view, feature) → the value as it is stored
 
 # KEYS: hashes. ARGV for each: how many fields are compared, each with the SHA-1 of what it held ("" of
@@ -73,10 +75,10 @@ class NewRow:
 
 @dataclass(frozen=True)
 class UserRecord:
-    """What was stored of a user at one moment.
+    """A user's stored features as they were at one moment.
 
     Args:
-        views: of each view its features, None where there is no value.
+        views: each view's features, None where there is no value.
         raw: the same as it is stored; empty where the store cannot compare.
     """
 
@@ -128,7 +130,8 @@ class _Definitions:
     """Views of a user and their keys, read once: no event waits for the registry."""
 
     def __init__(self, store: FeatureStore, contract: Contract, token_version: str | None) -> None:
-        self.contract, self.token_version = contract, token_version
+        self.contract = contract
+        self.token_version = token_version
         names = [HISTORY, STATS] if token_version is None else [HISTORY, STATS, TOKENS]
         self.views: dict[str, FeatureView] = {name: store.get_feature_view(name) for name in names}
         self.kinds = {
@@ -180,7 +183,8 @@ class _RedisRecords:
         from feast.infra.online_stores.redis import RedisOnlineStore
 
         config = store.config
-        self._definitions, self._project = definitions, config.project
+        self._definitions = definitions
+        self._project = config.project
         self._version = config.entity_key_serialization_version
         self._fields = {pair: _mmh3(f"{pair[0]}:{pair[1]}") for pair in definitions.kinds}
         self._client = RedisOnlineStore()._get_client(config.online_store)
@@ -311,7 +315,8 @@ class _SqliteRecords:
     def _write(self, user_id: int | str, rows: Mapping[str, NewRow]) -> None:
         """Rows as Feast writes them, its times in whole seconds."""
         for view, row in rows.items():
-            key, seconds = self._key(view, user_id), row.known // 1_000_000
+            key = self._key(view, user_id)
+            seconds = row.known // 1_000_000
             for name, value in self._definitions.protos(view, row).items():
                 _upsert(self._connection, self._tables[view], key, name, value, seconds)
 
@@ -372,7 +377,8 @@ class _FeastRecords:
     """
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
-        self._store, self._definitions = store, definitions
+        self._store = store
+        self._definitions = definitions
 
     def read(self, user_id: int | str) -> UserRecord:
         definitions = self._definitions

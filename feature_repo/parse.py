@@ -28,7 +28,7 @@ from feature_repo.schema import (
     Kind,
     Source,
 )
-from feature_repo.sources import Block, RawUnit
+from feature_repo.sources import RawBlock, RawUnit
 
 KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
 ACTION = "__action"  # as read: what the source's action column says
@@ -44,7 +44,7 @@ PROFILES = {"users": "user_profile", "items": "item_profile"}
 
 @dataclass(frozen=True)
 class Derived:
-    """What a dataset's own code makes of raw rows.
+    """Columns and dead letters that a dataset's own code makes of raw rows.
 
     Args:
         columns: ours by name; they stand for what was read.
@@ -148,7 +148,7 @@ def typed(spec: DatasetSpec, unit: RawUnit, rows: pa.Table) -> pa.Table:
     return raw.typed(wanted(spec, unit.kind), rows, unit.file, raw.Format.of(source))
 
 
-def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None) -> Parsed:
+def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | None) -> Parsed:
     """One block of a source, split."""
     spec = contract.spec
     read = typed(spec, unit, block.rows)
@@ -167,7 +167,8 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
         known = from_micros(np.full(len(read), KNOWN_SINCE, np.int64)) if times is None else times
         rows = profile(contract, PROFILES[unit.kind], read, known)
         made = {"users": nothing.users, "items": nothing.items, unit.kind: rows}
-        lost, table = len(block.broken), PROFILES[unit.kind]
+        lost = len(block.broken)
+        table = PROFILES[unit.kind]
         counts = cut_values(spec, unit.kind, read) | lost_values(spec, unit.kind, block.rows, read)
         counts |= {f"read_{table}": lost, f"dead_{table}": lost, "profile_rows_dead": lost}
         return Parsed(
@@ -211,8 +212,8 @@ def parse(contract: Contract, unit: RawUnit, block: Block, derive: Derive | None
     return Parsed(events, users, items, letters, counts)
 
 
-def _derived(derive: Derive, unit: RawUnit, block: Block, read: pa.Table) -> Derived:
-    """What a dataset's own code makes of rows.
+def _derived(derive: Derive, unit: RawUnit, block: RawBlock, read: pa.Table) -> Derived:
+    """Run a dataset's own code on rows.
 
     Raises:
         DeclarationError: it fails; the message names its line and the first row on which it does.
@@ -232,7 +233,7 @@ def _derived(derive: Derive, unit: RawUnit, block: Block, read: pa.Table) -> Der
         ) from error
 
 
-def _fails_on(derive: Derive, kind: str, read: pa.Table, block: Block, row: int) -> bool:
+def _fails_on(derive: Derive, kind: str, read: pa.Table, block: RawBlock, row: int) -> bool:
     try:
         derive(kind, read.slice(row, 1), block.rows.slice(row, 1))
     except Exception:
@@ -268,7 +269,8 @@ def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> 
     if not features:
         keys = pa.table({key: _cast(read[key], schema.field(key).type), "at": known})
         first = keys.group_by(key).aggregate([("at", "min")])
-        read, known = first.select([key]), first["at_min"]
+        read = first.select([key])
+        known = first["at_min"]
     columns = []
     for column in schema:
         if column.name in TIMES:
@@ -316,12 +318,12 @@ def lost_values(spec: DatasetSpec, kind: str, given: pa.Table, read: pa.Table) -
 
 @dataclass(frozen=True)
 class _Actions:
-    """What happened in each row.
+    """The actions of each row.
 
     Args:
         happened: rows × actions, in the order of `number`.
         number: index of each action.
-        reasons: rows that say nothing that there is.
+        reasons: rows that name no declared action.
     """
 
     happened: np.ndarray
@@ -335,7 +337,8 @@ class _Actions:
 
 
 def _actions(spec: DatasetSpec, read: pa.Table) -> _Actions:
-    source, number = spec.events, len(read)
+    source = spec.events
+    number = len(read)
     if "action" in read.column_names:  # a dataset's own code has said
         codes = pc.fill_null(read["action"], -1).to_numpy()
         happened = codes[:, None] == np.arange(len(spec.actions))
@@ -386,7 +389,8 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
         is_flag = column.name.startswith(FLAG)
         if not (is_flag or column.name in required):
             continue
-        missing, is_id = pc.is_null(read[column.name]).to_numpy(), column.name in IDS
+        missing = pc.is_null(read[column.name]).to_numpy()
+        is_id = column.name in IDS
         if not (missing.any() or is_id):
             continue
         blank = raw.is_blank(given[name], tuple(mark.lower() for mark in spec.events.missing))
@@ -422,7 +426,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _letters(
-    contract: Contract, unit: RawUnit, block: Block, verdict: np.ndarray, reasons: list[str]
+    contract: Contract, unit: RawUnit, block: RawBlock, verdict: np.ndarray, reasons: list[str]
 ) -> pa.Table:
     dead = np.flatnonzero(verdict >= 0)
     names = [unit.file.rsplit("/", 1)[-1]] * (len(dead) + len(block.broken))

@@ -1,4 +1,4 @@
-"""What `python -m feature_repo check` tells of a dataset in seconds, without Beam: rows are read,
+"""`python -m feature_repo check` previews a dataset in seconds, without Beam: rows are read,
 parsed and asked about as the jobs would, and nothing is written.
 
 At most `ROWS` rows are read, from the beginning and the end of the log: enough for every slip of a
@@ -23,7 +23,7 @@ from feature_repo import limits, parse, sniff, sources
 from feature_repo.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.contract import Contract
 from feature_repo.datasets import Dataset, Parsed, RawUnit
-from feature_repo.examples import UNDEFINED, Requests, random_ndcg, requests_of
+from feature_repo.examples import UNDEFINED, LoggedRequests, random_ndcg, requests_of
 from feature_repo.parse import NOT_BAD, REPEATED, without_repeats
 from feature_repo.schema import EVENT_TIMESTAMP, Column, DType, Examples
 from feature_repo.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
@@ -47,7 +47,7 @@ SHOWN_EVENTS = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """What would make a ranking wrong, unless a person knows that it is right."""
+    """Something that would make a ranking wrong, unless a person knows that it is right."""
 
     name: str
     text: str
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Preview:
-    """What was read.
+    """The rows that were read, and what they came to.
 
     Args:
         events: within all limits, sorted by user and time.
@@ -84,7 +84,7 @@ class Preview:
 
     @property
     def whole(self) -> bool:
-        """Whether every row was read."""
+        """True if every row was read."""
         return self.of_rows == self.rows
 
     def lines(self) -> Iterator[str]:
@@ -95,8 +95,8 @@ class Preview:
         yield from self._read()
 
     def problems(self) -> list[str]:
-        """What must be mended before the road can be walked, and what would make a ranking wrong. Of
-        the latter each has a name, by which a person who knows better takes it for right.
+        """Yield what stops the jobs, and what would make a ranking wrong. Each of the latter has a name,
+        by which a person who knows better accepts it.
         """
         accepted = self.contract.spec.accept
         named = [f for f in findings(self) if f.name not in accepted]
@@ -108,13 +108,15 @@ class Preview:
         if not len(self.events):
             found.append("not one row is an event")
             return found
-        dead, limit = sum(self.dead.values()), self.contract.spec.max_bad_fraction
+        dead = sum(self.dead.values())
+        limit = self.contract.spec.max_bad_fraction
         dead -= sum(self.dead[reason] for reason in NOT_BAD)
         if dead > limit * self.rows:
             found.append(
                 f"{dead:,} of {self.rows:,} rows are dead letters ({dead / self.rows:.1%}); SPEC.max_bad_fraction allows {limit:.1%}"
             )
-        times, rules = micros(self.events[EVENT_TIMESTAMP]), self.contract.spec.requests
+        times = micros(self.events[EVENT_TIMESTAMP])
+        rules = self.contract.spec.requests
         for name in ("validation_from", "test_from"):
             cut = iso_micros(getattr(rules, name))
             if not times.min() < cut < times.max():
@@ -142,8 +144,8 @@ class Preview:
         return found
 
     @cached_property
-    def requests(self) -> Requests:
-        """What the events ask about."""
+    def requests(self) -> LoggedRequests:
+        """The requests that the events make."""
         return requests_of(self.contract, self.events)
 
     def _rows(self) -> Iterator[str]:
@@ -177,7 +179,8 @@ class Preview:
             yield "  " + ", ".join(f"{name} {limits.shown(value)!r}" for name, value in row.items())
 
     def _requests(self) -> Iterator[str]:
-        found, rules = self.requests, self.contract.spec.requests
+        found = self.requests
+        rules = self.contract.spec.requests
         times = micros(self.events[EVENT_TIMESTAMP])[found.first_event]
         bounds = [iso_micros(rules.validation_from), iso_micros(rules.test_from)]
         by_period = np.bincount(np.searchsorted(bounds, times, side="right"), minlength=3)
@@ -204,7 +207,7 @@ class Preview:
 
 
 def findings(found: Preview) -> Iterator[Finding]:
-    """What is there and would make a ranking wrong without a word."""
+    """Yield what would silently make a ranking wrong."""
     yield from (Finding("files_differ", text) for text in found.of_files)
     for kind, (rows, keys) in found.rows_of_keys.items():
         if rows > keys:
@@ -230,11 +233,12 @@ def findings(found: Preview) -> Iterator[Finding]:
 
 
 def _of_shares(found: Preview) -> Iterator[Finding]:
-    """A user or item that has a large part of the log is often a mark for nobody."""
+    """Yield users or items with a large part of the log: often they are a mark of nothing."""
     for entity in (found.contract.user, found.contract.item):
         counted = found.events[entity.join_key].combine_chunks().value_counts()
         counts = counted.field("counts").to_numpy()
-        at, total = int(counts.argmax()), int(counts.sum())
+        at = int(counts.argmax())
+        total = int(counts.sum())
         others = (total - counts[at]) / max(len(counts) - 1, 1)
         if counts[at] > LARGE_SHARE * total and counts[at] > TIMES_MEAN * others:
             value = counted.field("values")[at].as_py()
@@ -326,7 +330,8 @@ def _of_repeats(found: Preview) -> Iterator[Finding]:
 
 def _of_requests(found: Preview) -> Iterator[Finding]:
     """Requests that last, that have nothing to rank, and labels that hardly ever are."""
-    spec, requests = found.contract.spec, found.requests
+    spec = found.contract.spec
+    requests = found.requests
     times = micros(found.events[EVENT_TIMESTAMP])
     begins = times[requests.first_event]
     lasts = np.zeros(len(begins), np.int64)
@@ -370,6 +375,7 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
     units = dataset.raw_units(data)
     events = [unit for unit in units if unit.kind == "events"]
     known = all(unit.rows >= 0 for unit in events)
+    # 1. Parse and check events as the `events` job would.
     read = [p for unit in _some(dataset, events) for p in _parsed(dataset, unit)]
     dead: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -380,11 +386,14 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
         dead.update(checked.reasons)
         counts.update(parsed.counts)
         kept.append(checked.kept)
-    user, item = contract.user.join_key, contract.item.join_key
+    # 2. Sort them as histories are.
+    user = contract.user.join_key
+    item = contract.item.join_key
     order = [(user, "ascending"), (EVENT_TIMESTAMP, "ascending"), ("source_position", "ascending")]
     table = pa.concat_tables(kept).sort_by(order).combine_chunks()
     table, repeated = without_repeats(table, contract.spec.event_identity)
     dead.update({REPEATED: len(repeated)} if len(repeated) else {})
+    # 3. Compare their ids with the tables of users and items.
     profiles = {
         kind: [p for unit in units if unit.kind == kind for p in dataset.parse(unit)]
         for kind in ("users", "items")
@@ -418,7 +427,7 @@ def _counted(counts: Counter[str], prefix: str, keep: bool = False) -> Counter[s
 
 
 def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:
-    """What files say against the declaration: quotes that are none, columns that some of them lack."""
+    """Yield what files say against the declaration: stray quotes, columns that some of them lack."""
     for kind, source in dataset.sources.items():
         files = list(dict.fromkeys(unit.file for unit in units if unit.kind == kind))
         if not files:
@@ -448,7 +457,8 @@ def _some(dataset: Dataset, units: Sequence[RawUnit]) -> list[RawUnit]:
         return list(units)
     files = list(dict.fromkeys(unit.file for unit in units))
     chosen = [files[at] for at in np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))]
-    share, some = ROWS // len(chosen), []
+    share = ROWS // len(chosen)
+    some = []
     for file in chosen:
         of_file = [unit for unit in units if unit.file == file]
         ends = {id(unit): unit for unit in (of_file[0], of_file[-1])}
@@ -468,12 +478,14 @@ def _parsed(dataset: Dataset, unit: RawUnit) -> Iterator[Parsed]:
     """Blocks of a unit until enough rows are read, and the last one: a packed file is unpacked to its
     end, for one that was cut off says so only there.
     """
-    rows, last = 0, None
+    rows = 0
+    last = None
     for block in dataset.blocks(unit):
         last = block
         if rows < ROWS:
             yield dataset.parse_block(unit, block)
-            rows, last = rows + block.num_read, None
+            rows = rows + block.num_read
+            last = None
     if last is not None:
         yield dataset.parse_block(unit, last)
 

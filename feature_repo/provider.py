@@ -1,5 +1,5 @@
-"""Feast's local provider, but for custom feature views: of a key the newest row stays, whoever writes it
-and in whatever order rows come. Feast's own stores let the last write win, so that a row that is pushed
+"""Feast's local provider, with one rule more for custom feature views: a key's newest row stays,
+whatever writes it and in whatever order rows come. Feast's own stores let the last write win, so that a row that is pushed
 late, or a file that is older than a push, would replace what is newer.
 
 `feast push`, `FeatureStore.push`, `write_to_online_store` and our `materialize` go this way;
@@ -23,7 +23,7 @@ Rows = list[tuple[Any, dict[str, Any], datetime, datetime | None]]
 
 class MemoirProvider(PassthroughProvider):
     """See the module docstring. `offline_store.py`, which `feature_store.yaml` names, makes it the local
-    provider: under a name of its own Feast would plan no change of tables, and forget which there are.
+    provider: under a different name Feast would plan no change of tables, and forget which there are.
     """
 
     def online_write_batch(

@@ -149,7 +149,7 @@ def typed(
 
 
 def _may_miss(column: Column) -> bool:
-    """Whether a mark such as "NA" says that nothing is there. Where something must be there, and where
+    """Return whether a mark such as "NA" means that nothing is there. Where something must be there, and where
     text is for people alone, it is a text like any other.
     """
     if column.dtype is DType.STRING and not column.is_key:
@@ -261,7 +261,7 @@ def _unbracketed(text: str) -> str:
 
 
 def says_nothing(given: pa.ChunkedArray | pa.Array, marks: Sequence[str]) -> np.ndarray:
-    """Where one of these values stands: as it is spelt, or as a number of the same size."""
+    """Mark the rows with one of these values, by its spelling or as a number of the same size."""
     plain = _plain(given)
     spelt = pc.utf8_trim_whitespace(texts(plain))
     found = pc.fill_null(pc.is_in(spelt, pa.array(marks, pa.string())), False)
@@ -271,7 +271,7 @@ def says_nothing(given: pa.ChunkedArray | pa.Array, marks: Sequence[str]) -> np.
 
 
 def is_blank(given: pa.ChunkedArray | pa.Array, marks: Sequence[str] = MISSING) -> np.ndarray:
-    """Where nothing stands: null, NaN, or a text that says so.
+    """Mark the rows that hold nothing: null, NaN, or a text that says so.
 
     Args:
         marks: such texts, in small letters.
@@ -350,7 +350,7 @@ def numbers(column: pa.ChunkedArray | pa.Array, decimal: str = ".", unit: str = 
 
     Args:
         decimal: "," reads 1.234,5 as a thousand and more, and "." reads 1,234.5 so. The other sign
-            stands between thousands or the text is no number: 3.50 is none where "," is declared.
+            stands between thousands or the text is no number: 3.50 is no number where "," is declared.
         unit: a currency or sign that may stand before or behind a number, such as "EUR".
     """
     column = _plain(column)
@@ -420,7 +420,7 @@ def times(
     unit: str | None = None,
     time_format: str = "",
 ) -> pa.Array:
-    """Instants (microseconds, UTC), null where there is none, or one outside of `EARLIEST` …
+    """Instants (microseconds, UTC), null without a time, or for one outside of `EARLIEST` …
     `LATEST`.
 
     A time with a zone is its instant, whatever the zone: an offset, `UTC`, the letters of
@@ -606,9 +606,7 @@ def _as_uuid(value: bytes) -> str:
 
 
 def is_readable(kind: pa.DataType) -> bool:
-    """Whether a raw column of this type can be a column of ours: structs, maps and lists of them can
-    not.
-    """
+    """Return whether a raw column of this type can be read: structs, maps and lists of them cannot."""
     if isinstance(kind, pa.BaseExtensionType):
         return is_readable(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -620,7 +618,7 @@ def is_readable(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column holds lists, of whatever kind."""
+    """Return whether a type is any kind of list."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(test(kind) for test in tests)
 
@@ -711,7 +709,7 @@ _DIGITS |= {f"%{letter}": "[0-9]{2}" for letter in "mdHMS"}
 
 
 def _formatted_times(column: pa.Array, zone: tzinfo, time_format: str) -> pa.Array:
-    """Microseconds of texts in a format: where it is plain digits, those that are written in full are
+    """Microseconds of texts in a format: where it is plain digits, texts that are written in full are
     put in ISO order and read all at once, the others value by value.
     """
     column = _with_offsets(pc.utf8_trim_whitespace(column))

@@ -1,4 +1,4 @@
-"""What the sketch of a user's history said of candidates at each request, out of the history log.
+"""A user's sketch as it was at each request, rebuilt from the history log, read for candidates.
 
 Training reads here what serving reads from the store: the sketch of all events before the request
 (`sketch.py`), hash collisions included. A user's requests are visited oldest first; between two of
@@ -37,7 +37,9 @@ class Recall:
         newest: int | None = None,
         exact: bool = False,
     ) -> None:
-        self.log, self.newest, self.exact = log, newest, exact
+        self.log = log
+        self.newest = newest
+        self.exact = exact
         self.layout = layout or Layout.of(log.contract)
 
     @cached_property
@@ -61,7 +63,8 @@ class Recall:
             offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
             codes: of the candidates, for each column of the layout.
         """
-        counts, columns = len(self.layout.rates), len(self.layout.columns)
+        counts = len(self.layout.rates)
+        columns = len(self.layout.columns)
         found = np.empty((offsets[-1], columns, counts), np.float32)
         order = np.lexsort((ends, rows))
         first = np.flatnonzero(np.r_[True, np.diff(rows[order]) != 0][: len(order)])
@@ -94,18 +97,25 @@ class Recall:
         event_codes += [history.columns[name] for name in names[2:]]
         layout, events, candidates = self._positions(event_codes, codes)
         counted = np.flatnonzero(history.columns["action"] == 0)
-        events, event_times = events[counted], history.times[counted]
+        events = events[counted]
+        event_times = history.times[counted]
         oldest = np.zeros_like(ends) if self.newest is None else ends - self.newest
-        begins, ends = np.searchsorted(counted, oldest), np.searchsorted(counted, ends)
-        found, first, done, sketch = [], 0, 0, Sketch(layout)
+        begins = np.searchsorted(counted, oldest)
+        ends = np.searchsorted(counted, ends)
+        found = []
+        first = 0
+        done = 0
+        sketch = Sketch(layout)
         for begin, end, time, size in zip(
             begins.tolist(), ends.tolist(), times.tolist(), sizes, strict=True
         ):
             if self.newest is not None:  # what leaves the window cannot be taken out: anew
-                sketch, done = Sketch(layout), begin
+                sketch = Sketch(layout)
+                done = begin
             sketch.add(events[done:end], event_times[done:end])
             found.append(sketch.read(candidates[first : first + size], time))
-            first, done = first + size, end
+            first = first + size
+            done = end
         return np.concatenate(found)
 
     def _positions(
@@ -115,7 +125,9 @@ class Recall:
         if not self.exact:
             return self.layout, self.layout.positions(events), self.layout.positions(candidates)
         # Each key gets a cell of its own, numbered through all columns; one row of hashing is enough.
-        number, size, cells = len(events[0]), 0, []
+        number = len(events[0])
+        size = 0
+        cells = []
         for of_events, of_candidates in zip(events, candidates, strict=True):
             both = np.concatenate([beside([of_events]), beside([of_candidates])])
             keys, place = np.unique(both, return_inverse=True)

@@ -108,7 +108,8 @@ class RedisWriter:
             for f in definition.features
         }
         self._time_field = f"_ts:{view}"
-        self._project, self._version = config.project, config.entity_key_serialization_version
+        self._project = config.project
+        self._version = config.entity_key_serialization_version
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(COMPARE_AND_SET)
 
@@ -122,7 +123,7 @@ class RedisWriter:
 
         Args:
             keys: of every join key of the view, a value for each row.
-            values: of every feature of the view, a value for each row; None where there is none.
+            values: for every feature of the view, a value for each row; None where there is no value.
             times: microseconds since 1970, not negative.
 
         Returns:
@@ -137,6 +138,7 @@ class RedisWriter:
         from feast.type_map import python_values_to_proto_values
         from google.protobuf.timestamp_pb2 import Timestamp
 
+        # 1. Refuse before anything is written.
         for what, expected, given in (
             ("join keys", self._keys, keys),
             ("features", self._fields, values),
@@ -152,6 +154,7 @@ class RedisWriter:
             raise ValueError(f"expected a value for each of {number} times, got {lengths}")
         if min(times, default=0) < 0:
             raise ValueError(f"expected times that are not negative, got {min(times)}")
+        # 2. Values as Feast serialises them, a column at a time.
         names = sorted(keys)
         columns = [
             python_values_to_proto_values(list(keys[name]), self._keys[name]) for name in names
@@ -160,6 +163,7 @@ class RedisWriter:
             (field, python_values_to_proto_values(list(values[name]), kind))
             for name, (field, kind) in self._fields.items()
         ]
+        # 3. A script for each row compares and writes in one step; pipelined, for a round trip costs more.
         written = 0
         for start in range(0, number, PIECE):
             with self._client.pipeline(transaction=False) as pipe:
@@ -192,7 +196,8 @@ class RedisWriter:
         pattern = (
             b"".join(b"\\" + bytes([c]) if c in special else bytes([c]) for c in prefix) + b"*"
         )
-        fields, removed = [self._time_field, *(field for field, _ in self._fields.values())], 0
+        fields = [self._time_field, *(field for field, _ in self._fields.values())]
+        removed = 0
         with self._client.pipeline(transaction=False) as pipe:
             for key in self._client.scan_iter(match=pattern, count=PIECE):
                 if key.endswith(self._project.encode()):

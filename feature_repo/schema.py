@@ -1,4 +1,4 @@
-"""What a dataset declares: columns, labels, requests, sources, memory. Standard library only.
+"""The declaration of a dataset: columns, labels, requests, sources, memory. Standard library only.
 
 `contract.py` derives every table from it; Feast fields, Arrow schemas, embedding tables and request
 decoding follow from there, each where its library lives. Nothing else in the project names a column
@@ -33,7 +33,7 @@ class DType(StrEnum):
 class Kind(StrEnum):
     """How a ranker reads a column. Columns without a kind are for people, and no ranker sees them.
 
-    Missing is a state of every kind: a row or a flag of its own, never a zero.
+    Missing is a state of every kind: a separate row or flag, never a zero.
     """
 
     CATEGORY = "category"  # one value of a vocabulary, or of `hashed` rows
@@ -84,7 +84,7 @@ TYPES_OF_KIND = {
 class Column:
     """One column: its type, meaning, limits, and how a ranker reads it. Limits become expectations;
     `None` means unlimited. A number that is text may carry its `unit`: with unit="EUR" a raw
-    `12,99 EUR` is a number, and `12,99 USD` is none.
+    `12,99 EUR` is a number, and `12,99 USD` is not.
 
     Example:
         >>> Column("price", DType.FLOAT32, "of one piece", kind=NUMBER, nullable=True, minimum=0)
@@ -125,7 +125,7 @@ class Column:
 
     @property
     def is_categorical(self) -> bool:
-        """Whether a ranker looks it up in a table: categories, bags, and numbers in buckets."""
+        """True if a ranker looks the column up in a table: categories, bags, and numbers in buckets."""
         return self.kind in (Kind.CATEGORY, Kind.BAG) or (
             self.kind is Kind.NUMBER and self.buckets is not None
         )
@@ -133,7 +133,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Entity:
-    """What a row is about, and the join key that names it."""
+    """The thing that a row is about, and the join key that names it."""
 
     name: str
     join_key: str
@@ -177,7 +177,7 @@ class Table:
 
     @property
     def entities(self) -> tuple[Entity, ...]:
-        """What a row is about."""
+        """The entities that a row is about."""
         return tuple(entity for entity in (self.entity, self.version) if entity)
 
     @property
@@ -214,7 +214,7 @@ TIMESTAMPS = (
 
 
 class Examples(StrEnum):
-    """Where training examples come from."""
+    """The origin of training examples."""
 
     IMPRESSIONS = "impressions"  # the log says what was shown together
     ACTIONS = "actions"  # what a user acted on at one time, and drawn negatives
@@ -230,7 +230,7 @@ class Requests:
             the time of the first. ACTIONS: the same of items that a task's action was about; others
             are drawn as negatives. RATINGS: up to `most` consecutive events of a user in one period
             are one request, at the time of the first. No request lies in two periods: what comes
-            later than a period's end belongs to a request of its own.
+            after a period's end belongs to a new request.
         validation_from: ISO time with a zone; requests from then on validate.
         test_from: the same for the test period.
         train_negatives_per_positive: drawn in training, of ACTIONS.
@@ -252,18 +252,18 @@ class Requests:
 
     @property
     def has_request_id(self) -> bool:
-        """Whether events carry a request id."""
+        """True if events carry a request id."""
         return self.by == "request_id"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One label: whether an item of a request saw an action.
+    """One label: 1 if an item of a request saw an action, else 0.
 
     Args:
         name: of the label's column.
         action: that makes it 1.
-        given: name of another task; the label is defined only where that one is 1.
+        given: name of a different task; the label is defined only where that one is 1.
         weight: of its loss.
 
     Example:
@@ -280,7 +280,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a raw table lies and how its files are read.
+    """A raw table: the place of its files and how they are read.
 
     Args:
         path: below MEMOIR_DATA: a file, a folder, or a glob; of several the first that exists.
@@ -298,7 +298,7 @@ class Source:
         quoted_newlines: whether values in quotes may hold line ends; such a file is read whole.
         encodings: of a text file; the first in which it can be read. A byte order mark overrules
             them.
-        missing: texts that say "nothing here", in any letter case; they are nobody's id, no number
+        missing: texts that say "nothing here", in any letter case; they are no id, no number
             and no time, and a nullable text or category is null there.
         missing_in: their column → further values that say nothing there, numbers included, such as
             {"rating": ("0",)} where a row of 0 stars was never rated.
@@ -377,7 +377,7 @@ class OwnView:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is kept of a user's whole history at a fixed size: how often, ever and lately, with each
+    """Counts of a user's whole history at a fixed size: how often, ever and lately, with each
     item, and with each value of some item columns (`feature_repo/sketch.py`).
 
     Args:
@@ -396,7 +396,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What one dataset adds to the contract, and where its raw tables are.
+    """One dataset's part of the contract, and its raw tables.
 
     Args:
         actions: the first is the one that statistics and match features are about.
@@ -447,5 +447,5 @@ class DatasetSpec:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What the server ranks by: the weight of each task's score."""
+        """The weight of each task's score in the sum that the server ranks by."""
         return dict(self.rank_by or ((self.tasks[0].name, 1.0),))

@@ -115,6 +115,7 @@ def write_log(path: Path, home: str) -> JobFolder:
         )
     with open(path, "rb") as stream:
         source = hashlib.file_digest(stream, "sha256").hexdigest()
+    # Named by content and code, and published like any job's tables: a rerun finds it there.
     folder = JobFolder(home, JOB)
     run_id = digest_of([JOB, code_digest("feature_repo.sequence_file"), source])
     with folder.lock():
@@ -223,7 +224,7 @@ def _by_line(values: np.ndarray, line_of: np.ndarray) -> _Fields:
 
 
 def _all_words(data: bytes) -> bool:
-    """Whether every id begins with a letter, and nothing else stands between them than blanks."""
+    """Return whether every id begins with a letter, and only blanks stand between them."""
     try:
         words = data.decode().split()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Where things are: the dataset, its raw data and the working folder, from the environment.
+"""Settings from the environment: the dataset, its raw data and the working folder.
 Standard library only.
 
 | variable | meaning | default |
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def root(self) -> str:
-        """What `MEMOIR_HOME` is: the home without the dataset."""
+        """The value of `MEMOIR_HOME`: the home without the dataset."""
         return self.home.rsplit("/", 1)[0]
 
     def path(self, *parts: str) -> Path:
@@ -109,7 +109,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Declared:
-    """A dataset by name, and the folder of its module where that is none of this checkout's."""
+    """A dataset by name, and the folder of its module if that lies outside of this checkout."""
 
     name: str
     folder: str = ""
@@ -142,7 +142,7 @@ def declared_dataset() -> Declared:
 
 
 def is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether a variable tells of a Kubernetes service rather than of us."""
+    """Return whether Kubernetes set a variable, to describe one of its services."""
     link = value.startswith(("tcp://", "udp://", "sctp://"))
     return LINK.fullmatch(name) is not None or (name.endswith("_PORT") and link)
 
@@ -151,7 +151,7 @@ def refuse_unknown_variables() -> None:
     """Refuse a misspelt variable, which would otherwise be ignored without a word.
 
     Raises:
-        SettingsError: a variable begins with `MEMOIR_` and is none of ours.
+        SettingsError: a variable begins with `MEMOIR_` and is not a setting.
     """
     unknown = sorted(
         name

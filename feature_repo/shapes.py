@@ -1,4 +1,4 @@
-"""What the values of a raw column are like: numbers and their signs, times and their format, lists,
+"""The shape of a raw column's values: numbers and their signs, times and their format, lists,
 texts. Nothing here looks at a column's name.
 """
 
@@ -51,8 +51,8 @@ _IDS_IN_A_ROW = r"^[A-Za-z]{0,3}[0-9]+(-[01])?( [A-Za-z]{0,3}[0-9]+(-[01])?){2,}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the values of a column are like.
+class ColumnShape:
+    """The shape of a column's values.
 
     Args:
         distinct: different values; `rows` how many there are, and `blank` the share that is nothing.
@@ -95,22 +95,22 @@ class Shape:
 
     @property
     def text(self) -> bool:
-        """Whether it is neither number, nor list, nor time."""
+        """True if the column is neither number, nor list, nor time."""
         return self.readable and not (self.number or self.separator or self.length or self.time)
 
     @property
     def key(self) -> bool:
-        """Whether it may name something."""
+        """True if the column may name something."""
         fraction = self.number and not self.whole
         is_list = bool(self.separator or self.length)
         written_time = self.time and not self.number
         return self.readable and not (is_list or fraction or written_time) and self.distinct > 1
 
 
-def shape_of(column: pa.ChunkedArray) -> Shape:
+def shape_of(column: pa.ChunkedArray) -> ColumnShape:
     """Look at a column's values."""
     if not raw.is_readable(column.type):
-        return Shape(0, len(column), 0.0, readable=False)
+        return ColumnShape(0, len(column), 0.0, readable=False)
     whole = column.combine_chunks()
     blank = raw.is_blank(whole)
     values = whole.filter(pa.array(~blank))
@@ -118,13 +118,14 @@ def shape_of(column: pa.ChunkedArray) -> Shape:
     if raw.is_list(values.type):
         return _list_shape(values, share)
     if not len(values):
-        return Shape(0, len(column), share)
+        return ColumnShape(0, len(column), share)
     texts = raw.texts(values)
     if texts.null_count == len(texts):
-        return Shape(0, len(column), share, readable=False)
+        return ColumnShape(0, len(column), share, readable=False)
     if texts.null_count:  # of bytes that are no text, or of too many
-        values, texts = values.filter(pc.is_valid(texts)), texts.drop_null()
-    made = Shape(len(pc.unique(texts)), len(column), share)
+        values = values.filter(pc.is_valid(texts))
+        texts = texts.drop_null()
+    made = ColumnShape(len(pc.unique(texts)), len(column), share)
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
         return replace(made, time=True)
     if made.distinct == 2 and raw.truths(texts).null_count == 0:
@@ -141,8 +142,8 @@ def shape_of(column: pa.ChunkedArray) -> Shape:
     return _text_list_shape(texts, made)
 
 
-def _number_shape(values: pa.Array, texts: pa.Array, made: Shape) -> Shape | None:
-    """The shape of a column of numbers; None where it is none."""
+def _number_shape(values: pa.Array, texts: pa.Array, made: ColumnShape) -> ColumnShape | None:
+    """Return the shape of a column of numbers; None if it holds something else."""
     unit = raw.unit_of(texts)
     signs: tuple[Literal[".", ","], ...] = (".", ",")
     read = {sign: raw.numbers(values, sign, unit) for sign in signs}
@@ -198,7 +199,7 @@ def decimal_of(texts: pa.Array) -> Literal[".", ","]:
 
 def unsure_sign(texts: pa.Array) -> str:
     """A comma or point that may stand before a fraction or between thousands, for all that tells is that it
-    has three digits behind it each time; "" where there is none.
+    has three digits behind it each time; "" if there is no such sign.
     """
     plain = pc.utf8_trim_whitespace(texts)
     for sign, other in ((",", "."), (".", ",")):
@@ -214,8 +215,8 @@ def unsure_sign(texts: pa.Array) -> str:
 
 
 def unlike_numbers(texts: pa.Array) -> str:
-    """Of texts that nearly all look like numbers, one that is none as most of them are written; "" where they
-    do not, or all are.
+    """Return a text that looks like a number but is not written as most of them are; "" if there is no such
+    text, or few look like numbers.
     """
     like = pc.match_substring_regex(texts, _LIKE_A_NUMBER)
     if (pc.mean(like.cast(pa.float64())).as_py() or 0.0) < NEARLY_ALL:
@@ -244,8 +245,8 @@ def micros_of_now() -> float:
 
 def formats_of(texts: pa.Array, formats: tuple[str, ...] = FORMATS) -> list[str]:
     """Formats in which nearly all of these texts are times from 1970 to a year from now. A format by which
-    they lie decades apart, as 24.01.15 and 24.01.16 where the year is read last, is none where another
-    reads them together. Where both do, the one with the month first comes before the one with the day.
+    they lie decades apart, as 24.01.15 and 24.01.16 where the year is read last, is left out if a different one
+    reads them together. If both do, the one with the month first comes before the one with the day.
     """
     distinct = pc.unique(texts.drop_null())
     tried = distinct.take(
@@ -270,7 +271,7 @@ def formats_of(texts: pa.Array, formats: tuple[str, ...] = FORMATS) -> list[str]
     return [written for spread, written in fitting if spread <= 4 * closest + YEAR]
 
 
-def _text_list_shape(texts: pa.Array, made: Shape) -> Shape:
+def _text_list_shape(texts: pa.Array, made: ColumnShape) -> ColumnShape:
     """Lists that are written as text: of numbers, or of few words with a sign between them."""
     points, commas = (_vector_length(texts, decimal) for decimal in (".", ","))
     if points or commas:
@@ -300,12 +301,12 @@ def _vector_length(texts: pa.Array, decimal: str) -> int:
     return int(lengths[0]) if lengths.min() == lengths.max() >= 4 else 0
 
 
-def _list_shape(values: pa.Array, blank: float) -> Shape:
+def _list_shape(values: pa.Array, blank: float) -> ColumnShape:
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     numeric = pa.types.is_floating(pc.list_flatten(values).type)
     if numeric and len(lengths) and lengths.min() == lengths.max():
-        return Shape(len(values), len(values), blank, length=int(lengths[0]))
-    return Shape(len(values), len(values), blank, separator="|", most=_most(lengths))
+        return ColumnShape(len(values), len(values), blank, length=int(lengths[0]))
+    return ColumnShape(len(values), len(values), blank, separator="|", most=_most(lengths))
 
 
 def _most(lengths: np.ndarray) -> int:

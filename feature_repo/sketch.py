@@ -40,7 +40,8 @@ DEPTH = 4
 MICROS_PER_DAY = 86_400_000_000
 # Weights are relative to a moment that is moved forward once they have grown by 2^64.
 LARGEST_EXPONENT = 64.0
-DENSE, SPARSE = 0, 1
+DENSE = 0
+SPARSE = 1
 _BULK = 512  # cells to be added to; from here on one pass over the sketch is cheaper
 
 
@@ -78,7 +79,8 @@ class Layout:
         Args:
             kibibytes: instead of the declared size.
         """
-        memory, remembered = contract.spec.memory, contract.remembered
+        memory = contract.spec.memory
+        remembered = contract.remembered
         columns = (contract.item.join_key, *(c.name for c in remembered))
         slots = (1, *(c.slots for c in remembered))
         cells = (kibibytes or memory.kibibytes) * 1024 // (4 * (1 + len(memory.half_lives_days)))
@@ -110,7 +112,7 @@ class Layout:
 
     @cached_property
     def _salts(self) -> np.ndarray:
-        """What tells columns and rows apart before hashing, uint64, slots × DEPTH."""
+        """Return the salts that tell columns and rows apart before hashing, uint64, slots × DEPTH."""
         names = [zlib.crc32(name.encode()) for name in self.columns]
         column = np.repeat(np.array(names, np.uint64), self.slots)[:, None]
         return _spread(column * np.uint64(DEPTH) + np.arange(DEPTH, dtype=np.uint64))
@@ -160,7 +162,8 @@ class Sketch:
             return
         self._make_room(int(times.max()))
         weights = np.exp2((times - self.at) * self.layout.rates[:, None])
-        index, each = positions.ravel(), positions[0].size
+        index = positions.ravel()
+        each = positions[0].size
         if len(index) < _BULK:
             rows = np.arange(len(self.cells))[:, None] * self.cells.shape[1]
             np.add.at(
@@ -171,7 +174,7 @@ class Sketch:
             row += np.bincount(index, weight.repeat(each), len(row))
 
     def read(self, positions: np.ndarray, time: int) -> np.ndarray:
-        """What is known of some keys at a time, N × columns × counts; NaN where a row has no key.
+        """Return the counts of some keys at a time, N × columns × counts; NaN where a row has no key.
 
         A row with several keys of one column, such as an item of three genres, reads their mean.
 
@@ -186,10 +189,10 @@ class Sketch:
         return mean_of_slots(values, self.layout.slots).transpose(1, 2, 0)
 
     def merge(self, other: Self) -> None:
-        """Count the events of another sketch too.
+        """Add the counts of a second sketch.
 
         Raises:
-            ValueError: it has another layout.
+            ValueError: the layouts differ.
         """
         if other.layout != self.layout:
             raise ValueError(f"a sketch of {other.layout} cannot be added to one of {self.layout}")
@@ -219,13 +222,15 @@ class Sketch:
         kept = self.cells[:, filled] if sparse else self.cells[:, :-1]
         parts = [filled.astype("<u4").tobytes()] if sparse else []
         parts += [np.rint(kept[0]).astype("<u4").tobytes(), kept[1:].astype("<f4").tobytes()]
-        kind, shape = SPARSE if sparse else DENSE, (self.layout.parts, DEPTH)
+        kind = SPARSE if sparse else DENSE
+        shape = (self.layout.parts, DEPTH)
         return seal(MAGIC, Sealed(kind, 0, shape, identity, b"".join(parts)), user_id)
 
     def _make_room(self, newest: int) -> None:
         """Move the moment of reference where the weights of new events would grow too large."""
         if self.empty:
-            self.at, self.empty = newest, False
+            self.at = newest
+            self.empty = False
         elif (newest - self.at) * self.layout.rates.max() > LARGEST_EXPONENT:
             self._move(newest)
 
@@ -236,10 +241,10 @@ class Sketch:
 
 
 def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch, Identity]:
-    """A stored sketch, and whose and of what time it is.
+    """Decode a stored sketch, with its user and its time.
 
     Raises:
-        SketchError: damaged, another user's, or of another layout.
+        SketchError: damaged, a different user's, or in an unknown layout.
     """
     try:
         sealed = unseal(MAGIC, data, user_id, "counts")
@@ -250,7 +255,9 @@ def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch,
             f"counts of user {user_id!r} have layout {sealed.identity.fingerprint}, the contract declares {layout.fingerprint}: "
             "rebuild and materialise user_history"
         )
-    sketch, rows = Sketch(layout), len(layout.rates)
+    # Whole counts first, then a row for each half-life; sparse ones name their cells before.
+    sketch = Sketch(layout)
+    rows = len(layout.rates)
     each = 4 * (rows + 1) if sealed.kind == SPARSE else 4 * rows
     number, rest = divmod(len(sealed.payload), each)
     if (
@@ -261,7 +268,8 @@ def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch,
         raise SketchError(
             f"counts of user {user_id!r} have {len(sealed.payload)} bytes of kind {sealed.kind}, which no version wrote"
         )
-    filled, payload = np.arange(number), sealed.payload
+    filled = np.arange(number)
+    payload = sealed.payload
     if sealed.kind == SPARSE:
         filled = np.frombuffer(payload, "<u4", number)
         payload = payload[4 * number :]
@@ -272,7 +280,8 @@ def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch,
     if not np.isfinite(fading).all() or (fading < 0).any():
         raise SketchError(f"counts of user {user_id!r} hold NaN, infinity or less than nothing")
     sketch.cells[1:, filled] = fading
-    sketch.at, sketch.empty = sealed.identity.as_of, not number
+    sketch.at = sealed.identity.as_of
+    sketch.empty = not number
     return sketch, sealed.identity
 
 

@@ -61,11 +61,11 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 @dataclass(frozen=True)
 class Sniffed:
-    """How a text file is written, and what is not sure of it.
+    """The dialect of a text file, and the doubts about it.
 
     Args:
         source: with the file's delimiter, quotes, encodings, header and lines to skip.
-        lines: of its beginning, without those that are skipped; the header is among them.
+        lines: of its beginning, without skipped ones; the header is among them.
         doubts: field of the source → why it may be otherwise.
     """
 
@@ -104,6 +104,7 @@ def sniff(path: str, file: str, prefix: str) -> Sniffed:
     if source.skip:
         above = text.split("\n")[source.skip - 1].strip()
         doubts["skip"] = f"left out, {above[:60]!r} being the last"
+    # 2. Names of the columns, with a doubt wherever the lines do not decide.
     header = _header_of(first, below)
     if header is None:
         names = tuple(f"{prefix}_{number}" for number in range(1, len(first) + 1))
@@ -144,7 +145,7 @@ def refuse_other_json(file: str) -> None:
 
 
 def same_dialect(declared: Source, file: str) -> str:
-    """What a file's beginning says against a declaration, in a line; "" where nothing does."""
+    """Return how a file's beginning contradicts a declaration, in a line; "" if it does not."""
     if declared.format not in ("", "csv") or not sources.is_csv(declared, file):
         return ""
     text, _ = _text_of(file)
@@ -162,7 +163,7 @@ def same_dialect(declared: Source, file: str) -> str:
 
 
 def _is_odd(line: str, source: Source) -> bool:
-    """Whether a quote stands where a reader of CSV files would change the text."""
+    """Return whether a quote stands where a reader of CSV files would change the text."""
     if '"' not in line:
         return False
     sign = re.escape(source.delimiter)
@@ -258,7 +259,7 @@ def _dialect(source: Source, lines: list[str]) -> Source:
 
 
 def _begins_field(line: str, quote: str, delimiter: str) -> bool:
-    """Whether a quote begins a field of a line."""
+    """Return whether a quote begins a field of a line."""
     return line.startswith(quote) or delimiter + quote in line
 
 
@@ -285,7 +286,7 @@ def _agreement(lines: list[str], delimiter: str) -> float:
 
 
 def _with_quotes(source: Source, text: str) -> Source:
-    """Whether values in quotes hold line ends: rows are then fewer than lines, and no worse."""
+    """Let values in quotes hold line ends, if rows are then fewer than lines, and no worse."""
     if not source.quote or source.quote not in text or len(source.delimiter) > 1:
         return source
     lines = [line for line in text.split("\n")[source.skip :] if line.strip()]
@@ -331,7 +332,7 @@ def _header_of(first: list[str], below: list[list[str]]) -> tuple[str, ...] | No
 
 
 def _says_roles(names: list[str]) -> bool:
-    """Whether a line's words are those by which columns are called."""
+    """Return whether a line holds words that columns are called by."""
     known = sum(bool(set(parts_of(name)) & KNOWN_WORDS) for name in names)
     return known >= 2 or (known > 0 and len(names) <= 3)
 

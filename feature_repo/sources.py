@@ -84,7 +84,7 @@ class RawUnit:
 
 
 @dataclass(frozen=True)
-class Block:
+class RawBlock:
     """Rows of a unit as they stand.
 
     Args:
@@ -123,7 +123,7 @@ def format_of(source: Source, file: str) -> str:
 
 
 def is_csv(source: Source, file: str) -> bool:
-    """Whether a file is a table of lines; so is one whose name says nothing."""
+    """Return whether a file is a table of lines; a name without a known ending says yes."""
     try:
         return format_of(source, file) == "csv"
     except RawDataError:
@@ -131,13 +131,13 @@ def is_csv(source: Source, file: str) -> bool:
 
 
 def files_of(source: Source, data: str | None) -> list[str]:
-    """Files of a source, sorted by name: of its paths the first that there is.
+    """List the files of a source, sorted by name: those of its first path that exists.
 
     Args:
         data: the folder that holds the raw data, a path or a URI.
 
     Raises:
-        RawDataError: there is none.
+        RawDataError: no file is there.
     """
     if data is None:
         raise RawDataError(
@@ -205,12 +205,12 @@ def _has(source: Source, file: str, columns: Sequence[str]) -> set[str]:
 
 
 def path_columns(file: str) -> dict[str, str]:
-    """What the parts of a path say of every row below it: event → view of `event=view/part-0.csv`."""
+    """Return the columns that a path gives to every row below it: event → view of `event=view/part-0.csv`."""
     parts = (part.split("=", 1) for part in file.split("/")[:-1] if "=" in part)
     return {name: unquote(value) for name, value in parts if name}
 
 
-def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator[Block]:
+def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator[RawBlock]:
     """The rows of a unit, a block at a time."""
     found = format_of(source, unit.file)
     names: Sequence[str] = ()
@@ -223,7 +223,7 @@ def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator
         held = [name for name in columns if name in names]
     if found == "parquet":
         for start, rows in _parquet_blocks(unit, held):
-            yield _completed(Block(rows, start + np.arange(rows.num_rows)), unit.file, columns)
+            yield _completed(RawBlock(rows, start + np.arange(rows.num_rows)), unit.file, columns)
         return
     read = _csv_block if found == "csv" else _json_block
     start = unit.start
@@ -243,7 +243,8 @@ def ends_of(source: Source, units: Sequence[RawUnit]) -> list[RawUnit]:
         by_file.setdefault(unit.file, []).append(unit)
     ends: list[RawUnit] = []
     for several in by_file.values():
-        first, last = several[0], several[-1]
+        first = several[0]
+        last = several[-1]
         if format_of(source, first.file) == "parquet":
             ends.append(replace(first, rows=min(first.rows, BATCH_ROWS)))
             if last.start + last.rows > BATCH_ROWS:
@@ -281,9 +282,10 @@ def _bytes_of(unit: RawUnit) -> bytes:
     return next(_lines_of(unit, False))
 
 
-def _completed(block: Block, file: str, columns: Sequence[str]) -> Block:
+def _completed(block: RawBlock, file: str, columns: Sequence[str]) -> RawBlock:
     """A block with the columns that its file says by its path, and nulls for those that it lacks."""
-    rows, said = block.rows, path_columns(file)
+    rows = block.rows
+    said = path_columns(file)
     for name in columns:
         lacks = name not in rows.column_names
         if lacks or (name in said and rows[name].null_count == len(rows)):
@@ -295,7 +297,7 @@ def _completed(block: Block, file: str, columns: Sequence[str]) -> Block:
 
 
 def columns_in(source: Source, file: str) -> list[str]:
-    """Names of the columns of a file, then of those that its path says. A field inside an object is a
+    """Return the names of a file's columns, then of those in its path. A field inside an object is a
     column: `user.id`.
     """
     found = format_of(source, file)
@@ -350,19 +352,25 @@ def _parquet(file: str) -> pq.ParquetFile:
 def _parquet_units(file: str, kind: str) -> list[RawUnit]:
     """Row groups, small ones together: what is read of a group is read from its beginning."""
     metadata = _parquet(file).metadata
-    units, start, rows = [], 0, 0
+    units = []
+    start = 0
+    rows = 0
     for number in range(metadata.num_row_groups):
         rows += metadata.row_group(number).num_rows
         if rows >= UNIT_ROWS or number + 1 == metadata.num_row_groups:
             units.append(RawUnit(file, start, rows, kind))
-            start, rows = start + rows, 0
+            start = start + rows
+            rows = 0
     return units
 
 
 def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a range, with the number of the first; longer texts cut just beyond what is allowed."""
     opened = _parquet(unit.file)
-    groups, offset, before, size = [], None, 0, 0
+    groups = []
+    offset = None
+    before = 0
+    size = 0
     stop = unit.start + unit.rows
     for number in range(opened.num_row_groups):
         group = opened.metadata.row_group(number)
@@ -377,7 +385,8 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
     waiting: list[pa.Table] = []
     start = unit.start
     for batch in opened.iter_batches(batch_rows, row_groups=groups, columns=list(columns)):
-        first, last = max(unit.start - at, 0), min(stop - at, batch.num_rows)
+        first = max(unit.start - at, 0)
+        last = min(stop - at, batch.num_rows)
         at += batch.num_rows
         if last > first:
             table = pa.Table.from_batches([batch.slice(first, last - first)])
@@ -387,7 +396,8 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
         if sum(len(table) for table in waiting) >= UNIT_ROWS or (waiting and at >= stop):
             whole = pa.concat_tables(waiting, promote_options="permissive").select(list(columns))
             yield start, whole
-            start, waiting = start + len(whole), []
+            start = start + len(whole)
+            waiting = []
 
 
 def _without_views(rows: pa.Table) -> pa.Table:
@@ -426,13 +436,16 @@ def _text_units(source: Source, file: str, kind: str) -> list[RawUnit]:
     skipped = _head(source, file, encoding).size if is_csv else _bom_bytes(file, encoding)
     if file.lower().endswith(COMPRESSED) or source.quoted_newlines or _is_wide(encoding):
         return [RawUnit(file, 0, -1, kind, skipped, -1, encoding)]
-    units, start, offset = [], 0, skipped
+    units = []
+    start = 0
+    offset = skipped
     with open_stream(file) as stream:
         stream.read(skipped)
         for data in _whole_lines(stream, UNIT_BYTES):
             rows = _num_lines(data)
             units.append(RawUnit(file, start, rows, kind, offset, len(data), encoding))
-            start, offset = start + rows, offset + len(data)
+            start = start + rows
+            offset = offset + len(data)
     return units
 
 
@@ -487,7 +500,7 @@ def _as_utf8(data: bytes, encoding: str) -> bytes:
 
 
 def _encoding(source: Source, file: str) -> str:
-    """What the file's byte order mark says; else the first of the declared encodings in which the
+    """Return the encoding of the byte order mark; else the first declared one in which the
     whole file can be read; the last, if none can.
     """
     if marked := marked_encoding(file):
@@ -504,7 +517,7 @@ def _encoding(source: Source, file: str) -> str:
 
 
 def marked_encoding(file: str) -> str:
-    """The encoding of a wide byte order mark, "" where there is none."""
+    """Return the encoding of a wide byte order mark; "" without a mark."""
     with open_stream(file) as stream:
         first: bytes = stream.read(4)
     return next((encoding for mark, encoding in MARKS if first.startswith(mark)), "")
@@ -523,7 +536,7 @@ def beginning_of(file: str, encoding: str) -> bytes:
 
 
 def _is_wide(encoding: str) -> bool:
-    """Whether a line end is more than one byte, so that a file cannot be cut at one."""
+    """Return whether a line end has more than one byte, so that a file cannot be cut there."""
     return encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32", "utf16", "utf32"))
 
 
@@ -534,7 +547,7 @@ def _bom_bytes(file: str, encoding: str) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """What stands before the rows of a CSV file: names of its columns, and how many bytes."""
+    """The part of a CSV file before its rows: names of the columns, and its bytes."""
 
     names: tuple[str, ...]
     size: int
@@ -589,7 +602,7 @@ def fields_of(line: str, source: Source) -> list[str]:
 
 def _csv_block(
     source: Source, names: Sequence[str], columns: Sequence[str], data: bytes, start: int
-) -> Block:
+) -> RawBlock:
     """Lines as a table of bytes; what is no row is set aside with its text."""
     # A return that ends no line is an end to Arrow and none to us.
     if len(source.delimiter) > 1 or data.count(b"\r") != data.count(b"\r\n"):
@@ -629,12 +642,12 @@ def _csv_block(
         return _split_by_hand(source, names, columns, data, start)
     positions = np.delete(np.arange(lines), [at for at, _, _ in broken])
     found = tuple((start + at, text, why) for at, text, why in broken)
-    return Block(rows, start + positions, found)
+    return RawBlock(rows, start + positions, found)
 
 
 def _split_by_hand(
     source: Source, names: Sequence[str], columns: Sequence[str], data: bytes, start: int
-) -> Block:
+) -> RawBlock:
     """Line by line, as Python's csv module or the delimiter alone reads each."""
     chosen = [names.index(column) for column in columns]
     values: list[list[bytes]] = [[] for _ in columns]
@@ -656,7 +669,7 @@ def _split_by_hand(
         for column, index in zip(values, chosen, strict=True):
             column.append(fields[index].encode("utf-8", "surrogateescape"))
     rows = pa.table([pa.array(column, pa.binary()) for column in values], names=list(columns))
-    return Block(rows, np.array(positions, np.int64), tuple(broken))
+    return RawBlock(rows, np.array(positions, np.int64), tuple(broken))
 
 
 def _shown(line: str) -> str:
@@ -670,7 +683,7 @@ def _without_return(line: str) -> str:
 
 def _json_block(
     source: Source, names: Sequence[str], columns: Sequence[str], data: bytes, start: int
-) -> Block:
+) -> RawBlock:
     """One JSON object in a line. Numbers that are ids keep their digits."""
     values: list[list[Any]] = [[] for _ in columns]
     positions: list[int] = []
@@ -689,7 +702,7 @@ def _json_block(
         for name, column in zip(columns, values, strict=True):
             column.append(_value_of(row, name))
     rows = pa.table([_arrow_of(column) for column in values], names=list(columns))
-    return Block(rows, np.array(positions, np.int64), tuple(broken))
+    return RawBlock(rows, np.array(positions, np.int64), tuple(broken))
 
 
 def _value_of(row: dict[str, Any], name: str) -> Any:
@@ -781,7 +794,7 @@ class _Bytes:
 
 
 class _Transcoded:
-    """The bytes of a text in UTF-16 or UTF-32 as UTF-8; what is none of it becomes a sign."""
+    """The bytes of a text in UTF-16 or UTF-32 as UTF-8; invalid ones become a replacement character."""
 
     def __init__(self, stream: _Bytes, encoding: str) -> None:
         self._stream = stream
@@ -796,7 +809,8 @@ class _Transcoded:
             if not data or size is None:
                 break
         size = len(self._ready) if size is None else size
-        given, self._ready = self._ready[:size], self._ready[size:]
+        given = self._ready[:size]
+        self._ready = self._ready[size:]
         return given
 
     def __enter__(self) -> _Transcoded:
@@ -832,7 +846,7 @@ def _paths(source: Source) -> tuple[str, ...]:
 
 
 def _matching(data: str, pattern: str) -> list[str]:
-    """Files that a path names: itself, all below it where it is a folder, or those that match."""
+    """List the files that a path names: the file itself, all below a folder, or all that match."""
     whole = (
         pattern if pattern.startswith("/") or "://" in pattern else f"{data.rstrip('/')}/{pattern}"
     )

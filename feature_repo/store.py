@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from feature_repo.atomic import atomic_write
 from feature_repo.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
@@ -37,7 +38,8 @@ REPO = CHECKOUT / "feature_repo"
 LOCAL_YAML = REPO / "feature_store.yaml"
 PRODUCTION_YAML = REPO / "profiles" / "production.yaml"
 PROJECT = "memoir"  # of the local profile
-REGISTRY, ONLINE = "registry.pb", "online_store.db"
+REGISTRY = "registry.pb"
+ONLINE = "online_store.db"
 
 
 class StoreError(ExpectedError, RuntimeError):
@@ -84,9 +86,8 @@ def _production_yaml(settings: Settings) -> Path:
 def _write_changed(path: Path, text: str) -> None:
     """Write a file whole or not at all, and not where it says the same already."""
     if not path.exists() or path.read_text() != text:
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_text(text)
-        draft.replace(path)
+        with atomic_write(path) as draft:
+            draft.write_text(text)
 
 
 def local_file(settings: Settings, name: str) -> Path:
@@ -164,7 +165,7 @@ def foreign_tables(registry: Path, online: Path) -> list[str]:
 
 
 def missing_tables(settings: Settings, views: list[str]) -> list[str]:
-    """Views of which the local online store has no table; none for the production profile, which
+    """List the views without a table in the local online store; none for the production profile, which
     has no tables.
     """
     if settings.profile == "production":

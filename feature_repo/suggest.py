@@ -32,7 +32,7 @@ from feature_repo.names import (
     takes_back,
 )
 from feature_repo.schema import TIME_UNITS, DType, Kind, Source
-from feature_repo.shapes import FEW, UNIX_TIMES, Shape, shape_of, unlike_numbers, unsure_sign
+from feature_repo.shapes import FEW, UNIX_TIMES, ColumnShape, shape_of, unlike_numbers, unsure_sign
 
 SAMPLE_ROWS = 50_000
 SAMPLE_FILES = 50  # of a log of more files so many are looked at, the first and the last among them
@@ -45,12 +45,12 @@ CLOCK = r"^\s*\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?\s*$"
 
 @dataclass(frozen=True)
 class Guess:
-    """What a column was taken for.
+    """The role that a column was taken for.
 
     Args:
         role: "user", "item", "time", "request", "event id", "action", "rating", "flag", "zone",
             "feature" or "left out".
-        group: of a feature: the field of the declaration.
+        group: for a feature, its field of the declaration.
         doubt: why it may be otherwise; "" where it is sure.
     """
 
@@ -71,7 +71,7 @@ class Guess:
 
     @property
     def told(self) -> str:
-        """What it was taken for, in a line."""
+        """The guess in a line."""
         kind = self.kind.value if self.kind else "not read by rankers"
         said = {
             "feature": f"{self.group}, {kind}: {self.why}",
@@ -91,7 +91,7 @@ class Looked:
 
     source: Source
     rows: pa.Table
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    shapes: Mapping[str, ColumnShape] = field(default_factory=dict)
     guesses: dict[str, Guess] = field(default_factory=dict)
     doubts: dict[str, str] = field(default_factory=dict)
 
@@ -110,11 +110,13 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
     Raises:
         RawDataError: nothing is there, or it is no table.
     """
-    source, doubts = Source(path), {}
+    source = Source(path)
+    doubts = {}
     files = sources.files_of(source, data)
     if sources.is_csv(source, files[0]):
         sniffed = sniff.sniff(path, _first_filled(files), kind.removesuffix("s"))
-        source, doubts = sniffed.source, dict(sniffed.doubts)
+        source = sniffed.source
+        doubts = dict(sniffed.doubts)
     elif sources.format_of(source, files[0]) == "json":
         sniff.refuse_other_json(_first_filled(files))
     held = {
@@ -185,7 +187,8 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         said: role → column, by a person who knows.
     """
     said = dict(said or {})
-    names, shapes = looked.rows.column_names, looked.shapes
+    names = looked.rows.column_names
+    shapes = looked.shapes
     for role, column in said.items():
         if column not in names:
             raise UsageError(
@@ -293,7 +296,7 @@ def _take_action(looked: Looked, found: dict[str, Guess], free, take, nameless: 
     take("action", best_named(coded, "action"), "by its name", doubt="say what its values mean")
 
 
-def _may_be_time(name: str, shape: Shape, nameless: bool) -> bool:
+def _may_be_time(name: str, shape: ColumnShape, nameless: bool) -> bool:
     """An id is no time, however likely its size."""
     if not shape.number or nameless:
         return True
@@ -310,7 +313,8 @@ def _with_time(looked: Looked, found: dict[str, Guess]) -> Looked:
     column = next((name for name, guess in found.items() if guess.role == "time"), None)
     if column is None:
         return looked
-    shape, doubts = looked.shapes[column], dict(looked.doubts)
+    shape = looked.shapes[column]
+    doubts = dict(looked.doubts)
     source = replace(looked.source, time_unit=shape.time_unit, time_format=shape.time_format)
     if shape.or_format:
         doubts["time_format"] = f"or {shape.or_format}: day and month cannot be told apart"
@@ -323,8 +327,8 @@ def _with_time(looked: Looked, found: dict[str, Guess]) -> Looked:
     return replace(looked, source=source, doubts=doubts)
 
 
-def odd_times(shape: Shape) -> str:
-    """What may be wrong with times that are numbers; "" where nothing is seen."""
+def odd_times(shape: ColumnShape) -> str:
+    """Return what may be wrong with times that are numbers; "" if nothing is seen."""
     if not shape.time_unit:
         return ""
     if shape.rounded:
@@ -345,6 +349,7 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
     role = kind.removesuffix("s")
     shapes = {n: s for n, s in looked.shapes.items() if s.readable}
 
+    # 1. The key: what shares most values with the events' ids, and is named like an id.
     def shared(name: str) -> float:
         texts = texts_of(looked.rows[name])
         known = pc.mean(pc.is_in(texts, keys).cast(pa.float64())).as_py() or 0.0
@@ -369,7 +374,9 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
             doubt=_or(alike),
         )
     }
-    rows, distinct = len(looked.rows), shapes[key].distinct
+    # 2. Of several rows a key, a time may say since when each is known.
+    rows = len(looked.rows)
+    distinct = shapes[key].distinct
     if distinct < rows:
         doubt = f"{rows:,} rows of {distinct:,} {kind}: of several the last of the file is taken"
         found[key] = replace(found[key], doubt=doubt)
@@ -380,6 +387,7 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
                 found[key], doubt=f"{rows:,} rows of {distinct:,} {kind}: each from its {time} on"
             )
             looked = _with_time(looked, {time: found[time]})
+    # 3. All else is a feature.
     for name in looked.shapes:
         if name not in found:
             found[name] = _feature(looked, name, f"{role}_features")
@@ -404,8 +412,9 @@ def _group(looked: Looked, found: dict[str, Guess], name: str) -> str:
 
 
 def _depends(rows: pa.Table, name: str, key: str) -> bool:
-    """Whether a key, of which several rows share values, decides a column."""
-    keys, values = texts_of(rows[key]), pc.fill_null(texts_of(rows[name]), "\x00")
+    """Return whether a key with repeated values decides a column."""
+    keys = texts_of(rows[key])
+    values = pc.fill_null(texts_of(rows[name]), "\x00")
     pairs = pa.table({"k": keys, "v": values}).group_by(["k", "v"]).aggregate([]).num_rows
     distinct = len(pc.unique(keys))
     return pairs <= 1.01 * distinct < 0.8 * len(rows)
@@ -413,9 +422,11 @@ def _depends(rows: pa.Table, name: str, key: str) -> bool:
 
 def _feature(looked: Looked, name: str, group: str) -> Guess:
     """How a ranker should read a column."""
-    shape, rows = looked.shapes[name], looked.rows
+    shape = looked.shapes[name]
+    rows = looked.rows
     if not shape.readable:
         return Guess(name, "left out", f"it holds {rows[name].type}, which no ranker reads")
+    # 1. What holds for every kind: gaps, doubts, constants.
     doubt = looked.doubts.get(f"column {name}", "")
     if shape.lost:
         doubt = f"{shape.lost:,} of {shape.rows:,} values are none such"
@@ -430,6 +441,7 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
         )
         doubt = asked if named and shape.distinct and shape.blank else ""
         return Guess(name, "left out", "it never changes", doubt=doubt)
+    # 2. Lists.
     if shape.length:
         why = f"{shape.length} numbers in each"
         return replace(
@@ -453,6 +465,7 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
             length=shape.most,
             separator=shape.separator,
         )
+    # 3. Times, flags and numbers.
     time_format = looked.source.time_format
     if shape.time and not shape.number:
         if shape.time_format != time_format:
@@ -484,6 +497,7 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
                 unit=shape.unit,
                 doubt=doubt,
             )
+    # 4. Text: for people, or a category.
     if not {"id", "code", "key"} & set(parts_of(name)) and (
         odd := unlike_numbers(texts_of(rows[name].drop_null()))
     ):
@@ -508,7 +522,7 @@ def texts_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _overlooked(name: str, values: pa.ChunkedArray) -> str:
-    """What a feature of an event may be by its name, and was not taken for; "" where nothing."""
+    """Return the role that a feature's name suggests and that it was not given; "" if none."""
     if named_as(name, "rating"):
         return (
             "its name says rating: if it is one, say from where on a row is liked (Source.at_least)"
@@ -526,13 +540,13 @@ def _or(others: Sequence[str]) -> str:
     return f"it may be {' or '.join(map(repr, others))}" if others else ""
 
 
-def _key_type(shape: Shape) -> DType:
+def _key_type(shape: ColumnShape) -> DType:
     """Ids that are spelt as their numbers are numbers; 007 and 7 stay two texts."""
     return DType.INT64 if shape.spelt_id else DType.STRING
 
 
 def words_of_actions(column: pa.ChunkedArray) -> bool:
-    """Whether most values of a column are words for actions."""
+    """Return whether most values of a column are words for actions."""
     values = [str(value) for value in pc.unique(texts_of(column)).to_pylist() if value]
     hits = [means(value, ACTION_WORDS) is not None or takes_back(value) for value in values]
     return bool(values) and sum(hits) >= len(hits) / 2
@@ -561,7 +575,7 @@ class Log:
         return [role for role in ("user", "item", "time") if self.events.column(role) is None]
 
     def doubts(self) -> Iterator[str]:
-        """What is not sure, a line for each."""
+        """Yield every doubt about the files, a line for each."""
         for looked in (self.events, self.users, self.items):
             if looked:
                 yield from (f"{name}: {why}" for name, why in looked.doubts.items())
@@ -574,7 +588,7 @@ def log_of(
     items: str | None = None,
     said: Mapping[str, str] | None = None,
 ) -> Log:
-    """What the files of a log were taken for.
+    """Guess the roles of every column of a log's files.
 
     Args:
         said: role ("user", "item", "time", "action") → column of the events, by who knows better.
@@ -597,7 +611,7 @@ def log_of(
 
 
 def _without_doubles(log: Looked, profiles: dict[str, Looked | None]) -> Looked:
-    """What a table of users or items says is not asked of the events."""
+    """Leave out event columns that a table of users or items describes."""
     told = {kind for kind, looked in profiles.items() if looked is not None}
     guesses = {}
     for name, guess in log.guesses.items():
@@ -657,7 +671,8 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
     minute = 60_000_000
     cuts = [int(at[len(at) * tenths // 10]) // minute * minute for tenths in (8, 9)]
     if cuts[0] == cuts[1] or not at[0] < cuts[0]:  # all at a few moments: by the time itself
-        low, high = int(at[0]), int(at[-1])
+        low = int(at[0])
+        high = int(at[-1])
         cuts = [(low + (high - low) * tenths // 10) // minute * minute for tenths in (8, 9)]
     first, second = (micros_iso(cut) for cut in cuts)
     return first, second

@@ -42,8 +42,10 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
     """A module that `datasets.load` takes, with `# ?` behind what is not sure; `cuts` say from when on
     validation and test run.
     """
-    events, actions = log.events, _actions(log.events)
+    events = log.events
+    actions = _actions(log.events)
     has_request = events.column("request") is not None
+    # 1. Who, what and which requests; where the events are.
     body = [
         f'    name="{name}",',
         f'    title="{name.replace("_", " ")}",',
@@ -62,6 +64,7 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
         *_requests(events, actions, cuts, has_request),
         *_source("events", events, [*actions.source], _event_columns(events)),
     ]
+    # 2. Tables of users and items.
     for kind, looked in (("users", log.users), ("items", log.items)):
         if looked is not None:
             role = kind.removesuffix("s")
@@ -69,6 +72,7 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
             if time := looked.column("time"):
                 columns["event_timestamp"] = time
             body += _source(kind, looked, [], {o: t for o, t in columns.items() if o != t})
+    # 3. Features, by whom they belong to.
     for group in GROUPS:
         chosen = [g for g in log.guesses if g.group == group and g.role == "feature"]
         if group == "event_features":
@@ -206,7 +210,8 @@ def _flagged(events: Looked, flags: list[str]) -> _Actions:
         f: pc.fill_null(raw.truths(texts_of(events.rows[f])), 0).to_numpy() > 0 for f in flags
     }
     by_rate = sorted(flags, key=lambda flag: -happened[flag].sum())
-    tasks, before = [], ""
+    tasks = []
+    before = ""
     for place, flag in enumerate(by_rate):
         # What never happened without the one before it is asked only where that one happened.
         earlier = by_rate[place - 1] if place else ""
@@ -226,11 +231,14 @@ def _requests(
     by = ['        by="request_id",'] if has_request else []
     drawn = ["        train_negatives_per_positive=4,", "        eval_negatives=100,"]
     if events.column("rating"):
-        kind, rest = "RATINGS", []
+        kind = "RATINGS"
+        rest = []
     elif actions.shown:
-        kind, rest = "IMPRESSIONS", by
+        kind = "IMPRESSIONS"
+        rest = by
     else:
-        kind, rest = "ACTIONS", [*drawn, *by]
+        kind = "ACTIONS"
+        rest = [*drawn, *by]
     return [
         "    requests=Requests(",
         f"        Examples.{kind},",
@@ -261,12 +269,14 @@ def _event_columns(events: Looked) -> dict[str, str]:
 
 
 def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str]) -> list[str]:
-    source, plain = looked.source, Source("")
+    source = looked.source
+    plain = Source("")
     assert isinstance(source.path, str)
     lines = [_text(source.path)]
     if columns:
         pairs = (f"    {_text(o)}: {_text(t)},{_told(looked, t)}" for o, t in columns.items())
         lines += ["columns={", *pairs, "}"]
+    # How the text is cut into fields; defaults are left out.
     if source.format and not source.path.lower().endswith((".csv", ".csv.gz")):
         lines.append(f'format="{source.format}"')
     if source.delimiter != plain.delimiter:
@@ -284,6 +294,7 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
     if source.encodings != plain.encodings:
         doubt = _doubt(looked.doubts.get("encodings", ""))
         lines.append(f"encodings={_tuple(source.encodings)},{doubt}")
+    # How values are written.
     if source.decimal != plain.decimal:
         lines.append(f'decimal="{source.decimal}"')
     signed = (Kind.NUMBER, Kind.VECTOR)
@@ -311,7 +322,7 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
 
 
 def _told(looked: Looked, column: str) -> str:
-    """What is not sure of a column, as a comment."""
+    """Return the doubts about a column, as a comment."""
     if column == UNKNOWN:
         return _doubt("no column was taken for it; name one here, or by --user, --item or --time")
     return _doubt(looked.guesses[column].doubt) if column in looked.guesses else ""

@@ -11,6 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.contract import Contract
 
 FIXED_POINT = 1_000_000
 _LOW_BITS = 32
@@ -34,3 +38,22 @@ class Exact:
     def floats(self) -> np.ndarray:
         """The numbers, float64."""
         return (self.high.astype(np.float64) * (1 << _LOW_BITS) + self.low) / FIXED_POINT
+
+
+@dataclass(frozen=True)
+class StatValues:
+    """The number of each event whose mean is kept: 0 if it has no number, and whether it has one."""
+
+    numbers: np.ndarray
+    there: np.ndarray
+
+
+def stat_values(contract: Contract, events: pa.Table | pa.RecordBatch) -> StatValues:
+    """The values of the dataset's `stat_value`; without one every event lacks it."""
+    name = contract.spec.stat_value
+    if not name:
+        return StatValues(np.zeros(events.num_rows), np.zeros(events.num_rows, bool))
+    column = events[name]
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    numbers = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
+    return StatValues(numbers, pc.is_valid(column).to_numpy(zero_copy_only=False))

@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one finished run of a job made: the commit mark of all its tables at once."""
+    """The outcome of a finished run: the commit mark of all its tables at once."""
 
     job: str
     run_id: str
@@ -95,7 +95,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            StaleTableError: it is none, or of a layout that this version does not know.
+            StaleTableError: it is no manifest, or in a layout that this version does not know.
         """
         try:
             raw = json.loads(text)
@@ -124,7 +124,8 @@ class JobFolder:
     """
 
     def __init__(self, home: str, job: str) -> None:
-        self.home, self.job = home, job
+        self.home = home
+        self.job = job
         self.filesystem, root = (
             pafs.FileSystem.from_uri(home) if "://" in home else (pafs.LocalFileSystem(), home)
         )
@@ -132,7 +133,7 @@ class JobFolder:
 
     @property
     def local(self) -> bool:
-        """Whether files can be memory-mapped."""
+        """True if files can be memory-mapped."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @contextmanager
@@ -283,10 +284,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def held(folder: Path) -> TextIO:
-    """Hold a folder together with others who read it; nobody can have it `locked` meanwhile.
+    """Hold a folder together with its other readers; no process can have it `locked` meanwhile.
 
     Returns:
-        What holds it: for as long as it is not closed.
+        A file that holds the folder until it is closed.
 
     Raises:
         BlockingIOError: another process has it locked.

@@ -36,7 +36,7 @@ class TokenLogError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class PartName:
-    """What the name of a part says: which run wrote it, for which of how many log parts, and which
+    """The parts of a file's name: the run that wrote it, the log part and their number, and which
     piece of that.
     """
 
@@ -132,14 +132,16 @@ def erase(contract: Contract, home: str, erased: Erased) -> int:
     Raises:
         JobRunningError: the job is under way.
     """
-    folder, user = JobFolder(home, JOB), contract.user.join_key
+    folder = JobFolder(home, JOB)
+    user = contract.user.join_key
     with folder.lock():
         manifest = folder.manifest()
         if manifest is None:
             return 0
         # The manifest keeps its run, which the online store names: what it holds is still that run's.
         folder_of_these = digest_of([manifest.digest, "without", erased.digest])
-        gone, replaced = 0, []
+        gone = 0
+        replaced = []
         tables: dict[str, list[Part]] = {table: [] for table in manifest.tables}
         for table, part in [(of, part) for of, parts in manifest.tables.items() for part in parts]:
             path = f"{folder.root}/{part.path}"
@@ -175,7 +177,7 @@ def _rows_of(folder: JobFolder, path: str) -> pa.Table | None:
 
 
 def _blanked(rows: pa.Table, held: np.ndarray) -> pa.Buffer:
-    """A part of the log whose chosen rows hold nobody and nothing: built anew, for to clear the bit of a
+    """A part of the log whose chosen rows are blank: built anew, because to clear the bit of a
     value keeps its bytes.
     """
     places = pa.array(np.arange(rows.num_rows), mask=held)
@@ -204,11 +206,9 @@ class TokenLog:
     """
 
     def __init__(self, contract: Contract, home: str, version: str) -> None:
-        self._folder, self._user, self.version = (
-            JobFolder(home, JOB),
-            contract.user.join_key,
-            version,
-        )
+        self._folder = JobFolder(home, JOB)
+        self._user = contract.user.join_key
+        self.version = version
         self._paths: dict[int, str] = {}
         for path in self._folder.paths(TABLE):
             if (name := PartName.of(path)) is not None:
@@ -226,9 +226,10 @@ class TokenLog:
             tokens_BSD, float32, zeros where there are none; and which have tokens, bool B.
 
         Raises:
-            TokenLogError: a row that the log does not have, or tokens of another version or shape.
+            TokenLogError: a row that the log does not have, or tokens of a different version or shape.
         """
-        tokens, has = np.zeros((len(rows), *shape), np.float32), np.zeros(len(rows), bool)
+        tokens = np.zeros((len(rows), *shape), np.float32)
+        has = np.zeros(len(rows), bool)
         for place, row in enumerate(rows.tolist()):
             if row < 0:
                 continue
@@ -248,7 +249,8 @@ class TokenLog:
                     raise TokenLogError(
                         f"row {row} holds tokens of shape {stored.tokens_SD.shape}, expected {shape}"
                     )
-                tokens[place], has[place] = stored.tokens_SD, True
+                tokens[place] = stored.tokens_SD
+                has[place] = True
         return tokens, has
 
     def _part(self, row: int) -> pa.RecordBatch:

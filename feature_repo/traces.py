@@ -25,7 +25,7 @@ PIECE = 1 << 24  # of a file that is no local one
 
 
 def mark_of(users: Sequence[int | str]) -> re.Pattern[bytes] | None:
-    """What stands wherever one of these ids does; None where their bytes tell nothing."""
+    """Return a pattern for the bytes of these ids; None if their bytes are too few to tell."""
     ids = [user.encode() for user in users if isinstance(user, str)]
     told = [re.escape(one) for one in ids if len(one) >= LEAST_BYTES]
     if not told:
@@ -59,7 +59,8 @@ def traces_in(
 
 def _in_stream(stream: pa.NativeFile, mark: re.Pattern[bytes]) -> int:
     """The same of a file that comes in pieces; an id may lie across two of them."""
-    found, before = 0, b""
+    found = 0
+    before = b""
     while data := stream.read(PIECE):
         known = sum(1 for _ in mark.finditer(before))
         found += sum(1 for _ in mark.finditer(before + data)) - known
@@ -83,13 +84,13 @@ def _in_columns(batch: pa.RecordBatch, mark: re.Pattern[bytes], without: Collect
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text or bytes, or lists of them."""
+    """Return whether a column holds text or bytes, or lists of them."""
     nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     return is_text(kind.value_type if nested else kind)
 
 
 def behind_nulls(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """What stands where a column is null: a value whose bit was cleared and whose bytes were kept. Null
+    """Return the bytes behind nulls: values whose bit was cleared and whose bytes were kept. Null
     where nothing does, and where the column is not null.
     """
     chunks = []
@@ -104,7 +105,7 @@ def behind_nulls(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _empty(kind: pa.DataType) -> object:
-    """What stands behind a null that was never a value."""
+    """Return the bytes behind a null that was never a value."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return ""
     return b"" if is_text(kind) else 0

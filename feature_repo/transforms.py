@@ -36,14 +36,26 @@ USER_FEATURES = (
     "mean_value",  # squashed mean value of the user's events of the first action; NaN without one
     "days_ago",  # log1p days since the newest event of all; NaN without one
 )
+# Match features without any event of the user: the counts are 0, the times since are not known.
+WITHOUT_EVENTS = {
+    "match_times": 0.0,
+    "match_share": 0.0,
+    "match_other_times": 0.0,
+    "match_days_ago": np.nan,
+    "match_events_ago": np.nan,
+}
+# Match features that are NaN without the item's statistics, and without the user's.
+OF_ITEM_STATS = ("value_ratio", "item_other_share")
+OF_USER_VALUE = ("value_ratio",)
 CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
 
 
-FAINTEST = 0.01  # of a count that has faded: less is told from nothing by nobody
+FAINTEST = 0.01  # of a count that has faded: a smaller one is as good as nothing
+EMPTY_SKETCH = np.float32(np.log(FAINTEST))  # what a sketch without events gives for a candidate
 
 
 def sketch_names(contract: Contract) -> tuple[str, ...]:
-    """Names of what a sketch says of a candidate: for the item and for each remembered column the
+    """List the numbers that a sketch gives for a candidate: for the item and for each remembered column the
     events of all time, and those that fade by each half-life.
     """
     memory = contract.spec.memory
@@ -84,8 +96,8 @@ def user_features(
         histories: of B requests, events strictly before each request.
         request_times: B times, microseconds.
         first_event_s: seconds since 1970; with `events` and `other_events` the user's statistics,
-            NaN where there are none.
-        mean_value: of the user's events, NaN where there is none.
+            NaN without statistics.
+        mean_value: of the user's events, NaN if they have no value.
     """
     tenure = request_times / MICROS_PER_DAY - first_event_s / 86_400
     some = histories.lengths > 0
@@ -120,7 +132,7 @@ def match_features(
         request_times: B times, microseconds.
         item_stats: three of N: events of the first action, of all others, and mean value of each
             candidate's item; NaN: unknown.
-        user_mean: mean value of each request's user, NaN where there is none.
+        user_mean: mean value of each request's user, NaN if unknown.
     """
     num_requests = len(request_times)
     owner = np.repeat(np.arange(num_requests), np.diff(candidate_offsets))
@@ -128,6 +140,7 @@ def match_features(
     event_owner = np.repeat(np.arange(num_requests), length)
     primary = histories.columns["action"] == 0
 
+    # A number for each pair of request and item, so that one sort matches all requests at once.
     span = int(max(histories.item_keys.max(initial=0), candidate_keys.max(initial=0))) + 1
     wanted = owner * span + candidate_keys
     event_pair = event_owner * span + histories.item_keys
@@ -144,13 +157,16 @@ def match_features(
         newest[count > 0] = order[right[count > 0] - 1]
         return count, newest
 
+    # How often, how long ago, and how many events ago.
     times, newest = matches(np.flatnonzero(primary))
     other_times, _ = matches(np.flatnonzero(~primary))
     seen = newest >= 0
-    days_ago, events_ago = np.full(len(wanted), np.nan), np.full(len(wanted), np.nan)
+    days_ago = np.full(len(wanted), np.nan)
+    events_ago = np.full(len(wanted), np.nan)
     days_ago[seen] = (request_times[owner[seen]] - histories.times[newest[seen]]) / MICROS_PER_DAY
     events_ago[seen] = histories.offsets[owner[seen] + 1] - newest[seen]
 
+    # Ratios of the item's and the user's means; unknown is NaN, never 0.
     item_events, item_others, item_mean = item_stats
     both = item_events + item_others
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -147,6 +147,7 @@ def compare(
     from modeling import command
     from modeling.changes import Comparison
 
+    # A comparison numbers its seeds, so that every recipe has the same.
     _refuse_below_one(seeds=seeds, threads=threads)
     if any(word.startswith("training.seed=") for word in changes):
         raise UsageError("--set training.seed: compare numbers its seeds; --seeds says how many")
@@ -189,7 +190,7 @@ def recipes(*, all: bool = False) -> None:
 
 @app.command
 def about(recipe: str = DEFAULT) -> None:
-    """What training a recipe leads to, before it is trained."""
+    """Say what training a recipe leads to, before it is trained."""
     from modeling import recipes as found
 
     print(found.about(found.load(recipe)))

@@ -39,7 +39,7 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class UserInputs(_Tensors):
-    """What a model knows of the user and the request: history, oldest first and padded on the
+    """A model's inputs about user and request: history, oldest first and padded on the
     right, and features.
     """
 
@@ -67,7 +67,7 @@ class UserInputs(_Tensors):
         return replace(self, **cut)
 
     def with_events(self, length: int) -> UserInputs:
-        """The same users with so many events, of which nothing is known: what a model is timed by."""
+        """Return the same users with so many unknown events, by which a model is timed."""
         made = {
             f.name: value.new_zeros((value.shape[0], length, *value.shape[2:]))
             for f in fields(self)
@@ -118,7 +118,7 @@ class FeatureSizes:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """What a model takes from the training period before its first step.
+    """Statistics that a model takes from the training period before its first step.
 
     Args:
         candidate_NF, request_BG, event_ME: dense numbers, from which their scales come.

@@ -84,7 +84,7 @@ class Bundle:
 
     @property
     def makes_tokens(self) -> bool:
-        """Whether its own stage 1 makes the tokens that it accepts."""
+        """True if its own stage 1 makes the tokens that it accepts."""
         return self.model.token_shape is not None
 
 
@@ -103,14 +103,15 @@ def export(
     gives the same digest.
 
     Args:
-        tokens: the token version that the model was trained on, where it reads tokens of another
-            model's.
+        tokens: the token version that the model was trained on, if a different model
+            makes them.
     """
     draft = folder / f".{recipe.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_weights(model.state_dict(), draft / "weights.safetensors")
     write_vocabularies(encoder, draft / "vocabularies.json")
+    # The manifest names and digests everything; the bundle's own digest is the manifest's.
     contract = encoder.contract
     accepted = tokens or token_fingerprint(model, encoder)
     shape = model.token_shape or encoder.tokens
@@ -139,6 +140,7 @@ def export(
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (draft / "bundle.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
+    # Visible at once and whole.
     path = folder / f"{recipe.name}-{digest[:12]}"
     shutil.rmtree(path, ignore_errors=True)
     draft.rename(path)
@@ -150,10 +152,10 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
 
     Args:
         contract: the one in force; it must have all that the bundle's own has.
-        expected_digest: what the catalogue says; a bundle of another digest is refused.
+        expected_digest: what the catalogue says; a bundle with a different digest is refused.
 
     Raises:
-        BundleError: missing or changed files, another layout, dataset or contract, or weights that
+        BundleError: missing or changed files, the wrong layout, dataset or contract, or weights that
             do not fit.
     """
     # 1. What the bundle says of itself, and whether it may be served here.
@@ -194,7 +196,7 @@ def _manifest_of(path: Path, expected_digest: str | None) -> tuple[str, dict[str
     """Digest and content of a bundle's `bundle.json`.
 
     Raises:
-        BundleError: missing, changed, of another layout, or without an entry.
+        BundleError: missing, changed, in an unknown layout, or without an entry.
     """
     file = path / "bundle.json"
     if not file.is_file():
@@ -222,7 +224,7 @@ def _manifest_of(path: Path, expected_digest: str | None) -> tuple[str, dict[str
 
 
 def _check_files(path: Path, listed: dict[str, str]) -> None:
-    """Refuse a bundle whose files are not those that it lists, by name and sha256.
+    """Refuse a bundle whose files differ from its list, by name and sha256.
 
     Raises:
         BundleError: it names the file.
@@ -268,7 +270,7 @@ def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:
     """The contract that a bundle was trained under, as it carries it.
 
     Raises:
-        BundleError: it is none, or not the one whose fingerprint stands beside it.
+        BundleError: it is no contract, or not the one whose fingerprint stands beside it.
     """
     try:
         own = contracts.contract(spec_of(manifest["contract"]))

@@ -1,4 +1,4 @@
-"""What a command line asks for: any field of a recipe, by name and type (`--set model.width=64`), which
+"""Changes that a command line asks for: any field of a recipe, by name and type (`--set model.width=64`), which
 is part of the run's identity; and a comparison.
 """
 
@@ -24,7 +24,7 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Changes:
-    """What a command line changes in a recipe.
+    """Changes of a recipe by a command line.
 
     >>> changed(load("vista_tiny"), Changes(seed=3, assignments=("model.width=32",))).config["width"]
     32
@@ -37,7 +37,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` is asked for; see its help."""
+    """Arguments of `compare`; see its help."""
 
     recipes: tuple[str, ...]
     data: Path | None = None
@@ -52,11 +52,11 @@ class Comparison:
 
 
 def changed(recipe: R, changes: Changes) -> R:
-    """The recipe with these fields of its own (`history_length`), its model (`model.…`) or its
+    """Return the recipe with these fields changed: its own (`history_length`), its model (`model.…`) or its
     training (`training.…`).
 
     Raises:
-        RecipeError: no such field, or a value of another type; the message lists what there is.
+        RecipeError: no such field, or a value of the wrong type; the message lists what there is.
     """
     words = list(changes.assignments)
     words += [

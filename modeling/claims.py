@@ -1,4 +1,4 @@
-"""What may be said of two rankers: paired differences over users and seeds, corrected for how much is
+"""Claims about two rankers: paired differences over users and seeds, corrected for how much is
 claimed.
 
 Both rankers score the same requests of the same users. A difference is drawn again many times: users
@@ -54,15 +54,16 @@ def write_sums(path: Path, sums: Mapping[str, PerUser]) -> None:
     """Keep a run's sums by user."""
     kept = {}
     for metric, one in sums.items():
-        kept[f"{metric} total"], kept[f"{metric} weight"] = one.total[0], one.weight[0]
+        kept[f"{metric} total"] = one.total[0]
+        kept[f"{metric} weight"] = one.weight[0]
     write_shard(path, kept)
 
 
 def read_sums(path: Path) -> Sums:
-    """What `write_sums` kept.
+    """Read what `write_sums` wrote.
 
     Raises:
-        ShardError: it is damaged or gone.
+        ShardError: the file is damaged or gone.
     """
     kept = read_shard(path)
     metrics = [name.removesuffix(" total") for name in kept if name.endswith(" total")]
@@ -106,7 +107,8 @@ def difference(name: str, metric: str, ours: PerUser, theirs: PerUser, seed: int
                 values = (one.total @ times) / (one.weight @ times)
             means.append(values[chosen].mean())
         drawn[number] = means[0] - means[1]
-    value, known = ours.value - theirs.value, drawn[~np.isnan(drawn)]
+    value = ours.value - theirs.value
+    known = drawn[~np.isnan(drawn)]
     if math.isnan(value) or not len(known):
         return Difference(name, metric, math.nan, math.nan, math.nan, 1.0)
     low, high = np.percentile(known, [2.5, 97.5])

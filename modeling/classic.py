@@ -1,8 +1,8 @@
-"""Trained floors without ids and without a sequence: logistic regression and gradient-boosted trees
+"""Trained baselines without ids and without a sequence: logistic regression and gradient-boosted trees
 on the same dense numbers that rankers get.
 
-What a ranker adds must show beside these. scikit-learn fits both; what is missing (NaN) is a state
-of its own for trees, and a flag beside the mean for the regression.
+A ranker's gain must show beside these. scikit-learn fits both; what is missing (NaN) is a separate
+state for trees, and a flag beside the mean for the regression.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from modeling.augment import ablation_of
 from modeling.columns import within
 from modeling.console import console
 from modeling.encoder import Encoded, Encoder
@@ -35,7 +36,7 @@ def classic_scores(
     seed: int,
     most: int | None = None,
 ) -> np.ndarray:
-    """Scores of all test candidates, as logits. Columns of which hardly anything is known are left out
+    """Scores of all test candidates, as logits. Columns with hardly any known value are left out
     and said; where there is nothing to learn from, all scores are 0, which is said too.
 
     Args:
@@ -87,7 +88,7 @@ def classic_scores(
 
 def _names(encoder: Encoder) -> list[str]:
     """Names of the columns that `_features` makes."""
-    withheld = encoder.withheld
+    withheld = ablation_of(encoder)
     names = np.array(encoder.dense_names)[~withheld.candidate_dense].tolist()
     return names if withheld.user else [*names, *encoder.user_dense_names]
 
@@ -129,7 +130,7 @@ def _features(encoder: Encoder, encoded: Encoded, chosen: np.ndarray) -> np.ndar
     """Dense numbers of candidates and of their requests, float32, without what is withheld."""
     lengths = encoded.num_candidates[chosen]
     rows = np.repeat(encoded.candidate_offsets[chosen], lengths) + within(lengths)
-    withheld = encoder.withheld
+    withheld = ablation_of(encoder)
     candidate = encoded.candidate_dense[rows][:, ~withheld.candidate_dense]
     if withheld.user:
         return candidate

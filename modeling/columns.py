@@ -38,7 +38,7 @@ Columns = Mapping[str, pa.Array]
 
 @dataclass(frozen=True)
 class GroupSizes:
-    """What a model is built for, of one group of columns.
+    """Sizes of one group of columns that a model is built for.
 
     Args:
         categories: rows of each embedding table.
@@ -210,7 +210,7 @@ class ColumnGroup:
 
     @cached_property
     def aging_places(self) -> tuple[int, ...]:
-        """Where their numbers stand among the dense ones."""
+        """Places of their numbers among the dense ones."""
         return tuple(at for at, c in enumerate(self.numbers) if c.kind is Kind.AGE)
 
     @cached_property
@@ -220,7 +220,7 @@ class ColumnGroup:
 
     @property
     def sizes(self) -> GroupSizes:
-        """What a model is built for."""
+        """Sizes that a model is built for."""
         return GroupSizes(
             categories=tuple(self.indices[c.name].size for c in self.categorical),
             slots=tuple(c.slots for c in self.categorical),
@@ -238,7 +238,8 @@ class ColumnGroup:
         """Category slots of stored columns, int64, rows × slots."""
         found = []
         for column in self.categorical:
-            values, index = whole(columns[column.name]), self.indices[column.name]
+            values = whole(columns[column.name])
+            index = self.indices[column.name]
             if column.kind is not Kind.BAG:
                 found.append(index.indices_of(values)[:, None])
                 continue

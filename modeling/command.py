@@ -1,11 +1,10 @@
-"""What `python -m modeling` does once its options are read. Each stage knows whether it is up to
+"""`python -m modeling` once its options are read. Each stage knows whether it is up to
 date and says so.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,52 +13,19 @@ import numpy as np
 
 from feature_repo import datasets
 from feature_repo.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
-from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.sources import sha256_of
-from feature_repo.tables import JobFolder, digest_of
+from feature_repo.tables import JobFolder
 from modeling import recipes
 from modeling.changes import Changes, Comparison, changed
 from modeling.console import console, print_table
-from modeling.errors import DataError, NotTrainedError, RecipeError, RunError
+from modeling.errors import DataError, NotTrainedError, RecipeError
 from modeling.recipes import NextItemRecipe, Recipe
-from modeling.registry import training_code
 
 if TYPE_CHECKING:
-    from modeling.dataset import Warehouse
-    from modeling.encoder import Encoder
-    from modeling.models.base import Ranker
-
-TABLES = ("events", "user_history", "item_stats", "training_examples")
-NEWEST = "newest.json"  # beside a recipe's runs: what the last training was asked for
-Tokens = tuple[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A recipe on the tables in force: where it is kept and what it depends on.
-
-    Runs of a recipe stand side by side, each in a folder named by its identity: recipe with all its
-    fields, tables, contract, and the code that trains.
-    """
-
-    settings: Settings
-    recipe: Recipe
-    identity: str
-    folder: Path
-    tokens: Tokens | None = None  # version and shape of the stored tokens that it reads
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What `train` left: `run.json`, or nothing."""
-        path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def evaluation_identity(self) -> str:
-        """The run, and the code that evaluates it."""
-        code = code_digest("modeling.evaluate", "modeling.trained_floors")
-        return digest_of([self.identity, code])
+    from modeling.encodings import Encodings
+    from modeling.evaluate import Evaluation
+    from modeling.training_run import TrainingRun
 
 
 def run_train(
@@ -71,6 +37,9 @@ def run_train(
     threads: int = 1,
 ) -> None:
     """Train a recipe to its end; with `force` from the beginning, trained or not."""
+    from modeling.encodings import Encodings
+    from modeling.training_run import note_newest, open_run, train
+
     _use_threads(threads)
     settings = Settings.from_env()
     recipe = changed(recipes.load(name), changes)
@@ -79,10 +48,8 @@ def run_train(
         return
     _refuse_data(recipe, data, settings)
     run = open_run(settings, recipe)
-    train(run, Catalogue(settings.catalogue_url), device, force=force)
-    draft = run.folder.parent / f".{NEWEST}.draft"
-    draft.write_text(json.dumps(asdict(changes)))
-    draft.replace(run.folder.parent / NEWEST)
+    train(run, Encodings.of_run(run), Catalogue(settings.catalogue_url), device, force=force)
+    note_newest(run, changes)
 
 
 def _use_threads(number: int) -> None:
@@ -98,6 +65,8 @@ def run_evaluate(
     name: str, data: Path | None, changes: Changes, force: bool = False, threads: int = 1
 ) -> None:
     """Metrics of a trained recipe."""
+    from modeling.training_run import trained_run
+
     _use_threads(threads)
     settings = Settings.from_env()
     recipe = recipes.load(name)
@@ -110,7 +79,9 @@ def run_evaluate(
 
 
 def run_export(name: str, changes: Changes, live: bool | None, force: bool = False) -> None:
-    """Write the bundle of an evaluated run; of a next-item recipe there is none, which is said."""
+    """Write the bundle of an evaluated run; a next-item recipe has no bundle, which is said."""
+    from modeling.training_run import trained_run
+
     _use_threads(1)
     settings = Settings.from_env()
     recipe = recipes.load(name)
@@ -124,7 +95,8 @@ def run_export(name: str, changes: Changes, live: bool | None, force: bool = Fal
 def run_bundles(promote: str | None, rollback: bool) -> None:
     """List bundles; make one live."""
     settings = Settings.from_env()
-    catalogue, dataset = Catalogue(settings.catalogue_url), settings.dataset
+    catalogue = Catalogue(settings.catalogue_url)
+    dataset = settings.dataset
     if promote is not None:
         catalogue.set_live(dataset, catalogue.bundle(dataset, promote).digest)
     if rollback:
@@ -194,7 +166,8 @@ def train_next_item(
     from modeling.comparison import metric_lines
     from modeling.next_item import finished, named, open_source, train_and_evaluate
 
-    source, recipe = open_source(settings, data), named(recipe, changes.epochs)
+    source = open_source(settings, data)
+    recipe = named(recipe, changes.epochs)
     result = None if force else finished(source, recipe)
     console.print(recipes.about(recipe), highlight=False)
     console.print(
@@ -218,7 +191,8 @@ def show_next_item(
     from modeling.comparison import metric_lines
     from modeling.next_item import finished, named, open_source
 
-    source, recipe = open_source(settings, data), named(recipe, changes.epochs)
+    source = open_source(settings, data)
+    recipe = named(recipe, changes.epochs)
     result = finished(source, recipe)
     if result is None:
         seed = recipe.training.seed
@@ -231,180 +205,45 @@ def show_next_item(
     print_table(metric_lines(result))
 
 
-def open_run(settings: Settings, recipe: Recipe) -> TrainingRun:
-    """The run of a recipe on the tables in force.
-
-    Raises:
-        TableNotBuiltError: a Beam job has not run.
-        StaleTableError: one ran under another contract.
-    """
-    contract = datasets.load_contract(settings.dataset)
-    ids = {job: JobFolder(settings.home, job).require(contract).run_id for job in TABLES}
-    dataset = datasets.load(settings.dataset)
-    if dataset.spec.views:
-        ids["views"] = dataset.views_digest(settings.data)
-    tokens = None
-    if recipe.tokens is not None:
-        made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
-        tokens = (made.fingerprint, (made.num_tokens, made.width))
-        ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require(contract).run_id
-    identity = digest_of(
-        [asdict(recipe), ids, tokens, contract.fingerprint, training_code(recipe, settings.dataset)]
-    )
-    return TrainingRun(
-        settings, recipe, identity, settings.path("runs", recipe.name, identity), tokens
-    )
-
-
-def trained_run(settings: Settings, recipe: Recipe, changes: Changes) -> TrainingRun:
-    """The finished run of these changes; where there are none, of those that the last training was
-    asked for.
-
-    Raises:
-        NotTrainedError: there is none on the tables in force.
-    """
-    newest = settings.path("runs", recipe.name, NEWEST)
-    if changes == Changes() and newest.exists():
-        stored = json.loads(newest.read_text())
-        changes = Changes(stored["seed"], stored["epochs"], tuple(stored["assignments"]))
-    return trained(open_run(settings, changed(recipe, changes)))
-
-
-def trained(run: TrainingRun) -> TrainingRun:
-    """The run, if it was trained to its end.
-
-    Raises:
-        NotTrainedError: it was not.
-    """
-    if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
-        return run
-    name = run.recipe.name
-    others = [f for f in run.folder.parent.glob("*/run.json") if f.parent != run.folder]
-    why = (
-        " on these tables, with this code and these settings, though it was on others"
-        if others
-        else ""
-    )
-    raise NotTrainedError(
-        f"{name} is not trained{why}: run `python -m modeling train {name}` first"
-    )
-
-
-def train(
-    run: TrainingRun, catalogue: Catalogue, device: str = "cpu", *, force: bool = False
-) -> None:
-    """Train to the end, from the newest checkpoint; with `force` from the beginning.
-
-    Raises:
-        RunError: another process trains this very run.
-    """
-    from modeling.trainer import forget_run, locked_run
-
-    with locked_run(run.folder):
-        if force:
-            forget_run(run.folder)
-        if run.state.get("identity") == run.identity and (run.folder / "best.safetensors").exists():
-            console.print(
-                f"train {run.recipe.name}: up to date (run {run.identity})", highlight=False
-            )
-            return
-        with catalogue.stage(
-            run.settings.dataset, f"train {run.recipe.name}", run.identity
-        ) as stage:
-            stage.details = summary = _train(run, device)
-    best = summary["best_validation_ndcg@10"]
-    console.print(
-        f"train {run.recipe.name}: best validation NDCG@10 {best:.4f} after {summary['epochs']} epochs, {summary['steps']} steps",
-        highlight=False,
-    )
-
-
-def _train(run: TrainingRun, device: str) -> dict[str, Any]:
-    from feature_repo.store import open_store
-    from modeling.ranking import build_model
-    from modeling.trainer import Trainer
-    from modeling.training_set import Options, open_training_set
-    from modeling.vocabularies import write_vocabularies
-
-    recipe, store = run.recipe, open_store(run.settings)
-    # 1. Features as of each request, as numbers on disk.
-    console.print(f"train {recipe.name}: joining features point-in-time", highlight=False)
-    options = Options(recipe.service, recipe.min_item_count, run.tokens)
-    training_set = open_training_set(run.settings, store, options)
-    refuse_if_rebuilt(run)
-    # 2. What this recipe reads of them.
-    encoder = training_set.encoder(
-        recipe.history_length, tokens=run.tokens is not None, without=recipe.without
-    )
-    encoded, encoded_validation = (
-        training_set.period(name, tokens=run.tokens is not None).encoded
-        for name in ("train", "validation")
-    )
-    console.print(
-        f"train {recipe.name}: {len(encoded):,} requests, {len(encoded.candidate_item):,} samples",
-        highlight=False,
-    )
-    # 3. The run, then what says that it is finished.
-    model = build_model(recipe, encoder, encoded)
-    trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
-    summary = trainer.fit(encoded, encoded_validation)
-    write_vocabularies(encoder, run.folder / "vocabularies.json")
-    draft = run.folder / ".run.draft"
-    draft.write_text(json.dumps({"identity": run.identity, **summary}, indent=1))
-    draft.replace(run.folder / "run.json")
-    return summary
-
-
-def refuse_if_rebuilt(run: TrainingRun) -> None:
-    """Refuse to go on with tables that a Beam job replaced while they were read.
-
-    Raises:
-        RunError: the tables are no longer those that the run was opened on.
-    """
-    if open_run(run.settings, run.recipe).identity != run.identity:
-        raise RunError("tables were rebuilt while they were read: run the same command again")
-
-
 def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
     """Metrics on the test period, baselines, report."""
     from modeling.evaluate import (
         calibration_line,
         contract_line,
+        degraded_line,
         metric_rows,
         read,
-        rungs_line,
         undefined,
         unknown_line,
         write,
     )
 
-    report, identity = run.folder / "report.html", run.evaluation_identity
+    contract = datasets.load_contract(run.settings.dataset)
+    report = run.folder / "report.html"
+    identity = run.evaluation_identity
     done = (
         not force
         and (run.folder / "evaluation.json").exists()
         and read(run.folder)["identity"] == identity
         and report.exists()
     )
+    # 1. Evaluate, unless the run and the code that evaluates it are the same.
     if not done:
-        from modeling.dataset import refuse_without_positives
+        from modeling.encodings import Encodings
         from modeling.report import write_report
 
         with catalogue.stage(
             run.settings.dataset, f"evaluate {run.recipe.name}", identity
         ) as stage:
-            _tell("evaluate: joining the test period")
-            store, warehouse = _stores(run.settings)
-            model, encoder = _load_trained(run)
-            test = warehouse.split(store, run.recipe.service, "test", run.tokens)
-            refuse_without_positives(warehouse.contract, "test", test)
-            refuse_if_rebuilt(run)
-            found = _evaluated(run, model, encoder, test)
+            _tell("evaluate: opening the test period")
+            encodings = Encodings.of_run(run)
+            found = _evaluated(run, encodings)
             write(run.folder, identity, found)
             evaluation = read(run.folder)
-            title = f"{run.recipe.name} on {warehouse.contract.spec.title}"
+            title = f"{run.recipe.name} on {contract.spec.title}"
             about = [
-                contract_line(warehouse.contract, evaluation["counts"]),
-                *_told(run, model),
+                contract_line(contract, evaluation["counts"]),
+                *_told(run),
                 evaluation["beside_trees"],
                 f"Calibration: {calibration_line(evaluation)}.",
             ]
@@ -418,11 +257,11 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
             f"evaluate {run.recipe.name}: up to date (run {run.identity})", highlight=False
         )
         evaluation = read(run.folder)
-    contract = datasets.load_contract(run.settings.dataset)
+    # 2. Show it.
     console.print(contract_line(contract, evaluation["counts"]), highlight=False)
     print_table(metric_rows(evaluation["metrics"]))
     console.print(unknown_line(evaluation["unknown"]), highlight=False)
-    console.print(rungs_line(evaluation), highlight=False)
+    console.print(degraded_line(evaluation), highlight=False)
     for task, rows in evaluation["tasks"].items():
         if task != evaluation["primary"]:
             console.print(f"task {task}", highlight=False)
@@ -440,10 +279,10 @@ def _tell(text: str) -> None:
     console.print(text, highlight=False)
 
 
-def _evaluated(run: TrainingRun, model: Ranker, encoder: Encoder, test: Any) -> Any:
+def _evaluated(run: TrainingRun, encodings: Encodings) -> Evaluation:
     """The evaluation of a run, with trees on the same numbers beside it."""
     from modeling.claims import difference
-    from modeling.encodings import Encodings
+    from modeling.dataset import refuse_nothing_positive
     from modeling.evaluate import (
         beside_trees,
         estimates,
@@ -452,22 +291,29 @@ def _evaluated(run: TrainingRun, model: Ranker, encoder: Encoder, test: Any) -> 
         sampling_shift,
         without_ranking,
     )
-    from modeling.floors import TREES
-    from modeling.trained_floors import quick_trees, sums_by_user
+    from modeling.simple_baselines import TREES
+    from modeling.trained_baselines import quick_trees, sums_by_user
     from modeling.trainer import predict
+    from modeling.training_run import load_trained, refuse_if_rebuilt
 
-    encodings = Encodings(run.settings, run.recipe.service, run.tokens)
+    # 1. The periods as they were trained on: shards on disk.
+    model, encoder = load_trained(run)
+    spec = encoder.contract.spec
     labels = [
         np.asarray(encodings.period(run.recipe, name).encoded.labels)
         for name in ("train", "validation")
     ]
-    spec = encoder.contract.spec
+    test = encodings.period(run.recipe, "test")
+    positives = (np.asarray(test.encoded.labels) == 1).sum(axis=0)
+    refuse_nothing_positive(encoder.contract, "test", positives)
+    refuse_if_rebuilt(run)
+    # 2. The model, then trees, paired over users.
     found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), _tell)
     _tell("evaluate: trees on the same numbers")
     trees = quick_trees(run.settings, encodings, run.recipe)
-    period, number = encodings.period(run.recipe, "test"), primary_number(spec)
-    scores = predict(model, encodings.encoder_of(run.recipe), period.encoded)[:, number]
-    ours = sums_by_user(period, scores, number)["ndcg@10"]
+    number = primary_number(spec)
+    scores = predict(model, encoder, test.encoded)[:, number]
+    ours = sums_by_user(test, scores, number)["ndcg@10"]
     paired = difference("model − trees", "ndcg@10", ours, trees.sums["ndcg@10"])
     rows = found.metrics | {TREES: estimates(trees.test[0])}
     if found.nothing_to_rank:
@@ -479,14 +325,14 @@ def _evaluated(run: TrainingRun, model: Ranker, encoder: Encoder, test: Any) -> 
     )
 
 
-def _told(run: TrainingRun, model: Ranker) -> list[str]:
-    """What a report says of its run: recipe, parameters, epochs, data, date."""
-    recipe, state = run.recipe, run.state
-    numbers = sum(p.numel() for p in model.parameters())
+def _told(run: TrainingRun) -> list[str]:
+    """Describe a run for its report: recipe, parameters, epochs, data, date."""
+    recipe = run.recipe
+    summary = run.state["summary"]
     data = JobFolder(run.settings.home, "events").require()
     return [
-        f"Recipe {recipe.name}: model {recipe.model}, {numbers:,} parameters, {recipe.history_length} events of each user, seed "
-        f"{recipe.training.seed}; {state['epochs']} of at most {recipe.training.epochs} epochs, {state['steps']:,} steps.",
+        f"Recipe {recipe.name}: model {recipe.model}, {run.state['parameters']:,} parameters, {recipe.history_length} events of each user, seed "
+        f"{recipe.training.seed}; {summary['epochs']} of at most {recipe.training.epochs} epochs, {summary['steps']:,} steps.",
         f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts.get('rows_events', 0):,} events known before "
         f"{data.as_of}. Run {run.identity}, evaluated {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     ]
@@ -508,9 +354,9 @@ def export(
     from modeling import promotion
     from modeling.evaluate import read
 
-    if run.recipe.without:
+    if run.recipe.ablated:
         raise RecipeError(
-            f"{run.recipe.name} is for comparisons: {', '.join(run.recipe.without)} are withheld from it, and a server would show them"
+            f"{run.recipe.name} is for comparisons: {', '.join(run.recipe.ablated)} are withheld from it, and a server would show them"
         )
     evaluation = read(run.folder)
     if evaluation["identity"] != run.evaluation_identity:
@@ -518,7 +364,8 @@ def export(
             f"{run.recipe.name} was evaluated by other code: run `python -m modeling evaluate {run.recipe.name}` again"
         )
     refuse_longer_than_kept(run)
-    dataset, name = run.settings.dataset, run.recipe.name
+    dataset = run.settings.dataset
+    name = run.recipe.name
     test = promotion.test_key(run.settings)
     row = None if force else _exported(run, catalogue)
     if row is None:
@@ -549,7 +396,8 @@ def _go_live(
     run: TrainingRun, catalogue: Catalogue, digest: str, live: bool | None, held: list[str]
 ) -> str:
     """Make a bundle live unless something speaks against it. Returns the state that it is in."""
-    dataset, name = run.settings.dataset, run.recipe.name
+    dataset = run.settings.dataset
+    name = run.recipe.name
     if _is_live(catalogue, dataset, digest):
         return "live"
     if live is False:
@@ -600,8 +448,9 @@ def _write_bundle(
     run: TrainingRun, catalogue: Catalogue, evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     from modeling import bundle
+    from modeling.training_run import load_trained
 
-    model, encoder = _load_trained(run)
+    model, encoder = load_trained(run)
     metrics = evaluation["metrics"]["model"]
     path, digest = bundle.export(
         run.settings.path("bundles"),
@@ -633,7 +482,7 @@ def _weights(run: TrainingRun) -> str:
 
 
 def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:
-    """Whether a bundle accepts tokens that too few users have for it to go live."""
+    """Return whether a bundle accepts tokens that too few users have for it to go live."""
     accepted = catalogue.accepted_tokens(digest)
     built = {row.fingerprint: row.coverage for row in catalogue.token_versions(dataset)}
     return accepted is not None and built.get(accepted, 0.0) < COVERAGE_TO_GO_LIVE
@@ -642,38 +491,3 @@ def _waits(catalogue: Catalogue, dataset: str, digest: str) -> bool:
 def _is_live(catalogue: Catalogue, dataset: str, digest: str) -> bool:
     live = catalogue.live_or_none(dataset)
     return live is not None and live.digest == digest
-
-
-def _stores(settings: Settings) -> tuple[Any, Warehouse]:
-    from feature_repo.store import open_store
-    from modeling.dataset import Warehouse
-
-    return open_store(settings), Warehouse(settings)
-
-
-def _load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from modeling import models
-    from modeling.encoder import Encoder
-    from modeling.vocabularies import read_vocabularies
-
-    contract = datasets.load_contract(run.settings.dataset)
-    vocabularies = read_vocabularies(contract, run.folder / "vocabularies.json")
-    encoder = Encoder(
-        contract,
-        vocabularies,
-        run.recipe.history_length,
-        run.tokens[1] if run.tokens else (0, 0),
-        run.recipe.without,
-    )
-    model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
-    weights = run.folder / "best.safetensors"
-    try:
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise RunError(
-            f"{weights} is damaged ({error}): remove {run.folder} and train again"
-        ) from error
-    return model.eval(), encoder

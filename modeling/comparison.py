@@ -77,7 +77,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
 
 
 def comparison_folder(parent: Path, results: list[dict[str, Any]]) -> Path:
-    """A folder of its own for each comparison, made: by its recipes, and by what each run was."""
+    """Make and return a comparison's folder, named by its recipes and by the identity of each run."""
     names = list(by_recipe(results))
     runs = digest_of([[r["recipe"], r["seed"], r.get("identity")] for r in results])
     more = f"_and_{len(names) - 1}_more" if len(names) > 1 else ""
@@ -90,7 +90,7 @@ def next_item_recipe(name: str) -> NextItemRecipe:
     """The next-item recipe of that name.
 
     Raises:
-        RecipeError: there is none, or it is a ranking recipe.
+        RecipeError: no recipe has that name, or it is a ranking recipe.
     """
     recipe = recipes.load(name)
     if not isinstance(recipe, NextItemRecipe):
@@ -134,7 +134,7 @@ def by_recipe(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean, and standard deviation where there are several; of those that are defined."""
+    """Format the mean of the defined values, with their standard deviation if there are several."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"

@@ -21,7 +21,8 @@ class Told:
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
-        self._seconds, self._said = seconds, -math.inf
+        self._seconds = seconds
+        self._said = -math.inf
 
     def __call__(self, text: str) -> None:
         """Say this, unless something was said just before."""
@@ -32,13 +33,13 @@ class Told:
 
 
 def print_table(rows: list[list[str]], width: int | None = None) -> None:
-    """A table on the terminal; the first row is the heading.
+    """Print a table on the terminal; the first row is the heading.
 
     Where it is wider than the terminal, rows become columns, and what is still too wide is cut by
     columns: the first one is repeated before each part.
 
     Args:
-        width: of the terminal; default: as it is, and at least 160 where there is none.
+        width: of the terminal; default: as it is, and at least 160 without a terminal.
     """
     available = width or (console.width if console.is_terminal else max(console.width, 160))
     if _width(rows) > available and len(rows) < len(rows[0]):
@@ -60,7 +61,8 @@ def _parts(rows: list[list[str]], available: int) -> list[list[list[str]]]:
     """The table in parts of as many columns as fit, each with the first column; one column at
     least.
     """
-    parts, chosen = [], [0]
+    parts = []
+    chosen = [0]
     for index in range(1, len(rows[0])):
         if (
             len(chosen) > 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo import datasets, expectations, limits
-from feature_repo.arrow import NO_VALUE, arrow_schema, arrow_type, micros
+from feature_repo.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.contract import TOKEN_ROW, TOKEN_VERSION, Contract
 from feature_repo.errors import ExpectedError
 from feature_repo.history import Histories, HistoryLog
@@ -24,7 +24,7 @@ from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
 from feature_repo.token_log import TokenLog
 from modeling.columns import Index, Vocabulary, event_key, fitted, floats, whole
-from modeling.encoder import RequestColumns, events_of
+from modeling.encoder import GatherHistories, RequestColumns, events_of
 from modeling.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 OFFLINE_STORE = "feature_repo.offline_store.AsofDuckDBOfflineStore"  # which joins Arrow rows
-EXAMPLES_AT_A_TIME = 1 << 18  # rows, where a period is read as a whole
 SAMPLED_NUMBERS = 1 << 20  # of a column in buckets, from which its quantiles come
 Tokens = tuple[str, tuple[int, int]]  # version and shape of summary tokens
 
@@ -46,8 +45,9 @@ class StaleFeaturesError(ExpectedError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Split:
-    """One period's requests, or some of them, with what evaluation needs beside the model's inputs.
+class JoinedRequests:
+    """Requests of one period, or some of them, with their features as of each request, before they are
+    numbers.
 
     Args:
         users: of each request.
@@ -112,7 +112,8 @@ def check_rows(asked: pa.Table, got: pa.Table) -> None:
             f"the point-in-time join returned {got.num_rows:,} rows for {asked.num_rows:,}: this offline store cannot be trained from"
         )
     for name in asked.column_names:
-        want, have = asked[name].combine_chunks(), got[name].combine_chunks()
+        want = asked[name].combine_chunks()
+        have = got[name].combine_chunks()
         if pa.types.is_timestamp(want.type):
             same = bool((micros(want) == micros(have.cast(want.type))).all())
         else:
@@ -153,16 +154,8 @@ class Warehouse:
         views = datasets.load(self.settings.dataset).views_digest(self.settings.data)
         return digest_of([views, {job: m.run_id for job, m in self.manifests.items()}])
 
-    def examples(self, split: str) -> pa.Table:
-        """Training examples of one period, candidates of a request together."""
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-        nothing = arrow_schema(self.contract.table("training_examples")).empty_table()
-        own = [rows for name, rows in self.pieces(EXAMPLES_AT_A_TIME) if name == split]
-        return pa.concat_tables([nothing, *own]).combine_chunks()
-
     def pieces(self, most: int, every: tuple[int, int] = (1, 1)) -> Iterator[tuple[str, pa.Table]]:
-        """The examples of all periods, each piece of one: whole requests, at most so many rows, or
+        """Yield the examples of all periods in pieces, each of one period: whole requests, at most so many rows, or
         one request's. A period's pieces come in the order of its examples.
 
         Args:
@@ -181,23 +174,6 @@ class Warehouse:
                         before = piece.slice(0, 0)
                     waiting[split] = pa.concat_tables([before, piece])
         yield from waiting.items()
-
-    def split(
-        self, store: FeatureStore, service: str, split: str, tokens: Tokens | None = None
-    ) -> Split:
-        """One period, joined and ready to encode.
-
-        Args:
-            tokens: version and shape of the summary tokens to read, as they were at each request;
-                the service must join `token_rows`.
-
-        Raises:
-            JoinError: the offline store lost or moved rows.
-            GateError: joined features break the contract.
-        """
-        joined = self.join(store, service, split, self.examples(split), tokens)
-        self.gate([joined], split)
-        return self.assemble(joined.drop_columns("request_id"), joined["request_id"], tokens)
 
     def join(
         self,
@@ -233,15 +209,18 @@ class Warehouse:
         request_ids: pa.Array | pa.ChunkedArray,
         tokens: Tokens | None = None,
         visible: int | None = None,
-    ) -> Split:
+    ) -> JoinedRequests:
         """Group joined rows by request; rows of a request stand together.
 
         Args:
             joined: keys and time, labels, context, and features of users, items and impressions.
             visible: events before a request that anything may be read of; default: all.
         """
-        contract, log = self.contract, self.log
-        item, user = contract.item.join_key, contract.user.join_key
+        contract = self.contract
+        log = self.log
+        item = contract.item.join_key
+        user = contract.user.join_key
+        # 1. Requests: where each begins, its user and time, its candidates as item keys.
         joined = joined.combine_chunks()
         request_ids = whole(request_ids)
         starts = _request_starts(request_ids)
@@ -256,9 +235,8 @@ class Warehouse:
         rows = log.rows_of(users)
         times = micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first))
 
-        def gather(chosen: np.ndarray, length: int) -> Histories:
-            return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
-
+        # 2. Histories, sketches and tokens are read late, of the requests of a batch alone.
+        gather = late_gather(log, rows, ends, visible)
         recall = Recall(log, newest=visible)
 
         def read_sketch(
@@ -266,7 +244,8 @@ class Warehouse:
         ) -> np.ndarray:
             return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
 
-        gather_tokens, token_rows = None, None
+        gather_tokens = None
+        token_rows = None
         if tokens is not None:
             token_log = TokenLog(contract, self.settings.home, tokens[0])
             token_rows = pc.fill_null(
@@ -282,6 +261,7 @@ class Warehouse:
             def gather_tokens(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 return token_log.gather(token_rows[chosen], tokens[1])
 
+        # 3. Columns: once for each request, or for each candidate.
         of_request = (*contract.user_columns, *contract.spec.context_features)
         of_item = (*contract.item_columns, *contract.spec.shown_features)
         requests = RequestColumns(
@@ -296,7 +276,7 @@ class Warehouse:
             gather_tokens=gather_tokens,
             read_sketch=read_sketch,
         )
-        return Split(requests, request_ids.take(first), users, log, rows, ends, token_rows)
+        return JoinedRequests(requests, request_ids.take(first), users, log, rows, ends, token_rows)
 
     def refuse_broken(self, joined: pa.Table, split: str) -> None:
         """Check every joined row against the contract's limits.
@@ -331,6 +311,23 @@ class Warehouse:
         )
 
 
+def late_gather(
+    log: HistoryLog, rows: np.ndarray, ends: np.ndarray, visible: int | None
+) -> GatherHistories:
+    """Histories of a period's requests, read from the log when a batch asks for them.
+
+    Args:
+        rows: row of each request's user in the log, -1 for none.
+        ends: events known at each request.
+        visible: newest events before a request that are known; None: all.
+    """
+
+    def gather(chosen: np.ndarray, length: int) -> Histories:
+        return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
+
+    return gather
+
+
 def _cut(rows: pa.Table, most: int) -> Iterator[pa.Table]:
     """Whole requests, at most so many rows at a time, or one request's."""
     bounds = np.r_[_request_starts(rows["request_id"]), len(rows)].astype(np.int64)
@@ -362,19 +359,15 @@ def _stored(column: pa.ChunkedArray, declared: Column) -> pa.Array:
     return column.combine_chunks().cast(arrow_type(declared.dtype))
 
 
-def refuse_without_positives(contract: Contract, name: str, split: Split) -> None:
+def refuse_nothing_positive(contract: Contract, name: str, positives: np.ndarray) -> None:
     """Refuse a period from which nothing can be learned, chosen or measured.
 
+    Args:
+        positives: number of each task's.
+
     Raises:
-        DataError: it has no request with a positive.
+        DataError: a task that is ranked by has none.
     """
-    labels = split.requests.labels
-    assert labels is not None
-    refuse_nothing_positive(contract, name, (labels == 1).sum(axis=0))
-
-
-def refuse_nothing_positive(contract: Contract, name: str, positives: np.ndarray) -> None:
-    """`refuse_without_positives` by the number of each task's positives."""
     rules = contract.spec.requests
     for number, task in enumerate(contract.spec.tasks):
         ranked = contract.spec.weights.get(task.name, 0) > 0
@@ -425,13 +418,15 @@ class Fitting:
     """
 
     def __init__(self, contract: Contract, min_item_count: int) -> None:
-        self.contract, self.min_item_count = contract, min_item_count
+        self.contract = contract
+        self.min_item_count = min_item_count
         self._items: pa.Table | None = None  # id and number of rows
         self._values: dict[str, pa.Array] = {}
 
     def add(self, requests: RequestColumns) -> None:
         """Take a piece's values into account."""
-        contract, labels = self.contract, requests.labels
+        contract = self.contract
+        labels = requests.labels
         assert labels is not None
         # Drawn negatives say nothing of which items there is enough to learn about.
         drawn = contract.spec.requests.examples is Examples.ACTIONS
@@ -475,7 +470,7 @@ class Fitting:
         return indices
 
     def _collect(self, column: Column, key: str, values: pa.Array) -> None:
-        """Of categories each value once; of numbers in buckets a sample, spread evenly."""
+        """Collect each value of a category once, and an evenly spread sample of numbers in buckets."""
         if column.hashed is not None:
             values = values.slice(0, 0)
         if pa.types.is_list(values.type):
@@ -487,10 +482,3 @@ class Fitting:
             return
         step = -(-len(both) // SAMPLED_NUMBERS) or 1
         self._values[key] = both.take(pa.array(np.arange(0, len(both), step)))
-
-
-def vocabularies(contract: Contract, train: Split, min_item_count: int) -> dict[str, Index]:
-    """Vocabularies of a training period that is at hand as a whole."""
-    fitting = Fitting(contract, min_item_count)
-    fitting.add(train.requests)
-    return fitting.found()

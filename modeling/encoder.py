@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from feature_repo import user_stats
 from feature_repo.arrow import value_codes
 from feature_repo.contract import Contract
 from feature_repo.history import Histories, as_numbers
 from feature_repo.schema import Kind
 from feature_repo.transforms import (
     CONTEXT_FIELDS,
-    FAINTEST,
     MATCH_FEATURES,
     USER_FEATURES,
     context_fields,
@@ -32,9 +31,8 @@ from feature_repo.transforms import (
     squash,
     user_features,
 )
-from modeling.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.columns import (
-    ColumnGroup,
     Index,
     Vocabulary,
     ages,
@@ -49,16 +47,11 @@ GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
 ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
-UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
-SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
-CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
-SKETCH_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
-SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
 SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requests:
+class RequestInputs:
     """Requests, all but their candidates' own columns. Candidates of request b are
     `[candidate_offsets[b], candidate_offsets[b + 1])`.
 
@@ -79,7 +72,7 @@ class Requests:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestColumns(Requests):
+class RequestColumns(RequestInputs):
     """Requests as the stores give them.
 
     Args:
@@ -164,22 +157,6 @@ class Encoded:
         return np.diff(self.candidate_offsets)
 
 
-GROUPS = ("matches", "user")  # inputs that a comparison may withhold
-
-
-@dataclass(frozen=True)
-class Withheld:
-    """Inputs that a model is not to see.
-
-    Args:
-        candidate_dense: which dense numbers of candidates, bool.
-        user: whether all columns and statistics of users, and the context.
-    """
-
-    candidate_dense: np.ndarray
-    user: bool
-
-
 class Encoder:
     """Turns stored columns into model inputs, the same way for training and serving.
 
@@ -189,8 +166,6 @@ class Encoder:
             columns under `event_key`.
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
-        without: inputs that are withheld, to see what a model makes of the others: "matches" between
-            candidate and history, sketch included; "user", all of users but their history.
     """
 
     def __init__(
@@ -199,12 +174,11 @@ class Encoder:
         vocabularies: dict[str, Index],
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
-        without: tuple[str, ...] = (),
     ) -> None:
-        self.contract, self.vocabularies = contract, vocabularies
-        if unknown := set(without) - set(GROUPS):
-            raise ValueError(f"no inputs {sorted(unknown)} to withhold; there are {GROUPS}")
-        self.history_length, self.tokens, self.without = history_length, tokens, without
+        self.contract = contract
+        self.vocabularies = vocabularies
+        self.history_length = history_length
+        self.tokens = tokens
         self.item_key = contract.item.join_key
         self.request = group_of(contract.request_features, vocabularies)
         self.candidate = group_of(contract.candidate_features, vocabularies)
@@ -236,116 +210,11 @@ class Encoder:
             *self.candidate.dense_names,
         )
 
-    @cached_property
-    def _of_sketch(self) -> Tensor:
-        """Which dense numbers of candidates a sketch says, bool."""
-        return torch.tensor([name in self.sketch_names for name in self.dense_names])
-
-    @cached_property
-    def withheld(self) -> Withheld:
-        """What no batch shows."""
-        between = {*MATCH_FEATURES, *self.sketch_names} if "matches" in self.without else set()
-        dense = np.array([name in between for name in self.dense_names])
-        return Withheld(dense, "user" in self.without)
-
-    @cached_property
-    def unknown_dense(self) -> np.ndarray:
-        """Dense features of an item that nobody knows: no statistics, and no event of the user's
-        with it.
-        """
-        values = np.full(len(self.dense_names), np.nan, np.float32)
-        for name in ("match_times", "match_share", "match_other_times"):
-            values[self.dense_names.index(name)] = 0
-        of_item = 1 + len(self.contract.spec.memory.half_lives_days)
-        for name in self.sketch_names[:of_item]:
-            values[self.dense_names.index(name)] = np.log(FAINTEST)
-        return values
-
-    def unknown_candidates(self, encoded: Encoded) -> Encoded:
-        """The same requests, each with one candidate that nobody knows."""
-        number = len(encoded)
-        return replace(
-            encoded,
-            candidate_offsets=np.arange(number + 1),
-            candidate_item=np.zeros(number, np.int64),
-            candidate_category=np.zeros((number, encoded.candidate_category.shape[1]), np.int32),
-            candidate_dense=np.tile(self.unknown_dense, (number, 1)),
-            labels=np.zeros((number, encoded.labels.shape[1]), np.float32),
-        )
-
-    def hide(self, batch: Batch, share: float, rng: np.random.Generator) -> Batch:
-        """A batch in which a share of the candidates is unknown, and as large a share has lost its
-        statistics alone.
-
-        What is missing at request time, such as an item that is new or a store that was emptied, is
-        thereby seen in training, and is scored by a prior: positives become unknown half as often
-        as negatives (`UNKNOWN_PRIOR`), so that an item of which nothing is known ranks below what
-        is known of the average candidate.
-        """
-        candidates = batch.candidates
-        device, shape = candidates.item_BC.device, tuple(candidates.item_BC.shape)
-        draw = torch.from_numpy(rng.random(shape, np.float32)).to(device)
-        positive = (batch.labels_BCT > 0).any(-1)
-        chance = torch.where(positive, share * UNKNOWN_PRIOR, share)
-        unknown, bare = draw < chance, draw > 1 - share
-        of_item = [*self.stat_columns, "value_ratio", "item_other_share"]
-        column = torch.tensor([name in of_item for name in self.dense_names], device=device)
-        nothing = torch.from_numpy(self.unknown_dense).to(device)
-        dense = candidates.dense_BCF.masked_fill(bare[..., None] & column, torch.nan)
-        hidden = replace(
-            candidates,
-            item_BC=candidates.item_BC.masked_fill(unknown, 0),
-            category_BCK=candidates.category_BCK.masked_fill(unknown[..., None], 0),
-            dense_BCF=torch.where(unknown[..., None], nothing, dense),
-        )
-        return replace(batch, candidates=hidden)
-
-    def forget(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        """A batch in which a share of the requests has lost what a served one may lack: all that is
-        known of impressions, such as positions, which none has; the context; the sketch.
-        """
-        spec, number = self.contract.spec, len(batch.labels_BCT)
-        user, candidates = batch.user, batch.candidates
-        device = candidates.item_BC.device
-        forgotten = torch.from_numpy(rng.random(number) < SKETCH_FORGOTTEN)[:, None, None]
-        unread = (forgotten & self._of_sketch).to(device)
-        candidates = replace(
-            candidates, dense_BCF=candidates.dense_BCF.masked_fill(unread, torch.nan)
-        )
-        if spec.shown_features:
-            forgotten = torch.from_numpy(rng.random(number) < SHOWN_FORGOTTEN)[:, None, None]
-            names = {c.name for c in spec.shown_features}
-            before = len(self.dense_names) - len(self.candidate.dense_names)
-            slots, dense = (
-                forgotten.to(candidates.item_BC.device) & mask.to(candidates.item_BC.device)
-                for mask in _columns_named(self.candidate, names, before)
-            )
-            candidates = replace(
-                candidates,
-                category_BCK=candidates.category_BCK.masked_fill(slots, 0),
-                dense_BCF=candidates.dense_BCF.masked_fill(dense, torch.nan),
-            )
-        if spec.context_features:
-            forgotten = torch.from_numpy(rng.random(number) < CONTEXT_FORGOTTEN)[:, None]
-            names = {c.name for c in spec.context_features}
-            slots, dense = _columns_named(self.request, names, len(USER_FEATURES))
-            # The categories of the request's time stand behind those of columns, and are kept.
-            slots = torch.nn.functional.pad(slots, (0, user.field_BU.shape[1] - len(slots)))
-            slots, dense = (
-                forgotten.to(user.field_BU.device) & mask.to(user.field_BU.device)
-                for mask in (slots, dense)
-            )
-            user = replace(
-                user,
-                field_BU=user.field_BU.masked_fill(slots, 0),
-                dense_BG=user.dense_BG.masked_fill(dense, torch.nan),
-            )
-        return replace(batch, user=user, candidates=candidates)
-
     @property
     def sizes(self) -> FeatureSizes:
-        """What a model must be built for."""
-        request, candidate = self.request.sizes, self.candidate.sizes
+        """Sizes that a model is built for."""
+        request = self.request.sizes
+        candidate = self.candidate.sizes
         context = tuple(CONTEXT_FIELDS.values())
         return FeatureSizes(
             items=self.items.size,
@@ -383,9 +252,11 @@ class Encoder:
             columns: their features and statistics, N.
             ids: item ids; by `keys`, N of them, where these are given.
         """
-        rows, codes = self.items.indices_of(ids), value_codes(ids)
+        rows = self.items.indices_of(ids)
+        codes = value_codes(ids)
         if keys is not None:
-            rows, codes = rows[keys], codes[keys]
+            rows = rows[keys]
+            codes = codes[keys]
         number = len(rows)
         dense = np.empty((number, len(self.stat_columns) + self.candidate.sizes.dense), np.float32)
         for index, name in enumerate(self.stat_columns):
@@ -396,7 +267,8 @@ class Encoder:
         )
         moments = [as_numbers(c, columns[c.name]) for c in self.candidate.aging]
         stats = [floats(columns[name]) for name in ("count_total", "other_total")]
-        stats.append(self._mean("mean_", columns, number))
+        value = self.contract.spec.stat_value
+        stats.append(floats(columns[f"mean_{value}"]) if value else np.full(number, np.nan))
         known = ~(np.isnan(stats[0]) & np.isnan(floats(columns["item_known"])))
         remembered = [as_numbers(c, columns[c.name]) for c in self.contract.remembered]
         return ItemNumbers(
@@ -411,7 +283,7 @@ class Encoder:
 
     def encode(
         self,
-        requests: Requests,
+        requests: RequestInputs,
         candidates: ItemNumbers,
         item_of_key: np.ndarray,
         chunk: int = 1024,
@@ -423,7 +295,9 @@ class Encoder:
             candidates: of all requests, N.
             item_of_key: row of the vocabulary of each item key.
         """
-        number, offsets, keys = len(requests), requests.candidate_offsets, requests.candidate_keys
+        number = len(requests)
+        offsets = requests.candidate_offsets
+        keys = requests.candidate_keys
         # 1. Columns as they are stored.
         fields_BU = np.concatenate(
             [
@@ -449,13 +323,16 @@ class Encoder:
                 dense[:, sketch.stop + place] = ages(moments, owner_times)
 
         # 2. What is between a request's history and its candidates.
-        user, item = self._user_stats(requests), candidates.stats.T
+        user = self._user_stats(requests)
+        item = candidates.stats.T
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
-            first, last = offsets[start], offsets[chosen[-1] + 1]
+            first = offsets[start]
+            last = offsets[chosen[-1] + 1]
             histories = requests.gather(chosen, self.contract.spec.num_history_online)
             within_chunk = offsets[start : chosen[-1] + 2] - first
-            times, known = requests.times[chosen], [row[chosen] for row in user]
+            times = requests.times[chosen]
+            known = [row[chosen] for row in user]
             dense[first:last, match] = match_features(
                 histories,
                 within_chunk,
@@ -469,7 +346,7 @@ class Encoder:
                 dense[first:last, sketch] = np.nan
                 continue
             readings = requests.read_sketch(
-                chosen, within_chunk, self._by_column(candidates.codes[first:last])
+                chosen, within_chunk, _by_column(self.contract, candidates.codes[first:last])
             )
             # An item that nobody knows was never there, whatever cells it shares with others.
             readings[~candidates.known[first:last], 0] = 0
@@ -490,46 +367,13 @@ class Encoder:
             gather_tokens=requests.gather_tokens,
         )
 
-    def training_sample(self, train: Encoded) -> TrainingSample:
-        """What a model takes its scales from."""
-        events = events_of(train.gather, len(train), self.contract.spec.num_history_online)
-        return TrainingSample(
-            torch.from_numpy(spread_rows(train.candidate_dense, SAMPLED_ROWS)),
-            torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
-            torch.from_numpy(self.event.event_dense(events.columns, events.times)),
-            torch.from_numpy(self._item_categories(train)),
-        )
-
-    def _item_categories(self, train: Encoded) -> np.ndarray:
-        """Category slots of each item, as the last training example with it has them."""
-        width = self.own_item.sizes.num_slots
-        found = np.zeros((self.items.size, width), np.int64)
-        for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
-            rows = slice(start, start + SAMPLED_ROWS)
-            found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
-        found[0] = 0  # what no vocabulary knows has no categories either
-        return found
-
-    def _user_stats(self, requests: Requests) -> list[np.ndarray]:
+    def _user_stats(self, requests: RequestInputs) -> list[np.ndarray]:
         """First event, events, other events and mean value of each request's user; NaN where one is
         not known.
         """
-        names = ["first_event_s", "history_end", "other_events"]
-        rows = [floats(requests.user_columns[name]) for name in names]
-        return [*rows, self._mean("user_mean_", requests.user_columns, len(requests))]
-
-    def _by_column(self, codes: np.ndarray) -> list[np.ndarray]:
-        """Codes of each column that sketches count: N, or N × slots of a bag."""
-        bags = [c.kind is Kind.BAG for c in self.contract.remembered]
-        ends = np.cumsum([1, *(c.slots for c in self.contract.remembered)])
-        parts = np.split(codes, ends[:-1], axis=1)
-        return [
-            part if bag else part[:, 0] for part, bag in zip(parts, [False, *bags], strict=True)
-        ]
-
-    def _mean(self, prefix: str, columns: dict[str, pa.Array], rows: int) -> np.ndarray:
-        value = self.contract.spec.stat_value
-        return floats(columns[prefix + value]) if value else np.full(rows, np.nan)
+        unknown = np.full(len(requests), np.nan)
+        names = user_stats.read_names(self.contract)
+        return [floats(requests.user_columns[name]) if name else unknown for name in names]
 
     def events_read(self, encoded: Encoded) -> np.ndarray:
         """How many events a model reads of each request's history."""
@@ -567,20 +411,7 @@ class Encoder:
             dense_BCF=pad(encoded.candidate_dense[flat]),
             mask_BC=torch.from_numpy(mask),
         )
-        batch = Batch(user, candidates, pad(encoded.labels[flat]))
-        return self._without(batch) if self.without else batch
-
-    def _without(self, batch: Batch) -> Batch:
-        """The batch, what is withheld missing."""
-        user, candidates = batch.user, batch.candidates
-        column = torch.from_numpy(self.withheld.candidate_dense)
-        dense = candidates.dense_BCF.masked_fill(column, torch.nan)
-        if self.withheld.user:
-            fields = user.field_BU.clone()
-            fields[:, : self.request.sizes.num_slots] = 0  # behind them stand hour and weekday
-            unknown = torch.full_like(user.dense_BG, torch.nan)
-            user = replace(user, field_BU=fields, dense_BG=unknown)
-        return replace(batch, user=user, candidates=replace(candidates, dense_BCF=dense))
+        return Batch(user, candidates, pad(encoded.labels[flat]))
 
     def user_inputs(
         self,
@@ -595,7 +426,7 @@ class Encoder:
 
         Args:
             before: time of the event before each history's first, microseconds, -1 without one; the
-                first gap counts from it. Default: there is none.
+                first gap counts from it. Default: no event.
         """
         lengths = histories.lengths
         width = max(int(lengths.max(initial=0)), 1)
@@ -623,15 +454,12 @@ class Encoder:
         )
 
 
-def _columns_named(group: ColumnGroup, names: set[str], before: int) -> tuple[Tensor, Tensor]:
-    """Which category slots and which dense numbers of a group belong to these columns, bool.
-
-    Args:
-        before: dense numbers that stand before the group's own.
-    """
-    slots = [c.name in names for c in group.categorical for _ in range(c.slots)]
-    dense = [name.split("[")[0] in names for name in group.dense_names]
-    return torch.tensor(slots, dtype=torch.bool), torch.tensor([False] * before + dense)
+def _by_column(contract: Contract, codes: np.ndarray) -> list[np.ndarray]:
+    """Codes of each column that sketches count: N, or N × slots of a bag."""
+    bags = [c.kind is Kind.BAG for c in contract.remembered]
+    ends = np.cumsum([1, *(c.slots for c in contract.remembered)])
+    parts = np.split(codes, ends[:-1], axis=1)
+    return [part if bag else part[:, 0] for part, bag in zip(parts, [False, *bags], strict=True)]
 
 
 def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
@@ -642,18 +470,14 @@ def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
     return gather(chosen[:requests], length)
 
 
-def spread_rows(rows: Rows, most: int) -> np.ndarray:
-    """At most so many rows, spread evenly: all of a few."""
-    return rows[:: -(-len(rows) // most) or 1]
-
-
 class _Padder:
     """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same
     from run to run.
     """
 
     def __init__(self, mask: np.ndarray) -> None:
-        self.mask, self.full = mask, bool(mask.all())
+        self.mask = mask
+        self.full = bool(mask.all())
 
     def __call__(self, flat: np.ndarray) -> Tensor:
         if self.full:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from feature_repo.settings import Settings
 from modeling.dataset import Tokens
 from modeling.encoder import Encoder
 from modeling.recipes import Recipe
-from modeling.training_set import Options, Period, TrainingSet, open_training_set
+from modeling.training_set import Period, TrainingSet, TrainingSetOptions, open_training_set
+
+if TYPE_CHECKING:
+    from modeling.training_run import TrainingRun
 
 
 class Encodings:
@@ -17,7 +21,7 @@ class Encodings:
     Args:
         service: feature service that they join.
         tokens: version and shape of stored summary tokens, where some recipe reads them.
-        visible: events before a request that anything may be known of; default: all.
+        visible: newest events before a request that are known; default: all.
         every: n and m: each n-th training request, each m-th of those that evaluate.
     """
 
@@ -29,11 +33,11 @@ class Encodings:
         visible: int | None = None,
         every: tuple[int, int] = (1, 1),
     ) -> None:
-        from feature_repo.store import open_store
-
-        self._settings, self._store = settings, open_store(settings)
-        self._service, self._tokens, self._visible = service, tokens, visible
-        self._every = every
+        self._settings = settings
+        self._service = service
+        self._tokens = tokens
+        self.visible = visible
+        self.every = every
         self._opened = cache(self._open)
 
     def set_of(self, recipe: Recipe) -> TrainingSet:
@@ -44,13 +48,23 @@ class Encodings:
         """Its encoder."""
         tokens = recipe.tokens is not None
         return self.set_of(recipe).encoder(
-            recipe.history_length, tokens=tokens, without=recipe.without
+            recipe.history_length, tokens=tokens, ablated=recipe.ablated
         )
 
     def period(self, recipe: Recipe, name: str) -> Period:
         """One of its periods."""
         return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
 
+    @classmethod
+    def of_run(cls, run: TrainingRun) -> Encodings:
+        """The training sets of one run alone."""
+        return cls(run.settings, run.recipe.service, run.tokens, run.visible, run.every)
+
     def _open(self, min_item_count: int) -> TrainingSet:
-        options = Options(self._service, min_item_count, self._tokens, self._visible, self._every)
-        return open_training_set(self._settings, self._store, options)
+        # Feast takes seconds to import, and a run that is up to date needs no training set.
+        from feature_repo.store import open_store
+
+        options = TrainingSetOptions(
+            self._service, min_item_count, self._tokens, self.visible, self.every
+        )
+        return open_training_set(self._settings, open_store(self._settings), options)

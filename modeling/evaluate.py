@@ -6,36 +6,39 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feature_repo.atomic import atomic_write
 from feature_repo.contract import Contract
 from feature_repo.schema import DatasetSpec, Examples, Task
+from modeling.augment import unknown_candidates
 from modeling.claims import Difference
-from modeling.dataset import Split
-from modeling.encoder import Encoded, Encoder, RequestColumns
+from modeling.degradations import Lost, degraded, without
+from modeling.encoder import Encoded, Encoder
 from modeling.errors import NotTrainedError
-from modeling.floors import FREQUENCY, POPULARITY, RANDOM, TREES, floor_scores, floors_of
 from modeling.importance import permutation_importance
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
-from modeling.rungs import empty_sketch, nulled, rungs, without_events
+from modeling.simple_baselines import FREQUENCY, POPULARITY, RANDOM, TREES, baselines_of
 from modeling.tasks import ranking_logits, sigmoid
 from modeling.trainer import predict
+from modeling.training_set import Period
 
 MODEL = "model"
 EMPTY = "same network, empty history"
 AS_RANKED = "model, as ranked"  # where several tasks make the score
+EMPTY_HISTORY = Lost(events=True, statistics=True, sketch="empty")
 RANDOM_TELLS = 0.9  # NDCG@10 of a random order, from where on the figure tells nothing
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
 @dataclass(frozen=True)
 class UnknownFirst:
-    """How often an item that nobody knows comes first among a request's candidates.
+    """The place of an unknown item among a request's candidates.
 
     Args:
         first: share of requests.
@@ -62,18 +65,18 @@ class Evaluation:
     figures: dict[str, Any]
     counts: dict[str, int]
     unknown: UnknownFirst
-    rungs: dict[str, dict[str, Estimate]]
+    degraded: dict[str, dict[str, Estimate]]
     beside_trees: str = ""  # a sentence
     shift: float = 0.0  # on the primary task's logits, before they are taken for probabilities
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
-        """Of the primary task."""
+        """Metrics of the primary task."""
         return self.tasks[self.primary]
 
     @property
     def nothing_to_rank(self) -> bool:
-        """Whether requests have so few candidates that their order tells nothing."""
+        """True if requests have so few candidates that their order tells nothing."""
         return math.isnan(self.metrics[RANDOM]["ndcg@10"].value)
 
 
@@ -90,13 +93,13 @@ def primary_number(spec: DatasetSpec) -> int:
 def evaluate_run(
     model: Ranker,
     encoder: Encoder,
-    test: Split,
+    test: Period,
     shift_T: np.ndarray | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Everything that is measured of a model on the test period, task by task.
 
-    Each task's scores are its own logits, on the candidates of which it is defined; where there are
+    Each task's scores are its own logits, on the candidates with a defined label; where there are
     several tasks, what requests are ranked by is measured beside them.
 
     Args:
@@ -107,18 +110,18 @@ def evaluate_run(
     Raises:
         ScoresError: the model gives NaN.
     """
-    requests, spec = test.requests, encoder.contract.spec
+    encoded = test.encoded
+    spec = encoder.contract.spec
     shift_T = np.zeros(len(spec.tasks)) if shift_T is None else shift_T
-    tell(f"evaluate: scoring {len(requests.candidate_keys):,} candidates")
-    encoded = encoder.featurise(requests)
+    labels = np.asarray(encoded.labels)
+    # 1. Scores: of the model, and of the same network without a history.
+    tell(f"evaluate: scoring {len(encoded.candidate_item):,} candidates")
     logits = predict(model, encoder, encoded)
     ranked = ranking_logits(spec, logits)
     tell("evaluate: the same with an empty history")
-    empty = predict(model, encoder, encoder.featurise(without_history(requests, encoder.contract)))
-    users = test.users.dictionary_encode().indices.to_numpy()
-    scored = floor_scores(test)
-    assert requests.labels is not None
+    empty = predict(model, encoder, without(encoder, encoded, EMPTY_HISTORY))
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    # 2. Each task, with baselines that need no training.
     random: dict[str, float] = {}  # NDCG@10 of a random order, by task
     # Of one task that is given nothing the order is the task's own.
     mixes = len(spec.weights) > 1 or bool(spec.tasks[primary_number(spec)].given)
@@ -126,27 +129,29 @@ def evaluate_run(
         tell(f"evaluate: metrics of {task.name}, baselines")
         shift = float(shift_T[number])
         rows = {
-            MODEL: measure(encoded, users, logits[:, number], number, shift=shift),
-            EMPTY: measure(encoded, users, empty[:, number], number, shift=shift),
+            MODEL: measure(encoded, test.users, logits[:, number], number, shift=shift),
+            EMPTY: measure(encoded, test.users, empty[:, number], number, shift=shift),
         }
         if mixes or task.name != primary_task(spec):
-            rows[AS_RANKED] = measure(encoded, users, ranked, number, calibrated=False)
-        floors = floors_of(scored, requests.labels[:, number], requests.candidate_offsets)
-        for name, scores in floors.items():
-            rows[name] = measure(encoded, users, scores, number, calibrated=False)
+            rows[AS_RANKED] = measure(encoded, test.users, ranked, number, calibrated=False)
+        baselines = baselines_of(test.baselines, labels[:, number], encoded.candidate_offsets)
+        for name, scores in baselines.items():
+            rows[name] = measure(encoded, test.users, scores, number, calibrated=False)
         random[task.name] = rows[RANDOM]["ndcg@10"].value
         found[task.name] = without_telling_nothing(rows, random[task.name])
-    primary, number = primary_task(spec), primary_number(spec)
+    primary = primary_task(spec)
+    number = primary_number(spec)
+    # 3. Pictures, what the ranking rests on, and what degraded answers are worth.
     figures = picture_figures(encoded, logits + shift_T, spec.tasks, primary, test.history_lengths)
     tell("evaluate: what the ranking rests on")
     importance = permutation_importance(model, encoder, encoded, number)
     figures["importance"] = [asdict(one) for one in importance]
     worth = {}
-    for name, lacking in rungs(requests, encoder.contract).items():
+    for name, lacking in degraded(encoder, encoded).items():
         tell(f"evaluate: answers by {name}")
-        scores = predict(model, encoder, encoder.featurise(lacking))[:, number]
-        worth[name] = measure(encoded, users, scores, number, shift=float(shift_T[number]))
-    counts = {"requests": len(requests), "candidates": len(requests.candidate_keys)}
+        scores = predict(model, encoder, lacking)[:, number]
+        worth[name] = measure(encoded, test.users, scores, number, shift=float(shift_T[number]))
+    counts = {"requests": len(encoded), "candidates": len(encoded.candidate_item)}
     return Evaluation(
         found,
         primary,
@@ -159,9 +164,9 @@ def evaluate_run(
 
 
 def sampling_shift(spec: DatasetSpec, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """What is to be added to each task's logits so that they are probabilities of a period that is
+    """Return what to add to each task's logits so that they are probabilities of a period that is
     evaluated, T values: where negatives are drawn, training draws some for each positive and
-    evaluation as many for each request, so that positives are of another share. 0 where the log says
+    evaluation as many for each request, so that the share of positives differs. 0 where the log says
     what was shown, and of a task that is given another one, for which nothing is drawn.
 
     Args:
@@ -178,8 +183,9 @@ def sampling_shift(spec: DatasetSpec, train: np.ndarray, validation: np.ndarray)
 
 
 def _odds(labels: np.ndarray) -> float:
-    """Positives for each negative; 0 where there is none of either."""
-    positive, negative = int((labels == 1).sum()), int((labels == 0).sum())
+    """Positives for each negative; 0 if either is missing."""
+    positive = int((labels == 1).sum())
+    negative = int((labels == 0).sum())
     return positive / negative if negative else 0.0
 
 
@@ -203,7 +209,7 @@ def without_ranking(row: dict[str, Estimate]) -> dict[str, Estimate]:
 
 
 def estimates(plain: dict[str, dict[str, float] | None]) -> dict[str, Estimate]:
-    """What `plain_metrics` made, back again."""
+    """Read the estimates that `plain_metrics` wrote."""
     nothing = Estimate(math.nan, math.nan, math.nan)
     return {name: Estimate(**value) if value else nothing for name, value in plain.items()}
 
@@ -217,7 +223,7 @@ def measure(
     calibrated: bool = True,
     shift: float = 0.0,
 ) -> dict[str, Estimate]:
-    """Metrics of one task on the candidates of which it is defined; all undefined where it is of
+    """Measure one task on the candidates with a defined label; all metrics are undefined if there are
     none.
 
     Args:
@@ -243,8 +249,9 @@ def unknown_first(
     Args:
         logits: of all candidates, as they are ranked.
     """
-    sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
-    scored = predict(model, encoder, encoder.unknown_candidates(encoded))
+    sizes = encoded.num_candidates
+    offsets = encoded.candidate_offsets
+    scored = predict(model, encoder, unknown_candidates(encoder, encoded))
     unknown = ranking_logits(encoder.contract.spec, scored)
     best = np.maximum.reduceat(logits, offsets[:-1])
     below = (
@@ -267,22 +274,22 @@ def unknown_line(unknown: dict[str, float]) -> str:
     )
 
 
-def rungs_line(evaluation: dict[str, Any]) -> str:
-    """What answers are worth that do without something, in a line."""
-    found = {name: row["ndcg@10"] for name, row in evaluation["rungs"].items() if row["ndcg@10"]}
+def degraded_line(evaluation: dict[str, Any]) -> str:
+    """Say in a line what degraded answers are worth."""
+    found = {name: row["ndcg@10"] for name, row in evaluation["degraded"].items() if row["ndcg@10"]}
     told = ", ".join(f"{name} {value['value']:.3f}" for name, value in found.items())
     return f"NDCG@10 of answers that do without something: {told or 'undefined'}"
 
 
-def floors(metrics: dict[str, Any]) -> list[str]:
-    """Scorings that a model must not fall below: those that need no training."""
+def untrained(metrics: dict[str, Any]) -> list[str]:
+    """List the scorings that need no training, below which a model must not fall."""
     return [name for name in (FREQUENCY, POPULARITY) if name in metrics]
 
 
 def best_baselines(metrics: dict[str, Any]) -> list[str]:
     """The best baseline by NDCG@10 that was fitted, and the best that needs no training."""
     found = []
-    for names in ((TREES,), floors(metrics)):
+    for names in ((TREES,), untrained(metrics)):
         known = [n for n in names if metrics.get(n, {}).get("ndcg@10")]
         found += sorted(known, key=lambda n: -metrics[n]["ndcg@10"]["value"])[:1]
     return found
@@ -298,13 +305,6 @@ def beside_trees(difference: Difference) -> str:
     return f"the model and trees on the same numbers cannot be told apart: NDCG@10 {told}"
 
 
-def without_history(requests: RequestColumns, contract: Contract) -> RequestColumns:
-    """The same requests of users of whom nothing is known yet."""
-    known = [column.name for column in contract.table("user_stats").columns]
-    empty = nulled(without_events(requests), known)
-    return replace(empty, read_sketch=empty_sketch(contract))
-
-
 def picture_figures(
     encoded: Encoded,
     logits_NT: np.ndarray,
@@ -315,8 +315,10 @@ def picture_figures(
     """Numbers for calibration, NDCG@10 by history length and the score histogram, of one task."""
     number = [task.name for task in tasks].index(primary)
     known = defined(np.asarray(encoded.labels)[:, number], encoded.candidate_offsets)
-    logits, labels = logits_NT[known.rows, number], known.labels
-    history_lengths, probability = history_lengths[known.requests], sigmoid(logits)
+    logits = logits_NT[known.rows, number]
+    labels = known.labels
+    history_lengths = history_lengths[known.requests]
+    probability = sigmoid(logits)
     order = np.array_split(np.argsort(probability, kind="stable"), 20)
     ndcg = ndcg_at(labels, logits, known.offsets)
     by_length = []
@@ -357,13 +359,12 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
         "figures": found.figures,
         "counts": found.counts,
         "unknown": asdict(found.unknown),
-        "rungs": {name: plain_metrics(row) for name, row in found.rungs.items()},
+        "degraded": {name: plain_metrics(row) for name, row in found.degraded.items()},
         "shift": found.shift,
         "beside_trees": found.beside_trees,
     }
-    draft = folder / ".evaluation.draft"
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False))
-    draft.replace(folder / "evaluation.json")
+    with atomic_write(folder / "evaluation.json") as draft:
+        draft.write_text(json.dumps(content, indent=1, allow_nan=False))
 
 
 def plain_metrics(row: dict[str, Estimate]) -> dict[str, dict[str, float] | None]:
@@ -433,5 +434,5 @@ def calibration_line(evaluation: dict[str, Any]) -> str:
 
 
 def contract_line(contract: Contract, counts: dict[str, int]) -> str:
-    """What was evaluated, in a line."""
+    """Say in a line what was evaluated."""
     return f"{contract.spec.title}, requests from {contract.spec.requests.test_from[:10]}: {counts['requests']:,} requests, {counts['candidates']:,} candidates"

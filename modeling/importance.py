@@ -1,7 +1,7 @@
-"""What a ranker's answers rest on: how much NDCG@10 is lost when one input is taken from another
-request (permutation importance, Breiman 2001, section 10).
+"""The inputs that a ranker's answers rest on: how much NDCG@10 is lost when one input is exchanged between
+requests (permutation importance, Breiman 2001, section 10).
 
-What belongs together is exchanged together: a column, the history, the item's statistics, the
+Inputs that belong together are exchanged together: a column, the history, the item's statistics, the
 matches between history and candidate. Inputs that say the same hide one another: each alone is then
 lost without loss.
 """
@@ -43,14 +43,16 @@ def permutation_importance(
     """
     chosen = np.unique(np.linspace(0, len(encoded) - 1, REQUESTS).astype(np.int64))
     sample = select(encoded, chosen)
-    spec, rng = encoder.contract.spec, np.random.default_rng(seed)
+    spec = encoder.contract.spec
+    rng = np.random.default_rng(seed)
     known = defined(np.asarray(sample.labels)[:, task], sample.candidate_offsets)
 
     def quality(changed: Encoded) -> np.ndarray:
         scores = ranking_logits(spec, predict(model, encoder, changed))[known.rows]
         return ndcg_at(known.labels, scores, known.offsets)
 
-    whole, found = quality(sample), []
+    whole = quality(sample)
+    found = []
     for name, exchange in inputs(encoder, sample).items():
         lost = whole - quality(exchange(rng))
         lost = lost[~np.isnan(lost)]
@@ -65,14 +67,18 @@ def inputs(
     encoder: Encoder, sample: Encoded
 ) -> dict[str, Callable[[np.random.Generator], Encoded]]:
     """By name of each input: the same requests with that input of others."""
-    stats, columns = len(encoder.stat_columns), encoder.request.sizes.num_slots
+    stats = len(encoder.stat_columns)
+    columns = encoder.request.sizes.num_slots
     matches = stats + len(MATCH_FEATURES) + len(encoder.sketch_names)
 
+    # Each function exchanges one input between requests, or between candidates of all requests.
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:
         def exchange(rng: np.random.Generator) -> Encoded:
             order = rng.permutation(len(sample))
-            fields, numbers = np.array(sample.field_BU), np.array(sample.dense_BG)
-            fields[:, slots], numbers[:, dense] = fields[order][:, slots], numbers[order][:, dense]
+            fields = np.array(sample.field_BU)
+            numbers = np.array(sample.dense_BG)
+            fields[:, slots] = fields[order][:, slots]
+            numbers[:, dense] = numbers[order][:, dense]
             return replace(sample, field_BU=fields, dense_BG=numbers)
 
         return exchange

@@ -65,7 +65,7 @@ def evaluated_ranks(
     """Rank of each evaluated user's target, from 0 for the best.
 
     Raises:
-        ValueError: nobody has a target.
+        ValueError: no user has a target.
     """
     users = sequences.evaluated(target)
     if not len(users):
@@ -77,7 +77,7 @@ def evaluated_ranks(
 
 
 def supports(sequences: Sequences, protocol: Protocol) -> bool:
-    """Whether the catalogue is large enough for the protocol's negatives of every user; the sampled
+    """Return whether the catalogue is large enough for the protocol's negatives of every user; the sampled
     protocols are defined for leave-one-out alone.
     """
     longest = int(sequences.lengths.max(initial=0))
@@ -100,7 +100,8 @@ def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
 
 def sums_of_ranks(ranks: np.ndarray) -> dict[str, PerUser]:
     """NDCG@10 and HR@10 by user, one target each: what paired differences are made of."""
-    each, hit = np.ones((1, len(ranks))), (ranks < 10)[None]
+    each = np.ones((1, len(ranks)))
+    hit = (ranks < 10)[None]
     gain = np.where(hit, 1 / np.log2(ranks + 2.0), 0.0)
     return {"ndcg@10": PerUser(gain, each), "hr@10": PerUser(hit.astype(np.float64), each)}
 
@@ -121,6 +122,7 @@ def target_ranks(
     sampled = (
         None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
     )
+    # Longest histories first, so that memory runs out at once or never.
     ranks = np.empty(len(users), np.int64)
     order = np.argsort(starts - stops, kind="stable")
     most = max(1, SCORES // sequences.num_items)
@@ -142,6 +144,7 @@ def target_ranks(
             wanted = torch.from_numpy(sequences.items[stops[chosen]].astype(np.int64) - 1).to(
                 device
             )
+            # Whole catalogue: items that the user has seen cannot be the target.
             if sampled is None:
                 seen = np.concatenate(
                     [
@@ -176,7 +179,8 @@ def ranks_of(scores: Tensor, candidates: Tensor, column_B: Tensor) -> Tensor:
         scores, candidates: users × candidates.
         column_B: where among its candidates each user's target stands.
     """
-    own, wanted = scores.gather(1, column_B[:, None]), candidates.gather(1, column_B[:, None])
+    own = scores.gather(1, column_B[:, None])
+    wanted = candidates.gather(1, column_B[:, None])
     return ((scores > own) | ((scores == own) & (candidates < wanted))).sum(1)
 
 
@@ -201,7 +205,8 @@ def sample_negatives(
     Raises:
         ValueError: a user has interacted with so many items that fewer than 100 are left.
     """
-    num_items, ends = sequences.num_items, sequences.training_ends()
+    num_items = sequences.num_items
+    ends = sequences.training_ends()
     if sequences.split.name != "leave_one_out":
         raise ValueError(f"{protocol} is defined for leave_one_out, not {sequences.split.name}")
     if not supports(sequences, protocol):

@@ -1,4 +1,4 @@
-"""Next-item losses over a catalogue, none of which holds rows × catalogue numbers at once.
+"""Next-item losses over a catalogue; they never hold rows × catalogue numbers at once.
 
 Each takes packed rows_ND, the catalogue's output rows_VD and targets_N, and gives the mean over
 rows.
@@ -35,7 +35,8 @@ def softmax(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> Tensor:
 class _ChunkedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, catalogue: Tensor, targets: Tensor) -> Tensor:
-        number, needs = len(rows), any(ctx.needs_input_grad[:2])
+        number = len(rows)
+        needs = any(ctx.needs_input_grad[:2])
         chunk_bytes = CHUNK_BYTES_CUDA if rows.is_cuda else CHUNK_BYTES
         size = max(16, chunk_bytes // (4 * len(catalogue)))
         buffer = catalogue.new_empty(min(size, number), len(catalogue))

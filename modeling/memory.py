@@ -17,7 +17,9 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
     if mallopt is not None:
-        trim_threshold, top_pad, mmap_max = -1, -2, -4
+        trim_threshold = -1
+        top_pad = -2
+        mmap_max = -4
         libc.malloc_trim(0)  # what reading the data left behind
         for parameter, value in ((mmap_max, 0), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
             mallopt(parameter, value)

@@ -83,12 +83,12 @@ def reciprocal_rank(labels: np.ndarray, scores: np.ndarray, offsets: np.ndarray)
 
 @dataclass(frozen=True)
 class Defined:
-    """Candidates of which a label is defined, and the requests that have some.
+    """Candidates with a defined label, and the requests that have some.
 
     Args:
         rows: places of the candidates among all.
         labels: of them.
-        offsets: request b's candidates are `[offsets[b], offsets[b + 1])` of those.
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])` among these.
         requests: which of all requests they are.
     """
 
@@ -178,7 +178,7 @@ def per_user(
 
 @dataclass(frozen=True)
 class _Calibration:
-    """What calibration metrics are made of, by user.
+    """Sums that calibration metrics are made of, by user.
 
     Args:
         candidates, positives, loss: sums of each user.
@@ -192,7 +192,7 @@ class _Calibration:
 
     @staticmethod
     def of(labels: np.ndarray, probabilities: np.ndarray, owner: np.ndarray) -> _Calibration:
-        """Of all candidates; `owner` is the number of each one's user."""
+        """Sum over all candidates; `owner` is the number of each one's user."""
         number = int(owner.max()) + 1
         clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
         loss = -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped))
@@ -208,7 +208,8 @@ class _Calibration:
 
     def measure(self, weight: np.ndarray) -> dict[str, float]:
         """Log loss, NE and calibration error, each user counted so many times."""
-        total, positive = float(self.candidates @ weight), float(self.positives @ weight)
+        total = float(self.candidates @ weight)
+        positive = float(self.positives @ weight)
         rate = min(max(positive / total, 1e-7), 1 - 1e-7)
         loss = float(self.loss @ weight) / total
         return {
@@ -249,8 +250,10 @@ def evaluate(
         )
     # Sorted and summed by user once; a resample is then a weight for each user.
     labels = labels.astype(np.float64)
-    owner, by_score = np.repeat(users, np.diff(offsets)), np.argsort(scores, kind="stable")
-    labels_sorted, owner_sorted = labels[by_score], owner[by_score]
+    owner = np.repeat(users, np.diff(offsets))
+    by_score = np.argsort(scores, kind="stable")
+    labels_sorted = labels[by_score]
+    owner_sorted = owner[by_score]
     ties = _tie_groups(scores[by_score])
     sums = per_user(labels, scores, offsets, users)
     calibration = None if probabilities is None else _Calibration.of(labels, probabilities, owner)
@@ -265,7 +268,8 @@ def evaluate(
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(0, number, number) for _ in range(resamples)]
     weights = [np.bincount(one, minlength=number).astype(np.float64) for one in drawn]
-    value, draws = measure(np.ones(number)), [measure(weight) for weight in weights]
+    value = measure(np.ones(number))
+    draws = [measure(weight) for weight in weights]
     return {name: _interval(value[name], [draw[name] for draw in draws]) for name in value}
 
 
@@ -299,7 +303,8 @@ def _tie_groups(sorted_scores: np.ndarray) -> np.ndarray:
 
 def _auc_sorted(labels: np.ndarray, groups: np.ndarray, weights: np.ndarray | None) -> float:
     weights = np.ones(len(labels)) if weights is None else weights
-    positive, negative = weights * labels, weights * (1 - labels)
+    positive = weights * labels
+    negative = weights * (1 - labels)
     num_groups = int(groups[-1]) + 1 if len(groups) else 0
     positive = np.bincount(groups, positive, num_groups)
     negative = np.bincount(groups, negative, num_groups)
@@ -313,7 +318,9 @@ def auc_by_user(
 ) -> tuple[np.ndarray, np.ndarray]:
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
     order = np.lexsort((scores, user_of))
-    label, score, user = labels[order], scores[order], user_of[order]
+    label = labels[order]
+    score = scores[order]
+    user = user_of[order]
     group = np.cumsum(
         np.r_[False, (score[1:] != score[:-1]) | (user[1:] != user[:-1])][: len(score)]
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from feature_repo import datasets, sequence_file
+from feature_repo.atomic import atomic_write
 from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of
@@ -69,7 +70,8 @@ class NextItemTrainer(Loop):
                 "time_gaps and time_bias need times, and a sequence file knows order only: use positions or decayed_hydra, or a log that a Beam job built"
             )
         super().__init__(model, recipe.training, folder, identity, device)
-        self.recipe, self.sequences = recipe, sequences
+        self.recipe = recipe
+        self.sequences = sequences
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else sys.maxsize
         self.windows: TrainingWindows
         if not self.plan(0) or recipe.training.epochs < 1:
@@ -92,7 +94,8 @@ class NextItemTrainer(Loop):
         """The recipe's objective, a mean over all targets of the batch, in parts of about
         `rows_at_once` rows.
         """
-        recipe, model = self.recipe, self.model
+        recipe = self.recipe
+        model = self.model
         rng = (
             np.random.default_rng(int(torch.randint(2**31, ())))
             if recipe.objective == "cloze"
@@ -147,7 +150,7 @@ class NextItemTrainer(Loop):
 
 
 @dataclass(frozen=True)
-class Source:
+class SequenceSource:
     """A history log and where runs on it are kept."""
 
     sequences: Sequences
@@ -175,17 +178,18 @@ class Source:
 
 def open_source(
     settings: Settings, data: Path | None, split: SplitName = "leave_one_out"
-) -> Source:
+) -> SequenceSource:
     """Sequences of a plain file, or of the log that the Beam job built for the dataset in force.
 
     Raises:
         DataError: a global time split of a file, which knows order only.
-        SequenceFileError: the file is none.
+        SequenceFileError: it is no sequence file.
         TableNotBuiltError: no file was given and no job has run.
     """
     if data is None:
         folder = JobFolder(settings.home, "user_history")
-        contract, title = datasets.load_contract(settings.dataset), settings.dataset
+        contract = datasets.load_contract(settings.dataset)
+        title = settings.dataset
         home = Path(settings.path("next_item"))
     else:
         home = (
@@ -194,12 +198,13 @@ def open_source(
             / f"{data.name.split('.')[0]}-{digest_of(str(data.resolve()))[:8]}"
         )
         folder = sequence_file.write_log(data, str(home))
-        contract, title = sequence_file.contract_of(folder), data.name
+        contract = sequence_file.contract_of(folder)
+        title = data.name
     sequences = Sequences.of(contract, folder, has_times=data is None)
     if split == "global_time":
         sequences = sequences.by_time()
     identity = digest_of([folder.require().run_id, contract.fingerprint, split])
-    return Source(sequences, identity, title, home / "runs")
+    return SequenceSource(sequences, identity, title, home / "runs")
 
 
 def build_model(recipe: NextItemRecipe, sequences: Sequences) -> SequenceRanker:
@@ -212,7 +217,7 @@ def build_model(recipe: NextItemRecipe, sequences: Sequences) -> SequenceRanker:
 
 
 def train_and_evaluate(
-    source: Source, recipe: NextItemRecipe, device: str = "cpu", *, force: bool = False
+    source: SequenceSource, recipe: NextItemRecipe, device: str = "cpu", *, force: bool = False
 ) -> dict[str, Any]:
     """One run to its end: trained, from its newest checkpoint, and evaluated on the test targets.
 
@@ -233,7 +238,7 @@ def train_and_evaluate(
 
 
 def _train_and_evaluate(
-    source: Source, recipe: NextItemRecipe, folder: Path, device: str
+    source: SequenceSource, recipe: NextItemRecipe, folder: Path, device: str
 ) -> dict[str, Any]:
     identity = _identity(source, recipe)
     model = build_model(recipe, source.sequences)
@@ -254,13 +259,12 @@ def _train_and_evaluate(
         "summary": summary,
         "test": {name: leave_one_out.metrics_of_ranks(found) for name, found in ranks.items()},
     }
-    draft = folder / ".result.draft"
-    draft.write_text(json.dumps(result, indent=1))
-    draft.replace(folder / "result.json")
+    with atomic_write(folder / "result.json") as draft:
+        draft.write_text(json.dumps(result, indent=1))
     return result
 
 
-def finished(source: Source, recipe: NextItemRecipe) -> dict[str, Any] | None:
+def finished(source: SequenceSource, recipe: NextItemRecipe) -> dict[str, Any] | None:
     """The result of a run that came to its end, or None."""
     path = run_folder(source, recipe) / "result.json"
     if not path.exists():
@@ -269,7 +273,7 @@ def finished(source: Source, recipe: NextItemRecipe) -> dict[str, Any] | None:
     return result if result["identity"] == _identity(source, recipe) else None
 
 
-def stored_sums(source: Source, recipe: NextItemRecipe) -> Sums:
+def stored_sums(source: SequenceSource, recipe: NextItemRecipe) -> Sums:
     """NDCG@10 and HR@10 (FULL) of a finished run, by user.
 
     Raises:
@@ -278,12 +282,12 @@ def stored_sums(source: Source, recipe: NextItemRecipe) -> Sums:
     return read_sums(run_folder(source, recipe) / PER_USER)
 
 
-def run_folder(source: Source, recipe: NextItemRecipe) -> Path:
-    """Where a run of this recipe and seed, with these settings and this code, is kept."""
+def run_folder(source: SequenceSource, recipe: NextItemRecipe) -> Path:
+    """Return the folder of a run of this recipe and seed, with these settings and this code."""
     return source.runs / f"{recipe.name}-seed{recipe.training.seed}-{_identity(source, recipe)[:8]}"
 
 
-def _identity(source: Source, recipe: NextItemRecipe) -> str:
+def _identity(source: SequenceSource, recipe: NextItemRecipe) -> str:
     code = code_digest("modeling.next_item", models.module_of(recipe.model))
     return digest_of([asdict(recipe), source.identity, code])
 

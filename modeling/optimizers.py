@@ -35,7 +35,7 @@ class Optimizer:
                 group["whole_rate"] = group["lr"]
 
     def set_rate(self, share: float) -> None:
-        """Let every group learn at a share of its own learning rate."""
+        """Let every group learn at a share of its learning rate."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = group["whole_rate"] * share
@@ -64,7 +64,7 @@ def optimizer_of(model: nn.Module, training: Fit) -> Optimizer:
     """The optimiser that a recipe asks for.
 
     Raises:
-        ValueError: there is none of that name, or it does not know a setting that was changed.
+        ValueError: no optimiser has that name, or it does not know a setting that was changed.
 
     "rmsprop_adagrad" is OneTrans's: Adagrad for embedding tables, RMSProp for all else, without
     weight decay. Its RMSProp sums squares, v ← α v + g², with α = 0.99999; torch's averages them, v ←
@@ -95,7 +95,7 @@ def optimizer_of(model: nn.Module, training: Fit) -> Optimizer:
 
 
 def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of which a step touches few rows."""
+    """List the weights whose rows are rarely touched by a step."""
     found: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -23,12 +23,12 @@ DAYS = 1000.0  # that a history spans
 
 @dataclass(frozen=True)
 class Planted:
-    """What is drawn.
+    """Settings of the drawn data.
 
     Args:
         events: of each history.
         planted: share of the history, its oldest part, that holds the signal.
-        strength: share of that part's events which are of liked groups by intent.
+        strength: share of that part's events which belong to liked groups by intent.
         positive: probability of a positive label in liked groups, and in others.
     """
 
@@ -52,7 +52,7 @@ class Planted:
 
     @property
     def attainable_auc(self) -> float:
-        """AUC of whoever knows the liked groups; half of the candidates are of one."""
+        """AUC of a scorer that knows the liked groups; half of the candidates are of one."""
         return attainable_auc(self.positive)
 
     def draw(
@@ -133,7 +133,7 @@ class PlantedPairs:
 
     @property
     def attainable_auc(self) -> float:
-        """AUC of whoever knows the habits; half of the candidates are of a held one."""
+        """AUC of a scorer that knows the habits; half of the candidates are of a held one."""
         return attainable_auc(self.positive)
 
     def draw(
@@ -147,18 +147,21 @@ class PlantedPairs:
         Returns:
             The batch, and which candidates are of held habits, bool B × C.
         """
-        rng, number = np.random.default_rng([seed, self.events, 2]), self.habits
+        rng = np.random.default_rng([seed, self.events, 2])
+        number = self.habits
         # 1. Which B ends a session of each A: its own where the habit is held; the others' are
         # passed round among those that are not.
         order = rng.permuted(np.tile(np.arange(number), (users, 1)), axis=1)
-        held, others = order[:, : number // 2], order[:, number // 2 :]
+        held = order[:, : number // 2]
+        others = order[:, number // 2 :]
         ends = np.tile(np.arange(number), (users, 1))
         np.put_along_axis(ends, others, np.roll(others, 1, axis=1), axis=1)
 
         # 2. Sessions, the old ones by habit. Every block of R sessions has every A and every B once:
         # were they drawn one by one, held habits would show in how counts of A and B differ.
         blocks = self.events // (2 * number)
-        sessions, every = blocks * number, np.tile(np.arange(number), (users, blocks, 1))
+        sessions = blocks * number
+        every = np.tile(np.arange(number), (users, blocks, 1))
         first = rng.permuted(every, axis=2).reshape(users, sessions)
         second = np.take_along_axis(ends, first, axis=1)
         old = np.arange(sessions) < round(self.planted * blocks) * number
@@ -181,16 +184,14 @@ class PlantedPairs:
 
 
 def attainable_auc(positive: tuple[float, float]) -> float:
-    """AUC of whoever knows which candidates are good, where half of them are.
+    """Return the AUC of a scorer that knows which candidates are good, if half of them are.
 
     Args:
-        positive: probability of a positive label of a good candidate, and of another.
+        positive: probability of a positive label of a good candidate, and of a bad one.
     """
     high, low = positive
-    of_positives, of_negatives = (
-        high / (high + low),
-        (1 - high) / (2 - high - low),
-    )  # that are of liked groups
+    of_positives = high / (high + low)
+    of_negatives = (1 - high) / (2 - high - low)  # that are of liked groups
     ties = of_positives * of_negatives + (1 - of_positives) * (1 - of_negatives)
     return of_positives * (1 - of_negatives) + ties / 2
 

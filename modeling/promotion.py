@@ -1,4 +1,4 @@
-"""Whether a bundle may go live unasked: not where it ranks worse than the live one, or than a
+"""Promotion: a bundle may go live unasked, but not where it ranks worse than the live one, or than a
 baseline without a model.
 
 A bundle is compared with the live one on the test period of the same examples; where those are
@@ -15,9 +15,9 @@ from typing import Any
 from feature_repo.catalogue import BundleRow, Catalogue
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
-from modeling.evaluate import AS_RANKED, MODEL, floors
-from modeling.floors import TREES
+from modeling.evaluate import AS_RANKED, MODEL, untrained
 from modeling.metrics import Estimate
+from modeling.simple_baselines import TREES
 
 METRICS = ("ndcg@10", "gauc")
 
@@ -31,29 +31,29 @@ class Reasons:
 
 
 def test_key(settings: Settings) -> str:
-    """What the test requests are: figures on others cannot be compared."""
+    """Return a key of the test requests: figures on other requests cannot be compared."""
     return JobFolder(settings.home, "training_examples").require().run_id
 
 
 def reasons_against(
     evaluation: dict[str, Any], live: BundleRow | None, catalogue: Catalogue, digest: str, test: str
 ) -> Reasons:
-    """What speaks against a bundle going live.
+    """Return the reasons against a bundle going live.
 
     Args:
         evaluation: of its run.
         live: the live bundle, if any.
         digest: of the bundle.
-        test: what its test requests are.
+        test: key of its test requests.
     """
     metrics = evaluation["metrics"]
     ours = metrics.get(AS_RANKED, metrics[MODEL])  # what requests are ranked by
     model = {name: Estimate(**ours[name]) for name in METRICS if ours.get(name)}
     below = [
-        f"{floor} is better on {name} ({metrics[floor][name]['value']:.4f} against {estimate.value:.4f})"
-        for floor in floors(metrics)
+        f"{baseline} is better on {name} ({metrics[baseline][name]['value']:.4f} against {estimate.value:.4f})"
+        for baseline in untrained(metrics)
         for name, estimate in model.items()
-        if metrics[floor].get(name) and metrics[floor][name]["value"] > estimate.value
+        if metrics[baseline].get(name) and metrics[baseline][name]["value"] > estimate.value
     ]
     hold, warn = ([], below) if live is None else (below, [])
     same_test = live is not None and catalogue.test_of(live.digest) == test

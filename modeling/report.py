@@ -15,7 +15,9 @@ from typing import Any
 from modeling.evaluate import metric_rows, undefined
 from modeling.trainer import read_metrics
 
-BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"
+BLUE = "#2f6fb0"
+ORANGE = "#d9822b"
+GREY = "#8a8a8a"
 
 
 def write_report(
@@ -44,7 +46,7 @@ def write_report(
     first, *others = tables.items()
     primary = tables.pop(evaluation["primary"], first[1])
     more = {f"Task {task}": rows for task, rows in tables.items()} if others else {}
-    more["Answers that do without something"] = metric_rows(evaluation["rungs"])
+    more["Answers that do without something"] = metric_rows(evaluation["degraded"])
     return write_page(folder / "report.html", title, lines, primary, pictures, more)
 
 
@@ -206,7 +208,8 @@ def _histogram(plt: Any, histogram: dict[str, list[float]]) -> bytes:
 
 
 def _smooth(values: list[float], weight: float = 0.97) -> list[float]:
-    smooth, out = values[0] if values else 0.0, []
+    smooth = values[0] if values else 0.0
+    out = []
     for value in values:
         smooth = weight * smooth + (1 - weight) * value
         out.append(smooth)

@@ -1,5 +1,5 @@
-"""What a sequence model's encoder costs against the length of the history, measured in a process of
-its own.
+"""The cost of a sequence model's encoder against the length of the history, measured in a separate
+process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
         model.encode(events).square().mean().backward()
 
     step()
-    rounds, started = 0, time.process_time()
+    rounds = 0
+    started = time.process_time()
     while rounds < 3 or time.process_time() - started < question["seconds"]:
         step()
         rounds += 1

@@ -2,14 +2,14 @@
 
 Rules (counted in `Sequences.counts`): events of the dataset's first action count, since a returned
 article is no target; the first event of each (user, item) counts, later repeats are dropped, since a
-seen item is none either.
+seen item is no target either.
 
 | split | training | targets |
 |---|---|---|
 | leave one out | all but a user's last two items | the last item is the test target, the one before it the validation target; a user with fewer than three items has none, and is trained on where there are two |
 | global time | events before the last fifth of all events | a user's first event of the last tenth is the test target, of the tenth before it the validation target; what the user did before it is read, also where training did not see it |
 
-Leave-one-out trains on events that are later than another user's target; what a model learns of them,
+Leave-one-out trains on events that are later than other users' targets; what a model learns of them,
 such as what becomes popular, no server can know.
 """
 
@@ -53,11 +53,11 @@ class VocabularyError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Which events are trained on and which are targets.
+    """The split of events into training events and targets.
 
     Args:
         ends: end of each user's training events in `Sequences.items`.
-        rows: where each user's target stands in `Sequences.items`; -1 where there is none.
+        rows: place of each user's target in `Sequences.items`; -1 without a target.
     """
 
     name: SplitName
@@ -83,7 +83,10 @@ class Sequences:
     def of(contract: Contract, folder: JobFolder, *, has_times: bool) -> Sequences:
         """All sequences of a history log."""
         log = HistoryLog(contract, folder)
-        items, times, lengths, others = [], [], [], 0
+        items = []
+        times = []
+        lengths = []
+        others = 0
         for start in range(0, len(log.users), USERS_AT_ONCE):
             rows = np.arange(start, min(start + USERS_AT_ONCE, len(log.users)))
             histories = log.gather(rows, log.lengths[rows])
@@ -131,7 +134,8 @@ class Sequences:
                     f"a global time split leaves no {target} target: nobody who was there before acts in that tenth of the {len(self.items):,} "
                     "events; leave_one_out needs no times"
                 )
-        targets, ends = found.evaluated("test"), split.ends
+        targets = found.evaluated("test")
+        ends = split.ends
         seen = np.zeros(self.num_items + 1, bool)
         seen[self.items[np.arange(len(self.items)) < np.repeat(ends, self.lengths)]] = True
         of_target = self.items[found.target_rows(targets, "test")]
@@ -158,7 +162,7 @@ class Sequences:
         return np.diff(self.offsets)
 
     def sizes(self, history_length: int) -> FeatureSizes:
-        """What a model must be built for."""
+        """Sizes that a model is built for."""
         return FeatureSizes(self.num_items + 1, 1, history_length)
 
     def evaluated(self, target: Target) -> np.ndarray:
@@ -166,7 +170,7 @@ class Sequences:
         return np.flatnonzero(self.split.rows[target] >= 0)
 
     def target_rows(self, users: np.ndarray, target: Target) -> np.ndarray:
-        """Where the targets of users stand in `items`."""
+        """Return the places of users' targets in `items`."""
         return self.split.rows[target][users]
 
     def training_ends(self) -> np.ndarray:
@@ -189,7 +193,8 @@ class Sequences:
             if leaked.any():
                 row = int(np.flatnonzero(leaked)[0])
                 owner = int(np.searchsorted(self.offsets, row, side="right")) - 1
-                user, item = self.user_ids[owner], self.item_ids[int(self.items[row]) - 1]
+                user = self.user_ids[owner]
+                item = self.item_ids[int(self.items[row]) - 1]
                 raise LeakError(
                     f"{target} item {item} of user {user} is among the user's training events ({int(leaked.sum())} such "
                     "cases): its score would be remembered, not predicted; build sequences with Sequences.of"
@@ -208,7 +213,8 @@ class Sequences:
         """
         lengths = stops - starts
         order = np.argsort(-lengths, kind="stable")
-        starts, lengths = starts[order], lengths[order]
+        starts = starts[order]
+        lengths = lengths[order]
         packing = Packing(lengths)
         rows = packing.from_oldest + np.repeat(starts, lengths)
         items = self.items[rows].astype(np.int64)
@@ -242,7 +248,8 @@ def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
     cuts = {
         target: ordered[int(s * len(ordered))] if len(ordered) else 0 for target, s in CUTS.items()
     }
-    owner, users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), len(offsets) - 1
+    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    users = len(offsets) - 1
     # The first event at or after a cut: a user's events stand in the order of time.
     first = {
         target: offsets[:-1] + np.bincount(owner[times < cut], minlength=users)
@@ -260,7 +267,7 @@ def split_by_time(offsets: np.ndarray, times: np.ndarray) -> Split:
 
 @dataclass(frozen=True)
 class TrainingWindows:
-    """Slices of training events, each of which gives its events but the last as inputs and but the
+    """Slices of training events; each gives its events but the last as inputs and but the
     first as targets.
     """
 
@@ -278,7 +285,8 @@ def training_windows(
             first of them overlapping the newest by a number that `rng` draws, up to half, so that
             cuts fall elsewhere each epoch.
     """
-    starts, stops = sequences.offsets[:-1], sequences.training_ends()
+    starts = sequences.offsets[:-1]
+    stops = sequences.training_ends()
     older = np.maximum(
         stops - starts - 1 - history_length, 0
     )  # targets that the newest slice leaves out

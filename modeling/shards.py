@@ -8,13 +8,14 @@ of fixed size. Files of a folder are named in its manifest, which is written las
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 
 MANIFEST = "manifest.json"
@@ -22,6 +23,35 @@ MANIFEST = "manifest.json"
 
 class ShardError(ExpectedError, RuntimeError):
     """A shard is damaged or gone."""
+
+
+class DerivedRows:
+    """Rows that a function makes of others when they are taken.
+
+    Args:
+        rows: what it is made of.
+        change: changes a copy of some rows and returns it, of the same shape and type.
+
+    Example:
+        >>> derived = DerivedRows(np.arange(3), lambda rows: rows * 2)
+        >>> len(derived), derived[np.array([2])].tolist()
+        (3, [4])
+    """
+
+    def __init__(self, rows: Rows, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._rows = rows
+        self._change = change
+        self.shape: tuple[int, ...] = rows.shape
+        self.dtype: np.dtype = rows.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._change(np.array(self._rows[rows]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[slice(None)].astype(dtype or self.dtype, copy=False)
 
 
 class MappedRows:
@@ -61,12 +91,13 @@ class MappedRows:
         return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
 
 
-Rows = np.ndarray | MappedRows
+Rows = np.ndarray | MappedRows | DerivedRows
 
 
 def write_shard(path: Path, arrays: Mapping[str, Rows]) -> None:
     """Write arrays of one number of rows as a shard, visible once it is whole."""
-    columns, widths = [], {}
+    columns = []
+    widths = {}
     for name, rows in arrays.items():
         array = np.asarray(rows)
         flat = pa.array(np.ascontiguousarray(array).reshape(-1))
@@ -80,10 +111,12 @@ def write_shard(path: Path, arrays: Mapping[str, Rows]) -> None:
         widths[name] = json.dumps([array.dtype.str, *array.shape[1:]])
     schema = pa.schema([pa.field(n, c.type) for n, c in zip(widths, columns, strict=True)])
     batch = pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(widths))
-    draft = path.with_name(f".{path.name}.draft")
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with (
+        atomic_write(path) as draft,
+        pa.OSFile(str(draft), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
-    draft.replace(path)
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
@@ -113,7 +146,7 @@ def open_shards(paths: Sequence[Path]) -> dict[str, MappedRows]:
     """Arrays of several shards, each as one.
 
     Raises:
-        ShardError: there is none, or one is damaged.
+        ShardError: there is no shard, or one is damaged.
     """
     if not paths:
         raise ShardError("there is no shard to open")

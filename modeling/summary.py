@@ -1,7 +1,7 @@
 """Summary tokens outside a request: whole histories in, envelopes out; and new events into stored
 states.
 
-What the Beam job and whoever refreshes one user share. Stage 1 reads events only, so neither
+The Beam job and the refresh of one user share this. Stage 1 reads events only, so neither
 request nor candidates are needed. A bidirectional stage 1 reads as many newest events as its recipe
 says and takes their age at the snapshot; a streaming one reads all of them, and keeps what it needs
 to take more.
@@ -75,12 +75,14 @@ class Summariser:
             raise ValueError(
                 f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
             )
-        self.model, self.encoder, self.fingerprint = cast(TokenMaker, model), encoder, fingerprint
+        self.model = cast(TokenMaker, model)
+        self.encoder = encoder
+        self.fingerprint = fingerprint
         self.streams = self.model.streams
         self._lock = Lock()
 
     def bytes_of_user(self, snapshots: int = 1) -> int:
-        """What one user's streams, and tokens of so many snapshots, take in memory at fp32."""
+        """Return the fp32 bytes of one user's streams, and of tokens of so many snapshots."""
         shape = self.model.token_shape
         assert shape is not None
         return 4 * (snapshots * math.prod(shape) + math.prod(self.model.stream_shape))
@@ -120,7 +122,8 @@ class Summariser:
         self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
     ) -> Summary:
         """Batch by batch; `before` holds what the streams have seen, None where they begin."""
-        number, shape = len(events.lengths), self.model.token_shape
+        number = len(events.lengths)
+        shape = self.model.token_shape
         assert shape is not None
         tokens = np.empty((number, *shape), np.float32)
         kept: np.ndarray | None = None
@@ -225,7 +228,8 @@ def stored_summary(tokens: Envelope, state: Envelope) -> Summary:
     """One user's stored tokens and streams, to be extended."""
     assert tokens.tokens_SD is not None
     assert state.tokens_SD is not None
-    number, as_of = np.array([state.num_events]), np.array([state.as_of])
+    number = np.array([state.num_events])
+    as_of = np.array([state.as_of])
     return Summary(tokens.tokens_SD[None], state.tokens_SD[None].copy(), number, as_of)
 
 

@@ -30,10 +30,11 @@ def probabilities(spec: DatasetSpec, logits_NT: np.ndarray) -> np.ndarray:
 
 
 def ranking_logits(spec: DatasetSpec, logits_NT: np.ndarray) -> np.ndarray:
-    """What candidates are ordered by, float64, N: the logit of the score. Where one task alone is
+    """Return the logits that candidates are ordered by, float64, N. Where one task alone is
     ranked by and none is given, it is that task's logit, unchanged.
     """
-    weights, names = spec.weights, [task.name for task in spec.tasks]
+    weights = spec.weights
+    names = [task.name for task in spec.tasks]
     (first, _), *more = weights.items()
     if not more and not spec.tasks[names.index(first)].given:
         return logits_NT[:, names.index(first)].astype(np.float64)
@@ -44,7 +45,7 @@ def ranking_logits(spec: DatasetSpec, logits_NT: np.ndarray) -> np.ndarray:
 
 
 def weighted(spec: DatasetSpec, values: list[float]) -> float:
-    """Mean of a figure over the tasks under their weights; of those that define it. NaN of none."""
+    """Weighted mean of a figure over the tasks that define it; NaN if no task does."""
     weights = np.array([spec.weights.get(task.name, 0.0) for task in spec.tasks])
     found = np.array(values)
     known = ~np.isnan(found) & (weights > 0)

@@ -1,4 +1,4 @@
-"""What summary tokens are of: the identity that a bundle names, an envelope carries, and the server
+"""The identity of summary tokens, which a bundle names, an envelope carries, and the server
 matches.
 """
 

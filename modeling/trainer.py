@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 from feature_repo.tables import locked
+from modeling.augment import forget, hide
 from modeling.batch import Batch
 from modeling.console import Told, console
 from modeling.encoder import Encoded, Encoder
@@ -44,10 +46,9 @@ from modeling.weights import save_weights
 UnpicklingError: type[Exception] = vars(torch.serialization)[
     "pickle"
 ].UnpicklingError  # what torch.load raises
-MIN_HIDDEN, MAX_HIDDEN = (
-    200,
-    0.2,
-)  # candidates of an epoch that are made unknown at least, and their share at most
+# Candidates that an epoch makes unknown: at least so many, and at most this share.
+MIN_HIDDEN = 200
+MAX_HIDDEN = 0.2
 CHECKPOINT = "checkpoint.pt"
 PER_USER = "per_user.arrow"  # the paired metrics of a finished run, by user
 LOADED_AHEAD = 2  # batches
@@ -135,7 +136,7 @@ def batches(
 
 
 class Most(NamedTuple):
-    """What a batch may hold, padding counted."""
+    """Limits of a batch, padding counted."""
 
     requests: int
     candidates: int
@@ -151,20 +152,24 @@ def grouped(
         order: the requests, in ascending order of their candidates, so that the last one of a group
             says how wide it is.
     """
-    first, longest = 0, 0
+    first = 0
+    longest = 0
     for last, request in enumerate(order.tolist()):
-        number, longest = last - first + 1, max(longest, int(num_events[request]))
-        wide, long = number * num_candidates[request], number * longest
+        number = last - first + 1
+        longest = max(longest, int(num_events[request]))
+        wide = number * num_candidates[request]
+        long = number * longest
         fits = number <= most.requests and wide <= most.candidates and long <= most.events
         if last > first and not fits:
             yield order[first:last]
-            first, longest = last, int(num_events[request])
+            first = last
+            longest = int(num_events[request])
     if len(order):
         yield order[first:]
 
 
 def ahead(load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray]) -> Iterator[Any]:
-    """What `load` makes of each batch of a plan, in order; the next ones are made meanwhile.
+    """Yield what `load` makes of each batch of a plan, in order; the next ones are made meanwhile.
 
     Nothing random may happen in `load`: how far it is ahead differs from run to run.
     """
@@ -190,7 +195,8 @@ def predict(
 ) -> np.ndarray:
     """Logits of every candidate and task, N × T, in the order of `encoded`."""
     logits = np.zeros((len(encoded.candidate_item), model.sizes.tasks), np.float32)
-    sizes, offsets = encoded.num_candidates, encoded.candidate_offsets
+    sizes = encoded.num_candidates
+    offsets = encoded.candidate_offsets
     order = np.argsort(sizes, kind="stable")
     device = next(model.parameters()).device
     model.eval()
@@ -212,7 +218,7 @@ class Loop(ABC):
     Args:
         model: fresh; its weights are set from the checkpoint where the folder has one.
         folder: the run's folder.
-        identity: what the run depends on; a checkpoint of another identity is not resumed.
+        identity: what the run depends on; a checkpoint with a different identity is not resumed.
         device: where to train; checkpoints and `best.safetensors` load anywhere.
     """
 
@@ -220,15 +226,18 @@ class Loop(ABC):
         self, model: nn.Module, training: Fit, folder: Path, identity: str, device: str = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.model, self.training = model.to(self.device), training
-        self.folder, self.identity = folder, identity
+        self.model = model.to(self.device)
+        self.training = training
+        self.folder = folder
+        self.identity = identity
         folder.mkdir(parents=True, exist_ok=True)
         self.optimizer = optimizer_of(model, training)
         self.averaged = (
             copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         )
         self.step = self.epoch = self.next_batch = 0
-        self.best, self.epochs_since_best = -math.inf, 0
+        self.best = -math.inf
+        self.epochs_since_best = 0
         self.cpu_seconds = 0.0  # of training steps, over all resumptions; validation is not counted
         self.curve: list[list[float]] = []  # CPU seconds and NDCG@10, at each validation
         self.stopped = False
@@ -238,8 +247,8 @@ class Loop(ABC):
         """Batches of an epoch, in order; the same for every call."""
 
     def load(self, chosen: np.ndarray) -> Any:
-        """What `losses` takes of a batch, from memory or disk; called ahead of it, on a thread of its
-        own.
+        """Load what `losses` takes of a batch, from memory or disk; called ahead of it, on a separate
+        thread.
         """
         return chosen
 
@@ -315,10 +324,12 @@ class Loop(ABC):
             )
         )
         self.optimizer.zero_grad()
-        loss, samples = 0.0, 0
+        loss = 0.0
+        samples = 0
         for part, number in self.losses(loaded):
             part.backward()
-            loss, samples = loss + float(part.detach()), samples + number
+            loss = loss + float(part.detach())
+            samples = samples + number
         if not math.isfinite(loss):
             raise LossError(
                 f"loss is {loss} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
@@ -350,14 +361,15 @@ class Loop(ABC):
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             console.print(f"epoch {self.epoch}: validation {shown}", highlight=False)
             if ndcg > self.best:
-                self.best, self.epochs_since_best = ndcg, 0
-                draft = self.folder / ".best.draft"
-                save_weights(self.evaluated_model.state_dict(), draft)
-                draft.replace(self.folder / "best.safetensors")
+                self.best = ndcg
+                self.epochs_since_best = 0
+                with atomic_write(self.folder / "best.safetensors") as draft:
+                    save_weights(self.evaluated_model.state_dict(), draft)
             else:
                 self.epochs_since_best += 1
                 self.stopped = self.epochs_since_best >= self.training.patience
-        self.epoch, self.next_batch = self.epoch + 1, 0
+        self.epoch = self.epoch + 1
+        self.next_batch = 0
 
     def _save(self) -> None:
         state = {
@@ -378,9 +390,8 @@ class Loop(ABC):
             "cpu_seconds": self.cpu_seconds,
             "curve": self.curve,
         }
-        draft = self.folder / ".checkpoint.draft"
-        torch.save(state, draft)
-        draft.replace(self.folder / CHECKPOINT)
+        with atomic_write(self.folder / CHECKPOINT) as draft:
+            torch.save(state, draft)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint; without a whole one of this run, begin anew, and say
@@ -406,11 +417,9 @@ class Loop(ABC):
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step, self.epoch, self.next_batch, self.epochs_since_best, stopped = state["place"]
-        self.best, self.stopped, self.cpu_seconds = (
-            state["best"],
-            bool(stopped),
-            state["cpu_seconds"],
-        )
+        self.best = state["best"]
+        self.stopped = bool(stopped)
+        self.cpu_seconds = state["cpu_seconds"]
         self.curve = state["curve"]
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [
@@ -482,7 +491,8 @@ class Trainer(Loop):
         self, train: Encoded, validation: Encoded, stop_after: int | None = None
     ) -> dict[str, Any]:
         """`run` on these requests."""
-        self.train, self.validation = train, validation
+        self.train = train
+        self.validation = validation
         # Of few samples a larger share, so that the unknown is seen often enough to have a score of
         # its own.
         few = min(MIN_HIDDEN / max(len(train.candidate_item), 1), MAX_HIDDEN)
@@ -504,8 +514,8 @@ class Trainer(Loop):
         # Of the step, so that a resumed run draws alike.
         rng = np.random.default_rng([self.training.seed, self.step])
         if self.hidden:
-            batch = self.encoder.hide(batch, self.hidden, rng)
-        batch = self.encoder.forget(batch, rng)
+            batch = hide(self.encoder, batch, self.hidden, rng)
+        batch = forget(self.encoder, batch, rng)
         logits, further = cast(Ranker, self.model).training_forward(batch)
         weights = logits.new_tensor([task.weight for task in self.encoder.contract.spec.tasks])
         loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC, weights)
@@ -519,11 +529,13 @@ class Trainer(Loop):
         logits = predict(cast(Ranker, model), self.encoder, self.validation)
         spec = self.encoder.contract.spec
         found: dict[str, float] = {}
-        losses, rankings = [], []
+        losses = []
+        rankings = []
         labels_NT = np.asarray(self.validation.labels)
         for number, task in enumerate(spec.tasks):
             scored = defined(labels_NT[:, number], self.validation.candidate_offsets)
-            labels, own = scored.labels, logits[scored.rows, number]
+            labels = scored.labels
+            own = logits[scored.rows, number]
             losses.append(log_loss(labels, sigmoid(own)) if len(labels) else math.nan)
             rankings.append(mean_ndcg(labels, own, scored.offsets))
             if len(spec.tasks) > 1:
@@ -543,7 +555,10 @@ class _progress:
     """A bar with samples/s on a terminal; a line every ten seconds otherwise."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.samples, self.started, self.told = total, 0, time.monotonic(), Told()
+        self.total = total
+        self.samples = 0
+        self.started = time.monotonic()
+        self.told = Told()
         self.bar = (
             Progress(
                 TextColumn("train"),

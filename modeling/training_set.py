@@ -24,45 +24,47 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo import expectations
+from feature_repo.atomic import atomic_write
 from feature_repo.code import code_digest
-from feature_repo.history import Histories
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder, digest_of, held, locked
 from feature_repo.token_log import TokenLog
+from modeling.augment import encoder_of
 from modeling.columns import Index
 from modeling.console import Told
 from modeling.dataset import (
     SPLITS,
     Fitting,
-    Split,
+    JoinedRequests,
     Tokens,
     Warehouse,
+    late_gather,
     refuse_nothing_positive,
 )
-from modeling.encoder import Encoded, Encoder, GatherHistories
+from modeling.encoder import Encoded, Encoder
 from modeling.errors import DataError, RunError
-from modeling.floors import floor_scores
 from modeling.shards import MANIFEST, open_shards, write_shard
+from modeling.simple_baselines import baseline_scores
 from modeling.vocabularies import read_vocabularies, write_vocabularies
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 VOCABULARIES = "vocabularies.json"
-FLOOR = "floor:"  # before the name of a scoring, among the columns of candidates
+BASELINE = "baseline:"  # before the name of a scoring, among the columns of candidates
 SHARD_ROWS = 1 << 18  # candidates of a shard, or those of one request
 KEPT = 3  # training sets that stay on disk
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a training set is asked for.
+class TrainingSetOptions:
+    """Options of a training set.
 
     Args:
         service: feature service that is joined.
         min_item_count: rarer items share one embedding.
         tokens: version and shape of the stored summary tokens that are read.
-        visible: events before a request that anything may be known of; default: all.
+        visible: newest events before a request that are known; default: all.
         every: n and m: each n-th training request, each m-th of those that evaluate; their
             histories are whole.
     """
@@ -82,7 +84,7 @@ class Period:
         users: a number for each request's user.
         log_rows: row of each request's user in the history log, -1 for none.
         history_lengths: events known before each request.
-        floors: scores of all candidates that need no training, by name; none of the training
+        baselines: scores of all candidates that need no training, by name; none of the training
             period.
     """
 
@@ -90,7 +92,7 @@ class Period:
     users: np.ndarray
     log_rows: np.ndarray
     history_lengths: np.ndarray
-    floors: dict[str, np.ndarray]
+    baselines: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class TrainingSet:
     """A training set that is there: see `open_training_set`."""
 
     warehouse: Warehouse
-    options: Options
+    options: TrainingSetOptions
     identity: str
     folder: Path
     vocabularies: dict[str, Index]
@@ -106,23 +108,23 @@ class TrainingSet:
     hold: TextIO = field(repr=False)  # while this lives, no other process removes the shards
 
     def encoder(
-        self, history_length: int, *, tokens: bool = False, without: tuple[str, ...] = ()
+        self, history_length: int, *, tokens: bool = False, ablated: tuple[str, ...] = ()
     ) -> Encoder:
         """The encoder of a ranker that reads so many events.
 
         Args:
             tokens: whether it reads stored summary tokens.
-            without: inputs that are withheld from it.
+            ablated: inputs that are withheld from it.
         """
         shape = self.options.tokens[1] if tokens and self.options.tokens else (0, 0)
         contract = self.warehouse.contract
-        return Encoder(contract, self.vocabularies, history_length, shape, without)
+        return encoder_of(contract, self.vocabularies, history_length, shape, ablated)
 
     def period(self, name: str, *, tokens: bool = False) -> Period:
         """A period's requests, memory-mapped.
 
         Raises:
-            DataError: there is none.
+            DataError: the period has no request.
             ShardError: a shard is damaged or gone.
         """
         if not self.counts[name]["shards"]:
@@ -132,9 +134,12 @@ class TrainingSet:
             open_shards([self.folder / f"{name}-{kind}-{part:05d}.arrow" for part in parts])
             for kind in ("requests", "candidates")
         )
+        # Small columns are read; features stay on disk until a batch asks for them.
         log = self.warehouse.log
-        rows, ends = np.asarray(requests["log_row"]), np.asarray(requests["history_end"])
-        lengths, visible = np.where(rows < 0, 0, ends), self.options.visible
+        rows = np.asarray(requests["log_row"])
+        ends = np.asarray(requests["history_end"])
+        lengths = np.where(rows < 0, 0, ends)
+        visible = self.options.visible
         encoded = Encoded(
             times=np.asarray(requests["time"]),
             field_BU=requests["field"],
@@ -145,7 +150,7 @@ class TrainingSet:
             candidate_dense=candidates["dense"],
             labels=candidates["labels"],
             item_of_key=self.encoder(1).items.indices_of(log.items),
-            gather=self._gather(rows, ends),
+            gather=late_gather(log, rows, ends, visible),
             history_lengths=lengths if visible is None else np.minimum(lengths, visible),
         )
         if tokens and self.options.tokens is not None:
@@ -155,17 +160,9 @@ class TrainingSet:
             encoded = replace(
                 encoded, gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], shape)
             )
-        names = [key for key in candidates if key.startswith(FLOOR)]
-        floors = {key.removeprefix(FLOOR): np.asarray(candidates[key]) for key in names}
-        return Period(encoded, np.asarray(requests["user"]), rows, lengths, floors)
-
-    def _gather(self, rows: np.ndarray, ends: np.ndarray) -> GatherHistories:
-        log, visible = self.warehouse.log, self.options.visible
-
-        def gather(chosen: np.ndarray, length: int) -> Histories:
-            return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
-
-        return gather
+        names = [key for key in candidates if key.startswith(BASELINE)]
+        baselines = {key.removeprefix(BASELINE): np.asarray(candidates[key]) for key in names}
+        return Period(encoded, np.asarray(requests["user"]), rows, lengths, baselines)
 
     def describe(self) -> str:
         """The dataset and its counts in a line."""
@@ -173,7 +170,9 @@ class TrainingSet:
         return f"{self.warehouse.contract.spec.title}, requests: {', '.join(counts)}"
 
 
-def open_training_set(settings: Settings, store: FeatureStore, options: Options) -> TrainingSet:
+def open_training_set(
+    settings: Settings, store: FeatureStore, options: TrainingSetOptions
+) -> TrainingSet:
     """The training set that these options ask for, made where it is not there.
 
     Raises:
@@ -184,6 +183,7 @@ def open_training_set(settings: Settings, store: FeatureStore, options: Options)
         DataError: the training or validation period has no positive.
         RunError: another process makes this very set.
     """
+    # 1. The folder's name says all that the shards depend on.
     warehouse = Warehouse(settings)
     token_run = None
     if options.tokens is not None:
@@ -197,6 +197,7 @@ def open_training_set(settings: Settings, store: FeatureStore, options: Options)
             code_digest("modeling.training_set", f"feature_repo.datasets.{settings.dataset}"),
         ]
     )
+    # 2. Make it unless it is there; hold it, so that no other process removes it.
     folder = Path(settings.path("training_sets", identity))
     try:
         hold = held(folder)
@@ -216,7 +217,9 @@ def open_training_set(settings: Settings, store: FeatureStore, options: Options)
     return TrainingSet(warehouse, options, identity, folder, vocabularies, counts, hold)
 
 
-def _build(warehouse: Warehouse, store: FeatureStore, options: Options, folder: Path) -> None:
+def _build(
+    warehouse: Warehouse, store: FeatureStore, options: TrainingSetOptions, folder: Path
+) -> None:
     """Write all shards, then the manifest."""
     for path in folder.iterdir():
         if path.name != ".lock":
@@ -227,16 +230,15 @@ def _build(warehouse: Warehouse, store: FeatureStore, options: Options, folder: 
     write_vocabularies(encoder, folder / VOCABULARIES)
     periods = _encode(warehouse, encoder, options, folder, joined)
     shutil.rmtree(folder / "joined")
-    draft = folder / f".{MANIFEST}.draft"
-    draft.write_text(json.dumps({"options": asdict(options), "periods": periods}, indent=1))
-    draft.replace(folder / MANIFEST)
+    with atomic_write(folder / MANIFEST) as draft:
+        draft.write_text(json.dumps({"options": asdict(options), "periods": periods}, indent=1))
     _forget_others(folder)
 
 
 def _join(
     warehouse: Warehouse,
     store: FeatureStore,
-    options: Options,
+    options: TrainingSetOptions,
     folder: Path,
     fitting: Fitting,
 ) -> dict[str, list[Path]]:
@@ -248,7 +250,8 @@ def _join(
         DataError: the training or validation period has no positive.
     """
     folder.mkdir()
-    told, contract = Told(), warehouse.contract
+    told = Told()
+    contract = warehouse.contract
     pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
@@ -277,18 +280,20 @@ def _join(
 def _encode(
     warehouse: Warehouse,
     encoder: Encoder,
-    options: Options,
+    options: TrainingSetOptions,
     folder: Path,
     joined: dict[str, list[Path]],
 ) -> dict[str, dict[str, int]]:
     """The joined rows as numbers, a shard for each piece. Returns counts of each period."""
-    told, users, periods = Told(), dict[Any, int](), {}
+    told = Told()
+    users = dict[Any, int]()
+    periods = {}
     for split, paths in joined.items():
         counts = {"requests": 0, "candidates": 0, "shards": len(paths)}
         for number, path in enumerate(paths):
             asked = _assembled(warehouse, _read_table(path), options)
             encoded = encoder.featurise(asked.requests)
-            floors = {} if split == "train" else floor_scores(asked, options.visible)
+            baselines = {} if split == "train" else baseline_scores(asked, options.visible)
             names = asked.users.to_pylist()
             _write_encoded(
                 folder,
@@ -296,7 +301,7 @@ def _encode(
                 encoded,
                 asked,
                 np.array([users.setdefault(name, len(users)) for name in names], np.int64),
-                floors,
+                baselines,
             )
             counts["requests"] += len(encoded)
             counts["candidates"] += len(encoded.candidate_item)
@@ -309,9 +314,9 @@ def _write_encoded(
     folder: Path,
     name: str,
     encoded: Encoded,
-    asked: Split,
+    asked: JoinedRequests,
     users: np.ndarray,
-    floors: dict[str, np.ndarray],
+    baselines: dict[str, np.ndarray],
 ) -> None:
     """A shard of requests, and one of their candidates."""
     requests = {
@@ -331,12 +336,14 @@ def _write_encoded(
         "dense": encoded.candidate_dense,
         "labels": encoded.labels,
     }
-    candidates |= {f"{FLOOR}{key}": scores for key, scores in floors.items()}
+    candidates |= {f"{BASELINE}{key}": scores for key, scores in baselines.items()}
     write_shard(folder / name.format("requests"), requests)
     write_shard(folder / name.format("candidates"), candidates)
 
 
-def _assembled(warehouse: Warehouse, joined: pa.Table, options: Options) -> Split:
+def _assembled(
+    warehouse: Warehouse, joined: pa.Table, options: TrainingSetOptions
+) -> JoinedRequests:
     """A joined piece as requests."""
     rows = joined.drop_columns("request_id")
     return warehouse.assemble(rows, joined["request_id"], options.tokens, options.visible)

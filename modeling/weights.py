@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights as safetensors, to be read by whoever may read the files beside them: the library's
-    own writer keeps them from everybody else.
+    """Write weights as safetensors, with the permissions of the files beside them: the library's
+    writer keeps them from everybody else.
     """
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))

@@ -1,10 +1,10 @@
 """How many requests a process takes on: bounded, and told at once, before a body is read.
 
-A body that is still arriving takes no place: whoever sends a thousand of them slowly would otherwise
+A body that is still arriving takes no place: a client that sends a thousand of them slowly would otherwise
 take all. How much of them is held is bounded by bytes; where that is reached, the body that has been
 arriving for the longest is given up.
 
-Nor is a request taken on that could not be answered in time behind those that wait already: a slow model
+Nor is a request taken on that could not be answered in time behind the waiting ones: a slow model
 would otherwise spend itself on answers that come too late. A place is for 500 candidates: a request for
 more takes more of them, and all such requests together half of the places at most.
 """
@@ -26,10 +26,10 @@ FIXED = 100  # candidates that cost as much as all of a ranking that does not de
 
 @dataclass(frozen=True)
 class Weight:
-    """What a request takes of what all share.
+    """The share of the admitted work that a request takes.
 
     Args:
-        places: of those that there are.
+        places: how many of all.
         rankings: of 500 candidates that it costs as much as.
     """
 
@@ -38,7 +38,7 @@ class Weight:
 
     @staticmethod
     def of(candidates: Sequence[int]) -> Weight:
-        """Of one ranking for each number of candidates, one after the other."""
+        """Weigh one ranking for each number of candidates, one after the other."""
         places = max(math.ceil(max(candidates) / OF_A_PLACE), 1)
         cost = sum(FIXED + number for number in candidates) / (FIXED + OF_A_PLACE)
         return Weight(places, cost)
@@ -72,7 +72,9 @@ class Admission:
     """
 
     def __init__(self, most: int, most_bytes: int = 64 << 20, patience_s: float = math.inf) -> None:
-        self.most, self.most_bytes, self._patience_s = most, most_bytes, patience_s
+        self.most = most
+        self.most_bytes = most_bytes
+        self._patience_s = patience_s
         self._each_s = 0.0  # that a ranking takes of what all share; moves with the last ones
         self._weights: list[Weight] = []  # of the requests under way
         self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
@@ -85,7 +87,7 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether there is no place for a usual request."""
+        """True if there is no place for a usual request."""
         return self._refuses(USUAL)
 
     def _refuses(self, weight: Weight) -> bool:
@@ -105,7 +107,7 @@ class Admission:
         self._each_s += STEP * (seconds / rankings - self._each_s)
 
     def error(self) -> OverloadedError:
-        """What is told whoever finds none."""
+        """The error for a request that finds no place."""
         return OverloadedError(
             f"{self.under_way} requests are under way, as many as this process answers in time: try again in a second, "
             "or elsewhere"

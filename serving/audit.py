@@ -1,7 +1,7 @@
 """Was what the server saw what the tables say? Logged requests, computed anew as of their time.
 
 `audit` compares every number that the model was given, feature by feature; `replay` ranks the logged
-requests with another bundle and says how far its lists part from those that were served.
+requests with a different bundle and says how far its lists part from those that were served.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from modeling.trainer import predict
 from serving.degraded import Degraded
 from serving.shadow import rank_correlation
 
-RELATIVE, ABSOLUTE = 1e-4, 1e-5  # by which float32 numbers may differ and be taken for equal
+# Two float32 numbers that differ by no more are taken for equal.
+RELATIVE = 1e-4
+ABSOLUTE = 1e-5
 # Without these a request's numbers are what the tables say; with any other something was missing.
 AS_THE_TABLES = {Degraded.STALE_FEATURES.value, Degraded.UNKNOWN_ITEMS.value}
 
@@ -53,7 +55,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The outcome of an audit.
 
     Args:
         skipped: requests that were served without something, which the tables have.
@@ -89,7 +91,7 @@ def audit(settings: Settings, log: pa.Table, bundle: Bundle) -> Audit:
 
 @dataclass(frozen=True)
 class Replay:
-    """How far another bundle's lists part from those that were served.
+    """The distance between a bundle's lists and the served ones.
 
     Args:
         same_first: share of the requests with the same item at the top.
@@ -114,7 +116,9 @@ def replay(settings: Settings, log: pa.Table, bundle: Bundle) -> Replay:
     logits = ranking_logits(
         bundle.encoder.contract.spec, predict(bundle.model, bundle.encoder, encoded)
     )
-    same, correlation, overlap = [], [], []
+    same = []
+    correlation = []
+    overlap = []
     offsets = encoded.candidate_offsets
     for number, row in enumerate(chosen.select(["candidates", "ranked"]).to_pylist()):
         scores = logits[offsets[number] : offsets[number + 1]]
@@ -128,10 +132,10 @@ def replay(settings: Settings, log: pa.Table, bundle: Bundle) -> Replay:
 
 
 def comparable(log: pa.Table, bundle: Bundle | None) -> pa.Table:
-    """Requests that were served with all that the tables have, by a bundle or by any.
+    """Select requests that were served with all that the tables have, by a bundle or by any.
 
     Raises:
-        NothingToAuditError: there is none.
+        NothingToAuditError: no request is left.
     """
     whole = [set(reasons) <= AS_THE_TABLES for reasons in log["degraded"].to_pylist()]
     kept = pc.and_(pa.array(whole), pc.greater(pc.list_value_length(log["scores"]), 0))
@@ -149,10 +153,12 @@ def comparable(log: pa.Table, bundle: Bundle | None) -> pa.Table:
 
 def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
     """The numbers of logged requests, from the offline store as of each request."""
-    contract, encoder = bundle.encoder.contract, bundle.encoder
+    contract = bundle.encoder.contract
+    encoder = bundle.encoder
     lengths = pc.list_value_length(log["candidates"]).to_numpy().astype(np.int64)
     row = pa.array(np.repeat(np.arange(len(log)), lengths))
-    user, item = contract.user.join_key, contract.item.join_key
+    user = contract.user.join_key
+    item = contract.item.join_key
     examples = pa.table(
         {
             user: log[user].take(row).cast(arrow_type(contract.user.dtype)),
@@ -169,7 +175,8 @@ def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
         }
     )
     warehouse = Warehouse(settings)
-    store, service = open_store(settings), bundle.manifest["service"]
+    store = open_store(settings)
+    service = bundle.manifest["service"]
     joined = warehouse.join(store, service, "test", examples)
     split = warehouse.assemble(joined.drop_columns("request_id"), joined["request_id"])
     return encoder.featurise(split.requests)
@@ -184,7 +191,7 @@ def flat(lists: pa.ChunkedArray) -> np.ndarray:
 def _mismatches(
     names: list[str] | tuple[str, ...], served: np.ndarray, now: np.ndarray
 ) -> list[Mismatch]:
-    """Of each column, how many numbers differ; missing equals missing."""
+    """Count the numbers that differ, by column; missing equals missing."""
     close = np.isclose(served, now, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
     apart = np.nan_to_num(np.abs(served - now), nan=0.0, posinf=np.inf)
     return [

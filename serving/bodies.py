@@ -34,12 +34,12 @@ def error_response(status: int, kind: str, message: str) -> Response:
 
 
 def media_of(request: Request) -> str:
-    """What a body is said to be, lower case; "" where nothing is said."""
+    """Return the media type of a body, lower case; "" without a Content-Type."""
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def answered_with(request: Request, answer: Any, headers: dict[str, str] | None = None) -> Response:
-    """An answer in the words of the request, or in those that it accepts alone."""
+    """Return an answer in the request's media type, or in the only one that it accepts."""
     accepted = request.headers.get("accept", "")
     media = media_of(request)
     if MSGPACK in accepted and JSON not in accepted:
@@ -60,7 +60,8 @@ async def unless_left(request: Request, answering: Awaitable[T]) -> T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, watching = asyncio.ensure_future(answering), asyncio.ensure_future(left())
+    working = asyncio.ensure_future(answering)
+    watching = asyncio.ensure_future(left())
     try:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -104,7 +105,8 @@ async def read_body(
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise too_large
-    body, admission = bytearray(), admission or Admission(1)
+    body = bytearray()
+    admission = admission or Admission(1)
     try:
         async with asyncio.timeout(seconds) as timeout:
             with admission.arriving(timeout) as arriving:

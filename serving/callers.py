@@ -1,6 +1,6 @@
-"""Whether a request may come from where it comes from: the checks before any route.
+"""Checks of a request's origin, before any route.
 
-A server without API keys trusts whoever reaches it. A browser reaches it on behalf of any page that
+A server without API keys trusts every caller. A browser reaches it on behalf of any page that
 its user opens: by a cross-site request, whose answer the page cannot read but whose event would be
 taken, or by a name of the page's own that resolves to this machine (DNS rebinding), with which it
 could read histories. So without keys a request must call this server by a name that it has, and must
@@ -25,7 +25,7 @@ def why_refused(scope: Scope, settings: ServeSettings) -> ServingError | None:
     hosts = _values(scope, b"host")
     if len(hosts) > 1 or (not hosts and scope.get("http_version", "1.1") == "1.1"):
         return BadRequestError(f"a request names one Host, this names {len(hosts)}")
-    if settings.auth or scope["path"] == OPEN:
+    if settings.api_keys or scope["path"] == OPEN:
         return None
     host = hosts[0] if hosts else ""
     if host and not _is_ours(host, settings):
@@ -48,7 +48,7 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 
 
 def _is_ours(host: str, settings: ServeSettings) -> bool:
-    """Whether a Host is an address, which no page can rebind, or a name that the server has."""
+    """Return whether a Host is an address, which no page can rebind, or a name of the server."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ip_address(name)

@@ -25,7 +25,8 @@ from serving.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_f
 
 console = Console()
 SWITCH_S = 0.0005
-LOG_FORMAT, LOG_TIME = "%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_TIME = "%Y-%m-%dT%H:%M:%SZ"
 MAX_CONNECTIONS = 4_096  # of a process, with a request under way; admission refuses long before
 
 
@@ -42,9 +43,9 @@ def open_ranker(
         BundleError: the bundle must not be served.
         NoLiveBundleError: no bundle was given and none is live.
     """
-    from serving.live import Source
+    from serving.live import BundleSource
 
-    return Source(settings, _path(bundle_path), replay, item_refresh_s).load().ranker
+    return BundleSource(settings, _path(bundle_path), replay, item_refresh_s).load().ranker
 
 
 def run_audit(log: str, bundle_path: str | None) -> None:
@@ -54,11 +55,11 @@ def run_audit(log: str, bundle_path: str | None) -> None:
         NothingToAuditError: no logged request can be computed anew.
     """
     from serving.audit import audit
-    from serving.live import Source
+    from serving.live import BundleSource
     from serving.served_log import read_log
 
     settings = Settings.from_env()
-    bundle = Source(settings, _path(bundle_path)).open_bundle()
+    bundle = BundleSource(settings, _path(bundle_path)).open_bundle()
     found = audit(settings, read_log(Path(log, bundle.name)), bundle)
     wrong = [one for one in found.features if one.differ]
     table = Table("feature", "numbers", "differ", "rate", "largest difference", box=SIMPLE_HEAD)
@@ -80,17 +81,17 @@ def run_audit(log: str, bundle_path: str | None) -> None:
 
 
 def run_replay(log: str, bundle_path: str | None) -> None:
-    """Print how far a bundle's lists part from those that were served.
+    """Print how far a bundle's lists part from the served ones.
 
     Raises:
         NothingToAuditError: no logged request can be ranked anew.
     """
     from serving.audit import replay
-    from serving.live import Source
+    from serving.live import BundleSource
     from serving.served_log import read_log
 
     settings = Settings.from_env()
-    bundle = Source(settings, _path(bundle_path)).open_bundle()
+    bundle = BundleSource(settings, _path(bundle_path)).open_bundle()
     found = replay(settings, read_log(Path(log)), bundle)
     console.print(
         f"{found.requests:,} requests: the same first item in {found.same_first:.1%}, rank correlation "
@@ -120,7 +121,7 @@ def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
     """Erase users and print what was found where; or allow them again.
 
     Raises:
-        ErasureError: something of them is left, or nobody such can be erased.
+        ErasureError: something of them is left, or no such user can be erased.
     """
     from feature_repo import datasets
     from feature_repo.erased import list_erased
@@ -170,10 +171,10 @@ def serve(settings: ServeSettings) -> int:
             f"stop_s is {settings.stop_s}, and a head or body may take {max(settings.header_s, settings.body_s):g} s: a "
             "server that stops would cut those off; raise MEMOIR_SERVE_STOP_S, or lower HEADER_S and BODY_S"
         )
-    if not (settings.auth or settings.tls_certificate or _is_loopback(settings.host)):
+    if not (settings.api_keys or settings.tls_certificate or _is_loopback(settings.host)):
         console.print(
             f"listening on {settings.host} without API keys and TLS: whoever reaches it may read histories and add events "
-            "(MEMOIR_SERVE_AUTH, SECURITY.md)",
+            "(MEMOIR_SERVE_API_KEYS, SECURITY.md)",
             style="yellow",
         )
     # First, so that nobody waits for a bundle to load to hear of it.
@@ -258,8 +259,9 @@ def app() -> Any:
     import logging
     import sys
 
-    from serving.app import Server, app_of
-    from serving.live import Live, Repair, Source, epoch_of
+    from serving.app import app_of
+    from serving.live import BundleSource, Live, Repair, epoch_of
+    from serving.server import Server
     from serving.tracing import tracing_from_env
 
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME)
@@ -268,8 +270,9 @@ def app() -> Any:
     # The event loop and the model's thread share an interpreter: refusals and store reads must not wait
     # for five milliseconds each time the model's thread holds it.
     sys.setswitchinterval(SWITCH_S)
-    settings, home = settings_from(), Settings.from_env()
-    source = Source(
+    settings = settings_from()
+    home = Settings.from_env()
+    source = BundleSource(
         home,
         settings.bundle,
         settings.replay,

@@ -1,4 +1,4 @@
-"""What an answer had to do without: one enum, which documents itself and is all of the `degraded`
+"""Degradation reasons, why an answer had to do without something: one enum, which documents itself and is all of the `degraded`
 of answers and metrics.
 """
 
@@ -45,8 +45,8 @@ class Degraded(StrEnum):
     NO_TOKENS = "no_tokens", "the user has no summary tokens of the bundle's version"
     TOKENS_UNREADABLE = "tokens_unreadable", "the user's summary tokens are damaged"
     TOKENS_MISMATCHED = "tokens_mismatched", "the stored summary tokens are of another version"
-    TOKENS_OF_ANOTHER_PAST = (
-        "tokens_of_another_past",
+    TOKENS_OF_ANOTHER_HISTORY = (
+        "tokens_of_another_history",
         "the user's past was corrected since the summary tokens were made",
     )
     STALE_TOKENS = "stale_tokens", "events came that the summary tokens have not seen"

@@ -26,17 +26,16 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from feature_repo import datasets
-from feature_repo.arrow import EPOCH, micros, micros_iso
+from feature_repo.arrow import micros, micros_iso
 from feature_repo.catalogue import Catalogue
 from feature_repo.contract import TOKEN_VERSION, Contract
-from feature_repo.history import HistoryLog, newest_rows, unpack
+from feature_repo.history import HistoryLog, newest_rows
 from feature_repo.schema import EVENT_TIMESTAMP
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 
 if TYPE_CHECKING:
-    from feature_repo.online_tokens import OnlineTokens
-    from serving.refresh import Refresher
+    pass
 
 STAGES = (
     "events",
@@ -55,24 +54,28 @@ START_S = 120
 def run_demo() -> int:
     """Start, ask, print. Returns the exit code."""
     settings = Settings.from_env()
-    contract, console = datasets.load_contract(settings.dataset), Console()
+    contract = datasets.load_contract(settings.dataset)
+    console = Console()
     user_id, recent = choose_user(settings, contract)
     seen = set() if contract.spec.items_repeat else seen_items(settings, contract, user_id)
     candidates, titles = popular_items(settings, contract, seen)
+    # 1. Ask twice: the first answer pays for what is set up on first use.
     began = time.perf_counter()
     with console.status("starting the server"), server() as address:
         started_s = time.perf_counter() - began
         body = {"user_id": user_id, "candidates": candidates, "k": 10}
         post(address, body)
         answer = post(address, body)
-        one = one_more(settings, contract, address, body, answer, titles)
+        one = one_more(settings, contract, address, body, titles)
+    # 2. The list, with what the user did lately beside it.
     console.print()
     ranked = RichTable(
         title=f"{len(candidates)} candidates{' that they have not seen' if seen else ''} ranked for {contract.user.name} {user_id}: the best 10",
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    value, title_of = contract.spec.stat_value.replace("_", " "), contract.spec.item_title
+    value = contract.spec.stat_value.replace("_", " ")
+    title_of = contract.spec.item_title
     for heading in ("", "item", title_of, value, "score"):
         ranked.add_column(heading, justify="left" if heading in ("item", title_of) else "right")
     for place, (item_id, score) in enumerate(
@@ -96,6 +99,7 @@ def run_demo() -> int:
     (console if console.width >= 150 else Console(width=150)).print(
         Columns([ranked, history], padding=(0, 3))
     )
+    # 3. Where the answer came from, and what one more event changes.
     print(f"bundle {answer['bundle']}, degraded by {', '.join(answer['degraded']) or 'nothing'}")
     if answer["tokens"]:
         token_summary(settings, answer["tokens"])
@@ -141,8 +145,6 @@ class OneMore:
     item: Any
     before: dict[str, Any]
     after: dict[str, Any]
-    taken_ms: float
-    tokens_too: bool
 
 
 def one_more(
@@ -150,62 +152,28 @@ def one_more(
     contract: Contract,
     address: str,
     body: dict[str, Any],
-    answer: dict[str, Any],
     titles: dict[Any, tuple[str | None, float | None]],
 ) -> OneMore:
-    """Let the user act once more, now, on the item in the middle of the list; ask again; and put
-    everything back.
+    """Ask what the list would be if the user had acted once more, at the end of the data, on the item in
+    the middle of the list. Nothing is written.
     """
-    from feature_repo.online_tokens import OnlineTokens
-    from feature_repo.online_users import HISTORY
-    from feature_repo.store import open_store
-    from serving.refresh import UserMemory
-
-    store, user, version = open_store(settings), body["user_id"], answer["tokens"]
-    online = OnlineTokens(store, contract)
-    refresher = streaming_refresher(settings, contract, online) if version else None
-    memory = UserMemory(store, contract, refresher)
     as_of = JobFolder(settings.home, "user_history").require().as_of_micros
-    whole = {**body, "k": None, "context": {"request_timestamp": micros_iso(as_of + 1_000_000)}}
+    now = {"request_timestamp": micros_iso(as_of + 1_000_000)}
+    whole = {**body, "k": None, "context": now, "what_if": {}}
     before = post(address, whole)
     item = before["item_ids"][len(before["item_ids"]) // 2]
-    stored = memory.read(user)
     # What an event carries beside the item is as at the user's last one.
-    history = unpack(contract, user, stored[HISTORY]["history"])
+    known = post(address, {"user_id": body["user_id"]}, "/v1/history")["events"]
     event = {
-        **history.slice(history.num_rows - 1).to_pylist()[0],
+        "action": contract.spec.actions[0],
+        **{name: value for name, value in known[0]["values"].items() if value is not None},
         contract.item.join_key: item,
-        "action": 0,
-        EVENT_TIMESTAMP: EPOCH + timedelta(microseconds=as_of),
+        EVENT_TIMESTAMP: micros_iso(as_of),
     }
     if contract.spec.stat_value and titles[item][1]:
         event[contract.spec.stat_value] = titles[item][1]
-    started = time.perf_counter()
-    try:
-        memory.add(user, [event])
-        taken = 1000 * (time.perf_counter() - started)
-        after = post(address, whole)
-    finally:
-        memory.put_back(stored, as_of + 2)
-    return OneMore(item, before, after, taken, refresher is not None)
-
-
-def streaming_refresher(
-    settings: Settings, contract: Contract, online: OnlineTokens
-) -> Refresher | None:
-    """What takes events into the live bundle's tokens; None where these do not stream, or are
-    another bundle's.
-    """
-    from modeling.bundle import read_manifest
-    from modeling.summary import load_summariser
-    from serving.refresh import Refresher
-
-    live = Catalogue(settings.catalogue_url).live_bundle(settings.dataset)
-    path = settings.path(live.path)
-    if not read_manifest(path)["tokens"]["made_here"]:
-        return None
-    summariser = load_summariser(str(path), contract, live.digest)
-    return Refresher(summariser, online, contract) if summariser.streams else None
+    after = post(address, {**whole, "what_if": {"events": [event]}})
+    return OneMore(item, before, after)
 
 
 def show_one_more(
@@ -214,7 +182,7 @@ def show_one_more(
     titles: dict[Any, tuple[str | None, float | None]],
     one: OneMore,
 ) -> None:
-    """What one more action did: the items that rose and fell most."""
+    """Show what one more action did: the items that rose and fell most."""
     places = [
         {item_id: place for place, item_id in enumerate(found["item_ids"], 1)}
         for found in (one.before, one.after)
@@ -222,11 +190,10 @@ def show_one_more(
     moved = sorted(
         places[0], key=lambda item_id: (places[1][item_id] - places[0][item_id], places[0][item_id])
     )
-    word, title = contract.spec.actions[0].replace("_", " "), titles[one.item][0] or one.item
-    what = "history, statistics and summary tokens" if one.tokens_too else "history and statistics"
-    print(
-        f"\none more {word}, {one.item} ({title}): {what} read, extended and stored in {one.taken_ms:.1f} ms"
-    )
+    word = contract.spec.actions[0].replace("_", " ")
+    title = titles[one.item][0] or one.item
+    took = sum(one.after["timings_ms"].values())
+    print(f"\nhad they one more {word}, of {one.item} ({title}): ranked in {took:.1f} ms")
     shown = RichTable(box=SIMPLE_HEAD)
     for heading in ("item", "", "place before", "after", "score before", "after"):
         shown.add_column(heading, justify="left" if heading in ("item", "") else "right")
@@ -244,7 +211,7 @@ def show_one_more(
     console.print(shown)
     pairs = zip(one.before["item_ids"], one.after["item_ids"], strict=True)
     changed = sum(first != second for first, second in pairs)
-    print(f"{changed} of {len(places[0])} places changed; everything was put back afterwards")
+    print(f"{changed} of {len(places[0])} places changed; nothing was written")
 
 
 def summary(settings: Settings, started_s: float) -> None:
@@ -297,7 +264,8 @@ def choose_user(
     by_user = index.group_by(contract.user.join_key).aggregate(
         [("history_end", "max"), ("event_timestamp", "max")]
     )
-    length, last = by_user["history_end_max"].to_numpy(), micros(by_user["event_timestamp_max"])
+    length = by_user["history_end_max"].to_numpy()
+    last = micros(by_user["event_timestamp_max"])
     fitting = np.flatnonzero((length >= 40) & (length <= 400))
     if not len(fitting):
         fitting = np.arange(len(length))
@@ -355,7 +323,7 @@ def popular_items(
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A server of its own process on a free port, ready; stopped at the end.
+    """A server in a process on a free port, ready; stopped at the end.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; the message holds what it printed.
@@ -368,7 +336,8 @@ def server() -> Iterator[str]:
         command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
         process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
         try:
-            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_S
             while not _is_ready(address):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(
@@ -381,10 +350,10 @@ def server() -> Iterator[str]:
             process.wait(timeout=30)
 
 
-def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    """`POST /v1/rank`."""
+def post(address: str, body: dict[str, Any], path: str = "/v1/rank") -> dict[str, Any]:
+    """Ask the server."""
     request = urllib.request.Request(
-        f"{address}/v1/rank", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.loads(response.read())

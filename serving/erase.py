@@ -34,6 +34,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from feature_repo import datasets, token_log
+from feature_repo.atomic import atomic_write
 from feature_repo.catalogue import Catalogue
 from feature_repo.contract import Contract
 from feature_repo.erased import FOLDER, Erased, list_erased
@@ -59,7 +60,7 @@ Answer = TypeVar("Answer")
 
 
 class ErasureError(ExpectedError, RuntimeError):
-    """Something of a user is still there, or nobody such can be erased."""
+    """Something of a user is still there, or no such user can be erased."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Searched:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was erased, and that nothing is left. Users stand here by their keyed hashes.
+    """Proof of what was erased, and that nothing is left. It names users by their keyed hashes.
 
     Args:
         removed: rows or keys that went, by place, None where the place cannot say it; tables that were
             built again are only in `searched`.
-        left: what holds traces that no search finds, or is not ours.
+        left: places that may hold traces which no search finds, or that are not ours.
     """
 
     erased_at: str
@@ -120,24 +121,28 @@ def erase(
 
     Args:
         logs: folders of served requests.
-        run_job: runs one of the jobs to its end; default: each in a process of its own.
-        tell: hears of each step as it begins.
+        run_job: runs one of the jobs to its end; default: each in a separate process.
+        tell: is called with each step as it begins.
 
     Raises:
         ErasureError: something is left; the message says where.
         JobRunningError: a job was under way for `WAIT_S`.
     """
-    began, at = time.monotonic(), datetime.now(UTC)
-    contract, home = datasets.load_contract(settings.dataset), settings.home
+    began = time.monotonic()
+    at = datetime.now(UTC)
+    contract = datasets.load_contract(settings.dataset)
+    home = settings.home
     run_job = run_job or _in_process_of_its_own(settings)
     if missing := [str(log) for log in logs if not log.is_dir()]:
         raise ErasureError(f"{missing[0]} is no folder that a server logged to")
     removed: dict[str, int | None] = {}
 
+    # 1. List them first: from now on no job builds them in, and no server takes their events.
     tell("listing them")
     listed = _when_free(partial(list_erased, home, users))
     theirs = Erased(listed.salt, frozenset(map(listed.hash_of, users)))
 
+    # 2. What serves, then what was built, each of its own kind.
     tell("online store")
     online = OnlineEraser(open_store(settings), contract, _token_versions(settings))
     place = f"online store ({online.kind})"
@@ -165,10 +170,13 @@ def erase(
     for job in (*JOBS, token_log.JOB):
         _when_free(JobFolder(home, job).forget_earlier_runs)
 
+    # 3. A server or a job may have written meanwhile.
     tell("online store again")
-    first, again = removed[place], online.sweep(users, at)
+    first = removed[place]
+    again = online.sweep(users, at)
     removed[place] = None if first is None or again is None else first + again
 
+    # 4. Prove it: search the bytes of every file.
     tell("searching")
     searched = [Searched(place, online.find(users))]
     searched += search(settings, contract, theirs, logs, users)
@@ -259,10 +267,10 @@ def _count(
 
 
 def _drop(folder: Path) -> None:
-    """Remove a folder that nobody reads.
+    """Remove a folder.
 
     Raises:
-        JobRunningError: somebody does.
+        JobRunningError: another process reads it.
     """
     try:
         with locked(folder):
@@ -274,7 +282,7 @@ def _drop(folder: Path) -> None:
 
 
 def _out_of_log(log: Path, contract: Contract, theirs: Erased) -> int:
-    """Rewrite a log; drafts that nobody finishes any more go. Returns how many rows went."""
+    """Rewrite a log and remove abandoned drafts. Returns how many rows went."""
     for draft in log.rglob("*.draft"):
         if time.time() - draft.stat().st_mtime > DRAFT_S:
             draft.unlink()
@@ -290,16 +298,15 @@ def _rewrite(path: Path, contract: Contract, theirs: Erased) -> int:
     kept = theirs.without(rows, user)
     gone: int = rows.num_rows - kept.num_rows
     if gone and kept.num_rows:
-        draft = path.with_name(f".{path.name}.draft")
-        pq.write_table(kept, draft, compression="zstd")
-        draft.replace(path)
+        with atomic_write(path) as draft:
+            pq.write_table(kept, draft, compression="zstd")
     elif gone:
         path.unlink()
     return gone
 
 
 def _token_versions(settings: Settings) -> list[str]:
-    """Every version of which tokens may be stored anywhere."""
+    """List every token version that may be stored anywhere."""
     recorded = Catalogue(settings.catalogue_url).token_versions(settings.dataset)
     manifest = JobFolder(settings.home, token_log.JOB).manifest()
     published = manifest.options.get("versions", {}) if manifest else {}
@@ -307,7 +314,7 @@ def _token_versions(settings: Settings) -> list[str]:
 
 
 def _left(settings: Settings, users: Sequence[Id]) -> list[str]:
-    """What was not touched or not looked for, and why."""
+    """List the places that were not touched or not searched, and why."""
     files = datasets.load(settings.dataset).files(settings.data)
     bundles = Catalogue(settings.catalogue_url).bundles(settings.dataset)
     named = sorted({f"{row.recipe}@{row.digest[:12]}" for row in bundles})

@@ -6,7 +6,7 @@ ServingError
 ├── BodyTooLargeError        413  more bytes than allowed
 ├── UnsupportedMediaError    415  neither JSON nor msgpack
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
-├── UnauthorizedError        401  no bearer token, or none that is known
+├── UnauthorizedError        401  no API key, or one that is not known
 ├── ForbiddenError           403  one that may not do this
 ├── LateEventError           409  an event is earlier than what is known of the user
 ├── ErasedUserError          409  the user was erased
@@ -72,7 +72,7 @@ class NotReadyError(ServingError):
 
 
 class UnauthorizedError(ServingError):
-    """There is no bearer token, or none that is known."""
+    """There is no API key, or one that is not known."""
 
     status = 401
     kind = "unauthorized"

@@ -1,7 +1,7 @@
 """New events of a user, taken by the server into all that the online store holds of them: the next
 answer knows them.
 
-History, sketch, statistics and tokens are replaced together, and only if nobody changed them since
+History, sketch, statistics and tokens are replaced together, and only if they are unchanged since
 they were read; so any number of processes may take events of one user, and a caller may send the same
 events again: one that is there already (the same item, action and time) is not added twice. One that
 is earlier than the newest that is known is refused: histories are in the order of time, and the jobs
@@ -31,9 +31,9 @@ class EventTaker:
     """See the module docstring.
 
     Args:
-        store: of its own; no request that ranks waits for it.
-        bundle: whose tokens are taken further, where it makes some that stream.
-        home: whose erased users are refused; default: nobody was erased.
+        store: apart from the ranking path's, so that no ranking request waits for it.
+        bundle: its streaming tokens, if it makes some, take the events in.
+        home: the users on its list of erased users are refused; default: no list.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class EventTaker:
             summariser = Summariser(bundle.model, bundle.encoder)
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
-        self._memory, self._erased = UserMemory(store, contract, refresher), ErasedList(home)
+        self._memory = UserMemory(store, contract, refresher)
+        self._erased = ErasedList(home)
         # Two threads of one process would only make each other begin again.
         self._one_at_a_time = threading.Lock()
 

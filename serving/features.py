@@ -1,4 +1,4 @@
-"""What the online store knows of a user, read by key; and rows of items for the table in the process
+"""A user's features from the online store, read by key; and rows of items for the table in the process
 (`items.py`).
 """
 
@@ -48,7 +48,7 @@ class StoredSketch:
 
 @dataclass(frozen=True)
 class UserRow:
-    """What the store knows of a user. `history` and `tokens` are None where there are none that can
+    """A user as the store knows them. `history` and `tokens` are None if there are none that can
     be used.
 
     `problems` says what could not be read.
@@ -71,15 +71,16 @@ class UserRow:
         )
 
     @property
-    def tokens_know_another_past(self) -> bool:
-        """Whether the events behind the tokens are not those that the store knows: a past event was
+    def tokens_know_another_history(self) -> bool:
+        """True if the events behind the tokens are not the stored history: a past event was
         corrected since.
 
-        As many events with another digest are; so are more events than there are, none of which is
+        As many events with a different digest are; so are more events than there are, if none is
         newer than the newest that is known. Fewer are stale in any case, and more with a newer one
         are ahead of statistics that lag.
         """
-        end, digest = self.columns["history_end"], self.columns["history_digest"]
+        end = self.columns["history_end"]
+        digest = self.columns["history_digest"]
         if self.tokens is None or end is None:
             return False
         if self.tokens.num_events == end:
@@ -107,7 +108,7 @@ def as_known(contract: Contract, user: UserRow, at: int) -> UserRow:
 
 
 def _holds(view: OwnView, known: int | None, at: int) -> bool:
-    """Whether a row of a custom view is known at a moment, and not too old."""
+    """Return whether a row of a custom view is known at a moment, and not too old."""
     if known is None:
         return True  # nothing says when it was written
     oldest = at - int(view.ttl_days * 86_400_000_000) if view.ttl_days else known
@@ -128,15 +129,16 @@ class UserDecoder:
     """Stored values of a user, however they were read, as a `UserRow`.
 
     Args:
-        token_version: of the summary tokens that are accepted; no tokens of another ever come out.
+        token_version: the only version of summary tokens that ever comes out.
     """
 
     def __init__(self, contract: Contract, token_version: str | None) -> None:
-        self.contract, self.token_version = contract, token_version
+        self.contract = contract
+        self.token_version = token_version
         self._layout = Layout.of(contract)
 
     def row(self, user_id: Id, values: Mapping[str, Any]) -> UserRow:
-        """What is known of a user.
+        """Decode the stored values of a user.
 
         Args:
             values: by feature name; None where the store has no value.
@@ -214,7 +216,7 @@ def time_of(view: str) -> str:
 
 
 def _micros_of(seconds: int | None) -> int | None:
-    """A time as Feast's answers have it, microseconds; None where there is none."""
+    """Return a time of Feast's answers in microseconds; None without a time."""
     return seconds * 1_000_000 if seconds else None
 
 
@@ -229,8 +231,9 @@ def _without_expired(view: OwnView, values: dict[str, list[Any]], now: datetime)
 
 
 def _is_mixed(columns: Mapping[str, Any], sketch: StoredSketch) -> bool:
-    """Whether the sketch, which is written with the history, knows other events than the statistics."""
-    end, digest = columns["history_end"], columns["history_digest"]
+    """Return whether the sketch, which is written with the history, knows other events than the statistics."""
+    end = columns["history_end"]
+    digest = columns["history_digest"]
     return end is not None and (end, digest) != (sketch.num_events, sketch.digest)
 
 
@@ -238,7 +241,7 @@ class FeastReader:
     """Reads through Feast's SDK: any online store that Feast has.
 
     Args:
-        token_version: of the summary tokens to read; no tokens of another are ever returned.
+        token_version: the only version of summary tokens that is ever returned.
         now: as of when items' rows of custom views are known and not too old.
     """
 
@@ -250,9 +253,12 @@ class FeastReader:
         token_version: str | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.contract, self.token_version, self._now = contract, token_version, now
+        self.contract = contract
+        self.token_version = token_version
+        self._now = now
         self._decoder = UserDecoder(contract, token_version)
-        self._store, self._service = store, store.get_feature_service(online_service)
+        self._store = store
+        self._service = store.get_feature_service(online_service)
         self._item_refs = [f"{view}:{column.name}" for view, column in item_columns(contract)]
         # One connection of an embedded store is not for several threads.
         self._lock = threading.Lock()
@@ -270,7 +276,8 @@ class FeastReader:
 
     def read_items(self, item_ids: Sequence[Id]) -> pa.Table:
         """Item features, a row for each id; nulls where the store has none."""
-        entity, columns = self.contract.item, item_columns(self.contract)
+        entity = self.contract.item
+        columns = item_columns(self.contract)
         found: dict[str, list[Any]] = {column.name: [] for _, column in columns}
         for start in range(0, len(item_ids), READ_ITEMS):
             rows = [{entity.join_key: item_id} for item_id in item_ids[start : start + READ_ITEMS]]

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from serving.features import Reader, UserRow
 from serving.items import Id
+from serving.pools import one_thread
 from serving.redis_reader import DamagedValueError, StoreReadError
 
 
@@ -26,14 +26,14 @@ class AsyncReader(Protocol):
 
 
 class ThreadedReader:
-    """A reader that blocks, on a thread of its own: an embedded store, or any other through Feast.
+    """A reader that blocks, run on a separate thread: an embedded store, or any other through Feast.
 
     A read that hangs holds the thread until it ends; those behind it run into their time.
     """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self._thread = one_thread("store")
 
     async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
         """See `AsyncReader`."""
@@ -62,12 +62,15 @@ class GuardedReader:
     """
 
     def __init__(self, reader: AsyncReader, failures: int = 3, pause_s: float = 0.25) -> None:
-        self._reader, self._failures, self._pause_s = reader, failures, pause_s
-        self._failed, self._next_try = 0, 0.0
+        self._reader = reader
+        self._failures = failures
+        self._pause_s = pause_s
+        self._failed = 0
+        self._next_try = 0.0
 
     @property
     def open(self) -> bool:
-        """Whether the store is taken to be away."""
+        """True if the store is taken to be away."""
         return self._failed >= self._failures
 
     async def read_user(self, user_id: Id, timeout_s: float, *, counts: bool = True) -> UserRow:

@@ -1,4 +1,4 @@
-"""What was served, as impressions in the dataset's own raw log: `python -m serving impressions LOG FILE`.
+"""Served lists as impressions in the dataset's own raw log: `python -m serving impressions LOG FILE`.
 
 The file has the columns and the format that the dataset declares for its events, and lies where the
 declaration looks for them, so the next run of the `events` job reads it as any other. An answer that was
@@ -39,15 +39,16 @@ def write_impressions(settings: Settings, log: pa.Table, file: Path, most: int |
     """Write every item that was served as a row of the raw log; returns how many.
 
     Args:
-        log: `served_log.read_log`; answers without scores are left out, which are nobody's ranking.
+        log: `served_log.read_log`; answers without scores are left out, because no model ranked them.
         file: a new one below MEMOIR_DATA, where the declaration finds it.
         most: of each list, from its top; default: all of it.
 
     Raises:
-        ImpressionsError: the log needs what was not logged, or the file is there, or not among those
-            that the declaration reads.
+        ImpressionsError: the log needs what was not logged, or the file is there, or not one that the
+            declaration reads.
     """
-    dataset, contract = datasets.load(settings.dataset), datasets.load_contract(settings.dataset)
+    dataset = datasets.load(settings.dataset)
+    contract = datasets.load_contract(settings.dataset)
     columns = values_of(contract)
     if file.exists():
         raise ImpressionsError(f"{file} is there already: name a new file")

@@ -105,7 +105,8 @@ def newest_of(folder: JobFolder, contract: Contract, view: str, until: int) -> p
     """The newest row of each key up to a time, microseconds: read a batch at a time, since a table holds
     every snapshot of every item and one row of each stays.
     """
-    key, kept = contract.item.join_key, arrow_schema(contract.table(view)).empty_table()
+    key = contract.item.join_key
+    kept = arrow_schema(contract.table(view)).empty_table()
     for path in folder.paths(view):
         with pq.ParquetFile(folder.open(path), pre_buffer=False) as file:
             pieces = [kept]
@@ -130,7 +131,8 @@ class KnownItems:
     """
 
     def __init__(self, base: _Rows, added: _Rows) -> None:
-        self.base, self.added = base, added
+        self.base = base
+        self.added = added
         self._kind = base.index.keys.type
         # Ids that requests ask for, as they come: a tenth of the cost of hashing them into the index.
         self._hot: dict[Id, int] = {}
@@ -139,7 +141,7 @@ class KnownItems:
         return len(self.base.index) + len(self.added.index)
 
     def places(self, item_ids: Sequence[Id]) -> np.ndarray:
-        """Where items stand, int64; -1 for one that is not here."""
+        """Return the places of items, int64; -1 for one that is not here."""
         hot = self._hot
         found = np.array([hot.get(key, -2) for key in item_ids], np.int64)
         cold = np.flatnonzero(found == -2)
@@ -155,7 +157,7 @@ class KnownItems:
         return found
 
     def numbers(self, places: np.ndarray) -> ItemNumbers:
-        """Numbers of items by place; one at -1 gets those of another, for the caller to replace."""
+        """Numbers of items by place; one at -1 gets arbitrary ones, for the caller to replace."""
         base = len(self.base.index)
         if not len(places) or places.max() < base:
             return self.base.numbers.take(np.maximum(places, 0))
@@ -216,14 +218,17 @@ class ItemTable:
         load: Callable[[], Loaded],
         refresh_s: float = 0.0,
     ) -> None:
-        self._encoder, self._read, self._load = encoder, read, load
+        self._encoder = encoder
+        self._read = read
+        self._load = load
         self._kind = arrow_type(encoder.contract.item.dtype)
         self._names = [column.name for _, column in item_columns(encoder.contract)]
         self._shown = {c.name: arrow_type(c.dtype) for c in encoder.contract.spec.shown_features}
         self._absent: dict[Id, float] = {}  # and until when
         self._sought: dict[Id, None] = {}
         self._changed = threading.Lock()
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
         self.known, self.as_of = self._loaded()
         self._refresh_s = refresh_s
         self._due = time.monotonic() + refresh_s if refresh_s else math.inf
@@ -263,7 +268,8 @@ class ItemTable:
             rows = self._rows(self._read(added.take(pa.array(lacking)).to_pylist()))
             loaded = KnownItems(loaded.base, rows)
         with self._changed:
-            self.known, self.as_of = loaded, as_of
+            self.known = loaded
+            self.as_of = as_of
 
     def look_up(self) -> None:
         """Look up in the store what requests asked for in vain, at most `LOOK_UP` at a time."""
@@ -281,7 +287,8 @@ class ItemTable:
         found = set(rows.index.keys.to_pylist())
         gone = [key for key in sought if key not in found]
         # Made before the lock is taken: requests wait for it. Only this thread changes `known`.
-        base, added = self.known.base, self.known.added
+        base = self.known.base
+        added = self.known.added
         keys = pa.concat_arrays([added.index.keys, rows.index.keys])
         numbers = ItemNumbers.joined([added.numbers, rows.numbers])
         known_now = KnownItems(base, _Rows(KeyIndex(keys), numbers))

@@ -1,4 +1,4 @@
-"""What a process ranks with: loaded, tried, swapped in at once, and gone back from.
+"""The bundle that a process ranks with: loaded, tried, swapped in at once, rolled back.
 
 A serving state is one object (`Serving`): bundle, item table and readers, all built before it is
 swapped in and none changed after. The catalogue says which bundle is live; it is read here, in the
@@ -71,8 +71,8 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a process's bundles, items and users come from.
+class BundleSource:
+    """The source of a process's bundles, items and users.
 
     Args:
         bundle: a folder; default: the live one of the catalogue.
@@ -93,10 +93,10 @@ class Source:
         return Catalogue(self.settings.catalogue_url)
 
     def live_digest(self) -> str | None:
-        """Of the bundle that should rank now; None for one given by its folder.
+        """Return the digest of the bundle that should rank now; None for one given by its folder.
 
         Raises:
-            NoLiveBundleError: none is live.
+            NoLiveBundleError: no bundle is live.
         """
         if self.bundle is not None:
             return None
@@ -128,11 +128,14 @@ class Source:
         import torch
 
         torch.set_num_threads(1)
-        settings, bundle = self.settings, self.open_bundle(digest)
+        settings = self.settings
+        bundle = self.open_bundle(digest)
         # The bundle's own: what it was trained under, the one in force has.
-        contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
+        contract = bundle.encoder.contract
+        service = bundle.manifest["online_service"]
         # Items and events have stores of their own: no request waits while these are read or written.
-        store, store_of_items = open_pinned(settings), open_pinned(settings)
+        store = open_pinned(settings)
+        store_of_items = open_pinned(settings)
         stores = (store, store_of_items, open_events_store(settings))
         reader = FeastReader(store, contract, service, bundle.tokens)
         end = datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None
@@ -188,7 +191,7 @@ class Source:
 
 
 def freeze_once() -> None:
-    """What is loaded first stays, and is left out of collections, which would stop requests for tenths of
+    """Leave what is loaded first out of garbage collections, which would stop requests for tenths of
     a second. What comes later is collected as usual: frozen, an old bundle's cycles would stay for ever.
     """
     if not gc.get_freeze_count():
@@ -207,7 +210,7 @@ def open_pinned(settings: Settings) -> FeatureStore:
 
 
 def open_events_store(settings: Settings) -> FeatureStore:
-    """The store for events: of its own, and on Redis with a limit to each answer, so that one that stands
+    """Open a separate store for events, on Redis with a limit to each answer, so that one that stands
     still is an error and not a thread for ever.
     """
     store = open_pinned(settings)
@@ -230,9 +233,9 @@ class Live:
 
     Args:
         load: makes a serving state of the bundle of a digest; raises where it cannot.
-        live_digest: of the bundle that should rank; None where that never changes.
-        epoch: the run that the online store says it holds; None where it holds none.
-        repair: called when the store holds nothing; default: nobody repairs it.
+        live_digest: returns the digest of the bundle that should rank; None if that never changes.
+        epoch: returns the run that the online store says it holds; None if it holds none.
+        repair: called when the store holds nothing; default: no repair.
     """
 
     def __init__(
@@ -242,7 +245,10 @@ class Live:
         epoch: Callable[[], Awaitable[str | None]] | None = None,
         repair: Callable[[], None] | None = None,
     ) -> None:
-        self._load, self._live_digest, self._epoch, self._repair = load, live_digest, epoch, repair
+        self._load = load
+        self._live_digest = live_digest
+        self._epoch = epoch
+        self._repair = repair
         self.current: Serving | None = None
         self.previous: Serving | None = None
         self.refused: dict[str, str] = {}  # digests that were tried, and why they do not rank
@@ -285,13 +291,14 @@ class Live:
             return
         if self.previous is not None:
             self._retired.append(_Retired(self.previous, time.monotonic()))
-        self.previous, self.current = self.current, made
+        self.previous = self.current
+        self.current = made
         self.refused.pop(name, None)
         self.swaps += 1
         logger.info("%s ranks now", made.name)
 
     def _ranks(self, digest: str | None) -> bool:
-        """Whether the bundle that should rank does."""
+        """Return whether the bundle that should rank does."""
         return self.current is not None and digest in (None, self.current.ranker.bundle.digest)
 
     def _not_loaded(self, error: Exception) -> None:
@@ -305,7 +312,7 @@ class Live:
         """Rank with the bundle before this one, which is still warm.
 
         Raises:
-            NoLiveBundleError: there is none.
+            NoLiveBundleError: there is no such bundle.
         """
         if self.previous is None:
             raise NoLiveBundleError("no bundle ranked here before this one")
@@ -339,7 +346,7 @@ class Live:
 
     @property
     def retired(self) -> list[Serving]:
-        """States that rank no longer, and of which a request may still be under way."""
+        """States that no longer rank, though requests may still be using them."""
         return [old.serving for old in self._retired]
 
     async def close_retired(self, after_s: float = RETIRED_S) -> None:
@@ -399,7 +406,9 @@ class Repair:
     """
 
     def __init__(self, settings: Settings, pause_s: float = 5.0) -> None:
-        self._settings, self._first_s, self._pause_s = settings, pause_s, pause_s
+        self._settings = settings
+        self._first_s = pause_s
+        self._pause_s = pause_s
         self._next = 0.0
         self._running: subprocess.Popen[bytes] | None = None
 

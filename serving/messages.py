@@ -1,4 +1,4 @@
-"""What goes over the wire: RankRequest, RankResponse, and the decoder that says what is wrong with
+"""Messages on the wire: RankRequest, RankResponse, and the decoder that says what is wrong with
 a body.
 """
 
@@ -22,18 +22,20 @@ MAX_CANDIDATES = 5_000
 MAX_EVENTS = 1_000  # of one user at a time
 MAX_BATCH = 64  # requests
 MAX_EXPLAINED = 50  # events
-MAX_PRETENDED = 50  # events
-JSON, MSGPACK = "application/json", "application/msgpack"
+MAX_ADDED_EVENTS = 50  # events
+JSON = "application/json"
+MSGPACK = "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
 MAX_LIST = 1_000  # values of a bag in a request's context
 INT64 = range(-(2**63), 2**63)
-EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC)
+EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST = datetime(2262, 1, 1, tzinfo=UTC)
 
 Id = int | Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)]
 
 
 # What an answer can be asked to do without, for a look at what it would be worth then.
-Forced = Literal[
+Simulated = Literal[
     "store_unavailable", "no_history", "no_sketch", "no_tokens", "no_scores", "deadline"
 ]
 
@@ -46,7 +48,7 @@ class RankContext(Struct, forbid_unknown_fields=True):
     ) = None  # when the user asks; the server's clock unless given
 
 
-class Pretended(Struct, forbid_unknown_fields=True):
+class WhatIf(Struct, forbid_unknown_fields=True):
     """A past that is not the user's, for this answer alone: nothing is stored.
 
     Ranked from the newest events then, without stored tokens, which no event can be taken out of;
@@ -60,7 +62,7 @@ class Pretended(Struct, forbid_unknown_fields=True):
 class RankRequest(Struct, forbid_unknown_fields=True):
     """Rank these candidates for this user.
 
-    `bundle`, `force` and `pretended` are for looking into the ranker; where callers have tokens they need
+    `bundle`, `simulate` and `what_if` are for looking into the ranker; where callers have API keys they need
     the scope `explain`.
     """
 
@@ -73,8 +75,8 @@ class RankRequest(Struct, forbid_unknown_fields=True):
         None  # from arrival; at most the server's own
     )
     bundle: str | None = None  # of those that are loaded; the live one unless given
-    force: Forced | None = None  # answer as if this were so
-    pretended: Pretended | None = None
+    simulate: Simulated | None = None  # answer as if this were so
+    what_if: WhatIf | None = None
 
 
 class RankBatch(Struct, forbid_unknown_fields=True):
@@ -162,7 +164,7 @@ class PastEvent(Struct):
 
 
 class HistoryResponse(Struct):
-    """What the online store holds of a user: the newest events, and how much they stand for."""
+    """A user's newest events in the online store, and how many they stand for."""
 
     events: list[PastEvent]  # newest first
     num_events: int  # of the whole past
@@ -177,7 +179,7 @@ class HistoryResponse(Struct):
 
 
 class EventsResponse(Struct):
-    """What became of a user's events."""
+    """The outcome of a user's events."""
 
     added: int
     known: int  # that were there already: the same item, action and time
@@ -206,7 +208,7 @@ class ReportRow(Struct):
 
 
 class OverviewResponse(Struct):
-    """What there is to look at: what the page shows first."""
+    """The overview that the page shows first."""
 
     dataset: str
     as_of: datetime | None  # of requests without a time; the clock unless given
@@ -216,8 +218,8 @@ class OverviewResponse(Struct):
     built: dict[str, datetime]  # up to when each job's tables know events
     coverage: float | None  # share of users with summary tokens of the live bundle
     report: list[ReportRow]  # of the live bundle; empty where none is here
-    rungs: list[ReportRow]  # what its answers are worth without something, by reason
-    forced: dict[str, str]  # what an answer can be asked to do without, and what that means
+    degraded: list[ReportRow]  # what its answers are worth without something, by reason
+    simulated: dict[str, str]  # what an answer can be asked to do without, and what that means
 
 
 class ErrorBody(Struct):
@@ -235,7 +237,7 @@ def request_type(
 
     Args:
         fields: the context features.
-        event: `event_type` of the dataset; default: no event can be pretended.
+        event: `event_type` of the dataset; default: a what-if history adds no event.
     """
     own: list[tuple[str, Any, Any]] = []
     if fields:
@@ -246,12 +248,12 @@ def request_type(
         context.__doc__ = RankContext.__doc__
         own.append(("context", context | None, None))
     if event is not None:
-        some = Annotated[list[event], Meta(max_length=MAX_PRETENDED)]  # type: ignore[valid-type]
-        pretended = msgspec.defstruct(
-            "Pretended", [("events", some, [])], bases=(Pretended,), forbid_unknown_fields=True
+        some = Annotated[list[event], Meta(max_length=MAX_ADDED_EVENTS)]  # type: ignore[valid-type]
+        what_if = msgspec.defstruct(
+            "WhatIf", [("events", some, [])], bases=(WhatIf,), forbid_unknown_fields=True
         )
-        pretended.__doc__ = Pretended.__doc__
-        own.append(("pretended", pretended | None, None))
+        what_if.__doc__ = WhatIf.__doc__
+        own.append(("what_if", what_if | None, None))
     if not own:
         return RankRequest
     made: Any = msgspec.defstruct(
@@ -279,7 +281,7 @@ def batch_type(request: type[RankRequest]) -> type[RankBatch]:
 
 @cache
 def explain_type(request: type[RankRequest]) -> type[Struct]:
-    """`ExplainRequest` with the context and the pretended past of such requests."""
+    """`ExplainRequest` with the context and the what-if history of such requests."""
     kinds = {field.name: field.type for field in msgspec.structs.fields(request)}
     made = msgspec.defstruct(
         "ExplainRequest",
@@ -289,7 +291,7 @@ def explain_type(request: type[RankRequest]) -> type[Struct]:
             ("context", kinds["context"], None),
             ("num_events", Annotated[int, Meta(ge=0, le=MAX_EXPLAINED)], 20),
             ("bundle", str | None, None),
-            ("pretended", kinds["pretended"], None),
+            ("what_if", kinds["what_if"], None),
         ],
         forbid_unknown_fields=True,
     )
@@ -310,7 +312,7 @@ def decode_explain(body: bytes, contract: Contract, media: str = JSON) -> tuple[
         [asked.candidate],
         context=asked.context,
         bundle=asked.bundle,
-        pretended=asked.pretended,
+        what_if=asked.what_if,
     )
     _check_request(request, contract)
     return request, asked.num_events
@@ -527,7 +529,7 @@ def check_id(name: str, value: int | str, dtype: DType) -> None:
     """An id of the contract's type.
 
     Raises:
-        InvalidRequestError: it is of another type, or out of its range.
+        InvalidRequestError: its type is wrong, or it is out of range.
     """
     if dtype is DType.STRING:
         if not isinstance(value, str):

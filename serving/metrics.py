@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.registry import Collector
 
+from serving.messages import RankRequest, RankResponse
 from serving.settings import SHARED
 
 Mode = Literal["livesum", "livemin", "livemax"]
@@ -38,7 +39,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         # Of several processes each answers for all: their counters lie in files that all read.
         self.shared = SHARED in os.environ
-        count, gauge = self._counter, self._gauge
+        count = self._counter
+        gauge = self._gauge
         self.requests = count("requests", "requests by route and status", "route", "status")
         self.left = count("clients_left", "clients that left before their answer")
         self.degraded = count("degraded", "answers by what they had to do without", "reason")
@@ -80,6 +82,15 @@ class Metrics:
             registry=self.registry,
         )
 
+    def count(self, asked: RankRequest, answer: RankResponse) -> None:
+        """Count an answer of a ranking."""
+        for reason in answer.degraded:
+            self.degraded.labels(reason).inc()
+        self.unknown_items.inc(len(answer.unknown_items))
+        self.candidates.inc(len(asked.candidates))
+        for stage in STAGES:
+            self.seconds.labels(stage).observe(getattr(answer.timings_ms, stage) / 1000)
+
     def forget_bundle(self, name: str) -> None:
         """Show nothing any more of a bundle that is loaded no longer."""
         self.bundle.labels(name).set(0)
@@ -107,7 +118,7 @@ class Metrics:
 
 
 class _Loaded(Collector):
-    """What several processes count together, without bundles that none of them ranks with: of files that
+    """Counts of all processes together, without bundles that no process ranks with: from files that
     they share nothing can be removed.
     """
 

@@ -17,9 +17,10 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         }
 
+    # Every POST can fail in these ways.
     errors = {
         "400": "no JSON, or no msgpack, or a body that ended before it was whole",
-        "401": "no bearer token that is known, where some are configured",
+        "401": "no known API key (`Authorization: Bearer`), where keys are configured",
         "403": "an API key that may not do this; without keys a foreign Host, or a page of another site",
         "408": "the body did not arrive in time",
         "413": "body too large",

@@ -1,4 +1,4 @@
-"""What there is to look at: some users and items, how fresh the tables are, the last report. Read from the
+"""The overview of a server: some users and items, how fresh the tables are, the last report. Read from the
 tables and runs of the home, where those are on this machine; without them the page has less to show.
 """
 
@@ -28,9 +28,10 @@ from feature_repo.tables import JobFolder
 from serving.degraded import reason_named
 from serving.items import Id
 from serving.live import Serving
-from serving.messages import Forced, KnownItem, KnownUser, OverviewResponse, ReportRow
+from serving.messages import KnownItem, KnownUser, OverviewResponse, ReportRow, Simulated
 
-NUM_USERS, NUM_ITEMS = 40, 500
+NUM_USERS = 40
+NUM_ITEMS = 500
 KEPT_S = 60.0
 Seen = TypeVar("Seen")
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Overview:
     """Makes an `OverviewResponse`, at most once a minute for each bundle.
 
     Args:
-        settings: whose home is looked into; None where there is none.
+        settings: name the home that is read; None for no home.
     """
 
     def __init__(self, settings: Settings | None) -> None:
@@ -50,15 +51,17 @@ class Overview:
         self._titles: Titles | None = None  # of all items, as long as what else is kept
 
     def titles_of(self, serving: Serving, items: Sequence[Id]) -> dict[str, str]:
-        """What a person reads of items, by id; of those that have no title nothing."""
-        contract, settings = serving.ranker.contract, self._settings
+        """Return titles of items by id, without items that have no title."""
+        contract = serving.ranker.contract
+        settings = self._settings
         if self._titles is None and settings is not None and contract.spec.item_title:
             self._titles = _seen(lambda: Titles.read(settings, contract))
         return {} if self._titles is None else self._titles.of(items)
 
     def of(self, serving: Serving, bundles: Sequence[str]) -> OverviewResponse:
         """As things are for these bundles, the live one first."""
-        now, digest = time.monotonic(), serving.ranker.bundle.digest
+        now = time.monotonic()
+        digest = serving.ranker.bundle.digest
         if self._kept is not None and self._kept[1] == digest and now - self._kept[0] < KEPT_S:
             made = self._kept[2]
         else:
@@ -68,7 +71,8 @@ class Overview:
         return msgspec.structs.replace(made, bundles=list(bundles))
 
     def _made(self, serving: Serving) -> OverviewResponse:
-        ranker, settings = serving.ranker, self._settings
+        ranker = serving.ranker
+        settings = self._settings
         known = ranker.bundle.encoder.items.values[:NUM_ITEMS].to_pylist()
         made = OverviewResponse(
             dataset=ranker.contract.spec.title,
@@ -79,8 +83,8 @@ class Overview:
             built={},
             coverage=None,
             report=[],
-            rungs=[],
-            forced={name: reason_named(name).meaning for name in get_args(Forced)},
+            degraded=[],
+            simulated={name: reason_named(name).meaning for name in get_args(Simulated)},
         )
         if settings is None:
             return made
@@ -93,13 +97,14 @@ class Overview:
         made.coverage = _seen(lambda: coverage_of(settings, ranker.bundle.tokens))
         evaluation = _seen(lambda: evaluation_of(settings, serving)) or {}
         made.report = rows_of(evaluation.get("metrics", {}))
-        made.rungs = rows_of(evaluation.get("rungs", {}))
+        made.degraded = rows_of(evaluation.get("degraded", {}))
         return made
 
 
 def some_users(settings: Settings, contract: Contract) -> list[KnownUser]:
     """Users of the first part of the histories, from the longest to the shortest."""
-    folder, user = JobFolder(settings.home, "user_history"), contract.user.join_key
+    folder = JobFolder(settings.home, "user_history")
+    user = contract.user.join_key
     rows = folder.read_path(folder.paths("user_stats")[0])
     newest = newest_rows(rows, user).sort_by([("history_end", "descending"), (user, "ascending")])
     chosen = np.unique(np.linspace(0, newest.num_rows - 1, NUM_USERS).astype(np.int64))
@@ -119,20 +124,21 @@ def frequent_items(settings: Settings, contract: Contract) -> list[Id]:
 
 @dataclass(frozen=True)
 class Titles:
-    """What a person reads of every item."""
+    """The titles of all items, for people."""
 
     index: KeyIndex
     titles: pa.ChunkedArray
 
     @staticmethod
     def read(settings: Settings, contract: Contract) -> Titles:
-        """Of the newest profiles."""
-        item, title = contract.item.join_key, contract.spec.item_title
+        """Read the titles of the newest profiles."""
+        item = contract.item.join_key
+        title = contract.spec.item_title
         profile = newest_rows(JobFolder(settings.home, "events").read("item_profile"), item)
         return Titles(KeyIndex(profile[item].combine_chunks()), profile[title])
 
     def of(self, items: Sequence[Id]) -> dict[str, str]:
-        """By id, of those that have one."""
+        """Return titles by id, of the items that have one."""
         places = self.index.places(pa.array(items, self.index.keys.type))
         known = np.flatnonzero(places >= 0)
         titles = self.titles.take(pa.array(places[known])).to_pylist()
@@ -153,7 +159,7 @@ def coverage_of(settings: Settings, version: str | None) -> float | None:
 
 
 def _seen(look: Callable[[], Seen]) -> Seen | None:
-    """What there is to see; None where a table, a file or the catalogue is not here, or not whole."""
+    """Read the overview; None if a table, a file or the catalogue is missing, or damaged."""
     try:
         return look()
     except (ExpectedError, OSError, ValueError, pa.ArrowException, SQLAlchemyError):
@@ -162,7 +168,7 @@ def _seen(look: Callable[[], Seen]) -> Seen | None:
 
 
 def evaluation_of(settings: Settings, serving: Serving) -> dict[str, Any]:
-    """What `evaluate` left of the live bundle's run."""
+    """Read the evaluation of the live bundle's run."""
     manifest = serving.ranker.bundle.manifest
     run = settings.path("runs", manifest["recipe"]) / str(manifest["trained_on"])
     found: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
@@ -170,7 +176,7 @@ def evaluation_of(settings: Settings, serving: Serving) -> dict[str, Any]:
 
 
 def rows_of(metrics: dict[str, dict[str, dict[str, float]]]) -> list[ReportRow]:
-    """Those of which both metrics are defined."""
+    """Keep the rows with both metrics defined."""
 
     def interval(of: dict[str, dict[str, float]], name: str) -> tuple[float, float, float]:
         return of[name]["value"], of[name]["low"], of[name]["high"]

@@ -29,7 +29,7 @@ class Page:
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """The scripts and styles that it may run are those that are in it."""
+        """Headers of the page: it may only run the scripts and styles inside of it."""
         text = self.body.decode()
         policy = [
             "default-src 'none'",

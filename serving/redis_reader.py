@@ -36,7 +36,7 @@ class StoreReadError(Exception):
 
 
 class DamagedValueError(StoreReadError):
-    """What is stored of one user is no value; the store itself is well."""
+    """A stored value of one user is damaged; the store itself is well."""
 
 
 class WrongStoreError(ExpectedError, ValueError):
@@ -45,7 +45,7 @@ class WrongStoreError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for a user.
+    """The Redis commands that read a user.
 
     Args:
         join_keys: of each hash, in the order of the serialised key.
@@ -101,7 +101,7 @@ class RedisHashes:
         connect_s: how long a new connection may take.
 
     Raises:
-        WrongStoreError: the online store is another one, or a Redis Cluster.
+        WrongStoreError: the online store is not Redis, or a Redis Cluster.
     """
 
     def __init__(self, store: FeatureStore, connect_s: float = 0.05) -> None:
@@ -175,7 +175,7 @@ class RedisHashes:
 
 
 def _are_hashes(found: Any, fields: Sequence[Sequence[bytes]]) -> bool:
-    """Whether an answer holds a value or nothing for each field that was asked for."""
+    """Return whether an answer holds a value or nothing for each requested field."""
     return (
         isinstance(found, list)
         and len(found) == len(fields)
@@ -212,7 +212,7 @@ class RedisReader:
     Args:
         store: whose online store is one Redis.
         online_service: a feature service of users.
-        token_version: of the summary tokens to read; no tokens of another are ever returned.
+        token_version: the only version of summary tokens that is ever returned.
 
     Raises:
         WrongStoreError: the online store is another one, or a Redis Cluster.
@@ -285,7 +285,8 @@ class RedisEpoch:
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.protos.feast.types.Value_pb2 import Value
 
-        self.hashes, self._timeout_s = RedisHashes(store), timeout_s
+        self.hashes = RedisHashes(store)
+        self._timeout_s = timeout_s
         part = EntityKey(join_keys=[STORE_PART.join_key], entity_values=[Value(string_val=job)])
         version = store.config.entity_key_serialization_version
         self._key = _redis_key(store.config.project, part, entity_key_serialization_version=version)
@@ -303,13 +304,13 @@ class RedisEpoch:
 
 
 def decoded(name: str, data: bytes | None, kind: str = "") -> Any:
-    """A stored Value as Python has it; None where there is none.
+    """Decode a stored Value; None without one.
 
     Args:
         kind: of value that it must be, such as `bytes_val`; "" for any.
 
     Raises:
-        DamagedValueError: what is stored is no Value, or one of another kind.
+        DamagedValueError: the bytes are no Value, or one of the wrong kind.
     """
     from feast.protos.feast.types.Value_pb2 import Value
     from google.protobuf.message import DecodeError

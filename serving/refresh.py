@@ -2,7 +2,7 @@
 statistics, summary tokens.
 
 The record is read, what follows from the events is computed, and the record is replaced as a whole if
-nobody changed it meanwhile; else all begins again from what is there now (`online_users.py`). Tokens
+it is still unchanged; else all begins again from what is there now (`online_users.py`). Tokens
 go from stored state to stored state, without reading the old events. History and statistics are what
 the jobs would build, but for the last digits of a mean; the next run of the jobs replaces them.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_repo import user_stats
 from feature_repo.arrow import (
-    MICROS,
     TIMESTAMP,
     arrow_type,
     history_schema,
@@ -35,9 +35,7 @@ from feature_repo.history import (
     as_numbers,
     extended_digest,
     from_batches,
-    mean_names,
     pack,
-    primary_values,
     unpack,
 )
 from feature_repo.online_tokens import OnlineTokens
@@ -113,12 +111,10 @@ class Refresher:
             raise ValueError(
                 "only a streaming stage 1 (causal=True) takes new events: run the summary_tokens job instead"
             )
-        self._summariser, self._online, self._contract, self._kind = (
-            summariser,
-            online,
-            contract,
-            kind,
-        )
+        self._summariser = summariser
+        self._online = online
+        self._contract = contract
+        self._kind = kind
 
     @property
     def version(self) -> str:
@@ -136,8 +132,8 @@ class Refresher:
 
         Raises:
             NoStateError: nothing is stored for the user.
-            EnvelopeError: what is stored is damaged, or of another token version.
-            RefusedError: somebody wrote newer tokens meanwhile; nothing was stored.
+            EnvelopeError: the stored tokens are damaged, or of a different version.
+            RefusedError: newer tokens were written meanwhile; nothing was stored.
             ValueError: no new event, one that is not later than the last, or a value of the wrong
                 type.
         """
@@ -168,7 +164,9 @@ class Refresher:
             raise NoStateError(
                 f"user {user_id!r} has no stored state of token version {version}: run the summary_tokens job"
             )
-        before, kept = from_bytes(tokens, user_id), from_bytes(state, user_id)
+        # 1. Tokens and state must be of one moment and of this version.
+        before = from_bytes(tokens, user_id)
+        kept = from_bytes(state, user_id)
         if before.tombstone or kept.tombstone:
             raise NoStateError(f"user {user_id!r} has no tokens of version {version} any more")
         if (
@@ -179,6 +177,7 @@ class Refresher:
                 f"user {user_id!r}: tokens are of version {before.fingerprint} with {before.num_events} events, their state of "
                 f"{kept.fingerprint} with {kept.num_events}; expected both of {version}: run the summary_tokens job"
             )
+        # 2. New events must follow on the ones in the tokens.
         batch = pa.RecordBatch.from_pylist(new_events, schema=history_schema(self._contract))
         histories, _ = from_batches(
             self._contract, [batch], pa.array([], batch.schema.field(0).type)
@@ -193,6 +192,7 @@ class Refresher:
             raise ValueError(
                 f"new events of user {user_id!r} must not be earlier than {kept.as_of} µs, and in the order of time, got {times.tolist()}"
             )
+        # 3. From state to state, without reading the old events.
         summary = self._summariser.extended(
             stored_summary(before, kept), histories, self._codes(batch)
         )
@@ -229,7 +229,7 @@ class Refresher:
 
 
 class UserMemory:
-    """What the online store remembers of users, taken further by new events.
+    """Updates of all that the online store remembers of users, by new events.
 
     Example:
         >>> memory = UserMemory(store, contract)
@@ -242,13 +242,15 @@ class UserMemory:
     def __init__(
         self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None
     ) -> None:
-        self._store, self._contract, self._refresher = store, contract, refresher
+        self._store = store
+        self._contract = contract
+        self._refresher = refresher
         self._records = user_records(store, contract, refresher.version if refresher else None)
         # Why tokens of a user do not know the newest events, and how often.
         self.without_tokens: Counter[str] = Counter()
 
     def read(self, user_id: int | str) -> UserRecord:
-        """What is stored of a user, of one moment; to be put back by `put_back`."""
+        """Read a user's record at one moment; to be put back by `put_back`."""
         return self._records.read(user_id)
 
     def close(self) -> None:
@@ -299,7 +301,7 @@ class UserMemory:
             time.sleep(random.uniform(0, PAUSE_S))  # noqa: S311  # so that two do not meet again
 
     def _after(self, record: UserRecord, new_events: list[dict[str, Any]]) -> _After:
-        """What a user's record becomes by new events."""
+        """Return a user's record with new events."""
         acted = self._contract.history_actions
         before = self._events(record)
         # Of all that is packed, only what happened at the same moments can be the same.
@@ -335,7 +337,7 @@ class UserMemory:
         return pa.Table.from_batches(batches, history_schema(self._contract))
 
     def _counted(self, record: UserRecord) -> int:
-        """How many events the stored history stands for, those that are no longer packed included."""
+        """Count the events that the stored history stands for, with those that are no longer packed."""
         try:
             _, identity = sketch_of(
                 Layout.of(self._contract), record[HISTORY]["sketch"] or b"", record.user_id
@@ -371,7 +373,7 @@ class UserMemory:
         return NewRow(values, int(micros(new[EVENT_TIMESTAMP])[-1]) + 1)
 
     def _caught_up(self, record: UserRecord, packed: pa.Table, counted: int) -> dict[str, NewRow]:
-        """Statistics and tokens that know the history; those that lag further than it reaches are the
+        """Return statistics and tokens that know the history; if they lag further than it reaches, they are the
         jobs' to mend.
         """
         rows: dict[str, NewRow] = {}
@@ -379,7 +381,7 @@ class UserMemory:
         if 0 < behind <= packed.num_rows:
             lacking = packed.slice(packed.num_rows - behind).combine_chunks()
             known = int(micros(lacking[EVENT_TIMESTAMP])[-1]) + 1
-            rows[STATS] = NewRow(stats_after(self._contract, record[STATS], lacking), known)
+            rows[STATS] = NewRow(user_stats.add(self._contract, record[STATS], lacking), known)
         digest = (rows[STATS].values if STATS in rows else record[STATS])["history_digest"]
         made = self._tokens_after(record, packed, counted, digest)
         return rows if made is None else {**rows, TOKENS: made.row}
@@ -395,7 +397,8 @@ class UserMemory:
         """
         if self._refresher is None or not counted:
             return None
-        tokens, state = record[TOKENS]["tokens"], record[TOKENS]["state"]
+        tokens = record[TOKENS]["tokens"]
+        state = record[TOKENS]["state"]
         try:
             stored = None if tokens is None else from_bytes(tokens, record.user_id)
             if stored is None or stored.tombstone:
@@ -419,7 +422,8 @@ class UserMemory:
 
     def _remembered(self, events: pa.Table) -> list[np.ndarray]:
         """Codes of each event's item in the columns that sketches count, as the store has them."""
-        columns, item = self._contract.remembered, self._contract.item.join_key
+        columns = self._contract.remembered
+        item = self._contract.item.join_key
         if not columns:
             return []
         view_of = {column.name: view for view, column in item_columns(self._contract)}
@@ -457,7 +461,9 @@ def sketch_after(
         digest: of those, where the sketch does not say it.
         remembered: codes of the events' items in the columns that sketches count.
     """
-    layout, times = Layout.of(contract), micros(events[EVENT_TIMESTAMP])
+    # An empty sketch is right only where nothing was counted before.
+    layout = Layout.of(contract)
+    times = micros(events[EVENT_TIMESTAMP])
     if stored is not None:
         try:
             sketch, identity = sketch_of(layout, stored, user_id)
@@ -480,25 +486,3 @@ def sketch_after(
         extended_digest(contract, digest, counted, events),
     )
     return sketch.to_bytes(user_id, identity)
-
-
-def stats_after(contract: Contract, before: Mapping[str, Any], events: pa.Table) -> dict[str, Any]:
-    """A user's statistics with new events; `before` holds nulls of whoever had none."""
-    end, others = before["history_end"] or 0, before["other_events"] or 0
-    primary = events["action"].to_numpy() == 0
-    first = before["first_event_s"]
-    after = {
-        "history_end": end + events.num_rows,
-        "history_digest": extended_digest(contract, before["history_digest"] or 0, end, events),
-        "first_event_s": int(micros(events[EVENT_TIMESTAMP])[0] // MICROS)
-        if first is None
-        else first,
-        "other_events": others + int((~primary).sum()),
-    }
-    if not contract.spec.stat_value:
-        return after
-    mean, number = mean_names(contract)
-    values, valued = primary_values(contract, events), before[number] or 0
-    total = (before[mean] or 0.0) * valued + float(values.sum())
-    valued += len(values)
-    return after | {number: valued, mean: total / valued if valued else None}

@@ -1,4 +1,4 @@
-"""What was served, with the very numbers that the model saw: a sample of users, in Parquet.
+"""The log of served requests, with the very numbers that the model saw: a sample of users, in Parquet.
 
 `audit.py` computes the same numbers anew from the tables, as of each request, and says where they differ;
 it can rank logged requests with another bundle. Sampled by a hash of the user, so a user is in the log
@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_repo.arrow import TIMESTAMP, arrow_type, hash_keys
+from feature_repo.atomic import atomic_write
 from feature_repo.contract import Contract
 from feature_repo.erased import ErasedList
 from feature_repo.errors import ExpectedError
@@ -85,10 +86,10 @@ class ServedLog:
     """Writes a share of the users' requests.
 
     Args:
-        folder: of this bundle's parts, since its features are named in them; a folder a day.
+        folder: of this bundle's parts, because its features are named in them; a folder a day.
         share: of the users.
         every_s: the longest that a row waits for its file.
-        home: whose erased users are left out; default: nobody was erased.
+        home: the users on its list of erased users are left out; default: no list.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class ServedLog:
         home: str | None = None,
     ) -> None:
         self._erased = ErasedList(home)
-        self._folder, self._encoder, self._share = folder, encoder, share
+        self._folder = folder
+        self._encoder = encoder
+        self._share = share
         self._kind = arrow_type(encoder.contract.user.dtype)
         self.schema = log_schema(encoder.contract).with_metadata(
             {
@@ -109,13 +112,15 @@ class ServedLog:
             }
         )
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WAITING)
-        self._every_s, self._stop = every_s, threading.Event()
-        self.written, self.dropped = 0, 0
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self.written = 0
+        self.dropped = 0
         self._thread = threading.Thread(target=self._write_for_ever, daemon=True, name="served")
         self._thread.start()
 
     def samples(self, user_id: Id) -> bool:
-        """Whether a user's requests are logged."""
+        """Return whether a user's requests are logged."""
         hashed = int(hash_keys(pa.array([user_id], self._kind))[0])
         return hashed < self._share * 2**64
 
@@ -132,7 +137,9 @@ class ServedLog:
         self._thread.join(timeout=10)
 
     def _row(self, served: Served) -> dict[str, Any]:
-        asked, answer, contract = served.asked, served.answer, self._encoder.contract
+        asked = served.asked
+        answer = served.answer
+        contract = self._encoder.contract
         return {
             "request_id": answer.request_id or uuid.uuid4().hex,
             "request_timestamp": served.at,
@@ -164,7 +171,8 @@ class ServedLog:
                     return
             if len(rows) >= PART_ROWS or (rows and time.monotonic() >= due):
                 self._write(rows)
-                rows, due = [], time.monotonic() + self._every_s
+                rows = []
+                due = time.monotonic() + self._every_s
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """One file, visible when it is whole."""
@@ -173,14 +181,12 @@ class ServedLog:
         try:
             folder = self._folder / f"{datetime.now(UTC):%Y-%m-%d}"
             folder.mkdir(parents=True, exist_ok=True)
-            name = f"part-{uuid.uuid4().hex}.parquet"
-            draft = folder / f".{name}.draft"
             table = pa.Table.from_pylist(list(rows), schema=self.schema)
             table = self._erased.now().without(table, self._encoder.contract.user.join_key)
             if not table.num_rows:
                 return
-            pq.write_table(table, draft)
-            draft.replace(folder / name)
+            with atomic_write(folder / f"part-{uuid.uuid4().hex}.parquet") as draft:
+                pq.write_table(table, draft)
             self.written += table.num_rows
         except Exception:  # whatever it was, the next file is tried again
             self.dropped += len(rows)
@@ -188,10 +194,10 @@ class ServedLog:
 
 
 def read_log(folder: Path) -> pa.Table:
-    """All parts of a log.
+    """Read all parts of a log.
 
     Raises:
-        NoLogError: there is none.
+        NoLogError: there is no part.
     """
     parts = sorted(folder.rglob("part-*.parquet"))
     if not parts:

@@ -1,4 +1,4 @@
-"""What a server is started with: options of `python -m serving`, each also an environment variable
+"""Settings of a server: options of `python -m serving`, each also an environment variable
 (`MEMOIR_SERVE_DEADLINE_MS=100`). Worker processes read them from there.
 """
 
@@ -21,7 +21,7 @@ STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the serv
 SHARED = f"{PREFIX}SHARED_METRICS"  # set where several processes count together
 Scope = Literal["rank", "events", "explain", "metrics", "models"]
 Positive = Annotated[float, Field(gt=0)]
-Token = Annotated[str, Field(min_length=16, pattern=r"^[\x21-\x7e]+$")]  # visible ASCII
+Key = Annotated[str, Field(min_length=16, pattern=r"^[\x21-\x7e]+$")]  # visible ASCII
 
 
 class ServeSettings(BaseSettings):
@@ -60,8 +60,8 @@ class ServeSettings(BaseSettings):
     unready_s: Annotated[float, Field(ge=0)] = 0.0  # after SIGTERM, before connections are refused
     stop_s: Annotated[int, Field(ge=1)] = 10  # for requests that are under way by then
 
-    # Callers' tokens and what each may do; none: everybody may do everything.
-    auth: dict[Token, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
+    # Callers' API keys and the scopes of each; none: every caller may do everything.
+    api_keys: dict[Key, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_key_password: SecretStr | None = None
@@ -78,7 +78,7 @@ def settings_from(**options: Any) -> ServeSettings:
     """Settings from options and, for those that are not given, the environment.
 
     Raises:
-        SettingsError: a value that cannot be, or a variable of the server's that there is not.
+        SettingsError: a value that cannot be, or an unknown variable of the server.
     """
     known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING, SHARED}
     of_ours = {n: v for n, v in os.environ.items() if n.startswith(PREFIX)}
@@ -95,9 +95,9 @@ def settings_from(**options: Any) -> ServeSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = str(first["loc"][0])
-        if where == "auth":  # what it holds is nobody's to read in a log
+        if where == "api_keys":  # they must not stand in a log
             raise SettingsError(
-                f"{PREFIX}AUTH must be JSON of tokens, each of at least 16 visible ASCII characters, and their scopes, "
+                f"{PREFIX}API_KEYS must be JSON of keys, each of at least 16 visible ASCII characters, and their scopes, "
                 f"of {list(get_args(Scope))}"
             ) from None
         raise SettingsError(

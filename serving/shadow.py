@@ -1,5 +1,5 @@
-"""Another bundle, asked beside the one that ranks, on a share of the requests: how far would its lists
-part? It never touches an answer, has a thread of its own, and is dropped where that lags.
+"""A shadow bundle, asked beside the one that ranks, on a share of the requests: how far would its lists
+part? It never touches an answer, has a separate thread, and is dropped where that lags.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from serving.features import UserRow
 from serving.messages import RankRequest, RankResponse
 from serving.metrics import Metrics
+from serving.pools import one_thread
 from serving.ranker import Clock, RankService
 
 MAX_WAITING = 8
@@ -31,10 +31,13 @@ class Shadow:
     """
 
     def __init__(self, ranker: RankService, metrics: Metrics, share: float, seed: int = 0) -> None:
-        self._ranker, self._metrics, self._share = ranker, metrics, share
+        self._ranker = ranker
+        self._metrics = metrics
+        self._share = share
         self._rng = random.Random(seed)  # noqa: S311  # a sample, no secret
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shadow")
-        self._waiting, self._lock = 0, threading.Lock()
+        self._thread = one_thread("shadow")
+        self._waiting = 0
+        self._lock = threading.Lock()
 
     def consider(self, asked: RankRequest, user: UserRow, answer: RankResponse) -> None:
         """Compare with this answer, later and perhaps."""
@@ -56,7 +59,7 @@ class Shadow:
             tokens = user.tokens
             if tokens is not None and tokens.fingerprint != self._ranker.bundle.tokens:
                 user = replace(user, tokens=None)
-            other = self._ranker.answer(asked, user, Clock())
+            other = self._ranker.answer(asked, user, Clock()).response
             self._metrics.shadow.labels("compared").inc()
             if other.item_ids[0] == answer.item_ids[0]:
                 self._metrics.shadow.labels("same_first").inc()

@@ -25,7 +25,8 @@ from modeling.models.base import CannotExtendError, Ranker, UserState
 Outcome = Literal["encoded", "extended", "known"]
 OUTCOMES = get_args(Outcome)
 EVENTS = ("item_BL", "action_BL", "gap_BL", "event_BLE", "event_category_BLJ")
-STATE_S, SWEEP_S = 600.0, 30.0
+STATE_S = 600.0
+SWEEP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class UserStates:
     """
 
     def __init__(self, model: Ranker, most_bytes: int, most_s: float = STATE_S) -> None:
-        self._model, self._most_bytes, self._most_s = model, most_bytes, most_s
+        self._model = model
+        self._most_bytes = most_bytes
+        self._most_s = most_s
         self.counts: Counter[Outcome] = Counter()  # how each state came about
         self._kept: OrderedDict[Any, Kept] = OrderedDict()
         self._extends = model.can_extend
@@ -81,7 +84,7 @@ class UserStates:
         return state
 
     def forget_old(self) -> None:
-        """Let go of what was made too long ago, whoever's it is; at most every so often."""
+        """Drop states that are too old, of every user; at most every so often."""
         now = time.monotonic()
         if now - self._swept < SWEEP_S:
             return
@@ -100,7 +103,8 @@ class UserStates:
 
     def _extended(self, kept: Kept, user: UserInputs) -> UserState | None:
         """The kept state with what is new; None where the user must be encoded anew."""
-        before, now = kept.user.item_BL.shape[1], user.item_BL.shape[1]
+        before = kept.user.item_BL.shape[1]
+        now = user.item_BL.shape[1]
         if not self._extends or now < before or not bool(kept.user.mask_BL.all()):
             return None
         if now > before and not self._model.grows_exactly:
@@ -131,9 +135,10 @@ class UserStates:
 
 
 def _equal(one: UserInputs, other: UserInputs, names: Iterable[str]) -> bool:
-    """Whether two users are the same in these fields, NaN included."""
+    """Return whether two users are the same in these fields, NaN included."""
     for name in names:
-        a, b = getattr(one, name), getattr(other, name)
+        a = getattr(one, name)
+        b = getattr(other, name)
         if a is None or b is None:
             if a is not b:
                 return False

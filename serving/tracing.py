@@ -9,13 +9,10 @@ Neither carries an id of a user or an item.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import Scope
 
 from feature_repo.errors import SettingsError
 
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-STAGE = re.compile(r"(\w+);dur=([\d.]+)")
 
 
 class Tracing:
@@ -47,36 +43,41 @@ class Tracing:
         self._provider = TracerProvider(resource=Resource.create(named))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("memoir.serving")
-        self._extract, self._in_span = propagate.extract, trace.set_span_in_context
-        self._server, self._failed = trace.SpanKind.SERVER, trace.Status(trace.StatusCode.ERROR)
+        self._extract = propagate.extract
+        self._in_span = trace.set_span_in_context
+        self._server = trace.SpanKind.SERVER
+        self._failed = trace.Status(trace.StatusCode.ERROR)
 
-    async def around(self, request: Request, answer: Callable[[], Awaitable[Response]]) -> Response:
-        """The answer, in a span."""
-        began = time.time_ns()
+    def begin(self, scope: Scope) -> Any:
+        """Open the span of a request, under the caller's own."""
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         span = self._tracer.start_span(
-            f"{request.method} {request.url.path}",
-            self._extract(dict(request.headers)),
+            f"{scope['method']} {scope['path']}",
+            self._extract(headers),
             self._server,
-            {"http.request.method": request.method, "url.path": request.url.path},
-            start_time=began,
+            {"http.request.method": scope["method"], "url.path": scope["path"]},
+            start_time=time.time_ns(),
         )
-        try:
-            response = await answer()
-            span.set_attribute("http.response.status_code", response.status_code)
-            if response.status_code >= 500:
-                span.set_status(self._failed)
-            self._stages(span, began, response.headers.get("server-timing", ""))
-            return response
-        finally:
-            span.end()
+        return span
 
-    def _stages(self, span: Any, began: int, timing: str) -> None:
-        """Children one after the other, as stages are."""
-        parent, at = self._in_span(span), began
-        for name, milliseconds in STAGE.findall(timing):
-            ends = at + int(1e6 * float(milliseconds))
-            self._tracer.start_span(name, parent, start_time=at).end(ends)
+    def end(self, span: Any, status: int, timings: dict[str, float]) -> None:
+        """Close the span of a request.
+
+        Args:
+            timings: milliseconds of each stage; the stages are children, one after the other.
+        """
+        span.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            span.set_status(self._failed)
+        parent = self._in_span(span)
+        at = span.start_time
+        for stage, milliseconds in timings.items():
+            ends = at + int(1e6 * milliseconds)
+            self._tracer.start_span(stage, parent, start_time=at).end(ends)
             at = ends
+        span.end()
 
     def close(self) -> None:
         """Send what waits."""

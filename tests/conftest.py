@@ -316,13 +316,14 @@ def copied(road: Road, folder: Path) -> Road:
 def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     """Train, evaluate and export a recipe, as the commands do."""
     from feature_repo.catalogue import Catalogue
-    from modeling import command, recipes
+    from modeling import command, recipes, training_run
+    from modeling.encodings import Encodings
 
     catalogue = Catalogue(road.settings.catalogue_url)
-    run = command.open_run(road.settings, recipes.load(recipe))
-    command.train(run, catalogue)
-    command.evaluate(command.trained(run), catalogue)
-    command.export(command.trained(run), catalogue, live=True)
+    run = training_run.open_run(road.settings, recipes.load(recipe))
+    training_run.train(run, Encodings.of_run(run), catalogue)
+    command.evaluate(training_run.refuse_untrained(run), catalogue)
+    command.export(training_run.refuse_untrained(run), catalogue, live=True)
 
 
 def _missing(what: str) -> None:

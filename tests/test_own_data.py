@@ -28,8 +28,9 @@ from feature_repo.schema import Examples, Kind
 from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 from modeling import models
+from modeling.augment import forget, training_sample
 from modeling.bundle import Bundle
-from modeling.dataset import Warehouse, point_in_time_join, vocabularies
+from modeling.dataset import Warehouse, point_in_time_join
 from modeling.encoder import Encoded, Encoder, RequestColumns
 from modeling.tasks import probabilities
 from modeling.trainer import Trainer, predict
@@ -38,6 +39,8 @@ from serving.items import ItemTable, Loaded
 from serving.messages import decode_request
 from serving.ranker import RankService
 from tests.modeling.test_unknown_items import MODELS
+from tests.periods import joined_period, vocabularies
+from tests.ranking import ranked
 
 NAME = "corner_shop"
 TAGS = ("red", "blue", "gift", "très chic", "kitchen")
@@ -189,7 +192,7 @@ def test_new_takes_every_column_for_what_it_is(shop_on_the_road: Shop) -> None:
 
 def test_the_readme_tells_the_same_commands() -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    block = readme.split("## Bring your own data")[1].split("```console\n")[1].split("```")[0]
+    block = readme.split("## Your own data")[1].split("```console\n")[1].split("```")[0]
     told = [line for line in block.splitlines() if line]
     assert told[0].startswith("python -m feature_repo new ")
     assert "--events" in told[0]
@@ -292,7 +295,9 @@ def world(shop_on_the_road: Shop) -> World:
     """Encoder, training and test requests, and requests to be served."""
     warehouse, store = Warehouse(shop_on_the_road.settings), shop_on_the_road.store
     contract = warehouse.contract
-    train, test = (warehouse.split(store, "ranking_v1", name) for name in ("train", "test"))
+    train, test = (
+        joined_period(warehouse, store, "ranking_v1", name) for name in ("train", "test")
+    )
     encoder = Encoder(contract, vocabularies(contract, train, 1), 16)
     # As of the end of the data the stores hold the same rows, whichever way they are asked.
     at = datetime.fromisoformat(warehouse.manifests["user_history"].as_of) + timedelta(seconds=1)
@@ -352,7 +357,7 @@ def test_every_ranker_trains_and_is_served_with_context(
     torch.manual_seed(1)
     encoder = world.encoder
     model = models.build(ranking.MODELS[name][1], MODELS[name], encoder.sizes)
-    model.fit_statistics(encoder.training_sample(world.train))
+    model.fit_statistics(training_sample(encoder, world.train))
     training = Training(epochs=1, max_requests=32, max_candidates=512, warmup_steps=5)
     trainer = Trainer(model, encoder, training, tmp_path, "own")
     assert trainer.fit(world.train, world.test)["steps"] > 10
@@ -368,7 +373,7 @@ def test_every_ranker_trains_and_is_served_with_context(
     offsets = world.asked.candidate_offsets
     for number, body in enumerate(world.bodies):
         request = decode_request(msgspec.json.encode({**body, "task_scores": True}), contract)
-        answer = ranker.rank(request)
+        answer = ranked(ranker, request)
         place = {item: row for row, item in enumerate(body["candidates"])}
         order = [place[item] for item in answer.item_ids]
         wanted = expected[offsets[number] : offsets[number + 1]][order]
@@ -404,7 +409,7 @@ def test_of_impressions_evaluation_knows_as_little_as_the_server(world: World) -
     assert world.train.candidate_category[:, at].all()
     assert not world.test.candidate_category[:, at].any()
     batch = world.encoder.collate(world.train, np.arange(64))
-    left = world.encoder.forget(batch, np.random.default_rng(0))
+    left = forget(world.encoder, batch, np.random.default_rng(0))
     gone = (left.candidates.category_BCK[..., at] == 0).all(1)
     assert 0 < int(gone.sum()) < 64
     context = [c.name for c in world.encoder.request.categorical].index("device")

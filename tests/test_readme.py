@@ -1,4 +1,4 @@
-"""The README's commands run: each one, on the synthetic shop where it needs data."""
+"""The commands of README and docs run: each one, on the synthetic shop where it needs data."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from feature_repo.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# The walk comes first: other pages look at what it built.
+ORDER = [ROOT / "docs" / "walk.md", *(page for page in DOCS if page.name != "walk.md")]
+EVERYTHING = "\n".join([README, *(page.read_text() for page in ORDER)])
 
 
-def commands() -> list[str]:
-    """Commands of the README's `sh` blocks; `console` blocks hold what needs things that are not
-    here.
-    """
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def commands(text: str = EVERYTHING) -> list[str]:
+    """Commands of `sh` blocks, each once; `console` blocks hold what needs things that are not here."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
+    return list(
+        dict.fromkeys(re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip())
+    )
 
 
 def test_the_readme_opens_with_a_sentence_and_the_two_commands() -> None:
     lines = [line for line in README.splitlines() if line]
     assert lines[0] == "# Memoir"
     assert lines[1].startswith("Memoir ranks") and lines[1].endswith(".")  # noqa: PT018
-    assert commands()[:2] == ["make demo", "make check"]
+    assert commands(README)[:2] == ["make demo", "make check"]
+    assert len(README.splitlines()) <= 100
+    assert len(README.split()) <= 1000
 
 
-@pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+)", README))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", EVERYTHING))))
 def test_every_make_target_that_is_named_exists(target: str) -> None:
     done = subprocess.run(
         ["make", "-n", target], capture_output=True, text=True, cwd=ROOT, check=False
@@ -167,7 +173,7 @@ def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
         "timings_ms",
     ):
         assert name in answer.json()
-        assert f"`{name}`" in README
+        assert f'"{name}"' in README
     for path in re.findall(r"`(/[a-z.]+)`", README):
         assert client.get(path).status_code == 200
 
@@ -180,12 +186,13 @@ def test_the_sequence_that_is_shown_knows_the_purchase(
     """
     from starlette.testclient import TestClient
 
-    from serving.app import Server, app_of
-    from serving.live import Live, Source
+    from serving.app import app_of
+    from serving.live import BundleSource, Live
+    from serving.server import Server
     from serving.settings import ServeSettings
 
     road = helpers.token_road(shop, tmp_path_factory.mktemp("readme"))
-    live = Live(Source(road.settings, replay=True).load)
+    live = Live(BundleSource(road.settings, replay=True).load)
     live.load_now()
     assert live.current is not None, live.not_loaded
     server = Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000))
@@ -223,13 +230,9 @@ def curl_of(path: str) -> str:
 
 
 def test_links_lead_somewhere() -> None:
-    for file in (
-        ROOT / "README.md",
-        *(
-            ROOT / room / "README.md"
-            for room in ("feature_repo", "beam_jobs", "modeling", "serving")
-        ),
-    ):
+    rooms = ("feature_repo", "beam_jobs", "modeling", "serving")
+    of_rooms = [ROOT / room / name for room in rooms for name in ("README.md", "DECISIONS.md")]
+    for file in (ROOT / "README.md", *DOCS, *of_rooms):
         for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
             if "://" not in link:
                 assert (file.parent / link).exists(), f"{file}: {link}"

@@ -23,9 +23,9 @@ from starlette.testclient import TestClient
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
 from feature_repo.preview import preview
-from modeling import command, recipes
+from modeling import recipes, training_run
 from modeling.evaluate import AS_RANKED, MODEL, read
-from modeling.floors import TREES
+from modeling.simple_baselines import TREES
 from serving.app import create_app
 from serving.command import open_ranker
 from serving.erase import ErasureError, erase
@@ -92,7 +92,7 @@ def test_check_has_nothing_to_mend(walked: Any) -> None:
 
 
 def test_undefined_labels_are_left_out_of_every_metric_and_baseline(walked: Any) -> None:
-    run = command.open_run(walked.settings, recipes.load("amortised_dlrm_tiny"))
+    run = training_run.open_run(walked.settings, recipes.load("amortised_dlrm_tiny"))
     evaluation = read(run.folder)
     assert evaluation["primary"] == "label_purchase"  # of clicked items alone
     spec = datasets.load_contract(NAME).spec

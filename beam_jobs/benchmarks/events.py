@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from feature_repo.benchmarks import parser, report
 from feature_repo.settings import CHECKOUT, Settings
 
-MODULE, NAME = "beam_jobs.benchmarks.events", "benchmark_log"
+MODULE = "beam_jobs.benchmarks.events"
+NAME = "benchmark_log"
 DECLARED = """
 from feature_repo.schema import *
 SPEC = DatasetSpec(

@@ -33,7 +33,9 @@ from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.tables import JobFolder, Manifest
 
 CONTRACT = datasets.load_contract("online_retail")
-START, PARTS, ITEMS = 1_600_000_000_000_000, 4, 2000
+START = 1_600_000_000_000_000
+PARTS = 4
+ITEMS = 2000
 CONFIG = {
     "width": 64,
     "num_heads": 2,
@@ -106,7 +108,8 @@ def write_log(settings: Settings, users: int, events: int, huge: int, more_for: 
     """Publish a history log: so many users with so many random events, one with `huge`; some with a
     few more.
     """
-    folder, run_id = JobFolder(settings.home, "user_history"), f"{users}-{events}-{huge}-{more_for}"
+    folder = JobFolder(settings.home, "user_history")
+    run_id = f"{users}-{events}-{huge}-{more_for}"
     lengths = np.full(users, events)
     lengths[: more_for or 0] += 3
     lengths = np.r_[lengths, [huge] if huge else []].astype(np.int64)
@@ -270,7 +273,8 @@ def _loop(home: str) -> dict[str, Any]:
     row = Catalogue(_settings(home).catalogue_url).bundle("online_retail", "random")
     summariser = load_summariser(str(_settings(home).path(row.path)), CONTRACT, row.digest)
     folder = JobFolder(home, "user_history")
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    cpu = time.process_time()
     for path in folder.paths("history_log"):
         log = history.HistoryLog(CONTRACT, folder, [path])
         item_of_key = summariser.encoder.vocabularies[CONTRACT.item.join_key].indices_of(log.items)
@@ -287,11 +291,13 @@ def _loop(home: str) -> dict[str, Any]:
 
 def _job(home: str, workers: int) -> dict[str, Any]:
     """The whole job, from the command's beginning to its manifest."""
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    cpu = time.process_time()
     from beam_jobs import runs
     from beam_jobs.options import TokenOptions
 
-    job, settings = runs.load_job("summary_tokens"), _settings(home)
+    job = runs.load_job("summary_tokens")
+    settings = _settings(home)
     flags = ["--runner=FnApiRunner"]
     if workers > 1:
         flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]

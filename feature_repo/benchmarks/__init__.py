@@ -42,7 +42,8 @@ def interleaved(
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + repeats):
         for name, call in calls.items():
-            started, started_cpu = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
+            started_cpu = time.process_time()
             call()
             if turn >= warm_up:
                 wall[name].append(time.perf_counter() - started)

@@ -52,7 +52,8 @@ def main() -> None:
                 for file in files
             ],
         }
-        ours, theirs = calls["asof"](), calls["feast duckdb"]().sort_by("row")
+        ours = calls["asof"]()
+        theirs = calls["feast duckdb"]().sort_by("row")
         identical = all(
             ours[c].cast(pa.float64()).equals(theirs[c].cast(pa.float64()))
             for c in ours.column_names
@@ -85,7 +86,8 @@ def _stamps(rng: np.random.Generator, rows: int) -> pd.Series:
 def _features(folder: Path, key: str, keys: int, versions: int, seed: int) -> Any:
     from feast.types import Float32
 
-    rng, rows = np.random.default_rng(seed), keys * versions
+    rng = np.random.default_rng(seed)
+    rows = keys * versions
     names = [f"f{seed}_{i}" for i in range(NUM_FEATURES)]
     frame = pd.DataFrame(
         {key: np.repeat(np.arange(keys), versions), "event_timestamp": _stamps(rng, rows)}
@@ -117,7 +119,8 @@ def feature_view(name: str, path: Path, key: str, features: dict[str, Any], ttl:
     view = FeatureView(
         name=name, entities=[entity], ttl=ttl, schema=[key_field, *fields], source=source
     )
-    view.entity_columns, view.features = [key_field], fields
+    view.entity_columns = [key_field]
+    view.features = fields
     return view
 
 

@@ -19,7 +19,8 @@ from feature_repo.envelope import Identity
 from feature_repo.sketch import DEPTH, MICROS_PER_DAY, Layout, Sketch
 
 HALF_LIVES = (7.0, 30.0, 180.0)
-START, YEARS = 1_300_000_000_000_000, 10
+START = 1_300_000_000_000_000
+YEARS = 10
 KEYS = 20_000  # whose readings are compared with the truth
 BATCH = 1_000  # events that are added at a time
 
@@ -43,8 +44,10 @@ def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dic
     # 1. All events, a batch at a time; hashing and adding timed apart.
     width = kibibytes * 1024 // (4 * (1 + len(HALF_LIVES))) // (2 * DEPTH)
     layout = Layout(("item", "a", "b", "c"), (1, 1, 1, 1), HALF_LIVES, width)
-    events, now = len(times), int(times[-1])
-    sketch, other = Sketch(layout), Sketch(layout)
+    events = len(times)
+    now = int(times[-1])
+    sketch = Sketch(layout)
+    other = Sketch(layout)
     spent = {"hash": 0.0, "add": 0.0}
     for start in range(0, events, BATCH):
         chosen = slice(start, start + BATCH)

@@ -115,7 +115,8 @@ def _by_duckdb(file: Path, options: str) -> int:
 def _speed(folder: Path, number: int, repeats: int) -> list[dict[str, Any]]:
     """Rows a CPU second, one thread each; of DuckDB also with lines that are no rows set aside."""
     rng = np.random.default_rng(0)
-    users, items = rng.integers(0, 90_000, number), rng.integers(0, 9_000, number)
+    users = rng.integers(0, 90_000, number)
+    items = rng.integers(0, 9_000, number)
     file = folder / "large.csv"
     with file.open("w") as out:
         out.write("user_id,item_id,at,price\n")

@@ -72,7 +72,8 @@ class Dataset:
         """
         units: list[RawUnit] = []
         for kind, source in self.sources.items():
-            columns, optional = parse.theirs(self.spec, kind), parse.optional(self.spec, kind)
+            columns = parse.theirs(self.spec, kind)
+            optional = parse.optional(self.spec, kind)
             units += sources.units_of(source, self._folder(data), kind, columns, optional)
         return units
 
@@ -93,7 +94,7 @@ class Dataset:
         return list(dict.fromkeys(file for found in every for file in found))
 
     def path_of(self, view: OwnView, data: str | None) -> str:
-        """Where a person's own view lies."""
+        """Return the path of a custom feature view's file."""
         folder = self._folder(data)
         if view.path.startswith("/") or "://" in view.path or folder is None:
             return view.path
@@ -177,7 +178,8 @@ def _shown(module: ModuleType, name: str) -> str:
     Raises:
         DeclarationError: `MEMOIR_DATASET` names a file of the name of one of ours.
     """
-    declared, file = declared_dataset(), Path(module.__file__ or "")
+    declared = declared_dataset()
+    file = Path(module.__file__ or "")
     if declared.name == name and declared.folder and str(file.parent) != declared.folder:
         raise DeclarationError(
             f"{declared.folder}/{name}.py has the name of {file}: rename it, and its SPEC.name"

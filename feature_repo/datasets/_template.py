@@ -1,4 +1,4 @@
-"""What the log is, and what a request is. Copy this file; `schema.py` says what fields may be."""
+"""Say here what the log is, and what a request is. Copy this file; `schema.py` says what fields may be."""
 
 from feature_repo.schema import (
     AGE,

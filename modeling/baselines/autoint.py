@@ -36,7 +36,8 @@ class FieldAttention(Interaction):
 
     def __init__(self, tokens: int, config: Config) -> None:
         super().__init__()
-        self.num_heads, self.out = config.num_heads, (0, tokens * config.width)
+        self.num_heads = config.num_heads
+        self.out = (0, tokens * config.width)
         self.layers = nn.ModuleList(
             nn.Linear(config.width, 4 * config.width, bias=False) for _ in range(config.num_layers)
         )

@@ -19,7 +19,7 @@ from modeling.models.base import Ranker
 
 @dataclass(frozen=True)
 class Config:
-    """What every baseline has."""
+    """Fields of every baseline's config."""
 
     width: int = 32
     history: History = "din"
@@ -41,7 +41,8 @@ class Baseline(Ranker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
+        self.config = config
+        self.sizes = sizes
         self.features = FeatureTokens(sizes, config.width, bags=True)
         self.reader = None
         if config.history != "bags":

@@ -38,7 +38,8 @@ class Deep(Interaction):
 
     def __init__(self, request: int, candidate: int, hidden: int) -> None:
         super().__init__()
-        self.first, self.out = SplitLinear(request, candidate, hidden), (0, hidden)
+        self.first = SplitLinear(request, candidate, hidden)
+        self.out = (0, hidden)
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -1,6 +1,6 @@
 """Mean pool and a network: each action's mean item beside all other features, through two layers.
 
-What any reading of a history must beat: it keeps nothing of which item was when.
+Any reading of a history must beat it: it forgets which item was when.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Together(Interaction):
 
     def __init__(self, request: int, candidate: int, config: Config) -> None:
         super().__init__()
-        width, hidden = config.width, config.hidden
+        width = config.width
+        hidden = config.hidden
         self.first = SplitLinear(request * width, candidate * width, hidden)
         self.dropout = nn.Dropout(config.dropout)
         self.out = (0, hidden)

@@ -89,7 +89,8 @@ class PerSRec(base.Baseline):
         tokens, some = self._segments(of_segments, older)
         of_recent = self._events(user, items, user.age_BL, self.recent_numbers)
         of_recent = of_recent.gather(1, index[..., None].expand(-1, -1, of_recent.shape[-1]))
-        rows, mask = torch.cat([tokens, of_recent], dim=1), torch.cat([some, is_recent], dim=1)
+        rows = torch.cat([tokens, of_recent], dim=1)
+        mask = torch.cat([some, is_recent], dim=1)
         keys, values, _ = self._through(rows, mask)
         request = self.features.request(user, items_BLD=items)
         return UserState(request, keys, values, mask)
@@ -119,9 +120,11 @@ class PerSRec(base.Baseline):
         Args:
             older_B1: how many events of each user are older than the recent ones.
         """
-        segment, kept = self.config.segment, self.config.num_tokens
+        segment = self.config.segment
+        kept = self.config.num_tokens
         number = -(-int(older_B1.max()) // segment)
-        batch, width = len(rows_BLD), rows_BLD.shape[-1]
+        batch = len(rows_BLD)
+        width = rows_BLD.shape[-1]
         if not number:
             return rows_BLD[:, :0], torch.zeros(batch, 0, dtype=torch.bool, device=rows_BLD.device)
         at = torch.arange(number * segment, device=rows_BLD.device)
@@ -145,7 +148,8 @@ class PerSRec(base.Baseline):
                 read of it otherwise.
         """
         visible = causal_mask(mask, rows.shape[1])
-        all_keys, all_values = [], []
+        all_keys = []
+        all_values = []
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys_values(rows)  # type: ignore[operator]
             all_keys.append(keys)

@@ -46,8 +46,10 @@ class Mixer(Interaction):
 
     def __init__(self, request: int, candidate: int, config: Config) -> None:
         super().__init__()
-        tokens, width = config.num_tokens, config.mixed_width
-        self.tokens, self.out = tokens, (0, width)
+        tokens = config.num_tokens
+        width = config.mixed_width
+        self.tokens = tokens
+        self.out = (0, width)
         self.split = SplitLinear(request, candidate, tokens * width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * config.num_layers))
         self.networks = nn.ModuleList(

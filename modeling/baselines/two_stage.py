@@ -103,7 +103,8 @@ class TwoStage(base.Baseline):
 
     def _search(self, scores: Tensor, user_state: UserState, candidates: Candidates) -> Tensor:
         """Which events each candidate attends to, bool B × C × L."""
-        real, most = user_state.mask_BL[:, None], self.config.retrieved
+        real = user_state.mask_BL[:, None]
+        most = self.config.retrieved
         if self.config.search == "category":
             own = candidates.category_BCK[..., self.config.slot, None]
             like = (own == user_state.category_BL[:, None]) & real & (own > 0)

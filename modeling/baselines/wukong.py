@@ -58,7 +58,8 @@ class Layer(nn.Module):
 
     def __init__(self, tokens: int, config: Config) -> None:
         super().__init__()
-        width, after = config.width, config.fm_tokens + config.linear_tokens
+        width = config.width
+        after = config.fm_tokens + config.linear_tokens
         self.width = width
         self.project = nn.Parameter(torch.randn(tokens, config.fm_rank) * tokens**-0.5)
         self.machine = nn.Sequential(

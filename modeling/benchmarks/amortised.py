@@ -99,7 +99,8 @@ def _measure(
         "naive": synchronised(naive, arguments.device),
     }
     seconds = interleaved(calls, arguments.repeats)
-    scale, once = number / NAIVE_SAMPLE, flops(amortised)
+    scale = number / NAIVE_SAMPLE
+    once = flops(amortised)
     return {
         "model": name + (f" {config['fusion']}" if "fusion" in config else ""),
         "L": length,

@@ -35,16 +35,15 @@ from modeling.dataset import refuse_nothing_positive
 from modeling.encodings import Encodings
 from modeling.ranking import (
     FinishedRun,
+    baseline_lines,
     classic_lines,
-    floor_lines,
+    finish,
     ranking_recipe,
-    stored_sums,
     summary_lines,
-    train_and_evaluate,
 )
 from modeling.recipes import SERVICE, Recipe, ranking
 from modeling.report import BLUE, GREY, ORANGE, Section, plots, png_of, write_sections
-from modeling.trained_floors import TrainedFloor, trained_floors
+from modeling.trained_baselines import TrainedBaseline, trained_baselines
 
 BESIDE = ("vista_addressed", "mean_pool", "sim", "twin")
 THINNED = {"complete_journey": (4, 2)}  # each fourth training request, each second that evaluates
@@ -66,7 +65,7 @@ class Found:
     """What came out of one dataset.
 
     Args:
-        against_floors: each recipe less trees and less a mean pool.
+        against_baselines: each recipe less trees and less a mean pool.
         claims: what the papers compare.
         next_item: the same of the next-item recipes' NDCG@10 and HR@10.
         failed: runs that have no result, and why.
@@ -75,8 +74,8 @@ class Found:
     asked: Asked
     title: str
     results: list[dict[str, Any]]
-    floor_rows: list[list[str]]
-    against_floors: list[Difference]
+    baseline_rows: list[list[str]]
+    against_baselines: list[Difference]
     claims: list[Difference]
     costs: dict[str, Cost]
     curve: list[dict[str, Any]]
@@ -171,9 +170,10 @@ def one_dataset(
     console.print(f"compare: {settings.dataset}, {title}", highlight=False)
     for recipe in recipes_of.values():
         encodings.set_of(recipe)  # made here, so that no two workers make the same one
-    test, contract = encodings.period(first, "test"), encodings.encoder_of(first).contract
+    test = encodings.period(first, "test")
+    contract = encodings.encoder_of(first).contract
     refuse_nothing_positive(contract, "test", (np.asarray(test.encoded.labels) == 1).sum(axis=0))
-    floors = trained_floors(settings, encodings, first, min(seeds, SEEDS_OF_TREES))
+    baselines = trained_baselines(settings, encodings, first, min(seeds, SEEDS_OF_TREES))
     numbers = range(1, seeds + 1)
     tasks = [(name, seed) for name in names for seed in numbers]
     if next_item:
@@ -188,8 +188,8 @@ def one_dataset(
         asked,
         title,
         [runs[name, seed].result for name in whole for seed in numbers],
-        floor_lines(contract.spec, test) + classic_lines(floors),
-        less_floors(sums, floors),
+        baseline_lines(contract.spec, test) + classic_lines(baselines),
+        less_baselines(sums, baselines),
         of_papers(PAPERS, sums, PAIRED),
         {name: cost_of(encodings, recipes_of[name]) for name in whole},
         memory.curve(settings, asked.every, visible, memory.CURVE, seeds, 1) if curve else [],
@@ -253,8 +253,7 @@ def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:
         training = replace(training, epochs=asked.epochs)
     recipe = replace(recipe, training=training)
     encodings = _encodings(asked.settings, asked.every)
-    result = train_and_evaluate(asked.settings, encodings, recipe)
-    return FinishedRun(result, stored_sums(asked.settings, encodings, recipe))
+    return finish(asked.settings, encodings, recipe)
 
 
 def recipe_of(name: str, dataset: str) -> Recipe:
@@ -273,9 +272,9 @@ def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:
     return FinishedRun(result, next_item.stored_sums(source, recipe))
 
 
-def less_floors(sums: dict[str, Sums], floors: Sequence[TrainedFloor]) -> list[Difference]:
+def less_baselines(sums: dict[str, Sums], baselines: Sequence[TrainedBaseline]) -> list[Difference]:
     """Every recipe less trees and less a mean pool, corrected together."""
-    trees = next(floor.sums for floor in floors if floor.name == "trees")
+    trees = next(baseline.sums for baseline in baselines if baseline.name == "trees")
     against = ["trees", *(["mean_pool"] if "mean_pool" in sums else [])]
     pairs = [(ours, theirs) for theirs in against for ours in sums if ours != theirs]
     return differences(pairs, {**sums, "trees": trees})
@@ -322,7 +321,7 @@ def write(found: Sequence[Found], seeds: int) -> Path:
     )
     about = [
         f"{command}{'' if epochs is None else f' --epochs {epochs}'}; commit {commit()}, {hardware()}.",
-        "Test period; mean ± standard deviation over seeds; floors stand below the recipes. Differences are paired over users and "
+        "Test period; mean ± standard deviation over seeds; baselines stand below the recipes. Differences are paired over users and "
         "seeds, with 95 % intervals, and decided after Holm's correction over their table.",
         "Of a paper, “above” is replicated where NDCG@10 is decidedly above, after Holm's correction over all papers' claims; “no "
         f"worse” where the interval of the difference, uncorrected, excludes a loss of {MARGIN}.",
@@ -344,7 +343,7 @@ def _of_dataset(plt: Any, one: Found) -> list[Section]:
     quality = Section(
         f"{one.name}: quality",
         f"{one.title}{thinned}.{failed}",
-        summary_lines(one.results) + one.floor_rows,
+        summary_lines(one.results) + one.baseline_rows,
         {f"{one.name}_frontier": _frontier(plt, one)},
     )
     cost_rows = [
@@ -375,7 +374,7 @@ def _of_dataset(plt: Any, one: Found) -> list[Section]:
         )
         rows = _curve_rows(one.curve)
         sections.append(Section(f"{one.name}: visible events", said, rows, curves))
-    rows = _difference_rows(one.against_floors)
+    rows = _difference_rows(one.against_baselines)
     return [*sections, Section(f"{one.name}: less trees, less a mean pool", "", rows)]
 
 
@@ -487,7 +486,7 @@ def _rows(one: Found) -> list[dict[str, Any]]:
                 "request_ms": one.costs[result["recipe"]].request_ms,
             }
         )
-    for claim in (*one.against_floors, *one.claims, *one.next_item):
+    for claim in (*one.against_baselines, *one.claims, *one.next_item):
         rows.append(
             {
                 "data": one.name,

@@ -46,7 +46,8 @@ SIZES = {
     "shelf": 50,
     "colour": 20,
 }
-REQUEST_FIELDS, ITEM_FIELDS = ("country", "hour", "weekday"), ("brand", "shelf", "colour")
+REQUEST_FIELDS = ("country", "hour", "weekday")
+ITEM_FIELDS = ("brand", "shelf", "colour")
 SHARED: dict[str, Any] = {"width": WIDTH, "hidden": TOWER[0], "head_hidden": TOWER[1]}
 MODELS: dict[str, dict[str, Any]] = {
     "din": {**SHARED, "history_hidden": ATTENTION[0]},
@@ -71,7 +72,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(_ours(json.loads(sys.stdin.read()))))
         return
-    number, group = 20_000 if arguments.quick else 100_000, arguments.group
+    number = 20_000 if arguments.quick else 100_000
+    group = arguments.group
     question = {
         "threads": arguments.threads,
         "rows": number // group * group,
@@ -260,7 +262,8 @@ def _encoded(path: Path, group: int) -> Any:
     from modeling.encoder import Encoded
 
     columns = np.load(path)
-    history, number = columns["history"][::group], len(columns["label"])
+    history = columns["history"][::group]
+    number = len(columns["label"])
     lengths = (history > 0).sum(1)
     offsets = np.r_[0, np.cumsum(lengths)]
     flat = history[history > 0]

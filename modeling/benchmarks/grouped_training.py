@@ -189,7 +189,8 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
         for p in module.parameters()
         if p.grad is not None
     )
-    rounds, started = 0, time.process_time()
+    rounds = 0
+    started = time.process_time()
     while rounds < 2 or time.process_time() - started < 2:
         step()
         rounds += 1
@@ -231,9 +232,9 @@ def _model_case(case: dict[str, Any]) -> tuple[Any, Any, int]:
 def _layer_case(case: dict[str, Any]) -> tuple[Any, Any, int]:
     import torch
 
-    from modeling.layers.heterogeneous import HeterogeneousLayer, Shape
+    from modeling.layers.heterogeneous import HeterogeneousLayer, LayerShape
 
-    shape = Shape(38, 128, 4, 16, 64, 512, rank_key=128, rank_value=1024)
+    shape = LayerShape(38, 128, 4, 16, 64, 512, rank_key=128, rank_value=1024)
     layer = HeterogeneousLayer(shape, case["layer"], case["queries"])
     tokens = torch.randn(1, case["candidates"], shape.num_tokens, shape.width)
     return lambda: layer(None, tokens)[:, :, :1].square().mean(), layer, case["candidates"]

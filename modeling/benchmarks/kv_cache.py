@@ -56,7 +56,8 @@ def _measure(
     name: str, config: dict[str, Any], length: int, number: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    sizes, new = sizes_of(length), arguments.new
+    sizes = sizes_of(length)
+    new = arguments.new
     model = models.build(name, config, sizes).eval().to(arguments.device)
     batch = requests(sizes, 1, length, number).to(arguments.device)
     cached = model.encode_user(batch.user.events(0, length - new))

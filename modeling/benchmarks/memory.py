@@ -1,10 +1,10 @@
 """What a long memory is worth: rankers with the first 10, 50, … and all events of each user visible.
 
 Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
-events all inputs, features and floors among them, know so many newest events and no more. Then, of all
+events all inputs, features and baselines among them, know so many newest events and no more. Then, of all
 events, two further arms: without match features, and without anything of users but their history.
 Users are parted by how long their histories are. Requests are thinned out, events never are. Every
-row stands beside floors that need no training, and trees on the same numbers; differences are paired
+row stands beside baselines that need no training, and trees on the same numbers; differences are paired
 over users and seeds (`modeling/claims.py`).
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
@@ -26,12 +26,12 @@ from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_se
 from modeling.console import console
 from modeling.encodings import Encodings
 from modeling.evaluate import primary_number
-from modeling.floors import floors_of
 from modeling.metrics import PerUser, defined
-from modeling.ranking import stored_sums, train_and_evaluate
+from modeling.ranking import finish
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
-from modeling.trained_floors import sums_by_user, trained_floors
+from modeling.simple_baselines import baselines_of
+from modeling.trained_baselines import sums_by_user, trained_baselines
 
 EVERY = (4, 2)  # each fourth training request, each second test request
 QUICK = (120, 60)  # the same with --quick
@@ -118,7 +118,7 @@ def recipe_of(name: str, arm: str, seed: int = 1) -> Recipe:
         {**COMMON, **config},
         length,
         training=replace(TRAINING, seed=seed),
-        without=ARMS[arm],
+        ablated=ARMS[arm],
     )
 
 
@@ -137,15 +137,15 @@ def curve(
     for number in visible:
         encodings = Encodings(settings, SERVICE, visible=number, every=every)
         runs = seeds if number in ends else between
-        for name, one in _floors(encodings).items():
+        for name, one in _baselines(encodings).items():
             rows.append(_row("curve", number, name, one))
-        trees = trained_floors(
+        trees = trained_baselines(
             settings, encodings, recipe_of(CURVE[0], "all features"), min(runs, 3)
         )
-        for floor in trees:
-            rows.append(_row("curve", number, floor.name, floor.sums, floor.cpu_seconds))
-            if floor.name == "trees":
-                sums["trees", number] = floor.sums
+        for baseline in trees:
+            rows.append(_row("curve", number, baseline.name, baseline.sums, baseline.cpu_seconds))
+            if baseline.name == "trees":
+                sums["trees", number] = baseline.sums
         for name in rankers:
             many = runs if name in CURVE else between
             found, cost = _trained(settings, encodings, name, "all features", many)
@@ -181,7 +181,8 @@ def _user_lengths(encodings: Encodings) -> np.ndarray:
     numbers them.
     """
     recipe = recipe_of(CURVE[0], "all features")
-    test, spec = encodings.period(recipe, "test"), encodings.encoder_of(recipe).contract.spec
+    test = encodings.period(recipe, "test")
+    spec = encodings.encoder_of(recipe).contract.spec
     labels = np.asarray(test.encoded.labels)[:, primary_number(spec)]
     requests = defined(labels, test.encoded.candidate_offsets).requests
     known = test.encoded.history_lengths
@@ -218,9 +219,9 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
     claims = []
     encodings = Encodings(settings, SERVICE, every=every)
     for arm in ("no match features", "history alone"):
-        trees = trained_floors(settings, encodings, recipe_of("mean_pool", arm))
-        for floor in trees:
-            rows.append(_row(arm, None, floor.name, floor.sums, floor.cpu_seconds))
+        trees = trained_baselines(settings, encodings, recipe_of("mean_pool", arm))
+        for baseline in trees:
+            rows.append(_row(arm, None, baseline.name, baseline.sums, baseline.cpu_seconds))
         sums: dict[str, Sums] = {}
         names = OF_HISTORY if arm == "no match features" else ("mean_pool", "vista_addressed")
         for name in names:
@@ -245,13 +246,14 @@ def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _floors(encodings: Encodings) -> dict[str, Sums]:
+def _baselines(encodings: Encodings) -> dict[str, Sums]:
     """Scorings without training on the test requests."""
     recipe = recipe_of(CURVE[0], "all features")
-    test, spec = encodings.period(recipe, "test"), encodings.encoder_of(recipe).contract.spec
+    test = encodings.period(recipe, "test")
+    spec = encodings.encoder_of(recipe).contract.spec
     number = primary_number(spec)
     labels = np.asarray(test.encoded.labels)[:, number]
-    scores = floors_of(test.floors, labels, test.encoded.candidate_offsets)
+    scores = baselines_of(test.baselines, labels, test.encoded.candidate_offsets)
     return {name: sums_by_user(test, values, number) for name, values in scores.items()}
 
 
@@ -259,13 +261,14 @@ def _trained(
     settings: Settings, encodings: Encodings, name: str, arm: str, seeds: int
 ) -> tuple[Sums, float]:
     """Runs of a ranker over seeds, and the CPU seconds of one."""
-    found, spent = [], []
+    found = []
+    spent = []
     for seed in range(1, seeds + 1):
         recipe = recipe_of(name, arm, seed)
         console.print(f"memory: {name}, {arm}, seed {seed}", highlight=False)
-        result = train_and_evaluate(settings, encodings, recipe)
-        spent.append(result["summary"]["cpu_seconds"])
-        found.append(stored_sums(settings, encodings, recipe))
+        run = finish(settings, encodings, recipe)
+        spent.append(run.result["summary"]["cpu_seconds"])
+        found.append(run.sums)
     return of_seeds(found), statistics.mean(spent)
 
 

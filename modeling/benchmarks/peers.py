@@ -61,14 +61,17 @@ def timed(library: Any, ask: dict[str, Any], count: Any) -> Any:
     measured: dict[str, float] = {}
 
     class Timed(library.Callback):  # type: ignore[misc]
-        started, targets, steps = 0.0, 0, 0
+        started = 0.0
+        targets = 0
+        steps = 0
 
         def on_train_batch_end(
             self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
         ) -> None:
             self.steps += 1
             if self.steps == WARM_UP:
-                self.started, self.targets = time.process_time(), 0
+                self.started = time.process_time()
+                self.targets = 0
                 return
             self.targets += count(batch)
             spent = time.process_time() - self.started
@@ -153,7 +156,8 @@ def rectools_encoder(ask: dict[str, Any]) -> dict[str, Any]:
         ).square().mean().backward()
 
     step()
-    rounds, started = 0, time.process_time()
+    rounds = 0
+    started = time.process_time()
     while rounds < 3 or time.process_time() - started < 2:
         step()
         rounds += 1
@@ -297,7 +301,8 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
     from fuxictr.pytorch.models import BaseModel
     from torch import nn
 
-    width, fields = ask["width"], list(ask["sizes"])
+    width = ask["width"]
+    fields = list(ask["sizes"])
     feature_map = FeatureMap("rows", ask["folder"])
     feature_map.labels = ["label"]
     for name, size in ask["sizes"].items():
@@ -333,7 +338,8 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
 
         def forward(self, inputs: Any) -> Any:
             columns = self.get_inputs(inputs)
-            found, real = self.embedding(columns), columns["history"] > 0
+            found = self.embedding(columns)
+            real = columns["history"] > 0
             if kind == "din":
                 read = self.attention(found["item"], found["history"], real)
             else:
@@ -357,7 +363,9 @@ def fuxictr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
         )
 
     os.makedirs(os.path.join(ask["folder"], "rows"), exist_ok=True)
-    model, training, testing = Model(), loader("train", True), loader("test", False)
+    model = Model()
+    training = loader("train", True)
+    testing = loader("test", False)
     _, test, one_user = ranker_rows(ask)
     del one_user["label"]
 
@@ -464,7 +472,8 @@ def deepctr(ask: dict[str, Any], kind: str) -> dict[str, Any]:
         )
     parts = []
     for part in ranker_rows(ask):
-        label, history = part.pop("label"), part.pop("history")
+        label = part.pop("label")
+        history = part.pop("history")
         parts.append(({**part, "hist_item": history, "length": (history > 0).sum(1)}, label))
     (train, train_label), (test, test_label), (one_user, _) = parts
     model.compile("adam", "binary_crossentropy")

@@ -36,9 +36,13 @@ Spec = Planted | PlantedPairs
 Score = Callable[[Batch], np.ndarray]  # scores of all candidates
 AMORTISED: dict[str, Any] = {"width": 32, "num_heads": 2, "num_layers": 1, "dropout": 0.0}
 MEAN_POOL: dict[str, Any] = {"width": 32}
-ROWS, NEWEST, CANDIDATES, HELD_OUT = 8192, 1000, 64, 1_000_000
+ROWS = 8192
+NEWEST = 1000
+CANDIDATES = 64
+HELD_OUT = 1_000_000
 LONGEST = 4096  # events of the histories that trees and rankers of the newest events train on
-TREE_USERS, FADING_DAYS = 600, 100.0
+TREE_USERS = 600
+FADING_DAYS = 100.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     longest = arguments.events or (8000 if arguments.quick else 100_000)
-    rows, config = [], {"newest": NEWEST, "users": arguments.users, "seed": arguments.seed}
+    rows = []
+    config = {"newest": NEWEST, "users": arguments.users, "seed": arguments.seed}
     for name in TASKS if arguments.task == "all" else (arguments.task,):
         task = TASKS[name]
         steps = arguments.steps or task.steps[arguments.quick]
@@ -213,7 +218,8 @@ def _trees(task: Task, seed: int) -> Score:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     spec = task.spec(LONGEST)
-    features, labels = [], []
+    features = []
+    labels = []
     for number in range(TREE_USERS):
         batch, _ = spec.draw(1, CANDIDATES, HELD_OUT * (seed + 1) - 1 - number)
         features.append(_shares(batch, spec.kinds))
@@ -247,7 +253,9 @@ def _auc(score: Score, spec: Spec, users: int, newest: int | None = None) -> tup
     """AUC of who knows, and of a scoring, over the same requests of users that training never
     drew.
     """
-    labels, known, scores = [], [], []
+    labels = []
+    known = []
+    scores = []
     for number in range(users):
         batch, good = spec.draw(1, 400, 10**9 + number, newest)
         labels.append(batch.labels_BCT[0, :, 0].numpy())

@@ -14,8 +14,8 @@ import torch
 from modeling.batch import Batch
 from modeling.encodings import Encodings
 from modeling.models.base import Ranker, TokenMaker
-from modeling.ranking import build_model
 from modeling.recipes import Recipe
+from modeling.training_run import build_model
 
 REQUESTS = 20  # of the longest histories
 CANDIDATES = 100
@@ -46,7 +46,8 @@ def cost_of(encodings: Encodings, recipe: Recipe) -> Cost:
     """Of requests with long histories and a hundred candidates; weights do not matter and are those
     that training begins with.
     """
-    encoder, test = encodings.encoder_of(recipe), encodings.period(recipe, "test").encoded
+    encoder = encodings.encoder_of(recipe)
+    test = encodings.period(recipe, "test").encoded
     model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
     known = test.history_lengths
     assert known is not None
@@ -77,8 +78,11 @@ class _Measured:
 @torch.inference_mode()
 def _measured(model: Ranker, batch: Batch) -> _Measured:
     """Of one request: from stored tokens where the model makes some, else from the events."""
-    user, some = batch.user, batch.candidates
-    given, one_event_ms, state_bytes = user, None, None
+    user = batch.user
+    some = batch.candidates
+    given = user
+    one_event_ms = None
+    state_bytes = None
     if isinstance(model, TokenMaker) and model.streams:
         tokens, streams = model.stream([user])
         given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))

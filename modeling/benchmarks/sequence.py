@@ -28,7 +28,10 @@ from feature_repo.settings import CHECKOUT
 from modeling.processes import ask, ask_command, peak_mb
 from modeling.scaling import encoder_cost
 
-WIDTH, LAYERS, HISTORY, BATCH = 64, 2, 200, 128
+WIDTH = 64
+LAYERS = 2
+HISTORY = 200
+BATCH = 128
 SHAPE = {"width": WIDTH, "num_heads": 2, "dropout": 0.2}
 PEERS = CHECKOUT / "modeling" / "benchmarks" / "peers.py"
 
@@ -229,14 +232,18 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
     )
     keep_freed_memory()
     trainer.model.train()
-    targets, started, step, epoch = 0, 0.0, 0, 0
+    targets = 0
+    started = 0.0
+    step = 0
+    epoch = 0
     while True:
         for chosen in trainer.plan(epoch):
             if step == 5:
                 started = time.process_time()
                 targets = 0
             _, samples = trainer._train_step(chosen, 10_000)
-            step, targets = step + 1, targets + samples
+            step = step + 1
+            targets = targets + samples
             spent = time.process_time() - started
             if step > 8 and spent > question["seconds"]:
                 return {"targets_per_cpu_s": targets / spent, "peak_mb": peak_mb(), "steps": step}
@@ -267,7 +274,8 @@ def _streaming(question: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(model, SequenceRanker)
 
     def events(number: int) -> UserInputs:
-        items, zeros = torch.randint(1, 1000, (1, number)), torch.zeros(1, number)
+        items = torch.randint(1, 1000, (1, number))
+        zeros = torch.zeros(1, number)
         return UserInputs(
             items,
             zeros.long(),

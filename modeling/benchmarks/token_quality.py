@@ -30,11 +30,12 @@ from modeling.encoder import Encoded, Encoder
 from modeling.encodings import Encodings
 from modeling.evaluate import measure
 from modeling.models.base import Ranker
-from modeling.ranking import build_model, run_of, train_and_evaluate
+from modeling.ranking import finish
 from modeling.recipes import SERVICE, Recipe
 from modeling.report import BLUE, GREY, ORANGE, plots, png_of
 from modeling.summary import Summariser
 from modeling.trainer import predict
+from modeling.training_run import build_model, open_run
 
 METRICS = ("ndcg@10", "gauc", "auc", "log_loss")
 Policy = Callable[["Asked"], np.ndarray]
@@ -70,7 +71,8 @@ def main() -> None:
     flags.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = flags.parse_args()
     torch.set_num_threads(1)
-    settings, base = Settings.from_env(), recipes.load(arguments.recipe)
+    settings = Settings.from_env()
+    base = recipes.load(arguments.recipe)
     assert isinstance(base, Recipe)
     seeds, more = (1, 0) if arguments.quick else (arguments.seeds, arguments.ablation_seeds)
     base = replace(base, training=replace(base.training, learning_rate=arguments.learning_rate))
@@ -121,8 +123,10 @@ def policies(test_from: int) -> dict[str, Policy]:
 def _policies(
     settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int
 ) -> list[dict[str, Any]]:
-    training_set, test = encodings.set_of(recipe), encodings.period(recipe, "test")
-    log, contract = training_set.warehouse.log, training_set.warehouse.contract
+    training_set = encodings.set_of(recipe)
+    test = encodings.period(recipe, "test")
+    log = training_set.warehouse.log
+    contract = training_set.warehouse.contract
     rows_of = test.log_rows
     asked = Asked(log, rows_of, test.history_lengths, test.encoded.times)
     known = rows_of >= 0
@@ -131,7 +135,7 @@ def _policies(
     behind: dict[str, tuple[float, float]] = {}
     for seed in range(1, seeds + 1):
         one = replace(recipe, training=replace(recipe.training, seed=seed))
-        train_and_evaluate(settings, encodings, one)
+        finish(settings, encodings, one)
         model, encoder, encoded = _trained(settings, encodings, one)
         summariser = Summariser(model, encoder)
         if not summariser.streams:
@@ -229,7 +233,7 @@ def _ablation(
                 config={**base.config, **changes},
                 training=replace(base.training, seed=seed),
             )
-            results.append(train_and_evaluate(settings, encodings, one))
+            results.append(finish(settings, encodings, one).result)
         values = [
             {metric: result["test"][metric]["value"] for metric in METRICS} for result in results
         ]
@@ -254,7 +258,7 @@ def _trained(
 
     encoder = encodings.encoder_of(recipe)
     model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded)
-    folder = run_of(settings, encodings, recipe).folder
+    folder = open_run(settings, recipe, encodings.visible, encodings.every).folder
     model.load_state_dict(load_file(folder / "best.safetensors"))
     return model.eval(), encoder, encodings.period(recipe, "test").encoded
 
@@ -277,7 +281,9 @@ def _refresh_plot(rows: list[dict[str, Any]], title: str) -> bytes:
     axes.axhline(0, color=GREY, linewidth=0.8)
     for number, row in enumerate(shown):
         colour = ORANGE if "hours" in row["tokens"] else GREY if "never" in row["tokens"] else BLUE
-        x, y, deviation = max(row["events_behind"], 0.5), row["auc_change"], row["auc_change ±"]
+        x = max(row["events_behind"], 0.5)
+        y = row["auc_change"]
+        deviation = row["auc_change ±"]
         axes.errorbar(x, y, yerr=deviation, fmt="o", color=colour, capsize=3)
         above = number % 2 == 0
         axes.annotate(

@@ -32,7 +32,9 @@ from modeling.memory import keep_freed_memory
 from modeling.models.vista import VISTA
 from modeling.processes import ask, peak_mb
 
-WIDTH, SEEDS, CHUNK = 128, 128, 2048
+WIDTH = 128
+SEEDS = 128
+CHUNK = 2048
 STAGE_1: dict[str, Any] = {"width": WIDTH, "num_heads": 4, "num_seeds": SEEDS, "summary_layers": 3}
 STAGE_1["interaction"] = "dot"  # as of the ranker that it is compared with
 STREAM: dict[str, Any] = {**STAGE_1, "causal": True, "seed_role": "target", "block": 128}
@@ -94,7 +96,8 @@ def _chunks(length: int) -> Iterator[UserInputs]:
 @torch.inference_mode()
 def _ranking(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     sizes = sizes_of(512)
-    batch, calls = requests(sizes, 1, 1, 500), dict[str, Callable[[], Tensor]]()
+    batch = requests(sizes, 1, 1, 500)
+    calls = dict[str, Callable[[], Tensor]]()
     none = batch.user.events(0, 0)
     model = _build({**STREAM, "ranking_layers": 3}, sizes)
     for length in lengths:
@@ -132,7 +135,8 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     amortised = models.build("amortised_dlrm", four, sizes).eval()
     cached = amortised.encode_user(batch.user)
-    none, calls = batch.user.events(0, 0), dict[str, Callable[[], Any]]()
+    none = batch.user.events(0, 0)
+    calls = dict[str, Callable[[], Any]]()
     for layers in (1, 2, 3):
         model = _build({**STREAM, "ranking_layers": layers}, sizes)
         tokens = model.tokens_of(batch.user)
@@ -189,7 +193,8 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def _stage_1(lengths: list[int], threads: int) -> list[dict[str, Any]]:
-    rows, limit = [], gemm_rate()
+    rows = []
+    limit = gemm_rate()
     for name, config in (("bidirectional", STAGE_1), ("stream", STREAM)):
         first = None
         for length in lengths:
@@ -214,10 +219,13 @@ def _stage_1_alone(question: dict[str, Any]) -> dict[str, Any]:
     """One whole history, however long, in a process of its own."""
     torch.set_num_threads(question["threads"])
     keep_freed_memory()
-    length, config = question["length"], question["config"]
-    model, size = _build(config, sizes_of(512)), min(CHUNK, length)
+    length = question["length"]
+    config = question["config"]
+    model = _build(config, sizes_of(512))
+    size = min(CHUNK, length)
     model.summarise(lambda: _chunks(size))
-    repeats, cpu = max(1, 50_000 // length), []
+    repeats = max(1, 50_000 // length)
+    cpu = []
     for _ in range(5 if length <= 100_000 else 1):
         started = time.process_time()
         for _ in range(repeats):
@@ -230,7 +238,8 @@ def _stage_1_alone(question: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _refresh(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
-    model, rows = _build(STREAM, sizes_of(512)), []
+    model = _build(STREAM, sizes_of(512))
+    rows = []
     one = _events(1, 99)
     calls: dict[str, Callable[[], Any]] = {}
     anew = {}
@@ -238,7 +247,8 @@ def _refresh(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
         started = time.process_time()
         _, streams = model.stream(_chunks(length))
         anew[length] = time.process_time() - started
-        stored, number = model.stored_streams(streams), torch.tensor([length])
+        stored = model.stored_streams(streams)
+        number = torch.tensor([length])
 
         def refresh(stored: Tensor = stored, number: Tensor = number) -> Any:
             tokens, after = model.stream([one], model.restored_streams(stored, number))
@@ -277,8 +287,11 @@ def _drift(events: int) -> list[dict[str, Any]]:
         "summary_layers": 2,
         "block": 32,
     }
-    single, double = _build(small, sizes), _build(small, sizes).double()
-    streams, rows, marks = None, [], sorted({events // 100, events // 10, events})
+    single = _build(small, sizes)
+    double = _build(small, sizes).double()
+    streams = None
+    rows = []
+    marks = sorted({events // 100, events // 10, events})
     exact = None
     done = 0
     while marks:
@@ -296,7 +309,8 @@ def _drift(events: int) -> list[dict[str, Any]]:
         assert streams is not None
         if done == marks[0]:
             marks.pop(0)
-            state, right = single.stored_streams(streams), double.stored_streams(exact)
+            state = single.stored_streams(streams)
+            right = double.stored_streams(exact)
             rows.append(
                 {
                     "case": "drift",

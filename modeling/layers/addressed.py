@@ -46,7 +46,7 @@ class Items(NamedTuple):
 class ItemCodes(nn.Module):
     """Codes of items, from their own rows and those of their categories; each of unit length.
 
-    Rows begin at random, so that even an item that training hardly saw has a code of its own.
+    Rows begin at random, so that even an item that training hardly saw has a distinct code.
 
     Args:
         width: of a code, W.
@@ -162,17 +162,20 @@ class SlotMemory(nn.Module):
         """
         device = items.codes_UW.device.type
         with torch.autocast(device, enabled=False):  # sums of a million events want float32
-            codes, gaps = items.codes_UW.float(), gap_days_BL.float() * mask_BL
+            codes = items.codes_UW.float()
+            gaps = gap_days_BL.float() * mask_BL
             weight = self.action.float()[action_BL] * mask_BL
             if self.gate is not None:
                 weight = weight * 2 * self.gate(events_BLN.float())[..., 0].sigmoid()
             whole = gaps.sum(1, keepdim=True)
             age = whole - gaps.cumsum(1)
             # An item's address and code are the same in all of its events.
-            address, code = self.address(codes), codes
+            address = self.address(codes)
+            code = codes
             of_event = embedding(items.which_BL, torch.cat([address, code], dim=1))
             address_BLA, code_BLW = of_event.split([address.shape[1], code.shape[1]], dim=-1)
-            totals, masses = [], []
+            totals = []
+            masses = []
             for half_life in self.half_lives.tolist():
                 faded = weight * torch.exp2(-age / half_life)
                 totals.append((address_BLA * faded[..., None]).transpose(1, 2) @ code_BLW)
@@ -185,7 +188,7 @@ class SlotMemory(nn.Module):
 
 
 class PairStream(NamedTuple):
-    """What followed what, of the events so far; and the newest of them, which the next one follows."""
+    """The pairs of consecutive events so far, and the newest event, which the next one follows."""
 
     total_BFW: Tensor
     mass_BF: Tensor
@@ -207,7 +210,8 @@ class PairMemory(nn.Module):
 
     def __init__(self, width: int, num_slots: int, session_days: float, sharpness: float) -> None:
         super().__init__()
-        self.session_days, self.sharpness = session_days, sharpness
+        self.session_days = session_days
+        self.sharpness = sharpness
         self.keys = nn.Parameter(torch.randn(num_slots, width) * 0.3)
 
     def address(self, codes: Tensor) -> Tensor:

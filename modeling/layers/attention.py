@@ -116,7 +116,8 @@ def attend_shared_and_own(
     Returns:
         B × H × C × N × K.
     """
-    number, length = query.shape[3], keys.shape[2]
+    number = query.shape[3]
+    length = keys.shape[2]
     query = query * query.shape[-1] ** -0.5
     asking = query.flatten(2, 3)
     if (
@@ -136,6 +137,7 @@ def attend_shared_and_own(
     if number > 1:
         later = torch.ones(number, number, dtype=torch.bool, device=own.device).triu(1)
         own = own.masked_fill(later, -torch.inf)
+    # One softmax over both: a row's weights on shared and own keys add up to 1.
     weights = torch.cat([shared, own], dim=-1).softmax(-1)
     to_shared, to_own = weights.split([length, number], dim=-1)
     read = (to_shared.flatten(2, 3) @ values).unflatten(2, query.shape[2:4])

@@ -26,7 +26,7 @@ MixedScale = Literal["none", "norm", "count"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where rows stand in their sequences; packed (N) or padded (B × T), like the rows."""
+    """Places of rows in their sequences; packed (N) or padded (B × T), like the rows."""
 
     count: Tensor  # rows that each row reads: itself and those before it, or all of its sequence
     seconds: Tensor | None = None  # float64, since the oldest row; None where no layer reads it
@@ -74,9 +74,12 @@ class Block(nn.Module):
         mixed_scale: MixedScale = "none",
     ) -> None:
         super().__init__()
-        self.operator, self.mixed_scale = operator, mixed_scale
-        self.norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.operator = operator
+        self.mixed_scale = mixed_scale
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.mixed_norm = nn.LayerNorm(width) if mixed_scale == "norm" else None
         self.feed_forward = FeedForward(width, expansion, activation)
         self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2)) if gated else None
@@ -84,7 +87,7 @@ class Block(nn.Module):
 
     @property
     def can_extend(self) -> bool:
-        """Whether the operator streams."""
+        """True if the operator streams."""
         return self.operator.can_extend
 
     def initial_state(self, like_BD: Tensor) -> State:

@@ -14,7 +14,7 @@ from modeling.columns import GroupSizes
 class CategorySlots(nn.Module):
     """Mean embedding of each column's slots: … × slots → a … × D for each column.
 
-    Empty slots (0) add nothing; a column without a known value has a learned row of its own, which
+    Empty slots (0) add nothing; a column without a known value has a separate learned row, which
     says so.
     """
 

@@ -46,7 +46,9 @@ class FeatureTokens(nn.Module):
         self, sizes: FeatureSizes, width: int, *, bags: bool, numbers: Numbers = "network"
     ) -> None:
         super().__init__()
-        self.sizes, self.width, self.bags = sizes, width, bags
+        self.sizes = sizes
+        self.width = width
+        self.bags = bags
         self.item = nn.Embedding(sizes.items, width)
         self.fields = CategorySlots(sizes.request, width)
         self.categories = CategorySlots(sizes.candidate, width)
@@ -109,7 +111,8 @@ class FeatureTokens(nn.Module):
         member = ((user.action_BL[:, None] == which[:, None]) & user.mask_BL[:, None]).to(
             self.item.weight.dtype
         )
-        sums, counts = member @ items_BLD, member.sum(-1)
+        sums = member @ items_BLD
+        counts = member.sum(-1)
         return (
             Bags(sums, counts)
             if before is None
@@ -147,7 +150,7 @@ class FeatureTokens(nn.Module):
 
 class DenseTokens(nn.Module):
     """Dense features → standardised → tokens: numbers together through one two-layer network
-    (Hiformer, arXiv 2311.05884, input layer), each vector through a matrix of its own.
+    (Hiformer, arXiv 2311.05884, input layer), each vector through its own matrix.
 
     Differs: beside each number the network sees whether it is there, and a missing vector has a
     learned row. What is missing (NaN) is neither small nor the mean.
@@ -158,7 +161,8 @@ class DenseTokens(nn.Module):
 
     def __init__(self, sizes: GroupSizes, width: int, numbers: Numbers = "network") -> None:
         super().__init__()
-        self.sizes, self.width = sizes, width
+        self.sizes = sizes
+        self.width = width
         self.num_number_tokens = math.ceil(sizes.numbers / FEATURES_PER_TOKEN)
         self.standardise = Standardise(sizes.dense)
         self.buckets = None
@@ -187,8 +191,10 @@ class DenseTokens(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
-        scaled, missing = self.standardise(values), values.isnan()
-        sizes, found = (self.sizes.numbers, *self.sizes.vectors), []
+        scaled = self.standardise(values)
+        missing = values.isnan()
+        sizes = (self.sizes.numbers, *self.sizes.vectors)
+        found = []
         number, *vectors = scaled.split(sizes, dim=-1)
         number_missing, *vectors_missing = missing.split(sizes, dim=-1)
         if self.buckets is not None:
@@ -208,7 +214,7 @@ class BucketTokens(nn.Module):
     2510.26104, section 3.2: numeric features are bucketised).
 
     Differs: the paper does not say how buckets are cut; five numbers' embeddings are summed into a
-    token, as many as the network makes of them; a missing number (NaN) has a bucket of its own.
+    token, as many as the network makes of them; a missing number (NaN) has a separate bucket.
     """
 
     bounds_FQ: Tensor
@@ -223,7 +229,7 @@ class BucketTokens(nn.Module):
         nn.init.normal_(self.rows.weight, std=0.05)
 
     def fit(self, values_NF: Tensor) -> None:
-        """Bounds between equally many known values; those of a number that nobody knows stay 0."""
+        """Set bounds between equally many known values; a number that is never known keeps 0."""
         shares = np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1]
         for number, values in enumerate(values_NF.T):
             known = values[~values.isnan()].double().numpy()
@@ -241,7 +247,7 @@ class BucketTokens(nn.Module):
 
 
 class EventInputs(nn.Module):
-    """What an event carries beside item, action and time, as one row of numbers: numbers and
+    """Features that an event carries beside item, action and time, as one row of numbers: numbers and
     vectors standardised, whether each is there, and a small embedding for each category or bag.
 
     Every model puts this row through its own first layer; `size` is its width, 0 where events

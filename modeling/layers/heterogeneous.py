@@ -1,8 +1,8 @@
 """Attention over a fixed list of feature tokens: vanilla, heterogeneous, composite (Hiformer, arXiv
 2311.05884).
 
-A layer takes its tokens in two halves: those that a request knows, once per request, and those of
-each candidate.
+A layer takes its tokens in two halves: the request's, once per request, and each
+candidate's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Kind = Literal["vanilla", "hetero", "composite", "low_rank"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """Sizes of a layer: L tokens of width D, H heads with keys and values of their own widths,
     ranks if low-rank.
     """
@@ -54,13 +54,15 @@ class Composite(nn.Module):
 
     def __init__(self, num_tokens: int, width: int, out: int, rank: int = 0) -> None:
         super().__init__()
-        self.width, self.out = width, out
-        inputs, outputs = num_tokens * width, num_tokens * out
+        self.width = width
+        self.out = out
+        inputs = num_tokens * width
+        outputs = num_tokens * out
         self.down = nn.Parameter(torch.randn(inputs, rank or outputs) * inputs**-0.5)
         self.up = nn.Parameter(torch.randn(rank, outputs) * rank**-0.5) if rank else None
 
     def part(self, tokens: Tensor, first: int) -> Tensor:
-        """What the tokens `[first, first + t)` add: … × t × D → … × (r or LE). Parts of all tokens
+        """Return what the tokens `[first, first + t)` add: … × t × D → … × (r or LE). Parts of all tokens
         sum to the whole.
         """
         start = first * self.width
@@ -111,7 +113,7 @@ class HeterogeneousLayer(nn.Module):
 
     def __init__(
         self,
-        shape: Shape,
+        shape: LayerShape,
         kind: Kind,
         num_queries: int | None = None,
         *,
@@ -120,10 +122,15 @@ class HeterogeneousLayer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        tokens, width, heads = shape.num_tokens, shape.width, shape.num_heads
-        vanilla, mixed = kind == "vanilla", kind in ("composite", "low_rank")
+        tokens = shape.num_tokens
+        width = shape.width
+        heads = shape.num_heads
+        vanilla = kind == "vanilla"
+        mixed = kind in ("composite", "low_rank")
         asking = tokens if num_queries is None else num_queries
-        self.shape, self.num_heads, self.num_queries = shape, heads, asking
+        self.shape = shape
+        self.num_heads = heads
+        self.num_queries = asking
         rank_key, rank_value = (shape.rank_key, shape.rank_value) if kind == "low_rank" else (0, 0)
         self.norm: nn.Module = (
             nn.LayerNorm(width, eps=1e-5) if vanilla else PerTokenLayerNorm(tokens, width)
@@ -133,6 +140,7 @@ class HeterogeneousLayer(nn.Module):
         )
         self.vanilla = vanilla
 
+        # Queries, keys and values: the same map for all tokens, one for each, or one for the whole list.
         def projection(out: int, rank: int, composite: bool, number: int) -> Composite | ByToken:
             if composite:
                 return Composite(tokens, width, out, rank)
@@ -155,7 +163,7 @@ class HeterogeneousLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def prepare(self, known_BPD: Tensor) -> Known:
-        """What the first P tokens of the list contribute, once per request."""
+        """Compute what the first P tokens of the list contribute, once per request."""
         rows = known_BPD[:, None]
         normed = self._norm(rows, 0)
         return Known(

@@ -81,7 +81,8 @@ def decayed_prefix_sum(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
 
 def decayed_prefix_sum_plain(rows_BTD: Tensor, decay_D: Tensor) -> Tensor:
     """The same by its definition, row after row."""
-    sums, running = [], torch.zeros_like(rows_BTD[:, 0])
+    sums = []
+    running = torch.zeros_like(rows_BTD[:, 0])
     for row in rows_BTD.unbind(1):
         running = decay_D * running + row
         sums.append(running)

@@ -1,4 +1,4 @@
-"""What interaction models share: maps and dot products over a request's half and a candidate's
+"""Layers that interaction models share: maps and dot products over a request's half and a candidate's
 half.
 """
 
@@ -134,14 +134,15 @@ class ReadDotInteraction(Interaction):
 
     def __init__(self, request: int, candidate: int, width: int, dense: int) -> None:
         super().__init__()
-        self.dense, self.pairs = dense, DotInteraction(request, candidate)
+        self.dense = dense
+        self.pairs = DotInteraction(request, candidate)
         self.out = (
             self.pairs.request_pairs.shape[1] + request * width,
             self.pairs.pairs.shape[1] + 2 * width,
         )
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor, Tensor]:
-        """What a request and a candidate give the heads. The candidate's first token is what it
+        """Return what a request and a candidate give the heads. The candidate's first token is what it
         read of the history.
         """
         within, across = self.pairs(request_BRD, candidate_BCND)

@@ -63,7 +63,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, state: State, denominator
             batch, heads, -1, chunk, rows.shape[-1]
         )
 
-    query_c, key_c, value_c = chunks(query), chunks(key), chunks(value)
+    query_c = chunks(query)
+    key_c = chunks(key)
+    value_c = chunks(value)
     similarity = (query_c @ key_c.transpose(-1, -2)).tril()
     before = _exclusive(key_c.transpose(-1, -2) @ value_c) + state[0][:, :, None]
     out = similarity @ value_c + query_c @ before
@@ -98,7 +100,8 @@ class LinearAttention(Operator):
 
     def __init__(self, num_heads: int, *, causal: bool, denominator: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.denominator = num_heads, denominator
+        self.num_heads = num_heads
+        self.denominator = denominator
         self.causal = self.can_extend = causal
 
     def kernel(self, rows_BHTK: Tensor) -> Tensor:
@@ -135,7 +138,8 @@ class LinearAttention(Operator):
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = self.kernel(self._heads(query)), self.kernel(self._heads(key))
+        query = self.kernel(self._heads(query))
+        key = self.kernel(self._heads(key))
         if mask_BT is not None:
             key = key * mask_BT[:, None, :, None]
         return query, key, self._heads(value)
@@ -144,7 +148,7 @@ class LinearAttention(Operator):
         return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class LinRec(LinearAttention):
+class LinRecAttention(LinearAttention):
     """LinRec's kernel: ELU, L2-normalised within the head; output over the root of the head's
     width.
     """

@@ -93,7 +93,8 @@ class Packing:
 
     def _group(self, first: int, last: int, device: torch.device | str) -> Group:
         lengths = self.lengths[first:last]
-        width, rows = int(lengths.max()), int(lengths.sum())
+        width = int(lengths.max())
+        rows = int(lengths.sum())
         if rows == width * len(lengths):
             return Group(rows, len(lengths), width, None, None)
         mask = np.arange(width) < lengths[:, None]
@@ -109,14 +110,18 @@ def _group_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
     bounds: list[tuple[int, int]] = []
     first = longest = rows = 0
     for index, length in enumerate(lengths.tolist()):
-        padded, total = max(longest, length) * (index - first + 1), rows + length
+        padded = max(longest, length) * (index - first + 1)
+        total = rows + length
         whole = rows == longest * (index - first) and rows > SMALL_GROUP and length != longest
         if index > first and (
             whole or (padded > SMALL_GROUP and padded - total > MAX_WASTE * total)
         ):
             bounds.append((first, index))
-            first, longest, rows = index, 0, 0
-        longest, rows = max(longest, length), rows + length
+            first = index
+            longest = 0
+            rows = 0
+        longest = max(longest, length)
+        rows = rows + length
     if len(lengths):
         bounds.append((first, len(lengths)))
     return bounds

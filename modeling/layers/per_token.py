@@ -36,7 +36,8 @@ class PerTokenLinear(nn.Module):
         Args:
             which: the map of each row, int64, shaped as rows without their last axis.
         """
-        flat, which = rows.reshape(-1, rows.shape[-1]), which.reshape(-1)
+        flat = rows.reshape(-1, rows.shape[-1])
+        which = which.reshape(-1)
         order = which.argsort(stable=True)
         numbers = torch.bincount(which, minlength=len(self.weight)).tolist()
         found = []
@@ -78,11 +79,11 @@ class PerTokenFeedForward(nn.Module):
 
 
 class MixedLinear(nn.Module):
-    """One map for sequence rows, and one of its own for each feature token (OneTrans, arXiv
+    """One map for all sequence rows, and a separate one for each feature token (OneTrans, arXiv
     2510.26104, section 3.3).
 
     Args:
-        own: tokens that have a map of their own; 0 makes them share the sequence's.
+        own: tokens with a separate map; 0 makes them share the sequence's.
     """
 
     def __init__(self, width: int, out: int, own: int) -> None:

@@ -25,10 +25,13 @@ class PointwiseAttentionLayer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {num_heads}")
-        self.num_heads, self.normaliser = num_heads, normaliser
+        self.num_heads = num_heads
+        self.normaliser = normaliser
         self.norm, self.mixed_norm = (nn.LayerNorm(width, eps=1e-5) for _ in range(2))
-        self.gate_query, self.key_value = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
-        self.out, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
+        self.gate_query = nn.Linear(width, 2 * width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def keys_values(self, history_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of history rows, each B × H × L × (D / H)."""

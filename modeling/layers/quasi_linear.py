@@ -71,7 +71,10 @@ class QuasiLinearLayer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {num_heads}")
-        self.num_heads, self.divide, self.outer, self.block = num_heads, divide, outer, block
+        self.num_heads = num_heads
+        self.divide = divide
+        self.outer = outer
+        self.block = block
         self.norm, self.norm_read, self.norm_mix = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
@@ -125,10 +128,13 @@ class QuasiLinearLayer(nn.Module):
             index < (self.block - stream.filled)[:, None]
         ) & mask_BP  # of the block that is being filled
         old = self.matrix(stream.block_total, stream.block_number)
-        first, rest = _sum(keys, values, within), _sum(keys, values, mask_BP & ~within)
-        number, later = within.sum(1), (mask_BP & ~within).sum(1)
+        first = _sum(keys, values, within)
+        rest = _sum(keys, values, mask_BP & ~within)
+        number = within.sum(1)
+        later = (mask_BP & ~within).sum(1)
         full = stream.filled + number == self.block
-        total, count = stream.total + first, stream.number + number
+        total = stream.total + first
+        count = stream.number + number
         block_total = torch.where(full[:, None, None, None], total, stream.block_total)
         block_count = torch.where(full, count, stream.block_number)
         read = query @ old.to(query.dtype)
@@ -149,7 +155,9 @@ class QuasiLinearLayer(nn.Module):
         Within a layer no block waits for another: the sums before each block are a running sum over
         blocks.
         """
-        normed, length, size = self.norm(rows_BLD), rows_BLD.shape[1], self.block
+        normed = self.norm(rows_BLD)
+        length = rows_BLD.shape[1]
+        size = self.block
         missing = -length % size
         query, keys, values = (
             pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, size))  # B × H × blocks × P × K
@@ -187,15 +195,19 @@ class QuasiLinearLayer(nn.Module):
         Returns:
             New rows after this layer, target rows after it, and the stream behind the new rows.
         """
-        number, rows = rows_BPD.shape[1], torch.cat([rows_BPD, targets_BSD], dim=1)
+        number = rows_BPD.shape[1]
+        rows = torch.cat([rows_BPD, targets_BSD], dim=1)
         normed = self.norm(rows)
         query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         total = stream.total + _sum(keys[:, :, :number], values[:, :, :number], mask_BP)
         added = mask_BP.sum(1)
-        count, filled = stream.number + added, stream.filled + added
-        old, new = self.matrix(stream.block_total, stream.block_number), self.matrix(total, count)
-        old, new = old.to(query.dtype), new.to(query.dtype)
+        count = stream.number + added
+        filled = stream.filled + added
+        old = self.matrix(stream.block_total, stream.block_number)
+        new = self.matrix(total, count)
+        old = old.to(query.dtype)
+        new = new.to(query.dtype)
         read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
         rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
         block_total = stream.block_total

@@ -1,4 +1,4 @@
-"""How a model without a sequence of its own reads the history: an encoded state once per request,
+"""A reader of the history for models that encode no sequence: an encoded state once per request,
 one token a candidate.
 """
 
@@ -65,13 +65,14 @@ class HistoryReader(nn.Module):
         if self.kind == "din":
             return rows, user.mask_BL
         index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)
-        rows, mask = rows + sinusoids(index.clamp(min=0), rows.shape[-1]), user.mask_BL[:, None]
+        rows = rows + sinusoids(index.clamp(min=0), rows.shape[-1])
+        mask = user.mask_BL[:, None]
         encode, read = self.layers
         rows = encode(rows, *encode.keys_values(rows), mask)  # type: ignore[operator]
         return (*read.keys_values(rows), mask)  # type: ignore[operator]
 
     def forward(self, prepared: Any, candidate_BCD: Tensor) -> Tensor:
-        """What each candidate reads, B × C × D."""
+        """Read the history for each candidate, B × C × D."""
         if self.kind == "din":
             read: Tensor = self.attention(*prepared, candidate_BCD)
             return read

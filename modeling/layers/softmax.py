@@ -61,7 +61,8 @@ class Softmax(Operator):
         keys, values, real = state
         keys = torch.cat([keys, self._heads(key)], 2)
         values = torch.cat([values, self._heads(value)], 2)
-        num_old, num_new = real.shape[1], query.shape[1]
+        num_old = real.shape[1]
+        num_new = query.shape[1]
         real = torch.cat([real, mask_BT], 1)
         if num_old == 0:  # the first rows need no mask, and so no T × T of it
             return self.forward(query, key, value, mask_BT), (keys, values, real)

@@ -1,7 +1,7 @@
-"""Summary tokens of another model as rows that a ranker reads beside its own (VISTA, arXiv
+"""Stored summary tokens of a different model as rows that a ranker reads beside its own (VISTA, arXiv
 2510.22049: downstream models).
 
-They are features: no gradient goes to whoever made them. A user without tokens has learned rows in
+They are features: no gradient reaches the model that made them. A user without tokens has learned rows in
 their place.
 """
 
@@ -26,9 +26,10 @@ class StoredTokens(nn.Module):
         """B × S × D.
 
         Raises:
-            ValueError: the batch has no tokens, or tokens of another shape.
+            ValueError: the batch has no tokens, or tokens of the wrong shape.
         """
-        tokens, has = user.tokens_BSX, user.has_tokens_B
+        tokens = user.tokens_BSX
+        has = user.has_tokens_B
         if tokens is None or has is None or tokens.shape[1:] != self.shape:
             found = None if tokens is None else tuple(tokens.shape[1:])
             raise ValueError(

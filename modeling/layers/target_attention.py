@@ -30,14 +30,15 @@ class TargetAttention(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.event, self.candidate = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
+        self.event = nn.Linear(width, hidden)
+        self.candidate = nn.Linear(width, hidden, bias=False)
         self.pair = nn.Parameter(torch.empty(width, hidden))
         nn.init.xavier_normal_(self.pair)
         self.slope = nn.Parameter(torch.full((hidden,), 0.25))
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, rows_BLD: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
-        """What each candidate reads, B × C × D; zeros of an empty history. In the weights'
+        """Read the history for each candidate, B × C × D; zeros of an empty history. In the weights'
         precision, under autocast too.
         """
         kind = self.pair.dtype
@@ -45,7 +46,8 @@ class TargetAttention(nn.Module):
             return self._read(rows_BLD.to(kind), mask_BL, candidate_BCD.to(kind))
 
     def _read(self, rows: Tensor, mask_BL: Tensor, candidate_BCD: Tensor) -> Tensor:
-        event, out = self.event.weight.T, self.out.weight[0]
+        event = self.event.weight.T
+        out = self.out.weight[0]
         shift = self.candidate(candidate_BCD) + self.event.bias  # B × C × H
         weight: Tensor = _RectifiedPairs.apply(  # type: ignore[no-untyped-call]
             rows,
@@ -113,9 +115,11 @@ def _gradients(
     to_rows = torch.zeros_like(rows)
     to_candidate = torch.empty_like(candidate)
     to_shift = torch.empty_like(shift)
-    to_both, to_out = torch.zeros_like(both), torch.zeros_like(out)
+    to_both = torch.zeros_like(both)
+    to_out = torch.zeros_like(out)
     for some, chosen in _blocks(rows, shift):
-        events, chosen_by_width = _with_one(rows[some]), _by_width(candidate[some, chosen])
+        events = _with_one(rows[some])
+        chosen_by_width = _by_width(candidate[some, chosen])
         matrix = _matrix(chosen_by_width, both, shift[some, chosen])
         into = gradient_BLC[some, :, chosen]
         hidden = _hidden(events, matrix)
@@ -144,7 +148,7 @@ def _by_width(candidate: Tensor) -> Tensor:
 
 
 def _matrix(candidate_by_width: Tensor, both: Tensor, shift: Tensor) -> Tensor:
-    """What multiplies an event and its 1, of each candidate: n × (D + 1) × C × H."""
+    """Return the matrix that multiplies an event and its 1, for each candidate: n × (D + 1) × C × H."""
     of_event = (candidate_by_width @ both).unflatten(1, shift.shape[:2]).transpose(0, 1)
     return torch.cat([of_event, shift[:, None]], dim=1)
 

@@ -95,7 +95,8 @@ class AmortisedDLRM(Ranker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
+        self.config = config
+        self.sizes = sizes
         width = config.width
         self.features = FeatureTokens(sizes, width, bags=config.bags)
         self.action = nn.Embedding(
@@ -108,6 +109,7 @@ class AmortisedDLRM(Ranker):
                 f"fusion={config.fusion!r} reads no stored summary tokens: choose an amortised one"
             )
         self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
+        # The history, once per request.
         self.layers = nn.ModuleList(
             HistoryAttentionLayer(width, config.num_heads, config.dropout)
             if config.attention == "softmax"
@@ -120,8 +122,10 @@ class AmortisedDLRM(Ranker):
             self.join_history = nn.Linear(width, width)  # W_in, its half for H
             self.join_candidate = nn.Linear(width, width, bias=False)  # and its half for C
             self.pool = nn.Linear((NEWEST + 1) * width, width)
+        # All other features, with what the candidate read of the history.
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        request, candidate = self.features.num_request, self.features.num_candidate
+        request = self.features.num_request
+        candidate = self.features.num_candidate
         width_of = (request, 1 + candidate, width)
         self.interaction: Interaction = (
             CrossNetwork(*width_of, config.cross_layers, config.cross_rank)
@@ -135,7 +139,7 @@ class AmortisedDLRM(Ranker):
 
     @property
     def amortised(self) -> bool:
-        """Whether the history is encoded once, whatever the candidates."""
+        """True if the history is encoded once, whatever the candidates."""
         return self.config.fusion in ("append_self", "append_cross")
 
     @property
@@ -147,7 +151,8 @@ class AmortisedDLRM(Ranker):
         """Keys and values of the history in every layer: L rows, whatever the number of
         candidates.
         """
-        mask, items = user.mask_BL, self.features.item(user.item_BL)
+        mask = user.mask_BL
+        items = self.features.item(user.item_BL)
         bags = self.features.bag(user, items_BLD=items) if self.config.bags else None
         rows = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long))
         full = bool(mask.all())
@@ -203,12 +208,14 @@ class AmortisedDLRM(Ranker):
     def _concatenated(self, state: UserState, rows_BCD: Tensor) -> Tensor:
         """CONCAT: an encoder run for every candidate."""
         assert state.rows_BLD is not None
-        number, length = rows_BCD.shape[1], state.rows_BLD.shape[1]
+        number = rows_BCD.shape[1]
+        length = state.rows_BLD.shape[1]
         joined = (
             self.join_history(state.rows_BLD)[:, None] + self.join_candidate(rows_BCD)[:, :, None]
         )
         mask = state.mask_BL.repeat_interleave(number, 0)
-        rows, visible = joined.flatten(0, 1), self._history_mask(mask, state.full)
+        rows = joined.flatten(0, 1)
+        visible = self._history_mask(mask, state.full)
         for layer in self.layers:
             rows = layer(rows, *layer.keys_values(rows), visible)  # type: ignore[operator]
         back = (
@@ -248,7 +255,8 @@ class AmortisedDLRM(Ranker):
     def _through_layers(
         self, rows: Tensor, mask: Tensor | None, cached: UserState | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        all_keys, all_values = [], []
+        all_keys = []
+        all_values = []
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys_values(rows)  # type: ignore[operator]
             if cached is not None:

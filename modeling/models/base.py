@@ -48,7 +48,7 @@ class Ranker(nn.Module, ABC):
         `must_refresh` does not ask for encoding anew.
 
         The longer history is every event that the state has seen and the new ones, without a bound:
-        `encode_user` on the newest L of them is the same only while there are no more than L. Of
+        `encode_user` on the newest L of them is the same only while there are no more than L. For
         OneTrans, whose layers read tails, it is the encoding with tails where the last full one put
         them.
 
@@ -68,7 +68,7 @@ class Ranker(nn.Module, ABC):
         """Users, bool B, or one for all of them, whom a caller that extends states is to encode
         again before they are ranked.
 
-        Users of another model version must be encoded again too; a state does not know, the caller
+        Users of a different model version must be encoded again too; a state does not know, the caller
         does.
         """
         return torch.zeros((), dtype=torch.bool)
@@ -88,12 +88,12 @@ class Ranker(nn.Module, ABC):
 
     @property
     def can_extend(self) -> bool:
-        """Whether `extend_user` is exact in this configuration."""
+        """True if `extend_user` is exact in this configuration."""
         return False
 
     @property
     def grows_exactly(self) -> bool:
-        """Whether extending by new events, too, is what encoding anew would give while the history fits
+        """Return whether extending by new events, too, is what encoding anew would give while the history fits
         the window; a model that pins something at the last full encoding says no.
         """
         return self.can_extend
@@ -103,7 +103,7 @@ class Ranker(nn.Module, ABC):
         return self.score(self.encode_user(batch.user), batch.candidates)
 
     def training_forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What a training step needs: `forward`, and a further loss where the model has one,
+        """Run a training step: `forward`, and a further loss where the model has one,
         weighted.
         """
         return self(batch), None
@@ -137,7 +137,7 @@ class TokenMaker(Ranker):
     @staticmethod
     @abstractmethod
     def streams_with(config: Any) -> bool:
-        """Whether stored streams take new events under a config: tokens are then of all events."""
+        """Return whether stored streams take new events under a config: tokens are then of all events."""
 
     @property
     def streams(self) -> bool:
@@ -147,7 +147,7 @@ class TokenMaker(Ranker):
     @property
     @abstractmethod
     def piece(self) -> int:
-        """Of how many events chunks must be a multiple, so that every path adds the same numbers in
+        """The number of events that chunks must be a multiple of, so that every path adds the same numbers in
         the same order.
         """
 
@@ -159,7 +159,7 @@ class TokenMaker(Ranker):
     @property
     @abstractmethod
     def token_config(self) -> dict[str, Any]:
-        """What tokens depend on beside the weights of stage 1."""
+        """Return what tokens depend on beside the weights of stage 1."""
 
     @abstractmethod
     def stage_1(self) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class TokenMaker(Ranker):
 
     @abstractmethod
     def stored_streams(self, streams: Any) -> Tensor:
-        """What has to be kept of streams, B × rows × width."""
+        """Return the part of streams that has to be kept, B × rows × width."""
 
     @abstractmethod
     def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> Any:

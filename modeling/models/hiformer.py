@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from modeling.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
-from modeling.layers.heterogeneous import HeterogeneousLayer, Kind, Known, Shape
+from modeling.layers.heterogeneous import HeterogeneousLayer, Kind, Known, LayerShape
 from modeling.layers.interaction import TaskHeads
 from modeling.layers.reader import History, HistoryReader, with_read
 from modeling.models.base import Ranker
@@ -71,7 +71,8 @@ class Hiformer(Ranker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
+        self.config = config
+        self.sizes = sizes
         self.features = FeatureTokens(sizes, config.width, bags=True)
         self.tasks = nn.Parameter(torch.randn(sizes.tasks, config.width) * 0.05)
         self.reader = None
@@ -83,13 +84,14 @@ class Hiformer(Ranker):
                 config.history,
                 config.history_hidden,
             )
+        # Task tokens first: the heads read these alone, so the last layer may prune all others.
         tokens = (
             sizes.tasks
             + self.features.num_request
             + self.features.num_candidate
             + (self.reader is not None)
         )
-        shape = Shape(
+        shape = LayerShape(
             tokens,
             config.width,
             config.num_heads,

@@ -70,9 +70,12 @@ class HSTULayer(nn.Module):
         time_bias: bool,
     ) -> None:
         super().__init__()
-        self.num_heads, self.normaliser = num_heads, normaliser
-        self.norm, self.mixed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.gate_value_query_key, self.out = nn.Linear(width, 4 * width), nn.Linear(width, width)
+        self.num_heads = num_heads
+        self.normaliser = normaliser
+        self.norm = nn.LayerNorm(width)
+        self.mixed_norm = nn.LayerNorm(width)
+        self.gate_value_query_key = nn.Linear(width, 4 * width)
+        self.out = nn.Linear(width, width)
         self.distance = nn.Parameter(torch.zeros(num_distances))
         self.duration = nn.Parameter(torch.zeros(GAP_BUCKETS)) if time_bias else None
         self.dropout = nn.Dropout(dropout)

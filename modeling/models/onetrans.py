@@ -115,9 +115,11 @@ class MixedLayer(nn.Module):
 
     def __init__(self, config: Config, num_ns: int) -> None:
         super().__init__()
-        width, own = config.width, num_ns if config.own_weights else 0
+        width = config.width
+        own = num_ns if config.own_weights else 0
         self.num_heads = config.num_heads
-        self.norm, self.norm_out = MixedRMSNorm(width, own), MixedRMSNorm(width, own)
+        self.norm = MixedRMSNorm(width, own)
+        self.norm_out = MixedRMSNorm(width, own)
         self.query = MixedLinear(width, width, own)
         self.key_value = MixedLinear(width, 2 * width, own)
         self.out = MixedLinear(width, width, own if config.own_output else 0)
@@ -154,7 +156,8 @@ class OneTrans(Ranker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
+        self.config = config
+        self.sizes = sizes
         width = config.width
         if width % config.num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {config.num_heads}")
@@ -177,10 +180,8 @@ class OneTrans(Ranker):
             )
             self.candidate_nodes = AutoSplit(inputs, width, self.num_candidate, config.split_layers)
         else:
-            self.num_request, self.num_candidate = (
-                len(features.request_groups),
-                len(features.candidate_groups),
-            )
+            self.num_request = len(features.request_groups)
+            self.num_candidate = len(features.candidate_groups)
             self.request_nodes = (
                 GroupWise(features.request_groups, width) if self.num_request else None
             )
@@ -244,7 +245,8 @@ class OneTrans(Ranker):
                 read = scaled_dot_product_attention(
                     query, keys, values, attn_mask=_causal(mask, keep)
                 )
-                rows, mask = layer.finish(rows[:, -keep:], read), mask[:, -keep:]  # type: ignore[operator]
+                rows = layer.finish(rows[:, -keep:], read)  # type: ignore[operator]
+                mask = mask[:, -keep:]
         length = user.mask_BL.sum(1)
         full = bool(user.mask_BL.all())
         bags = self.features.bag(user) if self.config.pooled_sequences else None
@@ -260,7 +262,8 @@ class OneTrans(Ranker):
             raise CannotExtendError(
                 "a timestamp-agnostic merge puts new events between old ones, which changes every row after them. Encode the user again"
             )
-        new, request = new_events.mask_BL, self.num_request
+        new = new_events.mask_BL
+        request = self.num_request
         rows = self._embed(new_events, user_state.length_B)
         cache = []
         for number, layer in enumerate(self.layers):
@@ -316,7 +319,8 @@ class OneTrans(Ranker):
             starts_Bn: first S row of each layer's input by user, as an absolute place in the
                 history; default: where a full encoding puts them.
         """
-        user, found = batch.user, []
+        user = batch.user
+        found = []
         rows_S, mask_S = self._sequence(user)
         length = rows_S.shape[1]
         place = torch.arange(length, device=rows_S.device) - (length - mask_S.sum(1, keepdim=True))
@@ -324,6 +328,7 @@ class OneTrans(Ranker):
             starts_Bn = torch.stack(
                 [(mask_S.sum(1) - tail).clamp(min=0) for tail in self.tails], dim=1
             )
+        # One candidate at a time, so that no candidate can read another.
         for index in range(batch.candidates.item_BC.shape[1]):
             one = self.features.candidates(batch.candidates.select(slice(index, index + 1)))
             request = self.features.request(user)
@@ -437,7 +442,8 @@ class OneTrans(Ranker):
         if self.stored is not None:  # first: more history, already summarised
             tokens = self.stored(user)
             real = torch.ones_like(tokens[..., 0], dtype=torch.bool)
-            rows, mask = torch.cat([tokens, rows], dim=1), torch.cat([real, mask], dim=1)
+            rows = torch.cat([tokens, rows], dim=1)
+            mask = torch.cat([real, mask], dim=1)
             kind = torch.cat([torch.zeros_like(real, dtype=torch.long), kind + 1], dim=1)
         order = torch.where(mask, kind, -1).argsort(
             dim=1, stable=True
@@ -470,7 +476,8 @@ class AutoSplit(nn.Module):
     def __init__(self, num_features: int, width: int, num_tokens: int, layers: int) -> None:
         super().__init__()
         self.num_tokens = num_tokens
-        out, network = num_tokens * width, nn.Sequential()
+        out = num_tokens * width
+        network = nn.Sequential()
         if layers == 2:
             network.extend([nn.Linear(num_features * width, out), nn.GELU(), nn.Linear(out, out)])
         else:
@@ -504,7 +511,7 @@ class GroupWise(nn.Module):
 
 
 def _causal(mask: Tensor, number: int) -> Tensor:
-    """What the last `number` rows may read, B × 1 × number × L: real rows up to themselves; padding
+    """Return a mask of what the last `number` rows may read, B × 1 × number × L: real rows up to themselves; padding
     reads itself.
     """
     length = mask.shape[1]

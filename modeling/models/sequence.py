@@ -1,4 +1,4 @@
-"""What all sequence models share: embeddings, a stack of blocks, the tied head, and both steps of
+"""The base of all sequence models: embeddings, a stack of blocks, the tied head, and both steps of
 the interface.
 
 HydraRec, SASRec, BERT4Rec, LinRec and HSTU are this model with another operator, mask and
@@ -29,7 +29,7 @@ from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.block import Activation, Block, MixedScale, Place
 from modeling.layers.embedding import sinusoids
 from modeling.layers.hydra import DecayedHydra, Hydra
-from modeling.layers.linear_attention import LinearAttention, LinRec
+from modeling.layers.linear_attention import LinearAttention, LinRecAttention
 from modeling.layers.operator import Operator, State
 from modeling.layers.packing import Packing
 from modeling.layers.softmax import Softmax
@@ -107,7 +107,8 @@ class SequenceRanker(Ranker):
 
     def __init__(self, config: SequenceConfig, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
+        self.config = config
+        self.sizes = sizes
         width = config.width
         if width % config.num_heads:
             raise ValueError(f"width {width} is no multiple of num_heads {config.num_heads}")
@@ -174,7 +175,7 @@ class SequenceRanker(Ranker):
 
     @property
     def can_extend(self) -> bool:
-        """Whether all layers stream and positions do not move."""
+        """True if all layers stream and positions do not move."""
         return (
             self.config.causal
             and self.config.positions != "from_newest"
@@ -352,7 +353,7 @@ def make_operator(name: OperatorName, config: SequenceConfig) -> Operator:
     if name == "hydra":
         return Hydra(causal=causal)
     if name == "linrec":
-        return LinRec(config.num_heads, causal=causal)
+        return LinRecAttention(config.num_heads, causal=causal)
     if name == "kernel_linear":
         return LinearAttention(config.num_heads, causal=causal, denominator=True)
     if name == "decayed_hydra":

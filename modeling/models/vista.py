@@ -113,8 +113,10 @@ class VISTA(TokenMaker):
                 "causal=True wants seed_role='target' and attention='quasi_linear': a seed that events read changes them "
                 "with every new event, and softmax keeps no state of a fixed size"
             )
-        self.config, self.sizes = config, sizes
-        width, heads = config.width, config.num_heads
+        self.config = config
+        self.sizes = sizes
+        width = config.width
+        heads = config.num_heads
         self.features = FeatureTokens(sizes, width, bags=False)
         self.action = nn.Embedding(
             sizes.actions + 1, width
@@ -131,6 +133,7 @@ class VISTA(TokenMaker):
                 f"stored={config.stored} does not go with stored tokens of shape {sizes.tokens}"
             )
         self.stored = StoredTokens(sizes, width) if config.stored else None
+        # Stage 1: events and seeds through layers, to tokens.
         self.summary = nn.ModuleList(
             HistoryAttentionLayer(width, heads, config.dropout)
             if config.attention == "softmax"
@@ -143,11 +146,13 @@ class VISTA(TokenMaker):
         self.decoder = (
             None if config.stored else HistoryAttentionLayer(width, heads, config.dropout)
         )
+        # Stage 2: candidates read tokens, then meet all other features.
         self.ranking = nn.ModuleList(
             HistoryAttentionLayer(width, heads, config.dropout)
             for _ in range(config.ranking_layers)
         )
-        request, candidate = self.features.num_request, self.features.num_candidate
+        request = self.features.num_request
+        candidate = self.features.num_candidate
         width_of = (request, 1 + candidate, width)
         self.interaction: Interaction = (
             CrossNetwork(*width_of, config.cross_layers, config.cross_rank)
@@ -171,7 +176,7 @@ class VISTA(TokenMaker):
 
     @staticmethod
     def streams_with(config: Config) -> bool:
-        """Where events read only those before them."""
+        """True if events read only earlier ones."""
         return config.causal
 
     @property
@@ -188,7 +193,7 @@ class VISTA(TokenMaker):
 
     @property
     def token_config(self) -> dict[str, Any]:
-        """Of the layers of stage 1."""
+        """Return the config of stage 1's layers."""
         names = ("num_heads", "attention", "seed_role", "causal", "block", "divide")
         return {name: getattr(self.config, name) for name in names}
 
@@ -205,7 +210,8 @@ class VISTA(TokenMaker):
         if self.stored is not None:
             return self.state_of(self.stored(user), user)
         if user.tokens_BSX is not None and user.has_tokens_B is not None:
-            has, tokens = user.has_tokens_B, user.tokens_BSX
+            has = user.has_tokens_B
+            tokens = user.tokens_BSX
             if not bool(has.all()):
                 fresh = self.encode_user(
                     replace(user, tokens_BSX=None, has_tokens_B=None)
@@ -231,7 +237,7 @@ class VISTA(TokenMaker):
         return self._advance(user_state.streams, new_events)
 
     def stored_streams(self, streams: tuple[Stream, ...]) -> Tensor:
-        """What has to be kept of streams, B × rows × K: both sums of every layer; counts follow
+        """Return the part of streams that has to be kept, B × rows × K: both sums of every layer; counts follow
         from the events' number.
         """
         sums = [total for stream in streams for total in (stream.total, stream.block_total)]
@@ -243,7 +249,8 @@ class VISTA(TokenMaker):
         Raises:
             ValueError: the rows are not those of this configuration.
         """
-        layers, heads = len(self.summary), self.config.num_heads
+        layers = len(self.summary)
+        heads = self.config.num_heads
         size = self.config.width // heads
         if stored_BRK.shape[1:] != self.stream_shape:
             raise ValueError(
@@ -264,7 +271,9 @@ class VISTA(TokenMaker):
         """The state of summary tokens, fresh or from a store; no event of `user` is read, only its
         fields.
         """
-        rows, keys, values = tokens_BSD, [], []
+        rows = tokens_BSD
+        keys = []
+        values = []
         for number, layer in enumerate(self.ranking):
             key, value = layer.keys_values(rows)  # type: ignore[operator]
             keys.append(key)
@@ -307,8 +316,7 @@ class VISTA(TokenMaker):
         return error.sum() / (pairs.sum().clamp(min=1) * items.shape[-1])
 
     def reconstruct(self, tokens_BSD: Tensor, user: UserInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder says of the item after each event, the item embeddings, and which events
-        are real.
+        """Predict the item after each event; with the item embeddings, and a mask of real events.
 
         All B × M (× D), M newest events; row i has read the tokens and the events up to i.
         """
@@ -352,6 +360,7 @@ class VISTA(TokenMaker):
             raise ValueError("softmax reads every pair of events and has no summary in parts")
         if self.config.causal:
             return self.stream(chunks())[0]
+        # Each round over the chunks gives one more layer its matrix.
         matrices: list[Tensor] = []
         seeds: Tensor | None = None
         for layer in self.summary:
@@ -406,7 +415,8 @@ class VISTA(TokenMaker):
         """
         if self.config.causal:
             return self._through_and_read(self._started(len(user.item_BL)), user)[0]
-        rows, mask = self._events(user), user.mask_BL
+        rows = self._events(user)
+        mask = user.mask_BL
         seeds = self.seeds.expand(len(rows), -1, -1)
         for index, layer in enumerate(self.summary):
             last = index + 1 == len(self.summary)
@@ -428,7 +438,8 @@ class VISTA(TokenMaker):
         target = self.config.seed_role == "target"
         if not target:
             more, number = layer.sums(seeds, torch.ones_like(seeds[..., 0], dtype=torch.bool))  # type: ignore[operator]
-            total, count = total + more, count + number
+            total = total + more
+            count = count + number
         matrix = layer.matrix(total, count)  # type: ignore[operator]
         return layer(seeds, matrix, target=target), matrix
 
@@ -467,7 +478,9 @@ class VISTA(TokenMaker):
         ):
             streams = self._through_streams(streams, user)
             return self._read_streams(streams), streams
-        rows, seeds, found = self._events(user), self.seeds.expand(len(mask), -1, -1), list(streams)
+        rows = self._events(user)
+        seeds = self.seeds.expand(len(mask), -1, -1)
+        found = list(streams)
         for number, layer in enumerate(self.summary):
             rows, seeds, found[number] = layer.advance_and_read(rows, mask, seeds, found[number])  # type: ignore[operator]
         tokens: Tensor = self.token_norm(seeds)

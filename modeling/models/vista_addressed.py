@@ -91,8 +91,10 @@ class AddressedVISTA(TokenMaker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
-        width, code = config.width, config.code_width
+        self.config = config
+        self.sizes = sizes
+        width = config.width
+        code = config.code_width
         self.features = FeatureTokens(sizes, width, bags=False)
         self.codes = ItemCodes(sizes, code)
         self.memory = SlotMemory(
@@ -159,7 +161,7 @@ class AddressedVISTA(TokenMaker):
 
     @property
     def token_config(self) -> dict[str, Any]:
-        """Of the sums."""
+        """Return the config of the sums."""
         return {
             "sharpness": self.config.sharpness,
             "half_lives_days": list(self.config.half_lives_days),
@@ -176,7 +178,8 @@ class AddressedVISTA(TokenMaker):
         """Sums of the user's events, or the tokens of a store, where given."""
         if user.tokens_BSX is None or user.has_tokens_B is None:
             return self._state(self._advanced(self._started(len(user.item_BL)), user), user)
-        has, stored = user.has_tokens_B, user.tokens_BSX
+        has = user.has_tokens_B
+        stored = user.tokens_BSX
         if not bool(has.all()):
             fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
             stored = torch.where(has[:, None, None], stored, fresh)
@@ -210,7 +213,7 @@ class AddressedVISTA(TokenMaker):
         return logits
 
     def _followed(self, user_state: UserState, own_BCW: Tensor) -> Tensor:
-        """What a candidate reads of what followed what, where it learns to look: B × C × D."""
+        """Read the pairs of consecutive events for each candidate, with learned queries: B × C × D."""
         assert self.pairs is not None
         address = self.pairs.address(normalize(self.where(own_BCW), dim=-1))
         sought = normalize(self.what(own_BCW), dim=-1)
@@ -273,14 +276,15 @@ class AddressedVISTA(TokenMaker):
         return Streams(SlotStream(slots[..., :-1], slots[..., -1]), kept)
 
     def _started(self, batch: int) -> Streams:
-        """Of users without events."""
+        """Return the streams of users without events."""
         pairs = None if self.pairs is None else self.pairs.start(batch)
         return Streams(self.memory.start(batch), pairs)
 
     def _advanced(self, streams: Streams, user: UserInputs) -> Streams:
         if not user.item_BL.shape[1]:  # another request, no new event
             return streams
-        items, gaps = self.codes.of_events(user.item_BL), torch.expm1(user.gap_BL)
+        items = self.codes.of_events(user.item_BL)
+        gaps = torch.expm1(user.gap_BL)
         events = self.features.events(user)
         slots = self.memory.advance(
             streams.slots, items, user.action_BL, events, gaps, user.mask_BL
@@ -317,7 +321,8 @@ class AddressedVISTA(TokenMaker):
 
     def _of_tokens(self, tokens_BSD: Tensor, user: UserInputs) -> UserState:
         slots, pairs = self._parted(tokens_BSD.float())
-        mass, pair_mass = slots[..., -1].expm1(), pairs[..., -1].expm1()
+        mass = slots[..., -1].expm1()
+        pair_mass = pairs[..., -1].expm1()
         total = slots[..., :-1] * (mass[..., None] + 1)
         pair_total = pairs[..., :-1] * (pair_mass[..., None] + 1)
         request = self._request(total, mass, user)
@@ -325,7 +330,8 @@ class AddressedVISTA(TokenMaker):
 
     def _request(self, total_BAHW: Tensor, mass_BAH: Tensor, user: UserInputs) -> Tensor:
         """The request's fields, and beside them the mean of all slots."""
-        total, mass = total_BAHW.sum(1), mass_BAH.sum(1)
+        total = total_BAHW.sum(1)
+        mass = mass_BAH.sum(1)
         mean = self.whole((total / (mass[..., None] + 1)).flatten(1))
         return torch.cat([self.features.request(user), mean[:, None]], dim=1)
 

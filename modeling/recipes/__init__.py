@@ -11,15 +11,14 @@ from typing import Any, Literal
 from feature_repo.errors import nearest
 from modeling.errors import RecipeError
 
-SERVICE, SERVICE_WITH_TOKENS = (
-    "ranking_v1",
-    "ranking_v1_tokens",
-)  # feature services that rankers train on
+# Feature services that rankers train on.
+SERVICE = "ranking_v1"
+SERVICE_WITH_TOKENS = "ranking_v1_tokens"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What every training loop needs. One seed controls initial weights, dropout, order and
+    """Settings of every training loop. One seed controls initial weights, dropout, order and
     negatives.
     """
 
@@ -80,7 +79,7 @@ class Recipe:
         None  # the recipe whose stored summary tokens it reads; its service must join them
     )
     training: Training = field(default_factory=Training)
-    without: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
+    ablated: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
 
 
 SplitName = Literal["leave_one_out", "global_time"]  # see modeling/sequences.py
@@ -167,7 +166,7 @@ FOR_ANYBODY = 1  # groups that are listed unasked
 
 
 def about(recipe: AnyRecipe) -> str:
-    """What training a recipe leads to, in a line."""
+    """Say in a line what training a recipe leads to."""
     if isinstance(recipe, NextItemRecipe):
         return (
             f"{recipe.name} is a next-item recipe: it is trained and evaluated on the order of items, and nothing is exported or "

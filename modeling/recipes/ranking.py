@@ -136,7 +136,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rank": 64},
     ),
 }
-# Of any size: OneTrans's ablations, floors, and peers of long histories.
+# Of any size: OneTrans's ablations, baselines, and peers of long histories.
 BESIDE = (
     "onetrans_group_wise",
     "onetrans_agnostic",
@@ -273,7 +273,8 @@ def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], R
     def recipe() -> Recipe:
         return make(name)
 
-    recipe.__name__, recipe.__doc__ = name, doc
+    recipe.__name__ = name
+    recipe.__doc__ = doc
     return recipe
 
 

@@ -59,7 +59,8 @@ def main() -> None:
 def _measure(
     port: int, contract: Contract, users: list[Any], asked: list[Any], rounds: int
 ) -> dict[str, float]:
-    event_ms, shown_ms = [], []
+    event_ms = []
+    shown_ms = []
     for number in range(-10, rounds):  # the first ten warm up
         user = users[number % len(users)]
         stamp = datetime.now(UTC).isoformat()

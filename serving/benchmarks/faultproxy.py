@@ -52,7 +52,8 @@ class FaultProxy:
     """
 
     def __init__(self, host: str, port: int, listen: int = 0, seed: int = 0) -> None:
-        self._behind, self._listen = (host, port), listen
+        self._behind = (host, port)
+        self._listen = listen
         self._rng = random.Random(seed)  # noqa: S311  # faults, no secret
         self._fault = NONE
         self._open: set[asyncio.StreamWriter] = set()

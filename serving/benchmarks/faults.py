@@ -34,7 +34,8 @@ from feature_repo.tables import JobFolder
 from serving.benchmarks.openloop import Outcome, Target, open_loop, poisson
 from serving.command import listenable
 
-DEADLINE_MS, HEADER_S = 400.0, 2
+DEADLINE_MS = 400.0
+HEADER_S = 2
 RATE = 25.0  # requests a second
 CANDIDATES = 20
 FAULTS = ("stands still", "is killed and comes back empty")

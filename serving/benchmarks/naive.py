@@ -31,7 +31,8 @@ from serving.benchmarks.load import Running, server, started
 from serving.benchmarks.openloop import Target, closed_loop
 from serving.benchmarks.synthetic import SIZES, Requests, bundle_of, fill, model_ms, store
 
-LENGTHS, CANDIDATES = (512, 1024), 128
+LENGTHS = (512, 1024)
+CANDIDATES = 128
 BUNDLE = "PLAIN_TWIN_BUNDLE"  # environment of the twin: folder of the bundle
 # No answer of either is cut short, and every request of ours encodes its user.
 SERVE = {"MEMOIR_SERVE_DEADLINE_MS": "10000", "MEMOIR_SERVE_STATE_MIB": "0"}
@@ -60,10 +61,12 @@ def _measure(settings: Settings, ranker: str, length: int, rounds: int) -> dict[
     with our_server as running, plain(folder) as other:
         ours = Target("127.0.0.1", running.port, requests)
         twin = Target("127.0.0.1", other.port, requests)
-        mine, theirs = _scores(running.port, requests(0)), _scores(other.port, requests(0))
+        mine = _scores(running.port, requests(0))
+        theirs = _scores(other.port, requests(0))
         different = max(abs(mine[item] - theirs[item]) for item in mine)
         asyncio.run(closed_loop(ours, 1.0))
-        fast, slow = [], []
+        fast = []
+        slow = []
         # In turns, so that a busy neighbour slows both.
         for _ in range(rounds):
             fast.append(asyncio.run(closed_loop(ours, 0.5)).ms(50))
@@ -103,7 +106,7 @@ def plain_app() -> Any:
     from modeling.tasks import ranking_logits, sigmoid
     from serving.features import FeastReader
     from serving.items import ItemTable, Loaded
-    from serving.ranker import RankService
+    from serving.request import RequestEncoder
 
     settings = Settings.from_env()
     contract = load_contract(settings.dataset)
@@ -118,12 +121,13 @@ def plain_app() -> Any:
     @app.post("/v1/rank")
     def rank(asked: dict[str, Any] = Body()) -> dict[str, Any]:  # noqa: B008  # FastAPI's way
         # 1. Features of the user and of each candidate, through the SDK.
-        user, candidates = reader.read_user(asked["user_id"]), asked["candidates"]
+        user = reader.read_user(asked["user_id"])
+        candidates = asked["candidates"]
         rows = reader.read_items(candidates)
         table = ItemTable(bundle.encoder, reader.read_items, lambda: Loaded(rows))
         # 2. Numbers, as in training.
         at = datetime.fromisoformat(asked["context"]["request_timestamp"])
-        encoded = RankService(bundle, reader, table).encoded(user, candidates, at)
+        encoded = RequestEncoder(bundle, table).encoded(user, candidates, at)
         table.close()
         batch = bundle.encoder.collate(encoded, np.array([0]))
         # 3. One copy of the history for each candidate, all in one forward.

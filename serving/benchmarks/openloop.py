@@ -131,7 +131,8 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
 def poisson(per_second: float, seconds: float, seed: int = 0) -> list[float]:
     """Moments at which requests are due, from the beginning."""
     rng = random.Random(seed)  # noqa: S311  # load, no secret
-    moments, at = [], 0.0
+    moments = []
+    at = 0.0
     while (at := at + rng.expovariate(per_second)) < seconds:
         moments.append(at)
     return moments
@@ -143,7 +144,8 @@ async def open_loop(target: Target, moments: Sequence[float], *, keep: bool = Fa
     Args:
         keep: whether to keep the answers' bodies.
     """
-    outcome, connections = Outcome(), Connections(target)
+    outcome = Outcome()
+    connections = Connections(target)
     began = time.perf_counter()
 
     async def one(number: int, due: float) -> None:
@@ -152,7 +154,8 @@ async def open_loop(target: Target, moments: Sequence[float], *, keep: bool = Fa
             async with asyncio.timeout(GIVEN_UP_S):
                 status, body = await connections.ask(number)
         except TimeoutError:
-            status, body = 0, b""
+            status = 0
+            body = b""
         now = time.perf_counter()
         outcome.statuses[status] += 1
         if status == 200:
@@ -178,10 +181,12 @@ async def closed_loop(target: Target, seconds: float, connections: int = 1) -> O
     """One request after the other on each connection, as fast as answers come: what a server can do at
     most, and the tool that hides a stall.
     """
-    outcome, began = Outcome(), time.perf_counter()
+    outcome = Outcome()
+    began = time.perf_counter()
 
     async def one(first: int) -> None:
-        kept, number = Connections(target), first
+        kept = Connections(target)
+        number = first
         while (sent := time.perf_counter()) < began + seconds:
             status, _ = await kept.ask(number)
             spent = max(int(1e6 * (time.perf_counter() - sent)), 1)

@@ -22,10 +22,11 @@ from feature_repo.store import open_store
 from feature_repo.tables import JobFolder
 from serving.features import FeastReader
 from serving.items import item_columns
-from serving.live import Source
+from serving.live import BundleSource
 from serving.redis_reader import RedisReader
 
-CANDIDATES, TURN = 500, 25
+CANDIDATES = 500
+TURN = 25
 Call = Callable[[int], Awaitable[Any]]
 
 
@@ -33,9 +34,11 @@ def main() -> None:
     """Run."""
     arguments = parser("serving.benchmarks.readers", __doc__).parse_args()
     settings = Settings.from_env()
-    serving = Source(settings).load()
-    bundle, items = serving.ranker.bundle, serving.ranker.items
-    contract, service = bundle.encoder.contract, bundle.manifest["online_service"]
+    serving = BundleSource(settings).load()
+    bundle = serving.ranker.bundle
+    items = serving.ranker.items
+    contract = bundle.encoder.contract
+    service = bundle.manifest["online_service"]
     store = open_store(settings)
     slow = FeastReader(store, contract, service, bundle.tokens)
     fast = RedisReader(store, contract, service, bundle.tokens)
@@ -72,7 +75,8 @@ def main() -> None:
     async def run() -> list[dict[str, Any]]:
         different = 0
         for user, _ in asked[:50]:
-            one, other = await fast.read_user(user, 1.0), slow.read_user(user)
+            one = await fast.read_user(user, 1.0)
+            other = slow.read_user(user)
             different += (one.columns, one.history, one.problems) != (
                 other.columns,
                 other.history,
@@ -121,7 +125,8 @@ async def _interleaved(calls: dict[str, Call], rounds: int) -> dict[str, tuple[f
         for name, call in calls.items():
             gc.collect()
             for number in range(first, min(first + TURN, rounds)):
-                began, started = time.perf_counter(), time.process_time()
+                began = time.perf_counter()
+                started = time.process_time()
                 await call(number)
                 cpu[name].append(1000 * (time.process_time() - started))
                 wall[name].append(1000 * (time.perf_counter() - began))

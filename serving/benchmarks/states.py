@@ -50,7 +50,8 @@ def main() -> None:
 
 def _measure(model: Ranker, length: int, repeats: int) -> dict[str, Any]:
     batch = requests(model.sizes, 1, length, CANDIDATES)
-    whole, candidates = batch.user, batch.candidates
+    whole = batch.user
+    candidates = batch.candidates
     before = whole.events(0, length - 1)
     later = replace(before, dense_BG=before.dense_BG + 0.5, age_BL=before.age_BL + 0.1)
     with torch.inference_mode():

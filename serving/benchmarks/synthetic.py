@@ -104,7 +104,8 @@ class Requests:
 def fill(settings: Settings, length: int) -> None:
     """Users with so many events, and items, into the store."""
     contract = load_contract(settings.dataset)
-    feast, rng = open_store(settings), np.random.default_rng(0)
+    feast = open_store(settings)
+    rng = np.random.default_rng(0)
     users = list(range(1, USERS + 1))
     histories = []
     for user in users:
@@ -154,7 +155,8 @@ def bundle_of(settings: Settings, size: Size) -> Path:
 
     torch.manual_seed(0)
     contract = load_contract(settings.dataset)
-    encoder, recipe = _encoder(contract, size.length), recipes.load("amortised_dlrm")
+    encoder = _encoder(contract, size.length)
+    recipe = recipes.load("amortised_dlrm")
     assert isinstance(recipe, recipes.Recipe)
     config = {"width": size.width, "num_layers": size.layers, "num_heads": 4}
     folder, _ = bundles.export(

@@ -100,7 +100,7 @@ def test_what_is_online_after_a_correction_equals_a_build_from_nothing(
     helpers.run_jobs(corrected.settings, "materialize")
     reader, _ = reader_of(corrected)
     stats = {user: reader.read_user(user) for user in sorted(users_of(corrected.settings.home))}
-    assert any(row.tokens_know_another_past for row in stats.values())
+    assert any(row.tokens_know_another_history for row in stats.values())
     outcome = helpers.run_jobs(corrected.settings, "summary_tokens", bundle="vista_tiny")[
         "summary_tokens"
     ]
@@ -122,7 +122,7 @@ def test_what_is_online_after_a_correction_equals_a_build_from_nothing(
     for user in sorted(before | after):
         assert_same_user(ours.read_user(user), theirs.read_user(user))
         assert (Degraded.UNKNOWN_USER in ours.read_user(user).problems) == (user not in after)
-        assert not ours.read_user(user).tokens_know_another_past
+        assert not ours.read_user(user).tokens_know_another_history
     items = items_before.to_pylist()
     assert ours.read_items(items).equals(theirs.read_items(items))
     assert arrow_type(CONTRACT.item.dtype) == ours.read_items(items)["item_id"].type

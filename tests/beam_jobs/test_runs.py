@@ -344,13 +344,13 @@ def test_a_skip_looks_at_inputs_options_store_and_code(
     """What `python -m beam_jobs` decides without importing Beam."""
     from beam_jobs import inputs
     from beam_jobs.command import _up_to_date, run_command
-    from beam_jobs.options import Common, OnlineOptions, Options, TableOptions
+    from beam_jobs.options import Common, OnlineOptions, RunOptions, TableOptions
     from feature_repo.store import ONLINE, local_file
 
     road = helpers.copied(shop, tmp_path)
     asked = {"item_stats": TableOptions(num_partitions=2), "materialize": OnlineOptions()}
 
-    def skipped(job: str, options: Options | None = None, **common: Any) -> bool:
+    def skipped(job: str, options: RunOptions | None = None, **common: Any) -> bool:
         return _up_to_date(job, options or asked[job], Common(**common), road.settings)
 
     for job, options in asked.items():

@@ -32,6 +32,8 @@ from modeling import bundle as bundles
 from modeling.bundle import Bundle
 from modeling.models.vista import VISTA
 from modeling.summary import Summariser
+from tests.periods import joined_period
+from tests.ranking import ranked
 
 CONTRACT = datasets.load_contract("online_retail")
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,8 +92,8 @@ def test_training_reads_the_tokens_of_the_time_and_never_later_ones(token_shop: 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     warehouse = Warehouse(token_shop.settings)
     shape = bundle.token_shape
-    split = warehouse.split(
-        token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", shape)
+    split = joined_period(
+        warehouse, token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", shape)
     )
     assert split.requests.gather_tokens is not None
     tokens, has = split.requests.gather_tokens(np.arange(len(split.requests)))
@@ -528,12 +530,12 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
 def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_only(
     recipe: str, fresh: Any, helpers: Any
 ) -> None:
-    from modeling import command, recipes
+    from modeling import recipes, training_run
     from serving.command import open_ranker
     from serving.messages import RankRequest
 
     with pytest.raises(LookupError, match="no summary tokens of recipe 'vista_tiny'"):
-        command.open_run(fresh.settings, recipes.load(recipe))
+        training_run.open_run(fresh.settings, recipes.load(recipe))
     build(fresh, helpers)
     made = live(fresh)
     helpers.train_road(fresh, recipe)
@@ -549,11 +551,11 @@ def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_on
         .unique()
         .to_pylist()
     )[:40]
-    with_tokens = ranker.rank(RankRequest(users[4], items))
+    with_tokens = ranked(ranker, RankRequest(users[4], items))
     assert with_tokens.tokens == made.tokens
     assert with_tokens.degraded == []
     OnlineTokens(fresh.store, CONTRACT).remove(made.tokens or "")
-    without = ranker.rank(RankRequest(users[4], items))
+    without = ranked(ranker, RankRequest(users[4], items))
     assert without.degraded == ["no_tokens"]
     assert without.scores != with_tokens.scores
 
@@ -620,15 +622,16 @@ def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any
 def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     fresh: Any, helpers: Any
 ) -> None:
-    from modeling import command, recipes
+    from modeling import command, recipes, training_run
+    from modeling.encodings import Encodings
 
     build(fresh, helpers)
     assert live(fresh).manifest["recipe"] == "vista_tiny"
     catalogue = Catalogue(fresh.settings.catalogue_url)
-    run = command.open_run(fresh.settings, recipes.load("vista_bidirectional_tiny"))
-    command.train(run, catalogue)
-    command.evaluate(command.trained(run), catalogue)
-    command.export(command.trained(run), catalogue, live=False)
+    run = training_run.open_run(fresh.settings, recipes.load("vista_bidirectional_tiny"))
+    training_run.train(run, Encodings.of_run(run), catalogue)
+    command.evaluate(training_run.refuse_untrained(run), catalogue)
+    command.export(training_run.refuse_untrained(run), catalogue, live=False)
     outcome = build(fresh, helpers, bundle="vista_bidirectional_tiny")
     assert live(fresh).manifest["recipe"] == "vista_tiny"
     assert "exported with --not_live" in outcome.said[-1]

@@ -20,7 +20,7 @@ from feature_repo.arrow import micros
 from feature_repo.datasets import Parsed, RawDataError, RawUnit, online_retail
 from feature_repo.examples import requests_of
 from feature_repo.parse import parse
-from feature_repo.sources import Block
+from feature_repo.sources import RawBlock
 
 RETAIL, FILMS = datasets.load("online_retail"), datasets.load("movielens_1m")
 
@@ -72,7 +72,7 @@ NAMES = [
 def parsed_of(rows: list[tuple[Any, ...]], start: int = 0) -> Parsed:
     """Invoice lines as events and dead letters."""
     unit = RawUnit("shop.parquet", start, len(rows))
-    block = Block(raw_table(rows), start + np.arange(len(rows)))
+    block = RawBlock(raw_table(rows), start + np.arange(len(rows)))
     return parse(RETAIL.contract, unit, block, RETAIL.derive)
 
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import packed_rows, stat_rows
-from feature_repo import history
+from beam_jobs.user_history import packed_rows
+from feature_repo import history, user_stats
 from feature_repo.arrow import EPOCH, arrow_schema, history_schema, micros
 from feature_repo.contract import contract
 from feature_repo.datasets import load_contract
@@ -94,7 +94,7 @@ def test_log_slice_equals_oracle_at_every_instant(
     tmp_path: Path, rows: list[Any], length: int
 ) -> None:
     events, truth = events_table(rows), oracle(rows)
-    index = stat_rows(CONTRACT, events)
+    index = user_stats.build(CONTRACT, events)
     log = open_log(tmp_path, events)
     for at in range(11):  # a request at this very microsecond
         known = (
@@ -129,7 +129,10 @@ def test_packed_history_equals_log_slice_at_the_same_instant(
 ) -> None:
     events = events_table(rows)
     kept = contract(replace(CONTRACT.spec, num_history_online=length))
-    log, newest = open_log(tmp_path, events), packed_rows(kept, events, stat_rows(kept, events))
+    log, newest = (
+        open_log(tmp_path, events),
+        packed_rows(kept, events, user_stats.build(kept, events)),
+    )
     for user, packed in zip(
         newest["user_id"].to_pylist(), newest["history"].to_pylist(), strict=True
     ):
@@ -146,14 +149,14 @@ def test_packed_history_equals_log_slice_at_the_same_instant(
 
 def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
     events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 0, 7, 1)])
-    index = stat_rows(CONTRACT, events)
+    index = user_stats.build(CONTRACT, events)
     assert micros(index["event_timestamp"]).tolist() == [6, 8]
     assert index["history_end"].to_pylist() == [1, 2]
 
 
 def packed_example() -> bytes:
     events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
-    newest = packed_rows(CONTRACT, events, stat_rows(CONTRACT, events))
+    newest = packed_rows(CONTRACT, events, user_stats.build(CONTRACT, events))
     return newest["history"][0].as_py()
 
 
@@ -196,7 +199,7 @@ def test_a_history_of_a_wider_contract_is_read_by_name() -> None:
     wider = contract(replace(CONTRACT.spec, event_features=(*CONTRACT.spec.event_features, extra)))
     events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
     more = events.append_column("margin", pa.array([0.5, 0.25], pa.float32()))
-    packed = packed_rows(wider, more, stat_rows(wider, more))["history"][0].as_py()
+    packed = packed_rows(wider, more, user_stats.build(wider, more))["history"][0].as_py()
     assert history.unpack(CONTRACT, 1, packed).equals(history.unpack(CONTRACT, 1, packed_example()))
     assert history.unpack(wider, 1, packed)["margin"].to_pylist() == [0.5, 0.25]
     with pytest.raises(HistoryError, match="no column margin"):
@@ -212,7 +215,7 @@ def test_a_corrected_event_changes_the_digest_from_there_on_and_of_no_one_else(
     user, item, action, time, quantity = rows[at]
     corrected = [*rows[:at], (user, item, action, time, quantity + 1), *rows[at + 1 :]]
     before, after = (
-        stat_rows(CONTRACT, events_table(some)).to_pylist() for some in (rows, corrected)
+        user_stats.build(CONTRACT, events_table(some)).to_pylist() for some in (rows, corrected)
     )
     assert len(before) == len(after)
     for one, other in zip(before, after, strict=True):
@@ -235,7 +238,7 @@ def test_the_digest_of_a_log_slice_is_the_one_that_the_statistics_carry(
     log = open_log(tmp_path, events)
     histories = log.gather(np.arange(len(log.users)), log.lengths)
     digests = histories.digests(log.item_hashes)
-    for row in stat_rows(CONTRACT, events).to_pylist():
+    for row in user_stats.build(CONTRACT, events).to_pylist():
         place = log.rows_of(pa.array([row["user_id"]]))[0]
         assert digests[histories.offsets[place] + row["history_end"] - 1] == row["history_digest"]
 
@@ -355,7 +358,7 @@ def test_hour_and_weekday_are_those_of_the_calendar() -> None:
 @given(EVENTS)
 def test_user_statistics_equal_plain_python_at_every_instant(rows: list[Any]) -> None:
     events = events_table(rows)
-    found = stat_rows(CONTRACT, events).to_pylist()
+    found = user_stats.build(CONTRACT, events).to_pylist()
     prices = events["unit_price"].to_pylist()
     everything = list(
         zip(events["user_id"].to_pylist(), events["action"].to_pylist(), micros(events["event_timestamp"]), prices, strict=True)
@@ -373,6 +376,38 @@ def test_user_statistics_equal_plain_python_at_every_instant(rows: list[Any]) ->
             assert row["user_mean_unit_price"] == pytest.approx(sum(bought) / len(bought), rel=1e-5)
         else:
             assert row["user_mean_unit_price"] is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(EVENTS, st.integers(0, 39))
+def test_user_statistics_are_built_extended_and_taken_back_alike(rows: list[Any], cut: int) -> None:
+    """build(a + b) == add(build(a), b), and subtract(add(x, b), b) == x; a mean up to its rounding."""
+    rows = sorted(((1, *row[1:]) for row in rows), key=lambda row: row[3])
+    events = events_table(rows)
+    older, newer = events.slice(0, cut), events.slice(cut)
+    if not len(newer):
+        return
+    before = stats_of(older)
+    after = user_stats.add(CONTRACT, before, newer)
+    assert_same_stats(after, stats_of(events))
+    if len(older):
+        assert_same_stats(user_stats.subtract(CONTRACT, after, newer), before)
+
+
+def stats_of(events: pa.Table) -> dict[str, Any]:
+    """The newest statistics of the one user of these events."""
+    names = user_stats.unknown(CONTRACT)
+    if not len(events):
+        return dict(names)
+    newest = user_stats.build(CONTRACT, events).to_pylist()[-1]
+    return {name: newest[name] for name in names}
+
+
+def assert_same_stats(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = value if value is None or "mean" not in name else pytest.approx(value, rel=1e-5)
+        assert found[name] == same, name
 
 
 def micros_of(row: dict[str, Any]) -> int:

@@ -138,11 +138,12 @@ def test_a_pushed_row_is_read_at_once(shop_with_views: Shop) -> None:
 
 
 def test_a_ranker_reads_them_by_their_kinds(shop_with_views: Shop) -> None:
-    from modeling.dataset import Warehouse, vocabularies
+    from modeling.dataset import Warehouse
     from modeling.encoder import Encoder
+    from tests.periods import joined_period, vocabularies
 
     warehouse = Warehouse(shop_with_views.settings)
-    train = warehouse.split(shop_with_views.store, "ranking_v1", "train")
+    train = joined_period(warehouse, shop_with_views.store, "ranking_v1", "train")
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, train, 1), 8)
     assert [c.name for c in encoder.request.numbers] == ["points", "card_since"]
     assert "aisle" in {c.name for c in encoder.candidate.categorical}
@@ -158,18 +159,18 @@ def test_a_changed_file_is_another_input_of_jobs_and_training(
     shop_with_views: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from beam_jobs.inputs import current_inputs
-    from modeling import command, recipes
+    from modeling import recipes, training_run
 
     settings, recipe = shop_with_views.settings, recipes.load("amortised_dlrm_tiny")
     before = current_inputs("materialize", ["views"], settings)
-    run = command.open_run(settings, recipe).identity
+    run = training_run.open_run(settings, recipe).identity
     other = replace(settings, data=f"{settings.data}/other")
     Path(str(other.data)).mkdir()
     for name in ("loyalty", "shelf"):
         frame = pd.read_parquet(f"{settings.data}/{name}.parquet")
         frame.iloc[:-1].to_parquet(f"{other.data}/{name}.parquet", index=False)
     assert current_inputs("materialize", ["views"], other) != before
-    assert command.open_run(other, recipe).identity != run
+    assert training_run.open_run(other, recipe).identity != run
 
 
 @pytest.fixture(params=["sqlite", "redis"])

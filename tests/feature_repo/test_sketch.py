@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import packed_rows, remembered_codes, stat_rows
-from feature_repo import history
+from beam_jobs.user_history import packed_rows, remembered_codes
+from feature_repo import history, user_stats
 from feature_repo.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
 from feature_repo.contract import Contract, contract
 from feature_repo.datasets import load_contract
@@ -325,7 +325,7 @@ def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]
     """The job's bytes, read at a request, against the log's slice at the same instant."""
     events = events_of(rows)
     log, codes = open_log(tmp_path, events), remembered_codes(BRANDED, events, PROFILES)
-    index = stat_rows(BRANDED, events)
+    index = user_stats.build(BRANDED, events)
     stored = packed_rows(BRANDED, events, index, codes)
     layout, now = Layout.of(BRANDED), START + 90 * MICROS_PER_DAY
     wanted = [

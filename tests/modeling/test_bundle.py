@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from feature_repo import datasets
 from feature_repo.catalogue import Catalogue
-from modeling import bundle, command, recipes
+from modeling import bundle, command, recipes, training_run
 from modeling.bundle import BundleError
 from modeling.dataset import Warehouse
+from modeling.encodings import Encodings
 from modeling.trainer import predict
+from tests.periods import joined_period
 
 CONTRACT = datasets.load_contract("online_retail")
 
@@ -30,13 +32,13 @@ def exported(trained_shop: Any, tmp_path: Path) -> Path:
 
 
 def test_a_loaded_bundle_scores_as_the_trained_model(trained_shop: Any, exported: Path) -> None:
-    run = command.trained(
-        command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    run = training_run.refuse_untrained(
+        training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     )
-    model, encoder = command._load_trained(run)
+    model, encoder = training_run.load_trained(run)
     loaded = bundle.load(exported, CONTRACT)
-    split = Warehouse(trained_shop.settings).split(
-        trained_shop.store, run.recipe.service, "validation"
+    split = joined_period(
+        Warehouse(trained_shop.settings), trained_shop.store, run.recipe.service, "validation"
     )
     expected = predict(model, encoder, encoder.featurise(split.requests))
     assert np.array_equal(
@@ -149,14 +151,14 @@ def test_stages_that_are_up_to_date_do_nothing(
     trained_shop: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     catalogue = Catalogue(trained_shop.settings.catalogue_url)
-    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     before = {
         stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
         for stage in ("train", "evaluate", "export")
     }  # type: ignore[union-attr]
-    command.train(run, catalogue)
-    command.evaluate(command.trained(run), catalogue)
-    command.export(command.trained(run), catalogue, live=True)
+    training_run.train(run, Encodings.of_run(run), catalogue)
+    command.evaluate(training_run.refuse_untrained(run), catalogue)
+    command.export(training_run.refuse_untrained(run), catalogue, live=True)
     after = {
         stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
         for stage in before
@@ -165,13 +167,15 @@ def test_stages_that_are_up_to_date_do_nothing(
 
 
 def test_evaluation_needs_a_run_on_these_tables(trained_shop: Any, tmp_path: Path) -> None:
-    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     with pytest.raises(FileNotFoundError, match="is not trained"):
-        command.trained(replace(run, folder=tmp_path))
+        training_run.refuse_untrained(replace(run, folder=tmp_path))
 
 
 def test_the_report_is_one_page_with_its_pictures_inside(trained_shop: Any) -> None:
-    folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
+    folder = training_run.open_run(
+        trained_shop.settings, recipes.load("amortised_dlrm_tiny")
+    ).folder
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     for told in (
@@ -204,7 +208,9 @@ def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) 
     """Customers there buy their habits again; a model that misses this has lost its history on the
     way.
     """
-    folder = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")).folder
+    folder = training_run.open_run(
+        trained_shop.settings, recipes.load("amortised_dlrm_tiny")
+    ).folder
     evaluation = json.loads((folder / "evaluation.json").read_text())
     ndcg = {name: row["ndcg@10"]["value"] for name, row in evaluation["metrics"].items()}
     assert ndcg["model"] > ndcg["same network, empty history"] + 0.1
@@ -215,9 +221,11 @@ def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None
     from feature_repo.tables import locked
     from modeling.errors import RunError
 
-    run = command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
+    run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     with locked(run.folder), pytest.raises(RunError, match="another process trains"):
-        command.train(run, Catalogue(trained_shop.settings.catalogue_url))
+        training_run.train(
+            run, Encodings.of_run(run), Catalogue(trained_shop.settings.catalogue_url)
+        )
 
 
 def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(
@@ -227,7 +235,8 @@ def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(
 
     long = replace(recipes.load("amortised_dlrm_tiny"), history_length=513)
     run = replace(
-        command.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")), recipe=long
+        training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny")),
+        recipe=long,
     )
     with pytest.raises(
         DataError,

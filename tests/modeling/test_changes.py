@@ -54,10 +54,10 @@ def estimate(value: float) -> dict[str, float]:
     return {"value": value, "low": value - 0.01, "high": value + 0.01}
 
 
-def evaluation(model: float, floor: float = 0.5, first: float = 0.0) -> dict[str, Any]:
+def evaluation(model: float, baseline: float = 0.5, first: float = 0.0) -> dict[str, Any]:
     metrics = {
         "model": {"ndcg@10": estimate(model), "gauc": estimate(model)},
-        "own frequency": {"ndcg@10": estimate(floor)},
+        "own frequency": {"ndcg@10": estimate(baseline)},
         "popularity, best window": {"ndcg@10": estimate(0.1), "gauc": estimate(0.1)},
     }
     return {
@@ -139,7 +139,7 @@ def test_a_table_fits_the_terminal(width: int, capsys: pytest.CaptureFixture[str
 
     rows = [
         ["", *(f"metric {n}" for n in range(7))],
-        *([name, *["0.1234 ±0.0123"] * 7] for name in ("a model", "floor")),
+        *([name, *["0.1234 ±0.0123"] * 7] for name in ("a model", "baseline")),
     ]
     print_table(rows, width)
     shown = capsys.readouterr().out

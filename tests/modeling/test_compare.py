@@ -20,9 +20,10 @@ from modeling.benchmarks import compare
 from modeling.benchmarks.published import HYDRAREC, PAPERS, Claim
 from modeling.claims import PAIRED, Difference
 from modeling.metrics import PerUser
-from modeling.ranking import FinishedRun, history_parameters
+from modeling.ranking import FinishedRun
 from modeling.recipes import NextItemRecipe
 from modeling.trainer import LossError
+from modeling.training_run import history_parameters
 from tests.modeling.test_invariants import SIZES, candidates, make, user_inputs
 
 ABOVE = Claim("better", "a", "b")
@@ -83,7 +84,9 @@ def test_a_page_of_tiny_recipes(
         assert name in page.read_text()
         assert name in text.read_text()
     assert f"{shop.settings.dataset}_frontier.png" in text.read_text()
-    results = list(Path(shop.settings.root).rglob("result.json"))
+    root = Path(shop.settings.root)
+    results = [*root.rglob("run.json"), *root.rglob("result.json")]
+    assert len(results) > 4
     before = {path: path.stat().st_mtime_ns for path in results}
     compare.main()
     again = json.loads(stored.read_text())["rows"]

@@ -20,8 +20,8 @@ from modeling import __main__ as entry
 from modeling import comparison, models, recipes
 from modeling.batch import FeatureSizes
 from modeling.columns import GroupSizes
-from modeling.ranking import dense_parameters
 from modeling.recipes import NextItemRecipe, ranking
+from modeling.training_run import dense_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -169,23 +169,23 @@ def test_ranking_recipes_are_compared_on_the_same_join(
     told = next(line for line in said.splitlines() if line.startswith("comparison: "))
     page = Path(told.removeprefix("comparison: "))
     assert page.parent.parent == Path(shop.settings.home) / "comparisons"
-    for floor in ("own frequency", "popularity, best window", "random"):
-        assert floor in said
-        assert floor in page.read_text()
+    for baseline in ("own frequency", "popularity, best window", "random"):
+        assert baseline in said
+        assert baseline in page.read_text()
     stored = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [(r["recipe"].split("@")[0], r["seed"]) for r in stored] == [
         (n, s) for n in names for s in (1, 2)
     ]
     for first, second in (stored[:2], stored[2:]):
         assert first["recipe"] == second["recipe"]
-        other = (
-            first["recipe"]
-            .replace("@0.001", "@x")
-            .replace("@0.01", "@0.001")
-            .replace("@x", "@0.01")
+        name, _, rate = first["recipe"].split("@")
+        kept = Path(shop.settings.path("runs", name)).glob("*/run.json")
+        (tried,) = (
+            result
+            for result in map(json.loads, (path.read_text() for path in kept))
+            if result["seed"] == 1 and result["settings"]["training"]["epochs"] == 1
+            if result["settings"]["training"]["learning_rate"] in {0.001, 0.01} - {float(rate)}
         )
-        (found,) = Path(shop.settings.path("comparison", "")).glob(f"{other}-seed1-*/result.json")
-        tried = json.loads(found.read_text())
         assert (
             tried["summary"]["best_validation_ndcg@10"]
             <= first["summary"]["best_validation_ndcg@10"]
@@ -195,6 +195,14 @@ def test_ranking_recipes_are_compared_on_the_same_join(
         assert f"{first['recipe']}" in page.read_text()
     assert run(*ask) == 0
     assert "epoch 0" not in "".join(capsys.readouterr())
+    # What was compared is a run like any other.
+    name, _, rate = stored[1]["recipe"].split("@")
+    same = (name, "--seed", "2", "--epochs", "1", "--set", f"training.learning_rate={rate}")
+    assert run("train", *same) == 0
+    assert f"train {name}: up to date" in "".join(capsys.readouterr())
+    assert run("evaluate", *same) == 0
+    assert run("export", *same, "--not_live") == 0
+    assert "is recorded, not live" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_next_item_training_reads_the_log_that_the_beam_job_built(

@@ -16,18 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
 from modeling.batch import Batch
-from modeling.layers.heterogeneous import ByToken, Composite, HeterogeneousLayer, Kind, Shape
+from modeling.layers.heterogeneous import ByToken, Composite, HeterogeneousLayer, Kind, LayerShape
 from modeling.layers.per_token import PerTokenFeedForward, PerTokenLayerNorm
 from modeling.models.hiformer import Hiformer
 from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 
-SHAPE = Shape(num_tokens=7, width=12, num_heads=2, key_width=4, value_width=6, hidden=20)
-PAPER = Shape(38, 128, 4, 16, 64, 512, rank_key=128, rank_value=1024)
+SHAPE = LayerShape(num_tokens=7, width=12, num_heads=2, key_width=4, value_width=6, hidden=20)
+PAPER = LayerShape(38, 128, 4, 16, 64, 512, rank_key=128, rank_value=1024)
 few = settings(max_examples=15, deadline=None)
 
 
 def layer(
-    kind: Kind, queries: int | None = None, shape: Shape = SHAPE, **flags: Any
+    kind: Kind, queries: int | None = None, shape: LayerShape = SHAPE, **flags: Any
 ) -> HeterogeneousLayer:
     torch.manual_seed(1)
     made = HeterogeneousLayer(shape, kind, queries, **flags)
@@ -36,7 +36,7 @@ def layer(
     return made.eval()
 
 
-def rows(shape: Shape = SHAPE, seed: int = 0) -> Tensor:
+def rows(shape: LayerShape = SHAPE, seed: int = 0) -> Tensor:
     return torch.randn(
         2, 3, shape.num_tokens, shape.width, generator=torch.Generator().manual_seed(seed)
     )
@@ -74,7 +74,7 @@ def test_tied_heterogeneous_attention_is_vanilla_attention(queries: int | None) 
 
 
 def test_vanilla_attention_is_torchs() -> None:
-    shape = Shape(5, 12, 2, 6, 6, 20)  # heads that split the width, as torch's must
+    shape = LayerShape(5, 12, 2, 6, 6, 20)  # heads that split the width, as torch's must
     ours = layer("vanilla", None, shape)
     reference = nn.MultiheadAttention(12, 2, bias=False, batch_first=True)
     tokens = rows(shape)

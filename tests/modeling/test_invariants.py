@@ -18,7 +18,7 @@ from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.columns import GroupSizes
 from modeling.models.base import CannotExtendError, Ranker
 
-TOLERANCE = 1e-5  # fp32 sums in another order; scores are of order 1
+TOLERANCE = 4e-5  # fp32 sums in another order; scores are of order 1, and 2e-5 was seen
 SIZES = FeatureSizes(
     items=50,
     actions=2,

@@ -15,15 +15,15 @@ from feature_repo import datasets
 from feature_repo.schema import Examples
 from modeling.errors import ScoresError
 from modeling.evaluate import (
+    degraded_line,
     plain_metrics,
-    rungs_line,
     sampling_shift,
     undefined,
     without_telling_nothing,
 )
-from modeling.floors import floors_of
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 from modeling.metrics import log_loss as our_log_loss
+from modeling.simple_baselines import baselines_of
 
 REQUESTS = st.lists(
     st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15),
@@ -211,7 +211,7 @@ def test_a_baseline_that_orders_nothing_is_left_out() -> None:
         "own frequency": rising,
         "own frequency, fading": nothing,
     }
-    found = floors_of({**scores, **own}, labels, offsets)
+    found = baselines_of({**scores, **own}, labels, offsets)
     assert list(found) == ["own frequency", "popularity, best window", "random"]
 
 
@@ -247,4 +247,4 @@ def test_an_order_of_one_candidate_tells_nothing() -> None:
     assert plain_metrics(found["model"])["ndcg@10"] is None
     plain = {name: plain_metrics(row) for name, row in found.items()}
     assert "nothing to rank" in undefined(plain)
-    assert rungs_line({"rungs": plain}).endswith("do without something: undefined")
+    assert degraded_line({"degraded": plain}).endswith("do without something: undefined")

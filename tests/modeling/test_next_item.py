@@ -480,7 +480,7 @@ def test_training_finds_the_planted_order(tmp_path: Path, name: str, objective: 
         objective=objective,
         num_negatives=40,
     )
-    source = next_item.Source(sequences, "planted", "planted", tmp_path / "runs")
+    source = next_item.SequenceSource(sequences, "planted", "planted", tmp_path / "runs")
     untrained = leave_one_out.evaluate(build_model(some, sequences), sequences, "test")
     result = next_item.train_and_evaluate(source, some)
     assert untrained["hr@10"] < 0.3
@@ -495,7 +495,7 @@ def test_training_finds_the_planted_order(tmp_path: Path, name: str, objective: 
 def test_cloze_training_learns_too(tmp_path: Path) -> None:
     sequences = planted(tmp_path, num_users=250)
     some = recipe("bert4rec_tiny", epochs=30, learning_rate=2e-2, validate_epochs=30, averaging=0.0)
-    source = next_item.Source(sequences, "planted", "planted", tmp_path / "runs")
+    source = next_item.SequenceSource(sequences, "planted", "planted", tmp_path / "runs")
     assert next_item.train_and_evaluate(source, some)["test"]["FULL"]["hr@10"] > 0.5
 
 

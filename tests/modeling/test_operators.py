@@ -17,7 +17,7 @@ from modeling.layers import hydra
 from modeling.layers.hydra import DecayedHydra, Hydra, hydra_plain
 from modeling.layers.linear_attention import (
     LinearAttention,
-    LinRec,
+    LinRecAttention,
     linear_attention,
     linear_attention_plain,
 )
@@ -55,8 +55,8 @@ def operators() -> dict[str, Operator]:
         "hydra": Hydra(causal=False),
         "decayed hydra": decayed,
         "decayed hydra both ways": both_ways,
-        "linrec causal": LinRec(4, causal=True),
-        "linrec": LinRec(4, causal=False),
+        "linrec causal": LinRecAttention(4, causal=True),
+        "linrec": LinRecAttention(4, causal=False),
         "kernel linear causal": LinearAttention(4, causal=True, denominator=True),
         "kernel linear": LinearAttention(2, causal=False, denominator=True),
         "kernel linear without denominator": LinearAttention(2, causal=True),
@@ -179,7 +179,7 @@ def test_linrec_is_its_formula() -> None:
     functions.
     """
     query, key, value = rows(1, 30)
-    out = LinRec(4, causal=False)(query, key, value, None)
+    out = LinRecAttention(4, causal=False)(query, key, value, None)
     for head in range(4):
         cut = slice(4 * head, 4 * head + 4)
         q, k = (torch.where(t > 0, t, t.exp() - 1)[0, :, cut] for t in (query, key))

@@ -20,19 +20,21 @@ from beam_jobs.training_examples import ItemTables, example_rows
 from feature_repo.arrow import micros
 from feature_repo.tables import JobFolder, StaleTableError
 from modeling import models, recipes
+from modeling.augment import training_sample
 from modeling.batch import Batch
 from modeling.dataset import (
     JoinError,
     Warehouse,
     check_rows,
-    refuse_without_positives,
-    vocabularies,
+    refuse_nothing_positive,
 )
+from modeling.degradations import without
 from modeling.encoder import Encoded, Encoder, Vocabulary
-from modeling.evaluate import without_history
+from modeling.evaluate import EMPTY_HISTORY
 from modeling.models.base import Ranker
 from modeling.recipes import Training
 from modeling.trainer import LossError, Most, Trainer, batches, masked_bce, predict, read_metrics
+from tests.periods import examples_of, joined_period, vocabularies
 
 RECIPE = recipes.load("amortised_dlrm_tiny")
 
@@ -45,7 +47,8 @@ def warehouse(shop: Any) -> Warehouse:
 @pytest.fixture(scope="module")
 def encoded(shop: Any, warehouse: Warehouse) -> tuple[Encoder, Encoded, Encoded]:
     split, validation = (
-        warehouse.split(shop.store, RECIPE.service, name) for name in ("train", "validation")
+        joined_period(warehouse, shop.store, RECIPE.service, name)
+        for name in ("train", "validation")
     )
     encoder = Encoder(
         warehouse.contract,
@@ -58,7 +61,7 @@ def encoded(shop: Any, warehouse: Warehouse) -> tuple[Encoder, Encoded, Encoded]
 def fresh_model(encoder: Encoder, train: Encoded, **config: Any) -> Ranker:
     torch.manual_seed(5)
     model = models.build(RECIPE.model, {**RECIPE.config, **config}, encoder.sizes)
-    model.fit_statistics(encoder.training_sample(train))
+    model.fit_statistics(training_sample(encoder, train))
     return model
 
 
@@ -158,19 +161,14 @@ def test_an_interrupted_retraining_leaves_nothing_to_export(encoded: Any, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_periods_without_a_positive_are_refused_before_training(
-    shop: Any, warehouse: Warehouse
-) -> None:
-    split = warehouse.split(shop.store, RECIPE.service, "validation")
-    nothing = np.zeros((len(split.requests.candidate_keys), 1))
-    barren = replace(split, requests=replace(split.requests, labels=nothing))
-    refuse_without_positives(warehouse.contract, "validation", split)
+def test_periods_without_a_positive_are_refused_before_training(warehouse: Warehouse) -> None:
+    refuse_nothing_positive(warehouse.contract, "validation", np.array([1]))
     with pytest.raises(ValueError, match="validation period has no positive"):
-        refuse_without_positives(warehouse.contract, "validation", barren)
+        refuse_nothing_positive(warehouse.contract, "validation", np.array([0]))
 
 
 def test_tables_rebuilt_while_they_were_read_are_noticed(shop: Any) -> None:
-    from modeling.command import open_run, refuse_if_rebuilt
+    from modeling.training_run import open_run, refuse_if_rebuilt
 
     run = open_run(shop.settings, RECIPE)
     refuse_if_rebuilt(run)
@@ -319,7 +317,7 @@ def test_a_future_event_changes_nothing(
 def test_an_event_at_the_requests_own_time_is_not_in_its_history(
     shop: Any, warehouse: Warehouse
 ) -> None:
-    split = warehouse.split(shop.store, RECIPE.service, "test")
+    split = joined_period(warehouse, shop.store, RECIPE.service, "test")
     requests = split.requests
     histories = requests.gather(np.arange(len(requests)), 512)
     owner = np.repeat(np.arange(len(requests)), histories.lengths)
@@ -337,22 +335,22 @@ def test_the_empty_history_baseline_knows_no_statistics_of_the_user_either(
     shop: Any, warehouse: Warehouse, encoded: Any
 ) -> None:
     encoder, _, _ = encoded
-    requests = warehouse.split(shop.store, RECIPE.service, "test").requests
-    blank = encoder.featurise(without_history(requests, warehouse.contract))
+    requests = joined_period(warehouse, shop.store, RECIPE.service, "test").requests
     known = encoder.featurise(requests)
-    assert np.isnan(blank.dense_BG).all()
+    blank = without(encoder, known, EMPTY_HISTORY)
+    assert np.isnan(np.asarray(blank.dense_BG)).all()
     assert (known.dense_BG[:, 0] > 0).any()
     for name in (
         "field_BU",
         "candidate_item",
         "candidate_category",
     ):  # the rest of the request is the same
-        assert (getattr(blank, name) == getattr(known, name)).all()
+        assert (np.asarray(getattr(blank, name)) == getattr(known, name)).all()
 
 
 def test_the_join_returns_every_row_in_order(shop: Any, warehouse: Warehouse) -> None:
-    examples = warehouse.examples("test")
-    split = warehouse.split(shop.store, RECIPE.service, "test")
+    examples = examples_of(warehouse, "test")
+    split = joined_period(warehouse, shop.store, RECIPE.service, "test")
     assert split.requests.candidate_offsets[-1] == examples.num_rows
     items = split.requests.items.take(pa.array(split.requests.candidate_keys))
     assert items.to_pylist() == examples["item_id"].to_pylist()
@@ -395,7 +393,8 @@ def test_the_second_dataset_trains_on_the_same_road(film_club: Any, tmp_path: Pa
     """
     warehouse = Warehouse(film_club.settings)
     split, validation = (
-        warehouse.split(film_club.store, RECIPE.service, name) for name in ("train", "validation")
+        joined_period(warehouse, film_club.store, RECIPE.service, name)
+        for name in ("train", "validation")
     )
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, split, 1), 16)
     train = encoder.featurise(split.requests)

@@ -16,18 +16,22 @@ from hypothesis import strategies as st
 from feature_repo.expectations import GateError
 from feature_repo.tables import JobFolder
 from modeling import recipes, training_set
+from modeling.augment import spread_rows
 from modeling.classic import CLASSICS, classic_scores
-from modeling.dataset import SPLITS, vocabularies
-from modeling.encoder import Encoded, Encoder, spread_rows
-from modeling.floors import FREQUENCY, floor_scores
+from modeling.dataset import SPLITS
+from modeling.encoder import Encoded, Encoder
 from modeling.metrics import mean_ndcg
-from modeling.ranking import build_model
 from modeling.shards import MANIFEST, MappedRows, ShardError, open_shards, read_shard, write_shard
+from modeling.simple_baselines import FREQUENCY, baseline_scores
 from modeling.trainer import Trainer, read_metrics
-from modeling.training_set import Options, TrainingSet, open_training_set
+from modeling.training_run import build_model
+from modeling.training_set import TrainingSet, TrainingSetOptions, open_training_set
+from tests.periods import examples_of, joined_period, vocabularies
 
 RECIPE = recipes.load("amortised_dlrm_tiny")
-OPTIONS = Options(RECIPE.service, RECIPE.min_item_count + 1)  # a set that no other test makes
+OPTIONS = TrainingSetOptions(
+    RECIPE.service, RECIPE.min_item_count + 1
+)  # a set that no other test makes
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_shards_hold_what_one_table_in_memory_does(shop: Any, made: TrainingSet)
     """Parity with the plain twin: the whole period joined, and featurised at once."""
     assert made.counts["train"]["shards"] > 3
     warehouse = made.warehouse
-    whole = {name: warehouse.split(shop.store, RECIPE.service, name) for name in SPLITS}
+    whole = {name: joined_period(warehouse, shop.store, RECIPE.service, name) for name in SPLITS}
     plain = vocabularies(warehouse.contract, whole["train"], OPTIONS.min_item_count)
     assert {n: i.plain() for n, i in made.vocabularies.items()} == {
         n: i.plain() for n, i in plain.items()
@@ -100,8 +104,8 @@ def test_shards_hold_what_one_table_in_memory_does(shop: Any, made: TrainingSet)
         users = np.array(split.users.to_pylist())
         assert np.array_equal(same, users[:, None] == users)
         if name != "train":
-            for floor, scores in floor_scores(split).items():
-                assert np.array_equal(period.floors[floor], scores), floor
+            for baseline, scores in baseline_scores(split).items():
+                assert np.array_equal(period.baselines[baseline], scores), baseline
 
 
 def test_what_is_there_is_not_made_again(shop: Any, made: TrainingSet) -> None:
@@ -115,7 +119,7 @@ def test_training_from_disk_is_training_from_memory_to_the_bit(
 ) -> None:
     encoder = made.encoder(RECIPE.history_length)
     in_memory = [
-        encoder.featurise(made.warehouse.split(shop.store, RECIPE.service, name).requests)
+        encoder.featurise(joined_period(made.warehouse, shop.store, RECIPE.service, name).requests)
         for name in ("train", "validation")
     ]
     on_disk = [made.period(name).encoded for name in ("train", "validation")]
@@ -140,7 +144,7 @@ def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet
     batch = encoder.collate(period.encoded, np.arange(len(period.encoded)))
     assert batch.user.mask_BL.sum(1).max() == 2
     whole = made.period("test")
-    assert period.floors[FREQUENCY].max() <= 2 < whole.floors[FREQUENCY].max()
+    assert period.baselines[FREQUENCY].max() <= 2 < whole.baselines[FREQUENCY].max()
     log = made.warehouse.log
     known = JobFolder(shop.settings.home, "user_history").read("user_stats").num_rows
     assert known >= len(log.users)
@@ -153,7 +157,7 @@ def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> N
     between = torch.tensor(
         [name.startswith(("match_", "life_", "value_ratio", "item_other")) for name in names]
     )
-    some = made.encoder(16, without=("matches",)).collate(encoded, chosen)
+    some = made.encoder(16, ablated=("matches",)).collate(encoded, chosen)
     assert some.candidates.dense_BCF[..., between].isnan().all()
     for one, other in (
         (some.candidates.dense_BCF, whole.candidates.dense_BCF),
@@ -162,23 +166,23 @@ def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> N
         kept = one if one.shape[-1] != len(names) else one[..., ~between]
         expected = other if other.shape[-1] != len(names) else other[..., ~between]
         assert torch.equal(kept.nan_to_num(-9), expected.nan_to_num(-9))
-    fewer = made.encoder(16, without=("matches", "user")).collate(encoded, chosen)
+    fewer = made.encoder(16, ablated=("matches", "user")).collate(encoded, chosen)
     slots = made.encoder(16).request.sizes.num_slots
     assert fewer.user.dense_BG.isnan().all()
     assert (fewer.user.field_BU[:, :slots] == 0).all()
     assert torch.equal(fewer.user.field_BU[:, slots:], whole.user.field_BU[:, slots:])
     assert torch.equal(fewer.user.item_BL, whole.user.item_BL)
     with pytest.raises(ValueError, match="no inputs"):
-        made.encoder(16, without=("history",))
+        made.encoder(16, ablated=("history",))
 
 
 @pytest.mark.parametrize("kind", CLASSICS)
-def test_a_trained_floor_learns_from_what_is_not_withheld(made: TrainingSet, kind: Any) -> None:
+def test_a_trained_baseline_learns_from_what_is_not_withheld(made: TrainingSet, kind: Any) -> None:
     train, test = made.period("train").encoded, made.period("test").encoded
     labels = np.asarray(test.labels)[:, 0]
     quality = {}
     for without in ((), ("matches", "user")):
-        scores = classic_scores(kind, made.encoder(16, without=without), train, test, 0, 1)
+        scores = classic_scores(kind, made.encoder(16, ablated=without), train, test, 0, 1)
         quality[without] = mean_ndcg(labels, scores, test.candidate_offsets)
     assert quality[()] > quality["matches", "user"] + 0.05
 
@@ -226,7 +230,7 @@ def test_a_joined_row_outside_the_contract_is_refused_with_its_reason(
     shop: Any, made: TrainingSet
 ) -> None:
     warehouse = made.warehouse
-    rows = warehouse.examples("test").slice(0, 50)
+    rows = examples_of(warehouse, "test").slice(0, 50)
     joined = warehouse.join(shop.store, RECIPE.service, "test", rows)
     warehouse.refuse_broken(joined, "test")
     at = joined.column_names.index("history_end")

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.dataset import Warehouse, vocabularies
+from modeling.augment import hide, unknown_dense
+from modeling.dataset import Warehouse
 from modeling.encoder import Encoder
 from modeling.evaluate import unknown_first
-from modeling.ranking import build_model
 from modeling.recipes import Recipe, Training, ranking
 from modeling.trainer import Trainer, predict
+from modeling.training_run import build_model
+from tests.periods import joined_period, vocabularies
 
 SMALL = {"width": 16}
 STEPS = 90
@@ -37,7 +39,9 @@ def world(request: pytest.FixtureRequest) -> Any:
     """Encoder, and training and test requests."""
     road = request.getfixturevalue(request.param)
     warehouse = Warehouse(road.settings)
-    train, test = (warehouse.split(road.store, "ranking_v1", name) for name in ("train", "test"))
+    train, test = (
+        joined_period(warehouse, road.store, "ranking_v1", name) for name in ("train", "test")
+    )
     encoder = Encoder(warehouse.contract, vocabularies(warehouse.contract, train, 2), 16)
     return encoder, encoder.featurise(train.requests), encoder.featurise(test.requests)
 
@@ -73,10 +77,10 @@ def test_an_unknown_item_comes_first_no_more_often_than_chance(
 def test_hidden_candidates_lose_everything_and_bare_ones_their_statistics(world: Any) -> None:
     encoder, train, _ = world
     batch = encoder.collate(train, np.arange(min(len(train), 20)))
-    hidden = encoder.hide(batch, 0.25, np.random.default_rng(0))
+    hidden = hide(encoder, batch, 0.25, np.random.default_rng(0))
     gone = (hidden.candidates.item_BC == 0) & (batch.candidates.item_BC != 0)
     dense = hidden.candidates.dense_BCF[gone].numpy()
-    np.testing.assert_array_equal(dense, np.tile(encoder.unknown_dense, (len(dense), 1)))
+    np.testing.assert_array_equal(dense, np.tile(unknown_dense(encoder), (len(dense), 1)))
     assert not hidden.candidates.category_BCK[gone].any()
     column = encoder.dense_names.index("count_total")
     bare = (
@@ -86,9 +90,9 @@ def test_hidden_candidates_lose_everything_and_bare_ones_their_statistics(world:
     )
     assert 0.1 < bare.float().mean() < 0.4
     assert (hidden.candidates.item_BC[bare] == batch.candidates.item_BC[bare]).all()
-    same = encoder.hide(batch, 0.25, np.random.default_rng(0))
+    same = hide(encoder, batch, 0.25, np.random.default_rng(0))
     assert (same.candidates.item_BC == hidden.candidates.item_BC).all()
-    assert encoder.hide(batch, 0.0, np.random.default_rng(0)).candidates.item_BC.equal(
+    assert hide(encoder, batch, 0.0, np.random.default_rng(0)).candidates.item_BC.equal(
         batch.candidates.item_BC
     )
     assert replace(hidden, candidates=batch.candidates).labels_BCT is batch.labels_BCT

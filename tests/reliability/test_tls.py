@@ -109,7 +109,7 @@ def test_only_callers_with_a_certificate_and_a_token_come_in(
         "MEMOIR_SERVE_TLS_CERTIFICATE": str(files["certificate"]),
         "MEMOIR_SERVE_TLS_KEY": str(files["key"]),
         "MEMOIR_SERVE_TLS_CLIENT_CA": str(files["root"]),
-        "MEMOIR_SERVE_AUTH": '{"a-scraper-of-this-test": ["metrics"]}',
+        "MEMOIR_SERVE_API_KEYS": '{"a-scraper-of-this-test": ["metrics"]}',
     }
     nobody = ssl.create_default_context()
     authority.configure_trust(nobody)

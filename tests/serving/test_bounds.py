@@ -27,7 +27,7 @@ from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.tables import JobFolder
 from modeling.bundle import BundleError
 from serving.admission import Admission, Weight
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.benchmarks.faults import memory_mib
 from serving.bodies import read_body
 from serving.command import environment_of, open_ranker
@@ -36,12 +36,14 @@ from serving.errors import OverloadedError, SlowBodyError
 from serving.features import UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.items import ItemTable, Loaded
-from serving.live import Live, Repair, Serving, Source
+from serving.live import BundleSource, Live, Repair, Serving
 from serving.messages import RankContext, RankRequest, RankResponse
 from serving.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
 from serving.redis_reader import DamagedValueError, StoreReadError
+from serving.server import Server
 from serving.settings import ServeSettings, settings_from
 from tests.promises import Promises
+from tests.ranking import ranked
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +289,8 @@ def test_features_of_years_ago_are_said_to_be_stale(
     trained_shop: Any, ranker: RankService, items: list[Any]
 ) -> None:
     today = open_ranker(trained_shop.settings)
-    assert "stale_features" in today.rank(RankRequest(1, items)).degraded
-    assert "stale_features" not in ranker.rank(RankRequest(1, items)).degraded
+    assert "stale_features" in ranked(today, RankRequest(1, items)).degraded
+    assert "stale_features" not in ranked(ranker, RankRequest(1, items)).degraded
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_what_a_caller_may_do(
     ranker: RankService, items: list[Any], header: str | None, path: str, status: int
 ) -> None:
     auth = {"a-secret-of-this-test": ("rank",), "another-one-for-metrics": ("metrics",)}
-    server = server_of(ranker, auth=auth, deadline_ms=5_000)
+    server = server_of(ranker, api_keys=auth, deadline_ms=5_000)
     headers = {} if header is None else {"Authorization": header}
     body = {"user_id": 1, "candidates": items} if path == "/v1/rank" else None
 
@@ -457,7 +459,7 @@ def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> N
 def test_settings_reach_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServeSettings(
         port=1234,
-        auth={"a-token-of-sixteen": ("rank", "metrics")},
+        api_keys={"a-token-of-sixteen": ("rank", "metrics")},
         deadline_ms=77.5,
         replay=True,
         bundle="some/where",
@@ -558,7 +560,7 @@ def swap_under_load(ranker: RankService, items: list[Any], swaps: int) -> Swappe
     oracle = {
         (one.bundle.name, at): one.answer(
             RankRequest(1, body["candidates"]), one.nobody(), Clock()
-        ).scores
+        ).response.scores
         for one in rankers
         for at, body in enumerate(asked)
     }
@@ -632,7 +634,7 @@ def test_an_explanation_says_what_each_event_is_worth(
     from dataclasses import replace
 
     without = replace(user, history=user.history.slice(0, len(user.history) - 1))
-    answer = ranker.answer(RankRequest(user_id, items[:1]), without, Clock())
+    answer = ranker.answer(RankRequest(user_id, items[:1]), without, Clock()).response
     logits = [math.log(s / (1 - s)) for s in (found["score"], answer.scores[0])]
     assert found["events"][0]["effect"] == pytest.approx(logits[0] - logits[1], abs=1e-4)
 
@@ -814,7 +816,7 @@ def test_a_repair_that_fails_waits_longer_each_time(monkeypatch: pytest.MonkeyPa
 def test_wrong_tokens_are_refused_without_being_told(
     monkeypatch: pytest.MonkeyPatch, value: str, said: str
 ) -> None:
-    monkeypatch.setenv("MEMOIR_SERVE_AUTH", value)
+    monkeypatch.setenv("MEMOIR_SERVE_API_KEYS", value)
     with pytest.raises(SettingsError, match=said) as refused:
         settings_from()
     assert "supersecret" not in str(refused.value)
@@ -924,10 +926,10 @@ def test_candidates_are_scored_in_pieces_as_at_once(
 ) -> None:
     candidates = ranker.bundle.encoder.items.values.to_pylist()[:200]
     asked, user = RankRequest(-5, candidates), ranker.nobody(Degraded.UNKNOWN_USER)
-    at_once = ranker.answer(asked, user, Clock())
+    at_once = ranker.answer(asked, user, Clock()).response
     left: list[int] = []
     monkeypatch.setattr("serving.ranker.PIECE", 32)
-    in_pieces = ranker.answer(asked, user, Clock(), go_on=left.append)
+    in_pieces = ranker.answer(asked, user, Clock(), go_on=left.append).response
     pieces = -(-len(candidates) // 32)
     assert left == list(range(pieces - 1, 0, -1))
     once, later = (
@@ -973,7 +975,7 @@ def test_what_cannot_be_scored_in_time_is_given_up_between_pieces(
 def test_a_bundle_that_cannot_keep_the_deadline_never_ranks(
     trained_shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Source(trained_shop.settings)
+    source = BundleSource(trained_shop.settings)
     quick = source.load()
     assert 0 < (quick.ranker.ms_of_500 or 0) < 1_000
     digest = quick.ranker.bundle.digest
@@ -1021,7 +1023,7 @@ class Grown:
 
 def grown_by_loads(road: Any, warm_up: int, loads: int) -> Grown:
     """Loads of a bundle under ever new digests, each of which ranks and is closed after the next two."""
-    source, number = Source(road.settings), [0]
+    source, number = BundleSource(road.settings), [0]
 
     def load(digest: str | None) -> Serving:
         made = source.load()
@@ -1182,6 +1184,6 @@ def test_a_replaying_server_follows_its_data(ranker: RankService, items: list[An
     table.refresh()
     assert replaying.end_of_data() == as_of[0]
     context = RankContext(begun + timedelta(days=1))
-    answer = replaying.rank(RankRequest(13001, items, context=context))
+    answer = ranked(replaying, RankRequest(13001, items, context=context))
     assert answer.degraded == []
     table.close()

@@ -11,7 +11,7 @@ from serving.settings import ServeSettings
 
 PLAIN = ServeSettings()
 NAMED = ServeSettings(hosts=("ranker.shop.internal",))
-KEYS = ServeSettings(auth={"a" * 16: ("rank",)})
+KEYS = ServeSettings(api_keys={"a" * 16: ("rank",)})
 
 
 def scope(host: str | None = "localhost:8000", method: str = "POST", **headers: str) -> Any:

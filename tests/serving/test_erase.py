@@ -33,6 +33,7 @@ from serving.errors import ErasedUserError
 from serving.events import EventTaker
 from serving.messages import RankRequest
 from serving.served_log import log_schema
+from tests.ranking import ranked
 
 TABLES = ("events", "user_history", "training_examples", "summary_tokens")
 
@@ -65,8 +66,8 @@ def test_nothing_of_an_erased_user_is_left_and_nobody_else_changes(
     candidates = ranker.bundle.encoder.items.values.to_pylist()[:20]
     version = ranker.bundle.tokens
     assert version is not None
-    before = ranker.rank(RankRequest(stays, candidates))
-    assert [ranker.rank(RankRequest(user, candidates)).degraded for user in gone] == [[], []]
+    before = ranked(ranker, RankRequest(stays, candidates))
+    assert [ranked(ranker, RankRequest(user, candidates)).degraded for user in gone] == [[], []]
     log = tmp_path / "served"
     log.mkdir()
     rows = [{"user_id": user, "request_id": str(user)} for user in (*gone, stays)]
@@ -105,12 +106,12 @@ def test_nothing_of_an_erased_user_is_left_and_nobody_else_changes(
     # 3. The store knows nothing of them.
     ranker = open_ranker(settings, replay=True)
     for user in gone:
-        answer = ranker.rank(RankRequest(user, candidates))
+        answer = ranked(ranker, RankRequest(user, candidates))
         assert answer.degraded[0] is Degraded.UNKNOWN_USER
         assert answer.tokens is None
         assert OnlineTokens(road.store, contract).read(version, [user]) == [(None, None)]
     # 4. Others' tokens are where they were, in the store and in the log.
-    after = ranker.rank(RankRequest(stays, candidates))
+    after = ranked(ranker, RankRequest(stays, candidates))
     assert after.tokens == before.tokens == version
     assert after.degraded == []
     pointers = JobFolder(settings.home, "summary_tokens").read("token_rows")

@@ -21,12 +21,13 @@ from feature_repo.online_tokens import OnlineTokens
 from feature_repo.online_users import STATS, TOKENS, NewRow, _SqliteRecords, user_records
 from feature_repo.tables import JobFolder
 from modeling.summary import Summariser
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.degraded import Degraded
 from serving.features import UserRow
-from serving.live import Live, Source
+from serving.live import BundleSource, Live
 from serving.ranker import RankService
 from serving.refresh import Refresher, UserMemory
+from serving.server import Server
 from serving.settings import ServeSettings
 
 
@@ -39,7 +40,7 @@ def road(shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> A
 @pytest.fixture(scope="module")
 def server(road: Any) -> Server:
     """A server over it."""
-    live = Live(Source(road.settings).load)
+    live = Live(BundleSource(road.settings).load)
     live.load_now()
     assert live.current is not None, live.not_loaded
     return Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000))

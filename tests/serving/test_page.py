@@ -169,15 +169,15 @@ def test_an_event_left_out_or_added_moves_the_list_and_nothing_is_stored(
     assert tab.complaints == []
 
 
-def test_a_forced_rung_is_named_and_another_customer_has_another_list(
+def test_a_simulated_degradation_is_named_and_another_customer_has_another_list(
     tab: Tab, address: str
 ) -> None:
     opened(tab, address)
     first = tab.run(BARS)
     for name in ("store_unavailable", "no_tokens", "no_history", "no_scores"):
-        tab.choose("#rung", name)
+        tab.choose("#simulate", name)
         tab.until(f"{CHIP}.includes({name.replace('_', ' ')!r})")
-    tab.choose("#rung", "")
+    tab.choose("#simulate", "")
     tab.until(f"{BARS} === {first!r}")
     user = tab.text("#ranked")
     tab.run("document.querySelector('#another').click()")
@@ -370,21 +370,21 @@ def test_a_server_that_is_away_or_says_nonsense_is_said_and_can_be_asked_again(
     # Away in the middle of it: the list stays, and goes on afterwards.
     first = tab.run(BARS)
     tab.run("failing.set('/v1/rank', 'away')")
-    tab.choose("#rung", "no_history")
+    tab.choose("#simulate", "no_history")
     tab.until("document.querySelector('#error').textContent.includes('cannot be reached')")
-    assert tab.run("document.querySelector('#rung').value") == ""
+    assert tab.run("document.querySelector('#simulate').value") == ""
     tab.run("failing.set('/v1/explain', 'away')")
     tab.point("#list li:nth-child(2)")
     tab.until("document.querySelector('#words').textContent.includes('no explanation')")
     tab.run("failing.clear()")
-    tab.choose("#rung", "no_history")
+    tab.choose("#simulate", "no_history")
     tab.until(f"{BARS} !== {first!r}")
     assert tab.complaints == []
 
 
 def test_where_the_tables_are_elsewhere_the_page_has_less_to_show(tab: Tab, address: str) -> None:
     bare = (
-        "{...found, as_of: null, users: [], built: {}, coverage: null, report: [], rungs: [],"
+        "{...found, as_of: null, users: [], built: {}, coverage: null, report: [], degraded: [],"
         " items: found.items.map(item => ({...item, title: null}))}"
     )
     tab.before(
@@ -405,7 +405,7 @@ def test_where_the_tables_are_elsewhere_the_page_has_less_to_show(tab: Tab, addr
 
 def test_where_callers_have_tokens_the_page_asks_for_one(tab: Tab, serve: Any) -> None:
     token = "a-token-of-the-page"
-    address = serve(MEMOIR_SERVE_AUTH=f'{{"{token}": ["rank", "explain"]}}')
+    address = serve(MEMOIR_SERVE_API_KEYS=f'{{"{token}": ["rank", "explain"]}}')
     tab.go(address)
     tab.until("document.querySelector('#key').checkVisibility()")
     assert "bearer" in tab.until("document.querySelector('#error').textContent").lower()

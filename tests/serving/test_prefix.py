@@ -20,7 +20,7 @@ from feature_repo.settings import Settings
 from feature_repo.tables import JobFolder
 from serving.errors import LateEventError, StoreAwayError
 from serving.features import UserRow
-from serving.live import Source
+from serving.live import BundleSource
 from tests.promises import Promises
 
 RECIPE = "vista_tiny"
@@ -105,12 +105,12 @@ def take_events(
 
 
 async def _loaded(settings: Settings) -> Any:
-    return Source(settings).load()
+    return BundleSource(settings).load()
 
 
 def reader_of(settings: Settings) -> Callable[[int], Read]:
     """Reads users as a server does."""
-    serving = Source(settings).load()
+    serving = BundleSource(settings).load()
     loop = asyncio.new_event_loop()
 
     def read(user: int) -> Read:

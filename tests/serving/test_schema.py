@@ -11,11 +11,12 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.command import open_ranker
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.messages import EventsResponse
+from serving.server import Server
 from serving.settings import ServeSettings
 
 REFUSALS = {400, 405, 413, 415, 422}

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_repo.tables import JobFolder
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.audit import NothingToAuditError, audit, replay
 from serving.command import open_ranker
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.ranker import RankService
 from serving.served_log import NoLogError, ServedLog, read_log
+from serving.server import Server
 from serving.settings import ServeSettings
 
 

@@ -42,6 +42,7 @@ from serving.messages import (
     decode_request,
 )
 from serving.ranker import RankService
+from tests.ranking import ranked
 
 CONTRACT = datasets.load_contract("online_retail")
 
@@ -116,7 +117,7 @@ def test_training_score_equals_server_score(
     offline = predict(ranker.bundle.model, encoder, encoder.featurise(split.requests))[:, 0]
     expected = dict(zip(rows, 1 / (1 + np.exp(-offline.astype(np.float64))), strict=True))
     for user, items in asked.items():
-        answer = ranker.rank(RankRequest(user, items, context=RankContext(at)))
+        answer = ranked(ranker, RankRequest(user, items, context=RankContext(at)))
         assert sorted(answer.item_ids) == sorted(items)
         for item, score in zip(answer.item_ids, answer.scores, strict=True):
             assert score == pytest.approx(expected[user, item], abs=1e-6)
@@ -133,7 +134,7 @@ def test_a_request_in_the_past_sees_nothing_later(
     history = ranker.reader.read_user(user).history
     cut = history["event_timestamp"][len(history) // 2].as_py()
     row = ranker.reader.read_user(user)
-    requests = ranker.prepared(row, world["items"][:3], cut).requests
+    requests = ranker.requests.prepared(row, world["items"][:3], cut).requests
     times = requests.gather(np.array([0]), 512).times
     assert len(times) == sum(t.as_py() < cut for t in history["event_timestamp"]) < len(history)
     stats = JobFolder(trained_shop.settings.home, "user_history").read("user_stats").to_pylist()
@@ -146,15 +147,15 @@ def test_a_request_in_the_past_sees_nothing_later(
     mean = requests.user_columns["user_mean_unit_price"][0].as_py()
     assert mean == pytest.approx(then["user_mean_unit_price"], rel=1e-5)
     early = history["event_timestamp"][0].as_py()
-    nothing = ranker.prepared(row, world["items"][:3], early).requests
+    nothing = ranker.requests.prepared(row, world["items"][:3], early).requests
     assert nothing.user_columns["history_end"].to_pylist() == [None]
     older = UserRow(
         row.columns | {"history_end": row.columns["history_end"] + 300}, history
     )  # of which 300 are not packed
-    unknown = ranker.prepared(older, world["items"][:3], early).requests
+    unknown = ranker.requests.prepared(older, world["items"][:3], early).requests
     assert unknown.user_columns["history_end"].to_pylist() == [None]
-    assert ranker.rank(
-        RankRequest(user, world["items"][:3], context=RankContext(cut))
+    assert ranked(
+        ranker, RankRequest(user, world["items"][:3], context=RankContext(cut))
     ).degraded == ["newer_features"]
 
 
@@ -395,14 +396,13 @@ def test_a_store_that_fails_costs_the_user_not_the_answer(
         ranker.bundle.encoder, reader.read_items, lambda: Loaded(ranker.reader.read_items(first))
     )
     broken = RankService(ranker.bundle, reader, items, ranker.replay_from)
-    answer = broken.rank(RankRequest(world["users"][0], [*world["items"][:5], "UNSEEN"]))
-    assert answer.degraded == ["store_unavailable", "unknown_items"]
-    assert answer.unknown_items == ["UNSEEN"]
-    assert len(answer.item_ids) == 6
-    assert (
-        Client(create_app(broken)).rank({"user_id": 1, "candidates": ["ALSO UNSEEN"]}).status_code
-        == 200
-    )
+    client = Client(create_app(broken))
+    candidates = [*world["items"][:5], "UNSEEN"]
+    answer = client.rank({"user_id": world["users"][0], "candidates": candidates}).json()
+    assert answer["degraded"] == ["store_unavailable", "unknown_items"]
+    assert answer["unknown_items"] == ["UNSEEN"]
+    assert len(answer["item_ids"]) == 6
+    assert client.rank({"user_id": 1, "candidates": ["ALSO UNSEEN"]}).status_code == 200
 
 
 def test_a_damaged_history_is_noticed_and_named(
@@ -416,7 +416,7 @@ def test_a_damaged_history_is_noticed_and_named(
         return values
 
     monkeypatch.setattr(reader, "_read", damaged)
-    answer = ranker.rank(RankRequest(world["users"][0], world["items"][:5]))
+    answer = ranked(ranker, RankRequest(world["users"][0], world["items"][:5]))
     assert answer.degraded == ["history_unreadable"]
 
 
@@ -490,9 +490,9 @@ def test_numbers_of_the_table_are_those_that_training_makes(
         )
         table.take(candidates)
         wait_for(lambda: not table.take(candidates).unknown)
-    fast = ranker.encoded(user, candidates, at, table.take(candidates))
+    fast = ranker.requests.encoded(user, candidates, at, table.take(candidates))
     columns = ranker.reader.read_items(candidates)
-    prepared = ranker.prepared(user, candidates, at)
+    prepared = ranker.requests.prepared(user, candidates, at)
     assert user.history is not None
     ids = pa.array(candidates, pa.string())
     histories, keys = from_batches(CONTRACT, [user.history], ids)

@@ -148,8 +148,8 @@ def test_a_server_keeps_users_and_ranks_them_alike(trained_shop: Any) -> None:
         for user in (*users[:10].to_pylist(), 987_654_321):
             asked = RankRequest(user, items[turn : turn + 15])
             row = plain.reader.read_user(user)
-            first = plain.answer(asked, row, Clock(), keep=True)
-            second = keeps.answer(asked, row, Clock(), keep=True)
+            first = plain.answer(asked, row, Clock(), keep=True).response
+            second = keeps.answer(asked, row, Clock(), keep=True).response
             assert second.item_ids == first.item_ids
             assert second.scores == pytest.approx(first.scores, abs=1e-6)
     assert keeps.states is not None

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from feature_repo import datasets
+from feature_repo import datasets, user_stats
 from feature_repo.catalogue import Catalogue
 from feature_repo.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
 from feature_repo.history import Histories, unpack
@@ -32,6 +32,8 @@ from serving.features import FeastReader
 from serving.messages import RankContext, RankRequest
 from serving.ranker import RankService
 from serving.refresh import NoStateError, Refresher, UserMemory
+from tests.periods import joined_period
+from tests.ranking import ranked
 
 CONTRACT = datasets.load_contract("online_retail")
 
@@ -61,7 +63,7 @@ def world(token_shop: Any) -> tuple[list[int], list[str]]:
 
 def test_a_user_is_ranked_from_stored_tokens(ranker: RankService, world: Any) -> None:
     users, items = world
-    answer = ranker.rank(RankRequest(users[3], items[:50]))
+    answer = ranked(ranker, RankRequest(users[3], items[:50]))
     assert answer.tokens == ranker.bundle.tokens
     assert answer.degraded == []
 
@@ -74,8 +76,12 @@ def test_scores_from_tokens_are_those_that_training_computes(
     """
     bundle, settings = ranker.bundle, token_shop.settings
     warehouse = Warehouse(settings)
-    split = warehouse.split(
-        token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", bundle.token_shape)
+    split = joined_period(
+        warehouse,
+        token_shop.store,
+        "ranking_v1_tokens",
+        "test",
+        (bundle.tokens or "", bundle.token_shape),
     )
     encoded = bundle.encoder.featurise(split.requests)
     logits = predict(bundle.model, bundle.encoder, encoded)
@@ -85,8 +91,8 @@ def test_scores_from_tokens_are_those_that_training_computes(
     user, chosen = world[0][5], world[1][:40]
     read = ranker.reader.read_user(user)
     at = datetime.fromisoformat(bundle.manifest["data_as_of"])
-    fresh = ranker.encoded(replace(read, tokens=None), chosen, at)
-    stored = ranker.encoded(read, chosen, at)
+    fresh = ranker.requests.encoded(replace(read, tokens=None), chosen, at)
+    stored = ranker.requests.encoded(read, chosen, at)
     assert stored.gather_tokens is not None
     scores = [predict(bundle.model, bundle.encoder, one) for one in (stored, fresh)]
     events = read.columns["history_end"]
@@ -126,7 +132,7 @@ def test_tokens_that_cannot_be_used_are_done_without_and_said(
             online.remove(version)
         else:
             online.write(version, [user], [changed], [None], envelope.computed_at + 1)
-        answer = ranker.rank(request)
+        answer = ranked(ranker, request)
     finally:
         rows = JobFolder(ranker_home(ranker), "summary_tokens").read("summary_tokens").to_pylist()
         for row in rows:
@@ -136,7 +142,7 @@ def test_tokens_that_cannot_be_used_are_done_without_and_said(
     assert answer.degraded == [reason]
     assert answer.tokens is None
     assert len(answer.item_ids) == 30  # ranked from the short history
-    assert ranker.rank(request).degraded == []
+    assert ranked(ranker, request).degraded == []
 
 
 def ranker_home(ranker: RankService) -> str:
@@ -151,7 +157,7 @@ def test_tokens_that_lag_are_used_and_said(
     envelope = from_bytes(stored or b"", user)
     behind = to_bytes(replace(envelope, num_events=envelope.num_events - 1), user)
     online.write(version, [user], [behind], [state], envelope.computed_at + 3)
-    answer = ranker.rank(RankRequest(user, world[1][:30]))
+    answer = ranked(ranker, RankRequest(user, world[1][:30]))
     online.write(version, [user], [stored or b""], [state], envelope.computed_at + 4)
     assert answer.degraded == ["stale_tokens"]
     assert answer.tokens == version
@@ -164,11 +170,12 @@ def test_a_request_of_the_past_does_not_read_tokens_that_know_better(
     tokens = ranker.reader.read_user(user).tokens
     assert tokens is not None
     at = datetime.fromisoformat("1970-01-01T00:00:00+00:00") + timedelta(microseconds=tokens.as_of)
-    answer = ranker.rank(RankRequest(user, world[1][:30], context=RankContext(at)))
+    answer = ranked(ranker, RankRequest(user, world[1][:30], context=RankContext(at)))
     assert "newer_tokens" in answer.degraded
     assert answer.tokens is None
-    later = ranker.rank(
-        RankRequest(user, world[1][:30], context=RankContext(at + timedelta(microseconds=1)))
+    later = ranked(
+        ranker,
+        RankRequest(user, world[1][:30], context=RankContext(at + timedelta(microseconds=1))),
     )
     assert later.tokens == ranker.bundle.tokens
 
@@ -223,7 +230,7 @@ def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: An
             current = int(rng.integers(3))
         version, ranker = versions[current], rankers[current]
         read = ranker.reader.read_user(user)
-        gather = ranker._tokens_of(read)
+        gather = ranker.requests._tokens_of(read)
         holds = store.values[user, version][1]
         if gather is None:
             assert holds != version
@@ -244,7 +251,9 @@ def test_no_score_is_ever_computed_from_tokens_of_another_version(token_shop: An
     with pytest.raises(
         ValueError, match="which accepts"
     ):  # the last line of defence: a reader at fault
-        rankers[0]._tokens_of(replace(rankers[1].reader.read_user(user_with(store, versions[1]))))
+        rankers[0].requests._tokens_of(
+            replace(rankers[1].reader.read_user(user_with(store, versions[1])))
+        )
 
 
 def user_with(store: MixedStore, version: str) -> int:
@@ -288,12 +297,13 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     np.testing.assert_allclose(refreshed.tokens_SD, expected.tokens_BSD[0], atol=1e-5, rtol=1e-4)
     assert (refreshed.num_events, refreshed.as_of) == (before.num_events + 2, at + 5)
     assert refreshed.computed_at > before.computed_at
-    answer = ranker.rank(
+    answer = ranked(
+        ranker,
         RankRequest(
             user,
             world[1][:30],
             context=RankContext(events[-1]["event_timestamp"] + timedelta(seconds=1)),
-        )
+        ),
     )
     assert answer.tokens == version
     assert answer.degraded == []
@@ -316,7 +326,7 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
 def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
     token_shop: Any, world: Any
 ) -> None:
-    from beam_jobs.user_history import packed_rows, remembered_codes, stat_rows
+    from beam_jobs.user_history import packed_rows, remembered_codes
 
     user, store = world[0][1], token_shop.store
     events = JobFolder(token_shop.settings.home, "events").read("events")
@@ -340,14 +350,14 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
     try:
         memory.add(user, [event])
         found = memory.read(user)
-        expected = stat_rows(CONTRACT, whole).to_pylist()[-1]
+        expected = user_stats.build(CONTRACT, whole).to_pylist()[-1]
         mean = "user_mean_unit_price"
         stats = dict(found["user_stats"])
         assert stats.pop(mean) == pytest.approx(expected[mean], rel=1e-5)
         assert stats == {name: expected[name] for name in stats}
         profiles = JobFolder(token_shop.settings.home, "events").read("item_profile")
         codes = remembered_codes(CONTRACT, whole, profiles)
-        rows = packed_rows(CONTRACT, whole, stat_rows(CONTRACT, whole), codes)
+        rows = packed_rows(CONTRACT, whole, user_stats.build(CONTRACT, whole), codes)
         packed = rows["history"][0].as_py()
         layout = Layout.of(CONTRACT)
         ours, identity = sketch_of(layout, found["user_history"]["sketch"], user)
@@ -378,10 +388,12 @@ def test_addressed_tokens_walk_the_same_road(
     at, compared = datetime.fromisoformat(ranker.bundle.manifest["data_as_of"]), 0
     ranker.bundle.encoder.history_length = CONTRACT.spec.num_history_online  # all, as the job did
     for user in users[:12]:
-        assert ranker.rank(RankRequest(user, items)).tokens == ranker.bundle.tokens
+        assert ranked(ranker, RankRequest(user, items)).tokens == ranker.bundle.tokens
         read = ranker.reader.read_user(user)
         stored, fresh = (
-            predict(ranker.bundle.model, ranker.bundle.encoder, ranker.encoded(one, items, at))
+            predict(
+                ranker.bundle.model, ranker.bundle.encoder, ranker.requests.encoded(one, items, at)
+            )
             for one in (read, replace(read, tokens=None))
         )
         if read.columns["history_end"] <= ranker.bundle.encoder.history_length:

@@ -13,11 +13,12 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from feature_repo.errors import SettingsError
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.command import open_ranker
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
 from serving.metrics import STAGES
+from serving.server import Server
 from serving.settings import ServeSettings
 from serving.tracing import Tracing, tracing_from_env
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from feature_repo.atomic import atomic_write
 from feature_repo.code import code_digest
 from feature_repo.settings import Settings
 from feature_repo.tables import digest_of
@@ -28,8 +29,8 @@ QUICK_ROWS = 1 << 18  # candidates: 8 CPU seconds on Online Retail, 0.011 NDCG@1
 
 
 @dataclass(frozen=True)
-class TrainedFloor:
-    """A floor over its seeds.
+class TrainedBaseline:
+    """A baseline over its seeds.
 
     Args:
         test: metrics of each seed, as `evaluate.plain_metrics` gives them.
@@ -43,14 +44,14 @@ class TrainedFloor:
     sums: Sums
 
 
-def trained_floors(
+def trained_baselines(
     settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int = 1
-) -> list[TrainedFloor]:
-    """The floors on what a recipe reads of dense numbers; the regression has one seed.
+) -> list[TrainedBaseline]:
+    """The baselines on what a recipe reads of dense numbers; the regression has one seed.
 
     Raises:
         DataError: scikit-learn is not installed.
-        RunError: another process fits this very floor.
+        RunError: another process fits this very baseline.
     """
     found = []
     for kind in CLASSICS:
@@ -59,21 +60,21 @@ def trained_floors(
         results = [json.loads((folder / "result.json").read_text()) for folder in folders]
         cost = statistics.mean(result["cpu_seconds"] for result in results)
         sums = of_seeds([read_sums(folder / PER_USER) for folder in folders])
-        found.append(TrainedFloor(kind, [result["test"] for result in results], cost, sums))
+        found.append(TrainedBaseline(kind, [result["test"] for result in results], cost, sums))
     return found
 
 
-def quick_trees(settings: Settings, encodings: Encodings, recipe: Recipe) -> TrainedFloor:
+def quick_trees(settings: Settings, encodings: Encodings, recipe: Recipe) -> TrainedBaseline:
     """Trees on a part of the training candidates, `QUICK_ROWS`, which take seconds: what any model is
     told beside.
 
     Raises:
-        DataError, RunError: see `trained_floors`.
+        DataError, RunError: see `trained_baselines`.
     """
     folder = _fitted(settings, encodings, recipe, "trees", 1, QUICK_ROWS)
     result = json.loads((folder / "result.json").read_text())
     sums = read_sums(folder / PER_USER)
-    return TrainedFloor("trees", [result["test"]], result["cpu_seconds"], sums)
+    return TrainedBaseline("trees", [result["test"]], result["cpu_seconds"], sums)
 
 
 def _fitted(
@@ -84,9 +85,9 @@ def _fitted(
     seed: int,
     most: int | None = None,
 ) -> Path:
-    """Folder of a floor's run, which is fitted where it is not there."""
+    """Folder of a baseline's run, which is fitted where it is not there."""
     code = code_digest("modeling.classic", "modeling.metrics")
-    made_of = [kind, seed, encodings.set_of(recipe).identity, recipe.without, code]
+    made_of = [kind, seed, encodings.set_of(recipe).identity, recipe.ablated, code]
     identity = digest_of([*made_of, most] if most else made_of)
     name = f"{kind.replace(' ', '_')}-seed{seed}-{identity[:8]}"
     folder = Path(settings.path("comparison", name))
@@ -102,9 +103,8 @@ def _fitted(
         spent = time.process_time() - started
         write_sums(folder / PER_USER, sums_by_user(test, scores, number))
         measured = plain_metrics(measure(test.encoded, test.users, scores, number))
-        draft = folder / ".result.draft"
-        draft.write_text(json.dumps({"test": measured, "cpu_seconds": spent}, indent=1))
-        draft.replace(folder / "result.json")
+        with atomic_write(folder / "result.json") as draft:
+            draft.write_text(json.dumps({"test": measured, "cpu_seconds": spent}, indent=1))
     return folder
 
 

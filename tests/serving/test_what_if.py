@@ -1,4 +1,4 @@
-"""Requests that look into the ranker: a past that never was, a rung that is forced, a bundle by name."""
+"""Requests that look into the ranker: a past that never was, a simulated degradation, a bundle by name."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import pytest
 
 from feature_repo.sketch import Layout, Sketch
 from feature_repo.tables import JobFolder
-from serving.app import Server, app_of
+from serving.app import app_of
 from serving.command import open_ranker
 from serving.degraded import Degraded, reason_named
+from serving.explain import explain
 from serving.features import StoredSketch, UserRow
 from serving.guarded import GuardedReader, ThreadedReader
 from serving.live import Live, Serving
-from serving.messages import Forced, RankRequest, decode_request, encoded
-from serving.pretended import as_asked
+from serving.messages import RankRequest, Simulated, decode_request, encoded
 from serving.ranker import Clock, RankService
+from serving.server import Server
 from serving.settings import ServeSettings
+from serving.what_if import as_asked
 
 TOKENS = {"a-caller-who-ranks": ("rank",), "a-caller-who-looks": ("rank", "explain")}
 
@@ -44,7 +46,7 @@ def user(token_shop: Any, ranker: RankService) -> Any:
 def server(ranker: RankService) -> Server:
     live = Live(load=lambda digest: pytest.fail("nothing is loaded here"))
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
-    return Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000, auth=TOKENS))
+    return Server(live, ServeSettings(deadline_ms=10_000, store_ms=5_000, api_keys=TOKENS))
 
 
 def call(server: Server, path: str, body: Any, token: str = "a-caller-who-looks") -> Any:
@@ -69,15 +71,15 @@ def asked_by(ranker: RankService, **fields: Any) -> RankRequest:
 def test_an_event_left_out_is_worth_what_explain_says(ranker: RankService, user: Any) -> None:
     row = ranker.reader.read_user(user)
     candidate = candidates_of(ranker)[:1]
-    explained = ranker.explain(RankRequest(user, candidate), row, 5)
+    explained = explain(ranker, RankRequest(user, candidate), row, 5)
     untouched = replace(row, tokens=None)
 
     def logit(seen: UserRow) -> float:
-        score = ranker.answer(RankRequest(user, candidate), seen, Clock()).scores[0]
+        score = ranker.answer(RankRequest(user, candidate), seen, Clock()).response.scores[0]
         return float(np.log(score / (1 - score)))
 
     for place, event in enumerate(explained.events):
-        asked = asked_by(ranker, user_id=user, pretended={"without": [place]})
+        asked = asked_by(ranker, user_id=user, what_if={"without": [place]})
         seen = as_asked(ranker.contract, row, asked)
         assert seen.history is not None
         assert row.history is not None
@@ -92,9 +94,7 @@ def test_an_event_added_is_the_newest_and_counted(ranker: RankService, user: Any
     item = candidates_of(ranker)[7]
     event = {"item_id": item, "quantity": 2.0, "unit_price": 3.0}
     stamp = (newest + timedelta(seconds=1)).isoformat()
-    asked = asked_by(
-        ranker, user_id=user, pretended={"events": [event | {"event_timestamp": stamp}]}
-    )
+    asked = asked_by(ranker, user_id=user, what_if={"events": [event | {"event_timestamp": stamp}]})
     seen = as_asked(ranker.contract, row, asked)
     assert seen.history is not None
     assert seen.history["item_id"][-1].as_py() == item
@@ -105,7 +105,7 @@ def test_an_event_added_is_the_newest_and_counted(ranker: RankService, user: Any
     asked = asked_by(
         ranker,
         user_id=user,
-        pretended={"events": [event | {"event_timestamp": early.isoformat()}]},
+        what_if={"events": [event | {"event_timestamp": early.isoformat()}]},
     )
     seen = as_asked(ranker.contract, row, asked)
     assert seen.history is not None
@@ -119,15 +119,15 @@ def test_nothing_pretended_reaches_the_store(server: Server, user: Any) -> None:
     ranker = server.live.current.ranker
     body = {"user_id": user, "candidates": candidates_of(ranker)}
     first = call(server, "/v1/rank", body).json()
-    other = call(server, "/v1/rank", body | {"pretended": {"without": [0, 1, 2]}}).json()
+    other = call(server, "/v1/rank", body | {"what_if": {"without": [0, 1, 2]}}).json()
     again = call(server, "/v1/rank", body).json()
     assert other["scores"] != first["scores"] == again["scores"]
     assert other["tokens"] is None
-    none = {"pretended": {"without": list(range(len(first_events(server, user))))}}
+    none = {"what_if": {"without": list(range(len(first_events(server, user))))}}
     assert call(server, "/v1/rank", body | none).json()["degraded"] == ["no_history"]
-    nobody = call(server, "/v1/rank", body | {"user_id": 987_654_321, "pretended": {}}).json()
+    nobody = call(server, "/v1/rank", body | {"user_id": 987_654_321, "what_if": {}}).json()
     assert nobody["degraded"] == ["unknown_user"]
-    far = call(server, "/v1/rank", body | {"pretended": {"without": [100_000]}})
+    far = call(server, "/v1/rank", body | {"what_if": {"without": [100_000]}})
     assert far.status_code == 422
     assert "100000" in far.json()["message"]
 
@@ -141,8 +141,8 @@ def test_looking_into_the_ranker_counts_as_no_trouble(server: Server, user: Any)
     assert server.live.current is not None
     body = {"user_id": user, "candidates": candidates_of(server.live.current.ranker)}
     before = server.metrics.text()
-    call(server, "/v1/rank", body | {"force": "store_unavailable"})
-    call(server, "/v1/rank", body | {"pretended": {"without": [0]}})
+    call(server, "/v1/rank", body | {"simulate": "store_unavailable"})
+    call(server, "/v1/rank", body | {"what_if": {"without": [0]}})
     assert b'memoir_degraded_total{reason="store_unavailable"}' not in server.metrics.text()
     assert seconds_of(server.metrics.text()) == seconds_of(before)
 
@@ -152,34 +152,34 @@ def seconds_of(text: bytes) -> list[bytes]:
     return [line for line in text.splitlines() if line.startswith(b"memoir_stage_seconds")]
 
 
-@pytest.mark.parametrize("name", get_args(Forced))
-def test_a_forced_rung_is_what_the_fault_itself_would_give(
+@pytest.mark.parametrize("name", get_args(Simulated))
+def test_a_simulated_degradation_is_what_the_fault_itself_would_give(
     server: Server, user: Any, name: str
 ) -> None:
     assert server.live.current is not None
     ranker = server.live.current.ranker
     asked = RankRequest(user, candidates_of(ranker))
-    body = {"user_id": user, "candidates": asked.candidates, "force": name}
+    body = {"user_id": user, "candidates": asked.candidates, "simulate": name}
     answer = call(server, "/v1/rank", body).json()
-    rung = reason_named(name)
+    reason = reason_named(name)
     assert answer["degraded"] == [name]
-    if rung in (Degraded.NO_SCORES, Degraded.DEADLINE):
+    if reason in (Degraded.NO_SCORES, Degraded.DEADLINE):
         assert answer["scores"] == []
         assert answer["item_ids"] == asked.candidates
         return
     row = ranker.reader.read_user(user)
     fault = {
-        Degraded.STORE_UNAVAILABLE: ranker.nobody(rung),
-        Degraded.NO_TOKENS: replace(row, tokens=None, problems=(rung,)),
-        Degraded.NO_SKETCH: replace(row, sketch=None, problems=(rung,)),
+        Degraded.STORE_UNAVAILABLE: ranker.nobody(reason),
+        Degraded.NO_TOKENS: replace(row, tokens=None, problems=(reason,)),
+        Degraded.NO_SKETCH: replace(row, sketch=None, problems=(reason,)),
         Degraded.NO_HISTORY: replace(
             row,
             history=None,
             sketch=StoredSketch(Sketch(Layout.of(ranker.contract)), -1),
-            problems=(rung,),
+            problems=(reason,),
         ),
     }
-    expected = ranker.answer(asked, fault[rung], Clock())
+    expected = ranker.answer(asked, fault[reason], Clock()).response
     assert answer["item_ids"] == expected.item_ids
     assert answer["scores"] == pytest.approx(expected.scores, abs=1e-6)
 
@@ -189,7 +189,7 @@ def test_only_who_may_look_into_the_ranker_does(server: Server, user: Any) -> No
     body = {"user_id": user, "candidates": candidates_of(server.live.current.ranker)}
     plain = "a-caller-who-ranks"
     assert call(server, "/v1/rank", body, plain).status_code == 200
-    for special in ({"force": "no_tokens"}, {"pretended": {}}, {"bundle": "x"}):
+    for special in ({"simulate": "no_tokens"}, {"what_if": {}}, {"bundle": "x"}):
         assert call(server, "/v1/rank", body | special, plain).status_code == 403
         batch = {"requests": [body, body | special]}
         assert call(server, "/v1/rank:batch", batch, plain).status_code == 403

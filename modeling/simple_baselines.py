@@ -11,11 +11,11 @@ from feature_repo.arrow import value_codes
 from feature_repo.recall import Recall
 from feature_repo.schema import STAT_WINDOWS_DAYS
 from feature_repo.sketch import Layout
-from modeling.dataset import Split
+from modeling.dataset import JoinedRequests
 from modeling.metrics import defined, mean_ndcg
 
 RANDOM = "random"
-TREES = "trees, dense numbers"  # fitted: `trained_floors.py`
+TREES = "trees, dense numbers"  # fitted: `trained_baselines.py`
 POPULARITY = "popularity, best window"
 FREQUENCY = "own frequency"
 FADED = "own frequency, fading"
@@ -24,24 +24,28 @@ HALF_LIFE_DAYS = 30.0
 _WINDOW = "popularity:"
 
 
-def floor_scores(split: Split, visible: int | None = None) -> dict[str, np.ndarray]:
+def baseline_scores(joined: JoinedRequests, visible: int | None = None) -> dict[str, np.ndarray]:
     """Scores of all candidates, by the name of each scoring.
 
     Args:
         visible: events before a request that are known; default: all.
     """
-    requests = split.requests
+    requests = joined.requests
     found = {
         f"{_WINDOW}{name}": pc.fill_null(requests.candidate_columns[name], 0).to_numpy()
         for name in ("count_total", *(f"count_{days}d" for days in STAT_WINDOWS_DAYS))
     }
-    layout = Layout((split.log.contract.item.join_key,), (1,), (HALF_LIFE_DAYS,), 1)
+    layout = Layout((joined.log.contract.item.join_key,), (1,), (HALF_LIFE_DAYS,), 1)
     codes = value_codes(requests.items)[requests.candidate_keys]
     narrower = [newest for newest in NEWEST if visible is None or newest < visible]
     for newest in (*narrower, visible):
-        recall = Recall(split.log, layout, newest=newest, exact=True)
+        recall = Recall(joined.log, layout, newest=newest, exact=True)
         counts = recall.read(
-            split.log_rows, split.history_ends, requests.times, requests.candidate_offsets, [codes]
+            joined.log_rows,
+            joined.history_ends,
+            requests.times,
+            requests.candidate_offsets,
+            [codes],
         )
         name = "" if newest == visible else f", last {newest}"
         found[FREQUENCY + name] = counts[:, 0, 0]
@@ -49,14 +53,14 @@ def floor_scores(split: Split, visible: int | None = None) -> dict[str, np.ndarr
     return {name: scores.astype(np.float32) for name, scores in found.items()}
 
 
-def floors_of(
+def baselines_of(
     scores: Mapping[str, np.ndarray], labels: np.ndarray, offsets: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Random, popularity, and the own frequencies that say anything; popularity over the window that is
     best on these very requests.
 
     Args:
-        scores: of `floor_scores`.
+        scores: of `baseline_scores`.
         labels: of all candidates, for one task; NaN where it is undefined.
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
     """
@@ -73,7 +77,7 @@ def floors_of(
 
 
 def _telling(own: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Own frequencies without those that order nothing, where nobody acts on an item twice, and without
+    """Drop own frequencies that order nothing, because no user acts on an item twice, and
     windows that come to the same as all events.
     """
     found: dict[str, np.ndarray] = {}
