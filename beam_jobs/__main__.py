@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from beam_jobs.options import (
+from beam_jobs.engine.options import (
     Common,
     ExampleOptions,
     OnlineOptions,

@@ -28,16 +28,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from beam_jobs.inputs import current_inputs, output_is_there
-from beam_jobs.options import Common, RunOptions, TokenOptions
+from beam_jobs.engine.inputs import current_inputs, output_is_there
+from beam_jobs.engine.options import Common, RunOptions, TokenOptions
 from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
 from feature_repo.errors import UsageError, nearest
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder, Manifest
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder, Manifest
 
 if TYPE_CHECKING:
-    from beam_jobs.runs import RunPlan
+    from beam_jobs.engine.runs import RunPlan
 
 PLAIN_LINE_S = 10.0  # between lines where there is no terminal
 FIRST_LISTING_S = 0.5  # before a run's folder is listed for a bar
@@ -68,7 +68,7 @@ def run_command(
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
     refuse_unknown(beam_args, name, options, common)
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     job = runs.load_job(name)
     arguments = [f"--runner={common.runner}", *beam_args]
@@ -252,7 +252,7 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder;
     yields `tell`.
     """
-    from beam_jobs.runs import PARTS
+    from beam_jobs.engine.runs import PARTS
 
     folder = plan.folder
     done = threading.Event()

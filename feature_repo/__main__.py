@@ -15,7 +15,7 @@ from feature_repo.errors import UsageError
 from feature_repo.settings import CHECKOUT, Settings
 
 if TYPE_CHECKING:
-    from feature_repo.catalogue import Catalogue
+    from feature_repo.home.catalogue import Catalogue
 
 app = cli.app(
     "feature_repo",
@@ -29,7 +29,7 @@ def check() -> int:
     dead letters, requests, labels, and what a ranker reads.
     """
     from feature_repo import datasets
-    from feature_repo.preview import preview
+    from feature_repo.scaffold.preview import preview
 
     settings = Settings.from_env()
     dataset = datasets.load(settings.dataset)
@@ -73,9 +73,10 @@ def new(
         action: column that says what happened, in words or as a rating.
         force: write over a module of that name.
     """
-    from feature_repo import datasets, suggest
-    from feature_repo.suggest import UNKNOWN
-    from feature_repo.suggest_text import module_text
+    from feature_repo import datasets
+    from feature_repo.scaffold import suggest
+    from feature_repo.scaffold.suggest import UNKNOWN
+    from feature_repo.scaffold.suggest_text import module_text
 
     # 1. Refuse before any file is read.
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -135,8 +136,8 @@ def apply(*, force: bool = False) -> None:
     from rich.console import Console
 
     from feature_repo import datasets
-    from feature_repo.catalogue import Catalogue
-    from feature_repo.store import (
+    from feature_repo.home.catalogue import Catalogue
+    from feature_repo.store.store import (
         REGISTRY,
         feast_apply,
         local_file,
@@ -200,7 +201,7 @@ def changes_told(printed: str) -> str:
 
 def definition_files() -> list[Path]:
     """Files that `feast apply` imports: ours, and any that a person has put beside it."""
-    from feature_repo.store import REPO
+    from feature_repo.store.store import REPO
 
     ignored = {
         line
@@ -214,7 +215,7 @@ def _forget_foreign_registry(settings: Settings) -> None:
     """Drop a registry that came with a copied home: from it, Feast would drop the online tables of
     the original.
     """
-    from feature_repo.store import REGISTRY, local_file, tables_elsewhere
+    from feature_repo.store.store import REGISTRY, local_file, tables_elsewhere
 
     if settings.profile == "local" and (elsewhere := tables_elsewhere(settings)):
         print(
@@ -226,7 +227,7 @@ def _forget_foreign_registry(settings: Settings) -> None:
 @app.command
 def store_config() -> None:
     """Path of the Feast configuration in force, for `feast -c feature_repo -f PATH`."""
-    from feature_repo.store import yaml_path
+    from feature_repo.store.store import yaml_path
 
     print(yaml_path(Settings.from_env()))
 
@@ -239,7 +240,7 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
         retire: remove versions that no server can still need.
         longest_life_days: how long a server may go on with a bundle that is no longer live.
     """
-    from feature_repo.catalogue import Catalogue
+    from feature_repo.home.catalogue import Catalogue
 
     if not 0 <= longest_life_days < 36_525:
         raise UsageError(f"--longest_life_days expects a number of days, not {longest_life_days}")
@@ -268,10 +269,10 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
 
 def _retire(settings: Settings, catalogue: Catalogue, versions: list[str]) -> None:
     from feature_repo import datasets
-    from feature_repo.online_tokens import CannotRemoveError, OnlineTokens
-    from feature_repo.store import note_epoch, open_store
-    from feature_repo.tables import JobFolder
-    from feature_repo.token_log import JOB, drop_version
+    from feature_repo.history.token_log import JOB, drop_version
+    from feature_repo.home.tables import JobFolder
+    from feature_repo.store.online_tokens import CannotRemoveError, OnlineTokens
+    from feature_repo.store.store import note_epoch, open_store
 
     contract = datasets.load_contract(settings.dataset)
     online = OnlineTokens(open_store(settings), contract)

@@ -13,9 +13,10 @@ from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSo
 from feast.data_format import ParquetFormat
 from feast.types import Array, Bytes, Float32, Int32, Int64, String, UnixTimestamp
 
-from feature_repo import datasets, schema
-from feature_repo.contract import STORE_PART, TOKEN_VERSION
-from feature_repo.schema import DType
+from feature_repo import datasets
+from feature_repo.contract import schema
+from feature_repo.contract.contract import STORE_PART, TOKEN_VERSION
+from feature_repo.contract.schema import DType
 from feature_repo.settings import Settings
 
 FIELD_TYPES = {

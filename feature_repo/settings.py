@@ -9,7 +9,7 @@ Standard library only.
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
 | `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
-| `MEMOIR_SERVE_…` | of the server: `serving/settings.py` | |
+| `MEMOIR_SERVE_…` | of the server: `serving/api/settings.py` | |
 | `MEMOIR_REQUIRE_SERVICES` | tests: a missing service is a failure | |
 """
 
@@ -26,7 +26,7 @@ from feature_repo.errors import SettingsError, nearest
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
-OF_THE_SERVER = "MEMOIR_SERVE_"  # which knows its own: serving/settings.py
+OF_THE_SERVER = "MEMOIR_SERVE_"  # which knows its own: serving/api/settings.py
 # Kubernetes sets these for every service that is named memoir, or memoir-something.
 LINK = re.compile(
     r"MEMOIR(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"

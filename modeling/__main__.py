@@ -52,7 +52,7 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a recipe on the built tables; resumes where it stopped."""
-    from modeling import command
+    from modeling.commands import command
 
     _refuse_below_one(threads=threads)
     command.run_train(recipe, data, _changes(seed, epochs, changes), device, force, threads)
@@ -72,7 +72,7 @@ def evaluate(
     """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default
     of the newest run.
     """
-    from modeling import command
+    from modeling.commands import command
 
     _refuse_below_one(threads=threads)
     command.run_evaluate(recipe, data, _changes(seed, epochs, changes), force, threads)
@@ -96,7 +96,7 @@ def export(
         live: go live whatever the comparison says.
         not_live: record the bundle without making it live.
     """
-    from modeling import command
+    from modeling.commands import command
 
     if live and not_live:
         raise UsageError("--live and --not_live exclude each other")
@@ -112,7 +112,7 @@ def bundles(*, promote: str | None = None, rollback: bool = False) -> None:
         promote: recipe, or digest, of the bundle to make live.
         rollback: make the bundle live that was so before the present one.
     """
-    from modeling import command
+    from modeling.commands import command
 
     if promote and rollback:
         raise UsageError("--promote and --rollback exclude each other")
@@ -144,8 +144,8 @@ def compare(
         no_scaling: leave out speed and memory against length.
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
-    from modeling import command
-    from modeling.changes import Comparison
+    from modeling.commands import command
+    from modeling.training.changes import Comparison
 
     # A comparison numbers its seeds, so that every recipe has the same.
     _refuse_below_one(seeds=seeds, threads=threads)
@@ -203,7 +203,7 @@ def _refuse_below_one(**options: int) -> None:
 
 
 def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...]) -> Any:
-    from modeling.changes import Changes
+    from modeling.training.changes import Changes
 
     if seed is not None and seed < 0:
         raise UsageError(f"--seed expects 0 or more, not {seed}")
@@ -214,7 +214,7 @@ def _changes(seed: int | None, epochs: int | None, assignments: tuple[str, ...])
 
 def main() -> int:
     """Dispatch."""
-    from modeling.processes import wait_passively
+    from modeling.comparison.processes import wait_passively
 
     wait_passively()
     return cli.run(app)

@@ -19,8 +19,8 @@ from typing import Literal
 
 import numpy as np
 
+from modeling.inputs.shards import read_shard, write_shard
 from modeling.metrics import PerUser
-from modeling.shards import read_shard, write_shard
 
 PAIRED = ("ndcg@10", "gauc")  # metrics that are means over users
 RESAMPLES = 2000

@@ -4,8 +4,8 @@ it.
 
 from __future__ import annotations
 
-from feature_repo.code import code_digest
 from feature_repo.errors import nearest
+from feature_repo.home.code import code_digest
 from modeling.errors import RecipeError
 from modeling.recipes import Recipe
 
@@ -50,8 +50,8 @@ def training_code(recipe: Recipe, dataset: str) -> str:
     ours that they import.
     """
     return code_digest(
-        "modeling.trainer",
-        "modeling.training_set",
+        "modeling.training.trainer",
+        "modeling.training_set.training_set",
         module_of(recipe.model),
         f"feature_repo.datasets.{dataset}",
     )

@@ -29,7 +29,7 @@ def serve(
     item_refresh_s: float | None = None,
 ) -> int:
     """Rank over HTTP until stopped. Limits, times, TLS and callers' tokens are environment variables:
-    MEMOIR_SERVE_DEADLINE_MS and the like, all in serving/settings.py.
+    MEMOIR_SERVE_DEADLINE_MS and the like, all in serving/api/settings.py.
 
     Args:
         host: address to listen on; by default 127.0.0.1, this machine only.
@@ -51,7 +51,7 @@ def serve(
         "item_refresh_s": item_refresh_s,
     }
     from serving import command
-    from serving.settings import settings_from
+    from serving.api.settings import settings_from
 
     # A flag that is not given leaves the word to the environment.
     asked = {name: value for name, value in given.items() if value is not None}

@@ -19,9 +19,9 @@ from rich.table import Table
 from feature_repo import datasets
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import Settings
-from feature_repo.store import yaml_path
-from serving.ranker import RankService
-from serving.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
+from feature_repo.store.store import yaml_path
+from serving.api.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
+from serving.ranking.ranker import RankService
 
 console = Console()
 SWITCH_S = 0.0005
@@ -43,7 +43,7 @@ def open_ranker(
         BundleError: the bundle must not be served.
         NoLiveBundleError: no bundle was given and none is live.
     """
-    from serving.live import BundleSource
+    from serving.live.live import BundleSource
 
     return BundleSource(settings, _path(bundle_path), replay, item_refresh_s).load().ranker
 
@@ -54,9 +54,9 @@ def run_audit(log: str, bundle_path: str | None) -> None:
     Raises:
         NothingToAuditError: no logged request can be computed anew.
     """
-    from serving.audit import audit
-    from serving.live import BundleSource
-    from serving.served_log import read_log
+    from serving.live.live import BundleSource
+    from serving.served.audit import audit
+    from serving.served.served_log import read_log
 
     settings = Settings.from_env()
     bundle = BundleSource(settings, _path(bundle_path)).open_bundle()
@@ -86,9 +86,9 @@ def run_replay(log: str, bundle_path: str | None) -> None:
     Raises:
         NothingToAuditError: no logged request can be ranked anew.
     """
-    from serving.audit import replay
-    from serving.live import BundleSource
-    from serving.served_log import read_log
+    from serving.live.live import BundleSource
+    from serving.served.audit import replay
+    from serving.served.served_log import read_log
 
     settings = Settings.from_env()
     bundle = BundleSource(settings, _path(bundle_path)).open_bundle()
@@ -107,8 +107,8 @@ def run_impressions(log: str, file: str, top: int | None) -> None:
         ImpressionsError: the dataset's raw log cannot hold them.
         NoLogError: nothing was logged.
     """
-    from serving.impressions import write_impressions
-    from serving.served_log import read_log
+    from serving.served.impressions import write_impressions
+    from serving.served.served_log import read_log
 
     number = write_impressions(Settings.from_env(), read_log(Path(log)), Path(file), top)
     console.print(
@@ -124,7 +124,7 @@ def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
         ErasureError: something of them is left, or no such user can be erased.
     """
     from feature_repo import datasets
-    from feature_repo.erased import list_erased
+    from feature_repo.home.erased import list_erased
     from serving.erase import erase, ids_of
 
     settings = Settings.from_env()
@@ -259,10 +259,10 @@ def app() -> Any:
     import logging
     import sys
 
-    from serving.app import app_of
-    from serving.live import BundleSource, Live, Repair, epoch_of
-    from serving.server import Server
-    from serving.tracing import tracing_from_env
+    from serving.api.tracing import tracing_from_env
+    from serving.live.live import BundleSource, Live, Repair, epoch_of
+    from serving.routes.app import app_of
+    from serving.routes.server import Server
 
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME)
     logging.Formatter.converter = time.gmtime

@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from feature_repo import datasets
-from feature_repo.arrow import micros, micros_iso
-from feature_repo.catalogue import Catalogue
-from feature_repo.contract import TOKEN_VERSION, Contract
-from feature_repo.history import HistoryLog, newest_rows
-from feature_repo.schema import EVENT_TIMESTAMP
+from feature_repo.contract.arrow import micros, micros_iso
+from feature_repo.contract.contract import TOKEN_VERSION, Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP
+from feature_repo.history.history import HistoryLog, newest_rows
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
 
 if TYPE_CHECKING:
     pass
@@ -216,7 +216,7 @@ def show_one_more(
 
 def summary(settings: Settings, started_s: float) -> None:
     """Stage timings, metrics and how to go on."""
-    from modeling.evaluate import best_baselines
+    from modeling.evaluation.evaluate import best_baselines
 
     catalogue = Catalogue(settings.catalogue_url)
     recipe = catalogue.live_bundle(settings.dataset).recipe

@@ -33,20 +33,21 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from feature_repo import datasets, token_log
+from feature_repo import datasets
 from feature_repo.atomic import atomic_write
-from feature_repo.catalogue import Catalogue
-from feature_repo.contract import Contract
-from feature_repo.erased import FOLDER, Erased, list_erased
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
-from feature_repo.online_erase import OnlineEraser
-from feature_repo.parse import user_columns
-from feature_repo.schema import DType
+from feature_repo.history import token_log
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.erased import FOLDER, Erased, list_erased
+from feature_repo.home.tables import JobFolder, JobRunningError, locked
+from feature_repo.home.traces import LEAST_BYTES, behind_nulls, mark_of, traces_in
+from feature_repo.raw.parse import user_columns
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.store import open_store
-from feature_repo.tables import JobFolder, JobRunningError, locked
-from feature_repo.traces import LEAST_BYTES, behind_nulls, mark_of, traces_in
-from serving.items import Id
+from feature_repo.store.online_erase import OnlineEraser
+from feature_repo.store.store import open_store
+from serving.stores.items import Id
 
 # In the order in which they read each other.
 JOBS = ("events", "user_history", "item_stats", "training_examples", "materialize")

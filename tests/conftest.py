@@ -177,7 +177,7 @@ class Road:
 
     @property
     def store(self) -> Any:
-        from feature_repo.store import open_store
+        from feature_repo.store.store import open_store
 
         return open_store(self.settings)
 
@@ -193,7 +193,7 @@ def settings_in(home: Path, dataset: str, data: Path, profile: str = "local") ->
 
 def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     """Run Beam jobs in this process on the local runner; returns their outcomes."""
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     outcomes = {}
     for name in names:
@@ -220,7 +220,7 @@ def apply_in_process(settings: Settings) -> Any:
     """What `feast apply` does, without its eight seconds."""
     from feast import Entity, FeatureService, FeatureView, FileSource
 
-    from feature_repo.store import REPO, open_store
+    from feature_repo.store.store import REPO, open_store
 
     before = {name: os.environ.get(name) for name in ("MEMOIR_DATASET", "MEMOIR_HOME")}
     os.environ |= {
@@ -315,9 +315,11 @@ def copied(road: Road, folder: Path) -> Road:
 
 def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     """Train, evaluate and export a recipe, as the commands do."""
-    from feature_repo.catalogue import Catalogue
-    from modeling import command, recipes, training_run
-    from modeling.encodings import Encodings
+    from feature_repo.home.catalogue import Catalogue
+    from modeling import recipes
+    from modeling.commands import command
+    from modeling.training import training_run
+    from modeling.training_set.encodings import Encodings
 
     catalogue = Catalogue(road.settings.catalogue_url)
     run = training_run.open_run(road.settings, recipes.load(recipe))

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from feature_repo.arrow import arrow_schema
-from feature_repo.contract import Contract
-from modeling.columns import Index
-from modeling.dataset import Fitting, JoinedRequests, Tokens, Warehouse
+from feature_repo.contract.arrow import arrow_schema
+from feature_repo.contract.contract import Contract
+from modeling.inputs.columns import Index
+from modeling.training_set.dataset import Fitting, JoinedRequests, Tokens, Warehouse
 
 ROWS_AT_A_TIME = 1 << 18
 

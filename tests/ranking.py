@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.messages import RankRequest, RankResponse
-from serving.ranker import Clock, RankService
+from serving.api.messages import RankRequest, RankResponse
+from serving.ranking.ranker import Clock, RankService
 
 
 def ranked(ranker: RankService, request: RankRequest) -> RankResponse:

@@ -23,21 +23,21 @@ import torch
 
 from feature_repo import cli, datasets
 from feature_repo.__main__ import app
-from feature_repo.arrow import arrow_type
-from feature_repo.schema import Examples, Kind
+from feature_repo.contract.arrow import arrow_type
+from feature_repo.contract.schema import Examples, Kind
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
 from modeling import models
-from modeling.augment import forget, training_sample
-from modeling.bundle import Bundle
-from modeling.dataset import Warehouse, point_in_time_join
-from modeling.encoder import Encoded, Encoder, RequestColumns
-from modeling.tasks import probabilities
-from modeling.trainer import Trainer, predict
-from serving.features import FeastReader
-from serving.items import ItemTable, Loaded
-from serving.messages import decode_request
-from serving.ranker import RankService
+from modeling.bundle.bundle import Bundle
+from modeling.inputs.augment import forget, training_sample
+from modeling.inputs.encoder import Encoded, Encoder, RequestColumns
+from modeling.inputs.tasks import probabilities
+from modeling.training.trainer import Trainer, predict
+from modeling.training_set.dataset import Warehouse, point_in_time_join
+from serving.api.messages import decode_request
+from serving.ranking.ranker import RankService
+from serving.stores.features import FeastReader
+from serving.stores.items import ItemTable, Loaded
 from tests.modeling.test_unknown_items import MODELS
 from tests.periods import joined_period, vocabularies
 from tests.ranking import ranked
@@ -385,8 +385,8 @@ def test_every_ranker_trains_and_is_served_with_context(
 
 
 def test_context_is_read_and_checked_by_its_declaration(world: World) -> None:
-    from serving.errors import InvalidRequestError
-    from serving.openapi import openapi_document
+    from serving.api.errors import InvalidRequestError
+    from serving.api.openapi import openapi_document
 
     contract = world.encoder.contract
     schema = openapi_document(contract)["components"]["schemas"]["RankContext"]["properties"]
@@ -420,8 +420,8 @@ def test_of_impressions_evaluation_knows_as_little_as_the_server(world: World) -
 def test_what_was_served_is_read_as_impressions_and_events_under_its_id_are_labels(
     shop_on_the_road: Shop, helpers: Any, tmp_path: Path
 ) -> None:
-    from serving.impressions import ImpressionsError, write_impressions
-    from serving.served_log import log_schema
+    from serving.served.impressions import ImpressionsError, write_impressions
+    from serving.served.served_log import log_schema
 
     data = tmp_path / "raw"
     shutil.copytree(shop_on_the_road.settings.data or "", data)
@@ -486,7 +486,7 @@ def test_what_was_served_is_read_as_impressions_and_events_under_its_id_are_labe
 
 
 def test_a_log_that_needs_what_was_not_served_is_refused() -> None:
-    from serving.impressions import ImpressionsError, values_of
+    from serving.served.impressions import ImpressionsError, values_of
 
     with pytest.raises(ImpressionsError, match="declares no action for impressions"):
         values_of(datasets.load_contract("online_retail"))

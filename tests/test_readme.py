@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -149,8 +149,8 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
 def test_the_request_that_is_shown_is_answered(trained_shop: Any) -> None:
     from starlette.testclient import TestClient
 
-    from serving.app import create_app
     from serving.command import open_ranker
+    from serving.routes.app import create_app
 
     (curl,) = [c for c in commands() if c.startswith("curl")]
     arguments = shlex.split(curl)
@@ -186,10 +186,10 @@ def test_the_sequence_that_is_shown_knows_the_purchase(
     """
     from starlette.testclient import TestClient
 
-    from serving.app import app_of
-    from serving.live import BundleSource, Live
-    from serving.server import Server
-    from serving.settings import ServeSettings
+    from serving.api.settings import ServeSettings
+    from serving.live.live import BundleSource, Live
+    from serving.routes.app import app_of
+    from serving.routes.server import Server
 
     road = helpers.token_road(shop, tmp_path_factory.mktemp("readme"))
     live = Live(BundleSource(road.settings, replay=True).load)

@@ -21,14 +21,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
-from feature_repo.preview import preview
-from modeling import recipes, training_run
-from modeling.evaluate import AS_RANKED, MODEL, read
-from modeling.simple_baselines import TREES
-from serving.app import create_app
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.scaffold.preview import preview
+from modeling import recipes
+from modeling.evaluation.evaluate import AS_RANKED, MODEL, read
+from modeling.training import training_run
+from modeling.training_set.simple_baselines import TREES
 from serving.command import open_ranker
 from serving.erase import ErasureError, erase
+from serving.routes.app import create_app
 
 NAME = "template_shop"
 TEMPLATE = Path(datasets.__file__).with_name("_template.py")

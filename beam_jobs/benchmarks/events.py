@@ -122,7 +122,7 @@ def _measured(file: Path, rows: int, polars: str | None) -> dict[str, Any]:
 def _job(file: str, rows: int) -> dict[str, float]:
     """One run of the job in this process, under a home of its own."""
     importlib.import_module("great_expectations")  # what the gates take to load is not the job's
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
     from feature_repo import datasets
 
     with tempfile.TemporaryDirectory() as folder:

@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from feature_repo import datasets, history
-from feature_repo.arrow import arrow_type, from_micros, micros_iso
+from feature_repo import datasets
 from feature_repo.benchmarks import parser, report
-from feature_repo.catalogue import Catalogue
+from feature_repo.contract.arrow import arrow_type, from_micros, micros_iso
+from feature_repo.history import history
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder, Manifest
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.tables import JobFolder, Manifest
 
 CONTRACT = datasets.load_contract("online_retail")
 START = 1_600_000_000_000_000
@@ -91,7 +92,7 @@ def make_home(root: Path, users: int, events: int) -> Settings:
     """A home with a history log, a bundle of a VISTA with random weights, and an online store;
     nothing is trained.
     """
-    from feature_repo.store import feast_apply
+    from feature_repo.store.store import feast_apply
 
     home = root / "online_retail"
     home.mkdir(parents=True)
@@ -178,9 +179,10 @@ def export_bundle(settings: Settings) -> None:
     """A bundle with random weights, recorded in the catalogue."""
     import torch
 
-    from modeling import bundle, models
-    from modeling.columns import Vocabulary, nothing_known
-    from modeling.encoder import Encoder
+    from modeling import models
+    from modeling.bundle import bundle
+    from modeling.inputs.columns import Vocabulary, nothing_known
+    from modeling.inputs.encoder import Encoder
     from modeling.recipes import SERVICE, Recipe
 
     items = pa.array([f"{20000 + item}" for item in range(ITEMS)])
@@ -266,8 +268,8 @@ def _loop(home: str) -> dict[str, Any]:
     """Stage 1 over every piece of the log, as the job takes them, and nothing else."""
     import torch
 
-    from beam_jobs.summarise import piece_ends
-    from modeling.summary import load_summariser
+    from beam_jobs.summary_tokens.summarise import piece_ends
+    from modeling.bundle.summary import load_summariser
 
     torch.set_num_threads(1)
     row = Catalogue(_settings(home).catalogue_url).bundle("online_retail", "random")
@@ -293,8 +295,8 @@ def _job(home: str, workers: int) -> dict[str, Any]:
     """The whole job, from the command's beginning to its manifest."""
     started = time.perf_counter()
     cpu = time.process_time()
-    from beam_jobs import runs
-    from beam_jobs.options import TokenOptions
+    from beam_jobs.engine import runs
+    from beam_jobs.engine.options import TokenOptions
 
     job = runs.load_job("summary_tokens")
     settings = _settings(home)
@@ -378,7 +380,7 @@ def _race_child(address: str, folder: str, keys: int, writes: int, seed: int) ->
     from feast.infra.online_stores.redis import RedisOnlineStoreConfig
     from feast.types import Bytes, Int64
 
-    from feature_repo.redis_writer import RedisWriter
+    from feature_repo.store.redis_writer import RedisWriter
 
     config = RepoConfig(
         project="race",

@@ -129,7 +129,7 @@ def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) ->
     from feast.infra.offline_stores.duckdb import DuckDBOfflineStore
     from feast.repo_config import RepoConfig
 
-    from feature_repo.offline_store import TYPE, AsofDuckDBOfflineStore
+    from feature_repo.store.offline_store import TYPE, AsofDuckDBOfflineStore
 
     kind, store_class = (
         (TYPE, AsofDuckDBOfflineStore) if store == "asof" else ("duckdb", DuckDBOfflineStore)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from feature_repo.envelope import Identity
-from feature_repo.sketch import DEPTH, MICROS_PER_DAY, Layout, Sketch
+from feature_repo.history.envelope import Identity
+from feature_repo.history.sketch import DEPTH, MICROS_PER_DAY, Layout, Sketch
 
 HALF_LIVES = (7.0, 30.0, 180.0)
 START = 1_300_000_000_000_000

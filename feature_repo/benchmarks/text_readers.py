@@ -22,10 +22,11 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from feature_repo import sniff, sources
 from feature_repo.benchmarks import interleaved, parser, report
+from feature_repo.contract.schema import Source
 from feature_repo.errors import RawDataError
-from feature_repo.schema import Source
+from feature_repo.raw import sources
+from feature_repo.scaffold import sniff
 
 ROWS = 900
 HEADER = ["product", "customer", "at"]

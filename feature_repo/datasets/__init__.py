@@ -29,14 +29,14 @@ from types import ModuleType
 
 import pyarrow as pa
 
-from feature_repo import parse, sources
-from feature_repo.contract import Contract, contract
-from feature_repo.declarations import problems
+from feature_repo.contract.contract import Contract, contract
+from feature_repo.contract.declarations import problems
+from feature_repo.contract.schema import DatasetSpec, OwnView, Source
 from feature_repo.errors import DeclarationError, RawDataError, nearest
-from feature_repo.parse import Derive, Derived, Parsed
-from feature_repo.schema import DatasetSpec, OwnView, Source
+from feature_repo.raw import parse, sources
+from feature_repo.raw.parse import Derive, Derived, Parsed
+from feature_repo.raw.sources import RawUnit
 from feature_repo.settings import declared_dataset
-from feature_repo.sources import RawUnit
 
 __all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "load", "names"]
 

@@ -1,6 +1,6 @@
 """Say here what the log is, and what a request is. Copy this file; `schema.py` says what fields may be."""
 
-from feature_repo.schema import (
+from feature_repo.contract.schema import (
     AGE,
     BAG,
     CATEGORY,

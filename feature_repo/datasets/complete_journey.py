@@ -8,7 +8,7 @@ All lines of a basket have one time. The calendar is shifted, so weekdays and ho
 
 from __future__ import annotations
 
-from feature_repo.schema import (
+from feature_repo.contract.schema import (
     CATEGORY,
     NUMBER,
     Column,

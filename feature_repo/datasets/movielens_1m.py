@@ -11,9 +11,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo import raw
-from feature_repo.parse import Derived
-from feature_repo.schema import (
+from feature_repo.contract.schema import (
     BAG,
     CATEGORY,
     NUMBER,
@@ -25,6 +23,8 @@ from feature_repo.schema import (
     Source,
     Task,
 )
+from feature_repo.raw import raw
+from feature_repo.raw.parse import Derived
 
 TEXTS = ("utf-8", "cp1252", "latin-1")  # as published, or as people save it
 

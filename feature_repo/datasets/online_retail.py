@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo import raw
-from feature_repo.parse import Derived
-from feature_repo.schema import (
+from feature_repo.contract.schema import (
     BAG,
     CATEGORY,
     NUMBER,
@@ -28,6 +26,8 @@ from feature_repo.schema import (
     Source,
     Task,
 )
+from feature_repo.raw import raw
+from feature_repo.raw.parse import Derived
 
 SHIPPED = True
 PRODUCT_CODE = r"^[0-9]{5}[A-Za-z]{0,2}$"  # all else is postage, fees, samples, tests

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import Interaction, TaskHeads
 from modeling.layers.reader import History, HistoryReader, with_read

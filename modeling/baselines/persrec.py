@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.baselines import base, dcnv2
-from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.interaction import Interaction
 from modeling.layers.reader import History

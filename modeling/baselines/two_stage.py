@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.baselines import base, dcnv2
-from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.interaction import Interaction
 from modeling.layers.reader import History
 

@@ -49,10 +49,10 @@ def main() -> None:
 
     import torch
 
-    from modeling.changes import Changes, changed
     from modeling.claims import Sums, decided, difference, of_seeds
-    from modeling.comparison import next_item_recipe
-    from modeling.next_item import open_source, stored_sums, train_and_evaluate, variant
+    from modeling.comparison.comparison import next_item_recipe
+    from modeling.next_item.next_item import open_source, stored_sums, train_and_evaluate, variant
+    from modeling.training.changes import Changes, changed
 
     torch.set_num_threads(1)
     source = open_source(Settings.from_env(), arguments.data)

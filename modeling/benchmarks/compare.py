@@ -29,11 +29,8 @@ from modeling.benchmarks import memory
 from modeling.benchmarks.published import HYDRAREC, MARGIN, PAPERS, Claim, Paper
 from modeling.benchmarks.request_cost import CANDIDATES, Cost, cost_of
 from modeling.claims import PAIRED, Difference, Sums, differences, of_seeds, pair_name
-from modeling.comparison import comparison_folder, next_item_recipe
-from modeling.console import console
-from modeling.dataset import refuse_nothing_positive
-from modeling.encodings import Encodings
-from modeling.ranking import (
+from modeling.comparison.comparison import comparison_folder, next_item_recipe
+from modeling.comparison.ranking import (
     FinishedRun,
     baseline_lines,
     classic_lines,
@@ -41,9 +38,12 @@ from modeling.ranking import (
     ranking_recipe,
     summary_lines,
 )
+from modeling.console import console
+from modeling.evaluation.report import BLUE, GREY, ORANGE, Section, plots, png_of, write_sections
+from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
 from modeling.recipes import SERVICE, Recipe, ranking
-from modeling.report import BLUE, GREY, ORANGE, Section, plots, png_of, write_sections
-from modeling.trained_baselines import TrainedBaseline, trained_baselines
+from modeling.training_set.dataset import refuse_nothing_positive
+from modeling.training_set.encodings import Encodings
 
 BESIDE = ("vista_addressed", "mean_pool", "sim", "twin")
 THINNED = {"complete_journey": (4, 2)}  # each fourth training request, each second that evaluates
@@ -264,7 +264,7 @@ def recipe_of(name: str, dataset: str) -> Recipe:
 
 
 def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:
-    from modeling import next_item
+    from modeling.next_item import next_item
 
     source = next_item.open_source(asked.settings, None)
     recipe = next_item.variant(next_item_recipe(name), seed)

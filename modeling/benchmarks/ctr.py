@@ -27,7 +27,7 @@ import numpy as np
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.settings import CHECKOUT
-from modeling.processes import ask, ask_command
+from modeling.comparison.processes import ask, ask_command
 
 WIDTH = 16
 TOWER = (256, 128)
@@ -196,11 +196,11 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
     from modeling import models
     from modeling.benchmarks.peers import ranker_answer
     from modeling.benchmarks.worlds import flops, gemm_rate
-    from modeling.columns import nothing_known
-    from modeling.encoder import Encoder
-    from modeling.memory import keep_freed_memory
+    from modeling.inputs.columns import nothing_known
+    from modeling.inputs.encoder import Encoder
     from modeling.recipes import Training
-    from modeling.trainer import Trainer, predict
+    from modeling.training.memory import keep_freed_memory
+    from modeling.training.trainer import Trainer, predict
 
     torch.set_num_threads(asked["threads"])
     keep_freed_memory()
@@ -240,8 +240,8 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes() -> Any:
     """The rows' fields as our models know them."""
-    from modeling.batch import FeatureSizes
-    from modeling.columns import GroupSizes
+    from modeling.inputs.batch import FeatureSizes
+    from modeling.inputs.columns import GroupSizes
 
     return FeatureSizes(
         items=SIZES["item"],
@@ -257,9 +257,9 @@ def _sizes() -> Any:
 
 def _encoded(path: Path, group: int) -> Any:
     """Rows as requests of `group` candidates."""
-    from feature_repo.history import Histories
-    from feature_repo.schema import EVENT_TIMESTAMP
-    from modeling.encoder import Encoded
+    from feature_repo.contract.schema import EVENT_TIMESTAMP
+    from feature_repo.history.history import Histories
+    from modeling.inputs.encoder import Encoded
 
     columns = np.load(path)
     history = columns["history"][::group]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from modeling.processes import ask, peak_mb
+from modeling.comparison.processes import ask, peak_mb
 
 ONETRANS = {"width": 64, "num_layers": 4, "num_heads": 2, "expansion": 4}
 
@@ -166,7 +166,7 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of one batch, again and again."""
     import torch
 
-    from modeling.memory import keep_freed_memory
+    from modeling.training.memory import keep_freed_memory
 
     torch.set_num_threads(case["threads"])
     keep_freed_memory()
@@ -212,7 +212,7 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
 def _model_case(case: dict[str, Any]) -> tuple[Any, Any, int]:
     from modeling import models
     from modeling.benchmarks.worlds import one_candidate_per_row, requests, sizes_of
-    from modeling.trainer import masked_bce
+    from modeling.training.trainer import masked_bce
 
     sizes = sizes_of(case["length"])
     model = models.build(case["model"], case["config"], sizes).eval()

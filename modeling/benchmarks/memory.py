@@ -23,15 +23,15 @@ from feature_repo.benchmarks import parser, report
 from feature_repo.settings import Settings
 from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
+from modeling.comparison.ranking import finish
 from modeling.console import console
-from modeling.encodings import Encodings
-from modeling.evaluate import primary_number
+from modeling.evaluation.evaluate import primary_number
+from modeling.evaluation.trained_baselines import sums_by_user, trained_baselines
 from modeling.metrics import PerUser, defined
-from modeling.ranking import finish
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
-from modeling.simple_baselines import baselines_of
-from modeling.trained_baselines import sums_by_user, trained_baselines
+from modeling.training_set.encodings import Encodings
+from modeling.training_set.simple_baselines import baselines_of
 
 EVERY = (4, 2)  # each fourth training request, each second test request
 QUICK = (120, 60)  # the same with --quick

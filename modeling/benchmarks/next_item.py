@@ -32,8 +32,8 @@ def main() -> None:
 
     import torch
 
-    from modeling.comparison import next_item_recipe
-    from modeling.next_item import open_source, train_and_evaluate, variant
+    from modeling.comparison.comparison import next_item_recipe
+    from modeling.next_item.next_item import open_source, train_and_evaluate, variant
 
     torch.set_num_threads(arguments.threads)
     recipe = next_item_recipe(arguments.recipe)

@@ -1,7 +1,7 @@
 """Planted signals: what a user likes shows in events far back only; who reads them comes near a
 bound that is known.
 
-Two tasks (`modeling/planted.py`). *Groups*: liked groups of items are a little more frequent in the
+Two tasks (`modeling/benchmarks/planted_data.py`). *Groups*: liked groups of items are a little more frequent in the
 old half of a history; a histogram tells. *Pairs*: what followed what, long ago, tells whether a
 candidate is liked; counts tell nothing, in whatever window.
 
@@ -25,12 +25,12 @@ from torch.nn.functional import one_hot
 
 from feature_repo.benchmarks import parser, report
 from modeling import models
-from modeling.batch import Batch
-from modeling.memory import keep_freed_memory
+from modeling.benchmarks.planted_data import Planted, PlantedPairs
+from modeling.inputs.batch import Batch
 from modeling.metrics import auc
 from modeling.models.base import Ranker
-from modeling.planted import Planted, PlantedPairs
-from modeling.trainer import masked_bce
+from modeling.training.memory import keep_freed_memory
+from modeling.training.trainer import masked_bce
 
 Spec = Planted | PlantedPairs
 Score = Callable[[Batch], np.ndarray]  # scores of all candidates

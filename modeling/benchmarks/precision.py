@@ -18,8 +18,8 @@ from torch import Tensor
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
 from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
-from modeling.memory import keep_freed_memory
-from modeling.trainer import masked_bce
+from modeling.training.memory import keep_freed_memory
+from modeling.training.trainer import masked_bce
 
 MODELS: dict[str, dict[str, Any]] = {
     "onetrans": {"width": 128, "num_layers": 4, "num_heads": 4},

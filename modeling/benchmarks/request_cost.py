@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.batch import Batch
-from modeling.encodings import Encodings
+from modeling.inputs.batch import Batch
 from modeling.models.base import Ranker, TokenMaker
 from modeling.recipes import Recipe
-from modeling.training_run import build_model
+from modeling.training.training_run import build_model
+from modeling.training_set.encodings import Encodings
 
 REQUESTS = 20  # of the longest histories
 CANDIDATES = 100

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from feature_repo.sequence_file import read
+from feature_repo.raw.sequence_file import read
 from feature_repo.settings import CHECKOUT
-from modeling.processes import ask, ask_command, peak_mb
-from modeling.scaling import encoder_cost
+from modeling.comparison.processes import ask, ask_command, peak_mb
+from modeling.comparison.scaling import encoder_cost
 
 WIDTH = 64
 LAYERS = 2
@@ -195,7 +195,7 @@ def _streaming_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _log(question: dict[str, Any]) -> dict[str, Any]:
     """What a file costs once: reading it and writing its history log."""
-    from feature_repo.sequence_file import write_log
+    from feature_repo.raw.sequence_file import write_log
 
     started = time.process_time()
     folder = write_log(Path(question["data"]), f"{question['home']}/log")
@@ -210,12 +210,12 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from feature_repo.sequence_file import JOB, sequence_contract
-    from feature_repo.tables import JobFolder
-    from modeling.memory import keep_freed_memory
-    from modeling.next_item import NextItemTrainer, build_model
+    from feature_repo.home.tables import JobFolder
+    from feature_repo.raw.sequence_file import JOB, sequence_contract
+    from modeling.next_item.next_item import NextItemTrainer, build_model
+    from modeling.next_item.sequences import Sequences
     from modeling.recipes import NextItemRecipe, NextItemTraining
-    from modeling.sequences import Sequences
+    from modeling.training.memory import keep_freed_memory
 
     torch.set_num_threads(question["threads"])
     folder = JobFolder(f"{question['home']}/log", JOB)
@@ -263,7 +263,7 @@ def _streaming(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from modeling import models
-    from modeling.batch import FeatureSizes, UserInputs
+    from modeling.inputs.batch import FeatureSizes, UserInputs
     from modeling.models.sequence import SequenceRanker
 
     torch.set_num_threads(question["threads"])

@@ -19,23 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from feature_repo.arrow import iso_micros
 from feature_repo.benchmarks import parser, report
-from feature_repo.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
-from feature_repo.history import HistoryLog
+from feature_repo.contract.arrow import iso_micros
+from feature_repo.history.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
+from feature_repo.history.history import HistoryLog
+from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.settings import Settings
-from feature_repo.transforms import MICROS_PER_DAY
 from modeling import recipes
-from modeling.encoder import Encoded, Encoder
-from modeling.encodings import Encodings
-from modeling.evaluate import measure
+from modeling.bundle.summary import Summariser
+from modeling.comparison.ranking import finish
+from modeling.evaluation.evaluate import measure
+from modeling.evaluation.report import BLUE, GREY, ORANGE, plots, png_of
+from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
-from modeling.ranking import finish
 from modeling.recipes import SERVICE, Recipe
-from modeling.report import BLUE, GREY, ORANGE, plots, png_of
-from modeling.summary import Summariser
-from modeling.trainer import predict
-from modeling.training_run import build_model, open_run
+from modeling.training.trainer import predict
+from modeling.training.training_run import build_model, open_run
+from modeling.training_set.encodings import Encodings
 
 METRICS = ("ndcg@10", "gauc", "auc", "log_loss")
 Policy = Callable[["Asked"], np.ndarray]

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from feature_repo.benchmarks import interleaved, parser, report
-from feature_repo.envelope import Envelope, from_bytes, to_bytes
+from feature_repo.history.envelope import Envelope, from_bytes, to_bytes
 from modeling import models
-from modeling.batch import FeatureSizes, UserInputs
 from modeling.benchmarks.worlds import flops, gemm_rate, requests, sizes_of
-from modeling.memory import keep_freed_memory
+from modeling.comparison.processes import ask, peak_mb
+from modeling.inputs.batch import FeatureSizes, UserInputs
 from modeling.models.vista import VISTA
-from modeling.processes import ask, peak_mb
+from modeling.training.memory import keep_freed_memory
 
 WIDTH = 128
 SEEDS = 128

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.columns import GroupSizes
 
 
 def sizes_of(history_length: int) -> FeatureSizes:

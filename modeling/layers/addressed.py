@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, normalize
 
-from modeling.batch import FeatureSizes
+from modeling.inputs.batch import FeatureSizes
 
 
 class SlotStream(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag
 
-from modeling.columns import GroupSizes
+from modeling.inputs.columns import GroupSizes
 
 
 class CategorySlots(nn.Module):

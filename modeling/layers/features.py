@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.columns import GroupSizes
 from modeling.layers.embedding import CategorySlots, Standardise
 
 FEATURES_PER_TOKEN = 5  # numbers that one token stands for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from modeling.batch import UserInputs
+from modeling.inputs.batch import UserInputs
 from modeling.layers.attention import HistoryAttentionLayer
 from modeling.layers.embedding import sinusoids
 from modeling.layers.target_attention import TargetAttention

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import FeatureSizes, UserInputs
+from modeling.inputs.batch import FeatureSizes, UserInputs
 
 
 class StoredTokens(nn.Module):

@@ -8,8 +8,8 @@ import importlib
 from dataclasses import asdict, fields
 from typing import Any, cast
 
-from modeling.batch import FeatureSizes
 from modeling.errors import RecipeError
+from modeling.inputs.batch import FeatureSizes
 from modeling.models.base import Ranker
 from modeling.registry import CLASSES, NAMES, module_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.features import FeatureTokens
 
 UserState = Any  # each model's own dataclass of tensors
@@ -126,7 +126,7 @@ class Ranker(nn.Module, ABC):
 
 class TokenMaker(Ranker):
     """A ranker whose state is a few summary tokens, which a job makes of whole histories and a store
-    keeps: what `modeling/summary.py` and a token's identity need of it.
+    keeps: what `modeling/bundle/summary.py` and a token's identity need of it.
 
     Its stage 1 reads events and nothing of the request. One that `streams` knows no "now": what it
     keeps of a history takes new events, at a cost that does not depend on how many came before.

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.features import FeatureTokens
 from modeling.layers.heterogeneous import HeterogeneousLayer, Kind, Known, LayerShape
 from modeling.layers.interaction import TaskHeads

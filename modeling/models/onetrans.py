@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import attend_shared_and_own
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens, Numbers

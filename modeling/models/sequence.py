@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.block import Activation, Block, MixedScale, Place
 from modeling.layers.embedding import sinusoids
 from modeling.layers.hydra import DecayedHydra, Hydra

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
@@ -232,7 +232,7 @@ class VISTA(TokenMaker):
         if not user_state.streams:
             raise CannotExtendError(
                 "this state was made of stored tokens, which do not say what the streams hold. Encode the user again, or go on "
-                "from the stored streams (modeling/summary.py)"
+                "from the stored streams (modeling/bundle/summary.py)"
             )
         return self._advance(user_state.streams, new_events)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
-from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.addressed import ItemCodes, PairMemory, PairStream, SlotMemory, SlotStream
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, TaskHeads
@@ -190,7 +190,7 @@ class AddressedVISTA(TokenMaker):
         if user_state.streams is None:
             raise CannotExtendError(
                 "this state was made of stored tokens, which are rounded. Encode the user again, or go on from the stored "
-                "streams (modeling/summary.py)"
+                "streams (modeling/bundle/summary.py)"
             )
         return self._state(self._advanced(user_state.streams, new_events), new_events)
 

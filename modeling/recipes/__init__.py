@@ -29,7 +29,7 @@ class Fit:
     )
     beta2: float = 0.99  # of adamw
     weight_decay: float = 1e-5  # of adamw: of maps and embeddings, not of biases and gains
-    optimizer: Literal["adamw", "rmsprop_adagrad"] = "adamw"  # see modeling/optimizers.py
+    optimizer: Literal["adamw", "rmsprop_adagrad"] = "adamw"  # see modeling/training/optimizers.py
     warmup_steps: int = 50
     clip_norm: float = 1.0
     validate_epochs: int = 1  # epochs from one validation to the next
@@ -82,7 +82,7 @@ class Recipe:
     ablated: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
 
 
-SplitName = Literal["leave_one_out", "global_time"]  # see modeling/sequences.py
+SplitName = Literal["leave_one_out", "global_time"]  # see modeling/next_item/sequences.py
 Objective = Literal["softmax", "sampled_softmax", "gbce", "cloze"]
 
 

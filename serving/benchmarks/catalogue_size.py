@@ -19,18 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from feature_repo.arrow import arrow_type, from_micros, history_schema
 from feature_repo.benchmarks import interleaved, parser, report
+from feature_repo.contract.arrow import arrow_type, from_micros, history_schema
+from feature_repo.contract.key_index import KeyIndex
 from feature_repo.datasets import load_contract
-from feature_repo.key_index import KeyIndex
 from modeling import models
-from modeling.bundle import Bundle
-from modeling.columns import Index, Vocabulary
-from modeling.encoder import Encoder
-from serving.features import UserRow
-from serving.items import ItemTable, Loaded, item_columns
-from serving.messages import RankContext, RankRequest, RankResponse
-from serving.ranker import Clock, RankService
+from modeling.bundle.bundle import Bundle
+from modeling.inputs.columns import Index, Vocabulary
+from modeling.inputs.encoder import Encoder
+from serving.api.messages import RankContext, RankRequest, RankResponse
+from serving.ranking.ranker import Clock, RankService
+from serving.stores.features import UserRow
+from serving.stores.items import ItemTable, Loaded, item_columns
 
 CONTRACT = load_contract("online_retail")
 SIZES = (3_000, 200_000, 1_000_000)

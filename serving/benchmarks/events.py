@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from feature_repo.benchmarks import parser, report
-from feature_repo.contract import Contract
+from feature_repo.contract.contract import Contract
 from feature_repo.datasets import load_contract
-from feature_repo.history import newest_rows
+from feature_repo.history.history import newest_rows
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
 from serving.benchmarks.load import requests_of, served, server
 
 SERVE = {"MEMOIR_SERVE_DEADLINE_MS": "5000", "MEMOIR_SERVE_STORE_MS": "1000"}

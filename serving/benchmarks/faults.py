@@ -29,8 +29,8 @@ from typing import Any
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.datasets import load_contract
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.tables import JobFolder
 from serving.benchmarks.openloop import Outcome, Target, open_loop, poisson
 from serving.command import listenable
 

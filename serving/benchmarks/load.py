@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from feature_repo.catalogue import Catalogue
 from feature_repo.datasets import load_contract
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
 from serving.benchmarks.openloop import Outcome, Target, closed_loop, open_loop, poisson
 from serving.command import listenable
-from serving.items import published_rows
+from serving.stores.items import published_rows
 
 CANDIDATES = 500
 START_S = 120.0

@@ -25,8 +25,8 @@ import numpy as np
 from feature_repo.benchmarks import parser, report
 from feature_repo.datasets import load_contract
 from feature_repo.settings import Settings
-from feature_repo.store import open_store
-from modeling import bundle as bundles
+from feature_repo.store.store import open_store
+from modeling.bundle import bundle as bundles
 from serving.benchmarks.load import Running, server, started
 from serving.benchmarks.openloop import Target, closed_loop
 from serving.benchmarks.synthetic import SIZES, Requests, bundle_of, fill, model_ms, store
@@ -103,10 +103,10 @@ def plain_app() -> Any:
     import torch
     from fastapi import Body, FastAPI
 
-    from modeling.tasks import ranking_logits, sigmoid
-    from serving.features import FeastReader
-    from serving.items import ItemTable, Loaded
-    from serving.request import RequestEncoder
+    from modeling.inputs.tasks import ranking_logits, sigmoid
+    from serving.ranking.request import RequestEncoder
+    from serving.stores.features import FeastReader
+    from serving.stores.items import ItemTable, Loaded
 
     settings = Settings.from_env()
     contract = load_contract(settings.dataset)

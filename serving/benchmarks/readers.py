@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.store import open_store
-from feature_repo.tables import JobFolder
-from serving.features import FeastReader
-from serving.items import item_columns
-from serving.live import BundleSource
-from serving.redis_reader import RedisReader
+from feature_repo.store.store import open_store
+from serving.live.live import BundleSource
+from serving.stores.features import FeastReader
+from serving.stores.items import item_columns
+from serving.stores.redis_reader import RedisReader
 
 CANDIDATES = 500
 TURN = 25

@@ -1,4 +1,4 @@
-"""A user's encoding, kept between requests (`serving/states.py`), beside encoding anew: the same user in every
+"""A user's encoding, kept between requests (`serving/ranking/states.py`), beside encoding anew: the same user in every
 number, the same past at a later request, one event more. On one thread.
 
 Models of the base size with random weights; those whose states grow, and one whose states do not, which is
@@ -18,11 +18,11 @@ import torch
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.batch import UserInputs
 from modeling.benchmarks.worlds import requests, sizes_of
+from modeling.inputs.batch import UserInputs
 from modeling.models.base import Ranker
 from serving.benchmarks.synthetic import SIZES
-from serving.states import UserStates
+from serving.ranking.states import UserStates
 
 CANDIDATES = 20  # to compare scores by
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

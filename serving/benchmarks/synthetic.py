@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.arrow import arrow_schema, arrow_type, history_schema
-from feature_repo.contract import Contract
+from feature_repo.contract.arrow import arrow_schema, arrow_type, history_schema
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.datasets import load_contract
-from feature_repo.history import pack
-from feature_repo.online_rows import write_rows
-from feature_repo.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.history.history import pack
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.store import note_epoch, open_store
-from modeling import bundle as bundles
+from feature_repo.store.online_rows import write_rows
+from feature_repo.store.store import note_epoch, open_store
 from modeling import models, recipes
-from modeling.columns import Index, Vocabulary
-from modeling.encoder import Encoder
+from modeling.bundle import bundle as bundles
+from modeling.inputs.columns import Index, Vocabulary
+from modeling.inputs.encoder import Encoder
 from serving.benchmarks.faults import Redis
 from serving.command import listenable
 

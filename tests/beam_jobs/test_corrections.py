@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 from feature_repo import datasets
-from feature_repo.arrow import arrow_type
-from feature_repo.catalogue import Catalogue
-from feature_repo.tables import JobFolder
-from modeling import bundle as bundles
-from serving.degraded import Degraded
-from serving.features import FeastReader, UserRow
-from serving.items import item_columns
+from feature_repo.contract.arrow import arrow_type
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
+from modeling.bundle import bundle as bundles
+from serving.api.degraded import Degraded
+from serving.stores.features import FeastReader, UserRow
+from serving.stores.items import item_columns
 
 CONTRACT = datasets.load_contract("online_retail")
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_jobs.item_stats import stat_rows
-from feature_repo.arrow import from_micros, micros
-from feature_repo.contract import contract
+from beam_jobs.jobs.item_stats import stat_rows
+from feature_repo.contract.arrow import from_micros, micros
+from feature_repo.contract.contract import contract
+from feature_repo.contract.schema import STAT_WINDOWS_DAYS, Column, DType
 from feature_repo.datasets import load_contract
-from feature_repo.schema import STAT_WINDOWS_DAYS, Column, DType
-from feature_repo.transforms import MICROS_PER_DAY
+from feature_repo.history.transforms import MICROS_PER_DAY
 
 CONTRACT = load_contract("online_retail")
 EVENTS = st.lists(

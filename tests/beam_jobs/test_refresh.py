@@ -12,7 +12,7 @@ import pytest
 
 from beam_jobs.__main__ import refresh
 from feature_repo import datasets
-from serving.features import FeastReader
+from serving.stores.features import FeastReader
 
 
 def test_new_rows_are_online_after_a_refresh(

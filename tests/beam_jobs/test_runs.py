@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_jobs.options import RUNNERS, Common
+from beam_jobs.engine.options import RUNNERS, Common
 from feature_repo import datasets
-from feature_repo.schema import Source
-from feature_repo.tables import (
+from feature_repo.contract.schema import Source
+from feature_repo.home.tables import (
     JobFolder,
     JobRunningError,
     Manifest,
@@ -93,7 +93,7 @@ def test_a_job_that_is_up_to_date_does_nothing(shop: Any, helpers: Any) -> None:
 
 
 def test_other_options_or_inputs_are_another_run(shop: Any, tmp_path: Path, helpers: Any) -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     job = runs.load_job("training_examples")
     ids = {
@@ -193,7 +193,7 @@ def test_two_runs_of_a_job_at_once_are_refused(shop: Any, helpers: Any) -> None:
 def test_a_run_that_lost_rows_is_not_published(
     shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
     collect = runs.collect
@@ -254,7 +254,7 @@ def test_data_of_the_future_or_of_no_event_is_refused(
 
 
 def runs_module() -> Any:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     return runs
 
@@ -323,7 +323,7 @@ def test_a_manifest_of_another_layout_is_refused(tmp_path: Path) -> None:
 def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(
     job: str, shop: Any, shop_data: Path
 ) -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*"))
     loaded = runs.load_job(job)
@@ -342,10 +342,10 @@ def test_a_skip_looks_at_inputs_options_store_and_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What `python -m beam_jobs` decides without importing Beam."""
-    from beam_jobs import inputs
     from beam_jobs.command import _up_to_date, run_command
-    from beam_jobs.options import Common, OnlineOptions, RunOptions, TableOptions
-    from feature_repo.store import ONLINE, local_file
+    from beam_jobs.engine import inputs
+    from beam_jobs.engine.options import Common, OnlineOptions, RunOptions, TableOptions
+    from feature_repo.store.store import ONLINE, local_file
 
     road = helpers.copied(shop, tmp_path)
     asked = {"item_stats": TableOptions(num_partitions=2), "materialize": OnlineOptions()}
@@ -415,7 +415,7 @@ def test_options_that_beam_knows_go_to_the_runner(monkeypatch: pytest.MonkeyPatc
     entry.app(["events", "--num_partitions", "3", *given])
     assert passed == [given]
     from beam_jobs.command import refuse_unknown
-    from beam_jobs.options import Common, TableOptions
+    from beam_jobs.engine.options import Common, TableOptions
     from feature_repo.errors import UsageError
 
     refuse_unknown(given, "events", TableOptions(), Common())
@@ -444,7 +444,7 @@ def test_the_same_job_runs_through_the_portable_runner(
     """The job API, artifact staging and protos that Flink, Spark and Dataflow take, against an
     embedded endpoint.
     """
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
     helpers.run_jobs(settings, "events", num_partitions=3)
@@ -456,7 +456,7 @@ def test_the_same_job_runs_through_the_portable_runner(
 
 @pytest.mark.parametrize("name", ["shop", "film_club", "token_shop"])
 def test_built_tables_have_the_contracts_columns(name: str, request: pytest.FixtureRequest) -> None:
-    from feature_repo.arrow import arrow_schema
+    from feature_repo.contract.arrow import arrow_schema
 
     road = request.getfixturevalue(name)
     contract = datasets.load_contract(road.settings.dataset)
@@ -473,7 +473,7 @@ def test_built_tables_have_the_contracts_columns(name: str, request: pytest.Fixt
 def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_meanwhile(
     shop: Any, tmp_path: Path, helpers: Any
 ) -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     road = helpers.copied(shop, tmp_path)
     job = runs.load_job("training_examples")
@@ -554,7 +554,7 @@ def test_a_runner_that_cannot_run_is_a_line(
 
 
 def test_the_text_of_a_workers_traceback_becomes_its_mistake() -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     text = (
         "Traceback (most recent call last):\n  File x\n"
@@ -627,7 +627,7 @@ def test_dead_letters_count_towards_the_limit_whoever_found_them(
     """Signs that do not fit their invoice pass every limit of the raw table, and are found by
     `parse` alone.
     """
-    from feature_repo.expectations import GateError
+    from feature_repo.contract.expectations import GateError
 
     frame = pd.read_parquet(shop.data / "online_retail.parquet")
     bad = (
@@ -663,7 +663,7 @@ def test_periods_that_the_data_does_not_reach_are_refused_by_name(
 
 
 def test_the_same_file_under_two_names_is_refused(tmp_path: Path) -> None:
-    from beam_jobs.inputs import raw_digest
+    from beam_jobs.engine.inputs import raw_digest
 
     retail = datasets.load("online_retail").spec
     folder = datasets.Dataset(replace(retail, events=Source("*.csv")))

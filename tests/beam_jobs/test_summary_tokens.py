@@ -21,17 +21,17 @@ import pytest
 import torch
 
 from feature_repo import datasets
-from feature_repo.arrow import micros, micros_iso
-from feature_repo.catalogue import Catalogue
-from feature_repo.envelope import Envelope, from_bytes
-from feature_repo.history import Histories, HistoryLog
-from feature_repo.online_tokens import OnlineTokens
-from feature_repo.tables import JobFolder
-from feature_repo.token_log import TokenLog, TokenLogError, drop_version
-from modeling import bundle as bundles
-from modeling.bundle import Bundle
+from feature_repo.contract.arrow import micros, micros_iso
+from feature_repo.history.envelope import Envelope, from_bytes
+from feature_repo.history.history import Histories, HistoryLog
+from feature_repo.history.token_log import TokenLog, TokenLogError, drop_version
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
+from feature_repo.store.online_tokens import OnlineTokens
+from modeling.bundle import bundle as bundles
+from modeling.bundle.bundle import Bundle
+from modeling.bundle.summary import Summariser
 from modeling.models.vista import VISTA
-from modeling.summary import Summariser
 from tests.periods import joined_period
 from tests.ranking import ranked
 
@@ -87,7 +87,7 @@ def test_training_reads_the_tokens_of_the_time_and_never_later_ones(token_shop: 
     """Through Feast's join: a request sees the newest snapshot at or before it, made of events
     before that alone.
     """
-    from modeling.dataset import Warehouse
+    from modeling.training_set.dataset import Warehouse
 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     warehouse = Warehouse(token_shop.settings)
@@ -292,8 +292,8 @@ def test_killed_and_run_again_gives_the_same_bytes(
 def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(
     fresh: Any, helpers: Any
 ) -> None:
-    from beam_jobs import runs
-    from beam_jobs.token_options import prepared
+    from beam_jobs.engine import runs
+    from beam_jobs.summary_tokens.token_options import prepared
 
     job = runs.load_job("summary_tokens")
     options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
@@ -355,7 +355,7 @@ def newest(road: Any) -> list[dict[str, Any]]:
 def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     token_shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.summarise import Users, summarised
+    from beam_jobs.summary_tokens.summarise import Users, summarised
 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     summariser = Summariser(bundle.model, bundle.encoder)
@@ -381,7 +381,12 @@ def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
 
 
 def test_a_huge_history_is_a_piece_of_its_own_and_none_holds_more_than_its_bounds() -> None:
-    from beam_jobs.summarise import PIECE_BYTES, PIECE_EVENTS, PIECE_USERS, piece_ends
+    from beam_jobs.summary_tokens.summarise import (
+        PIECE_BYTES,
+        PIECE_EVENTS,
+        PIECE_USERS,
+        piece_ends,
+    )
 
     rng = np.random.default_rng(0)
     lengths = np.r_[rng.integers(0, 2000, 9000), 5 * PIECE_EVENTS, rng.integers(0, 2000, 9000)]
@@ -400,8 +405,8 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     """An event that came late stands before others: the stored state is no longer that of its first
     events.
     """
-    from beam_jobs import runs
-    from beam_jobs.earlier_tokens import Earlier
+    from beam_jobs.engine import runs
+    from beam_jobs.summary_tokens.earlier_tokens import Earlier
 
     build(fresh, helpers)
     job = runs.load_job("summary_tokens")
@@ -503,7 +508,7 @@ def chosen_of(rows: list[dict[str, Any]], bundle: Bundle) -> np.ndarray:
 def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
     fresh: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs import summarise
+    from beam_jobs.summary_tokens import summarise
 
     whole = summarise.stored_row
 
@@ -530,9 +535,10 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
 def test_rankers_train_on_stored_tokens_and_their_bundles_accept_that_version_only(
     recipe: str, fresh: Any, helpers: Any
 ) -> None:
-    from modeling import recipes, training_run
+    from modeling import recipes
+    from modeling.training import training_run
+    from serving.api.messages import RankRequest
     from serving.command import open_ranker
-    from serving.messages import RankRequest
 
     with pytest.raises(LookupError, match="no summary tokens of recipe 'vista_tiny'"):
         training_run.open_run(fresh.settings, recipes.load(recipe))
@@ -622,8 +628,10 @@ def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any
 def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     fresh: Any, helpers: Any
 ) -> None:
-    from modeling import command, recipes, training_run
-    from modeling.encodings import Encodings
+    from modeling import recipes
+    from modeling.commands import command
+    from modeling.training import training_run
+    from modeling.training_set.encodings import Encodings
 
     build(fresh, helpers)
     assert live(fresh).manifest["recipe"] == "vista_tiny"

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from beam_jobs.training_examples import ItemPool, ItemTables, NotEnoughItemsError, example_rows
-from feature_repo.arrow import from_micros, micros
+from beam_jobs.jobs.training_examples import ItemPool, ItemTables, NotEnoughItemsError, example_rows
+from feature_repo.contract.arrow import from_micros, micros
 from feature_repo.datasets import load_contract
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 
 
 @pytest.fixture(scope="module")

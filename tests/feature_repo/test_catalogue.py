@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_repo.catalogue import Catalogue, NoLiveBundleError
+from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import datasets
-from feature_repo.arrow import micros
+from feature_repo.contract.arrow import micros
 from feature_repo.datasets import Parsed, RawDataError, RawUnit, online_retail
-from feature_repo.examples import requests_of
-from feature_repo.parse import parse
-from feature_repo.sources import RawBlock
+from feature_repo.raw.examples import requests_of
+from feature_repo.raw.parse import parse
+from feature_repo.raw.sources import RawBlock
 
 RETAIL, FILMS = datasets.load("online_retail"), datasets.load("movielens_1m")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import envelope
-from feature_repo.envelope import Envelope, EnvelopeError, Kind, LayoutError
+from feature_repo.history import envelope
+from feature_repo.history.envelope import Envelope, EnvelopeError, Kind, LayoutError
 
 FINGERPRINT = "0123456789abcdef" * 2
 ENVELOPE = Envelope(

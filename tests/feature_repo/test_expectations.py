@@ -14,10 +14,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from feature_repo import datasets, expectations
-from feature_repo.expectations import GateError
-from feature_repo.schema import Column, DType, Table
-from feature_repo.tables import JobFolder
+from feature_repo import datasets
+from feature_repo.contract import expectations
+from feature_repo.contract.expectations import GateError
+from feature_repo.contract.schema import Column, DType, Table
+from feature_repo.home.tables import JobFolder
 
 TABLE = Table(
     "things",

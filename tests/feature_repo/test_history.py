@@ -16,16 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import packed_rows
-from feature_repo import history, user_stats
-from feature_repo.arrow import EPOCH, arrow_schema, history_schema, micros
-from feature_repo.contract import contract
+from beam_jobs.engine.partition import sort_by_key_and_time
+from beam_jobs.jobs.user_history import packed_rows
+from feature_repo.contract.arrow import EPOCH, arrow_schema, history_schema, micros
+from feature_repo.contract.contract import contract
+from feature_repo.contract.schema import Column, DType
 from feature_repo.datasets import load_contract
-from feature_repo.history import Histories, HistoryError, HistoryLog
-from feature_repo.schema import Column, DType
-from feature_repo.tables import JobFolder
-from feature_repo.transforms import (
+from feature_repo.history import history, user_stats
+from feature_repo.history.history import Histories, HistoryError, HistoryLog
+from feature_repo.history.transforms import (
     CONTEXT_FIELDS,
     MATCH_FEATURES,
     MICROS_PER_DAY,
@@ -33,6 +32,7 @@ from feature_repo.transforms import (
     match_features,
     user_features,
 )
+from feature_repo.home.tables import JobFolder
 
 CONTRACT = load_contract("online_retail")
 EVENTS = st.lists(

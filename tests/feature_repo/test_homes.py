@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from feature_repo.store import (
+from feature_repo.home.tables import JobFolder
+from feature_repo.store.store import (
     ONLINE,
     StoreError,
     held_epoch,
@@ -22,7 +23,6 @@ from feature_repo.store import (
     open_store,
     tables_elsewhere,
 )
-from feature_repo.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = ["user_profile", "user_history", "item_stats", "store_epoch"]
@@ -74,7 +74,7 @@ def test_a_copied_home_is_made_its_own_and_the_original_keeps_its_tables(
 def test_an_emptied_or_deleted_store_is_not_up_to_date(
     shop: Any, tmp_path: Path, helpers: Any
 ) -> None:
-    from beam_jobs.inputs import output_is_there
+    from beam_jobs.engine.inputs import output_is_there
 
     road = helpers.copied(shop, tmp_path)
     assert output_is_there("materialize", road.settings)

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_repo.key_index import KeyIndex
-from feature_repo.sums import Exact
+from feature_repo.contract.key_index import KeyIndex
+from feature_repo.history.sums import Exact
 
 NUMBERS = st.integers(-(2**63), 2**63 - 1)
 
@@ -41,7 +41,7 @@ def test_texts_are_found_where_they_stand(keys: list[str], others: list[str | No
 
 
 def test_texts_of_one_hash_are_told_apart(monkeypatch: object) -> None:
-    from feature_repo import key_index
+    from feature_repo.contract import key_index
 
     keys, wanted = pa.array(["a", "b", "c"]), pa.array(["c", "a", "z", "b"])
     monkeypatch.setattr(key_index, "_hashes", lambda column: np.zeros(len(column), np.uint64))  # type: ignore[attr-defined]

@@ -246,7 +246,7 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
             project="p",
             provider="local",
             registry=str(tmp_path / "r.db"),
-            offline_store={"type": "feature_repo.offline_store.AsofDuckDBOfflineStore"},
+            offline_store={"type": "feature_repo.store.offline_store.AsofDuckDBOfflineStore"},
             online_store={"type": "sqlite", "path": str(tmp_path / "o.db")},
             entity_key_serialization_version=3,
         )
@@ -313,7 +313,7 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
 def test_entity_rows_that_cannot_be_joined_are_refused_by_column(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    from feature_repo.offline_store import EntityFrameError
+    from feature_repo.store.offline_store import EntityFrameError
 
     feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(
         tmp_path / "rows.parquet", index=False

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.online_rows import write_rows
+from feature_repo.store.online_rows import write_rows
 
 NUMBER = 10_000
 

@@ -16,12 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from beam_jobs.materialize import write_own_views
+from beam_jobs.jobs.materialize import write_own_views
 from feature_repo import datasets
-from feature_repo.schema import AGE, CATEGORY, NUMBER, Column, DType, OwnView
+from feature_repo.contract.schema import AGE, CATEGORY, NUMBER, Column, DType, OwnView
 from feature_repo.settings import Settings
-from serving.features import FeastReader, as_known
-from serving.redis_reader import RedisReader
+from serving.stores.features import FeastReader, as_known
+from serving.stores.redis_reader import RedisReader
 
 NAME = "shop_with_views"
 VIEWS = (
@@ -99,7 +99,7 @@ def shop_with_views(
 def test_training_joins_what_was_known_then(
     shop_with_views: Shop, at: str, points: int | None, aisle: str | None
 ) -> None:
-    from modeling.dataset import point_in_time_join
+    from modeling.training_set.dataset import point_in_time_join
 
     when = pa.array([datetime.fromisoformat(f"{at}T00:00:00+00:00")], pa.timestamp("us", "UTC"))
     asked = pa.table(
@@ -138,8 +138,8 @@ def test_a_pushed_row_is_read_at_once(shop_with_views: Shop) -> None:
 
 
 def test_a_ranker_reads_them_by_their_kinds(shop_with_views: Shop) -> None:
-    from modeling.dataset import Warehouse
-    from modeling.encoder import Encoder
+    from modeling.inputs.encoder import Encoder
+    from modeling.training_set.dataset import Warehouse
     from tests.periods import joined_period, vocabularies
 
     warehouse = Warehouse(shop_with_views.settings)
@@ -158,8 +158,9 @@ def test_a_ranker_reads_them_by_their_kinds(shop_with_views: Shop) -> None:
 def test_a_changed_file_is_another_input_of_jobs_and_training(
     shop_with_views: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.inputs import current_inputs
-    from modeling import recipes, training_run
+    from beam_jobs.engine.inputs import current_inputs
+    from modeling import recipes
+    from modeling.training import training_run
 
     settings, recipe = shop_with_views.settings, recipes.load("amortised_dlrm_tiny")
     before = current_inputs("materialize", ["views"], settings)
@@ -245,7 +246,7 @@ def test_the_newest_row_stays_whoever_writes_it_and_when(either: Shop) -> None:
 
 
 def plan_of(shop: Shop) -> Any:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     job = runs.load_job("materialize")
     return runs.plan_run(job, shop.settings, job.options(), None).plan

@@ -11,13 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo import datasets, parse
-from feature_repo.arrow import NO_VALUE, from_micros, iso_micros
-from feature_repo.contract import contract
-from feature_repo.datasets import Dataset
-from feature_repo.errors import DeclarationError
-from feature_repo.examples import UNDEFINED, requests_of
-from feature_repo.schema import (
+from feature_repo import datasets
+from feature_repo.contract.arrow import NO_VALUE, from_micros, iso_micros
+from feature_repo.contract.contract import contract
+from feature_repo.contract.schema import (
     BAG,
     CATEGORY,
     NUMBER,
@@ -29,6 +26,10 @@ from feature_repo.schema import (
     Source,
     Task,
 )
+from feature_repo.datasets import Dataset
+from feature_repo.errors import DeclarationError
+from feature_repo.raw import parse
+from feature_repo.raw.examples import UNDEFINED, requests_of
 
 SHOP = DatasetSpec(
     name="shop",
@@ -170,9 +171,9 @@ def test_ratings_of_one_request_lie_in_one_period() -> None:
 
 def test_events_that_nobody_has_are_encoded_whatever_they_carry() -> None:
     """A new user's empty history, with every kind of column among the events."""
-    from feature_repo.history import as_numbers
-    from feature_repo.schema import AGE, VECTOR
-    from modeling.columns import ColumnGroup, Hashed, Quantiles, Vocabulary
+    from feature_repo.contract.schema import AGE, VECTOR
+    from feature_repo.history.history import as_numbers
+    from modeling.inputs.columns import ColumnGroup, Hashed, Quantiles, Vocabulary
 
     columns = (
         Column("device", DType.STRING, "", kind=CATEGORY),

@@ -18,11 +18,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import datasets, limits, raw, sources
-from feature_repo.arrow import EPOCH
+from feature_repo import datasets
+from feature_repo.contract import limits
+from feature_repo.contract.arrow import EPOCH
+from feature_repo.contract.schema import (
+    LARGEST_NUMBER,
+    MAX_TEXT_BYTES,
+    Column,
+    DType,
+    Entity,
+    Source,
+    Table,
+)
 from feature_repo.datasets import Parsed, RawDataError, RawUnit
-from feature_repo.parse import parse
-from feature_repo.schema import LARGEST_NUMBER, MAX_TEXT_BYTES, Column, DType, Entity, Source, Table
+from feature_repo.raw import raw, sources
+from feature_repo.raw.parse import parse
 
 RETAIL = datasets.load("online_retail")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from feature_repo.redis_writer import RedisWriter
+from feature_repo.store.redis_writer import RedisWriter
 
 NOW = 1_700_000_000_000_123
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feature_repo import sequence_file
-from feature_repo.history import HistoryLog
-from feature_repo.sequence_file import SequenceFileError, read, sequence_contract, write_log
-from feature_repo.tables import JobFolder
+from feature_repo.history.history import HistoryLog
+from feature_repo.home.tables import JobFolder
+from feature_repo.raw import sequence_file
+from feature_repo.raw.sequence_file import SequenceFileError, read, sequence_contract, write_log
 
 
 def write(tmp_path: Path, text: str, *, packed: bool = False, name: str = "some.txt") -> Path:

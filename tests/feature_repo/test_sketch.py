@@ -15,17 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_jobs.partition import sort_by_key_and_time
-from beam_jobs.user_history import packed_rows, remembered_codes
-from feature_repo import history, user_stats
-from feature_repo.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
-from feature_repo.contract import Contract, contract
+from beam_jobs.engine.partition import sort_by_key_and_time
+from beam_jobs.jobs.user_history import packed_rows, remembered_codes
+from feature_repo.contract.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
+from feature_repo.contract.contract import Contract, contract
+from feature_repo.contract.schema import CATEGORY, Column, DType, Memory
 from feature_repo.datasets import load_contract
-from feature_repo.envelope import Identity
-from feature_repo.history import HistoryLog
-from feature_repo.recall import Recall
-from feature_repo.schema import CATEGORY, Column, DType, Memory
-from feature_repo.sketch import (
+from feature_repo.history import history, user_stats
+from feature_repo.history.envelope import Identity
+from feature_repo.history.history import HistoryLog
+from feature_repo.history.recall import Recall
+from feature_repo.history.sketch import (
     DEPTH,
     MICROS_PER_DAY,
     Layout,
@@ -34,7 +34,7 @@ from feature_repo.sketch import (
     beside,
     from_bytes,
 )
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 
 START = 1_600_000_000_000_000
 LAYOUT = Layout(("item_id", "brand", "genres"), (1, 1, 3), (7.0, 90.0), width=512)

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo import sources
+from feature_repo.contract.schema import Source
 from feature_repo.errors import RawDataError
-from feature_repo.schema import Source
+from feature_repo.raw import sources
 
 ROWS = [(f"0{n}", f"café {n}", f"{n},5") for n in range(50)]
 NAMES = ("id", "name", "price")
@@ -179,7 +179,7 @@ def test_half_an_emoji_and_a_line_of_blanks_cost_no_other(tmp_path: Path) -> Non
     (block,) = sources.blocks_of(Source("log.jsonl"), unit, ["id"])
     assert unit.rows == block.num_read == 3
     assert [at for at, _, _ in block.broken] == [1]
-    from feature_repo import raw
+    from feature_repo.raw import raw
 
     assert raw.texts(block.rows["id"]).to_pylist() == [None, "v"]
 

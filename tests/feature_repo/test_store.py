@@ -17,7 +17,7 @@ import pytest
 from feature_repo import datasets
 from feature_repo.__main__ import changes_told
 from feature_repo.errors import SettingsError
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 FEAST = Path(sys.executable).parent / "feast"
@@ -122,7 +122,7 @@ def test_feast_apply_works_on_the_folder_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_definitions_of_another_dataset_are_refused_by_this_registry(shop: Any) -> None:
-    from feature_repo.store import yaml_path
+    from feature_repo.store.store import yaml_path
 
     done = run_feast(
         "-c",
@@ -170,9 +170,9 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
     """
     import pyarrow as pa
 
-    from beam_jobs.partition import to_ipc
-    from beam_jobs.runs import load_job, plan_run
-    from beam_jobs.sinks import WriteView
+    from beam_jobs.engine.partition import to_ipc
+    from beam_jobs.engine.runs import load_job, plan_run
+    from beam_jobs.engine.sinks import WriteView
 
     rows = JobFolder(settings.home, "events").read("user_profile")
     rows = rows.set_column(
@@ -222,7 +222,7 @@ def test_feast_ui_has_all_that_it_imports() -> None:
 def test_the_production_profile_names_the_variables_that_it_lacks(
     shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from feature_repo.store import yaml_path
+    from feature_repo.store.store import yaml_path
 
     production = replace(shop.settings, profile="production")
     for name in ("MEMOIR_REDIS", "MEMOIR_REGISTRY_URL"):

@@ -24,14 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo import cli, datasets, raw, shapes, sniff, sources
-from feature_repo import names as names_of_columns
+from feature_repo import cli, datasets
 from feature_repo.__main__ import app
-from feature_repo.arrow import iso_micros
+from feature_repo.contract.arrow import iso_micros
+from feature_repo.contract.schema import Source
 from feature_repo.datasets import Dataset
 from feature_repo.errors import DeclarationError, RawDataError, SettingsError
-from feature_repo.preview import Preview, preview
-from feature_repo.schema import Source
+from feature_repo.raw import raw, sources
+from feature_repo.scaffold import names as names_of_columns
+from feature_repo.scaffold import shapes, sniff
+from feature_repo.scaffold.preview import Preview, preview
 from feature_repo.settings import Settings
 
 FIRST = datetime(2024, 1, 1, tzinfo=UTC)
@@ -503,8 +505,8 @@ def test_check_reads_a_packed_file_to_its_end(
     rows = [(i, u, minute(t), f"{rng.random():.12f}") for u, i, t in visits(60_000)]
     text = text_of([*HEADED, "noise"], rows).encode()
     told = tell({"log.csv.gz": gzip.compress(text)})
-    monkeypatch.setattr("feature_repo.preview.ROWS", 100)
-    monkeypatch.setattr("feature_repo.sources.UNIT_BYTES", 1 << 12)
+    monkeypatch.setattr("feature_repo.scaffold.preview.ROWS", 100)
+    monkeypatch.setattr("feature_repo.raw.sources.UNIT_BYTES", 1 << 12)
     (_raw(told) / "log.csv.gz").write_bytes(gzip.compress(text)[:-100])
     assert told.dataset is not None
     with pytest.raises(RawDataError, match="cannot be unpacked"):

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feature_repo import cli, datasets, suggest
+from feature_repo import cli, datasets
 from feature_repo.__main__ import app
-from feature_repo.declarations import problems
-from feature_repo.schema import DatasetSpec
-from feature_repo.suggest_text import module_text
+from feature_repo.contract.declarations import problems
+from feature_repo.contract.schema import DatasetSpec
+from feature_repo.scaffold import suggest
+from feature_repo.scaffold.suggest_text import module_text
 
 # A folder with complete-journey/ and ml-1m/, which are not shipped.
 REAL_DATASETS = Path(os.environ.get("REAL_DATASETS", "none"))

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
-from feature_repo.online_tokens import OnlineTokens
-from feature_repo.tables import JobFolder
-from feature_repo.token_log import PartName, TokenLog, TokenLogError
+from feature_repo.history.token_log import PartName, TokenLog, TokenLogError
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
+from feature_repo.store.online_tokens import OnlineTokens
 
 CONTRACT = datasets.load_contract("online_retail")
 

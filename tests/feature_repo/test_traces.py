@@ -12,9 +12,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo import datasets, history, token_log
-from feature_repo.arrow import history_schema
-from feature_repo.traces import behind_nulls, mark_of, traces_in
+from feature_repo import datasets
+from feature_repo.contract.arrow import history_schema
+from feature_repo.history import history, token_log
+from feature_repo.home.traces import behind_nulls, mark_of, traces_in
 
 NEEDLE = "needle-8c41"
 MARK = mark_of([NEEDLE, "other-9"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from feature_repo.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
+from feature_repo.history.envelope import KINDS, Envelope, Kind, from_bytes, to_bytes
 from modeling import models
-from modeling.batch import FeatureSizes, TrainingSample, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.columns import GroupSizes
 from modeling.layers.addressed import slot_memory_plain
 from modeling.metrics import auc
 from modeling.models.vista_addressed import FOREVER, AddressedVISTA, Config, UserState
@@ -106,7 +106,7 @@ def test_chunks_and_stored_streams_add_up_to_the_whole(step: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_tokens_score_as_fresh_ones(kind: Kind) -> None:
-    from modeling.batch import Candidates
+    from modeling.inputs.batch import Candidates
 
     model, user = made(), history(50, 3)
     candidates = Candidates(

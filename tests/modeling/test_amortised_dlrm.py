@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.columns import GroupSizes
 from modeling.models import amortised_dlrm
 
 SIZES = FeatureSizes(

@@ -11,8 +11,8 @@ from modeling import models
 from modeling.baselines import autoint, dcnv2, rankmixer, wukong
 from modeling.baselines.persrec import PerSRec
 from modeling.baselines.two_stage import TwoStage, plain_search
-from modeling.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.inputs.columns import GroupSizes
 from modeling.layers import target_attention
 from modeling.layers.embedding import CategorySlots
 from modeling.layers.interaction import DotInteraction

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from feature_repo import datasets
-from feature_repo.catalogue import Catalogue
-from modeling import bundle, command, recipes, training_run
-from modeling.bundle import BundleError
-from modeling.dataset import Warehouse
-from modeling.encodings import Encodings
-from modeling.trainer import predict
+from feature_repo.home.catalogue import Catalogue
+from modeling import recipes
+from modeling.bundle import bundle
+from modeling.bundle.bundle import BundleError
+from modeling.commands import command
+from modeling.training import training_run
+from modeling.training.trainer import predict
+from modeling.training_set.dataset import Warehouse
+from modeling.training_set.encodings import Encodings
 from tests.periods import joined_period
 
 CONTRACT = datasets.load_contract("online_retail")
@@ -218,7 +221,7 @@ def test_the_model_beats_its_baselines_on_the_synthetic_shop(trained_shop: Any) 
 
 
 def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None:
-    from feature_repo.tables import locked
+    from feature_repo.home.tables import locked
     from modeling.errors import RunError
 
     run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from feature_repo import cli
-from feature_repo.catalogue import Catalogue
-from modeling import promotion, recipes
+from feature_repo.home.catalogue import Catalogue
+from modeling import recipes
 from modeling.__main__ import app
-from modeling.changes import Changes, changed
+from modeling.bundle import promotion
+from modeling.comparison.processes import wait_passively
 from modeling.errors import RecipeError
-from modeling.processes import wait_passively
+from modeling.training.changes import Changes, changed
 
 
 def test_fields_of_recipe_model_and_training_are_set_by_type() -> None:

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from modeling import recipes
-from modeling.batch import Batch
 from modeling.benchmarks import compare
 from modeling.benchmarks.published import HYDRAREC, PAPERS, Claim
 from modeling.claims import PAIRED, Difference
+from modeling.comparison.ranking import FinishedRun
+from modeling.inputs.batch import Batch
 from modeling.metrics import PerUser
-from modeling.ranking import FinishedRun
 from modeling.recipes import NextItemRecipe
-from modeling.trainer import LossError
-from modeling.training_run import history_parameters
+from modeling.training.trainer import LossError
+from modeling.training.training_run import history_parameters
 from tests.modeling.test_invariants import SIZES, candidates, make, user_inputs
 
 ABOVE = Claim("better", "a", "b")

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from feature_repo import cli
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 from modeling import __main__ as entry
-from modeling import comparison, models, recipes
-from modeling.batch import FeatureSizes
-from modeling.columns import GroupSizes
+from modeling import models, recipes
+from modeling.comparison import comparison
+from modeling.inputs.batch import FeatureSizes
+from modeling.inputs.columns import GroupSizes
 from modeling.recipes import NextItemRecipe, ranking
-from modeling.training_run import dense_parameters
+from modeling.training.training_run import dense_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,7 +211,7 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
 ) -> None:
     """One history format: without --data the dataset's own log is read, with its times."""
     monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
-    from modeling import next_item
+    from modeling.next_item import next_item
 
     source = next_item.open_source(shop.settings, None)
     assert source.sequences.times is not None
@@ -239,7 +240,7 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
 def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
     """Recipes are data: this is where a wrong name or value would show."""
     from modeling import models
-    from modeling.batch import FeatureSizes
+    from modeling.inputs.batch import FeatureSizes
 
     for name, function in recipes.all_recipes().items():
         recipe = function()

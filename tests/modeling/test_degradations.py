@@ -10,19 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.contract import Contract
+from feature_repo.contract.contract import Contract
 from feature_repo.datasets import load_contract
-from feature_repo.history import Histories
-from feature_repo.sketch import Layout, Sketch
-from modeling.degradations import REASONS, degraded, without
-from modeling.encoder import RequestColumns
-from modeling.evaluate import EMPTY_HISTORY
+from feature_repo.history.history import Histories
+from feature_repo.history.sketch import Layout, Sketch
+from modeling.evaluation.evaluate import EMPTY_HISTORY
+from modeling.inputs.degradations import REASONS, degraded, without
+from modeling.inputs.encoder import RequestColumns
+from serving.api.degraded import Degraded
+from serving.api.messages import RankRequest
 from serving.command import open_ranker
-from serving.degraded import Degraded
-from serving.messages import RankRequest
-from serving.ranker import RankService
-from serving.request import context_columns
-from serving.what_if import as_asked
+from serving.ranking.ranker import RankService
+from serving.ranking.request import context_columns
+from serving.ranking.what_if import as_asked
 from tests.conftest import Road
 from tests.periods import joined_period
 
@@ -79,7 +79,7 @@ def test_every_reason_changes_what_it_says_and_nothing_else(
 
 
 def some_user(road: Road) -> Any:
-    from feature_repo.tables import JobFolder
+    from feature_repo.home.tables import JobFolder
 
     users = JobFolder(road.settings.home, "user_history").read("user_history")["user_id"]
     return users[3].as_py()
@@ -94,8 +94,9 @@ def test_a_period_without_something_is_what_its_columns_would_be_without_it(
     trained_shop: Road,
 ) -> None:
     """The plain twin withholds columns, events and sketches before anything is a number."""
-    from modeling import recipes, training_run
-    from modeling.dataset import Warehouse
+    from modeling import recipes
+    from modeling.training import training_run
+    from modeling.training_set.dataset import Warehouse
 
     run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     _, encoder = training_run.load_trained(run)
@@ -173,7 +174,8 @@ def test_absent_tokens_keep_their_shape(ranker: RankService, token_shop: Road) -
 
 
 def test_the_report_names_every_degradation(trained_shop: Road) -> None:
-    from modeling import recipes, training_run
+    from modeling import recipes
+    from modeling.training import training_run
 
     run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     found = json.loads((run.folder / "evaluation.json").read_text())

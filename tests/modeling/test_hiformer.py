@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
-from modeling.batch import Batch
+from modeling.inputs.batch import Batch
 from modeling.layers.heterogeneous import ByToken, Composite, HeterogeneousLayer, Kind, LayerShape
 from modeling.layers.per_token import PerTokenFeedForward, PerTokenLayerNorm
 from modeling.models.hiformer import Hiformer

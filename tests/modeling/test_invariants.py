@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modeling import models
-from modeling.batch import Batch, Candidates, FeatureSizes, UserInputs
-from modeling.columns import GroupSizes
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.columns import GroupSizes
 from modeling.models.base import CannotExtendError, Ranker
 
 TOLERANCE = 4e-5  # fp32 sums in another order; scores are of order 1, and 2e-5 was seen

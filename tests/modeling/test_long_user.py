@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from feature_repo import history
-from feature_repo.arrow import arrow_schema, value_codes
+from feature_repo.contract.arrow import arrow_schema, value_codes
 from feature_repo.datasets import load_contract
-from feature_repo.history import HistoryLog
-from feature_repo.recall import Recall
-from feature_repo.sketch import Layout
-from feature_repo.tables import JobFolder
+from feature_repo.history import history
+from feature_repo.history.history import HistoryLog
+from feature_repo.history.recall import Recall
+from feature_repo.history.sketch import Layout
+from feature_repo.home.tables import JobFolder
 
 CONTRACT = load_contract("online_retail")
 ITEMS = Layout(("item_id",), (1,), (30.0,), width=1)

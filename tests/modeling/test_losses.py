@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modeling import losses
+from modeling.next_item import losses
 
 
 def world(

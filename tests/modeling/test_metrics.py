@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from feature_repo import datasets
-from feature_repo.schema import Examples
+from feature_repo.contract.schema import Examples
 from modeling.errors import ScoresError
-from modeling.evaluate import (
+from modeling.evaluation.evaluate import (
     degraded_line,
     plain_metrics,
     sampling_shift,
@@ -23,7 +23,7 @@ from modeling.evaluate import (
 )
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 from modeling.metrics import log_loss as our_log_loss
-from modeling.simple_baselines import baselines_of
+from modeling.training_set.simple_baselines import baselines_of
 
 REQUESTS = st.lists(
     st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=15),

@@ -17,14 +17,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.sequence_file import sequence_contract, write_log
-from modeling import leave_one_out, next_item, recipes
+from feature_repo.raw.sequence_file import sequence_contract, write_log
+from modeling import recipes
 from modeling.errors import DataError
-from modeling.leave_one_out import ScoreError, metrics_of_ranks, ranks_of, sample_negatives
 from modeling.models.sequence import SequenceRanker
-from modeling.next_item import NextItemTrainer, build_model
-from modeling.recipes import NextItemRecipe
-from modeling.sequences import (
+from modeling.next_item import leave_one_out, next_item
+from modeling.next_item.leave_one_out import (
+    ScoreError,
+    metrics_of_ranks,
+    ranks_of,
+    sample_negatives,
+)
+from modeling.next_item.next_item import NextItemTrainer, build_model
+from modeling.next_item.sequences import (
     LeakError,
     Sequences,
     TrainingWindows,
@@ -35,7 +40,8 @@ from modeling.sequences import (
     split_last_items,
     training_windows,
 )
-from modeling.trainer import LossError, read_metrics
+from modeling.recipes import NextItemRecipe
+from modeling.training.trainer import LossError, read_metrics
 
 
 def sequences_of(users: list[list[int]], tmp_path: Path) -> Sequences:

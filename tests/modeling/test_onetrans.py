@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
-from modeling.batch import Batch, FeatureSizes, UserInputs
 from modeling.benchmarks.worlds import flops
+from modeling.inputs.batch import Batch, FeatureSizes, UserInputs
 from modeling.layers.features import BucketTokens
 from modeling.layers.per_token import PerTokenLinear
 from modeling.models.onetrans import ROUND_TO, MixedLayer, OneTrans, UserState, tail_lengths

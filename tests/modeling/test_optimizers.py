@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import models, optimizers
-from modeling.optimizers import optimizer_of, undecayed
+from modeling import models
 from modeling.recipes import Training
+from modeling.training import optimizers
+from modeling.training.optimizers import optimizer_of, undecayed
 from tests.modeling.test_invariants import SIZES
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from modeling.benchmarks.planted_data import Planted, PlantedPairs
 from modeling.metrics import auc
-from modeling.planted import Planted, PlantedPairs
 
 LONG = Planted(events=4000)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from modeling import models
-from modeling.batch import FeatureSizes, UserInputs
+from modeling.inputs.batch import FeatureSizes, UserInputs
 from modeling.layers.block import Place
 from modeling.layers.packing import MAX_WASTE, SMALL_GROUP, Packing
 from modeling.models.hstu import HSTULayer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling import models
-from modeling.batch import Batch, UserInputs
+from modeling.inputs.batch import Batch, UserInputs
 from modeling.models.base import Ranker
 from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 

@@ -13,13 +13,20 @@ import pytest
 import torch
 
 from feature_repo import datasets
-from feature_repo.envelope import from_bytes
-from feature_repo.history import Histories
-from modeling import models, summary
-from modeling.columns import Vocabulary, nothing_known
-from modeling.encoder import Encoder
+from feature_repo.history.envelope import from_bytes
+from feature_repo.history.history import Histories
+from modeling import models
+from modeling.bundle import summary
+from modeling.bundle.summary import (
+    Summariser,
+    Summary,
+    envelopes,
+    stored_summary,
+    token_fingerprint,
+)
+from modeling.inputs.columns import Vocabulary, nothing_known
+from modeling.inputs.encoder import Encoder
 from modeling.models.vista import VISTA
-from modeling.summary import Summariser, Summary, envelopes, stored_summary, token_fingerprint
 
 CONTRACT = datasets.load_contract("online_retail")
 ITEMS = 30

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from feature_repo import datasets
-from feature_repo.schema import Task
-from modeling.encoder import Encoded
-from modeling.evaluate import MODEL, measure, plain_metrics, undefined
+from feature_repo.contract.schema import Task
+from modeling.evaluation.evaluate import MODEL, measure, plain_metrics, undefined
+from modeling.inputs.encoder import Encoded
+from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid, weighted
 from modeling.metrics import defined
-from modeling.tasks import probabilities, ranking_logits, sigmoid, weighted
-from modeling.trainer import masked_bce
+from modeling.training.trainer import masked_bce
 
 SPEC = replace(
     datasets.load("online_retail").spec,

@@ -16,24 +16,32 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from beam_jobs.training_examples import ItemTables, example_rows
-from feature_repo.arrow import micros
-from feature_repo.tables import JobFolder, StaleTableError
+from beam_jobs.jobs.training_examples import ItemTables, example_rows
+from feature_repo.contract.arrow import micros
+from feature_repo.home.tables import JobFolder, StaleTableError
 from modeling import models, recipes
-from modeling.augment import training_sample
-from modeling.batch import Batch
-from modeling.dataset import (
+from modeling.evaluation.evaluate import EMPTY_HISTORY
+from modeling.inputs.augment import training_sample
+from modeling.inputs.batch import Batch
+from modeling.inputs.degradations import without
+from modeling.inputs.encoder import Encoded, Encoder, Vocabulary
+from modeling.models.base import Ranker
+from modeling.recipes import Training
+from modeling.training.trainer import (
+    LossError,
+    Most,
+    Trainer,
+    batches,
+    masked_bce,
+    predict,
+    read_metrics,
+)
+from modeling.training_set.dataset import (
     JoinError,
     Warehouse,
     check_rows,
     refuse_nothing_positive,
 )
-from modeling.degradations import without
-from modeling.encoder import Encoded, Encoder, Vocabulary
-from modeling.evaluate import EMPTY_HISTORY
-from modeling.models.base import Ranker
-from modeling.recipes import Training
-from modeling.trainer import LossError, Most, Trainer, batches, masked_bce, predict, read_metrics
 from tests.periods import examples_of, joined_period, vocabularies
 
 RECIPE = recipes.load("amortised_dlrm_tiny")
@@ -168,7 +176,7 @@ def test_periods_without_a_positive_are_refused_before_training(warehouse: Wareh
 
 
 def test_tables_rebuilt_while_they_were_read_are_noticed(shop: Any) -> None:
-    from modeling.training_run import open_run, refuse_if_rebuilt
+    from modeling.training.training_run import open_run, refuse_if_rebuilt
 
     run = open_run(shop.settings, RECIPE)
     refuse_if_rebuilt(run)
@@ -218,7 +226,7 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
     history.
     """
     warehouse = Warehouse(settings)
-    from modeling.dataset import point_in_time_join
+    from modeling.training_set.dataset import point_in_time_join
 
     keys = request.select(["user_id", "item_id", "event_timestamp"])
     joined = point_in_time_join(store, RECIPE.service, keys)

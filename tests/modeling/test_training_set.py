@@ -13,19 +13,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.expectations import GateError
-from feature_repo.tables import JobFolder
-from modeling import recipes, training_set
-from modeling.augment import spread_rows
-from modeling.classic import CLASSICS, classic_scores
-from modeling.dataset import SPLITS
-from modeling.encoder import Encoded, Encoder
+from feature_repo.contract.expectations import GateError
+from feature_repo.home.tables import JobFolder
+from modeling import recipes
+from modeling.evaluation.classic import CLASSICS, classic_scores
+from modeling.inputs.augment import spread_rows
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.shards import (
+    MANIFEST,
+    MappedRows,
+    ShardError,
+    open_shards,
+    read_shard,
+    write_shard,
+)
 from modeling.metrics import mean_ndcg
-from modeling.shards import MANIFEST, MappedRows, ShardError, open_shards, read_shard, write_shard
-from modeling.simple_baselines import FREQUENCY, baseline_scores
-from modeling.trainer import Trainer, read_metrics
-from modeling.training_run import build_model
-from modeling.training_set import TrainingSet, TrainingSetOptions, open_training_set
+from modeling.training.trainer import Trainer, read_metrics
+from modeling.training.training_run import build_model
+from modeling.training_set import training_set
+from modeling.training_set.dataset import SPLITS
+from modeling.training_set.simple_baselines import FREQUENCY, baseline_scores
+from modeling.training_set.training_set import TrainingSet, TrainingSetOptions, open_training_set
 from tests.periods import examples_of, joined_period, vocabularies
 
 RECIPE = recipes.load("amortised_dlrm_tiny")

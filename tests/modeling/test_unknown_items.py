@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.augment import hide, unknown_dense
-from modeling.dataset import Warehouse
-from modeling.encoder import Encoder
-from modeling.evaluate import unknown_first
+from modeling.evaluation.evaluate import unknown_first
+from modeling.inputs.augment import hide, unknown_dense
+from modeling.inputs.encoder import Encoder
 from modeling.recipes import Recipe, Training, ranking
-from modeling.trainer import Trainer, predict
-from modeling.training_run import build_model
+from modeling.training.trainer import Trainer, predict
+from modeling.training.training_run import build_model
+from modeling.training_set.dataset import Warehouse
 from tests.periods import joined_period, vocabularies
 
 SMALL = {"width": 16}

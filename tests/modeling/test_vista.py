@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from modeling import models
-from modeling.batch import Batch, FeatureSizes, UserInputs
+from modeling.inputs.batch import Batch, FeatureSizes, UserInputs
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream, quasi_linear_plain
 from modeling.models.vista import VISTA
 from tests.modeling.test_invariants import EVENT_FIELDS, SIZES, candidates, user_inputs

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 from serving.benchmarks.events import post
 from serving.benchmarks.faults import (
     ABUSES,

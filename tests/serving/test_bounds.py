@@ -22,26 +22,26 @@ import numpy as np
 import pytest
 import torch
 
-from feature_repo.arrow import EPOCH
+from feature_repo.contract.arrow import EPOCH
 from feature_repo.errors import ExpectedError, SettingsError
-from feature_repo.tables import JobFolder
-from modeling.bundle import BundleError
-from serving.admission import Admission, Weight
-from serving.app import app_of
+from feature_repo.home.tables import JobFolder
+from modeling.bundle.bundle import BundleError
+from serving.api.degraded import Degraded
+from serving.api.errors import OverloadedError, SlowBodyError
+from serving.api.messages import RankContext, RankRequest, RankResponse
+from serving.api.settings import ServeSettings, settings_from
 from serving.benchmarks.faults import memory_mib
-from serving.bodies import read_body
 from serving.command import environment_of, open_ranker
-from serving.degraded import Degraded
-from serving.errors import OverloadedError, SlowBodyError
-from serving.features import UserRow
-from serving.guarded import GuardedReader, ThreadedReader
-from serving.items import ItemTable, Loaded
-from serving.live import BundleSource, Live, Repair, Serving
-from serving.messages import RankContext, RankRequest, RankResponse
-from serving.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
-from serving.redis_reader import DamagedValueError, StoreReadError
-from serving.server import Server
-from serving.settings import ServeSettings, settings_from
+from serving.live.live import BundleSource, Live, Repair, Serving
+from serving.ranking.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
+from serving.routes.admission import Admission, Weight
+from serving.routes.app import app_of
+from serving.routes.bodies import read_body
+from serving.routes.server import Server
+from serving.stores.features import UserRow
+from serving.stores.guarded import GuardedReader, ThreadedReader
+from serving.stores.items import ItemTable, Loaded
+from serving.stores.redis_reader import DamagedValueError, StoreReadError
 from tests.promises import Promises
 from tests.ranking import ranked
 
@@ -928,7 +928,7 @@ def test_candidates_are_scored_in_pieces_as_at_once(
     asked, user = RankRequest(-5, candidates), ranker.nobody(Degraded.UNKNOWN_USER)
     at_once = ranker.answer(asked, user, Clock()).response
     left: list[int] = []
-    monkeypatch.setattr("serving.ranker.PIECE", 32)
+    monkeypatch.setattr("serving.ranking.ranker.PIECE", 32)
     in_pieces = ranker.answer(asked, user, Clock(), go_on=left.append).response
     pieces = -(-len(candidates) // 32)
     assert left == list(range(pieces - 1, 0, -1))
@@ -948,7 +948,7 @@ def test_what_cannot_be_scored_in_time_is_given_up_between_pieces(
     ranker: RankService, items: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And others are served meanwhile."""
-    monkeypatch.setattr("serving.ranker.PIECE", 16)
+    monkeypatch.setattr("serving.ranking.ranker.PIECE", 16)
     score, scored = type(ranker.bundle.model).score, []
 
     def slow(self: Any, *given: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from serving.callers import why_refused
-from serving.settings import ServeSettings
+from serving.api.settings import ServeSettings
+from serving.routes.callers import why_refused
 
 PLAIN = ServeSettings()
 NAMED = ServeSettings(hosts=("ranker.shop.internal",))

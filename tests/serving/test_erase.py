@@ -19,20 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo.catalogue import Catalogue
 from feature_repo.datasets import load_contract
-from feature_repo.erased import REDACTED, Erased, erased_of, list_erased
-from feature_repo.online_erase import OnlineEraser
-from feature_repo.online_tokens import OnlineTokens
-from feature_repo.tables import JobFolder, StaleTableError
-from feature_repo.token_log import TokenLog
+from feature_repo.history.token_log import TokenLog
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.erased import REDACTED, Erased, erased_of, list_erased
+from feature_repo.home.tables import JobFolder, StaleTableError
+from feature_repo.store.online_erase import OnlineEraser
+from feature_repo.store.online_tokens import OnlineTokens
+from serving.api.degraded import Degraded
+from serving.api.errors import ErasedUserError
+from serving.api.messages import RankRequest
 from serving.command import open_ranker
-from serving.degraded import Degraded
 from serving.erase import ErasureError, erase, ids_of, search
-from serving.errors import ErasedUserError
-from serving.events import EventTaker
-from serving.messages import RankRequest
-from serving.served_log import log_schema
+from serving.served.served_log import log_schema
+from serving.stores.events import EventTaker
 from tests.ranking import ranked
 
 TABLES = ("events", "user_history", "training_examples", "summary_tokens")
@@ -169,7 +169,7 @@ def test_on_redis_the_keys_of_every_view_and_version_go(
 ) -> None:
     from dataclasses import replace
 
-    from feature_repo.store import open_store
+    from feature_repo.store.store import open_store
 
     settings = replace(road.settings, profile="production")
     monkeypatch.setenv("MEMOIR_REDIS", redis_address)
@@ -296,7 +296,7 @@ def test_a_job_that_is_under_way_is_waited_for(road: Any, helpers: Any) -> None:
 def test_a_list_that_changes_while_events_are_read_publishes_nothing(
     road: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs import runs
+    from beam_jobs.engine import runs
 
     settings, user = road.settings, users_in(road)[3]
     real, before = runs.pipeline, JobFolder(settings.home, "events").require().run_id

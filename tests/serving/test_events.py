@@ -16,19 +16,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.history import from_batches
-from feature_repo.online_tokens import OnlineTokens
-from feature_repo.online_users import STATS, TOKENS, NewRow, _SqliteRecords, user_records
-from feature_repo.tables import JobFolder
-from modeling.summary import Summariser
-from serving.app import app_of
-from serving.degraded import Degraded
-from serving.features import UserRow
-from serving.live import BundleSource, Live
-from serving.ranker import RankService
-from serving.refresh import Refresher, UserMemory
-from serving.server import Server
-from serving.settings import ServeSettings
+from feature_repo.history.history import from_batches
+from feature_repo.home.tables import JobFolder
+from feature_repo.store.online_tokens import OnlineTokens
+from feature_repo.store.online_users import STATS, TOKENS, NewRow, _SqliteRecords, user_records
+from modeling.bundle.summary import Summariser
+from serving.api.degraded import Degraded
+from serving.api.settings import ServeSettings
+from serving.live.live import BundleSource, Live
+from serving.ranking.ranker import RankService
+from serving.routes.app import app_of
+from serving.routes.server import Server
+from serving.stores.features import UserRow
+from serving.stores.refresh import Refresher, UserMemory
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from serving.page import FILE, PAGE
+from serving.routes.page import FILE, PAGE
 from tests.browser import Tab, chromium, open_tab
 
 LIST = "[...document.querySelectorAll('#list .name')].map(e => e.textContent).join()"

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from feature_repo.tables import JobFolder
-from serving.errors import LateEventError, StoreAwayError
-from serving.features import UserRow
-from serving.live import BundleSource
+from serving.api.errors import LateEventError, StoreAwayError
+from serving.live.live import BundleSource
+from serving.stores.features import UserRow
 from tests.promises import Promises
 
 RECIPE = "vista_tiny"

@@ -19,8 +19,8 @@ import pytest
 
 from feature_repo import datasets
 from serving.benchmarks.faultproxy import Fault, FaultProxy
-from serving.features import FeastReader
-from serving.redis_reader import (
+from serving.stores.features import FeastReader
+from serving.stores.redis_reader import (
     DamagedValueError,
     RedisReader,
     StoreReadError,
@@ -111,7 +111,7 @@ def write_randomly(store: Any, views: list[Any], users: list[int], rng: random.R
     """Random rows, a third of all values missing; one user in five lacks a view altogether."""
     import pyarrow as pa
 
-    from feature_repo.online_rows import write_rows
+    from feature_repo.store.online_rows import write_rows
 
     draws = {name: draw for name, (_, draw) in some_kinds().items()}
     for view in views:
@@ -185,7 +185,7 @@ def on_redis(
 
 def test_a_users_row_is_what_feast_gives(on_redis: Any) -> None:
     """History, statistics, profile and sketch, decoded."""
-    from feature_repo.tables import JobFolder
+    from feature_repo.home.tables import JobFolder
 
     store, settings = on_redis
     service = "ranking_v1_online"
@@ -446,7 +446,7 @@ def test_bytes_that_changed_on_the_way_are_never_another_users_history(
     on_redis: Any, redis_address: str
 ) -> None:
     """Checksums notice what the protocol does not."""
-    from feature_repo.tables import JobFolder
+    from feature_repo.home.tables import JobFolder
 
     store, settings = on_redis
     reader = RedisReader(store, CONTRACT, "ranking_v1_online")

@@ -11,13 +11,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
-from serving.app import app_of
+from serving.api.messages import EventsResponse
+from serving.api.settings import ServeSettings
 from serving.command import open_ranker
-from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Serving
-from serving.messages import EventsResponse
-from serving.server import Server
-from serving.settings import ServeSettings
+from serving.live.live import Live, Serving
+from serving.routes.app import app_of
+from serving.routes.server import Server
+from serving.stores.guarded import GuardedReader, ThreadedReader
 
 REFUSALS = {400, 405, 413, 415, 422}
 HURRIED, WHOLE = 60, 5_000  # examples of each operation and mode

@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo.tables import JobFolder
-from serving.app import app_of
-from serving.audit import NothingToAuditError, audit, replay
+from feature_repo.home.tables import JobFolder
+from serving.api.settings import ServeSettings
 from serving.command import open_ranker
-from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Serving
-from serving.ranker import RankService
-from serving.served_log import NoLogError, ServedLog, read_log
-from serving.server import Server
-from serving.settings import ServeSettings
+from serving.live.live import Live, Serving
+from serving.ranking.ranker import RankService
+from serving.routes.app import app_of
+from serving.routes.server import Server
+from serving.served.audit import NothingToAuditError, audit, replay
+from serving.served.served_log import NoLogError, ServedLog, read_log
+from serving.stores.guarded import GuardedReader, ThreadedReader
 
 
 @pytest.fixture(scope="module")

@@ -21,27 +21,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import datasets
-from feature_repo.arrow import arrow_type
-from feature_repo.history import from_batches
-from feature_repo.schema import MAX_ID_BYTES
-from feature_repo.tables import JobFolder
-from modeling.dataset import Warehouse, point_in_time_join
-from modeling.encoder import RequestColumns
-from modeling.trainer import predict
-from serving.app import create_app
-from serving.bodies import read_body
-from serving.command import open_ranker
-from serving.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
-from serving.features import UserRow
-from serving.items import ItemTable, Loaded, published_rows
-from serving.messages import (
+from feature_repo.contract.arrow import arrow_type
+from feature_repo.contract.schema import MAX_ID_BYTES
+from feature_repo.history.history import from_batches
+from feature_repo.home.tables import JobFolder
+from modeling.inputs.encoder import RequestColumns
+from modeling.training.trainer import predict
+from modeling.training_set.dataset import Warehouse, point_in_time_join
+from serving.api.errors import BadRequestError, BodyTooLargeError, InvalidRequestError
+from serving.api.messages import (
     MAX_BODY_BYTES,
     MAX_CANDIDATES,
     RankContext,
     RankRequest,
     decode_request,
 )
-from serving.ranker import RankService
+from serving.command import open_ranker
+from serving.ranking.ranker import RankService
+from serving.routes.app import create_app
+from serving.routes.bodies import read_body
+from serving.stores.features import UserRow
+from serving.stores.items import ItemTable, Loaded, published_rows
 from tests.ranking import ranked
 
 CONTRACT = datasets.load_contract("online_retail")
@@ -677,8 +677,8 @@ def damaged_home(trained_shop: Any, tmp_path: Path) -> Any:
 
 
 def test_a_bundle_that_does_not_fit_is_refused_at_start(damaged_home: Any) -> None:
-    from feature_repo.catalogue import Catalogue
-    from modeling.bundle import BundleError
+    from feature_repo.home.catalogue import Catalogue
+    from modeling.bundle.bundle import BundleError
 
     path = damaged_home.path(
         Catalogue(damaged_home.catalogue_url).live_bundle("online_retail").path

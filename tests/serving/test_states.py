@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.tables import JobFolder
+from feature_repo.home.tables import JobFolder
 from modeling import models
-from modeling.batch import UserInputs
+from modeling.inputs.batch import UserInputs
+from serving.api.messages import RankRequest
 from serving.command import open_ranker
-from serving.messages import RankRequest
-from serving.ranker import Clock, RankService
-from serving.states import UserStates
+from serving.ranking.ranker import Clock, RankService
+from serving.ranking.states import UserStates
 from tests.modeling import test_invariants as worlds
 
 CONFIGS = tuple(worlds.CONFIGS)

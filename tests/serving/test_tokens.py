@@ -16,22 +16,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from feature_repo import datasets, user_stats
-from feature_repo.catalogue import Catalogue
-from feature_repo.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
-from feature_repo.history import Histories, unpack
-from feature_repo.online_tokens import OnlineTokens
-from feature_repo.sketch import Layout
-from feature_repo.sketch import from_bytes as sketch_of
-from feature_repo.tables import JobFolder
-from modeling import bundle as bundles
-from modeling.dataset import Warehouse
-from modeling.trainer import predict
+from feature_repo import datasets
+from feature_repo.history import user_stats
+from feature_repo.history.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
+from feature_repo.history.history import Histories, unpack
+from feature_repo.history.sketch import Layout
+from feature_repo.history.sketch import from_bytes as sketch_of
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
+from feature_repo.store.online_tokens import OnlineTokens
+from modeling.bundle import bundle as bundles
+from modeling.training.trainer import predict
+from modeling.training_set.dataset import Warehouse
+from serving.api.messages import RankContext, RankRequest
 from serving.command import open_ranker
-from serving.features import FeastReader
-from serving.messages import RankContext, RankRequest
-from serving.ranker import RankService
-from serving.refresh import NoStateError, Refresher, UserMemory
+from serving.ranking.ranker import RankService
+from serving.stores.features import FeastReader
+from serving.stores.refresh import NoStateError, Refresher, UserMemory
 from tests.periods import joined_period
 from tests.ranking import ranked
 
@@ -272,8 +273,8 @@ def event_of(item: str, at: int) -> dict[str, Any]:
 def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     token_shop: Any, ranker: RankService, online: OnlineTokens, world: Any
 ) -> None:
-    from feature_repo.history import HistoryLog
-    from modeling.summary import Summariser
+    from feature_repo.history.history import HistoryLog
+    from modeling.bundle.summary import Summariser
 
     user, version = world[0][11], ranker.bundle.tokens or ""
     ((stored, state),) = online.read(version, [user])
@@ -326,7 +327,7 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
 def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
     token_shop: Any, world: Any
 ) -> None:
-    from beam_jobs.user_history import packed_rows, remembered_codes
+    from beam_jobs.jobs.user_history import packed_rows, remembered_codes
 
     user, store = world[0][1], token_shop.store
     events = JobFolder(token_shop.settings.home, "events").read("events")

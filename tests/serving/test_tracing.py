@@ -13,14 +13,14 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from feature_repo.errors import SettingsError
-from serving.app import app_of
+from serving.api.metrics import STAGES
+from serving.api.settings import ServeSettings
+from serving.api.tracing import Tracing, tracing_from_env
 from serving.command import open_ranker
-from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Serving
-from serving.metrics import STAGES
-from serving.server import Server
-from serving.settings import ServeSettings
-from serving.tracing import Tracing, tracing_from_env
+from serving.live.live import Live, Serving
+from serving.routes.app import app_of
+from serving.routes.server import Server
+from serving.stores.guarded import GuardedReader, ThreadedReader
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

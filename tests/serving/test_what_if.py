@@ -12,20 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.sketch import Layout, Sketch
-from feature_repo.tables import JobFolder
-from serving.app import app_of
+from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.home.tables import JobFolder
+from serving.api.degraded import Degraded, reason_named
+from serving.api.messages import RankRequest, Simulated, decode_request, encoded
+from serving.api.settings import ServeSettings
 from serving.command import open_ranker
-from serving.degraded import Degraded, reason_named
-from serving.explain import explain
-from serving.features import StoredSketch, UserRow
-from serving.guarded import GuardedReader, ThreadedReader
-from serving.live import Live, Serving
-from serving.messages import RankRequest, Simulated, decode_request, encoded
-from serving.ranker import Clock, RankService
-from serving.server import Server
-from serving.settings import ServeSettings
-from serving.what_if import as_asked
+from serving.live.live import Live, Serving
+from serving.ranking.explain import explain
+from serving.ranking.ranker import Clock, RankService
+from serving.ranking.what_if import as_asked
+from serving.routes.app import app_of
+from serving.routes.server import Server
+from serving.stores.features import StoredSketch, UserRow
+from serving.stores.guarded import GuardedReader, ThreadedReader
 
 TOKENS = {"a-caller-who-ranks": ("rank",), "a-caller-who-looks": ("rank", "explain")}
 

@@ -1,0 +1,87 @@
+"""The reasons why a run is stale: raw files that changed, output that is gone. Imports no Beam, so that a
+skip costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from feature_repo import datasets
+from feature_repo.datasets import Dataset
+from feature_repo.home.code import code_digest
+from feature_repo.home.erased import erased_of
+from feature_repo.home.tables import JobFolder, digest_of
+from feature_repo.raw.sources import sha256_of
+from feature_repo.settings import Settings
+from feature_repo.store.store import held_epoch, store_digest
+
+WRITES_ONLINE = ("materialize", "summary_tokens")
+
+
+def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[str, str]:
+    """Digest of each input as it is now.
+
+    Args:
+        names: "code", "store", "raw", "views", "erased" or the name of a job; a job that has not run has no
+            digest.
+    """
+    found = {}
+    for name in names:
+        if name == "code":
+            found[name] = job_code(job, settings.dataset)
+        elif name == "store":
+            found[name] = store_digest(settings)
+        elif name == "raw":
+            found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
+        elif name == "views":
+            found[name] = datasets.load(settings.dataset).views_digest(settings.data)
+        elif name == "erased":
+            found[name] = erased_of(settings.home).digest
+        elif manifest := JobFolder(settings.home, name).manifest():
+            found[name] = manifest.digest
+    return found
+
+
+def job_module(job: str) -> str:
+    """The module of a job."""
+    package = "summary_tokens" if job == "summary_tokens" else "jobs"
+    return f"beam_jobs.{package}.{job}"
+
+
+def job_code(job: str, dataset: str) -> str:
+    """Digest of the code that makes a job's rows: its module, the dataset's, and all of ours that
+    they import.
+    """
+    return code_digest(job_module(job), f"feature_repo.datasets.{dataset}")
+
+
+def raw_digest(dataset: Dataset, data: str | None) -> str:
+    """Digest of the names and contents of all raw files.
+
+    Raises:
+        RawDataError: two files hold the same bytes, and nothing says which events are the same: a
+            delivery that came twice, whose events would count twice.
+    """
+    digests = {file: sha256_of(file) for file in sorted(dataset.files(data))}
+    first: dict[str, str] = {}
+    for file, digest in digests.items():
+        empty = digest == hashlib.sha256().hexdigest()
+        if digest in first and not empty and not dataset.spec.event_identity:
+            raise datasets.RawDataError(
+                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice, and its events "
+                "would count twice. Remove it, or say by SPEC.event_identity which events are the same"
+            )
+        first[digest] = file
+    return digest_of([[Path(file).name, digest] for file, digest in digests.items()])
+
+
+def output_is_there(job: str, settings: Settings) -> bool:
+    """Return whether the online store still holds what the published run of a job wrote there; the store
+    itself is asked.
+    """
+    if job not in WRITES_ONLINE:
+        return True
+    manifest = JobFolder(settings.home, job).manifest()
+    return manifest is not None and held_epoch(settings, job) == manifest.run_id

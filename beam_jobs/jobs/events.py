@@ -1,0 +1,374 @@
+"""Job `events`: raw rows → events by user, user and item profiles, dead letters with their reasons.
+
+Every raw row is an event or a dead letter. A row is set aside by its dataset's `parse`, by a limit
+of the contract, by `--as_of`, or because the same event stands earlier; a profile row by a limit
+alone, and that costs no other row.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.engine.options import TableOptions
+from beam_jobs.engine.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
+from beam_jobs.engine.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
+from beam_jobs.errors import LostRowsError
+from feature_repo import datasets
+from feature_repo.contract import limits
+from feature_repo.contract.arrow import arrow_schema, micros, micros_iso
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import DatasetSpec, Table
+from feature_repo.history.history import run_starts
+from feature_repo.home.erased import REDACTED, Erased, erased_of
+from feature_repo.home.tables import parquet_bytes
+from feature_repo.raw.parse import NOT_BAD, REPEATED, user_columns, wanted, without_repeats
+from feature_repo.settings import Settings
+
+COUNTS = b"counts"  # of a unit, beside its dead letters
+LATE = "time is at or after --as_of"
+NOBODY_ERASED = Erased()
+
+
+MAX_BLOCKS = 1 << 20  # of one unit
+
+
+def num_partitions(plan: RunPlan) -> int:
+    """As the options say."""
+    assert isinstance(plan.options, TableOptions)
+    return plan.options.num_partitions
+
+
+def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
+    """One raw unit as keyed pieces, and its dead letters with its counts."""
+    counts: Counter[str] = Counter()
+    letters = [arrow_schema(plan.contract.table("dead_letters")).empty_table()]
+    erased = erased_of(plan.home)
+    for number, parsed in enumerate(datasets.load(plan.dataset).parse(unit.source)):
+        sifted = sift(plan, unit, parsed, erased)
+        counts.update(sifted.counts)
+        letters.append(sifted.dead_letters)
+        for key, rows in sifted.by_key(plan):
+            yield key, (unit.number * MAX_BLOCKS + number, to_ipc(rows))
+    dead = pa.concat_tables(letters).replace_schema_metadata({COUNTS: json.dumps(counts).encode()})
+    yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """The rows of a parsed block, by table; the dead letters; and counts of each."""
+
+    rows: dict[str, pa.Table]
+    dead_letters: pa.Table
+    counts: Counter[str]
+
+    def by_key(self, plan: RunPlan) -> Iterator[tuple[Key, pa.Table]]:
+        """The rows by table and partition."""
+        keys = {"item_profile": plan.contract.item.join_key}
+        for table, rows in self.rows.items():
+            key = keys.get(table, plan.contract.user.join_key)
+            for partition, piece in split_by_key(rows, key, num_partitions(plan)):
+                yield (table, partition), piece
+
+
+def sift(
+    plan: RunPlan, unit: Unit, parsed: datasets.Parsed, erased: Erased = NOBODY_ERASED
+) -> Sifted:
+    """Leave out users who were erased; set aside what breaks a limit, and what the run may not know."""
+    contract = plan.contract
+    user = plan.contract.user.join_key
+    letters = [redacted(contract, parsed.dead_letters, erased)]
+    counts: Counter[str] = Counter(parsed.counts)
+
+    # 1. Who was erased.
+    told = erased.without(parsed.events, user)
+    users = erased.without(parsed.users, user)
+    counts["events_erased"] = parsed.events.num_rows - told.num_rows
+
+    # 2. What breaks a limit of the contract, row by row.
+    events = limits.check(contract.table("events"), told)
+    letters.append(_letters(plan, unit, told.take(pa.array(events.dead)), events.reasons))
+    profiles = {}
+    for name, rows in (("user_profile", users), ("item_profile", parsed.items)):
+        checked = limits.check(contract.table(name), rows)
+        reasons = [f"{name}, {reason}" for reason in checked.reasons]
+        letters.append(_letters(plan, unit, rows.take(pa.array(checked.dead)), reasons))
+        counts.update({f"read_{name}": rows.num_rows, f"dead_{name}": len(checked.dead)})
+        counts["profile_rows_dead"] += len(checked.dead)
+        counts["nulls_dropped_from_lists"] += checked.nulls_dropped
+        profiles[name] = checked.kept
+
+    # 3. What the run may not know.
+    known = events.kept
+    if plan.as_of is not None:
+        late = micros(known["event_timestamp"]) >= plan.as_of
+        letters.append(_letters(plan, unit, known.filter(pa.array(late)), [LATE] * int(late.sum())))
+        known = known.filter(pa.array(~late))
+        profiles = {
+            n: rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
+            for n, rows in profiles.items()
+        }
+
+    counts["events_dead"] = told.num_rows - known.num_rows
+    return Sifted({"events": known, **profiles}, pa.concat_tables(letters), counts)
+
+
+def redacted(contract: Contract, letters: pa.Table, erased: Erased) -> pa.Table:
+    """Dead letters that keep their reasons and places, and of erased users nothing else."""
+    if not erased or not letters.num_rows:
+        return letters
+    raw = letters["raw"].to_pylist()
+    theirs = erased.in_raw(raw, user_columns(contract.spec), contract.user.join_key)
+    blanked = [REDACTED if is_theirs else row for row, is_theirs in zip(raw, theirs, strict=True)]
+    place = letters.schema.get_field_index("raw")
+    return letters.set_column(place, letters.schema.field(place), pa.array(blanked, pa.string()))
+
+
+def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
+    """One partition of one table, sorted; events once each, profiles only where a row changes
+    something.
+    """
+    table, partition = key
+    if table == "dead_letters":
+        counts = json.loads((rows.schema.metadata or {})[COUNTS])
+        yield _dead_letter_part(
+            rows.replace_schema_metadata(None), f"part-{partition:05d}.parquet", counts
+        )
+        return
+    counts = {}
+    if table == "events":
+        # Ties in time go by place and content, so that names of files decide nothing.
+        ties = ("source_position", plan.contract.item.join_key, "action")
+        rows = sort_by_key_and_time(rows, plan.contract.user.join_key, ties)
+        rows, repeated = without_repeats(rows, plan.contract.spec.event_identity)
+        if repeated.num_rows:
+            letters = _letters(plan, None, repeated, [REPEATED] * repeated.num_rows)
+            told = {"events_dead": repeated.num_rows}
+            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", told)
+        counts = {"max_event_micros": int(micros(rows["event_timestamp"]).max())}
+    else:
+        entity = plan.contract.table(table).entity
+        assert entity is not None
+        rows = changes_only(sort_by_key_and_time(rows, entity.join_key), entity.join_key)
+    yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
+
+
+def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
+    reasons = Counter(letters["reason"].to_pylist())
+    counts = {**counts, **{f"dead: {reason}": n for reason, n in reasons.items()}}
+    return Built("dead_letters", name, parquet_bytes(letters), letters.num_rows, counts)
+
+
+def changes_only(rows: pa.Table, key: str) -> pa.Table:
+    """Keep, of rows sorted by key and time, the last of each instant, and among these the ones that differ
+    from the one before.
+    """
+    if not rows.num_rows:
+        return rows
+    ends_instant = np.r_[_differs(rows, [key, "event_timestamp"]), True]
+    rows = rows.filter(pa.array(ends_instant))
+    values = [
+        name for name in rows.column_names if name not in ("event_timestamp", "created_timestamp")
+    ]
+    return rows.filter(pa.array(np.r_[True, _differs(rows, values)]))
+
+
+def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
+    """For each row but the last: whether the next one differs in any of these columns."""
+    differs = np.zeros(max(rows.num_rows - 1, 0), bool)
+    for name in columns:
+        values = rows[name].combine_chunks()
+        if pa.types.is_list(values.type):
+            differs |= _lists_differ(values)
+            continue
+        codes = values.dictionary_encode(null_encoding="encode").indices
+        starts = np.zeros(rows.num_rows, bool)
+        starts[run_starts(codes)] = True
+        differs |= starts[1:]
+    return differs
+
+
+def _lists_differ(lists: pa.Array) -> np.ndarray:
+    """For each list but the last: whether the next one differs."""
+    joined = pc.cast(lists, pa.list_(pa.string()))
+    # A separator that no text of a log holds; null and empty are told apart by the lengths.
+    text = pc.fill_null(pc.binary_join(joined, "\x1f"), "")
+    lengths = pc.fill_null(pc.list_value_length(lists), -1)
+    differs = np.zeros(max(len(lists) - 1, 0), bool)
+    for column in (text, lengths):
+        changed = np.zeros(len(lists), bool)
+        changed[run_starts(column)] = True
+        differs |= changed[1:]
+    return differs
+
+
+def _letters(plan: RunPlan, unit: Unit | None, rows: pa.Table, reasons: list[str]) -> pa.Table:
+    """Rows of a built table as dead letters. Where they stood is known of events alone, and of
+    their file in their unit.
+    """
+    number = rows.num_rows
+    has_position = "source_position" in rows.column_names
+    return pa.table(
+        [
+            pa.array(
+                ["" if unit is None else unit.source.file.rsplit("/", 1)[-1]] * number, pa.string()
+            ),
+            rows["source_position"] if has_position else pa.nulls(number, pa.int64()),
+            pa.array(reasons, pa.string()),
+            pa.array(limits.raw_rows(rows, np.arange(number)), pa.string()),
+        ],
+        schema=arrow_schema(plan.contract.table("dead_letters")),
+    )
+
+
+def by_user(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
+    """One built part of `events` as pieces by user; events at or after `as_of` are left out."""
+    return _read_events(plan, unit, plan.contract.user.join_key)
+
+
+def by_item(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
+    """One built part of `events` as pieces by item; events at or after `as_of` are left out."""
+    return _read_events(plan, unit, plan.contract.item.join_key)
+
+
+def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Piece]]:
+    events = plan.folder.read_path(unit.source)
+    if plan.as_of is not None:
+        events = events.filter(pa.array(micros(events["event_timestamp"]) < plan.as_of))
+    for partition, piece in split_by_key(events, key, num_partitions(plan)):
+        yield ("events", partition), (unit.number, to_ipc(piece))
+
+
+def in_histories(contract: Contract, events: pa.Table) -> pa.Table:
+    """Events without impressions, which are in no history and no statistic."""
+    if not contract.spec.shown:
+        return events
+    allowed = pa.array(contract.history_actions, pa.int8())
+    return events.filter(pc.is_in(events["action"].combine_chunks(), allowed))
+
+
+def raw_table(spec: DatasetSpec) -> Table:
+    """The raw events' table as it is read, with the limits of our columns."""
+    derives = bool(spec.events.derived or spec.events.raw)
+    # What a dataset's own code replaces has its limits afterwards, not before.
+    columns = (
+        replace(c, minimum=None, maximum=None, pattern=None) if derives else c
+        for c, _ in wanted(spec, "events")
+    )
+    return Table("raw_events", f"Raw events of {spec.title}, as they are read.", tuple(columns))
+
+
+def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+    """A sample of the raw rows, read as their types declare, against the raw table's limits; what
+    cannot be read counts as missing. `account` judges every row, once all are read.
+
+    Raises:
+        GateError: too many rows are bad.
+    """
+    from feature_repo.contract import expectations
+
+    dataset = datasets.load(plan.dataset)
+    events = [unit for unit in units if unit.source.kind == "events"]
+    sampled = expectations.spread(events, [unit.rows for unit in events])
+    erased = erased_of(plan.home)
+    user = plan.contract.user.join_key
+    raw = (rows for unit in sampled for rows in dataset.read_raw(unit.source))
+    if erased:  # nobody finds them in a report either
+        raw = (erased.without(rows, user) if user in rows.column_names else rows for rows in raw)
+    batches = expectations.rebatch(expectations.first_rows(raw))
+    table = raw_table(dataset.spec)
+    return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
+
+
+def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """Every raw row came out as an event or a dead letter, and not too many as dead letters.
+
+    Raises:
+        LostRowsError: a row came out as neither.
+        RawDataError: not one row is an event, or the newest is yet to come.
+        GateError: more rows are dead letters than is allowed, or more than half of a profile's
+            rows.
+    """
+    raw = [unit for unit in units if unit.source.kind == "events"]
+    given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
+    read, used, dead = (counts.get(name, 0) for name in ("rows_read", "rows_used", "rows_dead"))
+    made = counts.get("events_made", 0)
+    kept = counts.get("rows_events", 0)
+    lost = counts.get("events_dead", 0)
+    gone = counts.get("events_erased", 0)
+    # A compressed file knows how many rows it has only once it is read.
+    if given not in (None, read) or read != used + dead or made != kept + lost + gone:
+        raise LostRowsError(
+            f"{'unknown' if given is None else f'{given:,}'} raw rows, {read:,} read, {used:,} used + {dead:,} dead; "
+            f"{made:,} events made, {kept:,} kept + {lost:,} dead + {gone:,} of erased users: the run was not published"
+        )
+    if not kept:
+        raise datasets.RawDataError(
+            f"all {read:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published. "
+            f"Reasons:{_listed(counts)}"
+        )
+    _refuse_too_many_dead(plan, counts)
+    newest = counts.pop("max_event_micros")
+    if plan.as_of is None and newest > time.time() * 1e6:
+        raise datasets.RawDataError(
+            f"the newest event is of {micros_iso(newest)}, which is yet to come: pass --as_of, and later rows become dead "
+            "letters. Nothing was published"
+        )
+    return newest + 1 if plan.as_of is None else plan.as_of
+
+
+def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
+    from feature_repo.contract.expectations import GateError
+
+    limit = _limit(plan)
+    read = counts["rows_read"]
+    excused = sum(counts.get(f"dead: {reason}", 0) for reason in (LATE, *NOT_BAD))
+    dead = counts["rows_dead"] + counts["events_dead"] - excused
+    if dead > limit * read:
+        raise GateError(
+            f"{dead:,} of {read:,} raw rows are dead letters ({dead / read:.1%}); --max_bad_fraction allows {limit:.1%}. "
+            f"Nothing was published. Reasons:{_listed(counts)}"
+        )
+    for table in ("user_profile", "item_profile"):
+        lost = counts.get(f"dead_{table}", 0)
+        rows = counts.get(f"read_{table}", 0)
+        if 2 * lost > rows:
+            raise GateError(
+                f"{lost:,} of {rows:,} rows for {table} break the contract. Nothing was published. Reasons:{_listed(counts)}"
+            )
+
+
+def _limit(plan: RunPlan) -> float:
+    return (
+        plan.contract.spec.max_bad_fraction
+        if plan.max_bad_fraction is None
+        else plan.max_bad_fraction
+    )
+
+
+def _listed(counts: Counts) -> str:
+    reasons = sorted(
+        ((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True
+    )
+    return "".join(f"\n  {n:,}  {reason}" for n, reason in reasons)
+
+
+JOB = Job(
+    name="events",
+    doc="raw rows → events by user, profiles, dead letters",
+    reads={"raw": ()},
+    also_depends_on=("erased",),
+    options=TableOptions,
+    steps=partial(BuildTables, read=parse_unit, build=build),
+    num_parts=lambda plan, units: 4 * num_partitions(plan) + units,
+    gate=raw_gate,
+    account=account,
+)

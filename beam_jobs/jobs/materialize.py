@@ -1,0 +1,259 @@
+"""Job `materialize`: the online store holds the newest row of each key of every view, and nothing
+of keys that are gone.
+
+`feast materialize` does the first half for small repos and is the oracle: a test compares the two,
+value for value. The second half is for corrections: a key that an earlier run sent online and that
+the tables no longer have gets a row of nulls. Which keys were sent is written down before they are,
+so that a killed run's keys are known too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from beam_jobs.engine.options import OnlineOptions
+from beam_jobs.engine.partition import to_ipc
+from beam_jobs.engine.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
+from beam_jobs.engine.sinks import WriteView
+from beam_jobs.errors import BreaksLiveError
+from feature_repo import datasets
+from feature_repo.contract.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract.contract import contract
+from feature_repo.contract.declarations import lacks, spec_of
+from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.history.history import newest_rows
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.erased import erased_of
+from feature_repo.home.tables import parquet_bytes
+from feature_repo.settings import Settings
+from feature_repo.store.online_rows import write_rows
+from feature_repo.store.store import note_epoch, open_store
+
+KEYS = "online_keys"  # a table for each run: which keys it sends online
+ViewRows = tuple[str, bytes]  # view, Arrow IPC
+
+
+@dataclass
+class Materialize(beam.PTransform):
+    """Parts of view tables → keys written down → rows online; then the keys that are gone."""
+
+    plan: RunPlan
+
+    def expand(self, units: beam.PCollection) -> beam.PCollection:
+        """Keys that are gone wait for all that is here to be written down."""
+        plan = self.plan
+        present = (
+            units
+            | "Spread parts" >> beam.Reshuffle()
+            | "Newest of each key"
+            >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(ViewRows)
+            | "Write online" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
+        )
+        written = present | "Count by view" >> beam.CombinePerKey(sum)
+        gone = (
+            written
+            | "Keys that are gone"
+            >> beam.FlatMap(lambda kv: gone_rows(plan, kv[0])).with_output_types(ViewRows)
+            | "Write nothing for them"
+            >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
+        )
+        notes = (
+            written
+            | "Note rows"
+            >> beam.Map(lambda kv: note(plan, kv[0], "online", kv[1])).with_output_types(str),
+            gone
+            | "Note gone"
+            >> beam.Map(lambda kv: note(plan, kv[0], "gone", kv[1])).with_output_types(str),
+        )
+        return notes | beam.Flatten()
+
+
+def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
+    """Newest row of each key in one part; parts are partitioned by key, so these are the newest of
+    all.
+
+    The keys are written down first: from then on they count as online, whatever becomes of this
+    run.
+    """
+    table = plan.contract.table(unit.table)
+    assert table.entity is not None
+    rows = plan.folder.read_path(unit.source)
+    if plan.as_of is not None:
+        rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
+    newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
+    # Before the rows: were the run killed between the two, the next one would not know what is
+    # online.
+    keys = newest.select(list(table.join_keys))
+    write_built(
+        plan,
+        Built(KEYS, f"{unit.table}-{unit.number:05d}.parquet", parquet_bytes(keys), keys.num_rows),
+    )
+    yield unit.table, to_ipc(newest)
+
+
+def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
+    """Rows of nulls for the keys of a view that some earlier run sent online and this one does
+    not.
+    """
+    table = plan.contract.table(view)
+    root = plan.folder.root
+    key = table.join_keys[0]
+    sent: dict[bool, list[pa.Table]] = {True: [], False: []}
+    for info in plan.folder.filesystem.get_file_info(
+        pafs.FileSelector(root, recursive=True, allow_not_found=True)
+    ):
+        _, _, below = info.path.rpartition(f"{root.strip('/')}/")
+        run_id, _, rest = below.partition("/")
+        if rest.startswith(f"{KEYS}/{view}-") and info.path.endswith(".parquet"):
+            sent[run_id == plan.run_id].append(plan.folder.read_path(info.path))
+    if not sent[False]:
+        return
+    schema = arrow_schema(table)
+    earlier = pc.unique(pa.concat_tables(sent[False])[key].cast(schema.field(key).type))
+    here = pa.concat_tables([schema.empty_table().select([key]), *sent[True]])[key]
+    gone = earlier.filter(pc.invert(pc.is_in(earlier, here.combine_chunks())))
+    if not len(gone):
+        return
+    stamp = from_micros(np.full(len(gone), plan.as_of or 0))
+    columns = {f.name: pa.nulls(len(gone), f.type) for f in schema}
+    columns |= {f.name: stamp for f in schema if pa.types.is_timestamp(f.type)}
+    columns[key] = gone
+    yield view, to_ipc(pa.table(columns, schema=schema))
+
+
+def note(plan: RunPlan, view: str, what: str, rows: int) -> str:
+    """Write down how many rows of a view went online, or lost their values there."""
+    data = f'{{"rows": {rows}}}'.encode()
+    return write_built(
+        plan, Built("materialized", f"{view}-{what}.json", data, rows, {f"{what}_{view}": rows})
+    )
+
+
+def refuse_to_break_the_live_bundle(
+    plan: RunPlan, units: Sequence[Unit], settings: Settings
+) -> str | None:
+    """Refuse to replace what servers read with rows that lack some of it.
+
+    Raises:
+        BreaksLiveError: the live bundle was trained on features that the contract in force does not
+            have.
+    """
+    assert isinstance(plan.options, OnlineOptions)
+    live = Catalogue(settings.catalogue_url).live_or_none(plan.dataset)
+    if live is None or plan.options.break_live:
+        return None
+    stored = settings.path(live.path) / "bundle.json"
+    try:
+        needed = contract(spec_of(json.loads(stored.read_text())["contract"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a bundle that no server can load reads nothing
+    if lacking := lacks(needed, plan.contract):
+        raise BreaksLiveError(
+            f"the live bundle {live.recipe}@{live.digest[:12]} reads {', '.join(lacking)}, which the contract in force does not "
+            "have: its servers would rank from nothing. Train and export a bundle without it first; training needs no "
+            "materialize. Or pass --break_live"
+        )
+    return None
+
+
+def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
+    """Every view was written."""
+    missing = {unit.table for unit in units} - {name.removeprefix("online_") for name in counts}
+    assert not missing, f"no rows of {sorted(missing)} were written"
+    return plan.as_of
+
+
+def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
+    """Leave the run's id in the store."""
+    if counts is not None:
+        write_own_views(plan, settings)
+        note_epoch(settings_of(plan), "materialize", plan.run_id)
+    gone = sum(rows for name, rows in (counts or {}).items() if name.startswith("gone_"))
+    return (
+        [f"{gone:,} keys that the tables no longer have lost their values online"] if gone else []
+    )
+
+
+def write_own_views(plan: RunPlan, settings: Settings) -> None:
+    """The newest row of each key of custom feature views → online store; nothing of keys that an earlier
+    run sent and the file no longer has, unless somebody pushed a newer row meanwhile.
+    """
+    dataset = datasets.load(plan.dataset)
+    for view in dataset.spec.views:
+        schema = arrow_schema(plan.contract.table(view.name))
+        read = pq.read_table(dataset.path_of(view, settings.data))
+        # Theirs may have one time where ours have two.
+        ours = {EVENT_TIMESTAMP: view.timestamp, CREATED_TIMESTAMP: view.created or view.timestamp}
+        columns = [read[ours.get(f.name, f.name)].cast(f.type) for f in schema]
+        rows = pa.table(columns, schema=schema)
+        if plan.as_of is not None:
+            known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
+            rows = rows.filter(pa.array(known <= plan.as_of))
+        key = plan.contract.table(view.name).join_keys[0]
+        newest = newest_rows(rows, key) if rows.num_rows else rows
+        earlier = _sent_before(plan, view.name, schema)
+        if key == plan.contract.user.join_key:
+            erased = erased_of(plan.home)
+            newest = erased.without(newest, key)
+            earlier = erased.without(earlier, key)
+        gone = earlier.filter(pc.invert(pc.is_in(earlier[key], newest[key].combine_chunks())))
+        # Before the rows: were this run killed between the two, the next one would not know.
+        _note_sent(plan, view.name, pa.concat_tables([newest, gone]), key)
+        written = pa.concat_tables([gone, newest])
+        if written.num_rows:
+            write_rows(open_store(settings), view.name, written)
+        _note_sent(plan, view.name, newest, key)
+
+
+def _sent_before(plan: RunPlan, view: str, schema: pa.Schema) -> pa.Table:
+    """Keys that earlier runs sent of a custom view, as rows of nulls at the time that each was sent with:
+    a row that is newer stays.
+    """
+    data = plan.folder.read_bytes(_sent_file(plan, view))
+    if data is None:
+        return schema.empty_table()
+    sent = pq.read_table(pa.BufferReader(data))
+    columns = [
+        sent[f.name].cast(f.type) if f.name in sent.column_names else pa.nulls(len(sent), f.type)
+        for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _note_sent(plan: RunPlan, view: str, rows: pa.Table, key: str) -> None:
+    sent = rows.select([key, EVENT_TIMESTAMP, CREATED_TIMESTAMP])
+    plan.folder.write_bytes(_sent_file(plan, view), parquet_bytes(sent))
+
+
+def _sent_file(plan: RunPlan, view: str) -> str:
+    """Beside the runs, since it is of all of them."""
+    return f"{plan.folder.root}/sent-{view}.parquet"
+
+
+JOB = Job(
+    name="materialize",
+    doc="newest row of each key → online store",
+    reads={
+        "events": ("user_profile", "item_profile"),
+        "user_history": ("user_history", "user_stats"),
+        "item_stats": ("item_stats",),
+    },
+    options=OnlineOptions,
+    steps=Materialize,
+    num_parts=lambda plan, units: (
+        units + len({"user_profile", "item_profile", "user_history", "user_stats", "item_stats"})
+    ),
+    also_depends_on=("views", "erased"),
+    gate=refuse_to_break_the_live_bundle,
+    account=account,
+    finish=finish,
+)

@@ -1,0 +1,254 @@
+"""The one place that opens the Feast store for the settings in force. Imports Feast, which takes
+seconds: call late.
+
+`feature_store.yaml` is the local profile of the shipped dataset, as `feast -c feature_repo …` reads
+it. For any other dataset or home, a yaml of the same content with its own paths is written into
+that home, so that Feast's own commands work there too: `feast -c feature_repo -f
+<home>/feature_store.yaml …`.
+
+What an online store holds is asked of the store: each job that writes there leaves its run's id in
+the view `store_epoch` once it is done. A store that was emptied, deleted or replaced has another
+epoch, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from feature_repo.atomic import atomic_write
+from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
+from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.errors import ExpectedError, SettingsError
+from feature_repo.settings import CHECKOUT, Settings, declared_dataset
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+REPO = CHECKOUT / "feature_repo"
+LOCAL_YAML = REPO / "feature_store.yaml"
+PRODUCTION_YAML = REPO / "profiles" / "production.yaml"
+PROJECT = "memoir"  # of the local profile
+REGISTRY = "registry.pb"
+ONLINE = "online_store.db"
+
+
+class StoreError(ExpectedError, RuntimeError):
+    """The registry or the online store is not what the settings name."""
+
+
+def yaml_path(settings: Settings) -> Path:
+    """The Feast configuration of these settings; written first where the home is not the default
+    one.
+    """
+    if settings.profile == "production":
+        return _production_yaml(settings)
+    if settings.is_default_home:
+        return LOCAL_YAML
+    text = LOCAL_YAML.read_text()
+    for name in (REGISTRY, ONLINE):
+        text = text.replace(f"data/{name}", str(settings.path(name)))
+    text = text.replace("dataset: online_retail", f"dataset: {settings.dataset}")
+    path = settings.path("feature_store.yaml")
+    _write_changed(path, text)
+    return path
+
+
+def _production_yaml(settings: Settings) -> Path:
+    """The production profile; where `MEMOIR_DATASET` is no plain name, a copy with the dataset's.
+
+    Raises:
+        SettingsError: a variable that it reads is not set.
+    """
+    text = PRODUCTION_YAML.read_text()
+    wanted = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - {"MEMOIR_DATASET"})
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing:
+        raise SettingsError(
+            f"MEMOIR_PROFILE=production needs {' and '.join(missing)}; {PRODUCTION_YAML} says what they are"
+        )
+    if os.environ.get("MEMOIR_DATASET") == settings.dataset:
+        return PRODUCTION_YAML
+    path = settings.path("feature_store.yaml")
+    _write_changed(path, text.replace("${MEMOIR_DATASET}", settings.dataset))
+    return path
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and not where it says the same already."""
+    if not path.exists() or path.read_text() != text:
+        with atomic_write(path) as draft:
+            draft.write_text(text)
+
+
+def local_file(settings: Settings, name: str) -> Path:
+    """Registry or online store of the local profile."""
+    return REPO / "data" / name if settings.is_default_home else settings.path(name)
+
+
+def store_digest(settings: Settings) -> str:
+    """Digest of the Feast configuration with its environment filled in: which registry and online
+    store are meant.
+
+    The local profile's are files of the home, wherever it lies, so a home that is moved keeps its
+    digest.
+    """
+    if settings.profile == "local":
+        return "local"
+    return hashlib.sha256(os.path.expandvars(yaml_path(settings).read_text()).encode()).hexdigest()[
+        :16
+    ]
+
+
+def open_store(settings: Settings) -> FeatureStore:
+    """The Feast store of these settings.
+
+    Raises:
+        StoreError: the registry was copied from elsewhere: its tables lie in another home.
+    """
+    from feast import FeatureStore
+
+    if settings.profile == "local" and (elsewhere := tables_elsewhere(settings)):
+        raise StoreError(
+            f"the registry {local_file(settings, REGISTRY)} is of a home that lies elsewhere: its tables are in {elsewhere[0]}. "
+            "Run `python -m feature_repo apply`, which makes this home's own"
+        )
+    return FeatureStore(repo_path=str(REPO), fs_yaml_file=yaml_path(settings))
+
+
+def close_store(store: FeatureStore) -> None:
+    """Let go of a store's connections, to registry and online store; what goes on using it opens new
+    ones.
+    """
+    for name in ("write_engine", "read_engine", "engine"):
+        if (engine := getattr(store.registry, name, None)) is not None:
+            engine.dispose()
+    online = store._get_provider().online_store
+    for name in ("_client", "_conn"):
+        if (held := getattr(online, name, None)) is not None:
+            held.close()
+            setattr(online, name, None)
+
+
+def tables_elsewhere(settings: Settings) -> list[str]:
+    """Files other than this home's online store in which the local registry says that its tables
+    are.
+
+    Feast would drop those tables at the next `feast apply`: they are still in use by whose they
+    are.
+    """
+    return foreign_tables(local_file(settings, REGISTRY), local_file(settings, ONLINE))
+
+
+def foreign_tables(registry: Path, online: Path) -> list[str]:
+    """Files of SQLite tables that a registry file names, without `online`."""
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
+    if not registry.exists():
+        return []
+    known = Registry.FromString(registry.read_bytes())
+    files = {
+        table.sqlite_table.path
+        for table in known.infra.infra_objects
+        if table.HasField("sqlite_table")
+    }
+    return sorted(file for file in files if Path(file).resolve() != online.resolve())
+
+
+def missing_tables(settings: Settings, views: list[str]) -> list[str]:
+    """List the views without a table in the local online store; none for the production profile, which
+    has no tables.
+    """
+    if settings.profile == "production":
+        return []
+    if not local_file(settings, REGISTRY).exists():
+        return views
+    tables = {
+        row[0]
+        for row in _query(settings, "SELECT name FROM sqlite_master WHERE type = 'table'", ())
+    }
+    return [view for view in views if f"{PROJECT}_{view}" not in tables]
+
+
+def held_epoch(settings: Settings, job: str) -> str | None:
+    """The run of a job that the online store holds, as it says itself; None where it holds none.
+
+    Of the local profile it is read without Feast, so that a skip costs nothing.
+    """
+    if settings.profile == "production":
+        store = open_store(settings)
+        found = store.get_online_features(
+            [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: job}]
+        ).to_dict()
+        epoch: str | None = found[EPOCH_RUN.name][0]
+        return epoch
+    query = f"SELECT value FROM {PROJECT}_{STORE_EPOCH} WHERE feature_name = ? AND instr(entity_key, CAST(? AS BLOB)) > 0"
+    for (value,) in _query(settings, query, (EPOCH_RUN.name, job)):
+        if value[:1] == b"\x12":  # a Value's string, field 2: its length in a byte, then its text
+            return bytes(value[2:]).decode()
+    return None
+
+
+def note_epoch(settings: Settings, job: str, run_id: str) -> None:
+    """Leave the id of a finished run in the online store."""
+    from feature_repo.store.online_rows import write_rows
+
+    stamp = pa.array([datetime.now(UTC)], pa.timestamp("us", "UTC"))
+    row = {
+        STORE_PART.join_key: [job],
+        EPOCH_RUN.name: [run_id],
+        EVENT_TIMESTAMP: stamp,
+        CREATED_TIMESTAMP: stamp,
+    }
+    write_rows(open_store(settings), STORE_EPOCH, pa.table(row))
+
+
+def _query(settings: Settings, query: str, values: tuple[str, ...]) -> list[tuple]:
+    file = local_file(settings, ONLINE)
+    if not file.exists():
+        return []
+    connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+    try:
+        return connection.execute(query, values).fetchall()
+    except sqlite3.DatabaseError:  # no such table, or no database: it holds nothing
+        return []
+    finally:
+        connection.close()
+
+
+def feast_apply(settings: Settings) -> str:
+    """Run `feast apply` for these settings and return what it printed.
+
+    Raises:
+        StoreError: it failed; the message holds its output.
+    """
+    # One that names the same dataset by its file or package says more than the name.
+    same = declared_dataset().name == settings.dataset
+    named = (os.environ.get("MEMOIR_DATASET") if same else None) or settings.dataset
+    environment = {**os.environ, "MEMOIR_DATASET": named, "MEMOIR_HOME": settings.root}
+    command = [
+        str(Path(sys.executable).parent / "feast"),
+        "-c",
+        str(REPO),
+        "-f",
+        str(yaml_path(settings)),
+        "apply",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=CHECKOUT, check=False
+    )
+    if done.returncode:
+        log = settings.path("feast_apply.log")
+        log.write_text(f"{done.stdout}\n{done.stderr}")
+        last = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()][-1]
+        raise StoreError(f"`feast apply` failed: {last.strip()}; all that it said is in {log}")
+    return done.stdout

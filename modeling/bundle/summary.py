@@ -1,0 +1,251 @@
+"""Summary tokens outside a request: whole histories in, envelopes out; and new events into stored
+states.
+
+The Beam job and the refresh of one user share this. Stage 1 reads events only, so neither
+request nor candidates are needed. A bidirectional stage 1 reads as many newest events as its recipe
+says and takes their age at the snapshot; a streaming one reads all of them, and keeps what it needs
+to take more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feature_repo.contract.contract import Contract
+from feature_repo.history import envelope
+from feature_repo.history.envelope import Envelope, Kind
+from feature_repo.history.history import Histories
+from modeling.bundle import bundle
+from modeling.bundle.token_identity import token_fingerprint
+from modeling.inputs.batch import UserInputs
+from modeling.inputs.encoder import Encoder
+from modeling.models.base import Ranker, TokenMaker
+
+PADDED_EVENTS = 1 << 12  # events, padding counted, that stage 1 reads at a time
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Tokens of several users, and what their streams keep.
+
+    Args:
+        tokens_BSD: float32.
+        streams_BRK: float32; None where stage 1 does not stream.
+        num_events: int64, events behind them.
+        as_of: time of the newest of those, microseconds; 0 without one.
+    """
+
+    tokens_BSD: np.ndarray
+    streams_BRK: np.ndarray | None
+    num_events: np.ndarray
+    as_of: np.ndarray
+
+    def select(self, chosen: np.ndarray) -> Summary:
+        """Some of the users, in the given order."""
+        streams = None if self.streams_BRK is None else self.streams_BRK[chosen]
+        return Summary(
+            self.tokens_BSD[chosen], streams, self.num_events[chosen], self.as_of[chosen]
+        )
+
+
+class Summariser:
+    """Stage 1 of one bundle, by itself. Calls may come from several threads; the model runs for one
+    at a time.
+
+    Args:
+        model: with a stage 1, in evaluation mode.
+        encoder: the bundle's.
+
+    Raises:
+        ValueError: the model makes no summary tokens.
+    """
+
+    def __init__(self, model: Ranker, encoder: Encoder) -> None:
+        fingerprint = token_fingerprint(model, encoder)
+        if fingerprint is None:
+            raise ValueError(
+                f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
+            )
+        self.model = cast(TokenMaker, model)
+        self.encoder = encoder
+        self.fingerprint = fingerprint
+        self.streams = self.model.streams
+        self._lock = Lock()
+
+    def bytes_of_user(self, snapshots: int = 1) -> int:
+        """Return the fp32 bytes of one user's streams, and of tokens of so many snapshots."""
+        shape = self.model.token_shape
+        assert shape is not None
+        return 4 * (snapshots * math.prod(shape) + math.prod(self.model.stream_shape))
+
+    def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
+        """Tokens of whole histories, batched by length; one that is longer than a batch goes
+        through in chunks.
+
+        Args:
+            histories: of B users.
+            item_of_key: vocabulary index of each of their item keys.
+            at: B times, microseconds; ages are taken from here.
+        """
+        number = histories.lengths.astype(np.int64)
+        if not self.streams:
+            histories = histories.newest(self.encoder.history_length)
+        return replace(self._run(histories, item_of_key, at, None), num_events=number)
+
+    def extended(self, before: Summary, new_events: Histories, item_of_key: np.ndarray) -> Summary:
+        """Stored streams with new events: the same as `whole` of all events, at a cost that their
+        number does not decide.
+
+        Args:
+            before: with streams; its tokens are not read.
+            new_events: of the same users, later than those behind `before`.
+
+        Raises:
+            ValueError: stage 1 does not stream.
+        """
+        if not self.streams or before.streams_BRK is None:
+            raise ValueError(
+                "only a streaming stage 1 (causal=True) takes new events: summarise whole histories"
+            )
+        return self._run(new_events, item_of_key, before.as_of, before)
+
+    def _run(
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
+    ) -> Summary:
+        """Batch by batch; `before` holds what the streams have seen, None where they begin."""
+        number = len(events.lengths)
+        shape = self.model.token_shape
+        assert shape is not None
+        tokens = np.empty((number, *shape), np.float32)
+        kept: np.ndarray | None = None
+        for chosen in _batches(events.lengths):
+            part = events.take(events.offsets[:-1][chosen], events.offsets[1:][chosen])
+            with self._lock, torch.inference_mode():
+                seen = None if before is None else before.select(chosen)
+                found, streams = self._batch(part, item_of_key, at[chosen], seen)
+            tokens[chosen] = found.numpy()
+            if streams is not None:
+                kept = np.empty((number, *streams.shape[1:]), np.float32) if kept is None else kept
+                kept[chosen] = streams.numpy()
+        newest = np.zeros(number, np.int64) if before is None else before.as_of.copy()
+        some = events.lengths > 0
+        newest[some] = events.times[events.offsets[1:][some] - 1]
+        seen_events = 0 if before is None else before.num_events
+        return Summary(tokens, kept, seen_events + events.lengths, newest)
+
+    def _batch(
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
+    ) -> tuple[Tensor, Tensor | None]:
+        length = int(events.lengths.max(initial=0))
+        step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
+        step = max(step // self.model.piece, 1) * self.model.piece
+
+        def chunks() -> Iterator[UserInputs]:
+            none = np.full(len(at), -1, np.int64)
+            last = none if before is None else np.where(before.num_events > 0, before.as_of, none)
+            for start in range(0, max(length, 1), step):
+                starts = np.minimum(events.offsets[:-1] + start, events.offsets[1:])
+                part = events.take(starts, np.minimum(starts + step, events.offsets[1:]))
+                yield self._inputs(part, item_of_key, at, last)
+                some = part.lengths > 0
+                last = last.copy()
+                last[some] = part.times[part.offsets[1:][some] - 1]
+
+        if not self.streams:
+            if length <= step:
+                return self.model.tokens_of(next(chunks())), None
+            return self.model.summarise(chunks), None
+        restored = None
+        if before is not None and before.streams_BRK is not None:
+            streams_BRK = torch.from_numpy(before.streams_BRK)
+            seen = torch.from_numpy(before.num_events)
+            restored = self.model.restored_streams(streams_BRK, seen)
+        tokens, streams = self.model.stream(chunks(), restored)
+        return tokens, self.model.stored_streams(streams)
+
+    def _inputs(
+        self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: np.ndarray
+    ) -> UserInputs:
+        """Events without a request: no fields, no dense features."""
+        none = np.zeros((len(at), 0))
+        return self.encoder.user_inputs(
+            events, at, none.astype(np.int64), none.astype(np.float32), item_of_key, before
+        )
+
+
+def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows in groups of like length, so that little is padding and none holds more than fits."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while (
+            stop < len(order)
+            and (stop - start + 1) * max(int(lengths[order[stop]]), 1) <= PADDED_EVENTS
+        ):
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def envelopes(
+    summary: Summary,
+    row: int,
+    user_id: int | str,
+    fingerprint: str,
+    computed_at: int,
+    kind: Kind,
+    digest: int,
+) -> tuple[bytes, bytes | None]:
+    """A user's tokens and streams as stored bytes; streams are always fp32, since they are added to
+    for years.
+
+    Args:
+        digest: of the events behind them.
+
+    Raises:
+        EnvelopeError: tokens that are not finite, or too large for the kind.
+    """
+    about = (fingerprint, int(summary.as_of[row]), computed_at, int(summary.num_events[row]))
+    tokens = envelope.to_bytes(Envelope(*about, summary.tokens_BSD[row], digest), user_id, kind)
+    if summary.streams_BRK is None:
+        return tokens, None
+    return tokens, envelope.to_bytes(
+        Envelope(*about, summary.streams_BRK[row], digest), user_id, "fp32"
+    )
+
+
+def stored_summary(tokens: Envelope, state: Envelope) -> Summary:
+    """One user's stored tokens and streams, to be extended."""
+    assert tokens.tokens_SD is not None
+    assert state.tokens_SD is not None
+    number = np.array([state.num_events])
+    as_of = np.array([state.as_of])
+    return Summary(tokens.tokens_SD[None], state.tokens_SD[None].copy(), number, as_of)
+
+
+_loaded: dict[tuple[str, str], Summariser] = {}
+_loading = Lock()
+
+
+def load_summariser(path: str, contract: Contract, digest: str) -> Summariser:
+    """The summariser of a bundle, loaded once for each process, however many threads ask.
+
+    Raises:
+        BundleError: the bundle must not be used.
+        ValueError: it makes no tokens.
+    """
+    with _loading:
+        if (path, digest) not in _loaded:
+            loaded = bundle.load(Path(path), contract, digest)
+            _loaded[path, digest] = Summariser(loaded.model, loaded.encoder)
+        return _loaded[path, digest]

@@ -1,0 +1,1 @@
+"""`python -m modeling`, once its options are read. Imports everything of this room."""

@@ -1,0 +1,1 @@
+"""Recipes side by side, over seeds, with paired intervals. Imports `evaluation` and `next_item`."""

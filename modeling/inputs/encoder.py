@@ -1,0 +1,489 @@
+"""Stored columns → numbers → batches, the same way for training and serving: `RequestColumns →
+featurise → collate → Batch`; there is no second path.
+
+What a kind of column becomes is said in `columns.py`; shape letters in `batch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from feature_repo.contract.arrow import value_codes
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import Kind
+from feature_repo.history import user_stats
+from feature_repo.history.history import Histories, as_numbers
+from feature_repo.history.transforms import (
+    CONTEXT_FIELDS,
+    MATCH_FEATURES,
+    USER_FEATURES,
+    context_fields,
+    event_ages,
+    match_features,
+    sketch_features,
+    sketch_names,
+    squash,
+    user_features,
+)
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.columns import (
+    Index,
+    Vocabulary,
+    ages,
+    floats,
+    group_of,
+    within,
+)
+from modeling.inputs.shards import Rows
+
+GatherHistories = Callable[[np.ndarray, int], Histories]
+GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
+# counts) → what each user's sketch says of them, N × columns × counts
+ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
+SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestInputs:
+    """Requests, all but their candidates' own columns. Candidates of request b are
+    `[candidate_offsets[b], candidate_offsets[b + 1])`.
+
+    Equal items have equal keys among `candidate_keys` and the histories' `item_keys`.
+    """
+
+    times: np.ndarray  # int64 microseconds, B
+    user_columns: dict[str, pa.Array]  # features and statistics of users, context; B
+    candidate_offsets: np.ndarray
+    candidate_keys: np.ndarray
+    gather: GatherHistories  # (request numbers, length) → their newest events
+    labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
+    gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
+    read_sketch: ReadSketch | None = None  # None: nothing is known of the users' whole past
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestColumns(RequestInputs):
+    """Requests as the stores give them.
+
+    Args:
+        items: item ids by item key.
+        candidate_columns: features and statistics of items, impressions; N.
+    """
+
+    items: pa.Array
+    candidate_columns: dict[str, pa.Array]
+
+
+@dataclass(frozen=True)
+class ItemNumbers:
+    """Items as numbers, a row for each: all that no request changes. Training makes them of its
+    candidates, a server once of all items that it knows.
+
+    Args:
+        vocabulary_row: int64; 0 where the vocabulary has no such item.
+        category: int32 slots, N × K.
+        dense: float32, N × (statistics, then the columns' own); ages are the request's to fill in.
+        moments: int64 microseconds, N × columns that count as ages.
+        stats: float64, N × 3: events, other events, mean value; NaN where one is not known.
+        known: bool; whether a store knows the item at all.
+        codes: int64, N × values that sketches count: the id, then each remembered column's slots.
+    """
+
+    vocabulary_row: np.ndarray
+    category: np.ndarray
+    dense: np.ndarray
+    moments: np.ndarray
+    stats: np.ndarray
+    known: np.ndarray
+    codes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.vocabulary_row)
+
+    def take(self, rows: np.ndarray) -> ItemNumbers:
+        """Some of them, in this order."""
+        return ItemNumbers(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def with_rows(self, rows: np.ndarray, of: ItemNumbers) -> ItemNumbers:
+        """A copy in which these rows are those of others."""
+        copies = [getattr(self, f.name).copy() for f in fields(self)]
+        for copy, f in zip(copies, fields(self), strict=True):
+            copy[rows] = getattr(of, f.name)
+        return ItemNumbers(*copies)
+
+    @staticmethod
+    def joined(parts: Sequence[ItemNumbers]) -> ItemNumbers:
+        """Rows of several, one behind the other."""
+        return ItemNumbers(
+            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(parts[0]))
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Requests as numbers, flat, in memory or on disk; `collate` pads any selection of them into a
+    Batch.
+    """
+
+    times: np.ndarray
+    field_BU: Rows
+    dense_BG: Rows
+    candidate_offsets: np.ndarray
+    candidate_item: Rows
+    candidate_category: Rows
+    candidate_dense: Rows
+    labels: Rows  # N × T
+    item_of_key: np.ndarray
+    gather: GatherHistories
+    gather_tokens: GatherTokens | None = None
+    history_lengths: np.ndarray | None = None  # events known at each request; None: not known
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def num_candidates(self) -> np.ndarray:
+        """Candidates of each request."""
+        return np.diff(self.candidate_offsets)
+
+
+class Encoder:
+    """Turns stored columns into model inputs, the same way for training and serving.
+
+    Args:
+        contract: the dataset's contract.
+        vocabularies: by column name; the item id's is under the item's join key, those of event
+            columns under `event_key`.
+        history_length: events that the model reads; match features read all that are kept online.
+        tokens: number and width of stored summary tokens, where the model reads some.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        vocabularies: dict[str, Index],
+        history_length: int,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.contract = contract
+        self.vocabularies = vocabularies
+        self.history_length = history_length
+        self.tokens = tokens
+        self.item_key = contract.item.join_key
+        self.request = group_of(contract.request_features, vocabularies)
+        self.candidate = group_of(contract.candidate_features, vocabularies)
+        self.event = group_of(contract.event_features, vocabularies, events=True)
+        categorical = [c for c in contract.item_columns if c.kind and c.is_categorical]
+        self.own_item = group_of(categorical, vocabularies)
+        self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
+        self.sketch_names = sketch_names(contract)
+
+    @property
+    def items(self) -> Vocabulary:
+        """Items that have a row of their own."""
+        found = self.vocabularies[self.item_key]
+        assert isinstance(found, Vocabulary)
+        return found
+
+    @property
+    def user_dense_names(self) -> tuple[str, ...]:
+        """Numbers of a request: of its user and its context."""
+        return (*USER_FEATURES, *self.request.dense_names)
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the dense candidate features, in order."""
+        return (
+            *self.stat_columns,
+            *MATCH_FEATURES,
+            *self.sketch_names,
+            *self.candidate.dense_names,
+        )
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        """Sizes that a model is built for."""
+        request = self.request.sizes
+        candidate = self.candidate.sizes
+        context = tuple(CONTEXT_FIELDS.values())
+        return FeatureSizes(
+            items=self.items.size,
+            actions=len(self.contract.spec.actions),
+            history_length=self.history_length,
+            request=replace(
+                request,
+                categories=(*request.categories, *context),
+                slots=(*request.slots, *(1 for _ in context)),
+                numbers=len(USER_FEATURES) + request.numbers,
+            ),
+            candidate=replace(
+                candidate,
+                numbers=len(self.dense_names) - len(self.candidate.dense_names) + candidate.numbers,
+            ),
+            event=self.event.sizes,
+            item=self.own_item.sizes,
+            tasks=len(self.contract.spec.tasks),
+            tokens=self.tokens,
+        )
+
+    def featurise(self, requests: RequestColumns, chunk: int = 1024) -> Encoded:
+        """Numbers for all requests at once."""
+        candidates = self.item_numbers(
+            requests.candidate_columns, requests.items, requests.candidate_keys
+        )
+        return self.encode(requests, candidates, self.items.indices_of(requests.items), chunk)
+
+    def item_numbers(
+        self, columns: dict[str, pa.Array], ids: pa.Array, keys: np.ndarray | None = None
+    ) -> ItemNumbers:
+        """Numbers of items.
+
+        Args:
+            columns: their features and statistics, N.
+            ids: item ids; by `keys`, N of them, where these are given.
+        """
+        rows = self.items.indices_of(ids)
+        codes = value_codes(ids)
+        if keys is not None:
+            rows = rows[keys]
+            codes = codes[keys]
+        number = len(rows)
+        dense = np.empty((number, len(self.stat_columns) + self.candidate.sizes.dense), np.float32)
+        for index, name in enumerate(self.stat_columns):
+            dense[:, index] = squash(floats(columns[name]))
+        # An age counts from a request, which is not known here.
+        dense[:, len(self.stat_columns) :] = self.candidate.dense(
+            columns, np.zeros(number, np.int64)
+        )
+        moments = [as_numbers(c, columns[c.name]) for c in self.candidate.aging]
+        stats = [floats(columns[name]) for name in ("count_total", "other_total")]
+        value = self.contract.spec.stat_value
+        stats.append(floats(columns[f"mean_{value}"]) if value else np.full(number, np.nan))
+        known = ~(np.isnan(stats[0]) & np.isnan(floats(columns["item_known"])))
+        remembered = [as_numbers(c, columns[c.name]) for c in self.contract.remembered]
+        return ItemNumbers(
+            vocabulary_row=rows,
+            category=self.candidate.categories(columns, number).astype(np.int32),
+            dense=dense,
+            moments=np.stack(moments, axis=1) if moments else np.zeros((number, 0), np.int64),
+            stats=np.stack(stats, axis=1),
+            known=known,
+            codes=np.column_stack([codes, *remembered]),
+        )
+
+    def encode(
+        self,
+        requests: RequestInputs,
+        candidates: ItemNumbers,
+        item_of_key: np.ndarray,
+        chunk: int = 1024,
+    ) -> Encoded:
+        """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
+        are never all in memory.
+
+        Args:
+            candidates: of all requests, N.
+            item_of_key: row of the vocabulary of each item key.
+        """
+        number = len(requests)
+        offsets = requests.candidate_offsets
+        keys = requests.candidate_keys
+        # 1. Columns as they are stored.
+        fields_BU = np.concatenate(
+            [
+                self.request.categories(requests.user_columns, number),
+                context_fields(requests.times),
+            ],
+            axis=1,
+        )
+        own_BG = self.request.dense(requests.user_columns, requests.times)
+        dense_BG = np.empty((number, len(USER_FEATURES) + own_BG.shape[1]), np.float32)
+        dense_BG[:, len(USER_FEATURES) :] = own_BG
+        dense = np.empty((len(keys), len(self.dense_names)), np.float32)
+        stats = len(self.stat_columns)
+        match = slice(stats, stats + len(MATCH_FEATURES))
+        sketch = slice(match.stop, match.stop + len(self.sketch_names))
+        dense[:, :stats] = candidates.dense[:, :stats]
+        dense[:, sketch.stop :] = candidates.dense[:, stats:]
+        if self.candidate.aging:
+            owner_times = np.repeat(requests.times, np.diff(offsets))
+            for place, moments in zip(
+                self.candidate.aging_places, candidates.moments.T, strict=True
+            ):
+                dense[:, sketch.stop + place] = ages(moments, owner_times)
+
+        # 2. What is between a request's history and its candidates.
+        user = self._user_stats(requests)
+        item = candidates.stats.T
+        for start in range(0, number, chunk):
+            chosen = np.arange(start, min(start + chunk, number))
+            first = offsets[start]
+            last = offsets[chosen[-1] + 1]
+            histories = requests.gather(chosen, self.contract.spec.num_history_online)
+            within_chunk = offsets[start : chosen[-1] + 2] - first
+            times = requests.times[chosen]
+            known = [row[chosen] for row in user]
+            dense[first:last, match] = match_features(
+                histories,
+                within_chunk,
+                keys[first:last],
+                times,
+                [row[first:last] for row in item],
+                known[-1],
+            )
+            dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
+            if requests.read_sketch is None:
+                dense[first:last, sketch] = np.nan
+                continue
+            readings = requests.read_sketch(
+                chosen, within_chunk, _by_column(self.contract, candidates.codes[first:last])
+            )
+            # An item that nobody knows was never there, whatever cells it shares with others.
+            readings[~candidates.known[first:last], 0] = 0
+            dense[first:last, sketch] = sketch_features(readings)
+        tasks = len(self.contract.spec.tasks)
+        labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
+        return Encoded(
+            times=requests.times,
+            field_BU=fields_BU,
+            dense_BG=dense_BG,
+            candidate_offsets=offsets,
+            candidate_item=candidates.vocabulary_row,
+            candidate_category=candidates.category,
+            candidate_dense=dense,
+            labels=labels.astype(np.float32),
+            item_of_key=item_of_key,
+            gather=requests.gather,
+            gather_tokens=requests.gather_tokens,
+        )
+
+    def _user_stats(self, requests: RequestInputs) -> list[np.ndarray]:
+        """First event, events, other events and mean value of each request's user; NaN where one is
+        not known.
+        """
+        unknown = np.full(len(requests), np.nan)
+        names = user_stats.read_names(self.contract)
+        return [floats(requests.user_columns[name]) if name else unknown for name in names]
+
+    def events_read(self, encoded: Encoded) -> np.ndarray:
+        """How many events a model reads of each request's history."""
+        if encoded.history_lengths is None:
+            return np.zeros(len(encoded), np.int64)
+        return np.minimum(encoded.history_lengths, self.history_length)
+
+    def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
+        """Pad the chosen requests into a Batch.
+
+        Args:
+            chosen: request numbers, in the order of the batch.
+        """
+        histories = encoded.gather(chosen, self.history_length)
+        user = self.user_inputs(
+            histories,
+            encoded.times[chosen],
+            encoded.field_BU[chosen],
+            encoded.dense_BG[chosen],
+            encoded.item_of_key,
+        )
+        if encoded.gather_tokens is not None:
+            tokens, has = encoded.gather_tokens(chosen)
+            user = replace(
+                user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has)
+            )
+        lengths = encoded.num_candidates[chosen]
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        flat = np.repeat(encoded.candidate_offsets[chosen], lengths) + within(lengths)
+        pad = _Padder(mask)
+        candidates = Candidates(
+            item_BC=pad(encoded.candidate_item[flat]),
+            category_BCK=pad(encoded.candidate_category[flat].astype(np.int64)),
+            dense_BCF=pad(encoded.candidate_dense[flat]),
+            mask_BC=torch.from_numpy(mask),
+        )
+        return Batch(user, candidates, pad(encoded.labels[flat]))
+
+    def user_inputs(
+        self,
+        histories: Histories,
+        times: np.ndarray,
+        fields_BU: np.ndarray,
+        dense_BG: np.ndarray,
+        item_of_key: np.ndarray,
+        before: np.ndarray | None = None,
+    ) -> UserInputs:
+        """Pad histories; the rest stays as it is.
+
+        Args:
+            before: time of the event before each history's first, microseconds, -1 without one; the
+                first gap counts from it. Default: no event.
+        """
+        lengths = histories.lengths
+        width = max(int(lengths.max(initial=0)), 1)
+        mask = np.arange(width) < lengths[:, None]
+        pad = _Padder(mask)
+        gap = np.diff(histories.times, prepend=histories.times[:1]) / 86_400_000_000
+        starts = histories.offsets[:-1][lengths > 0]
+        gap[starts] = 0
+        if before is not None:
+            known = before[lengths > 0]
+            gap[starts] = np.where(known >= 0, histories.times[starts] - known, 0) / 86_400_000_000
+        categories = None
+        if self.event.categorical:
+            categories = pad(self.event.event_categories(histories.columns))
+        return UserInputs(
+            item_BL=pad(item_of_key[histories.item_keys]),
+            action_BL=pad(histories.columns["action"].astype(np.int64)),
+            age_BL=pad(event_ages(histories, times)),
+            gap_BL=pad(np.log1p(np.maximum(gap, 0)).astype(np.float32)),
+            event_BLE=pad(self.event.event_dense(histories.columns, histories.times)),
+            mask_BL=torch.from_numpy(mask),
+            field_BU=torch.from_numpy(fields_BU),
+            dense_BG=torch.from_numpy(dense_BG),
+            event_category_BLJ=categories,
+        )
+
+
+def _by_column(contract: Contract, codes: np.ndarray) -> list[np.ndarray]:
+    """Codes of each column that sketches count: N, or N × slots of a bag."""
+    bags = [c.kind is Kind.BAG for c in contract.remembered]
+    ends = np.cumsum([1, *(c.slots for c in contract.remembered)])
+    parts = np.split(codes, ends[:-1], axis=1)
+    return [part if bag else part[:, 0] for part, bag in zip(parts, [False, *bags], strict=True)]
+
+
+def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:
+    """Newest events of up to `SAMPLED_REQUESTS` requests, spread evenly: what the training period
+    knows of events.
+    """
+    chosen = np.unique(np.linspace(0, max(requests - 1, 0), SAMPLED_REQUESTS).astype(np.int64))
+    return gather(chosen[:requests], length)
+
+
+class _Padder:
+    """Flat rows into a padded tensor of torch's own memory: its fixed alignment keeps sums the same
+    from run to run.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = mask
+        self.full = bool(mask.all())
+
+    def __call__(self, flat: np.ndarray) -> Tensor:
+        if self.full:
+            return torch.from_numpy(flat).view(*self.mask.shape, *flat.shape[1:]).clone()
+        padded = torch.zeros(
+            (*self.mask.shape, *flat.shape[1:]), dtype=torch.from_numpy(flat[:0]).dtype
+        )
+        padded.numpy()[self.mask] = flat
+        return padded

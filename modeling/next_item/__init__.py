@@ -1,0 +1,1 @@
+"""Next-item models on whole sequences: data, losses, runs, leave-one-out metrics. Imports `training`."""

@@ -1,0 +1,75 @@
+"""The training sets of a comparison, opened as its recipes ask for them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from feature_repo.settings import Settings
+from modeling.inputs.encoder import Encoder
+from modeling.recipes import Recipe
+from modeling.training_set.dataset import Tokens
+from modeling.training_set.training_set import (
+    Period,
+    TrainingSet,
+    TrainingSetOptions,
+    open_training_set,
+)
+
+if TYPE_CHECKING:
+    from modeling.training.training_run import TrainingRun
+
+
+class Encodings:
+    """Training sets of a comparison: made or opened once for all recipes that read them alike.
+
+    Args:
+        service: feature service that they join.
+        tokens: version and shape of stored summary tokens, where some recipe reads them.
+        visible: newest events before a request that are known; default: all.
+        every: n and m: each n-th training request, each m-th of those that evaluate.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        service: str,
+        tokens: Tokens | None = None,
+        visible: int | None = None,
+        every: tuple[int, int] = (1, 1),
+    ) -> None:
+        self._settings = settings
+        self._service = service
+        self._tokens = tokens
+        self.visible = visible
+        self.every = every
+        self._opened = cache(self._open)
+
+    def set_of(self, recipe: Recipe) -> TrainingSet:
+        """The training set that a recipe reads."""
+        return self._opened(recipe.min_item_count)
+
+    def encoder_of(self, recipe: Recipe) -> Encoder:
+        """Its encoder."""
+        tokens = recipe.tokens is not None
+        return self.set_of(recipe).encoder(
+            recipe.history_length, tokens=tokens, ablated=recipe.ablated
+        )
+
+    def period(self, recipe: Recipe, name: str) -> Period:
+        """One of its periods."""
+        return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
+
+    @classmethod
+    def of_run(cls, run: TrainingRun) -> Encodings:
+        """The training sets of one run alone."""
+        return cls(run.settings, run.recipe.service, run.tokens, run.visible, run.every)
+
+    def _open(self, min_item_count: int) -> TrainingSet:
+        # Feast takes seconds to import, and a run that is up to date needs no training set.
+        from feature_repo.store.store import open_store
+
+        options = TrainingSetOptions(
+            self._service, min_item_count, self._tokens, self.visible, self.every
+        )
+        return open_training_set(self._settings, open_store(self._settings), options)

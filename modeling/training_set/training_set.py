@@ -1,0 +1,379 @@
+"""The training set on disk: periods joined point-in-time, encoded once, and read batch by batch.
+
+```
+training examples, part by part ─► join through Feast ─► joined rows ─► vocabularies
+                                                            └─► featurise ─► shards, manifest last
+```
+
+Memory follows a shard and a batch, not the number of rows. What the shards depend on, tables,
+contract, code and options, is in the name of their folder; the next run that asks for the same
+reads them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.atomic import atomic_write
+from feature_repo.contract import expectations
+from feature_repo.history.token_log import TokenLog
+from feature_repo.home.code import code_digest
+from feature_repo.home.tables import JobFolder, digest_of, held, locked
+from feature_repo.settings import Settings
+from modeling.console import Told
+from modeling.errors import DataError, RunError
+from modeling.inputs.augment import encoder_of
+from modeling.inputs.columns import Index
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.shards import MANIFEST, open_shards, write_shard
+from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
+from modeling.training_set.dataset import (
+    SPLITS,
+    Fitting,
+    JoinedRequests,
+    Tokens,
+    Warehouse,
+    late_gather,
+    refuse_nothing_positive,
+)
+from modeling.training_set.simple_baselines import baseline_scores
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+VOCABULARIES = "vocabularies.json"
+BASELINE = "baseline:"  # before the name of a scoring, among the columns of candidates
+SHARD_ROWS = 1 << 18  # candidates of a shard, or those of one request
+KEPT = 3  # training sets that stay on disk
+
+
+@dataclass(frozen=True)
+class TrainingSetOptions:
+    """Options of a training set.
+
+    Args:
+        service: feature service that is joined.
+        min_item_count: rarer items share one embedding.
+        tokens: version and shape of the stored summary tokens that are read.
+        visible: newest events before a request that are known; default: all.
+        every: n and m: each n-th training request, each m-th of those that evaluate; their
+            histories are whole.
+    """
+
+    service: str
+    min_item_count: int
+    tokens: Tokens | None = None
+    visible: int | None = None
+    every: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Period:
+    """One period, encoded, with what evaluation needs beside the model's inputs.
+
+    Args:
+        users: a number for each request's user.
+        log_rows: row of each request's user in the history log, -1 for none.
+        history_lengths: events known before each request.
+        baselines: scores of all candidates that need no training, by name; none of the training
+            period.
+    """
+
+    encoded: Encoded
+    users: np.ndarray
+    log_rows: np.ndarray
+    history_lengths: np.ndarray
+    baselines: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A training set that is there: see `open_training_set`."""
+
+    warehouse: Warehouse
+    options: TrainingSetOptions
+    identity: str
+    folder: Path
+    vocabularies: dict[str, Index]
+    counts: dict[str, dict[str, int]]  # of each period: requests, candidates, shards
+    hold: TextIO = field(repr=False)  # while this lives, no other process removes the shards
+
+    def encoder(
+        self, history_length: int, *, tokens: bool = False, ablated: tuple[str, ...] = ()
+    ) -> Encoder:
+        """The encoder of a ranker that reads so many events.
+
+        Args:
+            tokens: whether it reads stored summary tokens.
+            ablated: inputs that are withheld from it.
+        """
+        shape = self.options.tokens[1] if tokens and self.options.tokens else (0, 0)
+        contract = self.warehouse.contract
+        return encoder_of(contract, self.vocabularies, history_length, shape, ablated)
+
+    def period(self, name: str, *, tokens: bool = False) -> Period:
+        """A period's requests, memory-mapped.
+
+        Raises:
+            DataError: the period has no request.
+            ShardError: a shard is damaged or gone.
+        """
+        if not self.counts[name]["shards"]:
+            raise DataError(f"the {name} period has no request")
+        parts = range(self.counts[name]["shards"])
+        requests, candidates = (
+            open_shards([self.folder / f"{name}-{kind}-{part:05d}.arrow" for part in parts])
+            for kind in ("requests", "candidates")
+        )
+        # Small columns are read; features stay on disk until a batch asks for them.
+        log = self.warehouse.log
+        rows = np.asarray(requests["log_row"])
+        ends = np.asarray(requests["history_end"])
+        lengths = np.where(rows < 0, 0, ends)
+        visible = self.options.visible
+        encoded = Encoded(
+            times=np.asarray(requests["time"]),
+            field_BU=requests["field"],
+            dense_BG=requests["dense"],
+            candidate_offsets=np.r_[0, np.cumsum(np.asarray(requests["candidates"]))],
+            candidate_item=candidates["item"],
+            candidate_category=candidates["category"],
+            candidate_dense=candidates["dense"],
+            labels=candidates["labels"],
+            item_of_key=self.encoder(1).items.indices_of(log.items),
+            gather=late_gather(log, rows, ends, visible),
+            history_lengths=lengths if visible is None else np.minimum(lengths, visible),
+        )
+        if tokens and self.options.tokens is not None:
+            version, shape = self.options.tokens
+            token_log = TokenLog(self.warehouse.contract, self.warehouse.settings.home, version)
+            token_rows = np.asarray(requests["token_row"])
+            encoded = replace(
+                encoded, gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], shape)
+            )
+        names = [key for key in candidates if key.startswith(BASELINE)]
+        baselines = {key.removeprefix(BASELINE): np.asarray(candidates[key]) for key in names}
+        return Period(encoded, np.asarray(requests["user"]), rows, lengths, baselines)
+
+    def describe(self) -> str:
+        """The dataset and its counts in a line."""
+        counts = [f"{self.counts[name]['requests']:,} {name}" for name in SPLITS]
+        return f"{self.warehouse.contract.spec.title}, requests: {', '.join(counts)}"
+
+
+def open_training_set(
+    settings: Settings, store: FeatureStore, options: TrainingSetOptions
+) -> TrainingSet:
+    """The training set that these options ask for, made where it is not there.
+
+    Raises:
+        TableNotBuiltError: a Beam job has not run.
+        StaleTableError: tables were built under another contract.
+        JoinError: the offline store lost or moved rows.
+        GateError: joined features break the contract.
+        DataError: the training or validation period has no positive.
+        RunError: another process makes this very set.
+    """
+    # 1. The folder's name says all that the shards depend on.
+    warehouse = Warehouse(settings)
+    token_run = None
+    if options.tokens is not None:
+        token_run = JobFolder(settings.home, "summary_tokens").require().digest
+    identity = digest_of(
+        [
+            warehouse.digest,
+            warehouse.contract.fingerprint,
+            asdict(options),
+            token_run,
+            code_digest(
+                "modeling.training_set.training_set", f"feature_repo.datasets.{settings.dataset}"
+            ),
+        ]
+    )
+    # 2. Make it unless it is there; hold it, so that no other process removes it.
+    folder = Path(settings.path("training_sets", identity))
+    try:
+        hold = held(folder)
+        if not (folder / MANIFEST).exists():
+            hold.close()
+            with locked(folder):
+                _build(warehouse, store, options, folder)
+            hold = held(folder)
+    except BlockingIOError as error:
+        raise RunError(
+            f"another process makes the training set in {folder}: wait for it"
+        ) from error
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).touch()  # used just now: see `_forget_others`
+    vocabularies = read_vocabularies(warehouse.contract, folder / VOCABULARIES)
+    counts = manifest["periods"]
+    return TrainingSet(warehouse, options, identity, folder, vocabularies, counts, hold)
+
+
+def _build(
+    warehouse: Warehouse, store: FeatureStore, options: TrainingSetOptions, folder: Path
+) -> None:
+    """Write all shards, then the manifest."""
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fitting = Fitting(warehouse.contract, options.min_item_count)
+    joined = _join(warehouse, store, options, folder / "joined", fitting)
+    encoder = Encoder(warehouse.contract, fitting.found(), 1)
+    write_vocabularies(encoder, folder / VOCABULARIES)
+    periods = _encode(warehouse, encoder, options, folder, joined)
+    shutil.rmtree(folder / "joined")
+    with atomic_write(folder / MANIFEST) as draft:
+        draft.write_text(json.dumps({"options": asdict(options), "periods": periods}, indent=1))
+    _forget_others(folder)
+
+
+def _join(
+    warehouse: Warehouse,
+    store: FeatureStore,
+    options: TrainingSetOptions,
+    folder: Path,
+    fitting: Fitting,
+) -> dict[str, list[Path]]:
+    """Features as of each request, in pieces on disk; and what the training period says of values.
+
+    Raises:
+        JoinError: the offline store lost or moved rows.
+        GateError: joined features break the contract.
+        DataError: the training or validation period has no positive.
+    """
+    folder.mkdir()
+    told = Told()
+    contract = warehouse.contract
+    pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    rows: dict[str, list[int]] = {name: [] for name in SPLITS}
+    positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
+    for split, examples in warehouse.pieces(SHARD_ROWS, options.every):
+        found = warehouse.join(store, options.service, split, examples, options.tokens)
+        warehouse.refuse_broken(found, split)
+        path = folder / f"{split}-{len(pieces[split]):05d}.arrow"
+        _write_table(path, found)
+        pieces[split].append(path)
+        rows[split].append(len(found))
+        positives[split] += [
+            int(pc.sum(pc.equal(found[n], 1)).as_py() or 0) for n in contract.labels
+        ]
+        if split == "train":
+            fitting.add(_assembled(warehouse, found, options).requests)
+        told(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
+    for split in ("train", "validation"):
+        refuse_nothing_positive(contract, split, positives[split])
+    for split in SPLITS:
+        sampled = expectations.spread(pieces[split], rows[split])
+        if sampled:
+            warehouse.gate((_read_table(path) for path in sampled), split)
+    return pieces
+
+
+def _encode(
+    warehouse: Warehouse,
+    encoder: Encoder,
+    options: TrainingSetOptions,
+    folder: Path,
+    joined: dict[str, list[Path]],
+) -> dict[str, dict[str, int]]:
+    """The joined rows as numbers, a shard for each piece. Returns counts of each period."""
+    told = Told()
+    users = dict[Any, int]()
+    periods = {}
+    for split, paths in joined.items():
+        counts = {"requests": 0, "candidates": 0, "shards": len(paths)}
+        for number, path in enumerate(paths):
+            asked = _assembled(warehouse, _read_table(path), options)
+            encoded = encoder.featurise(asked.requests)
+            baselines = {} if split == "train" else baseline_scores(asked, options.visible)
+            names = asked.users.to_pylist()
+            _write_encoded(
+                folder,
+                f"{split}-{{}}-{number:05d}.arrow",
+                encoded,
+                asked,
+                np.array([users.setdefault(name, len(users)) for name in names], np.int64),
+                baselines,
+            )
+            counts["requests"] += len(encoded)
+            counts["candidates"] += len(encoded.candidate_item)
+            told(f"training set: {split}, {counts['candidates']:,} candidates encoded")
+        periods[split] = counts
+    return periods
+
+
+def _write_encoded(
+    folder: Path,
+    name: str,
+    encoded: Encoded,
+    asked: JoinedRequests,
+    users: np.ndarray,
+    baselines: dict[str, np.ndarray],
+) -> None:
+    """A shard of requests, and one of their candidates."""
+    requests = {
+        "time": encoded.times,
+        "user": users,
+        "log_row": asked.log_rows,
+        "history_end": asked.history_ends,
+        "candidates": encoded.num_candidates,
+        "field": encoded.field_BU,
+        "dense": encoded.dense_BG,
+    }
+    if asked.token_rows is not None:
+        requests["token_row"] = asked.token_rows
+    candidates = {
+        "item": encoded.candidate_item,
+        "category": encoded.candidate_category,
+        "dense": encoded.candidate_dense,
+        "labels": encoded.labels,
+    }
+    candidates |= {f"{BASELINE}{key}": scores for key, scores in baselines.items()}
+    write_shard(folder / name.format("requests"), requests)
+    write_shard(folder / name.format("candidates"), candidates)
+
+
+def _assembled(
+    warehouse: Warehouse, joined: pa.Table, options: TrainingSetOptions
+) -> JoinedRequests:
+    """A joined piece as requests."""
+    rows = joined.drop_columns("request_id")
+    return warehouse.assemble(rows, joined["request_id"], options.tokens, options.visible)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    compressed = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=compressed) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _read_table(path: Path) -> pa.Table:
+    with pa.OSFile(str(path), "rb") as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _forget_others(folder: Path) -> None:
+    """Remove the sets that were used longest ago, and what killed runs left; none that somebody
+    holds.
+    """
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    made = [path for path in others if (path / MANIFEST).exists()]
+    made.sort(key=lambda path: (path / MANIFEST).stat().st_mtime)
+    left = [path for path in others if path not in made]
+    for old in [*left, *made[: len(made) - (KEPT - 1)]]:
+        with suppress(BlockingIOError), locked(old):
+            (old / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(old)

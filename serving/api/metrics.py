@@ -1,0 +1,132 @@
+"""Counters and histograms of a process, or of several that count together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
+
+from serving.api.messages import RankRequest, RankResponse
+from serving.api.settings import SHARED
+
+Mode = Literal["livesum", "livemin", "livemax"]
+STAGES = (
+    "queue",
+    "user_read",
+    "model_wait",
+    "item_read",
+    "features",
+    "encode_user",
+    "score",
+    "sort",
+)
+
+
+class Metrics:
+    """Counters and histograms of one process; labels never carry ids."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        # Of several processes each answers for all: their counters lie in files that all read.
+        self.shared = SHARED in os.environ
+        count = self._counter
+        gauge = self._gauge
+        self.requests = count("requests", "requests by route and status", "route", "status")
+        self.left = count("clients_left", "clients that left before their answer")
+        self.degraded = count("degraded", "answers by what they had to do without", "reason")
+        self.unknown_items = count("unknown_items", "candidates that the store does not know")
+        self.candidates = count("candidates", "candidates scored")
+        self.shadow = count(
+            "shadow",
+            "requests that another bundle was asked beside: compared, same_first, dropped, failed",
+            "outcome",
+        )
+        self.bundle = gauge("bundle_info", "processes that rank with a bundle", "livesum", "bundle")
+        self.ready = gauge("ready", "whether every process takes requests", "livemin")
+        self.under_way = gauge("requests_under_way", "requests being answered", "livesum")
+        self.swaps = gauge("bundle_swaps", "bundles swapped in since the start", "livesum")
+        self.refused = gauge("bundles_refused", "bundles that could not be served", "livemax")
+        self.logged = gauge("served_logged", "requests in the served-feature log", "livesum")
+        self.log_dropped = gauge("served_log_dropped", "requests it had no room for", "livesum")
+        self.states = gauge(
+            "user_states", "users by how their encoding came about", "livesum", "outcome"
+        )
+        self.state_bytes = gauge("user_state_bytes", "of encoded users that are kept", "livesum")
+        self.events_without_tokens = gauge(
+            "events_without_tokens",
+            "events that summary tokens do not know until the job has run",
+            "livesum",
+            "reason",
+        )
+        self.seconds = Histogram(
+            "memoir_stage_seconds",
+            "time by stage",
+            ["stage"],
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+            registry=self.registry,
+        )
+        self.shadow_correlation = Histogram(
+            "memoir_shadow_rank_correlation",
+            "of its list with the one that was served",
+            buckets=(-0.5, 0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
+            registry=self.registry,
+        )
+
+    def count(self, asked: RankRequest, answer: RankResponse) -> None:
+        """Count an answer of a ranking."""
+        for reason in answer.degraded:
+            self.degraded.labels(reason).inc()
+        self.unknown_items.inc(len(answer.unknown_items))
+        self.candidates.inc(len(asked.candidates))
+        for stage in STAGES:
+            self.seconds.labels(stage).observe(getattr(answer.timings_ms, stage) / 1000)
+
+    def forget_bundle(self, name: str) -> None:
+        """Show nothing any more of a bundle that is loaded no longer."""
+        self.bundle.labels(name).set(0)
+        if not self.shared:
+            self.bundle.remove(name)
+
+    def _counter(self, name: str, doc: str, *labels: str) -> Counter:
+        return Counter(f"memoir_{name}", doc, labels, registry=self.registry)
+
+    def _gauge(self, name: str, doc: str, together: Mode, *labels: str) -> Gauge:
+        # `together`: what the values of several processes come to.
+        return Gauge(
+            f"memoir_{name}", doc, labels, registry=self.registry, multiprocess_mode=together
+        )
+
+    def text(self) -> bytes:
+        """As Prometheus reads them."""
+        if not self.shared:
+            return generate_latest(self.registry)
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        whole = CollectorRegistry()
+        whole.register(_Loaded(MultiProcessCollector(CollectorRegistry())))  # type: ignore[no-untyped-call]
+        return generate_latest(whole)
+
+
+class _Loaded(Collector):
+    """Counts of all processes together, without bundles that no process ranks with: from files that
+    they share nothing can be removed.
+    """
+
+    def __init__(self, every: Collector) -> None:
+        self._every = every
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._every.collect():
+            if metric.name == "memoir_bundle_info":
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric

@@ -1,0 +1,96 @@
+"""The OpenAPI document, made from the messages and the contract of the bundle in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from feature_repo.contract.contract import Contract
+from serving.api.messages import JSON, MSGPACK, schemas
+
+
+def openapi_document(contract: Contract | None) -> dict[str, Any]:
+    """OpenAPI 3.1, derived from the messages and the dataset's context features."""
+
+    def reply(description: str, schema: str) -> dict[str, Any]:
+        return {
+            "description": description,
+            "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        }
+
+    # Every POST can fail in these ways.
+    errors = {
+        "400": "no JSON, or no msgpack, or a body that ended before it was whole",
+        "401": "no known API key (`Authorization: Bearer`), where keys are configured",
+        "403": "an API key that may not do this; without keys a foreign Host, or a page of another site",
+        "408": "the body did not arrive in time",
+        "413": "body too large",
+        "415": "neither JSON nor msgpack by Content-Type, which is required",
+        "422": "wrong shape, type or size",
+        "503": "not ready, or too many requests under way; Retry-After says when to try again",
+    }
+
+    def post(operation: str, summary: str, asked: str, given: str, **more: str) -> dict[str, Any]:
+        return {
+            "operationId": operation,
+            "summary": summary,
+            "requestBody": {
+                "required": True,
+                "content": {
+                    JSON: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
+                    MSGPACK: {"schema": {"$ref": f"#/components/schemas/{asked}"}},
+                },
+            },
+            "responses": {
+                "200": reply("done", given),
+                **{code: reply(text, "ErrorBody") for code, text in {**errors, **more}.items()},
+            },
+        }
+
+    posts = {
+        "/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse"),
+        "/v1/rank:batch": post(
+            "rank_batch", "Rank for several requests", "RankBatch", "RankBatchResponse"
+        ),
+        "/v1/explain": post(
+            "explain", "Say why a candidate is where it is", "ExplainRequest", "ExplainResponse"
+        ),
+        "/v1/history": post(
+            "history", "What the store holds of a user", "HistoryRequest", "HistoryResponse"
+        ),
+    }
+    if contract is not None:
+        late = {"409": "an event is earlier than what is known of the user, or the user was erased"}
+        posts["/v1/events"] = post(
+            "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
+        )
+    plain = {
+        path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
+        for path, text, extra in (
+            ("/livez", "the process runs", {}),
+            (
+                "/readyz",
+                "a bundle is loaded and warm, and the online store holds something",
+                {"503": reply("not ready", "ErrorBody")},
+            ),
+            ("/metrics", "Prometheus metrics", {}),
+            ("/v1/models", "what ranks, what ranked before, what was refused", {}),
+            (
+                "/v1/overview",
+                "some users and items, how fresh the tables are, the last report",
+                {
+                    "200": reply("done", "OverviewResponse"),
+                    "503": reply("not ready", "ErrorBody"),
+                },
+            ),
+        )
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Memoir",
+            "version": "0.1.0",
+            "description": "Ranks candidates with a user's whole history in view.",
+        },
+        "paths": {**{path: {"post": described} for path, described in posts.items()}, **plain},
+        "components": {"schemas": schemas(contract)},
+    }

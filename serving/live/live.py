@@ -1,0 +1,435 @@
+"""The bundle that a process ranks with: loaded, tried, swapped in at once, rolled back.
+
+A serving state is one object (`Serving`): bundle, item table and readers, all built before it is
+swapped in and none changed after. The catalogue says which bundle is live; it is read here, in the
+background, and never by a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from feature_repo import datasets
+from feature_repo.contract.schema import DType
+from feature_repo.errors import ExpectedError
+from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
+from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.store.store import close_store, held_epoch, open_store
+from modeling.bundle import bundle as bundles
+from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
+from serving.stores.events import EventTaker
+from serving.stores.features import FeastReader
+from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
+from serving.stores.items import ItemTable, Loaded, NotYetError, published_rows
+from serving.stores.redis_reader import RedisEpoch, RedisReader, WrongStoreError
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+logger = logging.getLogger(__name__)
+EVENT_STORE_S = 2.0
+LONGEST_PAUSE_S = 600.0
+REFUSED_AGAIN_S = 60.0  # until a bundle that was refused is tried again
+RETIRED_S = 60.0  # for requests that are under way with a state that ranks no longer
+FILLS_ONLINE = "materialize"  # the job whose epoch says that the store holds anything
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything that answers are made from."""
+
+    ranker: RankService
+    reader: GuardedReader
+    events: EventTaker | None = None
+    stores: tuple[FeatureStore, ...] = ()  # that it opened
+
+    @property
+    def name(self) -> str:
+        """The bundle's."""
+        return self.ranker.bundle.name
+
+    async def close(self) -> None:
+        """Let go of threads, connections and files; no request may be under way with it."""
+        await asyncio.to_thread(self.ranker.items.close)
+        await self.reader.close()
+        if self.events is not None:
+            await asyncio.to_thread(self.events.close)
+        for store in self.stores:
+            await asyncio.to_thread(close_store, store)
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """The source of a process's bundles, items and users.
+
+    Args:
+        bundle: a folder; default: the live one of the catalogue.
+        replay: requests without a time are as of the end of the data.
+        deadline_ms: a bundle that takes longer to rank 500 candidates is refused.
+    """
+
+    settings: Settings
+    bundle: Path | None = None
+    replay: bool = False
+    item_refresh_s: float = 0.0
+    stale_days: float = STALE_DAYS
+    state_bytes: int = 0  # of encoded users that are kept between requests
+    deadline_ms: float = math.inf
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return Catalogue(self.settings.catalogue_url)
+
+    def live_digest(self) -> str | None:
+        """Return the digest of the bundle that should rank now; None for one given by its folder.
+
+        Raises:
+            NoLiveBundleError: no bundle is live.
+        """
+        if self.bundle is not None:
+            return None
+        return self._catalogue.live_bundle(self.settings.dataset).digest
+
+    def open_bundle(self, digest: str | None = None) -> bundles.Bundle:
+        """The bundle alone, checked; arguments and errors as in `load`."""
+        contract = datasets.load_contract(self.settings.dataset)
+        if self.bundle is not None:
+            return bundles.load(self.bundle, contract)
+        live = self._catalogue.live_bundle(self.settings.dataset)
+        if digest is not None and live.digest != digest:
+            raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
+        return bundles.load(self.settings.path(live.path), contract, live.digest)
+
+    def load(self, digest: str | None = None) -> Serving:
+        """The bundle over the online store, warm, its scores tried.
+
+        Args:
+            digest: of the live bundle, as it was asked for; default: whichever is live.
+
+        Raises:
+            BundleError: the bundle must not be served.
+            NoLiveBundleError: no bundle was given and none is live, or another by now.
+            NotFiniteError: its scores are no numbers.
+            TooSlowError: it cannot keep the deadline.
+            LookupError: no item has any features.
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        settings = self.settings
+        bundle = self.open_bundle(digest)
+        # The bundle's own: what it was trained under, the one in force has.
+        contract = bundle.encoder.contract
+        service = bundle.manifest["online_service"]
+        # Items and events have stores of their own: no request waits while these are read or written.
+        store = open_pinned(settings)
+        store_of_items = open_pinned(settings)
+        stores = (store, store_of_items, open_events_store(settings))
+        reader = FeastReader(store, contract, service, bundle.tokens)
+        end = datetime.fromisoformat(bundle.manifest["data_as_of"]) if self.replay else None
+        items_of = FeastReader(
+            store_of_items, contract, service, now=lambda: end or datetime.now(UTC)
+        )
+        known = bundle.encoder.items.values.to_pylist()
+
+        from_tables = False
+
+        def load_items() -> Loaded:
+            nonlocal from_tables
+            published = published_rows(settings, contract)
+            if published is None and from_tables:
+                raise NotYetError(
+                    "the tables were rebuilt since they were sent online: run `python -m beam_jobs materialize`"
+                )
+            from_tables = published is not None
+            return published or Loaded(items_of.read_items(known))
+
+        items = ItemTable(bundle.encoder, items_of.read_items, load_items, self.item_refresh_s)
+        try:
+            ranker = RankService(
+                bundle,
+                reader,
+                items,
+                end,
+                self.stale_days,
+                self.state_bytes,
+            )
+            ranker.warm_up()
+            took = ranker.time_a_ranking()
+            if took > self.deadline_ms:
+                raise TooSlowError(
+                    f"bundle {bundle.name} takes {took:.0f} ms to rank 500 candidates, and {self.deadline_ms:g} ms are "
+                    "allowed to answer a request: MEMOIR_SERVE_DEADLINE_MS allows more, or make a smaller one live"
+                )
+            users: AsyncReader
+            try:
+                users = RedisReader(store, contract, service, bundle.tokens)
+            except WrongStoreError:
+                # The first read sets up connections and Feast's caches: not within a request's time.
+                reader.read_user("nobody" if contract.user.dtype is DType.STRING else 0)
+                users = ThreadedReader(reader)
+            events = EventTaker(stores[2], contract, bundle, settings.home)
+        except BaseException:
+            items.close()
+            for opened in stores:
+                close_store(opened)
+            raise
+        freeze_once()
+        return Serving(ranker, GuardedReader(users), events, stores)
+
+
+def freeze_once() -> None:
+    """Leave what is loaded first out of garbage collections, which would stop requests for tenths of
+    a second. What comes later is collected as usual: frozen, an old bundle's cycles would stay for ever.
+    """
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
+def open_pinned(settings: Settings) -> FeatureStore:
+    """A store whose registry is read now and never again: Feast reads one that is older than its time to
+    live anew in the middle of whatever request comes then, and waits for it.
+    """
+    store = open_store(settings)
+    if hasattr(store.registry, "cached_registry_proto_ttl"):
+        store.registry.cached_registry_proto_ttl = timedelta(0)  # for ever
+    return store
+
+
+def open_events_store(settings: Settings) -> FeatureStore:
+    """Open a separate store for events, on Redis with a limit to each answer, so that one that stands
+    still is an error and not a thread for ever.
+    """
+    store = open_pinned(settings)
+    online = store.config.online_store
+    if online.type.startswith("redis"):
+        online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
+    return store
+
+
+@dataclass(frozen=True)
+class _Retired:
+    """A state that ranks no longer, and since when, as `time.monotonic` has it."""
+
+    serving: Serving
+    since: float
+
+
+class Live:
+    """The serving state of a process, kept up with catalogue and store.
+
+    Args:
+        load: makes a serving state of the bundle of a digest; raises where it cannot.
+        live_digest: returns the digest of the bundle that should rank; None if that never changes.
+        epoch: returns the run that the online store says it holds; None if it holds none.
+        repair: called when the store holds nothing; default: no repair.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str | None], Serving],
+        live_digest: Callable[[], str | None] = lambda: None,
+        epoch: Callable[[], Awaitable[str | None]] | None = None,
+        repair: Callable[[], None] | None = None,
+    ) -> None:
+        self._load = load
+        self._live_digest = live_digest
+        self._epoch = epoch
+        self._repair = repair
+        self.current: Serving | None = None
+        self.previous: Serving | None = None
+        self.refused: dict[str, str] = {}  # digests that were tried, and why they do not rank
+        self._again: dict[str, float] = {}  # and when they are tried again
+        self.not_loaded = "no bundle is loaded yet"
+        self.store_problem: str | None = None
+        self.swaps = 0
+        self._held: str | None = None  # the run that the store was last seen to hold
+        self._retired: list[_Retired] = []
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why no request should come here; None where they may."""
+        return self.not_loaded if self.current is None else self.store_problem
+
+    def load_now(self) -> None:
+        """Load what should rank, try it, and swap it in; what ranked before is kept beside.
+
+        A bundle that cannot be served is noted in `refused` and tried again in a while; the one before
+        goes on ranking. Nothing is raised: this is called again.
+        """
+        try:
+            digest = self._live_digest()
+        except Exception as error:
+            self._not_loaded(error)
+            return
+        name = digest or "given"
+        if self._ranks(digest) or time.monotonic() < self._again.get(name, 0.0):
+            return
+        if self.previous is not None and self.previous.ranker.bundle.digest == digest:
+            self.roll_back()  # it is warm
+            return
+        try:
+            made = self._load(digest)
+        except Exception as error:
+            self._not_loaded(error)
+            if isinstance(error, bundles.BundleError | NotFiniteError | TooSlowError):
+                self.refused[name] = str(error)
+                self._again[name] = time.monotonic() + REFUSED_AGAIN_S
+            return
+        if self.previous is not None:
+            self._retired.append(_Retired(self.previous, time.monotonic()))
+        self.previous = self.current
+        self.current = made
+        self.refused.pop(name, None)
+        self.swaps += 1
+        logger.info("%s ranks now", made.name)
+
+    def _ranks(self, digest: str | None) -> bool:
+        """Return whether the bundle that should rank does."""
+        return self.current is not None and digest in (None, self.current.ranker.bundle.digest)
+
+    def _not_loaded(self, error: Exception) -> None:
+        self.not_loaded = str(error)
+        if isinstance(error, ExpectedError | LookupError):
+            logger.error("a bundle cannot be served: %s", error)
+        else:
+            logger.error("a bundle could not be loaded", exc_info=error)
+
+    def roll_back(self) -> None:
+        """Rank with the bundle before this one, which is still warm.
+
+        Raises:
+            NoLiveBundleError: there is no such bundle.
+        """
+        if self.previous is None:
+            raise NoLiveBundleError("no bundle ranked here before this one")
+        self.current, self.previous = self.previous, self.current
+        self.swaps += 1
+
+    async def look_at_store(self) -> None:
+        """Ask the store what it holds; where that is nothing, have it repaired."""
+        if self._epoch is None:
+            return
+        try:
+            held = await self._epoch()
+        except Exception as error:
+            self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
+            return
+        if held is None:
+            self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
+            if self._repair is not None:
+                try:
+                    self._repair()
+                except OSError:
+                    logger.exception("the store could not be repaired")
+            return
+        self.store_problem = None
+        if self._held is not None and held != self._held:
+            # Somebody sent other tables online: items follow now, and not when they are next due.
+            for one in (self.current, self.previous):
+                if one is not None:
+                    one.ranker.items.refresh_soon()
+        self._held = held
+
+    @property
+    def retired(self) -> list[Serving]:
+        """States that no longer rank, though requests may still be using them."""
+        return [old.serving for old in self._retired]
+
+    async def close_retired(self, after_s: float = RETIRED_S) -> None:
+        """Close states that have not ranked for so long that no request can be under way with them."""
+        now = time.monotonic()
+        due = [old for old in self._retired if now - old.since >= after_s]
+        self._retired = [old for old in self._retired if old not in due]
+        for old in due:
+            await old.serving.close()
+
+    async def close(self) -> None:
+        """Close every state."""
+        await self.close_retired(0.0)
+        for one in (self.current, self.previous):
+            if one is not None:
+                await one.close()
+
+    async def follow(self, every_s: float) -> None:
+        """Load, and keep up with the catalogue, for ever; a failed load is tried again."""
+        while True:
+            await asyncio.to_thread(self.load_now)
+            await self.close_retired()
+            if not every_s and self.current is not None:
+                return
+            await asyncio.sleep(every_s or 1.0)
+
+    async def watch(self, every_s: float) -> None:
+        """Keep an eye on the store, for ever. A look that hangs counts as a failure after `every_s`."""
+        while True:
+            looking = asyncio.ensure_future(self.look_at_store())
+            done, _ = await asyncio.wait([looking], timeout=every_s)
+            if not done:
+                self.store_problem = f"the online store did not answer within {every_s:g} s"
+                await looking
+            await asyncio.sleep(every_s)
+
+
+def epoch_of(settings: Settings) -> Callable[[], Awaitable[str | None]]:
+    """Reads which run of `materialize` the online store holds."""
+
+    async def through_feast() -> str | None:
+        return await asyncio.to_thread(held_epoch, settings, FILLS_ONLINE)
+
+    if settings.profile != "production":
+        return through_feast
+    try:
+        return RedisEpoch(open_pinned(settings), FILLS_ONLINE)
+    except WrongStoreError:
+        return through_feast
+
+
+class Repair:
+    """Runs the job that fills an emptied online store from the tables: one at a time, and after one that
+    failed only in a while, twice as long each time.
+
+    Every process may have one: the job itself lets no second one run in a home.
+    """
+
+    def __init__(self, settings: Settings, pause_s: float = 5.0) -> None:
+        self._settings = settings
+        self._first_s = pause_s
+        self._pause_s = pause_s
+        self._next = 0.0
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        """Start it, unless it runs or failed just now."""
+        if self._running is not None:
+            ended = self._running.poll()
+            if ended is None:
+                return
+            if ended == 0:
+                self._pause_s = self._first_s
+            else:
+                logger.error("the job that fills the store ended with %d", ended)
+                self._next = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._running = None
+        if time.monotonic() < self._next:
+            return
+        logger.warning("the online store is empty: it is filled again from the tables")
+        self._running = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "beam_jobs", "materialize", "--runner=FnApiRunner"]
+        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)

@@ -1,0 +1,1 @@
+"""One ranking call as named steps, explanations and what-if histories. Imports `api` and `stores`."""

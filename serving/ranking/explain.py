@@ -1,0 +1,132 @@
+"""Why a candidate is where it is, and what the store holds of a user, for a person to read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo.contract.arrow import EPOCH
+from feature_repo.contract.contract import Contract
+from modeling.inputs.encoder import Encoded
+from modeling.inputs.tasks import ranking_logits, sigmoid
+from serving.api.messages import (
+    EventEffect,
+    ExplainResponse,
+    HistoryResponse,
+    PastEvent,
+    RankRequest,
+)
+from serving.ranking.ranker import Clock, RankService
+from serving.ranking.request import context_columns, why_unfit
+from serving.stores.features import UserRow, as_known
+from serving.stores.items import Taken
+
+
+def explain(
+    ranker: RankService, request: RankRequest, user: UserRow, num_events: int
+) -> ExplainResponse:
+    """Why the request's one candidate is where it is: its numbers, and what each of the newest events
+    and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
+    """
+    at = ranker.time_of(request, user)
+    user = as_known(ranker.contract, user, (at - EPOCH) // timedelta(microseconds=1))
+    context = context_columns(ranker.contract, request.context)
+    items = ranker.items.take(request.candidates)
+    # 1. With stored tokens: what each token is worth.
+    of_tokens = _effects_of_tokens(ranker, request, user, at, items, context)
+    # 2. Without: the candidate's numbers, and what each event is worth.
+    user = replace(user, tokens=None)
+    encoded = ranker.requests.encoded(user, request.candidates, at, items, context)
+    base = _logit(ranker, encoded)
+    numbers = np.asarray(encoded.candidate_dense)[0]
+    names = ranker.bundle.encoder.dense_names
+    effects = []
+    events = [] if user.history is None else user.history.to_pylist()
+    known = [row for row, event in enumerate(events) if event["event_timestamp"] < at]
+    for row in known[::-1][:num_events]:
+        assert user.history is not None
+        kept = pa.array(np.delete(np.arange(len(events)), row))
+        without = replace(user, history=user.history.take(kept))
+        lacking = _logit(
+            ranker, ranker.requests.encoded(without, request.candidates, at, items, context)
+        )
+        effects.append(
+            EventEffect(
+                events[row][ranker.contract.item.join_key],
+                events[row]["event_timestamp"],
+                ranker.contract.spec.actions[events[row]["action"]],
+                base - lacking,
+            )
+        )
+    return ExplainResponse(
+        score=float(sigmoid(np.array([base]))[0]),
+        features={
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(names, numbers, strict=True)
+        },
+        events=effects,
+        tokens=of_tokens,
+        bundle=ranker.bundle.name,
+        degraded=list(user.problems),
+    )
+
+
+def _effects_of_tokens(
+    ranker: RankService,
+    request: RankRequest,
+    user: UserRow,
+    at: datetime,
+    items: Taken,
+    context: dict[str, pa.Array],
+) -> list[float]:
+    """By how much the logit would be lower if a stored token were all zeros, token by token."""
+    stored = user.tokens
+    if (
+        stored is None
+        or stored.tokens_SD is None
+        or why_unfit(user, (at - EPOCH) // timedelta(microseconds=1)) is not None
+    ):
+        return []
+
+    def logit_with(tokens_SD: np.ndarray) -> float:
+        seen = replace(user, tokens=replace(stored, tokens_SD=tokens_SD))
+        return _logit(ranker, ranker.requests.encoded(seen, request.candidates, at, items, context))
+
+    base = logit_with(stored.tokens_SD)
+    effects = []
+    for token in range(len(stored.tokens_SD)):
+        lacking_SD = stored.tokens_SD.copy()
+        lacking_SD[token] = 0.0
+        effects.append(base - logit_with(lacking_SD))
+    return effects
+
+
+def _logit(ranker: RankService, encoded: Encoded) -> float:
+    """Return the logit of a request's only candidate."""
+    return float(ranking_logits(ranker.contract.spec, ranker.score(encoded, Clock()))[0])
+
+
+def history_of(contract: Contract, user: UserRow) -> HistoryResponse:
+    """Describe what the store holds of a user, for a person to read."""
+    events = []
+    item = contract.item.join_key
+    features = [c.name for c in contract.spec.event_features]
+    rows = [] if user.history is None else user.history.to_pylist()
+    for row in reversed(rows):
+        action = contract.spec.actions[row["action"]]
+        values = {name: row.get(name) for name in features}
+        events.append(PastEvent(row[item], row["event_timestamp"], action, values))
+    tokens = user.tokens
+    return HistoryResponse(
+        events=events,
+        num_events=user.columns["history_end"] or len(events),
+        tokens=None if tokens is None else tokens.fingerprint,
+        num_tokens=0 if tokens is None or tokens.tokens_SD is None else len(tokens.tokens_SD),
+        events_behind=user.events_behind,
+        tokens_as_of=None if tokens is None else EPOCH + timedelta(microseconds=tokens.as_of),
+        titles={},
+        degraded=list(user.problems),
+    )

@@ -1,0 +1,339 @@
+"""One ranking call as named steps, without HTTP: look up → encode_user → score → sort."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from msgspec import UNSET, UnsetType
+
+from feature_repo.contract.arrow import EPOCH
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import DType
+from feature_repo.errors import ExpectedError
+from feature_repo.history.transforms import MICROS_PER_DAY
+from modeling.bundle.bundle import Bundle
+from modeling.inputs.encoder import Encoded
+from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid
+from serving.api.degraded import Degraded
+from serving.api.messages import (
+    RankRequest,
+    RankResponse,
+    Timings,
+)
+from serving.ranking.request import RequestEncoder, context_columns, why_unfit
+from serving.ranking.states import UserStates
+from serving.stores.features import Reader, UserRow, as_known
+from serving.stores.items import Id, ItemTable
+
+LOGIT_DIGITS = 5
+PIECE = 512  # candidates that are scored at a time; between pieces others come to the model
+TIMED = 500  # candidates of the ranking by which a bundle is timed
+STALE_DAYS = 7.0
+logger = logging.getLogger(__name__)
+
+
+class NotFiniteError(ExpectedError, ValueError):
+    """A model gives NaN or infinity."""
+
+
+class TooSlowError(ExpectedError, ValueError):
+    """A model takes longer for a ranking than a request may take."""
+
+
+class OutOfTimeError(Exception):
+    """The rest of a request cannot be done in its time."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """An answer, and what it was made of.
+
+    Args:
+        at: the request's time.
+        encoded: the numbers that the model was given.
+    """
+
+    response: RankResponse
+    at: datetime
+    encoded: Encoded
+
+
+class RankService:
+    """Ranks with one bundle. Calls may come from several threads; the model runs for one at a time.
+
+    Args:
+        bundle: the loaded bundle.
+        reader: the online store.
+        items: item features.
+        replay_from: requests that carry no time are as of the end of the data, for sample data of the
+            past: at this time, or just behind the newest that items or the user know of. Default: as
+            of the clock.
+        stale_days: item features that are older than so many days at a request are said to be stale.
+        state_bytes: of encoded users that are kept between requests; 0 for none.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        reader: Reader,
+        items: ItemTable,
+        replay_from: datetime | None = None,
+        stale_days: float = STALE_DAYS,
+        state_bytes: int = 0,
+    ) -> None:
+        self.states = UserStates(bundle.model, state_bytes) if state_bytes else None
+        self.bundle = bundle
+        self.reader = reader
+        self.items = items
+        self.replay_from = replay_from
+        self.ms_of_500: float | None = None  # see `time_a_ranking`
+        self.contract: Contract = bundle.encoder.contract
+        self.stale_micros = stale_days * MICROS_PER_DAY
+        self.requests = RequestEncoder(bundle, items)
+        self._model_lock = threading.Lock()
+
+    def nobody(self, *problems: Degraded) -> UserRow:
+        """A user of whom nothing is known, and why."""
+        return UserRow({c.name: None for c in self.contract.user_columns}, None, problems)
+
+    def answer(
+        self,
+        request: RankRequest,
+        user: UserRow,
+        clock: Clock,
+        *,
+        keep: bool = False,
+        go_on: Callable[[int], None] = lambda left: None,
+    ) -> Ranked:
+        """Rank for a user who has been read, best first; equal scores keep the request's order. Equal are
+        logits that round to the same at `LOGIT_DIGITS`: the last bits of a sum depend on where in the
+        batch its candidate stands.
+
+        Args:
+            clock: which goes on from there.
+            keep: the encoded user for further requests, and use what was kept.
+            go_on: called before each further piece of the candidates with how many pieces are left;
+                raises OutOfTimeError where they cannot be scored in time.
+        """
+        # 1. What is known at the request's time, and what is not fit to be ranked with.
+        degraded = list(user.problems)
+        items = self.items.take(request.candidates)
+        clock.lap("item_read")
+        at = self.time_of(request, user)
+        micros = (at - EPOCH) // timedelta(microseconds=1)
+        user = as_known(self.contract, user, micros)
+        if (
+            user.history is not None
+            and user.history.num_rows
+            and user.history["event_timestamp"][-1].as_py() >= at
+        ):
+            degraded.append(Degraded.NEWER_FEATURES)
+        if (unfit := why_unfit(user, micros)) is not None:
+            degraded.append(unfit)
+            user = replace(user, tokens=None)
+        elif user.events_behind:
+            degraded.append(Degraded.STALE_TOKENS)
+        if self._items_are_stale(request, at):
+            degraded.append(Degraded.STALE_FEATURES)
+        # 2. Numbers, then logits.
+        context = context_columns(self.contract, request.context)
+        encoded = self.requests.encoded(user, request.candidates, at, items, context)
+        known = keep and user.history is not None
+        logits = self.score(encoded, clock, request.user_id if known else None, go_on)
+        if items.unknown:
+            degraded.append(Degraded.UNKNOWN_ITEMS)
+        if not np.isfinite(logits).all():
+            logger.error("the model of %s gave NaN or infinity", self.bundle.name)
+            unscored = [*degraded, Degraded.NO_SCORES]
+            return Ranked(self.in_order(request, unscored, clock, items.unknown), at, encoded)
+        # 3. The order, and the answer.
+        ranked = ranking_logits(self.contract.spec, logits)
+        order = np.argsort(-np.round(ranked, LOGIT_DIGITS), kind="stable")[: request.k]
+        each: dict[str, list[float]] | UnsetType = UNSET
+        if request.task_scores:
+            by_task = probabilities(self.contract.spec, logits)[order]
+            named = zip(self.contract.labels, by_task.T, strict=True)
+            each = {name: values.tolist() for name, values in named}
+        clock.lap("sort")
+        response = RankResponse(
+            item_ids=[request.candidates[i] for i in order],
+            scores=sigmoid(ranked)[order].tolist(),
+            bundle=self.bundle.name,
+            tokens=None if user.tokens is None else user.tokens.fingerprint,
+            degraded=degraded,
+            unknown_items=items.unknown,
+            timings_ms=Timings(**clock.laps),
+            task_scores=each,
+        )
+        return Ranked(response, at, encoded)
+
+    def end_of_data(self) -> datetime | None:
+        """As of when requests without a time are ranked, but for what is newer of their user; None: of
+        the clock. It moves with each refresh of the items.
+        """
+        if self.replay_from is None:
+            return None
+        return max(self.replay_from, EPOCH + timedelta(microseconds=self.items.as_of or 0))
+
+    def time_of(self, request: RankRequest, user: UserRow) -> datetime:
+        """Return the time as of which a request is ranked: its own, the end of replayed data, or now."""
+        given = request.context.request_timestamp if request.context else None
+        end = self.end_of_data()
+        if given is not None or end is None:
+            return given or datetime.now(UTC)
+        return max(end, EPOCH + timedelta(microseconds=_newest_of(user) + 1))
+
+    def _items_are_stale(self, request: RankRequest, at: datetime) -> bool:
+        """Return whether the items' features are older than the settings call fresh. For a request that replays the
+        data they are as old as the data is.
+        """
+        if self.items.as_of is None:
+            return False
+        replayed = request.context is None or request.context.request_timestamp is None
+        end = self.end_of_data() if replayed else None
+        micros = ((end or at) - EPOCH) // timedelta(microseconds=1)
+        return micros - self.items.as_of > self.stale_micros
+
+    def in_order(
+        self,
+        request: RankRequest,
+        degraded: Sequence[Degraded],
+        clock: Clock,
+        unknown: Sequence[Id] = (),
+    ) -> RankResponse:
+        """Answer with the candidates in the request's order, without scores."""
+        return RankResponse(
+            item_ids=request.candidates[: request.k],
+            scores=[],
+            bundle=self.bundle.name,
+            tokens=None,
+            degraded=list(degraded),
+            unknown_items=list(unknown),
+            timings_ms=Timings(**clock.laps),
+        )
+
+    def forget_old_users(self) -> None:
+        """Let go of encoded users that were kept for too long."""
+        if self.states is not None:
+            with self._model_lock:
+                self.states.forget_old()
+
+    def warm_up(self) -> None:
+        """Rank once without a user, so that the first request does not pay for what is set up on
+        first use.
+
+        Raises:
+            NotFiniteError: the model gives NaN or infinity; it must not be served.
+        """
+        ids = list(self.bundle.encoder.items.values[:16].to_pylist()) or [self._no_item()]
+        context = context_columns(self.contract, None)
+        now = datetime.now(UTC)
+        encoded = self.requests.encoded(self.nobody(), ids, now, self.items.take(ids), context)
+        logits = self.score(encoded, Clock())
+        if not np.isfinite(logits).all():
+            raise NotFiniteError(
+                f"bundle {self.bundle.name} gives scores that are no numbers ({logits.ravel()[:3]} …): its weights are not "
+                "fit to be served. Train and export it again"
+            )
+
+    def time_a_ranking(self) -> float:
+        """Milliseconds that the model takes for a ranking of 500 with a whole history, and with stored
+        tokens where it reads any, the best of three; kept as `ms_of_500`.
+        """
+        known = self.bundle.encoder.items.values[:TIMED].to_pylist() or [self._no_item()]
+        ids = (known * (TIMED // len(known) + 1))[:TIMED]
+        context = context_columns(self.contract, None)
+        encoded = self.requests.encoded(
+            self.nobody(), ids, datetime.now(UTC), self.items.take(ids), context
+        )
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            batch = self.bundle.encoder.collate(encoded, np.array([0]))
+            user = batch.user.with_events(self.bundle.encoder.history_length)
+            if self.bundle.tokens is not None:
+                stored = torch.zeros(1, *self.bundle.token_shape)
+                user = replace(user, tokens_BSX=stored, has_tokens_B=torch.tensor([True]))
+            with self._model_lock, torch.inference_mode():
+                state = self.bundle.model.encode_user(user)
+                self.bundle.model.score(state, batch.candidates)
+            times.append(1000 * (time.perf_counter() - began))
+        self.ms_of_500 = round(min(times), 2)
+        return self.ms_of_500
+
+    def _no_item(self) -> Id:
+        return "" if self.contract.item.dtype is DType.STRING else 0
+
+    def score(
+        self,
+        encoded: Encoded,
+        clock: Clock,
+        user_id: Id | None = None,
+        go_on: Callable[[int], None] = lambda left: None,
+    ) -> np.ndarray:
+        """Logits, candidates × tasks: piece by piece against one encoded user, the same bits as at once.
+
+        Args:
+            user_id: key under which the encoded user is cached; default: it is not cached.
+            go_on: see `answer`.
+        """
+        encoder = self.bundle.encoder
+        model = self.bundle.model
+        batch = encoder.collate(encoded, np.array([0]))
+        clock.lap("features")
+        with self._model_lock, torch.inference_mode():
+            if user_id is None or self.states is None:
+                state = model.encode_user(batch.user)
+            else:
+                state = self.states.of(user_id, batch.user)
+            clock.lap("encode_user")
+        total = batch.candidates.item_BC.shape[1]
+        pieces = []
+        for start in range(0, total, PIECE):
+            if start:
+                go_on(-(-(total - start) // PIECE))
+            chosen = batch.candidates.select(slice(start, start + PIECE))
+            with self._model_lock, torch.inference_mode():
+                pieces.append(model.score(state, chosen)[0])
+        logits: np.ndarray[Any, Any] = torch.cat(pieces).numpy()
+        clock.lap("score")
+        return logits
+
+
+def _newest_of(user: UserRow) -> int:
+    """Time of the newest event in any stored feature of a user, microseconds; -1 for an unknown user."""
+    known = [-1]
+    if user.history is not None and user.history.num_rows:
+        newest = user.history["event_timestamp"][-1].as_py()
+        known.append((newest - EPOCH) // timedelta(microseconds=1))
+    if user.sketch is not None:
+        known.append(user.sketch.as_of)
+    if user.tokens is not None:
+        known.append(user.tokens.as_of)
+    return max(known)
+
+
+class Clock:
+    """Milliseconds by stage, each from the end of the one before.
+
+    Args:
+        arrived: `time.perf_counter()` at the beginning; default: now.
+    """
+
+    def __init__(self, arrived: float | None = None) -> None:
+        self._last = time.perf_counter() if arrived is None else arrived
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """A stage ends here."""
+        now = time.perf_counter()
+        self.laps[name] = round((now - self._last) * 1000, 3)
+        self._last = now

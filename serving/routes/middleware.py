@@ -1,0 +1,147 @@
+"""What happens around every route: foreign callers and, by a full server, rankings are refused; every answer
+is counted, logged and traced; errors become readable bodies.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api.errors import ServingError
+from serving.routes.bodies import error_response
+from serving.routes.callers import why_refused
+from serving.routes.server import Server, server_of
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("serving.access")
+
+
+class RefusesFirst:
+    """Refuses before any routing, with a tenth of what the way through the routes costs, so that refusing
+    three times the load leaves time to answer what was taken on.
+
+    Args:
+        paths: of all routes.
+        rankings: those of rankings, for which there must be a place.
+    """
+
+    def __init__(
+        self, app: ASGIApp, server: Server, paths: Collection[str], rankings: Collection[str]
+    ) -> None:
+        self._app = app
+        self._server = server
+        self._paths = paths
+        self._rankings = rankings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = why_refused(scope, self._server.settings)
+        if error is None and self._server.admission.full and scope["path"] in self._rankings:
+            error = self._server.admission.error()
+        if error is not None:
+            response = error_response(error.status, error.kind, str(error))
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._server.metrics.requests.labels(path, str(error.status)).inc()
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class Observed:
+    """Counts, logs and traces every answer of a known route; an unexpected error is a 500 whose cause the
+    log says.
+
+    Args:
+        paths: of all routes; no other path is a label of a metric.
+    """
+
+    def __init__(self, app: ASGIApp, server: Server, paths: Collection[str]) -> None:
+        self._app = app
+        self._server = server
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["path"] not in self._paths:
+            await self._app(scope, receive, send)
+            return
+        server = self._server
+        began = time.perf_counter()
+        status = 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        # Whatever happens inside, the request is counted, logged and traced.
+        span = None if server.tracing is None else server.tracing.begin(scope)
+        try:
+            await self._app(scope, receive, sent)
+        except Exception:
+            logger.exception("a request could not be answered")
+            if status:  # half an answer is out: only the connection's end can say that it is none
+                raise
+            response = error_response(
+                500, "internal", "this is a fault of the server; its log says more"
+            )
+            await response(scope, receive, sent)
+        finally:
+            timings = scope.get("state", {}).get("timings", {})
+            if server.tracing is not None and span is not None:
+                server.tracing.end(span, status, timings)
+            if scope["method"] == "POST":
+                server.metrics.requests.labels(scope["path"], str(status)).inc()
+            if server.settings.access_log:
+                line = {
+                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "ms": round(1000 * (time.perf_counter() - began), 2),
+                    "timings": server_timing(timings),
+                }
+                access.info(msgspec.json.encode(line).decode())
+
+
+def server_timing(timings: dict[str, float]) -> str:
+    """Stages and their milliseconds as the header `Server-Timing` has them."""
+    return ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """The answer to a request that a route refuses."""
+    assert isinstance(error, ServingError)
+    return error_response(error.status, error.kind, str(error))
+
+
+async def left(request: Request, error: Exception) -> Response:
+    """The answer to a client that left; it is only counted."""
+    server_of(request).metrics.left.inc()
+    return Response(status_code=499)
+
+
+async def not_routed(request: Request, error: Exception) -> Response:
+    """The answer to a request for which there is no route."""
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+    response = error_response(
+        error.status_code, kind, f"{error.detail}: {request.method} {request.url.path}"
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+EXCEPTION_HANDLERS = {ServingError: refused, ClientDisconnect: left, HTTPException: not_routed}

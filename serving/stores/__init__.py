@@ -1,0 +1,1 @@
+"""Users and items as the stores hold them, and new events into them. Imports `api`."""

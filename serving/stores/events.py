@@ -1,0 +1,90 @@
+"""New events of a user, taken by the server into all that the online store holds of them: the next
+answer knows them.
+
+History, sketch, statistics and tokens are replaced together, and only if they are unchanged since
+they were read; so any number of processes may take events of one user, and a caller may send the same
+events again: one that is there already (the same item, action and time) is not added twice. One that
+is earlier than the newest that is known is refused: histories are in the order of time, and the jobs
+put late events where they belong.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from feature_repo.contract.contract import Contract
+from feature_repo.home.erased import ErasedList
+from feature_repo.store.online_tokens import OnlineTokens
+from modeling.bundle.bundle import Bundle
+from modeling.bundle.summary import Summariser
+from serving.api.errors import ErasedUserError, LateEventError, StoreAwayError
+from serving.api.messages import EventsResponse
+from serving.stores.items import Id
+from serving.stores.refresh import BusyUserError, LateError, Refresher, UserMemory
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+
+class EventTaker:
+    """See the module docstring.
+
+    Args:
+        store: apart from the ranking path's, so that no ranking request waits for it.
+        bundle: its streaming tokens, if it makes some, take the events in.
+        home: the users on its list of erased users are refused; default: no list.
+    """
+
+    def __init__(
+        self, store: FeatureStore, contract: Contract, bundle: Bundle, home: str | None = None
+    ) -> None:
+        refresher = None
+        if bundle.makes_tokens:
+            summariser = Summariser(bundle.model, bundle.encoder)
+            if summariser.streams:
+                refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
+        self._memory = UserMemory(store, contract, refresher)
+        self._erased = ErasedList(home)
+        # Two threads of one process would only make each other begin again.
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def without_tokens(self) -> dict[str, int]:
+        """Events that summary tokens do not know, by why: the job makes these."""
+        return dict(self._memory.without_tokens)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._memory.close()
+
+    def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:
+        """Add events, oldest first.
+
+        Raises:
+            LateEventError: one is earlier than what is known; none was added.
+            ErasedUserError: the user was erased.
+            StoreAwayError: whether they were cannot be told.
+            HistoryError: what is stored of the user is damaged.
+        """
+        with self._one_at_a_time:
+            try:
+                added = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
+            except LateError as error:
+                raise LateEventError(str(error)) from error
+            except BusyUserError as error:
+                raise StoreAwayError(f"{error}: send them again") from error
+        return EventsResponse(added, len(events) - added)
+
+    def _refuse_erased(self, user_id: Id) -> None:
+        """Refuse events of a user who was erased, also while they were on their way."""
+        try:
+            erased = self._erased.now()
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreAwayError(
+                f"the list of erased users cannot be read ({error}), so no events are taken: send them again"
+            ) from error
+        if erased and erased.hash_of(user_id) in erased.users:
+            raise ErasedUserError(
+                "this user was erased, and nothing is kept of them: `python -m serving erase --allow` lets them come back"
+            )
