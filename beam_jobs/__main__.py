@@ -122,6 +122,20 @@ def refresh(
     return 0
 
 
+@app.command
+def erase(*users: str, logs: tuple[str, ...] = (), allow: bool = False) -> None:
+    """Take users out of every table, store, version and log, prove it, and keep them out of later runs.
+
+    Args:
+        users: their ids.
+        logs: folders that servers logged to; MEMOIR_SERVE_LOG_FOLDER always counts.
+        allow: take them off the list of erased users: jobs and servers may know them again.
+    """
+    from beam_jobs.command import run_erase
+
+    run_erase(list(users), list(logs), allow=allow)
+
+
 def _tell_time(what: str) -> None:
     """A line with the time in front, for a log that cron appends to."""
     print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {what}", flush=True)

@@ -7,17 +7,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,18 +29,23 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 from beam_jobs.engine.inputs import current_inputs, output_is_there
-from beam_jobs.engine.options import Common, RunOptions, TokenOptions
+from beam_jobs.engine.options import Common, RunOptions
+from beam_jobs.registry import MODULES, load_job
 from feature_repo import datasets
 from feature_repo.errors import UsageError, nearest
 from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.erased import list_erased
 from feature_repo.home.tables import JobFolder, Manifest
 from feature_repo.settings import Settings
 
 if TYPE_CHECKING:
-    from beam_jobs.engine.runs import RunPlan
+    from beam_jobs.engine.job import Job
+    from beam_jobs.engine.plan import RunPlan
 
+SERVED_LOG = "MEMOIR_SERVE_LOG_FOLDER"  # where a server of this machine logs to
 PLAIN_LINE_S = 10.0  # between lines where there is no terminal
 FIRST_LISTING_S = 0.5  # before a run's folder is listed for a bar
 console = Console()
@@ -53,11 +60,10 @@ def run_command(
         ExpectedError: it was refused, with a reason.
     """
     datasets.load(settings.dataset)
-    refill = isinstance(options, TokenOptions) and options.refill
     if (
         not common.dry_run
         and not common.force
-        and not refill
+        and not options.repeats
         and not beam_args
         and _up_to_date(name, options, common, settings)
     ):
@@ -68,24 +74,23 @@ def run_command(
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
     refuse_unknown(beam_args, name, options, common)
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.describe import describe
+    from beam_jobs.engine.run import plan_run, run
 
-    job = runs.load_job(name)
+    job = load_job(name)
     arguments = [f"--runner={common.runner}", *beam_args]
     resolved = job.resolve(settings, options)
-    planned = runs.plan_run(job, settings, resolved, common.as_of)
+    planned = plan_run(job, settings, resolved, common.as_of)
     plan = planned.plan
     if common.dry_run:
-        console.print(
-            runs.describe(job, plan, planned.units, arguments), highlight=False, markup=False
-        )
+        console.print(describe(job, plan, planned.units, arguments), highlight=False, markup=False)
         return 0
     catalogue = Catalogue(settings.catalogue_url)
     with (
         catalogue.stage(settings.dataset, name, plan.run_id) as stage,
         _progress(plan, job.num_parts(plan, len(planned.units))) as tell,
     ):
-        outcome = runs.run(
+        outcome = run(
             job,
             settings,
             resolved,
@@ -98,18 +103,19 @@ def run_command(
         if not outcome.built:
             stage.discard()
         stage.details = {
-            "counts": outcome.manifest.counts,
+            "counts": asdict(outcome.manifest.counts),
             "run_id": outcome.manifest.run_id,
             "docs": outcome.docs,
             "inputs": planned.inputs,
-            "argv": _asked(options, common),
-            "command": _flags(options, common, beam_args),
+            "options": asdict(options),
+            "common": asdict(replace(common, dry_run=False, force=False)),
+            "beam": beam_args,
         }
     if outcome.built:
-        _report(outcome.manifest, outcome.docs)
+        _report(job, outcome.manifest, outcome.docs)
     else:
         console.print(f"{name}: up to date (run {outcome.manifest.run_id})", highlight=False)
-    for line in outcome.said:
+    for line in outcome.lines:
         console.print(f"  {line}", highlight=False)
     return 0
 
@@ -153,33 +159,22 @@ def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settin
     manifest = JobFolder(settings.home, name).manifest()
     if last is None or manifest is None:
         return False
-    if last.inputs != manifest.run_id or last.details.get("argv") != _asked(options, common):
+    asked = (asdict(options), common.as_of)
+    details = last.details
+    if last.inputs != manifest.run_id or "options" not in details:
+        return False
+    if asked != (details["options"], details["common"]["as_of"]):
         return False
     if manifest.fingerprint != datasets.load_contract(settings.dataset).fingerprint:
         return False
-    if manifest.inputs != current_inputs(name, list(manifest.inputs), settings):
+    if manifest.inputs != current_inputs(MODULES[name], list(manifest.inputs), settings):
         return False
-    if isinstance(options, TokenOptions) and not _made_by(options, settings, manifest):
+    if not options.still_mean(manifest.options, settings):
         return False
     if not output_is_there(name, settings):  # last, for a remote store is asked over the network
         return False
     console.print(f"{name}: up to date (run {manifest.run_id})", highlight=False)
     return True
-
-
-def _made_by(options: TokenOptions, settings: Settings, manifest: Manifest) -> bool:
-    """Return whether the requested bundle is still the one that made the published tokens."""
-    catalogue = Catalogue(settings.catalogue_url)
-    dataset = settings.dataset
-    try:
-        row = (
-            catalogue.bundle(dataset, options.bundle)
-            if options.bundle
-            else catalogue.live_bundle(dataset)
-        )
-    except LookupError:
-        return False
-    return bool(manifest.options["bundle"] == row.digest)
 
 
 def live_bundle_makes_tokens(settings: Settings) -> bool:
@@ -197,52 +192,59 @@ def live_bundle_makes_tokens(settings: Settings) -> bool:
     return True
 
 
-def _asked(options: RunOptions, common: Common) -> str:
-    """Return the options that decide a run's rows, as the catalogue keeps them."""
-    return json.dumps({**asdict(options), "as_of": common.as_of}, sort_keys=True)
+def run_again(name: str, settings: Settings) -> None:
+    """Run a job as it was run last.
+
+    Raises:
+        ExpectedError: it was refused, with a reason.
+    """
+    last = Catalogue(settings.catalogue_url).last_run(settings.dataset, name)
+    details = last.details if last else {}
+    options = load_job(name).options(**details.get("options", {}))
+    common = Common(**details.get("common", {}))
+    run_command(name, options, common, details.get("beam", []), settings)
 
 
-def _flags(options: RunOptions, common: Common, beam_args: list[str]) -> list[str]:
-    """Return the flags that start the same run once more."""
-    said = {**asdict(options), **asdict(common), "dry_run": False, "force": False}
-    flags = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in said.items()
-        if value is not None and value is not False
-    ]
-    return [*flags, *beam_args]
+def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
+    """Erase users and print what was found where; or allow them again.
+
+    Raises:
+        ErasureError: something of them is left, or no such user can be erased.
+    """
+    from beam_jobs.erase import erase, ids_of
+
+    settings = Settings.from_env()
+    ids = ids_of(datasets.load_contract(settings.dataset), users)
+    if allow:
+        left = list_erased(settings.home, ids, allow=True)
+        console.print(f"{len(left.users):,} users stay erased; the others come back with the jobs")
+        return
+    folders = {Path(log) for log in (*logs, os.environ.get(SERVED_LOG)) if log}
+    proof, path = erase(
+        settings,
+        ids,
+        sorted(folders),
+        lambda name: run_again(name, settings),
+        tell=lambda step: console.print(f"erase: {step}"),
+    )
+    table = Table("searched", "rows or keys there", "of these users", box=SIMPLE_HEAD)
+    for one in proof.searched:
+        table.add_row(one.place, "" if one.of is None else f"{one.of:,}", f"{one.theirs:,}")
+    console.print(table)
+    for line in proof.left:
+        console.print(f"not touched: {line}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(ids):,} users erased in {proof.took_s:g} s; proof: {path}", highlight=False
+    )
 
 
-def _report(manifest: Manifest, docs: str | None) -> None:
+def _report(job: Job, manifest: Manifest, docs: str | None) -> None:
     counts = manifest.counts
-    console.print(f"{manifest.job}: run {manifest.run_id}, as of {manifest.as_of}", highlight=False)
-    if "rows_read" in counts:
-        used = counts["rows_used"]
-        dead = counts["rows_dead"]
-        made = counts["events_made"]
-        kept = counts["rows_events"]
-        events = "" if made == used == kept else f"; {made:,} events, {kept:,} kept"
-        console.print(
-            f"  read {counts['rows_read']:,} = used {used:,} + dead letters {dead:,}{events}",
-            highlight=False,
-        )
-        reasons = sorted(
-            ((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True
-        )
-        for number, reason in reasons:
-            console.print(f"    {number:>9,}  {reason}", highlight=False)
-        for name, number in counts.items():
-            if name.startswith("cut: ") and number:
-                what = f"values of {name[5:]} beyond those that are read"
-                console.print(f"  {number:,} {what}", highlight=False)
-            if name.startswith("lost: ") and number:
-                what = f"values of {name[6:]} that could not be read and are missing"
-                console.print(f"  {number:,} {what}", highlight=False)
-    else:
-        console.print(
-            "  " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),
-            highlight=False,
-        )
+    lines = [f"{job.name}: run {manifest.run_id}, as of {manifest.as_of}"]
+    lines += [f"  {job.headline(counts)}"]
+    lines += [f"    {reason}" for reason in counts.reasons()]
+    lines += [f"  {left_out}" for left_out in counts.left_out()]
+    console.print("\n".join(lines), highlight=False)
     if docs:
         console.print(f"  data docs: {docs}", highlight=False, soft_wrap=True)
 
@@ -252,13 +254,13 @@ def _progress(plan: RunPlan, num_parts: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal, plain lines otherwise, from the parts that appear in the run's folder;
     yields `tell`.
     """
-    from beam_jobs.engine.runs import PARTS
+    from beam_jobs.engine.parts import NOTES
 
     folder = plan.folder
     done = threading.Event()
     phase = "starting"
     started = time.monotonic()
-    root = f"{folder.root}/{plan.run_id}/{PARTS}"
+    root = f"{folder.root}/{plan.run_id}/{NOTES}"
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

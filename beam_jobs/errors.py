@@ -32,3 +32,7 @@ class BreaksLiveError(ExpectedError, RuntimeError):
 
 class LostRowsError(RuntimeError):
     """Rows that went into a run did not come out of it."""
+
+
+class ErasureError(ExpectedError, RuntimeError):
+    """Something of a user is still there, or no such user can be erased."""

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from feature_repo import cli
+from feature_repo.errors import UsageError
 
 app = cli.app(
     "serving",
@@ -98,18 +99,14 @@ def impressions(log: str, file: str, *, top: int | None = None) -> None:
     command.run_impressions(log, file, top)
 
 
-@app.command
-def erase(*users: str, logs: tuple[str, ...] = (), allow: bool = False) -> None:
-    """Take users out of every table, store, version and log, prove it, and keep them out of later runs.
+@app.command(show=False)
+def erase(*users: str) -> None:
+    """Say where this command went.
 
-    Args:
-        users: their ids.
-        logs: folders that servers logged to; MEMOIR_SERVE_LOG_FOLDER always counts.
-        allow: take them off the list of erased users: jobs and servers may know them again.
+    Raises:
+        UsageError: always.
     """
-    from serving import command
-
-    command.run_erase(list(users), list(logs), allow=allow)
+    raise UsageError(f"users are erased by `python -m beam_jobs erase {' '.join(users) or 'USER'}`")
 
 
 @app.command

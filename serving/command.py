@@ -117,37 +117,6 @@ def run_impressions(log: str, file: str, top: int | None) -> None:
     )
 
 
-def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
-    """Erase users and print what was found where; or allow them again.
-
-    Raises:
-        ErasureError: something of them is left, or no such user can be erased.
-    """
-    from feature_repo import datasets
-    from feature_repo.home.erased import list_erased
-    from serving.erase import erase, ids_of
-
-    settings = Settings.from_env()
-    ids = ids_of(datasets.load_contract(settings.dataset), users)
-    if allow:
-        left = list_erased(settings.home, ids, allow=True)
-        console.print(f"{len(left.users):,} users stay erased; the others come back with the jobs")
-        return
-    folders = {*map(Path, logs), *filter(None, [settings_from().log_folder])}
-    proof, path = erase(
-        settings, ids, sorted(folders), tell=lambda step: console.print(f"erase: {step}")
-    )
-    table = Table("searched", "rows or keys there", "of these users", box=SIMPLE_HEAD)
-    for one in proof.searched:
-        table.add_row(one.place, "" if one.of is None else f"{one.of:,}", f"{one.theirs:,}")
-    console.print(table)
-    for line in proof.left:
-        console.print(f"not touched: {line}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(ids):,} users erased in {proof.took_s:g} s; proof: {path}", highlight=False
-    )
-
-
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 

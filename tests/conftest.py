@@ -193,16 +193,17 @@ def settings_in(home: Path, dataset: str, data: Path, profile: str = "local") ->
 
 def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     """Run Beam jobs in this process on the local runner; returns their outcomes."""
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import run
+    from beam_jobs.registry import load_job
 
     outcomes = {}
     for name in names:
-        job = runs.load_job(name)
+        job = load_job(name)
         known = {f.name for f in fields(job.options)}
         chosen = job.resolve(
             settings, job.options(**{k: v for k, v in options.items() if k in known})
         )
-        outcomes[name] = runs.run(
+        outcomes[name] = run(
             job,
             settings,
             chosen,

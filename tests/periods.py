@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from feature_repo.contract.arrow import arrow_schema
 from feature_repo.contract.contract import Contract
+from feature_repo.home.catalogue import TokenSpec
 from modeling.inputs.columns import Index
-from modeling.training_set.dataset import Fitting, JoinedRequests, Tokens, Warehouse
+from modeling.training_set.dataset import Fitting, JoinedRequests, Warehouse
 
 ROWS_AT_A_TIME = 1 << 18
 
@@ -22,7 +23,7 @@ def examples_of(warehouse: Warehouse, period: str) -> pa.Table:
 
 
 def joined_period(
-    warehouse: Warehouse, store: Any, service: str, period: str, tokens: Tokens | None = None
+    warehouse: Warehouse, store: Any, service: str, period: str, tokens: TokenSpec | None = None
 ) -> JoinedRequests:
     """One period, joined and ready to encode."""
     joined = warehouse.join(store, service, period, examples_of(warehouse, period), tokens)

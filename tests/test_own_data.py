@@ -38,7 +38,7 @@ from serving.api.messages import decode_request
 from serving.ranking.ranker import RankService
 from serving.stores.features import FeastReader
 from serving.stores.items import ItemTable, Loaded
-from tests.modeling.test_unknown_items import MODELS
+from tests.modeling.test_unknown_items import MODELS, RECIPES
 from tests.periods import joined_period, vocabularies
 from tests.ranking import ranked
 
@@ -224,7 +224,7 @@ def test_check_tells_in_seconds_what_comes_of_it(
 def test_events_have_an_identity_and_impressions_are_in_no_history(shop_on_the_road: Shop) -> None:
     settings = shop_on_the_road.settings
     counts = JobFolder(settings.home, "events").require().counts
-    assert counts["dead: repeated: the same event stands earlier"] > 0
+    assert counts.dead["repeated: the same event stands earlier"] > 0
     events = JobFolder(settings.home, "events").read("events")
     shown = events["action"].to_numpy() == 3
     assert int(shown.sum()) == shop_on_the_road.impressions
@@ -351,12 +351,12 @@ def test_every_ranker_trains_and_is_served_with_context(
     name: str, world: World, tmp_path: Path
 ) -> None:
     """The server's scores are training's, of every task, with the context of the request."""
-    from modeling.recipes import Training, ranking
+    from modeling.recipes import Training
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
     encoder = world.encoder
-    model = models.build(ranking.MODELS[name][1], MODELS[name], encoder.sizes)
+    model = models.build(RECIPES[name].model, MODELS[name], encoder.sizes)
     model.fit_statistics(training_sample(encoder, world.train))
     training = Training(epochs=1, max_requests=32, max_candidates=512, warmup_steps=5)
     trainer = Trainer(model, encoder, training, tmp_path, "own")

@@ -26,12 +26,12 @@ ORDER = {
     "feature_repo": (
         "errors atomic cli settings contract home history raw datasets feature_definitions scaffold store __main__"
     ),
-    "beam_jobs": "errors engine command jobs summary_tokens __main__",
+    "beam_jobs": "errors erase engine registry command jobs summary_tokens __main__",
     "modeling": (
         "console errors metrics recipes registry inputs claims layers models baselines training_set training "
         "evaluation next_item bundle comparison commands __main__"
     ),
-    "serving": "api demo stores erase ranking served live routes command __main__",
+    "serving": "api demo stores ranking served live routes command __main__",
 }
 MOST_FILES = 14  # of a package; layers may have more
 # Packages that may import a library; a room stands for all of its packages.

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from beam_jobs.erase import ErasureError, erase
 from feature_repo import datasets
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.scaffold.preview import preview
@@ -28,7 +29,6 @@ from modeling.evaluation.evaluate import AS_RANKED, MODEL, read
 from modeling.training import training_run
 from modeling.training_set.simple_baselines import TREES
 from serving.command import open_ranker
-from serving.erase import ErasureError, erase
 from serving.routes.app import create_app
 
 NAME = "template_shop"

@@ -32,7 +32,7 @@ from feature_repo.settings import CHECKOUT, Settings
 MODULE = "beam_jobs.benchmarks.events"
 NAME = "benchmark_log"
 DECLARED = """
-from feature_repo.schema import *
+from feature_repo.contract.schema import *
 SPEC = DatasetSpec(
     name="{name}", title="a log", user_id=DType.STRING, item_id=DType.STRING, actions=("purchase",),
     tasks=(Task("label", "", action="purchase"),),
@@ -122,7 +122,8 @@ def _measured(file: Path, rows: int, polars: str | None) -> dict[str, Any]:
 def _job(file: str, rows: int) -> dict[str, float]:
     """One run of the job in this process, under a home of its own."""
     importlib.import_module("great_expectations")  # what the gates take to load is not the job's
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import run
+    from beam_jobs.registry import load_job
     from feature_repo import datasets
 
     with tempfile.TemporaryDirectory() as folder:
@@ -133,9 +134,9 @@ def _job(file: str, rows: int) -> dict[str, float]:
         settings = Settings(
             NAME, str(Path(file).parent), f"{folder}/home", "local", catalogue, False
         )
-        job = runs.load_job("events")
+        job = load_job("events")
         started = time.perf_counter()
-        outcome = runs.run(
+        outcome = run(
             job,
             settings,
             job.options(),

@@ -28,6 +28,7 @@ import pyarrow as pa
 from feature_repo import datasets
 from feature_repo.benchmarks import parser, report
 from feature_repo.contract.arrow import arrow_type, from_micros, micros_iso
+from feature_repo.contract.counts import Counts
 from feature_repo.history import history
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder, Manifest
@@ -134,7 +135,7 @@ def write_log(settings: Settings, users: int, events: int, huge: int, more_for: 
         end,
         {},
         {},
-        {},
+        Counts(),
         {"history_log": parts},
     )
     folder.publish(manifest)
@@ -295,16 +296,17 @@ def _job(home: str, workers: int) -> dict[str, Any]:
     """The whole job, from the command's beginning to its manifest."""
     started = time.perf_counter()
     cpu = time.process_time()
-    from beam_jobs.engine import runs
     from beam_jobs.engine.options import TokenOptions
+    from beam_jobs.engine.run import run
+    from beam_jobs.registry import load_job
 
-    job = runs.load_job("summary_tokens")
+    job = load_job("summary_tokens")
     settings = _settings(home)
     flags = ["--runner=FnApiRunner"]
     if workers > 1:
         flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
     options = job.resolve(settings, TokenOptions(bundle="random"))
-    outcome = runs.run(job, settings, options, flags, as_of=None, max_bad_fraction=None)
+    outcome = run(job, settings, options, flags, as_of=None, max_bad_fraction=None)
     counts = outcome.manifest.counts
     found = {
         "wall_s": time.perf_counter() - started,

@@ -17,20 +17,19 @@ from feature_repo.raw.sources import sha256_of
 from feature_repo.settings import Settings
 from feature_repo.store.store import held_epoch, store_digest
 
-WRITES_ONLINE = ("materialize", "summary_tokens")
 
-
-def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[str, str]:
+def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dict[str, str]:
     """Digest of each input as it is now.
 
     Args:
+        module: of the job.
         names: "code", "store", "raw", "views", "erased" or the name of a job; a job that has not run has no
             digest.
     """
     found = {}
     for name in names:
         if name == "code":
-            found[name] = job_code(job, settings.dataset)
+            found[name] = job_code(module, settings.dataset)
         elif name == "store":
             found[name] = store_digest(settings)
         elif name == "raw":
@@ -44,17 +43,11 @@ def current_inputs(job: str, names: Iterable[str], settings: Settings) -> dict[s
     return found
 
 
-def job_module(job: str) -> str:
-    """The module of a job."""
-    package = "summary_tokens" if job == "summary_tokens" else "jobs"
-    return f"beam_jobs.{package}.{job}"
-
-
-def job_code(job: str, dataset: str) -> str:
-    """Digest of the code that makes a job's rows: its module, the dataset's, and all of ours that
-    they import.
+def job_code(module: str, dataset: str) -> str:
+    """Digest of the code that makes a job's rows: its module, the dataset's, the life of a run, and all of ours
+    that they import.
     """
-    return code_digest(job_module(job), f"feature_repo.datasets.{dataset}")
+    return code_digest(module, "beam_jobs.engine.run", f"feature_repo.datasets.{dataset}")
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:
@@ -81,7 +74,7 @@ def output_is_there(job: str, settings: Settings) -> bool:
     """Return whether the online store still holds what the published run of a job wrote there; the store
     itself is asked.
     """
-    if job not in WRITES_ONLINE:
-        return True
     manifest = JobFolder(settings.home, job).manifest()
-    return manifest is not None and held_epoch(settings, job) == manifest.run_id
+    if manifest is None:
+        return False
+    return "store" not in manifest.inputs or held_epoch(settings, job) == manifest.run_id

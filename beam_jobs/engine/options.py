@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from feature_repo.contract.declarations import is_iso_time
 from feature_repo.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from feature_repo.settings import Settings
 
 Kind = Literal["fp32", "fp16", "int8"]
 # As Beam knows them; a test holds the two equal.
@@ -59,6 +63,15 @@ class Common:
 @dataclass(frozen=True)
 class RunOptions:
     """Options of a job that adds none."""
+
+    @property
+    def repeats(self) -> bool:
+        """True if the run does its work although it is up to date."""
+        return False
+
+    def still_mean(self, built: Mapping[str, Any], settings: Settings) -> bool:
+        """Return whether they mean now what they meant when a run with the options `built` was published."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -139,3 +152,24 @@ class TokenOptions(RunOptions):
             raise UsageError(
                 f"--computed_at expects an ISO time such as 2011-12-09T12:00:00Z, not {self.computed_at!r}"
             )
+
+    @property
+    def repeats(self) -> bool:
+        """True if stored tokens are to be sent online again."""
+        return self.refill
+
+    def still_mean(self, built: Mapping[str, Any], settings: Settings) -> bool:
+        """Return whether the bundle is still the one that made the published tokens: another may be live now."""
+        from feature_repo.home.catalogue import Catalogue
+
+        catalogue = Catalogue(settings.catalogue_url)
+        dataset = settings.dataset
+        try:
+            row = (
+                catalogue.bundle(dataset, self.bundle)
+                if self.bundle
+                else catalogue.live_bundle(dataset)
+            )
+        except LookupError:
+            return False
+        return bool(built["bundle"] == row.digest)

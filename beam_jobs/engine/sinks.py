@@ -8,7 +8,7 @@ from typing import Any
 import apache_beam as beam
 
 from beam_jobs.engine.partition import from_ipc
-from beam_jobs.engine.runs import RunPlan, settings_of
+from beam_jobs.engine.plan import RunPlan
 
 
 class WriteView(beam.DoFn):
@@ -26,7 +26,7 @@ class WriteView(beam.DoFn):
         """Open the store once for each worker process."""
         from feature_repo.store.store import open_store
 
-        self._store = open_store(settings_of(self.plan))
+        self._store = open_store(self.plan.settings)
 
     def process(self, element: tuple[str, bytes]) -> Iterator[tuple[str, int]]:
         """Write one piece."""

@@ -11,21 +11,26 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs.engine.build import BuildTables
+from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import TableOptions
 from beam_jobs.engine.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
-from beam_jobs.engine.runs import BuildTables, Built, Counts, Job, RunPlan, Unit
+from beam_jobs.engine.parts import Built
+from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.errors import LostRowsError
 from feature_repo import datasets
 from feature_repo.contract import limits
 from feature_repo.contract.arrow import arrow_schema, micros, micros_iso
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import DatasetSpec, Table
 from feature_repo.history.history import run_starts
 from feature_repo.home.erased import REDACTED, Erased, erased_of
@@ -49,16 +54,18 @@ def num_partitions(plan: RunPlan) -> int:
 
 def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
     """One raw unit as keyed pieces, and its dead letters with its counts."""
-    counts: Counter[str] = Counter()
+    counts = Counts()
     letters = [arrow_schema(plan.contract.table("dead_letters")).empty_table()]
     erased = erased_of(plan.home)
     for number, parsed in enumerate(datasets.load(plan.dataset).parse(unit.source)):
         sifted = sift(plan, unit, parsed, erased)
-        counts.update(sifted.counts)
+        counts += sifted.counts
         letters.append(sifted.dead_letters)
         for key, rows in sifted.by_key(plan):
             yield key, (unit.number * MAX_BLOCKS + number, to_ipc(rows))
-    dead = pa.concat_tables(letters).replace_schema_metadata({COUNTS: json.dumps(counts).encode()})
+    dead = pa.concat_tables(letters).replace_schema_metadata(
+        {COUNTS: json.dumps(asdict(counts)).encode()}
+    )
     yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
 
 
@@ -68,7 +75,7 @@ class Sifted:
 
     rows: dict[str, pa.Table]
     dead_letters: pa.Table
-    counts: Counter[str]
+    counts: Counts
 
     def by_key(self, plan: RunPlan) -> Iterator[tuple[Key, pa.Table]]:
         """The rows by table and partition."""
@@ -86,7 +93,7 @@ def sift(
     contract = plan.contract
     user = plan.contract.user.join_key
     letters = [redacted(contract, parsed.dead_letters, erased)]
-    counts: Counter[str] = Counter(parsed.counts)
+    counts: Counter[str] = Counter()
 
     # 1. Who was erased.
     told = erased.without(parsed.events, user)
@@ -118,7 +125,8 @@ def sift(
         }
 
     counts["events_dead"] = told.num_rows - known.num_rows
-    return Sifted({"events": known, **profiles}, pa.concat_tables(letters), counts)
+    rows = {"events": known, **profiles}
+    return Sifted(rows, pa.concat_tables(letters), parsed.counts + Counts(counts))
 
 
 def redacted(contract: Contract, letters: pa.Table, erased: Erased) -> pa.Table:
@@ -138,12 +146,12 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
     """
     table, partition = key
     if table == "dead_letters":
-        counts = json.loads((rows.schema.metadata or {})[COUNTS])
+        counts = Counts(**json.loads((rows.schema.metadata or {})[COUNTS]))
         yield _dead_letter_part(
             rows.replace_schema_metadata(None), f"part-{partition:05d}.parquet", counts
         )
         return
-    counts = {}
+    counts = Counts()
     if table == "events":
         # Ties in time go by place and content, so that names of files decide nothing.
         ties = ("source_position", plan.contract.item.join_key, "action")
@@ -151,9 +159,9 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         rows, repeated = without_repeats(rows, plan.contract.spec.event_identity)
         if repeated.num_rows:
             letters = _letters(plan, None, repeated, [REPEATED] * repeated.num_rows)
-            told = {"events_dead": repeated.num_rows}
-            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", told)
-        counts = {"max_event_micros": int(micros(rows["event_timestamp"]).max())}
+            repeats = Counts({"events_dead": repeated.num_rows})
+            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", repeats)
+        counts = Counts(latest=int(micros(rows["event_timestamp"]).max()))
     else:
         entity = plan.contract.table(table).entity
         assert entity is not None
@@ -162,8 +170,7 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
 
 
 def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
-    reasons = Counter(letters["reason"].to_pylist())
-    counts = {**counts, **{f"dead: {reason}": n for reason, n in reasons.items()}}
+    counts += Counts(dead=Counter(letters["reason"].to_pylist()))
     return Built("dead_letters", name, parquet_bytes(letters), letters.num_rows, counts)
 
 
@@ -288,8 +295,8 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
 
 
-def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
-    """Every raw row came out as an event or a dead letter, and not too many as dead letters.
+def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+    """Check that every raw row came out as an event or a dead letter, and not too many as dead letters.
 
     Raises:
         LostRowsError: a row came out as neither.
@@ -299,11 +306,13 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
     """
     raw = [unit for unit in units if unit.source.kind == "events"]
     given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
-    read, used, dead = (counts.get(name, 0) for name in ("rows_read", "rows_used", "rows_dead"))
-    made = counts.get("events_made", 0)
-    kept = counts.get("rows_events", 0)
-    lost = counts.get("events_dead", 0)
-    gone = counts.get("events_erased", 0)
+    read = counts["rows_read"]
+    used = counts["rows_used"]
+    dead = counts["rows_dead"]
+    made = counts["events_made"]
+    kept = counts["rows_events"]
+    lost = counts["events_dead"]
+    gone = counts["events_erased"]
     # A compressed file knows how many rows it has only once it is read.
     if given not in (None, read) or read != used + dead or made != kept + lost + gone:
         raise LostRowsError(
@@ -316,13 +325,12 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
             f"Reasons:{_listed(counts)}"
         )
     _refuse_too_many_dead(plan, counts)
-    newest = counts.pop("max_event_micros")
-    if plan.as_of is None and newest > time.time() * 1e6:
+    newest = counts.latest
+    if plan.as_of is None and newest is not None and newest > time.time() * 1e6:
         raise datasets.RawDataError(
             f"the newest event is of {micros_iso(newest)}, which is yet to come: pass --as_of, and later rows become dead "
             "letters. Nothing was published"
         )
-    return newest + 1 if plan.as_of is None else plan.as_of
 
 
 def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
@@ -330,7 +338,7 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
 
     limit = _limit(plan)
     read = counts["rows_read"]
-    excused = sum(counts.get(f"dead: {reason}", 0) for reason in (LATE, *NOT_BAD))
+    excused = sum(counts.dead.get(reason, 0) for reason in (LATE, *NOT_BAD))
     dead = counts["rows_dead"] + counts["events_dead"] - excused
     if dead > limit * read:
         raise GateError(
@@ -338,8 +346,8 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
             f"Nothing was published. Reasons:{_listed(counts)}"
         )
     for table in ("user_profile", "item_profile"):
-        lost = counts.get(f"dead_{table}", 0)
-        rows = counts.get(f"read_{table}", 0)
+        lost = counts[f"dead_{table}"]
+        rows = counts[f"read_{table}"]
         if 2 * lost > rows:
             raise GateError(
                 f"{lost:,} of {rows:,} rows for {table} break the contract. Nothing was published. Reasons:{_listed(counts)}"
@@ -355,20 +363,50 @@ def _limit(plan: RunPlan) -> float:
 
 
 def _listed(counts: Counts) -> str:
-    reasons = sorted(
-        ((n, name[6:]) for name, n in counts.items() if name.startswith("dead: ")), reverse=True
-    )
-    return "".join(f"\n  {n:,}  {reason}" for n, reason in reasons)
+    return "".join(f"\n{reason}" for reason in counts.reasons())
 
 
-JOB = Job(
-    name="events",
-    doc="raw rows → events by user, profiles, dead letters",
-    reads={"raw": ()},
-    also_depends_on=("erased",),
-    options=TableOptions,
-    steps=partial(BuildTables, read=parse_unit, build=build),
-    num_parts=lambda plan, units: 4 * num_partitions(plan) + units,
-    gate=raw_gate,
-    account=account,
-)
+class Events(Job):
+    """Raw rows → events, profiles and dead letters; every raw row is accounted for."""
+
+    name = "events"
+    doc = "raw rows → events by user, profiles, dead letters"
+    reads: ClassVar = {"raw": ()}
+    also_depends_on = ("erased",)
+    set_aside = ("dead_letters",)
+
+    def gate(self, plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+        """Check a sample of the raw rows."""
+        return raw_gate(plan, units, settings)
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Raw units → pieces by user → parts."""
+        return BuildTables(plan, parse_unit, build)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """Three tables and repeats in each partition, and dead letters of each unit."""
+        return 4 * num_partitions(plan) + units
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Refuse lost rows, and too many dead letters."""
+        account(plan, units, counts)
+
+    def as_of(self, plan: RunPlan, counts: Counts) -> int:
+        """Return the time just after the newest event, unless another was asked for."""
+        assert counts.latest is not None
+        return counts.latest + 1 if plan.as_of is None else plan.as_of
+
+    def built_limit(self, plan: RunPlan) -> float:
+        """Return 0: `max_bad_fraction` is about raw rows here."""
+        return 0.0
+
+    def headline(self, counts: Counts) -> str:
+        """Say how many rows became what."""
+        used = counts["rows_used"]
+        made = counts["events_made"]
+        kept = counts["rows_events"]
+        events = "" if made == used == kept else f"; {made:,} events, {kept:,} kept"
+        return f"read {counts['rows_read']:,} = used {used:,} + dead letters {counts['rows_dead']:,}{events}"
+
+
+JOB = Events()

@@ -8,18 +8,22 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.engine.options import TableOptions
+from beam_jobs.engine.build import BuildTables
+from beam_jobs.engine.job import Job, refuse_lost_events
 from beam_jobs.engine.partition import Key, sort_by_key_and_time
-from beam_jobs.engine.runs import BuildTables, Built, Job, RunPlan, account_of_events
+from beam_jobs.engine.parts import Built
+from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.jobs.events import by_item, in_histories, num_partitions
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import STAT_WINDOWS_DAYS
 from feature_repo.history.history import run_ends, run_starts
 from feature_repo.history.sums import Exact, stat_values
@@ -35,7 +39,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
         f"part-{key[1]:05d}.parquet",
         parquet_bytes(rows),
         rows.num_rows,
-        {"events": events.num_rows},
+        Counts({"events": events.num_rows}),
     )
 
 
@@ -119,12 +123,24 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     return pa.table(columns, schema=arrow_schema(contract.table("item_stats")))
 
 
-JOB = Job(
-    name="item_stats",
-    doc="events → windowed counts and mean values by item",
-    reads={"events": ("events",)},
-    options=TableOptions,
-    steps=partial(BuildTables, read=by_item, build=build),
-    account=account_of_events,
-    num_parts=lambda plan, units: num_partitions(plan),
-)
+class ItemStats(Job):
+    """Events → statistics of items; every event is counted."""
+
+    name = "item_stats"
+    doc = "events → windowed counts and mean values by item"
+    reads: ClassVar = {"events": ("events",)}
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Events → pieces by item → parts."""
+        return BuildTables(plan, by_item, build)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """One of each partition."""
+        return num_partitions(plan)
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Refuse lost events."""
+        refuse_lost_events(plan, units, counts)
+
+
+JOB = ItemStats()

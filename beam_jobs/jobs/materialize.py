@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import apache_beam as beam
 import numpy as np
@@ -20,14 +21,17 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import OnlineOptions
 from beam_jobs.engine.partition import to_ipc
-from beam_jobs.engine.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
+from beam_jobs.engine.parts import Built, write_built
+from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.engine.sinks import WriteView
 from beam_jobs.errors import BreaksLiveError
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.declarations import lacks, spec_of
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history.history import newest_rows
@@ -133,14 +137,11 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
 def note(plan: RunPlan, view: str, what: str, rows: int) -> str:
     """Write down how many rows of a view went online, or lost their values there."""
     data = f'{{"rows": {rows}}}'.encode()
-    return write_built(
-        plan, Built("materialized", f"{view}-{what}.json", data, rows, {f"{what}_{view}": rows})
-    )
+    counts = Counts({f"{what}_{view}": rows})
+    return write_built(plan, Built("materialized", f"{view}-{what}.json", data, rows, counts))
 
 
-def refuse_to_break_the_live_bundle(
-    plan: RunPlan, units: Sequence[Unit], settings: Settings
-) -> str | None:
+def refuse_to_break_the_live_bundle(plan: RunPlan, settings: Settings) -> None:
     """Refuse to replace what servers read with rows that lack some of it.
 
     Raises:
@@ -150,37 +151,18 @@ def refuse_to_break_the_live_bundle(
     assert isinstance(plan.options, OnlineOptions)
     live = Catalogue(settings.catalogue_url).live_or_none(plan.dataset)
     if live is None or plan.options.break_live:
-        return None
+        return
     stored = settings.path(live.path) / "bundle.json"
     try:
         needed = contract(spec_of(json.loads(stored.read_text())["contract"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a bundle that no server can load reads nothing
+        return  # a bundle that no server can load reads nothing
     if lacking := lacks(needed, plan.contract):
         raise BreaksLiveError(
             f"the live bundle {live.recipe}@{live.digest[:12]} reads {', '.join(lacking)}, which the contract in force does not "
             "have: its servers would rank from nothing. Train and export a bundle without it first; training needs no "
             "materialize. Or pass --break_live"
         )
-    return None
-
-
-def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
-    """Every view was written."""
-    missing = {unit.table for unit in units} - {name.removeprefix("online_") for name in counts}
-    assert not missing, f"no rows of {sorted(missing)} were written"
-    return plan.as_of
-
-
-def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
-    """Leave the run's id in the store."""
-    if counts is not None:
-        write_own_views(plan, settings)
-        note_epoch(settings_of(plan), "materialize", plan.run_id)
-    gone = sum(rows for name, rows in (counts or {}).items() if name.startswith("gone_"))
-    return (
-        [f"{gone:,} keys that the tables no longer have lost their values online"] if gone else []
-    )
 
 
 def write_own_views(plan: RunPlan, settings: Settings) -> None:
@@ -239,21 +221,52 @@ def _sent_file(plan: RunPlan, view: str) -> str:
     return f"{plan.folder.root}/sent-{view}.parquet"
 
 
-JOB = Job(
-    name="materialize",
-    doc="newest row of each key → online store",
-    reads={
+class MaterializeJob(Job):
+    """Newest rows → online store; every view is written."""
+
+    name = "materialize"
+    doc = "newest row of each key → online store"
+    reads: ClassVar = {
         "events": ("user_profile", "item_profile"),
         "user_history": ("user_history", "user_stats"),
         "item_stats": ("item_stats",),
-    },
-    options=OnlineOptions,
-    steps=Materialize,
-    num_parts=lambda plan, units: (
-        units + len({"user_profile", "item_profile", "user_history", "user_stats", "item_stats"})
-    ),
-    also_depends_on=("views", "erased"),
-    gate=refuse_to_break_the_live_bundle,
-    account=account,
-    finish=finish,
-)
+    }
+    options = OnlineOptions
+    also_depends_on = ("views", "erased")
+    writes_online = True
+
+    def gate(self, plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+        """Refuse to replace what servers read with rows that lack some of it."""
+        refuse_to_break_the_live_bundle(plan, settings)
+        return None
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Parts of views → rows online."""
+        return Materialize(plan)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """Keys of each unit, and a note of each view."""
+        return units + sum(len(tables) for tables in self.reads.values())
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Check that every view was written."""
+        missing = {unit.table for unit in units} - {
+            name.removeprefix("online_") for name in counts.numbers
+        }
+        assert not missing, f"no rows of {sorted(missing)} were written"
+
+    def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
+        """Write custom views, and leave the run's id in the store."""
+        if counts is None:
+            return []
+        write_own_views(plan, settings)
+        note_epoch(plan.settings, "materialize", plan.run_id)
+        gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
+        return (
+            [f"{gone:,} keys that the tables no longer have lost their values online"]
+            if gone
+            else []
+        )
+
+
+JOB = MaterializeJob()

@@ -16,24 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs.engine.build import BuildTables
+from beam_jobs.engine.job import Job, refuse_lost_events
 from beam_jobs.engine.options import ExampleOptions
 from beam_jobs.engine.partition import Key, sort_by_key_and_time
-from beam_jobs.engine.runs import (
-    BuildTables,
-    Built,
-    Counts,
-    Job,
-    ReadOnce,
-    RunPlan,
-    Unit,
-    account_of_events,
-)
+from beam_jobs.engine.parts import Built
+from beam_jobs.engine.plan import ReadOnce, RunPlan, Unit
 from beam_jobs.errors import NotEnoughItemsError
 from beam_jobs.jobs.events import by_user, num_partitions
 from feature_repo import datasets
@@ -46,6 +41,7 @@ from feature_repo.contract.arrow import (
     micros_iso,
 )
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.key_index import KeyIndex
 from feature_repo.errors import DeclarationError
 from feature_repo.history.history import run_ends, run_starts
@@ -162,7 +158,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
 
 def example_rows(
     dataset_name: str, events: pa.Table, tables: ItemTables, seed: int
-) -> tuple[pa.Table, dict[str, int]]:
+) -> tuple[pa.Table, Counts]:
     """Training examples of whole users, sorted by user and request; and counts.
 
     Raises:
@@ -191,12 +187,10 @@ def example_rows(
         counts[f"undefined_{name}"] = int((asked.label[:, number] == UNDEFINED).sum())
     counts["events"] = events.num_rows
     counts |= {"repeats_in_requests": asked.repeats, "requests_short_of_negatives": drawn.short}
+    seen = Counts(counts)
     if len(asked):
-        counts |= {
-            "max_request_micros": int(asked.times.max()),
-            "min_request_micros": int(asked.times.min()),
-        }
-    return as_rows(contract, asked, drawn, items, events), counts
+        seen += Counts(earliest=int(asked.times.min()), latest=int(asked.times.max()))
+    return as_rows(contract, asked, drawn, items, events), seen
 
 
 @dataclass(frozen=True)
@@ -357,17 +351,15 @@ def _number_within(keys: pa.Array) -> np.ndarray:
     return np.arange(len(keys)) - np.repeat(starts, run_ends(starts, len(keys)) - starts)
 
 
-def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
-    """Every event was counted, and requests fall into the periods that the dataset declares.
+def refuse_empty_periods(plan: RunPlan, counts: Counts) -> None:
+    """Refuse requests that do not fall into the periods that the dataset declares.
 
     Raises:
-        LostRowsError: an event was not counted.
         DeclarationError: no request is in the training period, or all are.
     """
-    as_of = account_of_events(plan, units, counts)
-    first = counts.pop("min_request_micros", 0)
-    last = counts.pop("max_request_micros", 0)
-    empty = [name for name in PERIODS if not counts.get(f"requests_{name}")]
+    first = counts.earliest or 0
+    last = counts.latest or 0
+    empty = [name for name in PERIODS if not counts[f"requests_{name}"]]
     rules = plan.contract.spec.requests
     if len(empty) > 1 or "train" in empty:
         raise DeclarationError(
@@ -375,16 +367,29 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
             f"{rules.validation_from}, test_from {rules.test_from}, and the requests of this data run from "
             f"{micros_iso(first)} to {micros_iso(last)}. Nothing was published"
         )
-    return as_of
 
 
-JOB = Job(
-    name="training_examples",
-    doc="events and item statistics → requests with candidates and labels",
-    reads={"events": ("events",)},
-    options=ExampleOptions,
-    steps=partial(BuildTables, read=by_user, build=build),
-    num_parts=lambda plan, units: num_partitions(plan),
-    account=account,
-    also_depends_on=("item_stats",),
-)
+class TrainingExamples(Job):
+    """Events and item statistics → requests with candidates and labels; every event is counted."""
+
+    name = "training_examples"
+    doc = "events and item statistics → requests with candidates and labels"
+    reads: ClassVar = {"events": ("events",)}
+    options = ExampleOptions
+    also_depends_on = ("item_stats",)
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Events → pieces by user → parts."""
+        return BuildTables(plan, by_user, build)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """One of each partition."""
+        return num_partitions(plan)
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Refuse lost events, and periods without a request."""
+        refuse_lost_events(plan, units, counts)
+        refuse_empty_periods(plan, counts)
+
+
+JOB = TrainingExamples()

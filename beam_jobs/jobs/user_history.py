@@ -5,17 +5,21 @@ events of each user beside a sketch of all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from typing import ClassVar
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.engine.options import TableOptions
+from beam_jobs.engine.build import BuildTables
+from beam_jobs.engine.job import Job, refuse_lost_events
 from beam_jobs.engine.partition import Key, sort_by_key_and_time
-from beam_jobs.engine.runs import BuildTables, Built, Job, ReadOnce, RunPlan, account_of_events
+from beam_jobs.engine.parts import Built
+from beam_jobs.engine.plan import ReadOnce, RunPlan, Unit
 from beam_jobs.jobs.events import by_user, in_histories, num_partitions
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros, value_codes
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.key_index import KeyIndex
 from feature_repo.history import history, user_stats
 from feature_repo.history.envelope import Identity
@@ -38,7 +42,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, log.schema) as writer:
         writer.write_batch(log)
-    counts = {"users": log.num_rows, "events": read, "shown": read - events.num_rows}
+    counts = Counts({"users": log.num_rows, "events": read, "shown": read - events.num_rows})
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     stats = user_stats.build(contract, events)
     packed = packed_rows(contract, events, stats, remembered)
@@ -133,12 +137,24 @@ def sketched(
     return found
 
 
-JOB = Job(
-    name="user_history",
-    doc="events → history log, user statistics, newest events packed beside a sketch of all",
-    reads={"events": ("events",)},
-    options=TableOptions,
-    steps=partial(BuildTables, read=by_user, build=build),
-    account=account_of_events,
-    num_parts=lambda plan, units: 3 * num_partitions(plan),
-)
+class UserHistory(Job):
+    """Events → histories; every event is counted."""
+
+    name = "user_history"
+    doc = "events → history log, user statistics, newest events packed beside a sketch of all"
+    reads: ClassVar = {"events": ("events",)}
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Events → pieces by user → parts."""
+        return BuildTables(plan, by_user, build)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """Three tables of each partition."""
+        return 3 * num_partitions(plan)
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Refuse lost events."""
+        refuse_lost_events(plan, units, counts)
+
+
+JOB = UserHistory()

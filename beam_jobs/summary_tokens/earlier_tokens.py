@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.engine.runs import RunPlan
+from beam_jobs.engine.plan import RunPlan
 from beam_jobs.summary_tokens.token_options import prepared
 from feature_repo.contract.arrow import arrow_schema, from_micros
 from feature_repo.contract.contract import TOKEN_VERSION
@@ -24,6 +24,14 @@ from feature_repo.history.history import Histories, newest_rows
 from feature_repo.history.token_log import PartName
 
 Stored = tuple[bytes, bytes | None]  # envelopes of a user's tokens and of their state
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stage 1 that can go on: its state, R × K, and the time of the last event in it, microseconds."""
+
+    state: np.ndarray
+    as_of: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +77,14 @@ class Earlier:
 
     def streams(
         self, ids: list[Any], known: np.ndarray, histories: Histories, rows: list[int]
-    ) -> dict[int, tuple[np.ndarray, int]]:
+    ) -> dict[int, Stream]:
         """Stored streams of these rows, with the time of their last event.
 
         The digest says that the events behind them are still the first of the history. Events that
         came since with the time of the last one, or before it, cannot be added to what a stream has
         seen: then the history is read anew.
         """
-        found: dict[int, tuple[np.ndarray, int]] = {}
+        found: dict[int, Stream] = {}
         stored = self.stored([ids[row] for row in rows]) if rows else {}
         for row in rows:
             _, kept = stored.get(ids[row], (b"", None))
@@ -94,7 +102,7 @@ class Earlier:
                 state.fingerprint == prepared(self._plan).version and state.num_events == known[row]
             )
             if ours and not followed and state.tokens_SD is not None:
-                found[row] = (state.tokens_SD, state.as_of)
+                found[row] = Stream(state.tokens_SD, state.as_of)
         return found
 
     def stored(self, ids: list[Any]) -> dict[Any, Stored]:

@@ -6,8 +6,7 @@ a log part ─► pieces of users ─► due at each snapshot ─► summaries �
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.engine.runs import Built, RunPlan, Unit
-from beam_jobs.summary_tokens.earlier_tokens import Earlier, Stored
+from beam_jobs.engine.parts import Built
+from beam_jobs.engine.plan import RunPlan, Unit
+from beam_jobs.summary_tokens.earlier_tokens import Earlier, Stored, Stream
 from beam_jobs.summary_tokens.token_options import prepared
 from feature_repo.contract.arrow import arrow_schema, from_micros
+from feature_repo.contract.counts import Counts
 from feature_repo.history import token_log
 from feature_repo.history.envelope import Envelope, EnvelopeError, to_bytes
 from feature_repo.history.history import Histories, HistoryLog
@@ -65,7 +66,7 @@ class Piece:
     rows: list[TokenRow] = field(default_factory=list)
     refilled: dict[Any, Stored] = field(default_factory=dict)
     dead: list[DeadUser] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def newest(self) -> dict[Any, Stored]:
@@ -82,11 +83,10 @@ def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterato
     ranges = piece_ends(log.lengths, summariser.bytes_of_user(len(snapshots_of(plan))))
     for number, (start, stop) in enumerate(ranges):
         name = PartName(options.run_number, unit.number, options.log_parts, number)
-        made = summarise_piece(
-            plan, log, np.arange(start, stop), item_of_key, summariser, earlier, name
-        )
-        counts = {**made.counts, **({"users_in_log": len(log.users)} if number == 0 else {})}
-        yield replace(made, counts=Counter(counts))
+        rows = np.arange(start, stop)
+        piece = summarise_piece(plan, log, rows, item_of_key, summariser, earlier, name)
+        of_part = Counts({"users_in_log": len(log.users)} if number == 0 else {})
+        yield replace(piece, counts=piece.counts + of_part)
 
 
 def piece_ends(lengths: np.ndarray, bytes_of_user: int) -> list[tuple[int, int]]:
@@ -118,59 +118,84 @@ def snapshots_of(plan: RunPlan) -> list[int]:
     return sorted(found)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Users:
-    """Users of a piece while they are summarised: what is known of each so far.
+    """The users of a piece: their histories, and whether stored tokens still are of these.
 
     Args:
         ids: by row of the piece.
         histories: of all of them.
-        known: events behind each one's newest tokens; 0 if the stored ones are of a different history.
         corrected: users whose history is no longer the one that their stored tokens know.
-        streams: by row, where stage 1 can go on: its state, and the time of the last event in it.
-        dead: by row, why there are no tokens.
     """
 
     ids: list[Any]
     histories: Histories
     digests: np.ndarray
-    known: np.ndarray
     corrected: np.ndarray
-    streams: dict[int, tuple[np.ndarray, int]]
-    dead: dict[int, str]
 
     def digest_at(self, row: int, num_events: int) -> int:
         """Digest of a user's first events."""
         return int(self.digests[self.histories.offsets[row] + num_events - 1]) if num_events else 0
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far the users of a piece are summarised.
+
+    Args:
+        known: events behind each one's newest tokens; 0 without, or if the stored ones are of another history.
+        streams: by row, where stage 1 can go on: its state, and the time of the last event in it.
+        dead: by row, why there are no tokens.
+    """
+
+    known: np.ndarray
+    streams: Mapping[int, Stream]
+    dead: Mapping[int, str]
+
+    def due(self, ends: np.ndarray) -> list[int]:
+        """Rows that have events before an instant which their tokens do not know.
+
+        Args:
+            ends: events of each user before it.
+        """
+        return [row for row in np.flatnonzero(ends > self.known).tolist() if row not in self.dead]
+
+    def after(self, results: Sequence[Result], ends: np.ndarray) -> Progress:
+        """The progress once these results are there."""
+        known = self.known.copy()
+        streams = dict(self.streams)
+        dead = dict(self.dead)
+        for result in results:
+            if result.tokens is None:
+                dead[result.row] = result.reason
+                continue
+            known[result.row] = ends[result.row]
+            if result.stream is not None:
+                streams[result.row] = result.stream
+        return Progress(known, streams, dead)
+
+
 def users_of_piece(
     plan: RunPlan, log: HistoryLog, rows: np.ndarray, summariser: Summariser, earlier: Earlier
-) -> Users:
-    """Histories of some log rows beside what earlier runs stored of them."""
+) -> tuple[Users, Progress]:
+    """Histories of some log rows, and how far earlier runs summarised them."""
     histories = log.gather(rows, log.lengths[rows])
     digests = histories.digests(log.item_hashes)
-    users = log.users.take(pa.array(rows))
-    ids = users.to_pylist()
-    before = earlier.newest_of(users)
+    keys = log.users.take(pa.array(rows))
+    ids = keys.to_pylist()
+    # 1. Stored tokens hold where the digest of as many first events is still the same.
+    before = earlier.newest_of(keys)
     stored = before.num_events
     there = (stored > 0) & (stored <= histories.lengths)
+    last = histories.offsets[:-1][there] + stored[there] - 1
     same = np.zeros(len(rows), bool)
-    same[there] = (
-        digests[histories.offsets[:-1][there] + stored[there] - 1] == before.digests[there]
-    )
-    known = np.where(same, stored, 0)
-    if prepared(plan).full:
-        known = np.zeros_like(known)
-    going_on = (
-        np.flatnonzero((known > 0) & (histories.lengths > known)).tolist()
-        if summariser.streams
-        else []
-    )
-    streams = earlier.streams(ids, known, histories, going_on)
-    return Users(
-        ids, histories, digests, known, (stored > 0) & ~same, streams, unordered(histories)
-    )
+    same[there] = digests[last] == before.digests[there]
+    known = np.where(same & (not prepared(plan).full), stored, 0)
+    # 2. Streams of those who have new events.
+    grown = np.flatnonzero((known > 0) & (histories.lengths > known)).tolist()
+    streams = earlier.streams(ids, known, histories, grown if summariser.streams else [])
+    users = Users(ids, histories, digests, (stored > 0) & ~same)
+    return users, Progress(known, streams, unordered(histories))
 
 
 def summarise_piece(
@@ -188,46 +213,44 @@ def summarise_piece(
     options = prepared(plan)
     if not len(rows):
         return Piece(name)
-    users = users_of_piece(plan, log, rows, summariser, earlier)
-    last = events_before(users.histories, snapshots_of(plan)[-1])
-    counts: Counter[str] = Counter(
-        users=int((last > 0).sum()), corrected=int(users.corrected.sum())
-    )
-    made: list[TokenRow] = []
-    ordinary = set(snapshots_of(plan))
-    for at in sorted(ordinary | set(options.earlier_as_of)):
+    users, progress = users_of_piece(plan, log, rows, summariser, earlier)
+    snapshots = snapshots_of(plan)
+    # 1. One instant after the other, for each goes on from where the one before ended.
+    results: list[Result] = []
+    for at in sorted({*snapshots, *options.earlier_as_of}):
         ends = events_before(users.histories, at)
-        due = [row for row in np.flatnonzero(ends > users.known).tolist() if row not in users.dead]
-        if at not in ordinary:
-            # Tokens that an earlier run left at its own end are of the old past: they too get new
-            # ones.
+        due = progress.due(ends)
+        if at not in snapshots:
+            # Tokens that an earlier run left at its own end are of the old past: they too get new ones.
             due = [row for row in due if users.corrected[row]]
-        for result in summarised(summariser, users, item_of_key, due, ends, at):
-            stored = result.reason or stored_row(plan, summariser, users, result, at)
-            if isinstance(stored, str):
-                users.dead[result.row] = stored
-                continue
-            made.append(stored)
-            counts["extended" if result.extended else "from_start"] += 1
-            users.known[result.row] = ends[result.row]
-            if result.summary is not None and result.summary.streams_BRK is not None:
-                state = result.summary.streams_BRK[result.place]
-                users.streams[result.row] = (state, int(result.summary.as_of[result.place]))
-    written = {row.user for row in made}
-    still = [row for row in np.flatnonzero(last > 0).tolist() if users.ids[row] not in written]
-    counts["skipped"] = sum(row not in users.dead for row in still)
-    counts["covered"] = int(((users.known > 0) & (last > 0)).sum())
-    missing = [
-        users.ids[row]
-        for row in np.flatnonzero(users.known > 0).tolist()
-        if users.ids[row] not in written
-    ]
-    refilled = earlier.stored(missing) if options.refill else {}
+        made = summarised(plan, summariser, users, progress, item_of_key, due, ends, at)
+        progress = progress.after(made, ends)
+        results += made
+    # 2. What came of it.
+    rows_made = [result.tokens for result in results if result.tokens is not None]
+    written = {row.user for row in rows_made}
+    last = events_before(users.histories, snapshots[-1])
+    alive = np.flatnonzero(last > 0).tolist()
+    untouched = [row for row in alive if users.ids[row] not in written]
+    with_tokens = np.flatnonzero(progress.known > 0).tolist()
+    missing = [users.ids[row] for row in with_tokens if users.ids[row] not in written]
+    extended = sum(result.extended for result in results if result.tokens is not None)
+    counts = Counts(
+        {
+            "users": len(alive),
+            "corrected": int(users.corrected.sum()),
+            "extended": extended,
+            "from_start": len(rows_made) - extended,
+            "skipped": sum(row not in progress.dead for row in untouched),
+            "covered": int(((progress.known > 0) & (last > 0)).sum()),
+        }
+    )
     dead = [
         DeadUser(users.ids[row], int(last[row]), reason)
-        for row, reason in sorted(users.dead.items())
+        for row, reason in sorted(progress.dead.items())
     ]
-    return Piece(name, made, refilled, dead, counts)
+    refilled = earlier.stored(missing) if options.refill else {}
+    return Piece(name, rows_made, refilled, dead, counts)
 
 
 def unordered(histories: Histories) -> dict[int, str]:
@@ -246,53 +269,63 @@ def events_before(histories: Histories, at: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Result:
-    """One user's summary, at `place` of one that holds several; or the reason why there are no tokens."""
+    """One user's tokens at one instant, and the state of the stream behind them; or the reason why there are
+    none.
+
+    Args:
+        extended: whether they went on from a stored state.
+    """
 
     row: int
-    extended: bool = False  # whether it went on from a stored state
-    summary: Summary | None = None
-    place: int = 0
+    tokens: TokenRow | None = None
+    stream: Stream | None = None
+    extended: bool = False
     reason: str = ""
 
 
 def summarised(
+    plan: RunPlan,
     summariser: Summariser,
     users: Users,
+    progress: Progress,
     item_of_key: np.ndarray,
     due: list[int],
     ends: np.ndarray,
     at: int,
-) -> Iterator[Result]:
-    """Summaries of the users that are due: from the start, or, where a state is stored, from
-    there.
-    """
-    # Both lists first: whoever takes the results adds to the streams.
-    fresh = [row for row in due if row not in users.streams]
-    going_on = [row for row in due if row in users.streams]
-    about = (summariser, users, item_of_key, ends, at)
-    for result in together(partial(whole_summary, *about), fresh):
-        yield result
-    for result in together(partial(extended_summary, *about), going_on):
-        yield replace(result, extended=True)
+) -> list[Result]:
+    """Tokens of the users that are due: from the start, or, where a state is stored, from there."""
+    fresh = [row for row in due if row not in progress.streams]
+    going_on = [row for row in due if row in progress.streams]
+    whole = partial(whole_summary, summariser, users, item_of_key, ends, at)
+    extended = partial(extended_summary, summariser, users, progress, item_of_key, ends)
+    store = partial(stored_result, plan, summariser, users, at)
+    return [
+        *together(whole, store, fresh),
+        *(replace(result, extended=True) for result in together(extended, store, going_on)),
+    ]
 
 
-def together(make: Callable[[list[int]], Summary], rows: list[int]) -> Iterator[Result]:
+def together(
+    make: Callable[[list[int]], Summary],
+    store: Callable[[int, Summary, int], Result],
+    rows: list[int],
+) -> list[Result]:
     """Summaries of these rows at once; where that fails, one by one, so that one bad history costs
     no other.
+
+    Args:
+        make: makes a summary of rows.
+        store: makes a result of a row, a summary, and the row's place in it.
     """
     if not rows:
-        return
+        return []
     try:
         summary = make(rows)
-    except MODEL_ERRORS:
-        for row in rows:
-            try:
-                yield Result(row, summary=make([row]))
-            except MODEL_ERRORS as error:
-                yield Result(row, reason=f"{type(error).__name__}: {error}")
-        return
-    for place, row in enumerate(rows):
-        yield Result(row, summary=summary, place=place)
+    except MODEL_ERRORS as error:
+        if len(rows) == 1:
+            return [Result(rows[0], reason=f"{type(error).__name__}: {error}")]
+        return [result for row in rows for result in together(make, store, [row])]
+    return [store(row, summary, place) for place, row in enumerate(rows)]
 
 
 def whole_summary(
@@ -314,9 +347,9 @@ def whole_summary(
 def extended_summary(
     summariser: Summariser,
     users: Users,
+    progress: Progress,
     item_of_key: np.ndarray,
     ends: np.ndarray,
-    at: int,
     rows: list[int],
 ) -> Summary:
     """Extend stored states by the events since."""
@@ -324,34 +357,42 @@ def extended_summary(
 
     which = np.array(rows)
     starts = users.histories.offsets[which]
-    known = users.known[which]
-    states = np.stack([users.streams[row][0] for row in rows])
-    last = np.array([users.streams[row][1] for row in rows])
+    known = progress.known[which]
+    states = np.stack([progress.streams[row].state for row in rows])
+    last = np.array([progress.streams[row].as_of for row in rows])
     before = Summary(np.empty(len(which)), states, known, last)
     return summariser.extended(
         before, users.histories.take(starts + known, starts + ends[which]), item_of_key
     )
 
 
-def stored_row(
-    plan: RunPlan, summariser: Summariser, users: Users, result: Result, at: int
-) -> TokenRow | str:
+def stored_result(
+    plan: RunPlan,
+    summariser: Summariser,
+    users: Users,
+    at: int,
+    row: int,
+    summary: Summary,
+    place: int,
+) -> Result:
     """One user's tokens as they are stored; or why they cannot be."""
     from modeling.bundle.summary import envelopes
 
-    assert result.summary is not None
     options = prepared(plan)
-    user = users.ids[result.row]
-    number = int(result.summary.num_events[result.place])
-    digest = users.digest_at(result.row, number)
+    user = users.ids[row]
+    number = int(summary.num_events[place])
+    digest = users.digest_at(row, number)
     assert options.kind is not None
     about = (summariser.fingerprint, options.computed_at_micros, options.kind, digest)
     try:
-        stored = envelopes(result.summary, result.place, user, *about)
+        stored = envelopes(summary, place, user, *about)
     except EnvelopeError as error:
-        return str(error)
+        return Result(row, reason=str(error))
     # Just after the instant, so that the row of a later run at the same one stands after it.
-    return TokenRow(user, stored, number, digest, at + options.run_number)
+    tokens = TokenRow(user, stored, number, digest, at + options.run_number)
+    if summary.streams_BRK is None:
+        return Result(row, tokens)
+    return Result(row, tokens, Stream(summary.streams_BRK[place], int(summary.as_of[place])))
 
 
 def tombstones(plan: RunPlan) -> Iterator[Piece]:
@@ -375,7 +416,7 @@ def tombstones(plan: RunPlan) -> Iterator[Piece]:
         )
     if rows:
         name = PartName(options.run_number, options.log_parts, options.log_parts, 0)
-        yield Piece(name, rows, counts=Counter(tombstones=len(rows)))
+        yield Piece(name, rows, counts=Counts({"tombstones": len(rows)}))
 
 
 def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
@@ -435,12 +476,13 @@ def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
         ],
         schema=schema,
     )
-    counts = {
-        **piece.counts,
-        "tokens": len(piece.rows),
-        "users_written": len(piece.newest),
-        "dead_letters": len(dead),
-    }
-    yield Built(
-        "token_dead_letters", name.file("parquet"), parquet_bytes(dead), dead.num_rows, counts
+    written = Counts(
+        {
+            "tokens": len(piece.rows),
+            "users_written": len(piece.newest),
+            "dead_letters": len(dead),
+        }
     )
+    data = parquet_bytes(dead)
+    counts = piece.counts + written
+    yield Built("token_dead_letters", name.file("parquet"), data, dead.num_rows, counts)

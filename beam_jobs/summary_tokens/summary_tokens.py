@@ -17,18 +17,21 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import apache_beam as beam
 import pyarrow.compute as pc
 
 from beam_jobs.engine.inputs import job_code, output_is_there
+from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import RunOptions, TokenOptions
-from beam_jobs.engine.runs import Built, Counts, Job, RunPlan, Unit, settings_of, write_built
+from beam_jobs.engine.parts import Built, write_built
+from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.errors import LostRowsError, OptionsError
 from beam_jobs.summary_tokens.summarise import Piece, parts_of, summarise_part, tombstones
 from beam_jobs.summary_tokens.token_options import PreparedOptions, ResolvedOptions, prepared
 from feature_repo.contract.arrow import iso_micros
+from feature_repo.contract.counts import Counts
 from feature_repo.history import token_log
 from feature_repo.history.envelope import from_bytes
 from feature_repo.history.token_log import PartName
@@ -107,7 +110,7 @@ class WriteTokens(beam.DoFn):
         from feature_repo.store.online_tokens import OnlineTokens
         from feature_repo.store.store import open_store
 
-        self._tokens = OnlineTokens(open_store(settings_of(self.plan)), self.plan.contract)
+        self._tokens = OnlineTokens(open_store(self.plan.settings), self.plan.contract)
 
     def process(self, piece: Piece) -> Iterator[str]:
         """Writes, each value at the time at which it was computed, and notes how many were newer
@@ -123,11 +126,11 @@ class WriteTokens(beam.DoFn):
             stored += self._tokens.write(
                 prepared(self.plan).version, users, tokens, states, computed_at
             )
-        counts = {"online_stored": stored, "online_kept_newer": len(every) - stored}
+        numbers = {"online_stored": stored, "online_kept_newer": len(every) - stored}
+        data = json.dumps(numbers).encode()
         name = piece.name.file("json")
-        yield write_built(
-            self.plan, Built("online_writes", name, json.dumps(counts).encode(), len(every), counts)
-        )
+        built = Built("online_writes", name, data, len(every), Counts(numbers))
+        yield write_built(self.plan, built)
 
 
 def summariser_of(plan: RunPlan) -> Summariser:
@@ -156,7 +159,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     asked = plan.options
     version = plan.options.version
     before: dict[str, Any] = published.options if published else {}
-    code = job_code(plan.job, plan.dataset)
+    code = job_code(__name__, plan.dataset)
     begun = before.get("versions", {}).get(version)
     # 1. A version keeps the kind and the snapshots that it was begun with.
     full = asked.full or (begun is not None and begun["code"] != code)
@@ -176,7 +179,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
         )
     chosen = {**kept, **wanted}
     # 2. Tokens go online again where the store is new or was emptied.
-    settings = settings_of(plan)
+    settings = plan.settings
     lost = published is not None and (
         published.inputs.get("store") != store_digest(settings)
         or not output_is_there(plan.job, settings)
@@ -255,31 +258,17 @@ def carried(plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
     }
 
 
-def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> int | None:
-    """Every user of the log was counted.
-
-    Raises:
-        LostRowsError: somebody was not.
-    """
-    given = sum(unit.rows for unit in units)
-    if counts.get("users_in_log", 0) != given:
-        raise LostRowsError(
-            f"{given:,} users went in, {counts.get('users_in_log', 0):,} were counted: the run was not published"
-        )
-    return plan.as_of
-
-
-def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
-    """Note the coverage; the bundle goes live where enough users have tokens. Returns what to
-    tell.
+def note_coverage(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
+    """Note the coverage; the bundle goes live where enough users have tokens. Returns lines for the person who
+    ran the job.
     """
     catalogue = Catalogue(settings.catalogue_url)
     assert isinstance(plan.options, ResolvedOptions)
     options = plan.options
     # 1. Note what was built.
-    said = []
+    lines = []
     if counts is not None:
-        note_epoch(settings_of(plan), plan.job, plan.run_id)
+        note_epoch(plan.settings, plan.job, plan.run_id)
         catalogue.record_tokens(
             fingerprint=options.version,
             dataset=plan.dataset,
@@ -288,35 +277,35 @@ def finish(plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str
             covered=counts["covered"],
             shape=options.shape,
         )
-        if counts.get("tombstones") or counts.get("corrected"):
-            said.append(
-                f"{counts.get('corrected', 0):,} users' past was corrected: summarised anew; "
-                f"{counts.get('tombstones', 0):,} users are gone: tombstones"
+        if counts["tombstones"] or counts["corrected"]:
+            lines.append(
+                f"{counts['corrected']:,} users' past was corrected: summarised anew; "
+                f"{counts['tombstones']:,} users are gone: tombstones"
             )
     built = {row.fingerprint: row for row in catalogue.token_versions(plan.dataset)}.get(
         options.version
     )
     if built is None:
         return []
-    said.append(
+    lines.append(
         f"tokens {options.version[:12]}: {built.covered:,} of {built.users:,} users covered ({built.coverage:.1%})"
     )
-    if counts and counts.get("online_kept_newer"):
-        said.append(f"{counts['online_kept_newer']:,} users had newer tokens online, which stay")
+    if counts and counts["online_kept_newer"]:
+        lines.append(f"{counts['online_kept_newer']:,} users had newer tokens online, which stay")
     # 2. The bundle goes live unless something speaks against it.
     if options.not_live:
-        return said
+        return lines
     digest = str(options.bundle)
     name = f"{options.recipe}@{digest[:12]}"
     if built.coverage < COVERAGE_TO_GO_LIVE:
-        return [*said, f"fewer than {COVERAGE_TO_GO_LIVE:.0%}, so {name} does not go live"]
+        return [*lines, f"fewer than {COVERAGE_TO_GO_LIVE:.0%}, so {name} does not go live"]
     if reason := catalogue.held_back(plan.dataset, digest):
         return [
-            *said,
+            *lines,
             f"{name} does not go live: {reason}. `python -m modeling bundles --promote {name}` does it all the same",
         ]
     catalogue.set_live(plan.dataset, digest)
-    return [*said, f"{name} is live"]
+    return [*lines, f"{name} is live"]
 
 
 def resolve(settings: Settings, options: RunOptions) -> RunOptions:
@@ -351,16 +340,47 @@ def resolve(settings: Settings, options: RunOptions) -> RunOptions:
     )
 
 
-JOB = Job(
-    name="summary_tokens",
-    doc="histories → summary tokens, offline and online",
-    reads={"user_history": ("history_log",)},
-    options=TokenOptions,
-    steps=SummariseHistories,
-    num_parts=lambda plan, units: 2 * units,
-    account=account,
-    resolve=resolve,
-    prepare=prepare,
-    carried=carried,
-    finish=finish,
-)
+class SummaryTokens(Job):
+    """Histories → summary tokens; every user of the log is counted."""
+
+    name = "summary_tokens"
+    doc = "histories → summary tokens, offline and online"
+    reads: ClassVar = {"user_history": ("history_log",)}
+    options = TokenOptions
+    writes_online = True
+    set_aside = ("token_dead_letters",)
+
+    def resolve(self, settings: Settings, options: RunOptions) -> RunOptions:
+        """Name the bundle, and the tokens that it makes."""
+        return resolve(settings, options)
+
+    def prepare(self, plan: RunPlan, published: Manifest | None) -> RunPlan:
+        """Give the run its number and its time."""
+        return prepare(plan, published)
+
+    def steps(self, plan: RunPlan) -> beam.PTransform:
+        """Log parts → tokens, offline, then online."""
+        return SummariseHistories(plan)
+
+    def num_parts(self, plan: RunPlan, units: int) -> int:
+        """Two of each log part, where it is one piece."""
+        return 2 * units
+
+    def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
+        """Check that every user of the log was counted."""
+        given = sum(unit.rows for unit in units)
+        if counts["users_in_log"] != given:
+            raise LostRowsError(
+                f"{given:,} users went in, {counts['users_in_log']:,} were counted: the run was not published"
+            )
+
+    def carried(self, plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
+        """Name the parts of earlier runs that stay."""
+        return carried(plan, published)
+
+    def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
+        """Note the coverage, and let the bundle go live."""
+        return note_coverage(plan, counts, settings)
+
+
+JOB = SummaryTokens()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from beam_jobs.engine.options import TokenOptions
-from beam_jobs.engine.runs import RunPlan
+from beam_jobs.engine.plan import RunPlan
 
 
 @dataclass(frozen=True)

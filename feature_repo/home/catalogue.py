@@ -101,6 +101,25 @@ class TokenVersion(Base):
         return self.covered / self.users if self.users else 0.0
 
 
+@dataclass(frozen=True)
+class TokenSpec:
+    """Which stored summary tokens a model reads: their version, and how many of which width a user has.
+
+    Example:
+        >>> TokenSpec("0" * 32, 4, 16).shape
+        (4, 16)
+    """
+
+    version: str
+    number: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """S, D."""
+        return self.number, self.width
+
+
 class NotRecordedError(ExpectedError, LookupError):
     """The catalogue has no bundle, or no summary tokens, of that name."""
 
@@ -349,15 +368,15 @@ class Catalogue:
             query = select(TokenVersion).where(TokenVersion.dataset == dataset)
             return list(session.scalars(query.order_by(TokenVersion.built_at.desc())))
 
-    def tokens_of_recipe(self, dataset: str, recipe: str) -> TokenVersion:
-        """The newest token version that a recipe's bundles made.
+    def tokens_of_recipe(self, dataset: str, recipe: str) -> TokenSpec:
+        """Return the newest token version that a recipe's bundles made.
 
         Raises:
             NotRecordedError: none was built.
         """
         for row in self.token_versions(dataset):
             if row.recipe == recipe:
-                return row
+                return TokenSpec(row.fingerprint, row.num_tokens, row.width)
         raise NotRecordedError(
             f"no summary tokens of recipe {recipe!r} are built for {dataset!r}: train, evaluate and export it, then run "
             f"`python -m beam_jobs summary_tokens --bundle {recipe} --every_days 7`"

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from feature_repo.contract.arrow import iso_micros
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.errors import ExpectedError
 
 MANIFEST = "manifest.json"
@@ -65,7 +66,7 @@ class Manifest:
     as_of: str  # ISO time; the run knows no event at or after it
     options: dict[str, Any]
     inputs: dict[str, str]  # job or raw source → digest
-    counts: dict[str, int]
+    counts: Counts
     tables: dict[str, list[Part]] = field(default_factory=dict)
     layout: int = LAYOUT
 
@@ -111,6 +112,9 @@ class Manifest:
         raw["tables"] = {
             name: [Part(**part) for part in parts] for name, parts in raw["tables"].items()
         }
+        counts = raw["counts"]
+        # Runs of before there were groups of counts hold plain numbers.
+        raw["counts"] = Counts(**counts) if "numbers" in counts else Counts(counts)
         return Manifest(**raw)
 
 

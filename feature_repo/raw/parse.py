@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from feature_repo.contract import limits
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import EVENT_ID, REQUEST_ID, Contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import (
     CREATED_TIMESTAMP,
     EVENT_TIMESTAMP,
@@ -68,16 +69,15 @@ class Parsed:
     """Rows of a raw source, split.
 
     Args:
-        counts: `rows_read`, `rows_used` (that became events), `events_made`,
-            `cut: <column>` for the values of a bag beyond what is read of it, and `lost: <column>`
-            for values that could not be read.
+        counts: `rows_read`, `rows_used` (that became events), `rows_dead`, `events_made`; of tables of users
+            and items `read_…`, `dead_…` and `profile_rows_dead`.
     """
 
     events: pa.Table
     users: pa.Table
     items: pa.Table
     dead_letters: pa.Table
-    counts: dict[str, int]
+    counts: Counts
 
 
 def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
@@ -170,8 +170,11 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
         made = {"users": nothing.users, "items": nothing.items, unit.kind: rows}
         lost = len(block.broken)
         table = PROFILES[unit.kind]
-        counts = cut_values(spec, unit.kind, read) | lost_values(spec, unit.kind, block.rows, read)
-        counts |= {f"read_{table}": lost, f"dead_{table}": lost, "profile_rows_dead": lost}
+        counts = Counts(
+            {f"read_{table}": lost, f"dead_{table}": lost, "profile_rows_dead": lost},
+            cut=cut_values(spec, unit.kind, read),
+            lost=lost_values(spec, unit.kind, block.rows, read),
+        )
         return Parsed(
             nothing.events,
             dead_letters=_letters(contract, unit, block, np.full(len(read), -1), []),
@@ -203,13 +206,16 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
     users = profile(contract, "user_profile", used, known) if spec.users is None else nothing.users
     items = profile(contract, "item_profile", used, known) if spec.items is None else nothing.items
     letters = _letters(contract, unit, block, verdict, reasons)
-    counts = cut_values(spec, "events", used) | lost_values(spec, "events", block.rows, read)
-    counts |= {
-        "rows_read": block.num_read,
-        "rows_used": int(kept.sum()),
-        "rows_dead": len(letters),
-        "events_made": len(events),
-    }
+    counts = Counts(
+        {
+            "rows_read": block.num_read,
+            "rows_used": int(kept.sum()),
+            "rows_dead": len(letters),
+            "events_made": len(events),
+        },
+        cut=cut_values(spec, "events", used),
+        lost=lost_values(spec, "events", block.rows, read),
+    )
     return Parsed(events, users, items, letters, counts)
 
 
@@ -295,7 +301,7 @@ def cut_values(spec: DatasetSpec, kind: str, read: pa.Table) -> dict[str, int]:
     for column in columns:
         if column.kind is Kind.BAG and column.name in read.column_names:
             lengths = pc.fill_null(pc.list_value_length(read[column.name]), 0).to_numpy()
-            found[f"cut: {column.name}"] = int(np.maximum(lengths - column.slots, 0).sum())
+            found[column.name] = int(np.maximum(lengths - column.slots, 0).sum())
     return found
 
 
@@ -313,7 +319,7 @@ def lost_values(spec: DatasetSpec, kind: str, given: pa.Table, read: pa.Table) -
         if further := source.missing_in.get(name):
             lost &= ~raw.says_nothing(given[name], further)
         if lost.any():
-            found[f"lost: {column.name}"] = int(lost.sum())
+            found[column.name] = int(lost.sum())
     return found
 
 

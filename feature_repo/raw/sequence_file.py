@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from feature_repo.contract.arrow import MICROS, arrow_schema, from_micros, micros_iso
 from feature_repo.contract.contract import Contract, contract
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import DatasetSpec, DType, Examples, Requests, Source, Task
 from feature_repo.errors import ExpectedError
 from feature_repo.history.history import log_part, run_starts
@@ -142,7 +143,7 @@ def write_log(path: Path, home: str) -> JobFolder:
                 as_of=micros_iso((longest + 1) * MICROS),
                 options={},
                 inputs={path.name: source},
-                counts=events.counts,
+                counts=Counts(events.counts),
                 tables={"history_log": [part]},
             )
         )

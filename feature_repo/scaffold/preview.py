@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from feature_repo.contract import limits
 from feature_repo.contract.arrow import arrow_schema, iso_micros, micros, micros_iso
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.counts import Counts, total
 from feature_repo.contract.schema import EVENT_TIMESTAMP, Column, DType, Examples
 from feature_repo.datasets import Dataset, Parsed, RawUnit
 from feature_repo.history.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
@@ -62,11 +63,10 @@ class Preview:
     Args:
         events: within all limits, sorted by user and time.
         dead: dead letters by reason.
-        rows: raw rows that were read; `of_rows` how many there are, where that is known.
-        cut: values of bags that no ranker reads, by column.
+        of_rows: how many raw rows there are; None where that is not known.
         known_items, known_users: share of the events' ids that their profiles know; None where these
             come from the events themselves.
-        lost: values that could not be read, by column.
+        counts: of what was read, values that were left out among them.
         of_files: what files say against the declaration, each in a line.
         rows_of_keys: of a table of items or users without a time: its rows and how many keys they
             are of.
@@ -75,14 +75,17 @@ class Preview:
     contract: Contract
     events: pa.Table
     dead: Counter[str]
-    rows: int
+    counts: Counts
     of_rows: int | None
-    cut: Counter[str]
     known_items: float | None
     known_users: float | None
-    lost: Counter[str] = field(default_factory=Counter)
     of_files: tuple[str, ...] = ()
     rows_of_keys: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Raw rows that were read."""
+        return self.counts["rows_read"]
 
     @property
     def whole(self) -> bool:
@@ -159,11 +162,8 @@ class Preview:
         yield f"{self.rows:,}{known} rows read: {len(self.events):,} events, {sum(self.dead.values()):,} dead letters"
         for reason, number in self.dead.most_common(10):
             yield f"  {number:,}  {reason}"
-        for name, number in self.cut.items():
-            if number:
-                yield f"  {number:,}  values of {name.removeprefix('cut: ')} beyond those that are read"
-        for name, number in self.lost.items():
-            yield f"  {number:,}  values of {name} that could not be read and are missing"
+        for line in self.counts.left_out():
+            yield f"  {line}"
         for what, share in (("items", self.known_items), ("users", self.known_users)):
             if share is not None:
                 yield f"  {share:.1%} of the events' {what} are in their table"
@@ -380,13 +380,12 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
     # 1. Parse and check events as the `events` job would.
     read = [p for unit in _some(dataset, events) for p in _parsed(dataset, unit)]
     dead: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    counts = total(parsed.counts for parsed in read)
     kept = [arrow_schema(contract.table("events")).empty_table()]
     for parsed in read:
         checked = limits.check(contract.table("events"), parsed.events)
         dead.update(parsed.dead_letters["reason"].to_pylist())
         dead.update(checked.reasons)
-        counts.update(parsed.counts)
         kept.append(checked.kept)
     # 2. Sort them as histories are.
     user = contract.user.join_key
@@ -400,20 +399,17 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
         kind: [p for unit in units if unit.kind == kind for p in dataset.parse(unit)]
         for kind in ("users", "items")
     }
-    for parsed in (*profiles["users"], *profiles["items"]):
-        counts.update(parsed.counts)
+    counts += total(parsed.counts for found in profiles.values() for parsed in found)
     keys = {"users": [p.users[user] for p in profiles["users"]]}
     keys["items"] = [p.items[item] for p in profiles["items"]]
     return Preview(
         contract,
         table,
         dead,
-        counts["rows_read"],
+        counts,
         sum(unit.rows for unit in events) if known else None,
-        _counted(counts, "cut: ", keep=True),
         _share(table[item], keys["items"]),
         _share(table[user], keys["users"]),
-        _counted(counts, "lost: "),
         tuple(_of_files(dataset, units)),
         {
             kind: (sum(map(len, found)), len(pc.unique(_joined(found))))
@@ -421,11 +417,6 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
             if found and EVENT_TIMESTAMP not in dataset.sources[kind].columns
         },
     )
-
-
-def _counted(counts: Counter[str], prefix: str, keep: bool = False) -> Counter[str]:
-    chosen = {name: n for name, n in counts.items() if name.startswith(prefix)}
-    return Counter({name if keep else name.removeprefix(prefix): n for name, n in chosen.items()})
 
 
 def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:

@@ -92,7 +92,7 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
             "`python -m feature_repo check`.",
             '"""',
             "",
-            "from feature_repo.schema import (",
+            "from feature_repo.contract.schema import (",
             *(f"    {word}," for word in imports),
             ")",
             "",

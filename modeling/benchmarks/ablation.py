@@ -49,8 +49,8 @@ def main() -> None:
 
     import torch
 
+    from modeling.benchmarks.next_item_shapes import shaped
     from modeling.claims import Sums, decided, difference, of_seeds
-    from modeling.comparison.comparison import next_item_recipe
     from modeling.next_item.next_item import open_source, stored_sums, train_and_evaluate, variant
     from modeling.training.changes import Changes, changed
 
@@ -59,7 +59,7 @@ def main() -> None:
     sums: dict[str, Sums] = {}
     rows: list[dict[str, Any]] = []
     for name, assignments in _chosen(arguments.only).items():
-        recipe = changed(next_item_recipe(WHOLE), Changes(assignments=assignments))
+        recipe = changed(shaped(WHOLE), Changes(assignments=assignments))
         if assignments:
             recipe = replace(recipe, name=f"{WHOLE}-{_word(name)}")
         runs = [variant(recipe, seed, arguments.epochs) for seed in range(1, arguments.seeds + 1)]

@@ -28,6 +28,7 @@ from feature_repo.settings import Settings
 from modeling.benchmarks import memory
 from modeling.benchmarks.published import HYDRAREC, MARGIN, PAPERS, Claim, Paper
 from modeling.benchmarks.request_cost import CANDIDATES, Cost, cost_of
+from modeling.benchmarks.shapes import shaped
 from modeling.claims import PAIRED, Difference, Sums, differences, of_seeds, pair_name
 from modeling.comparison.comparison import comparison_folder, next_item_recipe
 from modeling.comparison.ranking import (
@@ -35,13 +36,12 @@ from modeling.comparison.ranking import (
     baseline_lines,
     classic_lines,
     finish,
-    ranking_recipe,
     summary_lines,
 )
 from modeling.console import console
 from modeling.evaluation.report import BLUE, GREY, ORANGE, Section, plots, png_of, write_sections
 from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
-from modeling.recipes import SERVICE, Recipe, ranking
+from modeling.recipes import SERVICE, Recipe
 from modeling.training_set.dataset import refuse_nothing_positive
 from modeling.training_set.encodings import Encodings
 
@@ -260,7 +260,7 @@ def recipe_of(name: str, dataset: str) -> Recipe:
     """The ranking recipe of a name: in a dataset's own shape where it has one, so that parameters
     are equal.
     """
-    return ranking.for_dataset(name, dataset) if name in ranking.MODELS else ranking_recipe(name)
+    return shaped(name, dataset)
 
 
 def _next_item(asked: Asked, name: str, seed: int) -> FinishedRun:

@@ -21,7 +21,11 @@ def main() -> None:
     flags.add_argument("--data", type=Path, help="a plain sequence file; default: a dataset's log")
     splits = ("leave_one_out", "global_time")
     flags.add_argument("--split", choices=splits, default=splits[0], help="the latter needs times")
-    flags.add_argument("--recipe", required=True, help="a next-item recipe")
+    flags.add_argument(
+        "--recipe",
+        required=True,
+        help="a next-item recipe, or a shape of next_item_shapes.py such as sasrec_ml1m",
+    )
     flags.add_argument("--seeds", type=int, default=1, help="seeds 1 … N (default 1)")
     flags.add_argument("--epochs", type=int, help="default: the recipe's; 1 with --quick")
     flags.add_argument("--device", default="cpu")
@@ -32,11 +36,11 @@ def main() -> None:
 
     import torch
 
-    from modeling.comparison.comparison import next_item_recipe
+    from modeling.benchmarks.next_item_shapes import shaped
     from modeling.next_item.next_item import open_source, train_and_evaluate, variant
 
     torch.set_num_threads(arguments.threads)
-    recipe = next_item_recipe(arguments.recipe)
+    recipe = shaped(arguments.recipe)
     source = open_source(Settings.from_env(), arguments.data, arguments.split)
     results = [
         train_and_evaluate(source, variant(recipe, seed, arguments.epochs), arguments.device)

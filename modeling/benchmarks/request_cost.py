@@ -83,11 +83,12 @@ def _measured(model: Ranker, batch: Batch) -> _Measured:
     given = user
     one_event_ms = None
     state_bytes = None
-    if isinstance(model, TokenMaker) and model.streams:
-        tokens, streams = model.stream([user])
+    stage_1 = model.stage_1 if isinstance(model, TokenMaker) else None
+    if stage_1 is not None and stage_1.streams:
+        tokens, streams = stage_1.stream([user])
         given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
-        one_event_ms = _ms(lambda: model.stream([user.events(-1)], streams))
-        state_bytes = 2 * tokens[0].numel() + 4 * model.stored_streams(streams)[0].numel()
+        one_event_ms = _ms(lambda: stage_1.stream([user.events(-1)], streams))
+        state_bytes = 2 * tokens[0].numel() + 4 * stage_1.stored_streams(streams)[0].numel()
     state = model.encode_user(given)
     return _Measured(
         _ms(lambda: model.score(model.encode_user(given), some)),

@@ -1,7 +1,7 @@
 """What summary tokens are worth on a dataset's own tables: refresh policies, how they are stored,
 how many, reconstruction.
 
-Trains `vista_stream_*` and variants of it (or takes finished runs of the same home), then ranks the
+Trains `vista_stream` and variants of it (or takes finished runs of the same home), then ranks the
 test period from stored tokens as each refresh policy would have left them: fresh at every event,
 after every so many events, at whole multiples of so many hours, or never after the test period
 began. A user whom the policy has given no tokens yet is ranked from the short history, as the
@@ -25,7 +25,7 @@ from feature_repo.history.envelope import KINDS, Envelope, Kind, from_bytes, to_
 from feature_repo.history.history import HistoryLog
 from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.settings import Settings
-from modeling import recipes
+from modeling.benchmarks.shapes import shaped
 from modeling.bundle.summary import Summariser
 from modeling.comparison.ranking import finish
 from modeling.evaluation.evaluate import measure
@@ -62,7 +62,7 @@ class Asked:
 def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.token_quality", __doc__)
-    flags.add_argument("--recipe", default="vista_stream_retail")
+    flags.add_argument("--recipe", default="vista_stream")
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument(
         "--ablation_seeds", type=int, default=2, help="of variants with other tokens (default 2)"
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
-    base = recipes.load(arguments.recipe)
+    base = shaped(arguments.recipe, settings.dataset)
     assert isinstance(base, Recipe)
     seeds, more = (1, 0) if arguments.quick else (arguments.seeds, arguments.ablation_seeds)
     base = replace(base, training=replace(base.training, learning_rate=arguments.learning_rate))
@@ -184,9 +184,7 @@ def _gather(summariser: Summariser, asked: Asked, ends: np.ndarray, kind: Kind) 
     `kind`.
     """
     pairs, place = np.unique(np.stack([asked.rows, ends]), axis=1, return_inverse=True)
-    shape = summariser.model.token_shape
-    assert shape is not None
-    tokens = np.zeros((pairs.shape[1], *shape), np.float32)
+    tokens = np.zeros((pairs.shape[1], *summariser.stage_1.token_shape), np.float32)
     item_of_key = summariser.encoder.vocabularies[summariser.encoder.item_key].indices_of(
         asked.log.items
     )

@@ -30,6 +30,7 @@ from modeling.benchmarks.worlds import flops, gemm_rate, requests, sizes_of
 from modeling.comparison.processes import ask, peak_mb
 from modeling.inputs.batch import FeatureSizes, UserInputs
 from modeling.models.vista import VISTA
+from modeling.models.vista_stage_1 import StreamingStage1
 from modeling.training.memory import keep_freed_memory
 
 WIDTH = 128
@@ -82,6 +83,11 @@ def _build(config: dict[str, Any], sizes: FeatureSizes) -> VISTA:
     return cast(VISTA, models.build("vista", config, sizes).eval().requires_grad_(False))
 
 
+def _maker(config: dict[str, Any], sizes: FeatureSizes) -> StreamingStage1:
+    """Stage 1 alone; one that does not stream has what all of them have."""
+    return cast(StreamingStage1, _build(config, sizes).stage_1)
+
+
 @lru_cache(maxsize=4)
 def _events(size: int, seed: int = 0) -> UserInputs:
     return requests(sizes_of(512), 1, size, 1, seed).user
@@ -100,8 +106,9 @@ def _ranking(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     calls = dict[str, Callable[[], Tensor]]()
     none = batch.user.events(0, 0)
     model = _build({**STREAM, "ranking_layers": 3}, sizes)
+    stage_1 = cast(StreamingStage1, model.stage_1)
     for length in lengths:
-        tokens, _ = model.stream(_chunks(length))
+        tokens, _ = stage_1.stream(_chunks(length))
         stored = to_bytes(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
 
         def rank(stored: bytes = stored) -> Tensor:
@@ -139,7 +146,8 @@ def _against(length: int, number: int, repeats: int) -> list[dict[str, Any]]:
     calls = dict[str, Callable[[], Any]]()
     for layers in (1, 2, 3):
         model = _build({**STREAM, "ranking_layers": layers}, sizes)
-        tokens = model.tokens_of(batch.user)
+        assert model.stage_1 is not None
+        tokens = model.stage_1(batch.user)
         stored = to_bytes(Envelope("0" * 32, 1, 1, length, tokens[0].numpy()), "user")
 
         def rank(model: VISTA = model, stored: bytes = stored) -> Tensor:
@@ -221,38 +229,38 @@ def _stage_1_alone(question: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     length = question["length"]
     config = question["config"]
-    model = _build(config, sizes_of(512))
+    stage_1 = _maker(config, sizes_of(512))
     size = min(CHUNK, length)
-    model.summarise(lambda: _chunks(size))
+    stage_1.summarise(lambda: _chunks(size))
     repeats = max(1, 50_000 // length)
     cpu = []
     for _ in range(5 if length <= 100_000 else 1):
         started = time.process_time()
         for _ in range(repeats):
-            model.summarise(lambda: _chunks(length))
+            stage_1.summarise(lambda: _chunks(length))
         cpu.append((time.process_time() - started) / repeats)
     with torch.inference_mode():
-        work = flops(lambda: model.summarise(lambda: _chunks(size))) * length / size
+        work = flops(lambda: stage_1.summarise(lambda: _chunks(size))) * length / size
     return {"cpu_s": statistics.median(cpu), "gflop": work / 1e9, "peak_mb": peak_mb()}
 
 
 @torch.inference_mode()
 def _refresh(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
-    model = _build(STREAM, sizes_of(512))
+    stage_1 = _maker(STREAM, sizes_of(512))
     rows = []
     one = _events(1, 99)
     calls: dict[str, Callable[[], Any]] = {}
     anew = {}
     for length in lengths:
         started = time.process_time()
-        _, streams = model.stream(_chunks(length))
+        _, streams = stage_1.stream(_chunks(length))
         anew[length] = time.process_time() - started
-        stored = model.stored_streams(streams)
+        stored = stage_1.stored_streams(streams)
         number = torch.tensor([length])
 
         def refresh(stored: Tensor = stored, number: Tensor = number) -> Any:
-            tokens, after = model.stream([one], model.restored_streams(stored, number))
-            return tokens, model.stored_streams(after)
+            tokens, after = stage_1.stream([one], stage_1.restored_streams(stored, number))
+            return tokens, stage_1.stored_streams(after)
 
         calls[str(length)] = refresh
     seconds = interleaved(calls, 10 * repeats, 5)
@@ -287,8 +295,8 @@ def _drift(events: int) -> list[dict[str, Any]]:
         "summary_layers": 2,
         "block": 32,
     }
-    single = _build(small, sizes)
-    double = _build(small, sizes).double()
+    single = _maker(small, sizes)
+    double = _maker(small, sizes).double()
     streams = None
     rows = []
     marks = sorted({events // 100, events // 10, events})

@@ -75,17 +75,18 @@ class Summariser:
             raise ValueError(
                 f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
             )
-        self.model = cast(TokenMaker, model)
+        stage_1 = cast(TokenMaker, model).stage_1
+        assert stage_1 is not None
+        self.stage_1 = stage_1
         self.encoder = encoder
         self.fingerprint = fingerprint
-        self.streams = self.model.streams
+        self.streams = stage_1.streams
         self._lock = Lock()
 
     def bytes_of_user(self, snapshots: int = 1) -> int:
         """Return the fp32 bytes of one user's streams, and of tokens of so many snapshots."""
-        shape = self.model.token_shape
-        assert shape is not None
-        return 4 * (snapshots * math.prod(shape) + math.prod(self.model.stream_shape))
+        tokens = snapshots * math.prod(self.stage_1.token_shape)
+        return 4 * (tokens + math.prod(self.stage_1.stream_shape))
 
     def whole(self, histories: Histories, item_of_key: np.ndarray, at: np.ndarray) -> Summary:
         """Tokens of whole histories, batched by length; one that is longer than a batch goes
@@ -123,9 +124,7 @@ class Summariser:
     ) -> Summary:
         """Batch by batch; `before` holds what the streams have seen, None where they begin."""
         number = len(events.lengths)
-        shape = self.model.token_shape
-        assert shape is not None
-        tokens = np.empty((number, *shape), np.float32)
+        tokens = np.empty((number, *self.stage_1.token_shape), np.float32)
         kept: np.ndarray | None = None
         for chosen in _batches(events.lengths):
             part = events.take(events.offsets[:-1][chosen], events.offsets[1:][chosen])
@@ -147,7 +146,7 @@ class Summariser:
     ) -> tuple[Tensor, Tensor | None]:
         length = int(events.lengths.max(initial=0))
         step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
-        step = max(step // self.model.piece, 1) * self.model.piece
+        step = max(step // self.stage_1.piece, 1) * self.stage_1.piece
 
         def chunks() -> Iterator[UserInputs]:
             none = np.full(len(at), -1, np.int64)
@@ -162,15 +161,15 @@ class Summariser:
 
         if not self.streams:
             if length <= step:
-                return self.model.tokens_of(next(chunks())), None
-            return self.model.summarise(chunks), None
+                return self.stage_1(next(chunks())), None
+            return self.stage_1.summarise(chunks), None
         restored = None
         if before is not None and before.streams_BRK is not None:
             streams_BRK = torch.from_numpy(before.streams_BRK)
             seen = torch.from_numpy(before.num_events)
-            restored = self.model.restored_streams(streams_BRK, seen)
-        tokens, streams = self.model.stream(chunks(), restored)
-        return tokens, self.model.stored_streams(streams)
+            restored = self.stage_1.restored_streams(streams_BRK, seen)
+        tokens, streams = self.stage_1.stream(chunks(), restored)
+        return tokens, self.stage_1.stored_streams(streams)
 
     def _inputs(
         self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: np.ndarray

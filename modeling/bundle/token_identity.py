@@ -22,18 +22,19 @@ def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
     Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and
     the code's versions: a bundle that differs in stage 2 alone accepts the same tokens.
     """
-    if not isinstance(model, TokenMaker) or model.token_shape is None:
+    if not isinstance(model, TokenMaker) or model.stage_1 is None:
         return None
+    stage_1 = model.stage_1
     identity = {
         "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
         "contract": encoder.contract.fingerprint,
-        "config": model.token_config,
-        "history_length": None if model.streams else encoder.history_length,
+        "config": stage_1.token_config,
+        "history_length": None if stage_1.streams else encoder.history_length,
         "items": encoder.items.plain(),
         "events": {name: index.plain() for name, index in encoder.event.indices.items()},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, weight in sorted(model.stage_1().items()):
+    for name, weight in sorted(stage_1.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

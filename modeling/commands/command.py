@@ -333,7 +333,7 @@ def _told(run: TrainingRun) -> list[str]:
     return [
         f"Recipe {recipe.name}: model {recipe.model}, {run.state['parameters']:,} parameters, {recipe.history_length} events of each user, seed "
         f"{recipe.training.seed}; {summary['epochs']} of at most {recipe.training.epochs} epochs, {summary['steps']:,} steps.",
-        f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts.get('rows_events', 0):,} events known before "
+        f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts['rows_events']:,} events known before "
         f"{data.as_of}. Run {run.identity}, evaluated {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     ]
 
@@ -460,7 +460,7 @@ def _write_bundle(
         metrics=metrics,
         trained_on=run.identity,
         data_as_of=JobFolder(run.settings.home, "user_history").require().as_of,
-        tokens=run.tokens[0] if run.tokens else None,
+        tokens=run.tokens.version if run.tokens else None,
     )
     loaded = bundle.load(path, encoder.contract, digest)
     stored = f"bundles/{path.name}"  # below the home, so that a home can be moved

@@ -68,8 +68,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
     console.print("compare: joining features point-in-time", highlight=False)
     tokens = None
     if made_by:
-        made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, made_by[0])
-        tokens = (made.fingerprint, (made.num_tokens, made.width))
+        tokens = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, made_by[0])
     encodings = Encodings(settings, SERVICE_WITH_TOKENS if made_by else chosen[0].service, tokens)
     title = encodings.set_of(chosen[0]).describe()
     console.print(f"compare: {title}", highlight=False)

@@ -60,6 +60,17 @@ class FeatureTokens(nn.Module):
         )  # of an empty sequence
         nn.init.normal_(self.item.weight, std=0.05)
 
+    def hand_over(self, *names: Literal["item", "events"]) -> None:
+        """Let another module register the weights of item embeddings or event inputs; this one goes on using them.
+
+        Were they registered twice, they would be stored twice, and belong to the identity of both.
+        """
+        for name in names:
+            module = getattr(self, name)
+            delattr(self, name)
+            # Past nn.Module: an attribute that is read as before, and is neither stored nor counted here.
+            object.__setattr__(self, name, module)
+
     @property
     def request_groups(self) -> tuple[int, ...]:
         """Tokens of each semantic group of the request: categories, numbers, vectors, each

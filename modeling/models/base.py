@@ -124,50 +124,44 @@ class Ranker(nn.Module, ABC):
         )
 
 
-class TokenMaker(Ranker):
-    """A ranker whose state is a few summary tokens, which a job makes of whole histories and a store
-    keeps: what `modeling/bundle/summary.py` and a token's identity need of it.
+class Stage1(nn.Module, ABC):
+    """A user's events → a few summary tokens, which a job makes of whole histories and a store keeps. It reads
+    nothing of the request. Its weights, all in its `state_dict`, are part of a token's identity.
 
-    Its stage 1 reads events and nothing of the request. One that `streams` knows no "now": what it
-    keeps of a history takes new events, at a cost that does not depend on how many came before.
+    One that `streams` knows no "now": what it holds of a history takes new events, at a cost that does not
+    depend on how many came before.
     """
-
-    config: Any
-
-    @staticmethod
-    @abstractmethod
-    def streams_with(config: Any) -> bool:
-        """Return whether stored streams take new events under a config: tokens are then of all events."""
 
     @property
     def streams(self) -> bool:
-        """The same of this model's own."""
-        return self.streams_with(self.config)
+        """True if stored streams take new events: tokens are then of all events."""
+        return False
 
     @property
-    @abstractmethod
     def piece(self) -> int:
         """The number of events that chunks must be a multiple of, so that every path adds the same numbers in
         the same order.
         """
+        return 1
 
     @property
     @abstractmethod
+    def token_shape(self) -> tuple[int, int]:
+        """S, D."""
+
+    @property
     def stream_shape(self) -> tuple[int, int]:
         """Rows and width of `stored_streams`, for one user; (0, 0) where nothing streams."""
+        return 0, 0
 
     @property
     @abstractmethod
     def token_config(self) -> dict[str, Any]:
-        """Return what tokens depend on beside the weights of stage 1."""
+        """Return what tokens depend on beside the weights."""
 
     @abstractmethod
-    def stage_1(self) -> dict[str, Tensor]:
-        """All weights that summary tokens depend on, by name."""
-
-    @abstractmethod
-    def tokens_of(self, user: UserInputs) -> Tensor:
-        """Stage 1 alone, over whole histories: tokens_BSD."""
+    def forward(self, user: UserInputs) -> Tensor:
+        """Tokens of whole histories, B × S × D."""
 
     @abstractmethod
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
@@ -176,24 +170,57 @@ class TokenMaker(Ranker):
         Args:
             chunks: an iteration over parts of the same users' events, oldest first; may be called
                 several times.
+
+        Raises:
+            ValueError: there is no chunk, or this stage 1 wants the whole history at once.
         """
 
-    @abstractmethod
     def stream(self, chunks: Iterable[UserInputs], streams: Any = None) -> tuple[Tensor, Any]:
         """Tokens after chunks of any number of events, and the streams behind them.
 
         Args:
             streams: of the events before; default: there were none.
+
+        Raises:
+            ValueError: there is no chunk, or nothing streams.
         """
+        raise ValueError(f"{type(self).__name__} does not stream: summarise whole histories")
 
-    @abstractmethod
     def stored_streams(self, streams: Any) -> Tensor:
-        """Return the part of streams that has to be kept, B × rows × width."""
+        """Return the part of streams that has to be stored, B × rows × width."""
+        raise ValueError(f"{type(self).__name__} does not stream")
 
-    @abstractmethod
     def restored_streams(self, stored_BRK: Tensor, num_events_B: Tensor) -> Any:
         """The streams behind `stored_streams`, after so many events.
 
         Raises:
-            ValueError: the rows are not those of this configuration.
+            ValueError: the rows are not those of this configuration, or nothing streams.
         """
+        raise ValueError(f"{type(self).__name__} does not stream")
+
+    def _refuse_another_shape(self, stored_BRK: Tensor) -> None:
+        if stored_BRK.shape[1:] != self.stream_shape:
+            raise ValueError(
+                f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {self.stream_shape}"
+            )
+
+
+class TokenMaker(Ranker):
+    """A ranker whose state is a few summary tokens.
+
+    Attributes:
+        stage_1: makes them; None where they come from a store, made by another model.
+    """
+
+    config: Any
+    stage_1: Stage1 | None
+
+    @staticmethod
+    @abstractmethod
+    def streams_with(config: Any) -> bool:
+        """Return whether stored streams take new events under a config."""
+
+    @property
+    def token_shape(self) -> tuple[int, int] | None:
+        """S, D; None without a stage 1."""
+        return None if self.stage_1 is None else self.stage_1.token_shape

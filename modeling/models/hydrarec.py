@@ -15,7 +15,7 @@ State of a user: one D-vector a layer, so num_layers × D floats whatever the hi
 event costs O(layers × D²). Exact with `positions` "none" or "from_oldest".
 
 Differs: only the abstract is public, so everything but the operator is chosen: blocks as in SASRec
-with GELU and width 4D (`*_ml1m` recipes have SASRec's ReLU and width D, as all that they are compared
+with GELU and width 4D (our recipes have SASRec's ReLU and width D, as all that they are compared
 with); LayerNorm on the operator's output, which grows with the history; the temporal modes as listed.
 """
 

@@ -7,7 +7,7 @@ into tokens that a store keeps, and candidates read the tokens alone. Stage 1 is
 
 | paper | here |
 |---|---|
-| seeds, shared by all users | `memory.keys`, A slots; each is kept for H half-lives; `pairs.keys`, F more |
+| seeds, shared by all users | `stage_1.memory.keys`, A slots; each is kept for H half-lives; `stage_1.pairs.keys`, F more |
 | personalised seed embeddings | S = A · H + F tokens: a slot's mean code, and the logarithm of its mass |
 | stage 2: attention of a candidate to the tokens | attention over slots, by the candidate's address |
 
@@ -31,9 +31,8 @@ from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, User
 from modeling.layers.addressed import ItemCodes, PairMemory, PairStream, SlotMemory, SlotStream
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, TaskHeads
-from modeling.models.base import CannotExtendError, TokenMaker
+from modeling.models.base import CannotExtendError, Stage1, TokenMaker
 
-STAGE_1 = ("codes.", "memory.", "pairs.", "features.events.")
 FOREVER = 1e6  # days
 MOST_COUNTED = 32.0  # more of the same says nothing new; shares do
 
@@ -80,72 +79,38 @@ class UserState:
     streams: Streams | None = None
 
 
-class AddressedVISTA(TokenMaker):
-    """See the module docstring.
+class AddressedStage1(Stage1):
+    """Events → codes and addresses → sums by slot and half-life: the summary tokens.
 
-    ```
-    events ─► codes, addresses ─► sums by slot and half-life = summary tokens, from a store or fresh ─┐
-    candidate ─► code, address ─► reads its slots: their mean, products with its own codes ──────────┴► cross layers ─► heads
-    ```
+    Args:
+        features: of the ranker; its event inputs are registered here.
     """
 
-    def __init__(self, config: Config, sizes: FeatureSizes) -> None:
+    def __init__(self, config: Config, features: FeatureTokens) -> None:
         super().__init__()
         self.config = config
-        self.sizes = sizes
-        width = config.width
         code = config.code_width
-        self.features = FeatureTokens(sizes, width, bags=False)
-        self.codes = ItemCodes(sizes, code)
+        self.events = features.events
+        features.hand_over("events")
+        self.codes = ItemCodes(features.sizes, code)
         self.memory = SlotMemory(
             code,
             config.num_slots,
             tuple(config.half_lives_days),
-            sizes.actions,
-            self.features.events.size,
+            features.sizes.actions,
+            self.events.size,
             config.sharpness,
         )
-        self.pairs = None
-        if config.num_pairs:
-            self.pairs = PairMemory(code, config.num_pairs, config.session_days, config.sharpness)
-            self.where, self.what = (nn.Linear(code, code, bias=False) for _ in range(2))
-            self.followed = nn.Linear(code + 1, width)
-        kept = len(config.half_lives_days)
-        self.read = nn.Linear(kept * code, width)
-        self.products = nn.Linear(kept * (self.codes.num_parts + 1), width)
-        self.mixed = nn.Linear(width, width)
-        self.own = nn.Linear(code, width)
-        self.whole = nn.Linear(kept * code, width)
-        self.interaction = CrossNetwork(
-            self.features.num_request + 1,
-            self.features.num_candidate + 3 + (self.pairs is not None),
-            width,
-            config.cross_layers,
-            config.cross_rank,
+        self.pairs = (
+            PairMemory(code, config.num_pairs, config.session_days, config.sharpness)
+            if config.num_pairs
+            else None
         )
-        hidden = config.head_hidden or 2 * width
-        self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
-
-    def fit_statistics(self, sample: TrainingSample) -> None:
-        """Scales of dense features, and the categories of items."""
-        super().fit_statistics(sample)
-        if sample.item_IK is not None:
-            self.codes.item_IK.copy_(sample.item_IK)
 
     @property
-    def can_extend(self) -> bool:
-        """Sums take new events."""
-        return True
-
-    @staticmethod
-    def streams_with(config: Config) -> bool:
+    def streams(self) -> bool:
         """Always."""
         return True
-
-    @property
-    def piece(self) -> int:
-        """Sums may be cut anywhere."""
-        return 1
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -168,66 +133,9 @@ class AddressedVISTA(TokenMaker):
             "session_days": self.config.session_days if self.config.num_pairs else None,
         }
 
-    def stage_1(self) -> dict[str, Tensor]:
-        """All weights that summary tokens depend on, by name."""
-        return {
-            name: value for name, value in self.state_dict().items() if name.startswith(STAGE_1)
-        }
-
-    def encode_user(self, user: UserInputs) -> UserState:
-        """Sums of the user's events, or the tokens of a store, where given."""
-        if user.tokens_BSX is None or user.has_tokens_B is None:
-            return self._state(self._advanced(self._started(len(user.item_BL)), user), user)
-        has = user.has_tokens_B
-        stored = user.tokens_BSX
-        if not bool(has.all()):
-            fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
-            stored = torch.where(has[:, None, None], stored, fresh)
-        return self._of_tokens(stored, user)
-
-    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
-        """The sums take the new events."""
-        if user_state.streams is None:
-            raise CannotExtendError(
-                "this state was made of stored tokens, which are rounded. Encode the user again, or go on from the stored "
-                "streams (modeling/bundle/summary.py)"
-            )
-        return self._state(self._advanced(user_state.streams, new_events), new_events)
-
-    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        """Each candidate reads its slots. logits_BCT."""
-        parts = self.codes.parts(candidates.item_BC, candidates.category_BCK)
-        own = self.codes(parts)
-        address = self.memory.address(own)
-        total = torch.einsum("bca,bahw->bchw", address, user_state.total_BAHW)
-        mass = torch.einsum("bca,bah->bch", address, user_state.mass_BAH)
-        products = torch.einsum("bchw,bcpw->bchp", total, parts)
-        counts = torch.cat([products, mass[..., None]], dim=-1).flatten(2)
-        counts = _bounded(counts)
-        mean = (total / (mass[..., None] + 1)).flatten(2)
-        read = [self.read(mean), self.mixed(gelu(self.products(counts))), self.own(own)]
-        if self.pairs is not None:
-            read.append(self._followed(user_state, own))
-        tokens = torch.cat([self.features.candidates(candidates), torch.stack(read, dim=2)], dim=2)
-        logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
-        return logits
-
-    def _followed(self, user_state: UserState, own_BCW: Tensor) -> Tensor:
-        """Read the pairs of consecutive events for each candidate, with learned queries: B × C × D."""
-        assert self.pairs is not None
-        address = self.pairs.address(normalize(self.where(own_BCW), dim=-1))
-        sought = normalize(self.what(own_BCW), dim=-1)
-        total = address @ user_state.pair_total_BFW
-        mass = address @ user_state.pair_mass_BF[..., None]
-        mean = total / (mass + 1)
-        share = (mean * sought).sum(-1, keepdim=True)  # not a count: the same for any length
-        numbers = torch.cat([share, mean], dim=-1)
-        followed: Tensor = self.followed(numbers)
-        return followed
-
-    def tokens_of(self, user: UserInputs) -> Tensor:
-        """Stage 1 alone."""
-        return self._tokens(self._advanced(self._started(len(user.item_BL)), user))
+    def forward(self, user: UserInputs) -> Tensor:
+        """Tokens of whole histories, B × S × (W + 1)."""
+        return self.tokens(self.advance(self.start(len(user.item_BL)), user))
 
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
         """The same of chunks."""
@@ -243,11 +151,11 @@ class AddressedVISTA(TokenMaker):
             ValueError: there is no chunk.
         """
         for chunk in chunks:
-            before = self._started(len(chunk.item_BL)) if streams is None else streams
-            streams = self._advanced(before, chunk)
+            before = self.start(len(chunk.item_BL)) if streams is None else streams
+            streams = self.advance(before, chunk)
         if streams is None:
             raise ValueError("summarise got no chunk; an empty history is one chunk without events")
-        return self._tokens(streams), streams
+        return self.tokens(streams), streams
 
     def stored_streams(self, streams: Streams) -> Tensor:
         """The sums, and their masses beside them; then the newest event's code."""
@@ -264,28 +172,26 @@ class AddressedVISTA(TokenMaker):
         Raises:
             ValueError: the rows are not those of this configuration.
         """
-        if stored_BRK.shape[1:] != self.stream_shape:
-            raise ValueError(
-                f"stored streams have shape {tuple(stored_BRK.shape[1:])}, expected {self.stream_shape}"
-            )
-        slots, pairs = self._parted(stored_BRK)
+        self._refuse_another_shape(stored_BRK)
+        slots, pairs = self.parted(stored_BRK)
         kept = None
         if self.pairs is not None:
             last = pairs[:, -1]
             kept = PairStream(pairs[:, :-1, :-1], pairs[:, :-1, -1], last[:, :-1], last[:, -1])
         return Streams(SlotStream(slots[..., :-1], slots[..., -1]), kept)
 
-    def _started(self, batch: int) -> Streams:
+    def start(self, batch: int) -> Streams:
         """Return the streams of users without events."""
         pairs = None if self.pairs is None else self.pairs.start(batch)
         return Streams(self.memory.start(batch), pairs)
 
-    def _advanced(self, streams: Streams, user: UserInputs) -> Streams:
+    def advance(self, streams: Streams, user: UserInputs) -> Streams:
+        """The streams behind the user's events."""
         if not user.item_BL.shape[1]:  # another request, no new event
             return streams
         items = self.codes.of_events(user.item_BL)
         gaps = torch.expm1(user.gap_BL)
-        events = self.features.events(user)
+        events = self.events(user)
         slots = self.memory.advance(
             streams.slots, items, user.action_BL, events, gaps, user.mask_BL
         )
@@ -293,24 +199,131 @@ class AddressedVISTA(TokenMaker):
             return Streams(slots, None)
         return Streams(slots, self.pairs.advance(streams.pairs, items, gaps, user.mask_BL))
 
-    def _tokens(self, streams: Streams) -> Tensor:
+    def tokens(self, streams: Streams) -> Tensor:
         """Means and masses of slots: what a store keeps in a few bytes, however long the history."""
         rows = [_means(streams.slots.total_BAHW, streams.slots.mass_BAH).flatten(1, 2)]
         if streams.pairs is not None:
             rows.append(_means(streams.pairs.total_BFW, streams.pairs.mass_BF))
         return torch.cat(rows, dim=1)
 
-    def _parted(self, rows_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def parted(self, rows_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of slots, B × A × H × D, and those behind them."""
         slots, kept = self.memory.shape
         return rows_BSD[:, : slots * kept].unflatten(1, (slots, kept)), rows_BSD[:, slots * kept :]
+
+
+class AddressedVISTA(TokenMaker):
+    """See the module docstring.
+
+    ```
+    events ─► codes, addresses ─► sums by slot and half-life = summary tokens, from a store or fresh ─┐
+    candidate ─► code, address ─► reads its slots: their mean, products with its own codes ──────────┴► cross layers ─► heads
+    ```
+    """
+
+    stage_1: AddressedStage1
+
+    def __init__(self, config: Config, sizes: FeatureSizes) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = sizes
+        width = config.width
+        code = config.code_width
+        self.features = FeatureTokens(sizes, width, bags=False)
+        self.stage_1 = AddressedStage1(config, self.features)
+        if config.num_pairs:
+            self.where, self.what = (nn.Linear(code, code, bias=False) for _ in range(2))
+            self.followed = nn.Linear(code + 1, width)
+        kept = len(config.half_lives_days)
+        self.read = nn.Linear(kept * code, width)
+        self.products = nn.Linear(kept * (self.stage_1.codes.num_parts + 1), width)
+        self.mixed = nn.Linear(width, width)
+        self.own = nn.Linear(code, width)
+        self.whole = nn.Linear(kept * code, width)
+        self.interaction = CrossNetwork(
+            self.features.num_request + 1,
+            self.features.num_candidate + 3 + (config.num_pairs > 0),
+            width,
+            config.cross_layers,
+            config.cross_rank,
+        )
+        hidden = config.head_hidden or 2 * width
+        self.heads = TaskHeads(*self.interaction.out, hidden, sizes.tasks, config.dropout)
+
+    def fit_statistics(self, sample: TrainingSample) -> None:
+        """Scales of dense features, and the categories of items."""
+        super().fit_statistics(sample)
+        if sample.item_IK is not None:
+            self.stage_1.codes.item_IK.copy_(sample.item_IK)
+
+    @property
+    def can_extend(self) -> bool:
+        """Sums take new events."""
+        return True
+
+    @staticmethod
+    def streams_with(config: Config) -> bool:
+        """Always."""
+        return True
+
+    def encode_user(self, user: UserInputs) -> UserState:
+        """Sums of the user's events, or the tokens of a store, where given."""
+        if user.tokens_BSX is None or user.has_tokens_B is None:
+            started = self.stage_1.start(len(user.item_BL))
+            return self._state(self.stage_1.advance(started, user), user)
+        has = user.has_tokens_B
+        stored = user.tokens_BSX
+        if not bool(has.all()):
+            fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
+            stored = torch.where(has[:, None, None], stored, fresh)
+        return self._of_tokens(stored, user)
+
+    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
+        """The sums take the new events."""
+        if user_state.streams is None:
+            raise CannotExtendError(
+                "this state was made of stored tokens, which are rounded. Encode the user again, or go on from the stored "
+                "streams (modeling/bundle/summary.py)"
+            )
+        return self._state(self.stage_1.advance(user_state.streams, new_events), new_events)
+
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """Each candidate reads its slots. logits_BCT."""
+        codes = self.stage_1.codes
+        parts = codes.parts(candidates.item_BC, candidates.category_BCK)
+        own = codes(parts)
+        address = self.stage_1.memory.address(own)
+        total = torch.einsum("bca,bahw->bchw", address, user_state.total_BAHW)
+        mass = torch.einsum("bca,bah->bch", address, user_state.mass_BAH)
+        products = torch.einsum("bchw,bcpw->bchp", total, parts)
+        counts = torch.cat([products, mass[..., None]], dim=-1).flatten(2)
+        counts = _bounded(counts)
+        mean = (total / (mass[..., None] + 1)).flatten(2)
+        read = [self.read(mean), self.mixed(gelu(self.products(counts))), self.own(own)]
+        if self.stage_1.pairs is not None:
+            read.append(self._followed(self.stage_1.pairs, user_state, own))
+        tokens = torch.cat([self.features.candidates(candidates), torch.stack(read, dim=2)], dim=2)
+        logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
+        return logits
+
+    def _followed(self, pairs: PairMemory, user_state: UserState, own_BCW: Tensor) -> Tensor:
+        """Read the pairs of consecutive events for each candidate, with learned queries: B × C × D."""
+        address = pairs.address(normalize(self.where(own_BCW), dim=-1))
+        sought = normalize(self.what(own_BCW), dim=-1)
+        total = address @ user_state.pair_total_BFW
+        mass = address @ user_state.pair_mass_BF[..., None]
+        mean = total / (mass + 1)
+        share = (mean * sought).sum(-1, keepdim=True)  # not a count: the same for any length
+        numbers = torch.cat([share, mean], dim=-1)
+        followed: Tensor = self.followed(numbers)
+        return followed
 
     def _state(self, streams: Streams, user: UserInputs) -> UserState:
         total, mass = streams.slots
         pairs = streams.pairs
         nothing = total.new_zeros(len(total), 0, total.shape[-1])
         return UserState(
-            self._tokens(streams),
+            self.stage_1.tokens(streams),
             total,
             mass,
             nothing if pairs is None else pairs.total_BFW,
@@ -320,7 +333,7 @@ class AddressedVISTA(TokenMaker):
         )
 
     def _of_tokens(self, tokens_BSD: Tensor, user: UserInputs) -> UserState:
-        slots, pairs = self._parted(tokens_BSD.float())
+        slots, pairs = self.stage_1.parted(tokens_BSD.float())
         mass = slots[..., -1].expm1()
         pair_mass = pairs[..., -1].expm1()
         total = slots[..., :-1] * (mass[..., None] + 1)

@@ -296,7 +296,7 @@ def _identity(source: SequenceSource, recipe: NextItemRecipe) -> str:
 
 def variant(recipe: NextItemRecipe, seed: int, epochs: int | None = None) -> NextItemRecipe:
     """The recipe under another seed, and with another number of epochs, which its name then tells:
-    `sasrec_ml1m@20`.
+    `sasrec@20`.
     """
     training = replace(
         recipe.training, seed=seed, epochs=recipe.training.epochs if epochs is None else epochs

@@ -140,15 +140,15 @@ def grouped() -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {
         "rank on your data, after the jobs (RECIPE=… make demo)": {},
         "predict next items: need the order of items alone, of a log or of --data; nothing is served": {},
-        "shapes of the comparisons here, made for Online Retail, MovieLens-1M or Amazon Beauty": {},
+        "published sizes of OneTrans, for a GPU": {},
         "seconds on any machine, for tests": {},
     }
-    anywhere, next_item, compared, tiny = groups.values()
+    anywhere, next_item, large, tiny = groups.values()
     for name, function in sorted(all_recipes().items()):
         if name.endswith("_tiny"):
             group = tiny
-        elif name.endswith(("_retail", "_ml1m", "_beauty", "onetrans_s", "onetrans_l")):
-            group = compared
+        elif name in ("onetrans_s", "onetrans_l"):
+            group = large
         else:
             group = next_item if isinstance(function(), NextItemRecipe) else anywhere
         first = (function.__doc__ or "").partition("\n\n")[0]

@@ -1,28 +1,19 @@
-"""Ranking recipes: the systems and the baselines of their tables, for any data; and in the shapes
-of a comparison.
+"""Ranking recipes for any data: the five systems, and the baselines of their tables. Torch is not imported
+here: a recipe is plain data.
 
-Width, batch, epochs, learning rate and features are common to all; `*_retail` and `*_ml1m` differ
-in history length and in what, in SIZES, brings a model to OneTrans's parameters beside embeddings.
-Only the Transformer stays small: every token of a candidate would go through all of as many shared
-weights, at twenty times the cost. `compare --learning_rates` gives each recipe the same trials.
-`*_tiny` run in seconds, for tests. Torch is not imported here: a recipe is plain data.
+Width, batch, epochs and learning rate are common to all; `--set` changes any of them, and
+`compare --learning_rates` gives each recipe the same trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 WIDTH = 32
-HISTORY = {
-    "retail": ("Online Retail", 96),
-    "ml1m": ("MovieLens 1M", 128),
-}  # title, and events that are read
-OF_DATASET = {"online_retail": "retail", "movielens_1m": "ml1m"}  # whose shapes a dataset has
-LENGTH = 128  # events that a recipe for any data reads
+LENGTH = 128  # events that are read
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 2,
@@ -47,206 +38,169 @@ VISTA: dict[str, Any] = {
     "cross_rank": 64,
 }
 STREAM: dict[str, Any] = {**VISTA, "causal": True, "seed_role": "target"}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "onetrans": ("OneTrans, pyramid, Auto-Split", "onetrans", ONETRANS),
-    "onetrans_group_wise": (
-        "OneTrans with a token for each group of features",
-        "onetrans",
-        {**ONETRANS, "tokeniser": "group_wise"},
-    ),
-    "onetrans_agnostic": (
-        "OneTrans, sequences merged by intent",
-        "onetrans",
-        {**ONETRANS, "merge": "timestamp_agnostic"},
-    ),
-    "onetrans_shared": (
-        "OneTrans, one set of weights for all tokens",
-        "onetrans",
-        {**ONETRANS, "own_weights": False},
-    ),
-    "onetrans_no_pyramid": (
-        "OneTrans, every row through every layer",
-        "onetrans",
-        {**ONETRANS, "pyramid": False},
-    ),
-    "amortised": ("Amortised DLRM, cross-attention", "amortised_dlrm", AMORTISED),
-    "amortised_self": (
-        "Amortised DLRM, self-attention",
-        "amortised_dlrm",
-        {**AMORTISED, "fusion": "append_self"},
-    ),
-    "concat": (
-        "The same DLRM with CONCAT, not amortised",
-        "amortised_dlrm",
-        {**AMORTISED, "fusion": "concat"},
-    ),
-    "hiformer": ("Hiformer, low rank, pruned", "hiformer", HIFORMER),
-    "hiformer_full_rank": (
-        "Hiformer, full rank, pruned",
-        "hiformer",
-        {**HIFORMER, "kind": "composite"},
-    ),
-    "vista": ("VISTA, summary tokens", "vista", VISTA),
-    "vista_softmax": ("VISTA with softmax in stage 1", "vista", {**VISTA, "attention": "softmax"}),
-    "vista_stream": ("VISTA, causal: summary tokens that take new events", "vista", STREAM),
-    "sasrec_rank": ("SASRec-style: causal softmax, candidate appended", "amortised_dlrm", APPEND),
-    "hstu_rank": (
-        "HSTU layers, candidate appended",
-        "amortised_dlrm",
-        {**APPEND, "attention": "pointwise"},
-    ),
-    "heteroatt": (
-        "Heterogeneous attention",
-        "hiformer",
-        {**HIFORMER, "kind": "hetero", "num_layers": 2},
-    ),
-    "transformer": (
-        "Transformer over features",
-        "transformer",
-        {**HIFORMER, "kind": "vanilla", "num_layers": 2},
-    ),
-    "din": ("DIN", "din", {}),
-    "dcnv2": ("DCNv2 with target attention", "dcnv2", {}),
-    "dlrm": ("DLRM with target attention", "dlrm", {}),
-    "autoint": ("AutoInt with target attention", "autoint", {}),
-    "rankmixer": (
-        "RankMixer with a separate Transformer",
-        "rankmixer",
-        {"mixed_width": 32, "history": "transformer"},
-    ),
-    "wukong": ("Wukong with target attention", "wukong", {}),
-    "mean_pool": (
-        "Mean pool and a network: what any reading of a history must beat",
-        "mean_pool",
-        {},
-    ),
-    "sim": (
-        "SIM, hard search: the candidate's category, then attention",
-        "two_stage",
-        {"rank": 64},
-    ),
-    "twin": (
-        "As TWIN: the events of the largest scores, then attention",
-        "two_stage",
-        {"search": "score", "rank": 64},
-    ),
-    "persrec": (
-        "As PerSRec: learned tokens for each segment of the history, then recent events",
-        "persrec",
-        {"rank": 64},
-    ),
-}
-# Of any size: OneTrans's ablations, baselines, and peers of long histories.
-BESIDE = (
-    "onetrans_group_wise",
-    "onetrans_agnostic",
-    "onetrans_shared",
-    "onetrans_no_pyramid",
-    "mean_pool",
-    "sim",
-    "twin",
-    "persrec",
-)
-SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,137 and 244,321
-    "retail": {
-        "amortised": {"head_hidden": 224},
-        "amortised_self": {"head_hidden": 224},
-        "concat": {"head_hidden": 192},
-        "vista": {"head_hidden": 228},
-        "vista_softmax": {"head_hidden": 236},
-        "vista_stream": {"head_hidden": 228},
-        "sasrec_rank": {"head_hidden": 312},
-        "hstu_rank": {"head_hidden": 332},
-        "hiformer": {"rank_value": 164},
-        "hiformer_full_rank": {"key_width": 8, "value_width": 8},
-        "heteroatt": {"hidden": 128},
-        "din": {"hidden": 448},
-        "dcnv2": {"rank": 78},
-        "dlrm": {"head_hidden": 440},
-        "autoint": {"head_hidden": 500},
-        "rankmixer": {"head_hidden": 788},
-        "wukong": {"hidden": 244},
-    },
-    "ml1m": {
-        "amortised": {"head_hidden": 152},
-        "amortised_self": {"head_hidden": 152},
-        "concat": {"head_hidden": 128},
-        "vista": {"head_hidden": 144},
-        "vista_softmax": {"head_hidden": 152},
-        "vista_stream": {"head_hidden": 144},
-        "sasrec_rank": {"head_hidden": 212},
-        "hstu_rank": {"head_hidden": 224},
-        "hiformer": {"rank_value": 132},
-        "hiformer_full_rank": {"key_width": 5, "value_width": 6, "hidden": 208},
-        "heteroatt": {"hidden": 100},
-        "din": {"hidden": 392},
-        "dcnv2": {"rank": 58},
-        "dlrm": {"head_hidden": 356},
-        "autoint": {"head_hidden": 424},
-        "rankmixer": {"head_hidden": 328},
-        "wukong": {"hidden": 248},
-    },
-}
-TOKENS: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # rankers that read the tokens of `vista_stream_*`, and what changes
-    "amortised_tokens": ("amortised", {}),
-    "onetrans_tokens": ("onetrans", {}),
-    "vista_stage_2": ("vista", {"stored": True, "reconstruction": 0.0}),
-}
-PUBLISHED = {  # shapes of arXiv 2510.26104's table: history, NS tokens, layers, width
-    "onetrans_s": (1190, 12, 6, 256),
-    "onetrans_l": (1500, 16, 8, 384),
-}
-TINY = {
-    "onetrans_tiny": ("onetrans", {**ONETRANS, "width": 16, "num_layers": 2, "num_heads": 2}),
-    "hiformer_tiny": ("hiformer", {**HIFORMER, "width": 16}),
-}
 
 
-def for_dataset(name: str, dataset: str) -> Recipe:
-    """A model of `MODELS`, under its bare name, in the shape that a comparison on a dataset has."""
-    known = OF_DATASET.get(dataset)
-    recipe = _anywhere(name) if known is None else _recipe(f"{name}_{known}")
-    return replace(recipe, name=name)
-
-
-def _anywhere(name: str) -> Recipe:
+def _ranker(name: str, model: str, config: dict[str, Any]) -> Recipe:
     """A model on whatever data there is, at the common width."""
-    if name in TOKENS:
-        base, changes = TOKENS[name]
-        recipe = _anywhere(base)
-        config = {**recipe.config, **changes}
-        return replace(
-            recipe, name=name, service=SERVICE_WITH_TOKENS, tokens="vista", config=config
-        )
-    _, model, config = MODELS[name]
     config = {"width": WIDTH, "dropout": 0.1, **config}
     return Recipe(name, model, SERVICE, config, LENGTH, training=Training(epochs=2))
 
 
-def _recipe(name: str) -> Recipe:
-    model_name, _, dataset = name.rpartition("_")
-    _, model, config = MODELS[model_name]
-    config = {"width": WIDTH, "dropout": 0.1, **config, **SIZES[dataset].get(model_name, {})}
-    return Recipe(name, model, SERVICE, config, HISTORY[dataset][1], training=Training(epochs=2))
+def _reading_tokens(recipe: Recipe, name: str, **changes: Any) -> Recipe:
+    """A ranker that reads the stored summary tokens of `vista` beside its own inputs."""
+    config = {**recipe.config, **changes}
+    return replace(recipe, name=name, service=SERVICE_WITH_TOKENS, tokens="vista", config=config)
 
 
-def _with_tokens(name: str) -> Recipe:
-    model_name, _, dataset = name.rpartition("_")
-    base, changes = TOKENS[model_name]
-    recipe = _recipe(f"{base}_{dataset}")
-    return replace(
-        recipe,
-        name=name,
-        service=SERVICE_WITH_TOKENS,
-        tokens=f"vista_stream_{dataset}",
-        config={**recipe.config, **changes},
-    )
+def onetrans() -> Recipe:
+    """OneTrans, pyramid, Auto-Split."""
+    return _ranker("onetrans", "onetrans", ONETRANS)
 
 
-def _published(name: str) -> Recipe:
-    history, tokens, layers, width = PUBLISHED[name]
+def onetrans_group_wise() -> Recipe:
+    """OneTrans with a token for each group of features."""
+    return _ranker("onetrans_group_wise", "onetrans", {**ONETRANS, "tokeniser": "group_wise"})
+
+
+def onetrans_agnostic() -> Recipe:
+    """OneTrans, sequences merged by intent."""
+    return _ranker("onetrans_agnostic", "onetrans", {**ONETRANS, "merge": "timestamp_agnostic"})
+
+
+def onetrans_shared() -> Recipe:
+    """OneTrans, one set of weights for all tokens."""
+    return _ranker("onetrans_shared", "onetrans", {**ONETRANS, "own_weights": False})
+
+
+def onetrans_no_pyramid() -> Recipe:
+    """OneTrans, every row through every layer."""
+    return _ranker("onetrans_no_pyramid", "onetrans", {**ONETRANS, "pyramid": False})
+
+
+def amortised_self() -> Recipe:
+    """Amortised DLRM, self-attention."""
+    return _ranker("amortised_self", "amortised_dlrm", {**AMORTISED, "fusion": "append_self"})
+
+
+def concat() -> Recipe:
+    """The same DLRM with CONCAT, not amortised."""
+    return _ranker("concat", "amortised_dlrm", {**AMORTISED, "fusion": "concat"})
+
+
+def hiformer() -> Recipe:
+    """Hiformer, low rank, pruned."""
+    return _ranker("hiformer", "hiformer", HIFORMER)
+
+
+def hiformer_full_rank() -> Recipe:
+    """Hiformer, full rank, pruned."""
+    return _ranker("hiformer_full_rank", "hiformer", {**HIFORMER, "kind": "composite"})
+
+
+def vista_softmax() -> Recipe:
+    """VISTA with softmax in stage 1."""
+    return _ranker("vista_softmax", "vista", {**VISTA, "attention": "softmax"})
+
+
+def sasrec_rank() -> Recipe:
+    """SASRec-style: causal softmax, candidate appended."""
+    return _ranker("sasrec_rank", "amortised_dlrm", APPEND)
+
+
+def hstu_rank() -> Recipe:
+    """HSTU layers, candidate appended."""
+    return _ranker("hstu_rank", "amortised_dlrm", {**APPEND, "attention": "pointwise"})
+
+
+def heteroatt() -> Recipe:
+    """Heterogeneous attention."""
+    return _ranker("heteroatt", "hiformer", {**HIFORMER, "kind": "hetero", "num_layers": 2})
+
+
+def transformer() -> Recipe:
+    """Transformer over features."""
+    return _ranker("transformer", "transformer", {**HIFORMER, "kind": "vanilla", "num_layers": 2})
+
+
+def din() -> Recipe:
+    """DIN."""
+    return _ranker("din", "din", {})
+
+
+def dcnv2() -> Recipe:
+    """DCNv2 with target attention."""
+    return _ranker("dcnv2", "dcnv2", {})
+
+
+def dlrm() -> Recipe:
+    """DLRM with target attention."""
+    return _ranker("dlrm", "dlrm", {})
+
+
+def autoint() -> Recipe:
+    """AutoInt with target attention."""
+    return _ranker("autoint", "autoint", {})
+
+
+def rankmixer() -> Recipe:
+    """RankMixer with a separate Transformer."""
+    return _ranker("rankmixer", "rankmixer", {"mixed_width": 32, "history": "transformer"})
+
+
+def wukong() -> Recipe:
+    """Wukong with target attention."""
+    return _ranker("wukong", "wukong", {})
+
+
+def mean_pool() -> Recipe:
+    """Mean pool and a network: what any reading of a history must beat."""
+    return _ranker("mean_pool", "mean_pool", {})
+
+
+def sim() -> Recipe:
+    """SIM, hard search: the candidate's category, then attention."""
+    return _ranker("sim", "two_stage", {"rank": 64})
+
+
+def twin() -> Recipe:
+    """As TWIN: the events of the largest scores, then attention."""
+    return _ranker("twin", "two_stage", {"search": "score", "rank": 64})
+
+
+def persrec() -> Recipe:
+    """As PerSRec: learned tokens for each segment of the history, then recent events."""
+    return _ranker("persrec", "persrec", {"rank": 64})
+
+
+def amortised_tokens() -> Recipe:
+    """Amortised DLRM, cross-attention, with stored summary tokens."""
+    amortised = _ranker("amortised_tokens", "amortised_dlrm", AMORTISED)
+    return _reading_tokens(amortised, "amortised_tokens")
+
+
+def onetrans_tokens() -> Recipe:
+    """OneTrans, pyramid, Auto-Split, with stored summary tokens."""
+    return _reading_tokens(onetrans(), "onetrans_tokens")
+
+
+def vista_stage_2() -> Recipe:
+    """VISTA's stage 2 alone, with stored summary tokens."""
+    vista = _ranker("vista_stage_2", "vista", VISTA)
+    return _reading_tokens(vista, "vista_stage_2", stored=True, reconstruction=0.0)
+
+
+def onetrans_s() -> Recipe:
+    """OneTrans in a published shape, the small one."""
+    return _published("onetrans_s", history=1190, tokens=12, layers=6, width=256)
+
+
+def onetrans_l() -> Recipe:
+    """OneTrans in a published shape, the large one."""
+    return _published("onetrans_l", history=1500, tokens=16, layers=8, width=384)
+
+
+def _published(name: str, history: int, tokens: int, layers: int, width: int) -> Recipe:
+    """A shape of arXiv 2510.26104's table."""
     config = {
         "width": width,
         "num_layers": layers,
@@ -261,50 +215,53 @@ def _published(name: str) -> Recipe:
     return Recipe(name, "onetrans", SERVICE, config, history, training=training)
 
 
-def _tiny(name: str) -> Recipe:
-    model, config = TINY[name]
+def onetrans_tiny() -> Recipe:
+    """Seconds on any machine, for tests."""
+    return _tiny("onetrans_tiny", "onetrans", {**ONETRANS, "width": 16, "num_layers": 2})
+
+
+def hiformer_tiny() -> Recipe:
+    """Seconds on any machine, for tests."""
+    return _tiny("hiformer_tiny", "hiformer", {**HIFORMER, "width": 16})
+
+
+def _tiny(name: str, model: str, config: dict[str, Any]) -> Recipe:
     training = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
     return Recipe(
         name, model, SERVICE, config, history_length=16, min_item_count=2, training=training
     )
 
 
-def _named(make: Callable[[str], Recipe], name: str, doc: str) -> Callable[[], Recipe]:
-    def recipe() -> Recipe:
-        return make(name)
-
-    recipe.__name__ = name
-    recipe.__doc__ = doc
-    return recipe
-
-
-# `vista` has a recipe of its own, and the amortised DLRM is called after its model there.
-ELSEWHERE = ("vista", "vista_stream", "amortised")
-_FUNCTIONS = {
-    name: _named(_anywhere, name, f"{MODELS[name][0]}.") for name in MODELS if name not in ELSEWHERE
-}
-_FUNCTIONS |= {
-    name: _named(_anywhere, name, f"{MODELS[base][0]}, with stored summary tokens.")
-    for name, (base, _) in TOKENS.items()
-}
-_FUNCTIONS |= {
-    f"{name}_{dataset}": _named(_recipe, f"{name}_{dataset}", f"{doc}, on {title}.")
-    for name, (doc, _, _) in MODELS.items()
-    for dataset, (title, _) in HISTORY.items()
-    if name not in BESIDE
-}
-_FUNCTIONS |= {
-    f"{name}_{dataset}": _named(
-        _with_tokens,
-        f"{name}_{dataset}",
-        f"{MODELS[base][0]}, with stored summary tokens, on {title}.",
-    )
-    for name, (base, _) in TOKENS.items()
-    for dataset, (title, _) in HISTORY.items()
-}
-_FUNCTIONS |= {
-    name: _named(_published, name, "OneTrans in a published shape.") for name in PUBLISHED
-}
-_FUNCTIONS |= {name: _named(_tiny, name, "Seconds on any machine, for tests.") for name in TINY}
-globals().update(_FUNCTIONS)
-RECIPES = tuple(_FUNCTIONS)
+RECIPES = (
+    "amortised_self",
+    "amortised_tokens",
+    "autoint",
+    "concat",
+    "dcnv2",
+    "din",
+    "dlrm",
+    "heteroatt",
+    "hiformer",
+    "hiformer_full_rank",
+    "hiformer_tiny",
+    "hstu_rank",
+    "mean_pool",
+    "onetrans",
+    "onetrans_agnostic",
+    "onetrans_group_wise",
+    "onetrans_l",
+    "onetrans_no_pyramid",
+    "onetrans_s",
+    "onetrans_shared",
+    "onetrans_tiny",
+    "onetrans_tokens",
+    "persrec",
+    "rankmixer",
+    "sasrec_rank",
+    "sim",
+    "transformer",
+    "twin",
+    "vista_softmax",
+    "vista_stage_2",
+    "wukong",
+)

@@ -21,7 +21,7 @@ import torch
 
 from feature_repo import datasets
 from feature_repo.atomic import atomic_write
-from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.catalogue import Catalogue, TokenSpec
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
@@ -39,7 +39,6 @@ from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import Trainer, forget_run, locked_run
 
 if TYPE_CHECKING:
-    from modeling.training_set.dataset import Tokens
     from modeling.training_set.encodings import Encodings
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
@@ -65,7 +64,7 @@ class TrainingRun:
     recipe: Recipe
     identity: str
     folder: Path
-    tokens: Tokens | None = None
+    tokens: TokenSpec | None = None
     visible: int | None = None
     every: tuple[int, int] = (1, 1)
 
@@ -106,11 +105,12 @@ def open_run(
         ids["views"] = dataset.views_digest(settings.data)
     tokens = None
     if recipe.tokens is not None:
-        made = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
-        tokens = (made.fingerprint, (made.num_tokens, made.width))
+        tokens = Catalogue(settings.catalogue_url).tokens_of_recipe(settings.dataset, recipe.tokens)
         ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require(contract).run_id
     code = training_code(recipe, settings.dataset)
-    identity = digest_of([asdict(recipe), ids, tokens, contract.fingerprint, code, visible, every])
+    identity = digest_of(
+        [asdict(recipe), ids, tokens and asdict(tokens), contract.fingerprint, code, visible, every]
+    )
     folder = Path(settings.path("runs", recipe.name, identity))
     return TrainingRun(settings, recipe, identity, folder, tokens, visible, every)
 
@@ -255,7 +255,7 @@ def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
         contract,
         vocabularies,
         run.recipe.history_length,
-        run.tokens[1] if run.tokens else (0, 0),
+        run.tokens.shape if run.tokens else (0, 0),
         run.recipe.ablated,
     )
     model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
@@ -294,9 +294,8 @@ def history_parameters(model: Ranker, batch: Batch) -> int:
     """
     without = replace(batch.user, mask_BL=torch.zeros_like(batch.user.mask_BL))
     reading = _with_gradient(model, batch) - _with_gradient(model, replace(batch, user=without))
-    if isinstance(model, TokenMaker):
-        stage_1 = model.stage_1()
-        reading |= {id(p) for name, p in model.named_parameters() if name in stage_1}
+    if isinstance(model, TokenMaker) and model.stage_1 is not None:
+        reading |= {id(p) for p in model.stage_1.parameters()}
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
     }

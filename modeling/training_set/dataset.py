@@ -22,6 +22,7 @@ from feature_repo.errors import ExpectedError
 from feature_repo.history.history import Histories, HistoryLog
 from feature_repo.history.recall import Recall
 from feature_repo.history.token_log import TokenLog
+from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
 from modeling.errors import DataError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 OFFLINE_STORE = "feature_repo.store.offline_store.AsofDuckDBOfflineStore"  # which joins Arrow rows
 SAMPLED_NUMBERS = 1 << 20  # of a column in buckets, from which its quantiles come
-Tokens = tuple[str, tuple[int, int]]  # version and shape of summary tokens
 
 
 class JoinError(ExpectedError, RuntimeError):
@@ -182,7 +182,7 @@ class Warehouse:
         service: str,
         split: str,
         examples: pa.Table,
-        tokens: Tokens | None = None,
+        tokens: TokenSpec | None = None,
     ) -> pa.Table:
         """Examples of one period with their features as of each request.
 
@@ -193,7 +193,7 @@ class Warehouse:
         keys = [contract.user.join_key, contract.item.join_key, EVENT_TIMESTAMP]
         asked = examples.select(keys)
         if tokens is not None:
-            version = pa.repeat(pa.scalar(tokens[0]), len(asked))
+            version = pa.repeat(pa.scalar(tokens.version), len(asked))
             asked = asked.append_column(TOKEN_VERSION.join_key, version)
         joined = point_in_time_join(store, service, asked)
         shown = {c.name for c in contract.spec.shown_features}
@@ -208,7 +208,7 @@ class Warehouse:
         self,
         joined: pa.Table,
         request_ids: pa.Array | pa.ChunkedArray,
-        tokens: Tokens | None = None,
+        tokens: TokenSpec | None = None,
         visible: int | None = None,
     ) -> JoinedRequests:
         """Group joined rows by request; rows of a request stand together.
@@ -248,19 +248,19 @@ class Warehouse:
         gather_tokens = None
         token_rows = None
         if tokens is not None:
-            token_log = TokenLog(contract, self.settings.home, tokens[0])
+            token_log = TokenLog(contract, self.settings.home, tokens.version)
             token_rows = pc.fill_null(
                 joined[TOKEN_ROW.name].combine_chunks().take(first).cast(pa.int64()), -1
             ).to_numpy()
 
             if not (token_rows >= 0).any():
                 raise StaleFeaturesError(
-                    f"no request of this period has summary tokens of version {tokens[0]}: build them as they were then with "
+                    f"no request of this period has summary tokens of version {tokens.version}: build them as they were then with "
                     "`python -m beam_jobs summary_tokens --full --every_days 7`"
                 )
 
             def gather_tokens(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-                return token_log.gather(token_rows[chosen], tokens[1])
+                return token_log.gather(token_rows[chosen], tokens.shape)
 
         # 3. Columns: once for each request, or for each candidate.
         of_request = (*contract.user_columns, *contract.spec.context_features)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
+from feature_repo.home.catalogue import TokenSpec
 from feature_repo.settings import Settings
 from modeling.inputs.encoder import Encoder
 from modeling.recipes import Recipe
-from modeling.training_set.dataset import Tokens
 from modeling.training_set.training_set import (
     Period,
     TrainingSet,
@@ -34,7 +33,7 @@ class Encodings:
         self,
         settings: Settings,
         service: str,
-        tokens: Tokens | None = None,
+        tokens: TokenSpec | None = None,
         visible: int | None = None,
         every: tuple[int, int] = (1, 1),
     ) -> None:
@@ -43,11 +42,16 @@ class Encodings:
         self._tokens = tokens
         self.visible = visible
         self.every = every
-        self._opened = cache(self._open)
+        # A dict and no cached method, which would refer to this object: each set holds its folder, and nobody may
+        # delete that, until the last reference is gone.
+        self._opened: dict[int, TrainingSet] = {}
 
     def set_of(self, recipe: Recipe) -> TrainingSet:
         """The training set that a recipe reads."""
-        return self._opened(recipe.min_item_count)
+        count = recipe.min_item_count
+        if count not in self._opened:
+            self._opened[count] = self._open(count)
+        return self._opened[count]
 
     def encoder_of(self, recipe: Recipe) -> Encoder:
         """Its encoder."""

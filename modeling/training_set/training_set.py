@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from feature_repo.atomic import atomic_write
 from feature_repo.contract import expectations
 from feature_repo.history.token_log import TokenLog
+from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of, held, locked
 from feature_repo.settings import Settings
@@ -40,7 +41,6 @@ from modeling.training_set.dataset import (
     SPLITS,
     Fitting,
     JoinedRequests,
-    Tokens,
     Warehouse,
     late_gather,
     refuse_nothing_positive,
@@ -71,7 +71,7 @@ class TrainingSetOptions:
 
     service: str
     min_item_count: int
-    tokens: Tokens | None = None
+    tokens: TokenSpec | None = None
     visible: int | None = None
     every: tuple[int, int] = (1, 1)
 
@@ -116,7 +116,7 @@ class TrainingSet:
             tokens: whether it reads stored summary tokens.
             ablated: inputs that are withheld from it.
         """
-        shape = self.options.tokens[1] if tokens and self.options.tokens else (0, 0)
+        shape = self.options.tokens.shape if tokens and self.options.tokens else (0, 0)
         contract = self.warehouse.contract
         return encoder_of(contract, self.vocabularies, history_length, shape, ablated)
 
@@ -154,11 +154,13 @@ class TrainingSet:
             history_lengths=lengths if visible is None else np.minimum(lengths, visible),
         )
         if tokens and self.options.tokens is not None:
-            version, shape = self.options.tokens
-            token_log = TokenLog(self.warehouse.contract, self.warehouse.settings.home, version)
+            spec = self.options.tokens
+            home = self.warehouse.settings.home
+            token_log = TokenLog(self.warehouse.contract, home, spec.version)
             token_rows = np.asarray(requests["token_row"])
             encoded = replace(
-                encoded, gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], shape)
+                encoded,
+                gather_tokens=lambda chosen: token_log.gather(token_rows[chosen], spec.shape),
             )
         names = [key for key in candidates if key.startswith(BASELINE)]
         baselines = {key.removeprefix(BASELINE): np.asarray(candidates[key]) for key in names}

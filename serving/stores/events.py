@@ -86,5 +86,5 @@ class EventTaker:
             ) from error
         if erased and erased.hash_of(user_id) in erased.users:
             raise ErasedUserError(
-                "this user was erased, and nothing is kept of them: `python -m serving erase --allow` lets them come back"
+                "this user was erased, and nothing is kept of them: `python -m beam_jobs erase --allow` lets them come back"
             )

@@ -21,6 +21,7 @@ import pytest
 
 from beam_jobs.engine.options import RUNNERS, Common
 from feature_repo import datasets
+from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import Source
 from feature_repo.home.tables import (
     JobFolder,
@@ -52,11 +53,7 @@ def test_kept_and_dead_rows_add_up_to_the_rows_read(shop: Any, shop_data: Path) 
         counts["rows_read"] == pq.ParquetFile(shop_data / "online_retail.parquet").metadata.num_rows
     )
     assert counts["rows_read"] == counts["rows_events"] + counts["rows_dead"]
-    assert (
-        counts["rows_dead"]
-        == sum(n for name, n in counts.items() if name.startswith("dead: "))
-        == counts["rows_dead_letters"]
-    )
+    assert counts["rows_dead"] == sum(counts.dead.values()) == counts["rows_dead_letters"]
 
 
 def test_dead_letters_say_where_and_why(shop: Any, shop_data: Path) -> None:
@@ -93,13 +90,12 @@ def test_a_job_that_is_up_to_date_does_nothing(shop: Any, helpers: Any) -> None:
 
 
 def test_other_options_or_inputs_are_another_run(shop: Any, tmp_path: Path, helpers: Any) -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
 
-    job = runs.load_job("training_examples")
+    job = load_job("training_examples")
     ids = {
-        runs.plan_run(
-            job, shop.settings, job.options(num_partitions=3, seed=seed), as_of
-        ).plan.run_id
+        plan_run(job, shop.settings, job.options(num_partitions=3, seed=seed), as_of).plan.run_id
         for seed in (1, 2)
         for as_of in (None, "2011-11-01")
     }
@@ -193,27 +189,24 @@ def test_two_runs_of_a_job_at_once_are_refused(shop: Any, helpers: Any) -> None:
 def test_a_run_that_lost_rows_is_not_published(
     shop: Any, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine import run as engine
+    from beam_jobs.errors import LostRowsError
 
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
-    collect = runs.collect
+    collect = engine.collect
 
     def losing(plan: Any) -> Any:
-        tables, counts = collect(plan)
-        return tables, {
-            **counts,
-            "rows_events": counts.get("rows_events", 0) - 1,
-            "events": counts.get("events", 0) - 1,
-        }
+        found = collect(plan)
+        return replace(found, counts=found.counts + Counts({"rows_events": -1, "events": -1}))
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "collect", losing)
-        with pytest.raises(runs.LostRowsError, match="not published"):
+        patch.setattr(engine, "collect", losing)
+        with pytest.raises(LostRowsError, match="not published"):
             helpers.run_jobs(settings, "events")
     helpers.run_jobs(settings, "events")
-    monkeypatch.setattr(runs, "collect", losing)
+    monkeypatch.setattr(engine, "collect", losing)
     for job in ("user_history", "item_stats"):
-        with pytest.raises(runs.LostRowsError, match="went in"):
+        with pytest.raises(LostRowsError, match="went in"):
             helpers.run_jobs(settings, job)
         assert JobFolder(settings.home, job).manifest() is None
 
@@ -245,18 +238,15 @@ def test_data_of_the_future_or_of_no_event_is_refused(
         frame["UnitPrice"] = -1.0
     frame.to_parquet(tmp_path / "online_retail.parquet", index=False)
     settings = helpers.settings_in(tmp_path / "home", "online_retail", tmp_path)
-    job = runs_module().load_job("events")
+    from beam_jobs.engine.run import run
+    from beam_jobs.registry import load_job
+
+    job = load_job("events")
     with pytest.raises(datasets.RawDataError, match=says):
-        runs_module().run(
+        run(
             job, settings, job.options(), ["--runner=FnApiRunner"], as_of=None, max_bad_fraction=1.0
         )
     assert JobFolder(settings.home, "events").manifest() is None
-
-
-def runs_module() -> Any:
-    from beam_jobs.engine import runs
-
-    return runs
 
 
 class StopHereError(Exception):
@@ -301,7 +291,7 @@ def test_publishing_replaces_a_run_and_drops_older_ones(tmp_path: Path) -> None:
             "2011-01-01T00:00:00+00:00",
             {},
             {},
-            {},
+            Counts(),
             {"numbers": [part]},
         )
         folder.publish(manifest)
@@ -323,12 +313,14 @@ def test_a_manifest_of_another_layout_is_refused(tmp_path: Path) -> None:
 def test_dry_run_shows_graph_inputs_and_rows_and_writes_nothing(
     job: str, shop: Any, shop_data: Path
 ) -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.describe import describe
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
 
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*"))
-    loaded = runs.load_job(job)
-    planned = runs.plan_run(loaded, shop.settings, loaded.options(), "2011-10-01")
-    shown = runs.describe(loaded, planned.plan, planned.units, ["--runner=FnApiRunner"])
+    loaded = load_job(job)
+    planned = plan_run(loaded, shop.settings, loaded.options(), "2011-10-01")
+    shown = describe(loaded, planned.plan, planned.units, ["--runner=FnApiRunner"])
     for part in ("would be built", "inputs:", "pieces, about", "graph:", job):
         assert part in shown
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(shop.settings.home).rglob("*")) == before
@@ -431,7 +423,7 @@ def test_an_event_at_or_after_as_of_is_a_dead_letter(
     whole, cut = (
         JobFolder(home, "events").require().counts for home in (shop.settings.home, settings.home)
     )
-    late = cut["dead: time is at or after --as_of"]
+    late = cut.dead["time is at or after --as_of"]
     assert late > 0
     assert cut["rows_events"] + late == whole["rows_events"]
     assert cut["events_made"] == cut["rows_events"] + cut["events_dead"]
@@ -444,13 +436,14 @@ def test_the_same_job_runs_through_the_portable_runner(
     """The job API, artifact staging and protos that Flink, Spark and Dataflow take, against an
     embedded endpoint.
     """
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import run
+    from beam_jobs.registry import load_job
 
     settings = helpers.settings_in(tmp_path, "online_retail", shop.data)
     helpers.run_jobs(settings, "events", num_partitions=3)
-    job = runs.load_job("item_stats")
+    job = load_job("item_stats")
     flags = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
-    runs.run(job, settings, job.options(num_partitions=3), flags, as_of=None, max_bad_fraction=None)
+    run(job, settings, job.options(num_partitions=3), flags, as_of=None, max_bad_fraction=None)
     assert snapshot(settings.home, "item_stats") == snapshot(shop.settings.home, "item_stats")
 
 
@@ -473,16 +466,17 @@ def test_built_tables_have_the_contracts_columns(name: str, request: pytest.Fixt
 def test_a_run_reads_the_very_tables_that_it_names_when_they_are_republished_meanwhile(
     shop: Any, tmp_path: Path, helpers: Any
 ) -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
 
     road = helpers.copied(shop, tmp_path)
-    job = runs.load_job("training_examples")
-    plan = runs.plan_run(job, road.settings, job.options(), None).plan
+    job = load_job("training_examples")
+    plan = plan_run(job, road.settings, job.options(), None).plan
     before = plan.read_input("item_stats", "item_stats")
     helpers.run_jobs(road.settings, "item_stats", as_of="2011-03-01", num_partitions=2)
     assert JobFolder(road.settings.home, "item_stats").read("item_stats").num_rows < before.num_rows
     assert plan.read_input("item_stats", "item_stats").equals(before)
-    assert runs.plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id
+    assert plan_run(job, road.settings, job.options(), None).plan.run_id != plan.run_id
 
 
 @pytest.mark.parametrize("mode", ["in_memory", "multi_threading", "multi_processing"])
@@ -554,17 +548,17 @@ def test_a_runner_that_cannot_run_is_a_line(
 
 
 def test_the_text_of_a_workers_traceback_becomes_its_mistake() -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.pipeline import from_worker
 
     text = (
         "Traceback (most recent call last):\n  File x\n"
         "feature_repo.errors.RawDataError: a.csv: column 'x'\nexpected a time [while running 'Read']"
     )
-    found = runs.from_worker(text)
+    found = from_worker(text)
     assert found is not None
     assert str(found).startswith("a.csv: column 'x'")
-    assert runs.from_worker("KeyError: 'x'") is None
-    assert runs.from_worker("beam_jobs.errors.LostRowsError: two rows") is None  # a fault of ours
+    assert from_worker("KeyError: 'x'") is None
+    assert from_worker("beam_jobs.errors.LostRowsError: two rows") is None  # a fault of ours
 
 
 def films(folder: Path, helpers: Any, **changes: Any) -> Any:
@@ -582,7 +576,7 @@ def test_a_rating_that_was_delivered_twice_is_one_event_and_the_other_is_counted
 ) -> None:
     settings = films(tmp_path, helpers, ratings=lambda lines: [*lines, lines[0], lines[20]])
     manifest = helpers.run_jobs(settings, *helpers.table_jobs)["events"].manifest
-    assert manifest.counts["dead: repeated: the same event stands earlier"] == 2
+    assert manifest.counts.dead["repeated: the same event stands earlier"] == 2
     assert manifest.counts["rows_events"] == 40 * 24
     letters = JobFolder(settings.home, "events").read("dead_letters").to_pylist()
     assert sum("repeated" in letter["reason"] for letter in letters) == 2
@@ -618,7 +612,7 @@ def test_an_invoice_without_country_keeps_its_events(
         JobFolder(home, "events").require().counts for home in (settings.home, shop.settings.home)
     )
     assert counts["rows_events"] == whole["rows_events"]
-    assert 0 < counts["dead: user_profile, country: is missing"] <= lines
+    assert 0 < counts.dead["user_profile, country: is missing"] <= lines
 
 
 def test_dead_letters_count_towards_the_limit_whoever_found_them(

@@ -25,7 +25,7 @@ from feature_repo.contract.arrow import micros, micros_iso
 from feature_repo.history.envelope import Envelope, from_bytes
 from feature_repo.history.history import Histories, HistoryLog
 from feature_repo.history.token_log import TokenLog, TokenLogError, drop_version
-from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.catalogue import Catalogue, TokenSpec
 from feature_repo.home.tables import JobFolder
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.bundle import bundle as bundles
@@ -93,7 +93,11 @@ def test_training_reads_the_tokens_of_the_time_and_never_later_ones(token_shop: 
     warehouse = Warehouse(token_shop.settings)
     shape = bundle.token_shape
     split = joined_period(
-        warehouse, token_shop.store, "ranking_v1_tokens", "test", (bundle.tokens or "", shape)
+        warehouse,
+        token_shop.store,
+        "ranking_v1_tokens",
+        "test",
+        TokenSpec(bundle.tokens or "", *shape),
     )
     assert split.requests.gather_tokens is not None
     tokens, has = split.requests.gather_tokens(np.arange(len(split.requests)))
@@ -166,7 +170,7 @@ def test_a_later_run_takes_up_new_events_and_skips_who_has_none(
     assert second.manifest.counts["users_written"] == new.sum() < len(users)
     assert second.manifest.counts["skipped"] == (~new).sum() > 0
     grown = (new & (ends > 0)).sum()
-    assert second.manifest.counts.get("extended", 0) == (grown if recipe == "vista_tiny" else 0)
+    assert second.manifest.counts["extended"] == (grown if recipe == "vista_tiny" else 0)
     end = second.manifest.as_of_micros
     for row, envelope in enumerate(online(road, users)):
         at = end if new[row] else middle
@@ -292,12 +296,13 @@ def test_killed_and_run_again_gives_the_same_bytes(
 def test_a_run_that_was_stopped_goes_on_under_the_time_that_it_had_claimed(
     fresh: Any, helpers: Any
 ) -> None:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
     from beam_jobs.summary_tokens.token_options import prepared
 
-    job = runs.load_job("summary_tokens")
+    job = load_job("summary_tokens")
     options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
-    plan = runs.plan_run(job, fresh.settings, options, None).plan
+    plan = plan_run(job, fresh.settings, options, None).plan
     first, again = (prepared(job.prepare(plan, None)).computed_at_micros for _ in range(2))
     assert first == again
     later = replace(build(fresh, helpers).manifest, options={"computed_at_micros": first + 10**15})
@@ -355,7 +360,8 @@ def newest(road: Any) -> list[dict[str, Any]]:
 def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     token_shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.summary_tokens.summarise import Users, summarised
+    from beam_jobs.summary_tokens import summarise
+    from beam_jobs.summary_tokens.summarise import Progress, Result, Users, summarised
 
     bundle, (log, _) = live(token_shop), histories(token_shop)
     summariser = Summariser(bundle.model, bundle.encoder)
@@ -372,10 +378,12 @@ def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     read, ends = log.gather(rows, log.lengths[rows]), log.lengths[rows].astype(np.int64)
     codes = bundle.encoder.vocabularies["item_id"].indices_of(log.items)
     nothing = np.zeros(5, np.int64)
-    users = Users(rows.tolist(), read, read.digests(log.item_hashes), nothing, nothing > 0, {}, {})
-    reasons = {
-        one.row: one.reason for one in summarised(summariser, users, codes, rows.tolist(), ends, 0)
-    }
+    users = Users(rows.tolist(), read, read.digests(log.item_hashes), nothing > 0)
+    monkeypatch.setattr(summarise, "stored_result", lambda *given: Result(given[-3]))
+    found = summarised(
+        None, summariser, users, Progress(nothing, {}, {}), codes, rows.tolist(), ends, 0
+    )
+    reasons = {one.row: one.reason for one in found}
     assert all(bool(reasons[row]) == (log.lengths[row] == bad) for row in range(5))
     assert "numbers that no model should see" in reasons[2]
 
@@ -405,13 +413,14 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     """An event that came late stands before others: the stored state is no longer that of its first
     events.
     """
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
     from beam_jobs.summary_tokens.earlier_tokens import Earlier
 
     build(fresh, helpers)
-    job = runs.load_job("summary_tokens")
+    job = load_job("summary_tokens")
     options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
-    planned = runs.plan_run(job, fresh.settings, options, None)
+    planned = plan_run(job, fresh.settings, options, None)
     plan, units = job.prepare(planned.plan, planned.plan.folder.manifest()), planned.units
     log = HistoryLog(CONTRACT, plan.input_folder("user_history"), [units[0].source])
     rows, ids = np.arange(len(log.users)), log.users.to_pylist()
@@ -510,23 +519,21 @@ def test_a_bundle_goes_live_only_when_enough_users_have_tokens(
 ) -> None:
     from beam_jobs.summary_tokens import summarise
 
-    whole = summarise.stored_row
+    whole = summarise.stored_result
 
-    def some(plan: Any, summariser: Any, users: Any, result: Any, at: int) -> Any:
-        return (
-            "unlucky"
-            if users.ids[result.row] % 10 == 0
-            else whole(plan, summariser, users, result, at)
-        )
+    def some(plan: Any, summariser: Any, users: Any, at: int, row: int, *given: Any) -> Any:
+        if users.ids[row] % 10 == 0:
+            return summarise.Result(row, reason="unlucky")
+        return whole(plan, summariser, users, at, row, *given)
 
-    monkeypatch.setattr(summarise, "stored_row", some)
+    monkeypatch.setattr(summarise, "stored_result", some)
     outcome = build(fresh, helpers)
-    assert "does not go live" in outcome.said[-1]
+    assert "does not go live" in outcome.lines[-1]
     with pytest.raises(LookupError):
         Catalogue(fresh.settings.catalogue_url).live_bundle("online_retail")
     monkeypatch.undo()
     outcome = build(fresh, helpers, computed_at="2011-12-22T00:00:00")
-    assert outcome.said[-1].endswith("is live")
+    assert outcome.lines[-1].endswith("is live")
 
 
 @pytest.mark.parametrize(
@@ -621,7 +628,7 @@ def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any
     assert live(fresh).manifest["recipe"] == "vista_bidirectional_tiny"
     outcome = build(fresh, helpers)
     assert not outcome.built
-    assert outcome.said[-1].endswith("is live")
+    assert outcome.lines[-1].endswith("is live")
     assert live(fresh).manifest["recipe"] == "vista_tiny"
 
 
@@ -642,6 +649,6 @@ def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     command.export(training_run.refuse_untrained(run), catalogue, live=False)
     outcome = build(fresh, helpers, bundle="vista_bidirectional_tiny")
     assert live(fresh).manifest["recipe"] == "vista_tiny"
-    assert "exported with --not_live" in outcome.said[-1]
+    assert "exported with --not_live" in outcome.lines[-1]
     digest = catalogue.bundle(fresh.settings.dataset, "vista_bidirectional_tiny").digest
     assert "exported with --not_live" in catalogue.held_back(fresh.settings.dataset, digest)

@@ -141,7 +141,7 @@ KILLED = """
 import sys
 import pyarrow as pa
 from tests.feature_repo.test_expectations import TABLE, batch
-from feature_repo import expectations
+from feature_repo.contract import expectations
 print("begun", flush=True)
 while True:
     expectations.check(TABLE, [batch()], sys.argv[1])

@@ -159,18 +159,19 @@ def test_a_changed_file_is_another_input_of_jobs_and_training(
     shop_with_views: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from beam_jobs.engine.inputs import current_inputs
+    from beam_jobs.registry import MODULES
     from modeling import recipes
     from modeling.training import training_run
 
     settings, recipe = shop_with_views.settings, recipes.load("amortised_dlrm_tiny")
-    before = current_inputs("materialize", ["views"], settings)
+    before = current_inputs(MODULES["materialize"], ["views"], settings)
     run = training_run.open_run(settings, recipe).identity
     other = replace(settings, data=f"{settings.data}/other")
     Path(str(other.data)).mkdir()
     for name in ("loyalty", "shelf"):
         frame = pd.read_parquet(f"{settings.data}/{name}.parquet")
         frame.iloc[:-1].to_parquet(f"{other.data}/{name}.parquet", index=False)
-    assert current_inputs("materialize", ["views"], other) != before
+    assert current_inputs(MODULES["materialize"], ["views"], other) != before
     assert training_run.open_run(other, recipe).identity != run
 
 
@@ -246,10 +247,11 @@ def test_the_newest_row_stays_whoever_writes_it_and_when(either: Shop) -> None:
 
 
 def plan_of(shop: Shop) -> Any:
-    from beam_jobs.engine import runs
+    from beam_jobs.engine.run import plan_run
+    from beam_jobs.registry import load_job
 
-    job = runs.load_job("materialize")
-    return runs.plan_run(job, shop.settings, job.options(), None).plan
+    job = load_job("materialize")
+    return plan_run(job, shop.settings, job.options(), None).plan
 
 
 def test_a_row_that_is_too_old_or_yet_to_come_is_missing_as_in_training(

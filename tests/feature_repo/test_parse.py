@@ -113,7 +113,7 @@ def test_a_line_of_the_items_that_is_no_row_is_a_dead_letter(tmp_path: Path) -> 
     assert found.dead_letters["source_row"].to_pylist() == [1]
     assert "has 4 fields, expected 3" in found.dead_letters["reason"][0].as_py()
     assert (found.counts["dead_item_profile"], found.counts["read_item_profile"]) == (1, 1)
-    assert found.counts["cut: tags"] == 1
+    assert found.counts.cut["tags"] == 1
 
 
 def test_labels_are_actions_seen_in_a_request_of_one_user(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ LINE = {
 def parsed_of(rows: list[dict[str, Any]], start: int = 0) -> Parsed:
     """Invoice lines as events and dead letters."""
     unit = RawUnit("f.parquet", start, len(rows))
-    block = sources.Block(pa.Table.from_pylist(rows), start + np.arange(len(rows)))
+    block = sources.RawBlock(pa.Table.from_pylist(rows), start + np.arange(len(rows)))
     return parse(RETAIL.contract, unit, block, RETAIL.derive)
 
 

@@ -171,8 +171,9 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
     import pyarrow as pa
 
     from beam_jobs.engine.partition import to_ipc
-    from beam_jobs.engine.runs import load_job, plan_run
+    from beam_jobs.engine.run import plan_run
     from beam_jobs.engine.sinks import WriteView
+    from beam_jobs.registry import load_job
 
     rows = JobFolder(settings.home, "events").read("user_profile")
     rows = rows.set_column(

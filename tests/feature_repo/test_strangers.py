@@ -358,7 +358,7 @@ def test_what_is_no_number_is_null_and_counted(tell: Callable[..., Told]) -> Non
         for n, (u, i, t) in enumerate(LOG)
     ]
     told = tell({"log.csv": text_of([*HEADED, "price"], rows)})
-    assert told.preview.lost == {"price": 10}
+    assert told.preview.counts.lost == {"price": 10}
     assert "10  values of price that could not be read" in "\n".join(told.preview.lines())
     assert "10 of 900 values are none such" in told.text
 
@@ -1038,8 +1038,8 @@ def test_blanks_among_flags_are_asked_about(tell: Callable[..., Told]) -> None:
 
 
 DECLARED = """
-from feature_repo.parse import Derived
-from feature_repo.schema import Column, DatasetSpec, DType, Examples, Requests, Source, Task
+from feature_repo.raw.parse import Derived
+from feature_repo.contract.schema import Column, DatasetSpec, DType, Examples, Requests, Source, Task
 
 SPEC = DatasetSpec(
     name="elsewhere",

@@ -37,7 +37,7 @@ def made(seed: int = 0) -> AddressedVISTA:
     slots = [torch.randint(0, size, (40, n), generator=generator) for size, n in ((6, 2), (4, 1))]
     empty = torch.zeros(1, 0)
     model.fit_statistics(TrainingSample(empty, empty, empty, torch.cat(slots, dim=1)))
-    torch.nn.init.normal_(model.memory.action)
+    torch.nn.init.normal_(model.stage_1.memory.action)
     return model
 
 
@@ -71,14 +71,14 @@ def test_sums_equal_their_plain_twin_and_padding_is_inert(length: int) -> None:
     state = model.encode_user(user)
     days = user.gap_BL[0].expm1()
     age = days.sum() - days.cumsum(0)
-    codes = model.codes(model.codes.parts(user.item_BL))[0]
+    codes = model.stage_1.codes(model.stage_1.codes.parts(user.item_BL))[0]
     plain = slot_memory_plain(
-        model.memory, codes[:length], user.action_BL[0, :length], age[:length]
+        model.stage_1.memory, codes[:length], user.action_BL[0, :length], age[:length]
     )
     torch.testing.assert_close(state.total_BAHW, plain.total_BAHW, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state.mass_BAH, plain.mass_BAH, atol=1e-5, rtol=1e-4)
-    assert model.pairs is not None
-    address, total = model.pairs.address(codes), torch.zeros(6, 12)
+    assert model.stage_1.pairs is not None
+    address, total = model.stage_1.pairs.address(codes), torch.zeros(6, 12)
     for at in range(1, length):
         total += torch.outer(address[at - 1], codes[at]) * 2 ** (-days[at] / 4.0)
     torch.testing.assert_close(state.pair_total_BFW[0], total, atol=1e-5, rtol=1e-4)
@@ -90,18 +90,19 @@ def test_sums_equal_their_plain_twin_and_padding_is_inert(length: int) -> None:
 @pytest.mark.parametrize("step", [1, 7, 25])
 def test_chunks_and_stored_streams_add_up_to_the_whole(step: int) -> None:
     model, user = made(), history(50, 2)
-    whole = model.tokens_of(user)
+    whole = model.stage_1(user)
     torch.testing.assert_close(
-        model.summarise(lambda: [user.events(at, at + step) for at in range(0, 50, step)]), whole
+        model.stage_1.summarise(lambda: [user.events(at, at + step) for at in range(0, 50, step)]),
+        whole,
     )
-    _, streams = model.stream([user.events(0, 20)])
-    kept = model.stored_streams(streams)
-    assert kept.shape[1:] == model.stream_shape
-    restored = model.restored_streams(kept, torch.tensor([20]))
-    tokens, _ = model.stream([user.events(20, 50)], restored)
+    _, streams = model.stage_1.stream([user.events(0, 20)])
+    kept = model.stage_1.stored_streams(streams)
+    assert kept.shape[1:] == model.stage_1.stream_shape
+    restored = model.stage_1.restored_streams(kept, torch.tensor([20]))
+    tokens, _ = model.stage_1.stream([user.events(20, 50)], restored)
     torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="expected"):
-        model.restored_streams(kept[:, 1:], torch.tensor([20]))
+        model.stage_1.restored_streams(kept[:, 1:], torch.tensor([20]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +112,7 @@ def test_stored_tokens_score_as_fresh_ones(kind: Kind) -> None:
     model, user = made(), history(50, 3)
     candidates = Candidates(
         item_BC=torch.arange(40)[None],
-        category_BCK=model.codes.item_IK[None],
+        category_BCK=model.stage_1.codes.item_IK[None],
         dense_BCF=torch.zeros(1, 40, 0),
         mask_BC=torch.ones(1, 40, dtype=torch.bool),
     )
@@ -156,8 +157,8 @@ def test_a_slot_tells_which_items_were_there() -> None:
     user = replace(user, action_BL=torch.zeros_like(user.action_BL))
     with torch.inference_mode():
         state = model.encode_user(user)
-        codes = model.codes(model.codes.parts(torch.arange(500)[None]))
-        address = model.memory.address(codes)
+        codes = model.stage_1.codes(model.stage_1.codes.parts(torch.arange(500)[None]))
+        address = model.stage_1.memory.address(codes)
         own = torch.einsum("bca,bahw->bchw", address, state.total_BAHW)[:, :, 0]
         pooled = state.total_BAHW.sum(1)[:, 0]
     bought = (np.bincount(items, minlength=500) > 0).astype(np.float64)

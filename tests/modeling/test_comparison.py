@@ -18,10 +18,12 @@ from feature_repo import cli
 from feature_repo.home.tables import JobFolder
 from modeling import __main__ as entry
 from modeling import models, recipes
+from modeling.benchmarks import shapes
+from modeling.benchmarks.shapes import shaped
 from modeling.comparison import comparison
 from modeling.inputs.batch import FeatureSizes
 from modeling.inputs.columns import GroupSizes
-from modeling.recipes import NextItemRecipe, ranking
+from modeling.recipes import NextItemRecipe
 from modeling.training.training_run import dense_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +271,7 @@ def test_every_recipe_builds_its_model(tmp_path: Path) -> None:
 
 
 SIZES = {  # of the vocabularies and features of the whole datasets
-    "retail": FeatureSizes(
+    "online_retail": FeatureSizes(
         3061,
         2,
         96,
@@ -277,7 +279,7 @@ SIZES = {  # of the vocabularies and features of the whole datasets
         candidate=GroupSizes((1958,), (8,), numbers=17),
         event=GroupSizes(numbers=2),
     ),
-    "ml1m": FeatureSizes(
+    "movielens_1m": FeatureSizes(
         3350,
         2,
         128,
@@ -290,8 +292,7 @@ SIZES = {  # of the vocabularies and features of the whole datasets
 
 @pytest.mark.parametrize("dataset", SIZES)
 def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
-    beside = ("transformer", *ranking.BESIDE)
-    made = [recipes.load(f"{name}_{dataset}") for name in ranking.MODELS if name not in beside]
+    made = [shaped(name, dataset) for name in ("onetrans", *shapes.SIZES[dataset])]
     counts = {
         r.name: dense_parameters(models.build(r.model, r.config, SIZES[dataset])) for r in made
     }

@@ -44,6 +44,10 @@ CODES = np.arange(1, ITEMS + 1)
 
 
 def summariser(seed: int = 1, history_length: int = 64, **config: Any) -> Summariser:
+    return Summariser(*ranker(seed, history_length, **config))
+
+
+def ranker(seed: int = 1, history_length: int = 64, **config: Any) -> tuple[VISTA, Encoder]:
     items = Vocabulary(pa.array([str(item) for item in range(ITEMS)]))
     vocabularies = nothing_known(CONTRACT) | {"item_id": items}
     encoder = Encoder(CONTRACT, vocabularies, history_length)
@@ -51,7 +55,7 @@ def summariser(seed: int = 1, history_length: int = 64, **config: Any) -> Summar
     model = models.build("vista", {**STREAM, **config}, encoder.sizes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Summariser(model.eval(), encoder)
+    return cast(VISTA, model.eval()), encoder
 
 
 def drawn(lengths: list[int] | np.ndarray, seed: int = 0) -> Histories:
@@ -134,8 +138,9 @@ def test_stored_bytes_go_on_as_if_they_had_never_been_stored() -> None:
 
 
 def test_the_fingerprint_knows_all_that_tokens_depend_on_and_nothing_else() -> None:
-    one = summariser()
-    assert token_fingerprint(one.model, one.encoder) == one.fingerprint == summariser().fingerprint
+    model, encoder = ranker()
+    one = Summariser(model, encoder)
+    assert token_fingerprint(model, encoder) == one.fingerprint == summariser().fingerprint
     for other in (
         summariser(seed=2),
         summariser(block=4),
@@ -149,11 +154,19 @@ def test_the_fingerprint_knows_all_that_tokens_depend_on_and_nothing_else() -> N
         != summariser(causal=False).fingerprint
     )
     with torch.no_grad():
-        cast(VISTA, one.model).ranking[0].out.weight += 1  # type: ignore[union-attr, operator]
-    assert token_fingerprint(one.model, one.encoder) == one.fingerprint  # stage 2
-    with torch.no_grad():
-        cast(VISTA, one.model).seeds += 1e-3
-    assert token_fingerprint(one.model, one.encoder) != one.fingerprint
+        for parameter in (*model.stage_2.parameters(), *model.heads.parameters()):
+            parameter += 1
+    assert token_fingerprint(model, encoder) == one.fingerprint
+    # The item embeddings of candidates are those of events.
+    weights = (model.features.item.weight, *one.stage_1.parameters())
+    for parameter in filter(torch.numel, weights):
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 1e-3
+        assert token_fingerprint(model, encoder) != one.fingerprint
+        with torch.no_grad():
+            parameter.copy_(before)
+    assert token_fingerprint(model, encoder) == one.fingerprint
 
 
 def test_what_cannot_be_summarised_is_refused() -> None:

@@ -23,8 +23,9 @@ from modeling import models, recipes
 from modeling.evaluation.evaluate import EMPTY_HISTORY
 from modeling.inputs.augment import training_sample
 from modeling.inputs.batch import Batch
+from modeling.inputs.columns import Vocabulary
 from modeling.inputs.degradations import without
-from modeling.inputs.encoder import Encoded, Encoder, Vocabulary
+from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
 from modeling.recipes import Training
 from modeling.training.trainer import (

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from modeling.benchmarks.shapes import shaped
 from modeling.evaluation.evaluate import unknown_first
 from modeling.inputs.augment import hide, unknown_dense
 from modeling.inputs.encoder import Encoder
-from modeling.recipes import Recipe, Training, ranking
+from modeling.recipes import Recipe, Training
 from modeling.training.trainer import Trainer, predict
 from modeling.training.training_run import build_model
 from modeling.training_set.dataset import Warehouse
@@ -27,10 +28,15 @@ NAMES = (
     *("amortised", "onetrans", "hiformer", "vista", "vista_stream", "sasrec_rank", "hstu_rank"),
     *("transformer", "din", "dcnv2", "dlrm", "autoint", "rankmixer", "wukong"),
 )
+RECIPES = {name: shaped(name, "any data") for name in NAMES}
 MODELS: dict[str, dict[str, Any]] = {
-    name: {**config, **SMALL, **({"num_layers": 1} if "num_layers" in config else {})}
-    for name, (_, _, config) in ranking.MODELS.items()
-    if name in NAMES
+    name: {
+        **recipe.config,
+        **SMALL,
+        "dropout": 0.0,
+        **({"num_layers": 1} if "num_layers" in recipe.config else {}),
+    }
+    for name, recipe in RECIPES.items()
 }
 
 
@@ -58,7 +64,7 @@ def test_an_unknown_item_comes_first_no_more_often_than_chance(
     )
     recipe = Recipe(
         name,
-        ranking.MODELS[name][1],
+        RECIPES[name].model,
         "ranking_v1",
         MODELS[name],
         16,

@@ -1,4 +1,4 @@
-"""`python -m serving erase USER`: a user out of everything that we hold, and a proof of it.
+"""`python -m beam_jobs erase USER`: a user out of everything that we hold, and a proof of it.
 
     1. on the list of erased users   `events` leaves them out from here on, no server takes their events
     2. online store                  at once, in every view and known token version
@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +31,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from beam_jobs.errors import ErasureError
 from feature_repo import datasets
 from feature_repo.atomic import atomic_write
 from feature_repo.contract.contract import Contract
@@ -44,10 +43,9 @@ from feature_repo.home.erased import FOLDER, Erased, list_erased
 from feature_repo.home.tables import JobFolder, JobRunningError, locked
 from feature_repo.home.traces import LEAST_BYTES, behind_nulls, mark_of, traces_in
 from feature_repo.raw.parse import user_columns
-from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.settings import Settings
 from feature_repo.store.online_erase import OnlineEraser
 from feature_repo.store.store import open_store
-from serving.stores.items import Id
 
 # In the order in which they read each other.
 JOBS = ("events", "user_history", "item_stats", "training_examples", "materialize")
@@ -56,12 +54,9 @@ CACHES = ("training_sets", "expectations")
 RAW = "raw"  # the column of dead letters that holds a row as it came
 DRAFT_S = 60.0  # a file takes a server less to write
 WAIT_S = 600.0  # for a job that is under way
+Id = int | str
 RunJob = Callable[[str], None]
 Answer = TypeVar("Answer")
-
-
-class ErasureError(ExpectedError, RuntimeError):
-    """Something of a user is still there, or no such user can be erased."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +110,14 @@ def erase(
     settings: Settings,
     users: Sequence[Id],
     logs: Sequence[Path],
-    run_job: RunJob | None = None,
+    run_job: RunJob,
     tell: Callable[[str], None] = lambda step: None,
 ) -> tuple[Proof, Path]:
     """Erase users; returns the proof and where it was written.
 
     Args:
         logs: folders of served requests.
-        run_job: runs one of the jobs to its end; default: each in a separate process.
+        run_job: runs one of the jobs to its end, as it was run last.
         tell: is called with each step as it begins.
 
     Raises:
@@ -133,7 +128,6 @@ def erase(
     at = datetime.now(UTC)
     contract = datasets.load_contract(settings.dataset)
     home = settings.home
-    run_job = run_job or _in_process_of_its_own(settings)
     if missing := [str(log) for log in logs if not log.is_dir()]:
         raise ErasureError(f"{missing[0]} is no folder that a server logged to")
     removed: dict[str, int | None] = {}
@@ -157,7 +151,13 @@ def erase(
         tell(f"building {job} again")
         _when_free(partial(_is_free, settings, job))
         if JobFolder(home, job).manifest() is not None:
-            run_job(job)
+            try:
+                run_job(job)
+            except ExpectedError as error:
+                raise ErasureError(
+                    f"`{job}` failed, and the users are still in its tables: run the same command again once it is "
+                    f"mended. {error}"
+                ) from error
 
     tell("training sets and reports")
     for cache in CACHES:
@@ -361,21 +361,3 @@ def _when_free(action: Callable[[], Answer]) -> Answer:
 def _is_free(settings: Settings, job: str) -> None:
     with JobFolder(settings.home, job).lock():
         pass
-
-
-def _in_process_of_its_own(settings: Settings) -> RunJob:
-    """Runs a job as it was run last."""
-    catalogue = Catalogue(settings.catalogue_url)
-
-    def run(job: str) -> None:
-        last = catalogue.last_run(settings.dataset, job)
-        given = last.details.get("command", []) if last else []
-        command = [sys.executable, "-m", "beam_jobs", job, *given]
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ErasureError(
-                f"`{' '.join(command[1:])}` failed, and the users are still in its tables: run the same command again "
-                f"once it is mended.\n{done.stdout}{done.stderr}"
-            )
-
-    return run

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from beam_jobs.erase import erase, ids_of, search
+from beam_jobs.errors import ErasureError
 from feature_repo.datasets import load_contract
 from feature_repo.history.token_log import TokenLog
 from feature_repo.home.catalogue import Catalogue
@@ -30,7 +32,6 @@ from serving.api.degraded import Degraded
 from serving.api.errors import ErasedUserError
 from serving.api.messages import RankRequest
 from serving.command import open_ranker
-from serving.erase import ErasureError, erase, ids_of, search
 from serving.served.served_log import log_schema
 from serving.stores.events import EventTaker
 from tests.ranking import ranked
@@ -142,7 +143,7 @@ def test_later_runs_and_events_keep_them_out_until_they_are_allowed(
     helpers.run_jobs(settings, "events", num_partitions=5)
     assert user not in JobFolder(settings.home, "events").read("events")["user_id"].to_pylist()
     outcome = helpers.run_jobs(settings, "user_history", "summary_tokens", bundle="vista_tiny")
-    assert outcome["summary_tokens"].manifest.counts.get("tombstones", 0) == 0
+    assert outcome["summary_tokens"].manifest.counts["tombstones"] == 0
 
     list_erased(settings.home, [user], allow=True)
     helpers.run_jobs(settings, "events", num_partitions=3)
@@ -296,16 +297,17 @@ def test_a_job_that_is_under_way_is_waited_for(road: Any, helpers: Any) -> None:
 def test_a_list_that_changes_while_events_are_read_publishes_nothing(
     road: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from beam_jobs.engine import runs
+
+    from beam_jobs.engine import run as engine
 
     settings, user = road.settings, users_in(road)[3]
-    real, before = runs.pipeline, JobFolder(settings.home, "events").require().run_id
+    real, before = engine.pipeline_of, JobFolder(settings.home, "events").require().run_id
 
     def meanwhile(*given: Any) -> Any:
         list_erased(settings.home, [user])
         return real(*given)
 
-    monkeypatch.setattr(runs, "pipeline", meanwhile)
+    monkeypatch.setattr(engine, "pipeline_of", meanwhile)
     with pytest.raises(StaleTableError, match="erased or allowed"):
         helpers.run_jobs(settings, "events", num_partitions=4)
     assert JobFolder(settings.home, "events").require().run_id == before
@@ -335,9 +337,9 @@ def test_the_command_does_it_as_the_jobs_were_run(road: Any, helpers: Any) -> No
         return done.stdout
 
     run("beam_jobs", "training_examples", "--seed=0", "--num_partitions=2")
-    told = run("serving", "erase", str(user))
+    told = run("beam_jobs", "erase", str(user))
     assert "1 users erased" in told
     manifest = JobFolder(settings.home, "training_examples").require()
     assert (manifest.options["seed"], manifest.options["num_partitions"]) == (0, 2)
     assert user not in users_in(road)
-    assert "0 users stay" not in run("serving", "erase", str(user), "--allow")
+    assert "0 users stay" not in run("beam_jobs", "erase", str(user), "--allow")

@@ -1,0 +1,89 @@
+"""Units → pieces by partition → parts: the shape of every job that writes tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+import pyarrow as pa
+
+from beam_jobs.engine.partition import Key, Piece, join_pieces
+from beam_jobs.engine.parts import Built, write_part
+from beam_jobs.engine.plan import RunPlan, Unit
+from beam_jobs.engine.threads import ThreadMap
+
+Reader = Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]
+Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
+
+
+@dataclass
+class BuildTables(beam.PTransform):
+    """Units → pieces by partition → parts.
+
+    Args:
+        read: turns one unit into keyed pieces; a plain function.
+        build: turns one whole partition into parts; a plain function.
+    """
+
+    plan: RunPlan
+    read: Reader
+    build: Builder
+
+    def expand(self, units: beam.PCollection) -> beam.PCollection:
+        """The steps."""
+        return (
+            units
+            | "Spread units" >> beam.Reshuffle()
+            | "Read and partition"
+            >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
+            | "Gather partitions" >> beam.GroupByKey()
+            | "Write parts" >> beam.ParDo(BuildPart(self.plan, self.build)).with_output_types(str)
+        )
+
+
+class ReadUnit(ThreadMap):
+    """One unit as keyed pieces."""
+
+    def __init__(self, plan: RunPlan, read: Reader) -> None:
+        super().__init__(plan.num_threads)
+        self.plan = plan
+        self.read = read
+
+    def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
+        """Yields pieces."""
+        return self.read(self.plan, element)
+
+    def process(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
+        """A unit of unknown size is a stream, and goes through piece by piece."""
+        beam.metrics.Metrics.counter(self.plan.job, "units_read").inc()
+        if element.rows < 0:
+            yield from self.work(element)
+        else:
+            yield from super().process(element)
+
+
+class BuildPart(ThreadMap):
+    """Join the pieces of one partition, build its parts and write them with their counts."""
+
+    def __init__(self, plan: RunPlan, builder: Builder) -> None:
+        super().__init__(plan.num_threads)
+        self.plan = plan
+        self.builder = builder
+
+    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
+        """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
+        key, pieces = element
+        yield from super().process((key, list(pieces)))
+
+    def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[str, str, int]]:
+        """Write every part that the partition gives; yields path, table and rows of each."""
+        key, pieces = element
+        for built in self.builder(self.plan, key, join_pieces(pieces)):
+            yield write_part(self.plan, built), built.table, built.rows
+
+    def emit(self, made: tuple[str, str, int]) -> str:
+        """The path, once its rows are counted."""
+        path, table, rows = made
+        beam.metrics.Metrics.counter(self.plan.job, f"{table}_rows").inc(rows)
+        return path

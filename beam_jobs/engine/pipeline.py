@@ -1,0 +1,132 @@
+"""The Beam pipeline of a run, and what a worker's mistake is to a person."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+import apache_beam as beam
+
+from beam_jobs.engine.job import Job
+from beam_jobs.engine.plan import CORES, RunPlan, Unit
+from beam_jobs.errors import OptionsError, RunnerError
+from feature_repo.errors import ExpectedError
+
+HERE = ("fnapirunner", "directrunner", "")  # runners whose workers are this process or its children
+# What a worker raised, at the end of the text that Beam makes of it.
+OURS = re.compile(r"^((?:feature_repo|beam_jobs|modeling)(?:\.\w+)+): ", re.MULTILINE)
+
+
+def pipeline_of(
+    job: Job, plan: RunPlan, units: list[Unit], beam_args: Sequence[str]
+) -> beam.Pipeline:
+    """Make the job's pipeline, without running it.
+
+    Raises:
+        OptionsError: Beam takes no such options.
+    """
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    try:
+        made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+    except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
+        told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise OptionsError(f"Beam takes no such options ({' '.join(beam_args)}): {told}") from error
+    _ = made | "List inputs" >> beam.Create(units) | job.name >> job.steps(plan)
+    return made
+
+
+def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:
+    """Run a pipeline to its end. Workers of other processes hand a mistake on as the text of a traceback,
+    and print it: a person is told the mistake alone.
+
+    Raises:
+        ExpectedError: a worker met something that a person can mend; or the runner cannot run here.
+    """
+    runner = _runner(beam_args)
+    embedded = runner.lower() in HERE
+    with _held_back(embedded and _workers_are_processes(beam_args)) as noise:
+        try:
+            made.run().wait_until_finish()
+        except (RuntimeError, NotImplementedError, OSError) as error:
+            if isinstance(error, ExpectedError):
+                raise
+            if (found := from_worker(str(error))) is not None:
+                raise found from error
+            traceback_told = "Traceback (most recent call last)" in str(error)
+            if not embedded and not traceback_told:
+                first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise RunnerError(f"{runner} could not run: {first}") from error
+            noise.show()
+            raise
+
+
+def threads_of(beam_args: Sequence[str]) -> int:
+    """Return how many threads a worker may work in: all cores on the local runner, where it is one worker; one
+    wherever the runner spreads the work itself.
+    """
+    local = _runner(beam_args).lower() in HERE
+    alone = not any(a.startswith("--direct_num_workers") for a in beam_args)
+    return CORES if local and alone and not _workers_are_processes(beam_args) else 1
+
+
+def _runner(beam_args: Sequence[str]) -> str:
+    return next((a.partition("=")[2] for a in beam_args if a.startswith("--runner=")), "")
+
+
+def _workers_are_processes(beam_args: Sequence[str]) -> bool:
+    return any("multi" in argument for argument in beam_args)
+
+
+def from_worker(text: str) -> ExpectedError | None:
+    """The mistake that the text of a worker's traceback ends with; None where it is a fault of ours."""
+    named = list(OURS.finditer(text))
+    if not named:
+        return None
+    last = named[-1]
+    module, _, name = last[1].rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    if not (isinstance(kind, type) and issubclass(kind, ExpectedError)):
+        return None
+    found = ExpectedError(text[last.end() :].strip())
+    found.exit_code = kind.exit_code
+    return found
+
+
+class _Noise:
+    """Output of workers on standard error while it was held back."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+
+    def show(self) -> None:
+        """Write it out."""
+        if self._file is not None:
+            self._file.seek(0)
+            sys.stderr.write(self._file.read().decode(errors="replace"))
+
+
+@contextmanager
+def _held_back(hold: bool) -> Iterator[_Noise]:
+    """Keep standard error of this process and its children in a file."""
+    if not hold:
+        yield _Noise(None)
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield _Noise(file)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,110 @@
+"""The plan of a run: all that workers need to know of it, small enough to ship with every step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from beam_jobs.engine.options import RunOptions
+from feature_repo import datasets
+from feature_repo.contract.contract import Contract
+from feature_repo.home.tables import JobFolder, Manifest
+from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
+
+CORES = os.cpu_count() or 1
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of input for one worker: a raw unit of the dataset, or a part of a built table."""
+
+    number: int
+    table: str
+    source: Any
+    rows: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that workers need to know; small and plain, so that it ships with every step.
+
+    Args:
+        as_of: microseconds; events at or after it are unknown to the run.
+        pinned: manifests of the jobs that it reads, as they were when it was planned.
+        max_bad_fraction: share of bad rows; None is the dataset's for raw rows, 0 for built tables.
+        num_threads: threads of one worker that work on elements side by side.
+    """
+
+    job: str
+    dataset: str
+    home: str
+    run_id: str
+    as_of: int | None
+    options: RunOptions
+    profile: str
+    catalogue_url: str
+    pinned: dict[str, Manifest] = field(default_factory=dict, repr=False)
+    max_bad_fraction: float | None = None
+    num_threads: int = 1
+
+    @property
+    def contract(self) -> Contract:
+        """The dataset's contract."""
+        return datasets.load_contract(self.dataset)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings under which the run was planned, on any worker."""
+        default = self.dataset == DEFAULT_DATASET and self.home == str(
+            CHECKOUT / ".memoir" / self.dataset
+        )
+        return Settings(self.dataset, None, self.home, self.profile, self.catalogue_url, default)
+
+    @property
+    def folder(self) -> JobFolder:
+        """The folder that the run writes."""
+        return JobFolder(self.home, self.job)
+
+    def input_folder(self, job: str) -> JobFolder:
+        """Return the folder of an input job."""
+        return JobFolder(self.home, job)
+
+    def input_paths(self, job: str, table: str) -> list[str]:
+        """List the parts of an input job's table in the very run that this one names as its input,
+        republished since or not.
+        """
+        root = self.input_folder(job).root
+        return [f"{root}/{part.path}" for part in self.pinned[job].tables[table]]
+
+    def read_input(self, job: str, table: str) -> pa.Table:
+        """Read that table, parts in order."""
+        folder = self.input_folder(job)
+        return pa.concat_tables([folder.read_path(path) for path in self.input_paths(job, table)])
+
+
+class ReadOnce(Generic[Found]):
+    """A value that a process reads once for each run, however many threads ask.
+
+    Example:
+        >>> item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
+        >>> item_profiles(plan) is item_profiles(plan)
+        True
+    """
+
+    def __init__(self, read: Callable[[RunPlan], Found]) -> None:
+        self._read = read
+        self._lock = Lock()
+        self._found: dict[str, Found] = {}
+
+    def __call__(self, plan: RunPlan) -> Found:
+        """Return what the run reads, from memory if it was read before."""
+        with self._lock:
+            if plan.run_id not in self._found:
+                self._found = {plan.run_id: self._read(plan)}
+            return self._found[plan.run_id]
