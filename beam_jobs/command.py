@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     from beam_jobs.engine.job import Job
     from beam_jobs.engine.plan import RunPlan
 
-SERVED_LOG = "MEMOIR_SERVE_LOG_FOLDER"  # where a server of this machine logs to
-PLAIN_LINE_S = 10.0  # between lines where there is no terminal
-FIRST_LISTING_S = 0.5  # before a run's folder is listed for a bar
+# Folder that a server of this machine logs to
+SERVED_LOG = "MEMOIR_SERVE_LOG_FOLDER"
+# Seconds between lines where there is no terminal
+PLAIN_LINE_S = 10.0
+# Seconds before a run's folder is listed for a bar
+FIRST_LISTING_S = 0.5
 console = Console()
 
 
@@ -171,7 +174,8 @@ def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settin
         return False
     if not options.still_mean(manifest.options, settings):
         return False
-    if not output_is_there(name, settings):  # last, for a remote store is asked over the network
+    # Last, for a remote store is asked over the network
+    if not output_is_there(name, settings):
         return False
     console.print(f"{name}: up to date (run {manifest.run_id})", highlight=False)
     return True

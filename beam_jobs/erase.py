@@ -51,9 +51,12 @@ from feature_repo.store.store import open_store
 JOBS = ("events", "user_history", "item_stats", "training_examples", "materialize")
 # Made again whenever they are needed: whoever is in them, they go whole.
 CACHES = ("training_sets", "expectations")
-RAW = "raw"  # the column of dead letters that holds a row as it came
-DRAFT_S = 60.0  # a file takes a server less to write
-WAIT_S = 600.0  # for a job that is under way
+# The column of dead letters that holds a row as it came
+RAW = "raw"
+# A file takes a server less to write
+DRAFT_S = 60.0
+# For a job that is under way
+WAIT_S = 600.0
 Id = int | str
 RunJob = Callable[[str], None]
 Answer = TypeVar("Answer")
@@ -65,7 +68,8 @@ class Searched:
 
     place: str
     theirs: int
-    of: int | None = None  # of anybody; None where nobody counted
+    # Rows or keys of all users; None where nobody counted
+    of: int | None = None
 
 
 @dataclass(frozen=True)

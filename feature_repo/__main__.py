@@ -154,9 +154,8 @@ def apply(*, force: bool = False) -> None:
     content = hashlib.sha256(contract.fingerprint.encode())
     for file in definition_files():
         content.update(file.name.encode() + file.read_bytes())
-    content.update(
-        f"{store_digest(settings)} {settings.home}".encode()
-    )  # Feast's sources hold absolute paths
+    # Feast's sources hold absolute paths
+    content.update(f"{store_digest(settings)} {settings.home}".encode())
     inputs = content.hexdigest()
     served = [table.name for table in contract.views if table.name != "token_rows"]
     current = catalogue.is_current(settings.dataset, "apply", inputs)
@@ -277,7 +276,8 @@ def _retire(settings: Settings, catalogue: Catalogue, versions: list[str]) -> No
     contract = datasets.load_contract(settings.dataset)
     online = OnlineTokens(open_store(settings), contract)
     for version in versions:
-        rows = drop_version(contract, settings.home, version)  # refused while the job is under way
+        # Refused while the job is under way
+        rows = drop_version(contract, settings.home, version)
         try:
             removed = online.remove(version)
         except CannotRemoveError as error:

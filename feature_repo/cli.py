@@ -15,7 +15,8 @@ from rich.console import Console
 
 from feature_repo.errors import ExpectedError
 
-INTERRUPTED = 130  # as a shell counts a process that SIGINT ended
+# The exit code that a shell gives a process which SIGINT ended
+INTERRUPTED = 130
 
 
 def app(room: str, help_text: str) -> App:
@@ -49,9 +50,8 @@ def run(command: Callable[[], Any]) -> int:
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal that knows ASCII only gets question marks, not a traceback
+            # A terminal that knows ASCII only gets question marks, not a traceback
+            stream.reconfigure(errors="replace")
     # From here on every way in which a command can end has its exit code.
     try:
         code = command()
@@ -78,7 +78,8 @@ def run(command: Callable[[], Any]) -> int:
             "interrupted; what was not finished is not visible, and the same command goes on from there"
         )
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

@@ -31,9 +31,8 @@ FIELD_TYPES = {
     DType.BYTES: Bytes,
 }
 KEY_TYPES = {DType.INT64: ValueType.INT64, DType.STRING: ValueType.STRING}
-NO_EXPIRY = timedelta(
-    0
-)  # Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
+# Feast does not enforce a ttl online; a reader that needs one checks the timestamp itself
+NO_EXPIRY = timedelta(0)
 
 settings = Settings.from_env()
 dataset = datasets.load(settings.dataset)
@@ -57,13 +56,15 @@ def _source(name: str) -> FileSource:
     optional = {"optional": "true"} if table.version or not table.job else {}
     return FileSource(
         name=f"{name}_source",
-        path=f"{settings.home}/{table.job or 'online'}/{name}",  # resolved through the job's manifest by our offline store
+        # Resolved through the job's manifest by our offline store
+        path=f"{settings.home}/{table.job or 'online'}/{name}",
         file_format=ParquetFormat(),
         timestamp_field=schema.EVENT_TIMESTAMP,
         created_timestamp_column=schema.CREATED_TIMESTAMP,
         tags=tags
         | optional
-        | {"whole": "true"},  # materialized from its beginning: offline_store.py
+        # Materialized from its beginning: offline_store.py
+        | {"whole": "true"},
         description=f"written by `python -m beam_jobs {table.job}`"
         if table.job
         else "written by every job that writes online",
@@ -115,7 +116,8 @@ def _own_view(declared: schema.OwnView) -> FeatureView:
         ],
         source=_own_source(declared),
         online=True,
-        tags=tags | {"own": "true"},  # of which the newest row stays: provider.py
+        # The newest row of each key stays: provider.py
+        tags=tags | {"own": "true"},
     )
 
 

@@ -26,7 +26,8 @@ from feature_repo.errors import SettingsError, nearest
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
-OF_THE_SERVER = "MEMOIR_SERVE_"  # which knows its own: serving/api/settings.py
+# Prefix of the server's own settings: serving/api/settings.py
+OF_THE_SERVER = "MEMOIR_SERVE_"
 # Kubernetes sets these for every service that is named memoir, or memoir-something.
 LINK = re.compile(
     r"MEMOIR(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"

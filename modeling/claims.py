@@ -22,7 +22,8 @@ import numpy as np
 from modeling.inputs.shards import read_shard, write_shard
 from modeling.metrics import PerUser
 
-PAIRED = ("ndcg@10", "gauc")  # metrics that are means over users
+# Metrics that are means over users
+PAIRED = ("ndcg@10", "gauc")
 RESAMPLES = 2000
 LEVEL = 0.05
 Sums = dict[str, PerUser]  # by metric
@@ -103,7 +104,8 @@ def difference(name: str, metric: str, ours: PerUser, theirs: PerUser, seed: int
         for one in (ours, theirs):
             seeds = len(one.total)
             chosen = rng.integers(0, seeds, seeds) if seeds > 1 else np.zeros(1, np.int64)
-            with np.errstate(invalid="ignore"):  # a draw of users none of whom has weight
+            # A draw of users none of whom has weight
+            with np.errstate(invalid="ignore"):
                 values = (one.total @ times) / (one.weight @ times)
             means.append(values[chosen].mean())
         drawn[number] = means[0] - means[1]

@@ -149,7 +149,6 @@ class PerUser:
 
     @property
     def value(self) -> float:
-        """The metric, mean over seeds."""
         return float(self.values.mean())
 
 

@@ -9,7 +9,8 @@ from feature_repo.home.code import code_digest
 from modeling.errors import RecipeError
 from modeling.recipes import Recipe
 
-CLASSES = {  # model → room and class; its module is `<room>.<model>`, the module's config is `Config`
+# Model → room and class; its module is `<room>.<model>`, the module's config is `Config`
+CLASSES = {
     "amortised_dlrm": ("models", "AmortisedDLRM"),
     "autoint": ("baselines", "AutoInt"),
     "bert4rec": ("models", "BERT4Rec"),

@@ -27,7 +27,8 @@ console = Console()
 SWITCH_S = 0.0005
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LOG_TIME = "%Y-%m-%dT%H:%M:%SZ"
-MAX_CONNECTIONS = 4_096  # of a process, with a request under way; admission refuses long before
+# Connections of a process with a request under way; admission refuses long before
+MAX_CONNECTIONS = 4_096
 
 
 def open_ranker(

@@ -271,9 +271,8 @@ def choose_user(
         fitting = np.arange(len(length))
     ids = by_user[contract.user.join_key].combine_chunks()
     by_id = pc.rank(ids.take(pa.array(fitting)), tiebreaker="first").to_numpy()
-    chosen = fitting[
-        np.lexsort((by_id, -last[fitting]))[0]
-    ]  # the latest, and of those the first id
+    # The latest, and of those the first id
+    chosen = fitting[np.lexsort((by_id, -last[fitting]))[0]]
     user_id = ids[int(chosen)].as_py()
     histories = log.gather(
         log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10

@@ -31,7 +31,6 @@ class BuildTables(beam.PTransform):
     build: Builder
 
     def expand(self, units: beam.PCollection) -> beam.PCollection:
-        """The steps."""
         return (
             units
             | "Spread units" >> beam.Reshuffle()
@@ -51,7 +50,6 @@ class ReadUnit(ThreadMap):
         self.read = read
 
     def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
-        """Yields pieces."""
         return self.read(self.plan, element)
 
     def process(self, element: Unit) -> Iterator[tuple[Key, Piece]]:

@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 from feature_repo.contract.arrow import hash_keys, micros
 from feature_repo.contract.schema import EVENT_TIMESTAMP
 
-Key = tuple[str, int]  # table, partition
-Piece = tuple[int, bytes]  # number of the unit it came from, Arrow IPC stream
+# Table, partition
+Key = tuple[str, int]
+# Number of the unit it came from, Arrow IPC stream
+Piece = tuple[int, bytes]
 
 
 def to_ipc(table: pa.Table) -> bytes:

@@ -14,7 +14,8 @@ from feature_repo.contract.arrow import arrow_schema
 from feature_repo.contract.counts import Counts
 from feature_repo.home.tables import Part, parquet_bytes
 
-NOTES = "_parts"  # the folder of notes, a small JSON for each part
+# The folder of notes, a small JSON for each part
+NOTES = "_parts"
 
 
 @dataclass(frozen=True)

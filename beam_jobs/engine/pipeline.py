@@ -18,7 +18,8 @@ from beam_jobs.engine.plan import CORES, RunPlan, Unit
 from beam_jobs.errors import OptionsError, RunnerError
 from feature_repo.errors import ExpectedError
 
-HERE = ("fnapirunner", "directrunner", "")  # runners whose workers are this process or its children
+# Runners whose workers are this process or its children
+HERE = ("fnapirunner", "directrunner", "")
 # What a worker raised, at the end of the text that Beam makes of it.
 OURS = re.compile(r"^((?:feature_repo|beam_jobs|modeling)(?:\.\w+)+): ", re.MULTILINE)
 
@@ -109,7 +110,6 @@ class _Noise:
         self._file = file
 
     def show(self) -> None:
-        """Write it out."""
         if self._file is not None:
             self._file.seek(0)
             sys.stderr.write(self._file.read().decode(errors="replace"))

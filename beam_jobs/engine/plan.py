@@ -55,7 +55,6 @@ class RunPlan:
 
     @property
     def contract(self) -> Contract:
-        """The dataset's contract."""
         return datasets.load_contract(self.dataset)
 
     @property

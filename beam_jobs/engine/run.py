@@ -22,7 +22,8 @@ from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, Manifest, Part, StaleTableError, digest_of
 from feature_repo.settings import Settings
 
-SOURCES = ("raw", "views", "erased")  # inputs that no job builds
+# Inputs that no job builds
+SOURCES = ("raw", "views", "erased")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def run(
             lines = job.finish(plan, None, settings)
             return Outcome(published, built=False, lines=tuple(lines))
         if not built_before:
-            plan.folder.discard(plan.run_id)  # what a killed run of the same name left
+            # What a killed run of the same name left
+            plan.folder.discard(plan.run_id)
         plan = job.prepare(plan, published)
         # 2. Check, build, check.
         tell("checking inputs")

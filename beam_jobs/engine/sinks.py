@@ -29,7 +29,6 @@ class WriteView(beam.DoFn):
         self._store = open_store(self.plan.settings)
 
     def process(self, element: tuple[str, bytes]) -> Iterator[tuple[str, int]]:
-        """Write one piece."""
         from feature_repo.store.online_rows import write_rows
 
         view, data = element

@@ -38,7 +38,6 @@ class ThreadMap(beam.DoFn, ABC):
         return made
 
     def start_bundle(self) -> None:
-        """Start the bundle's pool."""
         self._waiting = deque[Future[list[Any]]]()
         self._pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
 
@@ -52,7 +51,6 @@ class ThreadMap(beam.DoFn, ABC):
             yield from map(self.emit, self._next(self._pool))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        """Wait for the rest."""
         if self._pool is None:
             return
         while self._waiting:

@@ -38,7 +38,8 @@ from feature_repo.home.tables import parquet_bytes
 from feature_repo.raw.parse import NOT_BAD, REPEATED, user_columns, wanted, without_repeats
 from feature_repo.settings import Settings
 
-COUNTS = b"counts"  # of a unit, beside its dead letters
+# Schema metadata of a unit's dead letters: its counts
+COUNTS = b"counts"
 LATE = "time is at or after --as_of"
 NOBODY_ERASED = Erased()
 
@@ -288,7 +289,8 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     erased = erased_of(plan.home)
     user = plan.contract.user.join_key
     raw = (rows for unit in sampled for rows in dataset.read_raw(unit.source))
-    if erased:  # nobody finds them in a report either
+    # Nobody finds them in a report either
+    if erased:
         raw = (erased.without(rows, user) if user in rows.column_names else rows for rows in raw)
     batches = expectations.rebatch(expectations.first_rows(raw))
     table = raw_table(dataset.spec)

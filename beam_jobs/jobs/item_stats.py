@@ -135,11 +135,9 @@ class ItemStats(Job):
         return BuildTables(plan, by_item, build)
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
-        """One of each partition."""
         return num_partitions(plan)
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
-        """Refuse lost events."""
         refuse_lost_events(plan, units, counts)
 
 

@@ -42,7 +42,8 @@ from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.store import note_epoch, open_store
 
-KEYS = "online_keys"  # a table for each run: which keys it sends online
+# A table for each run: which keys it sends online
+KEYS = "online_keys"
 ViewRows = tuple[str, bytes]  # view, Arrow IPC
 
 
@@ -156,7 +157,8 @@ def refuse_to_break_the_live_bundle(plan: RunPlan, settings: Settings) -> None:
     try:
         needed = contract(spec_of(json.loads(stored.read_text())["contract"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return  # a bundle that no server can load reads nothing
+        # A bundle that no server can load reads nothing
+        return
     if lacking := lacks(needed, plan.contract):
         raise BreaksLiveError(
             f"the live bundle {live.recipe}@{live.digest[:12]} reads {', '.join(lacking)}, which the contract in force does not "

@@ -49,7 +49,8 @@ from feature_repo.home.tables import parquet_bytes
 from feature_repo.raw.examples import UNDEFINED, requests_of
 
 PERIODS = ("train", "validation", "test")
-POPULARITY_ROUNDS = 20  # draws before the popularity half is filled uniformly, where a few items hold nearly all events
+# Draws before the popularity half is filled uniformly, where a few items hold nearly all events
+POPULARITY_ROUNDS = 20
 
 
 class ItemPool:
@@ -280,7 +281,8 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
     short = 0
     candidates: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
     origin: list[np.ndarray] = [np.zeros(0, np.int64)] * len(asked)
-    for index in np.argsort(asked.times, kind="stable"):  # by time, as the pool is swept forward
+    # The pool is swept forward in time.
+    for index in np.argsort(asked.times, kind="stable"):
         numbers = np.arange(asked.first[index], asked.last[index])
         own = asked.item[numbers]
         evaluated = bool(asked.period[index])
@@ -383,7 +385,6 @@ class TrainingExamples(Job):
         return BuildTables(plan, by_user, build)
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
-        """One of each partition."""
         return num_partitions(plan)
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:

@@ -149,11 +149,9 @@ class UserHistory(Job):
         return BuildTables(plan, by_user, build)
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
-        """Three tables of each partition."""
         return 3 * num_partitions(plan)
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
-        """Refuse lost events."""
         refuse_lost_events(plan, units, counts)
 
 

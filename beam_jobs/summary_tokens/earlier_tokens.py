@@ -23,7 +23,8 @@ from feature_repo.history.envelope import EnvelopeError, from_bytes
 from feature_repo.history.history import Histories, newest_rows
 from feature_repo.history.token_log import PartName
 
-Stored = tuple[bytes, bytes | None]  # envelopes of a user's tokens and of their state
+# Envelopes of a user's tokens and of their state
+Stored = tuple[bytes, bytes | None]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ class Earlier:
         place = self._index.places(users)
         found = {}
         for name in ("token_events", "token_digest"):
-            values = np.r_[
-                self._rows[name].to_numpy(), 0
-            ]  # at place -1 stands the zero of whoever has none
+            # Place -1, of a user without tokens, finds the zero.
+            values = np.r_[self._rows[name].to_numpy(), 0]
             found[name] = values[place].astype(np.int64)
         return KnownTokens(found["token_events"], found["token_digest"])
 
@@ -93,7 +93,8 @@ class Earlier:
             try:
                 state = from_bytes(kept, ids[row])
             except EnvelopeError:
-                continue  # damaged: the whole history is read instead
+                # Damaged: the whole history is read instead
+                continue
             following = int(histories.offsets[row] + known[row])
             followed = (
                 following < histories.offsets[row + 1] and histories.times[following] <= state.as_of
@@ -106,7 +107,6 @@ class Earlier:
         return found
 
     def stored(self, ids: list[Any]) -> dict[Any, Stored]:
-        """Newest envelopes of users."""
         places = self._stored_index.places(pa.array(ids, self._stored_index.keys.type))
         rows = (
             self._stored.take(pa.array(places[places >= 0]))
@@ -131,9 +131,8 @@ class Earlier:
         rows = rows.append_column("__run", run).sort_by(
             [(self._user, "ascending"), ("__run", "ascending"), (EVENT_TIMESTAMP, "ascending")]
         )
-        stamps = from_micros(
-            np.arange(rows.num_rows)
-        )  # the order that was just made, as `newest_rows` reads it
+        # The order that was just made, as `newest_rows` reads it
+        stamps = from_micros(np.arange(rows.num_rows))
         at = rows.column_names.index(EVENT_TIMESTAMP)
         return (
             newest_rows(rows.set_column(at, EVENT_TIMESTAMP, stamps), self._user)

@@ -30,10 +30,13 @@ from feature_repo.home.tables import parquet_bytes
 if TYPE_CHECKING:
     from modeling.bundle.summary import Summariser, Summary
 
-PIECE_BYTES = 64 << 20  # of tokens and states that a piece of a part may hold
-PIECE_EVENTS = 1 << 21  # of all its users; one user with more is a piece of his own
+# Bytes of tokens and states that a piece of a part may hold
+PIECE_BYTES = 64 << 20
+# Events of all users of a piece; one user with more is a piece alone
+PIECE_EVENTS = 1 << 21
 PIECE_USERS = 4096
-MODEL_ERRORS = (ValueError, RuntimeError, IndexError)  # that one bad history may cause
+# Errors that one bad history may cause
+MODEL_ERRORS = (ValueError, RuntimeError, IndexError)
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,8 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
         published.inputs.get("store") != store_digest(settings)
         or not output_is_there(plan.job, settings)
     )
-    if (
-        published and plan.run_id in published.runs
-    ):  # the same work again, so its files must have other names
+    # The same work again, so its files must have other names
+    if published and plan.run_id in published.runs:
         plan = replace(plan, run_id=digest_of([plan.run_id, published.digest]))
     # 3. Numbers and times that follow on earlier runs'.
     parts = published.tables.get(token_log.TABLE, []) if published else []

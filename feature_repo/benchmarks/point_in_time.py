@@ -152,7 +152,6 @@ def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) ->
 
 class _NoOnDemandViews:
     def list_on_demand_feature_views(self, *_: Any, **__: Any) -> list[Any]:
-        """None are registered."""
         return []
 
 

@@ -14,7 +14,8 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import DType, Table
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-NO_VALUE = -(2**63)  # where a column of codes or times holds nothing
+# Stands in a column of codes or times for no value
+NO_VALUE = -(2**63)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROS = 1_000_000  # of a second
 # No row that we build is of another time: what lies beyond is a time that was read in the wrong

@@ -47,7 +47,6 @@ class Contract:
 
     @property
     def views(self) -> tuple[Table, ...]:
-        """Tables that Feast serves."""
         return tuple(table for table in self.tables if table.view)
 
     @property
@@ -90,7 +89,6 @@ class Contract:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Label columns, a task each."""
         return tuple(task.name for task in self.spec.tasks)
 
     @property

@@ -28,7 +28,8 @@ from feature_repo.errors import ExpectedError
 
 BATCH_ROWS = 1_000_000
 BATCH_BYTES = 1 << 28
-SAMPLED_ROWS = 200_000  # of a larger table; a million take Great Expectations about five seconds
+# Rows of a larger table that are checked; a million take Great Expectations about five seconds
+SAMPLED_ROWS = 200_000
 # Great Expectations' pages fetch style, scripts and a logo from other hosts.
 REMOTE = re.compile(
     r'<script[^>]*src="https?://[^>]*>\s*</script>|<link[^>]*href="https?://[^>]*>|<img[^>]*src="https?://[^>]*>'
@@ -88,9 +89,8 @@ def check(
     """
     Path(docs_folder).mkdir(parents=True, exist_ok=True)
     with open(Path(docs_folder, ".lock"), "w") as file:
-        fcntl.flock(
-            file, fcntl.LOCK_EX
-        )  # a project is files; a run that comes meanwhile waits for its turn
+        # A project is files; a run that comes meanwhile waits for its turn
+        fcntl.flock(file, fcntl.LOCK_EX)
         return _check(table, batches, docs_folder, suite or table.name)
 
 
@@ -99,7 +99,8 @@ def _check(
 ) -> Verdict:
     site = Path(docs_folder, "gx", "uncommitted", "data_docs", "local_site")
     draft = Path(docs_folder, ".draft")
-    shutil.rmtree(draft, ignore_errors=True)  # what a killed check left
+    # What a killed check left
+    shutil.rmtree(draft, ignore_errors=True)
     gx, context = _context(draft)
     expectations = expectations_of(table)
     context.suites.add_or_update(
@@ -120,7 +121,8 @@ def _check(
             if outcome.success:
                 continue
             index = np.asarray(outcome.result.get("unexpected_index_list") or [], dtype=np.int64)
-            if not len(index):  # it failed without naming a row: it could not run
+            # It failed without naming a row: it could not run
+            if not len(index):
                 config = outcome.expectation_config
                 raise GateError(
                     f"suite {name!r}: {config.type} on {config.kwargs} could not run: {_exceptions(outcome)}. Nothing was published"
@@ -141,7 +143,8 @@ def _published(draft: Path, site: Path) -> Path:
     in a style of their own. Returns an index that needs no script.
     """
     for page in sorted(draft.rglob("*.html")):
-        if page.parent == draft:  # its index knows this check alone
+        # Its index knows this check alone
+        if page.parent == draft:
             continue
         text = REMOTE.sub("", page.read_text()).replace("</head>", f"{STYLE}</head>", 1)
         page.write_text(text)

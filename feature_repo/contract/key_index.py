@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_SLACK_BITS = 1  # half as many keys as buckets: the longest bucket stays short
+# Half as many keys as buckets: the longest bucket stays short
+_SLACK_BITS = 1
 _CHUNK = 1 << 20
 
 
@@ -70,7 +71,8 @@ class KeyIndex:
         """
         if wanted.null_count:
             found[pc.is_null(wanted).to_numpy(zero_copy_only=False)] = -1
-        if pa.types.is_integer(self.keys.type):  # the hash of a whole number is its own
+        # The hash of a whole number is its own
+        if pa.types.is_integer(self.keys.type):
             return found
         hit = np.flatnonzero(found >= 0)
         same = pc.equal(self.keys.take(pa.array(found[hit])), wanted.take(pa.array(hit)))

@@ -27,7 +27,8 @@ from feature_repo.contract.schema import (
     Table,
 )
 
-MAX_SHOWN = 1000  # characters of a value in a dead letter
+# Characters of a value in a dead letter
+MAX_SHOWN = 1000
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class DType(StrEnum):
     STRING_LIST = "string_list"
     FLOAT32_LIST = "float32_list"
     BYTES = "bytes"
-    TIMESTAMP = "timestamp"  # microseconds, UTC
+    # Microseconds, UTC
+    TIMESTAMP = "timestamp"
 
 
 class Kind(StrEnum):
@@ -36,24 +37,30 @@ class Kind(StrEnum):
     Missing is a state of every kind: a separate row or flag, never a zero.
     """
 
-    CATEGORY = "category"  # one value of a vocabulary, or of `hashed` rows
-    NUMBER = "number"  # scaled by the training period's statistics, or one of `buckets` quantiles
-    BAG = "bag"  # several categories; `max_length` of them are read, what is cut off is counted
-    VECTOR = "vector"  # `max_length` numbers that belong together, such as a content embedding
-    AGE = "age"  # of a time: log1p days between it and the request, or the event that carries it
+    # One value of a vocabulary, or of `hashed` rows
+    CATEGORY = "category"
+    # Scaled by the training period's statistics, or one of `buckets` quantiles
+    NUMBER = "number"
+    # Several categories; `max_length` of them are read, what is cut off is counted
+    BAG = "bag"
+    # `max_length` numbers that belong together, such as a content embedding
+    VECTOR = "vector"
+    # A time: log1p days between it and the request, or the event that carries it
+    AGE = "age"
 
 
 EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
-NUM_HISTORY_ONLINE = 512  # events of a user kept online unless a dataset declares another number
+# Events of a user kept online unless a dataset declares another number
+NUM_HISTORY_ONLINE = 512
 STAT_WINDOWS_DAYS = (7, 14, 28)
 # A number without limits of its own stays within this. Sums and means of so large values are still
 # exact in what they are computed with (`feature_repo/history/sums.py`), and float32 holds them.
 LARGEST_NUMBER = 1e12
-MAX_ID_BYTES = (
-    1024  # of a text id, in UTF-8; longer ones are dead letters, and the server refuses them alike
-)
-MAX_TEXT_BYTES = 1 << 15  # of any other text
+# Bytes of a text id, in UTF-8; longer ones are dead letters, and the server refuses them alike
+MAX_ID_BYTES = 1024
+# Bytes of any other text
+MAX_TEXT_BYTES = 1 << 15
 TIME_UNITS = {
     "seconds": 1_000_000.0,
     "milliseconds": 1_000.0,
@@ -67,7 +74,8 @@ MISSING = (
     "", "nan", "null", "none", "nil", "na", "<na>", "n/a", "#n/a", "(null)", "<null>", "(none)",
     "(not set)", "undefined", "\\n", "-", "--", "?",
 )  # fmt: skip
-MAX_BAG = 8  # values read of a bag that declares no `max_length`
+# Values read of a bag that declares no `max_length`
+MAX_BAG = 8
 CATEGORY, NUMBER, BAG, VECTOR, AGE = Kind
 WHOLE_TYPES = (DType.INT8, DType.INT32, DType.INT64)
 NUMBER_TYPES = (*WHOLE_TYPES, DType.FLOAT32)
@@ -102,11 +110,14 @@ class Column:
     maximum: float | None = None
     values: tuple[str | int, ...] | None = None
     pattern: str | None = None
-    max_length: int | None = None  # of a vector its length; of a bag how many values are read
+    # The length of a vector; how many values of a bag are read
+    max_length: int | None = None
     is_key: bool = False
     kind: Kind | None = None
-    hashed: int | None = None  # rows of a category or bag that has no vocabulary
-    buckets: int | None = None  # quantiles of a number that is read as one of them
+    # Rows of a category or bag that has no vocabulary
+    hashed: int | None = None
+    # Quantiles of a number that is read as one of them
+    buckets: int | None = None
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
@@ -159,7 +170,8 @@ class Table:
     job: str = ""
     view: bool = False
     unique: tuple[str, ...] = ()
-    version: Entity | None = None  # a second key: rows of several versions stand side by side
+    # A second key: rows of several versions stand side by side
+    version: Entity | None = None
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.all_columns]
@@ -182,7 +194,6 @@ class Table:
 
     @property
     def join_keys(self) -> tuple[str, ...]:
-        """Names of the key columns."""
         return tuple(entity.join_key for entity in self.entities)
 
     def column(self, name: str) -> Column:
@@ -216,9 +227,12 @@ TIMESTAMPS = (
 class Examples(StrEnum):
     """The origin of training examples."""
 
-    IMPRESSIONS = "impressions"  # the log says what was shown together
-    ACTIONS = "actions"  # what a user acted on at one time, and drawn negatives
-    RATINGS = "ratings"  # consecutive events of a user; nothing is drawn
+    # The log says what was shown together
+    IMPRESSIONS = "impressions"
+    # What a user acted on at one time, and drawn negatives
+    ACTIONS = "actions"
+    # Consecutive events of a user; nothing is drawn
+    RATINGS = "ratings"
 
 
 @dataclass(frozen=True)
@@ -434,7 +448,8 @@ class DatasetSpec:
     views: tuple[OwnView, ...] = ()
     shown: str = ""
     rank_by: tuple[tuple[str, float], ...] = ()
-    item_title: str = ""  # the item feature that a person reads
+    # The item feature that a person reads
+    item_title: str = ""
     stat_value: str = ""
     max_bad_fraction: float = 0.01
     event_identity: tuple[str, ...] = ()

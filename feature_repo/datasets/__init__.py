@@ -40,7 +40,8 @@ from feature_repo.settings import declared_dataset
 
 __all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "load", "names"]
 
-SHIPPED = Path(__file__).resolve().parent.parent / "data"  # raw data of the sample dataset
+# Raw data of the sample dataset
+SHIPPED = Path(__file__).resolve().parent.parent / "data"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class Dataset:
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Declared sources by kind."""
         found = {kind: getattr(self.spec, kind) for kind in parse.KINDS}
         return {kind: source for kind, source in found.items() if source is not None}
 

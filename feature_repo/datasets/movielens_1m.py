@@ -26,7 +26,8 @@ from feature_repo.contract.schema import (
 from feature_repo.raw import raw
 from feature_repo.raw.parse import Derived
 
-TEXTS = ("utf-8", "cp1252", "latin-1")  # as published, or as people save it
+# Encodings in which the files are published, and in which people save them
+TEXTS = ("utf-8", "cp1252", "latin-1")
 
 SPEC = DatasetSpec(
     name="movielens_1m",

@@ -30,7 +30,8 @@ from feature_repo.raw import raw
 from feature_repo.raw.parse import Derived
 
 SHIPPED = True
-PRODUCT_CODE = r"^[0-9]{5}[A-Za-z]{0,2}$"  # all else is postage, fees, samples, tests
+# All else is postage, fees, samples, tests
+PRODUCT_CODE = r"^[0-9]{5}[A-Za-z]{0,2}$"
 INVOICE_NUMBER = r"^C?[0-9]{6}$"  # C: cancelled
 WORD = re.compile("[a-z]{2,}")
 
@@ -75,7 +76,8 @@ SPEC = DatasetSpec(
     item_title="description",
     stat_value="unit_price",
     max_bad_fraction=0.4,
-    accept=("repeats",),  # an invoice may name a product twice
+    # An invoice may name a product twice
+    accept=("repeats",),
 )
 
 

@@ -28,7 +28,8 @@ KINDS: tuple[Kind, ...] = ("fp32", "fp16", "int8")
 _HEADER = struct.Struct("<4sBBHHH16sqqQq")
 _CRC = struct.Struct("<I")
 _TOMBSTONE = 1
-_LARGEST = 127  # of an int8, so that a token and its negative are stored alike
+# The largest int8 used, so that a token and its negative are stored alike
+_LARGEST = 127
 
 
 class EnvelopeError(ValueError):
@@ -233,7 +234,8 @@ def _payload(tokens: np.ndarray, kind: Kind, user_id: int | str) -> bytes:
     if kind == "fp16":
         return tokens.astype("<f2").tobytes()
     scale = (np.abs(tokens).max(axis=1) / _LARGEST).astype("<f2")
-    rounded = scale.astype(np.float32)[:, None]  # what the reader will multiply by
+    # What the reader will multiply by
+    rounded = scale.astype(np.float32)[:, None]
     steps = np.divide(tokens, rounded, out=np.zeros_like(tokens), where=rounded > 0)
     return scale.tobytes() + np.rint(steps).clip(-_LARGEST, _LARGEST).astype(np.int8).tobytes()
 

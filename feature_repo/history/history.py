@@ -110,9 +110,8 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
         )
     try:
         whole = pa.ipc.open_stream(pa.py_buffer(body[_HEADER.size :])).read_all()
-        whole.validate(
-            full=True
-        )  # bytes that are not ours may point anywhere: unchecked, they end the process
+        # Bytes that are not ours may point anywhere: unchecked, they end the process
+        whole.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise HistoryError(
             f"packed history of user {user_id!r} is no Arrow stream: {error}"
@@ -353,12 +352,10 @@ class Histories:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Events of each request."""
         return np.diff(self.offsets)
 
     @property
     def times(self) -> np.ndarray:
-        """Event times, microseconds."""
         return self.columns[EVENT_TIMESTAMP]
 
     def digests(self, item_hash_of_key: np.ndarray) -> np.ndarray:
@@ -388,9 +385,8 @@ class Histories:
 def _open_part(folder: JobFolder, path: str) -> pa.RecordBatch:
     try:
         part = pa.ipc.open_file(folder.open(path)).get_batch(0)
-        part.validate(
-            full=True
-        )  # offsets and codes that point elsewhere would end the process when they are followed
+        # Offsets and codes that point elsewhere would end the process when they are followed
+        part.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise HistoryError(
             f"{path} is damaged: {error}. Run `python -m beam_jobs user_history` again"
@@ -447,7 +443,6 @@ class HistoryLog:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Events of each row."""
         return self._count
 
     def rows_of(self, user_ids: pa.Array) -> np.ndarray:

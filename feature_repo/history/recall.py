@@ -109,7 +109,8 @@ class Recall:
         for begin, end, time, size in zip(
             begins.tolist(), ends.tolist(), times.tolist(), sizes, strict=True
         ):
-            if self.newest is not None:  # what leaves the window cannot be taken out: anew
+            # What leaves the window cannot be taken out: anew
+            if self.newest is not None:
                 sketch = Sketch(layout)
                 done = begin
             sketch.add(events[done:end], event_times[done:end])

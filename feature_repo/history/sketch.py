@@ -35,14 +35,16 @@ from feature_repo.contract.contract import Contract
 from feature_repo.history.envelope import EnvelopeError, Identity, Sealed, seal, unseal
 
 MAGIC = b"MSKT"
-VERSION = 1  # raised when cells or hashes change their meaning
+# Raised when cells or hashes change their meaning
+VERSION = 1
 DEPTH = 4
 MICROS_PER_DAY = 86_400_000_000
 # Weights are relative to a moment that is moved forward once they have grown by 2^64.
 LARGEST_EXPONENT = 64.0
 DENSE = 0
 SPARSE = 1
-_BULK = 512  # cells to be added to; from here on one pass over the sketch is cheaper
+# Cells to be added to; from here on one pass over the sketch is cheaper
+_BULK = 512
 
 
 class SketchError(ValueError):
@@ -94,7 +96,6 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Cells of one count."""
         return self.parts * DEPTH * self.width
 
     @cached_property
@@ -148,7 +149,8 @@ class Sketch:
         self.layout = layout
         # The last cell takes what has no key, and is read by nobody.
         self.cells = np.zeros((len(layout.rates), layout.size + 1))
-        self.at = 0  # the moment that weights are relative to
+        # The moment that weights are relative to
+        self.at = 0
         self.empty = True
 
     def add(self, positions: np.ndarray, times: np.ndarray) -> None:

@@ -36,7 +36,6 @@ class Exact:
         return Exact(fixed >> _LOW_BITS, fixed & ((1 << _LOW_BITS) - 1))
 
     def floats(self) -> np.ndarray:
-        """The numbers, float64."""
         return (self.high.astype(np.float64) * (1 << _LOW_BITS) + self.low) / FIXED_POINT
 
 

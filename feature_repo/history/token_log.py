@@ -26,7 +26,8 @@ from feature_repo.home.traces import behind_nulls
 
 JOB = "summary_tokens"
 TABLE = "token_log"
-BITS = (13, 16, 14, 20)  # of run, log part, piece and row: 63 in all
+# Bits of run, log part, piece and row: 63 in all
+BITS = (13, 16, 14, 20)
 _NAME = re.compile(r"run-(\d+)-part-(\d+)of(\d+)-piece-(\d+)\.\w+$")
 
 
@@ -46,7 +47,6 @@ class PartName:
     piece: int
 
     def file(self, extension: str) -> str:
-        """The file name."""
         return f"run-{self.run:05d}-part-{self.part:05d}of{self.parts:05d}-piece-{self.piece:05d}.{extension}"
 
     @staticmethod

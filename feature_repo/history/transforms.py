@@ -19,22 +19,35 @@ from feature_repo.contract.contract import Contract
 from feature_repo.history.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
-VERSION = 5  # raised when a feature of this file changes its meaning: bundles of another version are refused
+# Raised when a feature of this file changes its meaning: bundles of another version are refused
+VERSION = 5
 MATCH_FEATURES = (
-    "match_times",  # log1p: events of the first action with this item
-    "match_share",  # the same as a share of the history
-    "match_other_times",  # log1p: events of other actions with this item
-    "match_days_ago",  # log1p days since the newest such event; NaN without one
-    "match_events_ago",  # log1p events since the newest such event; NaN without one
-    "value_ratio",  # log: the item's mean value over the user's; NaN where one is unknown
-    "item_other_share",  # other actions among the item's events, such as its return rate; NaN without statistics
+    # log1p: events of the first action with this item
+    "match_times",
+    # The same as a share of the history
+    "match_share",
+    # log1p: events of other actions with this item
+    "match_other_times",
+    # log1p days since the newest such event; NaN without one
+    "match_days_ago",
+    # log1p events since the newest such event; NaN without one
+    "match_events_ago",
+    # Log: the item's mean value over the user's; NaN where one is unknown
+    "value_ratio",
+    # Other actions among the item's events, such as its return rate; NaN without statistics
+    "item_other_share",
 )
 USER_FEATURES = (
-    "tenure_days",  # log1p days since the first event; NaN without one
-    "events",  # log1p events to date; NaN where the user has no statistics, which a new user has not
-    "other_share",  # other actions among them, such as the return rate
-    "mean_value",  # squashed mean value of the user's events of the first action; NaN without one
-    "days_ago",  # log1p days since the newest event of all; NaN without one
+    # log1p days since the first event; NaN without one
+    "tenure_days",
+    # log1p events to date; NaN where the user has no statistics, which a new user has not
+    "events",
+    # Other actions among them, such as the return rate
+    "other_share",
+    # Squashed mean value of the user's events of the first action; NaN without one
+    "mean_value",
+    # log1p days since the newest event of all; NaN without one
+    "days_ago",
 )
 # Match features without any event of the user: the counts are 0, the times since are not known.
 WITHOUT_EVENTS = {
@@ -47,11 +60,14 @@ WITHOUT_EVENTS = {
 # Match features that are NaN without the item's statistics, and without the user's.
 OF_ITEM_STATS = ("value_ratio", "item_other_share")
 OF_USER_VALUE = ("value_ratio",)
-CONTEXT_FIELDS = {"hour": 24, "weekday": 7}  # of the request, UTC; Monday is 0
+# Fields of the request's time, UTC, and how many values each has; Monday is 0
+CONTEXT_FIELDS = {"hour": 24, "weekday": 7}
 
 
-FAINTEST = 0.01  # of a count that has faded: a smaller one is as good as nothing
-EMPTY_SKETCH = np.float32(np.log(FAINTEST))  # what a sketch without events gives for a candidate
+# The smallest count that has faded and still says something
+FAINTEST = 0.01
+# What a sketch without events gives for a candidate
+EMPTY_SKETCH = np.float32(np.log(FAINTEST))
 
 
 def sketch_names(contract: Contract) -> tuple[str, ...]:
@@ -79,7 +95,8 @@ def sketch_features(readings: np.ndarray) -> np.ndarray:
 def context_fields(request_times: np.ndarray) -> np.ndarray:
     """Categories of each request's time, int64, B × len(CONTEXT_FIELDS)."""
     hours = request_times // (MICROS_PER_DAY // 24)
-    return np.stack([hours % 24, (hours // 24 + 3) % 7], axis=1)  # 1970 began on a Thursday
+    # 1970 began on a Thursday
+    return np.stack([hours % 24, (hours // 24 + 3) % 7], axis=1)
 
 
 def user_features(

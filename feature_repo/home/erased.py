@@ -23,7 +23,8 @@ from feature_repo.home.tables import JobFolder, digest_of
 
 FOLDER = "erased"
 USERS = "users.json"
-REDACTED = '{"erased": true}'  # in place of a raw row
+# Stands in place of a raw row
+REDACTED = '{"erased": true}'
 _BLANK = json.loads(REDACTED)
 
 
@@ -63,7 +64,6 @@ class Erased:
         return np.array([*listed, False])[places]
 
     def without(self, rows: pa.Table, key: str) -> pa.Table:
-        """Rows of everybody else."""
         held = self.holds(rows[key])
         return rows.filter(pa.array(~held)) if held.any() else rows
 

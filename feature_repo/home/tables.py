@@ -63,9 +63,11 @@ class Manifest:
     run_id: str
     dataset: str
     fingerprint: str
-    as_of: str  # ISO time; the run knows no event at or after it
+    # ISO time; the run knows no event at or after it
+    as_of: str
     options: dict[str, Any]
-    inputs: dict[str, str]  # job or raw source → digest
+    # Job or raw source → digest
+    inputs: dict[str, str]
     counts: Counts
     tables: dict[str, list[Part]] = field(default_factory=dict)
     layout: int = LAYOUT
@@ -264,7 +266,8 @@ class JobFolder:
                     f"{self.root}/{run}", recursive=True, allow_not_found=True
                 )
                 for info in self.filesystem.get_file_info(folder):
-                    counts = "/_parts/" in info.path  # of each part, which name nobody
+                    # Notes of parts hold counts and name nobody.
+                    counts = "/_parts/" in info.path
                     if info.type == pafs.FileType.File and info.path not in named and not counts:
                         self.filesystem.delete_file(info.path)
 

@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from feature_repo.contract.arrow import is_text
 
-LEAST_BYTES = 6  # of an id that is searched by its bytes
-PIECE = 1 << 24  # of a file that is no local one
+# Bytes of the shortest id that is searched by its bytes
+LEAST_BYTES = 6
+# Bytes that are read at a time of a file that is not local
+PIECE = 1 << 24
 
 
 def mark_of(users: Sequence[int | str]) -> re.Pattern[bytes] | None:

@@ -17,7 +17,8 @@ from feature_repo.contract.contract import REQUEST_ID, Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP, Examples
 from feature_repo.history.history import run_ends, run_starts
 
-UNDEFINED = -1  # a label that has no meaning for the item
+# A label that has no meaning for the item
+UNDEFINED = -1
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,18 @@ from feature_repo.errors import DeclarationError
 from feature_repo.raw import raw
 from feature_repo.raw.sources import RawBlock, RawUnit
 
-KNOWN_SINCE = 0  # of profiles without a time: they are known from the start
-ACTION = "__action"  # as read: what the source's action column says
+# Time of profiles that have none: they are known from the start
+KNOWN_SINCE = 0
+# Column of the source's action, as it is read
+ACTION = "__action"
 REPEATED = "repeated: the same event stands earlier"
 UNSAID = "action: says nothing, as declared"
-NOT_BAD = (REPEATED, UNSAID)  # dead letters that say nothing against the data
+# Dead letters that say nothing against the data
+NOT_BAD = (REPEATED, UNSAID)
 IDS = ("user_id", "item_id", EVENT_ID.name)
 TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
-FLAG = "__flag_"  # as read: whether an action happened as well
+# Prefix of columns that say whether an action happened as well
+FLAG = "__flag_"
 KINDS = ("events", "users", "items")
 PROFILES = {"users": "user_profile", "items": "item_profile"}
 
@@ -346,7 +350,8 @@ class _Actions:
 def _actions(spec: DatasetSpec, read: pa.Table) -> _Actions:
     source = spec.events
     number = len(read)
-    if "action" in read.column_names:  # a dataset's own code has said
+    # A dataset's own code has said
+    if "action" in read.column_names:
         codes = pc.fill_null(read["action"], -1).to_numpy()
         happened = codes[:, None] == np.arange(len(spec.actions))
     elif source.flags:
@@ -401,9 +406,11 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
         if not (missing.any() or is_id):
             continue
         blank = raw.is_blank(given[name], tuple(mark.lower() for mark in spec.events.missing))
-        missing = missing | blank if is_id else missing  # a blank is nobody's id
+        # A blank is nobody's id
+        missing = missing | blank if is_id else missing
         found.append((missing & ~blank, f"{name}: unreadable"))
-        if not is_flag:  # of a flag that is blank nothing happened
+        # A blank flag says that nothing happened.
+        if not is_flag:
             found.append((missing & blank, f"{name}: is missing"))
     return found
 

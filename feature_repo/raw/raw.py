@@ -36,10 +36,10 @@ from feature_repo.contract.schema import (
 )
 from feature_repo.errors import RawDataError
 
-EARLIEST = iso_micros(
-    "1980-01-01"
-)  # raw times before it are seconds that were taken for less, or no times at all
-EXACT_FLOAT = 2**53  # the first whole number that a float64 shares with another
+# Raw times before it are seconds that were taken for less, or no times at all
+EARLIEST = iso_micros("1980-01-01")
+# The first whole number that a float64 shares with another
+EXACT_FLOAT = 2**53
 TRUTHS = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0}
 TRUTHS |= {"1.0": 1, "0.0": 0, "y": 1, "n": 0}
 FEW_VALUES = 4
@@ -60,7 +60,8 @@ _GROUPED = {".": r"^[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?$"}
 _GROUPED[","] = (
     _GROUPED["."].replace(",[0-9]{3}", r"\.[0-9]{3}").replace(r"(\.[0-9]*)?", "(,[0-9]*)?")
 )
-_SPACED = r"([0-9])[\x{a0}\x{202f}\x{2009}' ]([0-9]{3})"  # between thousands
+# What may stand between thousands
+_SPACED = r"([0-9])[\x{a0}\x{202f}\x{2009}' ]([0-9]{3})"
 _SIGNS = {"€": "EUR", "$": "USD", "£": "GBP", "¥": "JPY", "₽": "RUB", "₹": "INR", "zł": "PLN"}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}(\.0*)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
@@ -94,7 +95,6 @@ class Format:
 
     @staticmethod
     def of(source: Source) -> Format:
-        """As a source declares."""
         return Format(
             zone=ZoneInfo(source.zone),
             time_unit=source.time_unit,
@@ -401,7 +401,8 @@ def _with_point(column: pa.Array, decimal: str) -> pa.Array:
     """
     other = "," if decimal == "." else "."
     spaced = pc.any(pc.match_substring_regex(column, _SPACED)).as_py()
-    if spaced:  # twice, for neighbours share a digit
+    # Twice, for neighbours share a digit
+    if spaced:
         column = pc.replace_substring_regex(column, _SPACED, r"\1\2")
         column = pc.replace_substring_regex(column, _SPACED, r"\1\2")
     if pc.any(pc.match_substring(column, other)).as_py():
@@ -528,7 +529,8 @@ def _refuse_unreadable(
 ) -> None:
     kind = given.type
     if column.dtype in NUMBER_TYPES and not is_text(kind) and not pa.types.is_dictionary(kind):
-        return  # numbers as numbers: those out of range are rows to set aside
+        # Numbers as numbers: those out of range are rows to set aside
+        return
     lost = pc.is_null(made).to_numpy(zero_copy_only=False)
     if not lost.any():
         return
@@ -629,7 +631,6 @@ def _floats(column: pa.Array) -> np.ndarray:
 
 
 def _by_value(column: pa.Array, read: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
-    """Each distinct text read once."""
     encoded = column.dictionary_encode()
     values = pa.array(
         [
@@ -650,7 +651,8 @@ def _parsed(column: pa.Array, read: Callable[[str], Any], kind: pa.DataType) -> 
         try:
             return pc.cast(filled, kind)
         except pa.ArrowInvalid:
-            pass  # such as 3.0 where a whole number is wanted
+            # Such as 3.0 where a whole number is wanted
+            pass
     return _by_value(column, read, kind)
 
 
@@ -674,7 +676,8 @@ def _iso_times(column: pa.Array, zone: tzinfo) -> pa.Array:
         try:
             read = pc.cast(pc.cast(column.take(pa.array(at)), kind), pa.int64())
         except pa.ArrowInvalid:
-            continue  # a thirteenth month somewhere: value by value
+            # A thirteenth month somewhere: value by value
+            continue
         if kind.tz is None:
             read = _local_to_utc(read, zone)
         there = read.is_valid().to_numpy(zero_copy_only=False)

@@ -47,7 +47,8 @@ SPEC = DatasetSpec(
     events=Source(""),
 )
 JOB = "user_history"
-LIKE_A_TIME = 100_000_000  # seconds since 1970 of any log that has them
+# Seconds since 1970 of any log that has them
+LIKE_A_TIME = 100_000_000
 
 
 class SequenceFileError(ExpectedError, ValueError):

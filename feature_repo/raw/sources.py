@@ -30,11 +30,16 @@ import pyarrow.parquet as pq
 from feature_repo.contract.schema import MAX_TEXT_BYTES, Source
 from feature_repo.errors import RawDataError
 
-UNIT_BYTES = 1 << 24  # of a CSV or JSON file that one worker reads
-UNIT_ROWS = 200_000  # of a Parquet file
-BATCH_ROWS = 16_384  # of a Parquet file in memory at a time; fewer where rows are long
-LONG_ROW = 4_096  # bytes of a row on average, from where on rows are long
-csv.field_size_limit(sys.maxsize)  # `raw.texts` says which texts are too long
+# Bytes of a CSV or JSON file that one worker reads
+UNIT_BYTES = 1 << 24
+# Rows of a Parquet file that one worker reads
+UNIT_ROWS = 200_000
+# Rows of a Parquet file in memory at a time; fewer where rows are long
+BATCH_ROWS = 16_384
+# Bytes of a row on average, from where on rows are long
+LONG_ROW = 4_096
+# `raw.texts` says which texts are too long
+csv.field_size_limit(sys.maxsize)
 BOM = b"\xef\xbb\xbf"
 FORMATS = {
     ".csv": "csv",
@@ -52,8 +57,10 @@ FORMATS = {
 }
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 COMPRESSED = tuple(CODECS)
-HEAD_BYTES = 1 << 20  # of a text file, in which its header stands
-LONGEST_LINE = 1 << 26  # so far a first line is read that is longer
+# Bytes of a text file in which its header stands
+HEAD_BYTES = 1 << 20
+# So far a first line is read that is longer
+LONGEST_LINE = 1 << 26
 # Marks at a file's beginning, and the encodings that they stand for; the longer ones first.
 MARKS = (
     (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"),
@@ -99,7 +106,6 @@ class RawBlock:
 
     @property
     def num_read(self) -> int:
-        """Rows, broken ones included."""
         return len(self.positions) + len(self.broken)
 
 
@@ -175,7 +181,8 @@ def units_of(
     for file in filled:
         found = _has(source, file, columns)
         lacking -= found
-        is_json = format_of(source, file) == "json"  # whose objects leave out what is null
+        # Objects of JSON leave out what is null.
+        is_json = format_of(source, file) == "json"
         needed = [name for name in columns if not is_json and name not in optional]
         if not found.issuperset(needed):
             _refuse_missing(file, needed, columns_in(source, file))
@@ -215,7 +222,8 @@ def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator
     found = format_of(source, unit.file)
     names: Sequence[str] = ()
     if found == "json":
-        held = list(columns)  # a field that an object lacks is null
+        # A field that an object lacks is null
+        held = list(columns)
     else:
         names = (
             _leaves(unit.file) if found == "parquet" else _header(source, unit.file, unit.encoding)
@@ -233,7 +241,8 @@ def blocks_of(source: Source, unit: RawUnit, columns: Sequence[str]) -> Iterator
         yield _completed(block, unit.file, columns)
 
 
-END_BYTES = 1 << 21  # of a text file, from where on both its ends are read instead of all
+# A text file with more bytes is read at both ends instead of whole
+END_BYTES = 1 << 21
 
 
 def ends_of(source: Source, units: Sequence[RawUnit]) -> list[RawUnit]:
@@ -464,7 +473,6 @@ def _whole_lines(stream: Any, size: int) -> Iterator[bytes]:
 
 
 def _num_lines(data: bytes) -> int:
-    """Lines that are not empty."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
     if not data.endswith(b"\n"):
         ends = np.r_[ends, len(data)]
@@ -638,7 +646,8 @@ def _csv_block(
     except pa.ArrowInvalid:
         return _split_by_hand(source, names, columns, data, start)
     lines = rows.num_rows + len(broken)
-    if not source.quoted_newlines and lines != _num_lines(data):  # a quote that is never closed
+    # A quote that is never closed
+    if not source.quoted_newlines and lines != _num_lines(data):
         return _split_by_hand(source, names, columns, data, start)
     positions = np.delete(np.arange(lines), [at for at, _, _ in broken])
     found = tuple((start + at, text, why) for at, text, why in broken)

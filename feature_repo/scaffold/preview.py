@@ -32,18 +32,25 @@ from feature_repo.raw.parse import NOT_BAD, REPEATED, without_repeats
 from feature_repo.scaffold import sniff
 
 ROWS = 500_000
-MOST_FILES = (
-    200  # of a log of more files so many are looked into, the first and the last among them
-)
-LARGE_SHARE = 0.05  # of all events, by one user or item
-TIMES_MEAN = 4  # of the others' mean, from where on a share is large
-RARE_LABEL = 0.001  # share of the examples
-SPELT_TWICE = 0.001  # share of the ids that are another's in another spelling
-FEW_KNOWN = 0.5  # of the events' items or users, from where down a table is asked about
-RANDOM_TELLS = 0.9  # NDCG@10 of a random order from where on the figure tells nothing
-LONG_REQUEST = 86_400_000_000  # microseconds; a request is one moment
+# So many files of a log are read, the first and the last among them
+MOST_FILES = 200
+# Share of all events above which one user or item is worth a line
+LARGE_SHARE = 0.05
+# Times the others' mean above which a share is large
+TIMES_MEAN = 4
+# Share of the examples
+RARE_LABEL = 0.001
+# Share of the ids that are another's in another spelling
+SPELT_TWICE = 0.001
+# Share of the events' items or users below which a table is asked about
+FEW_KNOWN = 0.5
+# NDCG@10 of a random order from where on the figure tells nothing
+RANDOM_TELLS = 0.9
+# Microseconds; a request is one moment
+LONG_REQUEST = 86_400_000_000
 DAY = 86_400_000_000  # microseconds
-NOON = 12  # the last hour of a clock that says AM or PM beside it
+# The last hour of a clock that says AM or PM beside it
+NOON = 12
 FEW_REQUESTS = 10  # of a period
 SHOWN_EVENTS = 10
 
@@ -84,7 +91,6 @@ class Preview:
 
     @property
     def rows(self) -> int:
-        """Raw rows that were read."""
         return self.counts["rows_read"]
 
     @property
@@ -93,7 +99,6 @@ class Preview:
         return self.of_rows == self.rows
 
     def lines(self) -> Iterator[str]:
-        """The preview as text."""
         yield from self._rows()
         yield from self._events()
         yield from self._requests()
@@ -424,13 +429,15 @@ def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:
     for kind, source in dataset.sources.items():
         files = list(dict.fromkeys(unit.file for unit in units if unit.kind == kind))
         if not files:
-            continue  # none of them has a row
+            # None of them has a row
+            continue
         chosen = np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))
         for at in chosen:
             if said := sniff.same_dialect(source, files[at]):
                 yield f"{files[at]}: {said}"
         if sources.format_of(source, files[0]) == "json":
-            continue  # whose objects leave out what is null
+            # Objects of JSON leave out what is null.
+            continue
         wanted = parse.theirs(dataset.spec, kind)
         lacking = Counter(
             name

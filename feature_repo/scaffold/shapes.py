@@ -17,12 +17,17 @@ from feature_repo.contract.arrow import iso_micros, micros
 from feature_repo.contract.schema import TIME_UNITS
 from feature_repo.raw import raw
 
-FEW = 20  # distinct values that are read as categories
-NEARLY_ALL = 0.98  # share of a column's values that decides what it is; the others are counted
-TRIED = 2000  # distinct texts on which formats of times are tried
-FIRST_TIME = iso_micros("1990-01-01")  # numbers before it are taken for ids rather than times
+# Distinct values that are read as categories
+FEW = 20
+# Share of a column's values that decides what it is; the others are counted
+NEARLY_ALL = 0.98
+# Distinct texts on which formats of times are tried
+TRIED = 2000
+# Numbers before it are taken for ids rather than times
+FIRST_TIME = iso_micros("1990-01-01")
 YEAR = 366 * 86_400 * 1e6  # microseconds
-UNIX_TIMES = iso_micros("1997-01-01")  # a log of numbers before it may count from another year
+# A log of numbers before it may count from another year
+UNIX_TIMES = iso_micros("1997-01-01")
 _DATES = (
     "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%Y", "%d.%m.%y", "%m/%d/%Y", "%d/%m/%Y", "%m/%d/%y", "%d/%m/%y",
     "%d-%m-%Y", "%m-%d-%Y", "%d-%b-%Y", "%d-%b-%y", "%d %b %Y", "%d %B %Y", "%b %d %Y", "%b %d, %Y",
@@ -122,7 +127,8 @@ def shape_of(column: pa.ChunkedArray) -> ColumnShape:
     texts = raw.texts(values)
     if texts.null_count == len(texts):
         return ColumnShape(0, len(column), share, readable=False)
-    if texts.null_count:  # of bytes that are no text, or of too many
+    # Bytes that are no text, or too many of them
+    if texts.null_count:
         values = values.filter(pc.is_valid(texts))
         texts = texts.drop_null()
     made = ColumnShape(len(pc.unique(texts)), len(column), share)
@@ -154,7 +160,8 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: ColumnShape) -> Colum
     amounts = read[decimal]
     wholes = raw.whole_numbers(values, decimal)
     if pc.any(pc.match_substring_regex(texts.filter(pc.is_null(wholes)), r"^[0-9]{19,}$")).as_py():
-        return None  # ids beyond 2^63, which are text
+        # Ids beyond 2^63, which are text
+        return None
     is_whole = wholes.null_count == lost[decimal] and not unit
     floats = amounts.drop_null().to_numpy()
     spelt = pc.all(pc.match_substring_regex(pc.utf8_trim_whitespace(texts), raw.SPELT_ID)).as_py()
@@ -284,7 +291,8 @@ def _text_list_shape(texts: pa.Array, made: ColumnShape) -> ColumnShape:
     if pc.mean(spaced.cast(pa.float64())).as_py() > 0.9:
         lengths = pc.list_value_length(pc.utf8_split_whitespace(texts)).to_numpy()
         return replace(made, separator=" ", most=_most(lengths))
-    if unlike_numbers(texts):  # 12,50 beside 12.50 is no list
+    # 12,50 beside 12.50 is no list
+    if unlike_numbers(texts):
         return made
     for separator in ("|", ";", ","):
         parts = pc.split_pattern(pc.utf8_trim(texts, "[] "), separator)

@@ -26,8 +26,10 @@ from feature_repo.scaffold.names import KNOWN_WORDS, parts_of
 
 DELIMITERS = ("::", "\t", ";", "|", ",")
 ENCODINGS = ("utf-8", "cp1252", "latin-1")
-LINES = 2000  # of a file's beginning that are looked at
-WIDE = {0: "utf-16-be", 1: "utf-16-le"}  # by the place of the zero byte in most pairs
+# Lines at a file's beginning that decide
+LINES = 2000
+# Encodings by the place of the zero byte in most pairs
+WIDE = {0: "utf-16-be", 1: "utf-16-le"}
 SQL = "statements of SQL"
 # How files begin that are no lines of a table, whatever their name says.
 BEGINNINGS = {
@@ -110,7 +112,8 @@ def sniff(path: str, file: str, prefix: str) -> Sniffed:
         names = tuple(f"{prefix}_{number}" for number in range(1, len(first) + 1))
         source = replace(source, header=names)
         doubts["header"] = "no line names the columns"
-    elif header != sources.named_once(first):  # a column that only the rows have
+    elif header != sources.named_once(first):
+        # A column that only the rows have
         source = replace(source, header=header, skip=source.skip + 1)
         doubts["header"] = f"its own names {len(first)} of {len(header)} columns"
     elif not _says_roles(first) and all(
@@ -246,7 +249,8 @@ def _dialect(source: Source, lines: list[str]) -> Source:
         used = quote and any(_begins_field(line, quote, delimiter) for line in lines)
         quote = quote if used else ""
         if not quote and not any('"' in line for line in lines):
-            quote = '"'  # of a quote that comes later
+            # A quote comes later.
+            quote = '"'
         return replace(
             source,
             delimiter=delimiter,

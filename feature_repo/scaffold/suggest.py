@@ -43,10 +43,14 @@ from feature_repo.scaffold.shapes import (
 )
 
 SAMPLE_ROWS = 50_000
-SAMPLE_FILES = 50  # of a log of more files so many are looked at, the first and the last among them
-MANY = 10_000  # distinct texts from where on a category is hashed
-SAMPLE_TIMES = 1_000_000  # of which the periods are cut
-UNKNOWN = "?"  # stands in the draft for a column that nobody knows
+# So many files of a log are sampled, the first and the last among them
+SAMPLE_FILES = 50
+# Distinct texts from where on a category is hashed
+MANY = 10_000
+# Times from which the periods are cut
+SAMPLE_TIMES = 1_000_000
+# Stands in the draft for a column that nobody knows
+UNKNOWN = "?"
 LABEL_WORDS = frozenset(["label", "target", "clk", "conversion", "converted", "y"])
 CLOCK = r"^\s*\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?\s*$"
 
@@ -65,7 +69,8 @@ class Guess:
     column: str
     role: str
     why: str
-    ours: str = ""  # its name in the declaration
+    # Its name in the declaration
+    ours: str = ""
     dtype: DType = DType.STRING
     kind: Kind | None = None
     group: str = ""
@@ -73,13 +78,13 @@ class Guess:
     length: int | None = None
     hashed: int | None = None
     separator: str = ""
-    decimal: str = ""  # its sign, where one is seen
+    # Its sign, where one is seen
+    decimal: str = ""
     unit: str = ""
     doubt: str = ""
 
     @property
     def told(self) -> str:
-        """The guess in a line."""
         kind = self.kind.value if self.kind else "not read by rankers"
         said = {
             "feature": f"{self.group}, {kind}: {self.why}",
@@ -265,7 +270,8 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         name
         for name in free("request")
         if shapes[name].key and shapes[name].distinct < rows and user is not None
-        if _depends(looked.rows, user, name)  # a request is one user's
+        # A request is one user's
+        if _depends(looked.rows, user, name)
     ]
     take("request", best_named(ids, "request"), "by its name; several rows share one")
     unique = [n for n in free("event") if shapes[n].key and shapes[n].distinct > 0.9 * rows > 1]
@@ -573,7 +579,6 @@ class Log:
 
     @property
     def guesses(self) -> list[Guess]:
-        """Every column of every file."""
         files = (self.events, self.users, self.items)
         return [guess for looked in files if looked for guess in looked.guesses.values()]
 
@@ -678,7 +683,8 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
         )
     minute = 60_000_000
     cuts = [int(at[len(at) * tenths // 10]) // minute * minute for tenths in (8, 9)]
-    if cuts[0] == cuts[1] or not at[0] < cuts[0]:  # all at a few moments: by the time itself
+    # All at a few moments: by the time itself
+    if cuts[0] == cuts[1] or not at[0] < cuts[0]:
         low = int(at[0])
         high = int(at[-1])
         cuts = [(low + (high - low) * tenths // 10) // minute * minute for tenths in (8, 9)]

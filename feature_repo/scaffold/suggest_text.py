@@ -21,8 +21,10 @@ STRENGTH = (
     "favorite", "favourite", "save", "follow", "share", "like", "play", "watch", "read", "download",
     "click", "open",
 )  # fmt: skip
-LEAST_SHARE = 0.001  # of the events: a rarer action is no task
-FEWEST = 20  # rows of an action that is one
+# Share of the events below which an action is no task
+LEAST_SHARE = 0.001
+# Rows of an action that is one
+FEWEST = 20
 PRICED = {"price", "value", "amount", "total", "paid"}
 GROUPS = ("event_features", "user_features", "item_features", "context_features", "shown_features")
 
@@ -32,9 +34,11 @@ class _Actions:
     """How a log says what happened: lines of the declaration."""
 
     names: tuple[str, ...]
-    tasks: tuple[tuple[str, str, str], ...]  # name, action, given
+    # Name, action, given
+    tasks: tuple[tuple[str, str, str], ...]
     shown: str = ""
-    source: tuple[str, ...] = ()  # fields of Source
+    # Fields of Source
+    source: tuple[str, ...] = ()
     doubt: str = ""
 
 

@@ -57,7 +57,8 @@ TYPE = "feature_repo.store.offline_store.AsofDuckDBOfflineStore"
 
 # Custom feature views are written by a rule of ours, through whatever opens these stores: provider.py.
 PROVIDERS_CLASS_FOR_TYPE["local"] = "feature_repo.store.provider.MemoirProvider"
-WHOLE = "whole"  # tag of a source whose newest row of each key is materialized, of whatever age
+# Tag of a source whose newest row of each key is materialized, of whatever age
+WHOLE = "whole"
 
 
 class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -68,9 +69,8 @@ class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
 
     type: str = TYPE
     dataset: str | None = None
-    memory_limit: str | None = (
-        None  # as DuckDB spells it, e.g. "4GB"; joins beyond it spill to disk
-    )
+    # In DuckDB's spelling, e.g. "4GB"; joins beyond it spill to disk
+    memory_limit: str | None = None
     threads: int | None = None
 
 
@@ -293,7 +293,6 @@ class AsofJob(RetrievalJob):
 
     @property
     def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
-        """On-demand views of the request."""
         return self._on_demand
 
     @property
@@ -386,7 +385,6 @@ def _quote(name: str) -> str:
 
 
 def _names(entity_df: pd.DataFrame | pa.Table) -> list[str]:
-    """Names of the columns."""
     columns = entity_df.column_names if isinstance(entity_df, pa.Table) else entity_df.columns
     return [str(name) for name in columns]
 
@@ -516,7 +514,6 @@ def _asof_join(
     filter_by_created: bool,
     config: RepoConfig,
 ) -> ViewJoin:
-    """SQL of one view."""
     source = view.batch_source
     if source is None:
         raise ValueError(f"feature view {view.name!r} has no batch source and cannot be joined")

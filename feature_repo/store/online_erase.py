@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from feast import FeatureStore
 
-PIECE = 1000  # keys of one round trip
+# Keys of one round trip
+PIECE = 1000
 
 
 class OnlineEraser:
@@ -161,7 +162,8 @@ class OnlineEraser:
     def _sqlite(self) -> sqlite3.Connection:
         config = self._store.config
         made = sqlite3.connect(Path(config.repo_path or ".", config.online_store.path))
-        made.execute("PRAGMA secure_delete = ON")  # the bytes go too, not only what names them
+        # The bytes go too, not only what names them
+        made.execute("PRAGMA secure_delete = ON")
         return made
 
     def _delete(self, keys: set[bytes]) -> int:

@@ -37,7 +37,8 @@ class OnlineTokens:
     def __init__(self, store: FeatureStore, contract: Contract) -> None:
         self._store = store
         self._contract = contract
-        self._view = store.get_feature_view(VIEW)  # once: no write waits for the registry
+        # Once: no write waits for the registry
+        self._view = store.get_feature_view(VIEW)
         self._redis = (
             RedisWriter(store, VIEW) if store.config.online_store.type.startswith("redis") else None
         )

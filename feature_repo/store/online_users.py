@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 HISTORY = "user_history"
 STATS = "user_stats"
 TOKENS = "summary_tokens"
-Raw = dict[tuple[str, str], bytes | None]  # (view, feature) → the value as it is stored
+# (view, feature) → the value as it is stored
+Raw = dict[tuple[str, str], bytes | None]
 
 # KEYS: hashes. ARGV for each: how many fields are compared, each with the SHA-1 of what it held ("" of
 # nothing); how many parts are set, field and value in turn. All or nothing.
@@ -87,7 +88,6 @@ class UserRecord:
     raw: Raw
 
     def __getitem__(self, view: str) -> Mapping[str, Any]:
-        """The features of one view."""
         return self.views[view]
 
 
@@ -254,7 +254,8 @@ class _RedisRecords:
 class _SqliteRecords:
     """Records on SQLite: one transaction reads again, compares, and writes every view."""
 
-    BUSY_S = 5.0  # how long a writer waits for another
+    # How long a writer waits for another
+    BUSY_S = 5.0
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
         from feast.infra.online_stores.helpers import compute_table_id

@@ -17,7 +17,8 @@ from feast.infra.passthrough_provider import PassthroughProvider
 from feature_repo.store.online_users import upsert_sqlite
 from feature_repo.store.redis_writer import write_newest
 
-OWN = "own"  # the tag of a custom feature view
+# The tag of a custom feature view
+OWN = "own"
 Rows = list[tuple[Any, dict[str, Any], datetime, datetime | None]]
 
 
@@ -47,7 +48,6 @@ class MemoirProvider(PassthroughProvider):
     async def online_write_batch_async(
         self, config: Any, table: Any, data: Rows, progress: Callable[[int], Any] | None
     ) -> None:
-        """See `online_write_batch`."""
         if table.tags.get(OWN) == "true":
             self.online_write_batch(config, table, data, progress)
             return

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from feast import FeatureStore
 
-PIECE = 1000  # keys of one round trip
+# Keys of one round trip
+PIECE = 1000
 # KEYS: a hash. ARGV: the field of its time, the new time, "later" or "not earlier" (what replaces it),
 # then fields and values.
 COMPARE_AND_SET = """

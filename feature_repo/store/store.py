@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 REPO = CHECKOUT / "feature_repo"
 LOCAL_YAML = REPO / "feature_store.yaml"
 PRODUCTION_YAML = REPO / "profiles" / "production.yaml"
-PROJECT = "memoir"  # of the local profile
+# The project of the local profile
+PROJECT = "memoir"
 REGISTRY = "registry.pb"
 ONLINE = "online_store.db"
 
@@ -193,7 +194,8 @@ def held_epoch(settings: Settings, job: str) -> str | None:
         return epoch
     query = f"SELECT value FROM {PROJECT}_{STORE_EPOCH} WHERE feature_name = ? AND instr(entity_key, CAST(? AS BLOB)) > 0"
     for (value,) in _query(settings, query, (EPOCH_RUN.name, job)):
-        if value[:1] == b"\x12":  # a Value's string, field 2: its length in a byte, then its text
+        # A Value's string, field 2: its length in a byte, then its text
+        if value[:1] == b"\x12":
             return bytes(value[2:]).decode()
     return None
 
@@ -219,7 +221,8 @@ def _query(settings: Settings, query: str, values: tuple[str, ...]) -> list[tupl
     connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
     try:
         return connection.execute(query, values).fetchall()
-    except sqlite3.DatabaseError:  # no such table, or no database: it holds nothing
+    except sqlite3.DatabaseError:
+        # No such table, or no database: it holds nothing
         return []
     finally:
         connection.close()

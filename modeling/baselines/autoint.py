@@ -27,7 +27,6 @@ class AutoInt(base.Baseline):
     config: Config
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """Attention layers."""
         return FieldAttention(request + candidate, self.config)
 
 

@@ -24,7 +24,8 @@ class Config:
     width: int = 32
     history: History = "din"
     history_hidden: int = 16
-    head_hidden: int | None = None  # None: twice the width
+    # None: twice the width
+    head_hidden: int | None = None
     dropout: float = 0.0
 
 
@@ -78,7 +79,6 @@ class Baseline(Ranker):
         )
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
-        """logits_BCT."""
         tokens = with_read(self.features.candidates(candidates), self.reader, user_state.history)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits

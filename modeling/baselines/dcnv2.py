@@ -27,7 +27,6 @@ class DCNv2(base.Baseline):
     config: Config
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """Cross and deep in parallel."""
         return CrossAndDeep(request, candidate, self.config)
 
 

@@ -20,7 +20,6 @@ class DLRM(base.Baseline):
     """Pairs and the fields themselves go to the heads."""
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """Dot products."""
         return Dot(request, candidate, self.config.width)
 
 
@@ -36,7 +35,6 @@ class Dot(Interaction):
         )
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Both halves."""
         within, across = self.dot(request_BRD, candidate_BCND)
         return (
             torch.cat([within, request_BRD.flatten(1)], dim=-1),

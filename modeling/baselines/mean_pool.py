@@ -29,7 +29,6 @@ class MeanPool(base.Baseline):
     config: Config
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """One layer over all tokens."""
         return Together(request, candidate, self.config)
 
 
@@ -45,6 +44,5 @@ class Together(Interaction):
         self.out = (0, hidden)
 
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[None, Tensor]:
-        """Nothing of the request alone."""
         hidden = gelu(self.first(request_BRD.flatten(1), candidate_BCND.flatten(2)))
         return None, self.dropout(hidden)

@@ -73,7 +73,6 @@ class PerSRec(base.Baseline):
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """DCNv2's, with the read token."""
         return dcnv2.CrossAndDeep(request, candidate + 1, self.config)
 
     def encode_user(self, user: UserInputs) -> UserState:  # type: ignore[override]

@@ -33,7 +33,6 @@ class RankMixer(base.Baseline):
     config: Config
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """Mixing layers."""
         if self.config.mixed_width % self.config.num_tokens:
             raise ValueError(
                 f"mixed_width {self.config.mixed_width} is no multiple of num_tokens {self.config.num_tokens}"
@@ -63,9 +62,8 @@ class Mixer(Interaction):
             -1, (self.tokens, -1)
         )
         for number, network in enumerate(self.networks):
-            mixed = (
-                rows.unflatten(-1, (self.tokens, -1)).transpose(2, 3).flatten(3)
-            )  # head h of every token → token h
+            # Head h of every token → token h
+            mixed = rows.unflatten(-1, (self.tokens, -1)).transpose(2, 3).flatten(3)
             rows = self.norms[2 * number](mixed + rows)
             rows = self.norms[2 * number + 1](network(rows) + rows)
         return None, rows.mean(2)

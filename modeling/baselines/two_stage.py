@@ -30,7 +30,8 @@ class Config(dcnv2.Config):
 
     history: History = "bags"
     search: Literal["category", "score"] = "category"
-    slot: int = 0  # of an item's category slots: which one is searched by
+    # The slot of an item's categories that the search goes by
+    slot: int = 0
     retrieved: int = 100
 
 
@@ -69,7 +70,6 @@ class TwoStage(base.Baseline):
         self.out = nn.Linear(width, width)
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """DCNv2's, with the read token."""
         return dcnv2.CrossAndDeep(request, candidate + 1, self.config)
 
     def fit_statistics(self, sample: TrainingSample) -> None:
@@ -108,7 +108,8 @@ class TwoStage(base.Baseline):
         if self.config.search == "category":
             own = candidates.category_BCK[..., self.config.slot, None]
             like = (own == user_state.category_BL[:, None]) & real & (own > 0)
-            newer = like.flip(-1).cumsum(-1).flip(-1)  # of the same, this one included
+            # Events of the same category from here on, this one included
+            newer = like.flip(-1).cumsum(-1).flip(-1)
             return like & (newer <= most)
         if scores.shape[-1] <= most:
             return real.expand_as(scores)

@@ -21,7 +21,8 @@ class Config(base.Config):
     num_layers: int = 2
     fm_tokens: int = 8
     linear_tokens: int = 8
-    fm_rank: int = 8  # columns of Y in X (X^T Y)
+    # Columns of Y in X (X^T Y)
+    fm_rank: int = 8
     hidden: int = 128
 
 
@@ -31,7 +32,6 @@ class Wukong(base.Baseline):
     config: Config
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
-        """Wukong layers."""
         return Stack(request + candidate, self.config)
 
 

@@ -84,7 +84,6 @@ class Found:
 
     @property
     def name(self) -> str:
-        """Of the dataset."""
         return self.asked.settings.dataset
 
 

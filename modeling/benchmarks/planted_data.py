@@ -47,7 +47,6 @@ class Planted:
 
     @property
     def sizes(self) -> FeatureSizes:
-        """Items and nothing else."""
         return FeatureSizes(self.items, 1, self.events)
 
     @property
@@ -128,7 +127,6 @@ class PlantedPairs:
 
     @property
     def sizes(self) -> FeatureSizes:
-        """Items and nothing else."""
         return FeatureSizes(self.kinds * self.each, 1, self.events)
 
     @property

@@ -33,7 +33,6 @@ class Paper:
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        """All that its claims compare."""
         pairs = [(claim.ours, claim.theirs) for claim in self.claims]
         return tuple(dict.fromkeys(name for pair in pairs for name in pair))
 

@@ -47,7 +47,8 @@ def reasons_against(
         test: key of its test requests.
     """
     metrics = evaluation["metrics"]
-    ours = metrics.get(AS_RANKED, metrics[MODEL])  # what requests are ranked by
+    # What requests are ranked by
+    ours = metrics.get(AS_RANKED, metrics[MODEL])
     model = {name: Estimate(**ours[name]) for name in METRICS if ours.get(name)}
     below = [
         f"{baseline} is better on {name} ({metrics[baseline][name]['value']:.4f} against {estimate.value:.4f})"

@@ -30,7 +30,8 @@ from modeling.inputs.batch import UserInputs
 from modeling.inputs.encoder import Encoder
 from modeling.models.base import Ranker, TokenMaker
 
-PADDED_EVENTS = 1 << 12  # events, padding counted, that stage 1 reads at a time
+# Events, padding counted, that stage 1 reads at a time
+PADDED_EVENTS = 1 << 12
 
 
 @dataclass(frozen=True)

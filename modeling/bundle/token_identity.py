@@ -12,7 +12,8 @@ from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
 from modeling.inputs.encoder import Encoder
 from modeling.models.base import Ranker, TokenMaker
 
-VERSION = 1  # raised when the same weights would give other tokens
+# Raised when the same weights would give other tokens
+VERSION = 1
 
 
 def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:

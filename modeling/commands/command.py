@@ -427,7 +427,8 @@ def refuse_longer_than_kept(run: TrainingRun) -> None:
         model = models.model_class(run.recipe.model)
         config = models.config_class(run.recipe.model)(**run.recipe.config)
         if issubclass(model, TokenMaker) and model.streams_with(config):
-            return  # it is served the tokens of all events
+            # It is served the tokens of all events
+            return
         raise DataError(
             f"{run.recipe.name} reads {read:,} events of a history, online are kept {kept:,}: it would rank from less than it "
             f"was trained on. Set num_history_online={read} in feature_repo/datasets/{run.settings.dataset}.py and build again, "
@@ -463,7 +464,8 @@ def _write_bundle(
         tokens=run.tokens.version if run.tokens else None,
     )
     loaded = bundle.load(path, encoder.contract, digest)
-    stored = f"bundles/{path.name}"  # below the home, so that a home can be moved
+    # Below the home, so that a home can be moved
+    stored = f"bundles/{path.name}"
     catalogue.add_bundle(
         digest=digest,
         dataset=run.settings.dataset,

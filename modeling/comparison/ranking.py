@@ -192,7 +192,8 @@ def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> lis
         ]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
         sizes = [
-            f"{runs[0][size]:,}" if size in runs[0] else "–"  # a run of before has no such count
+            # A run of before has no such count
+            f"{runs[0][size]:,}" if size in runs[0] else "–"
             for size in ("parameters", "dense_parameters", "history_parameters")
         ]
         cost = statistics.mean(run["summary"]["cpu_seconds"] for run in runs)

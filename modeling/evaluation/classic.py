@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 Classic = Literal["trees", "logistic regression"]
 CLASSICS: tuple[Classic, ...] = ("trees", "logistic regression")
 MOST_ROWS: dict[str, int] = {"trees": 1 << 21, "logistic regression": 1 << 18}
-CHUNK = 2_000  # requests scored at a time
-LEAST_KNOWN = 20  # values of a column, and labels of a kind: the least leaf of a tree
+# Requests scored at a time
+CHUNK = 2_000
+# Values of a column, and labels of a kind: the least leaf of a tree
+LEAST_KNOWN = 20
 
 
 def classic_scores(

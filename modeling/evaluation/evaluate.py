@@ -36,9 +36,11 @@ from modeling.training_set.training_set import Period
 
 MODEL = "model"
 EMPTY = "same network, empty history"
-AS_RANKED = "model, as ranked"  # where several tasks make the score
+# Name of the row of the score that several tasks make
+AS_RANKED = "model, as ranked"
 EMPTY_HISTORY = Lost(events=True, statistics=True, sketch="empty")
-RANDOM_TELLS = 0.9  # NDCG@10 of a random order, from where on the figure tells nothing
+# NDCG@10 of a random order, from where on the figure tells nothing
+RANDOM_TELLS = 0.9
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
 
 
@@ -73,11 +75,11 @@ class Evaluation:
     unknown: UnknownFirst
     degraded: dict[str, dict[str, Estimate]]
     beside_trees: str = ""  # a sentence
-    shift: float = 0.0  # on the primary task's logits, before they are taken for probabilities
+    # On the primary task's logits, before they are taken for probabilities
+    shift: float = 0.0
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
-        """Metrics of the primary task."""
         return self.tasks[self.primary]
 
     @property
@@ -128,7 +130,8 @@ def evaluate_run(
     empty = predict(model, encoder, without(encoder, encoded, EMPTY_HISTORY))
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     # 2. Each task, with baselines that need no training.
-    random: dict[str, float] = {}  # NDCG@10 of a random order, by task
+    # NDCG@10 of a random order, by task
+    random: dict[str, float] = {}
     # Of one task that is given nothing the order is the task's own.
     mixes = len(spec.weights) > 1 or bool(spec.tasks[primary_number(spec)].given)
     for number, task in enumerate(spec.tasks):

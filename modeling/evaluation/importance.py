@@ -22,7 +22,8 @@ from modeling.metrics import defined, ndcg_at
 from modeling.models.base import Ranker
 from modeling.training.trainer import predict
 
-REQUESTS = 150  # of the test period, spread evenly
+# Requests of the test period, spread evenly
+REQUESTS = 150
 
 
 @dataclass(frozen=True)

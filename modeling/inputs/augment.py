@@ -27,12 +27,18 @@ from modeling.inputs.columns import ColumnGroup, Index
 from modeling.inputs.encoder import Encoded, Encoder, events_of
 from modeling.inputs.shards import Rows
 
-UNKNOWN_PRIOR = 0.5  # how often a positive is made unknown in training, for each negative
-SHOWN_FORGOTTEN = 0.25  # of the requests of a training step: what is known of impressions alone
-CONTEXT_FORGOTTEN = 0.05  # the same of the context, which a caller may leave out
-SKETCH_FORGOTTEN = 0.05  # the same of the sketch, which a store may have lost
-SAMPLED_ROWS = 1 << 18  # of candidates, which say how their numbers are scaled
-ABLATED = ("matches", "user")  # inputs that a comparison may withhold
+# How often a positive is made unknown in training, for each negative
+UNKNOWN_PRIOR = 0.5
+# Share of a training step's requests that forget what is known of impressions alone
+SHOWN_FORGOTTEN = 0.25
+# The same of the context, which a caller may leave out
+CONTEXT_FORGOTTEN = 0.05
+# The same of the sketch, which a store may have lost
+SKETCH_FORGOTTEN = 0.05
+# Candidates whose numbers decide how all are scaled
+SAMPLED_ROWS = 1 << 18
+# Inputs that a comparison may withhold
+ABLATED = ("matches", "user")
 
 
 def training_sample(encoder: Encoder, train: Encoded) -> TrainingSample:
@@ -53,7 +59,8 @@ def _item_categories(encoder: Encoder, train: Encoded) -> np.ndarray:
     for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
         rows = slice(start, start + SAMPLED_ROWS)
         found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
-    found[0] = 0  # an unknown item has no categories either
+    # An unknown item has no categories either
+    found[0] = 0
     return found
 
 
@@ -220,7 +227,8 @@ class AblatedEncoder(Encoder):
         dense = candidates.dense_BCF.masked_fill(column, torch.nan)
         if self.ablation.user:
             fields = user.field_BU.clone()
-            fields[:, : self.request.sizes.num_slots] = 0  # behind them stand hour and weekday
+            # Behind them stand hour and weekday
+            fields[:, : self.request.sizes.num_slots] = 0
             unknown = torch.full_like(user.dense_BG, torch.nan)
             user = replace(user, field_BU=fields, dense_BG=unknown)
         return replace(batch, user=user, candidates=replace(candidates, dense_BCF=dense))

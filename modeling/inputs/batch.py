@@ -16,19 +16,19 @@ from torch import Tensor
 
 from modeling.inputs.columns import NO_COLUMNS, GroupSizes
 
+# Fields of UserInputs that have no history axis
 NOT_EVENTS = (
     "field_BU",
     "dense_BG",
     "tokens_BSX",
     "has_tokens_B",
-)  # fields of UserInputs that have no history axis
+)
 
 
 class _Tensors:
     """Dataclasses of tensors: move and slice all at once."""
 
     def to(self, device: torch.device | str) -> Self:
-        """All tensors on a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -43,18 +43,25 @@ class UserInputs(_Tensors):
     right, and features.
     """
 
-    item_BL: Tensor  # int64 vocabulary index; 0 is unknown
+    # int64 vocabulary index; 0 is unknown
+    item_BL: Tensor
     action_BL: Tensor  # int64
-    age_BL: Tensor  # float32, log1p days before the request
-    gap_BL: Tensor  # float32, log1p days since the event before; 0 for the first
-    event_BLE: Tensor  # float32 event features; NaN where one is missing
-    mask_BL: Tensor  # bool, True where there is an event
-    field_BU: Tensor  # int64 category slots of user and context, 0 where empty
-    dense_BG: Tensor  # float32 features of user and context; NaN where one is not known
-    event_category_BLJ: Tensor | None = None  # int64 category slots of events, where they have any
-    tokens_BSX: Tensor | None = (
-        None  # float32 summary tokens from a store, zeros where a user has none
-    )
+    # float32, log1p days before the request
+    age_BL: Tensor
+    # float32, log1p days since the event before; 0 for the first
+    gap_BL: Tensor
+    # float32 event features; NaN where one is missing
+    event_BLE: Tensor
+    # Bool, True where there is an event
+    mask_BL: Tensor
+    # int64 category slots of user and context, 0 where empty
+    field_BU: Tensor
+    # float32 features of user and context; NaN where one is not known
+    dense_BG: Tensor
+    # int64 category slots of events, where they have any
+    event_category_BLJ: Tensor | None = None
+    # float32 summary tokens from a store, zeros where a user has none
+    tokens_BSX: Tensor | None = None
     has_tokens_B: Tensor | None = None  # bool
 
     def events(self, start: int, stop: int | None = None) -> UserInputs:
@@ -80,10 +87,14 @@ class UserInputs(_Tensors):
 class Candidates(_Tensors):
     """Items to be ranked, padded on the right."""
 
-    item_BC: Tensor  # int64 vocabulary index
-    category_BCK: Tensor  # int64 category slots, 0 where empty
-    dense_BCF: Tensor  # float32 item statistics and match features; NaN where one is not known
-    mask_BC: Tensor  # bool, True where there is a candidate
+    # int64 vocabulary index
+    item_BC: Tensor
+    # int64 category slots, 0 where empty
+    category_BCK: Tensor
+    # float32 item statistics and match features; NaN where one is not known
+    dense_BCF: Tensor
+    # Bool, True where there is a candidate
+    mask_BC: Tensor
 
     def select(self, index: Tensor | slice) -> Candidates:
         """Some candidates of every request, in the given order."""
@@ -96,7 +107,8 @@ class Batch(_Tensors):
 
     user: UserInputs
     candidates: Candidates
-    labels_BCT: Tensor  # float32; NaN where a task is undefined; zeros at request time
+    # float32; NaN where a task is undefined; zeros at request time
+    labels_BCT: Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,8 @@ class FeatureSizes:
     items: int
     actions: int
     history_length: int
-    request: GroupSizes = NO_COLUMNS  # of user and context
+    # Columns of user and context
+    request: GroupSizes = NO_COLUMNS
     candidate: GroupSizes = NO_COLUMNS
     event: GroupSizes = NO_COLUMNS
     # Categories of items alone, which stand first among those of candidates.

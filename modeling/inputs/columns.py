@@ -59,7 +59,6 @@ class GroupSizes:
 
     @property
     def num_slots(self) -> int:
-        """Category slots of all tables."""
         return sum(self.slots)
 
 
@@ -95,7 +94,6 @@ class Vocabulary:
         return Vocabulary(values.filter(values.is_valid()).sort())
 
     def plain(self) -> Any:
-        """As JSON holds it."""
         return self.values.to_pylist()
 
 
@@ -107,7 +105,6 @@ class Hashed:
 
     @property
     def size(self) -> int:
-        """Embedding rows."""
         return self.rows + 1
 
     def indices_of(self, column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -120,7 +117,6 @@ class Hashed:
         return np.where(codes == NO_VALUE, 0, row.astype(np.int64) + 1)
 
     def plain(self) -> Any:
-        """As JSON holds it."""
         return {"hashed": self.rows}
 
 
@@ -151,7 +147,6 @@ class Quantiles:
         return Quantiles(tuple(edges.tolist()))
 
     def plain(self) -> Any:
-        """As JSON holds it."""
         return {"edges": list(self.edges)}
 
 
@@ -194,7 +189,6 @@ class ColumnGroup:
 
     @cached_property
     def categorical(self) -> tuple[Column, ...]:
-        """Columns that have category slots."""
         return tuple(c for c in self.columns if c.is_categorical)
 
     @cached_property
@@ -215,7 +209,6 @@ class ColumnGroup:
 
     @cached_property
     def vectors(self) -> tuple[Column, ...]:
-        """Columns that are several."""
         return tuple(c for c in self.columns if c.kind is Kind.VECTOR)
 
     @property

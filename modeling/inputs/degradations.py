@@ -91,7 +91,6 @@ def without(encoder: Encoder, encoded: Encoded, lost: Lost) -> Encoded:
 
 
 def _fields(encoder: Encoder, lost: Lost, rows: np.ndarray) -> np.ndarray:
-    """Categories of requests."""
     if lost.profile:
         slots = [
             c.name in _user_names(encoder)

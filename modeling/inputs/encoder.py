@@ -47,7 +47,8 @@ GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
 ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
-SAMPLED_REQUESTS = 4_096  # whose histories say how events are scaled, and which values they have
+# Requests whose histories decide how events are scaled, and which values they have
+SAMPLED_REQUESTS = 4_096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,20 @@ class RequestInputs:
     Equal items have equal keys among `candidate_keys` and the histories' `item_keys`.
     """
 
-    times: np.ndarray  # int64 microseconds, B
-    user_columns: dict[str, pa.Array]  # features and statistics of users, context; B
+    # int64 microseconds, B
+    times: np.ndarray
+    # Features and statistics of users, context; B
+    user_columns: dict[str, pa.Array]
     candidate_offsets: np.ndarray
     candidate_keys: np.ndarray
-    gather: GatherHistories  # (request numbers, length) → their newest events
-    labels: np.ndarray | None = None  # N × T; NaN where a task is undefined
-    gather_tokens: GatherTokens | None = None  # request numbers → tokens_BSX, and which have some
-    read_sketch: ReadSketch | None = None  # None: nothing is known of the users' whole past
+    # (request numbers, length) → their newest events
+    gather: GatherHistories
+    # N × T; NaN where a task is undefined
+    labels: np.ndarray | None = None
+    # Request numbers → tokens_BSX, and which have some
+    gather_tokens: GatherTokens | None = None
+    # None: nothing is known of the users' whole past
+    read_sketch: ReadSketch | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -146,14 +153,14 @@ class Encoded:
     item_of_key: np.ndarray
     gather: GatherHistories
     gather_tokens: GatherTokens | None = None
-    history_lengths: np.ndarray | None = None  # events known at each request; None: not known
+    # Events known at each request; None: not known
+    history_lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.times)
 
     @property
     def num_candidates(self) -> np.ndarray:
-        """Candidates of each request."""
         return np.diff(self.candidate_offsets)
 
 

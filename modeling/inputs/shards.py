@@ -104,7 +104,8 @@ def write_shard(path: Path, arrays: Mapping[str, Rows]) -> None:
         width = int(np.prod(array.shape[1:]))
         if array.ndim > 1 and width:
             columns.append(pa.FixedSizeListArray.from_arrays(flat, width))
-        elif array.ndim > 1:  # Arrow has no rows of nothing: their number is in the other columns
+        elif array.ndim > 1:
+            # Arrow has no rows of nothing: their number is in the other columns
             columns.append(pa.nulls(len(array)))
         else:
             columns.append(flat)

@@ -11,7 +11,8 @@ import numpy as np
 
 from feature_repo.contract.schema import DatasetSpec
 
-SMALLEST = 1e-12  # a probability is kept away from 0 and 1 by this much before it becomes a logit
+# A probability is kept away from 0 and 1 by this much before it becomes a logit
+SMALLEST = 1e-12
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -24,7 +25,8 @@ def probabilities(spec: DatasetSpec, logits_NT: np.ndarray) -> np.ndarray:
     found = sigmoid(logits_NT)
     names = [task.name for task in spec.tasks]
     for number, task in enumerate(spec.tasks):
-        if task.given:  # a task before it, whose probability is already whole
+        # A task before it, whose probability is already whole
+        if task.given:
             found[:, number] *= found[:, names.index(task.given)]
     return found
 

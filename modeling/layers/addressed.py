@@ -93,7 +93,6 @@ class ItemCodes(nn.Module):
         return normalize(torch.stack(found, dim=-2), dim=-1)
 
     def of_events(self, item_BL: Tensor) -> Items:
-        """Codes of the events' items."""
         items, which = torch.unique(item_BL, return_inverse=True)
         return Items(self(self.parts(items)), which)
 
@@ -125,7 +124,8 @@ class SlotMemory(nn.Module):
         super().__init__()
         self.sharpness = sharpness
         self.keys = nn.Parameter(torch.randn(num_slots, width) * 0.3)
-        self.action = nn.Parameter(torch.ones(actions))  # weight of an event, by its action
+        # Weight of an event, by its action
+        self.action = nn.Parameter(torch.ones(actions))
         self.gate = nn.Linear(event_size, 1, bias=False) if event_size else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
@@ -141,7 +141,6 @@ class SlotMemory(nn.Module):
         return (self.sharpness * codes @ self.keys.T).softmax(-1)
 
     def start(self, batch: int) -> SlotStream:
-        """No events yet."""
         total = self.keys.new_zeros(batch, *self.shape, self.keys.shape[1], dtype=torch.float32)
         return SlotStream(total, total[..., 0])
 
@@ -161,7 +160,8 @@ class SlotMemory(nn.Module):
             gap_days_BL: days since the event before; of the first one since the newest in `stream`.
         """
         device = items.codes_UW.device.type
-        with torch.autocast(device, enabled=False):  # sums of a million events want float32
+        # Sums of a million events want float32
+        with torch.autocast(device, enabled=False):
             codes = items.codes_UW.float()
             gaps = gap_days_BL.float() * mask_BL
             weight = self.action.float()[action_BL] * mask_BL
@@ -193,7 +193,8 @@ class PairStream(NamedTuple):
     total_BFW: Tensor
     mass_BF: Tensor
     last_BW: Tensor  # its code
-    some_B: Tensor  # 1 where there is one
+    # 1 where there is one
+    some_B: Tensor
 
 
 class PairMemory(nn.Module):
@@ -219,7 +220,6 @@ class PairMemory(nn.Module):
         return (self.sharpness * codes @ self.keys.T).softmax(-1)
 
     def start(self, batch: int) -> PairStream:
-        """No events yet."""
         total = self.keys.new_zeros(batch, *self.keys.shape, dtype=torch.float32)
         return PairStream(total, total[..., 0], total[:, 0], total[:, 0, 0])
 

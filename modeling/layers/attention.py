@@ -120,9 +120,8 @@ def attend_shared_and_own(
     length = keys.shape[2]
     query = query * query.shape[-1] ** -0.5
     asking = query.flatten(2, 3)
-    if (
-        mask_BL is not None
-    ):  # as one more dimension of the product, which costs less than another pass over the scores
+    # The mask is one more dimension of the product, which costs less than another pass over the scores.
+    if mask_BL is not None:
         hidden = torch.zeros_like(mask_BL, dtype=keys.dtype).masked_fill(
             ~mask_BL, torch.finfo(keys.dtype).min / 2
         )

@@ -28,8 +28,10 @@ MixedScale = Literal["none", "norm", "count"]
 class Place:
     """Places of rows in their sequences; packed (N) or padded (B × T), like the rows."""
 
-    count: Tensor  # rows that each row reads: itself and those before it, or all of its sequence
-    seconds: Tensor | None = None  # float64, since the oldest row; None where no layer reads it
+    # Rows that each row reads: itself and those before it, or all of its sequence
+    count: Tensor
+    # float64, since the oldest row; None where no layer reads it
+    seconds: Tensor | None = None
 
 
 class FeedForward(nn.Module):
@@ -42,7 +44,6 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(expansion * width, width)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Row by row."""
         hidden = self.up(rows)
         if self.activation == "swiglu":
             gate, hidden = hidden.chunk(2, dim=-1)
@@ -87,7 +88,6 @@ class Block(nn.Module):
 
     @property
     def can_extend(self) -> bool:
-        """True if the operator streams."""
         return self.operator.can_extend
 
     def initial_state(self, like_BD: Tensor) -> State:
@@ -95,8 +95,6 @@ class Block(nn.Module):
         return self.operator.initial_state(like_BD)
 
     def forward(self, rows_ND: Tensor, packing: Packing, place: Place) -> Tensor:
-        """Packed rows to packed rows."""
-
         def mix(mask_BT: Tensor | None, projected: Tensor) -> Tensor:
             query, key, value = projected.chunk(3, dim=-1)
             mixed: Tensor = self.operator(query, key, value, mask_BT)

@@ -16,9 +16,12 @@ from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, User
 from modeling.inputs.columns import GroupSizes
 from modeling.layers.embedding import CategorySlots, Standardise
 
-FEATURES_PER_TOKEN = 5  # numbers that one token stands for
-EVENT_CATEGORY_WIDTH = 8  # of the embedding of an event's category
-NUM_BUCKETS = 32  # that a number is cut into
+# Numbers that one token stands for
+FEATURES_PER_TOKEN = 5
+# Width of the embedding of an event's category
+EVENT_CATEGORY_WIDTH = 8
+# Buckets that a number is cut into
+NUM_BUCKETS = 32
 Numbers = Literal["network", "buckets"]
 
 
@@ -55,9 +58,8 @@ class FeatureTokens(nn.Module):
         self.user_dense = DenseTokens(sizes.request, width, numbers)
         self.candidate_dense = DenseTokens(sizes.candidate, width, numbers)
         self.events = EventInputs(sizes.event)
-        self.nothing = (
-            nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
-        )  # of an empty sequence
+        # The row of an empty sequence
+        self.nothing = nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
         nn.init.normal_(self.item.weight, std=0.05)
 
     def hand_over(self, *names: Literal["item", "events"]) -> None:
@@ -95,12 +97,10 @@ class FeatureTokens(nn.Module):
 
     @property
     def num_request(self) -> int:
-        """Tokens of a request, R."""
         return sum(self.request_groups)
 
     @property
     def num_candidate(self) -> int:
-        """Tokens of a candidate, N."""
         return sum(self.candidate_groups)
 
     def fit_statistics(self, sample: TrainingSample) -> None:

@@ -28,7 +28,8 @@ class LayerShape:
     num_tokens: int
     width: int
     num_heads: int
-    key_width: int  # d_k, of one head
+    # d_k, of one head
+    key_width: int
     value_width: int  # d_v
     hidden: int  # d_f
     rank_key: int = 0

@@ -25,9 +25,12 @@ from torch.nn.functional import normalize, pad
 
 from modeling.layers.operator import Operator, State
 
-EPSILON = 1e-6  # a row of zeros stays zero
-CHUNK = 32  # rows that one small triangular product sums; fastest of 16, 32, 64 at 8,192 rows of 64
-STEP = 16  # rows of a chunk of the decayed scan
+# A row of zeros stays zero
+EPSILON = 1e-6
+# Rows that one small triangular product sums; fastest of 16, 32, 64 at 8,192 rows of 64
+CHUNK = 32
+# Rows of a chunk of the decayed scan
+STEP = 16
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -169,14 +172,13 @@ class DecayedHydra(Operator):
 
     @property
     def decay_D(self) -> Tensor:
-        """λ."""
         return torch.sigmoid(self.decay_logit.float())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Mix rows."""
         update = _update(key, value, None if self.causal else mask_BT)
         sums = decayed_prefix_sum(update, self.decay_D)
-        if not self.causal:  # the same from the other end; a row's own part would count twice
+        # The same from the other end; a row's own part would count twice
+        if not self.causal:
             sums = sums + decayed_prefix_sum(update.flip(1), self.decay_D).flip(1) - update
         return (unit_rows(query) * sums).to(query.dtype)
 

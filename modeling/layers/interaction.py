@@ -40,7 +40,6 @@ class TaskHeads(nn.Module):
         nn.init.normal_(self.out, std=0.1 * hidden**-0.5)
 
     def forward(self, request_BX: Tensor | None, candidate_BCX: Tensor) -> Tensor:
-        """logits_BCT, float32."""
         hidden = self.dropout(gelu(self.hidden(request_BX, candidate_BCX))).unflatten(
             -1, (self.tasks, -1)
         )
@@ -50,7 +49,8 @@ class TaskHeads(nn.Module):
 class Interaction(nn.Module, ABC):
     """Mixes R request tokens and N candidate tokens into what the heads read."""
 
-    out: tuple[int, int]  # widths of what a request and a candidate give the heads
+    # Widths of what a request and a candidate give the heads
+    out: tuple[int, int]
 
     @abstractmethod
     def forward(self, request_BRD: Tensor, candidate_BCND: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -123,7 +123,8 @@ class DotInteraction(nn.Module):
         alike = (request_BRD @ request_BRD.transpose(1, 2))[:, first, second]
         across = candidate_BCND @ request_BRD[:, None].transpose(2, 3)
         products = torch.cat([across, candidate_BCND @ candidate_BCND.transpose(2, 3)], dim=-1)
-        first, second = self.pairs  # the second of a pair is never the request's
+        # The second of a pair is never the request's
+        first, second = self.pairs
         return alike, products[:, :, second - number, first]
 
 
@@ -146,8 +147,7 @@ class ReadDotInteraction(Interaction):
         read of the history.
         """
         within, across = self.pairs(request_BRD, candidate_BCND)
-        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(
-            2
-        )  # DLRM's one dense vector
+        # DLRM's one dense vector
+        dense = candidate_BCND[:, :, candidate_BCND.shape[2] - self.dense :].sum(2)
         own = torch.cat([across, candidate_BCND[:, :, 0], dense], dim=-1)
         return torch.cat([within, request_BRD.flatten(1)], dim=-1), own

@@ -109,7 +109,6 @@ class LinearAttention(Operator):
         return elu(rows_BHTK) + 1
 
     def scale(self, head_width: int) -> float:
-        """Factor of the output."""
         return 1.0
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -154,9 +153,7 @@ class LinRecAttention(LinearAttention):
     """
 
     def kernel(self, rows_BHTK: Tensor) -> Tensor:
-        """φ = ρ(elu(x))."""
         return normalize(elu(rows_BHTK), dim=-1, eps=EPSILON)
 
     def scale(self, head_width: int) -> float:
-        """1 / √K."""
         return float(head_width**-0.5)

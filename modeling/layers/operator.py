@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-State = tuple[Tensor, ...]  # B × … each; what an operator must remember of the rows before
+# B × … each; what an operator must remember of the rows before
+State = tuple[Tensor, ...]
 
 
 class Operator(nn.Module, ABC):

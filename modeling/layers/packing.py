@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_WASTE = 0.08  # padded rows in a group over its real rows
-SMALL_GROUP = 512  # rows; below that one operator call costs more than its padding
+# Padded rows in a group over its real rows
+MAX_WASTE = 0.08
+# Rows; below that one operator call costs more than its padding
+SMALL_GROUP = 512
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class Group:
     rows: int
     count: int
     width: int
-    slots: Tensor | None  # slot of each real row among count × width; None where every slot is real
-    mask_BT: Tensor | None  # True where a slot is real; None likewise
+    # Slot of each real row among count × width; None where every slot is real
+    slots: Tensor | None
+    # True where a slot is real; None likewise
+    mask_BT: Tensor | None
 
     def pad(self, rows: Tensor) -> Tensor:
         """Rows × … → count × width × …, zeros in the padding."""
@@ -65,7 +69,6 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
-        """N, real rows in all."""
         return int(self.offsets[-1])
 
     @property

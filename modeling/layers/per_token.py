@@ -18,7 +18,8 @@ class PerTokenLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_tokens, width, out))
         self.bias = nn.Parameter(torch.zeros(num_tokens, out)) if bias else None
-        limit = (6 / (width + out)) ** 0.5  # Xavier, each map by itself
+        # Xavier, each map by itself
+        limit = (6 / (width + out)) ** 0.5
         nn.init.uniform_(self.weight, -limit, limit)
 
     def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -110,7 +111,6 @@ class MixedRMSNorm(nn.Module):
         self.own = nn.Parameter(torch.ones(own, width)) if own else None
 
     def forward(self, rows: Tensor, first: int | None = None) -> Tensor:
-        """As `MixedLinear`."""
         normed = rms_norm(rows, rows.shape[-1:], eps=1e-6)
         if first is None or self.own is None:
             return normed * self.shared

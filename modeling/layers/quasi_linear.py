@@ -25,11 +25,15 @@ from torch.nn.functional import pad, silu
 class Stream(NamedTuple):
     """All that a layer keeps of the rows so far; its size does not depend on their number."""
 
-    total: Tensor  # Z of all rows, B × H × K × K
-    number: Tensor  # N of all rows, int64 B
-    block_total: Tensor  # Z and N of the rows before the current block
+    # Z of all rows, B × H × K × K
+    total: Tensor
+    # N of all rows, int64 B
+    number: Tensor
+    # Z and N of the rows before the current block
+    block_total: Tensor
     block_number: Tensor
-    filled: Tensor  # rows of the current block, int64 B
+    # Rows of the current block, int64 B
+    filled: Tensor
 
 
 class SGLU(nn.Module):
@@ -41,7 +45,6 @@ class SGLU(nn.Module):
         self.down = nn.Linear(expansion * width, width, bias=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Row by row."""
         value, gate = self.up(rows).chunk(2, dim=-1)
         mixed: Tensor = self.down(value * gate)
         return mixed
@@ -103,7 +106,6 @@ class QuasiLinearLayer(nn.Module):
         return self._finish(rows_BRD, read)
 
     def start(self, batch: int, like: Tensor) -> Stream:
-        """No rows yet."""
         width = self.query.in_features // self.num_heads
         total = like.new_zeros(batch, self.num_heads, width, width, dtype=_of_sums(like))
         count = torch.zeros(batch, dtype=torch.long, device=like.device)
@@ -124,9 +126,8 @@ class QuasiLinearLayer(nn.Module):
         query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         index = torch.arange(rows_BPD.shape[1], device=rows_BPD.device)
-        within = (
-            index < (self.block - stream.filled)[:, None]
-        ) & mask_BP  # of the block that is being filled
+        # Events that still fit into the block that is being filled
+        within = (index < (self.block - stream.filled)[:, None]) & mask_BP
         old = self.matrix(stream.block_total, stream.block_number)
         first = _sum(keys, values, within)
         rest = _sum(keys, values, mask_BP & ~within)
@@ -160,20 +161,21 @@ class QuasiLinearLayer(nn.Module):
         size = self.block
         missing = -length % size
         query, keys, values = (
-            pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, size))  # B × H × blocks × P × K
+            # B × H × blocks × P × K
+            pad(rows, (0, 0, 0, missing)).unflatten(2, (-1, size))
             for rows in (self._heads(silu(self.query(normed))), *self._keys_values(normed))
         )
         real = pad(mask_BL, (0, missing)).unflatten(1, (-1, size))
         sums = _product(keys * real[:, None, :, :, None], values)
         counts = real.sum(-1)
-        totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(
-            2
-        )  # before each block, and after the last
+        # Sums before each block, and after the last
+        totals = torch.cat([stream.total[:, :, None], sums], dim=2).cumsum(2)
         numbers = torch.cat([stream.number[:, None], counts], dim=1).cumsum(1)
         scaled = totals / numbers.clamp(min=1)[:, None, :, None, None] if self.divide else totals
         matrices = silu(scaled[:, :, :-1]) if self.outer else scaled[:, :, :-1]
         read = query @ matrices.to(query.dtype) + (query * keys).sum(-1, keepdim=True) * values
-        full = (counts == size).sum(1)  # real rows stand first, so full blocks do
+        # Real rows stand first, so full blocks do
+        full = (counts == size).sum(1)
         at = full[:, None, None, None, None].expand(-1, totals.shape[1], 1, *totals.shape[3:])
         block_total = totals.gather(2, at)[:, :, 0]
         block_number = numbers.gather(1, full[:, None])[:, 0]
@@ -229,7 +231,6 @@ class QuasiLinearLayer(nn.Module):
         return mixed
 
     def _keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """φ(K) and V."""
         keys, values = self.key_value(normed).chunk(2, dim=-1)
         return self._heads(silu(keys)), self._heads(values)
 

@@ -56,9 +56,8 @@ class HistoryReader(nn.Module):
         action = one_hot(user.action_BL, self.action.num_embeddings).to(items_BLD.dtype)
         inputs = torch.cat([events_BLN, user.age_BL[..., None], action], dim=-1)
         weight = torch.cat([self.numbers.weight.T, self.action.weight + self.numbers.bias])
-        with torch.autocast(
-            items_BLD.device.type, enabled=False
-        ):  # a sum of embeddings, in one pass
+        # A sum of embeddings, in one pass
+        with torch.autocast(items_BLD.device.type, enabled=False):
             rows = torch.addmm(items_BLD.flatten(0, 1), inputs.flatten(0, 1), weight).view_as(
                 items_BLD
             )

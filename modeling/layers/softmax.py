@@ -37,7 +37,6 @@ class Softmax(Operator):
         self.causal = self.can_extend = causal
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Mix rows."""
         mask = None if self.causal or mask_BT is None else mask_BT[:, None, None]
         out = scaled_dot_product_attention(
             self._heads(query),
@@ -64,10 +63,12 @@ class Softmax(Operator):
         num_old = real.shape[1]
         num_new = query.shape[1]
         real = torch.cat([real, mask_BT], 1)
-        if num_old == 0:  # the first rows need no mask, and so no T × T of it
+        # The first rows need no mask, and so no T × T of it
+        if num_old == 0:
             return self.forward(query, key, value, mask_BT), (keys, values, real)
         rows = torch.arange(num_old + num_new, device=query.device)
-        own = rows == rows[num_old:, None]  # padding reads itself, so that no row reads nothing
+        # Padding reads itself, so that no row reads nothing
+        own = rows == rows[num_old:, None]
         readable = (rows <= rows[num_old:, None]) & real[:, None] | own
         out = scaled_dot_product_attention(
             self._heads(query), keys, values, attn_mask=readable[:, None]

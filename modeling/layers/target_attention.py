@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import prelu
 
-BLOCK = 1 << 18  # hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
+# Hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
+BLOCK = 1 << 18
 
 
 class TargetAttention(nn.Module):
@@ -128,9 +129,8 @@ def _gradients(
         to_rows[some] += hidden @ (matrix[:, :-1] * out).flatten(2).transpose(1, 2)
         to_matrix = (events.transpose(1, 2) @ hidden).view_as(matrix).mul_(out)
         to_shift[some, chosen] = to_matrix[:, -1]
-        by_width = (
-            to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)
-        )  # D × pairs of request and candidate × H
+        # D × pairs of request and candidate × H
+        by_width = to_matrix[:, :-1].transpose(0, 1).flatten(1, 2)
         to_both += chosen_by_width.transpose(1, 2) @ by_width
         to_candidate[some, chosen] = (by_width @ both[:, 0, :, None])[..., 0].T.view_as(
             candidate[some, chosen]
@@ -164,9 +164,8 @@ def _blocks(rows: Tensor, shift: Tensor) -> Iterator[tuple[slice, slice]]:
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    a_pair = (
-        max(rows.shape[1], rows.shape[2] + 1) * hidden
-    )  # hidden units, or the candidate's matrix
+    # Hidden units, or the candidate's matrix
+    a_pair = max(rows.shape[1], rows.shape[2] + 1) * hidden
     wide = max(min(BLOCK // a_pair, candidates), 1)
     deep = max(BLOCK // (a_pair * wide), 1) if wide == candidates else 1
     for start in range(0, number, deep):

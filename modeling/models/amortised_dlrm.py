@@ -41,7 +41,8 @@ from modeling.layers.pointwise_attention import PointwiseAttentionLayer
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
-NEWEST = 10  # rows that CONCAT pools beside the maximum
+# Rows that CONCAT pools beside the maximum
+NEWEST = 10
 
 Fusion = Literal["concat", "append_self_plain", "append_self", "append_cross"]
 
@@ -55,14 +56,18 @@ class Config:
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
-    head_hidden: int | None = None  # None: twice the width
+    # None: twice the width
+    head_hidden: int | None = None
     dropout: float = 0.1
     fusion: Fusion = "append_cross"
-    attention: Literal["softmax", "pointwise"] = "softmax"  # pointwise: HSTU's, for comparison
+    # Pointwise: HSTU's, for comparison
+    attention: Literal["softmax", "pointwise"] = "softmax"
     interaction: Literal["dot", "cross"] = "dot"
     cross_layers: int = 2
-    cross_rank: int = 0  # 0 keeps the cross matrices whole
-    bags: bool = False  # pooled sequences among the request's fields
+    # 0 keeps the cross matrices whole
+    cross_rank: int = 0
+    # Pooled sequences among the request's fields
+    bags: bool = False
     causal: bool = False
     positions: Literal["from_newest", "from_oldest"] = "from_newest"
 
@@ -73,12 +78,15 @@ class UserState:
     the embedded rows.
     """
 
-    keys: tuple[Tensor, ...]  # num_layers × (B × H × L × K)
+    # num_layers × (B × H × L × K)
+    keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     rows_BLD: Tensor | None
     mask_BL: Tensor
-    full: bool  # no padding in any row
-    length_B: Tensor  # events so far, padding not counted
+    # No padding in any row
+    full: bool
+    # Events so far, padding not counted
+    length_B: Tensor
     request_BRD: Tensor
     bags: Bags | None = None
 
@@ -99,16 +107,17 @@ class AmortisedDLRM(Ranker):
         self.sizes = sizes
         width = config.width
         self.features = FeatureTokens(sizes, width, bags=config.bags)
-        self.action = nn.Embedding(
-            sizes.actions + 1, width
-        )  # the last one: unknown, for candidates
-        self.event = nn.Linear(self.features.events.size + 1, width)  # event features and time
+        # The last one: unknown, for candidates
+        self.action = nn.Embedding(sizes.actions + 1, width)
+        # Event features and time
+        self.event = nn.Linear(self.features.events.size + 1, width)
         self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
         if self.stored is not None and not self.amortised:
             raise ValueError(
                 f"fusion={config.fusion!r} reads no stored summary tokens: choose an amortised one"
             )
-        self.position = nn.Embedding(sizes.history_length + 1, width)  # 0 is the candidates' own
+        # 0 is the candidates' own
+        self.position = nn.Embedding(sizes.history_length + 1, width)
         # The history, once per request.
         self.layers = nn.ModuleList(
             HistoryAttentionLayer(width, config.num_heads, config.dropout)
@@ -119,8 +128,10 @@ class AmortisedDLRM(Ranker):
             for _ in range(config.num_layers)
         )
         if config.fusion == "concat":
-            self.join_history = nn.Linear(width, width)  # W_in, its half for H
-            self.join_candidate = nn.Linear(width, width, bias=False)  # and its half for C
+            # W_in, its half for H
+            self.join_history = nn.Linear(width, width)
+            # And its half for C
+            self.join_candidate = nn.Linear(width, width, bias=False)
             self.pool = nn.Linear((NEWEST + 1) * width, width)
         # All other features, with what the candidate read of the history.
         self.norm = nn.LayerNorm(width, eps=1e-5)
@@ -157,7 +168,8 @@ class AmortisedDLRM(Ranker):
         rows = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long))
         full = bool(mask.all())
         length = mask.sum(1)
-        if self.stored is not None:  # before the events: more history, already summarised
+        # Stored tokens stand before the events: more history, already summarised.
+        if self.stored is not None:
             tokens = self.stored(user)
             rows = torch.cat([tokens, rows], dim=1)
             mask = torch.cat([torch.ones_like(tokens[..., 0], dtype=torch.bool), mask], dim=1)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.features import FeatureTokens
 
-UserState = Any  # each model's own dataclass of tensors
+# Each model's own dataclass of tensors
+UserState = Any
 
 
 class CannotExtendError(TypeError):

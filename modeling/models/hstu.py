@@ -81,7 +81,6 @@ class HSTULayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, rows_ND: Tensor, packing: Packing, place: Place) -> Tensor:
-        """Packed rows to packed rows."""
         projected = silu(self.gate_value_query_key(self.norm(rows_ND)))
         gate, rest = projected.split([rows_ND.shape[1], 3 * rows_ND.shape[1]], dim=-1)
 

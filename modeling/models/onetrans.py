@@ -48,7 +48,8 @@ from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
-ROUND_TO = 32  # rows; tails are multiples of it, and may grow by as many before a refresh
+# Rows; tails are multiples of it, and may grow by as many before a refresh
+ROUND_TO = 32
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,20 @@ class Config:
     expansion: int = 4
     dropout: float = 0.0
     tokeniser: Literal["auto_split", "group_wise"] = "auto_split"
-    request_tokens: int = 4  # of auto_split; group_wise has one for each semantic group
+    # Tokens of auto_split; group_wise has one for each semantic group
+    request_tokens: int = 4
     candidate_tokens: int = 4
-    split_layers: Literal[1, 2] = 2  # of auto_split's network
+    # Layers of auto_split's network
+    split_layers: Literal[1, 2] = 2
     numbers: Numbers = "network"
-    pooled_sequences: bool = False  # ours: the mean item of each sequence among the features
+    # Ours: the mean item of each sequence among the features
+    pooled_sequences: bool = False
     merge: Literal["timestamp_aware", "timestamp_agnostic"] = "timestamp_aware"
-    separators: bool = True  # learned rows between the sequences of a timestamp-agnostic merge
+    # Learned rows between the sequences of a timestamp-agnostic merge
+    separators: bool = True
     pyramid: bool = True
-    own_weights: bool = True  # each NS token has its own; False shares those of S
+    # Each NS token has its own; False shares those of S
+    own_weights: bool = True
     own_output: bool = False  # W_O too
 
 
@@ -82,16 +88,20 @@ class UserState:
     needs.
     """
 
-    keys: tuple[
-        Tensor, ...
-    ]  # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
+    # num_layers × (B × H × (S_l + R) × K); the request's R rows stand last
+    keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    masks: tuple[Tensor, ...]  # num_layers × (B × (S_l + R)), True where a row is real
-    request_BRD: Tensor  # final states of the request's NS tokens; with request_tokens 0 its features, as they are
-    full: bool  # no padding in any row
-    bags: Bags | None  # with pooled_sequences
+    # num_layers × (B × (S_l + R)), True where a row is real
+    masks: tuple[Tensor, ...]
+    # Final states of the request's NS tokens; with request_tokens 0 its features, as they are
+    request_BRD: Tensor
+    # No padding in any row
+    full: bool
+    # Kept with pooled_sequences
+    bags: Bags | None
     length_B: Tensor  # events so far
-    added_B: Tensor  # of them, since the last full encoding
+    # Events since the last full encoding
+    added_B: Tensor
 
 
 def tail_lengths(length: int, top: int, num_layers: int, pyramid: bool = True) -> tuple[int, ...]:
@@ -384,7 +394,8 @@ class OneTrans(Ranker):
         tokens = self.features.request(user, bags)
         state = UserState(keys, values, masks, tokens, full, bags, length_B, added_B)
         if self.request_nodes is None:
-            return state  # `score` joins them with each candidate's
+            # `score` joins them with each candidate's
+            return state
         own: list[tuple[Tensor, Tensor]] = []
         rows = self._through(self.request_nodes(tokens)[:, None], state, 0, own)[:, 0]
         real = torch.ones_like(rows[..., 0], dtype=torch.bool)
@@ -439,15 +450,15 @@ class OneTrans(Ranker):
                 kind = torch.cat([kind, after.expand(len(rows), -1)], dim=1)
         else:
             kind = (~mask).long()
-        if self.stored is not None:  # first: more history, already summarised
+        # First: more history, already summarised
+        if self.stored is not None:
             tokens = self.stored(user)
             real = torch.ones_like(tokens[..., 0], dtype=torch.bool)
             rows = torch.cat([tokens, rows], dim=1)
             mask = torch.cat([real, mask], dim=1)
             kind = torch.cat([torch.zeros_like(real, dtype=torch.long), kind + 1], dim=1)
-        order = torch.where(mask, kind, -1).argsort(
-            dim=1, stable=True
-        )  # padding first, the rest in its order
+        # Padding first, the rest in its order
+        order = torch.where(mask, kind, -1).argsort(dim=1, stable=True)
         return rows.gather(1, order[..., None].expand_as(rows)), mask.gather(1, order)
 
     def _embed(self, user: UserInputs, before_B: Tensor) -> Tensor:

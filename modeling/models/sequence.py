@@ -37,7 +37,8 @@ from modeling.models.base import CannotExtendError, Ranker
 
 OperatorName = Literal["softmax", "hydra", "decayed_hydra", "linrec", "kernel_linear", "hstu"]
 Positions = Literal["from_newest", "from_oldest", "none"]
-GAP_BUCKETS = 128  # HSTU's bucketing of seconds, arXiv 2402.17152: floor(log(max(1, Δt)) / 0.301)
+# HSTU's bucketing of seconds, arXiv 2402.17152: floor(log(max(1, Δt)) / 0.301)
+GAP_BUCKETS = 128
 SECONDS_PER_DAY = 86_400
 
 
@@ -60,8 +61,10 @@ class SequenceConfig:
     gated: bool = False
     positions: Positions = "from_newest"
     time_gaps: bool = False
-    time_bias: bool = False  # of layers that have one (HSTU)
-    mixed_scale: MixedScale = "norm"  # of operators without a denominator
+    # For layers that have one (HSTU)
+    time_bias: bool = False
+    # For operators without a denominator
+    mixed_scale: MixedScale = "norm"
 
     def __post_init__(self) -> None:
         """Configs read from JSON bring lists."""
@@ -72,13 +75,14 @@ class SequenceConfig:
 class PackedEvents:
     """Events of B users laid end to end, oldest first; every user has at least one."""
 
-    item_N: Tensor  # int64 vocabulary index
+    # int64 vocabulary index
+    item_N: Tensor
     action_N: Tensor  # int64
-    gap_N: Tensor  # float32, log1p days since the event before
+    # float32, log1p days since the event before
+    gap_N: Tensor
     packing: Packing
 
     def to(self, device: torch.device | str) -> PackedEvents:
-        """All tensors on a device."""
         to = torch.device(device)
         if self.item_N.device.type == to.type and to.index in (None, self.item_N.device.index):
             return self
@@ -98,7 +102,8 @@ class UserState:
     layers: tuple[State, ...]
     length_B: Tensor
     seconds_B: (
-        Tensor  # float64, from the first event to the newest; kept for models with a time bias
+        # float64, from the first event to the newest; kept for models with a time bias
+        Tensor
     )
 
 
@@ -118,9 +123,8 @@ class SequenceRanker(Ranker):
             raise ValueError(
                 "a bidirectional model cannot read times: those of a masked event would tell what was masked"
             )
-        self.item = nn.Embedding(
-            sizes.items + (0 if config.causal else 1), width
-        )  # the last: [MASK]
+        # The last: [MASK]
+        self.item = nn.Embedding(sizes.items + (0 if config.causal else 1), width)
         self.action = nn.Embedding(sizes.actions, width) if sizes.actions > 1 else None
         self.position = (
             nn.Embedding(sizes.history_length + 1, width)

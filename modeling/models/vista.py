@@ -55,16 +55,22 @@ class Config:
     attention: Literal["quasi_linear", "softmax"] = "quasi_linear"  # of stage 1
     seed_role: Literal["source", "target"] = "source"
     causal: bool = False
-    block: int = 32  # events of a block in the streaming form
-    divide: bool = True  # by N inside the outer activation; False is the paper's literal formula
-    reconstruction: float = 1.0  # weight of the loss
-    reconstructed: int = 128  # newest events that the decoder reads
+    # Events of a block in the streaming form
+    block: int = 32
+    # Divide by N inside the outer activation; False is the paper's literal formula
+    divide: bool = True
+    # Weight of the loss
+    reconstruction: float = 1.0
+    # Newest events that the decoder reads
+    reconstructed: int = 128
     interaction: Literal["cross", "dot"] = "cross"
     cross_layers: int = 2
     cross_rank: int = 0
-    head_hidden: int | None = None  # None: twice the width
+    # None: twice the width
+    head_hidden: int | None = None
     dropout: float = 0.0
-    stored: bool = False  # stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
+    # Stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class UserState:
     """
 
     tokens_BSD: Tensor
-    keys: tuple[Tensor, ...]  # ranking_layers × (B × H × S × K)
+    # ranking_layers × (B × H × S × K)
+    keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     request_BRD: Tensor
     streams: Streams = ()
@@ -129,7 +136,6 @@ class VISTA(TokenMaker):
 
     @property
     def can_extend(self) -> bool:
-        """Streams can."""
         return self.config.causal
 
     @staticmethod
@@ -220,7 +226,8 @@ class Stage2(nn.Module):
             HistoryAttentionLayer(config.width, config.num_heads, config.dropout)
             for _ in range(config.ranking_layers)
         )
-        self.action = nn.Parameter(torch.randn(config.width) * 0.05)  # nothing was done yet
+        # Nothing was done yet
+        self.action = nn.Parameter(torch.randn(config.width) * 0.05)
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
 
     @property
@@ -275,7 +282,6 @@ class Decoder(nn.Module):
         self.layer = HistoryAttentionLayer(config.width, config.num_heads, config.dropout)
 
     def forward(self, tokens_BSD: Tensor, user: UserInputs, item: nn.Embedding) -> Reconstructed:
-        """Read the newest events back."""
         number = min(self.most, user.mask_BL.shape[1])
         length = user.mask_BL.sum(1, keepdim=True)
         index = (length - number).clamp(min=0) + torch.arange(number, device=length.device)

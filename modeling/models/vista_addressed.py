@@ -34,7 +34,8 @@ from modeling.layers.interaction import CrossNetwork, TaskHeads
 from modeling.models.base import CannotExtendError, Stage1, TokenMaker
 
 FOREVER = 1e6  # days
-MOST_COUNTED = 32.0  # more of the same says nothing new; shares do
+# More of the same says nothing new; shares do
+MOST_COUNTED = 32.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Config:
     num_slots: int = 16  # A
     half_lives_days: tuple[float, ...] = (FOREVER, 180.0, 30.0, 7.0)
     sharpness: float = 4.0
-    num_pairs: int = 0  # F, slots for what followed what; 0: the order of events is not kept
-    session_days: float = 0.05  # after so long, an event follows the one before by half
+    # F, slots for what followed what; 0: the order of events is not kept
+    num_pairs: int = 0
+    # After so long, an event follows the one before by half
+    session_days: float = 0.05
     cross_layers: int = 2
     cross_rank: int = 64
-    head_hidden: int | None = None  # None: twice the width
+    # None: twice the width
+    head_hidden: int | None = None
     dropout: float = 0.0
 
 
@@ -109,7 +113,6 @@ class AddressedStage1(Stage1):
 
     @property
     def streams(self) -> bool:
-        """Always."""
         return True
 
     @property
@@ -138,7 +141,6 @@ class AddressedStage1(Stage1):
         return self.tokens(self.advance(self.start(len(user.item_BL)), user))
 
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
-        """The same of chunks."""
         return self.stream(chunks())[0]
 
     @torch.inference_mode()
@@ -187,7 +189,8 @@ class AddressedStage1(Stage1):
 
     def advance(self, streams: Streams, user: UserInputs) -> Streams:
         """The streams behind the user's events."""
-        if not user.item_BL.shape[1]:  # another request, no new event
+        # Another request, no new event
+        if not user.item_BL.shape[1]:
             return streams
         items = self.codes.of_events(user.item_BL)
         gaps = torch.expm1(user.gap_BL)
@@ -258,12 +261,10 @@ class AddressedVISTA(TokenMaker):
 
     @property
     def can_extend(self) -> bool:
-        """Sums take new events."""
         return True
 
     @staticmethod
     def streams_with(config: Config) -> bool:
-        """Always."""
         return True
 
     def encode_user(self, user: UserInputs) -> UserState:
@@ -313,7 +314,8 @@ class AddressedVISTA(TokenMaker):
         total = address @ user_state.pair_total_BFW
         mass = address @ user_state.pair_mass_BF[..., None]
         mean = total / (mass + 1)
-        share = (mean * sought).sum(-1, keepdim=True)  # not a count: the same for any length
+        # Not a count: the same for any length
+        share = (mean * sought).sum(-1, keepdim=True)
         numbers = torch.cat([share, mean], dim=-1)
         followed: Tensor = self.followed(numbers)
         return followed

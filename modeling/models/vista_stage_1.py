@@ -21,8 +21,10 @@ from modeling.models.base import Stage1
 if TYPE_CHECKING:
     from modeling.models.vista import Config
 
-AGE_BUCKETS = 16  # of the logarithm of an event's age, half a unit each
-Streams = tuple[Stream, ...]  # one for each layer
+# Buckets of the logarithm of an event's age, half a unit each
+AGE_BUCKETS = 16
+# One for each layer
+Streams = tuple[Stream, ...]
 NO_CHUNK = "summarise got no chunk; an empty history is one chunk without events"
 
 
@@ -42,7 +44,8 @@ class EventRows(nn.Module):
         self.item = item
         self.inputs = inputs
         self.action = nn.Embedding(num_actions, width)
-        self.numbers = nn.Linear(inputs.size + 1, width)  # event features and time
+        # Event features and time
+        self.numbers = nn.Linear(inputs.size + 1, width)
         self.age = nn.Embedding(AGE_BUCKETS, width)
         for table in (self.action, self.age):
             nn.init.normal_(table.weight, std=0.05)
@@ -124,11 +127,6 @@ class SoftmaxStage1(SeedStage1):
         return self._tokens(seeds)
 
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
-        """Refuse.
-
-        Raises:
-            ValueError: always.
-        """
         raise ValueError("softmax reads every pair of events and has no summary in parts")
 
     @staticmethod
@@ -236,17 +234,14 @@ class StreamingStage1(QuasiLinearStage1):
 
     @property
     def streams(self) -> bool:
-        """True."""
         return True
 
     @property
     def piece(self) -> int:
-        """Chunks begin where blocks do."""
         return self.config.block
 
     @property
     def stream_shape(self) -> tuple[int, int]:
-        """Both sums of every layer."""
         size = self.config.width // self.config.num_heads
         return self.config.summary_layers * 2 * self.config.num_heads * size, size
 

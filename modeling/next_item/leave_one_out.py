@@ -30,8 +30,10 @@ PROTOCOLS: tuple[Protocol, ...] = ("FULL", "U100", "P100")
 CUTOFFS = (5, 10, 20)
 NUM_NEGATIVES = 100
 MAX_SAMPLED_USERS = 10_000
-ROWS = 16_384  # rows of histories in one forward pass
-SCORES = 8_000_000  # users × catalogue in one forward pass
+# Rows of histories in one forward pass
+ROWS = 16_384
+# Users × catalogue in one forward pass
+SCORES = 8_000_000
 
 
 class ScoreError(ArithmeticError):
@@ -225,7 +227,8 @@ def sample_negatives(
             drawn[row] = rng.integers(0, num_items, NUM_NEGATIVES)
             while (bad := np.isin(drawn[row], known)).any():
                 drawn[row, bad] = rng.integers(0, num_items, int(bad.sum()))
-        else:  # the largest of log-popularity plus Gumbel noise are a draw without replacement
+        else:
+            # The largest of log-popularity plus Gumbel noise are a draw without replacement
             keys = popularity + rng.gumbel(size=num_items)
             keys[known] = -np.inf
             drawn[row] = np.argpartition(-keys, NUM_NEGATIVES)[:NUM_NEGATIVES]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-CHUNK_BYTES = 1_500_000  # of logits at a time: they stay in a core's second-level cache
-CHUNK_BYTES_CUDA = 500_000_000  # a GPU wants few large products
+# Bytes of logits at a time: they stay in a core's second-level cache
+CHUNK_BYTES = 1_500_000
+# A GPU wants few large products
+CHUNK_BYTES_CUDA = 500_000_000
 
 
 def softmax_plain(rows_ND: Tensor, catalogue_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ from modeling.recipes import NextItemRecipe, SplitName
 from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import PER_USER, Loop, forget_run, locked_run
 
-ROWS_AT_ONCE = 10_240  # of a training step on a CPU: bounds its activations
+# Rows of a training step on a CPU, which bound its activations
+ROWS_AT_ONCE = 10_240
 VALIDATION_METRICS = ("ndcg@10", "hr@10")
 
 
@@ -158,7 +159,8 @@ class SequenceSource:
     sequences: Sequences
     identity: str
     title: str
-    runs: Path  # where they are kept
+    # The folder of the runs
+    runs: Path
 
     def describe(self) -> str:
         """The source and its counts in a line."""

@@ -34,13 +34,14 @@ from modeling.recipes import SplitName
 
 Target = Literal["validation", "test"]
 Windows = Literal["newest", "all"]
-HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}  # events from the target to the end
+# Events from the target to the end
+HELD_OUT: dict[Target, int] = {"validation": 2, "test": 1}
 MIN_EVENTS = 3
-CUTS: dict[Target, float] = {"validation": 0.8, "test": 0.9}  # share of all events before a period
+# Share of all events before a period
+CUTS: dict[Target, float] = {"validation": 0.8, "test": 0.9}
 MICROS_PER_DAY = 86_400_000_000
-USERS_AT_ONCE = (
-    512  # whose events are read together: temporaries stay small beside the sequences themselves
-)
+# Users whose events are read together: temporaries stay small beside the sequences
+USERS_AT_ONCE = 512
 
 
 class LeakError(ValueError):
@@ -72,8 +73,10 @@ class Sequences:
     """
 
     offsets: np.ndarray  # int64, U + 1
-    items: np.ndarray  # int32 vocabulary index, 1 … num_items; 0 is unknown
-    times: np.ndarray | None  # int64 microseconds; None where the source knows only order
+    # int32 vocabulary index, 1 … num_items; 0 is unknown
+    items: np.ndarray
+    # int64 microseconds; None where the source knows only order
+    times: np.ndarray | None
     item_ids: pa.Array
     user_ids: pa.Array
     counts: dict[str, int]
@@ -153,12 +156,10 @@ class Sequences:
 
     @property
     def num_items(self) -> int:
-        """V, items in the catalogue."""
         return len(self.item_ids)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Events of each user."""
         return np.diff(self.offsets)
 
     def sizes(self, history_length: int) -> FeatureSizes:
@@ -287,9 +288,8 @@ def training_windows(
     """
     starts = sequences.offsets[:-1]
     stops = sequences.training_ends()
-    older = np.maximum(
-        stops - starts - 1 - history_length, 0
-    )  # targets that the newest slice leaves out
+    # Targets that the newest slice leaves out
+    older = np.maximum(stops - starts - 1 - history_length, 0)
     number = (stops - starts >= 2).astype(np.int64)
     shift = np.zeros(len(starts), np.int64)
     if windows == "all":

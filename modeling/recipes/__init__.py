@@ -24,17 +24,21 @@ class Fit:
 
     epochs: int = 4
     learning_rate: float = 2e-3
-    final_learning_rate: float = (
-        0.1  # share of the learning rate at the end of its cosine; 1 keeps it
-    )
+    # Share of the learning rate at the end of its cosine; 1 keeps it
+    final_learning_rate: float = 0.1
     beta2: float = 0.99  # of adamw
-    weight_decay: float = 1e-5  # of adamw: of maps and embeddings, not of biases and gains
-    optimizer: Literal["adamw", "rmsprop_adagrad"] = "adamw"  # see modeling/training/optimizers.py
+    # For adamw: decays maps and embeddings, not biases and gains
+    weight_decay: float = 1e-5
+    # See modeling/training/optimizers.py
+    optimizer: Literal["adamw", "rmsprop_adagrad"] = "adamw"
     warmup_steps: int = 50
     clip_norm: float = 1.0
-    validate_epochs: int = 1  # epochs from one validation to the next
-    patience: int = 2  # validations without a better NDCG@10 before the run stops
-    averaging: float = 0.0  # decay of the moving average of weights that is validated and kept; 0 keeps the weights
+    # Epochs from one validation to the next
+    validate_epochs: int = 1
+    # Validations without a better NDCG@10 before the run stops
+    patience: int = 2
+    # Decay of the moving average of weights that is validated and kept; 0 keeps the weights
+    averaging: float = 0.0
     checkpoint_steps: int = 100
     seed: int = 1
 
@@ -43,10 +47,14 @@ class Fit:
 class Training(Fit):
     """How a ranking run trains."""
 
-    max_requests: int = 64  # requests in a batch
-    max_candidates: int = 6144  # padded candidates in a batch
-    max_events: int = 1 << 16  # padded events in a batch
-    hidden: float = 0.02  # share of candidates that a step makes unknown, and as many that lose their statistics
+    # Requests in a batch
+    max_requests: int = 64
+    # Padded candidates in a batch
+    max_candidates: int = 6144
+    # Padded events in a batch
+    max_events: int = 1 << 16
+    # Share of candidates that a step makes unknown, and as many that lose their statistics
+    hidden: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -73,16 +81,19 @@ class Recipe:
     model: str
     service: str
     config: dict[str, Any]
-    history_length: int  # events that the encoder reads
-    min_item_count: int = 5  # rarer items share one embedding
-    tokens: str | None = (
-        None  # the recipe whose stored summary tokens it reads; its service must join them
-    )
+    # Events that the encoder reads
+    history_length: int
+    # Rarer items share one embedding
+    min_item_count: int = 5
+    # The recipe whose stored summary tokens it reads; its service must join them
+    tokens: str | None = None
     training: Training = field(default_factory=Training)
-    ablated: tuple[str, ...] = ()  # inputs withheld in a comparison: "matches", "user"
+    # Inputs withheld in a comparison: "matches", "user"
+    ablated: tuple[str, ...] = ()
 
 
-SplitName = Literal["leave_one_out", "global_time"]  # see modeling/next_item/sequences.py
+# See modeling/next_item/sequences.py
+SplitName = Literal["leave_one_out", "global_time"]
 Objective = Literal["softmax", "sampled_softmax", "gbce", "cloze"]
 
 
@@ -93,13 +104,17 @@ class NextItemRecipe:
     name: str
     model: str
     config: dict[str, Any]
-    history_length: int = 200  # events that the model reads
+    # Events that the model reads
+    history_length: int = 200
     objective: Objective = "softmax"
-    num_negatives: int = 0  # of sampled_softmax and gbce, shared by a batch's rows
+    # For sampled_softmax and gbce, shared by a batch's rows
+    num_negatives: int = 0
     calibration: float = 0.75  # gbce's t
     mask_probability: float = 0.2  # cloze
-    last_only: float = 0.1  # cloze: share of sequences in which just the last event is masked
-    windows: Literal["newest", "all"] = "newest"  # of users with more events than the model reads
+    # Cloze: share of sequences in which just the last event is masked
+    last_only: float = 0.1
+    # Which windows of users with more events than the model reads
+    windows: Literal["newest", "all"] = "newest"
     training: NextItemTraining = field(default_factory=NextItemTraining)
 
 
@@ -162,7 +177,8 @@ ADVICE = """Where to begin:
   hiformer     on Online Retail nearest to trees of all networks here (NDCG@10 0.652; trees 0.667)
   mean_pool    the quickest to train, in seconds, and what a sequence model has to beat
 Trees on the same numbers stand beside every `evaluate`; no network here beats them on Online Retail."""
-FOR_ANYBODY = 1  # groups that are listed unasked
+# Groups that are listed unasked
+FOR_ANYBODY = 1
 
 
 def about(recipe: AnyRecipe) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 WIDTH = 32
-LENGTH = 128  # events that are read
+# Events that are read
+LENGTH = 128
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 2,

@@ -26,8 +26,10 @@ STREAM: dict[str, Any] = {
     "summary_layers": 2,
     "ranking_layers": 2,
 }
-FOREVER = 1e6  # days: a half-life that fades nothing
-WHOLE_HISTORY = 1 << 20  # events: what a recipe reads whose state is kept as events come
+# Days: a half-life that fades nothing
+FOREVER = 1e6
+# Events: what a recipe reads whose state is kept as events come
+WHOLE_HISTORY = 1 << 20
 SMALL: dict[str, Any] = {**STREAM, "width": 16, "num_seeds": 4, "block": 4}
 SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_steps=5)
 

@@ -15,11 +15,12 @@ from modeling.errors import RecipeError
 from modeling.recipes import AnyRecipe, SplitName
 
 R = TypeVar("R", bound=AnyRecipe)
+# Not fields to be set: a name, and what holds further fields
 FIXED = (
     "name",
     "config",
     "training",
-)  # not fields to be set: a name, and what holds further fields
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Comparison:
     threads: int = 1
     scaling: bool = True
     split: SplitName = "leave_one_out"
-    assignments: tuple[str, ...] = ()  # fields of every recipe, as `--set` has them
+    # Fields of every recipe, as `--set` has them
+    assignments: tuple[str, ...] = ()
 
 
 def changed(recipe: R, changes: Changes) -> R:

@@ -20,6 +20,7 @@ def keep_freed_memory() -> None:
         trim_threshold = -1
         top_pad = -2
         mmap_max = -4
-        libc.malloc_trim(0)  # what reading the data left behind
+        # What reading the data left behind
+        libc.malloc_trim(0)
         for parameter, value in ((mmap_max, 0), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
             mallopt(parameter, value)

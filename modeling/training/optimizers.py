@@ -13,7 +13,8 @@ from modeling.layers.per_token import MixedRMSNorm, PerTokenLayerNorm
 from modeling.recipes import Fit
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, MixedRMSNorm, PerTokenLayerNorm)
-RMSPROP_DECAY = 0.99999  # of the sum of squares (OneTrans, arXiv 2510.26104, section 4.1)
+# Decay of the sum of squares (OneTrans, arXiv 2510.26104, section 4.1)
+RMSPROP_DECAY = 0.99999
 
 
 class Optimizer:
@@ -41,7 +42,6 @@ class Optimizer:
                 group["lr"] = group["whole_rate"] * share
 
     def zero_grad(self) -> None:
-        """Forget gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 

@@ -43,14 +43,14 @@ from modeling.recipes import Fit, Training
 from modeling.training.optimizers import optimizer_of
 from modeling.training.weights import save_weights
 
-UnpicklingError: type[Exception] = vars(torch.serialization)[
-    "pickle"
-].UnpicklingError  # what torch.load raises
+# What torch.load raises
+UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError
 # Candidates that an epoch makes unknown: at least so many, and at most this share.
 MIN_HIDDEN = 200
 MAX_HIDDEN = 0.2
 CHECKPOINT = "checkpoint.pt"
-PER_USER = "per_user.arrow"  # the paired metrics of a finished run, by user
+# The paired metrics of a finished run, by user
+PER_USER = "per_user.arrow"
 LOADED_AHEAD = 2  # batches
 OWN_FILES = (
     CHECKPOINT,
@@ -238,8 +238,10 @@ class Loop(ABC):
         self.step = self.epoch = self.next_batch = 0
         self.best = -math.inf
         self.epochs_since_best = 0
-        self.cpu_seconds = 0.0  # of training steps, over all resumptions; validation is not counted
-        self.curve: list[list[float]] = []  # CPU seconds and NDCG@10, at each validation
+        # CPU seconds of training steps, over all resumptions; validation is not counted
+        self.cpu_seconds = 0.0
+        # CPU seconds and NDCG@10, at each validation
+        self.curve: list[list[float]] = []
         self.stopped = False
 
     @abstractmethod
@@ -406,7 +408,8 @@ class Loop(ABC):
             )
             state = None
         if state is None:
-            forget_run(self.folder)  # nothing of another run may be taken for this one's
+            # Nothing of another run may be taken for this one's
+            forget_run(self.folder)
             log.write_text("")
             return
         self.model.load_state_dict(state["model"])
@@ -490,7 +493,6 @@ class Trainer(Loop):
     def fit(
         self, train: Encoded, validation: Encoded, stop_after: int | None = None
     ) -> dict[str, Any]:
-        """`run` on these requests."""
         self.train = train
         self.validation = validation
         # Of few samples a larger share, so that the unknown is seen often enough to have a score of
@@ -500,12 +502,10 @@ class Trainer(Loop):
         return self.run(stop_after)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Request numbers of every batch."""
         events = self.encoder.events_read(self.train)
         return batches(self.train.num_candidates, self.training, epoch, events)
 
     def load(self, chosen: np.ndarray) -> Batch:
-        """The chosen requests, padded."""
         return self.encoder.collate(self.train, chosen)
 
     def losses(self, loaded: Batch) -> Iterator[tuple[Tensor, int]]:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from modeling.training_set.encodings import Encodings
 
 TABLES = ("events", "user_history", "item_stats", "training_examples")
-NEWEST = "newest.json"  # beside a recipe's runs: what the last training was asked for
+# A file beside a recipe's runs: what the last training was asked for
+NEWEST = "newest.json"
 RESULT = "run.json"
 BEST = "best.safetensors"
 

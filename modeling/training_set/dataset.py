@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 SPLITS = ("train", "validation", "test")
-OFFLINE_STORE = "feature_repo.store.offline_store.AsofDuckDBOfflineStore"  # which joins Arrow rows
-SAMPLED_NUMBERS = 1 << 20  # of a column in buckets, from which its quantiles come
+# The offline store that joins Arrow rows
+OFFLINE_STORE = "feature_repo.store.offline_store.AsofDuckDBOfflineStore"
+# Values of a column in buckets from which its quantiles come
+SAMPLED_NUMBERS = 1 << 20
 
 
 class JoinError(ExpectedError, RuntimeError):
@@ -69,7 +71,6 @@ class JoinedRequests:
 
     @property
     def history_lengths(self) -> np.ndarray:
-        """Events known before each request."""
         return np.where(self.log_rows < 0, 0, self.history_ends)
 
 
@@ -341,7 +342,6 @@ def _cut(rows: pa.Table, most: int) -> Iterator[pa.Table]:
 
 
 def _each(rows: pa.Table, every: int) -> pa.Table:
-    """Rows of each n-th request."""
     if every == 1:
         return rows
     starts = _request_starts(rows["request_id"])
@@ -421,7 +421,8 @@ class Fitting:
     def __init__(self, contract: Contract, min_item_count: int) -> None:
         self.contract = contract
         self.min_item_count = min_item_count
-        self._items: pa.Table | None = None  # id and number of rows
+        # Id and number of rows
+        self._items: pa.Table | None = None
         self._values: dict[str, pa.Array] = {}
 
     def add(self, requests: RequestColumns) -> None:

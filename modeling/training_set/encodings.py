@@ -54,14 +54,12 @@ class Encodings:
         return self._opened[count]
 
     def encoder_of(self, recipe: Recipe) -> Encoder:
-        """Its encoder."""
         tokens = recipe.tokens is not None
         return self.set_of(recipe).encoder(
             recipe.history_length, tokens=tokens, ablated=recipe.ablated
         )
 
     def period(self, recipe: Recipe, name: str) -> Period:
-        """One of its periods."""
         return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
 
     @classmethod

@@ -15,11 +15,13 @@ from modeling.metrics import defined, mean_ndcg
 from modeling.training_set.dataset import JoinedRequests
 
 RANDOM = "random"
-TREES = "trees, dense numbers"  # fitted: `trained_baselines.py`
+# Fitted: `trained_baselines.py`
+TREES = "trees, dense numbers"
 POPULARITY = "popularity, best window"
 FREQUENCY = "own frequency"
 FADED = "own frequency, fading"
-NEWEST = (50, 500)  # events that own frequencies are counted over, beside all
+# Events that own frequencies are counted over, beside all
+NEWEST = (50, 500)
 HALF_LIFE_DAYS = 30.0
 _WINDOW = "popularity:"
 

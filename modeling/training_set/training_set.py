@@ -51,9 +51,12 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 VOCABULARIES = "vocabularies.json"
-BASELINE = "baseline:"  # before the name of a scoring, among the columns of candidates
-SHARD_ROWS = 1 << 18  # candidates of a shard, or those of one request
-KEPT = 3  # training sets that stay on disk
+# Prefix of a baseline's name among the columns of candidates
+BASELINE = "baseline:"
+# Candidates of a shard, or those of one request
+SHARD_ROWS = 1 << 18
+# Training sets that stay on disk
+KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ class TrainingSet:
     identity: str
     folder: Path
     vocabularies: dict[str, Index]
-    counts: dict[str, dict[str, int]]  # of each period: requests, candidates, shards
-    hold: TextIO = field(repr=False)  # while this lives, no other process removes the shards
+    # By period: requests, candidates, shards
+    counts: dict[str, dict[str, int]]
+    # While this lives, no other process removes the shards
+    hold: TextIO = field(repr=False)
 
     def encoder(
         self, history_length: int, *, tokens: bool = False, ablated: tuple[str, ...] = ()
@@ -215,7 +220,8 @@ def open_training_set(
             f"another process makes the training set in {folder}: wait for it"
         ) from error
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).touch()  # used just now: see `_forget_others`
+    # Used just now: see `_forget_others`
+    (folder / MANIFEST).touch()
     vocabularies = read_vocabularies(warehouse.contract, folder / VOCABULARIES)
     counts = manifest["periods"]
     return TrainingSet(warehouse, options, identity, folder, vocabularies, counts, hold)
@@ -348,7 +354,6 @@ def _write_encoded(
 def _assembled(
     warehouse: Warehouse, joined: pa.Table, options: TrainingSetOptions
 ) -> JoinedRequests:
-    """A joined piece as requests."""
     rows = joined.drop_columns("request_id")
     return warehouse.assemble(rows, joined["request_id"], options.tokens, options.visible)
 

@@ -13,7 +13,6 @@ class Degraded(StrEnum):
     meaning: str
 
     def __new__(cls, value: str, meaning: str) -> Degraded:
-        """A reason with its meaning."""
         made = str.__new__(cls, value)
         made._value_ = value
         made.meaning = meaning

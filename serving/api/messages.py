@@ -19,14 +19,16 @@ from serving.api.degraded import Degraded
 from serving.api.errors import BadRequestError, InvalidRequestError
 
 MAX_CANDIDATES = 5_000
-MAX_EVENTS = 1_000  # of one user at a time
+# Events of one user at a time
+MAX_EVENTS = 1_000
 MAX_BATCH = 64  # requests
 MAX_EXPLAINED = 50  # events
 MAX_ADDED_EVENTS = 50  # events
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
-MAX_LIST = 1_000  # values of a bag in a request's context
+# Values of a bag in a request's context
+MAX_LIST = 1_000
 INT64 = range(-(2**63), 2**63)
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST = datetime(2262, 1, 1, tzinfo=UTC)
@@ -43,9 +45,10 @@ Simulated = Literal[
 class RankContext(Struct, forbid_unknown_fields=True):
     """Circumstances of a request; a dataset's own context features stand beside the time."""
 
+    # When the user asks; the server's clock unless given
     request_timestamp: (
         Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})] | None
-    ) = None  # when the user asks; the server's clock unless given
+    ) = None
 
 
 class WhatIf(Struct, forbid_unknown_fields=True):
@@ -68,14 +71,17 @@ class RankRequest(Struct, forbid_unknown_fields=True):
 
     user_id: Id
     candidates: Annotated[list[Id], Meta(min_length=1, max_length=MAX_CANDIDATES)]
-    k: Annotated[int, Meta(ge=1)] | None = None  # how many of the best to return; all unless given
+    # How many of the best to return; all unless given
+    k: Annotated[int, Meta(ge=1)] | None = None
     context: RankContext | None = None
-    task_scores: bool = False  # whether to name each task's own score
-    deadline_ms: Annotated[float, Meta(gt=0)] | None = (
-        None  # from arrival; at most the server's own
-    )
-    bundle: str | None = None  # of those that are loaded; the live one unless given
-    simulate: Simulated | None = None  # answer as if this were so
+    # Whether to name each task's own score
+    task_scores: bool = False
+    # Milliseconds from arrival; at most the server's own
+    deadline_ms: Annotated[float, Meta(gt=0)] | None = None
+    # One of the loaded bundles; the live one unless given
+    bundle: str | None = None
+    # Answer as if this were so
+    simulate: Simulated | None = None
     what_if: WhatIf | None = None
 
 
@@ -90,7 +96,8 @@ class Timings(Struct):
 
     queue: float = 0.0
     user_read: float = 0.0
-    model_wait: float = 0.0  # until the model's thread is free
+    # Waiting for the model's thread
+    model_wait: float = 0.0
     item_read: float = 0.0
     features: float = 0.0
     encode_user: float = 0.0
@@ -112,14 +119,15 @@ class RankResponse(Struct):
     item_ids: list[int | str]
     scores: list[float]
     bundle: str
-    tokens: str | None  # version of the stored summary tokens that were ranked with
+    # Version of the stored summary tokens that were ranked with
+    tokens: str | None
     degraded: list[Degraded]
     unknown_items: list[int | str]
     timings_ms: Timings
-    task_scores: dict[str, list[float]] | UnsetType = UNSET  # left out unless asked for
-    request_id: str | UnsetType = (
-        UNSET  # of an answer that was logged: events under it are its labels
-    )
+    # Left out unless asked for
+    task_scores: dict[str, list[float]] | UnsetType = UNSET
+    # The id of an answer that was logged: events under it are its labels
+    request_id: str | UnsetType = UNSET
 
 
 class RankBatchResponse(Struct):
@@ -149,7 +157,8 @@ class ExplainResponse(Struct):
     score: float
     features: dict[str, float | None]
     events: list[EventEffect]  # newest first
-    tokens: list[float]  # empty where none are stored
+    # Empty where none are stored
+    tokens: list[float]
     bundle: str
     degraded: list[Degraded]
 
@@ -160,21 +169,25 @@ class PastEvent(Struct):
     item_id: int | str
     event_timestamp: datetime
     action: str
-    values: dict[str, Any]  # by event feature
+    # Values by event feature
+    values: dict[str, Any]
 
 
 class HistoryResponse(Struct):
     """A user's newest events in the online store, and how many they stand for."""
 
     events: list[PastEvent]  # newest first
-    num_events: int  # of the whole past
-    tokens: str | None  # version of the stored summary tokens
+    # Events of the whole past
+    num_events: int
+    # Version of the stored summary tokens
+    tokens: str | None
     num_tokens: int
-    events_behind: int  # that the tokens have not seen
-    tokens_as_of: datetime | None  # time of the newest event in them
-    titles: dict[
-        str, str
-    ]  # of the events' items and of those asked for, where the tables hold some
+    # Events that the tokens have not seen
+    events_behind: int
+    # Time of the newest event in them
+    tokens_as_of: datetime | None
+    # Titles of the events' items and of those asked for, where the tables hold some
+    titles: dict[str, str]
     degraded: list[Degraded]
 
 
@@ -182,7 +195,8 @@ class EventsResponse(Struct):
     """The outcome of a user's events."""
 
     added: int
-    known: int  # that were there already: the same item, action and time
+    # Events that were there already: the same item, action and time
+    known: int
 
 
 class KnownUser(Struct):
@@ -203,7 +217,8 @@ class ReportRow(Struct):
     """One ranker of the last report, with its 95 % intervals."""
 
     name: str
-    ndcg: tuple[float, float, float]  # value, low, high
+    # Value, low, high
+    ndcg: tuple[float, float, float]
     gauc: tuple[float, float, float]
 
 
@@ -211,15 +226,24 @@ class OverviewResponse(Struct):
     """The overview that the page shows first."""
 
     dataset: str
-    as_of: datetime | None  # of requests without a time; the clock unless given
-    bundles: list[str]  # that are loaded, the live one first
-    users: list[KnownUser]  # some, with long and with short histories
-    items: list[KnownItem]  # some, the most frequent of late first
-    built: dict[str, datetime]  # up to when each job's tables know events
-    coverage: float | None  # share of users with summary tokens of the live bundle
-    report: list[ReportRow]  # of the live bundle; empty where none is here
-    degraded: list[ReportRow]  # what its answers are worth without something, by reason
-    simulated: dict[str, str]  # what an answer can be asked to do without, and what that means
+    # The time of requests without one; the clock unless given
+    as_of: datetime | None
+    # Loaded bundles, the live one first
+    bundles: list[str]
+    # Some, with long and with short histories
+    users: list[KnownUser]
+    # Some, the most frequent of late first
+    items: list[KnownItem]
+    # Up to when each job's tables know events
+    built: dict[str, datetime]
+    # Share of users with summary tokens of the live bundle
+    coverage: float | None
+    # The live bundle's; empty where none is here
+    report: list[ReportRow]
+    # What its answers are worth without something, by reason
+    degraded: list[ReportRow]
+    # What an answer can be asked to do without, and what that means
+    simulated: dict[str, str]
 
 
 class ErrorBody(Struct):
@@ -322,7 +346,8 @@ class HistoryRequest(Struct, forbid_unknown_fields=True):
     """Tell what is known of a user, and what a person reads of some items."""
 
     user_id: Id
-    items: Annotated[list[Id], Meta(max_length=MAX_CANDIDATES)] = []  # to be named among `titles`
+    # Items to be named among `titles`
+    items: Annotated[list[Id], Meta(max_length=MAX_CANDIDATES)] = []
 
 
 def decode_history(body: bytes, contract: Contract, media: str = JSON) -> HistoryRequest:
@@ -356,7 +381,8 @@ def event_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...]
     for column in features:
         kind = _wire_type(column)
         fields.append((column.name, kind | None, None) if column.nullable else (column.name, kind))
-    fields.sort(key=len)  # those that must be there first
+    # Those that must be there first
+    fields.sort(key=len)
     event = msgspec.defstruct("Event", fields, forbid_unknown_fields=True)
     event.__doc__ = "One event of a user."
     return event

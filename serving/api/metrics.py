@@ -107,7 +107,6 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """As Prometheus reads them."""
         if not self.shared:
             return generate_latest(self.registry)
         from prometheus_client.multiprocess import MultiProcessCollector

@@ -17,8 +17,10 @@ from feature_repo.settings import is_of_kubernetes
 from serving.api.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
-STOPPING = f"{PREFIX}STOPPING_FILE"  # which file's existence says that the server is about to stop
-SHARED = f"{PREFIX}SHARED_METRICS"  # set where several processes count together
+# A file whose existence says that the server is about to stop
+STOPPING = f"{PREFIX}STOPPING_FILE"
+# Set where several processes count together
+SHARED = f"{PREFIX}SHARED_METRICS"
 Scope = Literal["rank", "events", "explain", "metrics", "models"]
 Positive = Annotated[float, Field(gt=0)]
 Key = Annotated[str, Field(min_length=16, pattern=r"^[\x21-\x7e]+$")]  # visible ASCII
@@ -35,42 +37,64 @@ class ServeSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
-    hosts: tuple[str, ...] = ()  # further names by which callers without an API key may call it
-    processes: Annotated[int, Field(ge=1, le=256)] = 1  # each holds the model and all items
-    bundle: Path | None = None  # default: the live one of the catalogue, which is followed
-    replay: bool = False  # requests without a time are as of the end of the data
+    # Further names by which callers without an API key may call it
+    hosts: tuple[str, ...] = ()
+    # Each holds the model and all items
+    processes: Annotated[int, Field(ge=1, le=256)] = 1
+    # Default: the live one of the catalogue, which is followed
+    bundle: Path | None = None
+    # Requests without a time are as of the end of the data
+    replay: bool = False
 
-    deadline_ms: Positive = 250.0  # of a request, from its arrival; a caller may ask for less
-    store_ms: Positive = 50.0  # of it, for the online store
-    max_in_flight: Annotated[int, Field(ge=1)] = 16  # of a process; more are refused at once
-    max_events_in_flight: Annotated[int, Field(ge=1)] = 16  # the same of `POST /v1/events`
-    events_s: Positive = 5.0  # for the online store to take a user's events
+    # Milliseconds of a request from its arrival; a caller may ask for less
+    deadline_ms: Positive = 250.0
+    # Milliseconds of these for the online store
+    store_ms: Positive = 50.0
+    # Requests of a process under way; more are refused at once
+    max_in_flight: Annotated[int, Field(ge=1)] = 16
+    # The same of `POST /v1/events`
+    max_events_in_flight: Annotated[int, Field(ge=1)] = 16
+    # For the online store to take a user's events
+    events_s: Positive = 5.0
     max_body_bytes: Annotated[int, Field(ge=1)] = MAX_BODY_BYTES
-    body_s: Positive = 5.0  # for a body to arrive
-    header_s: Annotated[int, Field(ge=1, le=60)] = 5  # for a request's head to arrive
-    max_future_s: Annotated[float, Field(ge=0)] = 300.0  # by how much a time may be ahead
-    state_mib: Annotated[int, Field(ge=0)] = 64  # of encoded users kept between requests, a bundle
-    stale_days: Positive = 7.0  # item features that are older are said to be stale
+    # For a body to arrive
+    body_s: Positive = 5.0
+    # For a request's head to arrive
+    header_s: Annotated[int, Field(ge=1, le=60)] = 5
+    # Seconds by which a time may be ahead
+    max_future_s: Annotated[float, Field(ge=0)] = 300.0
+    # Encoded users kept between requests, for each bundle
+    state_mib: Annotated[int, Field(ge=0)] = 64
+    # Item features that are older are said to be stale
+    stale_days: Positive = 7.0
 
     item_refresh_s: Annotated[float, Field(ge=0, lt=1e9)] = 300.0  # 0: never
-    follow_s: Annotated[float, Field(ge=0)] = 5.0  # between looks into the catalogue; 0: never
-    watch_s: Positive = 0.5  # between looks at the online store
-    repair: bool = False  # an emptied store is filled again from the tables, by the jobs
+    # Seconds between questions to the catalogue; 0: never
+    follow_s: Annotated[float, Field(ge=0)] = 5.0
+    # Seconds between questions to the online store
+    watch_s: Positive = 0.5
+    # An emptied store is filled again from the tables, by the jobs
+    repair: bool = False
 
-    unready_s: Annotated[float, Field(ge=0)] = 0.0  # after SIGTERM, before connections are refused
-    stop_s: Annotated[int, Field(ge=1)] = 10  # for requests that are under way by then
+    # After SIGTERM, before connections are refused
+    unready_s: Annotated[float, Field(ge=0)] = 0.0
+    # For requests that are under way by then
+    stop_s: Annotated[int, Field(ge=1)] = 10
 
     # Callers' API keys and the scopes of each; none: every caller may do everything.
     api_keys: dict[Key, tuple[Scope, ...]] = Field(default_factory=dict, repr=False)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_key_password: SecretStr | None = None
-    tls_client_ca: Path | None = None  # callers must show a certificate that it signed
+    # Callers must show a certificate that it signed
+    tls_client_ca: Path | None = None
 
     access_log: bool = False
-    shadow: Path | None = None  # a bundle's folder: asked beside the one that ranks
+    # A bundle's folder: asked beside the one that ranks
+    shadow: Path | None = None
     shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the requests
-    log_folder: Path | None = None  # of what was served, with the numbers that the model saw
+    # Folder of what was served, with the numbers that the model saw
+    log_folder: Path | None = None
     log_share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the users
 
 
@@ -95,7 +119,8 @@ def settings_from(**options: Any) -> ServeSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = str(first["loc"][0])
-        if where == "api_keys":  # they must not stand in a log
+        # They must not stand in a log
+        if where == "api_keys":
             raise SettingsError(
                 f"{PREFIX}API_KEYS must be JSON of keys, each of at least 16 visible ASCII characters, and their scopes, "
                 f"of {list(get_args(Scope))}"

@@ -80,7 +80,6 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Send what waits."""
         self._provider.shutdown()
 
 

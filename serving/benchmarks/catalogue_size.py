@@ -63,7 +63,6 @@ class Reader:
         self.user = UserRow(known, history)
 
     def read_user(self, user_id: Any) -> UserRow:
-        """The one user."""
         return self.user
 
     def read_items(self, item_ids: Sequence[Any]) -> pa.Table:

@@ -60,7 +60,6 @@ class FaultProxy:
 
     @property
     def fault(self) -> Fault:
-        """What happens now."""
         return self._fault
 
     @fault.setter

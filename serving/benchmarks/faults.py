@@ -65,14 +65,12 @@ class Redis:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, empty."""
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--save", "", "--appendonly", "no", "--dir", str(self.folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(lambda: connects(self.port))
 
     def send(self, number: signal.Signals) -> None:
-        """A signal."""
         if self.process is None:
             raise RuntimeError("it was not started")
         self.process.send_signal(number)
@@ -106,7 +104,6 @@ class Site:
         return json.dumps(asked).encode()
 
     def get(self, path: str) -> tuple[int, Any]:
-        """Status and body."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as found:
                 return found.status, json.loads(found.read())
@@ -114,11 +111,9 @@ class Site:
             return error.code, json.loads(error.read())
 
     def ready(self) -> bool:
-        """Whether requests should come here."""
         return self.get("/readyz")[0] == 200
 
     def load(self, seconds: float) -> Outcome:
-        """Requests for so long."""
         return asyncio.run(open_loop(self.target, poisson(RATE, seconds, seed=1), keep=True))
 
 

@@ -153,7 +153,6 @@ class Bodies:
         self._made = made
 
     def __call__(self, number: int) -> bytes:
-        """The body of a request."""
         return self._made[number % len(self._made)]
 
 

@@ -83,7 +83,6 @@ def _measure(settings: Settings, ranker: str, length: int, rounds: int) -> dict[
 
 
 def _scores(port: int, body: bytes) -> dict[str, float]:
-    """Of one request, by item."""
     asked = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/rank", body, {"Content-Type": "application/json"}
     )

@@ -44,12 +44,10 @@ class Outcome:
 
     @property
     def answered(self) -> int:
-        """Answers with status 200."""
         return self.statuses[200]
 
     @property
     def per_second(self) -> float:
-        """The same by the second."""
         return self.answered / self.seconds if self.seconds else 0.0
 
 
@@ -111,7 +109,6 @@ class Connections:
         return 0, b""
 
     def close(self) -> None:
-        """Close those that are free."""
         for _, writer in self._free:
             writer.close()
         self._free.clear()

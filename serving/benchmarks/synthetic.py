@@ -89,7 +89,6 @@ class Requests:
     candidates: int
 
     def __call__(self, number: int) -> bytes:
-        """The body of a request."""
         chosen = np.random.default_rng(number).choice(len(ITEMS), self.candidates, replace=False)
         at = (NOW + timedelta(days=1)).isoformat()
         asked = {

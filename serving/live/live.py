@@ -41,9 +41,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 EVENT_STORE_S = 2.0
 LONGEST_PAUSE_S = 600.0
-REFUSED_AGAIN_S = 60.0  # until a bundle that was refused is tried again
-RETIRED_S = 60.0  # for requests that are under way with a state that ranks no longer
-FILLS_ONLINE = "materialize"  # the job whose epoch says that the store holds anything
+# Seconds until a bundle that was refused is tried again
+REFUSED_AGAIN_S = 60.0
+# For requests that are under way with a state that ranks no longer
+RETIRED_S = 60.0
+# The job whose epoch says that the store holds anything
+FILLS_ONLINE = "materialize"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ class Serving:
 
     @property
     def name(self) -> str:
-        """The bundle's."""
         return self.ranker.bundle.name
 
     async def close(self) -> None:
@@ -85,7 +87,8 @@ class BundleSource:
     replay: bool = False
     item_refresh_s: float = 0.0
     stale_days: float = STALE_DAYS
-    state_bytes: int = 0  # of encoded users that are kept between requests
+    # Bytes of encoded users that are kept between requests
+    state_bytes: int = 0
     deadline_ms: float = math.inf
 
     @cached_property
@@ -251,12 +254,15 @@ class Live:
         self._repair = repair
         self.current: Serving | None = None
         self.previous: Serving | None = None
-        self.refused: dict[str, str] = {}  # digests that were tried, and why they do not rank
-        self._again: dict[str, float] = {}  # and when they are tried again
+        # Digests that were tried, and why they do not rank
+        self.refused: dict[str, str] = {}
+        # When each is tried again
+        self._again: dict[str, float] = {}
         self.not_loaded = "no bundle is loaded yet"
         self.store_problem: str | None = None
         self.swaps = 0
-        self._held: str | None = None  # the run that the store was last seen to hold
+        # The run that the store was last seen to hold
+        self._held: str | None = None
         self._retired: list[_Retired] = []
 
     @property
@@ -358,7 +364,6 @@ class Live:
             await old.serving.close()
 
     async def close(self) -> None:
-        """Close every state."""
         await self.close_retired(0.0)
         for one in (self.current, self.previous):
             if one is not None:

@@ -34,8 +34,10 @@ from serving.stores.features import Reader, UserRow, as_known
 from serving.stores.items import Id, ItemTable
 
 LOGIT_DIGITS = 5
-PIECE = 512  # candidates that are scored at a time; between pieces others come to the model
-TIMED = 500  # candidates of the ranking by which a bundle is timed
+# Candidates that are scored at a time; between pieces others come to the model
+PIECE = 512
+# Candidates of the ranking by which a bundle is timed
+TIMED = 500
 STALE_DAYS = 7.0
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,8 @@ class RankService:
         self.reader = reader
         self.items = items
         self.replay_from = replay_from
-        self.ms_of_500: float | None = None  # see `time_a_ranking`
+        # See `time_a_ranking`
+        self.ms_of_500: float | None = None
         self.contract: Contract = bundle.encoder.contract
         self.stale_micros = stale_days * MICROS_PER_DAY
         self.requests = RequestEncoder(bundle, items)
@@ -333,7 +336,6 @@ class Clock:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """A stage ends here."""
         now = time.perf_counter()
         self.laps[name] = round((now - self._last) * 1000, 3)
         self._last = now

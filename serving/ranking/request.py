@@ -191,7 +191,8 @@ def why_unfit(user: UserRow, at: int) -> Degraded | None:
     or where there are none.
     """
     if user.tokens is not None and user.tokens.as_of >= at:
-        return Degraded.NEWER_TOKENS  # they know what comes after the request
+        # They know what comes after the request
+        return Degraded.NEWER_TOKENS
     return Degraded.TOKENS_OF_ANOTHER_HISTORY if user.tokens_know_another_history else None
 
 

@@ -57,7 +57,8 @@ class UserStates:
         self._model = model
         self._most_bytes = most_bytes
         self._most_s = most_s
-        self.counts: Counter[Outcome] = Counter()  # how each state came about
+        # How each state came about
+        self.counts: Counter[Outcome] = Counter()
         self._kept: OrderedDict[Any, Kept] = OrderedDict()
         self._extends = model.can_extend
         self.bytes = 0
@@ -117,7 +118,8 @@ class UserStates:
         try:
             state = self._model.extend_user(kept.state, user.events(before, now))
         except CannotExtendError:
-            self._extends = False  # in this configuration, whatever it says
+            # This configuration cannot extend, whatever it says.
+            self._extends = False
             return None
         return None if bool(self._model.must_refresh(state).any()) else state
 

@@ -19,9 +19,8 @@ from serving.api.errors import InvalidRequestError
 from serving.api.messages import RankRequest, events_in_order
 from serving.stores.features import StoredSketch, UserRow
 
-NO_SCORES = frozenset(
-    {Degraded.NO_SCORES, Degraded.DEADLINE}
-)  # reasons for which no user is read for
+# Reasons for which no user is read for
+NO_SCORES = frozenset({Degraded.NO_SCORES, Degraded.DEADLINE})
 
 
 def as_asked(contract: Contract, user: UserRow, asked: RankRequest) -> UserRow:

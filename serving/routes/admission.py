@@ -19,9 +19,11 @@ from dataclasses import dataclass
 
 from serving.api.errors import OverloadedError
 
-STEP = 0.1  # of the moving mean
+# Weight of the newest in the moving mean
+STEP = 0.1
 OF_A_PLACE = 500  # candidates
-FIXED = 100  # candidates that cost as much as all of a ranking that does not depend on how many there are
+# Candidates that cost as much as all of a ranking that does not depend on how many there are
+FIXED = 100
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,6 @@ class Arriving:
         self.bytes = 0
 
     def give_up(self) -> None:
-        """Its time is over now."""
         self._timeout.reschedule(asyncio.get_running_loop().time())
 
 
@@ -75,14 +76,16 @@ class Admission:
         self.most = most
         self.most_bytes = most_bytes
         self._patience_s = patience_s
-        self._each_s = 0.0  # that a ranking takes of what all share; moves with the last ones
-        self._weights: list[Weight] = []  # of the requests under way
-        self._arriving: dict[Arriving, None] = {}  # in the order of their arrival
+        # Seconds that a ranking takes of what all share; moves with the last ones
+        self._each_s = 0.0
+        # Weights of the requests under way
+        self._weights: list[Weight] = []
+        # Requests in the order of their arrival
+        self._arriving: dict[Arriving, None] = {}
         self._bytes = 0
 
     @property
     def under_way(self) -> int:
-        """Requests under way."""
         return len(self._weights)
 
     @property
@@ -153,7 +156,8 @@ class Admission:
 
     def came(self, body: Arriving, number: int) -> None:
         """So many bytes of a body came."""
-        if body not in self._arriving:  # given up, and on its way to its end
+        # Given up, and on its way to its end
+        if body not in self._arriving:
             return
         body.bytes += number
         self._bytes += number

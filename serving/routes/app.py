@@ -24,7 +24,8 @@ from serving.routes.middleware import EXCEPTION_HANDLERS, Observed, RefusesFirst
 from serving.routes.server import Server
 from serving.stores.guarded import GuardedReader, ThreadedReader
 
-LEAVE_S = 1.0  # before the process would be killed
+# Seconds left before the process would be killed
+LEAVE_S = 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +71,8 @@ def app_of(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         settings = server.settings
         tasks = []
-        if shadow is not None:  # behind the start
+        # Behind the start
+        if shadow is not None:
             tasks.append(asyncio.create_task(asyncio.to_thread(server.load_shadow, shadow)))
         if keep_up:
             tasks += [
@@ -97,7 +99,8 @@ def app_of(
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False  # to an address that the caller's Host would name
+    # A redirect would go to an address that the caller's Host names.
+    app.router.redirect_slashes = False
     app.state.server = server
     return app
 

@@ -26,7 +26,8 @@ def check(request: Request, settings: ServeSettings, scope: Scope) -> None:
         return
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     found: tuple[Scope, ...] | None = None
-    for key, scopes in settings.api_keys.items():  # all of them, in the same time
+    # All of them, in the same time
+    for key, scopes in settings.api_keys.items():
         if hmac.compare_digest(key.encode(), given.encode()) and kind.lower() == "bearer":
             found = scopes
     if found is None:

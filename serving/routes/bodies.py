@@ -28,7 +28,8 @@ def error_response(status: int, kind: str, message: str) -> Response:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if kind in (SlowBodyError.kind, BrokenBodyError.kind):
-        headers["Connection"] = "close"  # what else comes is the rest of that body
+        # What else comes is the rest of that body
+        headers["Connection"] = "close"
     body = msgspec.json.encode(ErrorBody(kind, message))
     return Response(body, status_code=status, media_type=JSON, headers=headers)
 

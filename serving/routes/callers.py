@@ -17,7 +17,8 @@ from starlette.types import Scope
 from serving.api.errors import BadRequestError, ForbiddenError, ServingError
 from serving.api.settings import ServeSettings
 
-OPEN = "/livez"  # to whoever asks, by whatever name
+# Answered without a key, under any Host
+OPEN = "/livez"
 
 
 def why_refused(scope: Scope, settings: ServeSettings) -> ServingError | None:

@@ -44,7 +44,8 @@ async def take_events(request: Request) -> Response:
             raise InvalidRequestError(
                 f"what is stored of this user is damaged, and takes no events until the jobs ran: {error}"
             ) from error
-        except Exception as error:  # whatever a store's client raises
+        except Exception as error:
+            # Whatever a store's client raises
             logger.warning("events could not be taken: %s: %s", type(error).__name__, error)
             raise StoreAwayError(
                 f"the online store did not take the events within {settings.events_s:g} s "

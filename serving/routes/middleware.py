@@ -42,7 +42,6 @@ class RefusesFirst:
         self._rankings = rankings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -72,7 +71,6 @@ class Observed:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
@@ -92,7 +90,8 @@ class Observed:
             await self._app(scope, receive, sent)
         except Exception:
             logger.exception("a request could not be answered")
-            if status:  # half an answer is out: only the connection's end can say that it is none
+            # Half an answer is out: only the connection's end can say that it is none
+            if status:
                 raise
             response = error_response(
                 500, "internal", "this is a fault of the server; its log says more"

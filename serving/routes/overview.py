@@ -48,7 +48,8 @@ class Overview:
     def __init__(self, settings: Settings | None) -> None:
         self._settings = settings
         self._kept: tuple[float, str, OverviewResponse] | None = None
-        self._titles: Titles | None = None  # of all items, as long as what else is kept
+        # Titles of all items, kept as long as the rest
+        self._titles: Titles | None = None
 
     def titles_of(self, serving: Serving, items: Sequence[Id]) -> dict[str, str]:
         """Return titles of items by id, without items that have no title."""

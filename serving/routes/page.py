@@ -24,7 +24,6 @@ class Page:
 
     @cached_property
     def body(self) -> bytes:
-        """As it is sent."""
         return self.file.read_bytes()
 
     @cached_property

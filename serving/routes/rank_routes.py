@@ -30,7 +30,8 @@ from serving.routes.server import Server, server_of
 from serving.served.served_log import Served
 from serving.stores.features import UserRow
 
-YIELD_S = 0.0005  # that a large request leaves the model to others, between its pieces
+# Seconds for which a large request leaves the model to others, between its pieces
+YIELD_S = 0.0005
 
 
 async def rank(request: Request) -> Response:
@@ -120,7 +121,8 @@ async def _answer(
             now = time.perf_counter()
             if cancelled or now + left * (now - piece_began) > deadline:
                 raise OutOfTimeError
-            time.sleep(YIELD_S)  # a lock is not fair: who waits for the model comes first
+            # A lock is not fair: who waits for the model comes first
+            time.sleep(YIELD_S)
             piece_began = time.perf_counter()
 
         try:
@@ -137,7 +139,8 @@ async def _answer(
             answer = await asyncio.shield(computing)
     except (TimeoutError, asyncio.CancelledError) as ended:
         cancelled = True
-        computing.cancel()  # if it runs already, its result is dropped
+        # If it runs already, its result is dropped
+        computing.cancel()
         if isinstance(ended, asyncio.CancelledError):
             raise
         answer = None

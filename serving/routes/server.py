@@ -36,9 +36,12 @@ from serving.stores.features import UserRow
 from serving.stores.redis_reader import DamagedValueError, StoreReadError
 from serving.stores.refresh import WITHOUT_TOKENS
 
-LEAST_S = 0.002  # with less left, the store is not asked
-PATIENCE = 0.7  # of the deadline, spent waiting for the model; the rest is for the answer itself
-MARGIN_S = 0.002  # of the deadline, kept for writing the answer
+# With fewer seconds left, the store is not asked
+LEAST_S = 0.002
+# Share of the deadline spent waiting for the model; the rest is for the answer itself
+PATIENCE = 0.7
+# Seconds of the deadline kept for writing the answer
+MARGIN_S = 0.002
 # Requests at a time of people who inspect the ranker. Explanations are few, since each ranks as often as
 # it names events, and as there are stored tokens.
 MOST_EXPLAINED = 2
@@ -81,10 +84,13 @@ class Server:
         self.look_admission = Admission(MOST_LOOKED_UP)
         self.pools = Pools()
         self.shadow: Shadow | None = None
-        self.beside: Serving | None = None  # the state of the shadow's bundle
+        # The state of the shadow's bundle
+        self.beside: Serving | None = None
         self._logs: dict[str, ServedLog] = {}
-        self._closed_logs = [0, 0]  # rows written and dropped by logs that are closed
-        self._shown_bundles: set[str] = set()  # of which a gauge tells
+        # Rows written and dropped by logs that are closed
+        self._closed_logs = [0, 0]
+        # Bundles of which a gauge tells
+        self._shown_bundles: set[str] = set()
 
     # --- bundles
 
@@ -193,7 +199,6 @@ class Server:
 
     @property
     def logs(self) -> list[ServedLog]:
-        """All that were opened."""
         return list(self._logs.values())
 
     def log_of(self, serving: Serving) -> ServedLog | None:

@@ -49,7 +49,6 @@ class Mismatch:
 
     @property
     def rate(self) -> float:
-        """Share of numbers that differ."""
         return self.differ / max(self.compared, 1)
 
 

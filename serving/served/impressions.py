@@ -26,10 +26,10 @@ from feature_repo.home.erased import erased_of
 from feature_repo.raw import parse
 from feature_repo.settings import Settings
 
-POSITION = (
-    "position"  # the impression feature that says where in the list an item stood, 0 for the first
-)
-Value = Callable[[dict[str, Any], int], Any]  # of a logged request and a place in its list
+# The impression feature that says where in the list an item stood, 0 for the first
+POSITION = "position"
+# Takes a logged request and a place in its list
+Value = Callable[[dict[str, Any], int], Any]
 
 
 class ImpressionsError(ExpectedError, ValueError):

@@ -36,7 +36,8 @@ from serving.api.messages import RankRequest, RankResponse
 from serving.stores.items import Id
 
 MAX_WAITING = 10_000  # rows
-PART_ROWS = 1_000  # of a file, at most
+# Rows of a file, at most
+PART_ROWS = 1_000
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +77,8 @@ def log_schema(contract: Contract) -> pa.Schema:
             ("tokens", pa.string()),
             ("degraded", pa.list_(pa.string())),
             ("user_dense", pa.list_(pa.float32())),
-            ("candidate_dense", pa.list_(pa.float32())),  # candidate by candidate
+            # Candidate by candidate
+            ("candidate_dense", pa.list_(pa.float32())),
             *context,
         ]
     )
@@ -132,7 +134,6 @@ class ServedLog:
             self.dropped += 1
 
     def close(self) -> None:
-        """Write what waits, and stop."""
         self._stop.set()
         self._thread.join(timeout=10)
 
@@ -188,7 +189,8 @@ class ServedLog:
             with atomic_write(folder / f"part-{uuid.uuid4().hex}.parquet") as draft:
                 pq.write_table(table, draft)
             self.written += table.num_rows
-        except Exception:  # whatever it was, the next file is tried again
+        except Exception:
+            # Whatever it was, the next file is tried again
             self.dropped += len(rows)
             logger.exception("%d served requests could not be logged", len(rows))
 

@@ -55,7 +55,6 @@ class EventTaker:
         return dict(self._memory.without_tokens)
 
     def close(self) -> None:
-        """Let go of connections."""
         self._memory.close()
 
     def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:

@@ -27,7 +27,8 @@ from serving.stores.items import Id, item_columns
 if TYPE_CHECKING:
     from feast import FeatureStore
 
-READ_ITEMS = 500  # items in one read from the store
+# Items in one read from the store
+READ_ITEMS = 500
 logger = logging.getLogger(__name__)
 
 
@@ -57,9 +58,12 @@ class UserRow:
     columns: dict[str, Any]
     history: pa.RecordBatch | None
     problems: tuple[Degraded, ...] = ()
-    tokens: Envelope | None = None  # of the one version that the bundle accepts
-    sketch: StoredSketch | None = None  # None where there is none that can be used
-    known_at: Mapping[str, int] = field(default_factory=dict)  # custom view → time of its row, µs
+    # Tokens of the one version that the bundle accepts
+    tokens: Envelope | None = None
+    # None where there is none that can be used
+    sketch: StoredSketch | None = None
+    # Custom view → time of its row, µs
+    known_at: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def events_behind(self) -> int:
@@ -110,7 +114,8 @@ def as_known(contract: Contract, user: UserRow, at: int) -> UserRow:
 def _holds(view: OwnView, known: int | None, at: int) -> bool:
     """Return whether a row of a custom view is known at a moment, and not too old."""
     if known is None:
-        return True  # nothing says when it was written
+        # Nothing says when it was written
+        return True
     oldest = at - int(view.ttl_days * 86_400_000_000) if view.ttl_days else known
     return oldest <= known <= at
 
@@ -264,7 +269,6 @@ class FeastReader:
         self._lock = threading.Lock()
 
     def read_user(self, user_id: Id) -> UserRow:
-        """One user's features and history."""
         key = self.contract.user.join_key
         version = {} if self.token_version is None else {TOKEN_VERSION.join_key: self.token_version}
         values = self._read(self._service, [{key: user_id, **version}])

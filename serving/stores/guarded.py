@@ -36,13 +36,13 @@ class ThreadedReader:
         self._thread = one_thread("store")
 
     async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
-        """See `AsyncReader`."""
         loop = asyncio.get_running_loop()
         try:
             reading = loop.run_in_executor(self._thread, self._reader.read_user, user_id)
             async with asyncio.timeout(timeout_s):
                 return await reading
-        except Exception as error:  # whatever a store's client raises
+        except Exception as error:
+            # Whatever a store's client raises
             raise StoreReadError(
                 f"the online store did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
             ) from error
@@ -84,7 +84,8 @@ class GuardedReader:
             now = time.monotonic()
             if now < self._next_try:
                 raise StoreReadError("the online store is away; it is tried again in a moment")
-            self._next_try = now + self._pause_s  # this request tries; others do not wait with it
+            # This request tries; others do not wait with it
+            self._next_try = now + self._pause_s
         try:
             row = await self._reader.read_user(user_id, timeout_s)
         except DamagedValueError:
@@ -99,7 +100,6 @@ class GuardedReader:
         return row
 
     async def close(self) -> None:
-        """Close what reads."""
         close = getattr(self._reader, "close", None)
         if close is not None:
             await close()

@@ -34,18 +34,26 @@ from modeling.inputs.encoder import Encoder, ItemNumbers
 
 Id = int | str
 ReadItems = Callable[[Sequence[Id]], pa.Table]
-MAX_ABSENT = 100_000  # ids remembered as unknown to the store
+# Ids remembered as unknown to the store
+MAX_ABSENT = 100_000
 ABSENT_S = 10.0  # for so long
-MAX_HOT = 200_000  # ids whose place is kept beside the index
-MAX_SOUGHT = 10_000  # ids that wait to be looked up
-PAUSE_S = 1.0  # after the store could not be read
-LOOK_UP = 500  # ids of one look-up
-LOOK_UP_SHARE = 0.05  # of a processor, for look-ups
-CLOSE_S = 10.0  # for a read that is under way, at the end
+# Ids whose place is kept beside the index
+MAX_HOT = 200_000
+# Ids that wait to be looked up
+MAX_SOUGHT = 10_000
+# After the store could not be read
+PAUSE_S = 1.0
+# Ids of one look-up
+LOOK_UP = 500
+# Share of a processor for look-ups
+LOOK_UP_SHARE = 0.05
+# For a read that is under way, at the end
+CLOSE_S = 10.0
 BATCH_ROWS = 1 << 16
 logger = logging.getLogger(__name__)
 
-ITEM_TABLES = {"item_profile": "events", "item_stats": "item_stats"}  # and the jobs that build them
+# Tables of items, and the jobs that build them
+ITEM_TABLES = {"item_profile": "events", "item_stats": "item_stats"}
 
 
 class NotYetError(LookupError):
@@ -322,7 +330,8 @@ class ItemTable:
     def _loaded(self) -> tuple[KnownItems, int | None]:
         loaded = self._load()
         rows = self._rows(loaded.rows)
-        pa.default_memory_pool().release_unused()  # what tables took to be read
+        # What tables took to be read
+        pa.default_memory_pool().release_unused()
         if not len(rows.index):
             raise LookupError(
                 "no item has any features: run `python -m beam_jobs materialize`; what was loaded before stays in use"

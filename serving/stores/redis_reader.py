@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 
-TIME = "time"  # the kind of a stored time, which is no value of Feast's
+# The kind of a stored time, which is no value of Feast's
+TIME = "time"
 
 
 class StoreReadError(Exception):
@@ -165,7 +166,6 @@ class RedisHashes:
         return hashes
 
     async def close(self) -> None:
-        """Close the connections."""
         if self._client is not None:
             await self._client.aclose()
             self._client = None
@@ -253,7 +253,6 @@ class RedisReader:
         return self._decoder.row(user_id, values)
 
     async def close(self) -> None:
-        """Close the connections."""
         await self.hashes.close()
 
     async def read_values(self, user_id: Id, timeout_s: float) -> dict[str, Any]:

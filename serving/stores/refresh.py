@@ -57,9 +57,12 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
-WITHOUT_TOKENS = ("no_state", "damaged")  # why tokens do not know an event
-ADD_S = 2.0  # how long a call goes on where others change the same user
-PAUSE_S = 0.002  # at most, before it begins again
+# Why tokens do not know an event
+WITHOUT_TOKENS = ("no_state", "damaged")
+# How long a call goes on where others change the same user
+ADD_S = 2.0
+# Longest pause before it begins again, seconds
+PAUSE_S = 0.002
 
 
 class NoStateError(ExpectedError, LookupError):
@@ -254,7 +257,6 @@ class UserMemory:
         return self._records.read(user_id)
 
     def close(self) -> None:
-        """Let go of connections."""
         self._records.close()
 
     def put_back(self, record: UserRecord, known: int) -> None:
@@ -331,7 +333,6 @@ class UserMemory:
         return event[self._contract.item.join_key], event["action"], event[EVENT_TIMESTAMP]
 
     def _events(self, record: UserRecord) -> pa.Table:
-        """The packed events."""
         packed = record[HISTORY]["history"]
         batches = [] if packed is None else [unpack(self._contract, record.user_id, packed)]
         return pa.Table.from_batches(batches, history_schema(self._contract))
