@@ -52,10 +52,10 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a recipe on the built tables; resumes where it stopped."""
-    from modeling.commands import command
+    from modeling.commands.train import run_train
 
     _refuse_below_one(threads=threads)
-    command.run_train(recipe, data, _changes(seed, epochs, changes), device, force, threads)
+    run_train(recipe, data, _changes(seed, epochs, changes), device, force, threads)
 
 
 @app.command
@@ -72,10 +72,10 @@ def evaluate(
     """Metrics of a trained recipe on the test period, baselines beside it, and a report; by default
     of the newest run.
     """
-    from modeling.commands import command
+    from modeling.commands.evaluate import run_evaluate
 
     _refuse_below_one(threads=threads)
-    command.run_evaluate(recipe, data, _changes(seed, epochs, changes), force, threads)
+    run_evaluate(recipe, data, _changes(seed, epochs, changes), force, threads)
 
 
 @app.command
@@ -96,12 +96,12 @@ def export(
         live: go live whatever the comparison says.
         not_live: record the bundle without making it live.
     """
-    from modeling.commands import command
+    from modeling.commands.export import run_export
 
     if live and not_live:
         raise UsageError("--live and --not_live exclude each other")
     chosen = True if live else False if not_live else None
-    command.run_export(recipe, _changes(seed, epochs, changes), chosen, force)
+    run_export(recipe, _changes(seed, epochs, changes), chosen, force)
 
 
 @app.command
@@ -112,11 +112,11 @@ def bundles(*, promote: str | None = None, rollback: bool = False) -> None:
         promote: recipe, or digest, of the bundle to make live.
         rollback: make the bundle live that was so before the present one.
     """
-    from modeling.commands import command
+    from modeling.commands.bundles import run_bundles
 
     if promote and rollback:
         raise UsageError("--promote and --rollback exclude each other")
-    command.run_bundles(promote, rollback)
+    run_bundles(promote, rollback)
 
 
 @app.command
@@ -144,14 +144,14 @@ def compare(
         no_scaling: leave out speed and memory against length.
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
-    from modeling.commands import command
+    from modeling.commands.compare import run_compare
     from modeling.training.changes import Comparison
 
     # A comparison numbers its seeds, so that every recipe has the same.
     _refuse_below_one(seeds=seeds, threads=threads)
     if any(word.startswith("training.seed=") for word in changes):
         raise UsageError("--set training.seed: compare numbers its seeds; --seeds says how many")
-    command.run_compare(
+    run_compare(
         Comparison(
             recipe,
             data,

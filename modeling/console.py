@@ -12,12 +12,17 @@ from rich.table import Table as RichTable
 console = Console()
 
 
-class Told:
+def say(text: str, style: str = "", soft_wrap: bool = False) -> None:
+    """Print a line as it is; with `soft_wrap` in one piece, such as a path that is to be copied."""
+    console.print(text, style=style, soft_wrap=soft_wrap, highlight=False)
+
+
+class ProgressLines:
     """Lines about long work: one at once, then one every ten seconds.
 
     Example:
-        >>> told = Told()
-        >>> told("training set: 3 of 40 pieces joined")
+        >>> progress = ProgressLines()
+        >>> progress("training set: 3 of 40 pieces joined")
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -29,7 +34,7 @@ class Told:
         now = time.monotonic()
         if now - self._said >= self._seconds:
             self._said = now
-            console.print(text, highlight=False)
+            say(text)
 
 
 def print_table(rows: list[list[str]], width: int | None = None) -> None:

@@ -318,15 +318,16 @@ def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     """Train, evaluate and export a recipe, as the commands do."""
     from feature_repo.home.catalogue import Catalogue
     from modeling import recipes
-    from modeling.commands import command
+    from modeling.commands.evaluate import evaluate
+    from modeling.commands.export import export
     from modeling.training import training_run
     from modeling.training_set.encodings import Encodings
 
     catalogue = Catalogue(road.settings.catalogue_url)
     run = training_run.open_run(road.settings, recipes.load(recipe))
     training_run.train(run, Encodings.of_run(run), catalogue)
-    command.evaluate(training_run.refuse_untrained(run), catalogue)
-    command.export(training_run.refuse_untrained(run), catalogue, live=True)
+    evaluate(training_run.refuse_untrained(run), catalogue)
+    export(training_run.refuse_untrained(run), catalogue, live=True)
 
 
 def _missing(what: str) -> None:

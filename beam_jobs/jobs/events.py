@@ -368,7 +368,7 @@ def _listed(counts: Counts) -> str:
     return "".join(f"\n{reason}" for reason in counts.reasons())
 
 
-class Events(Job):
+class EventsJob(Job):
     """Raw rows → events, profiles and dead letters; every raw row is accounted for."""
 
     name = "events"
@@ -411,4 +411,4 @@ class Events(Job):
         return f"read {counts['rows_read']:,} = used {used:,} + dead letters {counts['rows_dead']:,}{events}"
 
 
-JOB = Events()
+JOB = EventsJob()

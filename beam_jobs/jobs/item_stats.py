@@ -123,7 +123,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     return pa.table(columns, schema=arrow_schema(contract.table("item_stats")))
 
 
-class ItemStats(Job):
+class ItemStatsJob(Job):
     """Events → statistics of items; every event is counted."""
 
     name = "item_stats"
@@ -141,4 +141,4 @@ class ItemStats(Job):
         refuse_lost_events(plan, units, counts)
 
 
-JOB = ItemStats()
+JOB = ItemStatsJob()

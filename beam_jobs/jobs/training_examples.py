@@ -371,7 +371,7 @@ def refuse_empty_periods(plan: RunPlan, counts: Counts) -> None:
         )
 
 
-class TrainingExamples(Job):
+class TrainingExamplesJob(Job):
     """Events and item statistics → requests with candidates and labels; every event is counted."""
 
     name = "training_examples"
@@ -393,4 +393,4 @@ class TrainingExamples(Job):
         refuse_empty_periods(plan, counts)
 
 
-JOB = TrainingExamples()
+JOB = TrainingExamplesJob()

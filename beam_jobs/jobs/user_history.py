@@ -137,7 +137,7 @@ def sketched(
     return found
 
 
-class UserHistory(Job):
+class UserHistoryJob(Job):
     """Events → histories; every event is counted."""
 
     name = "user_history"
@@ -155,4 +155,4 @@ class UserHistory(Job):
         refuse_lost_events(plan, units, counts)
 
 
-JOB = UserHistory()
+JOB = UserHistoryJob()

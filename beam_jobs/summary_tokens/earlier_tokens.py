@@ -28,7 +28,7 @@ Stored = tuple[bytes, bytes | None]
 
 
 @dataclass(frozen=True)
-class Stream:
+class StoredStream:
     """A stage 1 that can go on: its state, R × K, and the time of the last event in it, microseconds."""
 
     state: np.ndarray
@@ -77,14 +77,14 @@ class Earlier:
 
     def streams(
         self, ids: list[Any], known: np.ndarray, histories: Histories, rows: list[int]
-    ) -> dict[int, Stream]:
+    ) -> dict[int, StoredStream]:
         """Stored streams of these rows, with the time of their last event.
 
         The digest says that the events behind them are still the first of the history. Events that
         came since with the time of the last one, or before it, cannot be added to what a stream has
         seen: then the history is read anew.
         """
-        found: dict[int, Stream] = {}
+        found: dict[int, StoredStream] = {}
         stored = self.stored([ids[row] for row in rows]) if rows else {}
         for row in rows:
             _, kept = stored.get(ids[row], (b"", None))
@@ -103,7 +103,7 @@ class Earlier:
                 state.fingerprint == prepared(self._plan).version and state.num_events == known[row]
             )
             if ours and not followed and state.tokens_SD is not None:
-                found[row] = Stream(state.tokens_SD, state.as_of)
+                found[row] = StoredStream(state.tokens_SD, state.as_of)
         return found
 
     def stored(self, ids: list[Any]) -> dict[Any, Stored]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from beam_jobs.engine.parts import Built
 from beam_jobs.engine.plan import RunPlan, Unit
-from beam_jobs.summary_tokens.earlier_tokens import Earlier, Stored, Stream
+from beam_jobs.summary_tokens.earlier_tokens import Earlier, Stored, StoredStream
 from beam_jobs.summary_tokens.token_options import prepared
 from feature_repo.contract.arrow import arrow_schema, from_micros
 from feature_repo.contract.counts import Counts
@@ -152,7 +152,7 @@ class Progress:
     """
 
     known: np.ndarray
-    streams: Mapping[int, Stream]
+    streams: Mapping[int, StoredStream]
     dead: Mapping[int, str]
 
     def due(self, ends: np.ndarray) -> list[int]:
@@ -281,7 +281,7 @@ class Result:
 
     row: int
     tokens: TokenRow | None = None
-    stream: Stream | None = None
+    stream: StoredStream | None = None
     extended: bool = False
     reason: str = ""
 
@@ -395,7 +395,7 @@ def stored_result(
     tokens = TokenRow(user, stored, number, digest, at + options.run_number)
     if summary.streams_BRK is None:
         return Result(row, tokens)
-    return Result(row, tokens, Stream(summary.streams_BRK[place], int(summary.as_of[place])))
+    return Result(row, tokens, StoredStream(summary.streams_BRK[place], int(summary.as_of[place])))
 
 
 def tombstones(plan: RunPlan) -> Iterator[Piece]:

@@ -339,7 +339,7 @@ def resolve(settings: Settings, options: RunOptions) -> RunOptions:
     )
 
 
-class SummaryTokens(Job):
+class SummaryTokensJob(Job):
     """Histories → summary tokens; every user of the log is counted."""
 
     name = "summary_tokens"
@@ -382,4 +382,4 @@ class SummaryTokens(Job):
         return note_coverage(plan, counts, settings)
 
 
-JOB = SummaryTokens()
+JOB = SummaryTokensJob()

@@ -31,7 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 from feature_repo.home.tables import locked
-from modeling.console import Told, console
+from modeling.console import ProgressLines, console
 from modeling.errors import RunError
 from modeling.inputs.augment import forget, hide
 from modeling.inputs.batch import Batch
@@ -558,7 +558,7 @@ class _progress:
         self.total = total
         self.samples = 0
         self.started = time.monotonic()
-        self.told = Told()
+        self.told = ProgressLines()
         self.bar = (
             Progress(
                 TextColumn("train"),

@@ -30,7 +30,7 @@ from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of, held, locked
 from feature_repo.settings import Settings
-from modeling.console import Told
+from modeling.console import ProgressLines
 from modeling.errors import DataError, RunError
 from modeling.inputs.augment import encoder_of
 from modeling.inputs.columns import Index
@@ -260,7 +260,7 @@ def _join(
         DataError: the training or validation period has no positive.
     """
     folder.mkdir()
-    told = Told()
+    told = ProgressLines()
     contract = warehouse.contract
     pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
@@ -295,7 +295,7 @@ def _encode(
     joined: dict[str, list[Path]],
 ) -> dict[str, dict[str, int]]:
     """The joined rows as numbers, a shard for each piece. Returns counts of each period."""
-    told = Told()
+    told = ProgressLines()
     users = dict[Any, int]()
     periods = {}
     for split, paths in joined.items():

@@ -636,7 +636,8 @@ def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     fresh: Any, helpers: Any
 ) -> None:
     from modeling import recipes
-    from modeling.commands import command
+    from modeling.commands.evaluate import evaluate
+    from modeling.commands.export import export
     from modeling.training import training_run
     from modeling.training_set.encodings import Encodings
 
@@ -645,8 +646,8 @@ def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     catalogue = Catalogue(fresh.settings.catalogue_url)
     run = training_run.open_run(fresh.settings, recipes.load("vista_bidirectional_tiny"))
     training_run.train(run, Encodings.of_run(run), catalogue)
-    command.evaluate(training_run.refuse_untrained(run), catalogue)
-    command.export(training_run.refuse_untrained(run), catalogue, live=False)
+    evaluate(training_run.refuse_untrained(run), catalogue)
+    export(training_run.refuse_untrained(run), catalogue, live=False)
     outcome = build(fresh, helpers, bundle="vista_bidirectional_tiny")
     assert live(fresh).manifest["recipe"] == "vista_tiny"
     assert "exported with --not_live" in outcome.lines[-1]

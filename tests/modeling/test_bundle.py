@@ -18,7 +18,8 @@ from feature_repo.home.catalogue import Catalogue
 from modeling import recipes
 from modeling.bundle import bundle
 from modeling.bundle.bundle import BundleError
-from modeling.commands import command
+from modeling.commands.evaluate import evaluate
+from modeling.commands.export import export, refuse_longer_than_kept
 from modeling.training import training_run
 from modeling.training.trainer import predict
 from modeling.training_set.dataset import Warehouse
@@ -160,8 +161,8 @@ def test_stages_that_are_up_to_date_do_nothing(
         for stage in ("train", "evaluate", "export")
     }  # type: ignore[union-attr]
     training_run.train(run, Encodings.of_run(run), catalogue)
-    command.evaluate(training_run.refuse_untrained(run), catalogue)
-    command.export(training_run.refuse_untrained(run), catalogue, live=True)
+    evaluate(training_run.refuse_untrained(run), catalogue)
+    export(training_run.refuse_untrained(run), catalogue, live=True)
     after = {
         stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
         for stage in before
@@ -245,4 +246,4 @@ def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(
         DataError,
         match=r"reads 513 events of a history, online are kept 512.*num_history_online=513",
     ):
-        command.refuse_longer_than_kept(run)
+        refuse_longer_than_kept(run)

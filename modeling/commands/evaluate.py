@@ -1,0 +1,170 @@
+"""`python -m modeling evaluate`: metrics of a trained recipe on the test period, baselines and trees beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feature_repo import datasets
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.tables import JobFolder
+from feature_repo.settings import Settings
+from modeling import recipes
+from modeling.commands.next_item import show_next_item
+from modeling.commands.options import refuse_data, use_threads
+from modeling.console import print_table, say
+from modeling.recipes import NextItemRecipe
+from modeling.training.changes import Changes, changed
+
+if TYPE_CHECKING:
+    from modeling.evaluation.evaluate import Evaluation
+    from modeling.training.training_run import TrainingRun
+    from modeling.training_set.encodings import Encodings
+
+
+def run_evaluate(
+    name: str, data: Path | None, changes: Changes, force: bool = False, threads: int = 1
+) -> None:
+    """Metrics of a trained recipe."""
+    from modeling.training.training_run import trained_run
+
+    use_threads(threads)
+    settings = Settings.from_env()
+    recipe = recipes.load(name)
+    if isinstance(recipe, NextItemRecipe):
+        show_next_item(settings, changed(recipe, changes), data, changes)
+        return
+    refuse_data(recipe, data, settings)
+    run = trained_run(settings, recipe, changes)
+    evaluate(run, Catalogue(settings.catalogue_url), force=force)
+
+
+def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
+    """Metrics on the test period, baselines, report."""
+    from modeling.evaluation.evaluate import (
+        calibration_line,
+        contract_line,
+        degraded_line,
+        metric_rows,
+        read,
+        undefined,
+        unknown_line,
+        write,
+    )
+
+    contract = datasets.load_contract(run.settings.dataset)
+    report = run.folder / "report.html"
+    identity = run.evaluation_identity
+    done = (
+        not force
+        and (run.folder / "evaluation.json").exists()
+        and read(run.folder)["identity"] == identity
+        and report.exists()
+    )
+    # 1. Evaluate, unless the run and the code that evaluates it are the same.
+    if not done:
+        from modeling.evaluation.report import write_report
+        from modeling.training_set.encodings import Encodings
+
+        with catalogue.stage(
+            run.settings.dataset, f"evaluate {run.recipe.name}", identity
+        ) as stage:
+            say("evaluate: opening the test period")
+            encodings = Encodings.of_run(run)
+            found = _evaluated(run, encodings)
+            write(run.folder, identity, found)
+            evaluation = read(run.folder)
+            title = f"{run.recipe.name} on {contract.spec.title}"
+            about = [
+                contract_line(contract, evaluation["counts"]),
+                *_about(run),
+                evaluation["beside_trees"],
+                f"Calibration: {calibration_line(evaluation)}.",
+            ]
+            say("evaluate: writing the report")
+            write_report(run.folder, title, about, evaluation)
+            stage.details = {name: evaluation[name] for name in ("metrics", "counts")} | {
+                "report": str(report)
+            }
+    else:
+        say(f"evaluate {run.recipe.name}: up to date (run {run.identity})")
+        evaluation = read(run.folder)
+    # 2. Show it.
+    say(contract_line(contract, evaluation["counts"]))
+    print_table(metric_rows(evaluation["metrics"]))
+    say(unknown_line(evaluation["unknown"]))
+    say(degraded_line(evaluation))
+    for task, rows in evaluation["tasks"].items():
+        if task != evaluation["primary"]:
+            say(f"task {task}")
+            print_table(metric_rows(rows))
+        if note := undefined(rows):
+            say(f"  {task}: {note}", style="yellow")
+    say(f"calibration: {calibration_line(evaluation)}")
+    if told := evaluation["beside_trees"]:
+        better = told.startswith("the model ranks better")
+        say(told, style="" if better else "yellow")
+    say(f"report: {report}", soft_wrap=True)
+
+
+def _evaluated(run: TrainingRun, encodings: Encodings) -> Evaluation:
+    """The evaluation of a run, with trees on the same numbers beside it."""
+    from modeling.claims import difference
+    from modeling.evaluation.evaluate import (
+        beside_trees,
+        estimates,
+        evaluate_run,
+        primary_number,
+        sampling_shift,
+        without_ranking,
+    )
+    from modeling.evaluation.trained_baselines import quick_trees, sums_by_user
+    from modeling.training.trainer import predict
+    from modeling.training.training_run import load_trained, refuse_if_rebuilt
+    from modeling.training_set.dataset import refuse_nothing_positive
+    from modeling.training_set.simple_baselines import TREES
+
+    # 1. The periods as they were trained on: shards on disk.
+    model, encoder = load_trained(run)
+    spec = encoder.contract.spec
+    labels = [
+        np.asarray(encodings.period(run.recipe, name).encoded.labels)
+        for name in ("train", "validation")
+    ]
+    test = encodings.period(run.recipe, "test")
+    positives = (np.asarray(test.encoded.labels) == 1).sum(axis=0)
+    refuse_nothing_positive(encoder.contract, "test", positives)
+    refuse_if_rebuilt(run)
+    # 2. The model, then trees, paired over users.
+    found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), say)
+    say("evaluate: trees on the same numbers")
+    trees = quick_trees(run.settings, encodings, run.recipe)
+    number = primary_number(spec)
+    scores = predict(model, encoder, test.encoded)[:, number]
+    ours = sums_by_user(test, scores, number)["ndcg@10"]
+    paired = difference("model − trees", "ndcg@10", ours, trees.sums["ndcg@10"])
+    rows = found.metrics | {TREES: estimates(trees.test[0])}
+    if found.nothing_to_rank:
+        rows[TREES] = without_ranking(rows[TREES])
+    return replace(
+        found,
+        tasks={**found.tasks, found.primary: rows},
+        beside_trees="" if found.nothing_to_rank else beside_trees(paired),
+    )
+
+
+def _about(run: TrainingRun) -> list[str]:
+    """Describe a run for its report: recipe, parameters, epochs, data, date."""
+    recipe = run.recipe
+    summary = run.state["summary"]
+    data = JobFolder(run.settings.home, "events").require()
+    return [
+        f"Recipe {recipe.name}: model {recipe.model}, {run.state['parameters']:,} parameters, {recipe.history_length} events of each user, seed "
+        f"{recipe.training.seed}; {summary['epochs']} of at most {recipe.training.epochs} epochs, {summary['steps']:,} steps.",
+        f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts['rows_events']:,} events known before "
+        f"{data.as_of}. Run {run.identity}, evaluated {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
+    ]

@@ -1,0 +1,41 @@
+"""`python -m modeling train`: a recipe, trained to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.settings import Settings
+from modeling import recipes
+from modeling.commands.next_item import train_next_item
+from modeling.commands.options import refuse_data, use_threads
+from modeling.recipes import NextItemRecipe
+from modeling.training.changes import Changes, changed
+
+if TYPE_CHECKING:
+    pass
+
+
+def run_train(
+    name: str,
+    data: Path | None,
+    changes: Changes,
+    device: str,
+    force: bool = False,
+    threads: int = 1,
+) -> None:
+    """Train a recipe to its end; with `force` from the beginning, trained or not."""
+    from modeling.training.training_run import note_newest, open_run, train
+    from modeling.training_set.encodings import Encodings
+
+    use_threads(threads)
+    settings = Settings.from_env()
+    recipe = changed(recipes.load(name), changes)
+    if isinstance(recipe, NextItemRecipe):
+        train_next_item(settings, recipe, data, changes, device, force)
+        return
+    refuse_data(recipe, data, settings)
+    run = open_run(settings, recipe)
+    train(run, Encodings.of_run(run), Catalogue(settings.catalogue_url), device, force=force)
+    note_newest(run, changes)
