@@ -51,7 +51,7 @@ class Counts:
     def left_out(self) -> list[str]:
         """A line for each column of which values were left out."""
         return [
-            f"{n:,} values of {column} {why}"
+            f"{n:,}  values of {column} {why}"
             for group, why in (
                 (self.cut, "beyond those that are read"),
                 (self.lost, "that could not be read and are missing"),

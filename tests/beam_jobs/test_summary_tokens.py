@@ -66,7 +66,9 @@ def encoded_tokens(bundle: Bundle, log: HistoryLog, row: int, end: int, at: int)
         found, np.array([at]), none.astype(np.int64), none.astype(np.float32), item_of_key
     )
     with torch.inference_mode():
-        tokens: np.ndarray = cast(VISTA, bundle.model).tokens_of(user)[0].numpy()
+        stage_1 = cast(VISTA, bundle.model).stage_1
+        assert stage_1 is not None
+        tokens: np.ndarray = stage_1(user)[0].numpy()
     return tokens
 
 

@@ -134,5 +134,7 @@ def test_parameters_that_read_histories_alone_are_counted() -> None:
     assert count("baseline_din") == whole - sum(table.weight.numel() for table in tables)
     assert count("baseline_mean_pool") == 0
     vista = make("vista")
-    assert count("vista") >= sum(p.numel() for p in vista.get_submodule("summary").parameters())
+    assert count("vista") >= sum(
+        p.numel() for p in vista.get_submodule("stage_1.layers").parameters()
+    )
     assert 0 < count("amortised_self") < count("amortised_concat")

@@ -38,7 +38,11 @@ class Network(nn.Module):
             ["layers.0.query.own.weight", "layers.0.query.shared.weight", "event_up.weight"],
         ),
         ("hiformer", ["layers.0.norm.gain", "layers.0.norm.bias"], ["features.item.weight"]),
-        ("vista", ["summary.0.norm.weight"], ["summary.0.query.weight", "seeds"]),
+        (
+            "vista",
+            ["stage_1.layers.0.norm.weight"],
+            ["stage_1.layers.0.query.weight", "stage_1.seeds"],
+        ),
     ],
 )
 def test_gains_and_biases_of_tokens_are_decayed_no_more_than_shared_ones(

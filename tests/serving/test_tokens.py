@@ -22,7 +22,7 @@ from feature_repo.history.envelope import Envelope, EnvelopeError, from_bytes, t
 from feature_repo.history.history import Histories, unpack
 from feature_repo.history.sketch import Layout
 from feature_repo.history.sketch import from_bytes as sketch_of
-from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.catalogue import Catalogue, TokenSpec
 from feature_repo.home.tables import JobFolder
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.bundle import bundle as bundles
@@ -82,7 +82,7 @@ def test_scores_from_tokens_are_those_that_training_computes(
         token_shop.store,
         "ranking_v1_tokens",
         "test",
-        (bundle.tokens or "", bundle.token_shape),
+        TokenSpec(bundle.tokens or "", *bundle.token_shape),
     )
     encoded = bundle.encoder.featurise(split.requests)
     logits = predict(bundle.model, bundle.encoder, encoded)
