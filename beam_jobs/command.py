@@ -63,6 +63,7 @@ def run_command(
         ExpectedError: it was refused, with a reason.
     """
     datasets.load(settings.dataset)
+    # 1. Skip where nothing changed, without the cost of importing Beam.
     if (
         not common.dry_run
         and not common.force
@@ -80,6 +81,7 @@ def run_command(
     from beam_jobs.engine.describe import describe
     from beam_jobs.engine.run import plan_run, run
 
+    # 2. Name the run by its inputs and options.
     job = load_job(name)
     arguments = [f"--runner={common.runner}", *beam_args]
     resolved = job.resolve(settings, options)
@@ -88,6 +90,7 @@ def run_command(
     if common.dry_run:
         console.print(describe(job, plan, planned.units, arguments), highlight=False, markup=False)
         return 0
+    # 3. Run it, and note in the catalogue what the next run is compared with.
     catalogue = Catalogue(settings.catalogue_url)
     with (
         catalogue.stage(settings.dataset, name, plan.run_id) as stage,
@@ -114,6 +117,7 @@ def run_command(
             "common": asdict(replace(common, dry_run=False, force=False)),
             "beam": beam_args,
         }
+    # 4. Say what came of it.
     if outcome.built:
         _report(job, outcome.manifest, outcome.docs)
     else:
@@ -134,8 +138,10 @@ def refuse_unknown(beam_args: list[str], job: str, options: RunOptions, common: 
     from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
     parser = _BeamArgumentParser(allow_abbrev=False, add_help=False)
+    # As in Beam, the last class of a name counts: argparse refuses an option given twice.
     for options_class in {c.__name__: c for c in PipelineOptions.__subclasses__()}.values():
         options_class._add_argparse_args(parser)
+    # argparse prints a refusal and exits; both are caught, so that one error says it.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -220,9 +226,11 @@ def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
     settings = Settings.from_env()
     ids = ids_of(datasets.load_contract(settings.dataset), users)
     if allow:
+        # Only the list changes: the next jobs build these users' rows again.
         left = list_erased(settings.home, ids, allow=True)
         console.print(f"{len(left.users):,} users stay erased; the others come back with the jobs")
         return
+    # The folder that the environment names is searched too, so that --logs may leave it out.
     folders = {Path(log) for log in (*logs, os.environ.get(SERVED_LOG)) if log}
     proof, path = erase(
         settings,
@@ -235,6 +243,7 @@ def run_erase(users: list[str], logs: list[str], *, allow: bool) -> None:
     for one in proof.searched:
         table.add_row(one.place, "" if one.of is None else f"{one.of:,}", f"{one.theirs:,}")
     console.print(table)
+    # The command does not reach everything, and must say what it left.
     for line in proof.left:
         console.print(f"not touched: {line}", highlight=False, soft_wrap=True)
     console.print(

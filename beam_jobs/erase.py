@@ -232,9 +232,11 @@ def search(
         for info in filesystem.get_file_info(chosen):
             if info.type != pafs.FileType.File:
                 continue
+            # Files are reported by the folder or file directly below the root.
             place = "/".join([root, *info.path.removeprefix(f"{root}/").split("/")[:1]])
             counted = _count(filesystem, info.path, contract, theirs) or Searched(place, 0, 0)
             traces = counted.theirs
+            # One trace is enough: bytes are searched only in files where no row was found.
             if mark is not None and not traces:
                 traces = traces_in(filesystem, info.path, mark, of_items)
             before = found.get(place, Searched(place, 0, 0))
@@ -250,6 +252,7 @@ def _count(
     user = contract.user.join_key
     if path.endswith(".parquet"):
         with filesystem.open_input_file(path) as file:
+            # A dead letter holds the whole raw row as text, ids included.
             names = pq.read_schema(file).names
             if RAW in names:
                 raw = pq.read_table(file, columns=[RAW])[RAW].to_pylist()
@@ -263,6 +266,7 @@ def _count(
             if user not in read.schema.names:
                 return None
             column = read.read_all()[user]
+            # A cleared value may still have its bytes in the file, behind the null.
             struck = theirs.holds(behind_nulls(column))
             number = int((theirs.holds(column) | struck).sum())
             return Searched(path, number, len(column))

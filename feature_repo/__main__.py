@@ -157,6 +157,7 @@ def apply(*, force: bool = False) -> None:
     # Feast's sources hold absolute paths
     content.update(f"{store_digest(settings)} {settings.home}".encode())
     inputs = content.hexdigest()
+    # The view `token_rows` is for training alone and has no online table.
     served = [table.name for table in contract.views if table.name != "token_rows"]
     current = catalogue.is_current(settings.dataset, "apply", inputs)
     if current and not force and not missing_tables(settings, served):
@@ -241,16 +242,19 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
     """
     from feature_repo.home.catalogue import Catalogue
 
+    # The limit is a century; in this form the test refuses NaN as well.
     if not 0 <= longest_life_days < 36_525:
         raise UsageError(f"--longest_life_days expects a number of days, not {longest_life_days}")
     settings = Settings.from_env()
     catalogue = Catalogue(settings.catalogue_url)
     dataset = settings.dataset
+    # 1. Ask which versions are no longer needed, and which one the live bundle accepts.
     old = catalogue.retirable_tokens(dataset, timedelta(days=longest_life_days))
     try:
         live = catalogue.accepted_tokens(catalogue.live_bundle(dataset).digest)
     except LookupError:
         live = None
+    # 2. Show a line for each version.
     for row in catalogue.token_versions(dataset):
         if row.fingerprint == live:
             state = "live"
@@ -260,6 +264,7 @@ def tokens(*, retire: bool = False, longest_life_days: float = 7.0) -> None:
         print(
             f"{row.fingerprint}  {row.recipe}, {size}, {row.covered:,} of {row.users:,} users ({row.coverage:.1%}), {state}"
         )
+    # 3. Remove old versions only when asked: their tokens would have to be computed anew.
     if retire and old:
         _retire(settings, catalogue, old)
     elif retire:

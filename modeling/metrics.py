@@ -259,10 +259,12 @@ def evaluate(
 
     def measure(weight: np.ndarray) -> dict[str, float]:
         found = {"auc": _auc_sorted(labels_sorted, ties, weight[owner_sorted])}
+        # Means over requests, from sums by user under the resample's weights.
         for name, one in sums.items():
             found[name] = _mean(one.total[0] @ weight, one.weight[0] @ weight)
         return found if calibration is None else found | calibration.measure(weight)
 
+    # Users are drawn, not requests: requests of one user depend on one another.
     number = int(users.max()) + 1
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(0, number, number) for _ in range(resamples)]
@@ -316,6 +318,7 @@ def auc_by_user(
     labels: np.ndarray, scores: np.ndarray, user_of: np.ndarray, num_users: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """AUC of each user (NaN with one kind of label) and its weight, the user's candidates."""
+    # 1. Sort by user, then by score; a group holds one user's candidates of equal score.
     order = np.lexsort((scores, user_of))
     label = labels[order]
     score = scores[order]
@@ -327,6 +330,7 @@ def auc_by_user(
     positive = np.bincount(group, label, num_groups)
     negative = np.bincount(group, 1 - label, num_groups)
     owner = user[np.r_[0, np.flatnonzero(np.diff(group)) + 1]]
+    # 2. Negatives below each group among the same user's; ties count half.
     running = np.cumsum(negative)
     total_negative = np.bincount(owner, negative, num_users)
     before_user = np.concatenate([[0.0], np.cumsum(total_negative)[:-1]])

@@ -60,8 +60,10 @@ def run_audit(log: str, bundle_path: str | None) -> None:
     from serving.served.served_log import read_log
 
     settings = Settings.from_env()
+    # The log has a folder for each bundle; only that bundle's encoder knows its numbers.
     bundle = BundleSource(settings, _path(bundle_path)).open_bundle()
     found = audit(settings, read_log(Path(log, bundle.name)), bundle)
+    # Only features that differ get a row: a table of all features would hide them.
     wrong = [one for one in found.features if one.differ]
     table = Table("feature", "numbers", "differ", "rate", "largest difference", box=SIMPLE_HEAD)
     for one in wrong:
@@ -150,9 +152,11 @@ def serve(settings: ServeSettings) -> int:
     # First, so that nobody waits for a bundle to load to hear of it.
     port = listenable(settings.host, settings.port)
     settings = settings.model_copy(update={"port": port})
+    # Workers are new processes, which learn the settings from the environment alone.
     with tempfile.TemporaryDirectory(prefix="memoir-serving-") as folder:
         os.environ[STOPPING] = str(Path(folder, "stopping"))
         os.environ |= environment_of(settings)
+        # prometheus_client reads this variable once, when a worker imports it.
         if settings.processes > 1:
             os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, SHARED: "1"}
         _granian(settings, Path(folder, "stopping")).serve()
@@ -197,6 +201,7 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
     password = settings.tls_key_password
     return Stoppable(
         "serving.command:app",
+        # Each worker builds the app itself, from the environment that `serve` filled.
         factory=True,
         address=settings.host,
         port=settings.port,
@@ -210,6 +215,7 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         backpressure=MAX_CONNECTIONS,
         http1_settings=HTTP1Settings(header_read_timeout=1000 * settings.header_s),
         log_level=LogLevels.warning,
+        # Granian's lines take the format of the server's lines, so that one parser reads both.
         log_dictconfig={
             "formatters": {
                 name: {"()": "logging.Formatter", "fmt": LOG_FORMAT, "datefmt": LOG_TIME}
@@ -219,6 +225,7 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         ssl_cert=settings.tls_certificate,
         ssl_key=settings.tls_key,
         ssl_key_password=None if password is None else password.get_secret_value(),
+        # With a CA for clients, a client without a certificate is refused.
         ssl_ca=settings.tls_client_ca,
         ssl_client_verify=settings.tls_client_ca is not None,
     )
@@ -254,6 +261,7 @@ def app() -> Any:
     live = Live(
         source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None
     )
+    # A bundle that cannot be loaded does not end the worker: `follow` tries again.
     live.load_now()
     if live.current is not None:
         console.print(
@@ -266,6 +274,7 @@ def app() -> Any:
     stopping = os.environ.get(STOPPING)
     shadow = None
     if settings.shadow is not None:
+        # No client waits for the shadow's answers, so that no deadline may refuse its bundle.
         shadow = replace(source, bundle=settings.shadow, deadline_ms=math.inf).load
     stopping_file = Path(stopping) if stopping else None
     server = Server(live, settings, stopping_file, home, tracing_from_env())

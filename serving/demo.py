@@ -183,6 +183,7 @@ def show_one_more(
     one: OneMore,
 ) -> None:
     """Show what one more action did: the items that rose and fell most."""
+    # 1. Find each item's places before and after, and sort by how far an item rose.
     places = [
         {item_id: place for place, item_id in enumerate(found["item_ids"], 1)}
         for found in (one.before, one.after)
@@ -201,6 +202,7 @@ def show_one_more(
         dict(zip(found["item_ids"], found["scores"], strict=True))
         for found in (one.before, one.after)
     ]
+    # 2. Show the item itself, the three that rose most and the two that fell most.
     for item_id in dict.fromkeys([one.item, *moved[:3], *moved[-2:]]):
         shown.add_row(
             str(item_id),
@@ -209,6 +211,7 @@ def show_one_more(
             *(f"{score[item_id]:.3f}" for score in scores),
         )
     console.print(shown)
+    # 3. Say how much of the whole list changed.
     pairs = zip(one.before["item_ids"], one.after["item_ids"], strict=True)
     changed = sum(first != second for first, second in pairs)
     print(f"{changed} of {len(places[0])} places changed; nothing was written")
@@ -218,8 +221,10 @@ def summary(settings: Settings, started_s: float) -> None:
     """Stage timings, metrics and how to go on."""
     from modeling.evaluation.evaluate import best_baselines
 
+    # 1. How long each stage took in its last run.
     catalogue = Catalogue(settings.catalogue_url)
     recipe = catalogue.live_bundle(settings.dataset).recipe
+    # The catalogue knows the stages of a recipe by the recipe's name too.
     stages = {stage: stage for stage in STAGES} | {
         stage: f"{stage} {recipe}" for stage in RECIPE_STAGES
     }
@@ -234,6 +239,7 @@ def summary(settings: Settings, started_s: float) -> None:
         + ", ".join(f"{stage} {run.duration_s:.1f} s" for stage, run in runs.items())
         + f", server start {started_s:.1f} s; sum {total:.0f} s"
     )
+    # 2. How well the model ranks, beside the best baselines.
     evaluation = runs["evaluate"].details
     counts = evaluation["counts"]
     print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
@@ -245,6 +251,7 @@ def summary(settings: Settings, started_s: float) -> None:
     ]
     print(f"ndcg@10: {', '.join(told)} (the whole table stands above, by evaluate)")
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
+    # 3. What to try next.
     print(
         "\ngo on:\n"
         "  make serve     rank over HTTP on port 8000\n"
@@ -259,6 +266,7 @@ def choose_user(
     """A user with a history of middling length who acted lately, and their newest events, newest
     first.
     """
+    # 1. Read how many events each user has, and when the last one was.
     log = HistoryLog(contract, JobFolder(settings.home, "user_history"))
     index = JobFolder(settings.home, "user_history").read("user_stats")
     by_user = index.group_by(contract.user.join_key).aggregate(
@@ -266,6 +274,7 @@ def choose_user(
     )
     length = by_user["history_end_max"].to_numpy()
     last = micros(by_user["event_timestamp_max"])
+    # 2. Choose a user whose history is neither too short nor too long, if there is one.
     fitting = np.flatnonzero((length >= 40) & (length <= 400))
     if not len(fitting):
         fitting = np.arange(len(length))
@@ -274,6 +283,7 @@ def choose_user(
     # The latest, and of those the first id
     chosen = fitting[np.lexsort((by_id, -last[fitting]))[0]]
     user_id = ids[int(chosen)].as_py()
+    # 3. Gather that user's newest events.
     histories = log.gather(
         log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10
     )

@@ -146,6 +146,7 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
     something.
     """
     table, partition = key
+    # Dead letters need no order, and carry their counts in the schema's metadata.
     if table == "dead_letters":
         counts = Counts(**json.loads((rows.schema.metadata or {})[COUNTS]))
         yield _dead_letter_part(
@@ -306,6 +307,7 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
         GateError: more rows are dead letters than is allowed, or more than half of a profile's
             rows.
     """
+    # 1. Every row must be accounted for: kept, a dead letter, or of an erased user.
     raw = [unit for unit in units if unit.source.kind == "events"]
     given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
     read = counts["rows_read"]
@@ -321,12 +323,14 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
             f"{'unknown' if given is None else f'{given:,}'} raw rows, {read:,} read, {used:,} used + {dead:,} dead; "
             f"{made:,} events made, {kept:,} kept + {lost:,} dead + {gone:,} of erased users: the run was not published"
         )
+    # 2. Without any event, the dataset or --as_of must be wrong.
     if not kept:
         raise datasets.RawDataError(
             f"all {read:,} raw rows are dead letters: is this {plan.dataset!r}, and --as_of right? Nothing was published. "
             f"Reasons:{_listed(counts)}"
         )
     _refuse_too_many_dead(plan, counts)
+    # 3. One wrong clock would move the end of the data, which the newest event sets.
     newest = counts.latest
     if plan.as_of is None and newest is not None and newest > time.time() * 1e6:
         raise datasets.RawDataError(

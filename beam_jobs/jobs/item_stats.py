@@ -50,6 +50,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         events: item, action, time and the dataset's `stat_value`, in any order.
         as_of: rows stamped later are not knowable yet and left out.
     """
+    # 1. The numbers of each event, and the midnight from which its item's statistics count it.
     events = sort_by_key_and_time(events, contract.item.join_key)
     item = events[contract.item.join_key].combine_chunks()
     starts = run_starts(item)
@@ -60,6 +61,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     value = Exact.of(np.where(primary, values.numbers, 0))
     valued = primary * values.there
 
+    # 2. What changes, by item and midnight.
     # One delta row for each event, and one for each window that it leaves.
     nothing = np.zeros_like(primary)
     deltas = [
@@ -88,6 +90,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     what = what[changes]
     delta = delta[:, changes]
 
+    # 3. Running sums across all items, less what stood before each item's first row.
     order = np.lexsort((when, what))
     when = when[order]
     what = what[order]
@@ -107,6 +110,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         )
         before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     counts = running - before
+    # 4. Sums become means, and counts the columns of the table.
     number = counts[-3]
     sums = Exact(counts[-2], counts[-1]).floats()
     mean = np.where(number > 0, sums / np.maximum(number, 1), np.nan)

@@ -56,6 +56,7 @@ class Materialize(beam.PTransform):
     def expand(self, units: beam.PCollection) -> beam.PCollection:
         """Keys that are gone wait for all that is here to be written down."""
         plan = self.plan
+        # 1. Send the newest row of each key.
         present = (
             units
             | "Spread parts" >> beam.Reshuffle()
@@ -63,7 +64,9 @@ class Materialize(beam.PTransform):
             >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(ViewRows)
             | "Write online" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
+        # The sum is there only once every row is written, so that the next stage waits for it.
         written = present | "Count by view" >> beam.CombinePerKey(sum)
+        # 2. Send rows of nulls for the keys that are gone.
         gone = (
             written
             | "Keys that are gone"
@@ -71,6 +74,7 @@ class Materialize(beam.PTransform):
             | "Write nothing for them"
             >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
+        # 3. Note how many rows of each view were sent.
         notes = (
             written
             | "Note rows"
@@ -112,6 +116,7 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
     table = plan.contract.table(view)
     root = plan.folder.root
     key = table.join_keys[0]
+    # 1. Read the keys that runs wrote down, those of this run apart.
     sent: dict[bool, list[pa.Table]] = {True: [], False: []}
     for info in plan.folder.filesystem.get_file_info(
         pafs.FileSelector(root, recursive=True, allow_not_found=True)
@@ -122,12 +127,14 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
             sent[run_id == plan.run_id].append(plan.folder.read_path(info.path))
     if not sent[False]:
         return
+    # 2. Find the keys that only earlier runs sent.
     schema = arrow_schema(table)
     earlier = pc.unique(pa.concat_tables(sent[False])[key].cast(schema.field(key).type))
     here = pa.concat_tables([schema.empty_table().select([key]), *sent[True]])[key]
     gone = earlier.filter(pc.invert(pc.is_in(earlier, here.combine_chunks())))
     if not len(gone):
         return
+    # 3. Give each a row of nulls, stamped with this run's time.
     stamp = from_micros(np.full(len(gone), plan.as_of or 0))
     columns = {f.name: pa.nulls(len(gone), f.type) for f in schema}
     columns |= {f.name: stamp for f in schema if pa.types.is_timestamp(f.type)}
@@ -179,12 +186,14 @@ def write_own_views(plan: RunPlan, settings: Settings) -> None:
         ours = {EVENT_TIMESTAMP: view.timestamp, CREATED_TIMESTAMP: view.created or view.timestamp}
         columns = [read[ours.get(f.name, f.name)].cast(f.type) for f in schema]
         rows = pa.table(columns, schema=schema)
+        # A row is known once it has happened and was created, whichever is later.
         if plan.as_of is not None:
             known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
             rows = rows.filter(pa.array(known <= plan.as_of))
         key = plan.contract.table(view.name).join_keys[0]
         newest = newest_rows(rows, key) if rows.num_rows else rows
         earlier = _sent_before(plan, view.name, schema)
+        # An erased user gets no row, not even one of nulls: the key itself must stay away.
         if key == plan.contract.user.join_key:
             erased = erased_of(plan.home)
             newest = erased.without(newest, key)

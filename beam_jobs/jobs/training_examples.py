@@ -100,6 +100,7 @@ class ItemPool:
         """Distinct items on offer that are no positives: half by popularity, half uniform; fewer
         where fewer are left.
         """
+        # One array serves all draws: the end of this function clears what is set here.
         taken = self._taken
         taken[positives] = True
         number = min(number, int((~taken[self.offered]).sum()))
@@ -108,7 +109,9 @@ class ItemPool:
             rounds = 0
             while missing:
                 rounds += 1
+                # Draw more than is missing, since some items are taken, or drawn twice.
                 size = 2 * missing + 8
+                # Where popular items are nearly all taken, the rest is drawn uniformly.
                 if by_popularity and rounds <= POPULARITY_ROUNDS and len(self.known):
                     at = np.searchsorted(
                         self.cumulative, rng.integers(0, self.cumulative[-1], size), side="right"
@@ -117,6 +120,7 @@ class ItemPool:
                 else:
                     drawn = self.offered[rng.integers(0, len(self.offered), size)]
                 drawn = drawn[~taken[drawn]]
+                # np.unique sorts by item; the order of the draw decides which items stay.
                 _, first = np.unique(drawn, return_index=True)
                 drawn = drawn[np.sort(first)][:missing]
                 taken[drawn] = True
@@ -168,7 +172,9 @@ def example_rows(
     """
     contract = datasets.load_contract(dataset_name)
     item_key = contract.item.join_key
+    # 1. Find the requests, with their items and labels.
     events = sort_by_key_and_time(events, contract.user.join_key)
+    # Items are sorted, so that their numbers do not depend on the order of rows.
     known = [
         *tables.stats[item_key].chunks,
         *tables.profiles[item_key].chunks,
@@ -176,9 +182,11 @@ def example_rows(
     ]
     items = pc.unique(pa.chunked_array(known)).sort()
     asked = asked_of(contract, events, items)
+    # 2. Draw negatives beside them.
     drawn = draw_candidates(
         asked, ItemPool(items, tables.stats, tables.profiles, item_key), contract, seed
     )
+    # 3. Count what came of it, by period and label.
     counts = {
         f"requests_{name}": int((asked.period == number).sum())
         for number, name in enumerate(PERIODS)
@@ -302,6 +310,7 @@ def draw_candidates(asked: Asked, pool: ItemPool, contract: Contract, seed: int)
                 f"protocol needs {wanted}: move validation_from later, or lower eval_negatives in the dataset module"
             )
         short += len(negatives) < wanted
+        # Shuffled, so that a candidate's place says nothing about its label.
         shuffled = rng.permutation(len(own) + len(negatives))
         candidates[index] = np.concatenate([own, negatives])[shuffled]
         origin[index] = np.concatenate([numbers, np.full(len(negatives), -1)])[shuffled]

@@ -471,6 +471,7 @@ def parts_of(plan: RunPlan, piece: Piece) -> Iterator[Built]:
             names=[c.name for c in contract.table("summary_tokens").all_columns],
         ).cast(arrow_schema(contract.table("summary_tokens")))
         yield Built("summary_tokens", name.file("parquet"), parquet_bytes(rows), rows.num_rows)
+    # 4. The users that got no tokens, and why.
     schema = arrow_schema(contract.table("token_dead_letters"))
     dead = pa.Table.from_pylist(
         [

@@ -317,6 +317,7 @@ def resolve(settings: Settings, options: RunOptions) -> RunOptions:
 
     assert isinstance(options, TokenOptions)
     catalogue = Catalogue(settings.catalogue_url)
+    # 1. Find the bundle that is named, or the live one.
     name = options.bundle
     try:
         row = (
@@ -326,11 +327,13 @@ def resolve(settings: Settings, options: RunOptions) -> RunOptions:
         )
     except LookupError as error:
         raise OptionsError(str(error)) from error
+    # 2. Refuse a bundle without tokens, and one that reads tokens made elsewhere.
     tokens = read_manifest(settings.path(row.path))["tokens"]
     if tokens is None or not tokens["made_here"]:
         raise OptionsError(
             f"bundle {row.recipe}@{row.digest[:12]} makes no summary tokens: name one of a VISTA recipe with a stage 1 by --bundle"
         )
+    # The digest takes the name's place: another bundle may go live during the run.
     return ResolvedOptions(
         **{**asdict(options), "bundle": row.digest},
         recipe=row.recipe,

@@ -139,6 +139,7 @@ def contract(spec: DatasetSpec) -> Contract:
         DeclarationError: two columns of one table, or two features that Feast would serve together,
             share a name.
     """
+    # Refuse before a table is built: neither Feast nor DuckDB tells two such columns apart.
     if shared := shared_names(spec):
         raise DeclarationError(f"SPEC of {spec.name!r}: {'; '.join(shared)}. Rename one of them")
     # In the order in which they are built: raw tables, views, training examples, custom views.
@@ -180,6 +181,7 @@ def contract(spec: DatasetSpec) -> Contract:
             (TOKEN_ROW, TOKEN_EVENTS, TOKEN_DIGEST),
             TOKEN_VERSION,
         ),
+        # The view has no job: every job that writes to the online store notes its run here.
         _view(STORE_EPOCH, STORE_PART, "", STORE_EPOCH_DOC, (EPOCH_RUN,)),
         _token_dead_letters(user),
         _training_examples(spec, user, item),
@@ -302,9 +304,11 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
                 values=tuple(range(len(spec.actions))),
             ),
             Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC"),
+            # Only declared ids have a column: in other logs it would always be null.
             *([REQUEST_ID] if spec.requests.has_request_id else []),
             *([EVENT_ID] if EVENT_ID.name in spec.event_identity else []),
             *spec.event_features,
+            # All are nullable here: not every event belongs to a request that says them.
             *(replace(c, nullable=True) for c in (*spec.context_features, *spec.shown_features)),
             Column(
                 "source_position",
@@ -435,6 +439,7 @@ def shared_names(spec: DatasetSpec) -> list[str]:
     """Names that would meet in one training set or in one table of events, told apart by neither
     Feast nor DuckDB, which ignores case.
     """
+    # 1. List the columns that meet in a training set, and in the table of events.
     training: list[tuple[str, tuple[Column, ...]]] = [
         ("user_features", spec.user_features),
         ("item_features", spec.item_features),
@@ -449,6 +454,7 @@ def shared_names(spec: DatasetSpec) -> list[str]:
         ("context_features", spec.context_features),
         ("shown_features", spec.shown_features),
     ]
+    # 2. Compare each with Memoir's names, the labels and the columns before, without case.
     labels = {task.name.casefold(): f"task {task.name!r}" for task in spec.tasks}
     ours = {name.casefold(): f"a name of Memoir's ({name})" for name in RESERVED}
     found = [f"{labels[key]} and {ours[key]} have one name" for key in labels if key in ours]
@@ -460,4 +466,5 @@ def shared_names(spec: DatasetSpec) -> list[str]:
                 if key in owners:
                     found.append(f"{group} {column.name!r} and {owners[key]} have one name")
                 owners[key] = f"{group} {column.name!r}"
+    # Context and shown features stand in both lists, so a clash among them is found twice.
     return list(dict.fromkeys(found))

@@ -184,6 +184,7 @@ def _wrong_tasks(spec: DatasetSpec) -> Iterator[str]:
                 f"task {task.name!r} is about {task.action!r}; there are "
                 f"{list(spec.actions)}{nearest(task.action, spec.actions)}"
             )
+        # Only a task before it may be named: otherwise two tasks could be given each other.
         if task.given and task.given not in names[:number]:
             yield (
                 f"task {task.name!r} is given {task.given!r}; name a task before it, of "
@@ -200,6 +201,7 @@ def _wrong_tasks(spec: DatasetSpec) -> Iterator[str]:
 
 def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
     rules = spec.requests
+    # 1. Check when validation and test begin.
     times = {}
     for field_name in ("validation_from", "test_from"):
         text = getattr(rules, field_name)
@@ -213,6 +215,7 @@ def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
             continue
         if times[field_name].tzinfo is None:
             yield f"requests.{field_name} is {text!r}, without a zone; write +00:00 behind it"
+    # Python compares no time with a zone to one without: both must be right first.
     if (
         len(times) == len([t for t in times.values() if t.tzinfo]) == 2
         and times["validation_from"] >= times["test_from"]
@@ -221,6 +224,7 @@ def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
             f"requests.validation_from {rules.validation_from} is not before test_from "
             f"{rules.test_from}"
         )
+    # 2. Check the negatives: they are drawn only where the log has none.
     for field_name in ("train_negatives_per_positive", "eval_negatives"):
         number = getattr(rules, field_name)
         drawn = rules.examples is Examples.ACTIONS
@@ -234,6 +238,7 @@ def _wrong_requests(spec: DatasetSpec) -> Iterator[str]:
                 f"requests.{field_name} is {number}; {rules.examples.value} have labels of "
                 "their own, and nothing is drawn"
             )
+    # 3. Check how large a request may be, and what its events share.
     if rules.most < 1:
         yield f"requests.most is {rules.most}; expected 1 or more"
     if rules.by not in ("time", "request_id"):
@@ -370,11 +375,13 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
             )
         return tuple(made)
 
+    # 1. Restore columns and ids, whose types JSON holds as text.
     found: dict[str, Any] = dict(stored)
     for name in COLUMN_FIELDS:
         found[name] = columns(found[name])
     for name in ("user_id", "item_id"):
         found[name] = DType(found[name])
+    # 2. Restore what has a class, and JSON holds as objects.
     requests = found["requests"]
     found["requests"] = Requests(**{**requests, "examples": Examples(requests["examples"])})
     found["tasks"] = tuple(Task(**task) for task in found["tasks"])
@@ -385,9 +392,11 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
     found["memory"] = Memory(
         tuple(memory["by"]), tuple(memory["half_lives_days"]), memory["kibibytes"]
     )
+    # 3. Restore tuples: `lacks` compares them, and no list equals a tuple.
     found["rank_by"] = tuple((name, weight) for name, weight in found["rank_by"])
     for name in ("actions", "event_identity"):
         found[name] = tuple(found[name])
+    # A field of another version is refused, not dropped: a model may depend on it.
     if unknown := set(found) - {f.name for f in fields(DatasetSpec)}:
         raise ValueError(f"unknown fields {sorted(unknown)}")
     return DatasetSpec(**found, events=Source(""))
@@ -400,6 +409,7 @@ def lacks(needed: Contract, found: Contract) -> list[str]:
     More features, or more actions behind the known ones, take nothing from it.
     """
     missing = []
+    # A history holds indices of actions, so the known ones must keep their places.
     if found.spec.actions[: len(needed.spec.actions)] != needed.spec.actions:
         missing.append(f"actions {needed.spec.actions} in this order")
     if needed.spec.shown != found.spec.shown:

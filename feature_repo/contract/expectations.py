@@ -112,6 +112,7 @@ def _check(
     rows = bad_rows = 0
     for batch in batches:
         frame = _frame(batch)
+        # A mask counts a row once, however many expectations the row breaks.
         bad = np.zeros(len(frame), bool)
         result = definition.run(
             batch_parameters={"dataframe": frame},
@@ -208,6 +209,7 @@ def gate(
 
 def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
     """The expectations that a table's columns imply."""
+    # The library is slow to import, and most commands run no gate.
     import great_expectations.expectations as gxe
 
     found: list[tuple[Any, Column | None]] = []
@@ -229,6 +231,7 @@ def expectations_of(table: Table) -> list[tuple[Any, Column | None]]:
             found.append(
                 (gxe.ExpectColumnValuesToMatchRegex(column=name, regex=column.pattern), column)
             )
+    # Rows with a null in one of these columns are compared as well.
     if table.unique:
         unique = {"column_list": list(table.unique), "ignore_row_if": "never"}
         found.append((gxe.ExpectCompoundColumnsToBeUnique(**unique), None))
@@ -276,6 +279,7 @@ def _context(draft: Path) -> tuple[Any, Any]:
     """Great Expectations without a project of files, which a killed check would leave half-written; its
     Data Docs go to a folder that it does not share, because it removes whatever it does not know there.
     """
+    # The library reads the variable when it is imported, so the setting comes before.
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import logging
 
@@ -302,6 +306,7 @@ def _context(draft: Path) -> tuple[Any, Any]:
             },
         },
     )
+    # A progress bar for each batch would fill the log of a job.
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     return gx, context
 

@@ -97,6 +97,7 @@ def raw_rows(raw: pa.Table, positions: np.ndarray) -> list[str]:
 
 def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
     """For each limit of a column: which rows break it, and what to say."""
+    # `check` keeps the first reason of a row, so the order here decides what a person reads.
     null = pc.is_null(values).to_numpy(zero_copy_only=False)
     if not column.nullable:
         yield null, "is missing"
@@ -105,6 +106,7 @@ def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]
     if column.dtype is DType.FLOAT32_LIST:
         yield from _broken_vectors(column, values, null)
     if column.dtype is DType.STRING:
+        # The server applies the limit of ids to requests as well.
         limit = MAX_ID_BYTES if column.is_key else MAX_TEXT_BYTES
         length = pc.fill_null(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
         yield length > limit, f"is longer than {limit:,} bytes"
@@ -113,6 +115,7 @@ def _broken(column: Column, values: pa.Array) -> Iterator[tuple[np.ndarray, str]
     if column.dtype is DType.TIMESTAMP:
         at = pc.fill_null(pc.cast(values, pa.int64()), 0).to_numpy(zero_copy_only=False)
         yield (at < 0) | (at >= LATEST), "is of no year from 1970 to 2099"
+    # A null breaks no set of values: whether it may be there was decided above.
     if column.values is not None:
         allowed = pa.array(list(column.values)).cast(arrow_type(column.dtype))
         yield (

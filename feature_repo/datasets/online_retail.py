@@ -83,6 +83,7 @@ SPEC = DatasetSpec(
 
 def derive(kind: str, read: pa.Table, given: pa.Table) -> Derived:
     """Which lines are purchases or returns of a product, and what is written differently there."""
+    # 1. Read what decides about a line.
     code = pc.utf8_trim_whitespace(read["item_id"])
     quantity, price = (_floats(read[name]) for name in ("quantity", "unit_price"))
     cancelled = _true(pc.starts_with(read["InvoiceNo"], "C"))
@@ -90,6 +91,7 @@ def derive(kind: str, read: pa.Table, given: pa.Table) -> Derived:
     wrong_sign = (quantity == 0) | (cancelled != (quantity < 0))
     is_product = _true(pc.match_substring_regex(code, PRODUCT_CODE))
     is_invoice = _true(pc.match_substring_regex(read["InvoiceNo"], INVOICE_NUMBER))
+    # 2. List the reasons to refuse a line, in order: the first that holds is given.
     reasons = (
         (~is_invoice, "unreadable: invoice number"),
         (_true(pc.is_null(code)), "unreadable: product code"),
@@ -102,6 +104,7 @@ def derive(kind: str, read: pa.Table, given: pa.Table) -> Derived:
         (~cancelled & (price <= 0), "price of a purchase is not positive"),
         (price < 0, "price of a return is negative"),
     )
+    # 3. Spell each item in one way, and give returns a quantity without a sign.
     description = pc.utf8_trim_whitespace(read["description"])
     columns = {
         "item_id": pc.utf8_upper(code),

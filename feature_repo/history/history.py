@@ -89,6 +89,7 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
         HistoryError: damaged, truncated, in an unknown layout, stored for a different user, without a
             column that the contract has, or with a value that no event can have.
     """
+    # 1. Read the header: a value of another kind or layout gets a message that says so.
     if len(data) < _HEADER.size + _CRC.size:
         raise HistoryError(
             f"packed history of user {user_id!r} has {len(data)} bytes: too short to be one"
@@ -102,12 +103,14 @@ def unpack(contract: Contract, user_id: int | str, data: bytes) -> pa.RecordBatc
         raise HistoryError(
             f"packed history of user {user_id!r} has layout {layout}; this version reads {LAYOUT}"
         )
+    # 2. Compare the checksum before any byte of the body is interpreted.
     body = data[: -_CRC.size]
     (crc,) = _CRC.unpack_from(data, len(data) - _CRC.size)
     if crc != checksum(user_id, body):
         raise HistoryError(
             f"packed history of user {user_id!r} fails its checksum: damaged, or another user's"
         )
+    # 3. Read the events.
     try:
         whole = pa.ipc.open_stream(pa.py_buffer(body[_HEADER.size :])).read_all()
         # Bytes that are not ours may point anywhere: unchecked, they end the process
@@ -127,6 +130,7 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
     """Columns that the contract reads, of the right types, without nulls, numbers finite, times in
     order.
     """
+    # 1. Check each column that the contract reads; further columns are left alone.
     schema = history_schema(contract)
     for field, declared in zip(schema, contract.history_columns, strict=True):
         position = whole.schema.get_field_index(field.name)
@@ -139,10 +143,12 @@ def _checked(contract: Contract, user_id: int | str, whole: pa.Table) -> pa.Reco
         if column.null_count and not declared.nullable:
             raise HistoryError(f"packed history of user {user_id!r} holds nulls in {field.name}")
         values = pc.list_flatten(column) if pa.types.is_list(field.type) else column
+        # One NaN in a history would make every score of the user NaN.
         if pa.types.is_floating(values.type) and pc.all(pc.is_finite(values)).as_py() is False:
             raise HistoryError(
                 f"packed history of user {user_id!r} holds NaN or infinity in {field.name}"
             )
+    # 2. Check the times: readers search in them and rely on their order.
     times = micros(whole[EVENT_TIMESTAMP])
     if (np.diff(times) < 0).any() or (times < 0).any() or (times >= LATEST).any():
         raise HistoryError(
@@ -413,6 +419,7 @@ class HistoryLog:
         self.contract = contract
         paths = folder.paths("history_log") if paths is None else paths
         parts = [_open_part(folder, path) for path in paths]
+        # 1. Number the items through all parts: each part has a dictionary for itself.
         item = contract.item.join_key
         user = contract.user.join_key
         self.items: pa.Array = pc.unique(
@@ -422,6 +429,7 @@ class HistoryLog:
             pc.index_in(part[item].values.dictionary, self.items).to_numpy() for part in parts
         ]
         self._codes = [part[item].values.indices.to_numpy() for part in parts]
+        # 2. Map the other columns, one array for each part.
         self._columns = {
             c.name: [
                 micros(part[c.name].values)
@@ -432,10 +440,12 @@ class HistoryLog:
             for c in contract.history_columns
             if c.name != item
         }
+        # The names are noted before remembered columns join, which describe items, not events.
         self._of_events = tuple(self._columns)
         for column in contract.remembered:
             name = remembered_name(column.name)
             self._columns[name] = [_loaded(part[name].values) for part in parts]
+        # 3. Note where the events of each user are: part, first event and number.
         self.users: pa.Array = pa.concat_arrays([part[user] for part in parts])
         self._start = np.concatenate([part[item].offsets.to_numpy()[:-1] for part in parts])
         self._count = np.concatenate([np.diff(part[item].offsets.to_numpy()) for part in parts])

@@ -91,17 +91,20 @@ class Recall:
         codes: Sequence[np.ndarray],
     ) -> np.ndarray:
         """Readings of one user's requests, oldest first."""
+        # 1. Read all events that the newest of the requests knows, once for all requests.
         names = ["action", "event_timestamp", *map(remembered_name, self.layout.columns[1:])]
         history = self.log.gather(np.array([row]), ends[-1:], columns=names)
         event_codes = [self._item_codes[history.item_keys]]
         event_codes += [history.columns[name] for name in names[2:]]
         layout, events, candidates = self._positions(event_codes, codes)
+        # 2. Keep the first action; places in the history become places among the kept events.
         counted = np.flatnonzero(history.columns["action"] == 0)
         events = events[counted]
         event_times = history.times[counted]
         oldest = np.zeros_like(ends) if self.newest is None else ends - self.newest
         begins = np.searchsorted(counted, oldest)
         ends = np.searchsorted(counted, ends)
+        # 3. Visit the requests: add the events since the request before, then read.
         found = []
         first = 0
         done = 0

@@ -248,6 +248,7 @@ def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch,
     Raises:
         SketchError: damaged, a different user's, or in an unknown layout.
     """
+    # 1. Open the envelope, which names the user and the layout.
     try:
         sealed = unseal(MAGIC, data, user_id, "counts")
     except EnvelopeError as error:
@@ -270,11 +271,13 @@ def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch,
         raise SketchError(
             f"counts of user {user_id!r} have {len(sealed.payload)} bytes of kind {sealed.kind}, which no version wrote"
         )
+    # 2. Read the counts into their cells, and refuse what no sum of weights can be.
     filled = np.arange(number)
     payload = sealed.payload
     if sealed.kind == SPARSE:
         filled = np.frombuffer(payload, "<u4", number)
         payload = payload[4 * number :]
+        # A cell `size` exists and takes what has no key, so no stored count may name it.
         if number and filled.max() >= layout.size:
             raise SketchError(f"counts of user {user_id!r} name cells that there are none of")
     sketch.cells[0, filled] = np.frombuffer(payload, "<u4", number)

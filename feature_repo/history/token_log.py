@@ -96,6 +96,7 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
         TableNotBuiltError: the job has never run.
     """
     folder = JobFolder(home, JOB)
+    # A run that goes on meanwhile would publish the version again, hence the lock.
     with folder.lock():
         manifest = folder.require()
         gone = {
@@ -109,6 +110,7 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
         tables = {
             name: [p for p in parts if stays(p.path)] for name, parts in manifest.tables.items()
         }
+        # 1. Publish a manifest without the version.
         if dropped:
             options = dict(manifest.options)
             options["versions"] = {
@@ -116,6 +118,7 @@ def drop_version(contract: Contract, home: str, version: str) -> int:
             }
             run_id = digest_of([manifest.run_id, "without", version])
             folder.publish(replace(manifest, run_id=run_id, options=options, tables=tables))
+        # 2. Delete the files only then: a crash in between leaves files that no manifest names.
         for parts in manifest.tables.values():
             for part in parts:
                 if not stays(part.path):
@@ -239,11 +242,13 @@ class TokenLog:
                 raise TokenLogError(
                     f"row {row} lies beyond its part of the token log: index and log are of different runs"
                 )
+            # The envelope is sealed with the user's key, so tokens of another user are refused.
             stored = envelope.from_bytes(part["tokens"][at].as_py(), part[self._user][at].as_py())
             if stored.fingerprint != self.version:
                 raise TokenLogError(
                     f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}"
                 )
+            # A tombstone has no tokens, and its row stays zero.
             if stored.tokens_SD is not None:
                 if stored.tokens_SD.shape != shape:
                     raise TokenLogError(

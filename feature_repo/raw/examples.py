@@ -69,6 +69,7 @@ def requests_of(contract: Contract, events: pa.Table) -> LoggedRequests:
         events: of whole users, sorted by user, time and position.
     """
     rules = contract.spec.requests
+    # 1. Number the requests, and the items within each.
     action = events["action"].to_numpy()
     chosen, key = _asked_together(contract, events, action)
     first, request = _numbered(key)
@@ -81,6 +82,7 @@ def requests_of(contract: Contract, events: pa.Table) -> LoggedRequests:
     if rules.examples is Examples.RATINGS:
         tells = np.zeros(len(chosen), bool)
         tells[first_of_pair] = True
+    # 2. Label the items: one is positive if any of its events in the request says so.
     labels = np.zeros((len(first_of_pair), len(contract.spec.tasks)), np.int8)
     for number, task in enumerate(contract.spec.tasks):
         about = tells & (action[chosen] == contract.spec.actions.index(task.action))
@@ -88,7 +90,9 @@ def requests_of(contract: Contract, events: pa.Table) -> LoggedRequests:
         if task.given:
             given = labels[:, contract.labels.index(task.given)]
             labels[given != 1, number] = UNDEFINED
+    # 3. Bring the items of a request together, in the order of their first events.
     order = np.argsort(request[first_of_pair], kind="stable")
+    # All events beyond the distinct pairs of item and action say nothing new.
     said = np.unique(np.stack([pair_of_event, action[chosen].astype(np.int64)]), axis=1).shape[1]
     return LoggedRequests(
         first_event=chosen[first],
@@ -122,6 +126,7 @@ def _asked_together(
     if rules.examples is Examples.ACTIONS:
         tasks = [contract.spec.actions.index(task.action) for task in contract.spec.tasks]
         about = np.isin(action, tasks)
+    # Without ids one instant of a user is a request, and an instant lies in one period.
     if not rules.has_request_id:
         chosen = np.flatnonzero(about)
         return chosen, _joined(owner[chosen], micros(events[EVENT_TIMESTAMP])[chosen])

@@ -94,22 +94,26 @@ def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
     user = Column("user_id", spec.user_id, "user", is_key=True)
     item = Column("item_id", spec.item_id, "item", is_key=True)
     time = Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened")
+    # 1. List what SPEC wants of a source of this kind.
     if kind == "events":
         ours = [user, item, time]
         ours += [REQUEST_ID] if spec.requests.has_request_id else []
         ours += [EVENT_ID] if EVENT_ID.name in spec.event_identity else []
         ours += [*spec.event_features, *spec.context_features, *spec.shown_features]
+        # Without a table of users or items their features stand in the log itself.
         ours += spec.user_features if spec.users is None else ()
         ours += spec.item_features if spec.items is None else ()
     else:
         ours = [user, *spec.user_features] if kind == "users" else [item, *spec.item_features]
         ours += [time] if EVENT_TIMESTAMP in source.columns else []
+    # 2. Find the names there; what the dataset's code makes is read of no source.
     found = {
         c.name: (c, source.columns.get(c.name, c.name))
         for c in ours
         if c.name not in source.derived
     }
     found |= {column.name: (column, column.name) for column in source.raw}
+    # 3. Add what says that an action happened, under internal names.
     if source.action:
         dtype = DType.STRING if source.at_least is None else DType.FLOAT32
         found[ACTION] = (Column(ACTION, dtype, "what happened"), source.action)
@@ -206,6 +210,7 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
     chosen = read.take(pa.array(row))
     events = _events(contract, chosen, action, block.positions[row])
     used = read.filter(pa.array(kept))
+    # A microsecond is added: no request at the event's instant may see what the event says.
     known = from_micros(micros(used[EVENT_TIMESTAMP]) + 1)
     users = profile(contract, "user_profile", used, known) if spec.users is None else nothing.users
     items = profile(contract, "item_profile", used, known) if spec.items is None else nothing.items
@@ -355,6 +360,7 @@ def _actions(spec: DatasetSpec, read: pa.Table) -> _Actions:
         codes = pc.fill_null(read["action"], -1).to_numpy()
         happened = codes[:, None] == np.arange(len(spec.actions))
     elif source.flags:
+        # Each row of such a source is an impression, whatever else the flags say.
         names = [spec.shown] if spec.shown else []
         columns = [np.ones(number, bool) for _ in names]
         for action in source.flags:
@@ -365,6 +371,7 @@ def _actions(spec: DatasetSpec, read: pa.Table) -> _Actions:
             happened, np.array([spec.actions.index(n) for n in names]), _nothing_happened(happened)
         )
     elif source.at_least is not None:
+        # NaN fails both comparisons: a row without a value names no action.
         value = pc.fill_null(read[ACTION], np.nan).to_numpy()
         happened = np.stack([value >= source.at_least, value < source.at_least], axis=1)
     elif source.action:
@@ -374,6 +381,7 @@ def _actions(spec: DatasetSpec, read: pa.Table) -> _Actions:
         codes = pc.fill_null(code.take(place), -1).to_numpy()
         happened = codes[:, None] == np.arange(len(spec.actions))
     else:
+        # A log that says nothing of actions is a log of the first one.
         happened = np.zeros((number, len(spec.actions)), bool)
         happened[:, 0] = True
     return _Actions(happened, np.arange(len(spec.actions)), _nothing_happened(happened))

@@ -126,6 +126,7 @@ def typed(
     found: dict[str, pa.Array] = {}
     zones = texts(raw[written.zone_column]) if written.zone_column else None
     for column, theirs in columns:
+        # 1. Refuse what no column of the contract can hold.
         if not is_readable(raw[theirs].type):
             raise RawDataError(
                 f"{file}: column {theirs!r} holds {raw[theirs].type}, which no column of ours can be; name a field "
@@ -138,10 +139,12 @@ def typed(
             raise RawDataError(
                 f"{file}: column {theirs!r} holds lists ({raw[theirs].type}), and {column.name!r} is one value a row"
             )
+        # 2. Replace marks of nothing by nulls first: no reader of numbers or times knows them.
         given = without_missing(raw[theirs], written.missing) if _may_miss(column) else raw[theirs]
         if marks := written.missing_in.get(theirs, ()):
             said = pa.array(~says_nothing(given, marks))
             given = pc.if_else(said, _plain(given), pa.scalar(None, _plain(given).type))
+        # 3. Read, and stop where most of a column is lost: the file is another one.
         made = _read(column, given, written, zones)
         _refuse_unreadable(file, column, theirs, given, made, written)
         found[column.name] = made
@@ -531,6 +534,7 @@ def _refuse_unreadable(
     if column.dtype in NUMBER_TYPES and not is_text(kind) and not pa.types.is_dictionary(kind):
         # Numbers as numbers: those out of range are rows to set aside
         return
+    # 1. Ask whether most of the values that are there were lost.
     lost = pc.is_null(made).to_numpy(zero_copy_only=False)
     if not lost.any():
         return
@@ -540,6 +544,7 @@ def _refuse_unreadable(
     if there.sum() < FEW_VALUES or 2 * lost.sum() <= there.sum():
         return
     shown = _shown(given, int(np.flatnonzero(lost)[0]))
+    # 2. Say what was expected, and what the values look like.
     expected = {
         DType.TIMESTAMP: "a time: a timestamp, or text such as 2011-12-09T12:50:00Z",
         DType.FLOAT32: "a number",
@@ -661,8 +666,10 @@ def _iso_times(column: pa.Array, zone: tzinfo) -> pa.Array:
     offset; the others value by value.
     """
     column = pc.utf8_trim_whitespace(column)
+    # 1. Replace zones in letters or brackets by offsets.
     if pc.any(pc.match_substring_regex(column, _ZONE_BEHIND)).as_py():
         column = _with_offsets(column)
+    # 2. Read the common forms, all at once.
     micros = np.zeros(len(column), np.int64)
     known = np.zeros(len(column), bool)
     for pattern, kind in (
@@ -683,6 +690,7 @@ def _iso_times(column: pa.Array, zone: tzinfo) -> pa.Array:
         there = read.is_valid().to_numpy(zero_copy_only=False)
         micros[at[there]] = pc.drop_null(read).to_numpy(zero_copy_only=False)
         known[at] = there
+    # 3. Read all that is left, value by value.
     rest = np.flatnonzero(~known)
     if len(rest):
         read = _by_value(column.take(pa.array(rest)), lambda text: _iso_of(text, zone), pa.int64())

@@ -95,6 +95,7 @@ def read(path: Path) -> Events:
     if (counts != 2).any():
         _refuse_records(path, fields, counts)
         _refuse_second_lines(path, fields)
+    # Runs beyond one for each user come of lines that do not stand together.
     torn = len(run_starts(pa.array(users))) - len(np.unique(users))
     counts = {
         "events": len(users),
@@ -120,6 +121,7 @@ def write_log(path: Path, home: str) -> JobFolder:
     # Named by content and code, and published like any job's tables: a rerun finds it there.
     folder = JobFolder(home, JOB)
     run_id = digest_of([JOB, code_digest("feature_repo.raw.sequence_file"), source])
+    # Of two processes with one file the second waits, and finds the log of the first.
     with folder.lock():
         published = folder.manifest()
         if published is not None and published.run_id == run_id:
@@ -130,10 +132,12 @@ def write_log(path: Path, home: str) -> JobFolder:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, log.schema) as writer:
             writer.write_batch(log)
+        # A run that was killed may have left a part under this id.
         folder.discard(run_id)
         part = folder.write_part(
             run_id, "history_log", "part-00000.arrow", sink.getvalue(), log.num_rows
         )
+        # The newest event is the last of the longest history; `as_of` lies behind it.
         longest = int(np.unique(events.users, return_counts=True)[1].max())
         folder.publish(
             Manifest(

@@ -376,6 +376,7 @@ def _parquet_units(file: str, kind: str) -> list[RawUnit]:
 def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a range, with the number of the first; longer texts cut just beyond what is allowed."""
     opened = _parquet(unit.file)
+    # 1. Find the row groups that the range touches, and the row where the first begins.
     groups = []
     offset = None
     before = 0
@@ -389,8 +390,10 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
             offset = before if offset is None else offset
         before += group.num_rows
     at = offset or 0
+    # 2. Read fewer rows at a time where they are long: a batch is held in memory.
     long = size > LONG_ROW * max(unit.rows, 1)
     batch_rows = BATCH_ROWS >> 4 if long else BATCH_ROWS
+    # 3. Read these groups, and cut each batch to the range.
     waiting: list[pa.Table] = []
     start = unit.start
     for batch in opened.iter_batches(batch_rows, row_groups=groups, columns=list(columns)):
@@ -399,6 +402,7 @@ def _parquet_blocks(unit: RawUnit, columns: Sequence[str]) -> Iterator[tuple[int
         at += batch.num_rows
         if last > first:
             table = pa.Table.from_batches([batch.slice(first, last - first)])
+            # Objects may hold objects, and each pass opens one level: `user.id` is a column.
             while any(pa.types.is_struct(column.type) for column in table.schema):
                 table = table.flatten()
             waiting.append(shortened(_without_views(table)))
@@ -625,6 +629,7 @@ def _csv_block(
     try:
         rows = pacsv.read_csv(
             io.BytesIO(data),
+            # Only without threads does Arrow know the number of a row that it refuses.
             read_options=pacsv.ReadOptions(
                 use_threads=False, column_names=list(names), block_size=len(data) + 1
             ),
@@ -636,6 +641,7 @@ def _csv_block(
                 invalid_row_handler=set_aside,
                 newlines_in_values=source.quoted_newlines,
             ),
+            # Values stay bytes: ids keep their spelling, and an invalid byte costs one value.
             convert_options=pacsv.ConvertOptions(
                 column_types={name: pa.binary() for name in names},
                 check_utf8=False,

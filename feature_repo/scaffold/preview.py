@@ -118,6 +118,7 @@ class Preview:
         if not len(self.events):
             found.append("not one row is an event")
             return found
+        # 1. Count dead letters, but for those that say nothing against the data.
         dead = sum(self.dead.values())
         limit = self.contract.spec.max_bad_fraction
         dead -= sum(self.dead[reason] for reason in NOT_BAD)
@@ -125,6 +126,7 @@ class Preview:
             found.append(
                 f"{dead:,} of {self.rows:,} rows are dead letters ({dead / self.rows:.1%}); SPEC.max_bad_fraction allows {limit:.1%}"
             )
+        # 2. Check times: both cuts lie among the events, and no event lies ahead of now.
         times = micros(self.events[EVENT_TIMESTAMP])
         rules = self.contract.spec.requests
         for name in ("validation_from", "test_from"):
@@ -140,11 +142,13 @@ class Preview:
                 f"{ahead:,} events are yet to come, the last of {micros_iso(int(times.max()))}: `beam_jobs events` stops "
                 "at them unless --as_of says what time it is, and later rows become dead letters"
             )
+        # 3. Ask whether the tables of users and items know the events' ids.
         for name, share in (("items", self.known_items), ("users", self.known_users)):
             if share == 0:
                 found.append(
                     f"the table of {name} knows none of the events' {name}: are the ids the same?"
                 )
+        # 4. Ask for requests, and for one positive at least of each label.
         requests = self.requests
         if not len(requests.first_event):
             found.append(f"no request comes of requests.examples={rules.examples.value}")
@@ -262,6 +266,7 @@ def _of_spellings(found: Preview) -> Iterator[Finding]:
         if entity.dtype is not DType.STRING:
             continue
         ids = pc.unique(found.events[entity.join_key])
+        # 1. Find ids with spaces around them.
         bare = pc.utf8_trim_whitespace(ids)
         padded = pc.sum(pc.not_equal(ids, bare)).as_py() or 0
         if padded:
@@ -271,6 +276,7 @@ def _of_spellings(found: Preview) -> Iterator[Finding]:
                 f"{padded:,} ids of {entity.name}s have spaces around them, and {same:,} are another's but for these: who "
                 "asks without them asks for somebody else",
             )
+        # 2. Find ids that are written in two ways, spaces aside.
         whole = pc.replace_substring_regex(bare, r"^([0-9]+)\.0+$", r"\1")
         spellings = {
             "with and without '.0' behind them": whole,
@@ -278,6 +284,7 @@ def _of_spellings(found: Preview) -> Iterator[Finding]:
         }
         for how, one_way in spellings.items():
             twice = len(pc.unique(bare)) - len(pc.unique(one_way))
+            # A few such pairs may be right: some codes differ in letter case alone.
             if twice > SPELT_TWICE * len(ids):
                 yield Finding(
                     "spelt_twice",
@@ -287,6 +294,7 @@ def _of_spellings(found: Preview) -> Iterator[Finding]:
 
 def _of_times(found: Preview) -> Iterator[Finding]:
     """Events far from all others, and dates whose day and month are told apart by nothing."""
+    # 1. Find stray times by quantiles: the ends of the log may be such times themselves.
     times = np.sort(micros(found.events[EVENT_TIMESTAMP]))
     low, high = (int(v) for v in np.quantile(times, [0.01, 0.99]))
     far = times[(times < low - (high - low)) | (times > high + (high - low))]
@@ -296,6 +304,7 @@ def _of_times(found: Preview) -> Iterator[Finding]:
             f"{len(far):,} events lie far from all others, such as of {micros_iso(int(far[0]))}; the others run from "
             f"{micros_iso(low)} to {micros_iso(high)}",
         )
+    # 2. Look at hours in the source's zone: a clock of 12 hours says neither 0 nor 13.
     source = found.contract.spec.events
     local = pa.array(times, pa.timestamp("us", "UTC")).cast(pa.timestamp("us", source.zone))
     hours = set(pc.unique(pc.hour(local)).to_pylist())
@@ -305,6 +314,7 @@ def _of_times(found: Preview) -> Iterator[Finding]:
             "half_days",
             "no event is of an hour before 1 or after 12: do the files say AM or PM, and does the declaration read it?",
         )
+    # 3. Look at days: without one after the 12th, day and month cannot be told apart.
     written = source.time_format
     days = {datetime.fromtimestamp(at // 1e6, UTC).day for at in np.unique(times // DAY) * DAY}
     if (
@@ -339,6 +349,7 @@ def _of_requests(found: Preview) -> Iterator[Finding]:
     """Requests that last, that have nothing to rank, and labels that hardly ever are."""
     spec = found.contract.spec
     requests = found.requests
+    # 1. Measure how long requests last; those of ratings may join what was said over weeks.
     times = micros(found.events[EVENT_TIMESTAMP])
     begins = times[requests.first_event]
     lasts = np.zeros(len(begins), np.int64)
@@ -350,6 +361,7 @@ def _of_requests(found: Preview) -> Iterator[Finding]:
             f"{long:.1%} of the requests last longer than a day, one of them {lasts.max() / LONG_REQUEST:,.0f} days: does "
             f"{spec.events.columns.get('request_id', 'request_id')!r} name a visitor rather than a request?",
         )
+    # 2. Ask whether there is anything to rank.
     drawn = spec.requests.eval_negatives
     reached = random_ndcg(requests, drawn)
     if reached >= RANDOM_TELLS:
@@ -358,11 +370,13 @@ def _of_requests(found: Preview) -> Iterator[Finding]:
             f"a random order reaches an NDCG@10 of {reached:.2f}: requests have "
             f"{len(requests.request) / len(begins):.1f} items, and no figure of quality tells anything",
         )
+    # 3. Count the requests of each period; a sample may miss a period, and proves nothing.
     bounds = [iso_micros(spec.requests.validation_from), iso_micros(spec.requests.test_from)]
     by_period = np.bincount(np.searchsorted(bounds, begins, side="right"), minlength=3)
     for name, number in zip(("train", "validation", "test"), by_period, strict=True):
         if found.whole and number < FEW_REQUESTS <= len(begins) / 10:
             yield Finding("few_requests", f"{number:,} of {len(begins):,} requests are of {name}")
+    # 4. Find labels that are nearly always 0.
     for number, label in enumerate(found.contract.labels):
         defined = requests.labels[:, number] != UNDEFINED
         share = (requests.labels[defined, number] == 1).mean() if defined.any() else 0.0

@@ -114,6 +114,7 @@ class ColumnShape:
 
 def shape_of(column: pa.ChunkedArray) -> ColumnShape:
     """Look at a column's values."""
+    # 1. Set apart what cannot be read, lists, and columns without a value.
     if not raw.is_readable(column.type):
         return ColumnShape(0, len(column), 0.0, readable=False)
     whole = column.combine_chunks()
@@ -131,14 +132,17 @@ def shape_of(column: pa.ChunkedArray) -> ColumnShape:
     if texts.null_count:
         values = values.filter(pc.is_valid(texts))
         texts = texts.drop_null()
+    # 2. Try the strictest kind first: nearly every number or time is a text as well.
     made = ColumnShape(len(pc.unique(texts)), len(column), share)
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
         return replace(made, time=True)
+    # A flag may be a number too: it is noted, and the search goes on.
     if made.distinct == 2 and raw.truths(texts).null_count == 0:
         made = replace(made, flag=True)
     numeric = _number_shape(values, texts, made)
     if numeric is not None or made.flag:
         return numeric or made
+    # 3. Try text: times in ISO 8601, times in a format, lists, or none of these.
     lost = raw.times(values).null_count
     if lost <= (1 - NEARLY_ALL) * len(values):
         return replace(made, time=True, lost=lost)
@@ -150,6 +154,7 @@ def shape_of(column: pa.ChunkedArray) -> ColumnShape:
 
 def _number_shape(values: pa.Array, texts: pa.Array, made: ColumnShape) -> ColumnShape | None:
     """Return the shape of a column of numbers; None if it holds something else."""
+    # 1. Read with both signs of a fraction: the right one loses fewer values.
     unit = raw.unit_of(texts)
     signs: tuple[Literal[".", ","], ...] = (".", ",")
     read = {sign: raw.numbers(values, sign, unit) for sign in signs}
@@ -158,6 +163,7 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: ColumnShape) -> Colum
         return None
     decimal = decimal_of(texts) if lost["."] == lost[","] else min(signs, key=lost.__getitem__)
     amounts = read[decimal]
+    # 2. Ask whether all are whole.
     wholes = raw.whole_numbers(values, decimal)
     if pc.any(pc.match_substring_regex(texts.filter(pc.is_null(wholes)), r"^[0-9]{19,}$")).as_py():
         # Ids beyond 2^63, which are text
@@ -165,6 +171,7 @@ def _number_shape(values: pa.Array, texts: pa.Array, made: ColumnShape) -> Colum
     is_whole = wholes.null_count == lost[decimal] and not unit
     floats = amounts.drop_null().to_numpy()
     spelt = pc.all(pc.match_substring_regex(pc.utf8_trim_whitespace(texts), raw.SPELT_ID)).as_py()
+    # 3. Ask whether they are times: counts since 1970, or dates such as 20250304.
     time_unit = _time_unit(floats) if not unit else None
     dates = made.distinct > 1 and is_whole and 8 <= len(texts[0].as_py().strip()) <= 14
     found = formats_of(texts, ("%Y%m%d", "%Y%m%d%H%M", "%Y%m%d%H%M%S")) if dates else []

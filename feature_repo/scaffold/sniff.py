@@ -86,6 +86,7 @@ def sniff(path: str, file: str, prefix: str) -> Sniffed:
     Raises:
         RawDataError: it is no table of lines.
     """
+    # 1. Find encoding, lines and dialect.
     text, encodings = _text_of(file)
     if "\n" not in text and "\r" in text:
         raise RawDataError(
@@ -232,8 +233,10 @@ def _dialect(source: Source, lines: list[str]) -> Source:
     """A source with delimiter, quotes and lines to skip as DuckDB's sniffer sees them."""
     import duckdb
 
+    # 1. Look for a delimiter of two signs, which DuckDB does not try.
     if _agreement(lines, "::") > 0.8:
         return replace(source, delimiter="::")
+    # 2. Ask DuckDB's sniffer, which reads files alone: the first lines become one.
     with tempfile.NamedTemporaryFile("w", suffix=".csv", encoding="utf-8", newline="") as head:
         head.write("\n".join(lines) + "\n")
         head.flush()
@@ -258,6 +261,7 @@ def _dialect(source: Source, lines: list[str]) -> Source:
             escape=escape if used else "",
             skip=int(skip),
         )
+    # 3. Take the delimiter on which the lines agree best, where DuckDB finds none.
     best = max(DELIMITERS, key=lambda sign: _agreement(lines, sign))
     return replace(source, delimiter=best if _agreement(lines, best) else ",")
 

@@ -123,6 +123,7 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
     Raises:
         RawDataError: nothing is there, or it is no table.
     """
+    # 1. Find how the files are written.
     source = Source(path)
     doubts = {}
     files = sources.files_of(source, data)
@@ -132,6 +133,7 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
         doubts = dict(sniffed.doubts)
     elif sources.format_of(source, files[0]) == "json":
         sniff.refuse_other_json(_first_filled(files))
+    # 2. Collect columns that any file has, and rows from both ends of each.
     held = {
         file: sources.columns_in(source, file) for file in _some(files) if sources.size_of(file)
     }
@@ -140,11 +142,13 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
         raise RawDataError(f"{path} has no row")
     units = sources.units_of(source, data, kind, names, optional=names)
     rows = _sample(source, units, names)
+    # 3. Look at each column; one that some files lack is in doubt.
     for name in names:
         having = sum(name in found for found in held.values())
         if having < len(held):
             doubts[f"column {name}"] = f"in {having:,} of {len(held):,} files"
     shapes = {name: shape_of(rows[name]) for name in names}
+    # The source has one sign; a column with the other one is named in `Source.decimals`.
     commas = [shape for shape in shapes.values() if shape.decimal == ","]
     if commas:
         source = replace(source, decimal=",")
@@ -659,6 +663,7 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
     """
     column = events.column("time")
     assert column is not None
+    # 1. Read the times of the whole log; where they are too many, every second is dropped.
     written = raw.Format.of(events.source)
     seen: list[np.ndarray] = []
     for unit in sources.units_of(events.source, data, "events", [column]):
@@ -668,6 +673,7 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
             seen.append(micros(found.drop_null()))
             if sum(map(len, seen)) > 2 * SAMPLE_TIMES:
                 seen = [np.concatenate(seen)[::2]]
+    # 2. Refuse a log that cannot be cut by time.
     at = np.sort(np.concatenate(seen)) if seen else np.array([], np.int64)
     if not len(at):
         raise RawDataError(
@@ -681,6 +687,7 @@ def periods(events: Looked, data: str) -> tuple[str, str]:
             f"{events.source.path}: {held} time in column {column!r}; training, validation and test need rows of "
             "different times"
         )
+    # 3. Cut at eight and at nine tenths of the events, on whole minutes.
     minute = 60_000_000
     cuts = [int(at[len(at) * tenths // 10]) // minute * minute for tenths in (8, 9)]
     # All at a few moments: by the time itself

@@ -85,6 +85,7 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
             lines = (f"        {_column(g)},{_doubt(g.doubt)}" for g in chosen)
             body += [f"    {group}=(", *lines, "    ),"]
     body += _rest(log)
+    # 4. Import only the kinds that the text uses.
     used = "\n".join(body)
     kinds = [k for k in ("AGE", "BAG", "CATEGORY", "NUMBER", "VECTOR") if f"kind={k}" in used]
     imports = [*kinds, "Column", "DatasetSpec", "DType", "Examples", "Requests", "Source", "Task"]
@@ -135,6 +136,7 @@ def _is_shown(action: str) -> bool:
 
 
 def _actions(events: Looked) -> _Actions:
+    # 1. Take logs with flags, with a rating, or without a word on actions.
     flags = [g.column for g in events.guesses.values() if g.role == "flag"]
     if flags:
         return _flagged(events, flags)
@@ -147,6 +149,7 @@ def _actions(events: Looked) -> _Actions:
         )
         only = "purchase" if priced else "interaction"
         return _Actions((only,), ((f"label_{only}", only, ""),))
+    # 2. Name each value, and count the rows of each name.
     spelt = raw.without_missing(events.rows[column])
     values = Counter(value for value in texts_of(spelt).to_pylist() if value)
     ours = {value: _name_of(value, place) for place, value in enumerate(values, 1)}
@@ -163,6 +166,7 @@ def _actions(events: Looked) -> _Actions:
     def order(name: str) -> tuple[bool, int, bool, int, str]:
         return name in rare, _strength(name), _is_shown(name), rows[name] if coded else 0, name
 
+    # 3. Sort from the strongest action to the weakest: statistics are about the first.
     names = sorted(rows, key=order)
     shown = next((n for n in names if _is_shown(n)), "")
     doubt = coded or ", ".join(
@@ -172,6 +176,7 @@ def _actions(events: Looked) -> _Actions:
     if any(value != name for value, name in ours.items()):
         pairs = ", ".join(f"{_text(v)}: {_text(n)}" for v, n in ours.items())
         fields.append(f"actions={{{pairs}}}")
+    # 4. Make tasks: more than one needs impressions that say what else was shown.
     if not (shown and len(names) > 1 and events.column("request")):
         task = (f"label_{names[0]}", names[0], "")
         return _Actions(tuple(names), (task,), source=tuple(fields), doubt=doubt)
@@ -301,6 +306,7 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
     # How values are written.
     if source.decimal != plain.decimal:
         lines.append(f'decimal="{source.decimal}"')
+    # A column declares its sign only where it differs from the sign of the source.
     signed = (Kind.NUMBER, Kind.VECTOR)
     own = {g.ours: g.decimal for g in looked.guesses.values() if g.kind in signed and g.ours}
     if odd := {name: sign for name, sign in own.items() if sign not in ("", source.decimal)}:

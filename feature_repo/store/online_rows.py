@@ -35,6 +35,7 @@ def write_rows(
     from feast.type_map import python_values_to_proto_values
 
     definition = store.get_feature_view(view) if definition is None else definition
+    # Types come from the view, since a column of nulls tells no type.
     keys = {column.name: column.dtype.to_value_type() for column in definition.entity_columns}
     kinds = {feature.name: feature.dtype.to_value_type() for feature in definition.features}
     for start in range(0, rows.num_rows, MAX_ROWS):
@@ -53,5 +54,6 @@ def write_rows(
             )
             for row in range(piece.num_rows)
         ]
+        # `write_to_online_store` is passed by, since it goes by way of pandas.
         store._get_provider().online_write_batch(store.config, definition, converted, None)
     return rows.num_rows

@@ -206,12 +206,14 @@ class _RedisRecords:
     def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
         from google.protobuf.timestamp_pb2 import Timestamp
 
+        # 1. Collect for each hash what it must still hold, and what is to be set.
         keys: list[bytes] = []
         calls: list[list[Any]] = []
         for key, views in self._hashes(seen.user_id).items():
             compared: list[Any] = []
             for pair in self._pairs(views):
                 held = seen.raw[pair]
+                # A digest stands for the value: a history has many kilobytes.
                 digest = (
                     "" if held is None else hashlib.sha1(held, usedforsecurity=False).hexdigest()
                 )
@@ -227,6 +229,7 @@ class _RedisRecords:
                 parts += [f"_ts:{view}", stamp]
             keys.append(key)
             calls.append([len(compared) // 2, *compared, len(parts), *parts])
+        # 2. Compare and set, in one script wherever one server has all hashes.
         if self._apart:
             # The history first: tokens that lag are named by answers, and go on from their state.
             each = zip(keys, calls, strict=True)

@@ -145,12 +145,14 @@ class Summariser:
     def _batch(
         self, events: Histories, item_of_key: np.ndarray, at: np.ndarray, before: Summary | None
     ) -> tuple[Tensor, Tensor | None]:
+        # 1. Chunks of so many events that a batch of them fits, in whole pieces of stage 1.
         length = int(events.lengths.max(initial=0))
         step = max(PADDED_EVENTS // max(len(events.lengths), 1), 1)
         step = max(step // self.stage_1.piece, 1) * self.stage_1.piece
 
         def chunks() -> Iterator[UserInputs]:
             none = np.full(len(at), -1, np.int64)
+            # Time of the event before each chunk, from which its first gap counts.
             last = none if before is None else np.where(before.num_events > 0, before.as_of, none)
             for start in range(0, max(length, 1), step):
                 starts = np.minimum(events.offsets[:-1] + start, events.offsets[1:])
@@ -160,10 +162,12 @@ class Summariser:
                 last = last.copy()
                 last[some] = part.times[part.offsets[1:][some] - 1]
 
+        # 2. Without streams: one pass, or several over all chunks.
         if not self.streams:
             if length <= step:
                 return self.stage_1(next(chunks())), None
             return self.stage_1.summarise(chunks), None
+        # 3. With streams: go on from the stored ones, where there are some.
         restored = None
         if before is not None and before.streams_BRK is not None:
             streams_BRK = torch.from_numpy(before.streams_BRK)

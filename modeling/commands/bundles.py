@@ -17,13 +17,16 @@ def run_bundles(promote: str | None, rollback: bool) -> None:
     settings = Settings.from_env()
     catalogue = Catalogue(settings.catalogue_url)
     dataset = settings.dataset
+    # 1. Change which bundle is live.
     if promote is not None:
         catalogue.set_live(dataset, catalogue.bundle(dataset, promote).digest)
     if rollback:
+        # The bundle is noted before `set_live` makes another one the live one.
         left = catalogue.live_bundle(dataset).digest
         catalogue.set_live(dataset, catalogue.live_before(dataset).digest)
         # So that its own tokens, once they are built, do not make it live again.
         catalogue.hold_back(left, "it was rolled back")
+    # 2. List the bundles with their states after the change.
     live = catalogue.live_or_none(dataset)
     rows = [["bundle", "state", "ndcg@10", "gauc", "exported"]]
     for row in catalogue.bundles(dataset):

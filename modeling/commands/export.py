@@ -50,6 +50,7 @@ def export(
     from modeling.bundle import promotion
     from modeling.evaluation.evaluate import read
 
+    # 1. Refuse a run that must not be served, or whose evaluation is out of date.
     if run.recipe.ablated:
         raise RecipeError(
             f"{run.recipe.name} is for comparisons: {', '.join(run.recipe.ablated)} are withheld from it, and a server would show them"
@@ -60,6 +61,7 @@ def export(
             f"{run.recipe.name} was evaluated by other code: run `python -m modeling evaluate {run.recipe.name}` again"
         )
     refuse_longer_than_kept(run)
+    # 2. Write the bundle, unless one of this very run is there.
     dataset = run.settings.dataset
     name = run.recipe.name
     test = promotion.test_key(run.settings)
@@ -70,6 +72,7 @@ def export(
             stage.details = row = _write_bundle(run, catalogue, evaluation)
     else:
         say(f"export {name}: up to date ({name}@{row['digest'][:12]})")
+    # 3. Compare with the live bundle and the baselines, and note what speaks against this one.
     digest = row["digest"]
     reasons = promotion.reasons_against(
         evaluation, catalogue.live_or_none(dataset), catalogue, digest, test
@@ -79,6 +82,7 @@ def export(
         # Else its tokens, once they are built, would make it live all the same.
         held = ["it was exported with --not_live", *reasons.hold]
     catalogue.note_comparison(digest, test, "; ".join(held))
+    # 4. Make the bundle live where nothing speaks against it.
     for reason in reasons.warn:
         say(f"  {reason}", style="yellow")
     state = _go_live(run, catalogue, digest, live, reasons.hold)
@@ -157,9 +161,11 @@ def _write_bundle(
         data_as_of=JobFolder(run.settings.home, "user_history").require().as_of,
         tokens=run.tokens.version if run.tokens else None,
     )
+    # Loaded as a server would: a bundle that cannot be read is not recorded.
     loaded = bundle.load(path, encoder.contract, digest)
     # Below the home, so that a home can be moved
     stored = f"bundles/{path.name}"
+    # Recorded last, so that the catalogue names whole bundles only.
     catalogue.add_bundle(
         digest=digest,
         dataset=run.settings.dataset,

@@ -52,6 +52,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
         DataError: a period has no positive, or scikit-learn is not installed.
     """
     torch.set_num_threads(asked.threads)
+    # 1. Recipes, which must read the same inputs to be compared.
     alike = Changes(assignments=asked.assignments)
     chosen = [changed(ranking_recipe(name), alike) for name in asked.recipes]
     services = {r.service for r in chosen}
@@ -65,6 +66,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
             f"recipes of one comparison must read one feature service and one recipe's tokens, these read {sorted(services)} and "
             f"tokens of {made_by}"
         )
+    # 2. Encodings and a test period that all recipes share.
     console.print("compare: joining features point-in-time", highlight=False)
     tokens = None
     if made_by:
@@ -78,8 +80,10 @@ def compare(settings: Settings, asked: Comparison) -> None:
     refuse_nothing_positive(contract, "test", (labels == 1).sum(axis=0))
     # Trees first: what is missing for them shows before hours of training, not after.
     baselines = trained_baselines(settings, encodings, chosen[0])
+    # 3. Train and test every recipe and seed, unless the result is stored.
     runs = [run for recipe in chosen for run in _runs_of(settings, encodings, recipe, asked)]
     claims = claims_of(runs, baselines)
+    # 4. Write the page and print the tables.
     baseline_rows = baseline_lines(contract.spec, test) + classic_lines(baselines)
     folder = comparison_folder(
         Path(settings.path("comparison")).parent, [run.result for run in runs]
@@ -187,10 +191,12 @@ def summary_lines(results: list[dict[str, Any]], task: str | None = None) -> lis
     rows = []
     for name, runs in by_recipe(results).items():
         cells = [
+            # An undefined metric is null in the result.
             spread([(_metrics(run, task)[metric] or {}).get("value") for run in runs])
             for metric in METRICS
         ]
         validation = spread([run["summary"]["best_validation_ndcg@10"] for run in runs])
+        # Seeds do not change sizes, so the first run's stand for all.
         sizes = [
             # A run of before has no such count
             f"{runs[0][size]:,}" if size in runs[0] else "–"

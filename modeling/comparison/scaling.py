@@ -44,11 +44,13 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(question["threads"])
     keep_freed_memory()
+    # 1. A model with few items, so that the encoder outweighs the embedding table.
     length = question["length"]
     model = models.build(
         question["model"], question["config"], FeatureSizes(1000, 1, length)
     ).train()
     assert isinstance(model, SequenceRanker)
+    # 2. One history of random items, packed.
     items = torch.randint(1, 1000, (length,))
     events = PackedEvents(
         items, torch.zeros_like(items), torch.zeros(length), Packing(np.array([length]))
@@ -58,9 +60,11 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         model.encode(events).square().mean().backward()
 
+    # 3. The first step is not counted: memory is allocated in it.
     step()
     rounds = 0
     started = time.process_time()
+    # At least three rounds, so that a slow encoder is not measured by one alone.
     while rounds < 3 or time.process_time() - started < question["seconds"]:
         step()
         rounds += 1

@@ -59,6 +59,7 @@ def classic_scores(
     import torch
     from threadpoolctl import threadpool_limits
 
+    # 1. Sample the training period; leave out columns with hardly any known value.
     features, labels = _sampled(encoder, train, task, most or MOST_ROWS[kind], seed)
     kept = (~np.isnan(features)).sum(0) >= LEAST_KNOWN
     if not kept.all():
@@ -67,15 +68,18 @@ def classic_scores(
             f"{kind}: without {', '.join(names)}, of which hardly anything is known",
             highlight=False,
         )
+    # 2. With no column, or fewer than two labels of a kind, every score is 0.
     rarest = int(np.bincount(labels.astype(np.int64), minlength=2).min())
     if not kept.any() or rarest < 2:
         console.print(f"{kind}: nothing to learn from; every score is 0", highlight=False)
         return np.zeros(len(test.candidate_item))
+    # 3. Fit, then score the test period in parts.
     model: Any
     if kind == "trees":
         model = HistGradientBoostingClassifier(
             max_iter=200,
             max_leaf_nodes=63,
+            # Early stopping holds out a stratified share, which needs enough of the rarer label.
             early_stopping=rarest >= LEAST_KNOWN,
             random_state=seed,
         )

@@ -268,6 +268,7 @@ def unknown_first(
         / sizes
     )
     chance = 1 / (sizes + 1)
+    # Standard deviation of the share: each request is an independent Bernoulli draw.
     spread = math.sqrt(float((chance * (1 - chance)).sum())) / len(sizes)
     mean = float(chance.mean())
     return UnknownFirst(
@@ -322,13 +323,16 @@ def picture_figures(
     history_lengths: np.ndarray,
 ) -> dict[str, Any]:
     """Numbers for calibration, NDCG@10 by history length and the score histogram, of one task."""
+    # 1. The task's candidates with a defined label, and the requests that have some.
     number = [task.name for task in tasks].index(primary)
     known = defined(np.asarray(encoded.labels)[:, number], encoded.candidate_offsets)
     logits = logits_NT[known.rows, number]
     labels = known.labels
     history_lengths = history_lengths[known.requests]
     probability = sigmoid(logits)
+    # 2. Calibration: twenty bins of equally many candidates.
     order = np.array_split(np.argsort(probability, kind="stable"), 20)
+    # 3. NDCG@10 by history length, over requests with a positive.
     ndcg = ndcg_at(labels, logits, known.offsets)
     by_length = []
     for low, high in itertools.pairwise(HISTORY_BINS):
@@ -339,6 +343,7 @@ def picture_figures(
             else:
                 name = f"{low}+" if high == HISTORY_BINS[-1] else f"{low}-{high - 1}"
             by_length.append([name, int(inside.sum()), float(ndcg[inside].mean())])
+    # 4. Histograms of positives and negatives over the same edges.
     edges = np.linspace(0, 1, 41)
     return {
         "calibration": [

@@ -52,6 +52,7 @@ def permutation_importance(
         scores = ranking_logits(spec, predict(model, encoder, changed))[known.rows]
         return ndcg_at(known.labels, scores, known.offsets)
 
+    # The same requests before and after an exchange, so that the differences are paired.
     whole = quality(sample)
     found = []
     for name, exchange in inputs(encoder, sample).items():
@@ -68,6 +69,7 @@ def inputs(
     encoder: Encoder, sample: Encoded
 ) -> dict[str, Callable[[np.random.Generator], Encoded]]:
     """By name of each input: the same requests with that input of others."""
+    # Dense numbers of a candidate, in order: statistics, matches, sketches, its columns.
     stats = len(encoder.stat_columns)
     columns = encoder.request.sizes.num_slots
     matches = stats + len(MATCH_FEATURES) + len(encoder.sketch_names)
@@ -76,6 +78,7 @@ def inputs(
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:
         def exchange(rng: np.random.Generator) -> Encoded:
             order = rng.permutation(len(sample))
+            # np.array copies: every other input is exchanged in the same sample.
             fields = np.array(sample.field_BU)
             numbers = np.array(sample.dense_BG)
             fields[:, slots] = fields[order][:, slots]
@@ -109,6 +112,7 @@ def inputs(
         tokens = gather_tokens and (lambda requests: gather_tokens(order[requests]))
         return replace(sample, gather=gather, gather_tokens=tokens)
 
+    # The hour and the weekday stand behind the slots of the request's columns.
     context = list(range(columns, columns + len(CONTEXT_FIELDS)))
     made: dict[str, Callable[[np.random.Generator], Encoded]] = {
         "history": history,

@@ -134,10 +134,12 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def _loss(plt: Any, folder: Path) -> bytes:
+    # Steps and epochs share one log: an epoch's line has the number of its last step.
     lines = list(read_metrics(folder))
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
+    # Single steps stay pale behind their smoothed curve, for their noise hides the trend.
     axes.plot(
         [s["step"] for s in steps],
         [s["loss"] for s in steps],

@@ -261,6 +261,7 @@ class Encoder:
         """
         rows = self.items.indices_of(ids)
         codes = value_codes(ids)
+        # Each id is looked up once, however many candidates it stands for.
         if keys is not None:
             rows = rows[keys]
             codes = codes[keys]
@@ -273,6 +274,7 @@ class Encoder:
             columns, np.zeros(number, np.int64)
         )
         moments = [as_numbers(c, columns[c.name]) for c in self.candidate.aging]
+        # As they are, beside the squashed ones: match features calculate with them.
         stats = [floats(columns[name]) for name in ("count_total", "other_total")]
         value = self.contract.spec.stat_value
         stats.append(floats(columns[f"mean_{value}"]) if value else np.full(number, np.nan))
@@ -375,9 +377,7 @@ class Encoder:
         )
 
     def _user_stats(self, requests: RequestInputs) -> list[np.ndarray]:
-        """First event, events, other events and mean value of each request's user; NaN where one is
-        not known.
-        """
+        """First event, events, other events, mean value of each request's user; NaN where unknown."""
         unknown = np.full(len(requests), np.nan)
         names = user_stats.read_names(self.contract)
         return [floats(requests.user_columns[name]) if name else unknown for name in names]
@@ -394,6 +394,7 @@ class Encoder:
         Args:
             chosen: request numbers, in the order of the batch.
         """
+        # 1. Users: histories, fields, and stored tokens where these are read.
         histories = encoded.gather(chosen, self.history_length)
         user = self.user_inputs(
             histories,
@@ -407,6 +408,7 @@ class Encoder:
             user = replace(
                 user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has)
             )
+        # 2. Candidates: the flat rows of the chosen requests, padded to B × C.
         lengths = encoded.num_candidates[chosen]
         width = max(int(lengths.max(initial=0)), 1)
         mask = np.arange(width) < lengths[:, None]
@@ -440,9 +442,11 @@ class Encoder:
         mask = np.arange(width) < lengths[:, None]
         pad = _Padder(mask)
         gap = np.diff(histories.times, prepend=histories.times[:1]) / 86_400_000_000
+        # The difference at a user's first event is to the last event of another user.
         starts = histories.offsets[:-1][lengths > 0]
         gap[starts] = 0
         if before is not None:
+            # A chunk of a longer history goes on from the event before the chunk.
             known = before[lengths > 0]
             gap[starts] = np.where(known >= 0, histories.times[starts] - known, 0) / 86_400_000_000
         categories = None

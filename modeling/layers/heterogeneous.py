@@ -128,6 +128,7 @@ class HeterogeneousLayer(nn.Module):
         heads = shape.num_heads
         vanilla = kind == "vanilla"
         mixed = kind in ("composite", "low_rank")
+        # A pruned layer needs queries, outputs and feed-forward networks of its first tokens alone.
         asking = tokens if num_queries is None else num_queries
         self.shape = shape
         self.num_heads = heads
@@ -147,6 +148,7 @@ class HeterogeneousLayer(nn.Module):
                 return Composite(tokens, width, out, rank)
             return ByToken(number, width, out, shared=vanilla)
 
+        # A composite map gives queries of all tokens, so a pruned layer asks by token.
         ask_all = mixed and composite_query and num_queries is None
         self.query = projection(heads * shape.key_width, rank_key, ask_all, asking)
         self.key = projection(heads * shape.key_width, rank_key, mixed, tokens)
@@ -178,18 +180,21 @@ class HeterogeneousLayer(nn.Module):
             known: the first P tokens of the list, prepared.
             rest_BCMD: the other L - P tokens of each candidate; all L where nothing is known.
         """
+        # 1. Keys and values of all L tokens: the known half joined by that of each candidate.
         first = 0 if known is None else known.rows.shape[2]
         normed = self._norm(rest_BCMD, first)
         key = self.key.join(None if known is None else known.key, self.key.part(normed, first))
         value = self.value.join(
             None if known is None else known.value, self.value.part(normed, first)
         )
+        # 2. Residual rows and queries of the Q tokens that ask, which stand first in the list.
         rows = rest_BCMD
         if known is not None and first < self.num_queries:
             rows = torch.cat([known.rows.expand(-1, rest_BCMD.shape[1], -1, -1), rest_BCMD], dim=2)
         elif known is not None:
             rows = known.rows.expand(-1, rest_BCMD.shape[1], -1, -1)
         rows = rows[:, :, : self.num_queries]
+        # Composite queries mix both halves; queries by token may all be known already.
         if isinstance(self.query, Composite) or first < self.num_queries:
             query = self.query.join(
                 None if known is None else known.query, self._ask(normed, first)
@@ -197,6 +202,7 @@ class HeterogeneousLayer(nn.Module):
         else:
             assert known is not None
             query = known.query.expand(-1, rest_BCMD.shape[1], -1, -1)
+        # 3. Attend, with B × C as one batch dimension; then back to B × C × Q × HE.
         read = scaled_dot_product_attention(
             self._heads(query), self._heads(key), self._heads(value)
         )

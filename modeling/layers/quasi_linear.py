@@ -122,12 +122,14 @@ class QuasiLinearLayer(nn.Module):
             raise ValueError(
                 f"advance takes at most {self.block} rows at a time, got {rows_BPD.shape[1]}"
             )
+        # 1. Queries, keys and values, B × H × P × K.
         normed = self.norm(rows_BPD)
         query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
         index = torch.arange(rows_BPD.shape[1], device=rows_BPD.device)
         # Events that still fit into the block that is being filled
         within = (index < (self.block - stream.filled)[:, None]) & mask_BP
+        # 2. Sums of rows that go into the current block, and of those in the next.
         old = self.matrix(stream.block_total, stream.block_number)
         first = _sum(keys, values, within)
         rest = _sum(keys, values, mask_BP & ~within)
@@ -138,11 +140,13 @@ class QuasiLinearLayer(nn.Module):
         count = stream.number + number
         block_total = torch.where(full[:, None, None, None], total, stream.block_total)
         block_count = torch.where(full, count, stream.block_number)
+        # 3. Each row reads the blocks before its own, and itself.
         read = query @ old.to(query.dtype)
         if bool(later.any()):
             new = self.matrix(block_total, block_count).to(query.dtype)
             read = torch.where(within[:, None, :, None], read, query @ new)
         read = read + (query * keys).sum(-1, keepdim=True) * values
+        # 4. The stream behind these rows.
         filled = torch.where(full, later, stream.filled + number)
         behind = Stream(total + rest, count + later, block_total, block_count, filled)
         return self._finish(rows_BPD, read), behind
@@ -197,21 +201,25 @@ class QuasiLinearLayer(nn.Module):
         Returns:
             New rows after this layer, target rows after it, and the stream behind the new rows.
         """
+        # 1. New rows and target rows go through the projections together.
         number = rows_BPD.shape[1]
         rows = torch.cat([rows_BPD, targets_BSD], dim=1)
         normed = self.norm(rows)
         query = self._heads(silu(self.query(normed)))
         keys, values = self._keys_values(normed)
+        # 2. Sums behind the new rows; target rows add nothing to them.
         total = stream.total + _sum(keys[:, :, :number], values[:, :, :number], mask_BP)
         added = mask_BP.sum(1)
         count = stream.number + added
         filled = stream.filled + added
+        # 3. New rows read the blocks before their own, target rows all rows so far.
         old = self.matrix(stream.block_total, stream.block_number)
         new = self.matrix(total, count)
         old = old.to(query.dtype)
         new = new.to(query.dtype)
         read = torch.cat([query[:, :, :number] @ old, query[:, :, number:] @ new], dim=2)
         rows = self._finish(rows, read + (query * keys).sum(-1, keepdim=True) * values)
+        # 4. Where the block is full now, later rows read its sums too.
         block_total = stream.block_total
         block_number = stream.block_number
         full = filled == self.block

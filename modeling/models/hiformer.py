@@ -73,6 +73,7 @@ class Hiformer(Ranker):
         super().__init__()
         self.config = config
         self.sizes = sizes
+        # 1. Tokens: features, tasks, and what the candidate reads of the history.
         self.features = FeatureTokens(sizes, config.width, bags=True)
         self.tasks = nn.Parameter(torch.randn(sizes.tasks, config.width) * 0.05)
         self.reader = None
@@ -91,6 +92,7 @@ class Hiformer(Ranker):
             + self.features.num_candidate
             + (self.reader is not None)
         )
+        # 2. Layers over the list of tokens.
         shape = LayerShape(
             tokens,
             config.width,
@@ -112,6 +114,7 @@ class Hiformer(Ranker):
             )
             for number in range(config.num_layers)
         )
+        # 3. Heads over the final task tokens, B × C × TD; the request adds no input beside them.
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
         self.heads = TaskHeads(
             0, sizes.tasks * config.width, 2 * config.width, sizes.tasks, config.dropout

@@ -181,6 +181,7 @@ class OneTrans(Ranker):
             # A request without features has nothing to be split.
             self.num_request = config.request_tokens if features.num_request else 0
             self.num_candidate = config.candidate_tokens
+            # Without request tokens, the candidate's network takes the request's features as well.
             alone = self.num_request == 0
             inputs = features.num_candidate + (features.num_request if alone else 0)
             self.request_nodes = (
@@ -244,10 +245,12 @@ class OneTrans(Ranker):
     def encode_user(self, user: UserInputs) -> UserState:
         """Stage I: every S row and the request's NS tokens through all layers."""
         rows, mask = self._sequence(user)
+        # In training the tails vary in length, as extension makes them vary in serving.
         longer = int(torch.randint(ROUND_TO, ())) if self.training and self.config.pyramid else 0
         cache = []
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
+            # Queries only of rows that the next layer keeps; of the last layer only keys are read.
             keep = 0 if last else min(rows.shape[1], self.tails[number + 1] + longer)
             query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]
             cache.append((keys, values, mask))
@@ -274,9 +277,12 @@ class OneTrans(Ranker):
             )
         new = new_events.mask_BL
         request = self.num_request
+        # 1. Rows of the new events, whose places go on from the user's oldest event.
         rows = self._embed(new_events, user_state.length_B)
+        # 2. Every layer: the cached keys and values, then those of the new rows.
         cache = []
         for number, layer in enumerate(self.layers):
+            # The cache ends in rows of the previous request's NS tokens, which are dropped.
             old = slice(0, user_state.keys[number].shape[2] - request)
             query, keys, values = layer.project(rows)  # type: ignore[operator]
             keys = torch.cat([user_state.keys[number][:, :, old], keys], dim=2)
@@ -288,6 +294,7 @@ class OneTrans(Ranker):
                     query, keys, values, attn_mask=_causal(mask, rows.shape[1])
                 )
                 rows = layer.finish(rows, read)  # type: ignore[operator]
+        # 3. The NS tokens of the new request, behind the extended cache.
         added = new.sum(1)
         bags = user_state.bags
         bags = None if bags is None else self.features.bag(new_events, bags)
@@ -331,6 +338,7 @@ class OneTrans(Ranker):
         """
         user = batch.user
         found = []
+        # 1. S rows, and the place of each counted from the oldest real row; padding is negative.
         rows_S, mask_S = self._sequence(user)
         length = rows_S.shape[1]
         place = torch.arange(length, device=rows_S.device) - (length - mask_S.sum(1, keepdim=True))
@@ -341,6 +349,7 @@ class OneTrans(Ranker):
         # One candidate at a time, so that no candidate can read another.
         for index in range(batch.candidates.item_BC.shape[1]):
             one = self.features.candidates(batch.candidates.select(slice(index, index + 1)))
+            # 2. NS tokens: those of the request stand before those of the candidate.
             request = self.features.request(user)
             if self.request_nodes is None:
                 nodes = self.candidate_nodes(torch.cat([request[:, None], one], dim=2))[:, 0]
@@ -348,6 +357,7 @@ class OneTrans(Ranker):
                 nodes = torch.cat(
                     [self.request_nodes(request), self.candidate_nodes(one)[:, 0]], dim=1
                 )
+            # 3. All layers over every row; what a tail leaves out is masked, not cut.
             rows = torch.cat([rows_S, nodes], dim=1)
             for number, layer in enumerate(self.layers):
                 inside = mask_S & (place >= starts_Bn[:, number : number + 1])
@@ -367,6 +377,7 @@ class OneTrans(Ranker):
                     ],
                     dim=1,
                 )
+            # 4. The heads read the final NS states alone.
             final = self.final_norm(rows[:, length:], 0)
             request_final = final[:, : self.num_request].flatten(1) if self.num_request else None
             found.append(self.heads(request_final, final[:, None, self.num_request :].flatten(2)))
@@ -392,6 +403,7 @@ class OneTrans(Ranker):
         """The state: the S cache with the request's NS tokens behind it."""
         keys, values, masks = (tuple(kind) for kind in zip(*cache, strict=True))
         tokens = self.features.request(user, bags)
+        # The NS tokens read the S cache, so the state first holds that cache alone.
         state = UserState(keys, values, masks, tokens, full, bags, length_B, added_B)
         if self.request_nodes is None:
             # `score` joins them with each candidate's
@@ -441,6 +453,7 @@ class OneTrans(Ranker):
         rows = self._embed(user, user.mask_BL.new_zeros(len(user.mask_BL), dtype=torch.long))
         mask = user.mask_BL
         if self.config.merge == "timestamp_agnostic":
+            # Sort keys: events of sequence a get 2a, the separator behind them 2a + 1.
             kind = torch.where(mask, user.action_BL * 2, 2 * self.sizes.actions)
             if self.separator is not None:
                 between = self.separator.weight[None].expand(len(rows), -1, -1)

@@ -126,6 +126,7 @@ class SequenceRanker(Ranker):
         # The last: [MASK]
         self.item = nn.Embedding(sizes.items + (0 if config.causal else 1), width)
         self.action = nn.Embedding(sizes.actions, width) if sizes.actions > 1 else None
+        # A row more than events: [MASK] makes a bidirectional history one longer.
         self.position = (
             nn.Embedding(sizes.history_length + 1, width)
             if config.positions == "from_newest"
@@ -135,6 +136,7 @@ class SequenceRanker(Ranker):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.block(name) for name in config.operators)
         self.norm = nn.LayerNorm(width)
+        # Last, so that the modules of all blocks are initialised alike.
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -258,6 +260,7 @@ class SequenceRanker(Ranker):
         rows = self._embed(user.item_BL, user.action_BL, user.gap_BL, index)
         seconds = None
         if self.config.time_bias:
+            # The oldest event has no gap, whatever its input says.
             gap = torch.where(index == 0, 0.0, gap_seconds(user.gap_BL)).double() * mask
             seconds = state.seconds_B[:, None] + gap.cumsum(1)
         layers = []
@@ -265,6 +268,7 @@ class SequenceRanker(Ranker):
             rows, layer = block.extend(rows, layer, mask, Place(index + 1, seconds))  # type: ignore[operator]
             layers.append(layer)
         number = mask.sum(1)
+        # Real rows stand first; a user without new events keeps the old vector.
         newest = self.norm(rows)[
             torch.arange(len(mask), device=mask.device), (number - 1).clamp(min=0)
         ]

@@ -102,6 +102,7 @@ class VISTA(TokenMaker):
 
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
+        # 1. Refuse configurations that contradict one another.
         if config.causal and (config.seed_role == "source" or config.attention == "softmax"):
             raise ValueError(
                 "causal=True wants seed_role='target' and attention='quasi_linear': a seed that events read changes them "
@@ -115,6 +116,7 @@ class VISTA(TokenMaker):
             raise ValueError(
                 f"stored={config.stored} does not go with stored tokens of shape {sizes.tokens}"
             )
+        # 2. Stage 1 and its decoder, unless tokens come from a store.
         self.config = config
         self.sizes = sizes
         width = config.width
@@ -122,6 +124,7 @@ class VISTA(TokenMaker):
         self.stored = StoredTokens(sizes, width) if config.stored else None
         self.stage_1 = None if config.stored else stage_1_of(config, self.features)
         self.decoder = None if config.stored else Decoder(config)
+        # 3. Stage 2, the interaction and the heads.
         self.stage_2 = Stage2(config)
         # What candidates read meets all other features.
         num_candidate = 1 + self.features.num_candidate

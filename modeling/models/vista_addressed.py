@@ -232,17 +232,20 @@ class AddressedVISTA(TokenMaker):
         self.sizes = sizes
         width = config.width
         code = config.code_width
+        # 1. Features, and stage 1, which takes over the event inputs.
         self.features = FeatureTokens(sizes, width, bags=False)
         self.stage_1 = AddressedStage1(config, self.features)
         if config.num_pairs:
             self.where, self.what = (nn.Linear(code, code, bias=False) for _ in range(2))
             self.followed = nn.Linear(code + 1, width)
+        # 2. What a candidate reads of its slots, at every half-life.
         kept = len(config.half_lives_days)
         self.read = nn.Linear(kept * code, width)
         self.products = nn.Linear(kept * (self.stage_1.codes.num_parts + 1), width)
         self.mixed = nn.Linear(width, width)
         self.own = nn.Linear(code, width)
         self.whole = nn.Linear(kept * code, width)
+        # 3. + 1: the mean of all slots; + 3: the mean read, the products and the item's code.
         self.interaction = CrossNetwork(
             self.features.num_request + 1,
             self.features.num_candidate + 3 + (config.num_pairs > 0),
@@ -299,6 +302,7 @@ class AddressedVISTA(TokenMaker):
         products = torch.einsum("bchw,bcpw->bchp", total, parts)
         counts = torch.cat([products, mass[..., None]], dim=-1).flatten(2)
         counts = _bounded(counts)
+        # + 1 keeps the mean of an empty slot finite, and shrinks one of little mass.
         mean = (total / (mass[..., None] + 1)).flatten(2)
         read = [self.read(mean), self.mixed(gelu(self.products(counts))), self.own(own)]
         if self.stage_1.pairs is not None:

@@ -164,6 +164,7 @@ def target_ranks(
                 column = wanted
             else:
                 candidates = torch.from_numpy(sampled[chosen]).to(device)
+                # The target's column is first; ties go by place in the catalogue, not by column.
                 scores, own = scores.gather(1, candidates), scores.gather(1, wanted[:, None])
                 scores = torch.cat([own, scores], 1)
                 candidates = torch.cat([wanted[:, None], candidates], 1)
@@ -215,15 +216,18 @@ def sample_negatives(
         raise ValueError(
             f"{protocol} needs {NUM_NEGATIVES} items that a user does not know; the catalogue has {num_items}"
         )
+    # 1. Popularity in training events alone; 1e-9 keeps the logarithm finite for all others.
     owner = np.repeat(np.arange(len(sequences)), sequences.lengths)
     trained = sequences.items[np.arange(len(sequences.items)) < ends[owner]]
     popularity = np.log(np.maximum(np.bincount(trained - 1, minlength=num_items), 1e-9))
+    # 2. U100 excludes training items, P100 all items of the user; both exclude the target.
     stops = ends if protocol == "U100" else sequences.offsets[1:]
     own = sequences.items[sequences.target_rows(users, target)] - 1
     drawn = np.empty((len(users), NUM_NEGATIVES), np.int64)
     for row, user in enumerate(users):
         known = np.append(sequences.items[sequences.offsets[user] : stops[user]] - 1, own[row])
         if protocol == "U100":
+            # Duplicates may stay: only items that the user knows are drawn again.
             drawn[row] = rng.integers(0, num_items, NUM_NEGATIVES)
             while (bad := np.isin(drawn[row], known)).any():
                 drawn[row, bad] = rng.integers(0, num_items, int(bad.sum()))

@@ -39,11 +39,13 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, catalogue: Tensor, targets: Tensor) -> Tensor:
         number = len(rows)
         needs = any(ctx.needs_input_grad[:2])
+        # 1. Buffers: logits of one chunk, which all chunks share, and the gradients.
         chunk_bytes = CHUNK_BYTES_CUDA if rows.is_cuda else CHUNK_BYTES
         size = max(16, chunk_bytes // (4 * len(catalogue)))
         buffer = catalogue.new_empty(min(size, number), len(catalogue))
         grad_rows = torch.empty_like(rows) if needs else None
         grad_catalogue = torch.zeros_like(catalogue) if needs else None
+        # 2. The loss is log Σ_v e^{s_v} - s_target; the second term needs no logits.
         target_rows = catalogue[targets]
         total = -(rows * target_rows).sum(dtype=torch.float64)
         for start in range(0, number, size):
@@ -54,9 +56,11 @@ class _ChunkedSoftmax(torch.autograd.Function):
             mass = weights.sum(1, keepdim=True)
             total += (mass.log() + highest).sum(dtype=torch.float64)
             if grad_rows is not None and grad_catalogue is not None:
+                # Softmax / N is the gradient of the first term with respect to the logits.
                 share = 1 / (mass * number)
                 torch.mm(weights, catalogue, out=grad_rows[start : start + size]).mul_(share)
                 grad_catalogue.addmm_(weights.T, chunk * share)
+        # 3. The gradient of the second term: -1 / N at each row's target.
         if grad_rows is not None and grad_catalogue is not None:
             grad_rows.sub_(target_rows, alpha=1 / number)
             grad_catalogue.index_add_(0, targets, rows, alpha=-1 / number)

@@ -62,6 +62,7 @@ class NextItemTrainer(Loop):
         identity: str,
         device: str = "cpu",
     ) -> None:
+        # Refused before `super().__init__`, which makes the run's folder.
         sequences.refuse_leaks(sequences.training_ends())
         if (recipe.objective == "cloze") == model.config.causal:
             raise DataError(
@@ -77,6 +78,7 @@ class NextItemTrainer(Loop):
         self.sequences = sequences
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else sys.maxsize
         self.windows: TrainingWindows
+        # `plan` also sets `self.windows`, which the message counts.
         if not self.plan(0) or recipe.training.epochs < 1:
             raise DataError(
                 f"nothing to train: {recipe.training.epochs} epochs, and {len(self.windows.starts)} users with two training events or more"
@@ -99,18 +101,22 @@ class NextItemTrainer(Loop):
         """
         recipe = self.recipe
         model = self.model
+        # Seeded from torch, whose state a checkpoint keeps, so that a resumed run masks alike.
         rng = (
             np.random.default_rng(int(torch.randint(2**31, ())))
             if recipe.objective == "cloze"
             else None
         )
+        # 1. All parts first: the mean is over the targets of the whole batch.
         parts = [self._part(part, rng) for part in self._split(chosen)]
         total = sum(len(targets) for _, _, targets in parts)
+        # 2. Negatives, drawn once for all parts.
         drawn = None
         if recipe.objective in ("sampled_softmax", "gbce"):
             drawn = losses.uniform_negatives(
                 recipe.num_negatives, self.sequences.num_items, self.device
             )
+        # 3. The loss of each part, weighed by its share of the targets.
         for events, at, targets in parts:
             rows = model.encode(events.to(self.device))
             rows = rows if at is None else rows[at.to(self.device)]
@@ -254,6 +260,7 @@ def _train_and_evaluate(
         name: leave_one_out.evaluated_ranks(best, source.sequences, "test", name)
         for name in protocols
     }
+    # result.json is written last, since it says that the run is finished.
     write_sums(folder / PER_USER, leave_one_out.sums_of_ranks(ranks["FULL"]))
     result = {
         "identity": identity,

@@ -90,11 +90,14 @@ class Sequences:
         times = []
         lengths = []
         others = 0
+        # 1. Read users in chunks, so that the log is never all in memory.
         for start in range(0, len(log.users), USERS_AT_ONCE):
             rows = np.arange(start, min(start + USERS_AT_ONCE, len(log.users)))
             histories = log.gather(rows, log.lengths[rows])
+            # Action 0 is the one that is predicted; events of others are dropped.
             primary = np.flatnonzero(histories.columns["action"] == 0)
             owner = np.repeat(rows - start, histories.lengths)[primary]
+            # Each pair of user and item as one number, of which the earliest event is kept.
             keys = owner * len(log.items) + histories.item_keys[primary]
             first = primary[np.sort(np.unique(keys, return_index=True)[1])]
             others += histories.offsets[-1] - len(primary)
@@ -102,6 +105,7 @@ class Sequences:
             items.append((histories.item_keys[first] + 1).astype(np.int32))
             times.append(histories.times[first] if has_times else np.zeros(0, np.int64))
             lengths.append(np.bincount(owner, minlength=len(rows)))
+        # 2. Join the chunks and count what was dropped.
         length = np.concatenate(lengths)
         counts = {
             "users": len(length),
@@ -129,6 +133,7 @@ class Sequences:
             raise DataError(
                 "a global time split needs times, and a sequence file knows order only: use a log that a Beam job built"
             )
+        # 1. Split, and refuse a period without a target.
         split = split_by_time(self.offsets, self.times)
         found = replace(self, split=split)
         for target in CUTS:
@@ -137,6 +142,7 @@ class Sequences:
                     f"a global time split leaves no {target} target: nobody who was there before acts in that tenth of the {len(self.items):,} "
                     "events; leave_one_out needs no times"
                 )
+        # 2. Count test targets whose user or item training does not see.
         targets = found.evaluated("test")
         ends = split.ends
         seen = np.zeros(self.num_items + 1, bool)
@@ -188,6 +194,7 @@ class Sequences:
         trained = np.arange(len(self.items)) < np.repeat(ends, lengths)
         for target in HELD_OUT:
             users = self.evaluated(target)
+            # 0, which is no item of a sequence, stands for users without a target.
             wanted = np.zeros(len(self), np.int32)
             wanted[users] = self.items[self.target_rows(users, target)]
             leaked = trained & (self.items == np.repeat(wanted, lengths))
@@ -226,6 +233,7 @@ class Sequences:
             )
         gap = torch.zeros(len(rows))
         if self.times is not None:
+            # The first event of a slice has no gap, even where older events stand before the slice.
             before = np.where(packing.from_oldest > 0, rows - 1, rows)
             days = (self.times[rows] - self.times[before]) / MICROS_PER_DAY
             gap = torch.from_numpy(np.log1p(np.maximum(days, 0)).astype(np.float32))
@@ -295,9 +303,11 @@ def training_windows(
     if windows == "all":
         shift = np.where(older > 0, rng.integers(0, history_length // 2 + 1, len(starts)), 0)
         number = number + np.where(older > 0, -(-(older + shift) // history_length), 0)
+    # All slices at once: slice 0 of a user is the newest, higher numbers are older.
     owner = np.repeat(np.arange(len(starts)), number)
     nth = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
     last = stops[owner] - nth * history_length + np.where(nth > 0, shift[owner], 0)
+    # One event more than targets, since the first event is an input only.
     first = np.maximum(last - history_length - 1, starts[owner])
     kept = last - first >= 2
     return TrainingWindows(first[kept], last[kept])

@@ -79,6 +79,7 @@ def changed(recipe: R, changes: Changes) -> R:
 def _set(recipe: R, name: str, text: str) -> R:
     from modeling import models
 
+    # 1. Find the dataclass that declares the field: the recipe, its model or its training.
     group, _, field = name.rpartition(".")
     owners = {
         "": type(recipe),
@@ -89,12 +90,14 @@ def _set(recipe: R, name: str, text: str) -> R:
         raise RecipeError(
             f"--set {name}: expected a field of the recipe, model.… or training.…, not {group!r}"
         )
+    # 2. Refuse a field that the dataclass lacks or that must not be set.
     known = [f.name for f in fields(owners[group]) if group or f.name not in FIXED]
     if field not in known:
         prefix = f"{group}." if group else ""
         raise RecipeError(
             f"--set {name}: {recipe.name} has no such field{nearest(field, known)} There are {', '.join(prefix + k for k in known)}"
         )
+    # 3. Replace the value; a model's config is a plain dict in the recipe.
     value = _value(name, text, get_type_hints(owners[group])[field])
     if group == "model":
         return replace(recipe, config={**recipe.config, field: value})

@@ -281,6 +281,7 @@ class Loop(ABC):
         Raises:
             LossError: the loss became NaN or infinite.
         """
+        # Seed first: a checkpoint's random state replaces the seeded one.
         torch.manual_seed(self.training.seed)
         self._resume()
         budget = stop_after
@@ -288,6 +289,7 @@ class Loop(ABC):
         with _progress(total) as advance:
             advance(self.step, "")
             while self.epoch < self.training.epochs and not self.stopped:
+                # `plan` gives an epoch the same batches again, so a resumed one skips those done.
                 for loaded in ahead(self.load, self.plan(self.epoch)[self.next_batch :]):
                     if budget is not None and budget <= 0:
                         return self._summary()
@@ -297,6 +299,7 @@ class Loop(ABC):
                     self.next_batch += 1
                     self.step += 1
                     budget = None if budget is None else budget - 1
+                    # Log before saving: a checkpoint must not be ahead of the log.
                     self._log(
                         {
                             "kind": "step",
@@ -309,6 +312,7 @@ class Loop(ABC):
                     advance(self.step, f"loss {loss:.4f}", samples)
                     if self.step % self.training.checkpoint_steps == 0:
                         self._save()
+                # Validate, then save, so that a resumed run does not validate the epoch again.
                 self._end_epoch()
                 self._save()
         return self._summary()
@@ -326,20 +330,24 @@ class Loop(ABC):
             )
         )
         self.optimizer.zero_grad()
+        # 1. The gradients of all parts add up to the batch's.
         loss = 0.0
         samples = 0
         for part, number in self.losses(loaded):
             part.backward()
             loss = loss + float(part.detach())
             samples = samples + number
+        # 2. Refuse before the optimizer's step, while the weights are still finite.
         if not math.isfinite(loss):
             raise LossError(
                 f"loss is {loss} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
                 f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
             )
+        # 3. Step, then move the averaged weights.
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
         if self.averaged is not None:
+            # A short memory at first, so that the average forgets the initial weights.
             decay = min(self.training.averaging, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(
@@ -348,6 +356,7 @@ class Loop(ABC):
         return loss, samples
 
     def _end_epoch(self) -> None:
+        # The last epoch is always validated, so that there are best weights to load.
         last = self.epoch + 1 == self.training.epochs
         if last or (self.epoch + 1) % self.training.validate_epochs == 0:
             figures = self.validate(self.evaluated_model)
@@ -399,6 +408,7 @@ class Loop(ABC):
         """Go on from the newest checkpoint; without a whole one of this run, begin anew, and say
         why.
         """
+        # 1. Find a checkpoint of this run, with the log that belongs to it.
         log = self.folder / "metrics.jsonl"
         state = self._checkpoint()
         if state is not None and not log.exists():
@@ -412,6 +422,7 @@ class Loop(ABC):
             forget_run(self.folder)
             log.write_text("")
             return
+        # 2. Restore all that the next step depends on, random states included.
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -424,7 +435,9 @@ class Loop(ABC):
         self.stopped = bool(stopped)
         self.cpu_seconds = state["cpu_seconds"]
         self.curve = state["curve"]
+        # 3. Cut the log back to the checkpoint: later steps are taken, and logged, again.
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        # An epoch's line counts only if the checkpoint was saved after the epoch's end.
         kept = [
             line
             for line in lines

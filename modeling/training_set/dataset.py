@@ -436,6 +436,7 @@ class Fitting:
         told = keys[(labels == 1).any(axis=1)] if drawn else keys
         number = np.bincount(told, minlength=len(requests.items))
         counted = pa.table({"item": requests.items, "number": number}).filter(pa.array(number > 0))
+        # Merged with the counts so far, so that memory follows items, not rows.
         both = counted if self._items is None else pa.concat_tables([self._items, counted])
         sums = both.group_by("item").aggregate([("number", "sum")])
         self._items = sums.select(["item", "number_sum"]).rename_columns(["item", "number"])
@@ -448,6 +449,7 @@ class Fitting:
                     self._collect(column, column.name, values[column.name])
         categorical = [c for c in contract.event_features if c.is_categorical]
         if categorical:
+            # Of a sample of requests, so that few histories are read.
             events = events_of(requests.gather, len(requests), contract.spec.num_history_online)
             for column in categorical:
                 codes = events.columns[column.name].ravel()

@@ -143,6 +143,7 @@ class TrainingSet:
         log = self.warehouse.log
         rows = np.asarray(requests["log_row"])
         ends = np.asarray(requests["history_end"])
+        # A user whom the log lacks has row -1 and an empty history.
         lengths = np.where(rows < 0, 0, ends)
         visible = self.options.visible
         encoded = Encoded(
@@ -154,10 +155,12 @@ class TrainingSet:
             candidate_category=candidates["category"],
             candidate_dense=candidates["dense"],
             labels=candidates["labels"],
+            # The item vocabulary does not depend on the history length, so any length serves.
             item_of_key=self.encoder(1).items.indices_of(log.items),
             gather=late_gather(log, rows, ends, visible),
             history_lengths=lengths if visible is None else np.minimum(lengths, visible),
         )
+        # Summary tokens are gathered late, like histories.
         if tokens and self.options.tokens is not None:
             spec = self.options.tokens
             home = self.warehouse.settings.home
@@ -211,6 +214,7 @@ def open_training_set(
     try:
         hold = held(folder)
         if not (folder / MANIFEST).exists():
+            # The shared lock of this very process would keep `locked` out as well.
             hold.close()
             with locked(folder):
                 _build(warehouse, store, options, folder)
@@ -265,6 +269,7 @@ def _join(
     pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
+    # 1. Join and check piece by piece, so that memory follows a piece, not a period.
     for split, examples in warehouse.pieces(SHARD_ROWS, options.every):
         found = warehouse.join(store, options.service, split, examples, options.tokens)
         warehouse.refuse_broken(found, split)
@@ -275,11 +280,14 @@ def _join(
         positives[split] += [
             int(pc.sum(pc.equal(found[n], 1)).as_py() or 0) for n in contract.labels
         ]
+        # Vocabularies and quantiles of the training period alone: later periods would leak.
         if split == "train":
             fitting.add(_assembled(warehouse, found, options).requests)
         told(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
+    # 2. Refuse periods without a positive; evaluation itself refuses the test period.
     for split in ("train", "validation"):
         refuse_nothing_positive(contract, split, positives[split])
+    # 3. Great Expectations over pieces from all over each period.
     for split in SPLITS:
         sampled = expectations.spread(pieces[split], rows[split])
         if sampled:

@@ -269,6 +269,7 @@ def request_type(
         context = msgspec.defstruct(
             "RankContext", named, bases=(RankContext,), forbid_unknown_fields=True
         )
+        # The schema of a message takes its description from the class's docstring.
         context.__doc__ = RankContext.__doc__
         own.append(("context", context | None, None))
     if event is not None:

@@ -41,6 +41,7 @@ class Metrics:
         self.shared = SHARED in os.environ
         count = self._counter
         gauge = self._gauge
+        # 1. Counters, to which requests add as they are answered.
         self.requests = count("requests", "requests by route and status", "route", "status")
         self.left = count("clients_left", "clients that left before their answer")
         self.degraded = count("degraded", "answers by what they had to do without", "reason")
@@ -51,6 +52,7 @@ class Metrics:
             "requests that another bundle was asked beside: compared, same_first, dropped, failed",
             "outcome",
         )
+        # 2. Gauges, each with how the values of several processes become one.
         self.bundle = gauge("bundle_info", "processes that rank with a bundle", "livesum", "bundle")
         self.ready = gauge("ready", "whether every process takes requests", "livemin")
         self.under_way = gauge("requests_under_way", "requests being answered", "livesum")
@@ -68,6 +70,7 @@ class Metrics:
             "livesum",
             "reason",
         )
+        # 3. Histograms of stage times and of the shadow's lists.
         self.seconds = Histogram(
             "memoir_stage_seconds",
             "time by stage",
@@ -78,6 +81,7 @@ class Metrics:
         self.shadow_correlation = Histogram(
             "memoir_shadow_rank_correlation",
             "of its list with the one that was served",
+            # The buckets are finest near 1, where a drop from 0.99 to 0.9 must show.
             buckets=(-0.5, 0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0),
             registry=self.registry,
         )

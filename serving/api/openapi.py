@@ -46,6 +46,7 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             },
         }
 
+    # 1. The routes that take a body.
     posts = {
         "/v1/rank": post("rank", "Rank candidates for a user", "RankRequest", "RankResponse"),
         "/v1/rank:batch": post(
@@ -58,11 +59,13 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "history", "What the store holds of a user", "HistoryRequest", "HistoryResponse"
         ),
     }
+    # Without a contract no event type is known, so the route cannot be described.
     if contract is not None:
         late = {"409": "an event is earlier than what is known of the user, or the user was erased"}
         posts["/v1/events"] = post(
             "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
         )
+    # 2. The routes that only answer.
     plain = {
         path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
         for path, text, extra in (
@@ -84,6 +87,7 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             ),
         )
     }
+    # 3. The document, with a schema of every message.
     return {
         "openapi": "3.1.0",
         "info": {

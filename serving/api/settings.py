@@ -104,6 +104,7 @@ def settings_from(**options: Any) -> ServeSettings:
     Raises:
         SettingsError: a value that cannot be, or an unknown variable of the server.
     """
+    # A misspelt variable must not be ignored: the server would run with a default.
     known = {f"{PREFIX}{name.upper()}" for name in ServeSettings.model_fields} | {STOPPING, SHARED}
     of_ours = {n: v for n, v in os.environ.items() if n.startswith(PREFIX)}
     unknown = sorted(n for n, v in of_ours.items() if n not in known and not is_of_kubernetes(n, v))

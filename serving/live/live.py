@@ -169,6 +169,7 @@ class BundleSource:
                 self.stale_days,
                 self.state_bytes,
             )
+            # Scores that are no numbers, or late, must not be found out by a client's request.
             ranker.warm_up()
             took = ranker.time_a_ranking()
             if took > self.deadline_ms:
@@ -276,25 +277,30 @@ class Live:
         A bundle that cannot be served is noted in `refused` and tried again in a while; the one before
         goes on ranking. Nothing is raised: this is called again.
         """
+        # 1. Ask which bundle should rank.
         try:
             digest = self._live_digest()
         except Exception as error:
             self._not_loaded(error)
             return
+        # 2. Leave a bundle alone that ranks already, or that was refused a moment ago.
         name = digest or "given"
         if self._ranks(digest) or time.monotonic() < self._again.get(name, 0.0):
             return
         if self.previous is not None and self.previous.ranker.bundle.digest == digest:
             self.roll_back()  # it is warm
             return
+        # 3. Load and try it, while the bundle before goes on ranking.
         try:
             made = self._load(digest)
         except Exception as error:
             self._not_loaded(error)
+            # Only a fault of the bundle is remembered; a store that is away is asked at the next call.
             if isinstance(error, bundles.BundleError | NotFiniteError | TooSlowError):
                 self.refused[name] = str(error)
                 self._again[name] = time.monotonic() + REFUSED_AGAIN_S
             return
+        # 4. Swap; requests under way may still use a retired bundle, so it is closed later.
         if self.previous is not None:
             self._retired.append(_Retired(self.previous, time.monotonic()))
         self.previous = self.current

@@ -153,6 +153,7 @@ class RankService:
         logits = self.score(encoded, clock, request.user_id if known else None, go_on)
         if items.unknown:
             degraded.append(Degraded.UNKNOWN_ITEMS)
+        # An order by NaN would be arbitrary, so the candidates keep the request's order.
         if not np.isfinite(logits).all():
             logger.error("the model of %s gave NaN or infinity", self.bundle.name)
             unscored = [*degraded, Degraded.NO_SCORES]
@@ -300,6 +301,7 @@ class RankService:
             clock.lap("encode_user")
         total = batch.candidates.item_BC.shape[1]
         pieces = []
+        # The lock is free between pieces, so that a short request need not wait for a long one.
         for start in range(0, total, PIECE):
             if start:
                 go_on(-(-(total - start) // PIECE))

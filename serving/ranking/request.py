@@ -123,6 +123,7 @@ class RequestEncoder:
         """
         contract = self._contract
         vocabulary = self._encoder.items
+        # Without a history there is nothing to compare, so that candidates are just numbered.
         if history is None:
             nothing = pa.Table.from_batches([], history_schema(contract))
             empty = Histories(
@@ -132,6 +133,7 @@ class RequestEncoder:
             return _Keyed(empty, keys, items.numbers.vocabulary_row)
         events = history[contract.item.join_key]
         places = items.known.places(events.to_pylist())
+        # Places serve as keys only where every item has one; otherwise the ids are compared.
         if items.unknown or places.min(initial=0) < 0:
             ids = pa.array(candidates, arrow_type(contract.item.dtype))
             histories, keys = from_batches(contract, [history], ids)

@@ -44,8 +44,10 @@ def _with_history(contract: Contract, user: UserRow, what_if: Any) -> UserRow:
             f"what_if.without names event {last}, of a user of whom the store has {history.num_rows}, counted from 0"
         )
     added = events_in_order(what_if.events, contract, "what_if.")
+    # A request counts events from the newest, and a history is stored from the oldest.
     gone = history.num_rows - 1 - np.array(what_if.without, np.int64)
     kept = history.take(pa.array(np.delete(np.arange(history.num_rows), gone)))
+    # Statistics take in added events but keep those left out; the sketch stays as stored.
     columns = user.columns
     sketch = user.sketch
     if added:
@@ -56,12 +58,14 @@ def _with_history(contract: Contract, user: UserRow, what_if: Any) -> UserRow:
         order = np.argsort(micros(both["event_timestamp"]), kind="stable")
         newest = order[-contract.spec.num_history_online :]
         kept = both.take(pa.array(newest)).combine_chunks().to_batches()[0]
+    # The problems must be those of the new history, and not of the stored one.
     problems = user.problems
     if kept.num_rows:
         unknown = (Degraded.UNKNOWN_USER, Degraded.NO_HISTORY)
         problems = tuple(problem for problem in problems if problem not in unknown)
     elif user.history is not None:
         problems = (*problems, Degraded.NO_HISTORY)
+    # Stored tokens summarise the real history, out of which no event can be taken.
     return replace(
         user, columns=columns, history=kept, tokens=None, sketch=sketch, problems=problems
     )

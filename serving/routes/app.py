@@ -83,6 +83,7 @@ def app_of(
         if keep_up and server.stopping is not None:
             tasks.append(asyncio.create_task(_leave_in_time(server)))
         yield
+        # Tasks end before the pools and stores that they use are closed.
         for task in tasks:
             task.cancel()
         await server.close()

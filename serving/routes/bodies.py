@@ -98,11 +98,13 @@ async def read_body(
     charset = request.headers.get("content-type", "").lower().partition("charset=")[2].strip('" ')
     if declared == JSON and charset not in ("", "utf-8", "utf8", "us-ascii"):
         raise UnsupportedMediaError(f"JSON is read in UTF-8, not in {charset!r}")
+    # A compressed body could become larger than the limit once it is unpacked.
     if encoding := request.headers.get("content-encoding"):
         raise UnsupportedMediaError(
             f"Content-Encoding {encoding!r} is not accepted: send it as it is"
         )
     too_large = BodyTooLargeError(f"the body may have {limit:,} bytes at most")
+    # Refuse by the declared length first, before any of the body is read.
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise too_large
@@ -114,6 +116,7 @@ async def read_body(
                 async for chunk in request.stream():
                     body += chunk
                     admission.came(arriving, len(chunk))
+                    # The declared length may be missing or wrong, so that the bytes are counted too.
                     if len(body) > limit:
                         raise too_large
     except TimeoutError as error:

@@ -25,12 +25,14 @@ async def take_events(request: Request) -> Response:
     if serving.events is None:
         raise NotReadyError("this server takes no events: it has no online store of its own")
     user_id, events = decode_events(body, serving.ranker.contract, media_of(request))
+    # An accepted event of the future would make all real ones before it too late.
     latest = server.latest()
     for event in events:
         if event["event_timestamp"] > latest:
             raise InvalidRequestError(
                 f"an event lies in the future: {event['event_timestamp'].isoformat()}; nothing was added"
             )
+    # The take goes on in its thread after a timeout, so that some events may be stored.
     with server.event_admission.admitted():
         taking = asyncio.get_running_loop().run_in_executor(
             server.pools.events, serving.events.take, user_id, events
@@ -39,6 +41,7 @@ async def take_events(request: Request) -> Response:
             async with asyncio.timeout(settings.events_s):
                 taken = await taking
         except ServingError:
+            # This error carries its status and its message already.
             raise
         except HistoryError as error:
             raise InvalidRequestError(

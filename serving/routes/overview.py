@@ -74,6 +74,7 @@ class Overview:
     def _made(self, serving: Serving) -> OverviewResponse:
         ranker = serving.ranker
         settings = self._settings
+        # 1. What the bundle alone can say.
         known = ranker.bundle.encoder.items.values[:NUM_ITEMS].to_pylist()
         made = OverviewResponse(
             dataset=ranker.contract.spec.title,
@@ -89,9 +90,11 @@ class Overview:
         )
         if settings is None:
             return made
+        # 2. What the home adds; a part that cannot be read keeps its default.
         contract = ranker.contract
         made.built = _seen(lambda: built_until(settings)) or {}
         made.users = _seen(lambda: some_users(settings, contract)) or []
+        # Frequent items with their titles take the place of the bundle's first ones.
         if frequent := _seen(lambda: frequent_items(settings, contract)):
             titles = self.titles_of(serving, frequent)
             made.items = [KnownItem(item, titles.get(str(item))) for item in frequent]

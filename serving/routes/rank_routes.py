@@ -61,6 +61,7 @@ async def rank_batch(request: Request) -> Response:
     arrived = time.perf_counter()
     serving, body = await server.received(request, server.admission)
     batch = decode_batch(body, serving.ranker.contract, media_of(request))
+    # Check every request first: a batch is refused as a whole or not at all.
     for asked in batch:
         _check_inspection(request, server, asked)
         server.refuse_the_future(asked)

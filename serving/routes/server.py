@@ -232,6 +232,7 @@ class Server:
         metrics = self.metrics
         live = self.live
         names = {one.name: one is live.current for one in (live.previous, live.current) if one}
+        # Without this, a bundle that is loaded no longer would stay in the metrics.
         for name in self._shown_bundles - set(names):
             metrics.forget_bundle(name)
         self._shown_bundles = set(names)

@@ -154,6 +154,7 @@ def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
     """The numbers of logged requests, from the offline store as of each request."""
     contract = bundle.encoder.contract
     encoder = bundle.encoder
+    # 1. One row for each request and candidate, in the shape of training examples.
     lengths = pc.list_value_length(log["candidates"]).to_numpy().astype(np.int64)
     row = pa.array(np.repeat(np.arange(len(log)), lengths))
     user = contract.user.join_key
@@ -173,10 +174,12 @@ def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
             },
         }
     )
+    # 2. Join the features as of each request, as a training set does.
     warehouse = Warehouse(settings)
     store = open_store(settings)
     service = bundle.manifest["service"]
     joined = warehouse.join(store, service, "test", examples)
+    # The request's id is no feature: it only says which rows belong together.
     split = warehouse.assemble(joined.drop_columns("request_id"), joined["request_id"])
     return encoder.featurise(split.requests)
 

@@ -63,6 +63,7 @@ def write_impressions(settings: Settings, log: pa.Table, file: Path, most: int |
     source = dataset.spec.events
     file.parent.mkdir(parents=True, exist_ok=True)
     _write(source, list(columns), rows, file)
+    # The check follows the writing, because a glob finds only a file that is there.
     if str(file.resolve()) not in {str(Path(f).resolve()) for f in dataset.files(settings.data)}:
         file.unlink()
         raise ImpressionsError(
@@ -80,6 +81,7 @@ def values_of(contract: Contract) -> dict[str, Value]:
     """
     spec = contract.spec
     source = spec.events
+    # 1. Refuse a dataset whose raw rows hold what no answer's log has.
     if not spec.shown:
         raise ImpressionsError(
             f"{spec.name} declares no action for impressions: set SPEC.shown, and requests by request_id"
@@ -93,6 +95,7 @@ def values_of(contract: Contract) -> dict[str, Value]:
         raise ImpressionsError(
             f"rows of {spec.name}'s raw log need what no log of answers has: {', '.join(lacking) or 'a rating'}"
         )
+    # 2. Map each column of the raw log to a value of the logged request.
     logged = {c.name for c in spec.context_features}
     known: dict[str, Value] = {
         "user_id": lambda request, place: request[contract.user.join_key],
@@ -109,8 +112,10 @@ def values_of(contract: Contract) -> dict[str, Value]:
         if column.name in known:
             found[name] = known[column.name]
         elif column.name in logged:
+            # A lambda in this loop would read the last column's name; the function binds this one.
             found[name] = _logged(column.name)
         else:
+            # Only nullable columns are left here: the check above refuses all others.
             found[name] = lambda request, place: None
     # What happened: that it was shown, and nothing else yet.
     if source.action:

@@ -164,6 +164,7 @@ class UserDecoder:
             # No event is stored: a past that is known to be empty.
             nothing = StoredSketch(Sketch(self._layout), -1)
             if tokens is None and all(value is None for value in columns.values()):
+                # An unknown user has no tokens either, which need not be said twice.
                 return UserRow(
                     columns,
                     None,

@@ -85,6 +85,7 @@ def published_rows(settings: Settings, contract: Contract) -> Loaded | None:
     """
     if contract.views_of("item"):
         return None
+    # 1. Find the tables from which the last `materialize` was made.
     sent = JobFolder(settings.home, "materialize").manifest()
     if sent is None or sent.fingerprint != contract.fingerprint:
         return None
@@ -94,11 +95,13 @@ def published_rows(settings: Settings, contract: Contract) -> Loaded | None:
     for view, job in ITEM_TABLES.items():
         folder = JobFolder(settings.home, job)
         manifest = folder.manifest()
+        # A table that was rebuilt since holds what the online store does not.
         if manifest is None or manifest.digest != sent.inputs.get(job):
             return None
         rows = newest_of(folder, contract, view, sent.as_of_micros)
         tables.append(rows)
         ids.append(rows[key].combine_chunks())
+    # 2. Join the views by item; an item that a view lacks gets nulls.
     every = pc.unique(pa.concat_arrays(ids))
     columns = {key: every}
     for view, rows in zip(ITEM_TABLES, tables, strict=True):
@@ -301,6 +304,7 @@ class ItemTable:
         numbers = ItemNumbers.joined([added.numbers, rows.numbers])
         known_now = KnownItems(base, _Rows(KeyIndex(keys), numbers))
         absent = {key: until for key, until in self._absent.items() if until > now}
+        # The bound keeps made-up ids from filling the memory.
         absent |= dict.fromkeys(gone[: MAX_ABSENT - len(absent)], now + ABSENT_S)
         with self._changed:
             self._absent = absent

@@ -75,10 +75,12 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
     """
     from feast.infra.online_stores.helpers import _mmh3
 
+    # Feast keeps the views of the same join keys in one hash, so one HMGET reads them all.
     by_keys: dict[tuple[str, ...], list[tuple[bytes, str, str]]] = {}
     for projection in store.get_feature_service(online_service).feature_view_projections:
         definition = store.get_feature_view(projection.name)
         keys = tuple(sorted(column.name for column in definition.entity_columns))
+        # Feast names a field by a hash, and the value is a protobuf with one member for each type.
         by_keys.setdefault(keys, []).extend(
             (
                 _mmh3(f"{projection.name}:{feature.name}"),
@@ -87,6 +89,7 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
             )
             for feature in projection.features
         )
+        # The row of a custom view may be newer than the request, which only its time tells.
         if definition.tags.get("own") == "true":
             by_keys[keys].append(
                 (f"_ts:{projection.name}".encode(), f"_ts:{projection.name}", TIME)
@@ -356,10 +359,12 @@ def _key_maker(
     user_key = contract.user.join_key
     text = contract.user.dtype is DType.STRING
     known = {user_key, TOKEN_VERSION.join_key}
+    # A request names a user; no other entity of a key is known here.
     if unknown := {key for keys in plan.join_keys for key in keys} - known:
         raise WrongStoreError(f"a user's features are read by user alone, not by {sorted(unknown)}")
 
     def keys_of(user_id: Id, token_version: str | None) -> list[bytes]:
+        # The value's type is part of the key: a number written as text would find nothing.
         user = Value(string_val=str(user_id)) if text else Value(int64_val=int(user_id))
         tokens = Value(string_val=token_version or "")
         return [

@@ -402,15 +402,19 @@ class UserMemory:
         state = record[TOKENS]["state"]
         try:
             stored = None if tokens is None else from_bytes(tokens, record.user_id)
+            # 1. Without tokens, begin only where the whole history is at hand.
             if stored is None or stored.tombstone:
                 whole = counted == packed.num_rows
+                # The digest also tells a history that has the right length but other events.
                 if not whole or digest != extended_digest(self._contract, 0, 0, packed):
                     self.without_tokens["no_state"] += 1
                     return None
                 return self._refresher.begun(
                     record.user_id, packed, stored.computed_at if stored else 0
                 )
+            # 2. With tokens, add the events that they lack.
             behind = counted - stored.num_events
+            # Either nothing is lacking, or more than is packed, which only the job can add.
             if not 0 < behind <= packed.num_rows:
                 return None
             lacking = packed.slice(packed.num_rows - behind).to_pylist()
@@ -475,6 +479,7 @@ def sketch_after(
         return None
     else:
         sketch = Sketch(layout)
+    # A sketch counts the primary action alone.
     chosen = np.flatnonzero(events["action"].to_numpy() == 0)
     codes = [value_codes(events[contract.item.join_key]), *remembered]
     sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
