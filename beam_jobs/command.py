@@ -142,13 +142,13 @@ def refuse_unknown(beam_args: list[str], job: str, options: RunOptions, common: 
     for options_class in {c.__name__: c for c in PipelineOptions.__subclasses__()}.values():
         options_class._add_argparse_args(parser)
     # argparse prints a refusal and exits; both are caught, so that one error says it.
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             _, unknown = parser.parse_known_args(beam_args)
     except (SystemExit, argparse.ArgumentError) as error:
-        told = (said.getvalue() or str(error)).strip().splitlines()[-1].partition("error: ")[2]
-        raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}: {told}") from error
+        message = (stderr.getvalue() or str(error)).strip().splitlines()[-1].partition("error: ")[2]
+        raise UsageError(f"Beam cannot read {' '.join(beam_args)!r}: {message}") from error
     if unknown:
         known = {f.name for f in (*fields(options), *fields(common))} | set(
             vars(parser.parse_args([]))

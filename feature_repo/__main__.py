@@ -58,20 +58,20 @@ def new(
     action: str | None = None,
     force: bool = False,
 ) -> int:
-    """Look at a log's files, say what each column was taken for and why, and write a dataset module to
-    correct. What is not sure has `# ?` behind it, here and there. Ends with 1 where no column was
+    """Guess from a log's files what each column is, say why, and write a dataset module to correct.
+    What is not sure has `# ?` behind it, here and there. Ends with 1 where no column was
     taken for user, item or time: the draft then has "?" in their place.
 
     Args:
-        name: of the dataset: small letters, digits and underscores.
+        name: name of the dataset: small letters, digits and underscores.
         events: file, folder or glob of the log.
-        items: the same of a table of items.
-        users: the same of a table of users.
-        user: column of the events that says who acted, where you know better.
-        item: column that says on what.
-        time: column that says when.
-        action: column that says what happened, in words or as a rating.
-        force: write over a module of that name.
+        items: file, folder or glob of the table of items.
+        users: file, folder or glob of the table of users.
+        user: column of the events that names the user; default: the one that looks like it.
+        item: column of the events that names the item.
+        time: column of the events with the time.
+        action: column of the events with the action, in words or as a rating.
+        force: overwrite a module of that name.
     """
     from feature_repo import datasets
     from feature_repo.scaffold import suggest
@@ -87,14 +87,14 @@ def new(
     # 2. Look at the files.
     folder, below = _common_folder([file for file in (events, items, users) if file])
     given = {"user": user, "item": item, "time": time, "action": action}
-    said = {role: column for role, column in given.items() if column}
+    summary = {role: column for role, column in given.items() if column}
     log = suggest.log_of(
-        folder, below[events], users and below[users], items and below[items], said
+        folder, below[events], users and below[users], items and below[items], summary
     )
     cuts = ("?", "?") if "time" in log.missing else suggest.periods(log.events, folder)
     # 3. Show what each column was taken for, then write the draft.
     for guess in log.guesses:
-        print(f"  {guess.column}: {guess.told}")
+        print(f"  {guess.column}: {guess.line}")
     for doubt in log.doubts():
         print(f"  # ? {doubt}")
     path.write_text(module_text(name, log, cuts))
@@ -172,15 +172,15 @@ def apply(*, force: bool = False) -> None:
         printed = feast_apply(settings)
     log = settings.path("feast_apply.log")
     log.write_text(printed)
-    said = changes_told(printed)
+    summary = changes_of(printed)
     shown = config.relative_to(CHECKOUT) if config.is_relative_to(CHECKOUT) else config
     print(
-        f"feast apply: registered {settings.dataset} with {shown}: {said}; what Feast said is in {log}"
+        f"feast apply: registered {settings.dataset} with {shown}: {summary}; what Feast said is in {log}"
     )
     assert settings.profile == "production" or local_file(settings, REGISTRY).exists()
 
 
-def changes_told(printed: str) -> str:
+def changes_of(printed: str) -> str:
     """Return what an apply did, out of what Feast printed. For SQL registries it prints no plan, but which views it
     deploys.
     """
@@ -193,10 +193,10 @@ def changes_told(printed: str) -> str:
         "views removed": r"^Removing infrastructure for ",
     }
     counts = {name: len(re.findall(sign, plain, re.MULTILINE)) for name, sign in kinds.items()}
-    told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
-    if not told and "No changes to registry" in plain:
+    counted = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    if not counted and "No changes to registry" in plain:
         return "the registry holds it already"
-    return told or "done"
+    return counted or "done"
 
 
 def definition_files() -> list[Path]:

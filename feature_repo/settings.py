@@ -163,9 +163,9 @@ def refuse_unknown_variables() -> None:
         and not is_of_kubernetes(name, value)
     )
     if unknown:
-        said = " ".join(f"{name}{nearest(name, VARIABLES) or '.'}" for name in unknown)
+        listed = " ".join(f"{name}{nearest(name, VARIABLES) or '.'}" for name in unknown)
         raise SettingsError(
-            f"environment variables that are none of Memoir's: {said} There are {', '.join(sorted(VARIABLES))}"
+            f"environment variables that are none of Memoir's: {listed} There are {', '.join(sorted(VARIABLES))}"
         )
 
 

@@ -244,12 +244,12 @@ def summary(settings: Settings, started_s: float) -> None:
     counts = evaluation["counts"]
     print(f"\ntest period: {counts['requests']:,} requests, {counts['candidates']:,} candidates")
     metrics = evaluation["metrics"]
-    told = [
+    figures = [
         f"{name} {metrics[name]['ndcg@10']['value']:.4f}"
         for name in ("model", *best_baselines(metrics))
         if metrics[name].get("ndcg@10")
     ]
-    print(f"ndcg@10: {', '.join(told)} (the whole table stands above, by evaluate)")
+    print(f"ndcg@10: {', '.join(figures)} (the whole table stands above, by evaluate)")
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
     # 3. What to try next.
     print(

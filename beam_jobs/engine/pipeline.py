@@ -37,8 +37,10 @@ def pipeline_of(
     try:
         made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
-        told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        raise OptionsError(f"Beam takes no such options ({' '.join(beam_args)}): {told}") from error
+        message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise OptionsError(
+            f"Beam takes no such options ({' '.join(beam_args)}): {message}"
+        ) from error
     _ = made | "List inputs" >> beam.Create(units) | job.name >> job.steps(plan)
     return made
 
@@ -60,8 +62,8 @@ def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:
                 raise
             if (found := from_worker(str(error))) is not None:
                 raise found from error
-            traceback_told = "Traceback (most recent call last)" in str(error)
-            if not embedded and not traceback_told:
+            has_traceback = "Traceback (most recent call last)" in str(error)
+            if not embedded and not has_traceback:
                 first = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise RunnerError(f"{runner} could not run: {first}") from error
             noise.show()

@@ -97,13 +97,13 @@ def sift(
     counts: Counter[str] = Counter()
 
     # 1. Who was erased.
-    told = erased.without(parsed.events, user)
+    remaining = erased.without(parsed.events, user)
     users = erased.without(parsed.users, user)
-    counts["events_erased"] = parsed.events.num_rows - told.num_rows
+    counts["events_erased"] = parsed.events.num_rows - remaining.num_rows
 
     # 2. What breaks a limit of the contract, row by row.
-    events = limits.check(contract.table("events"), told)
-    letters.append(_letters(plan, unit, told.take(pa.array(events.dead)), events.reasons))
+    events = limits.check(contract.table("events"), remaining)
+    letters.append(_letters(plan, unit, remaining.take(pa.array(events.dead)), events.reasons))
     profiles = {}
     for name, rows in (("user_profile", users), ("item_profile", parsed.items)):
         checked = limits.check(contract.table(name), rows)
@@ -125,7 +125,7 @@ def sift(
             for n, rows in profiles.items()
         }
 
-    counts["events_dead"] = told.num_rows - known.num_rows
+    counts["events_dead"] = remaining.num_rows - known.num_rows
     rows = {"events": known, **profiles}
     return Sifted(rows, pa.concat_tables(letters), parsed.counts + Counts(counts))
 

@@ -29,10 +29,10 @@ PIECE = 1 << 24
 def mark_of(users: Sequence[int | str]) -> re.Pattern[bytes] | None:
     """Return a pattern for the bytes of these ids; None if their bytes are too few to tell."""
     ids = [user.encode() for user in users if isinstance(user, str)]
-    told = [re.escape(one) for one in ids if len(one) >= LEAST_BYTES]
-    if not told:
+    texts = [re.escape(one) for one in ids if len(one) >= LEAST_BYTES]
+    if not texts:
         return None
-    return re.compile(rb"(?<![0-9A-Za-z_])(?:" + b"|".join(told) + rb")(?![0-9A-Za-z_])")
+    return re.compile(rb"(?<![0-9A-Za-z_])(?:" + b"|".join(texts) + rb")(?![0-9A-Za-z_])")
 
 
 def traces_in(
@@ -80,8 +80,8 @@ def _in_columns(batch: pa.RecordBatch, mark: re.Pattern[bytes], without: Collect
             column = pc.list_flatten(column)
         struck = behind_nulls(pa.chunked_array([column]))
         for values in (column, *struck.chunks):
-            told = values.drop_null().cast(pa.large_binary()).to_pylist()
-            found += sum(1 for _ in mark.finditer(b"\n".join(told)))
+            texts = values.drop_null().cast(pa.large_binary()).to_pylist()
+            found += sum(1 for _ in mark.finditer(b"\n".join(texts)))
     return found
 
 

@@ -93,13 +93,14 @@ def requests_of(contract: Contract, events: pa.Table) -> LoggedRequests:
     # 3. Bring the items of a request together, in the order of their first events.
     order = np.argsort(request[first_of_pair], kind="stable")
     # All events beyond the distinct pairs of item and action say nothing new.
-    said = np.unique(np.stack([pair_of_event, action[chosen].astype(np.int64)]), axis=1).shape[1]
+    pairs = np.stack([pair_of_event, action[chosen].astype(np.int64)])
+    distinct = np.unique(pairs, axis=1).shape[1]
     return LoggedRequests(
         first_event=chosen[first],
         request=request[first_of_pair][order],
         event=chosen[first_of_pair][order],
         labels=labels[order],
-        repeats=len(chosen) - said,
+        repeats=len(chosen) - distinct,
     )
 
 

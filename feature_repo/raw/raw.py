@@ -142,8 +142,8 @@ def typed(
         # 2. Replace marks of nothing by nulls first: no reader of numbers or times knows them.
         given = without_missing(raw[theirs], written.missing) if _may_miss(column) else raw[theirs]
         if marks := written.missing_in.get(theirs, ()):
-            said = pa.array(~says_nothing(given, marks))
-            given = pc.if_else(said, _plain(given), pa.scalar(None, _plain(given).type))
+            meant = pa.array(~says_nothing(given, marks))
+            given = pc.if_else(meant, _plain(given), pa.scalar(None, _plain(given).type))
         # 3. Read, and stop where most of a column is lost: the file is another one.
         made = _read(column, given, written, zones)
         _refuse_unreadable(file, column, theirs, given, made, written)

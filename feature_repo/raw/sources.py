@@ -294,11 +294,11 @@ def _bytes_of(unit: RawUnit) -> bytes:
 def _completed(block: RawBlock, file: str, columns: Sequence[str]) -> RawBlock:
     """A block with the columns that its file says by its path, and nulls for those that it lacks."""
     rows = block.rows
-    said = path_columns(file)
+    in_path = path_columns(file)
     for name in columns:
         lacks = name not in rows.column_names
-        if lacks or (name in said and rows[name].null_count == len(rows)):
-            value = said.get(name)
+        if lacks or (name in in_path and rows[name].null_count == len(rows)):
+            value = in_path.get(name)
             values = pa.array([value] * len(block.positions), pa.string())
             at = rows.schema.get_field_index(name)
             rows = rows.append_column(name, values) if lacks else rows.set_column(at, name, values)

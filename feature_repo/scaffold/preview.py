@@ -447,8 +447,8 @@ def _of_files(dataset: Dataset, units: Sequence[RawUnit]) -> Iterator[str]:
             continue
         chosen = np.unique(np.linspace(0, len(files) - 1, MOST_FILES).astype(int))
         for at in chosen:
-            if said := sniff.same_dialect(source, files[at]):
-                yield f"{files[at]}: {said}"
+            if finding := sniff.same_dialect(source, files[at]):
+                yield f"{files[at]}: {finding}"
         if sources.format_of(source, files[0]) == "json":
             # Objects of JSON leave out what is null.
             continue

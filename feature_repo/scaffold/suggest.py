@@ -84,17 +84,17 @@ class Guess:
     doubt: str = ""
 
     @property
-    def told(self) -> str:
+    def line(self) -> str:
         kind = self.kind.value if self.kind else "not read by rankers"
-        said = {
+        text = {
             "feature": f"{self.group}, {kind}: {self.why}",
             "left out": f"left out, for {self.why}",
         }.get(self.role, f"{self.role}: {self.why}")
-        return f"{said}  # ? {self.doubt}" if self.doubt else said
+        return f"{text}  # ? {self.doubt}" if self.doubt else text
 
 
 @dataclass(frozen=True)
-class Looked:
+class Sampled:
     """A source as it was found: how it is read, some of its rows as text, and what each column is.
 
     Args:
@@ -113,7 +113,7 @@ class Looked:
         return next((g.column for g in self.guesses.values() if g.role == role), None)
 
 
-def look(path: str, data: str, kind: str = "events") -> Looked:
+def sample_of(path: str, data: str, kind: str = "events") -> Sampled:
     """How files are written, and rows from both ends of each.
 
     Args:
@@ -152,7 +152,7 @@ def look(path: str, data: str, kind: str = "events") -> Looked:
     commas = [shape for shape in shapes.values() if shape.decimal == ","]
     if commas:
         source = replace(source, decimal=",")
-    return Looked(source, rows, shapes, doubts=doubts)
+    return Sampled(source, rows, shapes, doubts=doubts)
 
 
 def _first_filled(files: list[str]) -> str:
@@ -197,22 +197,22 @@ def _together(tables: list[pa.Table], names: list[str]) -> pa.Table:
 # --- roles
 
 
-def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looked:
+def guess_events(sampled: Sampled, given: Mapping[str, str] | None = None) -> Sampled:
     """Roles of the columns of an event log.
 
     Args:
         said: role → column, by a person who knows.
     """
-    said = dict(said or {})
-    names = looked.rows.column_names
-    shapes = looked.shapes
-    for role, column in said.items():
+    given = dict(given or {})
+    names = sampled.rows.column_names
+    shapes = sampled.shapes
+    for role, column in given.items():
         if column not in names:
             raise UsageError(
                 f"--{role} names {column!r}; there are {names}{nearest(column, names)}"
             )
     found: dict[str, Guess] = {}
-    nameless = "header" in looked.doubts and bool(looked.source.header)
+    nameless = "header" in sampled.doubts and bool(sampled.source.header)
     nameless = nameless and not any(parts_of(name)[:1] != ["event"] for name in names)
 
     def take(
@@ -223,17 +223,17 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
 
     def free(test: str = "") -> list[str]:
         left = [
-            n for n in names if n not in found and n not in said.values() and shapes[n].readable
+            n for n in names if n not in found and n not in given.values() and shapes[n].readable
         ]
         return [n for n in left if named_as(n, test) and not nameless] if test else left
 
-    for role, column in said.items():
+    for role, column in given.items():
         dtype = _key_type(shapes[column]) if role in ("user", "item") else DType.STRING
         is_rating = role == "action" and shapes[column].number and not shapes[column].flag
         take("rating" if is_rating else role, column, "as you say", dtype)
 
     # 1. When: what can be read as a time, the better named the sooner.
-    if "time" not in said:
+    if "time" not in given:
         times = [n for n in free() if shapes[n].time and _may_be_time(n, shapes[n], nameless)]
         written = [n for n in times if named_as(n, "time") or not shapes[n].number]
         # In a nameless file the finest of several: ids that look like times come again and again.
@@ -247,49 +247,49 @@ def guess_events(looked: Looked, said: Mapping[str, str] | None = None) -> Looke
         if chosen is not None:
             doubt = doubt or odd_times(shapes[chosen])
         take("time", chosen, "its values are times", DType.TIMESTAMP, doubt)
-    looked = _with_time(looked, found)
+    sampled = _with_time(sampled, found)
     # 2. What happened: flags of 0 and 1, a rating, or a column of few words.
     for name in free():
-        if shapes[name].flag and singular(name) in ACTION_WORDS and "action" not in said:
+        if shapes[name].flag and singular(name) in ACTION_WORDS and "action" not in given:
             doubt = f"{shapes[name].blank:.0%} of the rows are blank, and count as 0"
             doubt = doubt if shapes[name].blank else ""
             take("flag", name, "0 or 1, and named as an action", DType.INT8, doubt)
-    if not any(g.role == "flag" for g in found.values()) and "action" not in said:
-        _take_action(looked, found, free, take, nameless)
+    if not any(g.role == "flag" for g in found.values()) and "action" not in given:
+        _take_action(sampled, found, free, take, nameless)
     # 3. Who and what: by name, and in a nameless file by the order that all such files have.
     for role in ("user", "item"):
         keys = [n for n in free() if shapes[n].key and not shapes[n].flag and may_be_key(n)]
         named = [name for name in keys if named_as(name, role)]
         # One who comes once has no history: what is new in each row names the row.
-        repeated = [n for n in keys if shapes[n].distinct < 0.9 * len(looked.rows)]
+        repeated = [n for n in keys if shapes[n].distinct < 0.9 * len(sampled.rows)]
         chosen = best_named(named, role) or (repeated[0] if nameless and repeated else None)
-        if chosen is not None and role not in said:
+        if chosen is not None and role not in given:
             why = "by its name" if named else "in the place where such files have it"
             doubt = _or(as_well_named(chosen, named, role)) if named else "no name says so"
             take(role, chosen, why, _key_type(shapes[chosen]), doubt)
     # 4. What was asked together, and the source's name of an event.
-    rows = len(looked.rows)
+    rows = len(sampled.rows)
     user = next((name for name, guess in found.items() if guess.role == "user"), None)
     ids = [
         name
         for name in free("request")
         if shapes[name].key and shapes[name].distinct < rows and user is not None
         # A request is one user's
-        if _depends(looked.rows, user, name)
+        if _depends(sampled.rows, user, name)
     ]
     take("request", best_named(ids, "request"), "by its name; several rows share one")
     unique = [n for n in free("event") if shapes[n].key and shapes[n].distinct > 0.9 * rows > 1]
     take("event id", best_named(unique, "event"), "by its name; hardly any two rows share one")
     for name in names:
         if name not in found:
-            group = _group(looked, found, name) if shapes[name].readable else ""
-            found[name] = _feature(looked, name, group)
-    return replace(looked, guesses={name: found[name] for name in names})
+            group = _group(sampled, found, name) if shapes[name].readable else ""
+            found[name] = _feature(sampled, name, group)
+    return replace(sampled, guesses={name: found[name] for name in names})
 
 
-def _take_action(looked: Looked, found: dict[str, Guess], free, take, nameless: bool) -> None:  # type: ignore[no-untyped-def]
+def _take_action(sampled: Sampled, found: dict[str, Guess], free, take, nameless: bool) -> None:  # type: ignore[no-untyped-def]
     """A rating, a column of few words for actions, or one of codes that is named so."""
-    shapes = looked.shapes
+    shapes = sampled.shapes
     ratings = [
         n for n in free() if shapes[n].number and shapes[n].distinct <= 21 and shapes[n].high <= 10
     ]
@@ -300,16 +300,16 @@ def _take_action(looked: Looked, found: dict[str, Guess], free, take, nameless: 
         doubt = "" if named_as(rated[0], "rating") else "no name says so"
         take("rating", rated[0], "a small number for each event", DType.FLOAT32, doubt)
         return
-    said = [n for n in free() if shapes[n].text and shapes[n].distinct <= FEW]
-    spoken = [n for n in said if words_of_actions(looked.rows[n])]
+    texts = [n for n in free() if shapes[n].text and shapes[n].distinct <= FEW]
+    spoken = [n for n in texts if words_of_actions(sampled.rows[n])]
     if spoken:
         take("action", best_named(spoken, "action"), "its few values are actions")
         return
     coded = [n for n in free("action") if shapes[n].distinct <= FEW and shapes[n].distinct > 1]
     coded = [n for n in coded if "id" not in parts_of(n) and not shapes[n].time]
-    if told := [n for n in coded if shapes[n].flag and not shapes[n].number]:
+    if flags := [n for n in coded if shapes[n].flag and not shapes[n].number]:
         doubt = "it says true or false: name what happened where it is true"
-        take("flag", told[0], "true or false, by its name", DType.INT8, doubt)
+        take("flag", flags[0], "true or false, by its name", DType.INT8, doubt)
         return
     take("action", best_named(coded, "action"), "by its name", doubt="say what its values mean")
 
@@ -326,23 +326,23 @@ def _may_be_time(name: str, shape: ColumnShape, nameless: bool) -> bool:
     return named or (not any(named_as(name, role) for role in ("user", "item", "request", "event")))
 
 
-def _with_time(looked: Looked, found: dict[str, Guess]) -> Looked:
+def _with_time(sampled: Sampled, found: dict[str, Guess]) -> Sampled:
     """The source with how its times are written, and a column that says each row's zone."""
     column = next((name for name, guess in found.items() if guess.role == "time"), None)
     if column is None:
-        return looked
-    shape = looked.shapes[column]
-    doubts = dict(looked.doubts)
-    source = replace(looked.source, time_unit=shape.time_unit, time_format=shape.time_format)
+        return sampled
+    shape = sampled.shapes[column]
+    doubts = dict(sampled.doubts)
+    source = replace(sampled.source, time_unit=shape.time_unit, time_format=shape.time_format)
     if shape.or_format:
         doubts["time_format"] = f"or {shape.or_format}: day and month cannot be told apart"
-    for name, other in looked.shapes.items():
+    for name, other in sampled.shapes.items():
         if named_as(name, "zone") and other.text and name not in found:
-            values = pc.unique(raw.texts(looked.rows[name]).drop_null()).to_pylist()
+            values = pc.unique(raw.texts(sampled.rows[name]).drop_null()).to_pylist()
             if values and all(raw.zone_of(value) for value in values):
                 found[name] = Guess(name, "zone", "its values are zones")
                 source = replace(source, zone_column=name)
-    return replace(looked, source=source, doubts=doubts)
+    return replace(sampled, source=source, doubts=doubts)
 
 
 def odd_times(shape: ColumnShape) -> str:
@@ -360,27 +360,27 @@ def odd_times(shape: ColumnShape) -> str:
     )
 
 
-def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
+def guess_profile(sampled: Sampled, kind: str, keys: pa.Array) -> Sampled:
     """Roles of the columns of a table of users or items: its key is what shares most values with the
     events' ids.
     """
     role = kind.removesuffix("s")
-    shapes = {n: s for n, s in looked.shapes.items() if s.readable}
+    shapes = {n: s for n, s in sampled.shapes.items() if s.readable}
 
     # 1. The key: what shares most values with the events' ids, and is named like an id.
     def shared(name: str) -> float:
-        texts = texts_of(looked.rows[name])
+        texts = texts_of(sampled.rows[name])
         known = pc.mean(pc.is_in(texts, keys).cast(pa.float64())).as_py() or 0.0
         named = 0.5 * named_as(name, role) + 0.25 * ("id" in parts_of(name))
         return float(known + named * may_be_key(name))
 
-    candidates = [name for name in shapes if shapes[name].distinct == len(looked.rows)]
+    candidates = [name for name in shapes if shapes[name].distinct == len(sampled.rows)]
     key = max(candidates or list(shapes), key=shared)
     if not candidates or shared(key) < 0.5:
         key = max(shapes, key=shared)
     if not shared(key):
         raise RawDataError(
-            f"{looked.source.path}: no column shares a value with the {role} ids of the events; is it another table?"
+            f"{sampled.source.path}: no column shares a value with the {role} ids of the events; is it another table?"
         )
     alike = [name for name in candidates if name != key and shared(name) == shared(key)]
     found = {
@@ -393,7 +393,7 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
         )
     }
     # 2. Of several rows a key, a time may say since when each is known.
-    rows = len(looked.rows)
+    rows = len(sampled.rows)
     distinct = shapes[key].distinct
     if distinct < rows:
         doubt = f"{rows:,} rows of {distinct:,} {kind}: of several the last of the file is taken"
@@ -404,15 +404,15 @@ def guess_profile(looked: Looked, kind: str, keys: pa.Array) -> Looked:
             found[key] = replace(
                 found[key], doubt=f"{rows:,} rows of {distinct:,} {kind}: each from its {time} on"
             )
-            looked = _with_time(looked, {time: found[time]})
+            sampled = _with_time(sampled, {time: found[time]})
     # 3. All else is a feature.
-    for name in looked.shapes:
+    for name in sampled.shapes:
         if name not in found:
-            found[name] = _feature(looked, name, f"{role}_features")
-    return replace(looked, guesses={name: found[name] for name in looked.shapes})
+            found[name] = _feature(sampled, name, f"{role}_features")
+    return replace(sampled, guesses={name: found[name] for name in sampled.shapes})
 
 
-def _group(looked: Looked, found: dict[str, Guess], name: str) -> str:
+def _group(sampled: Sampled, found: dict[str, Guess], name: str) -> str:
     """Whose feature a column of an event log is: what it depends on alone."""
     of = {g.role: g.column for g in found.values()}
     if named_as(name, "position"):
@@ -424,7 +424,7 @@ def _group(looked: Looked, found: dict[str, Guess], name: str) -> str:
         ("item", "item_features"),
         ("request", "context_features"),
     ):
-        if role in of and _depends(looked.rows, name, of[role]):
+        if role in of and _depends(sampled.rows, name, of[role]):
             return group
     return "event_features"
 
@@ -438,14 +438,14 @@ def _depends(rows: pa.Table, name: str, key: str) -> bool:
     return pairs <= 1.01 * distinct < 0.8 * len(rows)
 
 
-def _feature(looked: Looked, name: str, group: str) -> Guess:
+def _feature(sampled: Sampled, name: str, group: str) -> Guess:
     """How a ranker should read a column."""
-    shape = looked.shapes[name]
-    rows = looked.rows
+    shape = sampled.shapes[name]
+    rows = sampled.rows
     if not shape.readable:
         return Guess(name, "left out", f"it holds {rows[name].type}, which no ranker reads")
     # 1. What holds for every kind: gaps, doubts, constants.
-    doubt = looked.doubts.get(f"column {name}", "")
+    doubt = sampled.doubts.get(f"column {name}", "")
     if shape.lost:
         doubt = f"{shape.lost:,} of {shape.rows:,} values are none such"
     absent = shape.blank > 0 or shape.lost > 0 or bool(doubt)
@@ -484,7 +484,7 @@ def _feature(looked: Looked, name: str, group: str) -> Guess:
             separator=shape.separator,
         )
     # 3. Times, flags and numbers.
-    time_format = looked.source.time_format
+    time_format = sampled.source.time_format
     if shape.time and not shape.number:
         if shape.time_format != time_format:
             return replace(made, why=f"times of another format, {shape.time_format or 'ISO 8601'}")
@@ -577,14 +577,14 @@ def words_of_actions(column: pa.ChunkedArray) -> bool:
 class Log:
     """All files of a log, with names of our own for what is declared."""
 
-    events: Looked
-    users: Looked | None = None
-    items: Looked | None = None
+    events: Sampled
+    users: Sampled | None = None
+    items: Sampled | None = None
 
     @property
     def guesses(self) -> list[Guess]:
         files = (self.events, self.users, self.items)
-        return [guess for looked in files if looked for guess in looked.guesses.values()]
+        return [guess for sampled in files if sampled for guess in sampled.guesses.values()]
 
     @property
     def missing(self) -> list[str]:
@@ -593,9 +593,9 @@ class Log:
 
     def doubts(self) -> Iterator[str]:
         """Yield every doubt about the files, a line for each."""
-        for looked in (self.events, self.users, self.items):
-            if looked:
-                yield from (f"{name}: {why}" for name, why in looked.doubts.items())
+        for sampled in (self.events, self.users, self.items):
+            if sampled:
+                yield from (f"{name}: {why}" for name, why in sampled.doubts.items())
 
 
 def log_of(
@@ -603,7 +603,7 @@ def log_of(
     events: str,
     users: str | None = None,
     items: str | None = None,
-    said: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> Log:
     """Guess the roles of every column of a log's files.
 
@@ -614,35 +614,35 @@ def log_of(
         RawDataError: a file is missing or no table.
         UsageError: a column that is said is not there.
     """
-    log = guess_events(look(events, data), said)
-    profiles: dict[str, Looked | None] = {"users": None, "items": None}
+    log = guess_events(sample_of(events, data), given)
+    profiles: dict[str, Sampled | None] = {"users": None, "items": None}
     for kind, path in (("users", users), ("items", items)):
         if path is not None:
             key = log.column(kind.removesuffix("s"))
             keys = pc.unique(texts_of(log.rows[key])) if key else pa.array([], pa.string())
-            profiles[kind] = guess_profile(look(path, data, kind), kind, keys)
+            profiles[kind] = guess_profile(sample_of(path, data, kind), kind, keys)
     log = _without_doubles(log, profiles)
     used: set[str] = set(RESERVED)
-    named = [looked and _with_names(looked, used) for looked in profiles.values()]
+    named = [sampled and _with_names(sampled, used) for sampled in profiles.values()]
     return Log(_with_names(log, used), *named)
 
 
-def _without_doubles(log: Looked, profiles: dict[str, Looked | None]) -> Looked:
+def _without_doubles(log: Sampled, profiles: dict[str, Sampled | None]) -> Sampled:
     """Leave out event columns that a table of users or items describes."""
-    told = {kind for kind, looked in profiles.items() if looked is not None}
+    described = {kind for kind, sampled in profiles.items() if sampled is not None}
     guesses = {}
     for name, guess in log.guesses.items():
         kind = guess.group.replace("_features", "s")
-        if kind in told:
+        if kind in described:
             guess = Guess(name, "left out", f"the table of {kind} says what is theirs")
         guesses[name] = guess
     return replace(log, guesses=guesses)
 
 
-def _with_names(looked: Looked, used: set[str]) -> Looked:
+def _with_names(sampled: Sampled, used: set[str]) -> Sampled:
     """Names of our own for features: words with underscores, each once. `used` takes them in."""
     guesses = {}
-    for place, (name, guess) in enumerate(looked.guesses.items(), 1):
+    for place, (name, guess) in enumerate(sampled.guesses.items(), 1):
         if guess.role not in ("feature", "rating"):
             guesses[name] = guess
             continue
@@ -654,10 +654,10 @@ def _with_names(looked: Looked, used: set[str]) -> Looked:
         ours = next(n for n in (base, *tried) if n not in used)
         used.add(ours)
         guesses[name] = replace(guess, ours=ours)
-    return replace(looked, guesses=guesses)
+    return replace(sampled, guesses=guesses)
 
 
-def periods(events: Looked, data: str) -> tuple[str, str]:
+def periods(events: Sampled, data: str) -> tuple[str, str]:
     """From when on validation and test run: by where the events are, so that the last tenth of them
     tests and the tenth before validates, however far off a few others lie.
     """

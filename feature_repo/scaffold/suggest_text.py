@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from feature_repo.contract.schema import DType, Kind, Source
 from feature_repo.raw import raw
 from feature_repo.scaffold.names import SHOWN_WORDS, means, named_as, singular
-from feature_repo.scaffold.suggest import UNKNOWN, Guess, Log, Looked, texts_of
+from feature_repo.scaffold.suggest import UNKNOWN, Guess, Log, Sampled, texts_of
 
 # From the action that matters most to the one that matters least.
 STRENGTH = (
@@ -69,13 +69,13 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
         *_source("events", events, [*actions.source], _event_columns(events)),
     ]
     # 2. Tables of users and items.
-    for kind, looked in (("users", log.users), ("items", log.items)):
-        if looked is not None:
+    for kind, sampled in (("users", log.users), ("items", log.items)):
+        if sampled is not None:
             role = kind.removesuffix("s")
-            columns = {f"{role}_id": looked.column(role) or UNKNOWN} | _renamed(looked)
-            if time := looked.column("time"):
+            columns = {f"{role}_id": sampled.column(role) or UNKNOWN} | _renamed(sampled)
+            if time := sampled.column("time"):
                 columns["event_timestamp"] = time
-            body += _source(kind, looked, [], {o: t for o, t in columns.items() if o != t})
+            body += _source(kind, sampled, [], {o: t for o, t in columns.items() if o != t})
     # 3. Features, by whom they belong to.
     for group in GROUPS:
         chosen = [g for g in log.guesses if g.group == group and g.role == "feature"]
@@ -109,9 +109,9 @@ def module_text(name: str, log: Log, cuts: tuple[str, str]) -> str:
     )
 
 
-def _dtype(looked: Looked, role: str) -> str:
-    column = looked.column(role)
-    return DType.STRING.name if column is None else looked.guesses[column].dtype.name
+def _dtype(sampled: Sampled, role: str) -> str:
+    column = sampled.column(role)
+    return DType.STRING.name if column is None else sampled.guesses[column].dtype.name
 
 
 def _doubt(why: str) -> str:
@@ -135,7 +135,7 @@ def _is_shown(action: str) -> bool:
     return means(action, SHOWN_WORDS) is not None
 
 
-def _actions(events: Looked) -> _Actions:
+def _actions(events: Sampled) -> _Actions:
     # 1. Take logs with flags, with a rating, or without a word on actions.
     flags = [g.column for g in events.guesses.values() if g.role == "flag"]
     if flags:
@@ -193,7 +193,7 @@ def _name_of(value: str, place: int) -> str:
     return name if name[:1].isalpha() else f"action_{name or place}"
 
 
-def _rated(events: Looked, rating: str) -> _Actions:
+def _rated(events: Sampled, rating: str) -> _Actions:
     """Ratings from 0.8 of the highest on are high. A value below a scale that else begins at 1 was no
     rating where it is negative, or the commonest of all.
     """
@@ -213,7 +213,7 @@ def _rated(events: Looked, rating: str) -> _Actions:
     return _Actions(("high_rating", "low_rating"), (task,), source=tuple(source))
 
 
-def _flagged(events: Looked, flags: list[str]) -> _Actions:
+def _flagged(events: Sampled, flags: list[str]) -> _Actions:
     """A row is an impression, and says by 0 and 1 what came of it."""
     happened = {
         f: pc.fill_null(raw.truths(texts_of(events.rows[f])), 0).to_numpy() > 0 for f in flags
@@ -235,7 +235,7 @@ def _flagged(events: Looked, flags: list[str]) -> _Actions:
 
 
 def _requests(
-    events: Looked, actions: _Actions, cuts: tuple[str, str], has_request: bool
+    events: Sampled, actions: _Actions, cuts: tuple[str, str], has_request: bool
 ) -> list[str]:
     by = ['        by="request_id",'] if has_request else []
     drawn = ["        train_negatives_per_positive=4,", "        eval_negatives=100,"]
@@ -258,11 +258,11 @@ def _requests(
     ]
 
 
-def _renamed(looked: Looked) -> dict[str, str]:
-    return {g.ours: g.column for g in looked.guesses.values() if g.ours}
+def _renamed(sampled: Sampled) -> dict[str, str]:
+    return {g.ours: g.column for g in sampled.guesses.values() if g.ours}
 
 
-def _event_columns(events: Looked) -> dict[str, str]:
+def _event_columns(events: Sampled) -> dict[str, str]:
     roles = {
         "user": "user_id",
         "item": "item_id",
@@ -277,13 +277,13 @@ def _event_columns(events: Looked) -> dict[str, str]:
     return {o: t for o, t in found.items() if o != t or events.guesses[t].doubt}
 
 
-def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str]) -> list[str]:
-    source = looked.source
+def _source(kind: str, sampled: Sampled, more: list[str], columns: dict[str, str]) -> list[str]:
+    source = sampled.source
     plain = Source("")
     assert isinstance(source.path, str)
     lines = [_text(source.path)]
     if columns:
-        pairs = (f"    {_text(o)}: {_text(t)},{_told(looked, t)}" for o, t in columns.items())
+        pairs = (f"    {_text(o)}: {_text(t)},{_doubt_of(sampled, t)}" for o, t in columns.items())
         lines += ["columns={", *pairs, "}"]
     # How the text is cut into fields; defaults are left out.
     if source.format and not source.path.lower().endswith((".csv", ".csv.gz")):
@@ -297,27 +297,27 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
     if source.quoted_newlines:
         lines.append("quoted_newlines=True")
     if source.skip:
-        lines.append(f"skip={source.skip},{_doubt(looked.doubts.get('skip', ''))}")
+        lines.append(f"skip={source.skip},{_doubt(sampled.doubts.get('skip', ''))}")
     if source.header:
-        lines.append(f"header={_tuple(source.header)},{_doubt(looked.doubts.get('header', ''))}")
+        lines.append(f"header={_tuple(source.header)},{_doubt(sampled.doubts.get('header', ''))}")
     if source.encodings != plain.encodings:
-        doubt = _doubt(looked.doubts.get("encodings", ""))
+        doubt = _doubt(sampled.doubts.get("encodings", ""))
         lines.append(f"encodings={_tuple(source.encodings)},{doubt}")
     # How values are written.
     if source.decimal != plain.decimal:
         lines.append(f'decimal="{source.decimal}"')
     # A column declares its sign only where it differs from the sign of the source.
     signed = (Kind.NUMBER, Kind.VECTOR)
-    own = {g.ours: g.decimal for g in looked.guesses.values() if g.kind in signed and g.ours}
+    own = {g.ours: g.decimal for g in sampled.guesses.values() if g.kind in signed and g.ours}
     if odd := {name: sign for name, sign in own.items() if sign not in ("", source.decimal)}:
         lines.append(f"decimals={json.dumps(odd)}")
-    signs = {g.separator for g in looked.guesses.values() if g.separator}
+    signs = {g.separator for g in sampled.guesses.values() if g.separator}
     if signs - {plain.list_separator}:
         lines.append(f'list_separator="{sorted(signs)[0]}"')
     if source.time_unit:
         lines.append(f'time_unit="{source.time_unit}"')
     if source.time_format:
-        doubt = _doubt(looked.doubts.get("time_format", ""))
+        doubt = _doubt(sampled.doubts.get("time_format", ""))
         lines.append(f"time_format={_text(source.time_format)},{doubt}")
     if source.zone_column:
         lines.append(f"zone_column={_text(source.zone_column)}")
@@ -331,11 +331,11 @@ def _source(kind: str, looked: Looked, more: list[str], columns: dict[str, str])
     return [f"    {kind}=Source(", *shown, "    ),"]
 
 
-def _told(looked: Looked, column: str) -> str:
+def _doubt_of(sampled: Sampled, column: str) -> str:
     """Return the doubts about a column, as a comment."""
     if column == UNKNOWN:
         return _doubt("no column was taken for it; name one here, or by --user, --item or --time")
-    return _doubt(looked.guesses[column].doubt) if column in looked.guesses else ""
+    return _doubt(sampled.guesses[column].doubt) if column in sampled.guesses else ""
 
 
 def _column(guess: Guess) -> str:

@@ -62,10 +62,10 @@ def reasons_against(
         trees = metrics.get(TREES, {}).get(name)
         if trees is None or estimate.value >= trees["value"]:
             continue
-        told = f"trees on the same numbers are better on {name} ({trees['value']:.4f} against {estimate.value:.4f})"
+        reason = f"trees on the same numbers are better on {name} ({trees['value']:.4f} against {estimate.value:.4f})"
         now = live.metrics.get(name) if live is not None and same_test else None
         # A live one that is below trees itself is no reason to wait.
-        (hold if now and now["value"] >= trees["value"] else warn).append(told)
+        (hold if now and now["value"] >= trees["value"] else warn).append(reason)
     if not model.get("ndcg@10"):
         undefined = "how well it ranks is not known: its NDCG@10 is undefined"
         (warn if live is None else hold).append(undefined)

@@ -105,9 +105,9 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
         if note := undefined(rows):
             say(f"  {task}: {note}", style="yellow")
     say(f"calibration: {calibration_line(evaluation)}")
-    if told := evaluation["beside_trees"]:
-        better = told.startswith("the model ranks better")
-        say(told, style="" if better else "yellow")
+    if verdict := evaluation["beside_trees"]:
+        better = verdict.startswith("the model ranks better")
+        say(verdict, style="" if better else "yellow")
     say(f"report: {report}", soft_wrap=True)
 
 

@@ -113,7 +113,7 @@ def evaluate_run(
     Args:
         shift_T: added to each task's logits before they are taken for probabilities: see
             `sampling_shift`.
-        tell: is told what is being done.
+        tell: takes a line for each stage.
 
     Raises:
         ScoresError: the model gives NaN.
@@ -287,8 +287,8 @@ def unknown_line(unknown: dict[str, float]) -> str:
 def degraded_line(evaluation: dict[str, Any]) -> str:
     """Say in a line what degraded answers are worth."""
     found = {name: row["ndcg@10"] for name, row in evaluation["degraded"].items() if row["ndcg@10"]}
-    told = ", ".join(f"{name} {value['value']:.3f}" for name, value in found.items())
-    return f"NDCG@10 of answers that do without something: {told or 'undefined'}"
+    line = ", ".join(f"{name} {value['value']:.3f}" for name, value in found.items())
+    return f"NDCG@10 of answers that do without something: {line or 'undefined'}"
 
 
 def untrained(metrics: dict[str, Any]) -> list[str]:
@@ -307,12 +307,12 @@ def best_baselines(metrics: dict[str, Any]) -> list[str]:
 
 def beside_trees(difference: Difference) -> str:
     """How a model stands beside trees, in a sentence."""
-    told = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    line = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     if difference.low > 0:
-        return f"the model ranks better than trees on the same numbers: NDCG@10 {told}"
+        return f"the model ranks better than trees on the same numbers: NDCG@10 {line}"
     if difference.high < 0:
-        return f"trees on the same numbers rank better than the model: NDCG@10 {told}"
-    return f"the model and trees on the same numbers cannot be told apart: NDCG@10 {told}"
+        return f"trees on the same numbers rank better than the model: NDCG@10 {line}"
+    return f"the model and trees on the same numbers cannot be told apart: NDCG@10 {line}"
 
 
 def picture_figures(
@@ -438,13 +438,13 @@ def calibration_line(evaluation: dict[str, Any]) -> str:
     ne = evaluation["metrics"][MODEL].get("ne")
     points = evaluation["figures"]["calibration"]
     predicted, happened = (sum(p[n] for p in points) / max(len(points), 1) for n in (0, 1))
-    told = f"mean probability {predicted:.3f}, mean label {happened:.3f}"
+    line = f"mean probability {predicted:.3f}, mean label {happened:.3f}"
     shift = evaluation.get("shift", 0.0)
     if shift:
-        told += f", after {shift:+.2f} on each logit for the share of drawn negatives"
+        line += f", after {shift:+.2f} on each logit for the share of drawn negatives"
     if ne and ne["value"] >= 1:
-        told += "; no better than the base rate: take them for scores, not for probabilities"
-    return told
+        line += "; no better than the base rate: take them for scores, not for probabilities"
+    return line
 
 
 def contract_line(contract: Contract, counts: dict[str, int]) -> str:

@@ -248,11 +248,11 @@ def _page(
     pictures: dict[str, bytes],
     more: Mapping[str, list[list[str]]],
 ) -> str:
-    said = "".join(f"<p>{html.escape(line)}</p>" for line in about)
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in about)
     further = "".join(
         f"<h2>{html.escape(name)}</h2>{_table(found)}" for name, found in more.items()
     )
-    return _html(title, said + _table(rows) + further + _images(pictures))
+    return _html(title, paragraphs + _table(rows) + further + _images(pictures))
 
 
 def _images(pictures: Mapping[str, bytes]) -> str:

@@ -571,7 +571,7 @@ class _progress:
         self.total = total
         self.samples = 0
         self.started = time.monotonic()
-        self.told = ProgressLines()
+        self.reporter = ProgressLines()
         self.bar = (
             Progress(
                 TextColumn("train"),
@@ -602,7 +602,7 @@ class _progress:
         if self.bar:
             self.bar.update(self.task, completed=step, note=f"{note}, {rate}")
         elif samples:
-            self.told(f"train: step {step} of {self.total}, {note}, {rate}")
+            self.reporter(f"train: step {step} of {self.total}, {note}, {rate}")
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

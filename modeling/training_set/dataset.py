@@ -289,12 +289,12 @@ class Warehouse:
         table = training_set_table(self.contract)
         checked = limits.check(table, joined.select([c.name for c in table.all_columns]))
         if len(checked.dead):
-            said = [
+            findings = [
                 f"  {reason}: {number:,} rows"
                 for reason, number in Counter(checked.reasons).items()
             ]
             raise expectations.GateError(
-                "\n".join([f"joined features of the {split} period break the contract:", *said])
+                "\n".join([f"joined features of the {split} period break the contract:", *findings])
             )
 
     def gate(self, joined: Iterable[pa.Table], split: str) -> None:
@@ -433,8 +433,8 @@ class Fitting:
         # Drawn negatives say nothing of which items there is enough to learn about.
         drawn = contract.spec.requests.examples is Examples.ACTIONS
         keys = requests.candidate_keys
-        told = keys[(labels == 1).any(axis=1)] if drawn else keys
-        number = np.bincount(told, minlength=len(requests.items))
+        positive = keys[(labels == 1).any(axis=1)] if drawn else keys
+        number = np.bincount(positive, minlength=len(requests.items))
         counted = pa.table({"item": requests.items, "number": number}).filter(pa.array(number > 0))
         # Merged with the counts so far, so that memory follows items, not rows.
         both = counted if self._items is None else pa.concat_tables([self._items, counted])

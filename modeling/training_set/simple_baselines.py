@@ -84,9 +84,9 @@ def _telling(own: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.nd
     """
     found: dict[str, np.ndarray] = {}
     for name, values in own.items():
-        said = values[rows]
+        counts = values[rows]
         whole = FADED if name.startswith(FADED) else FREQUENCY
-        same = name != whole and whole in own and np.array_equal(said, own[whole][rows])
-        if len(said) and said.min() < said.max() and not same:
+        same = name != whole and whole in own and np.array_equal(counts, own[whole][rows])
+        if len(counts) and counts.min() < counts.max() and not same:
             found[name] = values
     return found

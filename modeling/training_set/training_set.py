@@ -264,7 +264,7 @@ def _join(
         DataError: the training or validation period has no positive.
     """
     folder.mkdir()
-    told = ProgressLines()
+    progress = ProgressLines()
     contract = warehouse.contract
     pieces: dict[str, list[Path]] = {name: [] for name in SPLITS}
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
@@ -283,7 +283,7 @@ def _join(
         # Vocabularies and quantiles of the training period alone: later periods would leak.
         if split == "train":
             fitting.add(_assembled(warehouse, found, options).requests)
-        told(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
+        progress(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
     # 2. Refuse periods without a positive; evaluation itself refuses the test period.
     for split in ("train", "validation"):
         refuse_nothing_positive(contract, split, positives[split])
@@ -303,7 +303,7 @@ def _encode(
     joined: dict[str, list[Path]],
 ) -> dict[str, dict[str, int]]:
     """The joined rows as numbers, a shard for each piece. Returns counts of each period."""
-    told = ProgressLines()
+    progress = ProgressLines()
     users = dict[Any, int]()
     periods = {}
     for split, paths in joined.items():
@@ -323,7 +323,7 @@ def _encode(
             )
             counts["requests"] += len(encoded)
             counts["candidates"] += len(encoded.candidate_item)
-            told(f"training set: {split}, {counts['candidates']:,} candidates encoded")
+            progress(f"training set: {split}, {counts['candidates']:,} candidates encoded")
         periods[split] = counts
     return periods
 

@@ -109,8 +109,8 @@ def settings_from(**options: Any) -> ServeSettings:
     of_ours = {n: v for n, v in os.environ.items() if n.startswith(PREFIX)}
     unknown = sorted(n for n, v in of_ours.items() if n not in known and not is_of_kubernetes(n, v))
     if unknown:
-        said = " ".join(f"{name}{nearest(name, sorted(known)) or '.'}" for name in unknown)
-        raise SettingsError(f"environment variables that are none of the server's: {said}")
+        listed = " ".join(f"{name}{nearest(name, sorted(known)) or '.'}" for name in unknown)
+        raise SettingsError(f"environment variables that are none of the server's: {listed}")
     # Kubernetes sets this one for a service that is named memoir-serve.
     port = f"{PREFIX}PORT"
     if is_of_kubernetes(port, os.environ.get(port, "")):

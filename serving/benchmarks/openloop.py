@@ -36,7 +36,9 @@ class Outcome:
     refusal_us: HdrHistogram = field(default_factory=lambda: HdrHistogram(1, HIGHEST_US, 3))
     bodies: list[tuple[float, int, bytes]] = field(default_factory=list)  # due, status, body
     seconds: float = 0.0
-    unscored: int = 0  # answers of the last rung, or without the user: not what was asked for
+    unscored: int = (
+        0  # answers of the last fallback level, or without the user: not what was asked for
+    )
 
     def ms(self, percentile: float) -> float:
         """A percentile of the latency of answers, milliseconds."""

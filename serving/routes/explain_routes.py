@@ -53,7 +53,7 @@ async def history(request: Request) -> Response:
         user = await server.read_user(serving, RankRequest(asked.user_id, []), deadline)
         known = history_of(serving.ranker.contract, user)
         items = list(dict.fromkeys([*(event.item_id for event in known.events), *asked.items]))
-        titles = await _looked_up(server, server.overview.titles_of, serving, items)
+        titles = await _in_thread(server, server.overview.titles_of, serving, items)
     return answered_with(request, msgspec.structs.replace(known, titles=titles))
 
 
@@ -61,7 +61,7 @@ async def overview(request: Request) -> Response:
     """`GET /v1/overview`: some users and items, how fresh the tables are, the last report."""
     server = server_of(request)
     loaded = list(server.loaded())
-    found = await _looked_up(server, server.overview.of, server.serving(), loaded)
+    found = await _in_thread(server, server.overview.of, server.serving(), loaded)
     return Response(msgspec.json.encode(found), media_type=JSON)
 
 
@@ -70,7 +70,7 @@ async def page(request: Request) -> Response:
     return Response(PAGE.body, media_type="text/html", headers=PAGE.headers)
 
 
-async def _looked_up(server: Server, look: Callable[..., T], *about: Any) -> T:
+async def _in_thread(server: Server, read: Callable[..., T], *about: Any) -> T:
     """Read tables and catalogue on their thread.
 
     Raises:
@@ -79,7 +79,7 @@ async def _looked_up(server: Server, look: Callable[..., T], *about: Any) -> T:
     """
     most_s = server.settings.events_s
     with server.look_admission.admitted():
-        looking = asyncio.get_running_loop().run_in_executor(server.pools.tables, look, *about)
+        looking = asyncio.get_running_loop().run_in_executor(server.pools.tables, read, *about)
         try:
             async with asyncio.timeout(most_s):
                 return await looking

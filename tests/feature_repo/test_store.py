@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from feature_repo import datasets
-from feature_repo.__main__ import changes_told
+from feature_repo.__main__ import changes_of
 from feature_repo.errors import SettingsError
 from feature_repo.home.tables import JobFolder
 
@@ -239,7 +239,7 @@ def test_an_apply_says_what_it_did_for_either_registry() -> None:
     plan = (
         "Applying changes\n\x1b[32mCreated entity user\nCreated feature view a\nDeleted entity x\n"
     )
-    assert changes_told(plan) == "2 created, 1 deleted"
+    assert changes_of(plan) == "2 created, 1 deleted"
     sql = "Deploying infrastructure for a\nDeploying infrastructure for b\nRemoving infrastructure for c\n"
-    assert changes_told(sql) == "2 views deployed, 1 views removed"
-    assert changes_told("No changes to registry\n") == "the registry holds it already"
+    assert changes_of(sql) == "2 views deployed, 1 views removed"
+    assert changes_of("No changes to registry\n") == "the registry holds it already"
