@@ -127,7 +127,7 @@ def erase(*users: str, logs: tuple[str, ...] = (), allow: bool = False) -> None:
     """Take users out of every table, store, version and log, prove it, and keep them out of later runs.
 
     Args:
-        users: their ids.
+        users: ids of the users.
         logs: folders that servers logged to; MEMOIR_SERVE_LOG_FOLDER always counts.
         allow: take them off the list of erased users: jobs and servers may know them again.
     """

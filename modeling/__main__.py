@@ -24,11 +24,11 @@ Data = Annotated[
 Seed = Annotated[
     int | None, Parameter(help="seed of weights, dropout and order; default: the recipe's")
 ]
-Epochs = Annotated[int | None, Parameter(help="default: the recipe's")]
-Force = Annotated[bool, Parameter(help="do it again, up to date or not")]
-Device = Annotated[str, Parameter(help="where to train, such as cuda")]
+Epochs = Annotated[int | None, Parameter(help="epochs at most; default: the recipe's")]
+Force = Annotated[bool, Parameter(help="start again, even if the result is up to date")]
+Device = Annotated[str, Parameter(help="device to train on, such as cuda")]
 Threads = Annotated[
-    int, Parameter(help="of torch and scikit-learn; one is safest beside other load")
+    int, Parameter(help="threads of torch and scikit-learn; one is safest beside other load")
 ]
 Set = Annotated[
     tuple[str, ...],

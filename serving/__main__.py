@@ -14,7 +14,7 @@ app = cli.app(
     "serving",
     """Rank over HTTP with the live bundle.
 
-    Example: `python -m serving --port 8000 --replay`. `python -m serving demo` starts a server, asks it once, shows it.""",
+    Example: `python -m serving --port 8000 --replay`. `python -m serving demo` starts a server, sends one request and shows the answer.""",
 )
 
 
@@ -35,7 +35,7 @@ def serve(
     Args:
         host: address to listen on; by default 127.0.0.1, this machine only.
         port: port to listen on, by default 8000; 0 for any free one.
-        processes: that serve, by default one; each holds the model and all items.
+        processes: server processes, by default one; each holds the model and all items.
         bundle: folder of a bundle; by default the live one of the catalogue, which is followed.
         replay: requests without a time are taken as made at the end of the data, for samples of the
             past.
@@ -111,10 +111,10 @@ def erase(*users: str) -> None:
 
 @app.command
 def demo(*, recipe: str | None = None) -> int:
-    """Start a server, ask it once, show what it answers.
+    """Start a server, send it one request, show the answer.
 
     Args:
-        recipe: that the demo has trained; of one that nothing serves there is nothing to show.
+        recipe: the recipe that was trained; a next-item recipe is not served, which is said.
     """
     from modeling import recipes
     from serving.demo import run_demo

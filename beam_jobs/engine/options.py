@@ -31,7 +31,7 @@ class Common:
             their jar, DataflowRunner the extra `gcp` and a project.
         dry_run: print graph, inputs and estimated rows; write nothing.
         as_of: ISO time (UTC): build as if now were then; the default is the end of the data.
-        force: build again, up to date or not.
+        force: build again, even if the result is up to date.
         max_bad_fraction: stop before publishing when more rows are bad or dead letters; the default
             is the dataset's for raw rows, 0 for built tables.
     """
@@ -126,13 +126,13 @@ class TokenOptions(RunOptions):
     Args:
         bundle: recipe or digest of the bundle whose stage 1 makes them; the default is the live
             one.
-        kind: how tokens are stored; as before by default, fp16 at first.
-        every_days: also as they were every so many days, for training; as before by default, only
-            as of now at first.
-        full: skip no user: build this version anew, such as for another `--kind`.
+        kind: number format of stored tokens; by default as before, and fp16 the first time.
+        every_days: build tokens also as they were every so many days, for training; by default as before,
+            and none the first time.
+        full: build the tokens of all users again, such as for another `--kind`.
         refill: send all stored tokens online, such as to an emptied store.
-        computed_at: ISO time of the run; the clock by default, or what a killed run claimed.
-        not_live: leave the live bundle as it is.
+        computed_at: ISO time to stamp the tokens with; by default the clock, or the time of a killed run.
+        not_live: build tokens without making the bundle live.
     """
 
     bundle: str | None = None
