@@ -23,7 +23,6 @@ from modeling.training.changes import Changes, changed
 if TYPE_CHECKING:
     from modeling.evaluation.evaluate import Evaluation
     from modeling.training.training_run import TrainingRun
-    from modeling.training_set.encodings import Encodings
 
 
 def run_evaluate(
@@ -68,14 +67,12 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     # 1. Evaluate, unless the run and the code that evaluates it are the same.
     if not done:
         from modeling.evaluation.report import write_report
-        from modeling.training_set.encodings import Encodings
 
         with catalogue.stage(
             run.settings.dataset, f"evaluate {run.recipe.name}", identity
         ) as stage:
             say("evaluate: opening the test period")
-            encodings = Encodings.of_run(run)
-            found = _evaluated(run, encodings)
+            found = _evaluated(run)
             write(run.folder, identity, found)
             evaluation = read(run.folder)
             title = f"{run.recipe.name} on {contract.spec.title}"
@@ -111,8 +108,12 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     say(f"report: {report}", soft_wrap=True)
 
 
-def _evaluated(run: TrainingRun, encodings: Encodings) -> Evaluation:
-    """The evaluation of a run, with trees on the same numbers beside it."""
+def _evaluated(run: TrainingRun) -> Evaluation:
+    """The evaluation of a run, with trees on the same numbers beside it.
+
+    The training set is open in here alone: it holds its folder, and matplotlib, which draws the report, keeps
+    the frames that called it alive until the next garbage collection.
+    """
     from modeling.claims import difference
     from modeling.evaluation.evaluate import (
         beside_trees,
@@ -126,9 +127,11 @@ def _evaluated(run: TrainingRun, encodings: Encodings) -> Evaluation:
     from modeling.training.trainer import predict
     from modeling.training.training_run import load_trained, refuse_if_rebuilt
     from modeling.training_set.dataset import refuse_nothing_positive
+    from modeling.training_set.encodings import Encodings
     from modeling.training_set.simple_baselines import TREES
 
     # 1. The periods as they were trained on: shards on disk.
+    encodings = Encodings.of_run(run)
     model, encoder = load_trained(run)
     spec = encoder.contract.spec
     labels = [
