@@ -321,11 +321,10 @@ def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     from modeling.commands.evaluate import evaluate
     from modeling.commands.export import export
     from modeling.training import training_run
-    from modeling.training_set.encodings import Encodings
 
     catalogue = Catalogue(road.settings.catalogue_url)
     run = training_run.open_run(road.settings, recipes.load(recipe))
-    training_run.train(run, Encodings.of_run(run), catalogue)
+    training_run.train(run, run.encodings(), catalogue)
     evaluate(training_run.refuse_untrained(run), catalogue)
     export(training_run.refuse_untrained(run), catalogue, live=True)
 

@@ -121,6 +121,16 @@ def test_a_file_imports_only_what_its_room_and_package_may(path: Path) -> None:
             assert other in allowed, f"{name} imports {module}: an arrow that runs up"
 
 
+def test_no_two_files_import_each_other() -> None:
+    """Nor any more in a ring, type checkers' imports among them."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files()}
+    left = {name: imports(path) & set(names) - {name} for name, path in names.items()}
+    # What imports nothing that is left is in no ring; what stays is.
+    while free := {name for name, below in left.items() if not below & set(left)}:
+        left = {name: below for name, below in left.items() if name not in free}
+    assert not left, f"they import each other, or what does: {sorted(left)}"
+
+
 def test_a_package_is_a_noun_of_a_few_files_that_says_what_it_is() -> None:
     for room in ROOMS:
         for folder in sorted({path.parent for path in (ROOT / room).rglob("*.py")}):

@@ -127,11 +127,10 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     from modeling.training.trainer import predict
     from modeling.training.training_run import load_trained, refuse_if_rebuilt
     from modeling.training_set.dataset import refuse_nothing_positive
-    from modeling.training_set.encodings import Encodings
     from modeling.training_set.simple_baselines import TREES
 
     # 1. The periods as they were trained on: shards on disk.
-    encodings = Encodings.of_run(run)
+    encodings = run.encodings()
     model, encoder = load_trained(run)
     spec = encoder.contract.spec
     labels = [

@@ -27,7 +27,6 @@ def run_train(
 ) -> None:
     """Train a recipe to its end; with `force` from the beginning, trained or not."""
     from modeling.training.training_run import note_newest, open_run, train
-    from modeling.training_set.encodings import Encodings
 
     use_threads(threads)
     settings = Settings.from_env()
@@ -37,5 +36,5 @@ def run_train(
         return
     refuse_data(recipe, data, settings)
     run = open_run(settings, recipe)
-    train(run, Encodings.of_run(run), Catalogue(settings.catalogue_url), device, force=force)
+    train(run, run.encodings(), Catalogue(settings.catalogue_url), device, force=force)
     note_newest(run, changes)

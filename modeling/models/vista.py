@@ -27,7 +27,7 @@ size; `extend_user` is exact at a cost that does not depend on the history.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,39 +38,13 @@ from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, TokenMaker
-from modeling.models.vista_stage_1 import SeedStage1, StreamingStage1, Streams, stage_1_of
-
-
-@dataclass(frozen=True)
-class Config:
-    """The paper's stage 1 by default; `causal` with target seeds makes states that can be
-    extended.
-    """
-
-    width: int = 64
-    num_heads: int = 4
-    num_seeds: int = 128
-    summary_layers: int = 3  # stage 1
-    ranking_layers: int = 3  # stage 2
-    attention: Literal["quasi_linear", "softmax"] = "quasi_linear"  # of stage 1
-    seed_role: Literal["source", "target"] = "source"
-    causal: bool = False
-    # Events of a block in the streaming form
-    block: int = 32
-    # Divide by N inside the outer activation; False is the paper's literal formula
-    divide: bool = True
-    # Weight of the loss
-    reconstruction: float = 1.0
-    # Newest events that the decoder reads
-    reconstructed: int = 128
-    interaction: Literal["cross", "dot"] = "cross"
-    cross_layers: int = 2
-    cross_rank: int = 0
-    # None: twice the width
-    head_hidden: int | None = None
-    dropout: float = 0.0
-    # Stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
-    stored: bool = False
+from modeling.models.vista_stage_1 import (
+    Config,
+    SeedStage1,
+    StreamingStage1,
+    Streams,
+    stage_1_of,
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ streaming one, which is ours, also takes new events into what it holds of a hist
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,43 @@ from modeling.layers.features import EventInputs, FeatureTokens
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
 from modeling.models.base import Stage1
 
-if TYPE_CHECKING:
-    from modeling.models.vista import Config
-
 # Buckets of the logarithm of an event's age, half a unit each
 AGE_BUCKETS = 16
 # One for each layer
 Streams = tuple[Stream, ...]
 NO_CHUNK = "summarise got no chunk; an empty history is one chunk without events"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configuration of both stages. The paper's stage 1 by default; `causal` with target seeds makes states that can be
+    extended.
+    """
+
+    width: int = 64
+    num_heads: int = 4
+    num_seeds: int = 128
+    summary_layers: int = 3  # stage 1
+    ranking_layers: int = 3  # stage 2
+    attention: Literal["quasi_linear", "softmax"] = "quasi_linear"  # of stage 1
+    seed_role: Literal["source", "target"] = "source"
+    causal: bool = False
+    # Events of a block in the streaming form
+    block: int = 32
+    # Divide by N inside the outer activation; False is the paper's literal formula
+    divide: bool = True
+    # Weight of the loss
+    reconstruction: float = 1.0
+    # Newest events that the decoder reads
+    reconstructed: int = 128
+    interaction: Literal["cross", "dot"] = "cross"
+    cross_layers: int = 2
+    cross_rank: int = 0
+    # None: twice the width
+    head_hidden: int | None = None
+    dropout: float = 0.0
+    # Stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
+    stored: bool = False
 
 
 class EventRows(nn.Module):

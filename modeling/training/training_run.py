@@ -86,6 +86,14 @@ class TrainingRun:
         code = code_digest("modeling.evaluation.evaluate", "modeling.evaluation.trained_baselines")
         return digest_of([self.identity, code])
 
+    def encodings(self) -> Encodings:
+        """The training sets of this run alone."""
+        # Late: a run that is up to date is found without them, and without what they import.
+        from modeling.training_set.encodings import Encodings
+
+        options = (self.recipe.service, self.tokens, self.visible, self.every)
+        return Encodings(self.settings, *options)
+
 
 def open_run(
     settings: Settings,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from feature_repo.home.catalogue import TokenSpec
 from feature_repo.settings import Settings
 from modeling.inputs.encoder import Encoder
@@ -14,9 +12,6 @@ from modeling.training_set.training_set import (
     TrainingSetOptions,
     open_training_set,
 )
-
-if TYPE_CHECKING:
-    from modeling.training.training_run import TrainingRun
 
 
 class Encodings:
@@ -61,11 +56,6 @@ class Encodings:
 
     def period(self, recipe: Recipe, name: str) -> Period:
         return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
-
-    @classmethod
-    def of_run(cls, run: TrainingRun) -> Encodings:
-        """The training sets of one run alone."""
-        return cls(run.settings, run.recipe.service, run.tokens, run.visible, run.every)
 
     def _open(self, min_item_count: int) -> TrainingSet:
         # Feast takes seconds to import, and a run that is up to date needs no training set.

@@ -641,13 +641,12 @@ def test_a_bundle_that_was_exported_not_live_stays_so_when_its_tokens_are_built(
     from modeling.commands.evaluate import evaluate
     from modeling.commands.export import export
     from modeling.training import training_run
-    from modeling.training_set.encodings import Encodings
 
     build(fresh, helpers)
     assert live(fresh).manifest["recipe"] == "vista_tiny"
     catalogue = Catalogue(fresh.settings.catalogue_url)
     run = training_run.open_run(fresh.settings, recipes.load("vista_bidirectional_tiny"))
-    training_run.train(run, Encodings.of_run(run), catalogue)
+    training_run.train(run, run.encodings(), catalogue)
     evaluate(training_run.refuse_untrained(run), catalogue)
     export(training_run.refuse_untrained(run), catalogue, live=False)
     outcome = build(fresh, helpers, bundle="vista_bidirectional_tiny")

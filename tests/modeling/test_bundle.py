@@ -23,7 +23,6 @@ from modeling.commands.export import export, refuse_longer_than_kept
 from modeling.training import training_run
 from modeling.training.trainer import predict
 from modeling.training_set.dataset import Warehouse
-from modeling.training_set.encodings import Encodings
 from tests.periods import joined_period
 
 CONTRACT = datasets.load_contract("online_retail")
@@ -160,7 +159,7 @@ def test_stages_that_are_up_to_date_do_nothing(
         stage: catalogue.last_run("online_retail", f"{stage} amortised_dlrm_tiny").id
         for stage in ("train", "evaluate", "export")
     }  # type: ignore[union-attr]
-    training_run.train(run, Encodings.of_run(run), catalogue)
+    training_run.train(run, run.encodings(), catalogue)
     evaluate(training_run.refuse_untrained(run), catalogue)
     export(training_run.refuse_untrained(run), catalogue, live=True)
     after = {
@@ -227,9 +226,7 @@ def test_two_trainings_of_one_run_at_once_are_refused(trained_shop: Any) -> None
 
     run = training_run.open_run(trained_shop.settings, recipes.load("amortised_dlrm_tiny"))
     with locked(run.folder), pytest.raises(RunError, match="another process trains"):
-        training_run.train(
-            run, Encodings.of_run(run), Catalogue(trained_shop.settings.catalogue_url)
-        )
+        training_run.train(run, run.encodings(), Catalogue(trained_shop.settings.catalogue_url))
 
 
 def test_a_ranker_that_reads_more_events_than_are_kept_online_is_not_exported(
