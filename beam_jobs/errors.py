@@ -3,6 +3,7 @@
 feature_repo.errors.ExpectedError
 ├── OptionsError             options that do not go together, or name what is not there (exit code 2)
 ├── RunnerError              a runner cannot run here
+├── OtherCodeError           a worker has other code than the machine that started the run
 ├── NotEnoughItemsError      an evaluation request cannot get its fixed number of negatives
 └── BreaksLiveError          the live bundle reads what would no longer be online
 
@@ -20,6 +21,10 @@ class OptionsError(UsageError):
 
 class RunnerError(ExpectedError, RuntimeError):
     """A runner cannot run here."""
+
+
+class OtherCodeError(ExpectedError, RuntimeError):
+    """A worker has other code than the machine that started the run."""
 
 
 class NotEnoughItemsError(ExpectedError, ValueError):

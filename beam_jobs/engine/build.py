@@ -49,6 +49,10 @@ class ReadUnit(ThreadMap):
         self.plan = plan
         self.read = read
 
+    def setup(self) -> None:
+        """Refuse to work beside other code."""
+        self.plan.refuse_other_code()
+
     def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
         return self.read(self.plan, element)
 
@@ -68,6 +72,10 @@ class BuildPart(ThreadMap):
         super().__init__(plan.num_threads)
         self.plan = plan
         self.builder = builder
+
+    def setup(self) -> None:
+        """Refuse to work beside other code."""
+        self.plan.refuse_other_code()
 
     def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
         """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""

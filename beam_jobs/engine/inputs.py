@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from beam_jobs.engine.plan import job_code
 from feature_repo import datasets
 from feature_repo.datasets import Dataset
-from feature_repo.home.code import code_digest
 from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.raw.sources import sha256_of
@@ -41,13 +41,6 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
         elif manifest := JobFolder(settings.home, name).manifest():
             found[name] = manifest.digest
     return found
-
-
-def job_code(module: str, dataset: str) -> str:
-    """Digest of the code that makes a job's rows: its module, the dataset's, the life of a run, and all of ours
-    that they import.
-    """
-    return code_digest(module, "beam_jobs.engine.run", f"feature_repo.datasets.{dataset}")
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:

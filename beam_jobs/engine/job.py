@@ -112,5 +112,5 @@ def refuse_lost_events(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> 
 
 def _rows_before(plan: RunPlan, unit: Unit, as_of: int) -> int:
     """Count the events of a part that the run may know, from its timestamps alone."""
-    times = micros(plan.folder.read_path(unit.source, ["event_timestamp"])["event_timestamp"])
+    times = micros(plan.read_unit(unit, ["event_timestamp"])["event_timestamp"])
     return int((times < as_of).sum())

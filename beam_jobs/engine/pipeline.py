@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import queue
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 import apache_beam as beam
@@ -20,6 +25,9 @@ from feature_repo.errors import ExpectedError
 
 # Runners whose workers are this process or its children
 HERE = ("fnapirunner", "directrunner", "")
+# Beam's name of a thread that waits for a worker, and the module that such a worker runs
+WORKER_THREAD = "run_worker"
+WORKER_MODULE = b"apache_beam.runners.worker.sdk_worker_main"
 # What a worker raised, at the end of the text that Beam makes of it.
 OURS = re.compile(r"^((?:feature_repo|beam_jobs|modeling)(?:\.\w+)+): ", re.MULTILINE)
 
@@ -54,9 +62,13 @@ def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:
     """
     runner = _runner(beam_args)
     embedded = runner.lower() in HERE
-    with _held_back(embedded and _workers_are_processes(beam_args)) as noise:
+    in_processes = embedded and _workers_are_processes(beam_args)
+    with _held_back(in_processes) as noise:
         try:
-            made.run().wait_until_finish()
+            if in_processes:
+                _run_watched(made)
+            else:
+                made.run().wait_until_finish()
         except (RuntimeError, NotImplementedError, OSError) as error:
             if isinstance(error, ExpectedError):
                 raise
@@ -68,6 +80,67 @@ def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:
                 raise RunnerError(f"{runner} could not run: {first}") from error
             noise.show()
             raise
+
+
+def _run_watched(made: beam.Pipeline) -> None:
+    """Run a pipeline whose workers are children of this process. Beam (2.77) waits for ever for one that could
+    not start, or was killed.
+
+    Raises:
+        RunnerError: a worker is gone.
+    """
+    ended: queue.Queue[BaseException | None] = queue.Queue()
+
+    def run_to_the_end() -> None:
+        try:
+            made.run().wait_until_finish()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    def of_thread(arguments: threading.ExceptHookArgs) -> None:
+        # The thread that waits for a worker raises what the worker's process ended with.
+        if arguments.thread is not None and arguments.thread.name == WORKER_THREAD:
+            ended.put(RunnerError(f"{arguments.exc_value}: nothing was published; run it again"))
+        else:
+            before(arguments)
+
+    before = threading.excepthook
+    threading.excepthook = of_thread
+    try:
+        threading.Thread(target=run_to_the_end, name="pipeline", daemon=True).start()
+        if (error := ended.get()) is not None:
+            raise error
+    except RunnerError:
+        _end_workers()
+        raise
+    finally:
+        threading.excepthook = before
+
+
+def _end_workers() -> None:
+    """End the workers that are left, which would keep this process from its end."""
+    parents: dict[int, int] = {}
+    workers = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process may be gone before it is read.
+        with contextlib.suppress(OSError, ValueError):
+            # After the name, which may hold anything: state, parent
+            parents[int(folder.name)] = int(
+                folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            )
+            if WORKER_MODULE in folder.joinpath("cmdline").read_bytes():
+                workers.append(int(folder.name))
+    for worker in workers:
+        if os.getpid() in _ancestors(worker, parents):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+
+def _ancestors(process: int, parents: Mapping[int, int]) -> Iterator[int]:
+    while process := parents.get(process, 0):
+        yield process
 
 
 def threads_of(beam_args: Sequence[str]) -> int:

@@ -11,9 +11,11 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from beam_jobs.engine.options import RunOptions
+from beam_jobs.errors import OtherCodeError
 from feature_repo import datasets
 from feature_repo.contract.contract import Contract
-from feature_repo.home.tables import JobFolder, Manifest
+from feature_repo.home.code import code_digest
+from feature_repo.home.tables import JobFolder, Manifest, Part
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
 
 CORES = os.cpu_count() or 1
@@ -21,8 +23,16 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
+class InputPart:
+    """A part of a table that another job built."""
+
+    job: str
+    part: Part
+
+
+@dataclass(frozen=True)
 class Unit:
-    """A piece of input for one worker: a raw unit of the dataset, or a part of a built table."""
+    """A piece of input for one worker: a raw unit of the dataset (`RawUnit`), or an `InputPart`."""
 
     number: int
     table: str
@@ -37,6 +47,8 @@ class RunPlan:
     Args:
         as_of: microseconds; events at or after it are unknown to the run.
         pinned: manifests of the jobs that it reads, as they were when it was planned.
+        code_of, code: the job's module, and the digest of it and all that it imports, of the machine that planned
+            the run.
         max_bad_fraction: share of bad rows; None is the dataset's for raw rows, 0 for built tables.
         num_threads: threads of one worker that work on elements side by side.
     """
@@ -52,6 +64,8 @@ class RunPlan:
     pinned: dict[str, Manifest] = field(default_factory=dict, repr=False)
     max_bad_fraction: float | None = None
     num_threads: int = 1
+    code_of: str = ""
+    code: str = ""
 
     @property
     def contract(self) -> Contract:
@@ -76,15 +90,43 @@ class RunPlan:
 
     def input_paths(self, job: str, table: str) -> list[str]:
         """List the parts of an input job's table in the very run that this one names as its input,
-        republished since or not.
+        republished since or not; each verified.
         """
-        root = self.input_folder(job).root
-        return [f"{root}/{part.path}" for part in self.pinned[job].tables[table]]
+        folder = self.input_folder(job)
+        return [folder.verified(part) for part in self.pinned[job].tables[table]]
+
+    def unit_path(self, unit: Unit) -> str:
+        """Return the path of a unit that is a part of a built table, verified."""
+        return self.input_folder(unit.source.job).verified(unit.source.part)
+
+    def read_unit(self, unit: Unit, columns: list[str] | None = None) -> pa.Table:
+        """Read a unit that is a part of a built table."""
+        return self.input_folder(unit.source.job).read_path(self.unit_path(unit), columns)
+
+    def refuse_other_code(self) -> None:
+        """Refuse to work for a run that other code planned: parts of two programs would stand under one name.
+
+        Raises:
+            OtherCodeError: this machine's code is not the launcher's.
+        """
+        here = job_code(self.code_of, self.dataset)
+        if here != self.code:
+            raise OtherCodeError(
+                f"a worker of job {self.job!r} has other code ({here}) than the machine that started it ({self.code}): "
+                "nothing was published. Install one version of Memoir and of the dataset's module on both"
+            )
 
     def read_input(self, job: str, table: str) -> pa.Table:
         """Read that table, parts in order."""
         folder = self.input_folder(job)
         return pa.concat_tables([folder.read_path(path) for path in self.input_paths(job, table)])
+
+
+def job_code(module: str, dataset: str) -> str:
+    """Digest of the code that makes a job's rows: its module, the dataset's, the life of a run, and all of ours
+    that they import.
+    """
+    return code_digest(module, "beam_jobs.engine.run", f"feature_repo.datasets.{dataset}")
 
 
 class ReadOnce(Generic[Found]):

@@ -15,7 +15,7 @@ from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import RunOptions
 from beam_jobs.engine.parts import add_empty_tables, collect
 from beam_jobs.engine.pipeline import pipeline_of, run_pipeline, threads_of
-from beam_jobs.engine.plan import RunPlan, Unit
+from beam_jobs.engine.plan import InputPart, RunPlan, Unit
 from feature_repo import datasets
 from feature_repo.contract.arrow import iso_micros, micros_iso
 from feature_repo.home.erased import erased_of
@@ -74,13 +74,12 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
             raw = dataset.raw_units(settings.data)
             units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
             continue
-        folder = JobFolder(settings.home, source)
         manifest = pinned[source]
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
         for table in tables:
             parts = manifest.tables[table]
             units += [
-                Unit(len(units) + i, table, f"{folder.root}/{part.path}", part.rows)
+                Unit(len(units) + i, table, InputPart(source, part), part.rows)
                 for i, part in enumerate(parts)
             ]
     # 3. The run's name is a digest of all that decides its rows.
@@ -99,6 +98,8 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
         profile=settings.profile,
         catalogue_url=settings.catalogue_url,
         pinned=pinned,
+        code_of=type(job).__module__,
+        code=inputs["code"],
     )
     return Planned(plan, units, inputs)
 
@@ -200,7 +201,7 @@ def _built_gate(
         parts = tables.get(table.name)
         if parts and table.name not in job.set_aside:
             sampled = expectations.spread(parts, [part.rows for part in parts])
-            batches = (folder.read_path(f"{folder.root}/{part.path}") for part in sampled)
+            batches = (folder.read_path(folder.verified(part)) for part in sampled)
             docs = expectations.gate(
                 table,
                 expectations.rebatch(batches),

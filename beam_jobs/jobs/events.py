@@ -249,7 +249,7 @@ def by_item(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
 
 
 def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Piece]]:
-    events = plan.folder.read_path(unit.source)
+    events = plan.read_unit(unit)
     if plan.as_of is not None:
         events = events.filter(pa.array(micros(events["event_timestamp"]) < plan.as_of))
     for partition, piece in split_by_key(events, key, num_partitions(plan)):

@@ -26,7 +26,7 @@ from beam_jobs.engine.options import OnlineOptions
 from beam_jobs.engine.partition import to_ipc
 from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit
-from beam_jobs.engine.sinks import WriteView
+from beam_jobs.engine.steps import Each, WriteView
 from beam_jobs.errors import BreaksLiveError
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
@@ -61,7 +61,7 @@ class Materialize(beam.PTransform):
             units
             | "Spread parts" >> beam.Reshuffle()
             | "Newest of each key"
-            >> beam.FlatMap(lambda unit: newest_of_part(plan, unit)).with_output_types(ViewRows)
+            >> beam.ParDo(Each(plan, newest_of_part)).with_output_types(ViewRows)
             | "Write online" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
         # The sum is there only once every row is written, so that the next stage waits for it.
@@ -69,19 +69,14 @@ class Materialize(beam.PTransform):
         # 2. Send rows of nulls for the keys that are gone.
         gone = (
             written
-            | "Keys that are gone"
-            >> beam.FlatMap(lambda kv: gone_rows(plan, kv[0])).with_output_types(ViewRows)
+            | "Keys that are gone" >> beam.ParDo(Each(plan, gone_rows)).with_output_types(ViewRows)
             | "Write nothing for them"
             >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
         )
         # 3. Note how many rows of each view were sent.
         notes = (
-            written
-            | "Note rows"
-            >> beam.Map(lambda kv: note(plan, kv[0], "online", kv[1])).with_output_types(str),
-            gone
-            | "Note gone"
-            >> beam.Map(lambda kv: note(plan, kv[0], "gone", kv[1])).with_output_types(str),
+            written | "Note rows" >> beam.ParDo(Each(plan, note_online)).with_output_types(str),
+            gone | "Note gone" >> beam.ParDo(Each(plan, note_gone)).with_output_types(str),
         )
         return notes | beam.Flatten()
 
@@ -95,7 +90,7 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     """
     table = plan.contract.table(unit.table)
     assert table.entity is not None
-    rows = plan.folder.read_path(unit.source)
+    rows = plan.read_unit(unit)
     if plan.as_of is not None:
         rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
     newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
@@ -109,10 +104,14 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     yield unit.table, to_ipc(newest)
 
 
-def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
+def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
     """Rows of nulls for the keys of a view that some earlier run sent online and this one does
     not.
+
+    Args:
+        written: the view, and how many rows of it are online by now.
     """
+    view, _ = written
     table = plan.contract.table(view)
     root = plan.folder.root
     key = table.join_keys[0]
@@ -142,8 +141,17 @@ def gone_rows(plan: RunPlan, view: str) -> Iterator[ViewRows]:
     yield view, to_ipc(pa.table(columns, schema=schema))
 
 
-def note(plan: RunPlan, view: str, what: str, rows: int) -> str:
-    """Write down how many rows of a view went online, or lost their values there."""
+def note_online(plan: RunPlan, written: tuple[str, int]) -> Iterator[str]:
+    """Write down how many rows of a view went online."""
+    yield _note(plan, *written, "online")
+
+
+def note_gone(plan: RunPlan, written: tuple[str, int]) -> Iterator[str]:
+    """Write down how many keys of a view lost their values online."""
+    yield _note(plan, *written, "gone")
+
+
+def _note(plan: RunPlan, view: str, rows: int, what: str) -> str:
     data = f'{{"rows": {rows}}}'.encode()
     counts = Counts({f"{what}_{view}": rows})
     return write_built(plan, Built("materialized", f"{view}-{what}.json", data, rows, counts))

@@ -153,7 +153,7 @@ class Earlier:
             name = PartName.of(part.path)
             if name is None or not self._may_hold(name):
                 continue
-            read = folder.read_path(f"{folder.root}/{part.path}", [*keys, *columns])
+            read = folder.read_path(folder.verified(part), [*keys, *columns])
             rows.append(
                 read.filter(pc.equal(read[TOKEN_VERSION.join_key], prepared(self._plan).version))
             )

@@ -80,7 +80,7 @@ class Piece:
 def summarise_part(plan: RunPlan, unit: Unit, summariser: Summariser) -> Iterator[Piece]:
     """Every user of a log part, a bounded piece at a time."""
     options = prepared(plan)
-    log = HistoryLog(plan.contract, plan.input_folder("user_history"), [unit.source])
+    log = HistoryLog(plan.contract, plan.input_folder("user_history"), [plan.unit_path(unit)])
     earlier = Earlier(plan, unit.number)
     item_of_key = summariser.encoder.items.indices_of(log.items)
     ranges = piece_ends(log.lengths, summariser.bytes_of_user(len(snapshots_of(plan))))
@@ -398,7 +398,7 @@ def stored_result(
     return Result(row, tokens, StoredStream(summary.streams_BRK[place], int(summary.as_of[place])))
 
 
-def tombstones(plan: RunPlan) -> Iterator[Piece]:
+def tombstones(plan: RunPlan, _: object = None) -> Iterator[Piece]:
     """A piece for users of whom tokens are stored and whom the log no longer has."""
     options = prepared(plan)
     before = Earlier(plan, None)

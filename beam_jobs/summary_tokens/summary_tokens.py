@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import apache_beam as beam
 import pyarrow.compute as pc
 
-from beam_jobs.engine.inputs import job_code, output_is_there
+from beam_jobs.engine.inputs import output_is_there
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import RunOptions, TokenOptions
 from beam_jobs.engine.parts import Built, write_built
-from beam_jobs.engine.plan import RunPlan, Unit
+from beam_jobs.engine.plan import RunPlan, Unit, job_code
+from beam_jobs.engine.steps import Each, PlanDoFn
 from beam_jobs.errors import LostRowsError, OptionsError
 from beam_jobs.summary_tokens.summarise import Piece, parts_of, summarise_part, tombstones
 from beam_jobs.summary_tokens.token_options import PreparedOptions, ResolvedOptions, prepared
@@ -63,8 +64,7 @@ class SummariseHistories(beam.PTransform):
         gone = (
             units.pipeline
             | "Once" >> beam.Create([None])
-            | "Users who are gone"
-            >> beam.FlatMap(lambda _: tombstones(plan)).with_output_types(Piece)
+            | "Users who are gone" >> beam.ParDo(Each(plan, tombstones)).with_output_types(Piece)
         )
         return (
             (pieces, gone)
@@ -74,22 +74,16 @@ class SummariseHistories(beam.PTransform):
         )
 
 
-class Summarise(beam.DoFn):
+class Summarise(PlanDoFn):
     """One log part → its pieces. The model is loaded once for each process."""
-
-    def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
 
     def process(self, unit: Unit) -> Iterator[Piece]:
         """Yields pieces; a part has at least one, which carries the part's counts."""
         yield from summarise_part(self.plan, unit, summariser_of(self.plan))
 
 
-class WriteOffline(beam.DoFn):
+class WriteOffline(PlanDoFn):
     """The parts of a piece."""
-
-    def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
 
     def process(self, piece: Piece) -> Iterator[Piece]:
         """Writes, then passes the piece on: what is online is offline already."""
@@ -98,15 +92,16 @@ class WriteOffline(beam.DoFn):
         yield piece
 
 
-class WriteTokens(beam.DoFn):
+class WriteTokens(PlanDoFn):
     """The newest envelopes of a piece."""
 
     def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
+        super().__init__(plan)
         self._tokens: Any = None
 
     def setup(self) -> None:
         """Open the store once for each worker process."""
+        super().setup()
         from feature_repo.store.online_tokens import OnlineTokens
         from feature_repo.store.store import open_store
 

@@ -81,9 +81,7 @@ def versions_of(contract: Contract, folder: JobFolder, manifest: Manifest) -> di
         name = PartName.of(part.path)
         if name is not None and part.rows:
             column = contract.table("token_rows").join_keys[1]
-            found[name] = folder.read_path(f"{folder.root}/{part.path}", [column])[column][
-                0
-            ].as_py()
+            found[name] = folder.read_path(folder.verified(part), [column])[column][0].as_py()
     return found
 
 
@@ -147,7 +145,7 @@ def erase(contract: Contract, home: str, erased: Erased) -> int:
         replaced = []
         tables: dict[str, list[Part]] = {table: [] for table in manifest.tables}
         for table, part in [(of, part) for of, parts in manifest.tables.items() for part in parts]:
-            path = f"{folder.root}/{part.path}"
+            path = folder.verified(part)
             rows = _rows_of(folder, path)
             if rows is None or user not in rows.column_names:  # counts alone
                 tables[table].append(part)
@@ -212,10 +210,10 @@ class TokenLog:
         self._folder = JobFolder(home, JOB)
         self._user = contract.user.join_key
         self.version = version
-        self._paths: dict[int, str] = {}
-        for path in self._folder.paths(TABLE):
-            if (name := PartName.of(path)) is not None:
-                self._paths[int(name.rows(1)[0]) >> BITS[-1]] = path
+        self._parts: dict[int, Part] = {}
+        for part in self._folder.require().tables[TABLE]:
+            if (name := PartName.of(part.path)) is not None:
+                self._parts[int(name.rows(1)[0]) >> BITS[-1]] = part
         self._open: dict[int, pa.RecordBatch] = {}
 
     def gather(self, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,11 +259,11 @@ class TokenLog:
     def _part(self, row: int) -> pa.RecordBatch:
         number = row >> BITS[-1]
         if number not in self._open:
-            if number not in self._paths:
+            if number not in self._parts:
                 raise TokenLogError(
                     f"row {row} is of no part of the token log: index and log are of different runs; run summary_tokens again"
                 )
-            path = self._paths[number]
+            path = self._folder.verified(self._parts[number])
             try:
                 self._open[number] = pa.ipc.open_file(self._folder.open(path)).get_batch(0)
                 self._open[number].validate(full=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,10 @@ from feature_repo.errors import ExpectedError
 
 MANIFEST = "manifest.json"
 LAYOUT = 1
+READ_BYTES = 1 << 22
+DRAFT = ".draft"
+# Path → size, time and sha256 of a part that this process has read and found whole
+_VERIFIED: dict[str, tuple[int, int, str]] = {}
 
 
 class TableNotBuiltError(ExpectedError, LookupError):
@@ -39,6 +44,10 @@ class StaleTableError(ExpectedError, RuntimeError):
     """A table was built under another contract than the one in force, or is no longer what a run
     named.
     """
+
+
+class DamagedPartError(ExpectedError, RuntimeError):
+    """A part is gone, or its bytes are not those that the run wrote."""
 
 
 class JobRunningError(ExpectedError, RuntimeError):
@@ -189,17 +198,49 @@ class JobFolder:
         return manifest
 
     def paths(self, table: str) -> list[str]:
-        """Absolute paths of a table's parts.
+        """Absolute paths of a table's parts, each verified.
 
         Raises:
             TableNotBuiltError: no run has finished, or the job writes no such table.
+            DamagedPartError: a part is not what the run wrote.
         """
         manifest = self.require()
         if table not in manifest.tables:
             raise TableNotBuiltError(
                 f"job {self.job!r} wrote {sorted(manifest.tables)}, not {table!r}"
             )
-        return [f"{self.root}/{part.path}" for part in manifest.tables[table]]
+        return [self.verified(part) for part in manifest.tables[table]]
+
+    def verified(self, part: Part) -> str:
+        """Return the absolute path of a part whose bytes are the ones that its run wrote. A process reads a
+        file for this once, and again when the file has changed since.
+
+        Raises:
+            DamagedPartError: they are not.
+        """
+        path = f"{self.root}/{part.path}"
+        info = self.filesystem.get_file_info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise DamagedPartError(
+                f"{path} is gone: run `python -m beam_jobs {self.job} --force`, which builds it again"
+            )
+        seen = (info.size, info.mtime_ns, part.sha256)
+        if _VERIFIED.get(path) != seen:
+            found = self._sha256(path) if info.size == part.bytes else "of another length"
+            if found != part.sha256:
+                raise DamagedPartError(
+                    f"{path} is damaged: expected {part.bytes:,} bytes with sha256 {part.sha256[:12]}, found "
+                    f"{info.size:,} with {found[:12]}. Run `python -m beam_jobs {self.job} --force`, which builds it again"
+                )
+            _VERIFIED[path] = seen
+        return path
+
+    def _sha256(self, path: str) -> str:
+        digest = hashlib.sha256()
+        with self.filesystem.open_input_stream(path) as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     def read(self, table: str, columns: list[str] | None = None) -> pa.Table:
         """A whole table, parts in order."""
@@ -221,12 +262,14 @@ class JobFolder:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes | pa.Buffer) -> None:
-        """Write a small file in one visible step."""
+        """Write a file in one visible step, whoever else writes it at the same time."""
         folder, name = path.rsplit("/", 1)
         self.filesystem.create_dir(folder, recursive=True)
-        with self.filesystem.open_output_stream(f"{folder}/.{name}.draft") as stream:
+        # A name for each attempt: two that shared a draft would move each other's half.
+        draft = f"{folder}/.{name}.{uuid.uuid4().hex}{DRAFT}"
+        with self.filesystem.open_output_stream(draft) as stream:
             stream.write(data)
-        self.filesystem.move(f"{folder}/.{name}.draft", path)
+        self.filesystem.move(draft, path)
 
     def discard(self, run_id: str) -> None:
         """Remove what an unfinished run left."""
@@ -275,6 +318,9 @@ class JobFolder:
         for info in self.filesystem.get_file_info(pafs.FileSelector(self.root)):
             if info.type == pafs.FileType.Directory and info.base_name not in keep:
                 self.filesystem.delete_dir(info.path)
+            # Of attempts that were killed: nobody else publishes now
+            if info.type == pafs.FileType.File and info.base_name.endswith(DRAFT):
+                self.filesystem.delete_file(info.path)
 
 
 @contextmanager

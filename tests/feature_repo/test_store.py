@@ -172,7 +172,7 @@ def rebuild_with_other_values(settings: Any, helpers: Any) -> None:
 
     from beam_jobs.engine.partition import to_ipc
     from beam_jobs.engine.run import plan_run
-    from beam_jobs.engine.sinks import WriteView
+    from beam_jobs.engine.steps import WriteView
     from beam_jobs.registry import load_job
 
     rows = JobFolder(settings.home, "events").read("user_profile")

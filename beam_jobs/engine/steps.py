@@ -1,8 +1,8 @@
-"""Rows to the online store, in whole batches."""
+"""Steps that know their run: plain functions of a plan, and rows to the online store in whole batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
@@ -11,7 +11,33 @@ from beam_jobs.engine.partition import from_ipc
 from beam_jobs.engine.plan import RunPlan
 
 
-class WriteView(beam.DoFn):
+class PlanDoFn(beam.DoFn):
+    """A step of a planned run; a worker whose code is not the launcher's ends the run."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+
+    def setup(self) -> None:
+        """Refuse to work beside other code."""
+        self.plan.refuse_other_code()
+
+
+class Each(PlanDoFn):
+    """A plain function of the plan and an element, which yields outputs.
+
+    Example:
+        >>> units | "Newest of each key" >> beam.ParDo(Each(plan, newest_of_part))
+    """
+
+    def __init__(self, plan: RunPlan, function: Callable[[RunPlan, Any], Iterable[Any]]) -> None:
+        super().__init__(plan)
+        self.function = function
+
+    def process(self, element: Any) -> Iterable[Any]:
+        return self.function(self.plan, element)
+
+
+class WriteView(PlanDoFn):
     """Write rows of one view online: `(view, Arrow IPC)` in, `(view, rows written)` out.
 
     The timestamp of a row is the one it has offline, so a repeated write changes nothing on any
@@ -19,11 +45,12 @@ class WriteView(beam.DoFn):
     """
 
     def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
+        super().__init__(plan)
         self._store: Any = None
 
     def setup(self) -> None:
         """Open the store once for each worker process."""
+        super().setup()
         from feature_repo.store.store import open_store
 
         self._store = open_store(self.plan.settings)
