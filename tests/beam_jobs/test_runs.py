@@ -335,7 +335,7 @@ def test_a_skip_looks_at_inputs_options_store_and_code(
 ) -> None:
     """What `python -m beam_jobs` decides without importing Beam."""
     from beam_jobs.command import _up_to_date, run_command
-    from beam_jobs.engine import inputs
+    from beam_jobs.engine import plan
     from beam_jobs.engine.options import Common, OnlineOptions, RunOptions, TableOptions
     from feature_repo.store.store import ONLINE, local_file
 
@@ -352,7 +352,7 @@ def test_a_skip_looks_at_inputs_options_store_and_code(
     assert not skipped("item_stats", TableOptions(num_partitions=4))
     assert not skipped("item_stats", as_of="2011-06-01")
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "code_digest", lambda *modules: "edited")
+        patch.setattr(plan, "code_digest", lambda *modules: "edited")
         assert not skipped("item_stats")
     local_file(road.settings, ONLINE).rename(tmp_path / "elsewhere.db")
     assert skipped("item_stats")

@@ -4,6 +4,7 @@ same bytes always.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -341,6 +342,10 @@ def test_a_bad_history_is_a_dead_letter_and_costs_no_other_user_anything(
     changed = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, changed.schema) as writer:
         writer.write_batch(changed)
+    # As if the job had written it so: a part with other bytes than its manifest says is refused before it is read.
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = [replace(part, sha256=sha256), *manifest.tables["history_log"][1:]]
+    folder.publish(replace(manifest, tables=manifest.tables | {"history_log": parts}))
     counts = build(fresh, helpers).manifest.counts
     user = changed["user_id"][victim].as_py()
     (letter,) = (
@@ -424,7 +429,7 @@ def test_a_late_event_makes_the_whole_history_be_read_again(fresh: Any, helpers:
     options = job.resolve(fresh.settings, job.options(bundle="vista_tiny"))
     planned = plan_run(job, fresh.settings, options, None)
     plan, units = job.prepare(planned.plan, planned.plan.folder.manifest()), planned.units
-    log = HistoryLog(CONTRACT, plan.input_folder("user_history"), [units[0].source])
+    log = HistoryLog(CONTRACT, plan.input_folder("user_history"), [plan.unit_path(units[0])])
     rows, ids = np.arange(len(log.users)), log.users.to_pylist()
     read, earlier = log.gather(rows, log.lengths), Earlier(plan, 0)
     known = earlier.newest_of(log.users)
