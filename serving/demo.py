@@ -284,9 +284,7 @@ def choose_user(
     chosen = fitting[np.lexsort((by_id, -last[fitting]))[0]]
     user_id = ids[int(chosen)].as_py()
     # 3. Gather that user's newest events.
-    histories = log.gather(
-        log.rows_of(pa.array([user_id], ids.type)), np.array([length[chosen]]), 10
-    )
+    histories = log.gather(row := log.rows_of(pa.array([user_id], ids.type)), log.lengths[row], 10)
     rows = []
     for event in range(len(histories.item_keys) - 1, -1, -1):
         day = str(np.datetime64(int(histories.times[event]), "us"))[:10]

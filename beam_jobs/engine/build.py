@@ -15,6 +15,7 @@ from beam_jobs.engine.threads import ThreadMap
 
 Reader = Callable[[RunPlan, Unit], Iterator[tuple[Key, Piece]]]
 Builder = Callable[[RunPlan, Key, pa.Table], Iterable[Built]]
+Resolver = Callable[[RunPlan, Key, pa.Table], Iterator[tuple[Key, Piece]]]
 
 
 @dataclass
@@ -24,18 +25,40 @@ class BuildTables(beam.PTransform):
     Args:
         read: turns one unit into keyed pieces; a plain function.
         build: turns one whole partition into parts; a plain function.
+        resolve: turns one whole partition of `between` into pieces that are partitioned otherwise; a plain function.
+        between: the table whose partitions are resolved before any is built; "": none is.
     """
 
     plan: RunPlan
     read: Reader
     build: Builder
+    resolve: Resolver | None = None
+    between: str = ""
 
     def expand(self, units: beam.PCollection) -> beam.PCollection:
-        return (
+        pieces = (
             units
             | "Spread units" >> beam.Reshuffle()
             | "Read and partition"
             >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
+        )
+        if self.resolve is not None:
+            resolved = (
+                pieces
+                | "To resolve"
+                >> beam.Filter(lambda piece, table: piece[0][0] == table, self.between)
+                | "Gather what belongs together" >> beam.GroupByKey()
+                | "Resolve"
+                >> beam.ParDo(ResolvePart(self.plan, self.resolve)).with_output_types(
+                    tuple[Key, Piece]
+                )
+            )
+            others = pieces | "Others" >> beam.Filter(
+                lambda piece, table: piece[0][0] != table, self.between
+            )
+            pieces = (resolved, others) | "All pieces" >> beam.Flatten()
+        return (
+            pieces
             | "Gather partitions" >> beam.GroupByKey()
             | "Write parts" >> beam.ParDo(BuildPart(self.plan, self.build)).with_output_types(str)
         )
@@ -63,6 +86,28 @@ class ReadUnit(ThreadMap):
             yield from self.work(element)
         else:
             yield from super().process(element)
+
+
+class ResolvePart(ThreadMap):
+    """Join the pieces of one partition, and hand its rows on in other partitions."""
+
+    def __init__(self, plan: RunPlan, resolver: Resolver) -> None:
+        super().__init__(plan.num_threads)
+        self.plan = plan
+        self.resolver = resolver
+
+    def setup(self) -> None:
+        """Refuse to work beside other code."""
+        self.plan.refuse_other_code()
+
+    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[Key, Piece]]:
+        """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
+        key, pieces = element
+        yield from super().process((key, list(pieces)))
+
+    def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[Key, Piece]]:
+        key, pieces = element
+        return self.resolver(self.plan, key, join_pieces(pieces))
 
 
 class BuildPart(ThreadMap):

@@ -44,7 +44,7 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:
-    """Digest of the names and contents of all raw files.
+    """Digest of the names and contents of all raw files, and of when they were written where rows arrive then.
 
     Raises:
         RawDataError: two files hold the same bytes, and nothing says which events are the same: a
@@ -60,7 +60,9 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
                 "would count twice. Remove it, or say by SPEC.event_identity which events are the same"
             )
         first[digest] = file
-    return digest_of([[Path(file).name, digest] for file, digest in digests.items()])
+    content = [[Path(file).name, digest] for file, digest in digests.items()]
+    written = [[Path(file).name, at] for file, at in dataset.written(data).items()]
+    return digest_of([*content, *written])
 
 
 def output_is_there(job: str, settings: Settings) -> bool:

@@ -11,8 +11,11 @@ import apache_beam as beam
 from beam_jobs.engine.options import RunOptions, TableOptions
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.errors import LostRowsError
-from feature_repo.contract.arrow import micros, micros_iso
+from feature_repo.contract.arrow import micros_iso
+from feature_repo.contract.contract import ARRIVAL
 from feature_repo.contract.counts import Counts
+from feature_repo.contract.schema import EVENT_TIMESTAMP
+from feature_repo.history.known import known_from
 from feature_repo.home.tables import Manifest, Part
 from feature_repo.settings import Settings
 
@@ -112,5 +115,5 @@ def refuse_lost_events(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> 
 
 def _rows_before(plan: RunPlan, unit: Unit, as_of: int) -> int:
     """Count the events of a part that the run may know, from its timestamps alone."""
-    times = micros(plan.read_unit(unit, ["event_timestamp"])["event_timestamp"])
-    return int((times < as_of).sum())
+    events = plan.read_unit(unit, [EVENT_TIMESTAMP, ARRIVAL.name])
+    return int((known_from(events) < as_of).sum())

@@ -1,8 +1,8 @@
 """Job `events`: raw rows → events by user, user and item profiles, dead letters with their reasons.
 
-Every raw row is an event or a dead letter. A row is set aside by its dataset's `parse`, by a limit
-of the contract, by `--as_of`, or because the same event stands earlier; a profile row by a limit
-alone, and that costs no other row.
+Every raw row is an event, a strike of one, or a dead letter. A row is set aside by its dataset's `parse`, by a
+limit of the contract, by `--as_of`, or because another line of the same event holds in its place
+(`feature_repo/raw/lines.py`); a profile row by a limit alone, and that costs no other row.
 """
 
 from __future__ import annotations
@@ -29,18 +29,24 @@ from beam_jobs.errors import LostRowsError
 from feature_repo import datasets
 from feature_repo.contract import limits
 from feature_repo.contract.arrow import arrow_schema, micros, micros_iso
-from feature_repo.contract.contract import Contract
+from feature_repo.contract.contract import REPLACED, Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import DatasetSpec, Table
 from feature_repo.history.history import run_starts
+from feature_repo.history.known import known_before, known_from
 from feature_repo.home.erased import REDACTED, Erased, erased_of
 from feature_repo.home.tables import parquet_bytes
-from feature_repo.raw.parse import NOT_BAD, REPEATED, user_columns, wanted, without_repeats
+from feature_repo.raw import lines
+from feature_repo.raw.parse import NOT_BAD, user_columns, wanted
 from feature_repo.settings import Settings
 
 # Schema metadata of a unit's dead letters: its counts
 COUNTS = b"counts"
 LATE = "time is at or after --as_of"
+# Pieces of lines by their events' identity, of lines that are no event, and their column that says why
+LINES = "lines"
+DROPPED = "dropped"
+REASON = "__reason"
 NOBODY_ERASED = Erased()
 
 
@@ -62,7 +68,7 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
         sifted = sift(plan, unit, parsed, erased)
         counts += sifted.counts
         letters.append(sifted.dead_letters)
-        for key, rows in sifted.by_key(plan):
+        for key, rows in sifted.by_key(plan, unit):
             yield key, (unit.number * MAX_BLOCKS + number, to_ipc(rows))
     dead = pa.concat_tables(letters).replace_schema_metadata(
         {COUNTS: json.dumps(asdict(counts)).encode()}
@@ -78,13 +84,29 @@ class Sifted:
     dead_letters: pa.Table
     counts: Counts
 
-    def by_key(self, plan: RunPlan) -> Iterator[tuple[Key, pa.Table]]:
-        """The rows by table and partition."""
-        keys = {"item_profile": plan.contract.item.join_key}
+    def by_key(self, plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, pa.Table]]:
+        """The rows by table and partition; lines that may name an event of another user's by its identity."""
+        user = plan.contract.user.join_key
+        number = num_partitions(plan)
         for table, rows in self.rows.items():
-            key = keys.get(table, plan.contract.user.join_key)
-            for partition, piece in split_by_key(rows, key, num_partitions(plan)):
+            if not rows.num_rows:
+                continue
+            if table == "events" and lines.is_identified(rows):
+                rows = lines.numbered(rows, unit.number)
+                if across_users(plan):
+                    identity = plan.contract.spec.event_identity
+                    for partition, piece in lines.split_by_identity(rows, identity, number):
+                        yield (LINES, partition), piece
+                    continue
+            key = plan.contract.item.join_key if table == "item_profile" else user
+            for partition, piece in split_by_key(rows, key, number):
                 yield (table, partition), piece
+
+
+def across_users(plan: RunPlan) -> bool:
+    """Return whether lines of one event may name several users."""
+    identity = plan.contract.spec.event_identity
+    return bool(identity) and plan.contract.user.join_key not in identity
 
 
 def sift(
@@ -98,6 +120,7 @@ def sift(
 
     # 1. Who was erased.
     remaining = erased.without(parsed.events, user)
+    strikes = erased.without(parsed.strikes, user)
     users = erased.without(parsed.users, user)
     counts["events_erased"] = parsed.events.num_rows - remaining.num_rows
 
@@ -117,16 +140,19 @@ def sift(
     # 3. What the run may not know.
     known = events.kept
     if plan.as_of is not None:
-        late = micros(known["event_timestamp"]) >= plan.as_of
+        late = known_from(known) >= plan.as_of
         letters.append(_letters(plan, unit, known.filter(pa.array(late)), [LATE] * int(late.sum())))
         known = known.filter(pa.array(~late))
+        if strikes.num_rows:
+            arrived = pc.fill_null(pc.cast(strikes[lines.ARRIVED], pa.int64()), 0).to_numpy()
+            strikes = strikes.filter(pa.array(arrived < plan.as_of))
         profiles = {
-            n: rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
+            n: rows.filter(pa.array(_known_of_profile(rows) <= plan.as_of))
             for n, rows in profiles.items()
         }
 
     counts["events_dead"] = remaining.num_rows - known.num_rows
-    rows = {"events": known, **profiles}
+    rows = {"events": pa.concat_tables([known, strikes]), **profiles}
     return Sifted(rows, pa.concat_tables(letters), parsed.counts + Counts(counts))
 
 
@@ -154,21 +180,60 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         )
         return
     counts = Counts()
+    if table == DROPPED:
+        yield _dropped_part(plan, rows, f"resolved-{partition:05d}.parquet")
+        return
     if table == "events":
+        if lines.is_identified(rows):
+            resolved = lines.resolve(rows, plan.contract.spec.event_identity)
+            rows = resolved.events
+            if resolved.reasons:
+                yield _dropped_part(plan, _dropped(resolved), f"repeated-{partition:05d}.parquet")
         # Ties in time go by place and content, so that names of files decide nothing.
         ties = ("source_position", plan.contract.item.join_key, "action")
         rows = sort_by_key_and_time(rows, plan.contract.user.join_key, ties)
-        rows, repeated = without_repeats(rows, plan.contract.spec.event_identity)
-        if repeated.num_rows:
-            letters = _letters(plan, None, repeated, [REPEATED] * repeated.num_rows)
-            repeats = Counts({"events_dead": repeated.num_rows})
-            yield _dead_letter_part(letters, f"repeated-{partition:05d}.parquet", repeats)
-        counts = Counts(latest=int(micros(rows["event_timestamp"]).max()))
+        counts = _counts_of(rows)
     else:
         entity = plan.contract.table(table).entity
         assert entity is not None
-        rows = changes_only(sort_by_key_and_time(rows, entity.join_key), entity.join_key)
+        by_time = sort_by_key_and_time(rows, entity.join_key, ("created_timestamp",))
+        rows = changes_only(by_time, entity.join_key)
     yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows, counts)
+
+
+def resolve(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[tuple[Key, Piece]]:
+    """One partition of lines, all of each event, as events by user, and what is none as `DROPPED`."""
+    resolved = lines.resolve(rows, plan.contract.spec.event_identity)
+    user = plan.contract.user.join_key
+    for partition, piece in split_by_key(resolved.events, user, num_partitions(plan)):
+        yield ("events", partition), (key[1], to_ipc(piece))
+    if resolved.reasons:
+        yield (DROPPED, key[1]), (key[1], to_ipc(_dropped(resolved)))
+
+
+def _counts_of(events: pa.Table) -> Counts:
+    """How many events were replaced later, and when the last one of all arrived or was."""
+    replaced = events[REPLACED.name].drop_null()
+    latest = int(known_from(events).max()) if events.num_rows else None
+    if len(replaced):
+        latest = max(latest or 0, int(micros(replaced).max()))
+    return Counts({"events_replaced": len(replaced)}, latest=latest)
+
+
+def _dropped(resolved: lines.Resolved) -> pa.Table:
+    reasons = pa.array(resolved.reasons, pa.string())
+    return resolved.dropped.append_column(REASON, reasons)
+
+
+def _dropped_part(plan: RunPlan, dropped: pa.Table, name: str) -> Built:
+    reasons = dropped[REASON].to_pylist()
+    letters = _letters(plan, None, dropped.drop_columns([REASON]), reasons)
+    return _dead_letter_part(letters, name, Counts({"events_dead": len(reasons)}))
+
+
+def _known_of_profile(rows: pa.Table) -> np.ndarray:
+    """Microseconds from which each row of a profile is known."""
+    return np.maximum(micros(rows["event_timestamp"]), micros(rows["created_timestamp"]))
 
 
 def _dead_letter_part(letters: pa.Table, name: str, counts: Counts) -> Built:
@@ -182,12 +247,15 @@ def changes_only(rows: pa.Table, key: str) -> pa.Table:
     """
     if not rows.num_rows:
         return rows
-    ends_instant = np.r_[_differs(rows, [key, "event_timestamp"]), True]
+    stamps = ["event_timestamp", "created_timestamp"]
+    ends_instant = np.r_[_differs(rows, [key, *stamps]), True]
     rows = rows.filter(pa.array(ends_instant))
-    values = [
-        name for name in rows.column_names if name not in ("event_timestamp", "created_timestamp")
-    ]
-    return rows.filter(pa.array(np.r_[True, _differs(rows, values)]))
+    values = [name for name in rows.column_names if name not in stamps]
+    changes = np.r_[True, _differs(rows, values)]
+    # A row that came before the one that it repeats tells of it while that one is not known.
+    made = micros(rows["created_timestamp"])
+    earlier = np.r_[False, made[1:] < made[:-1]]
+    return rows.filter(pa.array(changes | earlier))
 
 
 def _differs(rows: pa.Table, columns: list[str]) -> np.ndarray:
@@ -251,7 +319,7 @@ def by_item(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
 def _read_events(plan: RunPlan, unit: Unit, key: str) -> Iterator[tuple[Key, Piece]]:
     events = plan.read_unit(unit)
     if plan.as_of is not None:
-        events = events.filter(pa.array(micros(events["event_timestamp"]) < plan.as_of))
+        events = known_before(events, plan.as_of)
     for partition, piece in split_by_key(events, key, num_partitions(plan)):
         yield ("events", partition), (unit.number, to_ipc(piece))
 
@@ -334,8 +402,8 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
     newest = counts.latest
     if plan.as_of is None and newest is not None and newest > time.time() * 1e6:
         raise datasets.RawDataError(
-            f"the newest event is of {micros_iso(newest)}, which is yet to come: pass --as_of, and later rows become dead "
-            "letters. Nothing was published"
+            f"the newest event happened or arrived at {micros_iso(newest)}, which is yet to come: pass --as_of, and later "
+            "rows become dead letters. Nothing was published"
         )
 
 
@@ -386,19 +454,21 @@ class EventsJob(Job):
         return raw_gate(plan, units, settings)
 
     def steps(self, plan: RunPlan) -> beam.PTransform:
-        """Raw units → pieces by user → parts."""
+        """Raw units → pieces by user → parts; where an event may change its user, by identity before."""
+        if across_users(plan):
+            return BuildTables(plan, parse_unit, build, resolve, LINES)
         return BuildTables(plan, parse_unit, build)
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
-        """Three tables and repeats in each partition, and dead letters of each unit."""
-        return 4 * num_partitions(plan) + units
+        """Three tables and what other lines replaced in each partition, and dead letters of each unit."""
+        return 5 * num_partitions(plan) + units
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
         """Refuse lost rows, and too many dead letters."""
         account(plan, units, counts)
 
     def as_of(self, plan: RunPlan, counts: Counts) -> int:
-        """Return the time just after the newest event, unless another was asked for."""
+        """Return the time just after the last event happened or arrived, unless another was asked for."""
         assert counts.latest is not None
         return counts.latest + 1 if plan.as_of is None else plan.as_of
 

@@ -3,7 +3,8 @@ that closes a day.
 
 A row appears only where a number changes: a day with events, or one on which events leave a window.
 So a point-in-time join finds the true windowed count at any midnight, and a quiet item costs
-nothing.
+nothing. An event that arrived late counts from the midnight after it arrived; one that was
+replaced, until the midnight after that.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import STAT_WINDOWS_DAYS
 from feature_repo.history.history import run_ends, run_starts
+from feature_repo.history.known import NEVER, known_from, replaced_at
 from feature_repo.history.sums import Exact, stat_values
 from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.home.tables import parquet_bytes
+
+# A midnight after all others, in days
+FAR = 1 << 40
 
 
 def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
@@ -50,38 +55,44 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         events: item, action, time and the dataset's `stat_value`, in any order.
         as_of: rows stamped later are not knowable yet and left out.
     """
-    # 1. The numbers of each event, and the midnight from which its item's statistics count it.
+    # 1. The numbers of each event, and the midnights from which its item's statistics count it, and no longer.
     events = sort_by_key_and_time(events, contract.item.join_key)
     item = events[contract.item.join_key].combine_chunks()
     starts = run_starts(item)
     number = np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts)
     midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
-    primary = (events["action"].to_numpy() == 0).astype(np.int64)
+    known = known_from(events) // MICROS_PER_DAY + 1
+    replaced = replaced_at(events)
+    until = np.where(replaced == NEVER, FAR, replaced // MICROS_PER_DAY + 1)
+    # What did not hold for a midnight is in no sum.
+    counts = until > known
+    primary = ((events["action"].to_numpy() == 0) & counts).astype(np.int64)
+    other = counts - primary
     values = stat_values(contract, events)
     value = Exact.of(np.where(primary, values.numbers, 0))
     valued = primary * values.there
 
     # 2. What changes, by item and midnight.
-    # One delta row for each event, and one for each window that it leaves.
+    # One delta row for each event, and one for each window that it leaves: at the end of its days, unless it is
+    # replaced before; it never enters a window whose days are over when it arrives.
     nothing = np.zeros_like(primary)
-    deltas = [
-        np.stack(
-            [
-                primary,
-                *(primary for _ in STAT_WINDOWS_DAYS),
-                1 - primary,
-                valued,
-                value.high,
-                value.low,
-            ]
-        )
-    ]
+    leaves = [np.minimum(midnight + days, until) for days in STAT_WINDOWS_DAYS]
+    within = [primary * (leave > known) for leave in leaves]
+    deltas = [np.stack([primary, *within, other, valued, value.high, value.low])]
     for index in range(len(STAT_WINDOWS_DAYS)):
         leaving = [nothing] * (5 + len(STAT_WINDOWS_DAYS))
-        leaving[1 + index] = -primary
+        leaving[1 + index] = -within[index]
         deltas.append(np.stack(leaving))
-    when = np.concatenate([midnight, *(midnight + days for days in STAT_WINDOWS_DAYS)])
-    what = np.tile(number, 1 + len(STAT_WINDOWS_DAYS))
+    whens = [known, *leaves]
+    if (until != FAR).any():
+        # All sums but those of windows lose what was replaced.
+        gone = until != FAR
+        of_windows = [nothing] * len(STAT_WINDOWS_DAYS)
+        lost = [-primary, *of_windows, -other, -valued, -value.high, -value.low]
+        deltas.append(np.stack(lost) * gone)
+        whens.append(until)
+    when = np.concatenate(whens)
+    what = np.tile(number, len(whens))
     delta = np.concatenate(deltas, axis=1)
     changes = delta.any(axis=0)
     if as_of is not None:

@@ -92,7 +92,8 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     assert table.entity is not None
     rows = plan.read_unit(unit)
     if plan.as_of is not None:
-        rows = rows.filter(pa.array(micros(rows["event_timestamp"]) <= plan.as_of))
+        known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
+        rows = rows.filter(pa.array(known <= plan.as_of))
     newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
     # Before the rows: were the run killed between the two, the next one would not know what is
     # online.

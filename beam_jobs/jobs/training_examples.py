@@ -7,7 +7,7 @@ date, half uniformly, without repeats and never a positive. The draw is seeded b
 does not depend on partitions or order.
 
 On offer are the items that are known by the request's time: by a row of `item_profile`, or by
-statistics. Were negatives drawn from items with statistics alone, which an item has from the
+statistics, whichever arrived first. Were negatives drawn from items with statistics alone, which an item has from the
 midnight after its first event on, every candidate without any would be a positive, and a model
 would rank whatever it does not know first. Nothing that becomes known later has a part in it.
 """
@@ -45,6 +45,7 @@ from feature_repo.contract.counts import Counts
 from feature_repo.contract.key_index import KeyIndex
 from feature_repo.errors import DeclarationError
 from feature_repo.history.history import run_ends, run_starts
+from feature_repo.history.known import that_hold
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.raw.examples import UNDEFINED, requests_of
 
@@ -73,7 +74,10 @@ class ItemPool:
         self._count = stats["count_total"].to_numpy()[order]
         first = np.full(len(items), np.iinfo(np.int64).max)
         np.minimum.at(first, self._item, self._stamps)
-        np.minimum.at(first, index.places(profiles[item_key]), micros(profiles["event_timestamp"]))
+        made = np.maximum(
+            micros(profiles["event_timestamp"]), micros(profiles["created_timestamp"])
+        )
+        np.minimum.at(first, index.places(profiles[item_key]), made)
         self._offered_from = first
         self._offers = np.sort(self._offered_from)
         self._now = np.zeros(len(items), np.int64)
@@ -172,8 +176,9 @@ def example_rows(
     """
     contract = datasets.load_contract(dataset_name)
     item_key = contract.item.join_key
-    # 1. Find the requests, with their items and labels.
-    events = sort_by_key_and_time(events, contract.user.join_key)
+    # 1. Find the requests, with their items and labels. What was corrected tells neither.
+    num_events = events.num_rows
+    events = sort_by_key_and_time(that_hold(events), contract.user.join_key)
     # Items are sorted, so that their numbers do not depend on the order of rows.
     known = [
         *tables.stats[item_key].chunks,
@@ -194,7 +199,7 @@ def example_rows(
     for number, name in enumerate(contract.labels):
         counts[f"positives_{name}"] = int((asked.label[:, number] == 1).sum())
         counts[f"undefined_{name}"] = int((asked.label[:, number] == UNDEFINED).sum())
-    counts["events"] = events.num_rows
+    counts["events"] = num_events
     counts |= {"repeats_in_requests": asked.repeats, "requests_short_of_negatives": drawn.short}
     seen = Counts(counts)
     if len(asked):

@@ -5,11 +5,13 @@ events of each user beside a sketch of all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import ClassVar
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_jobs.engine.build import BuildTables
 from beam_jobs.engine.job import Job, refuse_lost_events
@@ -17,11 +19,11 @@ from beam_jobs.engine.partition import Key, sort_by_key_and_time
 from beam_jobs.engine.parts import Built
 from beam_jobs.engine.plan import ReadOnce, RunPlan, Unit
 from beam_jobs.jobs.events import by_user, in_histories, num_partitions
-from feature_repo.contract.arrow import arrow_schema, from_micros, micros, value_codes
+from feature_repo.contract.arrow import EPOCH, arrow_schema, micros, value_codes
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.key_index import KeyIndex
-from feature_repo.history import history, user_stats
+from feature_repo.history import history, known, user_stats
 from feature_repo.history.envelope import Identity
 from feature_repo.history.sketch import Layout, Sketch
 from feature_repo.home.tables import parquet_bytes
@@ -45,7 +47,13 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     counts = Counts({"users": log.num_rows, "events": read, "shown": read - events.num_rows})
     yield Built("history_log", f"part-{partition:05d}.arrow", sink.getvalue(), log.num_rows, counts)
     stats = user_stats.build(contract, events)
-    packed = packed_rows(contract, events, stats, remembered)
+    holding = known.replaced_at(events) == known.NEVER
+    packed = packed_rows(
+        contract,
+        events.filter(pa.array(holding)).combine_chunks(),
+        stats,
+        [codes[holding] for codes in remembered],
+    )
     for table, rows in (("user_stats", stats), ("user_history", packed)):
         yield Built(table, f"part-{partition:05d}.parquet", parquet_bytes(rows), rows.num_rows)
 
@@ -66,8 +74,8 @@ def remembered_codes(contract: Contract, events: pa.Table, profiles: pa.Table) -
     owner = np.repeat(np.arange(len(starts)), history.run_ends(starts, len(keys)) - starts)
     times = np.r_[micros(profiles["event_timestamp"]), micros(events["event_timestamp"])]
     rank = np.unique(times, return_inverse=True)[1]
-    known = owner * len(times) + rank[: len(owner)]
-    newest = np.searchsorted(known, place * len(times) + rank[len(owner) :], side="right") - 1
+    held = owner * len(times) + rank[: len(owner)]
+    newest = np.searchsorted(held, place * len(times) + rank[len(owner) :], side="right") - 1
     row = np.maximum(newest, starts[place]) if len(starts) else newest
     taken = pa.array(row, mask=place < 0)
     return [
@@ -80,17 +88,17 @@ def packed_rows(
     contract: Contract, events: pa.Table, stats: pa.Table, remembered: Sequence[np.ndarray] = ()
 ) -> pa.Table:
     """Each user's newest events, as many as are kept online, packed; and a sketch of all of them.
-    Stamped just after the newest.
+    Stamped like the user's newest statistics. A user whose events were all struck has no row.
 
     Args:
-        events: sorted by user and time.
+        events: those that hold, sorted by user and time.
         stats: what `user_stats.build` says of them.
         remembered: codes of their items in the columns that sketches count.
     """
     user = events[contract.user.join_key].combine_chunks()
-    time = micros(events["event_timestamp"])
     starts = history.run_starts(user)
     ends = history.run_ends(starts, len(user))
+    newest = newest_stats(contract, stats)
     length = contract.spec.num_history_online
     columns = events.select([c.name for c in contract.history_columns])
     ids = user.take(pa.array(starts))
@@ -102,36 +110,43 @@ def packed_rows(
         )
         for user_id, start, end in zip(ids.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
     ]
-    sketches = sketched(contract, events, stats, remembered)
-    known = from_micros(time[ends - 1] + 1)
+    sketches = sketched(contract, events, newest, remembered)
+    stamps = newest["event_timestamp"].combine_chunks()
     return pa.table(
-        [ids, pa.array(packed, pa.binary()), pa.array(sketches, pa.binary()), known, known],
+        [ids, pa.array(packed, pa.binary()), pa.array(sketches, pa.binary()), stamps, stamps],
         schema=arrow_schema(contract.table("user_history")),
     )
 
 
+def newest_stats(contract: Contract, stats: pa.Table) -> pa.Table:
+    """The newest row of each user who has events."""
+    key = stats[contract.user.join_key].combine_chunks()
+    rows = stats.take(pa.array(history.run_ends(history.run_starts(key), len(key)) - 1))
+    return rows.filter(pc.greater(rows[user_stats.END], 0))
+
+
 def sketched(
-    contract: Contract, events: pa.Table, stats: pa.Table, remembered: Sequence[np.ndarray]
+    contract: Contract, events: pa.Table, newest: pa.Table, remembered: Sequence[np.ndarray]
 ) -> list[bytes]:
-    """A sketch of each user's events of the first action, in its envelope; arguments as in
-    `packed_rows`.
+    """A sketch of each user's events of the first action, in its envelope.
+
+    Args:
+        newest: statistics of each user of these events; else as in `packed_rows`.
     """
     layout = Layout.of(contract)
     time = micros(events["event_timestamp"])
     counted = events["action"].to_numpy() == 0
     codes = [value_codes(events[contract.item.join_key]), *remembered]
-    # The newest row of each user says how many events there are, and their digest.
-    key = stats[contract.user.join_key].combine_chunks()
-    newest_rows = history.run_ends(history.run_starts(key), len(key)) - 1
     found = []
     start = 0
-    for row in stats.take(pa.array(newest_rows)).to_pylist():
+    for row in newest.to_pylist():
         number = row["history_end"]
         chosen = start + np.flatnonzero(counted[start : start + number])
         sketch = Sketch(layout)
         sketch.add(layout.positions([c[chosen] for c in codes]), time[chosen])
-        newest = int(time[start + number - 1])
-        identity = Identity(layout.fingerprint, newest, newest + 1, number, row["history_digest"])
+        last = int(time[start + number - 1])
+        made = (row["event_timestamp"] - EPOCH) // timedelta(microseconds=1)
+        identity = Identity(layout.fingerprint, last, made, number, row["history_digest"])
         found.append(sketch.to_bytes(row[contract.user.join_key], identity))
         start += number
     return found

@@ -123,7 +123,8 @@ def snapshots_of(plan: RunPlan) -> list[int]:
 
 @dataclass(frozen=True)
 class Users:
-    """The users of a piece: their histories, and whether stored tokens still are of these.
+    """The users of a piece, their histories as they were known at one time, and whether stored tokens still are
+    of these.
 
     Args:
         ids: by row of the piece.
@@ -136,6 +137,15 @@ class Users:
     digests: np.ndarray
     corrected: np.ndarray
 
+    def known_at(self, log: HistoryLog, rows: np.ndarray, at: int) -> Users:
+        """The same users as they were known at an earlier time.
+
+        Args:
+            rows: of the users in the log.
+        """
+        histories = log.known_at(rows, at)
+        return replace(self, histories=histories, digests=histories.digests(log.item_hashes))
+
     def digest_at(self, row: int, num_events: int) -> int:
         """Digest of a user's first events."""
         return int(self.digests[self.histories.offsets[row] + num_events - 1]) if num_events else 0
@@ -147,13 +157,27 @@ class Progress:
 
     Args:
         known: events behind each one's newest tokens; 0 without, or if the stored ones are of another history.
+        digests: of those events.
         streams: by row, where stage 1 can go on: its state, and the time of the last event in it.
         dead: by row, why there are no tokens.
     """
 
     known: np.ndarray
+    digests: np.ndarray
     streams: Mapping[int, StoredStream]
     dead: Mapping[int, str]
+
+    def among(self, users: Users) -> Progress:
+        """The progress among histories of another time: of users whom a late event or a correction gave another
+        past there is none.
+        """
+        # Tokens of a later time than this say nothing about it.
+        later = self.known > users.histories.lengths
+        number = np.where(later, 0, self.known)
+        now = [users.digest_at(row, int(n)) for row, n in enumerate(number)]
+        same = later | (np.array(now, np.int64) == self.digests)
+        streams = {row: stream for row, stream in self.streams.items() if same[row]}
+        return replace(self, known=np.where(same, self.known, 0), streams=streams)
 
     def due(self, ends: np.ndarray) -> list[int]:
         """Rows that have events before an instant which their tokens do not know.
@@ -163,9 +187,10 @@ class Progress:
         """
         return [row for row in np.flatnonzero(ends > self.known).tolist() if row not in self.dead]
 
-    def after(self, results: Sequence[Result], ends: np.ndarray) -> Progress:
+    def after(self, results: Sequence[Result], ends: np.ndarray, users: Users) -> Progress:
         """The progress once these results are there."""
         known = self.known.copy()
+        digests = self.digests.copy()
         streams = dict(self.streams)
         dead = dict(self.dead)
         for result in results:
@@ -173,9 +198,10 @@ class Progress:
                 dead[result.row] = result.reason
                 continue
             known[result.row] = ends[result.row]
+            digests[result.row] = users.digest_at(result.row, int(ends[result.row]))
             if result.stream is not None:
                 streams[result.row] = result.stream
-        return Progress(known, streams, dead)
+        return Progress(known, digests, streams, dead)
 
 
 def users_of_piece(
@@ -198,7 +224,7 @@ def users_of_piece(
     grown = np.flatnonzero((known > 0) & (histories.lengths > known)).tolist()
     streams = earlier.streams(ids, known, histories, grown if summariser.streams else [])
     users = Users(ids, histories, digests, (stored > 0) & ~same)
-    return users, Progress(known, streams, unordered(histories))
+    return users, Progress(known, before.digests, streams, unordered(histories))
 
 
 def summarise_piece(
@@ -218,16 +244,21 @@ def summarise_piece(
         return Piece(name)
     users, progress = users_of_piece(plan, log, rows, summariser, earlier)
     snapshots = snapshots_of(plan)
-    # 1. One instant after the other, for each goes on from where the one before ended.
+    # 1. One instant after the other, for each goes on from where the one before ended. Late events and corrections
+    #    make a past of its own for each.
+    late = log.any_late(rows)
     results: list[Result] = []
     for at in sorted({*snapshots, *options.earlier_as_of}):
+        if late:
+            users = users.known_at(log, rows, at)
+            progress = progress.among(users)
         ends = events_before(users.histories, at)
         due = progress.due(ends)
         if at not in snapshots:
             # Tokens that an earlier run left at its own end are of the old past: they too get new ones.
             due = [row for row in due if users.corrected[row]]
         made = summarised(plan, summariser, users, progress, item_of_key, due, ends, at)
-        progress = progress.after(made, ends)
+        progress = progress.after(made, ends, users)
         results += made
     # 2. What came of it.
     rows_made = [result.tokens for result in results if result.tokens is not None]

@@ -200,9 +200,9 @@ HISTORY = Column(
     "history", DType.BYTES, "packed events, as many as the dataset declares, oldest first"
 )
 SKETCH = Column("sketch", DType.BYTES, "counts of the whole history, with their identity")
-USER_STATS_DOC = "What a user's events came to by an instant: a row for each distinct event time."
+USER_STATS_DOC = "What a user's events came to by an instant: a row for each at which that changed."
 HISTORY_END = Column(
-    "history_end", DType.INT64, "events of this user known by now", unit="events", minimum=1
+    "history_end", DType.INT64, "events of this user known by now", unit="events", minimum=0
 )
 HISTORY_DIGEST = Column(
     "history_digest", DType.INT64, "of those events: a corrected past has another one"
@@ -316,11 +316,25 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
                 "row in the raw source; breaks ties in time",
                 minimum=0,
             ),
+            ARRIVAL,
+            REPLACED,
         ),
         job="events",
     )
 
 
+ARRIVAL = Column(
+    "arrival_timestamp",
+    DType.TIMESTAMP,
+    "when it arrived, where that was later than it happened",
+    nullable=True,
+)
+REPLACED = Column(
+    "replaced_timestamp",
+    DType.TIMESTAMP,
+    "when a later line of the same event arrived, and this one ceased to hold",
+    nullable=True,
+)
 REQUEST_ID = Column("request_id", DType.STRING, "what was asked or shown together", nullable=True)
 EVENT_ID = Column("event_id", DType.STRING, "the source's name of the event")
 
@@ -347,7 +361,13 @@ def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
     return (
         HISTORY_END,
         HISTORY_DIGEST,
-        Column("first_event_s", DType.INT64, "time of the user's first event", unit="s since 1970"),
+        Column(
+            "first_event_s",
+            DType.INT64,
+            "time of the user's first event; none where all were struck",
+            unit="s since 1970",
+            nullable=True,
+        ),
         Column(
             "other_events",
             DType.INT64,
@@ -413,6 +433,8 @@ RESERVED = frozenset(
         EVENT_TIMESTAMP,
         CREATED_TIMESTAMP,
         "source_position",
+        ARRIVAL.name,
+        REPLACED.name,
         "request_id",
         "event_id",
         "request_timestamp",

@@ -299,13 +299,20 @@ def _wrong_sources(spec: DatasetSpec) -> Iterator[str]:
                     f"{field_name} names the action {name!r}; there are "
                     f"{list(spec.actions)}{nearest(name, spec.actions)}"
                 )
-    # 3. What says that an action happened.
+        if source.deleted and field_name != "events":
+            yield f"{field_name}.deleted is {source.deleted!r}; only lines of events strike something"
+    # 3. What says that an action happened, or did not.
     source = spec.events
     ways = [name for name in ("action", "flags") if getattr(source, name)]
     if len(ways) > 1:
         yield (
             f"events declares {' and '.join(ways)}; an action is said by one column, or by "
             "one for each"
+        )
+    if source.deleted and not spec.event_identity:
+        yield (
+            f"events.deleted is {source.deleted!r}, and nothing says which event a line strikes: "
+            "name it by event_identity"
         )
     if source.at_least is not None and (not source.action or len(spec.actions) != 2):
         yield (

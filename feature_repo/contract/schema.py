@@ -51,6 +51,8 @@ class Kind(StrEnum):
 
 EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
+# As the arrival of a source: a row arrived when its file was last written
+FILE_TIME = "<file time>"
 # Events of a user kept online unless a dataset declares another number
 NUM_HISTORY_ONLINE = 512
 STAT_WINDOWS_DAYS = (7, 14, 28)
@@ -329,6 +331,11 @@ class Source:
         at_least: their action column is a number: the first action from here on, else the second.
         flags: our action → their column that is 1 where it happened as well: a row is an event of
             `SPEC.shown` and one for each such action.
+        arrival: their column, or the part of a path (`dt` of `dt=2024-03-05/part-0.csv`), that says when a row
+            arrived, as a time of the source or in ISO 8601; `FILE_TIME`: when its file was last written. No row is
+            known before. Without one a row is known from its own time on.
+        deleted: their column of events that is true on a line which strikes the event of its identity; such a
+            line needs no other column.
         derived: our columns that the module's `derive` makes, and no file has.
         raw: their columns that `derive` reads beside ours.
     """
@@ -356,6 +363,8 @@ class Source:
     actions: dict[str, str] = field(default_factory=dict)
     at_least: float | None = None
     flags: dict[str, str] = field(default_factory=dict)
+    arrival: str = ""
+    deleted: str = ""
     derived: tuple[str, ...] = ()
     raw: tuple[Column, ...] = ()
 
@@ -425,7 +434,9 @@ class DatasetSpec:
         events, users, items: raw sources. Features that have no source of their own are read from
             the rows of events.
         event_identity: columns of `events` that say "the same event", `event_id` among them where
-            the source gives one; without any, none is repeated.
+            the source gives one. Of several lines of one event the one that arrived last holds, whatever
+            user, time or action it names; without `Source.arrival` the one that stands last. An id that is
+            one user's own wants `user_id` beside it. Without an identity every line is an event.
         accept: names of findings of `python -m feature_repo check` that are right as they are, such
             as "large_share" where one customer is a wholesaler.
     """

@@ -31,11 +31,11 @@ import pyarrow as pa
 
 from feature_repo.contract.contract import Contract, contract
 from feature_repo.contract.declarations import problems
-from feature_repo.contract.schema import DatasetSpec, OwnView, Source
+from feature_repo.contract.schema import FILE_TIME, DatasetSpec, OwnView, Source
 from feature_repo.errors import DeclarationError, RawDataError, nearest
 from feature_repo.raw import parse, sources
 from feature_repo.raw.parse import Derive, Derived, Parsed
-from feature_repo.raw.sources import RawUnit
+from feature_repo.raw.sources import RawBlock, RawUnit
 from feature_repo.settings import declared_dataset
 
 __all__ = ["Dataset", "Derived", "Parsed", "RawDataError", "RawUnit", "load", "names"]
@@ -93,6 +93,13 @@ class Dataset:
         every = (sources.files_of(source, folder) for source in self.sources.values())
         return list(dict.fromkeys(file for found in every for file in found))
 
+    def written(self, data: str | None) -> dict[str, int]:
+        """When each raw file was last written, microseconds; of those whose rows arrive then."""
+        folder = self._folder(data)
+        of_files = [source for source in self.sources.values() if source.arrival == FILE_TIME]
+        files = [file for source in of_files for file in sources.files_of(source, folder)]
+        return {file: sources.written_at(file) for file in sorted(files)}
+
     def path_of(self, view: OwnView, data: str | None) -> str:
         """Return the path of a custom feature view's file."""
         folder = self._folder(data)
@@ -122,11 +129,11 @@ class Dataset:
         for block in self.blocks(unit):
             yield self.parse_block(unit, block)
 
-    def parse_block(self, unit: RawUnit, block: sources.Block) -> Parsed:
+    def parse_block(self, unit: RawUnit, block: RawBlock) -> Parsed:
         """One block of a piece as events, users, items and dead letters."""
         return parse.parse(self.contract, unit, block, self.derive)
 
-    def blocks(self, unit: RawUnit) -> Iterator[sources.Block]:
+    def blocks(self, unit: RawUnit) -> Iterator[RawBlock]:
         """One piece as it stands, a block at a time."""
         source = getattr(self.spec, unit.kind)
         return sources.blocks_of(source, unit, parse.theirs(self.spec, unit.kind))

@@ -5,7 +5,9 @@ history that serving reads.
 partition, read by memory map. Item ids are dictionary-encoded within a part; what a sketch counts of
 an item besides (`schema.Memory`) stands beside it, as codes. A history is the slice
 `[history_end - L, history_end)` of a user's row, where `history_end` comes from the feature view
-`user_stats`: the point-in-time join carries eight bytes for each example, whatever L is.
+`user_stats`: the point-in-time join carries eight bytes for each example, whatever L is. Of a user with events
+that arrived late, or that a later line replaced, the log also holds from when and until when each was known
+(`known.py`); there a history is what was known at the request's time, and `history_end` its length.
 
 **Packed history**: the newest N events of one user as bytes, the value of the feature view
 `user_history`:
@@ -16,9 +18,9 @@ The checksum is seeded with the user's key, so another user's value under this k
 well. Columns are read by name and type: a reader of an older contract finds what it knows and
 leaves the rest.
 
-**Digest of a past**: `event_digests` gives each event a number that depends on all of its columns
-and on its place in the history; the sum over a history, modulo 2⁶⁴, is another one when any of its
-events was corrected, struck or moved.
+**Digest of a past**: `event_digests` gives each event a number that depends on all of its columns;
+the sum over a history, modulo 2⁶⁴, is another one when any of its events was corrected, struck or
+moved in time, and is the same in whatever order events became known.
 """
 
 from __future__ import annotations
@@ -51,8 +53,12 @@ from feature_repo.contract.schema import (
     DType,
     Kind,
 )
+from feature_repo.history.known import NEVER, is_on_time, known_from, replaced_at
 from feature_repo.home.tables import JobFolder
 
+# Columns of a log part that holds events which arrived late or were replaced, in microseconds
+KNOWN_FROM = "known_from"
+REPLACED_AT = "replaced_at"
 MAGIC = b"MHIS"
 LAYOUT = 2
 _HEADER = struct.Struct("<4sBI")
@@ -165,16 +171,12 @@ def checksum(user_id: int | str, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(str(user_id).encode()))
 
 
-def event_digests(
-    item_hashes: np.ndarray, columns: Mapping[str, np.ndarray], positions: np.ndarray
-) -> np.ndarray:
-    """A number for each event that another event, or the same one elsewhere in its history, does
-    not have: int64.
+def event_digests(item_hashes: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A number for each event that no other event has: int64.
 
     Args:
         item_hashes: `hash_keys` of each event's item.
         columns: the events' other columns by name, times in microseconds.
-        positions: place of each event in its user's history, from 0.
     """
     with np.errstate(over="ignore"):
         mixed = item_hashes.astype(np.uint64)
@@ -182,9 +184,8 @@ def event_digests(
             for bits in np.atleast_2d(_bits(columns[name]).T):
                 named = bits.astype(np.uint64) + np.uint64(zlib.crc32(name.encode()))
                 mixed = _mix(mixed ^ named)
-        return _mix(mixed + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(
-            np.int64
-        )
+        # Once more, for a sum over events must not undo what the last column mixed.
+        return _mix(mixed + np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -195,16 +196,11 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return one_nan.view(np.uint32 if values.dtype == np.float32 else np.uint64)
 
 
-def extended_digest(
-    contract: Contract, digest: int, num_events: int, events: pa.Table | pa.RecordBatch
-) -> int:
-    """Digest of a past of so many events, with new ones behind it."""
+def extended_digest(contract: Contract, digest: int, events: pa.Table | pa.RecordBatch) -> int:
+    """Digest of a past with further events."""
     hashes = hash_keys(events[contract.item.join_key])
-    places = num_events + np.arange(events.num_rows)
     with np.errstate(over="ignore"):
-        return int(
-            np.int64(digest) + event_digests(hashes, event_columns(contract, events), places).sum()
-        )
+        return int(np.int64(digest) + event_digests(hashes, event_columns(contract, events)).sum())
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -288,6 +284,11 @@ def log_part(
     for column, codes in zip(contract.remembered, remembered, strict=True):
         arrays.append(pa.LargeListArray.from_arrays(offsets, _stored(codes)))
         names.append(remembered_name(column.name))
+    # Most logs hold no late event, and none pays for those that do.
+    if not is_on_time(events):
+        for name, values in ((KNOWN_FROM, known_from(events)), (REPLACED_AT, replaced_at(events))):
+            arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(values)))
+            names.append(name)
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
@@ -366,8 +367,7 @@ class Histories:
 
     def digests(self, item_hash_of_key: np.ndarray) -> np.ndarray:
         """Digest of the events up to and including each one, int64; see `event_digests`."""
-        positions = np.arange(len(self.item_keys)) - np.repeat(self.offsets[:-1], self.lengths)
-        each = event_digests(item_hash_of_key[self.item_keys], self.columns, positions)
+        each = event_digests(item_hash_of_key[self.item_keys], self.columns)
         running = np.cumsum(each)
         before = np.r_[0, running][self.offsets[:-1]]
         return running - np.repeat(before, self.lengths)
@@ -450,10 +450,28 @@ class HistoryLog:
         self._start = np.concatenate([part[item].offsets.to_numpy()[:-1] for part in parts])
         self._count = np.concatenate([np.diff(part[item].offsets.to_numpy()) for part in parts])
         self._part = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
+        # 4. Note of which users somebody may have known something else than the log's beginning.
+        self._known: dict[int, np.ndarray] = {}
+        self._replaced: dict[int, np.ndarray] = {}
+        self._late = np.zeros(len(self.users), bool)
+        self.lengths: np.ndarray = self._count.copy()
+        for number, part in enumerate(parts):
+            if KNOWN_FROM in part.schema.names:
+                self._known[number] = part[KNOWN_FROM].values.to_numpy()
+                self._replaced[number] = part[REPLACED_AT].values.to_numpy()
+                self._note_late(number)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._count
+    def _note_late(self, part: int) -> None:
+        rows = np.flatnonzero(self._part == part)
+        starts = self._start[rows]
+        late = self._known[part] > self._columns[EVENT_TIMESTAMP][part]
+        replaced = self._replaced[part] != NEVER
+        self._late[rows] = np.logical_or.reduceat(late | replaced, starts)
+        self.lengths[rows] -= np.add.reduceat(replaced.astype(np.int64), starts)
+
+    def any_late(self, rows: np.ndarray) -> bool:
+        """Return whether events of any of these users arrived late or were replaced."""
+        return bool(self._late[rows[rows >= 0]].any())
 
     def rows_of(self, user_ids: pa.Array) -> np.ndarray:
         """Row of each user in the log, -1 where the log has none."""
@@ -474,16 +492,20 @@ class HistoryLog:
         history_end: np.ndarray,
         length: int | None = None,
         columns: Sequence[str] | None = None,
+        times: np.ndarray | None = None,
     ) -> Histories:
         """Late gather: events `[history_end - length, history_end)` of each row; all up to
         `history_end` without a length.
 
         Args:
+            rows: of the users in the log, -1 for a user that it does not have.
+            history_end: how many events are known of each.
             columns: only these beside the items; default: all that events have.
+            times: as of which, microseconds; default: as of the end of the log.
 
         Raises:
-            HistoryError: a `history_end` lies beyond what the log holds; the log and the index are
-                of different runs.
+            HistoryError: `history_end` is not what the log says was known then; the log and the index
+                are of different runs.
         """
         ends = np.where(rows >= 0, history_end, 0)
         if (beyond := ends > self._of_known(self._count, rows)).any():
@@ -498,6 +520,11 @@ class HistoryLog:
         offsets = np.r_[0, np.cumsum(lengths)]
         base = self._of_known(self._start, rows) + starts
         flat = np.arange(offsets[-1]) + np.repeat(base - offsets[:-1], lengths)
+        # Of some users the events that were known do not lie side by side.
+        for place in np.flatnonzero((rows >= 0) & self._late[rows]) if len(self._known) else ():
+            time = NEVER if times is None else int(times[place])
+            known = self._known_places(int(rows[place]), time, int(ends[place]))
+            flat[offsets[place] : offsets[place + 1]] = known[len(known) - lengths[place] :]
         owner = np.repeat(self._of_known(self._part, rows), lengths)
         item_keys = np.empty(len(flat), np.int64)
         names = self._of_events if columns is None else columns
@@ -514,6 +541,40 @@ class HistoryLog:
             for name, parts in chosen.items():
                 found[name][mine] = parts[part][at]
         return Histories(offsets, item_keys, found)
+
+    def known_at(self, rows: np.ndarray, time: int) -> Histories:
+        """All that was known of some users just before a time.
+
+        Args:
+            rows: of the users in the log, each there.
+            time: microseconds.
+        """
+        ends = np.array([self._number_known(int(row), time) for row in rows], np.int64)
+        return self.gather(rows, ends, times=np.full(len(rows), time))
+
+    def _number_known(self, row: int, time: int) -> int:
+        part = int(self._part[row])
+        span = slice(int(self._start[row]), int(self._start[row] + self._count[row]))
+        if not self._late[row]:
+            return int(np.searchsorted(self._columns[EVENT_TIMESTAMP][part][span], time))
+        return int(((self._known[part][span] < time) & (self._replaced[part][span] >= time)).sum())
+
+    def _known_places(self, row: int, time: int, number: int) -> np.ndarray:
+        """Places in its part of the events of a user that were known at a time.
+
+        Raises:
+            HistoryError: there are more or fewer than the index says.
+        """
+        part = int(self._part[row])
+        span = slice(int(self._start[row]), int(self._start[row] + self._count[row]))
+        seen = (self._known[part][span] < time) & (self._replaced[part][span] >= time)
+        found: np.ndarray = np.flatnonzero(seen) + span.start
+        if len(found) != number:
+            raise HistoryError(
+                f"history_end {number} of user {self.users[row]} is not the {len(found)} events that the log says were known: "
+                "index and log are of different runs; run `python -m beam_jobs user_history` and `feast apply` again"
+            )
+        return found
 
     @staticmethod
     def _of_known(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -91,9 +91,24 @@ class Recall:
         codes: Sequence[np.ndarray],
     ) -> np.ndarray:
         """Readings of one user's requests, oldest first."""
+        # Of users with late events no request's past is the beginning of the next one's: each is read by itself.
+        if len(times) > 1 and self.log.any_late(np.array([row])):
+            bounds = np.r_[0, np.cumsum(sizes)]
+            return np.concatenate(
+                [
+                    self._of_user(
+                        row,
+                        ends[[n]],
+                        times[[n]],
+                        [sizes[n]],
+                        [c[bounds[n] : bounds[n + 1]] for c in codes],
+                    )
+                    for n in range(len(times))
+                ]
+            )
         # 1. Read all events that the newest of the requests knows, once for all requests.
         names = ["action", "event_timestamp", *map(remembered_name, self.layout.columns[1:])]
-        history = self.log.gather(np.array([row]), ends[-1:], columns=names)
+        history = self.log.gather(np.array([row]), ends[-1:], columns=names, times=times[-1:])
         event_codes = [self._item_codes[history.item_keys]]
         event_codes += [history.columns[name] for name in names[2:]]
         layout, events, candidates = self._positions(event_codes, codes)

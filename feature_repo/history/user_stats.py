@@ -8,6 +8,7 @@ the first event's time is kept, and a mean is a sum over a count.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from feature_repo.history.history import (
     run_ends,
     run_starts,
 )
+from feature_repo.history.known import NEVER, is_on_time, known_from, replaced_at
 from feature_repo.history.sums import Exact, stat_values
 
 FIRST = "first_event_s"
@@ -46,31 +48,69 @@ class _Counted:
     values: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Changes:
+    """What changed what is known of users, in the order of users and instants: an event became known, or a
+    later line of it arrived and it ceased to hold.
+
+    Args:
+        event: place of the event.
+        sign: 1 or -1.
+        when: microseconds; just after this the change is known.
+        first: of each change the first one of its user.
+    """
+
+    event: np.ndarray
+    sign: np.ndarray
+    when: np.ndarray
+    first: np.ndarray
+
+    @staticmethod
+    def of(user: pa.Array, events: pa.Table) -> _Changes:
+        number = len(user)
+        starts = run_starts(user)
+        owner = np.repeat(np.arange(len(starts)), run_ends(starts, number) - starts)
+        event = np.arange(number)
+        if is_on_time(events):
+            return _Changes(event, np.ones(number, np.int64), known_from(events), starts[owner])
+        replaced = replaced_at(events)
+        ceased = np.flatnonzero(replaced != NEVER)
+        event = np.r_[event, ceased]
+        sign = np.r_[np.ones(number, np.int64), np.full(len(ceased), -1)]
+        when = np.r_[known_from(events), replaced[ceased]]
+        order = np.lexsort((event, when, owner[event]))
+        owner = owner[event][order]
+        first = np.flatnonzero(np.r_[True, np.diff(owner) != 0])
+        return _Changes(event[order], sign[order], when[order], first[owner])
+
+
 def build(contract: Contract, events: pa.Table) -> pa.Table:
-    """A row of `user_stats` for each user and distinct event time: what the events up to it come to, known
-    just after it.
+    """A row of `user_stats` for each user and instant at which something changed: what the events known by then
+    come to, known just after it.
 
     Args:
         events: sorted by user and time.
     """
     user = events[contract.user.join_key].combine_chunks()
-    time = micros(events[EVENT_TIMESTAMP])
-    # 1. One row for each instant of a user: its last event, `at`, and the user's first event, `first`.
-    starts = run_starts(user)
-    first = np.repeat(starts, run_ends(starts, len(user)) - starts)
-    last_of_instant = np.r_[(np.diff(time) != 0) | (np.diff(first) != 0), True][: len(user)]
+    changes = _Changes.of(user, events)
+    # 1. One row for each instant of a user: its last change, `at`, and the user's first one.
+    first = changes.first
+    last_of_instant = np.r_[(np.diff(changes.when) != 0) | (np.diff(first) != 0), True][
+        : len(first)
+    ]
     at = np.flatnonzero(last_of_instant)
-    counted = _counted(contract, events, np.arange(len(user)) - first)
+    counted = _counted(contract, events)
 
     def to_date(each: np.ndarray) -> np.ndarray:
-        running = np.r_[0, np.cumsum(each)]
-        return (running[at + 1] - running[first[at]]).astype(np.int64)
+        with np.errstate(over="ignore"):
+            running = np.r_[0, np.cumsum(each[changes.event] * changes.sign)]
+            return (running[at + 1] - running[first[at]]).astype(np.int64)
 
     # 2. Sums of all events up to it, exact whatever the order (`sums.py`).
     columns: dict[str, pa.Array] = {
         name: pa.array(to_date(each)) for name, each in counted.sums.items()
     }
-    columns[FIRST] = pa.array(time[first[at]] // MICROS)
+    columns[FIRST] = _first_events(events, changes, at)
     if contract.spec.stat_value:
         mean, number = mean_names(contract)
         values = Exact.of(counted.values)
@@ -78,25 +118,50 @@ def build(contract: Contract, events: pa.Table) -> pa.Table:
         having = columns[number].to_numpy()
         means = np.where(having > 0, total / np.maximum(having, 1), np.nan)
         columns[mean] = pa.array(means.astype(np.float32), from_pandas=True)
-    # 3. A row is known just after its newest event.
-    columns[contract.user.join_key] = user.take(pa.array(at))
-    known = from_micros(time[at] + 1)
+    # 3. A row is known just after its newest change.
+    columns[contract.user.join_key] = user.take(pa.array(changes.event[at]))
+    known = from_micros(changes.when[at] + 1)
     schema = arrow_schema(contract.table("user_stats"))
     return pa.table([columns.get(name, known) for name in schema.names], schema=schema)
 
 
+def _first_events(events: pa.Table, changes: _Changes, at: np.ndarray) -> pa.Array:
+    """Seconds of the first event that each row knows of."""
+    time = micros(events[EVENT_TIMESTAMP])
+    if is_on_time(events):
+        return pa.array(time[changes.event[changes.first[at]]] // MICROS)
+    # The first of those that hold is not a sum: a heap of all that were known, without those that ceased to hold.
+    found: list[int | None] = []
+    waiting: list[tuple[int, int]] = []
+    ceased: set[int] = set()
+    begun = -1
+    for change in range(len(changes.event)):
+        event = int(changes.event[change])
+        if changes.first[change] != begun:
+            begun = int(changes.first[change])
+            waiting = []
+            ceased = set()
+        if changes.sign[change] > 0:
+            heapq.heappush(waiting, (int(time[event]), event))
+        else:
+            ceased.add(event)
+        while waiting and waiting[0][1] in ceased:
+            heapq.heappop(waiting)
+        found.append(waiting[0][0] // MICROS if waiting else None)
+    return pa.array(found, pa.int64()).take(pa.array(at))
+
+
 def add(contract: Contract, stats: Mapping[str, Any], events: pa.Table) -> dict[str, Any]:
-    """A user's statistics with events that follow.
+    """A user's statistics with further events.
 
     Args:
         stats: by name; nulls for a user without statistics.
-        events: at least one, in the order of time.
+        events: at least one.
     """
-    end = stats[END] or 0
-    counted = _counted(contract, events, end + np.arange(events.num_rows))
+    counted = _counted(contract, events)
     found = {name: _plus(stats[name], each.sum()) for name, each in counted.sums.items()}
-    first = stats[FIRST]
-    found[FIRST] = int(micros(events[EVENT_TIMESTAMP])[0] // MICROS) if first is None else first
+    first = int(micros(events[EVENT_TIMESTAMP]).min() // MICROS)
+    found[FIRST] = first if stats[FIRST] is None else min(stats[FIRST], first)
     return found | _mean(contract, stats, found, counted.values.sum())
 
 
@@ -108,8 +173,7 @@ def subtract(
     Args:
         events: the newest ones, in the order of time.
     """
-    positions = stats[END] - events.num_rows + np.arange(events.num_rows)
-    counted = _counted(contract, events, positions)
+    counted = _counted(contract, events)
     found = {name: _plus(stats[name], -each.sum()) for name, each in counted.sums.items()}
     found[FIRST] = stats[FIRST]
     return found | _mean(contract, stats, found, -counted.values.sum())
@@ -128,21 +192,15 @@ def read_names(contract: Contract) -> tuple[str, str, str, str]:
     return FIRST, END, OTHERS, mean
 
 
-def _counted(
-    contract: Contract, events: pa.Table | pa.RecordBatch, positions: np.ndarray
-) -> _Counted:
-    """What each event adds.
-
-    Args:
-        positions: place of each event in its user's history, from 0.
-    """
+def _counted(contract: Contract, events: pa.Table | pa.RecordBatch) -> _Counted:
+    """What each event adds."""
     primary = events["action"].to_numpy() == 0
     value = stat_values(contract, events)
     valued = primary & value.there
     sums = {
         END: np.ones(events.num_rows, np.int64),
         DIGEST: event_digests(
-            hash_keys(events[contract.item.join_key]), event_columns(contract, events), positions
+            hash_keys(events[contract.item.join_key]), event_columns(contract, events)
         ),
         OTHERS: (~primary).astype(np.int64),
     }

@@ -8,7 +8,7 @@ reason. What breaks a limit of the contract is for the job to set aside (`limits
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_repo.contract import limits
-from feature_repo.contract.arrow import arrow_schema, from_micros, micros
-from feature_repo.contract.contract import EVENT_ID, REQUEST_ID, Contract
+from feature_repo.contract.arrow import TIMESTAMP, arrow_schema, from_micros, micros
+from feature_repo.contract.contract import ARRIVAL, EVENT_ID, REPLACED, REQUEST_ID, Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import (
     CREATED_TIMESTAMP,
     EVENT_TIMESTAMP,
+    FILE_TIME,
     Column,
     DatasetSpec,
     DType,
@@ -30,20 +31,21 @@ from feature_repo.contract.schema import (
 )
 from feature_repo.errors import DeclarationError
 from feature_repo.raw import raw
+from feature_repo.raw.lines import ARRIVED, CORRECTED, DELETED, LINE, REPEATED, STRICKEN
 from feature_repo.raw.sources import RawBlock, RawUnit
 
 # Time of profiles that have none: they are known from the start
 KNOWN_SINCE = 0
 # Column of the source's action, as it is read
 ACTION = "__action"
-REPEATED = "repeated: the same event stands earlier"
 UNSAID = "action: says nothing, as declared"
 # Dead letters that say nothing against the data
-NOT_BAD = (REPEATED, UNSAID)
+NOT_BAD = (REPEATED, CORRECTED, STRICKEN, UNSAID)
 IDS = ("user_id", "item_id", EVENT_ID.name)
 TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
 # Prefix of columns that say whether an action happened as well
 FLAG = "__flag_"
+STRUCK = Column(DELETED, DType.INT8, "strikes the event", values=(0, 1), nullable=True)
 KINDS = ("events", "users", "items")
 PROFILES = {"users": "user_profile", "items": "item_profile"}
 
@@ -73,11 +75,14 @@ class Parsed:
     """Rows of a raw source, split.
 
     Args:
-        counts: `rows_read`, `rows_used` (that became events), `rows_dead`, `events_made`; of tables of users
-            and items `read_…`, `dead_…` and `profile_rows_dead`.
+        events: columns of the table; where events have an identity also those of `lines.py`.
+        strikes: lines that strike an event, in the same columns; null but for identity and arrival.
+        counts: `rows_read`, `rows_used` (that became events or strikes), `rows_dead`, `events_made`, `strikes`; of
+            tables of users and items `read_…`, `dead_…` and `profile_rows_dead`.
     """
 
     events: pa.Table
+    strikes: pa.Table
     users: pa.Table
     items: pa.Table
     dead_letters: pa.Table
@@ -112,6 +117,10 @@ def wanted(spec: DatasetSpec, kind: str) -> list[tuple[Column, str]]:
         for c in ours
         if c.name not in source.derived
     }
+    if source.arrival and source.arrival != FILE_TIME:
+        found[ARRIVED] = (Column(ARRIVED, DType.TIMESTAMP, "when it arrived"), source.arrival)
+    if source.deleted:
+        found[DELETED] = (STRUCK, source.deleted)
     found |= {column.name: (column, column.name) for column in source.raw}
     # 3. Add what says that an action happened, under internal names.
     if source.action:
@@ -174,7 +183,11 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
     if unit.kind != "events":
         times = read[EVENT_TIMESTAMP] if EVENT_TIMESTAMP in read.column_names else None
         known = from_micros(np.full(len(read), KNOWN_SINCE, np.int64)) if times is None else times
-        rows = profile(contract, PROFILES[unit.kind], read, known)
+        arrived = _arrivals(source, unit, read)
+        made_at = (
+            known if arrived is None else pc.max_element_wise(known, arrived, skip_nulls=False)
+        )
+        rows = profile(contract, PROFILES[unit.kind], read, known, made_at)
         made = {"users": nothing.users, "items": nothing.items, unit.kind: rows}
         lost = len(block.broken)
         table = PROFILES[unit.kind]
@@ -185,20 +198,23 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
         )
         return Parsed(
             nothing.events,
+            nothing.events,
             dead_letters=_letters(contract, unit, block, np.full(len(read), -1), []),
             counts=counts,
             **made,
         )
 
-    # 1. Each row's first reason to be no event.
+    # 1. Each row's first reason to be no event. A line that strikes one names it, and need not say more.
     actions = _actions(spec, read)
+    strikes = np.zeros(len(read), bool)
+    if source.deleted:
+        strikes = pc.fill_null(read[DELETED], 0).to_numpy() != 0
     verdict = np.full(len(read), -1)
     reasons: list[str] = []
+    of_events = [*derived.reasons, *_unsaid(source, block.rows), *actions.reasons]
     reasons_found = [
-        *derived.reasons,
-        *_unsaid(source, block.rows),
-        *_unreadable(spec, block.rows, read),
-        *actions.reasons,
+        *((mask & ~strikes, reason) for mask, reason in of_events),
+        *_unreadable(spec, block.rows, read, strikes),
     ]
     for mask, reason in reasons_found:
         verdict[(verdict < 0) & mask] = len(reasons)
@@ -206,14 +222,25 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
     kept = verdict < 0
 
     # 2. The others as events, each row's in the order of actions.
-    row, action = actions.of_rows(kept)
-    chosen = read.take(pa.array(row))
-    events = _events(contract, chosen, action, block.positions[row])
-    used = read.filter(pa.array(kept))
-    # A microsecond is added: no request at the event's instant may see what the event says.
-    known = from_micros(micros(used[EVENT_TIMESTAMP]) + 1)
-    users = profile(contract, "user_profile", used, known) if spec.users is None else nothing.users
-    items = profile(contract, "item_profile", used, known) if spec.items is None else nothing.items
+    arrived = _arrivals(source, unit, read)
+    row, action = actions.of_rows(kept & ~strikes)
+    events = _events(contract, _Lines(read, block.positions, arrived, strikes), row, action)
+    row = np.flatnonzero(kept & strikes)
+    struck = _events(contract, _Lines(read, block.positions, arrived, strikes), row, None)
+    # 3. What the rows say of users and items.
+    used = np.flatnonzero(kept & ~strikes)
+    users = nothing.users
+    items = nothing.items
+    if spec.users is None or spec.items is None:
+        said = read.take(pa.array(used))
+        # A microsecond is added: no request at the event's instant may see what the event says.
+        known = micros(said[EVENT_TIMESTAMP]) + 1
+        made_at = known
+        if arrived is not None:
+            made_at = np.maximum(known, micros(arrived.take(pa.array(used))) + 1)
+        times = from_micros(known), from_micros(made_at)
+        users = profile(contract, "user_profile", said, *times) if spec.users is None else users
+        items = profile(contract, "item_profile", said, *times) if spec.items is None else items
     letters = _letters(contract, unit, block, verdict, reasons)
     counts = Counts(
         {
@@ -221,11 +248,21 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
             "rows_used": int(kept.sum()),
             "rows_dead": len(letters),
             "events_made": len(events),
+            "strikes": len(struck),
         },
-        cut=cut_values(spec, "events", used),
+        cut=cut_values(spec, "events", read.take(pa.array(used))),
         lost=lost_values(spec, "events", block.rows, read),
     )
-    return Parsed(events, users, items, letters, counts)
+    return Parsed(events, struck, users, items, letters, counts)
+
+
+def _arrivals(source: Source, unit: RawUnit, read: pa.Table) -> pa.Array | None:
+    """When each row arrived; None where nothing says."""
+    if not source.arrival:
+        return None
+    if source.arrival == FILE_TIME:
+        return from_micros(np.full(len(read), unit.written))
+    return read[ARRIVED].combine_chunks()
 
 
 def _derived(derive: Derive, unit: RawUnit, block: RawBlock, read: pa.Table) -> Derived:
@@ -257,40 +294,27 @@ def _fails_on(derive: Derive, kind: str, read: pa.Table, block: RawBlock, row: i
     return False
 
 
-def without_repeats(events: pa.Table, identity: Sequence[str]) -> tuple[pa.Table, pa.Table]:
-    """Events that stand for the first time, and those that are the same as an earlier one.
+def profile(
+    contract: Contract, table: str, read: pa.Table, known: pa.Array, made_at: pa.Array
+) -> pa.Table:
+    """Rows of a profile; a profile without features says since when its key is known.
 
     Args:
-        events: sorted by user, time and position.
-        identity: columns that say "the same"; so do always the user, for ids may be of a session,
-            and the action, for one row of a log may tell of several. None: no event is.
+        known: since when each row holds.
+        made_at: when that became known.
     """
-    if not identity or events.num_rows < 2:
-        return events, events.slice(0, 0)
-    names = dict.fromkeys(("user_id", *identity, "action"))
-    codes = [
-        pc.fill_null(events[name].combine_chunks().dictionary_encode().indices, -1).to_numpy()
-        for name in names
-    ]
-    _, first = np.unique(np.stack(codes), axis=1, return_index=True)
-    kept = np.zeros(events.num_rows, bool)
-    kept[first] = True
-    return events.filter(pa.array(kept)), events.filter(pa.array(~kept))
-
-
-def profile(contract: Contract, table: str, read: pa.Table, known: pa.Array) -> pa.Table:
-    """Rows of a profile; a profile without features says since when its key is known."""
     schema = arrow_schema(contract.table(table))
     key, *features, known_name = (name for name in schema.names if name not in TIMES)
     if not features:
-        keys = pa.table({key: _cast(read[key], schema.field(key).type), "at": known})
-        first = keys.group_by(key).aggregate([("at", "min")])
+        keys = {key: _cast(read[key], schema.field(key).type), "at": known, "made": made_at}
+        first = pa.table(keys).group_by(key).aggregate([("at", "min"), ("made", "min")])
         read = first.select([key])
         known = first["at_min"]
+        made_at = first["made_min"]
     columns = []
     for column in schema:
         if column.name in TIMES:
-            columns.append(known)
+            columns.append(known if column.name == EVENT_TIMESTAMP else made_at)
         elif column.name == known_name:
             columns.append(pa.array(np.ones(len(read), np.int8)))
         else:
@@ -398,24 +422,39 @@ def _unsaid(source: Source, given: pa.Table) -> list[tuple[np.ndarray, str]]:
     return [(raw.says_nothing(given[source.action], marks), UNSAID)] if marks else []
 
 
-def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tuple[np.ndarray, str]]:
-    """Rows that lack what every event has, and why."""
-    required = {"user_id", "item_id", EVENT_TIMESTAMP, EVENT_ID.name}
+def _unreadable(
+    spec: DatasetSpec, given: pa.Table, read: pa.Table, strikes: np.ndarray
+) -> list[tuple[np.ndarray, str]]:
+    """Rows that lack what every event has, and why.
+
+    Args:
+        strikes: rows that strike an event: they must say which one, and when they arrived.
+    """
+    required = {"user_id", "item_id", EVENT_TIMESTAMP, EVENT_ID.name, ARRIVED}
     required |= {c.name for c in spec.event_features if not c.nullable}
+    of_strikes = {*spec.event_identity, ARRIVED, DELETED}
     found = []
     for name in required & set(spec.events.derived):
-        found.append((pc.is_null(read[name]).to_numpy(), f"{name}: is missing"))
+        missing = pc.is_null(read[name]).to_numpy()
+        found.append((missing & ~(strikes & (name not in of_strikes)), f"{name}: is missing"))
     for column, name in wanted(spec, "events"):
-        is_flag = column.name.startswith(FLAG)
-        if not (is_flag or column.name in required):
+        is_flag = column.name.startswith(FLAG) or column.name == DELETED
+        if not (is_flag or column.name in required or column.name in spec.event_identity):
             continue
         missing = pc.is_null(read[column.name]).to_numpy()
+        # Any other row that lacks a part of its identity is an event of its own.
+        if column.name not in of_strikes:
+            missing = missing & ~strikes
+        elif not (is_flag or column.name in required):
+            missing = missing & strikes
         is_id = column.name in IDS
         if not (missing.any() or is_id):
             continue
         blank = raw.is_blank(given[name], tuple(mark.lower() for mark in spec.events.missing))
         # A blank is nobody's id
-        missing = missing | blank if is_id else missing
+        missing = (
+            missing | (blank & ~(strikes & (column.name not in of_strikes))) if is_id else missing
+        )
         found.append((missing & ~blank, f"{name}: unreadable"))
         # A blank flag says that nothing happened.
         if not is_flag:
@@ -423,15 +462,48 @@ def _unreadable(spec: DatasetSpec, given: pa.Table, read: pa.Table) -> list[tupl
     return found
 
 
+@dataclass(frozen=True)
+class _Lines:
+    """Rows as they were read, with their place in the file, their arrival and whether they strike an event."""
+
+    read: pa.Table
+    positions: np.ndarray
+    arrived: pa.Array | None
+    strikes: np.ndarray
+
+
 def _events(
-    contract: Contract, chosen: pa.Table, action: np.ndarray, position: np.ndarray
+    contract: Contract, lines: _Lines, row: np.ndarray, action: np.ndarray | None
 ) -> pa.Table:
-    columns = {"action": pa.array(action), "source_position": pa.array(position)}
+    """Some rows as the table of events, with the columns of `lines.py` where events have an identity.
+
+    Args:
+        row: of each event; a row may tell of several.
+        action: of each; None of lines that strike an event.
+    """
+    number = len(row)
+    chosen = lines.read.take(pa.array(row))
     schema = arrow_schema(contract.table("events"))
-    return pa.table(
+    # 1. What no row says itself.
+    columns = {"source_position": pa.array(lines.positions[row])}
+    columns["action"] = pa.nulls(number, pa.int8()) if action is None else pa.array(action)
+    arrived = pa.nulls(number, TIMESTAMP)
+    if lines.arrived is not None:
+        arrived = lines.arrived.take(pa.array(row))
+    late = pc.fill_null(pc.greater(arrived, chosen[EVENT_TIMESTAMP].cast(TIMESTAMP)), False)
+    columns[ARRIVAL.name] = pc.if_else(late, arrived, pa.scalar(None, TIMESTAMP))
+    columns[REPLACED.name] = pa.nulls(number, TIMESTAMP)
+    events = pa.table(
         [columns[f.name] if f.name in columns else _cast(chosen[f.name], f.type) for f in schema],
         schema=schema,
     )
+    # 2. What tells lines of one event apart.
+    if contract.spec.event_identity:
+        inner = {LINE: pa.array(lines.positions[row]), ARRIVED: arrived}
+        inner[DELETED] = pa.array(lines.strikes[row])
+        for name, values in inner.items():
+            events = events.append_column(name, values)
+    return events
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:

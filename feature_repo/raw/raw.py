@@ -35,6 +35,7 @@ from feature_repo.contract.schema import (
     Source,
 )
 from feature_repo.errors import RawDataError
+from feature_repo.raw.lines import ARRIVED
 
 # Raw times before it are seconds that were taken for less, or no times at all
 EARLIEST = iso_micros("1980-01-01")
@@ -177,9 +178,13 @@ def _read(
     if dtype is DType.TIMESTAMP:
         if zones is not None:
             return _times_of_zones(given, zones, written)
-        return times(
+        made = times(
             given, zone=written.zone, unit=written.time_unit, time_format=written.time_format
         )
+        # A part of a path is written by whoever delivered the file, and not as the times inside of it.
+        if column.name == ARRIVED and is_text(_plain(given).type):
+            made = pc.coalesce(made, times(given, zone=written.zone))
+        return made
     if dtype is DType.STRING:
         return texts(given)
     if dtype is DType.STRING_LIST:

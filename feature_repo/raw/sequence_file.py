@@ -168,7 +168,10 @@ def _table(made: Contract, events: Events) -> pa.Table:
         "event_timestamp": from_micros(nth * MICROS),
         "source_position": order,
     }
-    return pa.table(columns).cast(arrow_schema(made.table("events")))
+    schema = arrow_schema(made.table("events"))
+    # An order says nothing of when a line arrived.
+    columns |= {f.name: pa.nulls(len(users), f.type) for f in schema if f.name not in columns}
+    return pa.table(columns).select(schema.names).cast(schema)
 
 
 def _unpacked(path: Path) -> bytes:

@@ -27,7 +27,7 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from feature_repo.contract.schema import MAX_TEXT_BYTES, Source
+from feature_repo.contract.schema import FILE_TIME, MAX_TEXT_BYTES, Source
 from feature_repo.errors import RawDataError
 
 # Bytes of a CSV or JSON file that one worker reads
@@ -79,6 +79,7 @@ class RawUnit:
         kind: "events", "users" or "items".
         offset, size: where it lies in a text file, bytes; a size of -1 is the rest.
         encoding: of a text file.
+        written: when the file was last written, microseconds; 0 where nobody asks.
     """
 
     file: str
@@ -88,6 +89,7 @@ class RawUnit:
     offset: int = 0
     size: int = -1
     encoding: str = "utf-8"
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,24 @@ def units_of(
             units += _text_units(source, file, kind)
     if lacking:
         _refuse_missing(filled[-1], [c for c in columns if c in lacking], columns_in(source, file))
+    if source.arrival == FILE_TIME:
+        units = [replace(unit, written=written_at(unit.file)) for unit in units]
     return units
+
+
+def written_at(file: str) -> int:
+    """When a file was last written, microseconds.
+
+    Raises:
+        RawDataError: its store does not say.
+    """
+    filesystem, path = located(file)
+    time_ns = filesystem.get_file_info(path).mtime_ns
+    if time_ns is None:
+        raise RawDataError(
+            f"{file}: its store does not say when it was written; name a column by Source.arrival"
+        )
+    return int(time_ns // 1000)
 
 
 def _has(source: Source, file: str, columns: Sequence[str]) -> set[str]:

@@ -25,10 +25,11 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts, total
 from feature_repo.contract.schema import EVENT_TIMESTAMP, Column, DType, Examples
 from feature_repo.datasets import Dataset, Parsed, RawUnit
+from feature_repo.history.known import that_hold
 from feature_repo.history.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
-from feature_repo.raw import parse, sources
+from feature_repo.raw import lines, parse, sources
 from feature_repo.raw.examples import UNDEFINED, LoggedRequests, random_ndcg, requests_of
-from feature_repo.raw.parse import NOT_BAD, REPEATED, without_repeats
+from feature_repo.raw.parse import NOT_BAD
 from feature_repo.scaffold import sniff
 
 ROWS = 500_000
@@ -40,6 +41,8 @@ LARGE_SHARE = 0.05
 TIMES_MEAN = 4
 # Share of the examples
 RARE_LABEL = 0.001
+# Share of the events that may change their user
+SHARED = 0.001
 # Share of the ids that are another's in another spelling
 SPELT_TWICE = 0.001
 # Share of the events' items or users below which a table is asked about
@@ -75,6 +78,7 @@ class Preview:
             come from the events themselves.
         counts: of what was read, values that were left out among them.
         of_files: what files say against the declaration, each in a line.
+        shared_events: events that lines of several users name.
         rows_of_keys: of a table of items or users without a time: its rows and how many keys they
             are of.
     """
@@ -87,6 +91,7 @@ class Preview:
     known_items: float | None
     known_users: float | None
     of_files: tuple[str, ...] = ()
+    shared_events: int = 0
     rows_of_keys: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -328,9 +333,29 @@ def _of_times(found: Preview) -> Iterator[Finding]:
         )
 
 
+def _shared_events(contract: Contract, lines_of_events: pa.Table) -> int:
+    """Count the events that lines of several users name."""
+    user = contract.user.join_key
+    identity = list(contract.spec.event_identity)
+    if user in identity:
+        return 0
+    named = lines_of_events.select([*identity, user])
+    for name in identity:
+        named = named.filter(pc.is_valid(named[name]))
+    users = named.group_by(identity).aggregate([(user, "count_distinct")])
+    return int(pc.sum(pc.greater(users[f"{user}_count_distinct"], 1)).as_py() or 0)
+
+
 def _of_repeats(found: Preview) -> Iterator[Finding]:
-    """Events that are the same in all that is known of them."""
-    if found.contract.spec.event_identity:
+    """Events that are the same in all that is known of them, or that several users share."""
+    identity = found.contract.spec.event_identity
+    if found.shared_events > SHARED * len(found.events):
+        yield Finding(
+            "shared_identity",
+            f"{found.shared_events:,} events are named by lines of several users, and the line that arrived last takes each "
+            f"from the others; if {identity!r} is one user's own, write SPEC.event_identity={('user_id', *identity)!r}",
+        )
+    if identity:
         return
     names = [n for n in found.events.column_names if n != "source_position"]
     flat = [n for n in names if not pa.types.is_nested(found.events.schema.field(n).type)]
@@ -397,22 +422,31 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
     events = [unit for unit in units if unit.kind == "events"]
     known = all(unit.rows >= 0 for unit in events)
     # 1. Parse and check events as the `events` job would.
-    read = [p for unit in _some(dataset, events) for p in _parsed(dataset, unit)]
+    parsed_units = [list(_parsed(dataset, unit)) for unit in _some(dataset, events)]
+    read = [parsed for blocks in parsed_units for parsed in blocks]
     dead: Counter[str] = Counter()
     counts = total(parsed.counts for parsed in read)
-    kept = [arrow_schema(contract.table("events")).empty_table()]
-    for parsed in read:
-        checked = limits.check(contract.table("events"), parsed.events)
-        dead.update(parsed.dead_letters["reason"].to_pylist())
-        dead.update(checked.reasons)
-        kept.append(checked.kept)
+    kept = []
+    for number, blocks in enumerate(parsed_units):
+        for parsed in blocks:
+            checked = limits.check(contract.table("events"), parsed.events)
+            dead.update(parsed.dead_letters["reason"].to_pylist())
+            dead.update(checked.reasons)
+            rows = pa.concat_tables([checked.kept, parsed.strikes])
+            kept.append(lines.numbered(rows, number) if lines.is_identified(rows) else rows)
     # 2. Sort them as histories are.
     user = contract.user.join_key
     item = contract.item.join_key
     order = [(user, "ascending"), (EVENT_TIMESTAMP, "ascending"), ("source_position", "ascending")]
-    table = pa.concat_tables(kept).sort_by(order).combine_chunks()
-    table, repeated = without_repeats(table, contract.spec.event_identity)
-    dead.update({REPEATED: len(repeated)} if len(repeated) else {})
+    nothing = arrow_schema(contract.table("events")).empty_table()
+    table = pa.concat_tables(kept or [nothing]).combine_chunks()
+    shared = 0
+    if lines.is_identified(table):
+        shared = _shared_events(contract, table)
+        resolved = lines.resolve(table, contract.spec.event_identity)
+        dead.update(resolved.reasons)
+        table = that_hold(resolved.events)
+    table = table.sort_by(order).combine_chunks()
     # 3. Compare their ids with the tables of users and items.
     profiles = {
         kind: [p for unit in units if unit.kind == kind for p in dataset.parse(unit)]
@@ -430,6 +464,7 @@ def preview(dataset: Dataset, data: str | None) -> Preview:
         _share(table[item], keys["items"]),
         _share(table[user], keys["users"]),
         tuple(_of_files(dataset, units)),
+        shared,
         {
             kind: (sum(map(len, found)), len(pc.unique(_joined(found))))
             for kind, found in keys.items()

@@ -238,7 +238,7 @@ class Warehouse:
         times = micros(joined[EVENT_TIMESTAMP].combine_chunks().take(first))
 
         # 2. Histories, sketches and tokens are read late, of the requests of a batch alone.
-        gather = late_gather(log, rows, ends, visible)
+        gather = late_gather(log, rows, ends, times, visible)
         recall = Recall(log, newest=visible)
 
         def read_sketch(
@@ -314,18 +314,20 @@ class Warehouse:
 
 
 def late_gather(
-    log: HistoryLog, rows: np.ndarray, ends: np.ndarray, visible: int | None
+    log: HistoryLog, rows: np.ndarray, ends: np.ndarray, times: np.ndarray, visible: int | None
 ) -> GatherHistories:
     """Histories of a period's requests, read from the log when a batch asks for them.
 
     Args:
         rows: row of each request's user in the log, -1 for none.
         ends: events known at each request.
+        times: of the requests, microseconds.
         visible: newest events before a request that are known; None: all.
     """
 
     def gather(chosen: np.ndarray, length: int) -> Histories:
-        return log.gather(rows[chosen], ends[chosen], min(length, visible or length))
+        newest = min(length, visible or length)
+        return log.gather(rows[chosen], ends[chosen], newest, times=times[chosen])
 
     return gather
 

@@ -157,7 +157,7 @@ class TrainingSet:
             labels=candidates["labels"],
             # The item vocabulary does not depend on the history length, so any length serves.
             item_of_key=self.encoder(1).items.indices_of(log.items),
-            gather=late_gather(log, rows, ends, visible),
+            gather=late_gather(log, rows, ends, np.asarray(requests["time"]), visible),
             history_lengths=lengths if visible is None else np.minimum(lengths, visible),
         )
         # Summary tokens are gathered late, like histories.

@@ -199,7 +199,7 @@ class Refresher:
         summary = self._summariser.extended(
             stored_summary(before, kept), histories, self._codes(batch)
         )
-        digest = extended_digest(self._contract, before.digest, before.num_events, batch)
+        digest = extended_digest(self._contract, before.digest, batch)
         at = time.time_ns() // 1000 if computed_at is None else computed_at
         at = max(at, before.computed_at + 1)
         return NewTokens(
@@ -219,7 +219,7 @@ class Refresher:
         )
         # A stream's tokens depend on no moment but those of the events.
         summary = self._summariser.whole(histories, self._codes(batch), np.array([0]))
-        digest = extended_digest(self._contract, 0, 0, batch)
+        digest = extended_digest(self._contract, 0, batch)
         at = max(time.time_ns() // 1000, not_before + 1)
         return NewTokens(
             *envelopes(summary, 0, user_id, self.version, at, self._kind, digest), computed_at=at
@@ -406,7 +406,7 @@ class UserMemory:
             if stored is None or stored.tombstone:
                 whole = counted == packed.num_rows
                 # The digest also tells a history that has the right length but other events.
-                if not whole or digest != extended_digest(self._contract, 0, 0, packed):
+                if not whole or digest != extended_digest(self._contract, 0, packed):
                     self.without_tokens["no_state"] += 1
                     return None
                 return self._refresher.begun(
@@ -489,6 +489,6 @@ def sketch_after(
         newest,
         newest + 1,
         counted + events.num_rows,
-        extended_digest(contract, digest, counted, events),
+        extended_digest(contract, digest, events),
     )
     return sketch.to_bytes(user_id, identity)

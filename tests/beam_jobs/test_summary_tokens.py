@@ -388,7 +388,7 @@ def test_one_bad_history_of_a_batch_is_found_and_the_rest_is_summarised(
     users = Users(rows.tolist(), read, read.digests(log.item_hashes), nothing > 0)
     monkeypatch.setattr(summarise, "stored_result", lambda *given: Result(given[-3]))
     found = summarised(
-        None, summariser, users, Progress(nothing, {}, {}), codes, rows.tolist(), ends, 0
+        None, summariser, users, Progress(nothing, nothing, {}, {}), codes, rows.tolist(), ends, 0
     )
     reasons = {one.row: one.reason for one in found}
     assert all(bool(reasons[row]) == (log.lengths[row] == bad) for row in range(5))

@@ -142,12 +142,9 @@ def pool_of(counts: list[int]) -> ItemPool:
 
 def profiles_of(since: list[tuple[str, int]]) -> pa.Table:
     """Rows of `item_profile`: items, and since when they are known."""
-    return pa.table(
-        {
-            "item_id": pa.array([item for item, _ in since], pa.string()),
-            "event_timestamp": from_micros(np.array([at for _, at in since], np.int64)),
-        }
-    )
+    times = from_micros(np.array([at for _, at in since], np.int64))
+    items = pa.array([item for item, _ in since], pa.string())
+    return pa.table({"item_id": items, "event_timestamp": times, "created_timestamp": times})
 
 
 def test_new_items_are_drawn_at_their_share_from_when_they_are_known_on() -> None:

@@ -58,6 +58,7 @@ def events_table(rows: list[tuple[int, str, int, int, int]]) -> pa.Table:
             pa.array(columns[4], pa.float32()),
             pa.array([0.37 * q for q in columns[4]], pa.float32()),
             pa.array(range(len(rows)), pa.int64()),
+            *[pa.nulls(len(rows), pa.timestamp("us", "UTC"))] * 2,
         ],
         schema=arrow_schema(CONTRACT.table("events")),
     )

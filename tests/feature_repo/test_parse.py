@@ -124,19 +124,6 @@ def test_labels_are_actions_seen_in_a_request_of_one_user(tmp_path: Path) -> Non
     assert found.labels.tolist() == [[1, 1], [0, UNDEFINED], [1, 0]]
 
 
-def test_the_same_id_of_two_users_is_two_events() -> None:
-    events = pa.table(
-        {
-            "user_id": ["a", "a", "b"],
-            "event_id": ["1", "1", "1"],
-            "action": pa.array([0, 0, 0], pa.int8()),
-        }
-    )
-    kept, repeated = parse.without_repeats(events, ("event_id",))
-    assert kept["user_id"].to_pylist() == ["a", "b"]
-    assert repeated["user_id"].to_pylist() == ["a"]
-
-
 def test_one_unreadable_value_in_a_small_file_is_a_dead_letter(tmp_path: Path) -> None:
     log = "u,i,t,r,c,b,price\na,x,N/A,s1,0,0,1\n"
     found = parsed(SHOP, written(tmp_path, log))["events"]

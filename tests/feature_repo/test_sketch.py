@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from beam_jobs.engine.partition import sort_by_key_and_time
 from beam_jobs.jobs.user_history import packed_rows, remembered_codes
-from feature_repo.contract.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
-from feature_repo.contract.contract import Contract, contract
+from feature_repo.contract.arrow import NO_VALUE, TIMESTAMP, arrow_schema, from_micros, value_codes
+from feature_repo.contract.contract import ARRIVAL, REPLACED, Contract, contract
 from feature_repo.contract.schema import CATEGORY, Column, DType, Memory
 from feature_repo.datasets import load_contract
 from feature_repo.history import history, user_stats
@@ -205,6 +205,8 @@ def events_of(rows: list[tuple[int, str, int, int]]) -> pa.Table:
         "quantity": pa.array(np.ones(len(times), np.float32)),
         "unit_price": pa.array(np.ones(len(times), np.float32)),
         "source_position": pa.array(np.arange(len(times))),
+        ARRIVAL.name: pa.nulls(len(times), TIMESTAMP),
+        REPLACED.name: pa.nulls(len(times), TIMESTAMP),
     }
     schema = arrow_schema(BRANDED.table("events"))
     return sort_by_key_and_time(

@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -640,6 +641,30 @@ def test_a_stray_action_is_no_task(tell: Callable[..., Told]) -> None:
 def test_repeats_and_rare_labels_are_said(tell: Callable[..., Told]) -> None:
     told = tell({"log.csv": text_of(HEADED, [*PLAIN, *PLAIN[:20]])})
     assert "20 events are the same as another" in told.problems
+
+
+def test_ids_of_events_that_are_a_users_own_are_said(tell: Callable[..., Told]) -> None:
+    """Each customer numbers from 0: by the number alone one's events would take the others'."""
+    numbers: Counter[int] = Counter()
+    rows = []
+    for user, item, at in LOG:
+        rows.append((numbers[user], 9000 + user, 500 + item, int(at.timestamp())))
+        numbers[user] += 1
+    told = tell({"log.csv": text_of(["event_id", "customer", "product", "at"], rows)})
+    text = told.text
+    assert told.dataset is not None
+    spec = replace(
+        told.spec,
+        event_identity=("event_id",),
+        events=replace(
+            told.spec.events, columns=told.spec.events.columns | {"event_id": "event_id"}
+        ),
+    )
+    found = preview(replace(told.dataset, spec=spec), str(_raw(told)))
+    assert any("are named by lines of several users" in line for line in found.problems()), text
+    own = replace(spec, event_identity=("user_id", "event_id"))
+    found = preview(replace(told.dataset, spec=own), str(_raw(told)))
+    assert not any("several users" in line for line in found.problems())
 
 
 # --- what nothing tells apart is marked

@@ -36,6 +36,7 @@ def log_of(folder: Path, lengths: list[int]) -> HistoryLog:
             pa.array(np.ones(len(user), np.float32)),
             pa.array(np.ones(len(user), np.float32)),
             pa.array(np.arange(len(user))),
+            *[pa.nulls(len(user), pa.timestamp("us", "UTC"))] * 2,
         ],
         schema=arrow_schema(CONTRACT.table("events")),
     )
