@@ -18,6 +18,7 @@ import pyarrow as pa
 from feature_repo.contract.arrow import arrow_schema
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Table
+from feature_repo.store.entity_keys import split_key
 from feature_repo.store.online_rows import write_rows
 
 if TYPE_CHECKING:
@@ -208,8 +209,9 @@ class OnlineEraser:
         if self.kind.startswith("redis"):
             project = self._store.config.project.encode()
             for key in self._redis().scan_iter(count=10 * PIECE):
-                if key.endswith(project):
-                    yield key.removesuffix(project)
+                stored = split_key(key)
+                if stored is not None and stored.project == project:
+                    yield stored.entity
             return
         with closing(self._sqlite()) as connection:
             for table in self._tables(connection):

@@ -9,7 +9,8 @@ tombstones are, without an error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -41,7 +42,9 @@ def write_rows(
     for start in range(0, rows.num_rows, MAX_ROWS):
         piece = rows.slice(start, MAX_ROWS)
         values = {
-            name: python_values_to_proto_values(piece[name].to_pylist(), kind)
+            name: python_values_to_proto_values(
+                _as_feast_writes(piece[name].to_pylist(), kind), kind
+            )
             for name, kind in {**keys, **kinds}.items()
         }
         stamps, created = (piece[name].to_pylist() for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP))
@@ -57,3 +60,13 @@ def write_rows(
         # `write_to_online_store` is passed by, since it goes by way of pandas.
         store._get_provider().online_write_batch(store.config, definition, converted, None)
     return rows.num_rows
+
+
+def _as_feast_writes(values: list[Any], kind: Any) -> list[Any]:
+    """Values whose gaps say so: Feast would write a null inside a list of floats as 0."""
+    if kind.name not in ("FLOAT_LIST", "DOUBLE_LIST"):
+        return values
+    return [
+        None if value is None else [math.nan if number is None else number for number in value]
+        for value in values
+    ]

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from feature_repo.contract.arrow import EPOCH, arrow_schema
+from feature_repo.contract.arrow import EPOCH, NO_VALUE, arrow_schema
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.redis_writer import expire
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -187,6 +188,7 @@ class _RedisRecords:
         self._project = config.project
         self._version = config.entity_key_serialization_version
         self._fields = {pair: _mmh3(f"{pair[0]}:{pair[1]}") for pair in definitions.kinds}
+        self._store_config = config.online_store
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(SWAP)
         # One transaction of a cluster has one slot: there each hash is compared and set alone.
@@ -233,8 +235,13 @@ class _RedisRecords:
         if self._apart:
             # The history first: tokens that lag are named by answers, and go on from their state.
             each = zip(keys, calls, strict=True)
-            return all(self._script(keys=[key], args=call) for key, call in each)
-        return bool(self._script(keys=keys, args=[part for call in calls for part in call]))
+            swapped = all(self._script(keys=[key], args=call) for key, call in each)
+            expire(self._client, self._store_config, keys)
+            return swapped
+        swapped = bool(self._script(keys=keys, args=[part for call in calls for part in call]))
+        if swapped:
+            expire(self._client, self._store_config, keys)
+        return swapped
 
     def close(self) -> None:
         self._client.close()
@@ -423,5 +430,6 @@ def plain_value(value: Any) -> Any:
     if kind.endswith("_list_val"):
         return list(found.val)
     if kind == "unix_timestamp_val":
-        return EPOCH + timedelta(seconds=found)
+        # Feast writes a time that is missing as NumPy's NaT.
+        return None if found == NO_VALUE else EPOCH + timedelta(seconds=found)
     return found

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_repo.store.entity_keys import split_key
+
 if TYPE_CHECKING:
     from feast import FeatureStore
 
@@ -76,8 +78,19 @@ def write_newest(
                 key = _redis_key(config.project, entity, entity_key_serialization_version=version)
                 time = [f"_ts:{view}", stamp.SerializeToString(), "not earlier"]
                 script(keys=[key], args=[*time, *pairs], client=pipe)
+                expire(pipe, config.online_store, [key])
             pipe.execute()
     client.close()
+
+
+def expire(client: Any, online: Any, keys: Sequence[bytes]) -> None:
+    """Let keys that were just written expire as the online store's configuration says (`key_ttl_seconds`), as Feast's
+    own writer does.
+    """
+    if not online.key_ttl_seconds:
+        return
+    for key in keys:
+        client.expire(name=key, time=online.key_ttl_seconds)
 
 
 class RedisWriter:
@@ -109,6 +122,7 @@ class RedisWriter:
             for f in definition.features
         }
         self._time_field = f"_ts:{view}"
+        self._online = config.online_store
         self._project = config.project
         self._version = config.entity_key_serialization_version
         self._client = RedisOnlineStore()._get_client(config.online_store)
@@ -167,6 +181,7 @@ class RedisWriter:
         # 3. A script for each row compares and writes in one step; pipelined, for a round trip costs more.
         written = 0
         for start in range(0, number, PIECE):
+            keys_of_piece = []
             with self._client.pipeline(transaction=False) as pipe:
                 for row in range(start, min(start + PIECE, number)):
                     entity = EntityKey(
@@ -182,9 +197,12 @@ class RedisWriter:
                     key = _redis_key(
                         self._project, entity, entity_key_serialization_version=self._version
                     )
+                    keys_of_piece.append(key)
                     arguments = [self._time_field, time, "later", *pairs]
                     self._script(keys=[key], args=arguments, client=pipe)
                 written += sum(pipe.execute())
+                expire(pipe, self._online, keys_of_piece)
+                pipe.execute()
         return written
 
     def remove(self, prefix: bytes) -> int:
@@ -201,7 +219,8 @@ class RedisWriter:
         removed = 0
         with self._client.pipeline(transaction=False) as pipe:
             for key in self._client.scan_iter(match=pattern, count=PIECE):
-                if key.endswith(self._project.encode()):
+                stored = split_key(key)
+                if stored is not None and stored.project == self._project.encode():
                     pipe.hdel(key, *fields)
                 if len(pipe) >= PIECE:
                     removed += sum(gone > 0 for gone in pipe.execute())

@@ -41,6 +41,7 @@ PRODUCTION_YAML = REPO / "profiles" / "production.yaml"
 PROJECT = "memoir"
 REGISTRY = "registry.pb"
 ONLINE = "online_store.db"
+SPILL = "spill"
 
 
 class StoreError(ExpectedError, RuntimeError):
@@ -56,7 +57,7 @@ def yaml_path(settings: Settings) -> Path:
     if settings.is_default_home:
         return LOCAL_YAML
     text = LOCAL_YAML.read_text()
-    for name in (REGISTRY, ONLINE):
+    for name in (REGISTRY, ONLINE, SPILL):
         text = text.replace(f"data/{name}", str(settings.path(name)))
     text = text.replace("dataset: online_retail", f"dataset: {settings.dataset}")
     path = settings.path("feature_store.yaml")

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 
 from feature_repo.benchmarks.point_in_time import feature_view, join
+from feature_repo.store.entity_rows import EntityFrameError
+from feature_repo.store.source_files import SourceError
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -313,8 +315,6 @@ def test_views_of_two_keys_join_on_both_however_many_of_them_are_renamed(
 def test_entity_rows_that_cannot_be_joined_are_refused_by_column(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    from feature_repo.store.offline_store import EntityFrameError
-
     feature_rows(np.random.default_rng(0), 20, 3, late=False).to_parquet(
         tmp_path / "rows.parquet", index=False
     )
@@ -339,3 +339,200 @@ def test_columns_that_differ_in_case_alone_stay_apart(tmp_path: Path) -> None:
     )
     found = join("asof", [view(tmp_path / "rows.parquet", timedelta(0))], asked)
     assert (found["label"].to_pylist(), found["Label"].to_pylist()) == ([0, 1], [7, 8])
+
+
+def one_row(path: Path, **columns: Any) -> pd.DataFrame:
+    """A file of one row of customer 1, with other columns in place of the usual ones."""
+    values = {
+        "user_id": [1],
+        "number": [7],
+        "text": ["a"],
+        "event_timestamp": pd.to_datetime([START]),
+        "created_timestamp": pd.to_datetime([START]),
+    }
+    frame = pd.DataFrame(values | columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(path, index=False)
+    return frame
+
+
+def asked(**columns: Any) -> pd.DataFrame:
+    later = pd.to_datetime([START + timedelta(days=1)])
+    return pd.DataFrame({"user_id": [1], "event_timestamp": later} | columns)
+
+
+def keyed_view(path: Path, dtype: Any, kind: Any) -> Any:
+    """The usual view with a key of some type."""
+    from feast import Entity, FeatureView, Field, FileSource
+    from feast.types import Int64
+
+    source = FileSource(name="rows", path=str(path), timestamp_field="event_timestamp")
+    entity = Entity(name="user_id", join_keys=["user_id"], value_type=kind)
+    key, number = Field(name="user_id", dtype=dtype), Field(name="number", dtype=Int64)
+    made = FeatureView(
+        name="v", entities=[entity], ttl=timedelta(0), schema=[key, number], source=source
+    )
+    made.entity_columns = [key]
+    made.features = [number]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("held", "declared", "given", "found"),
+    [
+        (1, "String", 1, 7),
+        (1, "String", "1", 7),
+        (1, "String", "01", None),
+        ("1", "Int64", 1, 7),
+        ("01", "Int64", 1, None),
+        ("01", "String", "01", 7),
+        ("01", "String", "1", None),
+        (1, "Int64", 1.0, 7),
+        (1, "Int64", np.nan, None),
+        (1, "Int64", None, None),
+    ],
+)
+def test_keys_are_equal_where_they_are_spelt_alike(
+    tmp_path: Path, held: Any, declared: str, given: Any, found: Any
+) -> None:
+    from feast import ValueType
+    from feast import types as feast_types
+
+    one_row(tmp_path / "rows.parquet", user_id=[held])
+    kind = ValueType.STRING if declared == "String" else ValueType.INT64
+    made = keyed_view(tmp_path / "rows.parquet", getattr(feast_types, declared), kind)
+    assert join("asof", [made], asked(user_id=[given]))["number"].to_pylist() == [found]
+
+
+def test_a_feature_that_nothing_has_is_named(tmp_path: Path) -> None:
+    one_row(tmp_path / "rows.parquet")
+    made = view(tmp_path / "rows.parquet", timedelta(0))
+    with pytest.raises(KeyError, match="'profile' has no feature 'rate'"):
+        retrieved([made], ["profile:rate"], asked())
+    # The view declares it, and the file lacks it.
+    made.features = [
+        *made.features,
+        type(made.features[0])(name="rate", dtype=made.features[0].dtype),
+    ]
+    with pytest.raises(SourceError, match="no column 'rate'"):
+        retrieved([made], ["profile:rate"], asked())
+
+
+def test_sources_that_would_be_read_wrongly_are_refused_by_name(tmp_path: Path) -> None:
+    from feast import BigQuerySource, FileSource
+    from feast.data_format import DeltaFormat
+
+    one_row(tmp_path / "delta" / "part-0.parquet")
+    (tmp_path / "delta" / "_delta_log").mkdir()
+    with pytest.raises(SourceError, match="is a Delta table"):
+        join("asof", [view(tmp_path / "delta", timedelta(0))], asked())
+    declared = view(tmp_path / "delta", timedelta(0))
+    declared.batch_source = FileSource(
+        name="d", path="d", file_format=DeltaFormat(), timestamp_field="event_timestamp"
+    )
+    with pytest.raises(SourceError, match="is of DeltaFormat"):
+        join("asof", [declared], asked())
+    elsewhere = view(tmp_path / "delta", timedelta(0))
+    elsewhere.batch_source = BigQuerySource(name="b", table="t", timestamp_field="event_timestamp")
+    with pytest.raises(SourceError, match="a BigQuerySource"):
+        join("asof", [elsewhere], asked())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="holds no Parquet file"):
+        join("asof", [view(tmp_path / "empty", timedelta(0))], asked())
+    one_row(tmp_path / "numbers.parquet", event_timestamp=[17])
+    with pytest.raises(SourceError, match="which is no time"):
+        join("asof", [view(tmp_path / "numbers.parquet", timedelta(0))], asked())
+
+
+def retrieved(
+    views: list[Any],
+    refs: list[str],
+    frame: Any,
+    *,
+    store: dict[str, Any] | None = None,
+    **dates: datetime,
+) -> Any:
+    """The job of a retrieval, straight from our store."""
+    from feast.repo_config import RepoConfig
+
+    from feature_repo.benchmarks.point_in_time import _NoOnDemandViews
+    from feature_repo.store.offline_store import TYPE, AsofDuckDBOfflineStore
+
+    config = RepoConfig(
+        project="p",
+        provider="local",
+        registry="unused.db",
+        offline_store={"type": TYPE, **(store or {})},
+        online_store=None,
+        entity_key_serialization_version=3,
+    )
+    config.repo_path = None
+    return AsofDuckDBOfflineStore.get_historical_features(
+        config, views, refs, frame, _NoOnDemandViews(), "p", **dates
+    )
+
+
+def test_whole_numbers_with_gaps_keep_every_digit_as_a_data_frame(tmp_path: Path) -> None:
+    one_row(tmp_path / "rows.parquet", number=[2**60 + 1])
+    made = view(tmp_path / "rows.parquet", timedelta(0))
+    both_users = pd.concat([asked(), asked(user_id=[2])])
+    job = retrieved([made], ["profile:number"], both_users)
+    assert job.to_df()["number"].tolist() == [2**60 + 1, pd.NA]
+    assert sum(batch.num_rows for batch in job.to_batches()) == 2
+
+
+def test_without_a_frame_every_key_and_time_between_two_dates_is_a_row(tmp_path: Path) -> None:
+    times = pd.to_datetime([START + timedelta(hours=n) for n in range(4)])
+    frame = pd.DataFrame(
+        {
+            "user_id": [1, 1, 2, 1],
+            "number": [1, 2, 3, 4],
+            "text": list("abcd"),
+            "event_timestamp": times,
+            "created_timestamp": times,
+        }
+    )
+    frame.to_parquet(tmp_path / "rows.parquet", index=False)
+
+    def ask(start: int, end: int) -> list[tuple[Any, ...]]:
+        dates = {
+            "start_date": START + timedelta(hours=start),
+            "end_date": START + timedelta(hours=end),
+        }
+        made = view(tmp_path / "rows.parquet", timedelta(0))
+        table = retrieved([made], ["profile:number"], None, **dates).to_arrow()
+        assert table.column_names == ["event_timestamp", "user_id", "number"]
+        return list(zip(table["user_id"].to_pylist(), table["number"].to_pylist(), strict=True))
+
+    assert ask(0, 24) == [(1, 1), (1, 2), (2, 3), (1, 4)]
+    assert ask(1, 2) == [(1, 2), (2, 3)]
+    other = keyed_view(tmp_path / "rows.parquet", *_key_of_numbers())
+    other.entity_columns = []
+    with pytest.raises(EntityFrameError, match="must have the same keys"):
+        retrieved([view(tmp_path / "rows.parquet", timedelta(0)), other], ["profile:number"], None)
+
+
+def _key_of_numbers() -> tuple[Any, Any]:
+    from feast import ValueType
+    from feast.types import Int64
+
+    return Int64, ValueType.INT64
+
+
+def test_a_join_larger_than_its_memory_spills_into_its_folder(tmp_path: Path) -> None:
+    """And gives the same rows."""
+    rng = np.random.default_rng(0)
+    number = 300_000
+    # No two rows are equal in key and time: of such nobody says which is the newest.
+    times = pd.to_datetime(START) + pd.to_timedelta(rng.permutation(number), unit="s")
+    frame = pd.DataFrame({"user_id": rng.integers(0, 10**5, number), "event_timestamp": times})
+    frame["number"] = np.arange(number)
+    frame["text"] = pd.Series(np.arange(number)).astype(str) * 20
+    frame["created_timestamp"] = frame["event_timestamp"]
+    frame.to_parquet(tmp_path / "rows.parquet", index=False)
+    rows = pd.DataFrame({"user_id": frame["user_id"], "event_timestamp": times})
+    made = view(tmp_path / "rows.parquet", timedelta(0))
+    refs = ["profile:number", "profile:text"]
+    small = {"memory_limit": "100MB", "spill": str(tmp_path / "spill"), "threads": 2}
+    found = retrieved([made], refs, rows, store=small).to_arrow()
+    assert found.equals(retrieved([made], refs, rows).to_arrow())

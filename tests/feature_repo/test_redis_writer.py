@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from feature_repo.store.entity_keys import split_key
 from feature_repo.store.redis_writer import RedisWriter
 
 NOW = 1_700_000_000_000_123
@@ -127,3 +131,67 @@ def test_what_cannot_be_written_is_refused(store: Any, tmp_path: Path) -> None:
     store.config._online_store = SqliteOnlineStoreConfig(path=str(tmp_path / "online.db"))
     with pytest.raises(ValueError, match="write through Feast there"):
         RedisWriter(store, "summary")
+
+
+def test_a_project_whose_name_is_the_end_of_another_leaves_the_other_alone(
+    store: Any, tmp_path: Path
+) -> None:
+    """Keys are read to their last byte: `p1` is the end of `shop-p1`, and of no key of it."""
+    shared = store.config.model_copy(update={"project": f"other{store.project}"})
+    from feast import FeatureStore
+
+    longer = FeatureStore(config=shared)
+    longer.apply([*store.list_entities(), *store.list_feature_views()])
+    for one in (store, longer):
+        RedisWriter(one, "summary").write(
+            {"user_id": ["u1"]}, {"tokens": [b"x"], "events": [1]}, [NOW]
+        )
+    writer = RedisWriter(store, "summary")
+    prefix = struct.pack("<III7s", 1, 2, 7, b"user_id")
+    assert writer.remove(prefix) == 1
+    assert read(store, ["u1"])["events"] == [None]
+    assert read(longer, ["u1"])["events"] == [1]
+
+
+@given(
+    st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.text()), min_size=1, max_size=3),
+    st.text(max_size=20),
+)
+def test_a_key_is_split_where_its_project_begins(values: list[Any], project: str) -> None:
+    from feast.infra.online_stores.helpers import _redis_key
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    made = [Value(string_val=v) if isinstance(v, str) else Value(int64_val=v) for v in values]
+    names = [f"key{n}" for n in range(len(values))]
+    key = _redis_key(project, EntityKey(join_keys=names, entity_values=made), 3)
+    stored = split_key(key)
+    assert stored is not None
+    assert stored.project == project.encode()
+    assert stored.entity + stored.project == key
+    assert all(split_key(stored.entity[:cut]) is None for cut in range(len(stored.entity)))
+
+
+@given(st.binary(max_size=64))
+def test_what_is_no_entity_key_is_none(data: bytes) -> None:
+    stored = split_key(data)
+    assert stored is None or stored.entity + stored.project == data
+
+
+def test_keys_expire_as_the_store_is_configured(store: Any, redis_address: str) -> None:
+    from feast import FeatureStore, RepoConfig
+    from feast.infra.online_stores.redis import RedisOnlineStoreConfig
+
+    config = RepoConfig(
+        project=store.project,
+        provider="local",
+        registry=store.config.registry.path,
+        online_store=RedisOnlineStoreConfig(connection_string=redis_address, key_ttl_seconds=100),
+        entity_key_serialization_version=3,
+    )
+    rows = {"tokens": [b"x"], "events": [1]}
+    writer = RedisWriter(FeatureStore(config=config), "summary")
+    writer.write({"user_id": ["u1"]}, rows, [NOW])
+    RedisWriter(store, "summary").write({"user_id": ["u2"]}, rows, [NOW])
+    found = {key: writer._client.ttl(key) for key in writer._client.keys(f"*{store.project}")}
+    assert {b"u1" in key: time > 0 for key, time in found.items()} == {True: True, False: False}
