@@ -85,7 +85,7 @@ class Sifted:
     counts: Counts
 
     def by_key(self, plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, pa.Table]]:
-        """The rows by table and partition; lines that may name an event of another user's by its identity."""
+        """The rows by table and partition; lines of events that may change their user by identity."""
         user = plan.contract.user.join_key
         number = num_partitions(plan)
         for table, rows in self.rows.items():
@@ -202,7 +202,7 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
 
 
 def resolve(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[tuple[Key, Piece]]:
-    """One partition of lines, all of each event, as events by user, and what is none as `DROPPED`."""
+    """One partition of lines, all of each event, as events by user; lines that come to no event as `DROPPED`."""
     resolved = lines.resolve(rows, plan.contract.spec.event_identity)
     user = plan.contract.user.join_key
     for partition, piece in split_by_key(resolved.events, user, num_partitions(plan)):

@@ -91,7 +91,7 @@ def packed_rows(
     Stamped like the user's newest statistics. A user whose events were all struck has no row.
 
     Args:
-        events: those that hold, sorted by user and time.
+        events: the ones that hold, sorted by user and time.
         stats: what `user_stats.build` says of them.
         remembered: codes of their items in the columns that sketches count.
     """

@@ -168,8 +168,8 @@ class Progress:
     dead: Mapping[int, str]
 
     def among(self, users: Users) -> Progress:
-        """The progress among histories of another time: of users whom a late event or a correction gave another
-        past there is none.
+        """The progress among histories of a different time. A user whose past a late event or a correction has
+        changed begins anew.
         """
         # Tokens of a later time than this say nothing about it.
         later = self.known > users.histories.lengths

@@ -501,7 +501,7 @@ class HistoryLog:
             rows: of the users in the log, -1 for a user that it does not have.
             history_end: how many events are known of each.
             columns: only these beside the items; default: all that events have.
-            times: as of which, microseconds; default: as of the end of the log.
+            times: of the requests, microseconds; default: the end of the log.
 
         Raises:
             HistoryError: `history_end` is not what the log says was known then; the log and the index

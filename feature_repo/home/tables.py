@@ -262,7 +262,7 @@ class JobFolder:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes | pa.Buffer) -> None:
-        """Write a file in one visible step, whoever else writes it at the same time."""
+        """Write a file in one visible step; writers of one path at the same time do not meet."""
         folder, name = path.rsplit("/", 1)
         self.filesystem.create_dir(folder, recursive=True)
         # A name for each attempt: two that shared a draft would move each other's half.

@@ -43,7 +43,7 @@ class Resolved:
     """Lines of events, resolved.
 
     Args:
-        events: columns of the table; of events that a later line replaced those that a request may have known.
+        events: columns of the table; of events that a later line replaced the ones that a request may have known.
         dropped: the others, and why, one reason for each.
     """
 
@@ -67,7 +67,7 @@ def is_identified(rows: pa.Table) -> bool:
 def split_by_identity(
     lines: pa.Table, identity: Sequence[str], num_partitions: int
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Lines of one event together, whoever they name."""
+    """Lines by the identity of their event: all lines of one event come to one partition."""
     mixed = np.zeros(lines.num_rows, np.uint64)
     with np.errstate(over="ignore"):
         for name in identity:
@@ -87,7 +87,7 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
 
     Args:
         lines: all lines of each event that any of them names, by `LINE`; events' columns and `INNER`.
-        identity: columns that say "the same event". A line that lacks one of them is an event of its own.
+        identity: columns that say "the same event". A line that lacks one of them is an event by itself.
     """
     columns = [name for name in lines.column_names if name not in INNER]
     events = lines.select(columns)

@@ -79,7 +79,7 @@ class RawUnit:
         kind: "events", "users" or "items".
         offset, size: where it lies in a text file, bytes; a size of -1 is the rest.
         encoding: of a text file.
-        written: when the file was last written, microseconds; 0 where nobody asks.
+        written: when the file was last written, microseconds; 0 where no source arrives by it.
     """
 
     file: str

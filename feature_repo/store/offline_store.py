@@ -105,7 +105,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             start_date, end_date: of a retrieval without a frame.
 
         Raises:
-            EntityFrameError: the frame is none, has a row without a time, or lacks a join key.
+            EntityFrameError: entity_df is no frame, has a row without a time, or lacks a join key.
             SourceError: a view's rows cannot be read.
         """
         repo = config.repo_path

@@ -1,7 +1,7 @@
 """The point-in-time join as one statement: an ASOF join for each feature view, over files of Parquet.
 
 For every entity row, in its order, a view gives its newest row at or before the entity row's time; of equal times
-the one created last, of which null is the oldest. With `filter_by_created_timestamp` a row that was created later
+the one created last, and a null is the oldest. With `filter_by_created_timestamp` a row that was created later
 than the entity row's time, or does not say when, is not there. A row older than the view's ttl gives nulls.
 
 Times are compared to the nanosecond. Keys are equal where their values are: a whole number and a text where the
@@ -85,7 +85,7 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Source:
+class ViewSource:
     """A view's rows: their files, and the types and names of their columns as DuckDB has them.
 
     Args:
@@ -102,7 +102,7 @@ class Source:
     @staticmethod
     def of(
         view: FeatureView, repo: str | Path | None, connection: duckdb.DuckDBPyConnection
-    ) -> Source:
+    ) -> ViewSource:
         files = files_of(view.batch_source, repo, view.name)
         described = connection.execute(
             exp.Describe(this=exp.select("*").from_(_read(files))).sql("duckdb")
@@ -116,7 +116,7 @@ class Source:
             own[: len(held)] = held
         source = view.batch_source
         mapping = {} if source is None else {new: old for old, new in source.field_mapping.items()}
-        return Source(
+        return ViewSource(
             view.name,
             files,
             dict(zip(own, names, strict=True)),
@@ -194,13 +194,13 @@ def statement(
         EntityFrameError: the frame lacks a key, or holds one that a view cannot be keyed by.
         SourceError: a view's rows cannot be read.
     """
+    # 1. A join for each view, with the columns of the frame that its keys are compared to.
     table = entities.table
-    query = exp.select()
     names = list(entities.inner)
     outputs: list[exp.Expression] = [_column(inner, "e") for inner in entities.inner.values()]
     joins = []
     for number, view in enumerate(views):
-        source = Source.of(view, repo, connection)
+        source = ViewSource.of(view, repo, connection)
         keys = join_keys(view, source)
         made = _keyed(table, entities, view, source, keys)
         table = made.entities
@@ -218,7 +218,8 @@ def statement(
         for place, feature in enumerate(features):
             names.append(f"{alias}__{feature}" if full_feature_names else feature)
             outputs.append(join.output(place))
-    query = query.select(
+    # 2. All of them in one statement, in the order of the frame.
+    query = exp.select(
         *(exp.alias_(value, f"o{n}", quoted=True) for n, value in enumerate(outputs))
     ).from_(exp.alias_(exp.to_table(ENTITIES), "e"))
     query.set("joins", joins)
@@ -241,7 +242,7 @@ def rows_between(
     asked: list[str] | None = None
     parts = []
     for view in views:
-        source = Source.of(view, repo, connection)
+        source = ViewSource.of(view, repo, connection)
         keys = join_keys(view, source)
         names = sorted(keys.values())
         if asked is not None and names != asked:
@@ -267,7 +268,7 @@ def rows_between(
     return entity_rows(connection.execute(sql).to_arrow_table())
 
 
-def join_keys(view: FeatureView, source: Source) -> dict[str, str]:
+def join_keys(view: FeatureView, source: ViewSource) -> dict[str, str]:
     """Join keys of a view, each with the entity column that it is joined to; `with_join_key_map` may rename some of
     them. A view of no entity has none, whatever stands in for one.
     """
@@ -292,7 +293,7 @@ def _keyed(
     table: pa.Table,
     entities: EntityRows,
     view: FeatureView,
-    source: Source,
+    source: ViewSource,
     keys: Mapping[str, str],
 ) -> _Keyed:
     """Key columns of entity rows as a view's rows have theirs.
@@ -370,7 +371,7 @@ class _Time:
     nanos: exp.Expression | None
 
 
-def _time(source: Source, name: str) -> _Time:
+def _time(source: ViewSource, name: str) -> _Time:
     column = source.column(name)
     kind = source.type_of(name)
     if kind not in TIMES:
@@ -392,7 +393,7 @@ class _View:
     """One view's part of the statement."""
 
     view: FeatureView
-    source: Source
+    source: ViewSource
     keys: Mapping[str, str]
     features: Sequence[str]
     rows: str
@@ -487,9 +488,9 @@ class _View:
         return exp.select(*named).from_(_read(self.source.files)).where(*conditions)
 
     def _when_known(self, rows: exp.Select) -> exp.Select:
-        """The rows that some time finds as the newest that it may see, since when they are that.
+        """The rows that are the newest known one at some time, and since when.
 
-        A row is known once it has happened and was created. It is found by nobody if a newer one was known
+        A row is known once it has happened and was created. No time finds it if a newer one was known
         before it; so what is left is ordered by both, and the plain join finds the newest.
         """
         keys = ", ".join(f'"k{n}"' for n in range(len(self.keys))) or f'"{ONE}"'

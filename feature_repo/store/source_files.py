@@ -2,7 +2,7 @@
 them (`key=value` folders among them), or a pattern.
 
 Whatever else a source may be is refused by name, since to read a part of it, or more than belongs to it, would
-be a wrong answer that nobody sees.
+be a wrong answer that shows nowhere.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _local(path: str, view: str) -> SourceFiles:
 
 
 def _below(folder: Path) -> list[str]:
-    """Parquet files below a folder; names that begin with a dot or an underscore are nobody's data."""
+    """Parquet files below a folder; names that begin with a dot or an underscore hold no data."""
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
