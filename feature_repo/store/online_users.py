@@ -340,10 +340,18 @@ class _SqliteRecords:
 
 
 def upsert_sqlite(
-    connection: sqlite3.Connection, config: Any, view: FeatureView, rows: Any
+    connection: sqlite3.Connection,
+    config: Any,
+    view: FeatureView,
+    rows: Any,
+    *,
+    later: bool = False,
 ) -> None:
     """Write rows of a view as Feast hands them on, in one transaction; one that is older than what is
     stored, by whole seconds, changes nothing.
+
+    Args:
+        later: nor does one of the same second.
     """
     from feast.infra.key_encoding_utils import serialize_entity_key
     from feast.infra.online_stores.helpers import compute_table_id
@@ -355,7 +363,9 @@ def upsert_sqlite(
             key = serialize_entity_key(entity, entity_key_serialization_version=version)
             seconds = int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
             for name, value in values.items():
-                _upsert(connection, table, key, name, value, seconds, newest_wins=True)
+                _upsert(
+                    connection, table, key, name, value, seconds, replaces=">" if later else ">="
+                )
 
 
 def _upsert(
@@ -366,13 +376,17 @@ def _upsert(
     value: Any,
     seconds: int,
     *,
-    newest_wins: bool = False,
+    replaces: str = "",
 ) -> None:
-    """A feature's value as Feast writes it, its time in whole seconds."""
+    """A feature's value as Feast writes it, its time in whole seconds.
+
+    Args:
+        replaces: how the new time must compare to the stored one; "": whatever it is.
+    """
     from feast.infra.online_stores.helpers import extract_text_and_num
 
     text, _ = extract_text_and_num(value, False)
-    condition = f' WHERE excluded.event_ts >= "{table}".event_ts' if newest_wins else ""
+    condition = f' WHERE excluded.event_ts {replaces} "{table}".event_ts' if replaces else ""
     connection.execute(
         f'INSERT INTO "{table}" (entity_key, feature_name, value, value_text, event_ts, created_ts) '
         "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (entity_key, feature_name) DO UPDATE SET "

@@ -10,17 +10,21 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 
+from feature_repo.datasets import load_contract
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
+from feature_repo.store.online_erase import OnlineEraser
+from feature_repo.store.store import open_store
 from serving.api.errors import LateEventError, StoreAwayError
 from serving.live.live import BundleSource
 from serving.stores.features import UserRow
+from serving.stores.refresh import UserMemory
 from tests.promises import Promises
 
 RECIPE = "vista_tiny"
@@ -221,3 +225,27 @@ def test_ten_thousand_events_of_four_processes(site: Settings, promises: Promise
         seed=0,
     )
     assert faults == []
+
+
+def test_feasts_own_materialize_sets_back_nothing_that_events_made_newer(site: Settings) -> None:
+    """And writes what is not there."""
+    contract = load_contract(site.dataset)
+    store = open_store(site)
+    memory = UserMemory(store, contract)
+    users = JobFolder(site.home, "user_history").read("user_history")["user_id"].to_pylist()
+    changed, lost = users[-1], users[-2]
+    event = {
+        "item_id": "20001",
+        "action": 0,
+        "event_timestamp": datetime.now(UTC),
+        "quantity": 2.0,
+        "unit_price": 1.5,
+    }
+    before = memory.read(lost)
+    assert memory.add(changed, [event]) == 1
+    after = memory.read(changed)
+    OnlineEraser(store, contract, []).erase([lost], datetime.now(UTC))
+    store.materialize(datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1))
+    assert memory.read(changed).views == after.views
+    assert memory.read(lost).views == before.views
+    memory.close()
