@@ -14,7 +14,7 @@ Source: DuckDB 1.x `ASOF LEFT JOIN`; the statement is built as a tree by sqlglot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,9 @@ def statement(
         keys = join_keys(view, source)
         made = _keyed(table, entities, view, source, keys)
         table = made.entities
+        # A table that is cut by this key is read only where the frame's keys may be.
+        if len(made.entity_keys) == 1:
+            source = replace(source, files=source.files.of_keys(table[made.entity_keys[0]]))
         rows = f"v{number}"
         prefix = view.projection.name_to_use()
         features = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == prefix]

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
 from feast.infra.offline_stores.file_source import FileSource
 
+from feature_repo.contract.arrow import hash_keys
 from feature_repo.errors import ExpectedError
 from feature_repo.home.tables import MANIFEST, JobFolder, TableNotBuiltError
 
@@ -34,10 +38,20 @@ class SourceFiles:
     Args:
         paths: as DuckDB takes them.
         hive: whether folders such as `day=2026-01-02` give columns.
+        partitioned: whether the file of each row follows from its key, as in tables of our jobs.
     """
 
     paths: tuple[str, ...]
     hive: bool = False
+    partitioned: bool = False
+
+    def of_keys(self, keys: pa.ChunkedArray) -> SourceFiles:
+        """The files that may hold rows of these keys; all where nothing tells."""
+        if not self.partitioned or len(self.paths) < 2:
+            return self
+        hashed = hash_keys(pc.unique(keys).drop_null())
+        wanted = np.unique(hashed % np.uint64(len(self.paths))).tolist()
+        return replace(self, paths=tuple(self.paths[int(n)] for n in wanted) or self.paths[:1])
 
 
 def files_of(source: DataSource | None, repo: str | Path | None, view: str) -> SourceFiles:
@@ -83,7 +97,7 @@ def _local(path: str, view: str) -> SourceFiles:
                 "read removed files as well"
             )
         return _some(sorted(_below(folder)), path, view)
-    return SourceFiles(tuple(_of_job(path)))
+    return _of_job(path)
 
 
 def _below(folder: Path) -> list[str]:
@@ -109,15 +123,21 @@ def _remote(path: str) -> SourceFiles:
     if path.endswith((".parquet", ".pq")) or any(sign in path for sign in PATTERN):
         return SourceFiles((path,), hive="=" in path)
     scheme = path.split("://")[0]
-    return SourceFiles(tuple(f"{scheme}://{file}" for file in _of_job(path)))
+    found = _of_job(path)
+    return replace(found, paths=tuple(f"{scheme}://{file}" for file in found.paths))
 
 
-def _of_job(path: str) -> list[str]:
+def _of_job(path: str) -> SourceFiles:
     job_folder, _, table = path.rpartition("/")
     home, _, job = job_folder.rpartition("/")
-    files = JobFolder(home, job).paths(table)
+    folder = JobFolder(home, job)
+    files = folder.paths(table)
     if not files:
         raise TableNotBuiltError(
             f"table {table!r} of job {job!r} has no parts any more: run `python -m beam_jobs {job}`"
         )
-    return files
+    # A job cuts its tables by the hash of their key, and names each part by its number.
+    number = folder.require().options.get("num_partitions")
+    named = [f"part-{n:05d}.parquet" for n in range(len(files))]
+    partitioned = number == len(files) and [Path(file).name for file in files] == named
+    return SourceFiles(tuple(files), partitioned=partitioned)

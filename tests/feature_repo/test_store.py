@@ -17,6 +17,7 @@ import pytest
 from feature_repo import datasets
 from feature_repo.__main__ import changes_of
 from feature_repo.errors import SettingsError
+from feature_repo.history.history import newest_rows
 from feature_repo.home.tables import JobFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,3 +244,19 @@ def test_an_apply_says_what_it_did_for_either_registry() -> None:
     sql = "Deploying infrastructure for a\nDeploying infrastructure for b\nRemoving infrastructure for c\n"
     assert changes_of(sql) == "2 views deployed, 1 views removed"
     assert changes_of("No changes to registry\n") == "the registry holds it already"
+
+
+def test_a_retrieval_reads_only_the_parts_in_which_its_users_may_be(shop: Any) -> None:
+    """Of tables that our jobs cut by user; and finds the same as from all of them."""
+    rows = JobFolder(shop.settings.home, "user_history").read("user_stats")
+    newest = newest_rows(rows, "user_id").slice(0, 40)
+    few, names = newest.slice(0, 1), ["user_stats:history_end", "user_stats:history_digest"]
+    jobs = {}
+    for name, part in (("few", few), ("many", newest)):
+        asked = part.select(["user_id", "event_timestamp"])
+        jobs[name] = shop.store.get_historical_features(asked, names)
+        found = jobs[name].to_arrow()
+        assert found["history_end"].equals(part["history_end"])
+        assert found["history_digest"].equals(part["history_digest"])
+    read = {name: job._made.sql.count(".parquet") for name, job in jobs.items()}
+    assert read == {"few": 1, "many": 3}
