@@ -839,13 +839,16 @@ def test_a_shadow_says_how_far_its_lists_part_and_touches_no_answer(
         flipped.score = lambda *given: -type(flipped).score(flipped, *given)
     other = replace(ranker.bundle, digest="f" * 64, model=flipped)
     beside = RankService(other, ranker.reader, ranker.items, ranker.replay_from)
-    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=5_000, shadow_share=1.0)
+    server = server_of(ranker, StillReader(ranker, 0.0), deadline_ms=60_000, shadow_share=1.0)
     body = {"user_id": 1, "candidates": items}
     alone = rank(server, body).json()
     server.load_shadow(lambda: Serving(beside, GuardedReader(StillReader(ranker, 0.0))))
     assert server.shadow is not None
     with_shadow = rank(server, body).json()
     server.shadow.close()
+    # A late answer has no second opinion.
+    assert alone["degraded"] == with_shadow["degraded"]
+    assert "deadline" not in with_shadow["degraded"]
     assert with_shadow["scores"] == alone["scores"]
     assert with_shadow["bundle"] == ranker.bundle.name
     text = server.metrics.text().decode()
