@@ -77,9 +77,6 @@ def main() -> None:
     flags = parser(MODULE, __doc__)
     flags.add_argument("--rows", type=int, help="default five million; 200,000 with --quick")
     flags.add_argument("--polars", help="an interpreter that has Polars; without one no floor")
-    flags.add_argument(
-        "--repeats", type=int, default=3, help="of each run, in turn; medians are reported"
-    )
     flags.add_argument("--child", help="internal")
     arguments = flags.parse_args()
     if arguments.child:

@@ -68,12 +68,7 @@ def split_by_identity(
     lines: pa.Table, identity: Sequence[str], num_partitions: int
 ) -> Iterator[tuple[int, pa.Table]]:
     """Lines by the identity of their event: all lines of one event come to one partition."""
-    mixed = np.zeros(lines.num_rows, np.uint64)
-    with np.errstate(over="ignore"):
-        for name in identity:
-            mixed = (mixed ^ _bits(lines[name].combine_chunks())) * np.uint64(0xFF51AFD7ED558CCD)
-            mixed ^= mixed >> np.uint64(33)
-    partition = (mixed % np.uint64(num_partitions)).astype(np.int64)
+    partition = (_hashes(lines, identity) % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(partition, kind="stable")
     ordered = lines.take(pa.array(order))
     ends = np.cumsum(np.bincount(partition, minlength=num_partitions))
@@ -91,13 +86,17 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
     """
     columns = [name for name in lines.column_names if name not in INNER]
     events = lines.select(columns)
+    # 1. Most events have one line, and most tables nothing else: by a hash, which only ever finds too many.
+    several = _may_have_several_lines(lines, identity)
+    if not several.any():
+        return Resolved(events, events.slice(0, 0), [])
+    if not several.all():
+        found = resolve(lines.filter(pa.array(several)), identity)
+        alone = events.filter(pa.array(~several))
+        return Resolved(pa.concat_tables([alone, found.events]), found.dropped, found.reasons)
     number = lines[LINE].to_numpy()
     event = _event_of(lines, identity, number)
-    # 1. Most events have one line, and most tables nothing else.
     deleted = lines[DELETED].to_numpy()
-    distinct = int((np.diff(number) != 0).sum()) + 1 if len(number) else 0
-    if len(np.unique(event)) == distinct and not deleted.any():
-        return Resolved(events, events.slice(0, 0), [])
 
     # 2. The lines of each event in the order in which they arrived. One that does not say when came before all
     #    that do, in the order of files and rows.
@@ -137,6 +136,30 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
         events.take(pa.array(dropped)),
         reason[dropped].tolist(),
     )
+
+
+def _may_have_several_lines(lines: pa.Table, identity: Sequence[str]) -> np.ndarray:
+    """Rows whose event several lines may name, and lines that strike one."""
+    hashed = _hashes(lines, identity)
+    number = lines[LINE].to_numpy()
+    order = np.argsort(hashed, kind="stable")
+    same = np.diff(hashed[order]) == 0
+    # Rows of one line name one event as well.
+    other = same & (np.diff(number[order]) != 0)
+    run = np.r_[0, np.cumsum(~same)]
+    found = np.zeros(lines.num_rows, bool)
+    found[order] = np.isin(run, run[1:][other])
+    return found | lines[DELETED].to_numpy()
+
+
+def _hashes(lines: pa.Table, identity: Sequence[str]) -> np.ndarray:
+    """A uint64 for each row, the same for the same identity."""
+    mixed = np.zeros(lines.num_rows, np.uint64)
+    with np.errstate(over="ignore"):
+        for name in identity:
+            mixed = (mixed ^ _bits(lines[name].combine_chunks())) * np.uint64(0xFF51AFD7ED558CCD)
+            mixed ^= mixed >> np.uint64(33)
+    return mixed
 
 
 def _event_of(lines: pa.Table, identity: Sequence[str], number: np.ndarray) -> np.ndarray:
@@ -180,18 +203,21 @@ def _bits(column: pa.Array) -> np.ndarray:
             return pc.fill_null(column, 0).to_numpy().view(np.uint64)
         return pc.fill_null(pc.cast(column, pa.int64()), 0).to_numpy().view(np.uint64)
     texts = pc.cast(pc.fill_null(column, ""), pa.large_string())
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[
-        texts.offset : texts.offset + len(texts) + 1
-    ]
     held = texts.buffers()[2]
     data = np.frombuffer(held, np.uint8) if held is not None else np.zeros(0, np.uint8)
-    data = np.r_[data, np.uint8(0)]
-    begins = offsets[:-1]
-    ends = offsets[1:]
-    found = (ends - begins).astype(np.uint64)
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)
+    offsets = offsets[texts.offset : texts.offset + len(texts) + 1]
+    # Eight bytes from every place on, the last ones with zeros behind them
+    eight = np.lib.stride_tricks.sliding_window_view(np.r_[data, np.zeros(8, np.uint8)], 8)
+    length = np.diff(offsets)
+    short = np.minimum(length, 8).astype(np.uint64) * np.uint64(8)
+    kept = np.where(
+        length >= 8, ~np.uint64(0), (np.uint64(1) << (short % np.uint64(64))) - np.uint64(1)
+    )
+    found = length.astype(np.uint64)
     with np.errstate(over="ignore"):
-        for step in range(8):
-            for at in (begins + step, ends - 1 - step):
-                inside = (at >= begins) & (at < ends)
-                found = found * np.uint64(257) + data[np.where(inside, at, len(data) - 1)]
+        for begin in (offsets[:-1], np.maximum(offsets[1:] - 8, offsets[:-1])):
+            first = np.ascontiguousarray(eight[begin]).view("<u8")[:, 0]
+            found = (found ^ (first & kept)) * np.uint64(0xC4CEB9FE1A85EC53)
+            found ^= found >> np.uint64(29)
     return found
