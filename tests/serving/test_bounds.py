@@ -852,7 +852,8 @@ def test_a_shadow_says_how_far_its_lists_part_and_touches_no_answer(
     assert with_shadow["scores"] == alone["scores"]
     assert with_shadow["bundle"] == ranker.bundle.name
     text = server.metrics.text().decode()
-    assert 'memoir_shadow_total{outcome="compared"} 1.0' in text
+    shadows = [line for line in text.splitlines() if line.startswith("memoir_shadow_total")]
+    assert 'memoir_shadow_total{outcome="compared"} 1.0' in shadows, (shadows, alone)
     assert ('memoir_shadow_total{outcome="same_first"} 1.0' in text) == same
     below = 'memoir_shadow_rank_correlation_bucket{le="-0.5"} '
     assert below + ("0.0" if same else "1.0") in text
