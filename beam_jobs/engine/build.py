@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -42,6 +43,7 @@ class BuildTables(beam.PTransform):
             | "Read and partition"
             >> beam.ParDo(ReadUnit(self.plan, self.read)).with_output_types(tuple[Key, Piece])
         )
+        # Some rows must meet others before it is known to which partition they belong.
         if self.resolve is not None:
             resolved = (
                 pieces
@@ -64,17 +66,26 @@ class BuildTables(beam.PTransform):
         )
 
 
-class ReadUnit(ThreadMap):
-    """One unit as keyed pieces."""
+class PlanThreads(ThreadMap):
+    """A step of a planned run whose elements go side by side; a worker whose code is not the
+    launcher's ends the run.
+    """
 
-    def __init__(self, plan: RunPlan, read: Reader) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         super().__init__(plan.num_threads)
         self.plan = plan
-        self.read = read
 
     def setup(self) -> None:
         """Refuse to work beside other code."""
         self.plan.refuse_other_code()
+
+
+class ReadUnit(PlanThreads):
+    """One unit as keyed pieces."""
+
+    def __init__(self, plan: RunPlan, read: Reader) -> None:
+        super().__init__(plan)
+        self.read = read
 
     def work(self, element: Unit) -> Iterator[tuple[Key, Piece]]:
         return self.read(self.plan, element)
@@ -88,44 +99,33 @@ class ReadUnit(ThreadMap):
             yield from super().process(element)
 
 
-class ResolvePart(ThreadMap):
-    """Join the pieces of one partition, and hand its rows on in other partitions."""
+class EachPartition(PlanThreads):
+    """A step that takes the pieces of a whole partition."""
 
-    def __init__(self, plan: RunPlan, resolver: Resolver) -> None:
-        super().__init__(plan.num_threads)
-        self.plan = plan
-        self.resolver = resolver
-
-    def setup(self) -> None:
-        """Refuse to work beside other code."""
-        self.plan.refuse_other_code()
-
-    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[Key, Piece]]:
+    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[Any]:
         """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
         key, pieces = element
         yield from super().process((key, list(pieces)))
+
+
+class ResolvePart(EachPartition):
+    """Join the pieces of one partition, and hand its rows on in other partitions."""
+
+    def __init__(self, plan: RunPlan, resolver: Resolver) -> None:
+        super().__init__(plan)
+        self.resolver = resolver
 
     def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[Key, Piece]]:
         key, pieces = element
         return self.resolver(self.plan, key, join_pieces(pieces))
 
 
-class BuildPart(ThreadMap):
+class BuildPart(EachPartition):
     """Join the pieces of one partition, build its parts and write them with their counts."""
 
     def __init__(self, plan: RunPlan, builder: Builder) -> None:
-        super().__init__(plan.num_threads)
-        self.plan = plan
+        super().__init__(plan)
         self.builder = builder
-
-    def setup(self) -> None:
-        """Refuse to work beside other code."""
-        self.plan.refuse_other_code()
-
-    def process(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[str]:
-        """The pieces are read here, for Beam hands them out on the bundle's own thread alone."""
-        key, pieces = element
-        yield from super().process((key, list(pieces)))
 
     def work(self, element: tuple[Key, Iterable[Piece]]) -> Iterator[tuple[str, str, int]]:
         """Write every part that the partition gives; yields path, table and rows of each."""

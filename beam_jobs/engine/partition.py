@@ -42,9 +42,15 @@ def split_by_key(
     table: pa.Table, key_column: str, num_partitions: int
 ) -> Iterator[tuple[int, pa.Table]]:
     """Rows by hash of their key; within a partition rows keep their order."""
-    if not table.num_rows:
-        return
-    partition = (hash_keys(table[key_column]) % np.uint64(num_partitions)).astype(np.int64)
+    if table.num_rows:
+        yield from split_by_hash(table, hash_keys(table[key_column]), num_partitions)
+
+
+def split_by_hash(
+    table: pa.Table, hashes: np.ndarray, num_partitions: int
+) -> Iterator[tuple[int, pa.Table]]:
+    """Rows by a uint64 of each; within a partition rows keep their order."""
+    partition = (hashes % np.uint64(num_partitions)).astype(np.int64)
     order = np.argsort(partition, kind="stable")
     ordered = table.take(pa.array(order))
     sizes = np.bincount(partition, minlength=num_partitions)

@@ -109,6 +109,7 @@ class RunPlan:
         Raises:
             OtherCodeError: this machine's code is not the launcher's.
         """
+        # Digests, not versions: two checkouts of one version may differ, and so may a dataset's module.
         here = job_code(self.code_of, self.dataset)
         if here != self.code:
             raise OtherCodeError(

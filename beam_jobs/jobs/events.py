@@ -22,7 +22,14 @@ import pyarrow.compute as pc
 from beam_jobs.engine.build import BuildTables
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import TableOptions
-from beam_jobs.engine.partition import Key, Piece, sort_by_key_and_time, split_by_key, to_ipc
+from beam_jobs.engine.partition import (
+    Key,
+    Piece,
+    sort_by_key_and_time,
+    split_by_hash,
+    split_by_key,
+    to_ipc,
+)
 from beam_jobs.engine.parts import Built
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.errors import LostRowsError
@@ -94,8 +101,8 @@ class Sifted:
             if table == "events" and lines.is_identified(rows):
                 rows = lines.numbered(rows, unit.number)
                 if across_users(plan):
-                    identity = plan.contract.spec.event_identity
-                    for partition, piece in lines.split_by_identity(rows, identity, number):
+                    hashes = lines.identity_hashes(rows, plan.contract.spec.event_identity)
+                    for partition, piece in split_by_hash(rows, hashes, number):
                         yield (LINES, partition), piece
                     continue
             key = plan.contract.item.join_key if table == "item_profile" else user
@@ -121,6 +128,11 @@ def sift(
     # 1. Who was erased.
     remaining = erased.without(parsed.events, user)
     strikes = erased.without(parsed.strikes, user)
+    if erased and across_users(plan):
+        # An event that moved to an erased user must not fall back to the one who had it before.
+        strikes = pa.concat_tables(
+            [strikes, lines.as_strikes(_held(parsed.events, erased, user), user)]
+        )
     users = erased.without(parsed.users, user)
     counts["events_erased"] = parsed.events.num_rows - remaining.num_rows
 
@@ -154,6 +166,11 @@ def sift(
     counts["events_dead"] = remaining.num_rows - known.num_rows
     rows = {"events": pa.concat_tables([known, strikes]), **profiles}
     return Sifted(rows, pa.concat_tables(letters), parsed.counts + Counts(counts))
+
+
+def _held(events: pa.Table, erased: Erased, user: str) -> pa.Table:
+    """The events of erased users."""
+    return events.filter(pa.array(erased.holds(events[user])))
 
 
 def redacted(contract: Contract, letters: pa.Table, erased: Erased) -> pa.Table:

@@ -197,7 +197,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
         versions={**before.get("versions", {}), version: {**chosen, "code": code, "as_of": ends}},
         run_number=max(runs, default=0) + 1,
         computed_at_micros=_claim(plan, asked, before.get("computed_at_micros", 0)),
-        log_parts=len(plan.input_paths("user_history", "history_log")),
+        log_parts=len(plan.pinned["user_history"].tables["history_log"]),
         first_event_micros=first_event(plan) if chosen["every_days"] else 0,
         earlier_as_of=tuple(at for at in ended if at != plan.as_of),
     )

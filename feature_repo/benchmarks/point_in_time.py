@@ -125,7 +125,24 @@ def feature_view(name: str, path: Path, key: str, features: dict[str, Any], ttl:
 
 
 def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> pa.Table:
-    """`get_historical_features` of one store, straight: "asof" is ours, "duckdb" is Feast's."""
+    """All features of some views from one store: "asof" is ours, "duckdb" is Feast's."""
+    refs = [f"{view.name}:{feature.name}" for view in views for feature in view.features]
+    return retrieval(store, views, refs, entity_df.copy(), **flags).to_arrow()
+
+
+def retrieval(
+    store: str,
+    views: list[Any],
+    refs: list[str],
+    entity_df: Any,
+    settings: dict[str, Any] | None = None,
+    **flags: Any,
+) -> Any:
+    """`get_historical_features` of one store, straight and without a registry: its job.
+
+    Args:
+        settings: of the offline store, such as its memory limit.
+    """
     from feast.infra.offline_stores.duckdb import DuckDBOfflineStore
     from feast.repo_config import RepoConfig
 
@@ -138,16 +155,14 @@ def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) ->
         project="straight",
         provider="local",
         registry="unused.db",
-        offline_store={"type": kind},
+        offline_store={"type": kind, **(settings or {})},
         online_store=None,
         entity_key_serialization_version=3,
     )
     config.repo_path = None
-    refs = [f"{view.name}:{feature.name}" for view in views for feature in view.features]
-    job = store_class.get_historical_features(
-        config, views, refs, entity_df.copy(), _NoOnDemandViews(), "straight", **flags
+    return store_class.get_historical_features(
+        config, views, refs, entity_df, _NoOnDemandViews(), "straight", **flags
     )
-    return job.to_arrow()
 
 
 class _NoOnDemandViews:

@@ -553,11 +553,21 @@ class HistoryLog:
         return self.gather(rows, ends, times=np.full(len(rows), time))
 
     def _number_known(self, row: int, time: int) -> int:
+        if self._late[row]:
+            return int(self._are_known(row, time).sum())
+        times = self._columns[EVENT_TIMESTAMP][int(self._part[row])][self._span(row)]
+        return int(np.searchsorted(times, time))
+
+    def _span(self, row: int) -> slice:
+        """Where the events of a user lie in their part."""
+        return slice(int(self._start[row]), int(self._start[row] + self._count[row]))
+
+    def _are_known(self, row: int, time: int) -> np.ndarray:
+        """For each event of a user of a part that notes it: whether it was known at a time."""
         part = int(self._part[row])
-        span = slice(int(self._start[row]), int(self._start[row] + self._count[row]))
-        if not self._late[row]:
-            return int(np.searchsorted(self._columns[EVENT_TIMESTAMP][part][span], time))
-        return int(((self._known[part][span] < time) & (self._replaced[part][span] >= time)).sum())
+        span = self._span(row)
+        known: np.ndarray = self._known[part][span] < time
+        return known & (self._replaced[part][span] >= time)
 
     def _known_places(self, row: int, time: int, number: int) -> np.ndarray:
         """Places in its part of the events of a user that were known at a time.
@@ -565,10 +575,7 @@ class HistoryLog:
         Raises:
             HistoryError: there are more or fewer than the index says.
         """
-        part = int(self._part[row])
-        span = slice(int(self._start[row]), int(self._start[row] + self._count[row]))
-        seen = (self._known[part][span] < time) & (self._replaced[part][span] >= time)
-        found: np.ndarray = np.flatnonzero(seen) + span.start
+        found: np.ndarray = np.flatnonzero(self._are_known(row, time)) + self._span(row).start
         if len(found) != number:
             raise HistoryError(
                 f"history_end {number} of user {self.users[row]} is not the {len(found)} events that the log says were known: "

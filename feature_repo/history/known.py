@@ -1,17 +1,17 @@
 """Since when an event is known, and until when it holds.
 
-An event happens at one time and becomes known at another: when its line arrives, and never before it has
-happened. A line that arrives later may stand in an event's place, or strike it. Two columns of the table
-`events` say so, and are null where there is nothing to say:
+An event happens at one time and becomes known at another: when its line arrives, and never before
+it has happened. A line that arrives later may stand in an event's place, or strike it. Two columns
+of the table `events` say so, and are null where there is nothing to say:
 
     arrival_timestamp    when the event arrived, if that was later than it happened
-    replaced_timestamp   when a later line of the same event arrived: from then on this one does not hold
+    replaced_timestamp   when a later line of the same event arrived, and this one ceased to hold
 
 Events of a table without these columns are known as they happen.
 
-A request at time t knows the events whose later one of both times, happened and arrived, lies before t, and that
-no line which arrived before t has replaced. History, statistics, sketch, tokens and training examples follow this
-one rule.
+A request at time t knows the events whose later one of both times, happened and arrived, lies
+before t, and that no line which arrived before t has replaced. History, statistics, sketch, tokens
+and training examples follow this one rule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def known_from(events: pa.Table | pa.RecordBatch) -> np.ndarray:
 
 
 def replaced_at(events: pa.Table | pa.RecordBatch) -> np.ndarray:
-    """Microseconds at which a line that stands in each event's place arrived; `NEVER` where none has."""
+    """Microseconds at which a line that stands in each event's place arrived; `NEVER` of none."""
     return _or(events, REPLACED.name, NEVER)
 
 
@@ -45,7 +45,9 @@ def is_on_time(events: pa.Table) -> bool:
 
 
 def known_before(events: pa.Table, at: int) -> pa.Table:
-    """What was known of events just before a time: those known by then, and of their replacement what had arrived."""
+    """The events that were known just before a time, microseconds; replacements that had not arrived by
+    then are left out.
+    """
     rows = events.filter(pa.array(known_from(events) < at))
     if _is_null(rows, REPLACED.name):
         return rows

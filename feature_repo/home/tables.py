@@ -197,14 +197,17 @@ class JobFolder:
             )
         return manifest
 
-    def paths(self, table: str) -> list[str]:
+    def paths(self, table: str, manifest: Manifest | None = None) -> list[str]:
         """Absolute paths of a table's parts, each verified.
+
+        Args:
+            manifest: of which run; default: the published one.
 
         Raises:
             TableNotBuiltError: no run has finished, or the job writes no such table.
             DamagedPartError: a part is not what the run wrote.
         """
-        manifest = self.require()
+        manifest = manifest or self.require()
         if table not in manifest.tables:
             raise TableNotBuiltError(
                 f"job {self.job!r} wrote {sorted(manifest.tables)}, not {table!r}"

@@ -1,17 +1,19 @@
 """Several lines of one event: the one that arrived last holds.
 
-An event is its identity (`SPEC.event_identity`) and nothing else. A line that names an identity again corrects
-the event, whatever row, file, user, item, action or time it gives; a line that is marked as deleted strikes it.
-Where lines say when they arrived, an event that was corrected stays in the table with the time at which it ceased
-to hold, so that a request in between sees what was known then. Where they do not, the last line alone stays: the
-order of files and rows stands for the order of arrival.
+An event is its identity (`SPEC.event_identity`) and nothing else. A line that names an identity
+again corrects the event, whatever row, file, user, item, action or time it gives; a line that is
+marked as deleted strikes it. Where lines say when they arrived, an event that was corrected stays
+in the table with the time at which it ceased to hold, so that a request in between sees what was
+known then. Where they do not, the last line alone stays: the order of files and rows stands for the
+order of arrival.
 
-A line may tell of several events, such as an impression and a click; they are corrected and struck together.
+A line may tell of several events, such as an impression and a click; they are corrected and struck
+together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +24,8 @@ from feature_repo.contract.arrow import TIMESTAMP
 from feature_repo.contract.contract import ARRIVAL, REPLACED
 from feature_repo.history.known import NEVER, known_from
 
-# Columns that lines have beside those of the table of events: a number that grows with files and rows, when the
-# line arrived (null where nothing says), and whether it strikes the event.
+# Columns that lines have beside those of the table of events: a number that grows with files and
+# rows, when the line arrived (null where nothing says), and whether it strikes the event.
 LINE = "__line"
 ARRIVED = "__arrived"
 DELETED = "__deleted"
@@ -43,7 +45,8 @@ class Resolved:
     """Lines of events, resolved.
 
     Args:
-        events: columns of the table; of events that a later line replaced the ones that a request may have known.
+        events: columns of the table; of events that a later line replaced the ones that a request
+            may have known.
         dropped: the others, and why, one reason for each.
     """
 
@@ -64,17 +67,23 @@ def is_identified(rows: pa.Table) -> bool:
     return LINE in rows.column_names
 
 
-def split_by_identity(
-    lines: pa.Table, identity: Sequence[str], num_partitions: int
-) -> Iterator[tuple[int, pa.Table]]:
-    """Lines by the identity of their event: all lines of one event come to one partition."""
-    partition = (_hashes(lines, identity) % np.uint64(num_partitions)).astype(np.int64)
-    order = np.argsort(partition, kind="stable")
-    ordered = lines.take(pa.array(order))
-    ends = np.cumsum(np.bincount(partition, minlength=num_partitions))
-    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        if end > start:
-            yield number, ordered.slice(start, end - start)
+def as_strikes(lines: pa.Table, user: str) -> pa.Table:
+    """Lines that only say of which event they are, and strike it; whose they were is left out."""
+    nobody = pa.nulls(lines.num_rows, lines.schema.field(user).type)
+    struck = pa.array(np.ones(lines.num_rows, bool))
+    for name, values in ((user, nobody), (DELETED, struck)):
+        lines = lines.set_column(lines.schema.get_field_index(name), name, values)
+    return lines
+
+
+def identity_hashes(lines: pa.Table, identity: Sequence[str]) -> np.ndarray:
+    """A uint64 for each line, the same for lines of one event."""
+    mixed = np.zeros(lines.num_rows, np.uint64)
+    with np.errstate(over="ignore"):
+        for name in identity:
+            mixed = (mixed ^ _bits(lines[name].combine_chunks())) * np.uint64(0xFF51AFD7ED558CCD)
+            mixed ^= mixed >> np.uint64(33)
+    return mixed
 
 
 def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
@@ -86,7 +95,8 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
     """
     columns = [name for name in lines.column_names if name not in INNER]
     events = lines.select(columns)
-    # 1. Most events have one line, and most tables nothing else: by a hash, which only ever finds too many.
+    # 1. Most events have one line, and most tables nothing else: a hash tells, and only ever finds
+    #    too many.
     several = _may_have_several_lines(lines, identity)
     if not several.any():
         return Resolved(events, events.slice(0, 0), [])
@@ -98,8 +108,8 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
     event = _event_of(lines, identity, number)
     deleted = lines[DELETED].to_numpy()
 
-    # 2. The lines of each event in the order in which they arrived. One that does not say when came before all
-    #    that do, in the order of files and rows.
+    # 2. The lines of each event in the order in which they arrived. One that does not say when came
+    #    before all that do, in the order of files and rows.
     arrived = pc.fill_null(pc.cast(lines[ARRIVED], pa.int64()), 0).to_numpy()
     order = np.lexsort((number, arrived, event))
     begins = np.r_[True, (np.diff(event[order]) != 0) | (np.diff(number[order]) != 0)]
@@ -110,7 +120,8 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
     until = np.where(followed, np.r_[arrived[first_row][1:], 0], NEVER)
     by_strike = followed & np.r_[deleted[first_row][1:], False]
 
-    # 3. A row that says what a row of the line before it said changes nothing: the first one goes on to hold.
+    # 3. A row that says what a row of the line before it said changes nothing: the first one goes on
+    #    to hold.
     rows = np.flatnonzero(~deleted)
     content = _codes(events, [name for name in columns if name not in NO_CONTENT], rows)
     order = np.lexsort((rank[rows], content, event[rows]))
@@ -140,7 +151,7 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
 
 def _may_have_several_lines(lines: pa.Table, identity: Sequence[str]) -> np.ndarray:
     """Rows whose event several lines may name, and lines that strike one."""
-    hashed = _hashes(lines, identity)
+    hashed = identity_hashes(lines, identity)
     number = lines[LINE].to_numpy()
     order = np.argsort(hashed, kind="stable")
     same = np.diff(hashed[order]) == 0
@@ -150,16 +161,6 @@ def _may_have_several_lines(lines: pa.Table, identity: Sequence[str]) -> np.ndar
     found = np.zeros(lines.num_rows, bool)
     found[order] = np.isin(run, run[1:][other])
     return found | lines[DELETED].to_numpy()
-
-
-def _hashes(lines: pa.Table, identity: Sequence[str]) -> np.ndarray:
-    """A uint64 for each row, the same for the same identity."""
-    mixed = np.zeros(lines.num_rows, np.uint64)
-    with np.errstate(over="ignore"):
-        for name in identity:
-            mixed = (mixed ^ _bits(lines[name].combine_chunks())) * np.uint64(0xFF51AFD7ED558CCD)
-            mixed ^= mixed >> np.uint64(33)
-    return mixed
 
 
 def _event_of(lines: pa.Table, identity: Sequence[str], number: np.ndarray) -> np.ndarray:
@@ -194,8 +195,8 @@ def _codes(table: pa.Table, names: Sequence[str], rows: np.ndarray) -> np.ndarra
 
 
 def _bits(column: pa.Array) -> np.ndarray:
-    """A uint64 for each value, the same for equal ones: numbers are their own, and texts their length with their
-    first and last eight bytes, which spreads them and costs no loop.
+    """A uint64 for each value, the same for equal ones: numbers are their own, and texts their length
+    with their first and last eight bytes, which spreads them and costs no loop.
     """
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         if pa.types.is_floating(column.type):

@@ -224,9 +224,9 @@ def parse(contract: Contract, unit: RawUnit, block: RawBlock, derive: Derive | N
     # 2. The others as events, each row's in the order of actions.
     arrived = _arrivals(source, unit, read)
     row, action = actions.of_rows(kept & ~strikes)
-    events = _events(contract, _Lines(read, block.positions, arrived, strikes), row, action)
-    row = np.flatnonzero(kept & strikes)
-    struck = _events(contract, _Lines(read, block.positions, arrived, strikes), row, None)
+    lines = _Lines(read, block.positions, arrived, strikes)
+    events = _events(contract, lines, row, action)
+    struck = _events(contract, lines, np.flatnonzero(kept & strikes), None)
     # 3. What the rows say of users and items.
     used = np.flatnonzero(kept & ~strikes)
     users = nothing.users

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -121,9 +120,3 @@ def _time_of(rows: pa.Table) -> str:
 def _refuse_shared(names: list[str]) -> None:
     if len(set(names)) < len(names):
         raise EntityFrameError(f"entity_df has two columns of one name: {names}")
-
-
-def column_names(frame: Any) -> list[str]:
-    """Names of a frame's columns."""
-    columns = frame.column_names if isinstance(frame, pa.Table) else frame.columns
-    return [str(name) for name in columns]

@@ -48,7 +48,7 @@ from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema
 from feature_repo.errors import ExpectedError
 from feature_repo.home.tables import TableNotBuiltError
-from feature_repo.store.entity_rows import EntityFrameError, column_names, entity_rows
+from feature_repo.store.entity_rows import TIME, EntityFrameError, entity_rows
 from feature_repo.store.point_in_time import ENTITIES, Statement, rows_between, statement
 from feature_repo.store.source_files import files_of
 from feature_repo.store.store import StoreError, foreign_tables
@@ -115,8 +115,8 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
                 start, end = compute_non_entity_date_range(feature_views, start_date, end_date)
                 entities = rows_between(feature_views, start, end, repo, connection)
             else:
-                _refuse_shared_names(column_names_of(entity_df), feature_refs, full_feature_names)
                 entities = entity_rows(entity_df)
+                _refuse_shared_names(list(entities.inner), feature_refs, full_feature_names)
             # 2. One ASOF join for each view, all in one query.
             made = statement(
                 feature_views,
@@ -129,7 +129,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             )
         # 3. What Feast wants to know of the job before it runs.
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
-        span = pc.min_max(entities.table["t"])
+        span = pc.min_max(entities.table[TIME])
         now = datetime.now(UTC)
         metadata = RetrievalMetadata(
             features=feature_refs,
@@ -366,11 +366,6 @@ def _is_large(column: pa.ChunkedArray) -> bool:
     """Return whether a float cannot hold every number of a column."""
     span = pc.min_max(column)
     return any(value.as_py() is not None and abs(value.as_py()) > 2**53 for value in span.values())
-
-
-def column_names_of(frame: Any) -> list[str]:
-    """Names of a frame's columns; none of what is no frame."""
-    return column_names(frame) if isinstance(frame, (pd.DataFrame, pa.Table)) else []
 
 
 def _refuse_shared_names(

@@ -42,9 +42,7 @@ def write_rows(
     for start in range(0, rows.num_rows, MAX_ROWS):
         piece = rows.slice(start, MAX_ROWS)
         values = {
-            name: python_values_to_proto_values(
-                _as_feast_writes(piece[name].to_pylist(), kind), kind
-            )
+            name: python_values_to_proto_values(_with_gaps(piece[name].to_pylist(), kind), kind)
             for name, kind in {**keys, **kinds}.items()
         }
         stamps, created = (piece[name].to_pylist() for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP))
@@ -62,8 +60,8 @@ def write_rows(
     return rows.num_rows
 
 
-def _as_feast_writes(values: list[Any], kind: Any) -> list[Any]:
-    """Values whose gaps say so: Feast would write a null inside a list of floats as 0."""
+def _with_gaps(values: list[Any], kind: Any) -> list[Any]:
+    """Values whose lists of floats have NaN for a null, which Feast would write as 0."""
     if kind.name not in ("FLOAT_LIST", "DOUBLE_LIST"):
         return values
     return [

@@ -188,7 +188,7 @@ class _RedisRecords:
         self._project = config.project
         self._version = config.entity_key_serialization_version
         self._fields = {pair: _mmh3(f"{pair[0]}:{pair[1]}") for pair in definitions.kinds}
-        self._store_config = config.online_store
+        self._online = config.online_store
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(SWAP)
         # One transaction of a cluster has one slot: there each hash is compared and set alone.
@@ -236,11 +236,11 @@ class _RedisRecords:
             # The history first: tokens that lag are named by answers, and go on from their state.
             each = zip(keys, calls, strict=True)
             swapped = all(self._script(keys=[key], args=call) for key, call in each)
-            expire(self._client, self._store_config, keys)
-            return swapped
-        swapped = bool(self._script(keys=keys, args=[part for call in calls for part in call]))
+        else:
+            parts = [part for call in calls for part in call]
+            swapped = bool(self._script(keys=keys, args=parts))
         if swapped:
-            expire(self._client, self._store_config, keys)
+            expire(self._client, self._online, keys)
         return swapped
 
     def close(self) -> None:

@@ -257,7 +257,7 @@ def rows_between(
         assert view.batch_source is not None
         time = _time(source, view.batch_source.timestamp_field)
         columns = [exp.alias_(source.column(by_name[name]), name, quoted=True) for name in names]
-        stamp = exp.alias_(time.micros, "event_timestamp", quoted=True)
+        stamp = exp.alias_(_rounded_up(time), "event_timestamp", quoted=True)
         bounds = [
             exp.cast(exp.Literal.string(at.isoformat()), "timestamptz") for at in (start, end)
         ]
@@ -309,26 +309,36 @@ def _keyed(
             f"feature view {view.name!r} needs entity columns {missing}; entity_df has {list(entities.inner)}"
         )
     names = []
+    declared = {column.name: column.dtype.to_value_type() for column in view.entity_columns}
     for key, entity in keys.items():
         column = table[entities.inner[entity]]
-        made = _as_key(column, entity, view, source.type_of(key))
+        is_text = declared[key] is ValueType.STRING
+        made = _as_key(column, entity, view, source.type_of(key), is_text=is_text)
         if made is None:
             names.append(entities.inner[entity])
             continue
-        name = f"{entities.inner[entity]}_{view.name}_{key}"
+        name = f"key{table.num_columns}"
         table = table.append_column(name, made)
         names.append(name)
     return _Keyed(table, names)
 
 
 def _as_key(
-    column: pa.ChunkedArray, entity: str, view: FeatureView, held: str
+    column: pa.ChunkedArray, entity: str, view: FeatureView, held: str, *, is_text: bool
 ) -> pa.ChunkedArray | None:
-    """An entity column as the source's key is held; None where it is already."""
+    """An entity column as the source's key is held; None where it is already.
+
+    Args:
+        entity: name of the column, for messages.
+        held: DuckDB's type of the key in the files.
+        is_text: whether the view declares the key as text.
+
+    Raises:
+        EntityFrameError: a value that no key of the view can be.
+    """
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     kind = plain.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    declared = next((c.dtype.to_value_type() for c in view.entity_columns), None)
+    gives_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if pa.types.is_null(kind):
         return pa.chunked_array(
             [pa.nulls(len(plain), pa.int64() if held in WHOLE else pa.string())]
@@ -340,12 +350,12 @@ def _as_key(
         lost = plain.is_valid().combine_chunks().to_numpy(False) & exact.is_null().to_numpy(False)
         if pa.types.is_floating(kind):
             lost &= ~np.isnan(plain.to_numpy())
-        if is_text:
+        if gives_text:
             # Text keys are numbers only where they are spelt as one: 001 and ' 1' are other ids than 1.
             spelt = pc.equal(exact.cast(pa.string()), plain.combine_chunks().cast(pa.string()))
             lost |= ~pc.fill_null(spelt, True).to_numpy(False)
             # Where keys are declared as text, another spelling is another key, which the view does not have.
-            if declared is ValueType.STRING:
+            if is_text:
                 return pa.chunked_array(
                     [pc.if_else(pa.array(~lost), exact, pa.scalar(None, exact.type))]
                 )
@@ -356,7 +366,7 @@ def _as_key(
             )
         return pa.chunked_array([exact])
     if held == "VARCHAR":
-        if is_text:
+        if gives_text:
             return None if plain is column else plain
         if pa.types.is_integer(kind):
             return plain.cast(pa.string())
@@ -389,6 +399,14 @@ def _time(source: ViewSource, name: str) -> _Time:
     beyond = f"((({since.sql('duckdb')}) % 1000) + 1000) % 1000"
     whole = f"CAST(make_timestamp(CAST((({since.sql('duckdb')}) - ({beyond})) / 1000 AS BIGINT)) AS TIMESTAMPTZ)"
     return _Time(_parsed(whole), _parsed(f"CAST({beyond} AS BIGINT)"))
+
+
+def _rounded_up(time: _Time) -> exp.Expression:
+    """The first whole microsecond at which a row is there."""
+    if time.nanos is None:
+        return time.micros.copy()
+    beyond = f"CASE WHEN {time.nanos.sql('duckdb')} > 0 THEN 1 ELSE 0 END"
+    return _parsed(f"{time.micros.sql('duckdb')} + to_microseconds({beyond})")
 
 
 @dataclass(frozen=True)

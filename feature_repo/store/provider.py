@@ -1,12 +1,13 @@
-"""Feast's local provider, with one rule more: a key's newest row stays, whatever writes it and in whatever order
-rows come. Feast's own stores let the last write win, so that a row that is pushed late, or a file that is older than a
-push, would replace what is newer.
+"""Feast's local provider, with one rule more: a key's newest row stays, whatever writes it and in
+whatever order rows come. Feast's own stores let the last write win, so that a row that is pushed
+late, or a file that is older than a push, would replace what is newer.
 
-The rule holds for custom feature views on every way (`feast push`, `FeatureStore.push`, `write_to_online_store`,
-`feast materialize`, our `materialize`), and for every view in `feast materialize` and `materialize-incremental`, which
-would otherwise set back what events by HTTP have made newer. At an equal time the row that comes later wins; of the
-rows that events by HTTP change, whose times SQLite keeps in whole seconds, the stored one stays. Our own `materialize`
-alone may set a view of ours back: after a correction the right row may be an older one.
+The rule holds for custom feature views on every way (`feast push`, `FeatureStore.push`,
+`write_to_online_store`, `feast materialize`, our `materialize`), and for every view in `feast
+materialize` and `materialize-incremental`, which would otherwise set back what events by HTTP have
+made newer. At an equal time the row that comes later wins; of the rows that events by HTTP change,
+whose times SQLite keeps in whole seconds, the stored one stays. Our own `materialize` alone may set
+a view of ours back: after a correction the right row may be an older one.
 """
 
 from __future__ import annotations

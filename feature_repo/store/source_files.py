@@ -131,13 +131,14 @@ def _of_job(path: str) -> SourceFiles:
     job_folder, _, table = path.rpartition("/")
     home, _, job = job_folder.rpartition("/")
     folder = JobFolder(home, job)
-    files = folder.paths(table)
+    manifest = folder.require()
+    files = folder.paths(table, manifest)
     if not files:
         raise TableNotBuiltError(
             f"table {table!r} of job {job!r} has no parts any more: run `python -m beam_jobs {job}`"
         )
     # A job cuts its tables by the hash of their key, and names each part by its number.
-    number = folder.require().options.get("num_partitions")
+    number = manifest.options.get("num_partitions")
     named = [f"part-{n:05d}.parquet" for n in range(len(files))]
     partitioned = number == len(files) and [Path(file).name for file in files] == named
     return SourceFiles(tuple(files), partitioned=partitioned)

@@ -109,7 +109,7 @@ def some_users(settings: Settings, contract: Contract) -> list[KnownUser]:
     """Users of the first part of the histories, from the longest to the shortest."""
     folder = JobFolder(settings.home, "user_history")
     user = contract.user.join_key
-    rows = folder.read_path(folder.paths("user_stats")[0])
+    rows = folder.read_path(folder.verified(folder.require().tables["user_stats"][0]))
     newest = newest_rows(rows, user).sort_by([("history_end", "descending"), (user, "ascending")])
     chosen = np.unique(np.linspace(0, newest.num_rows - 1, NUM_USERS).astype(np.int64))
     few = newest.take(pa.array(chosen)).select([user, "history_end"]).to_pylist()

@@ -19,6 +19,7 @@ from feature_repo import datasets
 from feature_repo.contract.arrow import iso_micros, micros
 from feature_repo.errors import DeclarationError
 from feature_repo.history.history import HistoryLog
+from feature_repo.home.erased import list_erased
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 
@@ -160,6 +161,16 @@ def test_what_is_online_is_what_is_known_in_the_end(arrivals: Settings) -> None:
         for row in read(arrivals, "user_history", "user_stats").to_pylist()
     }
     assert newest == {"ann": 3, "bob": 2}
+
+
+def test_an_event_that_moved_to_an_erased_user_does_not_fall_back_to_the_first(
+    arrivals: Settings, helpers: Any
+) -> None:
+    list_erased(arrivals.home, ["bob"])
+    helpers.run_jobs(arrivals, "events", "user_history", num_partitions=3)
+    assert known(arrivals, "ann", at(6.5)) == [("a", 1), ("c", 4), ("e", 5)]
+    assert known(arrivals, "ann", at(9.5)) == [("a", 1), ("b", 2), ("c", 4)]
+    assert read(arrivals, "events", "events")["user_id"].unique().to_pylist() == ["ann"]
 
 
 def test_a_run_of_the_past_knows_no_more_than_was_known_then(

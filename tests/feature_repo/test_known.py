@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_jobs.engine.partition import sort_by_key_and_time
+from beam_jobs.engine.partition import sort_by_key_and_time, split_by_hash
 from beam_jobs.jobs.item_stats import stat_rows
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import ARRIVAL, REPLACED, Contract, contract
@@ -311,13 +311,12 @@ def test_a_line_without_its_identity_is_an_event_of_its_own() -> None:
 @given(logs(step=1), st.integers(1, 5))
 def test_lines_of_one_event_come_to_one_partition(log: list[Line], number: int) -> None:
     table = as_lines(log)
-    parts = list(lines.split_by_identity(table, ("event_id", "event_timestamp"), number))
+    identity = ("event_id", "event_timestamp")
+    parts = list(split_by_hash(table, lines.identity_hashes(table, identity), number))
     assert sum(part.num_rows for _, part in parts) == len(log)
-    seen: dict[tuple[Any, Any], int] = {}
+    seen: dict[tuple[Any, ...], int] = {}
     for partition, part in parts:
-        for key in zip(
-            part["event_id"].to_pylist(), part["event_timestamp"].to_pylist(), strict=True
-        ):
+        for key in zip(*(part[name].to_pylist() for name in identity), strict=True):
             assert seen.setdefault(key, partition) == partition
 
 

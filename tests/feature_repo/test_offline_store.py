@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from feature_repo.benchmarks.point_in_time import feature_view, join
+from feature_repo.benchmarks.point_in_time import feature_view, join, retrieval
 from feature_repo.store.entity_rows import EntityFrameError
 from feature_repo.store.source_files import SourceError
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
+START_NS = int(START.timestamp()) * 1_000_000_000
 
 
 def stamps(rng: np.random.Generator, rows: int, hours: int) -> pd.Series:
@@ -408,14 +411,14 @@ def test_a_feature_that_nothing_has_is_named(tmp_path: Path) -> None:
     one_row(tmp_path / "rows.parquet")
     made = view(tmp_path / "rows.parquet", timedelta(0))
     with pytest.raises(KeyError, match="'profile' has no feature 'rate'"):
-        retrieved([made], ["profile:rate"], asked())
+        retrieval("asof", [made], ["profile:rate"], asked())
     # The view declares it, and the file lacks it.
     made.features = [
         *made.features,
         type(made.features[0])(name="rate", dtype=made.features[0].dtype),
     ]
     with pytest.raises(SourceError, match="no column 'rate'"):
-        retrieved([made], ["profile:rate"], asked())
+        retrieval("asof", [made], ["profile:rate"], asked())
 
 
 def test_sources_that_would_be_read_wrongly_are_refused_by_name(tmp_path: Path) -> None:
@@ -444,39 +447,11 @@ def test_sources_that_would_be_read_wrongly_are_refused_by_name(tmp_path: Path) 
         join("asof", [view(tmp_path / "numbers.parquet", timedelta(0))], asked())
 
 
-def retrieved(
-    views: list[Any],
-    refs: list[str],
-    frame: Any,
-    *,
-    store: dict[str, Any] | None = None,
-    **dates: datetime,
-) -> Any:
-    """The job of a retrieval, straight from our store."""
-    from feast.repo_config import RepoConfig
-
-    from feature_repo.benchmarks.point_in_time import _NoOnDemandViews
-    from feature_repo.store.offline_store import TYPE, AsofDuckDBOfflineStore
-
-    config = RepoConfig(
-        project="p",
-        provider="local",
-        registry="unused.db",
-        offline_store={"type": TYPE, **(store or {})},
-        online_store=None,
-        entity_key_serialization_version=3,
-    )
-    config.repo_path = None
-    return AsofDuckDBOfflineStore.get_historical_features(
-        config, views, refs, frame, _NoOnDemandViews(), "p", **dates
-    )
-
-
 def test_whole_numbers_with_gaps_keep_every_digit_as_a_data_frame(tmp_path: Path) -> None:
     one_row(tmp_path / "rows.parquet", number=[2**60 + 1])
     made = view(tmp_path / "rows.parquet", timedelta(0))
     both_users = pd.concat([asked(), asked(user_id=[2])])
-    job = retrieved([made], ["profile:number"], both_users)
+    job = retrieval("asof", [made], ["profile:number"], both_users)
     assert job.to_df()["number"].tolist() == [2**60 + 1, pd.NA]
     assert sum(batch.num_rows for batch in job.to_batches()) == 2
 
@@ -500,7 +475,7 @@ def test_without_a_frame_every_key_and_time_between_two_dates_is_a_row(tmp_path:
             "end_date": START + timedelta(hours=end),
         }
         made = view(tmp_path / "rows.parquet", timedelta(0))
-        table = retrieved([made], ["profile:number"], None, **dates).to_arrow()
+        table = retrieval("asof", [made], ["profile:number"], None, **dates).to_arrow()
         assert table.column_names == ["event_timestamp", "user_id", "number"]
         return list(zip(table["user_id"].to_pylist(), table["number"].to_pylist(), strict=True))
 
@@ -509,7 +484,9 @@ def test_without_a_frame_every_key_and_time_between_two_dates_is_a_row(tmp_path:
     other = keyed_view(tmp_path / "rows.parquet", *_key_of_numbers())
     other.entity_columns = []
     with pytest.raises(EntityFrameError, match="must have the same keys"):
-        retrieved([view(tmp_path / "rows.parquet", timedelta(0)), other], ["profile:number"], None)
+        retrieval(
+            "asof", [view(tmp_path / "rows.parquet", timedelta(0)), other], ["profile:number"], None
+        )
 
 
 def _key_of_numbers() -> tuple[Any, Any]:
@@ -534,5 +511,31 @@ def test_a_join_larger_than_its_memory_spills_into_its_folder(tmp_path: Path) ->
     made = view(tmp_path / "rows.parquet", timedelta(0))
     refs = ["profile:number", "profile:text"]
     small = {"memory_limit": "100MB", "spill": str(tmp_path / "spill"), "threads": 2}
-    found = retrieved([made], refs, rows, store=small).to_arrow()
-    assert found.equals(retrieved([made], refs, rows).to_arrow())
+    found = retrieval("asof", [made], refs, rows, small).to_arrow()
+    assert found.equals(retrieval("asof", [made], refs, rows).to_arrow())
+
+
+def test_a_key_is_what_it_is_declared_as_and_not_what_its_neighbour_is(tmp_path: Path) -> None:
+    """A text that is spelt as no number: of a key declared as text another key, of a number a mistake."""
+    from feast import Field
+    from feast.types import Int64, String
+
+    one_row(tmp_path / "rows.parquet", shop_id=[2])
+    made = view(tmp_path / "rows.parquet", timedelta(0))
+    made.entity_columns = [Field(name="shop_id", dtype=String), Field(name="user_id", dtype=Int64)]
+    refs = ["profile:number"]
+    found = retrieval("asof", [made], refs, asked(shop_id=["02"])).to_arrow()
+    assert found["number"].to_pylist() == [None]
+    with pytest.raises(EntityFrameError, match="'user_id' holds '01'"):
+        retrieval("asof", [made], refs, asked(shop_id=["2"], user_id=["01"]))
+
+
+def test_without_a_frame_a_row_between_two_microseconds_finds_itself(tmp_path: Path) -> None:
+    stamps = pa.array([START_NS, START_NS + 400, START_NS + 1700]).cast(pa.timestamp("ns"))
+    columns = {"user_id": [1, 1, 1], "number": [1, 2, 3], "text": ["a", "b", "c"]}
+    table = pa.table(columns | {"event_timestamp": stamps, "created_timestamp": stamps})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    made = view(tmp_path / "rows.parquet", timedelta(0))
+    dates = {"start_date": START, "end_date": START + timedelta(days=1)}
+    found = retrieval("asof", [made], ["profile:number"], None, **dates).to_arrow()
+    assert found["number"].to_pylist() == [1, 2, 3]
