@@ -29,7 +29,7 @@ from feature_repo.history.known import NEVER, known_from
 LINE = "__line"
 ARRIVED = "__arrived"
 DELETED = "__deleted"
-INNER = (LINE, ARRIVED, DELETED)
+INNER = {LINE: pa.int64(), ARRIVED: TIMESTAMP, DELETED: pa.bool_()}
 # Columns that say where and when a line came from, and nothing of the event
 NO_CONTENT = ("source_position", ARRIVAL.name, REPLACED.name)
 # Rows of a unit, at most

@@ -31,7 +31,7 @@ from feature_repo.contract.schema import (
 )
 from feature_repo.errors import DeclarationError
 from feature_repo.raw import raw
-from feature_repo.raw.lines import ARRIVED, CORRECTED, DELETED, LINE, REPEATED, STRICKEN
+from feature_repo.raw.lines import ARRIVED, CORRECTED, DELETED, INNER, LINE, REPEATED, STRICKEN
 from feature_repo.raw.sources import RawBlock, RawUnit
 
 # Time of profiles that have none: they are known from the start
@@ -539,10 +539,13 @@ def _flag(action: str) -> str:
 
 
 class _Nothing:
-    """Empty tables of a contract."""
+    """Empty tables of a contract, as `Parsed` has them."""
 
     def __init__(self, contract: Contract) -> None:
         self.events, self.users, self.items, self.letters = (
             arrow_schema(contract.table(name)).empty_table()
             for name in ("events", "user_profile", "item_profile", "dead_letters")
         )
+        if contract.spec.event_identity:
+            for name, kind in INNER.items():
+                self.events = self.events.append_column(name, pa.array([], kind))
