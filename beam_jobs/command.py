@@ -40,6 +40,7 @@ from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.erased import list_erased
 from feature_repo.home.tables import JobFolder, Manifest
 from feature_repo.settings import Settings
+from feature_repo.store.received import collect
 
 if TYPE_CHECKING:
     from beam_jobs.engine.job import Job
@@ -62,8 +63,11 @@ def run_command(
     Raises:
         ExpectedError: it was refused, with a reason.
     """
-    datasets.load(settings.dataset)
-    # 1. Skip where nothing changed, without the cost of importing Beam.
+    contract = datasets.load(settings.dataset).contract
+    # 1. What servers have acknowledged since is input as well, and decides whether the run is up to date.
+    if name == "events" and not common.dry_run and (line := collect(settings, contract)):
+        console.print(f"events: {line}", highlight=False)
+    # 2. Skip where nothing changed, without the cost of importing Beam.
     if (
         not common.dry_run
         and not common.force
@@ -81,7 +85,7 @@ def run_command(
     from beam_jobs.engine.describe import describe
     from beam_jobs.engine.run import plan_run, run
 
-    # 2. Name the run by its inputs and options.
+    # 3. Name the run by its inputs and options.
     job = load_job(name)
     arguments = [f"--runner={common.runner}", *beam_args]
     resolved = job.resolve(settings, options)
@@ -90,7 +94,7 @@ def run_command(
     if common.dry_run:
         console.print(describe(job, plan, planned.units, arguments), highlight=False, markup=False)
         return 0
-    # 3. Run it, and note in the catalogue what the next run is compared with.
+    # 4. Run it, and note in the catalogue what the next run is compared with.
     catalogue = Catalogue(settings.catalogue_url)
     with (
         catalogue.stage(settings.dataset, name, plan.run_id) as stage,
@@ -117,7 +121,7 @@ def run_command(
             "common": asdict(replace(common, dry_run=False, force=False)),
             "beam": beam_args,
         }
-    # 4. Say what came of it.
+    # 5. Say what came of it.
     if outcome.built:
         _report(job, outcome.manifest, outcome.docs)
     else:

@@ -1,14 +1,15 @@
 """`python -m beam_jobs erase USER`: a user out of everything that we hold, and a proof of it.
 
     1. on the list of erased users   `events` leaves them out from here on, no server takes their events
-    2. online store                  at once, in every view and known token version
-    3. served logs                   rewritten without them
-    4. tables                        built again without them by the jobs, each as it was run last
-    5. training sets, reports        dropped: they are made again when they are needed
-    6. token tables                  their rows are cut out
-    7. what no manifest names        dropped, the runs before among it
-    8. online store again            a job that was under way may have written meanwhile
-    9. the proof                     every file is searched, by columns and by bytes, and what was found is
+    2. online store                  at once, in every view and known token version, and in its log of events
+    3. acknowledged events           files rewritten without them
+    4. served logs                   the same
+    5. tables                        built again without them by the jobs, each as it was run last
+    6. training sets, reports        dropped: they are made again when they are needed
+    7. token tables                  their rows are cut out
+    8. what no manifest names        dropped, the runs before among it
+    9. online store again            a job that was under way may have written meanwhile
+    10. the proof                    every file is searched, by columns and by bytes, and what was found is
                                      written down
 
 A job that is under way is waited for. Each step may be repeated: a call that was stopped is made whole by the
@@ -45,6 +46,8 @@ from feature_repo.home.traces import LEAST_BYTES, behind_nulls, mark_of, traces_
 from feature_repo.raw.parse import user_columns
 from feature_repo.settings import Settings
 from feature_repo.store.online_erase import OnlineEraser
+from feature_repo.store.received import FOLDER as RECEIVED
+from feature_repo.store.received import Received
 from feature_repo.store.store import open_store
 
 # In the order in which they read each other.
@@ -146,6 +149,10 @@ def erase(
     online = OnlineEraser(open_store(settings), contract, _token_versions(settings))
     place = f"online store ({online.kind})"
     removed[place] = online.erase(users, at)
+
+    tell("acknowledged events")
+    received = Received(home, contract)
+    removed[RECEIVED] = _when_free(partial(received.erase, theirs))
 
     tell("served logs")
     for log in logs:

@@ -9,14 +9,27 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.data_format import ParquetFormat
-from feast.types import Array, Bytes, Float32, Int32, Int64, String, UnixTimestamp
+from feast.types import (
+    Array,
+    Bytes,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    String,
+    UnixTimestamp,
+    from_value_type,
+)
 
 from feature_repo import datasets
 from feature_repo.contract import schema
+from feature_repo.contract.arrow import TIMESTAMP
 from feature_repo.contract.contract import STORE_PART, TOKEN_VERSION
 from feature_repo.contract.schema import DType
+from feature_repo.history import lists
 from feature_repo.settings import Settings
 
 FIELD_TYPES = {
@@ -143,6 +156,63 @@ item_stats = _view([item], item_stats_source)
 summary_tokens = _view([user, token_version], summary_tokens_source)
 token_rows = _view([user, token_version], token_rows_source, online=False)
 store_epoch = _view([store_part], store_epoch_source)
+
+
+def _list_view(
+    name: str, made_of: str, entities: list[Entity], fields: list[Field], doc: str
+) -> FeatureView:
+    """A view whose values are made when they are read: offline by our offline store, online by our provider."""
+    more = {**tags, lists.MADE_OF: made_of}
+    source = FileSource(
+        name=f"{name}_source",
+        # No table: nothing is materialized from it.
+        path=f"{settings.home}/online/{name}",
+        file_format=ParquetFormat(),
+        timestamp_field=schema.EVENT_TIMESTAMP,
+        tags={**more, "optional": "true", "home": settings.home},
+        description=doc,
+    )
+    keys = [Field(name=e.join_key, dtype=from_value_type(e.value_type)) for e in entities]
+    return FeatureView(
+        name=name,
+        entities=entities,
+        ttl=NO_EXPIRY,
+        schema=[*keys, *fields],
+        source=source,
+        description=doc,
+        tags=more,
+        owner="memoir",
+    )
+
+
+LIST_TYPES = {
+    pa.int32(): Int32,
+    pa.int64(): Int64,
+    pa.float32(): Float32,
+    pa.float64(): Float64,
+    pa.string(): String,
+    TIMESTAMP: UnixTimestamp,
+}
+user_sequence = _list_view(
+    lists.HISTORY_VIEW,
+    lists.HISTORY,
+    [user],
+    [
+        Field(name=column.name, dtype=Array(LIST_TYPES[column.kind]), description=column.column.doc)
+        for column in lists.list_columns(contract)
+    ],
+    f"A user's newest {contract.spec.num_history_online} events, oldest first, a list for each column.",
+)
+summary_token_values = _list_view(
+    lists.TOKENS_VIEW,
+    lists.TOKENS,
+    [user, token_version],
+    [
+        Field(name=lists.VALUES, dtype=Array(Float32), description="all tokens, one after another"),
+        Field(name=lists.NUMBER, dtype=Int32, description="how many tokens these are"),
+    ],
+    "A user's summary tokens of a version, as numbers.",
+)
 
 own_views = {declared.name: _own_view(declared) for declared in contract.spec.views}
 user_views = [own_views[name] for name in contract.views_of("user")]

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from feature_repo import datasets
 from feature_repo.settings import CHECKOUT, Settings
 from tests.promises import Promises
 
@@ -200,9 +202,13 @@ def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
     """Run Beam jobs in this process on the local runner; returns their outcomes."""
     from beam_jobs.engine.run import run
     from beam_jobs.registry import load_job
+    from feature_repo.datasets import load_contract
+    from feature_repo.store.received import collect
 
     outcomes = {}
     for name in names:
+        if name == "events":
+            assert collect(settings, load_contract(settings.dataset)) == ""
         job = load_job(name)
         known = {f.name for f in fields(job.options)}
         chosen = job.resolve(
@@ -215,6 +221,7 @@ def run_jobs(settings: Settings, *names: str, **options: Any) -> dict[str, Any]:
             ["--runner=FnApiRunner"],
             as_of=options.get("as_of"),
             max_bad_fraction=options.get("max_bad_fraction"),
+            force=options.get("force", False),
         )
     return outcomes
 
@@ -496,3 +503,15 @@ def helpers() -> Any:
     Helpers.checkout = CHECKOUT
     Helpers.table_jobs = TABLE_JOBS
     return Helpers
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(folder)])
+    yield folder
+    for module in folder.glob("*.py"):
+        sys.modules.pop(f"feature_repo.datasets.{module.stem}", None)
+    datasets.load.cache_clear()
+    datasets.load_contract.cache_clear()

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +216,22 @@ def test_the_sequence_that_is_shown_knows_the_purchase(
 
     before = send(ranked)
     assert (before["degraded"], before["tokens"]) == ([], ranker.bundle.tokens)
-    assert send(event) == {"added": 1, "known": 0}
+    assert send(event) == {"added": 1, "known": 0, "waiting": 0}
     after = send(ranked)
     assert (after["degraded"], after["tokens"]) == ([], ranker.bundle.tokens)
     assert after["scores"] != before["scores"]
+    # The next batch knows the purchase: `make refresh` is these jobs.
+    rows = JobFolder(road.settings.home, "events").read("events").num_rows
+    helpers.run_jobs(road.settings, "events", "user_history", "item_stats", "materialize")
+    helpers.run_jobs(road.settings, "summary_tokens", bundle="vista_tiny")
+    assert JobFolder(road.settings.home, "events").read("events").num_rows == rows + 1
+    live.load_now()
+    assert live.current is not None
+    row = live.current.ranker.reader.read_user(users[0].as_py())
+    assert row.history is not None
+    assert row.history["event_timestamp"][-1].as_py() > datetime.now(UTC) - timedelta(minutes=5)
+    refreshed = send(ranked)
+    assert (refreshed["degraded"], refreshed["tokens"]) == ([], ranker.bundle.tokens)
 
 
 def curl_of(path: str) -> str:

@@ -15,6 +15,7 @@ from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.raw.sources import sha256_of
 from feature_repo.settings import Settings
+from feature_repo.store.received import Received
 from feature_repo.store.store import held_epoch, store_digest
 
 
@@ -23,7 +24,7 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
 
     Args:
         module: of the job.
-        names: "code", "store", "raw", "views", "erased" or the name of a job; a job that has not run has no
+        names: "code", "store", "raw", "received", "views", "erased" or the name of a job; a job that has not run has no
             digest.
     """
     found = {}
@@ -34,6 +35,9 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
             found[name] = store_digest(settings)
         elif name == "raw":
             found[name] = raw_digest(datasets.load(settings.dataset), settings.data)
+        elif name == "received":
+            contract = datasets.load_contract(settings.dataset)
+            found[name] = Received(settings.home, contract).digest()
         elif name == "views":
             found[name] = datasets.load(settings.dataset).views_digest(settings.data)
         elif name == "erased":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import apache_beam as beam
@@ -55,6 +56,10 @@ class Job(ABC):
     def gate(self, plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
         """Check the inputs before anything is built. Returns where the Data Docs are."""
         return None
+
+    def held(self, plan: RunPlan) -> AbstractContextManager[None]:
+        """Keep hold of something while the run builds."""
+        return nullcontext()
 
     @abstractmethod
     def steps(self, plan: RunPlan) -> beam.PTransform:

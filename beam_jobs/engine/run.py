@@ -21,9 +21,10 @@ from feature_repo.contract.arrow import iso_micros, micros_iso
 from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, Manifest, Part, StaleTableError, digest_of
 from feature_repo.settings import Settings
+from feature_repo.store.received import Received
 
 # Inputs that no job builds
-SOURCES = ("raw", "views", "erased")
+SOURCES = ("raw", "received", "views", "erased")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
         if source == "raw":
             raw = dataset.raw_units(settings.data)
             units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
+            continue
+        if source == "received":
+            received = Received(settings.home, contract)
+            for file in received.files():
+                units.append(Unit(len(units), source, file, received.num_rows(file)))
             continue
         manifest = pinned[source]
         as_of_micros = max(as_of_micros or 0, manifest.as_of_micros)
@@ -146,7 +152,8 @@ def run(
         tell("checking inputs")
         docs = job.gate(plan, units, settings)
         tell("building")
-        run_pipeline(pipeline_of(job, plan, units, beam_args), beam_args)
+        with job.held(plan):
+            run_pipeline(pipeline_of(job, plan, units, beam_args), beam_args)
         _refuse_if_erased_meanwhile(plan, planned.inputs)
         add_empty_tables(plan)
         collected = collect(plan)
@@ -167,10 +174,18 @@ def run(
             inputs=planned.inputs,
             counts=collected.counts,
             tables=tables,
+            received=_received(plan, units),
         )
         plan.folder.publish(manifest)
         lines = job.finish(plan, manifest.counts, settings)
     return Outcome(manifest, built=True, docs=docs or built_docs, lines=tuple(lines))
+
+
+def _received(plan: RunPlan, units: Sequence[Unit]) -> int:
+    """Count the files of acknowledged events that a run knows, itself or through the runs that it reads."""
+    if not plan.pinned:
+        return sum(unit.table == "received" for unit in units)
+    return min(manifest.received for manifest in plan.pinned.values())
 
 
 def _refuse_if_erased_meanwhile(plan: RunPlan, inputs: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -44,13 +44,16 @@ from feature_repo.history.known import known_before, known_from
 from feature_repo.home.erased import REDACTED, Erased, erased_of
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.raw import lines
+from feature_repo.raw.acknowledged import parse_acknowledged, repeated
 from feature_repo.raw.parse import NOT_BAD, user_columns, wanted
 from feature_repo.settings import Settings
+from feature_repo.store import received
 
 # Schema metadata of a unit's dead letters: its counts
 COUNTS = b"counts"
 LATE = "time is at or after --as_of"
 # Pieces of lines by their events' identity, of lines that are no event, and their column that says why
+RECEIVED = "received"
 LINES = "lines"
 DROPPED = "dropped"
 REASON = "__reason"
@@ -67,11 +70,11 @@ def num_partitions(plan: RunPlan) -> int:
 
 
 def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
-    """One raw unit as keyed pieces, and its dead letters with its counts."""
+    """One raw unit, or a file of acknowledged events, as keyed pieces, and its dead letters with its counts."""
     counts = Counts()
     letters = [arrow_schema(plan.contract.table("dead_letters")).empty_table()]
     erased = erased_of(plan.home)
-    for number, parsed in enumerate(datasets.load(plan.dataset).parse(unit.source)):
+    for number, parsed in enumerate(_parsed(plan, unit)):
         sifted = sift(plan, unit, parsed, erased)
         counts += sifted.counts
         letters.append(sifted.dead_letters)
@@ -81,6 +84,13 @@ def parse_unit(plan: RunPlan, unit: Unit) -> Iterator[tuple[Key, Piece]]:
         {COUNTS: json.dumps(asdict(counts)).encode()}
     )
     yield ("dead_letters", unit.number), (unit.number, to_ipc(dead))
+
+
+def _parsed(plan: RunPlan, unit: Unit) -> Iterable[datasets.Parsed]:
+    if unit.table != RECEIVED:
+        return datasets.load(plan.dataset).parse(unit.source)
+    rows = received.Received(plan.home, plan.contract).read(unit.source)
+    return [parse_acknowledged(plan.contract, rows, unit.source.file)]
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,12 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
             rows = resolved.events
             if resolved.reasons:
                 yield _dropped_part(plan, _dropped(resolved), f"repeated-{partition:05d}.parquet")
+        twice = repeated(plan.contract, rows)
+        if twice.any():
+            again = rows.filter(pa.array(twice))
+            again = again.append_column(REASON, pa.array([lines.REPEATED] * again.num_rows))
+            yield _dropped_part(plan, again, f"received-{partition:05d}.parquet")
+            rows = rows.filter(pa.array(~twice))
         # Ties in time go by place and content, so that names of files decide nothing.
         ties = ("source_position", plan.contract.item.join_key, "action")
         rows = sort_by_key_and_time(rows, plan.contract.user.join_key, ties)
@@ -370,7 +386,7 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     from feature_repo.contract import expectations
 
     dataset = datasets.load(plan.dataset)
-    events = [unit for unit in units if unit.source.kind == "events"]
+    events = [unit for unit in units if unit.table == "raw" and unit.source.kind == "events"]
     sampled = expectations.spread(events, [unit.rows for unit in events])
     erased = erased_of(plan.home)
     user = plan.contract.user.join_key
@@ -393,7 +409,7 @@ def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
             rows.
     """
     # 1. Every row must be accounted for: kept, a dead letter, or of an erased user.
-    raw = [unit for unit in units if unit.source.kind == "events"]
+    raw = [unit for unit in units if unit.table == RECEIVED or unit.source.kind == "events"]
     given = None if any(unit.rows < 0 for unit in raw) else sum(unit.rows for unit in raw)
     read = counts["rows_read"]
     used = counts["rows_used"]
@@ -462,7 +478,7 @@ class EventsJob(Job):
 
     name = "events"
     doc = "raw rows → events by user, profiles, dead letters"
-    reads: ClassVar = {"raw": ()}
+    reads: ClassVar = {"raw": (), RECEIVED: ()}
     also_depends_on = ("erased",)
     set_aside = ("dead_letters",)
 
@@ -478,7 +494,7 @@ class EventsJob(Job):
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
         """Three tables and what other lines replaced in each partition, and dead letters of each unit."""
-        return 5 * num_partitions(plan) + units
+        return 6 * num_partitions(plan) + units
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
         """Refuse lost rows, and too many dead letters."""
@@ -488,6 +504,12 @@ class EventsJob(Job):
         """Return the time just after the last event happened or arrived, unless another was asked for."""
         assert counts.latest is not None
         return counts.latest + 1 if plan.as_of is None else plan.as_of
+
+    def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
+        """Drop the acknowledged events that the published run has from the online store's log."""
+        manifest = plan.folder.require()
+        received.trim(settings, plan.contract, manifest.received)
+        return []
 
     def built_limit(self, plan: RunPlan) -> float:
         """Return 0: `max_bad_fraction` is about raw rows here."""
@@ -499,6 +521,8 @@ class EventsJob(Job):
         made = counts["events_made"]
         kept = counts["rows_events"]
         events = "" if made == used == kept else f"; {made:,} events, {kept:,} kept"
+        if by_http := counts["rows_acknowledged"]:
+            events += f"; {by_http:,} rows came by HTTP"
         return f"read {counts['rows_read']:,} = used {used:,} + dead letters {counts['rows_dead']:,}{events}"
 
 

@@ -1,5 +1,5 @@
 """Job `materialize`: the online store holds the newest row of each key of every view, and nothing
-of keys that are gone.
+of keys that are gone; and of users also what was acknowledged since (`user_records.py`).
 
 `feast materialize` does the first half for small repos and is the oracle: a test compares the two,
 value for value. The second half is for corrections: a key that an earlier run sent online and that
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,8 +27,9 @@ from beam_jobs.engine.options import OnlineOptions
 from beam_jobs.engine.partition import to_ipc
 from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit
-from beam_jobs.engine.steps import Each, WriteView
+from beam_jobs.engine.steps import Each
 from beam_jobs.errors import BreaksLiveError
+from beam_jobs.jobs.user_records import RECORDS, WriteOnline, nobody, records_of, users_beyond
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import contract
@@ -40,6 +42,8 @@ from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.online_users import HISTORY, STATS
+from feature_repo.store.received import Received
 from feature_repo.store.store import note_epoch, open_store
 
 # A table for each run: which keys it sends online
@@ -62,7 +66,7 @@ class Materialize(beam.PTransform):
             | "Spread parts" >> beam.Reshuffle()
             | "Newest of each key"
             >> beam.ParDo(Each(plan, newest_of_part)).with_output_types(ViewRows)
-            | "Write online" >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
+            | "Write online" >> beam.ParDo(WriteOnline(plan)).with_output_types(tuple[str, int])
         )
         # The sum is there only once every row is written, so that the next stage waits for it.
         written = present | "Count by view" >> beam.CombinePerKey(sum)
@@ -71,7 +75,7 @@ class Materialize(beam.PTransform):
             written
             | "Keys that are gone" >> beam.ParDo(Each(plan, gone_rows)).with_output_types(ViewRows)
             | "Write nothing for them"
-            >> beam.ParDo(WriteView(plan)).with_output_types(tuple[str, int])
+            >> beam.ParDo(WriteOnline(plan)).with_output_types(tuple[str, int])
         )
         # 3. Note how many rows of each view were sent.
         notes = (
@@ -89,12 +93,7 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     run.
     """
     table = plan.contract.table(unit.table)
-    assert table.entity is not None
-    rows = plan.read_unit(unit)
-    if plan.as_of is not None:
-        known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
-        rows = rows.filter(pa.array(known <= plan.as_of))
-    newest = newest_rows(rows, table.entity.join_key) if rows.num_rows else rows
+    newest = _newest(plan, unit.table, plan.read_unit(unit))
     # Before the rows: were the run killed between the two, the next one would not know what is
     # online.
     keys = newest.select(list(table.join_keys))
@@ -102,7 +101,30 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
         plan,
         Built(KEYS, f"{unit.table}-{unit.number:05d}.parquet", parquet_bytes(keys), keys.num_rows),
     )
-    yield unit.table, to_ipc(newest)
+    if unit.table != STATS:
+        yield unit.table, to_ipc(newest)
+        return
+    histories = plan.input_folder("user_history").read_path(_beside(plan, unit))
+    records = records_of(plan.contract, newest, _newest(plan, HISTORY, histories))
+    yield RECORDS, to_ipc(records)
+
+
+def _newest(plan: RunPlan, view: str, rows: pa.Table) -> pa.Table:
+    """The newest row of each key that the run may know."""
+    entity = plan.contract.table(view).entity
+    assert entity is not None
+    if plan.as_of is not None:
+        known = np.maximum(micros(rows[EVENT_TIMESTAMP]), micros(rows[CREATED_TIMESTAMP]))
+        rows = rows.filter(pa.array(known <= plan.as_of))
+    return newest_rows(rows, entity.join_key) if rows.num_rows else rows
+
+
+def _beside(plan: RunPlan, unit: Unit) -> str:
+    """The part of packed histories that holds the users of a part of statistics."""
+    name = unit.source.part.path.rpartition("/")[2]
+    parts = plan.pinned["user_history"].tables[HISTORY]
+    (found,) = (part for part in parts if part.path.rpartition("/")[2] == name)
+    return plan.input_folder("user_history").verified(found)
 
 
 def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
@@ -113,6 +135,9 @@ def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
         written: the view, and how many rows of it are online by now.
     """
     view, _ = written
+    # A record's views go together.
+    if view == HISTORY:
+        return
     table = plan.contract.table(view)
     root = plan.folder.root
     key = table.join_keys[0]
@@ -125,14 +150,21 @@ def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
         run_id, _, rest = below.partition("/")
         if rest.startswith(f"{KEYS}/{view}-") and info.path.endswith(".parquet"):
             sent[run_id == plan.run_id].append(plan.folder.read_path(info.path))
-    if not sent[False]:
+    if not sent[False] and view != STATS:
         return
     # 2. Find the keys that only earlier runs sent.
     schema = arrow_schema(table)
-    earlier = pc.unique(pa.concat_tables(sent[False])[key].cast(schema.field(key).type))
-    here = pa.concat_tables([schema.empty_table().select([key]), *sent[True]])[key]
-    gone = earlier.filter(pc.invert(pc.is_in(earlier, here.combine_chunks())))
+    earlier = pc.unique(_keys(sent[False], schema.field(key)))
+    here = _keys(sent[True], schema.field(key)).combine_chunks()
+    if view == STATS:
+        # Users of whom nothing is known but what came since have a record as well.
+        only = pa.array(users_beyond(plan), earlier.type)
+        earlier = pc.unique(pa.concat_arrays([earlier, only]))
+    gone = earlier.filter(pc.invert(pc.is_in(earlier, here)))
     if not len(gone):
+        return
+    if view == STATS:
+        yield RECORDS, to_ipc(nobody(plan.contract, gone, plan.as_of or 0))
         return
     # 3. Give each a row of nulls, stamped with this run's time.
     stamp = from_micros(np.full(len(gone), plan.as_of or 0))
@@ -140,6 +172,13 @@ def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
     columns |= {f.name: stamp for f in schema if pa.types.is_timestamp(f.type)}
     columns[key] = gone
     yield view, to_ipc(pa.table(columns, schema=schema))
+
+
+def _keys(sent: Sequence[pa.Table], field: pa.Field) -> pa.ChunkedArray:
+    """Keys that runs wrote down."""
+    return pa.chunked_array(
+        [chunk for keys in sent for chunk in keys[field.name].cast(field.type).chunks], field.type
+    )
 
 
 def note_online(plan: RunPlan, written: tuple[str, int]) -> Iterator[str]:
@@ -248,7 +287,8 @@ class MaterializeJob(Job):
     doc = "newest row of each key → online store"
     reads: ClassVar = {
         "events": ("user_profile", "item_profile"),
-        "user_history": ("user_history", "user_stats"),
+        # A record's row of statistics; its packed history is read beside it.
+        "user_history": (STATS,),
         "item_stats": ("item_stats",),
     }
     options = OnlineOptions
@@ -264,9 +304,13 @@ class MaterializeJob(Job):
         """Parts of views → rows online."""
         return Materialize(plan)
 
+    def held(self, plan: RunPlan) -> AbstractContextManager[None]:
+        """Keep acknowledged events in the log while records are merged with them."""
+        return Received(plan.home, plan.contract).merging()
+
     def num_parts(self, plan: RunPlan, units: int) -> int:
         """Keys of each unit, and a note of each view."""
-        return units + sum(len(tables) for tables in self.reads.values())
+        return units + 1 + sum(len(tables) for tables in self.reads.values())
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
         """Check that every view was written."""

@@ -111,16 +111,19 @@ class WriteTokens(PlanDoFn):
         """Writes, each value at the time at which it was computed, and notes how many were newer
         than what was stored.
         """
-        by_time: dict[int, list[Any]] = {}
         every = {**piece.refilled, **piece.newest}
-        for user, (envelope, _) in every.items():
-            by_time.setdefault(from_bytes(envelope, user).computed_at, []).append(user)
+        version = prepared(self.plan).version
+        envelopes = {user: from_bytes(tokens, user) for user, (tokens, _) in every.items()}
+        # What a server made of events that came since stays.
+        ahead = self._tokens.ahead(version, {u: one.digest for u, one in envelopes.items()})
+        by_time: dict[int, list[Any]] = {}
+        for user, envelope in envelopes.items():
+            if user not in ahead:
+                by_time.setdefault(envelope.computed_at, []).append(user)
         stored = 0
         for computed_at, users in by_time.items():
             tokens, states = zip(*(every[user] for user in users), strict=True)
-            stored += self._tokens.write(
-                prepared(self.plan).version, users, tokens, states, computed_at
-            )
+            stored += self._tokens.write(version, users, tokens, states, computed_at)
         numbers = {"online_stored": stored, "online_kept_newer": len(every) - stored}
         data = json.dumps(numbers).encode()
         name = piece.name.file("json")

@@ -347,7 +347,7 @@ def _known(columns: tuple[Column, ...], entity: str) -> tuple[Column, ...]:
 
 
 def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
-    """Statistics of a user; the mean of a number, and how many events have it, where one is
+    """Statistics of a user; the mean of a number, how many events have it, and their exact sum, where one is
     declared.
     """
     primary = spec.actions[0]
@@ -357,6 +357,16 @@ def user_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
     mean = (
         Column(f"user_mean_{value}", DType.FLOAT32, mean_doc, nullable=True),
         Column(f"user_num_{value}", DType.INT64, number_doc, unit="events", minimum=0),
+        # From these a mean goes on exactly, whichever event comes next (history/sums.py).
+        Column(
+            f"user_sum_{value}_high",
+            DType.INT64,
+            f"sum of {value}, upper half",
+            unit="2^32 millionths",
+        ),
+        Column(
+            f"user_sum_{value}_low", DType.INT64, f"sum of {value}, lower half", unit="millionths"
+        ),
     )
     return (
         HISTORY_END,

@@ -252,6 +252,12 @@ def _in_rows(lists: pa.Array, values: np.ndarray, width: int, missing: float) ->
     return rows
 
 
+def sum_names(contract: Contract) -> tuple[str, str]:
+    """Columns of the exact sum of the dataset's `stat_value`: its upper and its lower half."""
+    value = contract.spec.stat_value
+    return f"user_sum_{value}_high", f"user_sum_{value}_low"
+
+
 def mean_names(contract: Contract) -> tuple[str, str]:
     """Columns of `user_stats` that keep the mean of the dataset's number, and of how many events."""
     value = contract.spec.stat_value
@@ -551,6 +557,31 @@ class HistoryLog:
         """
         ends = np.array([self._number_known(int(row), time) for row in rows], np.int64)
         return self.gather(rows, ends, times=np.full(len(rows), time))
+
+    def number_known(self, rows: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """How many events of each user were known just before a time, int64.
+
+        Args:
+            rows: of the users in the log, -1 of a user that it does not have.
+            times: microseconds, one for each.
+        """
+        low = self._of_known(self._start, rows)
+        first = low.copy()
+        high = low + self._of_known(self._count, rows)
+        part = np.where(rows >= 0, self._of_known(self._part, rows), -1)
+        # A binary search of all requests at once, in each part's times.
+        for number, column in enumerate(self._columns[EVENT_TIMESTAMP]):
+            open_ = np.flatnonzero(part == number)
+            while len(open_ := open_[low[open_] < high[open_]]):
+                middle = (low[open_] + high[open_]) // 2
+                before = column[middle] < times[open_]
+                low[open_[before]] = middle[before] + 1
+                high[open_[~before]] = middle[~before]
+        found = low - first
+        late = np.flatnonzero((rows >= 0) & self._late[rows]) if self._known else ()
+        for place in late:
+            found[place] = self._number_known(int(rows[place]), int(times[place]))
+        return found
 
     def _number_known(self, row: int, time: int) -> int:
         if self._late[row]:

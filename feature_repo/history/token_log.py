@@ -234,18 +234,7 @@ class TokenLog:
         for place, row in enumerate(rows.tolist()):
             if row < 0:
                 continue
-            part = self._part(row)
-            at = row & ((1 << BITS[-1]) - 1)
-            if at >= part.num_rows:
-                raise TokenLogError(
-                    f"row {row} lies beyond its part of the token log: index and log are of different runs"
-                )
-            # The envelope is sealed with the user's key, so tokens of another user are refused.
-            stored = envelope.from_bytes(part["tokens"][at].as_py(), part[self._user][at].as_py())
-            if stored.fingerprint != self.version:
-                raise TokenLogError(
-                    f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}"
-                )
+            stored = self.read(row)
             # A tombstone has no tokens, and its row stays zero.
             if stored.tokens_SD is not None:
                 if stored.tokens_SD.shape != shape:
@@ -255,6 +244,26 @@ class TokenLog:
                 tokens[place] = stored.tokens_SD
                 has[place] = True
         return tokens, has
+
+    def read(self, row: int) -> envelope.Envelope:
+        """The tokens of a row.
+
+        Raises:
+            TokenLogError: the log does not have it, or holds tokens of a different version.
+        """
+        part = self._part(row)
+        at = row & ((1 << BITS[-1]) - 1)
+        if at >= part.num_rows:
+            raise TokenLogError(
+                f"row {row} lies beyond its part of the token log: index and log are of different runs"
+            )
+        # The envelope is sealed with the user's key, so tokens of another user are refused.
+        stored = envelope.from_bytes(part["tokens"][at].as_py(), part[self._user][at].as_py())
+        if stored.fingerprint != self.version:
+            raise TokenLogError(
+                f"row {row} holds tokens of version {stored.fingerprint}, not {self.version}"
+            )
+        return stored
 
     def _part(self, row: int) -> pa.RecordBatch:
         number = row >> BITS[-1]

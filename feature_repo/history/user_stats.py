@@ -2,8 +2,8 @@
 extends a user's by new events (the server), `subtract` takes events back (a request about the past), and
 `read_names` says which of them a ranker reads.
 
-Every statistic but two is a sum of a whole number of each event, so that the three agree to the last digit;
-the first event's time is kept, and a mean is a sum over a count.
+Every statistic but two is a sum of a whole number of each event, so that the three agree to the last digit, and a
+mean is such a sum over such a count; the first event's time is kept.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from feature_repo.history.history import (
     mean_names,
     run_ends,
     run_starts,
+    sum_names,
 )
 from feature_repo.history.known import NEVER, is_on_time, known_from, replaced_at
 from feature_repo.history.sums import Exact, stat_values
@@ -41,11 +42,9 @@ class _Counted:
 
     Args:
         sums: by statistic, int64; the digest wraps around.
-        values: whose mean is kept, float64; 0 of an event without one.
     """
 
     sums: dict[str, np.ndarray]
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,9 @@ def build(contract: Contract, events: pa.Table) -> pa.Table:
     columns[FIRST] = _first_events(events, changes, at)
     if contract.spec.stat_value:
         mean, number = mean_names(contract)
-        values = Exact.of(counted.values)
-        total = Exact(to_date(values.high), to_date(values.low)).floats()
-        having = columns[number].to_numpy()
-        means = np.where(having > 0, total / np.maximum(having, 1), np.nan)
-        columns[mean] = pa.array(means.astype(np.float32), from_pandas=True)
+        sums = Exact(*(columns[name].to_numpy() for name in sum_names(contract)))
+        means = _means(sums, columns[number].to_numpy())
+        columns[mean] = pa.array(means, from_pandas=True)
     # 3. A row is known just after its newest change.
     columns[contract.user.join_key] = user.take(pa.array(changes.event[at]))
     known = from_micros(changes.when[at] + 1)
@@ -162,7 +159,7 @@ def add(contract: Contract, stats: Mapping[str, Any], events: pa.Table) -> dict[
     found = {name: _plus(stats[name], each.sum()) for name, each in counted.sums.items()}
     first = int(micros(events[EVENT_TIMESTAMP]).min() // MICROS)
     found[FIRST] = first if stats[FIRST] is None else min(stats[FIRST], first)
-    return found | _mean(contract, stats, found, counted.values.sum())
+    return found | _mean(contract, found)
 
 
 def subtract(
@@ -176,7 +173,7 @@ def subtract(
     counted = _counted(contract, events)
     found = {name: _plus(stats[name], -each.sum()) for name, each in counted.sums.items()}
     found[FIRST] = stats[FIRST]
-    return found | _mean(contract, stats, found, -counted.values.sum())
+    return found | _mean(contract, found)
 
 
 def unknown(contract: Contract) -> dict[str, None]:
@@ -197,6 +194,7 @@ def _counted(contract: Contract, events: pa.Table | pa.RecordBatch) -> _Counted:
     primary = events["action"].to_numpy() == 0
     value = stat_values(contract, events)
     valued = primary & value.there
+    exact = Exact.of(np.where(valued, value.numbers, 0.0))
     sums = {
         END: np.ones(events.num_rows, np.int64),
         DIGEST: event_digests(
@@ -206,7 +204,8 @@ def _counted(contract: Contract, events: pa.Table | pa.RecordBatch) -> _Counted:
     }
     if contract.spec.stat_value:
         sums[mean_names(contract)[1]] = valued.astype(np.int64)
-    return _Counted(sums, np.where(valued, value.numbers, 0.0).astype(np.float64))
+        sums |= dict(zip(sum_names(contract), (exact.high, exact.low), strict=True))
+    return _Counted(sums)
 
 
 def _plus(before: int | None, more: np.int64) -> int:
@@ -215,12 +214,18 @@ def _plus(before: int | None, more: np.int64) -> int:
         return int(np.int64(before or 0) + more)
 
 
-def _mean(
-    contract: Contract, before: Mapping[str, Any], after: Mapping[str, Any], more: float
-) -> dict[str, float | None]:
-    """The mean of the dataset's number after its sum changed by so much; none where no number is kept."""
+def _mean(contract: Contract, stats: Mapping[str, Any]) -> dict[str, float | None]:
+    """The mean of the dataset's number, of statistics that have its sum; none where no number is kept."""
     if not contract.spec.stat_value:
         return {}
     mean, number = mean_names(contract)
-    total = (before[mean] or 0.0) * (before[number] or 0) + float(more)
-    return {mean: total / after[number] if after[number] else None}
+    if not stats[number]:
+        return {mean: None}
+    sums = Exact(*(np.array([stats[name]]) for name in sum_names(contract)))
+    return {mean: float(_means(sums, np.array([stats[number]]))[0])}
+
+
+def _means(sums: Exact, number: np.ndarray) -> np.ndarray:
+    """Sums over their counts, float32; NaN where nothing was counted."""
+    means = np.where(number > 0, sums.floats() / np.maximum(number, 1), np.nan)
+    return means.astype(np.float32)

@@ -79,6 +79,8 @@ class Manifest:
     inputs: dict[str, str]
     counts: Counts
     tables: dict[str, list[Part]] = field(default_factory=dict)
+    # How many files of acknowledged events its rows know (store/received.py)
+    received: int = 0
     layout: int = LAYOUT
 
     @property

@@ -123,7 +123,7 @@ def resolve(lines: pa.Table, identity: Sequence[str]) -> Resolved:
     # 3. A row that says what a row of the line before it said changes nothing: the first one goes on
     #    to hold.
     rows = np.flatnonzero(~deleted)
-    content = _codes(events, [name for name in columns if name not in NO_CONTENT], rows)
+    content = codes_of(events, [name for name in columns if name not in NO_CONTENT], rows)
     order = np.lexsort((rank[rows], content, event[rows]))
     rows = rows[order]
     same = (np.diff(content[order]) == 0) & (np.diff(event[rows]) == 0) & (np.diff(rank[rows]) == 1)
@@ -165,7 +165,7 @@ def _may_have_several_lines(lines: pa.Table, identity: Sequence[str]) -> np.ndar
 
 def _event_of(lines: pa.Table, identity: Sequence[str], number: np.ndarray) -> np.ndarray:
     """A number for each row that its event's rows share."""
-    event = _codes(lines, identity, np.arange(lines.num_rows))
+    event = codes_of(lines, identity, np.arange(lines.num_rows))
     unknown = np.zeros(lines.num_rows, bool)
     for name in identity:
         unknown |= pc.is_null(lines[name]).to_numpy()
@@ -176,7 +176,7 @@ def _event_of(lines: pa.Table, identity: Sequence[str], number: np.ndarray) -> n
     return event
 
 
-def _codes(table: pa.Table, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+def codes_of(table: pa.Table, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
     """A number for each of some rows; rows that are equal in all of these columns share it."""
     found = np.zeros(len(rows), np.int64)
     chosen = table.select(list(names)).take(pa.array(rows))

@@ -45,10 +45,14 @@ from feast.saved_dataset import SavedDatasetStorage
 from feast.utils import compute_non_entity_date_range
 
 from feature_repo import datasets
-from feature_repo.contract.arrow import arrow_schema
+from feature_repo.contract.arrow import TIMESTAMP, arrow_schema, arrow_type
+from feature_repo.contract.contract import TOKEN_VERSION
+from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError
+from feature_repo.history.lists import HISTORY, MADE_OF, NUMBER, VALUES, list_columns
 from feature_repo.home.tables import TableNotBuiltError
 from feature_repo.store.entity_rows import TIME, EntityFrameError, entity_rows
+from feature_repo.store.late_views import LateGather, LateViews
 from feature_repo.store.point_in_time import ENTITIES, Statement, rows_between, statement
 from feature_repo.store.source_files import files_of
 from feature_repo.store.store import StoreError, foreign_tables
@@ -109,6 +113,9 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             SourceError: a view's rows cannot be read.
         """
         repo = config.repo_path
+        # Lists and tokens are gathered once the other views are joined.
+        late = LateViews.of(feature_views, feature_refs, registry, project, full_feature_names)
+        feature_views = late.joined
         with _connected(config) as connection:
             # 1. The asked rows.
             if entity_df is None:
@@ -120,7 +127,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             # 2. One ASOF join for each view, all in one query.
             made = statement(
                 feature_views,
-                feature_refs,
+                late.refs,
                 entities,
                 repo,
                 connection,
@@ -137,7 +144,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             min_event_timestamp=span["min"].as_py() or now,
             max_event_timestamp=span["max"].as_py() or now,
         )
-        return AsofJob(config, made, on_demand, full_feature_names, metadata)
+        return AsofJob(config, made, late.ready(entities), on_demand, full_feature_names, metadata)
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -245,6 +252,7 @@ class AsofJob(RetrievalJob):
         self,
         config: RepoConfig,
         made: Statement,
+        late: LateGather,
         on_demand: list[OnDemandFeatureView],
         full_feature_names: bool,
         metadata: RetrievalMetadata,
@@ -252,19 +260,24 @@ class AsofJob(RetrievalJob):
         super().__init__()
         self._config = config
         self._made = made
+        self._late = late
         self._on_demand = on_demand
         self._full_feature_names = full_feature_names
         self._metadata = metadata
 
     def to_batches(self, rows: int = 65_536) -> Iterator[pa.RecordBatch]:
         """The result as a stream of Arrow batches, in entity order, without on-demand views."""
+        rows = min(rows, self._late.most_rows)
         with _connected(self._config) as connection:
             connection.register(ENTITIES, self._made.entities)
             reader = connection.execute(self._made.sql).to_arrow_reader(rows)
             fields = zip(reader.schema, self._made.names, strict=True)
             schema = pa.schema([field.with_name(name) for field, name in fields])
+            start = 0
             for batch in reader:
-                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                joined = pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                yield self._late.added(joined, start)
+                start += batch.num_rows
 
     def to_df(self, *arguments: Any, **named: Any) -> pd.DataFrame:
         """The result as a data frame. Whole numbers with gaps keep their digits: as floats where these hold them, as
@@ -279,10 +292,21 @@ class AsofJob(RetrievalJob):
         return frame
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
+        if self._late.views:
+            return pa.Table.from_batches(self.to_batches(), self._schema())
         with _connected(self._config) as connection:
             connection.register(ENTITIES, self._made.entities)
             found = connection.execute(self._made.sql).to_arrow_table()
         return found.rename_columns(self._made.names)
+
+    def _schema(self) -> pa.Schema:
+        """The result's, which has no batch where there is no row."""
+        with _connected(self._config) as connection:
+            connection.register(ENTITIES, self._made.entities.slice(0, 0))
+            empty = connection.execute(self._made.sql).to_arrow_table()
+        empty = empty.rename_columns(self._made.names).combine_chunks()
+        arrays = [column.combine_chunks() for column in empty.columns]
+        return self._late.added(pa.RecordBatch.from_arrays(arrays, schema=empty.schema), 0).schema
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return self._to_arrow_internal(timeout).to_pandas()
@@ -331,8 +355,23 @@ def _ibis_table_or_empty(source: DataSource, repo_path: str) -> Any:
         tags = source.tags or {}
         if tags.get("optional") != "true":
             raise
+        # Of a view that is made when it is read nothing is ever materialized.
+        if MADE_OF in tags:
+            return ibis.memtable(_nothing_of(tags))
         table = datasets.load_contract(tags["dataset"]).table(source.name.removesuffix("_source"))
         return ibis.memtable(arrow_schema(table).empty_table())
+
+
+def _nothing_of(tags: dict[str, str]) -> pa.Table:
+    """No rows of a view that is made when it is read."""
+    contract = datasets.load_contract(tags["dataset"])
+    fields = [pa.field(contract.user.join_key, arrow_type(contract.user.dtype))]
+    if tags[MADE_OF] == HISTORY:
+        fields += [pa.field(column.name, column.type) for column in list_columns(contract)]
+    else:
+        fields += [pa.field(TOKEN_VERSION.join_key, pa.string())]
+        fields += [pa.field(VALUES, pa.list_(pa.float32())), pa.field(NUMBER, pa.int32())]
+    return pa.schema([*fields, pa.field(EVENT_TIMESTAMP, TIMESTAMP)]).empty_table()
 
 
 @contextmanager

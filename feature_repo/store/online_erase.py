@@ -1,4 +1,4 @@
-"""Users out of the online store: their rows in every view, of every token version.
+"""Users out of the online store: their rows in every view, of every token version, and their acknowledged events.
 
 Of Redis and SQLite the keys themselves are deleted. Feast has no way to delete from another store: there
 the rows become nulls, and the keys stay.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ import pyarrow as pa
 from feature_repo.contract.arrow import arrow_schema
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Table
-from feature_repo.store.entity_keys import split_key
+from feature_repo.history.lists import MADE_OF
+from feature_repo.store.event_log import EventLog, log_of
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.redis_writer import split_key
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -46,7 +48,9 @@ class OnlineEraser:
         theirs = (
             view.name
             for view in store.list_feature_views()
-            if view.online and user in {column.name for column in view.entity_columns}
+            if view.online
+            and MADE_OF not in view.tags
+            and user in {column.name for column in view.entity_columns}
         )
         self._views: list[Table] = [contract.table(name) for name in sorted(theirs)]
 
@@ -63,6 +67,7 @@ class OnlineEraser:
             at: time of the rows of nulls, where keys cannot be deleted.
         """
         if self.deletes:
+            self._erase_log(users)
             return self._delete({key for view in self._views for key in self._keys(view, users)})
         for view in self._views:
             rows = list(self._rows_of(view, users))
@@ -76,14 +81,19 @@ class OnlineEraser:
         """Remove whatever a search of all keys finds of users, of unlisted versions too; where keys
         cannot be looked through, as `erase`.
         """
-        return self._delete(set(self._found(users))) if self.deletes else self.erase(users, at)
+        if not self.deletes:
+            return self.erase(users, at)
+        self._erase_log(users)
+        return self._delete(set(self._found(users)))
 
     def find(self, users: Sequence[Any]) -> int:
         """How many keys of these users the store still holds, of whatever view and version: all keys are
-        looked through. Where that cannot be, how many of the known ones have a value.
+        looked through; and how many of their acknowledged events. Where that cannot be, how many of the known keys
+        have a value.
         """
         if self.deletes:
-            return len(self._found(users))
+            with self._log() as log:
+                return len(self._found(users)) + len(log.entries(users))
         found = 0
         for view in self._views:
             rows = list(self._rows_of(view, users))
@@ -93,6 +103,17 @@ class OnlineEraser:
                 stored = zip(*(values[column.name] for column in view.columns), strict=True)
                 found += sum(any(value is not None for value in row) for row in stored)
         return found
+
+    def _erase_log(self, users: Sequence[Any]) -> None:
+        with self._log() as log:
+            log.erase(users)
+
+    @contextmanager
+    def _log(self) -> Iterator[EventLog]:
+        log = log_of(self._store.config)
+        assert log is not None, "a store whose keys can be deleted has a log"
+        with closing(log):
+            yield log
 
     def _rows_of(self, view: Table, users: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """Keys of a view, of each user and, where the view has them, each token version."""

@@ -7,7 +7,7 @@ write tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from feature_repo.contract.arrow import from_micros
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError
+from feature_repo.history.envelope import EnvelopeError, from_bytes
+from feature_repo.history.user_stats import DIGEST
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.redis_writer import RedisWriter
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 VIEW = "summary_tokens"
+STATS = "user_stats"
+# Users of one read
+PIECE = 1000
 
 
 class CannotRemoveError(ExpectedError, RuntimeError):
@@ -67,10 +72,38 @@ class OnlineTokens:
 
     def read(self, version: str, users: Sequence[Any]) -> list[tuple[bytes | None, bytes | None]]:
         """Envelopes of tokens and state of each user, None where there are none."""
+        if not users:
+            return []
         user, second = self._contract.table(VIEW).join_keys
         rows = [{user: key, second: version} for key in users]
         found = self._store.get_online_features([f"{VIEW}:tokens", f"{VIEW}:state"], rows).to_dict()
         return list(zip(found["tokens"], found["state"], strict=True))
+
+    def ahead(self, version: str, digests: Mapping[Any, int]) -> set[Any]:
+        """Users whose stored tokens know all that their record does, while tokens of these histories do not: a
+        server took events that the tables lack.
+
+        Args:
+            digests: of the histories behind the tokens that are to be written, by user.
+        """
+        users = list(digests)
+        found: set[Any] = set()
+        for start in range(0, len(users), PIECE):
+            piece = users[start : start + PIECE]
+            rows = [{self._contract.user.join_key: user} for user in piece]
+            known = self._store.get_online_features([f"{STATS}:{DIGEST}"], rows).to_dict()[DIGEST]
+            differ = {
+                user: digest
+                for user, digest in zip(piece, known, strict=True)
+                if digest is not None and digest != digests[user]
+            }
+            stored = self.read(version, list(differ))
+            found |= {
+                user
+                for (user, digest), (tokens, _) in zip(differ.items(), stored, strict=True)
+                if tokens is not None and _digest_of(tokens, user) == digest
+            }
+        return found
 
     def remove(self, version: str) -> int:
         """Remove every user's tokens of a version; returns how many there were.
@@ -114,3 +147,12 @@ class OnlineTokens:
             join_keys=names, entity_values=[Value(string_val=version), Value(string_val="")]
         )
         return serialize_entity_key(key, self._store.config.entity_key_serialization_version)[:-8]
+
+
+def _digest_of(tokens: bytes, user_id: Any) -> int | None:
+    """Of the history behind tokens; None of what cannot be read, or says that there are none."""
+    try:
+        envelope = from_bytes(tokens, user_id)
+    except EnvelopeError:
+        return None
+    return None if envelope.tombstone else envelope.digest

@@ -4,8 +4,12 @@ only if nothing of it has changed since.
 A process that adds an event reads the record, computes what follows, and swaps. Where somebody else was
 first the swap says so, and the reader begins again from what is there now; so any number of processes
 may take events of one user, none is lost, and no reader sees a history beside statistics
-of a different moment. The comparison is by content: a writer that keeps no version (a job, `feast
-materialize`) is noticed as well.
+of a different moment. The comparison is by content: a writer that keeps no version (`feast materialize`) is
+noticed as well. The events themselves enter the log of what is acknowledged (`event_log.py`) in the same
+transaction.
+
+A job, which knows many users as of some time, replaces their records together. It says up to which entry of the log
+each of its rows knows; where another entry has come meanwhile the record stays, and the job adds that one first.
 
 Layout (Feast 0.67): on Redis a user's views share one hash, and summary tokens have one of their own
 for each version; on SQLite each view is a table of (entity key, feature) rows.
@@ -14,19 +18,32 @@ for each version; on SQLite each view is a table of (entity key, feature) rows.
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import pyarrow as pa
 
-from feature_repo.contract.arrow import EPOCH, NO_VALUE, arrow_schema
+from feature_repo.contract.arrow import EPOCH, NO_VALUE, arrow_schema, from_micros
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
-from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.store.event_log import (
+    LAST,
+    Entry,
+    LogKeys,
+    SqliteEventLog,
+    UserId,
+    append_sqlite,
+    entries_of,
+    last_of_sqlite,
+    slot_of,
+)
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.redis_writer import expire
 
@@ -39,11 +56,14 @@ TOKENS = "summary_tokens"
 # (view, feature) → the value as it is stored
 Raw = dict[tuple[str, str], bytes | None]
 
-# KEYS: hashes. ARGV for each: how many fields are compared, each with the SHA-1 of what it held ("" of
-# nothing); how many parts are set, field and value in turn. All or nothing.
+# KEYS: hashes, the user's own first; with new events also the stream and the set of users of the log. ARGV: how
+# many hashes, how many events, the user, number and text of each event; then for each hash: how many fields are
+# compared, each with the SHA-1 of what it held ("" of nothing); how many parts are set, field and value in turn. All
+# or nothing.
 SWAP = """
-local at, sets = 1, {}
-for k = 1, #KEYS do
+local hashes, events = tonumber(ARGV[1]), tonumber(ARGV[2])
+local at, sets = 4 + 2 * events, {}
+for k = 1, hashes do
   local compared = tonumber(ARGV[at])
   at = at + 1
   for _ = 1, compared do
@@ -58,8 +78,17 @@ end
 for k, range in ipairs(sets) do
   if range[2] >= range[1] then redis.call('HSET', KEYS[k], unpack(ARGV, range[1], range[2])) end
 end
+if events > 0 then
+  for n = 4, 2 + 2 * events, 2 do
+    redis.call('XADD', KEYS[hashes + 1], ARGV[n] .. '-0', 'event', ARGV[n + 1])
+  end
+  redis.call('SADD', KEYS[hashes + 2], ARGV[3])
+  redis.call('HSET', KEYS[1], '_logged', ARGV[2 + 2 * events])
+end
 return 1
 """
+# Users of one round trip, or of one transaction of SQLite
+PIECE = 500
 
 
 @dataclass(frozen=True)
@@ -76,17 +105,47 @@ class NewRow:
 
 
 @dataclass(frozen=True)
+class ManyRows:
+    """Rows of many users that replace the stored ones.
+
+    Args:
+        users: their ids.
+        views: a row for each user by view, all features of the view.
+        known: since when, microseconds.
+    """
+
+    users: Sequence[UserId]
+    views: Mapping[str, pa.Table]
+    known: np.ndarray
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the log holds of a user.
+
+    Args:
+        last: the number of the last entry there was; 0 of a user without any.
+        entries: that are still there, in order.
+    """
+
+    last: int
+    entries: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True)
 class UserRecord:
     """A user's stored features as they were at one moment.
 
     Args:
         views: each view's features, None where there is no value.
         raw: the same as it is stored; empty where the store cannot compare.
+        last: the number of the last entry of the log; 0 where there was none.
     """
 
     user_id: int | str
     views: Mapping[str, Mapping[str, Any]]
     raw: Raw
+    last: int = 0
 
     def __getitem__(self, view: str) -> Mapping[str, Any]:
         return self.views[view]
@@ -95,6 +154,9 @@ class UserRecord:
 class UserRecords(Protocol):
     """Records of users in an online store.
 
+    Attributes:
+        has_log: whether entries outlive the next batch.
+
     Example:
         >>> records = user_records(store, contract, token_version=None)
         >>> seen = records.read(12680)
@@ -102,11 +164,27 @@ class UserRecords(Protocol):
         True
     """
 
+    has_log: ClassVar[bool]
+
     def read(self, user_id: int | str) -> UserRecord:
         """All that is stored of a user, of one moment."""
 
-    def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
-        """Replace rows of a user by view, all or none. False: what is stored is no longer `seen`."""
+    def swap(
+        self, seen: UserRecord, rows: Mapping[str, NewRow], entries: Sequence[Entry] = ()
+    ) -> bool:
+        """Replace rows of a user by view, all or none. False: what is stored is no longer `seen`.
+
+        Args:
+            entries: enter the log at the same moment; their numbers are larger than `seen.last`.
+        """
+
+    def logged(self, users: Sequence[UserId]) -> list[Logged]:
+        """What the log holds of users, and where it ends for each."""
+
+    def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
+        """Replace rows of many users, each user's at once, by rows that know what `logged` says; bool for each:
+        False where another event has come since, and the stored rows stay.
+        """
 
     def close(self) -> None:
         """Let go of connections."""
@@ -157,27 +235,46 @@ class _Definitions:
 
     def protos(self, view: str, row: NewRow) -> dict[str, Any]:
         """A row's values as Feast stores them."""
+        (found,) = self.many_protos(view, {name: [value] for name, value in row.values.items()})
+        return found
+
+    def many_protos(self, view: str, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+        """Rows' values as Feast stores them."""
         from feast.type_map import python_values_to_proto_values
 
         wanted = self.features(view)
-        if set(row.values) != set(wanted):
-            raise ValueError(f"expected the features {wanted} of {view}, got {sorted(row.values)}")
-        return {
-            name: python_values_to_proto_values([row.values[name]], self.kinds[view, name])[0]
+        if set(columns) != set(wanted):
+            raise ValueError(f"expected the features {wanted} of {view}, got {sorted(columns)}")
+        converted = [
+            python_values_to_proto_values(list(columns[name]), self.kinds[view, name])
             for name in wanted
-        }
+        ]
+        return [dict(zip(wanted, row, strict=True)) for row in zip(*converted, strict=True)]
 
-    def record(self, user_id: int | str, raw: Raw) -> UserRecord:
+    def many_rows(self, rows: ManyRows) -> list[dict[str, dict[str, Any]]]:
+        """For each user the values by view, as Feast stores them."""
+        by_view = {
+            view: self.many_protos(view, {n: table[n].to_pylist() for n in self.features(view)})
+            for view, table in rows.views.items()
+        }
+        return [
+            {view: protos[place] for view, protos in by_view.items()}
+            for place in range(len(rows.users))
+        ]
+
+    def record(self, user_id: int | str, raw: Raw, last: int) -> UserRecord:
         from feast.protos.feast.types.Value_pb2 import Value
 
         views: dict[str, dict[str, Any]] = {view: {} for view in self.views}
         for (view, name), data in raw.items():
             views[view][name] = plain_value(Value.FromString(data)) if data else None
-        return UserRecord(user_id, views, raw)
+        return UserRecord(user_id, views, raw, last)
 
 
 class _RedisRecords:
     """Records on Redis: one script compares and sets, on the server."""
+
+    has_log: ClassVar[bool] = True
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
         from feast.infra.online_stores.helpers import _mmh3
@@ -198,53 +295,108 @@ class _RedisRecords:
         hashes = self._hashes(user_id)
         with self._client.pipeline(transaction=not self._apart) as pipe:
             for key, views in hashes.items():
-                pipe.hmget(key, [self._fields[pair] for pair in self._pairs(views)])
+                pipe.hmget(key, [LAST, *(self._fields[pair] for pair in self._pairs(views))])
             found = pipe.execute()
         raw: Raw = {}
-        for views, values in zip(hashes.values(), found, strict=True):
+        for views, (_, *values) in zip(hashes.values(), found, strict=True):
             raw |= dict(zip(self._pairs(views), values, strict=True))
-        return self._definitions.record(user_id, raw)
+        return self._definitions.record(user_id, raw, int(found[0][0] or 0))
 
-    def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
-        from google.protobuf.timestamp_pb2 import Timestamp
-
+    def swap(
+        self, seen: UserRecord, rows: Mapping[str, NewRow], entries: Sequence[Entry] = ()
+    ) -> bool:
         # 1. Collect for each hash what it must still hold, and what is to be set.
-        keys: list[bytes] = []
+        hashes = self._hashes(seen.user_id)
         calls: list[list[Any]] = []
-        for key, views in self._hashes(seen.user_id).items():
-            compared: list[Any] = []
+        for number, views in enumerate(hashes.values()):
+            compared: list[Any] = [] if number else [LAST, _digest_of_last(seen.last)]
             for pair in self._pairs(views):
-                held = seen.raw[pair]
-                # A digest stands for the value: a history has many kilobytes.
-                digest = (
-                    "" if held is None else hashlib.sha1(held, usedforsecurity=False).hexdigest()
-                )
-                compared += [self._fields[pair], digest]
+                compared += [self._fields[pair], _digest(seen.raw[pair])]
             parts: list[Any] = []
             for view in views:
-                if view not in rows:
-                    continue
-                for name, value in self._definitions.protos(view, rows[view]).items():
-                    parts += [self._fields[view, name], value.SerializeToString()]
-                seconds, micros = divmod(rows[view].known, 1_000_000)
-                stamp = Timestamp(seconds=seconds, nanos=1000 * micros).SerializeToString()
-                parts += [f"_ts:{view}", stamp]
-            keys.append(key)
+                if view in rows:
+                    values = self._definitions.protos(view, rows[view])
+                    parts += self._parts(view, values, rows[view].known)
             calls.append([len(compared) // 2, *compared, len(parts), *parts])
         # 2. Compare and set, in one script wherever one server has all hashes.
-        if self._apart:
-            # The history first: tokens that lag are named by answers, and go on from their state.
-            each = zip(keys, calls, strict=True)
-            swapped = all(self._script(keys=[key], args=call) for key, call in each)
+        keys = list(hashes)
+        if not self._apart:
+            swapped = self._call(keys, calls, entries)
         else:
-            parts = [part for call in calls for part in call]
-            swapped = bool(self._script(keys=keys, args=parts))
+            # The history first: tokens that lag are named by answers, and go on from their state.
+            swapped = self._call(keys[:1], calls[:1], entries)
+            for key, call in zip(keys[1:], calls[1:], strict=True):
+                swapped = swapped and self._call([key], [call], ())
         if swapped:
             expire(self._client, self._online, keys)
         return swapped
 
+    def logged(self, users: Sequence[UserId]) -> list[Logged]:
+        keys = [self._own_hash(user) for user in users]
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hget(key, LAST)
+            lasts = [int(last or 0) for last in pipe.execute()]
+            having = [place for place, last in enumerate(lasts) if last]
+            for place in having:
+                pipe.xrange(self._log_keys(users[place], keys[place]).stream)
+            found = dict(zip(having, pipe.execute(), strict=True))
+        return [
+            Logged(last, tuple(entries_of(user, found.get(place, []))))
+            for place, (user, last) in enumerate(zip(users, lasts, strict=True))
+        ]
+
+    def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
+        converted = self._definitions.many_rows(rows)
+        keys = [self._own_hash(user) for user in rows.users]
+        swapped: list[int] = []
+        for start in range(0, len(keys), PIECE):
+            with self._client.pipeline(transaction=False) as pipe:
+                for place in range(start, min(start + PIECE, len(keys))):
+                    parts: list[Any] = []
+                    for view, values in converted[place].items():
+                        parts += self._parts(view, values, int(rows.known[place]))
+                    last = _digest_of_last(logged[place].last)
+                    arguments = [1, 0, "", 1, LAST, last, len(parts), *parts]
+                    self._script(keys=[keys[place]], args=arguments, client=pipe)
+                swapped += pipe.execute()
+                expire(pipe, self._online, keys[start : start + PIECE])
+                pipe.execute()
+        return np.array(swapped, bool)
+
     def close(self) -> None:
         self._client.close()
+
+    def _call(self, keys: list[bytes], calls: list[list[Any]], entries: Sequence[Entry]) -> bool:
+        """Run the script on hashes of a user."""
+        named = list(keys)
+        user = ""
+        if entries:
+            log = self._log_keys(entries[0].user_id, keys[0])
+            named += [log.stream, log.users]
+            user = json.dumps(entries[0].user_id)
+        head: list[Any] = [len(keys), len(entries), user]
+        head += [part for entry in entries for part in (entry.number, entry.event)]
+        parts = [part for call in calls for part in call]
+        return bool(self._script(keys=named, args=[*head, *parts]))
+
+    def _parts(self, view: str, values: Mapping[str, Any], known: int) -> list[Any]:
+        """Fields and values of a row, in turn."""
+        from google.protobuf.timestamp_pb2 import Timestamp
+
+        parts: list[Any] = []
+        for name, value in values.items():
+            parts += [self._fields[view, name], value.SerializeToString()]
+        seconds, micros = divmod(known, 1_000_000)
+        stamp = Timestamp(seconds=seconds, nanos=1000 * micros).SerializeToString()
+        return [*parts, f"_ts:{view}", stamp]
+
+    def _own_hash(self, user_id: UserId) -> bytes:
+        """The hash of the views that a user alone keys."""
+        return next(iter(self._hashes(user_id)))
+
+    def _log_keys(self, user_id: UserId, own_hash: bytes) -> LogKeys:
+        return LogKeys.of(self._project, user_id, slot_of(own_hash) if self._apart else None)
 
     def _pairs(self, views: list[str]) -> list[tuple[str, str]]:
         return [(view, name) for view in views for name in self._definitions.features(view)]
@@ -266,6 +418,7 @@ class _SqliteRecords:
 
     # How long a writer waits for another
     BUSY_S = 5.0
+    has_log: ClassVar[bool] = True
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
         from feast.infra.online_stores.helpers import compute_table_id
@@ -277,12 +430,11 @@ class _SqliteRecords:
             view: compute_table_id(config.project, definition).replace('"', '""')
             for view, definition in definitions.views.items()
         }
+        path = Path(config.repo_path or ".", config.online_store.path)
         self._connection = sqlite3.connect(
-            Path(config.repo_path or ".", config.online_store.path),
-            timeout=self.BUSY_S,
-            isolation_level=None,
-            check_same_thread=False,
+            path, timeout=self.BUSY_S, isolation_level=None, check_same_thread=False
         )
+        self._log = SqliteEventLog(path)
         # It is made in one thread and used in another, by one at a time.
         self._lock = threading.Lock()
 
@@ -291,25 +443,60 @@ class _SqliteRecords:
             self._connection.execute("BEGIN")
             try:
                 raw = self._raw(user_id)
+                last = last_of_sqlite(self._connection, user_id)
             finally:
                 self._connection.execute("COMMIT")
-        return self._definitions.record(user_id, raw)
+        return self._definitions.record(user_id, raw, last)
 
-    def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
+    def swap(
+        self, seen: UserRecord, rows: Mapping[str, NewRow], entries: Sequence[Entry] = ()
+    ) -> bool:
+        with self._transaction():
+            last = last_of_sqlite(self._connection, seen.user_id)
+            if last != seen.last or self._raw(seen.user_id) != seen.raw:
+                return False
+            for view, row in rows.items():
+                values = self._definitions.protos(view, row)
+                self._write(seen.user_id, view, values, row.known)
+            if entries:
+                append_sqlite(self._connection, entries)
+        return True
+
+    def logged(self, users: Sequence[UserId]) -> list[Logged]:
+        with self._lock:
+            return [
+                Logged(last_of_sqlite(self._connection, user), tuple(self._log.entries([user])))
+                for user in users
+            ]
+
+    def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
+        converted = self._definitions.many_rows(rows)
+        swapped = np.zeros(len(rows.users), bool)
+        for start in range(0, len(rows.users), PIECE):
+            with self._transaction():
+                for place in range(start, min(start + PIECE, len(rows.users))):
+                    user = rows.users[place]
+                    if last_of_sqlite(self._connection, user) != logged[place].last:
+                        continue
+                    for view, values in converted[place].items():
+                        self._write(user, view, values, int(rows.known[place]))
+                    swapped[place] = True
+        return swapped
+
+    def close(self) -> None:
+        self._log.close()
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                same = self._raw(seen.user_id) == seen.raw
-                if same:
-                    self._write(seen.user_id, rows)
+                yield
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._connection.execute("ROLLBACK")
                 raise
-        return same
-
-    def close(self) -> None:
-        self._connection.close()
 
     def _raw(self, user_id: int | str) -> Raw:
         found: Raw = {}
@@ -323,13 +510,11 @@ class _SqliteRecords:
             found |= {(view, n): stored.get(n) for n in self._definitions.features(view)}
         return found
 
-    def _write(self, user_id: int | str, rows: Mapping[str, NewRow]) -> None:
-        """Rows as Feast writes them, its times in whole seconds."""
-        for view, row in rows.items():
-            key = self._key(view, user_id)
-            seconds = row.known // 1_000_000
-            for name, value in self._definitions.protos(view, row).items():
-                _upsert(self._connection, self._tables[view], key, name, value, seconds)
+    def _write(self, user_id: UserId, view: str, values: Mapping[str, Any], known: int) -> None:
+        """A row as Feast writes it, its time in whole seconds."""
+        key = self._key(view, user_id)
+        for name, value in values.items():
+            _upsert(self._connection, self._tables[view], key, name, value, known // 1_000_000)
 
     def _key(self, view: str, user_id: int | str) -> bytes:
         from feast.infra.key_encoding_utils import serialize_entity_key
@@ -398,8 +583,10 @@ def _upsert(
 
 class _FeastRecords:
     """Records of any other store of Feast's, which can neither compare nor write several views at once:
-    let one process take events there.
+    let one process take events there. It has no log either: the next batch knows no event that is in no file.
     """
+
+    has_log: ClassVar[bool] = False
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
         self._store = store
@@ -418,21 +605,49 @@ class _FeastRecords:
         }
         return UserRecord(user_id, views, {})
 
-    def swap(self, seen: UserRecord, rows: Mapping[str, NewRow]) -> bool:
-        definitions = self._definitions
+    def swap(
+        self, seen: UserRecord, rows: Mapping[str, NewRow], entries: Sequence[Entry] = ()
+    ) -> bool:
+        contract = self._definitions.contract
         for view, row in rows.items():
-            stamp = EPOCH + timedelta(microseconds=row.known)
-            stamps = {EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp}
-            keys = {definitions.contract.user.join_key: seen.user_id}
-            if view == TOKENS:
-                keys[TOKEN_VERSION.join_key] = definitions.token_version or ""
-            schema = arrow_schema(definitions.contract.table(view))
-            table = pa.Table.from_pylist([{**keys, **row.values, **stamps}], schema=schema)
-            write_rows(self._store, view, table, definitions.views[view])
+            schema = arrow_schema(contract.table(view))
+            values = {n: pa.array([v], schema.field(n).type) for n, v in row.values.items()}
+            self._write([seen.user_id], view, pa.table(values), np.array([row.known]))
         return True
+
+    def logged(self, users: Sequence[UserId]) -> list[Logged]:
+        return [Logged(0)] * len(users)
+
+    def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
+        for view, table in rows.views.items():
+            self._write(rows.users, view, table, rows.known)
+        return np.ones(len(rows.users), bool)
 
     def close(self) -> None:
         """Its connections are the store's."""
+
+    def _write(
+        self, users: Sequence[UserId], view: str, values: pa.Table, known: np.ndarray
+    ) -> None:
+        definitions = self._definitions
+        schema = arrow_schema(definitions.contract.table(view))
+        stamps = from_micros(known)
+        columns = {name: values[name] for name in definitions.features(view)}
+        columns[definitions.contract.user.join_key] = pa.array(users)
+        if view == TOKENS:
+            columns[TOKEN_VERSION.join_key] = pa.array([definitions.token_version] * len(users))
+        table = pa.table([columns.get(name, stamps) for name in schema.names], schema=schema)
+        write_rows(self._store, view, table, definitions.views[view])
+
+
+def _digest(held: bytes | None) -> str:
+    """Stands for a stored value, which may have many kilobytes."""
+    return "" if held is None else hashlib.sha1(held, usedforsecurity=False).hexdigest()
+
+
+def _digest_of_last(last: int) -> str:
+    """Stands for the number of the last entry, as a hash holds it."""
+    return _digest(str(last).encode() if last else None)
 
 
 def plain_value(value: Any) -> Any:

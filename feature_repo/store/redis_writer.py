@@ -5,19 +5,32 @@ value; with `skip_dedup` the last write wins, however old. Here one script on th
 and writes, key by key.
 
 Layout (Feast 0.67): a hash for each entity, its key the serialised entity key and the project;
-field mmh3("view:feature") holds a Value, field "_ts:view" the time of the row.
+field mmh3("view:feature") holds a Value, field "_ts:view" the time of the row. A serialised entity key, version 3,
+has numbers of 4 bytes, little endian:
+
+    number of join keys | for each: type, length, name | for each: type, length, value | project
+
+Two projects may share one Redis, and the name of one may be the end of the other's: only the length of each part
+tells where the project begins.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_repo.store.entity_keys import split_key
-
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+_NUMBER = struct.Struct("<I")
+# An entity has a few join keys; a number beyond is no entity key's
+MOST_JOIN_KEYS = 64
+# The join key of users, whatever a dataset calls them (contract.py)
+USER = "user_id"
+
 
 # Keys of one round trip
 PIECE = 1000
@@ -225,3 +238,58 @@ class RedisWriter:
                 if len(pipe) >= PIECE:
                     removed += sum(gone > 0 for gone in pipe.execute())
             return removed + sum(gone > 0 for gone in pipe.execute())
+
+
+@dataclass(frozen=True)
+class StoredKey:
+    """A key of Redis, split.
+
+    Args:
+        entity: the serialised entity key.
+        project: whose it is.
+
+    Example:
+        >>> from feast.infra.online_stores.helpers import _redis_key
+        >>> key = _redis_key("shop", EntityKey(join_keys=["user_id"], entity_values=[Value(int64_val=7)]))
+        >>> split_key(key).project
+        b'shop'
+    """
+
+    entity: bytes
+    project: bytes
+
+
+def split_key(key: bytes) -> StoredKey | None:
+    """A key's parts; None of a key that is no entity's."""
+    place = 4
+    if len(key) < place:
+        return None
+    (number,) = _NUMBER.unpack_from(key)
+    if not 0 < number <= MOST_JOIN_KEYS:
+        return None
+    # As many values as names, each behind its type and length
+    for _ in range(2 * number):
+        if len(key) < place + 8:
+            return None
+        (length,) = _NUMBER.unpack_from(key, place + 4)
+        place += 8 + length
+        if place > len(key):
+            return None
+    return StoredKey(key[:place], key[place:])
+
+
+def key_of_user(config: Any, user_id: int | str) -> bytes:
+    """The key of a user's hash on Redis.
+
+    Args:
+        config: of the Feast store.
+    """
+    from feast.infra.online_stores.helpers import _redis_key
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    value = Value(string_val=user_id) if isinstance(user_id, str) else Value(int64_val=user_id)
+    entity = EntityKey(join_keys=[USER], entity_values=[value])
+    version = config.entity_key_serialization_version
+    key: bytes = _redis_key(config.project, entity, entity_key_serialization_version=version)
+    return key

@@ -8,7 +8,6 @@ ServingError
 ├── InvalidRequestError      422  JSON of the wrong shape or type, or too many candidates
 ├── UnauthorizedError        401  no API key, or one that is not known
 ├── ForbiddenError           403  one that may not do this
-├── LateEventError           409  an event is earlier than what is known of the user
 ├── ErasedUserError          409  the user was erased
 ├── SlowBodyError            408  the body did not arrive in time
 ├── StoreAwayError           503  the online store did not take events
@@ -97,13 +96,6 @@ class OverloadedError(ServingError):
 
     status = 503
     kind = "overloaded"
-
-
-class LateEventError(ServingError):
-    """An event is earlier than what is known of the user."""
-
-    status = 409
-    kind = "late_event"
 
 
 class ErasedUserError(ServingError):

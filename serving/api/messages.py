@@ -197,6 +197,8 @@ class EventsResponse(Struct):
     added: int
     # Events that were there already: the same item, action and time
     known: int
+    # Events older than all that is stored of a longer past: the next batch knows them
+    waiting: int = 0
 
 
 class KnownUser(Struct):

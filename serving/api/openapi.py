@@ -61,9 +61,9 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
     }
     # Without a contract no event type is known, so the route cannot be described.
     if contract is not None:
-        late = {"409": "an event is earlier than what is known of the user, or the user was erased"}
+        erased = {"409": "the user was erased"}
         posts["/v1/events"] = post(
-            "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **late
+            "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **erased
         )
     # 2. The routes that only answer.
     plain = {

@@ -25,7 +25,7 @@ async def take_events(request: Request) -> Response:
     if serving.events is None:
         raise NotReadyError("this server takes no events: it has no online store of its own")
     user_id, events = decode_events(body, serving.ranker.contract, media_of(request))
-    # An accepted event of the future would make all real ones before it too late.
+    # An accepted event of the future would be the newest of its user for as long as that lasts.
     latest = server.latest()
     for event in events:
         if event["event_timestamp"] > latest:

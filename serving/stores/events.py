@@ -3,13 +3,15 @@ answer knows them.
 
 History, sketch, statistics and tokens are replaced together, and only if they are unchanged since
 they were read; so any number of processes may take events of one user, and a caller may send the same
-events again: one that is there already (the same item, action and time) is not added twice. One that
-is earlier than the newest that is known is refused: histories are in the order of time, and the jobs
-put late events where they belong.
+events again: one that is there already (the same item, action and time) is not added twice. In the same
+step they enter the log from which the jobs read them (`feature_repo/store/event_log.py`): the next batch
+forgets none. A late event takes its place by time; one that is older than all that the store holds of a longer
+past enters the log alone, and the next batch knows it.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,16 @@ from feature_repo.home.erased import ErasedList
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.bundle.bundle import Bundle
 from modeling.bundle.summary import Summariser
-from serving.api.errors import ErasedUserError, LateEventError, StoreAwayError
+from serving.api.errors import ErasedUserError, StoreAwayError
 from serving.api.messages import EventsResponse
 from serving.stores.items import Id
-from serving.stores.refresh import BusyUserError, LateError, Refresher, UserMemory
+from serving.stores.refresh import BusyUserError, Refresher, UserMemory
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+
+logger = logging.getLogger(__name__)
 
 
 class EventTaker:
@@ -45,6 +50,11 @@ class EventTaker:
             if summariser.streams:
                 refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
         self._memory = UserMemory(store, contract, refresher)
+        if not self._memory.has_log:
+            logger.warning(
+                "an online store of type %s keeps no log of events: the next batch forgets those that are in no file",
+                store.config.online_store.type,
+            )
         self._erased = ErasedList(home)
         # Two threads of one process would only make each other begin again.
         self._one_at_a_time = threading.Lock()
@@ -58,22 +68,20 @@ class EventTaker:
         self._memory.close()
 
     def take(self, user_id: Id, events: list[dict[str, Any]]) -> EventsResponse:
-        """Add events, oldest first.
+        """Add events, in any order.
 
         Raises:
-            LateEventError: one is earlier than what is known; none was added.
             ErasedUserError: the user was erased.
             StoreAwayError: whether they were cannot be told.
             HistoryError: what is stored of the user is damaged.
         """
         with self._one_at_a_time:
             try:
-                added = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
-            except LateError as error:
-                raise LateEventError(str(error)) from error
+                taken = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
             except BusyUserError as error:
                 raise StoreAwayError(f"{error}: send them again") from error
-        return EventsResponse(added, len(events) - added)
+        known = len(events) - taken.added - taken.waiting
+        return EventsResponse(taken.added, known, taken.waiting)
 
     def _refuse_erased(self, user_id: Id) -> None:
         """Refuse events of a user who was erased, also while they were on their way."""

@@ -4,7 +4,7 @@ statistics, summary tokens.
 The record is read, what follows from the events is computed, and the record is replaced as a whole if
 it is still unchanged; else all begins again from what is there now (`online_users.py`). Tokens
 go from stored state to stored state, without reading the old events. History and statistics are what
-the jobs would build, but for the last digits of a mean; the next run of the jobs replaces them.
+the jobs would build (`feature_repo/history/record.py`), but for the last digits of a mean and of counts that fade.
 """
 
 from __future__ import annotations
@@ -12,35 +12,22 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from feature_repo.contract.arrow import (
-    TIMESTAMP,
-    arrow_type,
-    history_schema,
-    micros,
-    value_codes,
-)
+from feature_repo.contract.arrow import arrow_type, history_schema, micros
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError
 from feature_repo.history import user_stats
-from feature_repo.history.envelope import Envelope, EnvelopeError, Identity, Kind, from_bytes
-from feature_repo.history.history import (
-    as_numbers,
-    extended_digest,
-    from_batches,
-    pack,
-    unpack,
-)
-from feature_repo.history.sketch import Layout, Sketch, SketchError
-from feature_repo.history.sketch import from_bytes as sketch_of
+from feature_repo.history.envelope import Envelope, EnvelopeError, Kind, from_bytes
+from feature_repo.history.history import as_numbers, extended_digest, from_batches
+from feature_repo.history.record import ARRIVED, Record, extended, with_arrival
+from feature_repo.store.event_log import Entry, to_text
 from feature_repo.store.online_tokens import OnlineTokens
 from feature_repo.store.online_users import (
     HISTORY,
@@ -58,7 +45,7 @@ if TYPE_CHECKING:
 
 
 # Why tokens do not know an event
-WITHOUT_TOKENS = ("no_state", "damaged")
+WITHOUT_TOKENS = ("no_state", "damaged", "late")
 # How long a call goes on where others change the same user
 ADD_S = 2.0
 # Longest pause before it begins again, seconds
@@ -71,10 +58,6 @@ class NoStateError(ExpectedError, LookupError):
 
 class RefusedError(ExpectedError, RuntimeError):
     """The store holds newer tokens by now."""
-
-
-class LateError(ExpectedError, ValueError):
-    """An event is earlier than what is known of its user."""
 
 
 class BusyUserError(ExpectedError, RuntimeError):
@@ -252,41 +235,34 @@ class UserMemory:
         # Why tokens of a user do not know the newest events, and how often.
         self.without_tokens: Counter[str] = Counter()
 
+    @property
+    def has_log(self) -> bool:
+        """Whether the next batch knows what is added."""
+        return self._records.has_log
+
     def read(self, user_id: int | str) -> UserRecord:
-        """Read a user's record at one moment; to be put back by `put_back`."""
+        """Read a user's record at one moment."""
         return self._records.read(user_id)
 
     def close(self) -> None:
         self._records.close()
-
-    def put_back(self, record: UserRecord, known: int) -> None:
-        """Store a record as it once was read, whatever is there now.
-
-        Args:
-            known: since when, microseconds.
-        """
-        rows = {view: NewRow(values, known) for view, values in record.views.items()}
-        while not self._records.swap(self._records.read(record.user_id), rows):
-            pass
 
     def add(
         self,
         user_id: int | str,
         new_events: list[dict[str, Any]],
         refuse: Callable[[], None] = lambda: None,
-    ) -> int:
-        """Add a user's new events, oldest first, to history, sketch, statistics and tokens at once; what
-        an interrupted writer left behind is made whole on the way. Returns how many were added: one
-        that is there already, the same item, action and time, is not.
+    ) -> Added:
+        """Add a user's new events, in any order, to history, sketch, statistics and tokens at once, and to the log
+        of what is acknowledged; what an interrupted writer left behind is made whole on the way. One that is
+        there already, the same item, action and time, is not added.
 
         Args:
-            new_events: columns of `contract.history_columns`, none earlier than what is stored;
-                impressions among them are left out.
+            new_events: columns of `contract.history_columns`; impressions among them are left out.
             refuse: raises where this user's events are not to be added; asked before each attempt.
 
         Raises:
             HistoryError: the stored history is damaged.
-            LateError: an event is earlier than one that is stored.
             BusyUserError: others changed the user for `ADD_S` seconds; nothing was added.
         """
         until = time.monotonic() + ADD_S
@@ -294,8 +270,10 @@ class UserMemory:
             refuse()
             record = self._records.read(user_id)
             after = self._after(record, new_events)
-            if not after.rows or self._records.swap(record, after.rows):
-                return after.added
+            if not after.rows and not after.entries:
+                return after.taken
+            if self._records.swap(record, after.rows, after.entries):
+                return after.taken
             if time.monotonic() > until:
                 raise BusyUserError(
                     f"user {user_id!r} was changed by others for {ADD_S:g} s; nothing was added"
@@ -304,88 +282,26 @@ class UserMemory:
 
     def _after(self, record: UserRecord, new_events: list[dict[str, Any]]) -> _After:
         """Return a user's record with new events."""
-        acted = self._contract.history_actions
-        before = self._events(record)
-        # Of all that is packed, only what happened at the same moments can be the same.
-        stamps = pa.array([event[EVENT_TIMESTAMP] for event in new_events], TIMESTAMP)
-        same_moment = before.filter(pc.is_in(before[EVENT_TIMESTAMP], stamps))
-        seen = {self._identity(event) for event in same_moment.to_pylist()}
-        # What a user was shown is in no history.
-        unseen = {self._identity(event): event for event in new_events if event["action"] in acted}
-        new_events = [event for key, event in unseen.items() if key not in seen]
-        # A history without a sketch does not say how many events it stands for; the statistics do.
-        counted = self._counted(record)
+        first = max(time.time_ns() // 1000, record.last + 1)
+        stats = record[STATS]
+        before = Record(record[HISTORY]["history"], record[HISTORY]["sketch"], stats)
+        numbers = range(first, first + len(new_events))
+        events = with_arrival(self._contract, new_events, numbers)
+        found = extended(self._contract, record.user_id, before, events, self._remembered)
         rows: dict[str, NewRow] = {}
-        if new_events:
-            new = pa.Table.from_pylist(new_events, schema=history_schema(self._contract))
-            times = micros(new[EVENT_TIMESTAMP])
-            last = micros(before[EVENT_TIMESTAMP])[-1] if before.num_rows else -1
-            if times[0] < last or (np.diff(times) < 0).any():
-                raise LateError(
-                    f"new events of user {record.user_id!r} must not be earlier than {last} µs, and in order, got {times.tolist()}"
-                )
-            before = self._kept(pa.concat_tables([before, new]))
-            rows[HISTORY] = self._history_row(record, before, new, counted)
-            counted += new.num_rows
-        return _After(rows | self._caught_up(record, before, counted), len(new_events))
-
-    def _identity(self, event: dict[str, Any]) -> tuple[Any, ...]:
-        return event[self._contract.item.join_key], event["action"], event[EVENT_TIMESTAMP]
-
-    def _events(self, record: UserRecord) -> pa.Table:
-        packed = record[HISTORY]["history"]
-        batches = [] if packed is None else [unpack(self._contract, record.user_id, packed)]
-        return pa.Table.from_batches(batches, history_schema(self._contract))
-
-    def _counted(self, record: UserRecord) -> int:
-        """Count the events that the stored history stands for, with those that are no longer packed."""
-        try:
-            _, identity = sketch_of(
-                Layout.of(self._contract), record[HISTORY]["sketch"] or b"", record.user_id
-            )
-        except SketchError:
-            return record[STATS]["history_end"] or 0
-        return identity.num_events
-
-    def _kept(self, events: pa.Table) -> pa.Table:
-        """As many of the newest as are packed."""
-        number = self._contract.spec.num_history_online
-        return events.slice(max(events.num_rows - number, 0)).combine_chunks()
-
-    def _history_row(
-        self, record: UserRecord, kept: pa.Table, new: pa.Table, counted: int
-    ) -> NewRow:
-        """The packed history and its sketch.
-
-        Args:
-            kept: the events that are packed, the new ones among them.
-            counted: events before the new ones.
-        """
-        sketch = sketch_after(
-            self._contract,
-            record.user_id,
-            record[HISTORY]["sketch"],
-            counted,
-            record[STATS]["history_digest"] or 0,
-            new,
-            self._remembered(new),
-        )
-        values = {"history": pack(self._contract, record.user_id, kept), "sketch": sketch}
-        return NewRow(values, int(micros(new[EVENT_TIMESTAMP])[-1]) + 1)
-
-    def _caught_up(self, record: UserRecord, packed: pa.Table, counted: int) -> dict[str, NewRow]:
-        """Return statistics and tokens that know the history; if they lag further than it reaches, they are the
-        jobs' to mend.
-        """
-        rows: dict[str, NewRow] = {}
-        behind = counted - (record[STATS]["history_end"] or 0)
-        if 0 < behind <= packed.num_rows:
-            lacking = packed.slice(packed.num_rows - behind).combine_chunks()
-            known = int(micros(lacking[EVENT_TIMESTAMP])[-1]) + 1
-            rows[STATS] = NewRow(user_stats.add(self._contract, record[STATS], lacking), known)
-        digest = (rows[STATS].values if STATS in rows else record[STATS])["history_digest"]
-        made = self._tokens_after(record, packed, counted, digest)
-        return rows if made is None else {**rows, TOKENS: made.row}
+        if found.added.num_rows:
+            values = {"history": found.record.history, "sketch": found.record.sketch}
+            rows[HISTORY] = NewRow(values, found.known)
+        if found.record.stats is not stats:
+            last = int(micros(found.packed[EVENT_TIMESTAMP])[-1]) + 1
+            rows[STATS] = NewRow(found.record.stats, max(found.known, last))
+        digest = found.record.stats[user_stats.DIGEST]
+        made = self._tokens_after(record, found.packed, found.counted, digest)
+        if made is not None:
+            rows[TOKENS] = made.row
+        logged = pa.concat_tables([found.added, found.waiting]).sort_by(ARRIVED).to_pylist()
+        entries = [Entry(record.user_id, event.pop(ARRIVED), to_text(event)) for event in logged]
+        return _After(rows, entries, Added(found.added.num_rows, found.waiting.num_rows))
 
     def _tokens_after(
         self, record: UserRecord, packed: pa.Table, counted: int, digest: int | None
@@ -402,11 +318,13 @@ class UserMemory:
         state = record[TOKENS]["state"]
         try:
             stored = None if tokens is None else from_bytes(tokens, record.user_id)
+            # The digest also tells a history that has the right length but other events.
+            whole = counted == packed.num_rows and digest == extended_digest(
+                self._contract, 0, packed
+            )
             # 1. Without tokens, begin only where the whole history is at hand.
             if stored is None or stored.tombstone:
-                whole = counted == packed.num_rows
-                # The digest also tells a history that has the right length but other events.
-                if not whole or digest != extended_digest(self._contract, 0, packed):
+                if not whole:
                     self.without_tokens["no_state"] += 1
                     return None
                 return self._refresher.begun(
@@ -417,8 +335,13 @@ class UserMemory:
             # Either nothing is lacking, or more than is packed, which only the job can add.
             if not 0 < behind <= packed.num_rows:
                 return None
-            lacking = packed.slice(packed.num_rows - behind).to_pylist()
-            return self._refresher.extended(record.user_id, tokens, state, lacking)
+            lacking = packed.slice(packed.num_rows - behind).combine_chunks()
+            if extended_digest(self._contract, stored.digest, lacking) == digest:
+                return self._refresher.extended(record.user_id, tokens, state, lacking.to_pylist())
+            # 3. A late event stands before some that they know: begin anew, or leave them to the job.
+            if whole:
+                return self._refresher.begun(record.user_id, packed, stored.computed_at)
+            self.without_tokens["late"] += 1
         except NoStateError:
             self.without_tokens["no_state"] += 1
         except EnvelopeError:
@@ -442,53 +365,22 @@ class UserMemory:
 
 
 @dataclass(frozen=True)
-class _After:
-    """Rows of a user by view that replace the stored ones, and how many events are new in them."""
-
-    rows: dict[str, NewRow]
-    added: int
-
-
-def sketch_after(
-    contract: Contract,
-    user_id: int | str,
-    stored: bytes | None,
-    counted: int,
-    digest: int,
-    events: pa.Table,
-    remembered: Sequence[np.ndarray],
-) -> bytes | None:
-    """A user's sketch with new events; None where earlier ones were in none that could be read, since
-    a sketch of a part would count too little.
+class Added:
+    """What became of events.
 
     Args:
-        counted: events before the new ones.
-        digest: of those, where the sketch does not say it.
-        remembered: codes of the events' items in the columns that sketches count.
+        added: to all that is stored of the user.
+        waiting: for the next batch: they are older than all that the store holds of a longer past.
     """
-    # An empty sketch is right only where nothing was counted before.
-    layout = Layout.of(contract)
-    times = micros(events[EVENT_TIMESTAMP])
-    if stored is not None:
-        try:
-            sketch, identity = sketch_of(layout, stored, user_id)
-            digest = identity.digest
-        except SketchError:
-            return None
-    elif counted:
-        return None
-    else:
-        sketch = Sketch(layout)
-    # A sketch counts the primary action alone.
-    chosen = np.flatnonzero(events["action"].to_numpy() == 0)
-    codes = [value_codes(events[contract.item.join_key]), *remembered]
-    sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
-    newest = int(times[-1])
-    identity = Identity(
-        layout.fingerprint,
-        newest,
-        newest + 1,
-        counted + events.num_rows,
-        extended_digest(contract, digest, events),
-    )
-    return sketch.to_bytes(user_id, identity)
+
+    added: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class _After:
+    """Rows of a user by view that replace the stored ones, and entries of the log."""
+
+    rows: dict[str, NewRow]
+    entries: list[Entry]
+    taken: Added

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_repo.store.entity_keys import split_key
-from feature_repo.store.redis_writer import RedisWriter
+from feature_repo.store.redis_writer import RedisWriter, split_key
 
 NOW = 1_700_000_000_000_123
 

@@ -16,10 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.history.history import from_batches
+from feature_repo.history.history import from_batches, pack, unpack
 from feature_repo.home.tables import JobFolder
 from feature_repo.store.online_tokens import OnlineTokens
-from feature_repo.store.online_users import STATS, TOKENS, NewRow, _SqliteRecords, user_records
+from feature_repo.store.online_users import (
+    HISTORY,
+    STATS,
+    TOKENS,
+    NewRow,
+    _SqliteRecords,
+    user_records,
+)
 from modeling.bundle.summary import Summariser
 from serving.api.degraded import Degraded
 from serving.api.settings import ServeSettings
@@ -101,7 +108,7 @@ def test_the_next_answer_knows_an_event_and_a_second_delivery_changes_nothing(
     ]
     first = call(server, "/v1/rank", asked).json()
     taken = call(server, "/v1/events", {"user_id": user, "events": events})
-    assert (taken.status_code, taken.json()) == (200, {"added": 2, "known": 0})
+    assert (taken.status_code, taken.json()) == (200, {"added": 2, "known": 0, "waiting": 0})
     after = ranker.reader.read_user(user)
     assert after.history is not None
     assert after.history["event_timestamp"][-1].as_py() == now
@@ -115,22 +122,45 @@ def test_the_next_answer_knows_an_event_and_a_second_delivery_changes_nothing(
     assert answer["degraded"] == first["degraded"] == ["stale_features"]  # a log of 2011
     assert answer["scores"] != first["scores"]
     again = call(server, "/v1/events", {"user_id": user, "events": [*events, events[0]]})
-    assert again.json() == {"added": 0, "known": 3}
+    assert again.json() == {"added": 0, "known": 3, "waiting": 0}
     assert ranker.reader.read_user(user).columns == after.columns
 
 
-def test_a_late_event_is_refused_and_nothing_is_added(server: Server, user: int) -> None:
-    assert server.live.current is not None
-    reader = server.live.current.ranker.reader
+def test_a_late_event_takes_its_place_by_time(server: Server, user: int) -> None:
+    """All that is stored knows it, tokens too: the whole past is at hand, and they begin anew."""
+    reader = ranker_of(server).reader
     before = reader.read_user(user)
     late = datetime(2000, 1, 1, tzinfo=UTC)
-    response = call(
-        server,
-        "/v1/events",
-        {"user_id": user, "events": [event_of(server, late), event_of(server, datetime.now(UTC))]},
-    )
-    assert (response.status_code, response.json()["error"]) == (409, "late_event")
-    assert reader.read_user(user).columns == before.columns
+    events = [event_of(server, late), event_of(server, datetime.now(UTC))]
+    answer = call(server, "/v1/events", {"user_id": user, "events": events})
+    assert answer.json() == {"added": 2, "known": 0, "waiting": 0}
+    after = reader.read_user(user)
+    assert_of_one_moment(after)
+    assert before.history is not None
+    assert after.history is not None
+    times = after.history["event_timestamp"].to_pylist()
+    assert times[0] == late
+    assert times[1:-1] == before.history["event_timestamp"].to_pylist()
+
+
+def test_an_event_older_than_all_that_is_packed_waits_for_the_batch(
+    server: Server, user: int, road: Any
+) -> None:
+    """Nobody can say here whether the longer past has it: it enters the log, and the record stays."""
+    ranker = ranker_of(server)
+    records = user_records(road.store, ranker.contract, None)
+    seen = records.read(user)
+    packed = pa.Table.from_batches([unpack(ranker.contract, user, seen[HISTORY]["history"])])
+    newest = pack(ranker.contract, user, packed.slice(packed.num_rows - 2))
+    shorter = {**seen[HISTORY], "history": newest}
+    assert records.swap(seen, {HISTORY: NewRow(shorter, 1)})
+    before = records.read(user)
+    late = event_of(server, datetime(2000, 1, 1, tzinfo=UTC))
+    answer = call(server, "/v1/events", {"user_id": user, "events": [late]})
+    assert answer.json() == {"added": 0, "known": 0, "waiting": 1}
+    assert records.read(user).views == before.views
+    (logged,) = records.logged([user])
+    assert '"event_timestamp": 946684800000000' in logged.entries[-1].event
 
 
 def test_a_user_nobody_knew_is_known_by_their_first_event(
@@ -139,7 +169,7 @@ def test_a_user_nobody_knew_is_known_by_their_first_event(
     assert server.live.current is not None
     now = datetime.now(UTC) - timedelta(seconds=5)
     body = {"user_id": 987_654, "events": [event_of(server, now)]}
-    assert call(server, "/v1/events", body).json() == {"added": 1, "known": 0}
+    assert call(server, "/v1/events", body).json() == {"added": 1, "known": 0, "waiting": 0}
     ranker = server.live.current.ranker
     row = ranker.reader.read_user(987_654)
     assert row.history is not None
@@ -219,7 +249,7 @@ def test_a_call_whose_outcome_is_unknown_is_made_whole_by_the_same_call(
     assert first.status_code == 503
     assert first.json()["error"] == "store_unavailable"
     again = call(server, "/v1/events", {"user_id": user, "events": events})
-    assert again.json() == {"added": int(not took_effect), "known": int(took_effect)}
+    assert again.json() == {"added": int(not took_effect), "known": int(took_effect), "waiting": 0}
     after = ranker.reader.read_user(user)
     assert after.columns["history_end"] == before.columns["history_end"] + 1
     assert_of_one_moment(after)
@@ -261,7 +291,7 @@ def test_a_basket_may_come_in_two_calls(server: Server, user: int) -> None:
     first, second = (event_of(server, at, items[n]) for n in (1, 2))
     assert call(server, "/v1/events", {"user_id": user, "events": [first]}).json()["added"] == 1
     answer = call(server, "/v1/events", {"user_id": user, "events": [first, second]}).json()
-    assert answer == {"added": 1, "known": 1}
+    assert answer == {"added": 1, "known": 1, "waiting": 0}
     row = server.live.current.ranker.reader.read_user(user)
     assert row.history is not None
     assert row.history["item_id"].to_pylist()[-2:] == [items[1], items[2]]
@@ -287,7 +317,8 @@ def test_a_user_without_tokens_whose_past_is_longer_than_is_kept_is_counted(
     record = records.read(user)
     stats = {**record[STATS], "history_end": 9_999}
     longer = replace(record, views={**record.views, STATS: stats})
-    history = memory._events(longer)
+    packed = unpack(ranker.contract, user, record[HISTORY]["history"])
+    history = pa.Table.from_batches([packed])
     assert memory._tokens_after(longer, history, 9_999, stats["history_digest"]) is None
     assert memory.without_tokens == {"no_state": 1}
     assert not caplog.records

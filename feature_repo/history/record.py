@@ -1,0 +1,208 @@
+"""A user's record with further events: the packed history, its sketch, and the statistics that the online store
+holds of them, as the jobs would have built them had they known these events.
+
+The server adds an event this way at the moment it is taken, `materialize` the ones that came after the tables were
+built. Events may come in any order: one that is late takes its place by time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.contract.arrow import history_schema, micros, value_codes
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP
+from feature_repo.history import user_stats
+from feature_repo.history.envelope import Identity
+from feature_repo.history.history import extended_digest, pack, unpack
+from feature_repo.history.sketch import Layout, Sketch, SketchError, from_bytes
+
+# Column of events: the moment at which each arrived, microseconds
+ARRIVED = "__arrived"
+# Codes of events' items in the columns that sketches count
+Remembered = Callable[[pa.Table], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the online store holds of a user's events.
+
+    Args:
+        history: packed; None of a user without events.
+        sketch: None where the store has no sketch that a new event could continue.
+        stats: `user_stats` by name.
+    """
+
+    history: bytes | None
+    sketch: bytes | None
+    stats: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A record with further events.
+
+    Args:
+        record: the record now.
+        packed: its history, unpacked.
+        counted: how many events the history stands for, packed or not.
+        added: the events that the history did not have before, as they were given.
+        waiting: events older than the oldest packed one of a longer past. Only the jobs can say whether that past
+            has them already.
+        known: microseconds from which the added events are known; 0 where none was added.
+    """
+
+    record: Record
+    packed: pa.Table
+    counted: int
+    added: pa.Table
+    waiting: pa.Table
+    known: int
+
+
+def extended(
+    contract: Contract,
+    user_id: int | str,
+    record: Record,
+    events: pa.Table,
+    remembered: Remembered,
+) -> Extended:
+    """A user's record with events that came since.
+
+    Args:
+        events: columns of a history and the moment at which each arrived (`with_arrival`), in that order;
+            impressions among them are left out, and so is what the history has already: the same item, action
+            and time.
+        remembered: gives the codes of events' items.
+
+    Raises:
+        HistoryError: the stored history is damaged.
+    """
+    schema = history_schema(contract)
+    batches = [] if record.history is None else [unpack(contract, user_id, record.history)]
+    packed = pa.Table.from_batches(batches, schema)
+    counted = _counted(contract, user_id, record)
+    # 1. Statistics that an interrupted writer left behind; if they lag further, they are the jobs' to mend.
+    stats = record.stats
+    behind = counted - (stats[user_stats.END] or 0)
+    if 0 < behind <= packed.num_rows:
+        stats = user_stats.add(contract, stats, packed.slice(packed.num_rows - behind))
+    # 2. What is not in the history yet, without what may have left it at its older end.
+    fresh = _fresh(contract, packed, events)
+    waits = np.zeros(fresh.num_rows, bool)
+    if counted > packed.num_rows and packed.num_rows:
+        waits = micros(fresh[EVENT_TIMESTAMP]) <= micros(packed[EVENT_TIMESTAMP])[0]
+    waiting = fresh.filter(pa.array(waits))
+    added = fresh.filter(pa.array(~waits))
+    if not added.num_rows:
+        same = Record(record.history, record.sketch, stats)
+        return Extended(same, packed, counted, added, waiting, 0)
+    # 3. History, sketch and statistics with them.
+    known = int(np.maximum(micros(added[EVENT_TIMESTAMP]), added[ARRIVED]).max()) + 1
+    sketch = _sketch_after(contract, user_id, record, counted, added, known, remembered)
+    both = pa.concat_tables([packed, added.select(schema.names)])
+    order = np.argsort(micros(both[EVENT_TIMESTAMP]), kind="stable")
+    newest = order[-contract.spec.num_history_online :]
+    packed = both.take(pa.array(newest)).combine_chunks()
+    if (stats[user_stats.END] or 0) == counted:
+        stats = user_stats.add(contract, stats, added)
+    after = Record(pack(contract, user_id, packed), sketch, stats)
+    return Extended(after, packed, counted + added.num_rows, added, waiting, known)
+
+
+def _fresh(contract: Contract, packed: pa.Table, events: pa.Table) -> pa.Table:
+    """The events that are not packed, each once."""
+    acted = pc.is_in(events["action"], pa.array(contract.history_actions, pa.int8()))
+    # Of all that is packed, only what happened at the same moments can be the same.
+    same_moment = packed.filter(
+        pc.is_in(packed[EVENT_TIMESTAMP], events[EVENT_TIMESTAMP].combine_chunks())
+    )
+    seen = set(_identities(contract, same_moment))
+    chosen = []
+    for place, (identity, is_act) in enumerate(
+        zip(_identities(contract, events), acted.to_pylist(), strict=True)
+    ):
+        if is_act and identity not in seen:
+            seen.add(identity)
+            chosen.append(place)
+    return events.take(pa.array(chosen, pa.int64()))
+
+
+def _identities(contract: Contract, events: pa.Table) -> list[tuple[Any, ...]]:
+    """What says, of one user's events, that two are the same."""
+    columns = (
+        events[contract.item.join_key].to_pylist(),
+        events["action"].to_pylist(),
+        micros(events[EVENT_TIMESTAMP]).tolist(),
+    )
+    return list(zip(*columns, strict=True))
+
+
+def _counted(contract: Contract, user_id: int | str, record: Record) -> int:
+    """Count the events that the stored history stands for, packed or not."""
+    # A history without a sketch does not say it; the statistics do.
+    try:
+        _, identity = from_bytes(Layout.of(contract), record.sketch or b"", user_id)
+    except SketchError:
+        return record.stats[user_stats.END] or 0
+    return identity.num_events
+
+
+def _sketch_after(
+    contract: Contract,
+    user_id: int | str,
+    record: Record,
+    counted: int,
+    events: pa.Table,
+    known: int,
+    remembered: Remembered,
+) -> bytes | None:
+    """The sketch with new events; None where earlier ones were in none that could be read, since a sketch of a part
+    would count too little.
+
+    Args:
+        counted: events before the new ones.
+        known: microseconds from which the new ones are known.
+    """
+    layout = Layout.of(contract)
+    times = micros(events[EVENT_TIMESTAMP])
+    newest = int(times.max())
+    # An empty sketch is right only where nothing was counted before.
+    digest = record.stats[user_stats.DIGEST] or 0
+    if record.sketch is not None:
+        try:
+            sketch, identity = from_bytes(layout, record.sketch, user_id)
+        except SketchError:
+            return None
+        digest = identity.digest
+        newest = max(newest, identity.as_of)
+    elif counted:
+        return None
+    else:
+        sketch = Sketch(layout)
+    # A sketch counts the primary action alone.
+    chosen = np.flatnonzero(events["action"].to_numpy() == 0)
+    codes = [value_codes(events[contract.item.join_key]), *remembered(events)]
+    sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
+    after = extended_digest(contract, digest, events)
+    identity = Identity(layout.fingerprint, newest, known, counted + events.num_rows, after)
+    return sketch.to_bytes(user_id, identity)
+
+
+def with_arrival(
+    contract: Contract, events: Sequence[Mapping[str, Any]], arrived: Sequence[int]
+) -> pa.Table:
+    """Events as `extended` takes them.
+
+    Args:
+        events: history columns by name.
+        arrived: microseconds, for each event.
+    """
+    table = pa.Table.from_pylist(list(events), schema=history_schema(contract))
+    return table.append_column(ARRIVED, pa.array(arrived, pa.int64()))

@@ -1,0 +1,359 @@
+"""Events that came by HTTP, as files of the home: what the log of the online store held (`store/event_log.py`), for
+good.
+
+    <home>/received/part-000003-1764402060000000.parquet    user, number, when it was known, the event as text
+
+Files are numbered without gaps and never removed, so that "the first n" says what a run of `events` has read. The
+second number is the latest moment, microseconds, from which one of a file's events is known: a run that knows
+nothing at or after some time has read the file whole only if that time is later.
+
+A file is written before its entries leave the log, so that a kill between the two loses nothing; what is in both is
+one event, by its user and number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from feature_repo.contract.arrow import arrow_type
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP
+from feature_repo.home.erased import Erased, erased_of
+from feature_repo.home.tables import JobFolder, JobRunningError, digest_of, parquet_bytes
+from feature_repo.raw.acknowledged import EVENT, KNOWN, NUMBER
+from feature_repo.settings import Settings
+from feature_repo.store.event_log import Entry, EventLog, SqliteEventLog, UserId, log_of
+from feature_repo.store.store import ONLINE, local_file, open_store
+
+FOLDER = "received"
+# Says how many of the files have left the log
+TRIMMED = "trimmed.json"
+NAME = re.compile(r"part-(\d+)-(\d+)\.parquet")
+# Entries of a file
+MAX_ROWS = 1_000_000
+# Users whose entries are read at once
+PIECE = 1000
+# A log is trimmed in less, seconds
+TRIM_S = 60.0
+
+
+@dataclass(frozen=True)
+class ReceivedFile:
+    """A file of events.
+
+    Args:
+        number: counted from 0.
+        known: microseconds; every event of it is known by then.
+    """
+
+    file: str
+    number: int
+    known: int
+
+
+class Received:
+    """The files of a home.
+
+    Example:
+        >>> received = Received("/data/shop", contract)
+        >>> received.collect(log)
+        2
+        >>> [file.number for file in received.files()]
+        [0, 1]
+    """
+
+    def __init__(self, home: str, contract: Contract) -> None:
+        self._home = home
+        self._contract = contract
+        self._folder = JobFolder(home, FOLDER)
+        self._trimming = JobFolder(home, f"{FOLDER}/.trim")
+        self._schema = pa.schema(
+            [
+                (contract.user.join_key, arrow_type(contract.user.dtype)),
+                (NUMBER, pa.int64()),
+                (KNOWN, pa.int64()),
+                (EVENT, pa.string()),
+            ]
+        )
+
+    def files(self) -> list[ReceivedFile]:
+        """All files, in order."""
+        found = self._folder.filesystem.get_file_info(
+            pafs.FileSelector(self._folder.root, allow_not_found=True)
+        )
+        named = ((info.path, NAME.fullmatch(info.base_name)) for info in found)
+        files = [ReceivedFile(path, int(m[1]), int(m[2])) for path, m in named if m]
+        return sorted(files, key=lambda file: file.number)
+
+    def digest(self) -> str:
+        """A digest of what the files hold."""
+        content = [self._folder.read_bytes(file.file) for file in self.files()]
+        return digest_of([digest_of(repr(data)) for data in content])
+
+    def num_rows(self, file: ReceivedFile) -> int:
+        with self._folder.filesystem.open_input_file(file.file) as opened:
+            return int(pq.read_metadata(opened).num_rows)
+
+    def read(self, file: ReceivedFile) -> pa.Table:
+        """A file's rows."""
+        return self._folder.read_path(file.file).cast(self._schema)
+
+    def collect(self, log: EventLog) -> int:
+        """Write what the log holds and no file has; returns how many entries.
+
+        Raises:
+            JobRunningError: another process collects.
+        """
+        with self._folder.lock():
+            here = self._not_trimmed()
+            erased = erased_of(self._home)
+            waiting: list[Entry] = []
+            number = 0
+            for entries in _by_piece(log):
+                # A server may have taken events of a user at the moment of the erasure.
+                if gone := _users_of(entries, erased):
+                    log.erase(gone)
+                waiting += [
+                    entry
+                    for entry in entries
+                    if entry.number > here.get(entry.user_id, 0) and entry.user_id not in gone
+                ]
+                while len(waiting) >= MAX_ROWS:
+                    number += self._write(waiting[:MAX_ROWS])
+                    waiting = waiting[MAX_ROWS:]
+            return number + (self._write(waiting) if waiting else 0)
+
+    def trim(self, log: EventLog, files: int) -> None:
+        """Drop the entries of the first so many files from the log; nothing where somebody merges.
+
+        Raises:
+            JobRunningError: another process collects.
+        """
+        with self._folder.lock():
+            first = self._num_trimmed()
+            if files <= first:
+                return
+            try:
+                with self._trimming.lock():
+                    until: dict[UserId, int] = {}
+                    for file in self.files()[first:files]:
+                        until |= self._last_of(file)
+                    log.trim(until)
+                    done = json.dumps({"files": files}).encode()
+                    self._folder.write_bytes(f"{self._folder.root}/{TRIMMED}", done)
+            except JobRunningError:
+                # What is in both places is one event: the next run trims it.
+                return
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """Keep entries in the log while somebody reads both it and the files; what trims it now is waited for.
+
+        Raises:
+            JobRunningError: somebody else does so as well.
+        """
+        until = time.monotonic() + TRIM_S
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(self._trimming.lock())
+                    break
+                except JobRunningError:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.1)
+            yield
+
+    def beyond(self, files: int, as_of: int) -> Beyond:
+        """What a table does not know that has read the first so many files, and nothing at or after a time,
+        microseconds.
+        """
+        known: dict[UserId, int] = {}
+        lacking: list[Entry] = []
+        trimmed = self._num_trimmed()
+        for file in self.files():
+            if file.number < files and file.known < as_of:
+                if file.number >= trimmed:
+                    known |= self._last_of(file)
+                continue
+            rows = self.read(file)
+            known |= self._last_of(file)
+            if file.number < files:
+                rows = rows.filter(pc.greater_equal(rows[KNOWN], as_of))
+            lacking += entries_in(rows)
+        return Beyond(known, _by_user(lacking))
+
+    def erase(self, erased: Erased) -> int:
+        """Rewrite files without erased users; returns how many events went."""
+        gone = 0
+        with self._folder.lock():
+            for file in self.files():
+                rows = self.read(file)
+                kept = erased.without(rows, self._contract.user.join_key)
+                if kept.num_rows < rows.num_rows:
+                    gone += rows.num_rows - kept.num_rows
+                    self._folder.write_bytes(file.file, parquet_bytes(kept))
+        return gone
+
+    def _write(self, entries: Sequence[Entry]) -> int:
+        times = [json.loads(entry.event)[EVENT_TIMESTAMP] for entry in entries]
+        number = np.array([entry.number for entry in entries])
+        known = np.maximum(number, times)
+        columns = [
+            pa.array([entry.user_id for entry in entries], self._schema.field(0).type),
+            pa.array(number),
+            pa.array(known),
+            pa.array([entry.event for entry in entries]),
+        ]
+        name = f"part-{len(self.files()):06d}-{known.max()}.parquet"
+        data = parquet_bytes(pa.table(columns, schema=self._schema))
+        self._folder.write_bytes(f"{self._folder.root}/{name}", data)
+        return len(entries)
+
+    def _num_trimmed(self) -> int:
+        stored = self._folder.read_bytes(f"{self._folder.root}/{TRIMMED}")
+        return 0 if stored is None else int(json.loads(stored)["files"])
+
+    def _not_trimmed(self) -> dict[UserId, int]:
+        """The last number of each user in files whose entries may still be in the log."""
+        found: dict[UserId, int] = {}
+        for file in self.files()[self._num_trimmed() :]:
+            found |= self._last_of(file)
+        return found
+
+    def _last_of(self, file: ReceivedFile) -> dict[UserId, int]:
+        """The last number of each user of a file; later files have larger ones."""
+        rows = self.read(file)
+        user = self._contract.user.join_key
+        last = rows.group_by(user).aggregate([(NUMBER, "max")])
+        return dict(zip(last[user].to_pylist(), last[f"{NUMBER}_max"].to_pylist(), strict=True))
+
+
+def open_log(settings: Settings) -> EventLog | None:
+    """The log of a home's online store; None of a store that can have no log. Opens the local
+    profile's without Feast.
+    """
+    if settings.profile == "production":
+        return log_of(open_store(settings).config)
+    file = local_file(settings, ONLINE)
+    return SqliteEventLog(file) if file.exists() else None
+
+
+def collect(settings: Settings, contract: Contract) -> str:
+    """Bring what the log holds into files. Returns a line where it could not be asked: what it holds stays there.
+
+    Raises:
+        JobRunningError: another process collects.
+    """
+    try:
+        with _opened(settings) as log:
+            if log is not None:
+                Received(settings.home, contract).collect(log)
+    except JobRunningError:
+        raise
+    except Exception as error:
+        # Whatever a store's client raises
+        return (
+            f"the online store could not be asked for events that came by HTTP ({type(error).__name__}: {error}); they "
+            "stay in its log, and a later run reads them"
+        )
+    return ""
+
+
+def trim(settings: Settings, contract: Contract, files: int) -> None:
+    """Drop what the first so many files hold from the log; where the store cannot be asked the next run does."""
+    with suppress(Exception), _opened(settings) as log:
+        if log is not None:
+            Received(settings.home, contract).trim(log, files)
+
+
+@contextmanager
+def _opened(settings: Settings) -> Iterator[EventLog | None]:
+    log = open_log(settings)
+    try:
+        yield log
+    finally:
+        if log is not None:
+            log.close()
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What came beside what a table knows.
+
+    Args:
+        known: the last number of each user of whom files say something that may still be in the log.
+        lacking: entries of files that the table does not know, by user, in order.
+    """
+
+    known: Mapping[UserId, int]
+    lacking: Mapping[UserId, tuple[Entry, ...]]
+
+    def of(self, user_id: UserId, logged: Sequence[Entry]) -> tuple[Entry, ...]:
+        """All that the table lacks of a user.
+
+        Args:
+            logged: the user's entries in the log.
+        """
+        last = self.known.get(user_id, 0)
+        later = tuple(entry for entry in logged if entry.number > last)
+        return (*self.lacking.get(user_id, ()), *later)
+
+
+def entries_in(rows: pa.Table) -> list[Entry]:
+    """The entries of a file's rows."""
+    user = rows.column(0).to_pylist()
+    columns = (user, rows[NUMBER].to_pylist(), rows[EVENT].to_pylist())
+    return [Entry(*row) for row in zip(*columns, strict=True)]
+
+
+def _users_of(entries: Sequence[Entry], erased: Erased) -> list[UserId]:
+    """The erased users among those of some entries."""
+    if not erased:
+        return []
+    users = dict.fromkeys(entry.user_id for entry in entries)
+    return [user for user in users if erased.hash_of(user) in erased.users]
+
+
+def _by_user(entries: Sequence[Entry]) -> dict[UserId, tuple[Entry, ...]]:
+    found: dict[UserId, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.user_id, []).append(entry)
+    return {user: tuple(own) for user, own in found.items()}
+
+
+def _by_piece(log: EventLog) -> Iterator[list[Entry]]:
+    """The entries of all users, some users at a time; of each the ones that lie in the past."""
+    users: list[UserId] = []
+    for user in log.users():
+        users.append(user)
+        if len(users) == PIECE:
+            yield _happened(log.entries(users))
+            users = []
+    yield _happened(log.entries(users))
+
+
+def _happened(entries: Sequence[Entry]) -> list[Entry]:
+    """Each user's entries up to the first one that is yet to happen, by a clock that runs ahead: a run
+    refuses an event of the future.
+    """
+    now = time.time_ns() // 1000
+    found = []
+    ahead: set[UserId] = set()
+    for entry in entries:
+        if max(entry.number, json.loads(entry.event)[EVENT_TIMESTAMP]) >= now:
+            ahead.add(entry.user_id)
+        if entry.user_id not in ahead:
+            found.append(entry)
+    return found

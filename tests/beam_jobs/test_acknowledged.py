@@ -1,0 +1,335 @@
+"""An event that a server acknowledged is known for good: to the record at once, to the next batch, and to every record
+that a batch writes, whatever came first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from beam_jobs.erase import erase
+from feature_repo import datasets
+from feature_repo.history.history import unpack
+from feature_repo.history.sketch import Layout
+from feature_repo.history.sketch import from_bytes as sketch_of
+from feature_repo.home.tables import JobFolder
+from feature_repo.settings import Settings
+from feature_repo.store.event_log import EventLog
+from feature_repo.store.event_log import log_of as event_log_of
+from feature_repo.store.online_erase import OnlineEraser
+from feature_repo.store.online_users import HISTORY, STATS, UserRecord
+from feature_repo.store.received import Received, collect
+from feature_repo.store.store import open_store
+from serving.stores.refresh import UserMemory
+from tests.small_shop import at, declared, read, shop
+
+BATCH = ("events", "user_history", "item_stats", "materialize")
+NOW = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
+HEADER = "user_id,item_id,event_timestamp,price,country\n"
+LOG = HEADER + "".join(
+    f"{user},{item},{at(day)},{day},UK\n"
+    for day, (user, item) in enumerate(
+        [("ann", "a"), ("bob", "b"), ("ann", "b"), ("cid", "c"), ("bob", "a"), ("ann", "c")], 1
+    )
+)
+
+
+def opened(
+    modules: Path, helpers: Any, name: str, log: str, source: str = '"log.csv"', **fields: str
+) -> Settings:
+    """A small shop with its tables built and its records online."""
+    text = declared(name, source, num_history_online="8", **fields)
+    settings = shop(modules, helpers, name, text, {"log.csv": log})
+    helpers.run_jobs(settings, *BATCH[:-1], num_partitions=2)
+    helpers.apply_in_process(settings)
+    helpers.run_jobs(settings, "materialize")
+    return settings
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def little(
+    request: pytest.FixtureRequest,
+    modules: Path,
+    helpers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Settings:
+    if request.param == "sqlite":
+        return opened(modules, helpers, "little", LOG)
+    monkeypatch.setenv("MEMOIR_REGISTRY_URL", request.getfixturevalue("postgres_url"))
+    monkeypatch.setenv("MEMOIR_REDIS", request.getfixturevalue("redis_address"))
+    monkeypatch.setenv("MEMOIR_DATASET", "little_remote")
+    settings = opened(modules, helpers, "little_remote", LOG)
+    settings = replace(settings, profile="production")
+    helpers.apply_in_process(settings)
+    helpers.run_jobs(settings, "materialize")
+    return settings
+
+
+@pytest.fixture
+def memory(little: Settings, helpers: Any) -> Iterator[UserMemory]:
+    made = memory_of(little)
+    # Redis is shared by tests.
+    eraser = OnlineEraser(open_store(little), datasets.load_contract(little.dataset), [])
+    eraser.erase(["ann", "bob", "cid", "new"], NOW)
+    helpers.run_jobs(little, "materialize", force=True)
+    yield made
+    made.close()
+
+
+def memory_of(settings: Settings) -> UserMemory:
+    return UserMemory(open_store(settings), datasets.load_contract(settings.dataset))
+
+
+def log_of(settings: Settings) -> EventLog:
+    found = event_log_of(open_store(settings).config)
+    assert found is not None
+    return found
+
+
+def purchase(minute: float, item: str = "a", price: float = 1.5) -> dict[str, Any]:
+    when = NOW + timedelta(minutes=minute)
+    return {"item_id": item, "action": 0, "event_timestamp": when, "price": price}
+
+
+def past_of(settings: Settings, record: UserRecord) -> list[tuple[str, datetime]]:
+    """What is packed: items and times."""
+    packed = record[HISTORY]["history"]
+    if packed is None:
+        return []
+    events = unpack(datasets.load_contract(settings.dataset), record.user_id, packed).to_pylist()
+    return [(event["item_id"], event["event_timestamp"]) for event in events]
+
+
+def assert_same(settings: Settings, one: UserRecord, other: UserRecord) -> None:
+    """Byte for byte, but for counts that fade, whose float32 halves depend on the order of sums."""
+    assert one[STATS] == other[STATS]
+    assert one[HISTORY]["history"] == other[HISTORY]["history"]
+    sketches = [record[HISTORY]["sketch"] for record in (one, other)]
+    assert (sketches[0] is None) == (sketches[1] is None)
+    if sketches[0] is not None:
+        layout = Layout.of(datasets.load_contract(settings.dataset))
+        (ours, its), (theirs, others) = (sketch_of(layout, s, one.user_id) for s in sketches)
+        assert its == others
+        np.testing.assert_array_equal(ours.cells[0], theirs.cells[0])
+        np.testing.assert_allclose(ours.cells, theirs.cells, rtol=1e-5)
+
+
+def test_the_next_batch_knows_what_a_server_took(
+    little: Settings, memory: UserMemory, helpers: Any
+) -> None:
+    before = read(little, "events", "events").num_rows
+    memory.add("ann", [purchase(0), purchase(1, "b")])
+    memory.add("new", [purchase(2)])
+    memory.add("ann", [purchase(0.5, "d")])  # late
+    taken = {user: memory.read(user) for user in ("ann", "new")}
+    assert len(log_of(little).entries(["ann", "new"])) == 4
+    helpers.run_jobs(little, *BATCH)
+    assert read(little, "events", "events").num_rows == before + 4
+    for user, record in taken.items():
+        assert_same(little, memory.read(user), record)
+    # A published run has them: the log is empty, and goes on counting where it was.
+    assert list(log_of(little).users()) == []
+    memory.add("ann", [purchase(3)])
+    (entry,) = log_of(little).entries(["ann"])
+    assert entry.number > taken["ann"].last
+    # Everything is up to date until the log says more.
+    assert [o.built for o in helpers.run_jobs(little, "events").values()] == [True]
+    assert [o.built for o in helpers.run_jobs(little, "events").values()] == [False]
+
+
+def test_a_batch_that_does_not_know_an_event_adds_it_to_its_record(
+    little: Settings, memory: UserMemory, helpers: Any
+) -> None:
+    memory.add("ann", [purchase(0)])
+    helpers.run_jobs(little, *BATCH[:-1])
+    memory.add("ann", [purchase(1, "b")])
+    memory.add("new", [purchase(2)])
+    taken = {user: memory.read(user) for user in ("ann", "bob", "new")}
+    # Twice: the second time the log was emptied, and a file alone has the events.
+    for emptied in (False, True):
+        if emptied:
+            memory.add("bob", [purchase(4)])
+            taken["bob"] = memory.read("bob")
+            helpers.run_jobs(little, "events")
+            assert list(log_of(little).users()) == []
+        wipe(little)
+        assert memory.read("ann")[STATS]["history_end"] is None
+        helpers.run_jobs(little, "materialize")
+        for user, record in taken.items():
+            assert_same(little, memory.read(user), record)
+
+
+def wipe(settings: Settings) -> None:
+    """An online store that holds nothing but the log."""
+    store = open_store(settings)
+    kept = log_of(settings).entries(["ann", "bob", "new", "cid"])
+    if store.config.online_store.type == "sqlite":
+        import sqlite3
+
+        with sqlite3.connect(Path(settings.home) / "online_store.db") as connection:
+            for (table,) in connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'memoir!_%' ESCAPE '!'"
+            ).fetchall():
+                if table != "memoir_event_log":
+                    connection.execute(f'DELETE FROM "{table}"')
+    else:
+        log = log_of(settings)
+        client: Any = log._client  # type: ignore[attr-defined]
+        for key in client.scan_iter():
+            if client.type(key) != b"hash":
+                continue
+            last = client.hget(key, "_logged")
+            client.delete(key)
+            if last:
+                client.hset(key, "_logged", last)
+    assert log_of(settings).entries(["ann", "bob", "new", "cid"]) == kept
+
+
+def test_an_event_that_comes_by_both_ways_counts_once(modules: Path, helpers: Any) -> None:
+    settings = opened(modules, helpers, "both_ways", LOG)
+    memory = memory_of(settings)
+    event = purchase(0, "b", 2.5)
+    memory.add("ann", [event, purchase(1)])
+    taken = memory.read("ann")
+    line = f"ann,b,{event['event_timestamp'].isoformat()},2.5,UK\n"
+    (Path(settings.data or "") / "log.csv").write_text(LOG + line)
+    helpers.run_jobs(settings, *BATCH)
+    counts = JobFolder(settings.home, "events").require().counts
+    assert counts.dead == {"repeated: the same event stands earlier": 1}
+    found = memory.read("ann")
+    assert past_of(settings, found) == past_of(settings, taken)
+    assert found[STATS] == taken[STATS]
+    # Sent again, it is known; and where it is no longer packed it is logged, and counts once all the same.
+    assert memory.add("ann", [event]).added == 0
+    memory.close()
+
+
+def test_what_was_drained_and_not_trimmed_is_not_written_twice(modules: Path, helpers: Any) -> None:
+    """A run that was killed leaves events in the log and in a file."""
+    settings = opened(modules, helpers, "drained", LOG)
+    contract = datasets.load_contract("drained")
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    assert collect(settings, contract) == ""
+    assert collect(settings, contract) == ""
+    memory.add("ann", [purchase(1)])
+    assert collect(settings, contract) == ""
+    received = Received(settings.home, contract)
+    assert [received.num_rows(file) for file in received.files()] == [1, 1]
+    taken = memory.read("ann")
+    # Nothing is published yet: the batch has none of them, and its record has both.
+    helpers.run_jobs(settings, "item_stats")
+    JobFolder(settings.home, "materialize").discard("none")
+    wipe(settings)
+    helpers.run_jobs(settings, "materialize")
+    assert_same(settings, memory.read("ann"), taken)
+    helpers.run_jobs(settings, *BATCH)
+    assert read(settings, "events", "events").num_rows == 8
+    assert_same(settings, memory.read("ann"), taken)
+    memory.close()
+
+
+def test_an_event_of_a_clock_that_runs_ahead_waits_in_the_log(modules: Path, helpers: Any) -> None:
+    """A batch refuses the future; the record has it."""
+    settings = opened(modules, helpers, "ahead", LOG)
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    memory.add("ann", [purchase(75)])
+    memory.add("bob", [purchase(1)])
+    taken = memory.read("ann")
+    helpers.run_jobs(settings, *BATCH)
+    assert read(settings, "events", "events").num_rows == 8
+    assert [entry.user_id for entry in log_of(settings).entries(["ann", "bob"])] == ["ann"]
+    assert_same(settings, memory.read("ann"), taken)
+    memory.close()
+
+
+def test_what_breaks_the_contract_by_now_is_a_dead_letter(modules: Path, helpers: Any) -> None:
+    """The declaration changed after the event was taken: the line is named, and costs no other."""
+    settings = opened(modules, helpers, "stricter", LOG, max_bad_fraction="0.5")
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0, price=3.0), purchase(1, price=900.0)])
+    memory.close()
+    text = (modules / "stricter.py").read_text().replace("minimum=0,", "minimum=0, maximum=100,")
+    (modules / "stricter.py").write_text(text)
+    datasets.load.cache_clear()
+    datasets.load_contract.cache_clear()
+    import sys
+
+    sys.modules.pop("feature_repo.datasets.stricter")
+    helpers.run_jobs(settings, "events")
+    (letter,) = read(settings, "events", "dead_letters").to_pylist()
+    assert letter["source_file"].startswith("part-000000-")
+    assert letter["reason"].startswith("price")
+    assert read(settings, "events", "events").num_rows == 7
+
+
+def test_an_erased_user_is_gone_and_others_keep_their_events(
+    little: Settings, memory: UserMemory, helpers: Any
+) -> None:
+    memory.add("ann", [purchase(0)])
+    memory.add("bob", [purchase(0)])
+    helpers.run_jobs(little, *BATCH)
+    memory.add("ann", [purchase(1)])
+    memory.add("bob", [purchase(1)])
+    taken = memory.read("bob")
+    helpers.run_jobs(little, "training_examples")
+    erase(little, ["ann"], [], lambda name: helpers.run_jobs(little, name))
+    assert past_of(little, memory.read("ann")) == []
+    assert log_of(little).entries(["ann"]) == []
+    assert_same(little, memory.read("bob"), taken)
+    received = Received(little.home, datasets.load_contract(little.dataset))
+    files = [received.read(file)["user_id"].to_pylist() for file in received.files()]
+    assert {user for users in files for user in users} == {"bob"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_records_are_what_a_build_from_nothing_makes(
+    modules: Path, helpers: Any, seed: int
+) -> None:
+    """After any order of events by HTTP, early, late and repeated, of files, and of jobs: what the server added is in
+    the record at all times, and the whole batch makes what a home does that has never seen anything else.
+    """
+    settings = opened(modules, helpers, f"any_order{seed}", LOG)
+    memory = memory_of(settings)
+    rng = np.random.default_rng(seed)
+    users = ["ann", "bob", "cid", "dan"]
+    added: dict[str, set[tuple[str, datetime]]] = {user: set() for user in users}
+    log = LOG
+    for _ in range(14):
+        for _ in range(int(rng.integers(4))):
+            user = str(rng.choice(users))
+            event = purchase(float(rng.integers(50)), str(rng.choice(["a", "b", "c"])))
+            if memory.add(user, [event]).added:
+                added[user].add((event["item_id"], event["event_timestamp"]))
+        if rng.random() < 0.4:
+            event = purchase(float(rng.integers(50)), str(rng.choice(["a", "b", "c"])))
+            log += f"{rng.choice(users)},{event['item_id']},{event['event_timestamp'].isoformat()},1.5,UK\n"
+            (Path(settings.data or "") / "log.csv").write_text(log)
+        helpers.run_jobs(settings, *[job for job in BATCH if rng.random() < 0.5])
+        for user in users:
+            record = memory.read(user)
+            past = past_of(settings, record)
+            assert [when for _, when in past] == sorted(when for _, when in past)
+            # Of a past longer than is packed only the newest are there.
+            oldest = past[0][1] if len(past) == 8 else datetime(2000, 1, 1, tzinfo=UTC)
+            assert {e for e in added[user] if e[1] > oldest} <= set(past)
+    helpers.run_jobs(settings, *BATCH)
+    fresh = helpers.settings_in(modules.parent / "fresh", settings.dataset, settings.data)
+    shutil.copytree(Path(settings.home) / "received", Path(fresh.home) / "received")
+    helpers.run_jobs(fresh, *BATCH[:-1], num_partitions=3)
+    helpers.apply_in_process(fresh)
+    helpers.run_jobs(fresh, "materialize")
+    anew = memory_of(fresh)
+    for user in users:
+        assert_same(settings, memory.read(user), anew.read(user))
+    memory.close()
+    anew.close()
