@@ -169,7 +169,12 @@ def _list_view(
         path=f"{settings.home}/online/{name}",
         file_format=ParquetFormat(),
         timestamp_field=schema.EVENT_TIMESTAMP,
-        tags={**more, "optional": "true", "home": settings.home},
+        tags={
+            **more,
+            "optional": "true",
+            "home": settings.home,
+            "length": str(contract.spec.num_history_online),
+        },
         description=doc,
     )
     keys = [Field(name=e.join_key, dtype=from_value_type(e.value_type)) for e in entities]

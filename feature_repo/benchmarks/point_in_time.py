@@ -1,7 +1,7 @@
 """The ASOF offline store beside Feast's DuckDB store: the same call, the same rows, seconds and
 ratio.
 
-The floor is DuckDB's own time to read the features once.
+The floor is DuckDB's own time to read the features once. Below it histories as lists (`histories.py`).
 """
 
 from __future__ import annotations
@@ -68,11 +68,22 @@ def main() -> None:
         }
         for name, times in seconds.items()
     ]
+    from feature_repo.benchmarks import histories
+
+    sizes = (
+        histories.Sizes(200, 150, 2_000)
+        if arguments.quick
+        else histories.Sizes(2_000, 150, 200_000)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        more, facts = histories.measured(Path(folder), sizes, arguments.repeats)
+    table += more
     config = {
         "entity rows": rows,
         "features": 2 * NUM_FEATURES,
         "feature rows": 2 * keys * versions,
         "rows identical": identical,
+        **facts,
     }
     report("point_in_time", config, table, arguments.json)
 

@@ -127,6 +127,8 @@ def _first_events(events: pa.Table, changes: _Changes, at: np.ndarray) -> pa.Arr
     time = micros(events[EVENT_TIMESTAMP])
     if is_on_time(events):
         return pa.array(time[changes.event[changes.first[at]]] // MICROS)
+    if (changes.sign > 0).all():
+        return pa.array(_least_so_far(time[changes.event] // MICROS, changes.first)[at])
     # The first of those that hold is not a sum: a heap of all that were known, without those that ceased to hold.
     found: list[int | None] = []
     waiting: list[tuple[int, int]] = []
@@ -146,6 +148,19 @@ def _first_events(events: pa.Table, changes: _Changes, at: np.ndarray) -> pa.Arr
             heapq.heappop(waiting)
         found.append(waiting[0][0] // MICROS if waiting else None)
     return pa.array(found, pa.int64()).take(pa.array(at))
+
+
+def _least_so_far(seconds: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The least of each user's numbers up to each one.
+
+    Args:
+        first: the place of the user's first number.
+    """
+    # Each user's numbers are moved below those of the users before, so that one running minimum serves all.
+    user = np.cumsum(first == np.arange(len(first)))
+    base = seconds.min(initial=0)
+    width = seconds.max(initial=0) - base + 1
+    return np.minimum.accumulate(seconds - base - user * width) + base + user * width
 
 
 def add(contract: Contract, stats: Mapping[str, Any], events: pa.Table) -> dict[str, Any]:

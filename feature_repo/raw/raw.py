@@ -671,10 +671,17 @@ def _iso_times(column: pa.Array, zone: tzinfo) -> pa.Array:
     offset; the others value by value.
     """
     column = pc.utf8_trim_whitespace(column)
-    # 1. Replace zones in letters or brackets by offsets.
+    # 1. Most logs write all their times in forms that Arrow reads, which costs a tenth of the rest.
+    for kind in (pa.timestamp("us", "UTC"), pa.timestamp("us")):
+        try:
+            read = pc.cast(pc.cast(column, kind), pa.int64())
+        except pa.ArrowInvalid:
+            continue
+        return read if kind.tz else _local_to_utc(read, zone)
+    # 2. Replace zones in letters or brackets by offsets.
     if pc.any(pc.match_substring_regex(column, _ZONE_BEHIND)).as_py():
         column = _with_offsets(column)
-    # 2. Read the common forms, all at once.
+    # 3. Read the common forms among others, all at once.
     micros = np.zeros(len(column), np.int64)
     known = np.zeros(len(column), bool)
     for pattern, kind in (
@@ -695,7 +702,7 @@ def _iso_times(column: pa.Array, zone: tzinfo) -> pa.Array:
         there = read.is_valid().to_numpy(zero_copy_only=False)
         micros[at[there]] = pc.drop_null(read).to_numpy(zero_copy_only=False)
         known[at] = there
-    # 3. Read all that is left, value by value.
+    # 4. Read all that is left, value by value.
     rest = np.flatnonzero(~known)
     if len(rest):
         read = _by_value(column.take(pa.array(rest)), lambda text: _iso_of(text, zone), pa.int64())

@@ -40,6 +40,7 @@ class LateView:
         names: of the asked features, by what the result calls them.
         user: the frame's column of users.
         version: the frame's column of token versions; "" of a history.
+        length: events of a list, at most.
     """
 
     made_of: str
@@ -48,6 +49,7 @@ class LateView:
     names: dict[str, str]
     user: str
     version: str
+    length: int
 
     @property
     def contract(self) -> Contract:
@@ -78,6 +80,7 @@ class LateView:
             {f"{alias}__{name}" if full else name: name for name in asked},
             renamed.get(user, user),
             renamed.get(version, version) if view.tags[MADE_OF] == lists.TOKENS else "",
+            int(tags["length"]),
         )
 
 
@@ -151,7 +154,7 @@ class LateGather:
     @property
     def most_rows(self) -> int:
         """Rows of a batch, at most: lists are long."""
-        longest = max((view.contract.spec.num_history_online for view in self.views), default=1)
+        longest = max((view.length for view in self.views), default=1)
         return max(MOST_VALUES // longest, 1)
 
     def added(self, batch: pa.RecordBatch, start: int) -> pa.RecordBatch:
@@ -199,9 +202,8 @@ class LateGather:
         reader = self._readers[place]
         assert reader is not None
         times = micros(self.entities.table[TIME].slice(start, len(users)))
-        length = view.contract.spec.num_history_online
         wanted = list(view.names.values())
-        return reader.read(as_keys(users, reader.users), times, wanted, length)
+        return reader.read(as_keys(users, reader.users), times, wanted, view.length)
 
     def _tokens(self, view: LateView, versions: pa.Array, rows: pa.Array) -> dict[str, pa.Array]:
         read = []

@@ -4,6 +4,7 @@ by name.
 
 from __future__ import annotations
 
+import itertools
 import math
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -301,3 +302,33 @@ def test_a_dead_letter_is_short_whatever_the_row_holds() -> None:
     (letter,) = limits.raw_rows(table, np.array([0]))
     assert len(letter) < 2000
     assert '"b": "é"' in letter
+
+
+def test_times_that_are_read_at_once_are_the_ones_that_are_read_one_by_one() -> None:
+    """Of every form that Arrow takes for a time, odd ones too."""
+    dates = ["2024-01-02", "2024-1-2", "20240102", "0001-01-01", "9999-12-31", "2024-02-30"]
+    clocks = [
+        "",
+        "00",
+        "10:11",
+        "10:11:12",
+        "10:11:60",
+        "24:00:00",
+        "10:11:12.5",
+        "10:11:12.1234567",
+    ]
+    zones = ["", "Z", "z", "+00:00", "+0100", "+01", "-05:30", "+24:00", "-00:00", " Z", "+1:00"]
+    berlin = ZoneInfo("Europe/Berlin")
+    taken = 0
+    for date, between, clock, behind in itertools.product(
+        dates, ["T", " ", "t", ""], clocks, zones
+    ):
+        text = date + between + clock + behind
+        at_once = raw.times(pa.array([text]), zone=berlin)[0].as_py()
+        # Beside a text of another form, Arrow does not read the column.
+        (one_by_one, _) = raw.times(
+            pa.array([text, "2024-01-02T10:11:12 CEST"]), zone=berlin
+        ).to_pylist()
+        assert at_once == one_by_one, text
+        taken += at_once is not None
+    assert taken > 150
