@@ -31,7 +31,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from beam_jobs.engine.inputs import current_inputs, output_is_there
+from beam_jobs.engine.inputs import current_inputs, output_is_there, why_anew
 from beam_jobs.engine.options import Common, RunOptions
 from beam_jobs.registry import MODULES, load_job
 from feature_repo import datasets
@@ -94,6 +94,7 @@ def run_command(
     if common.dry_run:
         console.print(describe(job, plan, planned.units, arguments), highlight=False, markup=False)
         return 0
+    _say_why_anew(name, planned.inputs, [unit.rows for unit in planned.units], settings)
     # 4. Run it, and note in the catalogue what the next run is compared with.
     catalogue = Catalogue(settings.catalogue_url)
     with (
@@ -129,6 +130,20 @@ def run_command(
     for line in outcome.lines:
         console.print(f"  {line}", highlight=False)
     return 0
+
+
+def _say_why_anew(name: str, inputs: dict[str, str], rows: list[int], settings: Settings) -> None:
+    """Say why a job that has run before runs again, and that it reads everything: rows do not build on a run
+    before.
+    """
+    published = JobFolder(settings.home, name).manifest()
+    if published is None:
+        return
+    fingerprint = datasets.load_contract(settings.dataset).fingerprint
+    if reasons := why_anew(published, fingerprint, inputs):
+        number = "all" if min(rows, default=0) < 0 else f"all {sum(rows):,}"
+        told = f"{name}: runs again, for {', '.join(reasons)}; {number} rows of its input are read anew"
+        console.print(told, highlight=False)
 
 
 def refuse_unknown(beam_args: list[str], job: str, options: RunOptions, common: Common) -> None:

@@ -5,14 +5,14 @@ skip costs nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from beam_jobs.engine.plan import job_code
 from feature_repo import datasets
 from feature_repo.datasets import Dataset
 from feature_repo.home.erased import erased_of
-from feature_repo.home.tables import JobFolder, digest_of
+from feature_repo.home.tables import JobFolder, Manifest, digest_of
 from feature_repo.raw.sources import sha256_of
 from feature_repo.settings import Settings
 from feature_repo.store.received import Received
@@ -45,6 +45,34 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
         elif manifest := JobFolder(settings.home, name).manifest():
             found[name] = manifest.digest
     return found
+
+
+# What it means that the digest of an input changed
+CHANGED = {
+    "code": "the code changed",
+    "raw": "raw files changed",
+    "received": "events came by HTTP",
+    "views": "files of custom views changed",
+    "erased": "users were erased or allowed",
+    "store": "the online store is another one",
+}
+
+
+def why_anew(published: Manifest, fingerprint: str, inputs: Mapping[str, str]) -> list[str]:
+    """The reasons for which a job's published run is not the one that is asked for; none where only its options
+    differ, or its output is gone.
+
+    Args:
+        fingerprint: of the contract in force.
+        inputs: digests of the run that is asked for.
+    """
+    reasons = []
+    if published.fingerprint != fingerprint:
+        reasons.append(
+            f"the declaration changed (contract {published.fingerprint} → {fingerprint})"
+        )
+    differ = [name for name in inputs if inputs[name] != published.inputs.get(name)]
+    return [*reasons, *(CHANGED.get(name, f"{name} has run since") for name in differ)]
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:

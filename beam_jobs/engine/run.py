@@ -73,7 +73,8 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
     for source, tables in job.reads.items():
         if source == "raw":
             raw = dataset.raw_units(settings.data)
-            units += [Unit(number, "raw", unit, unit.rows) for number, unit in enumerate(raw)]
+            first = len(units)
+            units += [Unit(first + n, "raw", unit, unit.rows) for n, unit in enumerate(raw)]
             continue
         if source == "received":
             received = Received(settings.home, contract)
@@ -175,6 +176,7 @@ def run(
             counts=collected.counts,
             tables=tables,
             received=_received(plan, units),
+            received_before=_received_before(plan, job.as_of(plan, collected.counts)),
         )
         plan.folder.publish(manifest)
         lines = job.finish(plan, manifest.counts, settings)
@@ -186,6 +188,11 @@ def _received(plan: RunPlan, units: Sequence[Unit]) -> int:
     if not plan.pinned:
         return sum(unit.table == "received" for unit in units)
     return min(manifest.received for manifest in plan.pinned.values())
+
+
+def _received_before(plan: RunPlan, as_of: int) -> int:
+    """Microseconds at or after which a run knows no acknowledged event, whatever files it has read."""
+    return min([as_of, *(manifest.received_before for manifest in plan.pinned.values())])
 
 
 def _refuse_if_erased_meanwhile(plan: RunPlan, inputs: dict[str, str]) -> None:

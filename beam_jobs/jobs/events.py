@@ -44,7 +44,7 @@ from feature_repo.history.known import known_before, known_from
 from feature_repo.home.erased import REDACTED, Erased, erased_of
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.raw import lines
-from feature_repo.raw.acknowledged import parse_acknowledged, repeated
+from feature_repo.raw.acknowledged import joined_by_content, joined_by_identity, parse_acknowledged
 from feature_repo.raw.parse import NOT_BAD, user_columns, wanted
 from feature_repo.settings import Settings
 from feature_repo.store import received
@@ -174,6 +174,8 @@ def sift(
         }
 
     counts["events_dead"] = remaining.num_rows - known.num_rows
+    if unit.table == RECEIVED:
+        counts["acknowledged_dead"] = len(events.dead) + parsed.counts["rows_dead"]
     rows = {"events": pa.concat_tables([known, strikes]), **profiles}
     return Sifted(rows, pa.concat_tables(letters), parsed.counts + Counts(counts))
 
@@ -212,16 +214,15 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
         return
     if table == "events":
         if lines.is_identified(rows):
-            resolved = lines.resolve(rows, plan.contract.spec.event_identity)
+            resolved = _resolved(plan, rows)
             rows = resolved.events
             if resolved.reasons:
                 yield _dropped_part(plan, _dropped(resolved), f"repeated-{partition:05d}.parquet")
-        twice = repeated(plan.contract, rows)
-        if twice.any():
-            again = rows.filter(pa.array(twice))
-            again = again.append_column(REASON, pa.array([lines.REPEATED] * again.num_rows))
-            yield _dropped_part(plan, again, f"received-{partition:05d}.parquet")
-            rows = rows.filter(pa.array(~twice))
+        joined = joined_by_content(plan.contract, rows)
+        if joined.repeated.num_rows:
+            again = _because(joined.repeated, lines.REPEATED)
+            yield _dropped_part(plan, again, f"acknowledged-{partition:05d}.parquet")
+            rows = joined.rows
         # Ties in time go by place and content, so that names of files decide nothing.
         ties = ("source_position", plan.contract.item.join_key, "action")
         rows = sort_by_key_and_time(rows, plan.contract.user.join_key, ties)
@@ -236,12 +237,26 @@ def build(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[Built]:
 
 def resolve(plan: RunPlan, key: Key, rows: pa.Table) -> Iterator[tuple[Key, Piece]]:
     """One partition of lines, all of each event, as events by user; lines that come to no event as `DROPPED`."""
-    resolved = lines.resolve(rows, plan.contract.spec.event_identity)
+    resolved = _resolved(plan, rows)
     user = plan.contract.user.join_key
     for partition, piece in split_by_key(resolved.events, user, num_partitions(plan)):
         yield ("events", partition), (key[1], to_ipc(piece))
     if resolved.reasons:
         yield (DROPPED, key[1]), (key[1], to_ipc(_dropped(resolved)))
+
+
+def _resolved(plan: RunPlan, rows: pa.Table) -> lines.Resolved:
+    """The events that lines come to, an acknowledged one and a file's that say the same being one."""
+    joined = joined_by_identity(plan.contract, rows)
+    found = lines.resolve(joined.rows, plan.contract.spec.event_identity)
+    again = joined.repeated.select(found.dropped.column_names)
+    reasons = [*found.reasons, *[lines.REPEATED] * again.num_rows]
+    return lines.Resolved(found.events, pa.concat_tables([found.dropped, again]), reasons)
+
+
+def _because(rows: pa.Table, reason: str) -> pa.Table:
+    """Rows that are no event, with the reason."""
+    return rows.append_column(REASON, pa.array([reason] * rows.num_rows, pa.string()))
 
 
 def _counts_of(events: pa.Table) -> Counts:
@@ -394,9 +409,19 @@ def raw_gate(plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | 
     # Nobody finds them in a report either
     if erased:
         raw = (erased.without(rows, user) if user in rows.column_names else rows for rows in raw)
+    # A line that strikes an event need not say more than which.
+    raw = (without_strikes(rows) for rows in raw)
     batches = expectations.rebatch(expectations.first_rows(raw))
     table = raw_table(dataset.spec)
     return expectations.gate(table, batches, settings.path("expectations"), _limit(plan)).docs
+
+
+def without_strikes(rows: pa.Table) -> pa.Table:
+    """Raw rows without the ones that strike an event."""
+    if lines.DELETED not in rows.column_names:
+        return rows
+    strikes = pc.fill_null(rows[lines.DELETED], 0)
+    return rows.filter(pc.equal(strikes, 0))
 
 
 def account(plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
@@ -444,8 +469,10 @@ def _refuse_too_many_dead(plan: RunPlan, counts: Counts) -> None:
     from feature_repo.contract.expectations import GateError
 
     limit = _limit(plan)
-    read = counts["rows_read"]
+    # What a server once took says nothing of the files.
+    read = counts["rows_read"] - counts["rows_acknowledged"]
     excused = sum(counts.dead.get(reason, 0) for reason in (LATE, *NOT_BAD))
+    excused += counts["acknowledged_dead"]
     dead = counts["rows_dead"] + counts["events_dead"] - excused
     if dead > limit * read:
         raise GateError(
@@ -478,7 +505,8 @@ class EventsJob(Job):
 
     name = "events"
     doc = "raw rows → events by user, profiles, dead letters"
-    reads: ClassVar = {"raw": (), RECEIVED: ()}
+    # What servers acknowledged comes first: where nothing says when a file's line arrived, that line is the later one.
+    reads: ClassVar = {RECEIVED: (), "raw": ()}
     also_depends_on = ("erased",)
     set_aside = ("dead_letters",)
 

@@ -29,7 +29,7 @@ from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.engine.steps import Each
 from beam_jobs.errors import BreaksLiveError
-from beam_jobs.jobs.user_records import RECORDS, WriteOnline, nobody, records_of, users_beyond
+from beam_jobs.jobs.user_records import RECORDS, WriteOnline, nobody, records_of, users_by_http
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema, from_micros, micros
 from feature_repo.contract.contract import contract
@@ -158,8 +158,7 @@ def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
     here = _keys(sent[True], schema.field(key)).combine_chunks()
     if view == STATS:
         # Users of whom nothing is known but what came since have a record as well.
-        only = pa.array(users_beyond(plan), earlier.type)
-        earlier = pc.unique(pa.concat_arrays([earlier, only]))
+        earlier = pc.unique(pa.concat_arrays([earlier, users_by_http(plan)]))
     gone = earlier.filter(pc.invert(pc.is_in(earlier, here)))
     if not len(gone):
         return

@@ -8,6 +8,8 @@ beyond it, and replaces the stored one only if the log has not grown meanwhile; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -36,24 +38,53 @@ PIECE = 1000
 Row = dict[str, Any]
 
 
-def _read_beyond(plan: RunPlan) -> Beyond:
-    history = plan.pinned["user_history"]
-    as_of = min(history.as_of_micros, plan.as_of or history.as_of_micros)
-    return Received(plan.home, plan.contract).beyond(history.received, as_of)
+class _Read:
+    """What `beyond` has read, and of which run and files."""
+
+    lock = Lock()
+    of: tuple[str, int, int] | None = None
+    found = Beyond({}, {})
 
 
-# What has been acknowledged and the tables do not know, as far as it has left the log
-beyond = ReadOnce(_read_beyond)
 erased = ReadOnce(lambda plan: erased_of(plan.home))
 
 
-def users_beyond(plan: RunPlan) -> list[UserId]:
+def beyond(plan: RunPlan) -> Beyond:
+    """What was acknowledged and the tables do not know, as far as it may have left the log."""
+    received = Received(plan.home, plan.contract)
+    with _Read.lock:
+        # Files may have come since this process read them.
+        state = (plan.run_id, len(received.files()), received.num_trimmed())
+        if _Read.of != state:
+            history = plan.pinned["user_history"]
+            as_of = min(history.received_before, plan.as_of or history.received_before)
+            _Read.found = received.beyond(history.received, as_of)
+            _Read.of = state
+        return _Read.found
+
+
+def users_by_http(plan: RunPlan) -> pa.Array:
+    """Users of whom an event was ever acknowledged, who may have a record that no table knows; not the erased
+    ones.
+    """
+    user = plan.contract.user.join_key
+    received = Received(plan.home, plan.contract).users()
+    logged = pa.array(_logged(plan), received.type)
+    found = pa.table({user: pc.unique(pa.concat_arrays([received, logged]))})
+    return erased(plan).without(found, user)[user].combine_chunks()
+
+
+def users_beyond(plan: RunPlan) -> set[UserId]:
     """Users of whom something was acknowledged that the tables do not know, or may not."""
+    return {*beyond(plan).lacking, *_logged(plan)}
+
+
+def _logged(plan: RunPlan) -> list[UserId]:
     log = open_log(plan.settings)
-    logged = [] if log is None else list(log.users())
-    if log is not None:
-        log.close()
-    return [*beyond(plan).lacking, *logged]
+    if log is None:
+        return []
+    with closing(log):
+        return list(log.users())
 
 
 def record_schema(contract: Contract) -> pa.Schema:

@@ -29,6 +29,7 @@ from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit, job_code
 from beam_jobs.engine.steps import Each, PlanDoFn
 from beam_jobs.errors import LostRowsError, OptionsError
+from beam_jobs.jobs.user_records import users_beyond
 from beam_jobs.summary_tokens.summarise import Piece, parts_of, summarise_part, tombstones
 from beam_jobs.summary_tokens.token_options import PreparedOptions, ResolvedOptions, prepared
 from feature_repo.contract.arrow import iso_micros
@@ -115,7 +116,9 @@ class WriteTokens(PlanDoFn):
         version = prepared(self.plan).version
         envelopes = {user: from_bytes(tokens, user) for user, (tokens, _) in every.items()}
         # What a server made of events that came since stays.
-        ahead = self._tokens.ahead(version, {u: one.digest for u, one in envelopes.items()})
+        came = users_beyond(self.plan)
+        digests = {u: one.digest for u, one in envelopes.items() if u in came}
+        ahead = self._tokens.ahead(version, digests)
         by_time: dict[int, list[Any]] = {}
         for user, envelope in envelopes.items():
             if user not in ahead:

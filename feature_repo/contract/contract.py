@@ -306,7 +306,8 @@ def _events(spec: DatasetSpec, user: Entity, item: Entity) -> Table:
             Column(EVENT_TIMESTAMP, DType.TIMESTAMP, "when it happened, UTC"),
             # Only declared ids have a column: in other logs it would always be null.
             *([REQUEST_ID] if spec.requests.has_request_id else []),
-            *([EVENT_ID] if EVENT_ID.name in spec.event_identity else []),
+            # A file must say it; an event by HTTP may not.
+            *([replace(EVENT_ID, nullable=True)] if EVENT_ID.name in spec.event_identity else []),
             *spec.event_features,
             # All are nullable here: not every event belongs to a request that says them.
             *(replace(c, nullable=True) for c in (*spec.context_features, *spec.shown_features)),

@@ -81,6 +81,8 @@ class Manifest:
     tables: dict[str, list[Part]] = field(default_factory=dict)
     # How many files of acknowledged events its rows know (store/received.py)
     received: int = 0
+    # Microseconds; of these files they know no event that became known at or after it
+    received_before: int = 0
     layout: int = LAYOUT
 
     @property

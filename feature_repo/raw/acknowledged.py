@@ -1,14 +1,18 @@
 """Events that a server acknowledged, as the `events` job reads them beside the raw files: each is a line that
-arrived when the server took it.
+arrived when the server took it, or, where lines of files do not say when they arrived, before all of theirs.
 
-A caller may send an event that also comes in a file. Where events have an identity that both lines give, they are
-lines of one event like any others (`lines.py`). Where not, an acknowledged event is another's with the same user,
-item, action and time: the line of the file stays.
+A caller may send an event that also comes in a file; then it counts once, and the line of the file stays, which says
+more. It is known from whichever came first. Two lines tell of the same event
+
+    that both name by its identity    if they agree in all that an event by HTTP can say. If not, one corrects the
+                                      other, as lines do (`lines.py`).
+    of which one has no identity      if user, item, action and time are the same
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +45,7 @@ def parse_acknowledged(contract: Contract, rows: pa.Table, file: str) -> Parsed:
     """
     schema = arrow_schema(contract.table("events"))
     user = contract.user.join_key
+    rows = rows.sort_by(NUMBER)
     said = [json.loads(text) for text in rows[EVENT].to_pylist()]
     number = rows[NUMBER].to_numpy()
     # 1. Values as the contract types them; what an event does not say is null.
@@ -56,7 +61,10 @@ def parse_acknowledged(contract: Contract, rows: pa.Table, file: str) -> Parsed:
     columns["source_position"] = pa.array(POSITIONS + number)
     events = pa.table([columns[name] for name in schema.names], schema=schema)
     if contract.spec.event_identity:
-        inner = {LINE: pa.array(np.arange(len(said))), ARRIVED: from_micros(number)}
+        # Files that do not say when their lines arrived have the last word on what an event was.
+        says = bool(contract.spec.events.arrival)
+        arrived = from_micros(number) if says else pa.nulls(len(said), TIMESTAMP)
+        inner = {LINE: pa.array(np.arange(len(said))), ARRIVED: arrived}
         inner[DELETED] = pa.array(np.zeros(len(said), bool))
         for name, values in inner.items():
             events = events.append_column(name, values)
@@ -86,27 +94,87 @@ def parse_acknowledged(contract: Contract, rows: pa.Table, file: str) -> Parsed:
     return Parsed(kept, events.slice(0, 0), users, items, letters, Counts(counts))
 
 
-def repeated(contract: Contract, events: pa.Table) -> np.ndarray:
-    """Which acknowledged events repeat another one of the same user, item, action and time, bool: of a file, or one
-    that was acknowledged earlier.
+@dataclass(frozen=True)
+class Joined:
+    """Lines of events, each told once.
+
+    Args:
+        rows: without the repeated ones, and known from whichever came first.
+        repeated: acknowledged lines that a file has as well, or that were acknowledged before.
+    """
+
+    rows: pa.Table
+    repeated: pa.Table
+
+
+def joined_by_identity(contract: Contract, lines: pa.Table) -> Joined:
+    """Join acknowledged lines to the lines of files that say the same of the same event.
+
+    Args:
+        lines: all of each event's, before they are resolved.
+    """
+    identity = contract.spec.event_identity
+    said = [column.name for column in contract.history_columns]
+    columns = list(dict.fromkeys([*identity, contract.user.join_key, *said]))
+    return _joined(lines, columns, _acknowledged(lines) & ~lacks_identity(contract, lines))
+
+
+def joined_by_content(contract: Contract, events: pa.Table) -> Joined:
+    """Join acknowledged events that have no identity to events of the same user, item, action and time.
 
     Args:
         events: all of each user of whom there are any.
     """
-    position = events["source_position"].to_numpy()
-    found = np.zeros(len(position), bool)
-    acknowledged = position >= POSITIONS
-    if not acknowledged.any():
-        return found
-    # Only users of whom there is one can have one that repeats.
-    users = events[contract.user.join_key].combine_chunks().dictionary_encode().indices.to_numpy()
-    rows = np.flatnonzero(np.isin(users, np.unique(users[acknowledged])))
-    identity = (contract.user.join_key, contract.item.join_key, "action", EVENT_TIMESTAMP)
-    code = codes_of(events, identity, rows)
-    order = np.lexsort((position[rows], code))
-    follows = np.r_[False, np.diff(code[order]) == 0]
-    found[rows[order]] = follows
-    return found & acknowledged
+    columns = [contract.user.join_key, contract.item.join_key, "action", EVENT_TIMESTAMP]
+    return _joined(events, columns, _acknowledged(events) & lacks_identity(contract, events))
+
+
+def lacks_identity(contract: Contract, rows: pa.Table) -> np.ndarray:
+    """Which rows name no event, bool; all where events have no identity."""
+    found = np.full(rows.num_rows, not contract.spec.event_identity)
+    for name in contract.spec.event_identity:
+        found |= pc.is_null(rows[name]).to_numpy()
+    return found
+
+
+def _acknowledged(rows: pa.Table) -> np.ndarray:
+    return np.asarray(rows["source_position"].to_numpy() >= POSITIONS)
+
+
+def _joined(rows: pa.Table, columns: list[str], candidates: np.ndarray) -> Joined:
+    """Join candidates to other rows that are equal in some columns."""
+    if not candidates.any():
+        return Joined(rows, rows.slice(0, 0))
+    # 1. Only users of whom there is a candidate can have one that repeats.
+    users = rows[columns[0]].combine_chunks().dictionary_encode().indices
+    users = pc.fill_null(users, -1).to_numpy()
+    places = np.flatnonzero(np.isin(users, np.unique(users[candidates])))
+    code = codes_of(rows, columns, places)
+    # 2. Of equal rows the first one stays: files have smaller positions.
+    position = rows["source_position"].to_numpy()
+    order = np.lexsort((position[places], candidates[places], code))
+    places = places[order]
+    starts = np.r_[True, np.diff(code[order]) != 0]
+    first = places[np.maximum.accumulate(np.where(starts, np.arange(len(places)), 0))]
+    repeats = candidates[places] & ~starts
+    dropped = places[repeats]
+    stays = first[repeats]
+    # 3. It is known from whichever came first.
+    for name in (ARRIVAL.name, ARRIVED):
+        if name in rows.column_names:
+            rows = _no_later(rows, name, stays, dropped)
+    kept = np.ones(rows.num_rows, bool)
+    kept[dropped] = False
+    return Joined(rows.filter(pa.array(kept)), rows.filter(pa.array(~kept)))
+
+
+def _no_later(rows: pa.Table, name: str, stays: np.ndarray, dropped: np.ndarray) -> pa.Table:
+    """Rows whose times are no later than those of rows that are dropped for them; null is the earliest."""
+    earliest = -1
+    times = pc.fill_null(pc.cast(rows[name], pa.int64()), earliest).to_numpy().copy()
+    np.minimum.at(times, stays, times[dropped])
+    stamps = pa.array(times, pa.int64(), mask=times == earliest).cast(TIMESTAMP)
+    return rows.set_column(rows.schema.get_field_index(name), name, stamps)
 
 
 def _typed(values: list[Any], field: pa.Field, reasons: list[str | None]) -> pa.Array:

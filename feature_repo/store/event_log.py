@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from feature_repo.contract.arrow import EPOCH
-from feature_repo.store.redis_writer import key_of_user
+from feature_repo.store.redis_writer import key_of_user, queue_script
 
 UserId = int | str
 # Field of a user's hash
@@ -228,7 +228,6 @@ class RedisEventLog:
         self._project = config.project
         self._cluster = config.online_store.redis_type.value == "redis_cluster"
         self._client = RedisOnlineStore()._get_client(config.online_store)
-        self._trim = self._client.register_script(TRIM)
 
     def users(self) -> Iterator[UserId]:
         from redis.crc import REDIS_CLUSTER_HASH_SLOTS
@@ -262,7 +261,7 @@ class RedisEventLog:
                 for user in users[start : start + PIECE]:
                     keys = self._keys(user)
                     arguments = [json.dumps(user), until[user]]
-                    self._trim(keys=[keys.stream, keys.users], args=arguments, client=pipe)
+                    queue_script(pipe, TRIM, [keys.stream, keys.users], arguments)
                 pipe.execute()
 
     def erase(self, users: Sequence[UserId]) -> None:

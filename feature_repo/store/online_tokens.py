@@ -80,11 +80,11 @@ class OnlineTokens:
         return list(zip(found["tokens"], found["state"], strict=True))
 
     def ahead(self, version: str, digests: Mapping[Any, int]) -> set[Any]:
-        """Users whose stored tokens know all that their record does, while tokens of these histories do not: a
-        server took events that the tables lack.
+        """Users whose stored tokens know all that their record does, while tokens of these histories do not.
 
         Args:
-            digests: of the histories behind the tokens that are to be written, by user.
+            digests: of the histories behind the tokens that are to be written, by user; of users of whom a server
+                took events that the tables lack.
         """
         users = list(digests)
         found: set[Any] = set()

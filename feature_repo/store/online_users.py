@@ -45,7 +45,7 @@ from feature_repo.store.event_log import (
     slot_of,
 )
 from feature_repo.store.online_rows import write_rows
-from feature_repo.store.redis_writer import expire
+from feature_repo.store.redis_writer import expire, queue_script
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -75,15 +75,16 @@ for k = 1, hashes do
   sets[k] = {at + 1, at + number}
   at = at + 1 + number
 end
-for k, range in ipairs(sets) do
-  if range[2] >= range[1] then redis.call('HSET', KEYS[k], unpack(ARGV, range[1], range[2])) end
-end
+-- The log first: it refuses a number that is not larger than its last, and then nothing has changed.
 if events > 0 then
   for n = 4, 2 + 2 * events, 2 do
     redis.call('XADD', KEYS[hashes + 1], ARGV[n] .. '-0', 'event', ARGV[n + 1])
   end
   redis.call('SADD', KEYS[hashes + 2], ARGV[3])
   redis.call('HSET', KEYS[1], '_logged', ARGV[2 + 2 * events])
+end
+for k, range in ipairs(sets) do
+  if range[2] >= range[1] then redis.call('HSET', KEYS[k], unpack(ARGV, range[1], range[2])) end
 end
 return 1
 """
@@ -124,7 +125,7 @@ class Logged:
     """What the log holds of a user.
 
     Args:
-        last: the number of the last entry there was; 0 of a user without any.
+        last: the number of the last entry there was, as the record has it; 0 of a user without any.
         entries: that are still there, in order.
     """
 
@@ -140,12 +141,14 @@ class UserRecord:
         views: each view's features, None where there is no value.
         raw: the same as it is stored; empty where the store cannot compare.
         last: the number of the last entry of the log; 0 where there was none.
+        held: the same as Redis holds it in the user's hash, from where it may be gone.
     """
 
     user_id: int | str
     views: Mapping[str, Mapping[str, Any]]
     raw: Raw
     last: int = 0
+    held: bytes | None = None
 
     def __getitem__(self, view: str) -> Mapping[str, Any]:
         return self.views[view]
@@ -262,13 +265,15 @@ class _Definitions:
             for place in range(len(rows.users))
         ]
 
-    def record(self, user_id: int | str, raw: Raw, last: int) -> UserRecord:
+    def record(
+        self, user_id: int | str, raw: Raw, last: int, held: bytes | None = None
+    ) -> UserRecord:
         from feast.protos.feast.types.Value_pb2 import Value
 
         views: dict[str, dict[str, Any]] = {view: {} for view in self.views}
         for (view, name), data in raw.items():
             views[view][name] = plain_value(Value.FromString(data)) if data else None
-        return UserRecord(user_id, views, raw, last)
+        return UserRecord(user_id, views, raw, last, held)
 
 
 class _RedisRecords:
@@ -296,11 +301,15 @@ class _RedisRecords:
         with self._client.pipeline(transaction=not self._apart) as pipe:
             for key, views in hashes.items():
                 pipe.hmget(key, [LAST, *(self._fields[pair] for pair in self._pairs(views))])
-            found = pipe.execute()
+            # The hash may have expired, or been thrown out, while the log stayed.
+            pipe.xrevrange(self._log_keys(user_id, next(iter(hashes))).stream, count=1)
+            *found, newest = pipe.execute()
         raw: Raw = {}
         for views, (_, *values) in zip(hashes.values(), found, strict=True):
             raw |= dict(zip(self._pairs(views), values, strict=True))
-        return self._definitions.record(user_id, raw, int(found[0][0] or 0))
+        held = found[0][0]
+        numbers = [int(held or 0), *(entry.number for entry in entries_of(user_id, newest))]
+        return self._definitions.record(user_id, raw, max(numbers), held)
 
     def swap(
         self, seen: UserRecord, rows: Mapping[str, NewRow], entries: Sequence[Entry] = ()
@@ -309,7 +318,7 @@ class _RedisRecords:
         hashes = self._hashes(seen.user_id)
         calls: list[list[Any]] = []
         for number, views in enumerate(hashes.values()):
-            compared: list[Any] = [] if number else [LAST, _digest_of_last(seen.last)]
+            compared: list[Any] = [] if number else [LAST, _digest(seen.held)]
             for pair in self._pairs(views):
                 compared += [self._fields[pair], _digest(seen.raw[pair])]
             parts: list[Any] = []
@@ -334,16 +343,13 @@ class _RedisRecords:
     def logged(self, users: Sequence[UserId]) -> list[Logged]:
         keys = [self._own_hash(user) for user in users]
         with self._client.pipeline(transaction=False) as pipe:
-            for key in keys:
+            for user, key in zip(users, keys, strict=True):
                 pipe.hget(key, LAST)
-            lasts = [int(last or 0) for last in pipe.execute()]
-            having = [place for place, last in enumerate(lasts) if last]
-            for place in having:
-                pipe.xrange(self._log_keys(users[place], keys[place]).stream)
-            found = dict(zip(having, pipe.execute(), strict=True))
+                pipe.xrange(self._log_keys(user, key).stream)
+            found = pipe.execute()
         return [
-            Logged(last, tuple(entries_of(user, found.get(place, []))))
-            for place, (user, last) in enumerate(zip(users, lasts, strict=True))
+            Logged(int(last or 0), tuple(entries_of(user, entries)))
+            for user, last, entries in zip(users, found[::2], found[1::2], strict=True)
         ]
 
     def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
@@ -358,7 +364,7 @@ class _RedisRecords:
                         parts += self._parts(view, values, int(rows.known[place]))
                     last = _digest_of_last(logged[place].last)
                     arguments = [1, 0, "", 1, LAST, last, len(parts), *parts]
-                    self._script(keys=[keys[place]], args=arguments, client=pipe)
+                    queue_script(pipe, SWAP, [keys[place]], arguments)
                 swapped += pipe.execute()
                 expire(pipe, self._online, keys[start : start + PIECE])
                 pipe.execute()

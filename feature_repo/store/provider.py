@@ -52,9 +52,11 @@ class MemoirProvider(PassthroughProvider):
     def online_write_batch(
         self, config: Any, table: Any, data: Rows, progress: Callable[[int], Any] | None
     ) -> None:
-        """Write rows; of a custom view only the ones that are not older than what is stored."""
+        """Write rows; of a custom view, and of tokens, only the ones that are not older than what is stored."""
         if table.tags.get(OWN) == "true":
             write_if_newest(self.online_store, config, table, data, progress)
+        elif table.name == TOKENS and config.online_store.type == "sqlite":
+            upsert_sqlite(self.online_store._get_conn(config), config, table, data)
         else:
             super().online_write_batch(config, table, data, progress)
 

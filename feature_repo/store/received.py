@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -30,10 +31,11 @@ from feature_repo.contract.arrow import arrow_type
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.home.erased import Erased, erased_of
-from feature_repo.home.tables import JobFolder, JobRunningError, digest_of, parquet_bytes
+from feature_repo.home.tables import DRAFT, JobFolder, JobRunningError, digest_of, parquet_bytes
 from feature_repo.raw.acknowledged import EVENT, KNOWN, NUMBER
 from feature_repo.settings import Settings
 from feature_repo.store.event_log import Entry, EventLog, SqliteEventLog, UserId, log_of
+from feature_repo.store.online_erase import OnlineEraser
 from feature_repo.store.store import ONLINE, local_file, open_store
 
 FOLDER = "received"
@@ -68,7 +70,7 @@ class Received:
     Example:
         >>> received = Received("/data/shop", contract)
         >>> received.collect(log)
-        2
+        []
         >>> [file.number for file in received.files()]
         [0, 1]
     """
@@ -101,6 +103,16 @@ class Received:
         content = [self._folder.read_bytes(file.file) for file in self.files()]
         return digest_of([digest_of(repr(data)) for data in content])
 
+    def users(self) -> pa.Array:
+        """Everybody of whom there is an event."""
+        user = self._contract.user.join_key
+        columns = [self._folder.read_path(file.file, [user])[user] for file in self.files()]
+        found = pa.chunked_array(
+            [pc.unique(c).cast(self._schema.field(0).type) for c in columns],
+            self._schema.field(0).type,
+        )
+        return pc.unique(found)
+
     def num_rows(self, file: ReceivedFile) -> int:
         with self._folder.filesystem.open_input_file(file.file) as opened:
             return int(pq.read_metadata(opened).num_rows)
@@ -109,30 +121,34 @@ class Received:
         """A file's rows."""
         return self._folder.read_path(file.file).cast(self._schema)
 
-    def collect(self, log: EventLog) -> int:
-        """Write what the log holds and no file has; returns how many entries.
+    def collect(self, log: EventLog) -> list[UserId]:
+        """Write what the log holds and no file has. Returns erased users of whom it held something, which is gone
+        from it now: a server may have taken their events at the moment of the erasure.
 
         Raises:
             JobRunningError: another process collects.
         """
         with self._folder.lock():
+            self._drop_drafts()
             here = self._not_trimmed()
             erased = erased_of(self._home)
             waiting: list[Entry] = []
-            number = 0
+            struck: list[UserId] = []
             for entries in _by_piece(log):
-                # A server may have taken events of a user at the moment of the erasure.
                 if gone := _users_of(entries, erased):
                     log.erase(gone)
+                    struck += gone
                 waiting += [
                     entry
                     for entry in entries
                     if entry.number > here.get(entry.user_id, 0) and entry.user_id not in gone
                 ]
                 while len(waiting) >= MAX_ROWS:
-                    number += self._write(waiting[:MAX_ROWS])
+                    self._write(waiting[:MAX_ROWS])
                     waiting = waiting[MAX_ROWS:]
-            return number + (self._write(waiting) if waiting else 0)
+            if waiting:
+                self._write(waiting)
+            return struck
 
     def trim(self, log: EventLog, files: int) -> None:
         """Drop the entries of the first so many files from the log; nothing where somebody merges.
@@ -141,7 +157,7 @@ class Received:
             JobRunningError: another process collects.
         """
         with self._folder.lock():
-            first = self._num_trimmed()
+            first = self.num_trimmed()
             if files <= first:
                 return
             try:
@@ -181,7 +197,7 @@ class Received:
         """
         known: dict[UserId, int] = {}
         lacking: list[Entry] = []
-        trimmed = self._num_trimmed()
+        trimmed = self.num_trimmed()
         for file in self.files():
             if file.number < files and file.known < as_of:
                 if file.number >= trimmed:
@@ -198,6 +214,7 @@ class Received:
         """Rewrite files without erased users; returns how many events went."""
         gone = 0
         with self._folder.lock():
+            self._drop_drafts()
             for file in self.files():
                 rows = self.read(file)
                 kept = erased.without(rows, self._contract.user.join_key)
@@ -206,7 +223,16 @@ class Received:
                     self._folder.write_bytes(file.file, parquet_bytes(kept))
         return gone
 
-    def _write(self, entries: Sequence[Entry]) -> int:
+    def _drop_drafts(self) -> None:
+        """Remove what a killed process left half-written; nobody else writes now."""
+        found = self._folder.filesystem.get_file_info(
+            pafs.FileSelector(self._folder.root, allow_not_found=True)
+        )
+        for info in found:
+            if info.base_name.endswith(DRAFT):
+                self._folder.filesystem.delete_file(info.path)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
         times = [json.loads(entry.event)[EVENT_TIMESTAMP] for entry in entries]
         number = np.array([entry.number for entry in entries])
         known = np.maximum(number, times)
@@ -219,16 +245,16 @@ class Received:
         name = f"part-{len(self.files()):06d}-{known.max()}.parquet"
         data = parquet_bytes(pa.table(columns, schema=self._schema))
         self._folder.write_bytes(f"{self._folder.root}/{name}", data)
-        return len(entries)
 
-    def _num_trimmed(self) -> int:
+    def num_trimmed(self) -> int:
+        """How many of the files have left the log."""
         stored = self._folder.read_bytes(f"{self._folder.root}/{TRIMMED}")
         return 0 if stored is None else int(json.loads(stored)["files"])
 
     def _not_trimmed(self) -> dict[UserId, int]:
         """The last number of each user in files whose entries may still be in the log."""
         found: dict[UserId, int] = {}
-        for file in self.files()[self._num_trimmed() :]:
+        for file in self.files()[self.num_trimmed() :]:
             found |= self._last_of(file)
         return found
 
@@ -251,15 +277,22 @@ def open_log(settings: Settings) -> EventLog | None:
 
 
 def collect(settings: Settings, contract: Contract) -> str:
-    """Bring what the log holds into files. Returns a line where it could not be asked: what it holds stays there.
+    """Bring what the log holds into files, and drop from it what a published run has. Returns a line where it could
+    not be asked: what it holds stays there.
 
     Raises:
         JobRunningError: another process collects.
     """
+    published = JobFolder(settings.home, "events").manifest()
+    received = Received(settings.home, contract)
     try:
         with _opened(settings) as log:
-            if log is not None:
-                Received(settings.home, contract).collect(log)
+            if log is None:
+                return ""
+            received.trim(log, published.received if published else 0)
+            struck = received.collect(log)
+        if struck:
+            OnlineEraser(open_store(settings), contract, []).sweep(struck, datetime.now(UTC))
     except JobRunningError:
         raise
     except Exception as error:

@@ -76,7 +76,6 @@ def write_newest(
     from google.protobuf.timestamp_pb2 import Timestamp
 
     client = RedisOnlineStore()._get_client(config.online_store)
-    script = client.register_script(COMPARE_AND_SET)
     version = config.entity_key_serialization_version
     for start in range(0, len(rows), PIECE):
         with client.pipeline(transaction=False) as pipe:
@@ -90,7 +89,7 @@ def write_newest(
                 ]
                 key = _redis_key(config.project, entity, entity_key_serialization_version=version)
                 time = [f"_ts:{view}", stamp.SerializeToString(), "not earlier"]
-                script(keys=[key], args=[*time, *pairs], client=pipe)
+                queue_script(pipe, COMPARE_AND_SET, [key], [*time, *pairs])
                 expire(pipe, config.online_store, [key])
             pipe.execute()
     client.close()
@@ -104,6 +103,11 @@ def expire(client: Any, online: Any, keys: Sequence[bytes]) -> None:
         return
     for key in keys:
         client.expire(name=key, time=online.key_ttl_seconds)
+
+
+def queue_script(pipe: Any, script: str, keys: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """Queue a script in a pipeline: by its text, since a cluster's pipeline takes no other."""
+    pipe.eval(script, len(keys), *keys, *arguments)
 
 
 class RedisWriter:
@@ -139,7 +143,6 @@ class RedisWriter:
         self._project = config.project
         self._version = config.entity_key_serialization_version
         self._client = RedisOnlineStore()._get_client(config.online_store)
-        self._script = self._client.register_script(COMPARE_AND_SET)
 
     def write(
         self,
@@ -212,7 +215,7 @@ class RedisWriter:
                     )
                     keys_of_piece.append(key)
                     arguments = [self._time_field, time, "later", *pairs]
-                    self._script(keys=[key], args=arguments, client=pipe)
+                    queue_script(pipe, COMPARE_AND_SET, [key], arguments)
                 written += sum(pipe.execute())
                 expire(pipe, self._online, keys_of_piece)
                 pipe.execute()

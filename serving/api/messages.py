@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from feature_repo.contract.contract import Contract
+from feature_repo.contract.contract import EVENT_ID, Contract
 from feature_repo.contract.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, Column, DType
 from serving.api.degraded import Degraded
 from serving.api.errors import BadRequestError, InvalidRequestError
@@ -367,20 +367,26 @@ def decode_history(body: bytes, contract: Contract, media: str = JSON) -> Histor
 
 
 @cache
-def event_type(item: str, actions: tuple[str, ...], features: tuple[Column, ...]) -> type[Struct]:
+def event_type(
+    item: str, actions: tuple[str, ...], features: tuple[Column, ...], *, named: bool = False
+) -> type[Struct]:
     """One event with the columns of a dataset's histories; a column that an event may lack is left out
     or null.
 
     Args:
         item: join key of items.
         features: event features.
+        named: whether the source names its events, so that a line of a file may correct this one.
     """
-    named: Any = Literal[actions]
+    action: Any = Literal[actions]
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         (item, Id),
         ("event_timestamp", Annotated[datetime, Meta(tz=True)]),
-        ("action", named, actions[0]),
+        ("action", action, actions[0]),
     ]
+    if named:
+        name = Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)]
+        fields.append((EVENT_ID.name, name | None, None))
     for column in features:
         kind = _wire_type(column)
         fields.append((column.name, kind | None, None) if column.nullable else (column.name, kind))
@@ -396,7 +402,12 @@ def event_of(contract: Contract) -> type[Struct]:
     spec = contract.spec
     # What a user was shown is in no history.
     actions = tuple(name for name in spec.actions if name != spec.shown)
-    return event_type(contract.item.join_key, actions, tuple(spec.event_features))
+    return event_type(
+        contract.item.join_key,
+        actions,
+        tuple(spec.event_features),
+        named=EVENT_ID.name in spec.event_identity,
+    )
 
 
 @cache

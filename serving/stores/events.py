@@ -15,12 +15,17 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from feature_repo.contract import limits
+from feature_repo.contract.arrow import history_schema
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import Table
 from feature_repo.home.erased import ErasedList
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.bundle.bundle import Bundle
 from modeling.bundle.summary import Summariser
-from serving.api.errors import ErasedUserError, StoreAwayError
+from serving.api.errors import ErasedUserError, InvalidRequestError, StoreAwayError
 from serving.api.messages import EventsResponse
 from serving.stores.items import Id
 from serving.stores.refresh import BusyUserError, Refresher, UserMemory
@@ -55,6 +60,8 @@ class EventTaker:
                 "an online store of type %s keeps no log of events: the next batch forgets those that are in no file",
                 store.config.online_store.type,
             )
+        self._schema = history_schema(contract)
+        self._limits = Table("events", "Events by HTTP.", contract.history_columns)
         self._erased = ErasedList(home)
         # Two threads of one process would only make each other begin again.
         self._one_at_a_time = threading.Lock()
@@ -71,10 +78,12 @@ class EventTaker:
         """Add events, in any order.
 
         Raises:
+            InvalidRequestError: one breaks a limit of the contract: the next batch would set it aside.
             ErasedUserError: the user was erased.
             StoreAwayError: whether they were cannot be told.
             HistoryError: what is stored of the user is damaged.
         """
+        self._refuse_broken(events)
         with self._one_at_a_time:
             try:
                 taken = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
@@ -82,6 +91,14 @@ class EventTaker:
                 raise StoreAwayError(f"{error}: send them again") from error
         known = len(events) - taken.added - taken.waiting
         return EventsResponse(taken.added, known, taken.waiting)
+
+    def _refuse_broken(self, events: list[dict[str, Any]]) -> None:
+        """Refuse what no batch would take, so that what is acknowledged is kept."""
+        rows = pa.Table.from_pylist(events, schema=self._schema)
+        if reasons := limits.check(self._limits, rows).reasons:
+            raise InvalidRequestError(
+                f"an event breaks the contract, {reasons[0]}; nothing was added"
+            )
 
     def _refuse_erased(self, user_id: Id) -> None:
         """Refuse events of a user who was erased, also while they were on their way."""

@@ -258,7 +258,8 @@ class UserMemory:
         there already, the same item, action and time, is not added.
 
         Args:
-            new_events: columns of `contract.history_columns`; impressions among them are left out.
+            new_events: columns of `contract.history_columns`, and what else the log is to hold; impressions among
+                them are left out.
             refuse: raises where this user's events are not to be added; asked before each attempt.
 
         Raises:
@@ -299,8 +300,11 @@ class UserMemory:
         made = self._tokens_after(record, found.packed, found.counted, digest)
         if made is not None:
             rows[TOKENS] = made.row
-        logged = pa.concat_tables([found.added, found.waiting]).sort_by(ARRIVED).to_pylist()
-        entries = [Entry(record.user_id, event.pop(ARRIVED), to_text(event)) for event in logged]
+        logged = [*found.added[ARRIVED].to_pylist(), *found.waiting[ARRIVED].to_pylist()]
+        entries = [
+            Entry(record.user_id, number, to_text(new_events[number - first]))
+            for number in sorted(logged)
+        ]
         return _After(rows, entries, Added(found.added.num_rows, found.waiting.num_rows))
 
     def _tokens_after(

@@ -5,6 +5,7 @@ that a batch writes, whatever came first.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -91,6 +92,15 @@ def log_of(settings: Settings) -> EventLog:
     found = event_log_of(open_store(settings).config)
     assert found is not None
     return found
+
+
+def redeclared(modules: Path, name: str, old: str, new: str) -> None:
+    """Change a shop's declaration."""
+    file = modules / f"{name}.py"
+    file.write_text(file.read_text().replace(old, new))
+    datasets.load.cache_clear()
+    datasets.load_contract.cache_clear()
+    sys.modules.pop(f"feature_repo.datasets.{name}")
 
 
 def purchase(minute: float, item: str = "a", price: float = 1.5) -> dict[str, Any]:
@@ -211,6 +221,38 @@ def test_an_event_that_comes_by_both_ways_counts_once(modules: Path, helpers: An
     memory.close()
 
 
+@pytest.mark.parametrize("identity", ['("event_id",)', '("user_id", "event_id")'])
+def test_a_line_of_a_file_corrects_and_strikes_what_came_by_http(
+    modules: Path, helpers: Any, identity: str
+) -> None:
+    """Where both name the event. One that names none is an event by itself."""
+    header = "event_id,user_id,item_id,event_timestamp,price,country,seen,gone\n"
+    lines = header + f"e1,ann,a,{at(1)},1,UK,{at(1)},0\n"
+    name = f"named{len(identity)}"
+    source = '"log.csv", arrival="seen", deleted="gone"'
+    settings = opened(modules, helpers, name, lines, source, event_identity=identity)
+    memory = memory_of(settings)
+    memory.add(
+        "ann", [purchase(0, "b") | {"event_id": "h1"}, purchase(1, "c") | {"event_id": "h2"}]
+    )
+    memory.add("ann", [purchase(2, "d")])
+    helpers.run_jobs(settings, *BATCH)
+    assert [item for item, _ in past_of(settings, memory.read("ann"))] == ["a", "b", "c", "d"]
+    later = datetime.now(UTC).isoformat()
+    first = (NOW + timedelta(seconds=30)).isoformat()
+    lines += f"h1,ann,e,{first},9,UK,{later},0\nh2,ann,,,,,{later},1\n"
+    (Path(settings.data or "") / "log.csv").write_text(lines)
+    helpers.run_jobs(settings, *BATCH)
+    record = memory.read("ann")
+    assert [item for item, _ in past_of(settings, record)] == ["a", "e", "d"]
+    assert record[STATS]["history_end"] == 3
+    # What was known in between stays known of then.
+    events = read(settings, "events", "events")
+    assert events.num_rows == 5
+    assert events["replaced_timestamp"].null_count == 3
+    memory.close()
+
+
 def test_what_was_drained_and_not_trimmed_is_not_written_twice(modules: Path, helpers: Any) -> None:
     """A run that was killed leaves events in the log and in a file."""
     settings = opened(modules, helpers, "drained", LOG)
@@ -257,18 +299,36 @@ def test_what_breaks_the_contract_by_now_is_a_dead_letter(modules: Path, helpers
     memory = memory_of(settings)
     memory.add("ann", [purchase(0, price=3.0), purchase(1, price=900.0)])
     memory.close()
-    text = (modules / "stricter.py").read_text().replace("minimum=0,", "minimum=0, maximum=100,")
-    (modules / "stricter.py").write_text(text)
-    datasets.load.cache_clear()
-    datasets.load_contract.cache_clear()
-    import sys
-
-    sys.modules.pop("feature_repo.datasets.stricter")
+    redeclared(modules, "stricter", "minimum=0,", "minimum=0, maximum=100,")
     helpers.run_jobs(settings, "events")
     (letter,) = read(settings, "events", "dead_letters").to_pylist()
     assert letter["source_file"].startswith("part-000000-")
     assert letter["reason"].startswith("price")
     assert read(settings, "events", "events").num_rows == 7
+
+
+def test_a_home_that_moves_to_another_declaration_says_what_it_reads_anew(
+    modules: Path, helpers: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And why; and what servers took stays, once."""
+    from beam_jobs.command import run_command
+    from beam_jobs.engine.options import Common, TableOptions
+
+    settings = opened(modules, helpers, "moving", LOG)
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    memory.close()
+    helpers.run_jobs(settings, "events")
+    redeclared(modules, "moving", '"log.csv"', '"log.csv", arrival=FILE_TIME')
+    capsys.readouterr()
+    run_command("events", TableOptions(), Common(), [], settings)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "events: runs again, for the declaration changed (contract " in said or "raw files" in said
+    )
+    assert "all 7 rows of its input are read anew" in said
+    events = read(settings, "events", "events")
+    assert (events.num_rows, events["arrival_timestamp"].null_count) == (7, 0)
 
 
 def test_an_erased_user_is_gone_and_others_keep_their_events(
