@@ -367,27 +367,43 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
 @pytest.fixture(scope="session")
 def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis of our own on a free loopback port."""
-    if not shutil.which("redis-server"):
-        _missing("redis-server")
-    port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    command = [
-        "redis-server",
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--appendonly",
-        "no",
-        "--dir",
-        str(folder),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for_port(port, process)
-    yield f"127.0.0.1:{port}"
-    process.terminate()
-    process.wait(timeout=10)
+    server = Redis(tmp_path_factory.mktemp("redis"), "--appendonly", "no")
+    server.start()
+    yield f"127.0.0.1:{server.port}"
+    server.stop()
+
+
+class Redis:
+    """A Redis of our own, which may be killed.
+
+    Args:
+        folder: its own.
+        options: further ones of `redis-server`.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        if not shutil.which("redis-server"):
+            _missing("redis-server")
+        self.port = free_port()
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self._command = [*command, "--dir", str(folder), *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_for_port(self.port, self._process)
+
+    def kill(self) -> None:
+        """End it as a failing machine would, and start it again from what it wrote."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self.start()
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
 
 class Postgres:

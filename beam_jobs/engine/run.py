@@ -18,6 +18,7 @@ from beam_jobs.engine.pipeline import pipeline_of, run_pipeline, threads_of
 from beam_jobs.engine.plan import InputPart, RunPlan, Unit
 from feature_repo import datasets
 from feature_repo.contract.arrow import iso_micros, micros_iso
+from feature_repo.history.known import NEVER
 from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, Manifest, Part, StaleTableError, digest_of
 from feature_repo.settings import Settings
@@ -176,7 +177,7 @@ def run(
             counts=collected.counts,
             tables=tables,
             received=_received(plan, units),
-            received_before=_received_before(plan, job.as_of(plan, collected.counts)),
+            received_before=_received_before(plan, as_of),
         )
         plan.folder.publish(manifest)
         lines = job.finish(plan, manifest.counts, settings)
@@ -190,9 +191,12 @@ def _received(plan: RunPlan, units: Sequence[Unit]) -> int:
     return min(manifest.received for manifest in plan.pinned.values())
 
 
-def _received_before(plan: RunPlan, as_of: int) -> int:
-    """Microseconds at or after which a run knows no acknowledged event, whatever files it has read."""
-    return min([as_of, *(manifest.received_before for manifest in plan.pinned.values())])
+def _received_before(plan: RunPlan, as_of: str | None) -> int:
+    """Microseconds at or after which a run knows no acknowledged event of the files that it has read; `NEVER` where
+    nobody asked for a time.
+    """
+    asked = iso_micros(as_of) if as_of else NEVER
+    return min([asked, *(manifest.received_before for manifest in plan.pinned.values())])
 
 
 def _refuse_if_erased_meanwhile(plan: RunPlan, inputs: dict[str, str]) -> None:

@@ -57,8 +57,11 @@ def beyond(plan: RunPlan) -> Beyond:
         state = (plan.run_id, len(received.files()), received.num_trimmed())
         if _Read.of != state:
             history = plan.pinned["user_history"]
-            as_of = min(history.received_before, plan.as_of or history.received_before)
-            _Read.found = received.beyond(history.received, as_of)
+            before = history.received_before
+            # The rows of a run as of an earlier time are older ones.
+            if plan.as_of is not None and plan.as_of < history.as_of_micros:
+                before = min(before, plan.as_of)
+            _Read.found = received.beyond(history.received, before)
             _Read.of = state
         return _Read.found
 

@@ -293,21 +293,6 @@ def to_text(event: Mapping[str, Any]) -> str:
     return json.dumps(dict(event), default=_micros, ensure_ascii=False, sort_keys=True)
 
 
-def from_text(text: str, times: Iterable[str]) -> dict[str, Any]:
-    """An event of the log.
-
-    Args:
-        times: the columns that hold times.
-    """
-    event: dict[str, Any] = json.loads(text)
-    stamps = {
-        name: EPOCH + timedelta(microseconds=event[name])
-        for name in times
-        if event.get(name) is not None
-    }
-    return event | stamps
-
-
 def _micros(value: Any) -> int:
     if not isinstance(value, datetime):
         raise TypeError(f"expected a number, a text, a list of them or a time, got {value!r}")

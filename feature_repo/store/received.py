@@ -191,22 +191,22 @@ class Received:
                     time.sleep(0.1)
             yield
 
-    def beyond(self, files: int, as_of: int) -> Beyond:
-        """What a table does not know that has read the first so many files, and nothing at or after a time,
-        microseconds.
+    def beyond(self, files: int, before: int) -> Beyond:
+        """What a table does not know that has read the first so many files, and of these the events that were known
+        before a time, microseconds.
         """
         known: dict[UserId, int] = {}
         lacking: list[Entry] = []
         trimmed = self.num_trimmed()
         for file in self.files():
-            if file.number < files and file.known < as_of:
+            if file.number < files and file.known < before:
                 if file.number >= trimmed:
                     known |= self._last_of(file)
                 continue
             rows = self.read(file)
             known |= self._last_of(file)
             if file.number < files:
-                rows = rows.filter(pc.greater_equal(rows[KNOWN], as_of))
+                rows = rows.filter(pc.greater_equal(rows[KNOWN], before))
             lacking += entries_in(rows)
         return Beyond(known, _by_user(lacking))
 

@@ -107,7 +107,7 @@ def expire(client: Any, online: Any, keys: Sequence[bytes]) -> None:
 
 def queue_script(pipe: Any, script: str, keys: Sequence[Any], arguments: Sequence[Any]) -> None:
     """Queue a script in a pipeline: by its text, since a cluster's pipeline takes no other."""
-    pipe.eval(script, len(keys), *keys, *arguments)
+    pipe.execute_command("EVAL", script, len(keys), *keys, *arguments)
 
 
 class RedisWriter:

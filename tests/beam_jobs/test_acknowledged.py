@@ -393,3 +393,136 @@ def test_records_are_what_a_build_from_nothing_makes(
         assert_same(settings, memory.read(user), anew.read(user))
     memory.close()
     anew.close()
+
+
+IDENTITY = '("user_id", "item_id", "event_timestamp")'
+
+
+@pytest.mark.parametrize("arrival", ["", "seen"])
+def test_what_both_ways_say_of_one_event_is_one_event(
+    modules: Path, helpers: Any, arrival: str
+) -> None:
+    """A file says more than an event by HTTP can, and nothing is corrected by that; of different values the one that
+    arrived last holds, and of a file that does not say when, the file's.
+    """
+    name = f"same_event{arrival}"
+    header = "user_id,item_id,event_timestamp,price,country,page,seen\n"
+    source = '"log.csv"' + (f', arrival="{arrival}"' if arrival else "")
+    text = declared(name, source, event_identity=IDENTITY, num_history_online="8").replace(
+        "event_features=",
+        'context_features=(Column("page", DType.STRING, "", kind=CATEGORY, nullable=True),), event_features=',
+    )
+    settings = shop(
+        modules, helpers, name, text, {"log.csv": header + f"ann,a,{at(1)},1,UK,home,{at(1)}\n"}
+    )
+    helpers.run_jobs(settings, *BATCH[:-1], num_partitions=2)
+    helpers.apply_in_process(settings)
+    helpers.run_jobs(settings, "materialize")
+    memory = memory_of(settings)
+    same, other = purchase(0, "b", 2.0), purchase(1, "c", 2.0)
+    memory.add("ann", [same, other])
+    later = datetime.now(UTC).isoformat()
+    log = header + f"ann,a,{at(1)},1,UK,home,{at(1)}\n"
+    log += f"ann,b,{same['event_timestamp'].isoformat()},2,UK,search,{later}\n"
+    log += f"ann,c,{other['event_timestamp'].isoformat()},7,UK,search,{later}\n"
+    (Path(settings.data or "") / "log.csv").write_text(log)
+    helpers.run_jobs(settings, *BATCH)
+    events = [
+        e for e in read(settings, "events", "events").to_pylist() if e["replaced_timestamp"] is None
+    ]
+    assert [(e["item_id"], e["price"], e["page"]) for e in events] == [
+        ("a", 1.0, "home"),
+        ("b", 2.0, "search"),
+        ("c", 7.0, "search"),
+    ]
+    # Known from whichever came first
+    assert (events[1]["arrival_timestamp"] or NOW) < datetime.fromisoformat(later)
+    assert memory.read("ann")[STATS]["history_end"] == 3
+    memory.close()
+
+
+def test_a_file_that_does_not_say_when_its_lines_arrived_has_the_last_word(
+    modules: Path, helpers: Any
+) -> None:
+    header = "event_id,user_id,item_id,event_timestamp,price,country,gone\n"
+    lines = header + f"e1,ann,a,{at(1)},1,UK,0\n"
+    source = '"log.csv", deleted="gone"'
+    settings = opened(modules, helpers, "last_word", lines, source, event_identity='("event_id",)')
+    memory = memory_of(settings)
+    memory.add(
+        "ann", [purchase(0, "b") | {"event_id": "h1"}, purchase(1, "c") | {"event_id": "h2"}]
+    )
+    when = purchase(0)["event_timestamp"].isoformat()
+    lines += f"h1,ann,b,{when},9,UK,0\nh2,ann,,,,,1\n"
+    (Path(settings.data or "") / "log.csv").write_text(lines)
+    helpers.run_jobs(settings, *BATCH)
+    events = read(settings, "events", "events").to_pylist()
+    assert [(e["item_id"], e["price"]) for e in events] == [("a", 1.0), ("b", 9.0)]
+    assert memory.read("ann")[STATS]["history_end"] == 2
+    memory.close()
+
+
+def test_a_dead_letter_of_somebody_known_by_http_alone_leaves_no_record(
+    modules: Path, helpers: Any
+) -> None:
+    """What a server took does not count against the files either."""
+    settings = opened(modules, helpers, "by_http_alone", LOG)
+    memory = memory_of(settings)
+    memory.add("new", [purchase(0, price=900.0)])
+    assert memory.read("new")[STATS]["history_end"] == 1
+    memory.close()
+    redeclared(modules, "by_http_alone", "minimum=0,", "minimum=0, maximum=100,")
+    helpers.run_jobs(settings, *BATCH)
+    memory = memory_of(settings)
+    assert memory.read("new")[STATS]["history_end"] is None
+    memory.close()
+
+
+def test_an_event_taken_at_the_moment_of_an_erasure_goes_with_the_next_batch(
+    modules: Path, helpers: Any
+) -> None:
+    settings = opened(modules, helpers, "moment", LOG)
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    contract = datasets.load_contract("moment")
+    assert collect(settings, contract) == ""
+    # A collection that was killed half-way
+    draft = Path(settings.home) / "received" / ".part-000001-1.parquet.0123.draft"
+    shutil.copy(next((Path(settings.home) / "received").glob("part-*.parquet")), draft)
+    erase(settings, ["ann"], [], lambda name: helpers.run_jobs(settings, name))
+    assert not draft.exists()
+    memory.add("ann", [purchase(1)])
+    helpers.run_jobs(settings, *BATCH)
+    assert memory.read("ann")[STATS]["history_end"] is None
+    assert log_of(settings).entries(["ann"]) == []
+    assert OnlineEraser(open_store(settings), contract, []).find(["ann"]) == 0
+    memory.close()
+
+
+def test_histories_of_a_later_time_than_their_events_know_no_more(
+    modules: Path, helpers: Any
+) -> None:
+    settings = opened(modules, helpers, "two_times", LOG)
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    taken = memory.read("ann")
+    helpers.run_jobs(settings, "events", as_of="2026-01-20")
+    helpers.run_jobs(settings, "user_history", "item_stats", as_of="2026-12-30")
+    helpers.run_jobs(settings, "materialize")
+    assert_same(settings, memory.read("ann"), taken)
+    memory.close()
+
+
+def test_a_trim_that_was_skipped_is_made_up_for(modules: Path, helpers: Any) -> None:
+    """Somebody merged at the moment when a run was published."""
+    settings = opened(modules, helpers, "skipped", LOG)
+    memory = memory_of(settings)
+    memory.add("ann", [purchase(0)])
+    received = Received(settings.home, datasets.load_contract("skipped"))
+    with received.merging():
+        helpers.run_jobs(settings, "events")
+    assert list(log_of(settings).users()) == ["ann"]
+    (outcome,) = helpers.run_jobs(settings, "events").values()
+    assert not outcome.built
+    assert list(log_of(settings).users()) == []
+    memory.close()

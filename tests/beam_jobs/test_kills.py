@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from beam_jobs.erase import erase
 from feature_repo import datasets
@@ -28,7 +25,7 @@ from feature_repo.contract.arrow import EPOCH
 from feature_repo.settings import Settings
 from feature_repo.store.store import open_store
 from serving.stores.refresh import UserMemory
-from tests.conftest import apply_in_process, free_port, run_jobs
+from tests.conftest import Redis, apply_in_process, run_jobs
 from tests.promises import Promises
 from tests.small_shop import at, declared, read, shop
 
@@ -73,12 +70,12 @@ def site(
         file.touch()
     if request.param == "sqlite":
         apply_in_process(settings)
-        run_jobs(settings, "materialize", "training_examples")
+        run_jobs(settings, "materialize")
         yield Site(settings, None, *files)
         return
-    if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server")
-    server = RedisThatWritesAlways(tmp_path / "redis")
+    # What it has answered is on its disk.
+    (tmp_path / "redis").mkdir()
+    server = Redis(tmp_path / "redis", "--appendonly", "yes", "--appendfsync", "always")
     server.start()
     monkeypatch.setenv("MEMOIR_REDIS", f"127.0.0.1:{server.port}")
     monkeypatch.setenv("MEMOIR_REGISTRY_URL", request.getfixturevalue("postgres_url"))
@@ -87,44 +84,9 @@ def site(
         settings.dataset, settings.data, settings.home, "production", settings.catalogue_url, False
     )
     apply_in_process(remote)
-    run_jobs(remote, "materialize", "training_examples")
+    run_jobs(remote, "materialize")
     yield Site(remote, server.kill, *files)
     server.stop()
-
-
-class RedisThatWritesAlways:
-    """A Redis that has written an answer's changes to its disk before it answers."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder = folder
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--dir", str(self.folder)]
-        command += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        client = redis.Redis(port=self.port)
-        until = time.monotonic() + 30
-        while time.monotonic() < until:
-            try:
-                client.ping()
-                break
-            except redis.RedisError:
-                time.sleep(0.02)
-        client.close()
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        self.start()
-
-    def stop(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
 
 
 def forked(work: Callable[[], None]) -> int:
