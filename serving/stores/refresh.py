@@ -322,13 +322,9 @@ class UserMemory:
         state = record[TOKENS]["state"]
         try:
             stored = None if tokens is None else from_bytes(tokens, record.user_id)
-            # The digest also tells a history that has the right length but other events.
-            whole = counted == packed.num_rows and digest == extended_digest(
-                self._contract, 0, packed
-            )
             # 1. Without tokens, begin only where the whole history is at hand.
             if stored is None or stored.tombstone:
-                if not whole:
+                if not self._is_whole(packed, counted, digest):
                     self.without_tokens["no_state"] += 1
                     return None
                 return self._refresher.begun(
@@ -343,7 +339,7 @@ class UserMemory:
             if extended_digest(self._contract, stored.digest, lacking) == digest:
                 return self._refresher.extended(record.user_id, tokens, state, lacking.to_pylist())
             # 3. A late event stands before some that they know: begin anew, or leave them to the job.
-            if whole:
+            if self._is_whole(packed, counted, digest):
                 return self._refresher.begun(record.user_id, packed, stored.computed_at)
             self.without_tokens["late"] += 1
         except NoStateError:
@@ -351,6 +347,11 @@ class UserMemory:
         except EnvelopeError:
             self.without_tokens["damaged"] += 1
         return None
+
+    def _is_whole(self, packed: pa.Table, counted: int, digest: int | None) -> bool:
+        """Return whether the packed events are the whole history."""
+        # The digest also tells a history that has the right length but other events.
+        return counted == packed.num_rows and digest == extended_digest(self._contract, 0, packed)
 
     def _remembered(self, events: pa.Table) -> list[np.ndarray]:
         """Codes of each event's item in the columns that sketches count, as the store has them."""
