@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class _Read:
-    """What `beyond` has read, and of which run and files."""
+    """The last reading of `beyond`, with its run and how many files there were."""
 
     lock = Lock()
     of: tuple[str, int, int] | None = None

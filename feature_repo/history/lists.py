@@ -130,11 +130,11 @@ class HistoryLists:
     def read(
         self, users: pa.Array, times: np.ndarray, names: Sequence[str], length: int
     ) -> dict[str, pa.Array]:
-        """The newest events of each user known just before a time, as lists by name; null of a user of whom
-        nothing was known.
+        """The newest events of each user known just before a time, as lists by name; null of a user without a known
+        event.
 
         Args:
-            users: ids; null of nobody.
+            users: ids; a null is no user.
             times: microseconds, one for each.
             names: of the lists.
             length: events of a list, at most.

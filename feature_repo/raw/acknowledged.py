@@ -6,7 +6,7 @@ more. It is known from whichever came first. Two lines tell of the same event
 
     that both name by its identity    if they agree in all that an event by HTTP can say. If not, one corrects the
                                       other, as lines do (`lines.py`).
-    of which one has no identity      if user, item, action and time are the same
+    where one has no identity         if user, item, action and time are the same
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _no_later(rows: pa.Table, name: str, stays: np.ndarray, dropped: np.ndarray)
 
 
 def _typed(values: list[Any], field: pa.Field, reasons: list[str | None]) -> pa.Array:
-    """A column of events; a value of another type is null, and its row has a reason."""
+    """A column of events; a value of the wrong type is null, and its row has a reason."""
     try:
         return _column(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):

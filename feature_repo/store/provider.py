@@ -161,7 +161,7 @@ class MadeWhenRead(OnlineStore):
 
 
 def _underlying(view: Any) -> Any:
-    """The view that holds the values of which these are made."""
+    """The view that holds the stored values."""
     found = copy(view)
     found.name = HISTORY_OF if view.tags[MADE_OF] == lists.HISTORY else TOKENS
     found.projection = copy(view.projection)

@@ -224,7 +224,7 @@ class Received:
         return gone
 
     def _drop_drafts(self) -> None:
-        """Remove what a killed process left half-written; nobody else writes now."""
+        """Remove what a killed process left half-written; the folder is locked now."""
         found = self._folder.filesystem.get_file_info(
             pafs.FileSelector(self._folder.root, allow_not_found=True)
         )
