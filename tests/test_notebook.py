@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from feature_repo.home.tables import JobFolder
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "notebook.md"
 NOTEBOOK = Path(__file__).resolve().parent.parent / "serving" / "walkthrough.ipynb"
 
 
@@ -29,3 +33,21 @@ def test_the_walkthrough_runs(
     assert "UCI Online Retail" in said
     assert "of ten are the same; degraded: ['unknown_user'" in said
     assert len(names["answer"].item_ids) == 10
+
+
+def test_the_page_trains_on_histories_as_it_says(
+    shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every block of Python, in order, with nothing but Feast, pandas and torch."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    monkeypatch.setattr("feast.FeatureStore", lambda repo: shop.store)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        user = str(JobFolder(shop.settings.home, "user_history").read("user_stats")["user_id"][0])
+        exec(compile(block.replace("12680", user), "docs/notebook.md", "exec"), names)
+    said = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"cross-entropy ([0-9.]+)", said)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert names["online"]["history_item_ids"][0]

@@ -490,3 +490,32 @@ def test_a_log_that_needs_what_was_not_served_is_refused() -> None:
 
     with pytest.raises(ImpressionsError, match="declares no action for impressions"):
         values_of(datasets.load_contract("online_retail"))
+
+
+def test_an_event_by_http_is_still_known_after_a_refresh(
+    shop_on_the_road: Shop, helpers: Any
+) -> None:
+    """Named as the files name theirs; another one that is not. Impressions, requests and context they do not say."""
+    from serving.api.messages import decode_events
+    from serving.stores.refresh import UserMemory
+
+    settings, contract = shop_on_the_road.settings, datasets.load_contract(NAME)
+    log = JobFolder(settings.home, "events").read("events")
+    user, item = log["user_id"][0].as_py(), log["item_id"][0].as_py()
+    needed = {c.name: 1 for c in contract.spec.event_features if not c.nullable}
+    events = [
+        {"item_id": item, "event_timestamp": f"2026-03-01T00:00:0{n}Z", **needed, **named}
+        for n, named in enumerate(({"event_id": "by http"}, {}))
+    ]
+    body = msgspec.json.encode({"user_id": user, "events": events})
+    memory = UserMemory(shop_on_the_road.store, contract)
+    assert memory.add(*decode_events(body, contract)).added == 2
+    taken = memory.read(user)
+    helpers.run_jobs(settings, "events", "user_history", "item_stats", "materialize")
+    after = JobFolder(settings.home, "events").read("events")
+    assert after.num_rows == log.num_rows + 2
+    assert "by http" in after["event_id"].to_pylist()
+    found = memory.read(user)
+    assert found["user_stats"] == taken["user_stats"]
+    assert found["user_history"]["history"] == taken["user_history"]["history"]
+    memory.close()

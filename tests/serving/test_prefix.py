@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -31,6 +32,8 @@ from serving.stores.refresh import UserMemory
 from tests.promises import Promises
 
 RECIPE = "vista_tiny"
+# Of each process
+WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -91,24 +94,30 @@ def take_events(
     torch.set_num_threads(1)
     serving = asyncio.run(_loaded(settings))
     items = serving.ranker.bundle.encoder.items.values.to_pylist()
-    rng, taken = np.random.default_rng(seed), []
+
+    def write(thread: int) -> list[Taken]:
+        rng, taken = np.random.default_rng([seed, thread]), []
+        for _ in range(number // WRITERS):
+            # Of two writers no two events are the same: each has items of its own.
+            user = int(rng.choice(users))
+            item = items[10 * int(rng.integers(4)) + WRITERS * seed + thread]
+            sent = time.monotonic()
+            while True:
+                event = {"item_id": item, "action": 0, "event_timestamp": datetime.now(UTC)}
+                event |= {"quantity": 1.0, "unit_price": 2.5}
+                try:
+                    answer = serving.events.take(user, [event])
+                except StoreAwayError:
+                    continue
+                assert answer.added == 1
+                break
+            taken.append(Taken(user, item, event["event_timestamp"], sent, time.monotonic()))
+        return taken
+
     out.put("ready")
     go.wait()
-    for _ in range(number):
-        # Of two processes no two events are the same: each has items of its own.
-        user, item = int(rng.choice(users)), items[5 * int(rng.integers(8)) + seed]
-        sent = time.monotonic()
-        while True:
-            event = {"item_id": item, "action": 0, "event_timestamp": datetime.now(UTC)}
-            event |= {"quantity": 1.0, "unit_price": 2.5}
-            try:
-                answer = serving.events.take(user, [event])
-            except StoreAwayError:
-                continue
-            assert answer.added == 1
-            break
-        taken.append(Taken(user, item, event["event_timestamp"], sent, time.monotonic()))
-    out.put(taken)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        out.put([one for taken in pool.map(write, range(WRITERS)) for one in taken])
 
 
 async def _loaded(settings: Settings) -> Any:
@@ -236,12 +245,14 @@ def test_no_acknowledged_event_is_lost_and_every_read_is_of_one_moment(site: Set
 
 
 @pytest.mark.whole
-def test_ten_thousand_events_of_four_processes(site: Settings, promises: Promises) -> None:
+def test_ten_thousand_events_of_eight_writers_in_four_processes(
+    site: Settings, promises: Promises
+) -> None:
     users = some_users(site, 40, 150)
     taken, reads, before, after = written_together(site, 4, 2_500, users)
     faults = faults_of(site, taken, reads, before, after)
     promises.note(
-        f"events of {len(users)} users by four processes, {site.profile} store",
+        f"events of {len(users)} users by eight writers in four processes, {site.profile} store",
         "0 of 10,000 lost, every read of one moment",
         f"{len(taken):,} taken, {len(reads):,} reads, {len(faults)} faults",
         held=not faults,
