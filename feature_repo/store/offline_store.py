@@ -61,6 +61,12 @@ TYPE = "feature_repo.store.offline_store.AsofDuckDBOfflineStore"
 
 # Custom feature views are written by a rule of ours, through whatever opens these stores: provider.py.
 PROVIDERS_CLASS_FOR_TYPE["local"] = "feature_repo.store.provider.MemoirProvider"
+# Views that hold the newest row of each key, and what says the same of the past
+NEWEST_ONLY = {
+    "user_history": "user_sequence",
+    "summary_tokens": "summary_token_values, or token_rows for the log's row",
+}
+OWNER = "memoir"
 # Tag of a source whose newest row of each key is materialized, of whatever age
 WHOLE = "whole"
 
@@ -78,6 +84,10 @@ class AsofDuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
     # Where they spill; default: the system's folder for temporary files
     spill: str | None = None
     threads: int | None = None
+
+
+class NewestOnlyError(ExpectedError, ValueError):
+    """A view that holds the newest value alone was asked for one of the past."""
 
 
 class WrongDatasetError(ExpectedError, ValueError):
@@ -113,6 +123,7 @@ class AsofDuckDBOfflineStore(DuckDBOfflineStore):
             SourceError: a view's rows cannot be read.
         """
         repo = config.repo_path
+        _refuse_newest_only(feature_views)
         # Lists and tokens are gathered once the other views are joined.
         late = LateViews.of(feature_views, feature_refs, registry, project, full_feature_names)
         feature_views = late.joined
@@ -405,6 +416,16 @@ def _is_large(column: pa.ChunkedArray) -> bool:
     """Return whether a float cannot hold every number of a column."""
     span = pc.min_max(column)
     return any(value.as_py() is not None and abs(value.as_py()) > 2**53 for value in span.values())
+
+
+def _refuse_newest_only(views: list[FeatureView]) -> None:
+    """Refuse views that hold the newest value alone: any earlier time would give null, as if nothing had been known."""
+    for view in views:
+        if view.name in NEWEST_ONLY and view.owner == OWNER:
+            raise NewestOnlyError(
+                f"{view.name} holds one row of a key, of the newest time: of the past it knows nothing. "
+                f"Ask for {NEWEST_ONLY[view.name]}, which is right at any time"
+            )
 
 
 def _refuse_shared_names(

@@ -22,6 +22,7 @@ from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from feature_repo.store.entity_rows import EntityFrameError
 from feature_repo.store.late_views import as_keys
+from feature_repo.store.offline_store import NewestOnlyError
 from tests.small_shop import at, declared, read, shop
 
 CONTRACT = load_contract("online_retail")
@@ -241,6 +242,17 @@ def test_what_cannot_be_asked_is_refused_by_name(shop: Any) -> None:
     frame = pd.DataFrame({"customer": [1], "event_timestamp": [datetime(2011, 6, 1, tzinfo=UTC)]})
     with pytest.raises((EntityFrameError, Exception), match="user_id"):
         shop.store.get_historical_features(frame, REFS).to_arrow()
+
+
+def test_a_value_that_is_the_newest_alone_is_refused_of_the_past(shop: Any) -> None:
+    """Null would say that nothing was known then."""
+    frame = pd.DataFrame({"user_id": [1], "event_timestamp": [datetime(2011, 6, 1, tzinfo=UTC)]})
+    with pytest.raises(NewestOnlyError, match="Ask for user_sequence"):
+        shop.store.get_historical_features(frame, ["user_history:history"])
+    with pytest.raises(NewestOnlyError, match="token_rows"):
+        shop.store.get_historical_features(
+            frame.assign(token_version="x"), ["summary_tokens:tokens", "user_stats:history_end"]
+        )
 
 
 def test_users_are_found_by_what_their_ids_spell() -> None:
