@@ -41,7 +41,8 @@ def test_the_page_trains_on_histories_as_it_says(
     """Every block of Python, in order, with nothing but Feast, pandas and torch."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 2
-    monkeypatch.setattr("feast.FeatureStore", lambda repo: shop.store)
+    store = shop.store
+    monkeypatch.setattr("feast.FeatureStore", lambda repo: store)
     names: dict[str, Any] = {}
     for block in blocks:
         user = str(JobFolder(shop.settings.home, "user_history").read("user_stats")["user_id"][0])
