@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 HISTORY = "user_history"
 STATS = "user_stats"
 TOKENS = "summary_tokens"
+# Kinds of Feast's values that Python has as they are, and lists of these
+PLAIN_KINDS = frozenset(
+    f"{kind}_val" for kind in ("int32", "int64", "double", "float", "bool", "string", "bytes")
+)
+PLAIN_LISTS = frozenset(kind.replace("_val", "_list_val") for kind in PLAIN_KINDS)
 # (view, feature) → the value as it is stored
 Raw = dict[tuple[str, str], bytes | None]
 
@@ -661,10 +666,15 @@ def plain_value(value: Any) -> Any:
     kind = value.WhichOneof("val")
     if kind is None or kind == "null_val":
         return None
-    found = getattr(value, kind)
-    if kind.endswith("_list_val"):
-        return list(found.val)
+    # What requests read by the thousand needs no walk through all of Feast's types.
+    if kind in PLAIN_KINDS:
+        return getattr(value, kind)
+    if kind in PLAIN_LISTS:
+        return list(getattr(value, kind).val)
     if kind == "unix_timestamp_val":
         # Feast writes a time that is missing as NumPy's NaT.
-        return None if found == NO_VALUE else EPOCH + timedelta(seconds=found)
-    return found
+        seconds = value.unix_timestamp_val
+        return None if seconds == NO_VALUE else EPOCH + timedelta(seconds=seconds)
+    from feast.type_map import feast_value_type_to_python_type
+
+    return feast_value_type_to_python_type(value)

@@ -4,7 +4,9 @@ tombstones included.
 
 from __future__ import annotations
 
+import uuid
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from feature_repo.contract.arrow import EPOCH
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.online_users import plain_value
 
 NUMBER = 10_000
 
@@ -118,3 +122,50 @@ def test_a_row_of_nulls_takes_the_values_of_its_key_away(store: Any) -> None:
     )
     write_rows(store, "v", nothing)
     assert read(store, rows["thing_id"].to_pylist()) == {name: [None] * 3 for name in "abcdef"}
+
+
+def test_every_type_of_feasts_is_read_as_feast_reads_it() -> None:
+    """Scalars, lists, sets, maps, texts of JSON, ids, decimals; missing times among them."""
+    from feast.protos.feast.types.Value_pb2 import Value
+    from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
+    from feast.value_type import ValueType
+
+    when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    samples: dict[str, Any] = {
+        "BYTES": b"\x00\xff",
+        "STRING": "ü",
+        "INT32": -3,
+        "INT64": 2**60,
+        "DOUBLE": 0.1,
+        "FLOAT": 0.5,
+        "BOOL": False,
+        "UNIX_TIMESTAMP": when,
+        "MAP": {"a": 1, "b": "c"},
+        "JSON": '{"a": [1]}',
+        "STRUCT": {"a": 1.5},
+        "UUID": uuid.UUID(int=7),
+        "TIME_UUID": uuid.UUID(int=8),
+        "DECIMAL": Decimal("1.25"),
+    }
+    seen = 0
+    for kind in ValueType:
+        base, _, _shape = (
+            kind.name.partition("_LIST") if "_LIST" in kind.name else kind.name.partition("_SET")
+        )
+        if base not in samples:
+            continue
+        values: list[Any] = [samples[base]]
+        if kind.name.endswith("_LIST"):
+            values = [[samples[base], samples[base]]]
+        if kind.name.endswith("_SET"):
+            values = [{samples[base]}]
+        (proto,) = python_values_to_proto_values(values, kind)
+        assert plain_value(proto) == feast_value_type_to_python_type(proto), kind
+        seen += 1
+    assert seen >= 30
+    assert plain_value(Value()) is None
+    lost = Value(unix_timestamp_val=-(2**63))
+    assert plain_value(lost) is None
+    times = Value()
+    times.unix_timestamp_list_val.val.extend([0, -(2**63)])
+    assert plain_value(times) == [EPOCH, None]
