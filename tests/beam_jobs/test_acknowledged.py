@@ -32,6 +32,8 @@ from serving.stores.refresh import UserMemory
 from tests.small_shop import at, declared, read, shop
 
 BATCH = ("events", "user_history", "item_stats", "materialize")
+# Small tables need no more, and each part costs a file.
+FEW = {"num_partitions": 1}
 NOW = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
 HEADER = "user_id,item_id,event_timestamp,price,country\n"
 LOG = HEADER + "".join(
@@ -48,9 +50,9 @@ def opened(
     """A small shop with its tables built and its records online."""
     text = declared(name, source, num_history_online="8", **fields)
     settings = shop(modules, helpers, name, text, {"log.csv": log})
-    helpers.run_jobs(settings, *BATCH[:-1], num_partitions=2)
+    helpers.run_jobs(settings, *BATCH[:-1], **FEW)
     helpers.apply_in_process(settings)
-    helpers.run_jobs(settings, "materialize")
+    helpers.run_jobs(settings, "materialize", **FEW)
     return settings
 
 
@@ -69,7 +71,7 @@ def little(
     settings = opened(modules, helpers, "little_remote", LOG)
     settings = replace(settings, profile="production")
     helpers.apply_in_process(settings)
-    helpers.run_jobs(settings, "materialize")
+    helpers.run_jobs(settings, "materialize", **FEW)
     return settings
 
 
@@ -140,7 +142,7 @@ def test_the_next_batch_knows_what_a_server_took(
     memory.add("ann", [purchase(0.5, "d")])  # late
     taken = {user: memory.read(user) for user in ("ann", "new")}
     assert len(log_of(little).entries(["ann", "new"])) == 4
-    helpers.run_jobs(little, *BATCH)
+    helpers.run_jobs(little, *BATCH, **FEW)
     assert read(little, "events", "events").num_rows == before + 4
     for user, record in taken.items():
         assert_same(little, memory.read(user), record)
@@ -150,15 +152,15 @@ def test_the_next_batch_knows_what_a_server_took(
     (entry,) = log_of(little).entries(["ann"])
     assert entry.number > taken["ann"].last
     # Everything is up to date until the log says more.
-    assert [o.built for o in helpers.run_jobs(little, "events").values()] == [True]
-    assert [o.built for o in helpers.run_jobs(little, "events").values()] == [False]
+    assert [o.built for o in helpers.run_jobs(little, "events", **FEW).values()] == [True]
+    assert [o.built for o in helpers.run_jobs(little, "events", **FEW).values()] == [False]
 
 
 def test_a_batch_that_does_not_know_an_event_adds_it_to_its_record(
     little: Settings, memory: UserMemory, helpers: Any
 ) -> None:
     memory.add("ann", [purchase(0)])
-    helpers.run_jobs(little, *BATCH[:-1])
+    helpers.run_jobs(little, *BATCH[:-1], **FEW)
     memory.add("ann", [purchase(1, "b")])
     memory.add("new", [purchase(2)])
     taken = {user: memory.read(user) for user in ("ann", "bob", "new")}
@@ -167,11 +169,11 @@ def test_a_batch_that_does_not_know_an_event_adds_it_to_its_record(
         if emptied:
             memory.add("bob", [purchase(4)])
             taken["bob"] = memory.read("bob")
-            helpers.run_jobs(little, "events")
+            helpers.run_jobs(little, "events", **FEW)
             assert list(log_of(little).users()) == []
         wipe(little)
         assert memory.read("ann")[STATS]["history_end"] is None
-        helpers.run_jobs(little, "materialize")
+        helpers.run_jobs(little, "materialize", **FEW)
         for user, record in taken.items():
             assert_same(little, memory.read(user), record)
 
@@ -210,7 +212,7 @@ def test_an_event_that_comes_by_both_ways_counts_once(modules: Path, helpers: An
     taken = memory.read("ann")
     line = f"ann,b,{event['event_timestamp'].isoformat()},2.5,UK\n"
     (Path(settings.data or "") / "log.csv").write_text(LOG + line)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     counts = JobFolder(settings.home, "events").require().counts
     assert counts.dead == {"repeated: the same event stands earlier": 1}
     found = memory.read("ann")
@@ -236,13 +238,13 @@ def test_a_line_of_a_file_corrects_and_strikes_what_came_by_http(
         "ann", [purchase(0, "b") | {"event_id": "h1"}, purchase(1, "c") | {"event_id": "h2"}]
     )
     memory.add("ann", [purchase(2, "d")])
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     assert [item for item, _ in past_of(settings, memory.read("ann"))] == ["a", "b", "c", "d"]
     later = datetime.now(UTC).isoformat()
     first = (NOW + timedelta(seconds=30)).isoformat()
     lines += f"h1,ann,e,{first},9,UK,{later},0\nh2,ann,,,,,{later},1\n"
     (Path(settings.data or "") / "log.csv").write_text(lines)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     record = memory.read("ann")
     assert [item for item, _ in past_of(settings, record)] == ["a", "e", "d"]
     assert record[STATS]["history_end"] == 3
@@ -267,12 +269,12 @@ def test_what_was_drained_and_not_trimmed_is_not_written_twice(modules: Path, he
     assert [received.num_rows(file) for file in received.files()] == [1, 1]
     taken = memory.read("ann")
     # Nothing is published yet: the batch has none of them, and its record has both.
-    helpers.run_jobs(settings, "item_stats")
+    helpers.run_jobs(settings, "item_stats", **FEW)
     JobFolder(settings.home, "materialize").discard("none")
     wipe(settings)
-    helpers.run_jobs(settings, "materialize")
+    helpers.run_jobs(settings, "materialize", **FEW)
     assert_same(settings, memory.read("ann"), taken)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     assert read(settings, "events", "events").num_rows == 8
     assert_same(settings, memory.read("ann"), taken)
     memory.close()
@@ -286,7 +288,7 @@ def test_an_event_of_a_clock_that_runs_ahead_waits_in_the_log(modules: Path, hel
     memory.add("ann", [purchase(75)])
     memory.add("bob", [purchase(1)])
     taken = memory.read("ann")
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     assert read(settings, "events", "events").num_rows == 8
     assert [entry.user_id for entry in log_of(settings).entries(["ann", "bob"])] == ["ann"]
     assert_same(settings, memory.read("ann"), taken)
@@ -300,7 +302,7 @@ def test_what_breaks_the_contract_by_now_is_a_dead_letter(modules: Path, helpers
     memory.add("ann", [purchase(0, price=3.0), purchase(1, price=900.0)])
     memory.close()
     redeclared(modules, "stricter", "minimum=0,", "minimum=0, maximum=100,")
-    helpers.run_jobs(settings, "events")
+    helpers.run_jobs(settings, "events", **FEW)
     (letter,) = read(settings, "events", "dead_letters").to_pylist()
     assert letter["source_file"].startswith("part-000000-")
     assert letter["reason"].startswith("price")
@@ -318,7 +320,7 @@ def test_a_home_that_moves_to_another_declaration_says_what_it_reads_anew(
     memory = memory_of(settings)
     memory.add("ann", [purchase(0)])
     memory.close()
-    helpers.run_jobs(settings, "events")
+    helpers.run_jobs(settings, "events", **FEW)
     redeclared(modules, "moving", '"log.csv"', '"log.csv", arrival=FILE_TIME')
     capsys.readouterr()
     run_command("events", TableOptions(), Common(), [], settings)
@@ -336,12 +338,12 @@ def test_an_erased_user_is_gone_and_others_keep_their_events(
 ) -> None:
     memory.add("ann", [purchase(0)])
     memory.add("bob", [purchase(0)])
-    helpers.run_jobs(little, *BATCH)
+    helpers.run_jobs(little, *BATCH, **FEW)
     memory.add("ann", [purchase(1)])
     memory.add("bob", [purchase(1)])
     taken = memory.read("bob")
-    helpers.run_jobs(little, "training_examples")
-    erase(little, ["ann"], [], lambda name: helpers.run_jobs(little, name))
+    helpers.run_jobs(little, "training_examples", **FEW)
+    erase(little, ["ann"], [], lambda name: helpers.run_jobs(little, name, **FEW))
     assert past_of(little, memory.read("ann")) == []
     assert log_of(little).entries(["ann"]) == []
     assert_same(little, memory.read("bob"), taken)
@@ -351,9 +353,12 @@ def test_an_erased_user_is_gone_and_others_keep_their_events(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("seed", "turns"),
+    [(0, 8), *(pytest.param(n, 20, marks=pytest.mark.whole) for n in range(1, 9))],
+)
 def test_records_are_what_a_build_from_nothing_makes(
-    modules: Path, helpers: Any, seed: int
+    modules: Path, helpers: Any, seed: int, turns: int
 ) -> None:
     """After any order of events by HTTP, early, late and repeated, of files, and of jobs: what the server added is in
     the record at all times, and the whole batch makes what a home does that has never seen anything else.
@@ -364,7 +369,7 @@ def test_records_are_what_a_build_from_nothing_makes(
     users = ["ann", "bob", "cid", "dan"]
     added: dict[str, set[tuple[str, datetime]]] = {user: set() for user in users}
     log = LOG
-    for _ in range(14):
+    for _ in range(turns):
         for _ in range(int(rng.integers(4))):
             user = str(rng.choice(users))
             event = purchase(float(rng.integers(50)), str(rng.choice(["a", "b", "c"])))
@@ -374,7 +379,7 @@ def test_records_are_what_a_build_from_nothing_makes(
             event = purchase(float(rng.integers(50)), str(rng.choice(["a", "b", "c"])))
             log += f"{rng.choice(users)},{event['item_id']},{event['event_timestamp'].isoformat()},1.5,UK\n"
             (Path(settings.data or "") / "log.csv").write_text(log)
-        helpers.run_jobs(settings, *[job for job in BATCH if rng.random() < 0.5])
+        helpers.run_jobs(settings, *[job for job in BATCH if rng.random() < 0.5], **FEW)
         for user in users:
             record = memory.read(user)
             past = past_of(settings, record)
@@ -382,12 +387,12 @@ def test_records_are_what_a_build_from_nothing_makes(
             # Of a past longer than is packed only the newest are there.
             oldest = past[0][1] if len(past) == 8 else datetime(2000, 1, 1, tzinfo=UTC)
             assert {e for e in added[user] if e[1] > oldest} <= set(past)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     fresh = helpers.settings_in(modules.parent / "fresh", settings.dataset, settings.data)
     shutil.copytree(Path(settings.home) / "received", Path(fresh.home) / "received")
     helpers.run_jobs(fresh, *BATCH[:-1], num_partitions=3)
     helpers.apply_in_process(fresh)
-    helpers.run_jobs(fresh, "materialize")
+    helpers.run_jobs(fresh, "materialize", **FEW)
     anew = memory_of(fresh)
     for user in users:
         assert_same(settings, memory.read(user), anew.read(user))
@@ -415,9 +420,9 @@ def test_what_both_ways_say_of_one_event_is_one_event(
     settings = shop(
         modules, helpers, name, text, {"log.csv": header + f"ann,a,{at(1)},1,UK,home,{at(1)}\n"}
     )
-    helpers.run_jobs(settings, *BATCH[:-1], num_partitions=2)
+    helpers.run_jobs(settings, *BATCH[:-1], **FEW)
     helpers.apply_in_process(settings)
-    helpers.run_jobs(settings, "materialize")
+    helpers.run_jobs(settings, "materialize", **FEW)
     memory = memory_of(settings)
     same, other = purchase(0, "b", 2.0), purchase(1, "c", 2.0)
     memory.add("ann", [same, other])
@@ -426,7 +431,7 @@ def test_what_both_ways_say_of_one_event_is_one_event(
     log += f"ann,b,{same['event_timestamp'].isoformat()},2,UK,search,{later}\n"
     log += f"ann,c,{other['event_timestamp'].isoformat()},7,UK,search,{later}\n"
     (Path(settings.data or "") / "log.csv").write_text(log)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     events = [
         e for e in read(settings, "events", "events").to_pylist() if e["replaced_timestamp"] is None
     ]
@@ -455,7 +460,7 @@ def test_a_file_that_does_not_say_when_its_lines_arrived_has_the_last_word(
     when = purchase(0)["event_timestamp"].isoformat()
     lines += f"h1,ann,b,{when},9,UK,0\nh2,ann,,,,,1\n"
     (Path(settings.data or "") / "log.csv").write_text(lines)
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     events = read(settings, "events", "events").to_pylist()
     assert [(e["item_id"], e["price"]) for e in events] == [("a", 1.0), ("b", 9.0)]
     assert memory.read("ann")[STATS]["history_end"] == 2
@@ -472,7 +477,7 @@ def test_a_dead_letter_of_somebody_known_by_http_alone_leaves_no_record(
     assert memory.read("new")[STATS]["history_end"] == 1
     memory.close()
     redeclared(modules, "by_http_alone", "minimum=0,", "minimum=0, maximum=100,")
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     memory = memory_of(settings)
     assert memory.read("new")[STATS]["history_end"] is None
     memory.close()
@@ -489,10 +494,10 @@ def test_an_event_taken_at_the_moment_of_an_erasure_goes_with_the_next_batch(
     # A collection that was killed half-way
     draft = Path(settings.home) / "received" / ".part-000001-1.parquet.0123.draft"
     shutil.copy(next((Path(settings.home) / "received").glob("part-*.parquet")), draft)
-    erase(settings, ["ann"], [], lambda name: helpers.run_jobs(settings, name))
+    erase(settings, ["ann"], [], lambda name: helpers.run_jobs(settings, name, **FEW))
     assert not draft.exists()
     memory.add("ann", [purchase(1)])
-    helpers.run_jobs(settings, *BATCH)
+    helpers.run_jobs(settings, *BATCH, **FEW)
     assert memory.read("ann")[STATS]["history_end"] is None
     assert log_of(settings).entries(["ann"]) == []
     assert OnlineEraser(open_store(settings), contract, []).find(["ann"]) == 0
@@ -506,9 +511,9 @@ def test_histories_of_a_later_time_than_their_events_know_no_more(
     memory = memory_of(settings)
     memory.add("ann", [purchase(0)])
     taken = memory.read("ann")
-    helpers.run_jobs(settings, "events", as_of="2026-01-20")
-    helpers.run_jobs(settings, "user_history", "item_stats", as_of="2026-12-30")
-    helpers.run_jobs(settings, "materialize")
+    helpers.run_jobs(settings, "events", as_of="2026-01-20", **FEW)
+    helpers.run_jobs(settings, "user_history", "item_stats", as_of="2026-12-30", **FEW)
+    helpers.run_jobs(settings, "materialize", **FEW)
     assert_same(settings, memory.read("ann"), taken)
     memory.close()
 
@@ -520,9 +525,9 @@ def test_a_trim_that_was_skipped_is_made_up_for(modules: Path, helpers: Any) -> 
     memory.add("ann", [purchase(0)])
     received = Received(settings.home, datasets.load_contract("skipped"))
     with received.merging():
-        helpers.run_jobs(settings, "events")
+        helpers.run_jobs(settings, "events", **FEW)
     assert list(log_of(settings).users()) == ["ann"]
-    (outcome,) = helpers.run_jobs(settings, "events").values()
+    (outcome,) = helpers.run_jobs(settings, "events", **FEW).values()
     assert not outcome.built
     assert list(log_of(settings).users()) == []
     memory.close()
