@@ -36,17 +36,19 @@ def test_the_walkthrough_runs(
 
 
 def test_the_page_trains_on_histories_as_it_says(
-    shop: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shop: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every block of Python, in order, with nothing but Feast, pandas and torch."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 2
     store = shop.store
     monkeypatch.setattr("feast.FeatureStore", lambda repo: store)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        user = str(JobFolder(shop.settings.home, "user_history").read("user_stats")["user_id"][0])
-        exec(compile(block.replace("12680", user), "docs/notebook.md", "exec"), names)
+    user = str(JobFolder(shop.settings.home, "user_history").read("user_stats")["user_id"][0])
+    (tmp_path / "page.py").write_text("\n".join(blocks).replace("12680", user))
+    names = runpy.run_path(str(tmp_path / "page.py"))
     said = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"cross-entropy ([0-9.]+)", said)]
     assert len(losses) == 5

@@ -11,7 +11,7 @@ text is "". Columns that are lists themselves are left out: Feast has no lists o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,14 +84,20 @@ def _kind(column: Column) -> pa.DataType:
     return pa.int32() if column.dtype is DType.INT8 else arrow_type(column.dtype)
 
 
-def packed_lists(contract: Contract, user_id: int | str, packed: bytes) -> dict[str, pa.Array]:
-    """The lists of a packed history, a value for each event.
+def packed_lists(
+    contract: Contract, user_id: int | str, packed: bytes, names: Collection[str]
+) -> dict[str, list[Any]]:
+    """Some lists of a packed history, a value for each event.
 
     Raises:
         HistoryError: it is damaged, or another user's.
     """
     events = unpack(contract, user_id, packed)
-    return {c.name: _values(c, events[c.column.name]) for c in list_columns(contract)}
+    return {
+        c.name: _values(c, events[c.column.name]).to_pylist()
+        for c in list_columns(contract)
+        if c.name in names
+    }
 
 
 def token_values(stored: Envelope) -> dict[str, Any]:

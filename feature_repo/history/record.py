@@ -8,6 +8,7 @@ built. Events may come in any order: one that is late takes its place by time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ def extended(
     schema = history_schema(contract)
     batches = [] if record.history is None else [unpack(contract, user_id, record.history)]
     packed = pa.Table.from_batches(batches, schema)
-    counted = _counted(contract, user_id, record)
+    past = _Past.of(contract, user_id, record)
+    counted = past.counted
     # 1. Statistics that an interrupted writer left behind; if they lag further, they are the jobs' to mend.
     stats = record.stats
     behind = counted - (stats[user_stats.END] or 0)
@@ -105,7 +107,7 @@ def extended(
         return Extended(same, packed, counted, added, waiting, 0)
     # 3. History, sketch and statistics with them.
     known = int(np.maximum(micros(added[EVENT_TIMESTAMP]), added[ARRIVED]).max()) + 1
-    sketch = _sketch_after(contract, user_id, record, counted, added, known, remembered)
+    sketch = past.with_events(contract, user_id, added, known, remembered)
     both = pa.concat_tables([packed, added.select(schema.names)])
     order = np.argsort(micros(both[EVENT_TIMESTAMP]), kind="stable")
     newest = order[-contract.spec.num_history_online :]
@@ -144,55 +146,62 @@ def _identities(contract: Contract, events: pa.Table) -> list[tuple[Any, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def _counted(contract: Contract, user_id: int | str, record: Record) -> int:
-    """Count the events that the stored history stands for, packed or not."""
-    # A history without a sketch does not say it; the statistics do.
-    try:
-        _, identity = from_bytes(Layout.of(contract), record.sketch or b"", user_id)
-    except SketchError:
-        return record.stats[user_stats.END] or 0
-    return identity.num_events
-
-
-def _sketch_after(
-    contract: Contract,
-    user_id: int | str,
-    record: Record,
-    counted: int,
-    events: pa.Table,
-    known: int,
-    remembered: Remembered,
-) -> bytes | None:
-    """The sketch with new events; None where earlier ones were in none that could be read, since a sketch of a part
-    would count too little.
+@dataclass(frozen=True)
+class _Past:
+    """What the stored sketch, or without one the statistics, say of all events before.
 
     Args:
-        counted: events before the new ones.
-        known: microseconds from which the new ones are known.
+        sketch: None where earlier events are in no sketch that can be read: one of a part would count too little.
+        newest: microseconds, of the newest event; 0 where nothing says it.
     """
-    layout = Layout.of(contract)
-    times = micros(events[EVENT_TIMESTAMP])
-    newest = int(times.max())
-    # An empty sketch is right only where nothing was counted before.
-    digest = record.stats[user_stats.DIGEST] or 0
-    if record.sketch is not None:
-        try:
-            sketch, identity = from_bytes(layout, record.sketch, user_id)
-        except SketchError:
+
+    sketch: Sketch | None
+    counted: int
+    digest: int
+    newest: int
+
+    @staticmethod
+    def of(contract: Contract, user_id: int | str, record: Record) -> _Past:
+        layout = Layout.of(contract)
+        if record.sketch is not None:
+            with suppress(SketchError):
+                sketch, identity = from_bytes(layout, record.sketch, user_id)
+                return _Past(sketch, identity.num_events, identity.digest, identity.as_of)
+        counted = record.stats[user_stats.END] or 0
+        # An empty sketch is right only where nothing was counted before.
+        begins = record.sketch is None and not counted
+        digest = record.stats[user_stats.DIGEST] or 0
+        return _Past(Sketch(layout) if begins else None, counted, digest, 0)
+
+    def with_events(
+        self,
+        contract: Contract,
+        user_id: int | str,
+        events: pa.Table,
+        known: int,
+        remembered: Remembered,
+    ) -> bytes | None:
+        """The sketch with new events, as it is stored; None where there is none to go on from.
+
+        Args:
+            known: microseconds from which the new ones are known.
+        """
+        if self.sketch is None:
             return None
-        digest = identity.digest
-        newest = max(newest, identity.as_of)
-    elif counted:
-        return None
-    else:
-        sketch = Sketch(layout)
-    # A sketch counts the primary action alone.
-    chosen = np.flatnonzero(events["action"].to_numpy() == 0)
-    codes = [value_codes(events[contract.item.join_key]), *remembered(events)]
-    sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
-    after = extended_digest(contract, digest, events)
-    identity = Identity(layout.fingerprint, newest, known, counted + events.num_rows, after)
-    return sketch.to_bytes(user_id, identity)
+        layout = self.sketch.layout
+        times = micros(events[EVENT_TIMESTAMP])
+        # A sketch counts the primary action alone.
+        chosen = np.flatnonzero(events["action"].to_numpy() == 0)
+        codes = [value_codes(events[contract.item.join_key]), *remembered(events)]
+        self.sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
+        identity = Identity(
+            layout.fingerprint,
+            max(self.newest, int(times.max())),
+            known,
+            self.counted + events.num_rows,
+            extended_digest(contract, self.digest, events),
+        )
+        return self.sketch.to_bytes(user_id, identity)
 
 
 def with_arrival(

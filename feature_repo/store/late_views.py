@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +17,12 @@ import pyarrow.compute as pc
 from feast.feature_view import FeatureView
 
 from feature_repo import datasets
-from feature_repo.contract.arrow import micros
+from feature_repo.contract.arrow import is_text, micros
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.history import lists
 from feature_repo.history.lists import MADE_OF, HistoryLists
 from feature_repo.history.token_log import TokenLog
+from feature_repo.raw.raw import whole_numbers
 from feature_repo.store.entity_rows import TIME, EntityFrameError, EntityRows
 
 # Name of the hidden view that says which row of the token log a request sees
@@ -116,16 +116,14 @@ class LateViews:
             prefix = view.projection.name_to_use()
             names = [ref.split(":", 1)[1] for ref in refs if ref.split(":", 1)[0] == prefix]
             late.append(LateView.of(view, names, full=full))
-        for number, (view, one) in enumerate(
-            zip([v for v in views if MADE_OF in v.tags], late, strict=True)
-        ):
-            if one.made_of == lists.TOKENS:
+            if view.tags[MADE_OF] == lists.TOKENS:
                 hidden = copy(registry.get_feature_view(ROWS, project))
                 hidden.projection = copy(hidden.projection)
-                hidden.projection.name_alias = f"hidden {number}"
+                # No view of a person's has a name with a space.
+                hidden.projection.name_alias = f"hidden {len(late)}"
                 hidden.projection.join_key_map = view.projection.join_key_map
                 joined.append(hidden)
-                asked.append(f"hidden {number}:{ROW}")
+                asked.append(f"{hidden.projection.name_alias}:{ROW}")
         return LateViews(joined, asked, late)
 
     def ready(self, entities: EntityRows) -> LateGather:
@@ -144,12 +142,20 @@ class LateViews:
         return LateGather(self.views, entities)
 
 
-@dataclass(frozen=True)
 class LateGather:
-    """Adds the columns of late views to batches of a join's result."""
+    """Adds the columns of late views to batches of a join's result.
 
-    views: list[LateView]
-    entities: EntityRows
+    Args:
+        views: in the order in which the join has their hidden columns.
+        entities: the rows that were asked for.
+    """
+
+    def __init__(self, views: list[LateView], entities: EntityRows) -> None:
+        self.views = views
+        self._entities = entities
+        # Logs by home, and by home and token version, opened when they are first read
+        self._histories: dict[str, HistoryLists] = {}
+        self._tokens: dict[tuple[str, str], TokenLog] = {}
 
     @property
     def most_rows(self) -> int:
@@ -170,71 +176,54 @@ class LateGather:
         rows = iter(batch.columns[shown:])
         arrays = list(batch.columns[:shown])
         names = list(batch.schema.names[:shown])
-        for place, view in enumerate(self.views):
+        for view in self.views:
             users = self._column(view.user, start, batch.num_rows)
             if view.made_of == lists.HISTORY:
-                found = self._lists(place, view, users, start)
+                found = self._lists_of(view, users, start)
             else:
                 versions = self._column(view.version, start, batch.num_rows)
-                found = self._tokens(view, versions, next(rows))
+                found = self._tokens_of(view, versions, next(rows))
             for name, feature in view.names.items():
                 arrays.append(found[feature])
                 names.append(name)
         return pa.RecordBatch.from_arrays(arrays, names=names)
 
     def _column(self, name: str, start: int, number: int) -> pa.Array:
-        return self.entities.table[self.entities.inner[name]].slice(start, number).combine_chunks()
+        inner = self._entities.inner[name]
+        return self._entities.table[inner].slice(start, number).combine_chunks()
 
-    @cached_property
-    def _readers(self) -> list[HistoryLists | None]:
-        return [
-            HistoryLists(view.contract, view.home) if view.made_of == lists.HISTORY else None
-            for view in self.views
-        ]
-
-    @cached_property
-    def _logs(self) -> dict[tuple[str, str], TokenLog]:
-        return {}
-
-    def _lists(
-        self, place: int, view: LateView, users: pa.Array, start: int
-    ) -> dict[str, pa.Array]:
-        reader = self._readers[place]
-        assert reader is not None
-        times = micros(self.entities.table[TIME].slice(start, len(users)))
+    def _lists_of(self, view: LateView, users: pa.Array, start: int) -> dict[str, pa.Array]:
+        if view.home not in self._histories:
+            self._histories[view.home] = HistoryLists(view.contract, view.home)
+        reader = self._histories[view.home]
+        times = micros(self._entities.table[TIME].slice(start, len(users)))
         wanted = list(view.names.values())
         return reader.read(as_keys(users, reader.users), times, wanted, view.length)
 
-    def _tokens(self, view: LateView, versions: pa.Array, rows: pa.Array) -> dict[str, pa.Array]:
+    def _tokens_of(self, view: LateView, versions: pa.Array, rows: pa.Array) -> dict[str, pa.Array]:
         read = []
         for version, row in zip(versions.to_pylist(), rows.to_pylist(), strict=True):
             if row is None or row < 0:
                 read.append({lists.VALUES: None, lists.NUMBER: None})
                 continue
             key = (view.home, version)
-            if key not in self._logs:
-                self._logs[key] = TokenLog(view.contract, view.home, version)
-            read.append(lists.token_values(self._logs[key].read(row)))
-        values = [one[lists.VALUES] for one in read]
-        number = [one[lists.NUMBER] for one in read]
+            if key not in self._tokens:
+                self._tokens[key] = TokenLog(view.contract, view.home, version)
+            read.append(lists.token_values(self._tokens[key].read(row)))
         return {
-            lists.VALUES: pa.array(values, pa.list_(pa.float32())),
-            lists.NUMBER: pa.array(number, pa.int32()),
+            lists.VALUES: pa.array([one[lists.VALUES] for one in read], pa.list_(pa.float32())),
+            lists.NUMBER: pa.array([one[lists.NUMBER] for one in read], pa.int32()),
         }
 
 
 def as_keys(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """A frame's column as ids of users; null where it is no id. A text is a whole number's where it is spelt so."""
-    if values.type == kind:
-        return values
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if pa.types.is_string(kind):
+    if not pa.types.is_integer(kind):
         return values.cast(kind)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        spelt = pc.match_substring_regex(values, r"^(0|-?[1-9]\d{0,17})$")
-        return pc.if_else(spelt, values, pa.scalar(None, values.type)).cast(kind)
-    if pa.types.is_floating(values.type):
-        whole = pc.equal(values, pc.floor(values))
-        return pc.if_else(whole, values, pa.scalar(None, values.type)).cast(kind)
-    return values.cast(kind)
+    whole = whole_numbers(values)
+    if is_text(values.type):
+        spelt = pc.equal(whole.cast(pa.string()), values.cast(pa.string()))
+        whole = pc.if_else(spelt, whole, pa.scalar(None, pa.int64()))
+    return whole.cast(kind)

@@ -129,7 +129,7 @@ class MadeWhenRead(OnlineStore):
             return rows
         read = _underlying(table)
         rows = self._store.online_read(config, read, entity_keys, [_feature(table)])
-        return _made(table, entity_keys, rows)
+        return _made(table, entity_keys, rows, requested_features)
 
     async def online_read_async(
         self, config: Any, table: Any, entity_keys: list[Any], requested_features: Any = None
@@ -141,7 +141,7 @@ class MadeWhenRead(OnlineStore):
             return rows
         read = _underlying(table)
         rows = await self._store.online_read_async(config, read, entity_keys, [_feature(table)])
-        return _made(table, entity_keys, rows)
+        return _made(table, entity_keys, rows, requested_features)
 
     def _is_versioned_read_supported(self) -> bool:
         return bool(self._store._is_versioned_read_supported())
@@ -174,10 +174,20 @@ def _feature(view: Any) -> str:
     return "history" if view.tags[MADE_OF] == lists.HISTORY else "tokens"
 
 
-def _made(view: Any, entity_keys: list[Any], rows: list[Read]) -> list[Read]:
-    """Rows of a view of the values that were read."""
+def _made(
+    view: Any, entity_keys: list[Any], rows: list[Read], requested: list[str] | None
+) -> list[Read]:
+    """Rows of a view of the values that were read.
+
+    Args:
+        requested: features; None: all.
+    """
     contract = datasets.load_contract(view.tags["dataset"])
-    kinds = {feature.name: feature.dtype.to_value_type() for feature in view.features}
+    kinds = {
+        feature.name: feature.dtype.to_value_type()
+        for feature in view.features
+        if requested is None or feature.name in requested
+    }
     found: list[Read] = []
     for key, (time, values) in zip(entity_keys, rows, strict=True):
         stored = plain_value((values or {}).get(_feature(view)) or Value())
@@ -190,8 +200,7 @@ def _made(view: Any, entity_keys: list[Any], rows: list[Read]) -> list[Read]:
             if name == contract.user.join_key
         )
         if view.tags[MADE_OF] == lists.HISTORY:
-            packed = lists.packed_lists(contract, user, stored)
-            made: dict[str, Any] = {name: column.to_pylist() for name, column in packed.items()}
+            made: dict[str, Any] = lists.packed_lists(contract, user, stored, kinds)
         else:
             made = lists.token_values(from_bytes(stored, user))
         protos = {

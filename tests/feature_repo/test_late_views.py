@@ -258,6 +258,9 @@ def test_a_value_that_is_the_newest_alone_is_refused_of_the_past(shop: Any) -> N
 def test_users_are_found_by_what_their_ids_spell() -> None:
     whole, text = pa.int64(), pa.string()
     assert as_keys(pa.array(["12", "012", "x", None]), whole).to_pylist() == [12, None, None, None]
+    long = "1234567890123456789"
+    assert as_keys(pa.array([long, "9" * 30, "-7"]), whole).to_pylist() == [int(long), None, -7]
+    assert as_keys(pa.array([2**63, 5], pa.uint64()), whole).to_pylist() == [None, 5]
     assert as_keys(pa.array([12.0, 12.5, None]), whole).to_pylist() == [12, None, None]
     assert as_keys(pa.array([12, None], pa.int32()), text).to_pylist() == ["12", None]
     assert as_keys(pa.array(["a"]).dictionary_encode(), text).to_pylist() == ["a"]
