@@ -142,7 +142,7 @@ def _say_why_anew(name: str, inputs: dict[str, str], rows: list[int], settings: 
     fingerprint = datasets.load_contract(settings.dataset).fingerprint
     if reasons := why_anew(published, fingerprint, inputs):
         number = "all" if min(rows, default=0) < 0 else f"all {sum(rows):,}"
-        told = f"{name}: runs again, for {', '.join(reasons)}; {number} rows of its input are read anew"
+        told = f"{name}: runs again, because {', '.join(reasons)}; {number} rows of its input are read anew"
         console.print(told, highlight=False)
 
 

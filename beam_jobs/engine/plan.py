@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -133,20 +133,29 @@ def job_code(module: str, dataset: str) -> str:
 class ReadOnce(Generic[Found]):
     """A value that a process reads once for each run, however many threads ask.
 
+    Args:
+        state: of what is read, where that may change while the run is under way; another state is read anew.
+
     Example:
         >>> item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
         >>> item_profiles(plan) is item_profiles(plan)
         True
     """
 
-    def __init__(self, read: Callable[[RunPlan], Found]) -> None:
+    def __init__(
+        self,
+        read: Callable[[RunPlan], Found],
+        state: Callable[[RunPlan], Hashable] = lambda plan: None,
+    ) -> None:
         self._read = read
+        self._state = state
         self._lock = Lock()
-        self._found: dict[str, Found] = {}
+        self._found: dict[Hashable, Found] = {}
 
     def __call__(self, plan: RunPlan) -> Found:
         """Return what the run reads, from memory if it was read before."""
+        key = (plan.run_id, self._state(plan))
         with self._lock:
-            if plan.run_id not in self._found:
-                self._found = {plan.run_id: self._read(plan)}
-            return self._found[plan.run_id]
+            if key not in self._found:
+                self._found = {key: self._read(plan)}
+            return self._found[key]

@@ -53,7 +53,7 @@ from feature_repo.store import received
 COUNTS = b"counts"
 LATE = "time is at or after --as_of"
 # Pieces of lines by their events' identity, of lines that are no event, and their column that says why
-RECEIVED = "received"
+RECEIVED = received.FOLDER
 LINES = "lines"
 DROPPED = "dropped"
 REASON = "__reason"
@@ -536,8 +536,8 @@ class EventsJob(Job):
     def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
         """Drop the acknowledged events that the published run has from the online store's log."""
         manifest = plan.folder.require()
-        received.trim(settings, plan.contract, manifest.received)
-        return []
+        line = received.trim(settings, plan.contract, manifest.received)
+        return [line] if line else []
 
     def built_limit(self, plan: RunPlan) -> float:
         """Return 0: `max_bad_fraction` is about raw rows here."""

@@ -29,9 +29,16 @@ from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.engine.steps import Each
 from beam_jobs.errors import BreaksLiveError
-from beam_jobs.jobs.user_records import RECORDS, WriteOnline, nobody, records_of, users_by_http
+from beam_jobs.jobs.user_records import (
+    RECORDS,
+    WriteOnline,
+    record_schema,
+    records_of,
+    tombstones,
+    users_by_http,
+)
 from feature_repo import datasets
-from feature_repo.contract.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract.arrow import arrow_schema, micros
 from feature_repo.contract.contract import contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.declarations import lacks, spec_of
@@ -162,15 +169,11 @@ def gone_rows(plan: RunPlan, written: tuple[str, int]) -> Iterator[ViewRows]:
     gone = earlier.filter(pc.invert(pc.is_in(earlier, here)))
     if not len(gone):
         return
-    if view == STATS:
-        yield RECORDS, to_ipc(nobody(plan.contract, gone, plan.as_of or 0))
-        return
-    # 3. Give each a row of nulls, stamped with this run's time.
-    stamp = from_micros(np.full(len(gone), plan.as_of or 0))
-    columns = {f.name: pa.nulls(len(gone), f.type) for f in schema}
-    columns |= {f.name: stamp for f in schema if pa.types.is_timestamp(f.type)}
-    columns[key] = gone
-    yield view, to_ipc(pa.table(columns, schema=schema))
+    # 3. Give each a row of nulls, stamped with this run's time; users also what came since.
+    is_record = view == STATS
+    columns = record_schema(plan.contract) if is_record else schema
+    rows = tombstones(columns, key, gone, plan.as_of or 0)
+    yield (RECORDS if is_record else view), to_ipc(rows)
 
 
 def _keys(sent: Sequence[pa.Table], field: pa.Field) -> pa.ChunkedArray:

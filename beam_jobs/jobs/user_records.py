@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from threading import Lock
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from beam_jobs.engine.plan import ReadOnce, RunPlan
 from beam_jobs.engine.steps import WriteView
 from beam_jobs.jobs.user_history import item_profiles, remembered_codes
 from feature_repo.contract import limits
-from feature_repo.contract.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract.arrow import EPOCH, arrow_schema, from_micros, micros
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
+from feature_repo.history import user_stats
 from feature_repo.history.record import ARRIVED, Extended, Record, extended
 from feature_repo.home.erased import erased_of
 from feature_repo.raw.acknowledged import EVENT, NUMBER, POSITIONS, parse_acknowledged
@@ -38,32 +39,18 @@ PIECE = 1000
 Row = dict[str, Any]
 
 
-class _Read:
-    """The last reading of `beyond`, with its run and how many files there were."""
+def _read_beyond(plan: RunPlan) -> Beyond:
+    history = plan.pinned["user_history"]
+    before = history.received_before
+    # The rows of a run as of an earlier time are older ones.
+    if plan.as_of is not None and plan.as_of < history.as_of_micros:
+        before = min(before, plan.as_of)
+    return Received(plan.home, plan.contract).beyond(history.received, before)
 
-    lock = Lock()
-    of: tuple[str, int, int] | None = None
-    found = Beyond({}, {})
 
-
+# What was acknowledged and the tables do not know, as far as it may have left the log
+beyond = ReadOnce(_read_beyond, lambda plan: Received(plan.home, plan.contract).state())
 erased = ReadOnce(lambda plan: erased_of(plan.home))
-
-
-def beyond(plan: RunPlan) -> Beyond:
-    """What was acknowledged and the tables do not know, as far as it may have left the log."""
-    received = Received(plan.home, plan.contract)
-    with _Read.lock:
-        # Files may have come since this process read them.
-        state = (plan.run_id, len(received.files()), received.num_trimmed())
-        if _Read.of != state:
-            history = plan.pinned["user_history"]
-            before = history.received_before
-            # The rows of a run as of an earlier time are older ones.
-            if plan.as_of is not None and plan.as_of < history.as_of_micros:
-                before = min(before, plan.as_of)
-            _Read.found = received.beyond(history.received, before)
-            _Read.of = state
-        return _Read.found
 
 
 def users_by_http(plan: RunPlan) -> pa.Array:
@@ -108,24 +95,23 @@ def records_of(contract: Contract, stats: pa.Table, histories: pa.Table) -> pa.T
     user = contract.user.join_key
     place = pc.index_in(stats[user].combine_chunks(), histories[user].combine_chunks())
     taken = histories.take(place)
-    columns = {**dict(zip(taken.column_names, taken.columns, strict=True))}
+    columns = dict(zip(taken.column_names, taken.columns, strict=True))
     columns |= dict(zip(stats.column_names, stats.columns, strict=True))
     schema = record_schema(contract)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def nobody(contract: Contract, users: pa.Array, at: int) -> pa.Table:
-    """Records without a value.
+def tombstones(schema: pa.Schema, key: str, values: pa.Array, at: int) -> pa.Table:
+    """Rows of nulls for some keys.
 
     Args:
+        key: the key's column.
         at: their time, microseconds.
     """
-    schema = record_schema(contract)
-    columns = {field.name: pa.nulls(len(users), field.type) for field in schema}
-    stamps = from_micros(np.full(len(users), at))
-    columns |= {EVENT_TIMESTAMP: stamps, CREATED_TIMESTAMP: stamps}
-    columns[contract.user.join_key] = users
-    return pa.table(columns, schema=schema)
+    columns = {field.name: pa.nulls(len(values), field.type) for field in schema}
+    stamps = from_micros(np.full(len(values), at))
+    columns |= {f.name: stamps for f in schema if pa.types.is_timestamp(f.type)}
+    return pa.table({**columns, key: values}, schema=schema)
 
 
 class WriteOnline(WriteView):
@@ -152,43 +138,39 @@ class WriteOnline(WriteView):
 
     def _write(self, rows: pa.Table) -> None:
         """Write records; those of users whose log grew meanwhile again, until none did."""
-        user = self.plan.contract.user.join_key
+        contract = self.plan.contract
+        user = contract.user.join_key
         while rows.num_rows:
-            users = rows[user].to_pylist()
-            logged = self._records.logged(users)
-            made = self._with_what_came(rows, logged)
+            logged = self._records.logged(rows[user].to_pylist())
+            rows, logged = self._with_what_came(rows, logged)
             features = {
-                view: made.select([c.name for c in self.plan.contract.table(view).columns])
+                view: rows.select([c.name for c in contract.table(view).columns])
                 for view in (HISTORY, STATS)
             }
-            replaced = self._records.replace(
-                ManyRows(users, features, micros(made[EVENT_TIMESTAMP])), logged
-            )
-            rows = rows.filter(pa.array(~replaced))
+            known = micros(rows[EVENT_TIMESTAMP])
+            many = ManyRows(rows[user].to_pylist(), features, known)
+            rows = rows.filter(pa.array(~self._records.replace(many, logged)))
 
-    def _with_what_came(self, rows: pa.Table, logged: Sequence[Logged]) -> pa.Table:
-        """Records with the acknowledged events that their tables do not know."""
-        plan = self.plan
-        user = plan.contract.user.join_key
-        came = beyond(plan)
-        late = [
-            (place, entries)
-            for place, (user_id, log) in enumerate(zip(rows[user].to_pylist(), logged, strict=True))
-            if (entries := came.of(user_id, log.entries))
+    def _with_what_came(
+        self, rows: pa.Table, logged: Sequence[Logged]
+    ) -> tuple[pa.Table, list[Logged]]:
+        """Records with the acknowledged events that their tables do not know, those behind the others; and what
+        is logged of each.
+        """
+        user = self.plan.contract.user.join_key
+        users = rows[user].to_pylist()
+        came = beyond(self.plan)
+        lacking = [came.of(one, log.entries) for one, log in zip(users, logged, strict=True)]
+        order = sorted(range(len(users)), key=lambda place: bool(lacking[place]))
+        complete = sum(not entries for entries in lacking)
+        changed = rows.take(pa.array(order[complete:], pa.int64())).to_pylist()
+        made = [
+            row | _extended_row(self.plan, row, lacking[place])
+            for row, place in zip(changed, order[complete:], strict=True)
         ]
-        if not late:
-            return rows
-        changed = rows.take(pa.array([place for place, _ in late])).to_pylist()
-        for row, (_, entries) in zip(changed, late, strict=True):
-            row |= _extended_row(plan, row, entries)
-        untouched = np.ones(rows.num_rows, bool)
-        untouched[[place for place, _ in late]] = False
-        kept = rows.filter(pa.array(untouched))
-        both = pa.concat_tables([kept, pa.Table.from_pylist(changed, schema=rows.schema)])
-        order = np.argsort(
-            np.r_[np.flatnonzero(untouched), [place for place, _ in late]], kind="stable"
-        )
-        return both.take(pa.array(order))
+        same = rows.take(pa.array(order[:complete], pa.int64()))
+        both = pa.concat_tables([same, pa.Table.from_pylist(made, schema=rows.schema)])
+        return both, [logged[place] for place in order]
 
 
 def _extended_row(plan: RunPlan, row: Row, entries: Sequence[Entry]) -> Row:
@@ -201,10 +183,12 @@ def _extended_row(plan: RunPlan, row: Row, entries: Sequence[Entry]) -> Row:
     record = Record(row["history"], row["sketch"], {name: row[name] for name in statistics})
     found = _extended(plan, user_id, record, entries)
     after = {"history": found.record.history, "sketch": found.record.sketch, **found.record.stats}
-    stored = micros(pa.array([row[EVENT_TIMESTAMP]], from_micros(np.zeros(1)).type))[0]
+    if not found.added.num_rows:
+        return after
+    stamp = EPOCH + timedelta(microseconds=found.known)
     # A tombstone's time says when the tables had nothing; the events say more.
-    known = found.known if record.history is None else max(int(stored), found.known)
-    stamp = from_micros(np.array([known or int(stored)]))[0].as_py()
+    if row[user_stats.END] is not None:
+        stamp = max(stamp, row[EVENT_TIMESTAMP])
     return {**after, EVENT_TIMESTAMP: stamp, CREATED_TIMESTAMP: stamp}
 
 

@@ -233,7 +233,7 @@ class JobFolder:
             )
         seen = (info.size, info.mtime_ns, part.sha256)
         if _VERIFIED.get(path) != seen:
-            found = self._sha256(path) if info.size == part.bytes else "of another length"
+            found = self.sha256(path) if info.size == part.bytes else "of another length"
             if found != part.sha256:
                 raise DamagedPartError(
                     f"{path} is damaged: expected {part.bytes:,} bytes with sha256 {part.sha256[:12]}, found "
@@ -242,7 +242,8 @@ class JobFolder:
             _VERIFIED[path] = seen
         return path
 
-    def _sha256(self, path: str) -> str:
+    def sha256(self, path: str) -> str:
+        """Digest of a file's bytes, hexadecimal."""
         digest = hashlib.sha256()
         with self.filesystem.open_input_stream(path) as stream:
             while block := stream.read(READ_BYTES):

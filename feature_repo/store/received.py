@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -91,17 +90,22 @@ class Received:
 
     def files(self) -> list[ReceivedFile]:
         """All files, in order."""
-        found = self._folder.filesystem.get_file_info(
-            pafs.FileSelector(self._folder.root, allow_not_found=True)
-        )
-        named = ((info.path, NAME.fullmatch(info.base_name)) for info in found)
+        named = ((info.path, NAME.fullmatch(info.base_name)) for info in self._infos())
         files = [ReceivedFile(path, int(m[1]), int(m[2])) for path, m in named if m]
         return sorted(files, key=lambda file: file.number)
 
+    def _infos(self) -> list[pafs.FileInfo]:
+        chosen = pafs.FileSelector(self._folder.root, allow_not_found=True)
+        found: list[pafs.FileInfo] = self._folder.filesystem.get_file_info(chosen)
+        return found
+
     def digest(self) -> str:
         """A digest of what the files hold."""
-        content = [self._folder.read_bytes(file.file) for file in self.files()]
-        return digest_of([digest_of(repr(data)) for data in content])
+        return digest_of([self._folder.sha256(file.file) for file in self.files()])
+
+    def state(self) -> tuple[int, int]:
+        """How many files there are, and how many of them have left the log."""
+        return len(self.files()), self.num_trimmed()
 
     def users(self) -> pa.Array:
         """Everybody of whom there is an event."""
@@ -164,7 +168,7 @@ class Received:
                 with self._trimming.lock():
                     until: dict[UserId, int] = {}
                     for file in self.files()[first:files]:
-                        until |= self._last_of(file)
+                        until |= self._last_of(self.read(file))
                     log.trim(until)
                     done = json.dumps({"files": files}).encode()
                     self._folder.write_bytes(f"{self._folder.root}/{TRIMMED}", done)
@@ -201,10 +205,10 @@ class Received:
         for file in self.files():
             if file.number < files and file.known < before:
                 if file.number >= trimmed:
-                    known |= self._last_of(file)
+                    known |= self._last_of(self.read(file))
                 continue
             rows = self.read(file)
-            known |= self._last_of(file)
+            known |= self._last_of(rows)
             if file.number < files:
                 rows = rows.filter(pc.greater_equal(rows[KNOWN], before))
             lacking += entries_in(rows)
@@ -225,24 +229,19 @@ class Received:
 
     def _drop_drafts(self) -> None:
         """Remove what a killed process left half-written; the folder is locked now."""
-        found = self._folder.filesystem.get_file_info(
-            pafs.FileSelector(self._folder.root, allow_not_found=True)
-        )
-        for info in found:
+        for info in self._infos():
             if info.base_name.endswith(DRAFT):
                 self._folder.filesystem.delete_file(info.path)
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        times = [json.loads(entry.event)[EVENT_TIMESTAMP] for entry in entries]
-        number = np.array([entry.number for entry in entries])
-        known = np.maximum(number, times)
+        known = [_known_from(entry) for entry in entries]
         columns = [
             pa.array([entry.user_id for entry in entries], self._schema.field(0).type),
-            pa.array(number),
+            pa.array([entry.number for entry in entries]),
             pa.array(known),
             pa.array([entry.event for entry in entries]),
         ]
-        name = f"part-{len(self.files()):06d}-{known.max()}.parquet"
+        name = f"part-{len(self.files()):06d}-{max(known)}.parquet"
         data = parquet_bytes(pa.table(columns, schema=self._schema))
         self._folder.write_bytes(f"{self._folder.root}/{name}", data)
 
@@ -255,12 +254,11 @@ class Received:
         """The last number of each user in files whose entries may still be in the log."""
         found: dict[UserId, int] = {}
         for file in self.files()[self.num_trimmed() :]:
-            found |= self._last_of(file)
+            found |= self._last_of(self.read(file))
         return found
 
-    def _last_of(self, file: ReceivedFile) -> dict[UserId, int]:
+    def _last_of(self, rows: pa.Table) -> dict[UserId, int]:
         """The last number of each user of a file; later files have larger ones."""
-        rows = self.read(file)
         user = self._contract.user.join_key
         last = rows.group_by(user).aggregate([(NUMBER, "max")])
         return dict(zip(last[user].to_pylist(), last[f"{NUMBER}_max"].to_pylist(), strict=True))
@@ -277,48 +275,46 @@ def open_log(settings: Settings) -> EventLog | None:
 
 
 def collect(settings: Settings, contract: Contract) -> str:
-    """Bring what the log holds into files, and drop from it what a published run has. Returns a line where it could
-    not be asked: what it holds stays there.
+    """Bring what the log holds into files, and drop from it what a published run has. Returns a line where that
+    failed: what the log holds stays there.
 
     Raises:
         JobRunningError: another process collects.
     """
     published = JobFolder(settings.home, "events").manifest()
     received = Received(settings.home, contract)
-    try:
-        with _opened(settings) as log:
-            if log is None:
-                return ""
-            received.trim(log, published.received if published else 0)
-            struck = received.collect(log)
-        if struck:
+
+    def use(log: EventLog) -> None:
+        received.trim(log, published.received if published else 0)
+        if struck := received.collect(log):
             OnlineEraser(open_store(settings), contract, []).sweep(struck, datetime.now(UTC))
+
+    return _told(settings, use)
+
+
+def trim(settings: Settings, contract: Contract, files: int) -> str:
+    """Drop what the first so many files hold from the log. Returns a line where that failed: the next run does it."""
+    # A run that calls this is published, and must not fail because somebody else has the folder.
+    with suppress(JobRunningError):
+        return _told(settings, lambda log: Received(settings.home, contract).trim(log, files))
+    return ""
+
+
+def _told(settings: Settings, use: Callable[[EventLog], None]) -> str:
+    try:
+        log = open_log(settings)
+        if log is not None:
+            with closing(log):
+                use(log)
     except JobRunningError:
         raise
     except Exception as error:
         # Whatever a store's client raises
         return (
-            f"the online store could not be asked for events that came by HTTP ({type(error).__name__}: {error}); they "
-            "stay in its log, and a later run reads them"
+            f"events that came by HTTP could not be brought from the online store's log into files, or dropped from it "
+            f"({type(error).__name__}: {error}); they stay there, and a later run does both"
         )
     return ""
-
-
-def trim(settings: Settings, contract: Contract, files: int) -> None:
-    """Drop what the first so many files hold from the log; where the store cannot be asked the next run does."""
-    with suppress(Exception), _opened(settings) as log:
-        if log is not None:
-            Received(settings.home, contract).trim(log, files)
-
-
-@contextmanager
-def _opened(settings: Settings) -> Iterator[EventLog | None]:
-    log = open_log(settings)
-    try:
-        yield log
-    finally:
-        if log is not None:
-            log.close()
 
 
 @dataclass(frozen=True)
@@ -349,6 +345,12 @@ def entries_in(rows: pa.Table) -> list[Entry]:
     user = rows.column(0).to_pylist()
     columns = (user, rows[NUMBER].to_pylist(), rows[EVENT].to_pylist())
     return [Entry(*row) for row in zip(*columns, strict=True)]
+
+
+def _known_from(entry: Entry) -> int:
+    """Microseconds at which an event has both happened and arrived."""
+    happened: int = json.loads(entry.event)[EVENT_TIMESTAMP]
+    return max(entry.number, happened)
 
 
 def _users_of(entries: Sequence[Entry], erased: Erased) -> list[UserId]:
@@ -385,7 +387,7 @@ def _happened(entries: Sequence[Entry]) -> list[Entry]:
     found = []
     ahead: set[UserId] = set()
     for entry in entries:
-        if max(entry.number, json.loads(entry.event)[EVENT_TIMESTAMP]) >= now:
+        if _known_from(entry) >= now:
             ahead.add(entry.user_id)
         if entry.user_id not in ahead:
             found.append(entry)

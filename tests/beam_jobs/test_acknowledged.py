@@ -326,7 +326,8 @@ def test_a_home_that_moves_to_another_declaration_says_what_it_reads_anew(
     run_command("events", TableOptions(), Common(), [], settings)
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "events: runs again, for the declaration changed (contract " in said or "raw files" in said
+        "events: runs again, because the declaration changed (contract " in said
+        or "raw files" in said
     )
     assert "all 7 rows of its input are read anew" in said
     events = read(settings, "events", "events")
