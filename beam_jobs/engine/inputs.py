@@ -1,5 +1,5 @@
-"""The reasons why a run is stale: raw files that changed, output that is gone. Imports no Beam, so that a
-skip costs nothing.
+"""The reasons why a run is stale: raw files that changed, output that is gone. Imports no Beam, so
+that a skip costs nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def current_inputs(module: str, names: Iterable[str], settings: Settings) -> dic
 
     Args:
         module: of the job.
-        names: "code", "store", "raw", "received", "views", "erased" or the name of a job; a job that has not run has no
-            digest.
+        names: "code", "store", "raw", "received", "views", "erased" or the name of a job; a job that
+            has not run has no digest.
     """
     found = {}
     for name in names:
@@ -59,8 +59,8 @@ CHANGED = {
 
 
 def why_anew(published: Manifest, fingerprint: str, inputs: Mapping[str, str]) -> list[str]:
-    """The reasons for which a job's published run is not the one that is asked for; none where only its options
-    differ, or its output is gone.
+    """The reasons for which a job's published run is not the one that is asked for; none where only
+    its options differ, or its output is gone.
 
     Args:
         fingerprint: of the contract in force.
@@ -76,7 +76,8 @@ def why_anew(published: Manifest, fingerprint: str, inputs: Mapping[str, str]) -
 
 
 def raw_digest(dataset: Dataset, data: str | None) -> str:
-    """Digest of the names and contents of all raw files, and of when they were written where rows arrive then.
+    """Digest of the names and contents of all raw files, and of when they were written where rows
+    arrive then.
 
     Raises:
         RawDataError: two files hold the same bytes, and nothing says which events are the same: a
@@ -88,8 +89,9 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
         empty = digest == hashlib.sha256().hexdigest()
         if digest in first and not empty and not dataset.spec.event_identity:
             raise datasets.RawDataError(
-                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice, and its events "
-                "would count twice. Remove it, or say by SPEC.event_identity which events are the same"
+                f"{file} holds the same bytes as {first[digest]}: one of them was delivered twice, and "
+                "its events would count twice. Remove it, or say by SPEC.event_identity which events "
+                "are the same"
             )
         first[digest] = file
     content = [[Path(file).name, digest] for file, digest in digests.items()]
@@ -98,8 +100,8 @@ def raw_digest(dataset: Dataset, data: str | None) -> str:
 
 
 def output_is_there(job: str, settings: Settings) -> bool:
-    """Return whether the online store still holds what the published run of a job wrote there; the store
-    itself is asked.
+    """Return whether the online store still holds what the published run of a job wrote there; the
+    store itself is asked.
     """
     manifest = JobFolder(settings.home, job).manifest()
     if manifest is None:

@@ -34,8 +34,8 @@ from feature_repo.store.received import Beyond, Received, open_log
 
 # Stands for both views of a record
 RECORDS = "user_records"
-# Users of one round trip
-PIECE = 1000
+# Users of one round trip, or of one transaction
+PIECE = 500
 Row = dict[str, Any]
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_repo.benchmarks import interleaved
-from feature_repo.benchmarks.point_in_time import feature_view, retrieval
+from feature_repo.benchmarks.retrieval import feature_view, retrieval
 from feature_repo.contract.arrow import MICROS, from_micros
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts
@@ -67,7 +67,6 @@ def measured(
     ours = calls["histories: gathered"]()
     theirs = calls["histories: feast duckdb"]().sort_by("row")
     identical = all(_same(ours[name], theirs[name]) for name in FEATURES)
-    # The baseline takes a minute: once is enough where the ratio is large.
     seconds = interleaved(calls, repeats, warm_up=0)
     fastest = seconds["histories: gathered"]["wall_s"]
     table = [

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from feature_repo.benchmarks import interleaved, parser, report
+from feature_repo.benchmarks import histories, interleaved, parser, report
+from feature_repo.benchmarks.retrieval import feature_view, join
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 NUM_FEATURES = 6
@@ -52,6 +53,7 @@ def main() -> None:
                 for file in files
             ],
         }
+        # A speed beside rows that differ would compare two different joins.
         ours = calls["asof"]()
         theirs = calls["feast duckdb"]().sort_by("row")
         identical = all(
@@ -68,8 +70,6 @@ def main() -> None:
         }
         for name, times in seconds.items()
     ]
-    from feature_repo.benchmarks import histories
-
     sizes = (
         histories.Sizes(200, 150, 2_000)
         if arguments.quick
@@ -109,76 +109,6 @@ def _features(folder: Path, key: str, keys: int, versions: int, seed: int) -> An
     path = folder / f"{key}.parquet"
     frame.drop_duplicates([key, "event_timestamp"]).to_parquet(path, index=False)
     return feature_view(f"{key}_view", path, key, dict.fromkeys(names, Float32), timedelta(days=90))
-
-
-def feature_view(name: str, path: Path, key: str, features: dict[str, Any], ttl: timedelta) -> Any:
-    """A feature view over a Parquet file, complete without a registry."""
-    from feast import Entity, FeatureView, Field, FileSource, ValueType
-    from feast.data_format import ParquetFormat
-    from feast.types import Int64
-
-    source = FileSource(
-        name=f"{name}_source",
-        path=str(path),
-        file_format=ParquetFormat(),
-        timestamp_field="event_timestamp",
-        created_timestamp_column="created_timestamp",
-    )
-    key_field = Field(name=key, dtype=Int64)
-    fields = [Field(name=f, dtype=kind) for f, kind in features.items()]
-    entity = Entity(name=key, join_keys=[key], value_type=ValueType.INT64)
-    view = FeatureView(
-        name=name, entities=[entity], ttl=ttl, schema=[key_field, *fields], source=source
-    )
-    view.entity_columns = [key_field]
-    view.features = fields
-    return view
-
-
-def join(store: str, views: list[Any], entity_df: pd.DataFrame, **flags: Any) -> pa.Table:
-    """All features of some views from one store: "asof" is ours, "duckdb" is Feast's."""
-    refs = [f"{view.name}:{feature.name}" for view in views for feature in view.features]
-    return retrieval(store, views, refs, entity_df.copy(), **flags).to_arrow()
-
-
-def retrieval(
-    store: str,
-    views: list[Any],
-    refs: list[str],
-    entity_df: Any,
-    settings: dict[str, Any] | None = None,
-    **flags: Any,
-) -> Any:
-    """`get_historical_features` of one store, straight and without a registry: its job.
-
-    Args:
-        settings: of the offline store, such as its memory limit.
-    """
-    from feast.infra.offline_stores.duckdb import DuckDBOfflineStore
-    from feast.repo_config import RepoConfig
-
-    from feature_repo.store.offline_store import TYPE, AsofDuckDBOfflineStore
-
-    kind, store_class = (
-        (TYPE, AsofDuckDBOfflineStore) if store == "asof" else ("duckdb", DuckDBOfflineStore)
-    )
-    config = RepoConfig(
-        project="straight",
-        provider="local",
-        registry="unused.db",
-        offline_store={"type": kind, **(settings or {})},
-        online_store=None,
-        entity_key_serialization_version=3,
-    )
-    config.repo_path = None
-    return store_class.get_historical_features(
-        config, views, refs, entity_df, _NoOnDemandViews(), "straight", **flags
-    )
-
-
-class _NoOnDemandViews:
-    def list_on_demand_feature_views(self, *_: Any, **__: Any) -> list[Any]:
-        return []
 
 
 if __name__ == "__main__":

@@ -41,11 +41,12 @@ from feature_repo.store.event_log import (
     UserId,
     append_sqlite,
     entries_of,
+    has_log,
     last_of_sqlite,
     slot_of,
 )
 from feature_repo.store.online_rows import write_rows
-from feature_repo.store.redis_writer import expire, queue_script
+from feature_repo.store.redis_writer import expire, key_of_user, queue_script
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -93,8 +94,6 @@ for k, range in ipairs(sets) do
 end
 return 1
 """
-# Users of one round trip, or of one transaction of SQLite
-PIECE = 500
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ class UserRecords(Protocol):
         """What the log holds of users, and where it ends for each."""
 
     def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
-        """Replace rows of many users, each user's at once, by rows that know what `logged` says; bool for each:
-        False where another event has come since, and the stored rows stay.
+        """Replace rows of many users in one round trip or transaction, each user's at once, by rows that know what
+        `logged` says; bool for each: False where another event has come since, and the stored rows stay.
         """
 
     def close(self) -> None:
@@ -295,6 +294,7 @@ class _RedisRecords:
         self._project = config.project
         self._version = config.entity_key_serialization_version
         self._fields = {pair: _mmh3(f"{pair[0]}:{pair[1]}") for pair in definitions.kinds}
+        self._config = config
         self._online = config.online_store
         self._client = RedisOnlineStore()._get_client(config.online_store)
         self._script = self._client.register_script(SWAP)
@@ -360,19 +360,16 @@ class _RedisRecords:
     def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
         converted = self._definitions.many_rows(rows)
         keys = [self._own_hash(user) for user in rows.users]
-        swapped: list[int] = []
-        for start in range(0, len(keys), PIECE):
-            with self._client.pipeline(transaction=False) as pipe:
-                for place in range(start, min(start + PIECE, len(keys))):
-                    parts: list[Any] = []
-                    for view, values in converted[place].items():
-                        parts += self._parts(view, values, int(rows.known[place]))
-                    last = _digest_of_last(logged[place].last)
-                    arguments = [1, 0, "", 1, LAST, last, len(parts), *parts]
-                    queue_script(pipe, SWAP, [keys[place]], arguments)
-                swapped += pipe.execute()
-                expire(pipe, self._online, keys[start : start + PIECE])
-                pipe.execute()
+        with self._client.pipeline(transaction=False) as pipe:
+            for place, key in enumerate(keys):
+                parts: list[Any] = []
+                for view, values in converted[place].items():
+                    parts += self._parts(view, values, int(rows.known[place]))
+                last = _digest_of_last(logged[place].last)
+                queue_script(pipe, SWAP, [key], [1, 0, "", 1, LAST, last, len(parts), *parts])
+            swapped = pipe.execute()
+            expire(pipe, self._online, keys)
+            pipe.execute()
         return np.array(swapped, bool)
 
     def close(self) -> None:
@@ -404,7 +401,7 @@ class _RedisRecords:
 
     def _own_hash(self, user_id: UserId) -> bytes:
         """The hash of the views that a user alone keys."""
-        return next(iter(self._hashes(user_id)))
+        return key_of_user(self._config, user_id)
 
     def _log_keys(self, user_id: UserId, own_hash: bytes) -> LogKeys:
         return LogKeys.of(self._project, user_id, slot_of(own_hash) if self._apart else None)
@@ -475,6 +472,9 @@ class _SqliteRecords:
 
     def logged(self, users: Sequence[UserId]) -> list[Logged]:
         with self._lock:
+            # Most homes have never taken an event by HTTP.
+            if not has_log(self._connection):
+                return [Logged(0)] * len(users)
             return [
                 Logged(last_of_sqlite(self._connection, user), tuple(self._log.entries([user])))
                 for user in users
@@ -483,15 +483,13 @@ class _SqliteRecords:
     def replace(self, rows: ManyRows, logged: Sequence[Logged]) -> np.ndarray:
         converted = self._definitions.many_rows(rows)
         swapped = np.zeros(len(rows.users), bool)
-        for start in range(0, len(rows.users), PIECE):
-            with self._transaction():
-                for place in range(start, min(start + PIECE, len(rows.users))):
-                    user = rows.users[place]
-                    if last_of_sqlite(self._connection, user) != logged[place].last:
-                        continue
-                    for view, values in converted[place].items():
-                        self._write(user, view, values, int(rows.known[place]))
-                    swapped[place] = True
+        with self._transaction():
+            for place, user in enumerate(rows.users):
+                if last_of_sqlite(self._connection, user) != logged[place].last:
+                    continue
+                for view, values in converted[place].items():
+                    self._write(user, view, values, int(rows.known[place]))
+                swapped[place] = True
         return swapped
 
     def close(self) -> None:

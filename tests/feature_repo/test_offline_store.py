@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo.benchmarks.point_in_time import feature_view, join, retrieval
+from feature_repo.benchmarks.retrieval import feature_view, join, retrieval
 from feature_repo.store.entity_rows import EntityFrameError
 from feature_repo.store.source_files import SourceError
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_repo.benchmarks.point_in_time import retrieval
+from feature_repo.benchmarks.retrieval import retrieval
 from feature_repo.store.source_files import SourceError
 
 START_NS = 1_700_000_000_000_000_000
