@@ -27,6 +27,7 @@ CLASSES = {
     "rankmixer": ("baselines", "RankMixer"),
     "sasrec": ("models", "SASRec"),
     "transformer": ("baselines", "Transformer"),
+    "trees": ("trees", "Trees"),
     "two_stage": ("baselines", "TwoStage"),
     "vista": ("models", "VISTA"),
     "vista_addressed": ("models", "AddressedVISTA"),
@@ -50,9 +51,11 @@ def training_code(recipe: Recipe, dataset: str) -> str:
     """Digest of the code that decides what a recipe learns: features, loop, its model, and all of
     ours that they import.
     """
+    beside = ("modeling.trees.blend",) if recipe.trees is not None else ()
     return code_digest(
         "modeling.training.trainer",
         "modeling.training_set.training_set",
         module_of(recipe.model),
         f"feature_repo.datasets.{dataset}",
+        *beside,
     )

@@ -25,8 +25,8 @@ from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
 from modeling.comparison.ranking import finish
 from modeling.console import console
-from modeling.evaluation.evaluate import primary_number
 from modeling.evaluation.trained_baselines import sums_by_user, trained_baselines
+from modeling.inputs.tasks import primary_number
 from modeling.metrics import PerUser, defined
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from modeling.inputs.batch import Batch
-from modeling.models.base import Ranker, TokenMaker
+from modeling.models.base import Ranker
 from modeling.recipes import Recipe
 from modeling.training.training_run import build_model
 from modeling.training_set.encodings import Encodings
@@ -83,7 +83,7 @@ def _measured(model: Ranker, batch: Batch) -> _Measured:
     given = user
     one_event_ms = None
     state_bytes = None
-    stage_1 = model.stage_1 if isinstance(model, TokenMaker) else None
+    stage_1 = None if model.token_maker is None else model.token_maker.stage_1
     if stage_1 is not None and stage_1.streams:
         tokens, streams = stage_1.stream([user])
         given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))

@@ -24,13 +24,13 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.declarations import lacks, plain, spec_of
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
-from modeling import models
 from modeling.bundle.token_identity import token_fingerprint
 from modeling.inputs.encoder import Encoder
 from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
-from modeling.training.weights import save_weights
+from modeling.training.weights import read_texts, save_weights
+from modeling.trees.blend import build_ranker
 
 LAYOUT = 2
 ENTRIES = (
@@ -111,6 +111,8 @@ def export(
     draft.mkdir(parents=True)
     save_weights(model.state_dict(), draft / "weights.safetensors")
     write_vocabularies(encoder, draft / "vocabularies.json")
+    for name, written in model.texts.items():
+        (draft / name).write_text(written)
     # The manifest names and digests everything; the bundle's own digest is the manifest's.
     contract = encoder.contract
     accepted = tokens or token_fingerprint(model, encoder)
@@ -135,7 +137,8 @@ def export(
         "metrics": metrics,
         "dense_features": list(encoder.dense_names),
         "transforms": TRANSFORMS_VERSION,
-        "files": {name: _sha256(draft / name) for name in FILES},
+        "trees": recipe.trees,
+        "files": {name: _sha256(draft / name) for name in (*FILES, *model.text_names)},
     }
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (draft / "bundle.json").write_text(text)
@@ -181,7 +184,13 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         raise BundleError(
             f"{path} was trained on {trained}, this version computes {features}: train and export again"
         )
-    model = models.build(manifest["model"], manifest["config"], encoder.sizes)
+    model = build_ranker(
+        manifest["model"], manifest["config"], encoder.sizes, manifest.get("trees")
+    )
+    if extra := set(manifest["files"]) ^ {*FILES, *model.text_names}:
+        raise BundleError(
+            f"{path}: bundle.json lists files {sorted(manifest['files'])}; {sorted(extra)} are missing or none of its model's"
+        )
     _load_weights(model, path)
     # 3. Tokens of these weights are known by them.
     made = token_fingerprint(model, encoder)
@@ -229,7 +238,7 @@ def _check_files(path: Path, listed: dict[str, str]) -> None:
     Raises:
         BundleError: it names the file.
     """
-    if set(listed) != set(FILES):
+    if not set(FILES) <= set(listed):
         raise BundleError(
             f"{path}: bundle.json lists files {sorted(listed)}, a bundle has {sorted(FILES)}"
         )
@@ -264,6 +273,10 @@ def _load_weights(model: Ranker, path: Path) -> None:
         raise BundleError(
             f"{path}: weights do not fit the model that bundle.json describes: {error}"
         ) from error
+    try:
+        model.take_texts(read_texts(model, path))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{path}: trees cannot be read: {error}") from error
 
 
 def contract_of(path: Path, manifest: dict[str, Any]) -> Contract:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from modeling.bundle import bundle
 from modeling.bundle.token_identity import token_fingerprint
 from modeling.inputs.batch import UserInputs
 from modeling.inputs.encoder import Encoder
-from modeling.models.base import Ranker, TokenMaker
+from modeling.models.base import Ranker
 
 # Events, padding counted, that stage 1 reads at a time
 PADDED_EVENTS = 1 << 12
@@ -72,16 +71,15 @@ class Summariser:
 
     def __init__(self, model: Ranker, encoder: Encoder) -> None:
         fingerprint = token_fingerprint(model, encoder)
-        if fingerprint is None:
+        maker = model.token_maker
+        if fingerprint is None or maker is None or maker.stage_1 is None:
             raise ValueError(
                 f"{type(model).__name__} makes no summary tokens: choose a VISTA bundle with a stage 1"
             )
-        stage_1 = cast(TokenMaker, model).stage_1
-        assert stage_1 is not None
-        self.stage_1 = stage_1
+        self.stage_1 = maker.stage_1
         self.encoder = encoder
         self.fingerprint = fingerprint
-        self.streams = stage_1.streams
+        self.streams = self.stage_1.streams
         self._lock = Lock()
 
     def bytes_of_user(self, snapshots: int = 1) -> int:

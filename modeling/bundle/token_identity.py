@@ -10,7 +10,7 @@ import json
 from feature_repo.history import envelope
 from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
 from modeling.inputs.encoder import Encoder
-from modeling.models.base import Ranker, TokenMaker
+from modeling.models.base import Ranker
 
 # Raised when the same weights would give other tokens
 VERSION = 1
@@ -23,9 +23,10 @@ def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
     Weights, configuration and item vocabulary of stage 1, the events it reads, the contract, and
     the code's versions: a bundle that differs in stage 2 alone accepts the same tokens.
     """
-    if not isinstance(model, TokenMaker) or model.stage_1 is None:
+    maker = model.token_maker
+    if maker is None or maker.stage_1 is None:
         return None
-    stage_1 = model.stage_1
+    stage_1 = maker.stage_1
     identity = {
         "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
         "contract": encoder.contract.fingerprint,

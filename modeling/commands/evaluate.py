@@ -119,11 +119,10 @@ def _evaluated(run: TrainingRun) -> Evaluation:
         beside_trees,
         estimates,
         evaluate_run,
-        primary_number,
-        sampling_shift,
         without_ranking,
     )
     from modeling.evaluation.trained_baselines import quick_trees, sums_by_user
+    from modeling.inputs.tasks import primary_number, sampling_shift
     from modeling.training.trainer import predict
     from modeling.training.training_run import load_trained, refuse_if_rebuilt
     from modeling.training_set.dataset import refuse_nothing_positive

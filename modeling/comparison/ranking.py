@@ -22,10 +22,11 @@ from modeling.claims import Difference, Sums, differences, of_seeds
 from modeling.comparison.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.errors import RecipeError
-from modeling.evaluation.evaluate import measure, primary_number
+from modeling.evaluation.evaluate import measure
 from modeling.evaluation.measured import measured, sums_of
 from modeling.evaluation.report import plots, write_page
 from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
+from modeling.inputs.tasks import primary_number
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import open_run, train

@@ -14,14 +14,14 @@ import numpy as np
 
 from feature_repo.atomic import atomic_write
 from feature_repo.contract.contract import Contract
-from feature_repo.contract.schema import DatasetSpec, Examples, Task
+from feature_repo.contract.schema import Task
 from modeling.claims import Difference
 from modeling.errors import NotTrainedError
 from modeling.evaluation.importance import permutation_importance
 from modeling.inputs.augment import unknown_candidates
 from modeling.inputs.degradations import Lost, degraded, without
 from modeling.inputs.encoder import Encoded, Encoder
-from modeling.inputs.tasks import ranking_logits, sigmoid
+from modeling.inputs.tasks import primary_number, primary_task, ranking_logits, sigmoid
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
 from modeling.training.trainer import predict
@@ -86,16 +86,6 @@ class Evaluation:
     def nothing_to_rank(self) -> bool:
         """True if requests have so few candidates that their order tells nothing."""
         return math.isnan(self.metrics[RANDOM]["ndcg@10"].value)
-
-
-def primary_task(spec: DatasetSpec) -> str:
-    """The task that weighs most in what is ranked by; of like ones the first."""
-    return max(spec.weights.items(), key=lambda named: named[1])[0]
-
-
-def primary_number(spec: DatasetSpec) -> int:
-    """Its number among the tasks."""
-    return [task.name for task in spec.tasks].index(primary_task(spec))
 
 
 def evaluate_run(
@@ -170,32 +160,6 @@ def evaluate_run(
         without_telling_nothing(worth, random[primary]),
         shift=float(shift_T[number]),
     )
-
-
-def sampling_shift(spec: DatasetSpec, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Return what to add to each task's logits so that they are probabilities of a period that is
-    evaluated, T values: where negatives are drawn, training draws some for each positive and
-    evaluation as many for each request, so that the share of positives differs. 0 where the log says
-    what was shown, and of a task that is given another one, for which nothing is drawn.
-
-    Args:
-        train, validation: labels of all candidates of a period, N × T, NaN where undefined.
-    """
-    shift = np.zeros(len(spec.tasks))
-    if spec.requests.examples is not Examples.ACTIONS:
-        return shift
-    for number, task in enumerate(spec.tasks):
-        odds = [_odds(labels[:, number]) for labels in (validation, train)]
-        if not task.given and all(odds):
-            shift[number] = math.log(odds[0] / odds[1])
-    return shift
-
-
-def _odds(labels: np.ndarray) -> float:
-    """Positives for each negative; 0 if either is missing."""
-    positive = int((labels == 1).sum())
-    negative = int((labels == 0).sum())
-    return positive / negative if negative else 0.0
 
 
 def without_telling_nothing(

@@ -6,8 +6,9 @@ from typing import Any
 
 from feature_repo.home.code import code_digest
 from modeling.claims import Sums, read_sums, write_sums
-from modeling.evaluation.evaluate import measure, plain_metrics, primary_number, primary_task
+from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.evaluation.trained_baselines import sums_by_user
+from modeling.inputs.tasks import primary_number, primary_task
 from modeling.training.trainer import PER_USER, locked_run, predict
 from modeling.training.training_run import TrainingRun, load_trained, write_result
 from modeling.training_set.encodings import Encodings

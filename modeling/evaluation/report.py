@@ -137,6 +137,8 @@ def _loss(plt: Any, folder: Path) -> bytes:
     # Steps and epochs share one log: an epoch's line has the number of its last step.
     lines = list(read_metrics(folder))
     steps = [line for line in lines if line["kind"] == "step"]
+    if not steps:
+        return _growth(plt, [line for line in lines if line["kind"] == "tree"])
     epochs = [line for line in lines if line["kind"] == "epoch"]
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
     # Single steps stay pale behind their smoothed curve, for their noise hides the trend.
@@ -162,6 +164,15 @@ def _loss(plt: Any, folder: Path) -> bytes:
     )
     axes.set(xlabel="step", ylabel="log loss", title="Loss")
     axes.legend(frameon=False)
+    return png_of(plt, figure)
+
+
+def _growth(plt: Any, trees: list[dict[str, Any]]) -> bytes:
+    """What the validation period gained tree by tree."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.4))
+    axes.plot([t["step"] for t in trees], [t["validation"] for t in trees], color=ORANGE)
+    metric = trees[0]["metric"] if trees else ""
+    axes.set(xlabel="trees", ylabel=f"validation {metric}", title="Trees")
     return png_of(plt, figure)
 
 

@@ -18,7 +18,8 @@ from feature_repo.settings import Settings
 from modeling.claims import Sums, of_seeds, read_sums, write_sums
 from modeling.console import console
 from modeling.evaluation.classic import CLASSICS, Classic, classic_scores
-from modeling.evaluation.evaluate import measure, plain_metrics, primary_number
+from modeling.evaluation.evaluate import measure, plain_metrics
+from modeling.inputs.tasks import primary_number
 from modeling.metrics import defined, per_user
 from modeling.recipes import Recipe
 from modeling.training.trainer import PER_USER, locked_run

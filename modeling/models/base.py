@@ -5,7 +5,7 @@ state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,11 +81,33 @@ class Ranker(nn.Module, ABC):
         self.features.fit_statistics(sample)
 
     @property
+    def text_names(self) -> tuple[str, ...]:
+        """Files of text that the model is made of beside its tensors, such as trees."""
+        return ()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Their contents by name."""
+        return {}
+
+    def take_texts(self, texts: Mapping[str, str]) -> None:
+        """Take what `texts` gave.
+
+        Raises:
+            ValueError: a text is none that the model reads.
+        """
+
+    @property
+    def token_maker(self) -> TokenMaker | None:
+        """The ranker that makes summary tokens of histories, itself or a part of it; None without one."""
+        return None
+
+    @property
     def token_shape(self) -> tuple[int, int] | None:
         """S, D of the summary tokens that this model makes of a history, or None: see
         `models/vista.py`.
         """
-        return None
+        return None if self.token_maker is None else self.token_maker.token_shape
 
     @property
     def can_extend(self) -> bool:
@@ -220,6 +242,10 @@ class TokenMaker(Ranker):
     @abstractmethod
     def streams_with(config: Any) -> bool:
         """Return whether stored streams take new events under a config."""
+
+    @property
+    def token_maker(self) -> TokenMaker | None:
+        return None if self.stage_1 is None else self
 
     @property
     def token_shape(self) -> tuple[int, int] | None:

@@ -90,6 +90,8 @@ class Recipe:
     training: Training = field(default_factory=Training)
     # Inputs withheld in a comparison: "matches", "user"
     ablated: tuple[str, ...] = ()
+    # Config of trees whose logits are blended with the model's; None: the model alone
+    trees: dict[str, Any] | None = None
 
 
 # See modeling/next_item/sequences.py

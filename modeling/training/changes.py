@@ -8,11 +8,11 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from feature_repo.errors import nearest
 from modeling.errors import RecipeError
-from modeling.recipes import AnyRecipe, SplitName
+from modeling.recipes import AnyRecipe, Recipe, SplitName
 
 R = TypeVar("R", bound=AnyRecipe)
 # Not fields to be set: a name, and what holds further fields
@@ -20,6 +20,7 @@ FIXED = (
     "name",
     "config",
     "training",
+    "trees",
 )
 
 
@@ -86,9 +87,12 @@ def _set(recipe: R, name: str, text: str) -> R:
         "model": models.config_class(recipe.model),
         "training": type(recipe.training),
     }
+    if isinstance(recipe, Recipe) and recipe.trees is not None:
+        owners["trees"] = models.config_class("trees")
     if group not in owners:
+        listed = ", ".join(f"{owner}.…" for owner in owners if owner)
         raise RecipeError(
-            f"--set {name}: expected a field of the recipe, model.… or training.…, not {group!r}"
+            f"--set {name}: expected a field of the recipe, or one of {listed}, not {group!r}"
         )
     # 2. Refuse a field that the dataclass lacks or that must not be set.
     known = [f.name for f in fields(owners[group]) if group or f.name not in FIXED]
@@ -101,6 +105,10 @@ def _set(recipe: R, name: str, text: str) -> R:
     value = _value(name, text, get_type_hints(owners[group])[field])
     if group == "model":
         return replace(recipe, config={**recipe.config, field: value})
+    if group == "trees":
+        assert isinstance(recipe, Recipe)
+        trees = {**(recipe.trees or {}), field: value}
+        return cast(R, replace(recipe, trees=trees))
     if group == "training":
         training: Any = replace(recipe.training, **{field: value})
         return replace(recipe, training=training)

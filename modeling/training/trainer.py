@@ -9,12 +9,14 @@ continues from the newest checkpoint and writes the same lines as a run that was
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from feature_repo.atomic import atomic_write
+from feature_repo.contract.schema import DatasetSpec
 from feature_repo.errors import ExpectedError
 from feature_repo.home.tables import locked
 from modeling.console import ProgressLines, console
@@ -49,12 +52,15 @@ UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].Unpicklin
 MIN_HIDDEN = 200
 MAX_HIDDEN = 0.2
 CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
 # The paired metrics of a finished run, by user
 PER_USER = "per_user.arrow"
 LOADED_AHEAD = 2  # batches
+# Folder of the network whose scores are blended with trees
+NETWORK = "network"
 OWN_FILES = (
     CHECKPOINT,
-    "metrics.jsonl",
+    METRICS,
     "best.safetensors",
     "run.json",
     "evaluation.json",
@@ -88,6 +94,10 @@ def forget_run(folder: Path) -> None:
     """Drop all that a run has left in its folder."""
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
+    for text in folder.glob("trees-*.txt"):
+        text.unlink()
+    # The network of a blend has a folder within
+    shutil.rmtree(folder / NETWORK, ignore_errors=True)
 
 
 def masked_bce(
@@ -198,7 +208,7 @@ def predict(
     sizes = encoded.num_candidates
     offsets = encoded.candidate_offsets
     order = np.argsort(sizes, kind="stable")
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     model.eval()
     plan = list(grouped(order, sizes, encoder.events_read(encoded), most))
     with torch.inference_mode():
@@ -209,6 +219,33 @@ def predict(
             at = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             logits[at] = scored
     return logits
+
+
+def quality(spec: DatasetSpec, encoded: Encoded, logits_NT: np.ndarray) -> dict[str, float]:
+    """Log loss and NDCG@10 of a period: of each task where there are several, and over all of them under the
+    weights that requests are ranked by.
+    """
+    found: dict[str, float] = {}
+    losses = []
+    rankings = []
+    labels_NT = np.asarray(encoded.labels)
+    for number, task in enumerate(spec.tasks):
+        scored = defined(labels_NT[:, number], encoded.candidate_offsets)
+        labels = scored.labels
+        own = logits_NT[scored.rows, number]
+        losses.append(log_loss(labels, sigmoid(own)) if len(labels) else math.nan)
+        rankings.append(mean_ndcg(labels, own, scored.offsets))
+        if len(spec.tasks) > 1:
+            found |= {f"loss {task.name}": losses[-1], f"ndcg@10 {task.name}": rankings[-1]}
+    return {"loss": weighted(spec, losses), "ndcg@10": weighted(spec, rankings), **found}
+
+
+def share_hidden(training: Training, train: Encoded) -> float:
+    """Share of candidates that training makes unknown: of few samples a larger one, so that the unknown is seen
+    often enough to have a score of its own.
+    """
+    few = min(MIN_HIDDEN / max(len(train.candidate_item), 1), MAX_HIDDEN)
+    return max(training.hidden, few) if training.hidden else 0.0
 
 
 class Loop(ABC):
@@ -409,7 +446,7 @@ class Loop(ABC):
         why.
         """
         # 1. Find a checkpoint of this run, with the log that belongs to it.
-        log = self.folder / "metrics.jsonl"
+        log = self.folder / METRICS
         state = self._checkpoint()
         if state is not None and not log.exists():
             console.print(
@@ -472,7 +509,7 @@ class Loop(ABC):
             return None
 
     def _log(self, line: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as log:
+        with open(self.folder / METRICS, "a") as log:
             log.write(json.dumps(line) + "\n")
 
     def _summary(self) -> dict[str, Any]:
@@ -508,10 +545,7 @@ class Trainer(Loop):
     ) -> dict[str, Any]:
         self.train = train
         self.validation = validation
-        # Of few samples a larger share, so that the unknown is seen often enough to have a score of
-        # its own.
-        few = min(MIN_HIDDEN / max(len(train.candidate_item), 1), MAX_HIDDEN)
-        self.hidden = max(self.training.hidden, few) if self.training.hidden else 0.0
+        self.hidden = share_hidden(self.training, train)
         return self.run(stop_after)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -540,20 +574,7 @@ class Trainer(Loop):
         over all of them under the weights that requests are ranked by.
         """
         logits = predict(cast(Ranker, model), self.encoder, self.validation)
-        spec = self.encoder.contract.spec
-        found: dict[str, float] = {}
-        losses = []
-        rankings = []
-        labels_NT = np.asarray(self.validation.labels)
-        for number, task in enumerate(spec.tasks):
-            scored = defined(labels_NT[:, number], self.validation.candidate_offsets)
-            labels = scored.labels
-            own = logits[scored.rows, number]
-            losses.append(log_loss(labels, sigmoid(own)) if len(labels) else math.nan)
-            rankings.append(mean_ndcg(labels, own, scored.offsets))
-            if len(spec.tasks) > 1:
-                found |= {f"loss {task.name}": losses[-1], f"ndcg@10 {task.name}": rankings[-1]}
-        return {"loss": weighted(spec, losses), "ndcg@10": weighted(spec, rankings), **found}
+        return quality(self.encoder.contract.spec, self.validation, logits)
 
 
 def _schedule(step: int, total: int, warmup: int, final: float) -> float:
@@ -607,5 +628,11 @@ class _progress:
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """Lines of a run's `metrics.jsonl`."""
-    with open(folder / "metrics.jsonl") as log:
+    with open(folder / METRICS) as log:
         yield from (json.loads(line) for line in log)
+
+
+def write_metrics(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a whole `metrics.jsonl`."""
+    with atomic_write(folder / METRICS) as draft:
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,12 +31,22 @@ from modeling.errors import NotTrainedError, RunError
 from modeling.inputs.augment import encoder_of, training_sample
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
-from modeling.models.base import Ranker, TokenMaker
+from modeling.models.base import Ranker
 from modeling.recipes import Recipe
 from modeling.registry import training_code
 from modeling.training.changes import Changes, changed
 from modeling.training.memory import keep_freed_memory
-from modeling.training.trainer import Trainer, forget_run, locked_run
+from modeling.training.trainer import (
+    NETWORK,
+    Trainer,
+    forget_run,
+    locked_run,
+    read_metrics,
+    write_metrics,
+)
+from modeling.training.trees import blend_summary, blended, fit_trees
+from modeling.training.weights import WEIGHTS, read_texts, save_model
+from modeling.trees.blend import build_ranker
 
 if TYPE_CHECKING:
     from modeling.training_set.encodings import Encodings
@@ -45,7 +55,8 @@ TABLES = ("events", "user_history", "item_stats", "training_examples")
 # A file beside a recipe's runs: what the last training was asked for
 NEWEST = "newest.json"
 RESULT = "run.json"
-BEST = "best.safetensors"
+BEST = WEIGHTS
+TREES = "trees"
 
 
 @dataclass(frozen=True)
@@ -227,10 +238,8 @@ def _train(run: TrainingRun, encodings: Encodings, device: str) -> dict[str, Any
     )
     # 3. The run, then what says that it is finished.
     keep_freed_memory()
-    model = build_model(recipe, encoder, train)
-    trainer = Trainer(model, encoder, recipe.training, run.folder, run.identity, device)
-    summary = trainer.fit(train, validation)
-    best: Any = trainer.load_best()
+    learned = _learned(run, encoder, train, validation, device)
+    best = learned.model
     write_vocabularies(encoder, run.folder / "vocabularies.json")
     return write_result(
         run,
@@ -239,12 +248,48 @@ def _train(run: TrainingRun, encodings: Encodings, device: str) -> dict[str, Any
             "recipe": recipe.name,
             "seed": recipe.training.seed,
             "settings": asdict(recipe),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dense_parameters": dense_parameters(model),
+            "parameters": sum(p.numel() for p in best.parameters()),
+            "dense_parameters": dense_parameters(best),
             "history_parameters": history_parameters(best, _longest(encoder, train).to(device)),
-            "summary": summary,
+            "summary": learned.summary,
         },
     )
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """A trained ranker, saved in its run's folder, and what its training came to."""
+
+    model: Ranker
+    summary: dict[str, Any]
+
+
+def _learned(
+    run: TrainingRun, encoder: Encoder, train: Encoded, validation: Encoded, device: str
+) -> _Learned:
+    """Train what the recipe asks for: a network, trees, or both and their blend."""
+    recipe = run.recipe
+    periods = (train, validation)
+    # 1. Trees alone.
+    if recipe.model == TREES:
+        fitted = fit_trees(recipe.config, encoder, recipe.training, *periods)
+        write_metrics(run.folder, fitted.metrics)
+        save_model(fitted.trees, run.folder)
+        return _Learned(fitted.trees, fitted.summary)
+    # 2. A network, whose checkpoints a blend must not overwrite.
+    folder = run.folder if recipe.trees is None else run.folder / NETWORK
+    network = build_model(recipe, encoder, train)
+    trainer = Trainer(network, encoder, recipe.training, folder, run.identity, device)
+    summary = trainer.fit(*periods)
+    best = cast(Ranker, trainer.load_best())
+    if recipe.trees is None:
+        return _Learned(best, summary)
+    # 3. Trees beside it, and the weights of both.
+    fitted = fit_trees(recipe.trees, encoder, recipe.training, *periods)
+    blend = blended(best, fitted.trees, encoder, *periods)
+    write_metrics(run.folder, [*read_metrics(folder), *fitted.metrics])
+    save_model(blend, run.folder)
+    return _Learned(blend, blend_summary(blend, summary, fitted.summary, encoder, validation))
 
 
 def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
@@ -267,11 +312,13 @@ def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
         run.tokens.shape if run.tokens else (0, 0),
         run.recipe.ablated,
     )
-    model = models.build(run.recipe.model, run.recipe.config, encoder.sizes)
+    recipe = run.recipe
+    model = build_ranker(recipe.model, recipe.config, encoder.sizes, recipe.trees)
     weights = run.folder / BEST
     try:
         model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+        model.take_texts(read_texts(model, run.folder))
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise RunError(
             f"{weights} is damaged ({error}): remove {run.folder} and train again"
         ) from error
@@ -301,10 +348,13 @@ def history_parameters(model: Ranker, batch: Batch) -> int:
     Parameters that events share with candidates or features, such as an appended candidate's layers,
     are not counted.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        return 0
     without = replace(batch.user, mask_BL=torch.zeros_like(batch.user.mask_BL))
     reading = _with_gradient(model, batch) - _with_gradient(model, replace(batch, user=without))
-    if isinstance(model, TokenMaker) and model.stage_1 is not None:
-        reading |= {id(p) for p in model.stage_1.parameters()}
+    maker = model.token_maker
+    if maker is not None and maker.stage_1 is not None:
+        reading |= {id(p) for p in maker.stage_1.parameters()}
     tables = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
     }

@@ -145,13 +145,24 @@ class EventEffect(Struct):
     effect: float
 
 
+class ColumnEffect(Struct):
+    """One column that trees read, and what it adds to the candidate's logit (`pred_contrib`)."""
+
+    name: str
+    # Null where it is missing
+    value: float | None
+    effect: float
+
+
 class ExplainResponse(Struct):
     """Why a candidate is where it is.
 
     `score` is from the newest events that the store holds, without summary tokens, which no event can be
     taken out of. `features` are the numbers that the model was given of the candidate, null where one is
     missing. `tokens` are the effects of the stored summary tokens: by how much the logit that is ranked
-    with all of them would be lower without each.
+    with all of them would be lower without each. `columns` are what each column adds to the logit by the
+    bundle's trees, the largest effects first; with the effect of `(all alike)`, what every candidate starts from,
+    they sum to the trees' part of the logit.
     """
 
     score: float
@@ -159,6 +170,8 @@ class ExplainResponse(Struct):
     events: list[EventEffect]  # newest first
     # Empty where none are stored
     tokens: list[float]
+    # Empty where the bundle has no trees
+    columns: list[ColumnEffect]
     bundle: str
     degraded: list[Degraded]
 

@@ -11,8 +11,11 @@ import pyarrow as pa
 from feature_repo.contract.arrow import EPOCH
 from feature_repo.contract.contract import Contract
 from modeling.inputs.encoder import Encoded
-from modeling.inputs.tasks import ranking_logits, sigmoid
+from modeling.inputs.tasks import primary_number, ranking_logits, sigmoid
+from modeling.trees.blend import tree_effects, trees_of
+from modeling.trees.columns import column_names
 from serving.api.messages import (
+    ColumnEffect,
     EventEffect,
     ExplainResponse,
     HistoryResponse,
@@ -69,6 +72,7 @@ def explain(
         },
         events=effects,
         tokens=of_tokens,
+        columns=_effects_of_columns(ranker, encoded),
         bundle=ranker.bundle.name,
         degraded=list(user.problems),
     )
@@ -102,6 +106,22 @@ def _effects_of_tokens(
         lacking_SD[token] = 0.0
         effects.append(base - logit_with(lacking_SD))
     return effects
+
+
+def _effects_of_columns(ranker: RankService, encoded: Encoded) -> list[ColumnEffect]:
+    """What each column adds to the candidate's logit by the bundle's trees, the largest first; nothing without
+    trees. Of several tasks the one that weighs most.
+    """
+    model = ranker.bundle.model
+    if trees_of(model) is None:
+        return []
+    encoder = ranker.bundle.encoder
+    batch = encoder.collate(encoded, np.array([0]))
+    found = tree_effects(model, batch, column_names(encoder), primary_number(encoder.contract.spec))
+    return [
+        ColumnEffect(one.name, None if np.isnan(one.value) else one.value, one.effect)
+        for one in sorted(found, key=lambda one: -abs(one.effect))
+    ]
 
 
 def _logit(ranker: RankService, encoded: Encoded) -> float:

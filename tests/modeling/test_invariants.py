@@ -5,8 +5,10 @@ interface).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,9 @@ from modeling import models
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.inputs.columns import GroupSizes
 from modeling.models.base import CannotExtendError, Ranker
+from modeling.trees.blend import build_ranker
+from modeling.trees.columns import TreeColumns
+from tests.forests import forest_on
 
 TOLERANCE = 4e-5  # fp32 sums in another order; scores are of order 1, and 2e-5 was seen
 SIZES = FeatureSizes(
@@ -31,6 +36,8 @@ SIZES = FeatureSizes(
     tasks=2,
 )
 RANKING = (
+    "trees",
+    "blend",
     "amortised",
     "vista",
     "onetrans",
@@ -38,6 +45,12 @@ RANKING = (
     "baseline",
 )
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "trees": ("trees", {}),
+    # Beside trees
+    "blend_extendable": (
+        "vista",
+        {"width": 16, "num_seeds": 5, "seed_role": "target", "causal": True, "block": 4},
+    ),
     "amortised_dlrm": ("amortised_dlrm", {"width": 16, "num_layers": 2, "num_heads": 4}),
     "amortised_dlrm_causal": (
         "amortised_dlrm",
@@ -229,7 +242,9 @@ NOT_READ = {
 def make(name: str) -> Ranker:
     torch.manual_seed(3)
     model_name, config = CONFIGS[name]
-    model = models.build(model_name, config, SIZES)
+    model = build_ranker(model_name, config, SIZES, {} if name.startswith("blend") else None)
+    if model.text_names:
+        model.take_texts({file: forest_text() for file in model.text_names})
     for (
         parameter
     ) in model.parameters():  # far from initial values, where many things hold by chance
@@ -238,6 +253,16 @@ def make(name: str) -> Ranker:
         if buffer_name.endswith("item_IK"):  # categories of the events' items
             buffer.copy_(torch.randint(1, 5, buffer.shape))
     return model.eval()
+
+
+@cache
+def forest_text() -> str:
+    """A forest over every column of `SIZES`, which learned numbers, missing ones and categories."""
+    number = 400
+    user = user_inputs([3] * number, 1)
+    rows = TreeColumns.of(SIZES).rows(user, candidates(number, 1, 1)).flatten(0, 1).numpy()
+    target = np.nansum(rows, axis=1) + 3 * (rows[:, -1] == 2)
+    return forest_on(rows, target > np.median(target), TreeColumns.of(SIZES).categories)
 
 
 def user_inputs(lengths: list[int], seed: int, width: int | None = None) -> UserInputs:
@@ -452,7 +477,8 @@ def test_an_empty_history_gives_finite_scores_that_no_event_could_change(name: s
     assert_equal_scores(one, two)
 
 
-@every_model
+# Trees read no event
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "trees"])
 def test_history_changes_scores(name: str) -> None:
     """The opposite of the invariants: without it they would hold for a model that ignores its
     inputs.

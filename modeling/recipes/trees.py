@@ -1,0 +1,57 @@
+"""Recipes of gradient-boosted trees, alone and blended with a network. LightGBM is not imported here: a recipe is
+plain data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from modeling.recipes import SERVICE, Recipe, Training
+from modeling.recipes.vista import vista, vista_addressed, vista_tiny
+
+RECIPES = (
+    "trees",
+    "trees_binary",
+    "trees_tiny",
+    "vista_trees",
+    "vista_addressed_trees",
+    "vista_trees_tiny",
+)
+# Trees of the tests: seconds on any machine
+TINY: dict[str, Any] = {"num_trees": 8, "num_leaves": 6, "smallest_leaf": 5, "objective": "binary"}
+
+
+def trees() -> Recipe:
+    """Gradient-boosted trees that learn the order within requests."""
+    return _trees("trees", {})
+
+
+def trees_binary() -> Recipe:
+    """Gradient-boosted trees that learn the probability of a label."""
+    return _trees("trees_binary", {"objective": "binary"})
+
+
+def vista_trees() -> Recipe:
+    """VISTA, its logits blended with those of trees."""
+    return replace(vista(), name="vista_trees", trees={})
+
+
+def vista_addressed_trees() -> Recipe:
+    """Summary tokens of a whole history, blended with trees."""
+    return replace(vista_addressed(), name="vista_addressed_trees", trees={})
+
+
+def trees_tiny() -> Recipe:
+    """Seconds on any machine, for tests."""
+    return replace(_trees("trees_tiny", TINY), min_item_count=2)
+
+
+def vista_trees_tiny() -> Recipe:
+    """A blend that makes summary tokens, in seconds."""
+    return replace(vista_tiny(), name="vista_trees_tiny", trees=TINY)
+
+
+def _trees(name: str, config: dict[str, Any]) -> Recipe:
+    # Trees read no event; the encoder wants to read one at least.
+    return Recipe(name, "trees", SERVICE, config, history_length=1, training=Training())

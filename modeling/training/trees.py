@@ -1,0 +1,130 @@
+"""Trees of a run: fitted on the shards that networks train on, calibrated, and blended with a network."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from modeling import models
+from modeling.console import ProgressLines
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.tasks import sampling_shift
+from modeling.metrics import defined
+from modeling.models.base import Ranker
+from modeling.recipes import Training
+from modeling.training.trainer import predict, quality, share_hidden
+from modeling.trees.blend import Blend, order_weights
+from modeling.trees.fitting import calibrated, fit_forests, tree_rows
+from modeling.trees.trees import Trees
+
+
+@dataclass(frozen=True)
+class FittedTrees:
+    """Trees, and what is said of their training.
+
+    Args:
+        summary: for `run.json`.
+        metrics: a line for each tree, for `metrics.jsonl`.
+    """
+
+    trees: Trees
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+def fit_trees(
+    config: dict[str, Any],
+    encoder: Encoder,
+    training: Training,
+    train: Encoded,
+    validation: Encoded,
+) -> FittedTrees:
+    """Fit a forest for each task and calibrate it on the validation period.
+
+    Args:
+        training: its seed, and the share of candidates that it hides.
+
+    Raises:
+        DataError: a task has not two labels of each kind.
+    """
+    trees = models.build("trees", config, encoder.sizes)
+    assert isinstance(trees, Trees)
+    progress = ProgressLines()
+
+    metric = "NDCG@10" if trees.config.objective == "lambdarank" else "log loss"
+    metrics: list[dict[str, Any]] = []
+
+    def tell(tree: int, figure: float) -> None:
+        metrics.append({"kind": "tree", "step": tree, "metric": metric, "validation": figure})
+        progress(f"trees: {tree} of {trees.config.num_trees}, validation {metric} {figure:.4f}")
+
+    # 1. The forests.
+    started = time.process_time()
+    hidden = share_hidden(training, train)
+    rows = tree_rows(encoder, train, hidden, training.seed)
+    held_out = tree_rows(encoder, validation)
+    texts = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell)
+    trees.take_texts(dict(zip(trees.text_names, texts, strict=True)))
+    # 2. Sums as logits, of the share of positives that training has, as a network's are.
+    sums = predict(trees, encoder, validation)
+    labels = np.asarray(validation.labels)
+    shift_T = sampling_shift(encoder.contract.spec, np.asarray(train.labels), labels)
+    for task, shift in enumerate(shift_T):
+        scale, moved = calibrated(sums[:, task], labels[:, task])
+        trees.scale_T[task] = scale
+        trees.shift_T[task] = moved - shift
+    spent = time.process_time() - started
+    number = sum(forest.num_trees for forest in trees.forests)
+    found = quality(encoder.contract.spec, validation, predict(trees, encoder, validation))
+    return FittedTrees(
+        trees,
+        {
+            "steps": number,
+            "epochs": 1,
+            "best_validation_ndcg@10": found["ndcg@10"],
+            "cpu_seconds": spent,
+            "curve": [[spent, found["ndcg@10"]]],
+            "training": asdict(training),
+        },
+        metrics,
+    )
+
+
+def blended(
+    network: Ranker, trees: Trees, encoder: Encoder, train: Encoded, validation: Encoded
+) -> Blend:
+    """Weigh a network and trees on the validation period, for each task."""
+    blend = Blend(network, trees)
+    labels = np.asarray(validation.labels)
+    shift_T = sampling_shift(encoder.contract.spec, np.asarray(train.labels), labels)
+    both = [predict(one, encoder, validation) for one in (network, trees)]
+    for task, shift in enumerate(shift_T):
+        scores = np.stack([logits[:, task] for logits in both], axis=1).astype(np.float64)
+        known = defined(labels[:, task], validation.candidate_offsets)
+        weights = order_weights(scores[known.rows], known.labels, known.offsets)
+        scale, moved = calibrated(scores @ weights, labels[:, task])
+        blend.weight_T2[task] = blend.weight_T2.new_tensor(scale * weights)
+        blend.shift_T[task] = moved - shift
+    return blend
+
+
+def blend_summary(
+    blend: Blend,
+    summary: dict[str, Any],
+    of_trees: dict[str, Any],
+    encoder: Encoder,
+    validation: Encoded,
+) -> dict[str, Any]:
+    """The network's summary with what the blend reaches and what both cost."""
+    found = quality(encoder.contract.spec, validation, predict(blend, encoder, validation))
+    return summary | {
+        "best_validation_ndcg@10": found["ndcg@10"],
+        "of_the_network": summary["best_validation_ndcg@10"],
+        "of_the_trees": of_trees["best_validation_ndcg@10"],
+        "trees": of_trees["steps"],
+        "weights": blend.weight_T2.tolist(),
+        "cpu_seconds": summary["cpu_seconds"] + of_trees["cpu_seconds"],
+    }

@@ -1,0 +1,209 @@
+"""A network and trees as one ranker: a weighted sum of their logits, the weights fitted on the validation
+period.
+
+Trees count better than networks do and read no event; a network reads the history. Where both are at hand,
+their sum ranks above either (`benchmarks/memory_…md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling import models
+from modeling.inputs.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
+from modeling.models import base
+from modeling.models.base import Ranker, TokenMaker
+from modeling.trees.trees import Trees
+
+START = "(all alike)"
+STEPS = 30
+RIDGE = 1e-6
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class UserState:
+    """What both keep of the user."""
+
+    network: base.UserState
+    trees: base.UserState
+
+
+class Blend(Ranker):
+    """Logits of a network and of trees, summed with a weight each, for each task.
+
+    Example:
+        >>> blend = Blend(network, trees)
+        >>> blend.weight_T2.fill_(0.5)
+        >>> blend(batch).shape
+        torch.Size([64, 105, 1])
+    """
+
+    weight_T2: Tensor
+    shift_T: Tensor
+
+    def __init__(self, network: Ranker, trees: Trees) -> None:
+        super().__init__()
+        self.network = network
+        self.trees = trees
+        self.sizes = network.sizes
+        self.register_buffer("weight_T2", torch.full((self.sizes.tasks, 2), 0.5))
+        self.register_buffer("shift_T", torch.zeros(self.sizes.tasks))
+
+    def fit_statistics(self, sample: TrainingSample) -> None:
+        self.network.fit_statistics(sample)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return self.trees.text_names
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return self.trees.texts
+
+    def take_texts(self, texts: Mapping[str, str]) -> None:
+        self.trees.take_texts(texts)
+
+    @property
+    def token_maker(self) -> TokenMaker | None:
+        return self.network.token_maker
+
+    @property
+    def can_extend(self) -> bool:
+        return self.network.can_extend
+
+    @property
+    def grows_exactly(self) -> bool:
+        return self.network.grows_exactly
+
+    def encode_user(self, user: UserInputs) -> UserState:
+        return UserState(self.network.encode_user(user), self.trees.encode_user(user))
+
+    def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
+        """The network's state grows; trees take the new request's numbers."""
+        extended = self.network.extend_user(user_state.network, new_events)
+        return UserState(extended, self.trees.encode_user(new_events))
+
+    def must_refresh(self, user_state: UserState) -> Tensor:
+        return self.network.must_refresh(user_state.network)
+
+    def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
+        """Score candidates by both. logits_BCT."""
+        of_network = self.network.score(user_state.network, candidates)
+        of_trees = self.trees.score(user_state.trees, candidates)
+        first, second = self.weight_T2.unbind(-1)
+        logits: Tensor = of_network * first + of_trees * second + self.shift_T
+        return logits
+
+    def training_forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Train the network alone."""
+        return self.network.training_forward(batch)
+
+
+@dataclass(frozen=True)
+class ColumnEffect:
+    """What a column adds to a candidate's logit by trees.
+
+    Args:
+        value: as trees read it; NaN where it is missing.
+    """
+
+    name: str
+    value: float
+    effect: float
+
+
+def trees_of(model: Ranker) -> Trees | None:
+    """The trees that a ranker is, or has beside its network."""
+    if isinstance(model, Blend):
+        return model.trees
+    return model if isinstance(model, Trees) else None
+
+
+def tree_effects(
+    model: Ranker, batch: Batch, names: Sequence[str], task: int
+) -> list[ColumnEffect]:
+    """What each column adds to the logit of a batch's first candidate, by LightGBM's `pred_contrib` (Lundberg et
+    al., 2020); what all candidates start from stands last, as `START`. They sum to what trees add to the logit.
+
+    Args:
+        names: of the columns, in order (`columns.column_names`).
+
+    Raises:
+        ValueError: the ranker has no trees.
+    """
+    trees = trees_of(model)
+    if trees is None:
+        raise ValueError(f"{type(model).__name__} has no trees to explain")
+    weight = float(model.weight_T2[task, 1]) if isinstance(model, Blend) else 1.0
+    row = trees.columns.of_batch(batch)[:1]
+    effects = weight * trees.contributions(row, task)[0]
+    values = [*row[0].tolist(), float("nan")]
+    named = zip([*names, START], values, effects.tolist(), strict=True)
+    return [ColumnEffect(name, value, effect) for name, value, effect in named]
+
+
+def build_ranker(
+    name: str, config: dict[str, Any], sizes: FeatureSizes, trees: dict[str, Any] | None
+) -> Ranker:
+    """A model by name, blended with trees where they have a config.
+
+    Raises:
+        RecipeError: no such model, or a config value that it or the trees do not know.
+    """
+    network = models.build(name, config, sizes)
+    if trees is None:
+        return network
+    beside = models.build("trees", trees, sizes)
+    assert isinstance(beside, Trees)
+    return Blend(network, beside)
+
+
+def order_weights(scores_NK: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The weights of several scores under which a request's positives are likeliest to be drawn first: the least
+    softmax loss within requests (ListNet, Cao et al., 2007), by Newton's method. A weight below 0 is set to 0,
+    and the others are fitted again.
+
+    Args:
+        offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
+    """
+    kept = np.arange(scores_NK.shape[1])
+    while True:
+        found = _order_weights(scores_NK[:, kept], labels_N, offsets)
+        if len(kept) == 1 or found.min() >= 0:
+            break
+        kept = np.delete(kept, found.argmin())
+    weights = np.zeros(scores_NK.shape[1])
+    weights[kept] = np.maximum(found, 0)
+    return weights
+
+
+def _order_weights(scores_NK: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    deviation = scores_NK.std(0)
+    deviation[deviation == 0] = 1
+    scores = scores_NK / deviation
+    starts = offsets[:-1]
+    lengths = np.diff(offsets)
+    positives_R = np.add.reduceat(labels_N, starts)
+    drawn = labels_N @ scores
+    weights = np.full(scores.shape[1], 1 / scores.shape[1])
+    for _ in range(STEPS):
+        mixed = scores @ weights
+        chance = np.exp(mixed - np.repeat(np.maximum.reduceat(mixed, starts), lengths))
+        chance *= np.repeat(positives_R / np.add.reduceat(chance, starts), lengths)
+        # Of each request: what is expected to be drawn, times its positives
+        mean_RK = np.add.reduceat(scores * chance[:, None], starts)
+        slope = drawn - mean_RK.sum(0)
+        share_R = 1 / np.maximum(positives_R, 1)
+        curvature = (scores * chance[:, None]).T @ scores - (mean_RK * share_R[:, None]).T @ mean_RK
+        step = np.linalg.solve(curvature + RIDGE * np.eye(len(weights)), slope)
+        weights = weights + step
+        if np.abs(step).max() < TOLERANCE:
+            break
+    return weights / deviation

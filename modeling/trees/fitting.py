@@ -1,0 +1,255 @@
+"""Trees fitted on the shards that networks train on, batch by batch with the same things hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from modeling.errors import DataError
+from modeling.inputs.augment import forget, hide
+from modeling.inputs.batch import Batch
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.trees.columns import TreeColumns, column_names
+
+Objective = Literal["binary", "lambdarank"]
+# Requests that become rows at a time
+CHUNK = 256
+# Labels of each kind without which there is nothing to fit
+FEWEST = 2
+NEWTON_STEPS = 50
+RIDGE = 1e-6
+TOLERANCE = 1e-9
+# Deviation, for its size, below which scores are all alike
+FLAT = 1e-6
+# Candidates that a forest is fitted on at most: memory follows them
+MOST_ROWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class TreesConfig:
+    """What LightGBM is asked for.
+
+    Args:
+        objective: "lambdarank" learns the order within a request (Burges, 2010), "binary" the probability of a
+            label.
+        num_trees: at most; fewer where the validation period gains nothing for `patience` of them.
+        smallest_leaf: candidates in a leaf, at least.
+        column_share: of the columns that each tree may read; `row_share` of the requests' candidates likewise.
+        rank_positions: places from the top that lambdarank looks at.
+    """
+
+    objective: Objective = "lambdarank"
+    num_trees: int = 300
+    num_leaves: int = 40
+    learning_rate: float = 0.06
+    smallest_leaf: int = 100
+    column_share: float = 0.8
+    row_share: float = 0.8
+    l2: float = 1.0
+    category_smooth: float = 20.0
+    rank_positions: int = 20
+    patience: int = 30
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """Candidates of a period as trees read them.
+
+    Args:
+        rows_NF: float32.
+        labels_NT: NaN where a task is undefined.
+        candidates_R: of each request.
+    """
+
+    rows_NF: np.ndarray
+    labels_NT: np.ndarray
+    candidates_R: np.ndarray
+
+
+def tree_rows(encoder: Encoder, encoded: Encoded, hidden: float = 0.0, seed: int = 0) -> TreeRows:
+    """Rows of a period; of a longer one, requests spread evenly over it, up to `MOST_ROWS` candidates.
+
+    Args:
+        hidden: share of candidates that become unknown, and as many that lose their statistics
+            (`inputs/augment.py`); 0 takes rows as they are.
+    """
+    columns = TreeColumns.of(encoder.sizes)
+    step = -(-len(encoded.candidate_item) // MOST_ROWS) or 1
+    requests = np.arange(0, len(encoded), step)
+    rng = np.random.default_rng(seed)
+    rows = []
+    labels = []
+    for batch in _batches(encoder, encoded, requests):
+        shown = batch
+        if hidden:
+            shown = forget(encoder, hide(encoder, batch, hidden, rng), rng)
+        rows.append(columns.of_batch(shown))
+        labels.append(batch.labels_BCT[batch.candidates.mask_BC].numpy())
+    return TreeRows(np.concatenate(rows), np.concatenate(labels), encoded.num_candidates[requests])
+
+
+def _batches(encoder: Encoder, encoded: Encoded, requests: np.ndarray) -> Iterator[Batch]:
+    for start in range(0, len(requests), CHUNK):
+        yield encoder.collate(encoded, requests[start : start + CHUNK])
+
+
+def fit_forests(
+    config: TreesConfig,
+    encoder: Encoder,
+    train: TreeRows,
+    validation: TreeRows,
+    seed: int,
+    tell: Callable[[int, float], None] = lambda tree, quality: None,
+) -> list[str]:
+    """A LightGBM text for each task.
+
+    Args:
+        tell: takes each tree's number and the validation period's figure behind it.
+
+    Raises:
+        DataError: a task has no two labels of each kind to learn from.
+    """
+    return [
+        _fit(config, encoder, train, validation, task, seed, tell)
+        for task in range(train.labels_NT.shape[1])
+    ]
+
+
+def _fit(
+    config: TreesConfig,
+    encoder: Encoder,
+    train: TreeRows,
+    validation: TreeRows,
+    task: int,
+    seed: int,
+    tell: Callable[[int, float], None],
+) -> str:
+    import lightgbm
+
+    name = encoder.contract.labels[task]
+    ranks = config.objective == "lambdarank"
+    parameters: dict[str, Any] = {
+        "objective": config.objective,
+        "metric": "ndcg" if ranks else "binary_logloss",
+        "eval_at": [10],
+        "num_leaves": config.num_leaves,
+        "learning_rate": config.learning_rate,
+        "min_data_in_leaf": config.smallest_leaf,
+        "feature_fraction": config.column_share,
+        "bagging_fraction": config.row_share,
+        "bagging_freq": 1,
+        "lambda_l2": config.l2,
+        "cat_smooth": config.category_smooth,
+        "lambdarank_truncation_level": config.rank_positions,
+        "num_threads": torch.get_num_threads(),
+        "deterministic": True,
+        "force_row_wise": True,
+        "seed": seed,
+        "verbose": -1,
+    }
+    # 1. What each task's label is defined for.
+    data = _dataset(parameters, encoder, train, task, ranks, name)
+    held_out = _dataset(parameters, encoder, validation, task, ranks, name, data)
+
+    def progress(environment: Any) -> None:
+        [(_, _, quality, _)] = environment.evaluation_result_list
+        tell(environment.iteration + 1, float(quality))
+
+    # 2. Tree by tree, until the validation period gains nothing.
+    booster = lightgbm.train(
+        parameters,
+        data,
+        config.num_trees,
+        valid_sets=[held_out],
+        callbacks=[lightgbm.early_stopping(config.patience, verbose=False), progress],
+    )
+    text: str = booster.model_to_string(num_iteration=booster.best_iteration)
+    return text
+
+
+def _dataset(
+    parameters: dict[str, Any],
+    encoder: Encoder,
+    rows: TreeRows,
+    task: int,
+    ranks: bool,
+    name: str,
+    reference: Any = None,
+) -> Any:
+    """A period as LightGBM takes it.
+
+    Raises:
+        DataError: it holds fewer than two labels of a kind.
+    """
+    import lightgbm
+
+    labels = rows.labels_NT[:, task]
+    known = ~np.isnan(labels)
+    positive = labels[known] > 0
+    if min(positive.sum(), (~positive).sum()) < FEWEST:
+        raise DataError(
+            f"trees need {FEWEST} positives and {FEWEST} negatives of {name}; there are {positive.sum()} and "
+            f"{(~positive).sum()}"
+        )
+    group = None
+    if ranks:
+        request = np.repeat(np.arange(len(rows.candidates_R)), rows.candidates_R)
+        group = np.bincount(request[known], minlength=len(rows.candidates_R))
+        group = group[group > 0]
+    return lightgbm.Dataset(
+        rows.rows_NF if known.all() else rows.rows_NF[known],
+        positive.astype(np.float32),
+        group=group,
+        reference=reference,
+        feature_name=column_names(encoder),
+        categorical_feature=TreeColumns.of(encoder.sizes).categories,
+        params=parameters,
+        free_raw_data=True,
+    )
+
+
+def calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+    """Scale and shift that make scores the logits of labels (Platt, 1999): the pair of greatest likelihood under his
+    targets, which keep it finite where scores part the labels. Scores that tell nothing get scale 0.
+
+    Args:
+        labels_N: NaN where undefined.
+    """
+    known = ~np.isnan(labels_N)
+    scores = scores_N[known].astype(np.float64)
+    positive = labels_N[known] > 0
+    many = (int((~positive).sum()), int(positive.sum()))
+    targets = np.where(positive, (many[1] + 1) / (many[1] + 2), 1 / (many[0] + 2))
+    middle = scores.mean()
+    deviation = scores.std()
+    rate = targets.mean()
+    start = math.log(rate / (1 - rate))
+    # All alike but for rounding
+    if deviation <= FLAT * max(abs(middle), 1.0):
+        return 0.0, start
+    design = np.stack([(scores - middle) / deviation, np.ones(len(scores))], axis=1)
+
+    def loss(weights: np.ndarray) -> float:
+        logits = design @ weights
+        return float((np.logaddexp(0, logits) - targets * logits).sum())
+
+    weights = np.array([0.0, start])
+    for _ in range(NEWTON_STEPS):
+        chance = 1 / (1 + np.exp(-design @ weights))
+        slope = design.T @ (targets - chance)
+        curvature = (design * (chance * (1 - chance))[:, None]).T @ design
+        step = np.linalg.solve(curvature + RIDGE * np.eye(2), slope)
+        # A whole step may leap over the valley.
+        while loss(weights + step) > loss(weights) and np.abs(step).max() > TOLERANCE:
+            step /= 2
+        weights += step
+        if np.abs(step).max() < TOLERANCE:
+            break
+    # Upside down is worse than nothing
+    scale = max(float(weights[0] / deviation), 0.0)
+    return scale, float(weights[1] - scale * middle) if scale else start
