@@ -363,7 +363,8 @@ def _numerical(node: Node) -> tuple[int, float, bool | None]:
     """
     assert node.threshold is not None
     rounded = np.float32(node.threshold)
-    if rounded > node.threshold:
+    # As numbers of 64 bits: numpy would compare in 32
+    if float(rounded) > node.threshold:
         rounded = np.nextafter(rounded, np.float32(-np.inf))
     return node.feature, float(rounded), node.missing_left
 

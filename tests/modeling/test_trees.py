@@ -85,6 +85,16 @@ def test_a_forest_scores_as_lightgbm_does_to_the_bit(name: str, number: int, see
     assert np.array_equal(forest.scores(rows), np.asarray(expected))
 
 
+def test_a_threshold_between_two_neighbouring_floats_parts_them() -> None:
+    below = np.float32(0.1)
+    above = np.nextafter(below, np.float32(1))
+    rows = np.repeat(np.array([[below], [above]], np.float32), 50, axis=0)
+    text = forest_on(rows, np.arange(100) >= 50, num_leaves=2)
+    expected = lightgbm.Booster(model_str=text).predict(rows, raw_score=True)
+    assert len(np.unique(np.asarray(expected))) == 2
+    assert np.array_equal(Forest(text).scores(rows), np.asarray(expected))
+
+
 def test_no_row_has_no_score() -> None:
     assert Forest(texts()["all kinds"]).scores(rows_of(0, 1)).shape == (0,)
 
