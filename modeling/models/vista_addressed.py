@@ -13,7 +13,8 @@ into tokens that a store keeps, and candidates read the tokens alone. Stage 1 is
 
 Differs: in the paper nothing binds a seed to which item it keeps, and its sums weigh an event of
 yesterday as one of five years ago. On The Complete Journey, without match features, that is worth
-0.018 NDCG@10 over a mean pool, and slots 0.216 (`benchmarks/memory_epyc2_2026-11-28.md`). There is no reconstruction loss: a slot's products with codes
+0.018 NDCG@10 over a mean pool, and slots 0.216; a hashed count sketch of the same bytes is worth 0.273
+(`benchmarks/memory_epyc2_2026-11-28.md`). There is no reconstruction loss: a slot's products with codes
 are what is read.
 """
 
