@@ -24,6 +24,8 @@ class Config:
     width: int = 32
     history: History = "din"
     history_hidden: int = 16
+    # Events like the candidate are found by their codes (`layers/matching.py`); False: the papers' attention
+    matching: bool = True
     # None: twice the width
     head_hidden: int | None = None
     dropout: float = 0.0
@@ -53,6 +55,7 @@ class Baseline(Ranker):
                 self.features.events.size,
                 config.history,
                 config.history_hidden,
+                matching=config.matching,
             )
         number = self.features.num_candidate + (self.reader is not None)
         self.interaction = self.make_interaction(self.features.num_request, number)

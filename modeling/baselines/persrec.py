@@ -67,7 +67,7 @@ class PerSRec(base.Baseline):
         self.recent_numbers = nn.Linear(self.features.events.size + 1, width)
         self.tokens = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)
         self.layers = nn.ModuleList(
-            HistoryAttentionLayer(width, config.num_heads, config.dropout)
+            HistoryAttentionLayer(width, config.num_heads, config.dropout, matching=config.matching)
             for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
@@ -101,7 +101,7 @@ class PerSRec(base.Baseline):
         for layer, keys, values in zip(
             self.layers, user_state.keys, user_state.values, strict=True
         ):
-            rows = layer(rows, keys, values, user_state.mask_BL[:, None])
+            rows = layer.read(rows, keys, values, user_state.mask_BL)  # type: ignore[operator]
         tokens = torch.cat([tokens, self.norm(rows)[:, :, None]], dim=2)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits

@@ -11,7 +11,6 @@ there); TWIN's cross features of event and candidate, which this data has none o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from modeling.baselines import base, dcnv2
 from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.interaction import Interaction
+from modeling.layers.matching import Matching
 from modeling.layers.reader import History
 
 
@@ -68,6 +68,8 @@ class TwoStage(base.Baseline):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
+        self.matching = Matching(1, width, plain=not config.matching)
+        self.matching.begin(self.query, self.key)
 
     def make_interaction(self, request: int, candidate: int) -> Interaction:
         return dcnv2.CrossAndDeep(request, candidate + 1, self.config)
@@ -87,19 +89,27 @@ class TwoStage(base.Baseline):
         if self.config.search == "category":
             category = self.item_IK[user.item_BL][..., self.config.slot]
         request = self.features.request(user, items_BLD=items)
-        return UserState(request, self.key(rows), self.value(rows), category, user.mask_BL)
+        keys = self.matching.keys(self.key(rows)[:, None])[:, 0]
+        return UserState(request, keys, self.value(rows), category, user.mask_BL)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:  # type: ignore[override]
         """Each candidate searches, and attends to what it found. logits_BCT."""
         tokens = self.features.candidates(candidates)
-        query = self.query(tokens[:, :, 0])
-        scores = query @ user_state.keys_BLD.transpose(1, 2) / math.sqrt(query.shape[-1])
+        query = self.matching.queries(self.query(tokens[:, :, 0])[:, None])[:, 0]
+        scores = query @ user_state.keys_BLD.transpose(1, 2)
         found = self._search(scores, user_state, candidates)
-        weights = scores.masked_fill(~found, -torch.inf).softmax(-1).nan_to_num(0.0)
-        read = self.out(weights @ user_state.values_BLD)
+        read = self.out(self._read(scores.masked_fill(~found, -torch.inf), user_state.values_BLD))
         tokens = torch.cat([tokens, read[:, :, None]], dim=2)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, tokens))
         return logits
+
+    def _read(self, scores_BCL: Tensor, values_BLD: Tensor) -> Tensor:
+        """Attend to what was found and, where rows match, to nothing."""
+        if self.matching.plain:
+            return scores_BCL.softmax(-1).nan_to_num(0.0) @ values_BLD
+        nothing = self.matching.nothing_H.expand(*scores_BCL.shape[:-1], 1)
+        weights = torch.cat([scores_BCL, nothing], dim=-1).softmax(-1)
+        return weights[..., :-1] @ values_BLD + weights[..., -1:] * self.matching.nothing_HK
 
     def _search(self, scores: Tensor, user_state: UserState, candidates: Candidates) -> Tensor:
         """Which events each candidate attends to, bool B × C × L."""

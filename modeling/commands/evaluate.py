@@ -119,6 +119,7 @@ def _evaluated(run: TrainingRun) -> Evaluation:
         beside_trees,
         estimates,
         evaluate_run,
+        measure,
         without_ranking,
     )
     from modeling.evaluation.trained_baselines import quick_trees, sums_by_user
@@ -127,6 +128,7 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     from modeling.training.training_run import load_trained, refuse_if_rebuilt
     from modeling.training_set.dataset import refuse_nothing_positive
     from modeling.training_set.simple_baselines import TREES
+    from modeling.trees.blend import trees_of
 
     # 1. The periods as they were trained on: shards on disk.
     encodings = run.encodings()
@@ -143,19 +145,28 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     # 2. The model, then trees, paired over users.
     found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), say)
     say("evaluate: trees on the same numbers")
-    trees = quick_trees(run.settings, encodings, run.recipe)
     number = primary_number(spec)
     scores = predict(model, encoder, test.encoded)[:, number]
-    ours = sums_by_user(test, scores, number)["ndcg@10"]
-    paired = difference("model − trees", "ndcg@10", ours, trees.sums["ndcg@10"])
-    rows = found.metrics | {TREES: estimates(trees.test[0])}
+    own = trees_of(model)
+    if own is None:
+        trees = quick_trees(run.settings, encodings, run.recipe)
+        rows = found.metrics | {TREES: estimates(trees.test[0])}
+        theirs = trees.sums
+    else:
+        # The trees that the model is, or is blended with.
+        of_trees = predict(own, encoder, test.encoded)[:, number]
+        rows = found.metrics | {TREES: measure(test.encoded, test.users, of_trees, number)}
+        theirs = sums_by_user(test, of_trees, number)
+    paired = difference(
+        "model − trees",
+        "ndcg@10",
+        sums_by_user(test, scores, number)["ndcg@10"],
+        theirs["ndcg@10"],
+    )
     if found.nothing_to_rank:
         rows[TREES] = without_ranking(rows[TREES])
-    return replace(
-        found,
-        tasks={**found.tasks, found.primary: rows},
-        beside_trees="" if found.nothing_to_rank else beside_trees(paired),
-    )
+    sentence = "" if found.nothing_to_rank or own is model else beside_trees(paired)
+    return replace(found, tasks={**found.tasks, found.primary: rows}, beside_trees=sentence)
 
 
 def _about(run: TrainingRun) -> list[str]:

@@ -220,7 +220,7 @@ def classic_lines(baselines: Sequence[TrainedBaseline]) -> list[list[str]]:
         cells = [spread([(run[m] or {}).get("value") for run in baseline.test]) for m in METRICS]
         seeds = str(len(baseline.test))
         cost = f"{baseline.cpu_seconds:,.0f}"
-        rows.append([f"{baseline.name}, dense numbers", seeds, *cells, "–", "–", "–", "–", cost])
+        rows.append([baseline.name, seeds, *cells, "–", "–", "–", "–", cost])
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from feature_repo.home.tables import digest_of
 from feature_repo.settings import Settings
 from modeling.claims import Sums, of_seeds, read_sums, write_sums
 from modeling.console import console
-from modeling.evaluation.classic import CLASSICS, Classic, classic_scores
+from modeling.evaluation.classic import CLASSICS, QUICK_TREES, TREES, Classic, classic_scores
 from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import defined, per_user
@@ -25,9 +25,7 @@ from modeling.recipes import Recipe
 from modeling.training.trainer import PER_USER, locked_run
 from modeling.training_set.encodings import Encodings
 from modeling.training_set.training_set import Period
-
-# Candidates: 8 CPU seconds on Online Retail, 0.011 NDCG@10 below all of them
-QUICK_ROWS = 1 << 18
+from modeling.trees.fitting import TreesConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class TrainedBaseline:
 def trained_baselines(
     settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int = 1
 ) -> list[TrainedBaseline]:
-    """The baselines on what a recipe reads of dense numbers; the regression has one seed.
+    """The baselines on what a recipe reads of numbers and categories; the regression has one seed.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -67,13 +65,12 @@ def trained_baselines(
 
 
 def quick_trees(settings: Settings, encodings: Encodings, recipe: Recipe) -> TrainedBaseline:
-    """Trees on a part of the training candidates, `QUICK_ROWS`, which take seconds: what any model is
-    told beside.
+    """Trees that take seconds (`classic.QUICK_TREES`): what any model is told beside.
 
     Raises:
         DataError, RunError: see `trained_baselines`.
     """
-    folder = _fitted(settings, encodings, recipe, "trees", 1, QUICK_ROWS)
+    folder = _fitted(settings, encodings, recipe, "trees", 1, QUICK_TREES)
     result = json.loads((folder / "result.json").read_text())
     sums = read_sums(folder / PER_USER)
     return TrainedBaseline("trees", [result["test"]], result["cpu_seconds"], sums)
@@ -85,12 +82,12 @@ def _fitted(
     recipe: Recipe,
     kind: Classic,
     seed: int,
-    most: int | None = None,
+    config: TreesConfig = TREES,
 ) -> Path:
     """Folder of a baseline's run, which is fitted where it is not there."""
     code = code_digest("modeling.evaluation.classic", "modeling.metrics")
     made_of = [kind, seed, encodings.set_of(recipe).identity, recipe.ablated, code]
-    identity = digest_of([*made_of, most] if most else made_of)
+    identity = digest_of([*made_of, asdict(config)])
     name = f"{kind.replace(' ', '_')}-seed{seed}-{identity[:8]}"
     folder = Path(settings.path("comparison", name))
     if (folder / "result.json").exists():
@@ -98,10 +95,14 @@ def _fitted(
     console.print(f"{kind}, seed {seed}: fitting", highlight=False)
     with locked_run(folder):
         encoder = encodings.encoder_of(recipe)
-        train, test = (encodings.period(recipe, period) for period in ("train", "test"))
+        train, validation, test = (
+            encodings.period(recipe, name) for name in ("train", "validation", "test")
+        )
         number = primary_number(encoder.contract.spec)
         started = time.process_time()
-        scores = classic_scores(kind, encoder, train.encoded, test.encoded, number, seed, most)
+        scores = classic_scores(
+            kind, encoder, train.encoded, validation.encoded, test.encoded, number, seed, config
+        )
         spent = time.process_time() - started
         write_sums(folder / PER_USER, sums_by_user(test, scores, number))
         measured = plain_metrics(measure(test.encoded, test.users, scores, number))

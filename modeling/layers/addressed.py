@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, embedding_bag, normalize
+from torch.nn.functional import embedding
 
-from modeling.inputs.batch import FeatureSizes
+from modeling.layers.codes import Items
 
 
 class SlotStream(NamedTuple):
@@ -32,73 +32,6 @@ class SlotStream(NamedTuple):
 
     total_BAHW: Tensor
     mass_BAH: Tensor
-
-
-class Items(NamedTuple):
-    """The different items of some events, and which of them each event is of: what is computed of
-    items is computed once, however often they come.
-    """
-
-    codes_UW: Tensor
-    which_BL: Tensor
-
-
-class ItemCodes(nn.Module):
-    """Codes of items, from their own rows and those of their categories; each of unit length.
-
-    Rows begin at random, so that even an item that training hardly saw has a distinct code.
-
-    Args:
-        width: of a code, W.
-    """
-
-    item_IK: Tensor
-
-    def __init__(self, sizes: FeatureSizes, width: int) -> None:
-        super().__init__()
-        self.slots = sizes.item.slots
-        self.item = nn.Embedding(sizes.items, width)
-        self.categories = nn.ModuleList(
-            nn.Embedding(size, width, padding_idx=0) for size in sizes.item.categories
-        )
-        self.mix = nn.Parameter(torch.full((1 + len(self.slots),), 0.5))
-        self.register_buffer(
-            "item_IK", torch.zeros(sizes.items, sizes.item.num_slots, dtype=torch.long)
-        )
-
-    @property
-    def num_parts(self) -> int:
-        """The item and its category columns."""
-        return 1 + len(self.slots)
-
-    def parts(self, item: Tensor, category_K: Tensor | None = None) -> Tensor:
-        """… × parts × W, each of unit length, or nothing where an item has no such category.
-
-        Args:
-            item: vocabulary indices.
-            category_K: category slots, the items' own first; default: those known from training.
-        """
-        # Not `CategorySlots`: its learned row of nothing begins at zero, where a vector has no
-        # direction and a normalised one no gradient; here an absent category adds nothing.
-        slots = self.item_IK[item] if category_K is None else category_K
-        found = [self.item(item)]
-        groups = slots[..., : sum(self.slots)].split(self.slots, dim=-1) if self.slots else ()
-        for table, group in zip(self.categories, groups, strict=True):
-            if group.shape[-1] == 1:
-                found.append(embedding(group[..., 0], table.weight, padding_idx=0))  # type: ignore[arg-type]
-                continue
-            rows = group.reshape(-1, group.shape[-1])
-            mean = embedding_bag(rows, table.weight, mode="mean", padding_idx=0)  # type: ignore[arg-type]
-            found.append(mean.view(*group.shape[:-1], mean.shape[-1]))
-        return normalize(torch.stack(found, dim=-2), dim=-1)
-
-    def of_events(self, item_BL: Tensor) -> Items:
-        items, which = torch.unique(item_BL, return_inverse=True)
-        return Items(self(self.parts(items)), which)
-
-    def forward(self, parts: Tensor) -> Tensor:
-        """Codes, … × W."""
-        return (parts * self.mix[:, None]).sum(-2)
 
 
 class SlotMemory(nn.Module):

@@ -10,6 +10,13 @@ from torch.nn.functional import embedding, embedding_bag
 
 from modeling.inputs.columns import GroupSizes
 
+# Quantiles of a number that are kept
+QUANTILES = 129
+# Share of training at each end that is told apart no further
+RAREST = 5e-4
+# Where numbers end that were never fitted
+WIDEST = 5.0
+
 
 class CategorySlots(nn.Module):
     """Mean embedding of each column's slots: … × slots → a … × D for each column.
@@ -74,6 +81,67 @@ class Standardise(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Standardised values, clipped to ±10; a missing one (NaN) is 0, the mean."""
         return ((values - self.mean) / self.scale).clamp(-10, 10).nan_to_num(0.0)
+
+
+class GaussianRank(nn.Module):
+    """Numbers → the normal deviates of their ranks in the training period, linear between quantiles; the ends stand
+    for all that lies beyond. A missing number (NaN) is 0, the middle.
+
+    A network sees numbers of any scale alike: a price of 0.2 to 8,000 is as spread out as an age. On Online Retail a
+    mean pool ranks 0.003 NDCG@10 and 0.010 GAUC above itself with standardised numbers (DECISIONS, 2026-11-29).
+
+    Example:
+        >>> ranks = GaussianRank(1)
+        >>> ranks.fit(torch.arange(1001.0)[:, None])
+        >>> ranks(torch.tensor([[500.0], [1e9], [float("nan")]]))[:, 0]
+        tensor([0.0000, 3.2905, 0.0000])
+    """
+
+    knot_FQ: Tensor
+    deviate_FQ: Tensor
+    last_F: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        # Until it is fitted, a number stands for itself.
+        itself = torch.linspace(-WIDEST, WIDEST, QUANTILES).repeat(num_features, 1)
+        self.register_buffer("knot_FQ", itself)
+        self.register_buffer("deviate_FQ", itself.clone())
+        # Place of each feature's last knot; behind it stand largest numbers
+        self.register_buffer("last_F", torch.full((num_features,), QUANTILES - 1))
+
+    def fit(self, values_NF: Tensor) -> None:
+        """Take the quantiles of what is known in the training set; a feature that is never known stays as it is."""
+        shares = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+        for number, values in enumerate(values_NF.T):
+            known = values[~values.isnan()].double().sort().values
+            if not len(known):
+                continue
+            places = (shares * (len(known) - 1)).round().long()
+            knots = known[places].unique()
+            # Equal numbers share the middle of their ranks.
+            first = torch.searchsorted(known, knots)
+            behind = torch.searchsorted(known, knots, right=True)
+            rank = (first + behind) / (2 * len(known))
+            deviates = torch.special.ndtri(rank.clamp(RAREST, 1 - RAREST))
+            self.knot_FQ[number] = torch.finfo(torch.float32).max
+            self.knot_FQ[number, : len(knots)] = knots.float()
+            self.deviate_FQ[number, : len(knots)] = deviates.float()
+            self.last_F[number] = len(knots) - 1
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Deviates, … × F."""
+        flat_FN = values.reshape(-1, values.shape[-1]).T.contiguous()
+        upper = torch.minimum(torch.searchsorted(self.knot_FQ, flat_FN), self.last_F[:, None])
+        lower = (upper - 1).clamp(min=0)
+        below = self.knot_FQ.gather(1, lower)
+        span = self.knot_FQ.gather(1, upper) - below
+        share = ((flat_FN - below) / span).clamp(0, 1)
+        share = torch.where(span > 0, share, 0.0)
+        found = torch.lerp(
+            self.deviate_FQ.gather(1, lower), self.deviate_FQ.gather(1, upper), share
+        )
+        return found.masked_fill(flat_FN.isnan(), 0.0).T.reshape(values.shape)
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:

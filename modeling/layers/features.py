@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.inputs.columns import GroupSizes
-from modeling.layers.embedding import CategorySlots, Standardise
+from modeling.layers.codes import ItemRows
+from modeling.layers.embedding import CategorySlots, GaussianRank, Standardise
 
 # Numbers that one token stands for
 FEATURES_PER_TOKEN = 5
@@ -52,7 +53,7 @@ class FeatureTokens(nn.Module):
         self.sizes = sizes
         self.width = width
         self.bags = bags
-        self.item = nn.Embedding(sizes.items, width)
+        self.item = ItemRows(sizes, width)
         self.fields = CategorySlots(sizes.request, width)
         self.categories = CategorySlots(sizes.candidate, width)
         self.user_dense = DenseTokens(sizes.request, width, numbers)
@@ -60,7 +61,6 @@ class FeatureTokens(nn.Module):
         self.events = EventInputs(sizes.event)
         # The row of an empty sequence
         self.nothing = nn.Parameter(torch.zeros(sizes.actions, width)) if bags else None
-        nn.init.normal_(self.item.weight, std=0.05)
 
     def hand_over(self, *names: Literal["item", "events"]) -> None:
         """Let another module register the weights of item embeddings or event inputs; this one goes on using them.
@@ -105,9 +105,11 @@ class FeatureTokens(nn.Module):
 
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Take the scales of dense features from the training period."""
+        if sample.item_IK is not None:
+            self.item.codes.item_IK.copy_(sample.item_IK)
         self.candidate_dense.fit(sample.candidate_NF)
         self.user_dense.fit(sample.request_BG)
-        self.events.standardise.fit(sample.event_ME)
+        self.events.fit(sample.event_ME)
 
     def bag(
         self, user: UserInputs, before: Bags | None = None, items_BLD: Tensor | None = None
@@ -152,7 +154,7 @@ class FeatureTokens(nn.Module):
 
     def candidates(self, candidates: Candidates) -> Tensor:
         """Tokens of each candidate, B × C × N × D."""
-        found = [self.item(candidates.item_BC)[:, :, None]]
+        found = [self.item(candidates.item_BC, candidates.category_BCK)[:, :, None]]
         found += [token[:, :, None] for token in self.categories(candidates.category_BCK)]
         if self.candidate_dense.num_tokens:
             found.append(self.candidate_dense(candidates.dense_BCF))
@@ -160,8 +162,8 @@ class FeatureTokens(nn.Module):
 
 
 class DenseTokens(nn.Module):
-    """Dense features → standardised → tokens: numbers together through one two-layer network
-    (Hiformer, arXiv 2311.05884, input layer), each vector through its own matrix.
+    """Dense features → tokens: numbers, by their ranks, together through one two-layer network (Hiformer, arXiv
+    2311.05884, input layer), each vector, standardised, through its own matrix.
 
     Differs: beside each number the network sees whether it is there, and a missing vector has a
     learned row. What is missing (NaN) is neither small nor the mean.
@@ -175,7 +177,8 @@ class DenseTokens(nn.Module):
         self.sizes = sizes
         self.width = width
         self.num_number_tokens = math.ceil(sizes.numbers / FEATURES_PER_TOKEN)
-        self.standardise = Standardise(sizes.dense)
+        self.ranks = GaussianRank(sizes.numbers)
+        self.standardise = Standardise(sum(sizes.vectors))
         self.buckets = None
         self.network: nn.Module = nn.Identity()
         if sizes.numbers and numbers == "buckets":
@@ -196,21 +199,23 @@ class DenseTokens(nn.Module):
 
     def fit(self, values_NF: Tensor) -> None:
         """Take scales, and bounds of buckets, from the training period."""
-        self.standardise.fit(values_NF)
+        numbers = self.sizes.numbers
+        self.ranks.fit(values_NF[:, :numbers])
+        self.standardise.fit(values_NF[:, numbers:])
         if self.buckets is not None:
             self.buckets.fit(values_NF[:, : self.sizes.numbers])
 
     def forward(self, values: Tensor) -> Tensor:
         """… × F → … × tokens × D."""
-        scaled = self.standardise(values)
+        numbers = self.sizes.numbers
         missing = values.isnan()
-        sizes = (self.sizes.numbers, *self.sizes.vectors)
+        number_missing, *vectors_missing = missing.split((numbers, *self.sizes.vectors), dim=-1)
+        vectors = self.standardise(values[..., numbers:]).split(self.sizes.vectors, dim=-1)
         found = []
-        number, *vectors = scaled.split(sizes, dim=-1)
-        number_missing, *vectors_missing = missing.split(sizes, dim=-1)
         if self.buckets is not None:
             found.append(self.buckets(values[..., : self.sizes.numbers]))
         elif self.num_number_tokens:
+            number = self.ranks(values[..., :numbers])
             inputs = torch.cat([number, number_missing.to(number.dtype)], dim=-1)
             found.append(self.network(inputs).unflatten(-1, (self.num_number_tokens, self.width)))
         for index, project in enumerate(self.vectors):
@@ -258,7 +263,7 @@ class BucketTokens(nn.Module):
 
 
 class EventInputs(nn.Module):
-    """Features that an event carries beside item, action and time, as one row of numbers: numbers and
+    """Features that an event carries beside item, action and time, as one row of numbers: numbers by their ranks,
     vectors standardised, whether each is there, and a small embedding for each category or bag.
 
     Every model puts this row through its own first layer; `size` is its width, 0 where events
@@ -268,16 +273,27 @@ class EventInputs(nn.Module):
     def __init__(self, sizes: GroupSizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.standardise = Standardise(sizes.dense)
+        self.ranks = GaussianRank(sizes.numbers)
+        self.standardise = Standardise(sum(sizes.vectors))
         self.categories = CategorySlots(sizes, EVENT_CATEGORY_WIDTH)
         flags = sizes.numbers + len(sizes.vectors)
         self.size = sizes.dense + flags + EVENT_CATEGORY_WIDTH * len(sizes.categories)
+
+    def fit(self, values_ME: Tensor) -> None:
+        """Take scales from the training period's events."""
+        numbers = self.sizes.numbers
+        self.ranks.fit(values_ME[:, :numbers])
+        self.standardise.fit(values_ME[:, numbers:])
 
     def forward(self, user: UserInputs) -> Tensor:
         """B × L × size."""
         numbers = self.sizes.numbers
         missing = user.event_BLE.isnan()
-        found = [self.standardise(user.event_BLE), missing[..., :numbers].to(user.event_BLE.dtype)]
+        found = [
+            self.ranks(user.event_BLE[..., :numbers]),
+            self.standardise(user.event_BLE[..., numbers:]),
+            missing[..., :numbers].to(user.event_BLE.dtype),
+        ]
         for vector in missing[..., numbers:].split(self.sizes.vectors, dim=-1):
             if self.sizes.vectors:
                 found.append(vector.any(-1, keepdim=True).to(user.event_BLE.dtype))

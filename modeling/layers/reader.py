@@ -26,6 +26,7 @@ class HistoryReader(nn.Module):
         event_size: numbers that an event carries beside item, action and time.
         kind: "din": target attention; "transformer": encoded by bidirectional layers, then read by
             attention.
+        matching: see `matching.py`.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class HistoryReader(nn.Module):
         event_size: int,
         kind: Literal["din", "transformer"],
         hidden: int,
+        *,
+        matching: bool = True,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -42,9 +45,11 @@ class HistoryReader(nn.Module):
         self.numbers = nn.Linear(event_size + 1, width)
         nn.init.normal_(self.action.weight, std=0.05)
         if kind == "din":
-            self.attention = TargetAttention(width, hidden)
+            self.attention = TargetAttention(width, hidden, matching=matching)
         else:
-            self.layers = nn.ModuleList(HistoryAttentionLayer(width, 4, 0.0) for _ in range(2))
+            self.layers = nn.ModuleList(
+                HistoryAttentionLayer(width, 4, 0.0, matching=matching) for _ in range(2)
+            )
 
     def prepare(self, user: UserInputs, items_BLD: Tensor, events_BLN: Tensor) -> Any:
         """The history's half, once per request.
@@ -62,20 +67,20 @@ class HistoryReader(nn.Module):
                 items_BLD
             )
         if self.kind == "din":
-            return rows, user.mask_BL
+            return rows, items_BLD, user.mask_BL
         index = user.mask_BL.sum(1, keepdim=True) - torch.arange(rows.shape[1], device=rows.device)
         rows = rows + sinusoids(index.clamp(min=0), rows.shape[-1])
         mask = user.mask_BL[:, None]
         encode, read = self.layers
         rows = encode(rows, *encode.keys_values(rows), mask)  # type: ignore[operator]
-        return (*read.keys_values(rows), mask)  # type: ignore[operator]
+        return (*read.keys_values(rows), user.mask_BL)  # type: ignore[operator]
 
     def forward(self, prepared: Any, candidate_BCD: Tensor) -> Tensor:
         """Read the history for each candidate, B × C × D."""
         if self.kind == "din":
             read: Tensor = self.attention(*prepared, candidate_BCD)
             return read
-        rows: Tensor = self.layers[1](candidate_BCD, *prepared)
+        rows: Tensor = self.layers[1].read(candidate_BCD, *prepared)  # type: ignore[operator]
         return rows
 
 

@@ -69,6 +69,8 @@ class Config:
     # Pooled sequences among the request's fields
     bags: bool = False
     causal: bool = False
+    # Keys and queries of unit length (`layers/matching.py`); False: the papers' products
+    matching: bool = True
     positions: Literal["from_newest", "from_oldest"] = "from_newest"
 
 
@@ -120,10 +122,14 @@ class AmortisedDLRM(Ranker):
         self.position = nn.Embedding(sizes.history_length + 1, width)
         # The history, once per request.
         self.layers = nn.ModuleList(
-            HistoryAttentionLayer(width, config.num_heads, config.dropout)
+            HistoryAttentionLayer(width, config.num_heads, config.dropout, matching=config.matching)
             if config.attention == "softmax"
             else PointwiseAttentionLayer(
-                width, config.num_heads, config.dropout, sizes.history_length + 1
+                width,
+                config.num_heads,
+                config.dropout,
+                sizes.history_length + 1,
+                matching=config.matching,
             )
             for _ in range(config.num_layers)
         )
@@ -212,7 +218,7 @@ class AmortisedDLRM(Ranker):
                 if self.config.fusion == "append_self":
                     rows = layer.read_with_own(rows, keys, values, mask)  # type: ignore[operator]
                 else:
-                    rows = layer(rows, keys, values, None if mask is None else mask[:, None])
+                    rows = layer.read(rows, keys, values, mask)  # type: ignore[operator]
         own = torch.cat([self.norm(rows)[:, :, None], tokens], dim=2)
         logits: Tensor = self.heads(*self.interaction(user_state.request_BRD, own))
         return logits
@@ -255,8 +261,13 @@ class AmortisedDLRM(Ranker):
         mask = state.mask_BL.repeat_interleave(number, 0)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         visible = self._history_mask(mask, state.full)
+        full = None if state.full else mask
         for layer in self.layers:
-            rows = layer(rows, *layer.keys_values(rows), visible)  # type: ignore[operator]
+            keys, values = layer.keys_values(rows)  # type: ignore[operator]
+            candidate = layer.read(rows[:, -1:], keys, values, full)  # type: ignore[operator]
+            seen = visible if visible is None or visible.shape[1] == 1 else visible[:, :-1]
+            history = layer(rows[:, :-1], keys, values, seen)
+            rows = torch.cat([history, candidate], dim=1)
         return rows[:, -1].unflatten(0, (-1, number))
 
     def _history_mask(self, mask_BL: Tensor, full: bool) -> Tensor | None:

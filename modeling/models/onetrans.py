@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
-from modeling.layers.attention import attend_shared_and_own
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens, Numbers
 from modeling.layers.interaction import TaskHeads
+from modeling.layers.matching import Matching, begin_alike
 from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
@@ -80,6 +80,8 @@ class Config:
     # Each NS token has its own; False shares those of S
     own_weights: bool = True
     own_output: bool = False  # W_O too
+    # Keys and queries of unit length (`layers/matching.py`); False: the paper's products
+    matching: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,22 @@ class MixedLayer(nn.Module):
         self.query = MixedLinear(width, width, own)
         self.key_value = MixedLinear(width, 2 * width, own)
         self.out = MixedLinear(width, width, own if config.own_output else 0)
+        self.matching = Matching(
+            config.num_heads, width // config.num_heads, plain=not config.matching
+        )
+        if config.matching:
+            self._begin_alike(width)
         self.up = MixedLinear(width, config.expansion * width, own)
         self.down = MixedLinear(config.expansion * width, width, own)
         self.dropout = nn.Dropout(config.dropout)
+
+    def _begin_alike(self, width: int) -> None:
+        """Let every map of queries and of keys, shared or a token's own, begin as one."""
+        begin_alike(self.query.shared.weight, self.key_value.shared.weight[:width])
+        if self.query.own is not None and self.key_value.own is not None:
+            with torch.no_grad():
+                self.query.own.weight.copy_(self.query.shared.weight.T)
+                self.key_value.own.weight[..., :width].copy_(self.query.shared.weight.T)
 
     def project(
         self, rows: Tensor, first: int | None = None, keep: int | None = None
@@ -149,7 +164,8 @@ class MixedLayer(nn.Module):
         normed = self.norm(rows, first)
         asking = normed if keep is None else normed[:, normed.shape[1] - keep :]
         keys, values = self.key_value(normed, first).chunk(2, dim=-1)
-        return self._heads(self.query(asking, first)), self._heads(keys), self._heads(values)
+        query = self.matching.queries(self._heads(self.query(asking, first)))
+        return query, self.matching.keys(self._heads(keys)), self._heads(values)
 
     def finish(self, rows: Tensor, read: Tensor, first: int | None = None) -> Tensor:
         """Output projection, residuals and feed-forward; `read` is B × H × … × K."""
@@ -204,6 +220,8 @@ class OneTrans(Ranker):
         )
         self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
         self.sequence_type = nn.Embedding(sizes.actions, width)
+        # Places begin small beside items, which are looked for
+        self.place_size = nn.Parameter(torch.tensor(0.1))
         self.separator = (
             nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
         )
@@ -256,7 +274,7 @@ class OneTrans(Ranker):
             cache.append((keys, values, mask))
             if not last:
                 read = scaled_dot_product_attention(
-                    query, keys, values, attn_mask=_causal(mask, keep)
+                    query, keys, values, attn_mask=_causal(mask, keep), scale=1.0
                 )
                 rows = layer.finish(rows[:, -keep:], read)  # type: ignore[operator]
                 mask = mask[:, -keep:]
@@ -291,7 +309,7 @@ class OneTrans(Ranker):
             cache.append((keys, values, mask))
             if number + 1 < len(self.layers) and rows.shape[1]:
                 read = scaled_dot_product_attention(
-                    query, keys, values, attn_mask=_causal(mask, rows.shape[1])
+                    query, keys, values, attn_mask=_causal(mask, rows.shape[1]), scale=1.0
                 )
                 rows = layer.finish(rows, read)  # type: ignore[operator]
         # 3. The NS tokens of the new request, behind the extended cache.
@@ -315,11 +333,8 @@ class OneTrans(Ranker):
         """Stage II: each candidate's NS tokens against the cache; candidates never see one another.
         logits_BCT.
         """
-        tokens = self.features.candidates(candidates)
-        if self.num_request == 0:
-            before = user_state.request_BRD[:, None].expand(-1, tokens.shape[1], -1, -1)
-            tokens = torch.cat([before, tokens], dim=2)
-        rows = self.candidate_nodes(tokens)
+        request = user_state.request_BRD if self.num_request == 0 else None
+        rows = self._candidate_tokens(candidates, request)
         rows = self._through(rows, user_state, self.num_request)
         final = self.final_norm(rows, self.num_request).flatten(2)
         request = (
@@ -327,6 +342,20 @@ class OneTrans(Ranker):
         )
         logits: Tensor = self.heads(request, final)
         return logits
+
+    def _candidate_tokens(self, candidates: Candidates, request_BRD: Tensor | None) -> Tensor:
+        """NS tokens of each candidate, B × C × N × D. The item's row goes past the network, into the first one.
+
+        Args:
+            request_BRD: features of the request, where it has no token of its own.
+        """
+        features = self.features.candidates(candidates)
+        item = features[:, :, 0]
+        if request_BRD is not None:
+            before = request_BRD[:, None].expand(-1, features.shape[1], -1, -1)
+            features = torch.cat([before, features], dim=2)
+        first, *others = self.candidate_nodes(features).unbind(2)
+        return torch.stack([first + item, *others], dim=2)
 
     def forward_plain(self, batch: Batch, starts_Bn: Tensor | None = None) -> Tensor:
         """The plain twin: for every candidate one forward over [S; NS], tails as masks on full
@@ -348,15 +377,14 @@ class OneTrans(Ranker):
             )
         # One candidate at a time, so that no candidate can read another.
         for index in range(batch.candidates.item_BC.shape[1]):
-            one = self.features.candidates(batch.candidates.select(slice(index, index + 1)))
+            one = batch.candidates.select(slice(index, index + 1))
             # 2. NS tokens: those of the request stand before those of the candidate.
             request = self.features.request(user)
             if self.request_nodes is None:
-                nodes = self.candidate_nodes(torch.cat([request[:, None], one], dim=2))[:, 0]
+                nodes = self._candidate_tokens(one, request)[:, 0]
             else:
-                nodes = torch.cat(
-                    [self.request_nodes(request), self.candidate_nodes(one)[:, 0]], dim=1
-                )
+                own = self._candidate_tokens(one, None)[:, 0]
+                nodes = torch.cat([self.request_nodes(request), own], dim=1)
             # 3. All layers over every row; what a tail leaves out is masked, not cut.
             rows = torch.cat([rows_S, nodes], dim=1)
             for number, layer in enumerate(self.layers):
@@ -367,9 +395,7 @@ class OneTrans(Ranker):
                     layer.project(rows[:, length:], 0),  # type: ignore[operator]
                 ]
                 query, keys, values = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-                read = scaled_dot_product_attention(
-                    query, keys, values, attn_mask=_causal(real, rows.shape[1])
-                )
+                read = _read_plain(layer.matching, query, keys, values, real, length)  # type: ignore[arg-type]
                 rows = torch.cat(
                     [
                         layer.finish(rows[:, :length], read[:, :, :length]),  # type: ignore[operator]
@@ -438,7 +464,7 @@ class OneTrans(Ranker):
         for number, layer in enumerate(self.layers):
             query, own_keys, own_values = layer.project(rows, first)  # type: ignore[operator]
             mask = None if state.full else state.masks[number]
-            read = attend_shared_and_own(
+            read = layer.matching.read(  # type: ignore[union-attr, operator]
                 query, state.keys[number], state.values[number], mask, own_keys, own_values
             )
             rows = layer.finish(rows, read, first)  # type: ignore[operator]
@@ -478,15 +504,14 @@ class OneTrans(Ranker):
         """Event tokens in the order of time, B × L × D. `before_B` events of each user came before
         these.
         """
-        numbers = torch.cat(
-            [self.features.item(user.item_BL), self.features.events(user), user.gap_BL[..., None]],
-            dim=-1,
-        )
+        items = self.features.item(user.item_BL)
+        numbers = torch.cat([items, self.features.events(user), user.gap_BL[..., None]], dim=-1)
         # Each event goes through its own sequence's network alone, however many there are.
         which = user.action_BL
         event = self.event_down.chosen(gelu(self.event_up.chosen(numbers, which)), which)
         index = before_B[:, None] + torch.arange(event.shape[1], device=event.device)
-        return event + self.sequence_type(user.action_BL) + sinusoids(index, self.config.width)
+        place = self.place_size * sinusoids(index, self.config.width)
+        return event + items + self.sequence_type(user.action_BL) + place
 
 
 class AutoSplit(nn.Module):
@@ -532,6 +557,28 @@ class GroupWise(nn.Module):
             [network(part.flatten(-2)) for network, part in zip(self.networks, parts, strict=True)],
             dim=-2,
         )
+
+
+def _read_plain(
+    matching: Matching, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, length: int
+) -> Tensor:
+    """Attention of all rows over all rows up to themselves; those from `length` on, NS tokens, over nothing too."""
+    seen = _causal(real, query.shape[2])
+    hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)
+    hidden = hidden.expand(-1, query.shape[1], -1, -1)
+    if matching.plain:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=1.0)
+    nothing = torch.full_like(hidden[..., :1], -torch.inf)
+    nothing[:, :, length:] = matching.nothing_H[:, None, None]
+    keys = torch.cat([keys, torch.zeros_like(keys[:, :, :1])], dim=2)
+    none = matching.nothing_HK[None, :, None].expand(len(values), -1, -1, -1)
+    return scaled_dot_product_attention(
+        query,
+        keys,
+        torch.cat([values, none], dim=2),
+        attn_mask=torch.cat([hidden, nothing], dim=-1),
+        scale=1.0,
+    )
 
 
 def _causal(mask: Tensor, number: int) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
+from modeling.layers.codes import ItemRows
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.stored_tokens import StoredTokens
@@ -184,14 +185,16 @@ class VISTA(TokenMaker):
         return logits, self.config.reconstruction * loss
 
     def reconstruction_loss(self, tokens_BSD: Tensor, user: UserInputs) -> Tensor:
-        """Mean squared error of each event's item embedding from the tokens and the events before
-        it (section 4).
+        """Squared error of each event's item embedding from the tokens and the events before it (section 4), as a
+        share of the embedding's own square.
         """
         assert self.decoder is not None
         found = self.decoder(tokens_BSD, user, self.features.item)
         pairs = (found.real_BM[:, 1:] & found.real_BM[:, :-1])[..., None]
         error = (found.predicted_BMD[:, :-1] - found.items_BMD[:, 1:].detach()).square() * pairs
-        return error.sum() / (pairs.sum().clamp(min=1) * self.config.width)
+        # Of the size of a row, which is learned
+        whole = found.items_BMD[:, 1:].detach().square() * pairs
+        return error.sum() / whole.sum().clamp(min=1)
 
 
 class Stage2(nn.Module):
@@ -200,7 +203,9 @@ class Stage2(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            HistoryAttentionLayer(config.width, config.num_heads, config.dropout)
+            HistoryAttentionLayer(
+                config.width, config.num_heads, config.dropout, matching=config.matching
+            )
             for _ in range(config.ranking_layers)
         )
         # Nothing was done yet
@@ -256,9 +261,11 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.most = config.reconstructed
-        self.layer = HistoryAttentionLayer(config.width, config.num_heads, config.dropout)
+        self.layer = HistoryAttentionLayer(
+            config.width, config.num_heads, config.dropout, matching=config.matching
+        )
 
-    def forward(self, tokens_BSD: Tensor, user: UserInputs, item: nn.Embedding) -> Reconstructed:
+    def forward(self, tokens_BSD: Tensor, user: UserInputs, item: ItemRows) -> Reconstructed:
         number = min(self.most, user.mask_BL.shape[1])
         length = user.mask_BL.sum(1, keepdim=True)
         index = (length - number).clamp(min=0) + torch.arange(number, device=length.device)

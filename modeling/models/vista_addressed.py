@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
-from modeling.layers.addressed import ItemCodes, PairMemory, PairStream, SlotMemory, SlotStream
+from modeling.layers.addressed import PairMemory, PairStream, SlotMemory, SlotStream
+from modeling.layers.codes import ItemCodes
 from modeling.layers.features import FeatureTokens
 from modeling.layers.interaction import CrossNetwork, TaskHeads
 from modeling.models.base import CannotExtendError, Stage1, TokenMaker

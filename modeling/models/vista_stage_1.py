@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modeling.inputs.batch import UserInputs
 from modeling.layers.attention import HistoryAttentionLayer
+from modeling.layers.codes import ItemRows
 from modeling.layers.features import EventInputs, FeatureTokens
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
 from modeling.models.base import Stage1
@@ -54,6 +55,8 @@ class Config:
     # None: twice the width
     head_hidden: int | None = None
     dropout: float = 0.0
+    # Keys and queries of unit length where candidates read tokens (`layers/matching.py`)
+    matching: bool = True
     # Stage 2 alone: tokens come from a store, made by another model, and there is no stage 1
     stored: bool = False
 
@@ -66,10 +69,10 @@ class EventRows(nn.Module):
     """
 
     def __init__(
-        self, item: nn.Embedding, inputs: EventInputs, num_actions: int, *, gaps: bool
+        self, item: ItemRows, inputs: EventInputs, num_actions: int, *, gaps: bool
     ) -> None:
         super().__init__()
-        width = item.embedding_dim
+        width = item.width
         self.gaps = gaps
         self.item = item
         self.inputs = inputs

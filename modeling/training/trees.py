@@ -54,7 +54,7 @@ def fit_trees(
     assert isinstance(trees, Trees)
     progress = ProgressLines()
 
-    metric = "NDCG@10" if trees.config.objective == "lambdarank" else "log loss"
+    metric = "log loss" if trees.config.objective == "binary" else "NDCG@10"
     metrics: list[dict[str, Any]] = []
 
     def tell(tree: int, figure: float) -> None:

@@ -16,7 +16,7 @@ from modeling.training_set.dataset import JoinedRequests
 
 RANDOM = "random"
 # Fitted: `trained_baselines.py`
-TREES = "trees, dense numbers"
+TREES = "trees"
 POPULARITY = "popularity, best window"
 FREQUENCY = "own frequency"
 FADED = "own frequency, fading"

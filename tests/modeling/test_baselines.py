@@ -30,17 +30,26 @@ def tokens(request: int, candidate: int, seed: int = 0) -> tuple[torch.Tensor, t
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 1000))
-def test_target_attention_equals_its_plain_twin(lengths: list[int], number: int, seed: int) -> None:
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.integers(0, 1000),
+    st.booleans(),
+)
+def test_target_attention_equals_its_plain_twin(
+    lengths: list[int], number: int, seed: int, matching: bool
+) -> None:
     torch.manual_seed(seed)
-    attention = TargetAttention(WIDTH, 12)
+    attention = TargetAttention(WIDTH, 12, matching=matching)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    items = torch.randn(len(lengths), 9, WIDTH)
     rows, candidates = torch.randn(len(lengths), 9, WIDTH), torch.randn(len(lengths), number, WIDTH)
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
-        fast = attention(rows, mask, candidates)
-        torch.testing.assert_close(
-            fast, attention.plain(rows, mask, candidates), atol=1e-5, rtol=1e-5
-        )
+        fast = attention(rows, items, mask, candidates)
+        plain = attention.plain(rows, items, mask, candidates)
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
         for row, length in enumerate(lengths):
             if not length:
                 assert not fast[row].any()
@@ -57,13 +66,13 @@ def test_target_attention_has_the_gradient_of_its_plain_twin(
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    rows, candidates = (
-        torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 3)
+    rows, items, candidates = (
+        torch.randn(4, n, 5, dtype=torch.double, requires_grad=True) for n in (6, 6, 3)
     )
     mask, direction = torch.rand(4, 6) < 0.7, torch.randn(4, 3, 5, dtype=torch.double)
-    inputs = [rows, candidates, *attention.parameters()]
-    fast = attention(rows, mask, candidates)
-    plain = attention.plain(rows, mask, candidates)
+    inputs = [rows, items, candidates, *attention.parameters()]
+    fast = attention(rows, items, mask, candidates)
+    plain = attention.plain(rows, items, mask, candidates)
     torch.testing.assert_close(fast, plain)
     for one, other in zip(
         *(torch.autograd.grad((x * direction).sum(), inputs) for x in (fast, plain)), strict=True
@@ -75,12 +84,13 @@ def test_target_attention_keeps_its_precision_under_autocast() -> None:
     torch.manual_seed(0)
     attention = TargetAttention(WIDTH, 12)
     rows = torch.randn(2, 9, WIDTH)
+    items = torch.randn(2, 9, WIDTH)
     candidates = torch.randn(2, 3, WIDTH)
     mask = torch.ones(2, 9, dtype=torch.bool)
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            read = attention(rows, mask, candidates)
+            read = attention(rows, items, mask, candidates)
         found.append(
             [read, *torch.autograd.grad(read.square().sum(), list(attention.parameters()))]
         )

@@ -17,10 +17,10 @@ from modeling.errors import ScoresError
 from modeling.evaluation.evaluate import (
     degraded_line,
     plain_metrics,
-    sampling_shift,
     undefined,
     without_telling_nothing,
 )
+from modeling.inputs.tasks import sampling_shift
 from modeling.metrics import Estimate, auc, evaluate, ndcg_at, ranks_within, reciprocal_rank
 from modeling.metrics import log_loss as our_log_loss
 from modeling.training_set.simple_baselines import baselines_of

@@ -240,7 +240,7 @@ def test_tied_weights_equal_a_vanilla_causal_transformer() -> None:
     """Each NS token's weights set to those of S: the same as sharing them, and as torch's own
     causal layers.
     """
-    tied, shared = build(own_weights=True, pyramid=False), build(own_weights=False, pyramid=False)
+    tied, shared = (build(own_weights=own, pyramid=False, matching=False) for own in (True, False))
     state = shared.state_dict()
     for name, parameter in tied.named_parameters():
         if ".own" in name and name.startswith("layers"):
@@ -262,7 +262,9 @@ def test_tied_weights_equal_a_vanilla_causal_transformer() -> None:
         query, keys, values = layer.project(rows)
         ours = layer.finish(
             rows,
-            torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True),
+            torch.nn.functional.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=1.0
+            ),
         )
         reference = torch.nn.MultiheadAttention(16, 2, bias=False, batch_first=True)
         reference.in_proj_weight.copy_(

@@ -37,7 +37,11 @@ class Network(nn.Module):
             ["layers.0.norm.own", "layers.0.norm.shared", "final_norm.own", "event_up.bias"],
             ["layers.0.query.own.weight", "layers.0.query.shared.weight", "event_up.weight"],
         ),
-        ("hiformer", ["layers.0.norm.gain", "layers.0.norm.bias"], ["features.item.weight"]),
+        (
+            "hiformer",
+            ["layers.0.norm.gain", "layers.0.norm.bias"],
+            ["features.item.codes.item.weight"],
+        ),
         (
             "vista",
             ["stage_1.layers.0.norm.weight"],

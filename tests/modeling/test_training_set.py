@@ -186,11 +186,12 @@ def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> N
 
 @pytest.mark.parametrize("kind", CLASSICS)
 def test_a_trained_baseline_learns_from_what_is_not_withheld(made: TrainingSet, kind: Any) -> None:
-    train, test = made.period("train").encoded, made.period("test").encoded
+    periods = [made.period(name).encoded for name in ("train", "validation", "test")]
+    test = periods[-1]
     labels = np.asarray(test.labels)[:, 0]
     quality = {}
     for without in ((), ("matches", "user")):
-        scores = classic_scores(kind, made.encoder(16, ablated=without), train, test, 0, 1)
+        scores = classic_scores(kind, made.encoder(16, ablated=without), *periods, 0, 1)
         quality[without] = mean_ndcg(labels, scores, test.candidate_offsets)
     assert quality[()] > quality["matches", "user"] + 0.05
 
@@ -200,18 +201,18 @@ def test_a_column_that_is_never_known_is_left_out_and_said(
     made: TrainingSet, kind: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder, train = made.encoder(16), made.period("train").encoded
-    test = made.period("test").encoded
+    later = [made.period(name).encoded for name in ("validation", "test")]
     dense = np.array(train.candidate_dense)
     unknown = encoder.dense_names.index("match_days_ago")
     dense[:, unknown] = np.nan
-    scores = classic_scores(kind, encoder, replace(train, candidate_dense=dense), test, 0, 1)
+    scores = classic_scores(kind, encoder, replace(train, candidate_dense=dense), *later, 0, 1)
     assert np.isfinite(scores).all()
     assert f"{kind}: without match_days_ago, of which hardly anything is known" in " ".join(
         capsys.readouterr().out.split()
     )
     one = np.full_like(np.asarray(train.labels), np.nan)
     one[:40] = 0  # and no positive at all
-    scores = classic_scores(kind, encoder, replace(train, labels=one), test, 0, 1)
+    scores = classic_scores(kind, encoder, replace(train, labels=one), *later, 0, 1)
     assert not scores.any()
     assert "nothing to learn from" in capsys.readouterr().out
 
