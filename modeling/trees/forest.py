@@ -7,8 +7,9 @@ word of memory, a bit each, and go down all trees at once:
    which candidates' are in it;
 2. **nodes**, level by level: who meets the condition of a node goes to its left child (`node &
    condition`), the rest to its right one;
-3. **leaves**: a tree's leaves are numbered; bit p of a candidate's leaf number is set if it is in one of the
-   leaves whose number has that bit. Values of leaves are then looked up and summed in LightGBM's order.
+3. **leaves**: a tree's leaves are numbered from left to right in Gray's code, in which neighbours differ in one
+   bit, so that the leaves whose number has a bit are a few whole subtrees: a candidate's bit p is set if it
+   reaches the root of one. Values of leaves are then looked up and summed in LightGBM's order.
 
 After QuickScorer (Lucchese et al., SIGIR 2015), which keeps a word of leaves for each candidate and tree;
 words of candidates for each node cost less where candidates are many and trees shallow. The result is
@@ -79,16 +80,16 @@ class Forest:
         )
         # 2. Who reaches each node, level by level, and each leaf.
         reached = np.tile(candidates.all, (self.num_trees, 1))
-        leaves = [np.zeros((1, candidates.num_words), np.int64)]
+        nodes = [np.zeros((1, candidates.num_words), np.int64), reached]
         for level in self._levels:
-            leaves.append(reached.take(level.leaves, axis=0))
             here = reached.take(level.nodes, axis=0)
             reached = np.empty((len(here), 2, candidates.num_words), np.int64)
             np.bitwise_and(here, met.take(level.conditions, axis=0), out=reached[:, 0])
             np.bitwise_xor(here, reached[:, 0], out=reached[:, 1])
             reached = reached.reshape(-1, candidates.num_words)
+            nodes.append(reached)
         # 3. The values of leaves.
-        return self._leaves.values(np.concatenate(leaves), len(rows_NF))
+        return self._leaves.values(np.concatenate(nodes), len(rows_NF))
 
 
 @dataclass(frozen=True)
@@ -265,21 +266,19 @@ class _Level:
     """Nodes of one depth, of all trees.
 
     Args:
-        leaves: which of the level's rows are leaves.
-        nodes: which are inner nodes; their children are the next level's rows, left and right in turn.
+        nodes: which of the level's rows are inner nodes; their children are the next level's rows, left and right in
+            turn.
         conditions: of the inner nodes.
     """
 
-    leaves: np.ndarray
     nodes: np.ndarray
     conditions: np.ndarray
 
 
 def _levels_of(trees: Sequence[Tree], numbers: _Thresholds, categories: _Sets) -> list[_Level]:
-    """Levels from the roots down. Leaves stand in the order in which `_walk` meets them."""
+    """Levels from the roots down, in the order of `_walk`, but for the last, which has leaves alone."""
     levels = []
-    for rows in _walk(trees):
-        leaves = [row for row, (_, number) in enumerate(rows) if number < 0]
+    for rows in _walk(trees)[:-1]:
         inner = [row for row, (_, number) in enumerate(rows) if number >= 0]
         nodes = [trees[tree].nodes[number] for tree, number in rows if number >= 0]
         conditions = [
@@ -288,8 +287,7 @@ def _levels_of(trees: Sequence[Tree], numbers: _Thresholds, categories: _Sets) -
             else len(numbers.numbered) + categories.numbered[_categorical(node)]
             for node in nodes
         ]
-        arrays = (np.array(one, np.int64) for one in (leaves, inner, conditions))
-        levels.append(_Level(*arrays))
+        levels.append(_Level(np.array(inner, np.int64), np.array(conditions, np.int64)))
     return levels
 
 
@@ -310,7 +308,7 @@ class _Leaves:
 
     Args:
         value: trees × numbers.
-        members: rows of the leaves whose number has a bit, bit by bit and tree by tree; row 0 is no leaf.
+        members: rows of the subtrees whose leaves' numbers have a bit, bit by bit and tree by tree; row 0 is nobody's.
         start: where each bit of each tree begins.
         bits: of a number.
     """
@@ -325,24 +323,28 @@ class _Leaves:
         most = max((len(tree.values) for tree in trees), default=1)
         bits = max((most - 1).bit_length(), 1)
         value = np.zeros((len(trees), 1 << bits))
-        rows: list[list[tuple[int, int]]] = [[] for _ in trees]
-        met = [(tree, ~number) for level in _walk(trees) for tree, number in level if number < 0]
-        for row, (tree, leaf) in enumerate(met):
-            value[tree, leaf] = trees[tree].values[leaf]
-            rows[tree].append((leaf, 1 + row))
-        sets = [
-            [row for leaf, row in own if leaf >> bit & 1] or [0]
-            for bit in range(bits)
-            for own in rows
-        ]
-        members = np.array([row for one in sets for row in one], np.int64)
-        return _Leaves(value, members, np.cumsum([0, *map(len, sets)])[:-1], bits)
+        # 1. The row of each node and leaf among all that are reached, from 1 on.
+        met = [pair for level in _walk(trees) for pair in level]
+        row = {pair: 1 + number for number, pair in enumerate(met)}
+        # 2. Leaves from left to right, and the subtrees that have each bit.
+        sets: list[list[list[int]]] = [[] for _ in range(bits)]
+        for number, tree in enumerate(trees):
+            span = _spans(tree)
+            for node, (first, _) in span.items():
+                if node < 0:
+                    value[number, first ^ first >> 1] = tree.values[~node]
+            for bit in range(bits):
+                whole = _whole_subtrees(tree, span, bit)
+                sets[bit].append([row[number, node] for node in whole] or [0])
+        flat = [one for of_bit in sets for one in of_bit]
+        members = np.array([member for one in flat for member in one], np.int64)
+        return _Leaves(value, members, np.cumsum([0, *map(len, flat)])[:-1], bits)
 
     def values(self, reached: Words, number: int) -> np.ndarray:
         """Sums over trees, float64, N.
 
         Args:
-            reached: who is in each leaf; row 0 is nobody.
+            reached: who reaches each node and leaf, in the order of `_walk`; row 0 is nobody.
         """
         trees, numbers = self.value.shape
         planes = np.bitwise_or.reduceat(reached.take(self.members, axis=0), self.start, axis=0)
@@ -355,6 +357,43 @@ class _Leaves:
         # Tree by tree, as LightGBM adds
         total: np.ndarray = self.value.reshape(-1).take(leaf).sum(0)[:number]
         return total
+
+
+def _spans(tree: Tree) -> dict[int, tuple[int, int]]:
+    """The first leaf of each node's subtree and the one behind its last, counted from left to right; of a leaf,
+    `~number`, itself.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    passed = 0
+    # Nodes that wait: each is met again, closed, behind its children.
+    waiting = [(0 if tree.nodes else -1, False)]
+    while waiting:
+        node, closed = waiting.pop()
+        if node < 0:
+            found[node] = (passed, passed + 1)
+            passed += 1
+        elif closed:
+            one = tree.nodes[node]
+            found[node] = (found[one.left][0], found[one.right][1])
+        else:
+            one = tree.nodes[node]
+            waiting += [(node, True), (one.right, False), (one.left, False)]
+    return found
+
+
+def _whole_subtrees(tree: Tree, span: dict[int, tuple[int, int]], bit: int) -> list[int]:
+    """The fewest nodes below which lie exactly the leaves whose number in Gray's code has a bit."""
+    found = []
+    waiting = [0 if tree.nodes else -1]
+    while waiting:
+        node = waiting.pop()
+        leaves = range(*span[node])
+        having = sum((leaf ^ leaf >> 1) >> bit & 1 for leaf in leaves)
+        if having == len(leaves):
+            found.append(node)
+        elif having:
+            waiting += [tree.nodes[node].left, tree.nodes[node].right]
+    return found
 
 
 def _numerical(node: Node) -> tuple[int, float, bool | None]:
