@@ -1,7 +1,7 @@
 """Bundle: all that serving reads of a run, in one folder, named by its digest.
 
-`weights.safetensors`, `vocabularies.json`, and `bundle.json`, which holds the config, the feature
-services, the contract that it was trained under, the metrics and the sha256 of every file. A bundle
+`weights.safetensors`, `vocabularies.json`, `trees-0.txt` and so on where there are trees, in LightGBM's text format,
+and `bundle.json`, which holds the config, the feature services, the contract that it was trained under, the metrics and the sha256 of every file. A bundle
 is served under its own contract, for as long as the one in force has all that it reads. The
 bundle's digest is the sha256 of `bundle.json`.
 """
@@ -32,7 +32,7 @@ from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.training.weights import read_texts, save_weights
 from modeling.trees.blend import build_ranker
 
-LAYOUT = 2
+LAYOUT = 3
 ENTRIES = (
     "dataset",
     "contract",
@@ -46,6 +46,7 @@ ENTRIES = (
     "dense_features",
     "tokens",
     "transforms",
+    "trees",
     "files",
 )
 FILES = ("weights.safetensors", "vocabularies.json")
@@ -184,9 +185,7 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
         raise BundleError(
             f"{path} was trained on {trained}, this version computes {features}: train and export again"
         )
-    model = build_ranker(
-        manifest["model"], manifest["config"], encoder.sizes, manifest.get("trees")
-    )
+    model = build_ranker(manifest["model"], manifest["config"], encoder.sizes, manifest["trees"])
     if extra := set(manifest["files"]) ^ {*FILES, *model.text_names}:
         raise BundleError(
             f"{path}: bundle.json lists files {sorted(manifest['files'])}; {sorted(extra)} are missing or none of its model's"
@@ -225,7 +224,7 @@ def _manifest_of(path: Path, expected_digest: str | None) -> tuple[str, dict[str
         raise BundleError(f"{file} is no bundle manifest: {error}") from error
     if layout != LAYOUT:
         raise BundleError(
-            f"{path} has bundle layout {layout}; this version reads {LAYOUT}: export it again"
+            f"{path} has bundle layout {layout}; this version reads {LAYOUT}: train and export again"
         )
     if missing := [name for name in ENTRIES if name not in manifest]:
         raise BundleError(f"{file} lacks {missing}: export it again")

@@ -1,7 +1,7 @@
 """Trained baselines without ids and without a sequence, on the same numbers that rankers get: gradient-boosted
 trees, which read categories too, and logistic regression.
 
-A ranker's gain must show beside these. LightGBM fits the trees as it does those that are served
+A ranker's gain must show beside these. LightGBM fits the trees, in the way of served trees
 (`modeling/trees`); scikit-learn the regression. What is missing (NaN) is a separate state for trees, and a flag
 beside the mean for the regression.
 """

@@ -49,7 +49,7 @@ class TargetAttention(nn.Module):
         self.matching = matching
         if matching:
             self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
-            self.sum = nn.Parameter(torch.randn(width) * 0.5)
+            self.sum = nn.Parameter(torch.randn(width) * 0.1)
             # The network begins with no say.
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)

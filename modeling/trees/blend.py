@@ -107,7 +107,7 @@ class Blend(Ranker):
 
 
 @dataclass(frozen=True)
-class ColumnEffect:
+class Contribution:
     """What a column adds to a candidate's logit by trees.
 
     Args:
@@ -128,7 +128,7 @@ def trees_of(model: Ranker) -> Trees | None:
 
 def tree_effects(
     model: Ranker, batch: Batch, names: Sequence[str], task: int
-) -> list[ColumnEffect]:
+) -> list[Contribution]:
     """What each column adds to the logit of a batch's first candidate, by LightGBM's `pred_contrib` (Lundberg et
     al., 2020); what all candidates start from stands last, as `START`. They sum to what trees add to the logit.
 
@@ -146,7 +146,7 @@ def tree_effects(
     effects = weight * trees.contributions(row, task)[0]
     values = [*row[0].tolist(), float("nan")]
     named = zip([*names, START], values, effects.tolist(), strict=True)
-    return [ColumnEffect(name, value, effect) for name, value, effect in named]
+    return [Contribution(name, value, effect) for name, value, effect in named]
 
 
 def build_ranker(

@@ -308,7 +308,7 @@ class _Leaves:
 
     Args:
         value: trees × numbers.
-        members: rows of the subtrees whose leaves' numbers have a bit, bit by bit and tree by tree; row 0 is nobody's.
+        members: rows of the subtrees whose leaves' numbers have a bit, bit by bit and tree by tree; row 0 has no candidate.
         start: where each bit of each tree begins.
         bits: of a number.
     """
@@ -344,7 +344,7 @@ class _Leaves:
         """Sums over trees, float64, N.
 
         Args:
-            reached: who reaches each node and leaf, in the order of `_walk`; row 0 is nobody.
+            reached: who reaches each node and leaf, in the order of `_walk`; row 0 has no candidate.
         """
         trees, numbers = self.value.shape
         planes = np.bitwise_or.reduceat(reached.take(self.members, axis=0), self.start, axis=0)

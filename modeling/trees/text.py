@@ -25,7 +25,7 @@ class ForestError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class Node:
-    """An inner node: whoever meets its condition goes left.
+    """An inner node: a row that meets its condition goes left.
 
     Args:
         threshold: a number at or below it goes left; None of a categorical node.
