@@ -24,8 +24,9 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.key_index import KeyIndex
 from feature_repo.history import history, known, user_stats
+from feature_repo.history.counts import UserCounts
 from feature_repo.history.envelope import Identity
-from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.history.sketch import Layout
 from feature_repo.home.tables import parquet_bytes
 
 item_profiles = ReadOnce(lambda plan: plan.read_input("events", "item_profile"))
@@ -142,12 +143,12 @@ def sketched(
     for row in newest.to_pylist():
         number = row["history_end"]
         chosen = start + np.flatnonzero(counted[start : start + number])
-        sketch = Sketch(layout)
-        sketch.add(layout.positions([c[chosen] for c in codes]), time[chosen])
+        counts = UserCounts(layout)
+        counts.add([c[chosen] for c in codes], time[chosen])
         last = int(time[start + number - 1])
         made = (row["event_timestamp"] - EPOCH) // timedelta(microseconds=1)
         identity = Identity(layout.fingerprint, last, made, number, row["history_digest"])
-        found.append(sketch.to_bytes(row[contract.user.join_key], identity))
+        found.append(counts.to_bytes(row[contract.user.join_key], identity))
         start += number
     return found
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from feature_repo.benchmarks import parser, report
-from feature_repo.history.envelope import Identity
 from feature_repo.history.sketch import DEPTH, MICROS_PER_DAY, Layout, Sketch
 
 HALF_LIVES = (7.0, 30.0, 180.0)
@@ -42,7 +41,7 @@ def main() -> None:
 
 def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dict[str, Any]:
     # 1. All events, a batch at a time; hashing and adding timed apart.
-    width = kibibytes * 1024 // (4 * (1 + len(HALF_LIVES))) // (2 * DEPTH)
+    width = kibibytes * 1024 // (4 * (2 + len(HALF_LIVES))) // (2 * DEPTH)
     layout = Layout(("item", "a", "b", "c"), (1, 1, 1, 1), HALF_LIVES, width)
     events = len(times)
     now = int(times[-1])
@@ -75,7 +74,7 @@ def _measured(kibibytes: int, codes: list[np.ndarray], times: np.ndarray) -> dic
     read, added = (s.read(cells, now)[:, 0] for s in (sketch, merged))
     error = read - _truth(codes[0], times, keys, now)
     bound = sketch.bounds(now)[0]
-    data = sketch.to_bytes("u", Identity(layout.fingerprint, now, now, events))
+    data = sketch.payload(now)
     row: dict[str, Any] = {
         "kibibytes": kibibytes,
         "bytes": len(data),

@@ -400,13 +400,14 @@ class OwnView:
 
 @dataclass(frozen=True)
 class Memory:
-    """Counts of a user's whole history at a fixed size: how often, ever and lately, with each
-    item, and with each value of some item columns (`feature_repo/history/sketch.py`).
+    """Counts of a user's whole history: how often, ever and lately, and when last, with each item, and with each
+    value of some item columns (`feature_repo/history/counts.py`).
 
     Args:
         by: item features, categories or bags.
         half_lives_days: of the counts that fade; a ranker sees each beside the count of all time.
-        kibibytes: of one user's sketch; more of them make its readings more exact.
+        kibibytes: of one user's counts at most: they are exact up to 32 different items for each, and a sketch
+            beyond.
 
     Example:
         >>> Memory(by=("brand", "genres"), half_lives_days=(7.0, 90.0), kibibytes=32)

@@ -20,9 +20,10 @@ from feature_repo.contract.arrow import history_schema, micros, value_codes
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.history import user_stats
+from feature_repo.history.counts import UserCounts, from_bytes
 from feature_repo.history.envelope import Identity
 from feature_repo.history.history import extended_digest, pack, unpack
-from feature_repo.history.sketch import Layout, Sketch, SketchError, from_bytes
+from feature_repo.history.sketch import Layout, SketchError
 
 # Column of events: the moment at which each arrived, microseconds
 ARRIVED = "__arrived"
@@ -155,7 +156,7 @@ class _Past:
         newest: microseconds, of the newest event; 0 where nothing says it.
     """
 
-    sketch: Sketch | None
+    sketch: UserCounts | None
     counted: int
     digest: int
     newest: int
@@ -171,7 +172,7 @@ class _Past:
         # An empty sketch is right only where nothing was counted before.
         begins = record.sketch is None and not counted
         digest = record.stats[user_stats.DIGEST] or 0
-        return _Past(Sketch(layout) if begins else None, counted, digest, 0)
+        return _Past(UserCounts(layout) if begins else None, counted, digest, 0)
 
     def with_events(
         self,
@@ -193,7 +194,7 @@ class _Past:
         # A sketch counts the primary action alone.
         chosen = np.flatnonzero(events["action"].to_numpy() == 0)
         codes = [value_codes(events[contract.item.join_key]), *remembered(events)]
-        self.sketch.add(layout.positions([c[chosen] for c in codes]), times[chosen])
+        self.sketch.add([c[chosen] for c in codes], times[chosen])
         identity = Identity(
             layout.fingerprint,
             max(self.newest, int(times.max())),

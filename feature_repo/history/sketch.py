@@ -14,8 +14,9 @@ with `total` the weight of all keys in that part of the sketch (`Sketch.bounds`)
 of their own, the columns share another. A sketch is a sum over events: sketches of two parts of a
 history add up to the sketch of the whole, and an event more is an addition to some cells.
 
-Stored, counts are whole numbers and fading counts float32; a sketch that is mostly empty is stored
-as its filled cells. Only events of the dataset's first action are counted.
+Beside its counts a cell holds the time of the newest event of its keys; the smallest of a key's cells is read, so that a
+reading is never too early. Stored, counts are whole numbers, fading counts float32 and times whole seconds. Only events of
+the dataset's first action are counted. What a user has of few items is kept exactly instead (`counts.py`).
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ import numpy as np
 
 from feature_repo.contract.arrow import NO_VALUE
 from feature_repo.contract.contract import Contract
-from feature_repo.history.envelope import EnvelopeError, Identity, Sealed, seal, unseal
 
 MAGIC = b"MSKT"
 # Raised when cells or hashes change their meaning
-VERSION = 1
+VERSION = 2
 DEPTH = 4
+# What an item of a history is reckoned to cost where it is kept exactly
+ROW_BYTES = 32
 MICROS_PER_DAY = 86_400_000_000
+MICROS = 1_000_000
+# A time before any event
+NEVER = np.iinfo(np.int64).min
 # Weights are relative to a moment that is moved forward once they have grown by 2^64.
 LARGEST_EXPONENT = 64.0
-DENSE = 0
-SPARSE = 1
 # Cells to be added to; from here on one pass over the sketch is cheaper
 _BULK = 512
 
@@ -60,6 +63,7 @@ class Layout:
         slots: keys that a row may have of each: 1, or more of a bag.
         half_lives_days: of the counts that fade.
         width: cells of a row, in each part.
+        most_rows: different items that are kept exactly (`counts.py`), beyond which there is a sketch.
 
     Example:
         >>> layout = Layout(("item_id", "brand"), (1, 1), (7.0, 30.0), width=64)
@@ -73,6 +77,7 @@ class Layout:
     slots: tuple[int, ...]
     half_lives_days: tuple[float, ...]
     width: int
+    most_rows: int = 0
 
     @staticmethod
     def of(contract: Contract, kibibytes: int | None = None) -> Layout:
@@ -85,9 +90,11 @@ class Layout:
         remembered = contract.remembered
         columns = (contract.item.join_key, *(c.name for c in remembered))
         slots = (1, *(c.slots for c in remembered))
-        cells = (kibibytes or memory.kibibytes) * 1024 // (4 * (1 + len(memory.half_lives_days)))
+        size = (kibibytes or memory.kibibytes) * 1024
+        # A count, its fading ones, and the time of the last event
+        cells = size // (4 * (2 + len(memory.half_lives_days)))
         width = max(cells // (DEPTH * (2 if remembered else 1)), 1)
-        return Layout(columns, slots, memory.half_lives_days, width)
+        return Layout(columns, slots, memory.half_lives_days, width, size // ROW_BYTES)
 
     @property
     def parts(self) -> int:
@@ -139,16 +146,20 @@ class Layout:
 
 
 class Sketch:
-    """Counts of one user's events; `add` and `merge` change it.
+    """Counts of one user's events in cells; `add` and `merge` change it.
 
     Args:
         layout: which keys have which cells.
+        resolution: microseconds to whose multiples times of the last event are rounded up; stored are whole seconds.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, resolution: int = MICROS) -> None:
         self.layout = layout
+        self.resolution = resolution
         # The last cell takes what has no key, and is read by nobody.
         self.cells = np.zeros((len(layout.rates), layout.size + 1))
+        # The time of the newest event of any key of a cell
+        self.last = np.full(layout.size + 1, NEVER)
         # The moment that weights are relative to
         self.at = 0
         self.empty = True
@@ -163,16 +174,38 @@ class Sketch:
         if not len(times):
             return
         self._make_room(int(times.max()))
-        weights = np.exp2((times - self.at) * self.layout.rates[:, None])
+        weights = np.exp2((times - self.at)[:, None] * self.layout.rates)
+        self._add(positions, weights, times)
+
+    def add_weighted(
+        self, positions: np.ndarray, weights_NK: np.ndarray, last: np.ndarray, at: int
+    ) -> None:
+        """Add what was counted of N rows elsewhere.
+
+        Args:
+            positions: of the rows' keys, N × slots × DEPTH.
+            weights_NK: of each row, relative to the moment `at`.
+            last: time of each row's newest event, microseconds.
+        """
+        if not len(last):
+            return
+        self._make_room(max(at, int(last.max())))
+        self._add(positions, weights_NK * np.exp2((at - self.at) * self.layout.rates), last)
+
+    def _add(self, positions: np.ndarray, weights_NK: np.ndarray, last: np.ndarray) -> None:
         index = positions.ravel()
         each = positions[0].size
+        rounded = -(-last // self.resolution) * self.resolution
+        np.maximum.at(self.last, index, rounded.repeat(each))
         if len(index) < _BULK:
             rows = np.arange(len(self.cells))[:, None] * self.cells.shape[1]
             np.add.at(
-                self.cells.reshape(-1), (rows + index).ravel(), weights.repeat(each, axis=1).ravel()
+                self.cells.reshape(-1),
+                (rows + index).ravel(),
+                weights_NK.T.repeat(each, axis=1).ravel(),
             )
             return
-        for row, weight in zip(self.cells, weights, strict=True):
+        for row, weight in zip(self.cells, weights_NK.T, strict=True):
             row += np.bincount(index, weight.repeat(each), len(row))
 
     def read(self, positions: np.ndarray, time: int) -> np.ndarray:
@@ -184,11 +217,21 @@ class Sketch:
             positions: of the keys, N × slots × DEPTH.
             time: microseconds, not before the newest event.
         """
+        counts, _ = self.read_with_last(positions, time)
+        return mean_of_slots(counts, self.layout.slots).transpose(1, 2, 0)
+
+    def read_with_last(self, positions: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return counts × N × slots, NaN where a row has no key, and N × slots times of the last event, `NEVER` where
+        there was none. A time may be later than the key's own, as a count may be larger.
+        """
+        nothing = positions[..., 0] == self.layout.size
         values = self.cells[:, positions].min(axis=-1)
-        values[:, positions[..., 0] == self.layout.size] = np.nan
+        values[:, nothing] = np.nan
         if not self.empty:
             values *= np.exp2((self.at - time) * self.layout.rates)[:, None, None]
-        return mean_of_slots(values, self.layout.slots).transpose(1, 2, 0)
+        last = self.last[positions].min(axis=-1)
+        last[nothing] = NEVER
+        return values, last
 
     def merge(self, other: Self) -> None:
         """Add the counts of a second sketch.
@@ -202,6 +245,7 @@ class Sketch:
             return
         self._make_room(other.at)
         self.cells += other.cells * np.exp2((other.at - self.at) * self.layout.rates)[:, None]
+        np.maximum(self.last, other.last, out=self.last)
 
     def bounds(self, time: int) -> np.ndarray:
         """By how much a reading at a time may exceed the truth, parts × counts: e / width · total.
@@ -212,21 +256,36 @@ class Sketch:
         total = rows[:, :, 0].sum(-1) * np.exp2((self.at - time) * self.layout.rates)[:, None]
         return np.e / self.layout.width * total.T
 
-    def to_bytes(self, user_id: int | str, identity: Identity) -> bytes:
-        """The bytes to store under the user's key.
+    def payload(self, as_of: int) -> bytes:
+        """The cells as bytes, relative to a moment: counts, fading counts, seconds of the last event."""
+        self._move(as_of)
+        kept = self.cells[:, :-1]
+        seconds = np.maximum(self.last[:-1] // MICROS, 0)
+        parts = (np.rint(kept[0]).astype("<u4"), kept[1:].astype("<f4"), seconds.astype("<u4"))
+        return b"".join(part.tobytes() for part in parts)
 
-        Args:
-            identity: of the events; its fingerprint is the layout's.
+    @staticmethod
+    def of_payload(layout: Layout, payload: bytes, as_of: int) -> Sketch:
+        """The sketch of `payload`.
+
+        Raises:
+            ValueError: no sketch of this layout has such bytes.
         """
-        self._move(identity.as_of)
-        filled = np.flatnonzero(self.cells[0, :-1])
-        sparse = len(filled) * (4 + 4 * len(self.cells)) < 4 * len(self.cells) * self.layout.size
-        kept = self.cells[:, filled] if sparse else self.cells[:, :-1]
-        parts = [filled.astype("<u4").tobytes()] if sparse else []
-        parts += [np.rint(kept[0]).astype("<u4").tobytes(), kept[1:].astype("<f4").tobytes()]
-        kind = SPARSE if sparse else DENSE
-        shape = (self.layout.parts, DEPTH)
-        return seal(MAGIC, Sealed(kind, 0, shape, identity, b"".join(parts)), user_id)
+        sketch = Sketch(layout)
+        rows = len(layout.rates)
+        if len(payload) != 4 * (rows + 1) * layout.size:
+            raise ValueError(f"{len(payload)} bytes for {layout.size} cells")
+        cells = np.frombuffer(payload, "<f4").reshape(rows + 1, layout.size)
+        whole = cells.view("<u4")
+        if not np.isfinite(cells[1:-1]).all() or (cells[1:-1] < 0).any():
+            raise ValueError("NaN, infinity or less than nothing")
+        sketch.cells[0, :-1] = whole[0]
+        sketch.cells[1:, :-1] = cells[1:-1]
+        seconds = whole[-1].astype(np.int64)
+        sketch.last[:-1] = np.where(seconds > 0, seconds * MICROS, NEVER)
+        sketch.at = as_of
+        sketch.empty = not whole[0].any()
+        return sketch
 
     def _make_room(self, newest: int) -> None:
         """Move the moment of reference where the weights of new events would grow too large."""
@@ -240,54 +299,6 @@ class Sketch:
         if not self.empty:
             self.cells *= np.exp2((self.at - at) * self.layout.rates)[:, None]
         self.at = at
-
-
-def from_bytes(layout: Layout, data: bytes, user_id: int | str) -> tuple[Sketch, Identity]:
-    """Decode a stored sketch, with its user and its time.
-
-    Raises:
-        SketchError: damaged, a different user's, or in an unknown layout.
-    """
-    # 1. Open the envelope, which names the user and the layout.
-    try:
-        sealed = unseal(MAGIC, data, user_id, "counts")
-    except EnvelopeError as error:
-        raise SketchError(str(error)) from error
-    if sealed.identity.fingerprint != layout.fingerprint:
-        raise SketchError(
-            f"counts of user {user_id!r} have layout {sealed.identity.fingerprint}, the contract declares {layout.fingerprint}: "
-            "rebuild and materialise user_history"
-        )
-    # Whole counts first, then a row for each half-life; sparse ones name their cells before.
-    sketch = Sketch(layout)
-    rows = len(layout.rates)
-    each = 4 * (rows + 1) if sealed.kind == SPARSE else 4 * rows
-    number, rest = divmod(len(sealed.payload), each)
-    if (
-        rest
-        or sealed.kind not in (DENSE, SPARSE)
-        or (sealed.kind == DENSE and number != layout.size)
-    ):
-        raise SketchError(
-            f"counts of user {user_id!r} have {len(sealed.payload)} bytes of kind {sealed.kind}, which no version wrote"
-        )
-    # 2. Read the counts into their cells, and refuse what no sum of weights can be.
-    filled = np.arange(number)
-    payload = sealed.payload
-    if sealed.kind == SPARSE:
-        filled = np.frombuffer(payload, "<u4", number)
-        payload = payload[4 * number :]
-        # A cell `size` exists and takes what has no key, so no stored count may name it.
-        if number and filled.max() >= layout.size:
-            raise SketchError(f"counts of user {user_id!r} name cells that there are none of")
-    sketch.cells[0, filled] = np.frombuffer(payload, "<u4", number)
-    fading = np.frombuffer(payload, "<f4", offset=4 * number).reshape(rows - 1, number)
-    if not np.isfinite(fading).all() or (fading < 0).any():
-        raise SketchError(f"counts of user {user_id!r} hold NaN, infinity or less than nothing")
-    sketch.cells[1:, filled] = fading
-    sketch.at = sealed.identity.as_of
-    sketch.empty = not number
-    return sketch, sealed.identity
 
 
 def beside(codes: Sequence[np.ndarray]) -> np.ndarray:
@@ -304,6 +315,15 @@ def mean_of_slots(values: np.ndarray, slots: Sequence[int]) -> np.ndarray:
     total = np.add.reduceat(np.where(there, values, 0), starts, axis=-1)
     number = np.add.reduceat(there.astype(np.float64), starts, axis=-1)
     return total / np.where(number > 0, number, np.nan)
+
+
+def least_of_slots(values: np.ndarray, slots: Sequence[int]) -> np.ndarray:
+    """Values of N × slots → N × columns: the least of a column's slots that are no NaN."""
+    if max(slots) == 1:
+        return values
+    starts = np.r_[0, np.cumsum(slots)[:-1]]
+    found: np.ndarray = np.fmin.reduceat(values, starts, axis=-1)
+    return found
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from feature_repo.contract.contract import Contract
+from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories
 
 MICROS_PER_DAY = 86_400_000_000
 # Raised when a feature of this file changes its meaning: bundles of another version are refused
-VERSION = 5
+VERSION = 6
 MATCH_FEATURES = (
     # log1p: events of the first action with this item
     "match_times",
@@ -66,30 +67,31 @@ CONTEXT_FIELDS = {"hour": 24, "weekday": 7}
 
 # The smallest count that has faded and still says something
 FAINTEST = 0.01
-# What a sketch without events gives for a candidate
+# Behind the names of days since the last event
+SINCE = "_days_ago"
+# What counts without events give for a candidate, where they give a number
 EMPTY_SKETCH = np.float32(np.log(FAINTEST))
 
 
 def sketch_names(contract: Contract) -> tuple[str, ...]:
-    """List the numbers that a sketch gives for a candidate: for the item and for each remembered column the
-    events of all time, and those that fade by each half-life.
+    """List the numbers that counts give for a candidate: for the item and for each remembered column the
+    events of all time, the counts that fade by each half-life, and the days since the last.
     """
     memory = contract.spec.memory
-    ages = ("", *(f"_{days:g}d" for days in memory.half_lives_days))
+    ages = ("", *(f"_{days:g}d" for days in memory.half_lives_days), SINCE)
     columns = ("item", *memory.by)
     return tuple(f"life_{column}{age}" for column in columns for age in ages)
 
 
-def sketch_features(readings: np.ndarray) -> np.ndarray:
-    """Dense features of a sketch's readings, float32, N × `sketch_names`.
-
-    Args:
-        readings: N × columns × counts; NaN where there is no sketch, or the candidate has no value.
-    """
+def sketch_features(readings: Readings) -> np.ndarray:
+    """Dense features of readings, float32, N × `sketch_names`."""
     # Logarithms: between one purchase and two lies as much as between ten and twenty, and a count that
     # fades becomes a time since.
     with np.errstate(invalid="ignore"):
-        return np.log(readings.reshape(len(readings), -1) + FAINTEST).astype(np.float32)
+        counts = np.log(readings.counts_NCK + FAINTEST)
+        days = np.log1p(np.maximum(readings.days_NC, 0))
+    each = np.concatenate([counts, days[..., None]], axis=-1)
+    return each.reshape(len(each), -1).astype(np.float32)
 
 
 def context_fields(request_times: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from feature_repo.history.history import Histories
 from feature_repo.history.transforms import (
     EMPTY_SKETCH,
     OF_USER_VALUE,
+    SINCE,
     USER_FEATURES,
     WITHOUT_EVENTS,
 )
@@ -123,8 +124,10 @@ def _of_candidate(encoder: Encoder, lost: Lost, rows: np.ndarray) -> np.ndarray:
     if lost.sketch == "absent":
         rows[:, sketch] = np.nan
     elif lost.sketch == "empty":
-        # NaN says that a candidate has no value in a counted column, which it has not now either.
+        # NaN says that a candidate has no value in a counted column, which it has not now either; of what never was
+        # there is no time since.
         rows[:, sketch] = np.where(np.isnan(rows[:, sketch]), np.nan, EMPTY_SKETCH)
+        rows[:, sketch & [name.endswith(SINCE) for name in names]] = np.nan
     return rows
 
 

@@ -18,6 +18,7 @@ from feature_repo.contract.arrow import value_codes
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Kind
 from feature_repo.history import user_stats
+from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories, as_numbers
 from feature_repo.history.transforms import (
     CONTEXT_FIELDS,
@@ -46,7 +47,7 @@ GatherHistories = Callable[[np.ndarray, int], Histories]
 GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
-ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], np.ndarray]
+ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], Readings]
 # Requests whose histories decide how events are scaled, and which values they have
 SAMPLED_REQUESTS = 4_096
 
@@ -357,8 +358,7 @@ class Encoder:
             readings = requests.read_sketch(
                 chosen, within_chunk, _by_column(self.contract, candidates.codes[first:last])
             )
-            # An item that nobody knows was never there, whatever cells it shares with others.
-            readings[~candidates.known[first:last], 0] = 0
+            readings = readings.of_known(candidates.known[first:last])
             dense[first:last, sketch] = sketch_features(readings)
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels

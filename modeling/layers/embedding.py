@@ -131,6 +131,8 @@ class GaussianRank(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Deviates, … × F."""
+        if not values.shape[-1]:
+            return values
         flat_FN = values.reshape(-1, values.shape[-1]).T.contiguous()
         upper = torch.minimum(torch.searchsorted(self.knot_FQ, flat_FN), self.last_F[:, None])
         lower = (upper - 1).clamp(min=0)

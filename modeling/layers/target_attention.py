@@ -84,7 +84,8 @@ class TargetAttention(nn.Module):
             return read
         total = weight_BLC.sum(1)[..., None]
         # A mean, and how much it is a mean of
-        return read / (1 + total.abs()) + torch.log1p(total.clamp(min=0)) * self.sum
+        much = total.sign() * torch.log1p(total.abs())
+        return read / (1 + total.abs()) + much * self.sum
 
     def _weights(self, rows: Tensor, candidate_BCD: Tensor) -> Tensor:
         event = self.event.weight.T

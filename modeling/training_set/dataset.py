@@ -19,6 +19,7 @@ from feature_repo.contract.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.contract.contract import TOKEN_ROW, TOKEN_VERSION, Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP, Column, DType, Examples, Table
 from feature_repo.errors import ExpectedError
+from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories, HistoryLog
 from feature_repo.history.recall import Recall
 from feature_repo.history.token_log import TokenLog
@@ -243,7 +244,7 @@ class Warehouse:
 
         def read_sketch(
             chosen: np.ndarray, within: np.ndarray, codes: Sequence[np.ndarray]
-        ) -> np.ndarray:
+        ) -> Readings:
             return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
 
         gather_tokens = None

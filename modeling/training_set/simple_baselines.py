@@ -50,8 +50,8 @@ def baseline_scores(joined: JoinedRequests, visible: int | None = None) -> dict[
             [codes],
         )
         name = "" if newest == visible else f", last {newest}"
-        found[FREQUENCY + name] = counts[:, 0, 0]
-        found[FADED + name] = counts[:, 0, 1]
+        found[FREQUENCY + name] = counts.counts_NCK[:, 0, 0]
+        found[FADED + name] = counts.counts_NCK[:, 0, 1]
     return {name: scores.astype(np.float32) for name, scores in found.items()}
 
 

@@ -154,8 +154,7 @@ class RequestEncoder:
         if user.sketch is None or user.sketch.as_of >= micros:
             return None
         sketch = user.sketch.sketch
-        layout = user.sketch.sketch.layout
-        return lambda chosen, offsets, codes: sketch.read(layout.positions(codes), micros)
+        return lambda chosen, offsets, codes: sketch.read(codes, micros)
 
     def _tokens_of(self, user: UserRow) -> GatherTokens | None:
         """The user's stored tokens for the model; without any, a model with a stage 1 reads the

@@ -13,7 +13,8 @@ import pyarrow as pa
 from feature_repo.contract.arrow import history_schema, micros
 from feature_repo.contract.contract import Contract
 from feature_repo.history import user_stats
-from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.history.counts import UserCounts
+from feature_repo.history.sketch import Layout
 from serving.api.degraded import Degraded, reason_named
 from serving.api.errors import InvalidRequestError
 from serving.api.messages import RankRequest, events_in_order
@@ -78,7 +79,7 @@ def _degraded(contract: Contract, user: UserRow, reason: Degraded) -> UserRow:
         return UserRow({c.name: None for c in contract.user_columns}, None, (reason,))
     problems = (*user.problems, reason)
     if reason is Degraded.NO_HISTORY:
-        nothing = StoredSketch(Sketch(Layout.of(contract)), -1)
+        nothing = StoredSketch(UserCounts(Layout.of(contract)), -1)
         return replace(user, history=None, sketch=nothing, problems=problems)
     if reason is Degraded.NO_SKETCH:
         return replace(user, sketch=None, problems=problems)

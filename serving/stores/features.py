@@ -17,10 +17,11 @@ import pyarrow as pa
 from feature_repo.contract.arrow import EPOCH, arrow_type
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.contract.schema import EVENT_TIMESTAMP, OwnView
+from feature_repo.history.counts import UserCounts
+from feature_repo.history.counts import from_bytes as counts_of
 from feature_repo.history.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history.history import HistoryError, unpack
-from feature_repo.history.sketch import Layout, Sketch, SketchError
-from feature_repo.history.sketch import from_bytes as sketch_of
+from feature_repo.history.sketch import Layout, SketchError
 from serving.api.degraded import Degraded
 from serving.stores.items import Id, item_columns
 
@@ -41,7 +42,7 @@ class StoredSketch:
         num_events: how many events it knows, and `digest` which ones.
     """
 
-    sketch: Sketch
+    sketch: UserCounts
     as_of: int
     num_events: int = 0
     digest: int = 0
@@ -162,7 +163,7 @@ class UserDecoder:
         packed = values["history"]
         if packed is None:
             # No event is stored: a past that is known to be empty.
-            nothing = StoredSketch(Sketch(self._layout), -1)
+            nothing = StoredSketch(UserCounts(self._layout), -1)
             if tokens is None and all(value is None for value in columns.values()):
                 # An unknown user has no tokens either, which need not be said twice.
                 return UserRow(
@@ -190,7 +191,7 @@ class UserDecoder:
         if stored is None:
             return None, (Degraded.NO_SKETCH,)
         try:
-            sketch, identity = sketch_of(self._layout, stored, user_id)
+            sketch, identity = counts_of(self._layout, stored, user_id)
         except SketchError as error:
             logger.warning("a sketch could not be read; the ranker does without: %s", error)
             return None, (Degraded.SKETCH_UNREADABLE,)

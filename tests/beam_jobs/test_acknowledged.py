@@ -17,9 +17,9 @@ import pytest
 
 from beam_jobs.erase import erase
 from feature_repo import datasets
+from feature_repo.history.counts import from_bytes as sketch_of
 from feature_repo.history.history import unpack
 from feature_repo.history.sketch import Layout
-from feature_repo.history.sketch import from_bytes as sketch_of
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from feature_repo.store.event_log import EventLog
@@ -129,8 +129,9 @@ def assert_same(settings: Settings, one: UserRecord, other: UserRecord) -> None:
         layout = Layout.of(datasets.load_contract(settings.dataset))
         (ours, its), (theirs, others) = (sketch_of(layout, s, one.user_id) for s in sketches)
         assert its == others
-        np.testing.assert_array_equal(ours.cells[0], theirs.cells[0])
-        np.testing.assert_allclose(ours.cells, theirs.cells, rtol=1e-5)
+        np.testing.assert_array_equal(ours._rows_RS, theirs._rows_RS)
+        np.testing.assert_array_equal(ours._last_R, theirs._last_R)
+        np.testing.assert_allclose(ours._weights_RK, theirs._weights_RK, rtol=1e-5)
 
 
 def test_the_next_batch_knows_what_a_server_took(

@@ -22,10 +22,11 @@ from feature_repo.contract.contract import ARRIVAL, REPLACED, Contract, contract
 from feature_repo.contract.schema import STAT_WINDOWS_DAYS
 from feature_repo.datasets import load_contract
 from feature_repo.history import history, user_stats
+from feature_repo.history.counts import UserCounts
 from feature_repo.history.history import HistoryError, HistoryLog
 from feature_repo.history.known import NEVER, known_before
 from feature_repo.history.recall import Recall
-from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.history.sketch import Layout
 from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.home.tables import JobFolder
 from feature_repo.raw import lines
@@ -183,15 +184,17 @@ def assert_all_is_known_and_nothing_else(folder: Path, log: list[Line], times: l
                 assert row["history_digest"] == 0
             mean = np.mean([0.5 * line.quantity for line in bought]) if bought else None
             assert row["user_mean_unit_price"] == (None if mean is None else pytest.approx(mean))
-            # 3. The sketch.
+            # 3. The counts.
             codes = [recall._item_codes]
             read = recall.read(place, ends, np.array([at]), np.array([0, len(codes[0])]), codes)
-            sketch = Sketch(layout)
+            counts = UserCounts(layout)
             keys = {item.as_py(): number for number, item in enumerate(opened.items)}
             own = np.array([codes[0][keys[line.item]] for line in bought], np.int64)
             stamps = np.array([line.time for line in bought], np.int64)
-            sketch.add(layout.positions([own]), stamps)
-            np.testing.assert_allclose(read, sketch.read(layout.positions(codes), at), rtol=1e-6)
+            counts.add([own], stamps)
+            now = counts.read(codes, at)
+            np.testing.assert_allclose(read.counts_NCK, now.counts_NCK, rtol=1e-6)
+            np.testing.assert_allclose(read.days_NC, now.days_NC, rtol=1e-5)
 
 
 QUICK = settings(

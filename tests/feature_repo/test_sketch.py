@@ -22,17 +22,16 @@ from feature_repo.contract.contract import ARRIVAL, REPLACED, Contract, contract
 from feature_repo.contract.schema import CATEGORY, Column, DType, Memory
 from feature_repo.datasets import load_contract
 from feature_repo.history import history, user_stats
-from feature_repo.history.envelope import Identity
+from feature_repo.history.counts import Readings, from_bytes
 from feature_repo.history.history import HistoryLog
 from feature_repo.history.recall import Recall
 from feature_repo.history.sketch import (
     DEPTH,
     MICROS_PER_DAY,
+    NEVER,
     Layout,
     Sketch,
-    SketchError,
     beside,
-    from_bytes,
 )
 from feature_repo.home.tables import JobFolder
 
@@ -150,44 +149,33 @@ def test_a_bag_reads_the_mean_of_its_values_and_nothing_reads_nan() -> None:
 
 
 @pytest.mark.parametrize("events", [0, 3, 4000])
-def test_what_is_stored_comes_back(events: int) -> None:
+def test_cells_come_back_from_their_bytes(events: int) -> None:
     codes, times = drawn(1, events, items=3000)
     sketch = sketch_of(codes, times)
     now = int(times[-1]) if events else START
-    identity = Identity(LAYOUT.fingerprint, now, now + 1, events, 17)
-    data = sketch.to_bytes("u1", identity)
-    found, known = from_bytes(LAYOUT, data, "u1")
-    assert known == identity
-    assert len(data) <= LAYOUT.size * 4 * 3 + 200
+    found = Sketch.of_payload(LAYOUT, sketch.payload(now), now)
     positions = LAYOUT.positions(codes)
     later = now + 50 * MICROS_PER_DAY
-    np.testing.assert_allclose(
-        found.read(positions, later), sketch.read(positions, later), rtol=1e-6
-    )
-    # What comes after is added to the stored sketch as to the one that was never stored.
-    for one in (sketch, found):
-        one.add(LAYOUT.positions([c[:1] for c in drawn(2, 5)[0]]), np.array([later]))
-    np.testing.assert_allclose(
-        found.read(positions, later), sketch.read(positions, later), rtol=1e-6
-    )
+    for one, other in zip(
+        found.read_with_last(positions, later), sketch.read_with_last(positions, later), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_damage_and_other_owners_are_noticed() -> None:
-    codes, times = drawn(3, 20)
-    identity = Identity(LAYOUT.fingerprint, int(times[-1]), 0, 20)
-    data = sketch_of(codes, times).to_bytes(7, identity)
-    with pytest.raises(SketchError, match="another user"):
-        from_bytes(LAYOUT, data, 8)
-    with pytest.raises(SketchError, match="rebuild and materialise"):
-        from_bytes(replace(LAYOUT, width=500), data, 7)
-    for at in range(0, 8 * len(data), 37):
-        flipped = bytearray(data)
-        flipped[at // 8] ^= 1 << at % 8
-        with pytest.raises(SketchError):
-            from_bytes(LAYOUT, bytes(flipped), 7)
-    for length in (0, 3, 20, len(data) - 1):
-        with pytest.raises(SketchError):
-            from_bytes(LAYOUT, data[:length], 7)
+def test_a_reading_of_the_last_time_is_never_too_early() -> None:
+    codes, times = drawn(5, 200)
+    layout = replace(LAYOUT, width=8)
+    items = np.arange(60)
+    nothing = np.full(60, NO_VALUE)
+    wanted = [items, nothing, np.c_[nothing, nothing, nothing]]
+    _, last = sketch_of(codes, times, layout).read_with_last(
+        layout.positions(wanted), int(times[-1])
+    )
+    for item in range(60):
+        own = times[codes[0] == item]
+        if len(own):
+            assert last[item, 0] >= own[-1]
+    assert (last[:, 1] == NEVER).all()
 
 
 # --- out of the history log ---
@@ -269,6 +257,11 @@ def open_log(folder: Path, events: pa.Table) -> HistoryLog:
     return HistoryLog(BRANDED, JobFolder(str(folder), "user_history"), [path])
 
 
+def assert_alike(one: Readings, other: Readings) -> None:
+    np.testing.assert_allclose(one.counts_NCK, other.counts_NCK, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(one.days_NC, other.days_NC, rtol=1e-5, atol=1e-4)
+
+
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -313,10 +306,18 @@ def test_recall_equals_plain_counting_at_every_request(
                 expected = truth(of_events, event_times[own], int(key), time, layout)
                 if key == NO_VALUE:
                     expected = np.full_like(expected, np.nan)
-                got = found[True][3 * place + row, column]
+                got = found[True].counts_NCK[3 * place + row, column]
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
-    # So few keys do not meet in a cell of every row: the sketch says the same.
-    np.testing.assert_allclose(found[False], found[True], rtol=1e-5, atol=1e-7)
+                ages = (
+                    time - event_times[own][(beside([of_events]) == key).any(axis=1)]
+                ) / MICROS_PER_DAY
+                days = found[True].days_NC[3 * place + row, column]
+                if key == NO_VALUE or not len(ages):
+                    assert np.isnan(days)
+                elif column < 2:
+                    assert days == pytest.approx(ages.min(), abs=1e-4)
+    # So few items are kept exactly.
+    assert_alike(found[False], found[True])
 
 
 @settings(
@@ -345,6 +346,5 @@ def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]
             newest["history_digest"],
         )
         offline = Recall(log).read(row, end, np.array([now]), np.array([0, 3]), wanted)
-        np.testing.assert_allclose(
-            sketch.read(layout.positions(wanted), now), offline, rtol=1e-5, atol=1e-7
-        )
+        assert sketch.is_exact
+        assert_alike(sketch.read(wanted, now), offline)

@@ -150,3 +150,7 @@ def test_a_number_that_is_missing_or_was_never_known_is_in_the_middle() -> None:
     assert ranks(torch.tensor([[7.0, 1.5, 0.0]]))[0, 0] == 0
     assert ranks(torch.tensor([[7.0, 1.5, 0.0]]))[0, 1] == pytest.approx(1.5, abs=1e-5)
     assert QUANTILES % 2 == 1
+
+
+def test_ranks_of_no_number_are_no_numbers() -> None:
+    assert GaussianRank(0)(torch.zeros(3, 5, 0)).shape == (3, 5, 0)

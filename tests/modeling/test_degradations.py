@@ -12,8 +12,9 @@ import pytest
 
 from feature_repo.contract.contract import Contract
 from feature_repo.datasets import load_contract
+from feature_repo.history.counts import UserCounts
 from feature_repo.history.history import Histories
-from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.history.sketch import Layout
 from modeling.evaluation.evaluate import EMPTY_HISTORY
 from modeling.inputs.degradations import REASONS, degraded, without
 from modeling.inputs.encoder import RequestColumns
@@ -151,7 +152,7 @@ def empty_sketch(contract: Contract) -> Any:
     layout = Layout.of(contract)
 
     def read(chosen: np.ndarray, offsets: np.ndarray, codes: Any) -> np.ndarray:
-        return Sketch(layout).read(layout.positions(codes), 0)
+        return UserCounts(layout).read(codes, 0)
 
     return read
 

@@ -56,7 +56,8 @@ def frequencies(log: HistoryLog, ends: list[tuple[int, int]]) -> tuple[np.ndarra
     tracemalloc.start()
     codes = np.tile(value_codes(log.items), len(ends))
     times = np.full(len(ends), 10**12)
-    found = Recall(log, ITEMS, exact=True).read(rows, known, times, offsets, [codes])[:, 0, 0]
+    read = Recall(log, ITEMS, exact=True).read(rows, known, times, offsets, [codes])
+    found = read.counts_NCK[:, 0, 0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return found.reshape(-1, 10), peak

@@ -686,7 +686,7 @@ def test_a_bundle_that_does_not_fit_is_refused_at_start(damaged_home: Any) -> No
     manifest = path / "bundle.json"
     original = manifest.read_text()
     try:
-        manifest.write_text(original.replace('"layout": 2', '"layout": 3'))
+        manifest.write_text(original.replace('"layout": ', '"layout": 9'))
         with pytest.raises(BundleError, match="changed after export"):
             open_ranker(damaged_home)
         manifest.write_text(original.replace(CONTRACT.fingerprint, "0" * 16))

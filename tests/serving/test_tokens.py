@@ -19,10 +19,10 @@ import pytest
 from feature_repo import datasets
 from feature_repo.contract.arrow import TIMESTAMP
 from feature_repo.history import user_stats
+from feature_repo.history.counts import from_bytes as sketch_of
 from feature_repo.history.envelope import Envelope, EnvelopeError, from_bytes, to_bytes
 from feature_repo.history.history import Histories, unpack
 from feature_repo.history.sketch import Layout
-from feature_repo.history.sketch import from_bytes as sketch_of
 from feature_repo.home.catalogue import Catalogue, TokenSpec
 from feature_repo.home.tables import JobFolder
 from feature_repo.store.event_log import log_of
@@ -379,8 +379,9 @@ def test_one_more_event_is_remembered_as_the_jobs_would_build_it(
         ours, identity = sketch_of(layout, found["user_history"]["sketch"], user)
         theirs, expected_identity = sketch_of(layout, rows["sketch"][0].as_py(), user)
         assert identity == expected_identity
-        np.testing.assert_array_equal(ours.cells[0], theirs.cells[0])
-        np.testing.assert_allclose(ours.cells, theirs.cells, rtol=1e-5)  # stored as float32
+        np.testing.assert_array_equal(ours._rows_RS, theirs._rows_RS)
+        np.testing.assert_array_equal(ours._last_R, theirs._last_R)
+        np.testing.assert_allclose(ours._weights_RK, theirs._weights_RK, rtol=1e-5)  # as float32
         assert unpack(CONTRACT, user, found["user_history"]["history"]).equals(
             unpack(CONTRACT, user, packed)
         )

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from feature_repo.history.sketch import Layout, Sketch
+from feature_repo.history.counts import UserCounts
+from feature_repo.history.sketch import Layout
 from feature_repo.home.tables import JobFolder
 from serving.api.degraded import Degraded, reason_named
 from serving.api.messages import RankRequest, Simulated, decode_request, encoded
@@ -175,7 +176,7 @@ def test_a_simulated_degradation_is_what_the_fault_itself_would_give(
         Degraded.NO_HISTORY: replace(
             row,
             history=None,
-            sketch=StoredSketch(Sketch(Layout.of(ranker.contract)), -1),
+            sketch=StoredSketch(UserCounts(Layout.of(ranker.contract)), -1),
             problems=(reason,),
         ),
     }
