@@ -81,6 +81,7 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.precision
 	$(RUN) -m modeling.benchmarks.vista
 	$(RUN) -m modeling.benchmarks.planted
+	$(RUN) -m modeling.benchmarks.trees
 	$(RUN) -m beam_jobs.benchmarks.summary_tokens
 	$(RUN) -m feature_repo.benchmarks.point_in_time
 

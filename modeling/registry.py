@@ -51,7 +51,8 @@ def training_code(recipe: Recipe, dataset: str) -> str:
     """Digest of the code that decides what a recipe learns: features, loop, its model, and all of
     ours that they import.
     """
-    beside = ("modeling.trees.blend",) if recipe.trees is not None else ()
+    has_trees = recipe.model == "trees" or recipe.trees is not None
+    beside = ("modeling.training.trees",) if has_trees else ()
     return code_digest(
         "modeling.training.trainer",
         "modeling.training_set.training_set",

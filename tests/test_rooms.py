@@ -47,6 +47,7 @@ LIBRARIES = {
     "torch": {"modeling", "serving", "beam_jobs.summary_tokens"},
     "apache_beam": {"beam_jobs"},
     "great_expectations": {"feature_repo.contract"},
+    "lightgbm": {"modeling.trees", "modeling.benchmarks"},
 }
 # The summary job runs a model, and is measured with one.
 RUNS_A_MODEL = {"beam_jobs.summary_tokens", "beam_jobs.benchmarks"}

@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from feature_repo.atomic import atomic_write
 from feature_repo.contract.schema import (
     CATEGORY,
     NUMBER,
@@ -105,7 +106,7 @@ def _copy(path: Path, target: Path, first_us: int) -> None:
         kind = pa.timestamp("us", "UTC")
         schema = rows.schema_arrow.append(pa.field("timestamp", kind))
         done = 0
-        with pq.ParquetWriter(target, schema) as writer:
+        with atomic_write(target) as draft, pq.ParquetWriter(draft, schema) as writer:
             for batch in rows.iter_batches(BATCH):
                 places = range(done, done + len(batch))
                 times = [first_us + place * WEEK_US // number for place in places]
@@ -118,4 +119,6 @@ def _copy(path: Path, target: Path, first_us: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("expected two folders: python -m feature_repo.datasets.vk_lsvd FROM TO")
     print(f"{with_times(Path(sys.argv[1]), Path(sys.argv[2]))} weeks written to {sys.argv[2]}")

@@ -25,6 +25,7 @@ from feature_repo.contract.arrow import NO_VALUE
 from feature_repo.history.envelope import EnvelopeError, Identity, Sealed, seal, unseal
 from feature_repo.history.sketch import (
     DEPTH,
+    LARGEST_EXPONENT,
     MAGIC,
     MICROS_PER_DAY,
     NEVER,
@@ -38,8 +39,6 @@ from feature_repo.history.sketch import (
 
 EXACT = 2
 SKETCHED = 0
-# Weights are relative to a moment that is moved forward once they have grown by 2^64.
-LARGEST_EXPONENT = 64.0
 _NUMBER = struct.Struct("<I")
 PLACES = ("<u1", "<u2", "<u4")
 
@@ -56,6 +55,20 @@ class Readings:
 
     counts_NCK: np.ndarray
     days_NC: np.ndarray
+
+    @staticmethod
+    def of_slots(counts: np.ndarray, last: np.ndarray, time: int, slots: Sequence[int]) -> Readings:
+        """Readings of keys by slot: of several keys of one column the mean, and the latest time.
+
+        Args:
+            counts: counts × N × slots; NaN where a row has no key.
+            last: N × slots, microseconds of the last event; `NEVER` where there was none.
+            time: of the reading, microseconds.
+        """
+        days = np.where(last == NEVER, np.nan, (time - last.astype(np.float64)) / MICROS_PER_DAY)
+        return Readings(
+            mean_of_slots(counts, slots).transpose(1, 2, 0), least_of_slots(days, slots)
+        )
 
     def of_known(self, known_N: np.ndarray) -> Readings:
         """The same where items that are not known were never there, whatever cells they share with others.
@@ -132,12 +145,7 @@ class UserCounts:
             counts, last = self._sketch.read_with_last(self.layout.positions(codes), time)
         else:
             counts, last = self._read_rows(beside(codes), time)
-        # Of a row without a key nothing can be said; of a key that never was, no time.
-        days = np.where(last == NEVER, np.nan, (time - last.astype(np.float64)) / MICROS_PER_DAY)
-        return Readings(
-            mean_of_slots(counts, self.layout.slots).transpose(1, 2, 0),
-            least_of_slots(days, self.layout.slots),
-        )
+        return Readings.of_slots(counts, last, time, self.layout.slots)
 
     def merge(self, other: Self) -> None:
         """Add the counts of a further part of the history.
@@ -176,7 +184,7 @@ class UserCounts:
 
     def _add_rows(self, rows: np.ndarray, weights: np.ndarray, last: np.ndarray) -> None:
         """Add rows, in any order and any number of times, to the kept ones."""
-        self._rows_RS, place = _distinct(np.concatenate([self._rows_RS, rows]))
+        self._rows_RS, place = distinct_rows(np.concatenate([self._rows_RS, rows]))
         number = len(self._rows_RS)
         both = np.concatenate([self._weights_RK, weights])
         self._weights_RK = np.stack(
@@ -397,7 +405,7 @@ def _columns(rows_RS: np.ndarray, slots: Sequence[int]) -> list[np.ndarray]:
     return np.split(rows_RS, np.cumsum(slots)[:-1], axis=1)
 
 
-def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Different rows in order, and the place of each among them."""
     order = np.lexsort(rows.T[::-1])
     ordered = rows[order]

@@ -14,18 +14,14 @@ from functools import cached_property
 import numpy as np
 
 from feature_repo.contract.arrow import NO_VALUE, value_codes
-from feature_repo.history.counts import Readings
+from feature_repo.history.counts import Readings, distinct_rows
 from feature_repo.history.history import HistoryLog, remembered_name
 from feature_repo.history.sketch import (
     DEPTH,
     MICROS,
-    MICROS_PER_DAY,
-    NEVER,
     Layout,
     Sketch,
     beside,
-    least_of_slots,
-    mean_of_slots,
 )
 
 
@@ -151,8 +147,7 @@ class Recall:
         """Which requests' counts are exact: those of few enough different items, bool."""
         if self.exact:
             return np.ones(len(ends), bool)
-        _, which = np.unique(rows_ES, axis=0, return_inverse=True)
-        which = which.reshape(-1)
+        _, which = distinct_rows(rows_ES)
         if self.newest is not None:
             different = [
                 len(np.unique(which[begin:end]))
@@ -231,11 +226,7 @@ class _Book:
         """Read candidates `[start, stop)` at a time."""
         asked = self._candidates[start:stop]
         counts, last = self._sketch.read_with_last(asked, time)
-        days = np.where(last == NEVER, np.nan, (time - last.astype(np.float64)) / MICROS_PER_DAY)
-        slots = self._layout.slots
-        return Readings(
-            mean_of_slots(counts, slots).transpose(1, 2, 0), least_of_slots(days, slots)
-        )
+        return Readings.of_slots(counts, last, time, self._layout.slots)
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:

@@ -146,7 +146,7 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), say)
     say("evaluate: trees on the same numbers")
     number = primary_number(spec)
-    scores = predict(model, encoder, test.encoded)[:, number]
+    scores = found.logits
     own = trees_of(model)
     if own is None:
         trees = quick_trees(run.settings, encodings, run.recipe)
@@ -171,12 +171,13 @@ def _evaluated(run: TrainingRun) -> Evaluation:
 
 def _about(run: TrainingRun) -> list[str]:
     """Describe a run for its report: recipe, parameters, epochs, data, date."""
+    from modeling.training.training_run import learned_by
+
     recipe = run.recipe
-    summary = run.state["summary"]
     data = JobFolder(run.settings.home, "events").require()
     return [
         f"Recipe {recipe.name}: model {recipe.model}, {run.state['parameters']:,} parameters, {recipe.history_length} events of each user, seed "
-        f"{recipe.training.seed}; {summary['epochs']} of at most {recipe.training.epochs} epochs, {summary['steps']:,} steps.",
+        f"{recipe.training.seed}; {learned_by(run)}.",
         f"Data {run.settings.dataset}, contract {data.fingerprint}: {data.counts['rows_events']:,} events known before "
         f"{data.as_of}. Run {run.identity}, evaluated {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
     ]

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class Evaluation:
     beside_trees: str = ""  # a sentence
     # On the primary task's logits, before they are taken for probabilities
     shift: float = 0.0
+    # Of all candidates, for the primary task; not written
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
 
     @property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
@@ -159,6 +161,7 @@ def evaluate_run(
         unknown_first(model, encoder, encoded, ranked),
         without_telling_nothing(worth, random[primary]),
         shift=float(shift_T[number]),
+        logits=logits[:, number],
     )
 
 

@@ -17,7 +17,7 @@ from feature_repo.home.tables import digest_of
 from feature_repo.settings import Settings
 from modeling.claims import Sums, of_seeds, read_sums, write_sums
 from modeling.console import console
-from modeling.evaluation.classic import CLASSICS, QUICK_TREES, TREES, Classic, classic_scores
+from modeling.evaluation.classic import CLASSICS, FULL_TREES, QUICK_TREES, Classic, classic_scores
 from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import defined, per_user
@@ -82,7 +82,7 @@ def _fitted(
     recipe: Recipe,
     kind: Classic,
     seed: int,
-    config: TreesConfig = TREES,
+    config: TreesConfig = FULL_TREES,
 ) -> Path:
     """Folder of a baseline's run, which is fitted where it is not there."""
     code = code_digest("modeling.evaluation.classic", "modeling.metrics")

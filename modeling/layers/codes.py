@@ -1,10 +1,10 @@
-"""Codes of items: what a model knows an item by, its own row and those of its categories, each of unit length.
+"""Codes of items: what a model knows an item by, the sum of its own row and those of its
+categories, each made of unit length.
 
-Attention looks for events like a candidate. Where item rows begin small, what else an event carries drowns them:
-on The Complete Journey, without match features, target attention over rows that begin at 0.05 stays at NDCG@10
-0.28, and over codes as long as the other parts, with keys and queries of unit length, reaches 0.60
-(`benchmarks/codes_….md`). So rows begin at random and at full length, equal items are equal from the first step on,
-and an item that training hardly saw has a code by its categories.
+Attention looks for events like a candidate. Where item rows begin small, what else an event
+carries drowns them (DECISIONS, 2026-11-29, has the figures). So rows begin at random and at full
+length, equal items are equal from the first step on, and an item that training hardly saw has a
+code by its categories.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Items(NamedTuple):
 
 
 class ItemCodes(nn.Module):
-    """Codes of items, from their own rows and those of their categories; each of unit length.
+    """Codes of items: weighted sums of their own rows and their categories', each of unit length.
 
     Rows begin at random, so that even an item that training hardly saw has a distinct code.
 
@@ -86,8 +86,8 @@ class ItemCodes(nn.Module):
 
 
 class ItemRows(nn.Module):
-    """Items as rankers embed them: their codes, times a learned size that begins at √D, the length of D numbers of
-    size 1.
+    """Items as rankers embed them: their codes, times a learned size that begins at √D, the length
+    of D numbers of size 1.
 
     Example:
         >>> rows = ItemRows(sizes, 32)
@@ -111,8 +111,8 @@ class ItemRows(nn.Module):
 
         Args:
             item: vocabulary indices.
-            category_K: category slots, the items' own first; default: those known from training, and each
-                different item is computed once, however often it comes.
+            category_K: category slots, the items' own first; default: those known from training,
+                and each different item is computed once, however often it comes.
         """
         if category_K is not None:
             rows: Tensor = self.codes(self.codes.parts(item, category_K)) * self.size

@@ -1,16 +1,16 @@
-"""Attention that finds events like a candidate: queries and keys of unit length, a learned sharpness, and a row of
-nothing.
+"""Attention that finds events like a candidate: queries and keys of unit length, a learned
+sharpness, and a row of nothing.
 
     w_i  = exp(τ q̂ · k̂_i) / (exp(ν) + Σ_j exp(τ q̂ · k̂_j))
     read = Σ_i w_i v_i + w_nothing · v_nothing
 
-Keys and queries begin as one orthogonal map, so that a candidate matches its own events from the first step on,
-rather than once training has found that equal items are equal. What weighs nothing of the history reads
-`v_nothing`: a softmax over events alone says what they are like on average and not whether, nor how often, the
-candidate is among them.
+Keys and queries begin as one orthogonal map, so that a candidate matches its own events from the
+first step on, rather than once training has found that equal items are equal. What weighs nothing
+of the history reads `v_nothing`: a softmax over events alone says what they are like on average
+and not whether, nor how often, the candidate is among them.
 
-Unit length is QK normalisation (Henry et al., arXiv 2010.04245). Differs: the sharpness is a head's own; the row of
-nothing; both maps begin alike.
+Unit length is QK normalisation (Henry et al., arXiv 2010.04245). Differs: the sharpness is a
+head's own; the row of nothing; both maps begin alike.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Matching(nn.Module):
     """What a head's attention is beside its maps.
 
     Args:
-        plain: products divided by √K and no row of nothing, as in Vaswani et al. (arXiv 1706.03762) and the papers:
-            what matching is measured against.
+        plain: products divided by √K and no row of nothing, as in Vaswani et al. (arXiv
+            1706.03762) and the papers: what matching is measured against.
 
-    Attributes:
+    Attributes, none of them where `plain`:
         sharpness_H: τ.
         nothing_H: ν; begins as sharp as one equal event.
         nothing_HK: what is read of nothing.
@@ -56,7 +56,9 @@ class Matching(nn.Module):
         return heads if self.plain else normalize(heads, dim=-1)
 
     def begin(self, query: nn.Linear, key_value: nn.Linear) -> None:
-        """Let the maps of queries and of keys, the first rows of theirs, begin as one orthogonal map."""
+        """Let the map of queries and that of keys, the first rows of `key_value`, begin as one
+        orthogonal map.
+        """
         if self.plain:
             return
         width = query.out_features
@@ -74,18 +76,18 @@ class Matching(nn.Module):
         own_keys: Tensor | None = None,
         own_values: Tensor | None = None,
     ) -> Tensor:
-        """Groups of rows that all read the same keys and nothing, and each its own group's up to itself; softmax
-        runs over all three.
+        """Groups of rows that all read the same keys and nothing, and each its own group's up to
+        itself; softmax runs over all three.
 
-        Candidates read one cached history and themselves, and nothing of one another; no key is copied for a
-        candidate.
+        Candidates read one cached history and themselves, and nothing of one another; no key is
+        copied for a candidate.
 
         Args:
             query: of `queries`, B × H × C × N × K, N rows in each of C groups.
             keys: of `keys`, B × H × L × K, read by every row; `values` alike.
             mask_BL: bool, True where a shared key may be read; None where all may.
-            own_keys: B × H × C × N × K; row n reads its group's rows 0 … n. `own_values` alike. Default: no row
-                reads any of its group.
+            own_keys: B × H × C × N × K; row n reads its group's rows 0 … n. `own_values` alike.
+                Default: no row reads any of its group.
 
         Returns:
             B × H × C × N × K.
@@ -93,7 +95,7 @@ class Matching(nn.Module):
         number = query.shape[3]
         length = keys.shape[2]
         asking = query.flatten(2, 3)
-        # The mask is one more dimension of the product, which costs less than another pass over the scores.
+        # The mask is one more dimension of the product: cheaper than a pass over the scores.
         if mask_BL is not None:
             hidden = torch.zeros_like(mask_BL, dtype=keys.dtype).masked_fill(
                 ~mask_BL, torch.finfo(keys.dtype).min / 2

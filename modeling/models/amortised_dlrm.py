@@ -21,7 +21,8 @@ Differs: the body of the paper is not public; what it leaves open is chosen as f
 layers, LayerNorm, a GELU feed-forward of twice the width; the history part of the last layer stops at its keys and values, since nothing reads
 its output; positions count from the newest event (candidates stand at 0) or from the oldest; CONCAT
 pools its ten newest rows and the maximum of all; the rest of the DLRM is a dot interaction (arXiv
-1906.00091) or cross layers (DCNv2, arXiv 2008.13535) over all fields, and a head for each task.
+1906.00091) or cross layers (DCNv2, arXiv 2008.13535) over all fields, and a head for each task. Attention finds events like the candidate (`layers/matching.py`);
+`matching=False` is scaled dot products.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ request too; W_O is shared unless asked for; behaviour tokens know their place f
 and the gap to the event before, never their distance from now, so that cached keys stay true; heads
 read every final NS state, each normalised by itself. The depth of Auto-Split's network is not
 stated: two layers and a GELU by default, one projection with `split_layers=1`. Numbers go through a
-network together, where the paper cuts them into buckets (`numbers="buckets"`).
+network together, where the paper cuts them into buckets (`numbers="buckets"`). Attention finds
+events like the candidate (`layers/matching.py`; `matching=False` is the paper's): the item's row
+goes past the tokenisers, beside an event's network and into a candidate's first NS token, places
+begin at a tenth of its size, and NS tokens may read nothing.
 
 **Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a
 cache is then not what a new forward would give. Here the tails' starts stay where the last full

@@ -44,7 +44,7 @@ from modeling.training.trainer import (
     read_metrics,
     write_metrics,
 )
-from modeling.training.trees import blend_summary, blended, fit_trees
+from modeling.training.trees import blended, fit_trees
 from modeling.training.weights import WEIGHTS, read_texts, save_model
 from modeling.trees.blend import build_ranker
 
@@ -56,7 +56,8 @@ TABLES = ("events", "user_history", "item_stats", "training_examples")
 NEWEST = "newest.json"
 RESULT = "run.json"
 BEST = WEIGHTS
-TREES = "trees"
+# The model that is fitted by LightGBM and not by steps
+FOREST_MODEL = "trees"
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,20 @@ def train(
             stage.details = state["summary"]
     summary = state["summary"]
     console.print(
-        f"train {name}: best validation NDCG@10 {summary['best_validation_ndcg@10']:.4f} after {summary['epochs']} epochs, "
-        f"{summary['steps']} steps",
+        f"train {name}: best validation NDCG@10 {summary['best_validation_ndcg@10']:.4f} after {learned_by(run)}",
         highlight=False,
     )
     return state
+
+
+def learned_by(run: TrainingRun) -> str:
+    """Say what a trained run took: epochs and steps of a network, and trees."""
+    summary = run.state["summary"]
+    of_network = f"{summary['epochs']} epochs, {summary['steps']:,} steps"
+    if "trees" not in summary:
+        return of_network
+    trees = f"{summary['trees']:,} trees"
+    return trees if run.recipe.model == FOREST_MODEL else f"{of_network} and {trees}"
 
 
 def _train(run: TrainingRun, encodings: Encodings, device: str) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def _learned(
     recipe = run.recipe
     periods = (train, validation)
     # 1. Trees alone.
-    if recipe.model == TREES:
+    if recipe.model == FOREST_MODEL:
         fitted = fit_trees(recipe.config, encoder, recipe.training, *periods)
         write_metrics(run.folder, fitted.metrics)
         save_model(fitted.trees, run.folder)
@@ -286,10 +296,10 @@ def _learned(
         return _Learned(best, summary)
     # 3. Trees beside it, and the weights of both.
     fitted = fit_trees(recipe.trees, encoder, recipe.training, *periods)
-    blend = blended(best, fitted.trees, encoder, *periods)
+    both = blended(best, summary, fitted, encoder, *periods)
     write_metrics(run.folder, [*read_metrics(folder), *fitted.metrics])
-    save_model(blend, run.folder)
-    return _Learned(blend, blend_summary(blend, summary, fitted.summary, encoder, validation))
+    save_model(both.blend, run.folder)
+    return _Learned(both.blend, both.summary)
 
 
 def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:

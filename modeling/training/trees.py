@@ -28,11 +28,21 @@ class FittedTrees:
     Args:
         summary: for `run.json`.
         metrics: a line for each tree, for `metrics.jsonl`.
+        logits_NT: of the validation period's candidates.
     """
 
     trees: Trees
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
+    logits_NT: np.ndarray
+
+
+@dataclass(frozen=True)
+class FittedBlend:
+    """A blend, and what `run.json` says of it: what it reaches, and what both cost."""
+
+    blend: Blend
+    summary: dict[str, Any]
 
 
 def fit_trees(
@@ -76,55 +86,64 @@ def fit_trees(
         scale, moved = calibrated(sums[:, task], labels[:, task])
         trees.scale_T[task] = scale
         trees.shift_T[task] = moved - shift
+    logits_NT = sums * trees.scale_T.numpy() + trees.shift_T.numpy()
+    found = quality(encoder.contract.spec, validation, logits_NT)
     spent = time.process_time() - started
     number = sum(forest.num_trees for forest in trees.forests)
-    found = quality(encoder.contract.spec, validation, predict(trees, encoder, validation))
     return FittedTrees(
         trees,
         {
             "steps": number,
             "epochs": 1,
+            "trees": number,
             "best_validation_ndcg@10": found["ndcg@10"],
             "cpu_seconds": spent,
             "curve": [[spent, found["ndcg@10"]]],
             "training": asdict(training),
         },
         metrics,
+        logits_NT,
     )
 
 
 def blended(
-    network: Ranker, trees: Trees, encoder: Encoder, train: Encoded, validation: Encoded
-) -> Blend:
-    """Weigh a network and trees on the validation period, for each task."""
-    blend = Blend(network, trees)
+    network: Ranker,
+    summary: dict[str, Any],
+    fitted: FittedTrees,
+    encoder: Encoder,
+    train: Encoded,
+    validation: Encoded,
+) -> FittedBlend:
+    """Weigh a network and trees on the validation period, for each task.
+
+    Args:
+        summary: of the network's training.
+    """
+    spec = encoder.contract.spec
+    blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
-    shift_T = sampling_shift(encoder.contract.spec, np.asarray(train.labels), labels)
-    both = [predict(one, encoder, validation) for one in (network, trees)]
+    shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
+    both = np.stack([predict(network, encoder, validation), fitted.logits_NT], axis=-1)
+    logits_NT = np.empty(both.shape[:2])
     for task, shift in enumerate(shift_T):
-        scores = np.stack([logits[:, task] for logits in both], axis=1).astype(np.float64)
+        scores = both[:, task].astype(np.float64)
         known = defined(labels[:, task], validation.candidate_offsets)
         weights = order_weights(scores[known.rows], known.labels, known.offsets)
         scale, moved = calibrated(scores @ weights, labels[:, task])
         blend.weight_T2[task] = blend.weight_T2.new_tensor(scale * weights)
         blend.shift_T[task] = moved - shift
-    return blend
-
-
-def blend_summary(
-    blend: Blend,
-    summary: dict[str, Any],
-    of_trees: dict[str, Any],
-    encoder: Encoder,
-    validation: Encoded,
-) -> dict[str, Any]:
-    """The network's summary with what the blend reaches and what both cost."""
-    found = quality(encoder.contract.spec, validation, predict(blend, encoder, validation))
-    return summary | {
-        "best_validation_ndcg@10": found["ndcg@10"],
-        "of_the_network": summary["best_validation_ndcg@10"],
-        "of_the_trees": of_trees["best_validation_ndcg@10"],
-        "trees": of_trees["steps"],
-        "weights": blend.weight_T2.tolist(),
-        "cpu_seconds": summary["cpu_seconds"] + of_trees["cpu_seconds"],
-    }
+        logits_NT[:, task] = scale * (scores @ weights) + moved - shift
+    found = quality(spec, validation, logits_NT)
+    both_cost = summary["cpu_seconds"] + fitted.summary["cpu_seconds"]
+    return FittedBlend(
+        blend,
+        summary
+        | {
+            "best_validation_ndcg@10": found["ndcg@10"],
+            "of_the_network": summary["best_validation_ndcg@10"],
+            "of_the_trees": fitted.summary["best_validation_ndcg@10"],
+            "trees": fitted.summary["trees"],
+            "weights": blend.weight_T2.tolist(),
+            "cpu_seconds": both_cost,
+        },
+    )

@@ -1,8 +1,8 @@
 """A network and trees as one ranker: a weighted sum of their logits, the weights fitted on the validation
 period.
 
-Trees count better than networks do and read no event; a network reads the history. Where both are at hand,
-their sum ranks above either (`benchmarks/memory_…md`).
+Trees read counts and no event; a network reads the history. Whether their sum ranks above either is
+the data's to say: `evaluate` shows the trees beside it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ class Trees(Ranker):
         self.sizes = sizes
         self.columns = TreeColumns.of(sizes)
         self.forests: tuple[Forest, ...] = ()
+        # By task, for explanations
+        self._boosters: dict[int, Any] = {}
         self.register_buffer("scale_T", torch.ones(sizes.tasks, dtype=torch.float64))
         self.register_buffer("shift_T", torch.zeros(sizes.tasks, dtype=torch.float64))
 
@@ -80,6 +83,7 @@ class Trees(Ranker):
                     f"{name} reads {len(forest.names)} columns, this contract has {number}: train and export again"
                 )
         self.forests = forests
+        self._boosters = {}
 
     def contributions(self, rows_NF: np.ndarray, task: int) -> np.ndarray:
         """What each column adds to a logit, N × (columns + 1); the last is where every candidate starts. Rows sum
@@ -87,8 +91,10 @@ class Trees(Ranker):
         """
         import lightgbm
 
-        booster = lightgbm.Booster(model_str=self.forests[task].text)
-        found = np.asarray(booster.predict(rows_NF, pred_contrib=True, num_threads=1))
+        # Reading a text takes longer than a request may.
+        if task not in self._boosters:
+            self._boosters[task] = lightgbm.Booster(model_str=self.forests[task].text)
+        found = np.asarray(self._boosters[task].predict(rows_NF, pred_contrib=True, num_threads=1))
         scaled: np.ndarray = found * float(self.scale_T[task])
         scaled[:, -1] += float(self.shift_T[task])
         return scaled

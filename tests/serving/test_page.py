@@ -112,6 +112,10 @@ def test_the_page_shows_a_customers_past_list_times_and_freshness(tab: Tab, addr
 def test_pointing_at_a_candidate_lights_up_what_it_rests_on(tab: Tab, address: str) -> None:
     opened(tab, address)
     before = tab.text("#words")
+    tall = (
+        "[...document.querySelectorAll('#strip button')].map(e => e.getBoundingClientRect().height)"
+    )
+    at_rest = max(tab.run(tall))
     tab.point("#list li:nth-child(2)")
     told = tab.until(
         f"document.querySelector('#words').textContent !== {before!r} && document.querySelector('#words').textContent"
@@ -121,10 +125,7 @@ def test_pointing_at_a_candidate_lights_up_what_it_rests_on(tab: Tab, address: s
     assert told.startswith(f"{name}: ")
     assert "summary token" in told
     # Every event is as tall as it counts: one at least is taller than it was.
-    tall = (
-        "[...document.querySelectorAll('#strip button')].map(e => parseFloat(e.style.height || 0))"
-    )
-    assert max(tab.run(tall)) > min(tab.run(tall))
+    tab.until(f"Math.max(...{tall}) > {at_rest}")
 
 
 def test_all_of_it_goes_by_keyboard(tab: Tab, address: str) -> None:
