@@ -21,7 +21,7 @@ from feature_repo.contract.arrow import NO_VALUE, TIMESTAMP, arrow_schema, from_
 from feature_repo.contract.contract import ARRIVAL, REPLACED, Contract, contract
 from feature_repo.contract.schema import CATEGORY, Column, DType, Memory
 from feature_repo.datasets import load_contract
-from feature_repo.history import history, user_stats
+from feature_repo.history import history, sketch, user_stats
 from feature_repo.history.counts import Readings, from_bytes
 from feature_repo.history.history import HistoryLog
 from feature_repo.history.recall import Recall
@@ -286,8 +286,10 @@ def test_recall_equals_plain_counting_at_every_request(
     order = np.random.default_rng(len(rows)).permutation(len(asked))  # requests in any order
     log_rows = log.rows_of(pa.array([asked[at][0] for at in order]))
     found = {}
-    for exact in (True, False):
-        found[exact] = Recall(log, newest=newest, exact=exact).read(
+    # Exact whatever comes, exact up to the declared size, and a sketch from the third item on.
+    layouts = {True: None, False: None, "sketch": replace(Layout.of(BRANDED), most_rows=2)}
+    for exact, chosen_layout in layouts.items():
+        found[exact] = Recall(log, chosen_layout, newest=newest, exact=exact is True).read(
             log_rows,
             np.array(ends)[order],
             np.array([asked[at][1] for at in order]),
@@ -316,16 +318,27 @@ def test_recall_equals_plain_counting_at_every_request(
                     assert np.isnan(days)
                 elif column < 2:
                     assert days == pytest.approx(ages.min(), abs=1e-4)
-    # So few items are kept exactly.
+    # So few items are kept exactly; so few keys do not meet in a cell of every row: a sketch says the same, and times
+    # to the second.
     assert_alike(found[False], found[True])
+    assert_alike(found["sketch"], found[True])
 
 
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(EVENTS.filter(bool))
-def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]) -> None:
-    """The job's bytes, read at a request, against the log's slice at the same instant."""
+@given(EVENTS.filter(bool), st.booleans())
+def test_the_stored_counts_are_what_training_read(
+    tmp_path: Path, rows: list[Any], exact: bool
+) -> None:
+    """The job's bytes, read at a request, against the log's slice at the same instant: exact, and beyond that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not exact:
+            patch.setattr(sketch, "ROW_BYTES", 1 << 40)
+        stored_is_what_training_read(tmp_path, rows, exact)
+
+
+def stored_is_what_training_read(tmp_path: Path, rows: list[Any], exact: bool) -> None:
     events = events_of(rows)
     log, codes = open_log(tmp_path, events), remembered_codes(BRANDED, events, PROFILES)
     index = user_stats.build(BRANDED, events)
@@ -337,7 +350,7 @@ def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]
         np.c_[value_codes(pa.array(["mug", "blue", "none"])), np.full((3, 7), NO_VALUE)],
     ]
     for user, data in zip(stored["user_id"].to_pylist(), stored["sketch"].to_pylist(), strict=True):
-        sketch, identity = from_bytes(layout, data, user)
+        counts, identity = from_bytes(layout, data, user)
         row = log.rows_of(pa.array([user]))
         end = log.lengths[row]
         newest = index.filter(pa.array(index["user_id"].to_numpy() == user)).to_pylist()[-1]
@@ -346,5 +359,5 @@ def test_the_stored_sketch_is_what_training_read(tmp_path: Path, rows: list[Any]
             newest["history_digest"],
         )
         offline = Recall(log).read(row, end, np.array([now]), np.array([0, 3]), wanted)
-        assert sketch.is_exact
-        assert_alike(sketch.read(wanted, now), offline)
+        assert counts.is_exact == (exact or counts.empty)
+        assert_alike(counts.read(wanted, now), offline)

@@ -34,7 +34,7 @@ from modeling.trees.trees import Trees
 from serving.api.messages import RankRequest
 from serving.command import open_ranker
 from serving.ranking.explain import explain
-from tests.conftest import Road, copied, train_road
+from tests.conftest import Road, copied, run_jobs, train_road
 from tests.forests import forest_on
 from tests.ranking import ranked
 
@@ -301,3 +301,31 @@ def test_a_server_ranks_by_trees_and_explains_them_by_their_columns(shop_of_tree
     assert sum(one.effect for one in explained.columns) == pytest.approx(logit, abs=1e-4)
     effects = [abs(one.effect) for one in explained.columns]
     assert effects == sorted(effects, reverse=True)
+
+
+def test_a_blend_is_promoted_with_its_tokens_and_rolled_back(shop_of_trees: Road) -> None:
+    road = shop_of_trees
+    catalogue = Catalogue(road.settings.catalogue_url)
+    assert catalogue.live_bundle("online_retail").recipe == "trees_tiny"
+    # The blend goes live with the tokens that its network makes.
+    run_jobs(road.settings, "summary_tokens", bundle="vista_trees_tiny")
+    catalogue.set_live("online_retail", bundle_of(catalogue, "vista_trees_tiny"))
+    ranker = open_ranker(road.settings, replay=True)
+    users = JobFolder(road.settings.home, "user_history").read("user_history")["user_id"]
+    known = ranker.bundle.encoder.items.values.to_pylist()[:20]
+    answer = ranked(ranker, RankRequest(users[3].as_py(), known))
+    assert answer.bundle.startswith("vista_trees_tiny@")
+    assert answer.tokens == ranker.bundle.tokens
+    assert answer.degraded == []
+    # And the trees come back: the bundle that was live before.
+    before = catalogue.live_before("online_retail").digest
+    assert before == bundle_of(catalogue, "trees_tiny")
+    catalogue.set_live("online_retail", before)
+    again = ranked(open_ranker(road.settings, replay=True), RankRequest(users[3].as_py(), known))
+    assert again.bundle.startswith("trees_tiny@")
+
+
+def bundle_of(catalogue: Catalogue, recipe: str) -> str:
+    """Digest of a recipe's bundle."""
+    [row] = [one for one in catalogue.bundles("online_retail") if one.recipe == recipe]
+    return str(row.digest)
