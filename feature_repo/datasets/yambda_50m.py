@@ -1,10 +1,11 @@
-"""Yambda-50M (Ploshkin et al., arXiv 2505.22238): listens of a music service, read from a folder that a person gives;
-it is never shipped, and was not run here.
+"""Yambda-50M (Ploshkin et al., arXiv 2505.22238): listens of a music service, read from a folder
+that a person gives; it is never shipped, and was not run here.
 
-The folder holds `listens.parquet` of the flat 50M version. Times are seconds from an undisclosed beginning, in steps of
-five, and count from 2024-01-01 here, so that weekdays and hours mean nothing: day 300 is the published test day. MLPerf's DLRMv4 trains on the days up to T and
-tests on day T + 1; validation is the day before. A listen of at least half of a track is positive, as published; a
-request is up to 16 consecutive listens of one user.
+The folder holds `listens.parquet` of the flat 50M version. Times are seconds from an undisclosed
+beginning, in steps of five, and count from 2024-01-01 here, so that weekdays and hours mean
+nothing: day 300 is the published test day. MLPerf's DLRMv4 trains on the days up to T and tests on
+day T + 1; validation is the day before. A listen of at least half of a track is positive, as
+published; a request is up to 16 consecutive listens of one user.
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ def curve(
     """Quality against the events that are visible, and what is claimed of it."""
     rows: list[dict[str, Any]] = []
     sums: dict[Place, Sums] = {}
+    # 1. Every ranker at every length; all seeds only where something is claimed.
     ends = (50, 500, None)
     for number in visible:
         encodings = Encodings(settings, SERVICE, visible=number, every=every)
@@ -151,6 +152,7 @@ def curve(
             found, cost = _trained(settings, encodings, name, "all features", many)
             sums[name, number] = found
             rows.append(_row("curve", number, name, found, cost))
+    # 2. What is claimed of two of them, decided as one table.
     claims = []
     for metric in PAIRED:
         for name in CURVE:

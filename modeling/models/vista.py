@@ -14,8 +14,9 @@ Sequential Transducer Generative Recommenders", arXiv 2510.22049.
 
 Differs, where the paper is silent: seeds are source rows, or target rows (`seed_role`); an event
 knows when it happened (age, or in the streaming form the gap before it); targets of the
-reconstruction carry no gradient, and its mean is taken over events and width, so that a weight of 1
-means the same at any size; tokens attend to tokens, never to candidates; what a candidate read goes
+reconstruction carry no gradient, and its error is a share of their own square, so that a weight of 1
+means the same at any size; items are codes and stage 2 finds like rows (`layers/codes.py`,
+`layers/matching.py`); tokens attend to tokens, never to candidates; what a candidate read goes
 to the same cross layers and heads as the amortised DLRM's. SGLU is twice the width, and stage 1's
 RMSNorms have gains (TransNormerLLM, which the gate is from, has none); stage 2 is of pre-norm layers
 with LayerNorm and a GELU feed-forward of twice the width.

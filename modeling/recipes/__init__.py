@@ -93,6 +93,10 @@ class Recipe:
     # Config of trees whose logits are blended with the model's; None: the model alone
     trees: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.model == "trees" and self.trees is not None:
+            raise RecipeError(f"{self.name}: trees are blended with a network, not with trees")
+
 
 # See modeling/next_item/sequences.py
 SplitName = Literal["leave_one_out", "global_time"]

@@ -128,13 +128,13 @@ def blended(
     for task, shift in enumerate(shift_T):
         scores = both[:, task].astype(np.float64)
         known = defined(labels[:, task], validation.candidate_offsets)
+        # First the order within requests, then probabilities, which leave it as it is.
         weights = order_weights(scores[known.rows], known.labels, known.offsets)
         scale, moved = calibrated(scores @ weights, labels[:, task])
         blend.weight_T2[task] = blend.weight_T2.new_tensor(scale * weights)
         blend.shift_T[task] = moved - shift
         logits_NT[:, task] = scale * (scores @ weights) + moved - shift
     found = quality(spec, validation, logits_NT)
-    both_cost = summary["cpu_seconds"] + fitted.summary["cpu_seconds"]
     return FittedBlend(
         blend,
         summary
@@ -144,6 +144,6 @@ def blended(
             "of_the_trees": fitted.summary["best_validation_ndcg@10"],
             "trees": fitted.summary["trees"],
             "weights": blend.weight_T2.tolist(),
-            "cpu_seconds": both_cost,
+            "cpu_seconds": summary["cpu_seconds"] + fitted.summary["cpu_seconds"],
         },
     )

@@ -1,9 +1,8 @@
-"""The columns that trees read: every number of a candidate and of its request, and every category that is one
-value.
+"""The columns that trees read: every number of a candidate and of its request, those of vectors
+among them, and every category that is one value.
 
-A bag of values, a vector's many numbers among dense ones, and the item's own id stay out or in as follows:
-bags have no order and no single value, so trees do without; vectors are numbers and go in; an id of thousands
-of values is memorised rather than learned from, and stays out.
+Bags stay out, which have no single value, and so does the item's own id, whose thousands of values
+are memorised rather than learned from.
 """
 
 from __future__ import annotations
