@@ -224,7 +224,10 @@ def train(
 def learned_by(run: TrainingRun) -> str:
     """Say what a trained run took: epochs and steps of a network, and trees."""
     summary = run.state["summary"]
-    of_network = f"{summary['epochs']} epochs, {summary['steps']:,} steps"
+    of_network = (
+        f"{summary['epochs']} of at most {run.recipe.training.epochs} epochs, "
+        f"{summary['steps']:,} steps"
+    )
     if "trees" not in summary:
         return of_network
     trees = f"{summary['trees']:,} trees"
