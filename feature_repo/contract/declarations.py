@@ -166,6 +166,12 @@ def _wrong_memory(spec: DatasetSpec) -> Iterator[str]:
                 f"memory.by names {name!r}; there are the categories and bags of items "
                 f"{known}{nearest(name, known)}"
             )
+    single = [c.name for c in spec.item_features if c.kind is Kind.CATEGORY and c.name in memory.by]
+    for pair in memory.pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(single):
+            yield f"memory.pairs has {pair}; expected two different categories among memory.by, of {single}"
+    if len(set(map(frozenset, memory.pairs))) < len(memory.pairs):
+        yield f"memory.pairs are {memory.pairs}; name each pair once"
     if not all(0 < days < math.inf for days in memory.half_lives_days):
         yield f"memory.half_lives_days is {memory.half_lives_days}; expected days, each more than 0"
     if not 1 <= memory.kibibytes <= 1024:
@@ -397,7 +403,10 @@ def spec_of(stored: Mapping[str, Any]) -> DatasetSpec:
     )
     memory = found["memory"]
     found["memory"] = Memory(
-        tuple(memory["by"]), tuple(memory["half_lives_days"]), memory["kibibytes"]
+        tuple(memory["by"]),
+        tuple(memory["half_lives_days"]),
+        memory["kibibytes"],
+        tuple((one, other) for one, other in memory["pairs"]),
     )
     # 3. Restore tuples: `lacks` compares them, and no list equals a tuple.
     found["rank_by"] = tuple((name, weight) for name, weight in found["rank_by"])

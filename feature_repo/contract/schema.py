@@ -401,21 +401,25 @@ class OwnView:
 @dataclass(frozen=True)
 class Memory:
     """Counts of a user's whole history: how often, ever and lately, and when last, with each item, and with each
-    value of some item columns (`feature_repo/history/counts.py`).
+    value of some item columns, and of pairs of them (`feature_repo/history/counts.py`).
 
     Args:
         by: item features, categories or bags.
+        pairs: of categories among `by`: each two values that one item has are counted as one, such as a brand's
+            milk. They cost nothing while counts are exact.
         half_lives_days: of the counts that fade; a ranker sees each beside the count of all time.
         kibibytes: of one user's counts at most: they are exact up to 32 different items for each, and a sketch
             beyond.
 
     Example:
         >>> Memory(by=("brand", "genres"), half_lives_days=(7.0, 90.0), kibibytes=32)
+        >>> Memory(by=("type", "brand"), pairs=(("type", "brand"),))
     """
 
     by: tuple[str, ...] = ()
     half_lives_days: tuple[float, ...] = (7.0, 30.0, 180.0)
     kibibytes: int = 16
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -74,5 +74,9 @@ SPEC = DatasetSpec(
     ),
     item_title="product_type",
     stat_value="sales_value",
-    memory=Memory(by=("product_category", "product_type", "manufacturer_id"), kibibytes=64),
+    memory=Memory(
+        by=("department", "product_category", "product_type", "brand", "manufacturer_id"),
+        pairs=(("product_type", "brand"), ("product_type", "manufacturer_id")),
+        kibibytes=64,
+    ),
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -51,23 +51,34 @@ class Readings:
         counts_NCK: of each column: events of all time, then fading counts, one for each half-life; NaN where a row has no
             key.
         days_NC: since the last event; NaN where there was none, or a row has no key.
+        totals_NK: events of all keys together, as they are counted.
     """
 
     counts_NCK: np.ndarray
     days_NC: np.ndarray
+    totals_NK: np.ndarray
 
     @staticmethod
-    def of_slots(counts: np.ndarray, last: np.ndarray, time: int, slots: Sequence[int]) -> Readings:
+    def of_slots(
+        counts: np.ndarray,
+        last: np.ndarray,
+        time: int,
+        slots: Sequence[int],
+        totals_K: np.ndarray,
+    ) -> Readings:
         """Readings of keys by slot: of several keys of one column the mean, and the latest time.
 
         Args:
             counts: counts × N × slots; NaN where a row has no key.
             last: N × slots, microseconds of the last event; `NEVER` where there was none.
             time: of the reading, microseconds.
+            totals_K: of all events.
         """
         days = np.where(last == NEVER, np.nan, (time - last.astype(np.float64)) / MICROS_PER_DAY)
         return Readings(
-            mean_of_slots(counts, slots).transpose(1, 2, 0), least_of_slots(days, slots)
+            mean_of_slots(counts, slots).transpose(1, 2, 0),
+            least_of_slots(days, slots),
+            np.broadcast_to(totals_K, (len(last), len(totals_K))),
         )
 
     def of_known(self, known_N: np.ndarray) -> Readings:
@@ -80,7 +91,7 @@ class Readings:
         days = self.days_NC.copy()
         counts[~known_N, 0] = 0
         days[~known_N, 0] = np.nan
-        return Readings(counts, days)
+        return replace(self, counts_NCK=counts, days_NC=days)
 
 
 class UserCounts:
@@ -143,9 +154,11 @@ class UserCounts:
         """
         if self._sketch is not None:
             counts, last = self._sketch.read_with_last(self.layout.positions(codes), time)
+            totals_K = self._sketch.total(time)
         else:
-            counts, last = self._read_rows(beside(codes), time)
-        return Readings.of_slots(counts, last, time, self.layout.slots)
+            counts, last = self._read_rows(beside(self.layout.keys(codes)), time)
+            totals_K = self._weights_RK.sum(axis=0) * np.exp2((self.at - time) * self.layout.rates)
+        return Readings.of_slots(counts, last, time, self.layout.key_slots, totals_K)
 
     def merge(self, other: Self) -> None:
         """Add the counts of a further part of the history.
@@ -218,11 +231,12 @@ class UserCounts:
         decay = np.exp2((self.at - time) * self.layout.rates)
         counts = np.full((len(self.layout.rates), *wanted_NS.shape), np.nan)
         last = np.full(wanted_NS.shape, NEVER)
+        rows = beside(self.layout.keys(_columns(self._rows_RS, self.layout.slots)))
         first = 0
-        for slots in self.layout.slots:
+        for slots in self.layout.key_slots:
             column = slice(first, first + slots)
             first += slots
-            kept = self._rows_RS[:, column]
+            kept = rows[:, column]
             there = kept != NO_VALUE
             owner = np.nonzero(there)[0]
             keys, place = np.unique(kept[there], return_inverse=True)
@@ -402,7 +416,9 @@ def _kind(size: int) -> str:
 
 
 def _columns(rows_RS: np.ndarray, slots: Sequence[int]) -> list[np.ndarray]:
-    return np.split(rows_RS, np.cumsum(slots)[:-1], axis=1)
+    """Codes of each column: R, or R × slots where there are several."""
+    parts = np.split(rows_RS, np.cumsum(slots)[:-1], axis=1)
+    return [part if part.shape[1] > 1 else part[:, 0] for part in parts]
 
 
 def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

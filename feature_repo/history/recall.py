@@ -69,9 +69,10 @@ class Recall:
             offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
             codes: of the candidates, for each column of the layout.
         """
-        columns = len(self.layout.columns)
-        counts = np.empty((offsets[-1], columns, len(self.layout.rates)), np.float32)
-        days = np.empty((offsets[-1], columns), np.float32)
+        names = len(self.layout.names)
+        counts = np.empty((offsets[-1], names, len(self.layout.rates)), np.float32)
+        days = np.empty((offsets[-1], names), np.float32)
+        totals = np.empty((offsets[-1], len(self.layout.rates)), np.float32)
         order = np.lexsort((ends, rows))
         first = np.flatnonzero(np.r_[True, np.diff(rows[order]) != 0][: len(order)])
         for start, stop in zip(first, np.r_[first[1:], len(order)], strict=True):
@@ -88,7 +89,8 @@ class Recall:
             )
             counts[candidates] = found.counts_NCK
             days[candidates] = found.days_NC
-        return Readings(counts, days)
+            totals[candidates] = found.totals_NK
+        return Readings(counts, days, totals)
 
     def _of_user(
         self,
@@ -199,7 +201,9 @@ class _Book:
         number = len(times)
         size = 0
         cells = []
-        for of_events, of_candidates in zip(events, candidates, strict=True):
+        for of_events, of_candidates in zip(
+            layout.keys(events), layout.keys(candidates), strict=True
+        ):
             both = np.concatenate([beside([of_events]), beside([of_candidates])])
             keys, place = np.unique(both, return_inverse=True)
             place = np.where(keys[place] == NO_VALUE, -1, place + size)
@@ -226,7 +230,9 @@ class _Book:
         """Read candidates `[start, stop)` at a time."""
         asked = self._candidates[start:stop]
         counts, last = self._sketch.read_with_last(asked, time)
-        return Readings.of_slots(counts, last, time, self._layout.slots)
+        return Readings.of_slots(
+            counts, last, time, self._layout.key_slots, self._sketch.total(time)
+        )
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:
@@ -234,4 +240,5 @@ def _joined(parts: Sequence[Readings]) -> Readings:
     return Readings(
         np.concatenate([part.counts_NCK for part in parts]),
         np.concatenate([part.days_NC for part in parts]),
+        np.concatenate([part.totals_NK for part in parts]),
     )

@@ -36,7 +36,7 @@ from feature_repo.contract.contract import Contract
 
 MAGIC = b"MSKT"
 # Raised when cells or hashes change their meaning
-VERSION = 2
+VERSION = 3
 DEPTH = 4
 # What an item of a history is reckoned to cost where it is kept exactly
 ROW_BYTES = 32
@@ -64,6 +64,7 @@ class Layout:
         half_lives_days: of the counts that fade.
         width: cells of a row, in each part.
         most_rows: different items that are kept exactly (`counts.py`), beyond which there is a sketch.
+        pairs: places of two columns whose values are counted together too, as one key.
 
     Example:
         >>> layout = Layout(("item_id", "brand"), (1, 1), (7.0, 30.0), width=64)
@@ -78,6 +79,7 @@ class Layout:
     half_lives_days: tuple[float, ...]
     width: int
     most_rows: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(contract: Contract, kibibytes: int | None = None) -> Layout:
@@ -94,7 +96,28 @@ class Layout:
         # A count, its fading ones, and the time of the last event
         cells = size // (4 * (2 + len(memory.half_lives_days)))
         width = max(cells // (DEPTH * (2 if remembered else 1)), 1)
-        return Layout(columns, slots, memory.half_lives_days, width, size // ROW_BYTES)
+        pairs = tuple((columns.index(one), columns.index(other)) for one, other in memory.pairs)
+        return Layout(columns, slots, memory.half_lives_days, width, size // ROW_BYTES, pairs)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What is counted: the columns, then the pairs."""
+        pairs = (f"{self.columns[one]}_{self.columns[other]}" for one, other in self.pairs)
+        return (*self.columns, *pairs)
+
+    @cached_property
+    def key_slots(self) -> tuple[int, ...]:
+        """Keys that a row may have of each of `names`."""
+        return (*self.slots, *(1 for _ in self.pairs))
+
+    def keys(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Keys of rows for each of `names`: the columns' codes, and what two of them come to together.
+
+        Args:
+            codes: for each column the values of N rows as `arrow.value_codes` gives them, N or
+                N × slots.
+        """
+        return [*codes, *(pair_codes(codes[one], codes[other]) for one, other in self.pairs)]
 
     @property
     def parts(self) -> int:
@@ -121,24 +144,23 @@ class Layout:
     @cached_property
     def _salts(self) -> np.ndarray:
         """Return the salts that tell columns and rows apart before hashing, uint64, slots × DEPTH."""
-        names = [zlib.crc32(name.encode()) for name in self.columns]
-        column = np.repeat(np.array(names, np.uint64), self.slots)[:, None]
+        names = [zlib.crc32(name.encode()) for name in self.names]
+        column = np.repeat(np.array(names, np.uint64), self.key_slots)[:, None]
         return _spread(column * np.uint64(DEPTH) + np.arange(DEPTH, dtype=np.uint64))
 
     @cached_property
     def _first(self) -> np.ndarray:
         """First cell of each slot's row, int64, slots × DEPTH."""
-        part = np.repeat(np.arange(len(self.columns)) > 0, self.slots)
+        part = np.repeat(np.arange(len(self.names)) > 0, self.key_slots)
         return (part[:, None] * DEPTH + np.arange(DEPTH)) * self.width
 
     def positions(self, codes: Sequence[np.ndarray]) -> np.ndarray:
-        """Cells of keys, int64, N × slots of all columns × DEPTH; `size` where there is no key.
+        """Cells of keys, int64, N × slots of all `names` × DEPTH; `size` where there is no key.
 
         Args:
-            codes: for each column the values of N rows as `arrow.value_codes` gives them, N or
-                N × slots.
+            codes: of the columns, as of `keys`.
         """
-        keys = beside(codes)
+        keys = beside(self.keys(codes))
         hashed = _spread(keys.view(np.uint64)[..., None] ^ self._salts) >> np.uint64(33)
         cells = self._first + (hashed % np.uint64(self.width)).astype(np.int64)
         cells[keys == NO_VALUE] = self.size
@@ -158,6 +180,8 @@ class Sketch:
         self.resolution = resolution
         # The last cell takes what has no key, and is read by nobody.
         self.cells = np.zeros((len(layout.rates), layout.size + 1))
+        # Of all events together; never changed in place, since readings hold it
+        self.totals_K = np.zeros(len(layout.rates))
         # The time of the newest event of any key of a cell
         self.last = np.full(layout.size + 1, NEVER)
         # The moment that weights are relative to
@@ -193,6 +217,7 @@ class Sketch:
         self._add(positions, weights_NK * np.exp2((at - self.at) * self.layout.rates), last)
 
     def _add(self, positions: np.ndarray, weights_NK: np.ndarray, last: np.ndarray) -> None:
+        self.totals_K = self.totals_K + weights_NK.sum(axis=0)
         index = positions.ravel()
         each = positions[0].size
         rounded = -(-last // self.resolution) * self.resolution
@@ -209,7 +234,7 @@ class Sketch:
             row += np.bincount(index, weight.repeat(each), len(row))
 
     def read(self, positions: np.ndarray, time: int) -> np.ndarray:
-        """Return the counts of some keys at a time, N × columns × counts; NaN where a row has no key.
+        """Return the counts of some keys at a time, N × `names` × counts; NaN where a row has no key.
 
         A row with several keys of one column, such as an item of three genres, reads their mean.
 
@@ -218,7 +243,14 @@ class Sketch:
             time: microseconds, not before the newest event.
         """
         counts, _ = self.read_with_last(positions, time)
-        return mean_of_slots(counts, self.layout.slots).transpose(1, 2, 0)
+        return mean_of_slots(counts, self.layout.key_slots).transpose(1, 2, 0)
+
+    def total(self, time: int) -> np.ndarray:
+        """All events at a time, and how many of them have not faded: one number for each count."""
+        if self.empty:
+            return self.totals_K
+        faded: np.ndarray = self.totals_K * np.exp2((self.at - time) * self.layout.rates)
+        return faded
 
     def read_with_last(self, positions: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
         """Return counts × N × slots, NaN where a row has no key, and N × slots times of the last event, `NEVER` where
@@ -244,7 +276,9 @@ class Sketch:
         if other.empty:
             return
         self._make_room(other.at)
-        self.cells += other.cells * np.exp2((other.at - self.at) * self.layout.rates)[:, None]
+        moved = np.exp2((other.at - self.at) * self.layout.rates)
+        self.cells += other.cells * moved[:, None]
+        self.totals_K = self.totals_K + other.totals_K * moved
         np.maximum(self.last, other.last, out=self.last)
 
     def bounds(self, time: int) -> np.ndarray:
@@ -283,6 +317,8 @@ class Sketch:
         sketch.cells[1:, :-1] = cells[1:-1]
         seconds = whole[-1].astype(np.int64)
         sketch.last[:-1] = np.where(seconds > 0, seconds * MICROS, NEVER)
+        # Each event added to one cell of each row of items.
+        sketch.totals_K = sketch.cells[:, : layout.width].sum(axis=1)
         sketch.at = as_of
         sketch.empty = not whole[0].any()
         return sketch
@@ -297,13 +333,22 @@ class Sketch:
 
     def _move(self, at: int) -> None:
         if not self.empty:
-            self.cells *= np.exp2((self.at - at) * self.layout.rates)[:, None]
+            faded = np.exp2((self.at - at) * self.layout.rates)
+            self.cells *= faded[:, None]
+            self.totals_K = self.totals_K * faded
         self.at = at
 
 
 def beside(codes: Sequence[np.ndarray]) -> np.ndarray:
     """Codes of several columns, N or N × slots each, as N × slots of all."""
     return np.concatenate([c if c.ndim > 1 else c[:, None] for c in codes], axis=1)
+
+
+def pair_codes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A code for each two codes; `NO_VALUE` where one of them is."""
+    with np.errstate(over="ignore"):
+        mixed = _spread(_spread(one.view(np.uint64)) + other.view(np.uint64)).view(np.int64)
+    return np.where((one == NO_VALUE) | (other == NO_VALUE), NO_VALUE, mixed)
 
 
 def mean_of_slots(values: np.ndarray, slots: Sequence[int]) -> np.ndarray:

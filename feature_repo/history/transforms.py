@@ -18,10 +18,11 @@ import numpy as np
 from feature_repo.contract.contract import Contract
 from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories
+from feature_repo.history.sketch import Layout
 
 MICROS_PER_DAY = 86_400_000_000
 # Raised when a feature of this file changes its meaning: bundles of another version are refused
-VERSION = 6
+VERSION = 7
 MATCH_FEATURES = (
     # log1p: events of the first action with this item
     "match_times",
@@ -69,28 +70,47 @@ CONTEXT_FIELDS = {"hour": 24, "weekday": 7}
 FAINTEST = 0.01
 # Behind the names of days since the last event
 SINCE = "_days_ago"
+# Before the age in names of what a count is beside the expected one
+LIFT = "_lift"
+# Added to a count and to what was expected of it, which may both be 0
+HALF = 0.5
 # What counts without events give for a candidate, where they give a number
 EMPTY_SKETCH = np.float32(np.log(FAINTEST))
 
 
 def sketch_names(contract: Contract) -> tuple[str, ...]:
-    """List the numbers that counts give for a candidate: for the item and for each remembered column the
-    events of all time, the counts that fade by each half-life, and the days since the last.
+    """List the numbers that counts give for a candidate: for the item, for each remembered column and pair of them the
+    events of all time, the counts that fade by each half-life, the days since the last, and each count's lift: by how
+    much it is above the expected one.
     """
-    memory = contract.spec.memory
-    ages = ("", *(f"_{days:g}d" for days in memory.half_lives_days), SINCE)
-    columns = ("item", *memory.by)
-    return tuple(f"life_{column}{age}" for column in columns for age in ages)
+    ages = ("", *(f"_{days:g}d" for days in contract.spec.memory.half_lives_days))
+    of_each = (*ages, SINCE, *(f"{LIFT}{age}" for age in ages))
+    names = ("item", *Layout.of(contract).names[1:])
+    return tuple(f"life_{name}{number}" for name in names for number in of_each)
 
 
-def sketch_features(readings: Readings) -> np.ndarray:
-    """Dense features of readings, float32, N × `sketch_names`."""
+def sketch_features(readings: Readings, shares_NC: np.ndarray) -> np.ndarray:
+    """Dense features of readings, float32, N × `sketch_names`.
+
+    A lift is log((count + ½) / (expected + ½)), with as many events expected as the user had of all, times the share
+    that the value has of everybody's.
+
+    Args:
+        shares_NC: of everybody's events (`shares.py`); NaN where it is not known.
+    """
+    # As training keeps them, so that a server, which has more digits, comes to the same.
+    counts_NCK, days_NC, totals_NK = (
+        numbers.astype(np.float32)
+        for numbers in (readings.counts_NCK, readings.days_NC, readings.totals_NK)
+    )
     # Logarithms: between one purchase and two lies as much as between ten and twenty, and a count that
     # fades becomes a time since.
     with np.errstate(invalid="ignore"):
-        counts = np.log(readings.counts_NCK + FAINTEST)
-        days = np.log1p(np.maximum(readings.days_NC, 0))
-    each = np.concatenate([counts, days[..., None]], axis=-1)
+        counts = np.log(counts_NCK + FAINTEST)
+        days = np.log1p(np.maximum(days_NC, 0))
+        expected = totals_NK[:, None] * shares_NC[..., None]
+        lifts = np.log((counts_NCK + HALF) / (expected + HALF))
+    each = np.concatenate([counts, days[..., None], lifts], axis=-1)
     return each.reshape(len(each), -1).astype(np.float32)
 
 

@@ -44,6 +44,7 @@ from modeling.evaluation.trained_baselines import TrainedBaseline, trained_basel
 from modeling.recipes import SERVICE, Recipe
 from modeling.training_set.dataset import refuse_nothing_positive
 from modeling.training_set.encodings import Encodings
+from modeling.training_set.sample import Sample
 
 BESIDE = ("vista_addressed", "mean_pool", "sim", "twin")
 THINNED = {"complete_journey": (4, 2)}  # each fourth training request, each second that evaluates
@@ -162,7 +163,7 @@ def one_dataset(
 ) -> Found:
     """Run what is not finished of a dataset, and pair it."""
     settings = asked.settings
-    encodings = Encodings(settings, SERVICE, every=asked.every)
+    encodings = Encodings(settings, SERVICE, sample=Sample(every=asked.every))
     recipes_of = {name: recipe_of(name, settings.dataset) for name in names}
     first = recipes_of[names[0]]
     title = encodings.set_of(first).describe()
@@ -239,7 +240,7 @@ def _start() -> None:
 
 @cache
 def _encodings(settings: Settings, every: tuple[int, int]) -> Encodings:
-    return Encodings(settings, SERVICE, every=every)
+    return Encodings(settings, SERVICE, sample=Sample(every=every))
 
 
 def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:

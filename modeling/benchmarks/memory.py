@@ -31,6 +31,7 @@ from modeling.metrics import PerUser, defined
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.training_set.encodings import Encodings
+from modeling.training_set.sample import Sample
 from modeling.training_set.simple_baselines import baselines_of
 
 EVERY = (4, 2)  # each fourth training request, each second test request
@@ -136,7 +137,7 @@ def curve(
     # 1. Every ranker at every length; all seeds only where something is claimed.
     ends = (50, 500, None)
     for number in visible:
-        encodings = Encodings(settings, SERVICE, visible=number, every=every)
+        encodings = Encodings(settings, SERVICE, sample=Sample(number, every))
         runs = seeds if number in ends else between
         for name, one in _baselines(encodings).items():
             rows.append(_row("curve", number, name, one))
@@ -172,7 +173,7 @@ def curve(
             claims.append(
                 difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
             )
-    lengths = _user_lengths(Encodings(settings, SERVICE, every=every))
+    lengths = _user_lengths(Encodings(settings, SERVICE, sample=Sample(every=every)))
     claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
     claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
     return rows + _claimed("curve", claims)
@@ -219,7 +220,7 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
     """What each reading of the history is worth where features do not say it."""
     rows: list[dict[str, Any]] = []
     claims = []
-    encodings = Encodings(settings, SERVICE, every=every)
+    encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
     for arm in ("no match features", "history alone"):
         trees = trained_baselines(settings, encodings, recipe_of("mean_pool", arm))
         for baseline in trees:
@@ -240,7 +241,7 @@ def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[s
 
 def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
     """What each reading of the history costs."""
-    encodings = Encodings(settings, SERVICE, every=every)
+    encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
     rows = []
     for name in OF_HISTORY:
         cost = cost_of(encodings, recipe_of(name, "no match features"))

@@ -256,7 +256,7 @@ def _trained(
 
     encoder = encodings.encoder_of(recipe)
     model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded)
-    folder = open_run(settings, recipe, encodings.visible, encodings.every).folder
+    folder = open_run(settings, recipe, encodings.sample).folder
     model.load_state_dict(load_file(folder / "best.safetensors"))
     return model.eval(), encoder, encodings.period(recipe, "test").encoded
 

@@ -115,7 +115,7 @@ def finish(
     Args:
         label: stands for the recipe's name in the result.
     """
-    run = open_run(settings, recipe, encodings.visible, encodings.every)
+    run = open_run(settings, recipe, encodings.sample)
     catalogue = Catalogue(settings.catalogue_url)
     train(run, encodings, catalogue, device)
     result = measured(run, encodings, device) | {"recipe": label or recipe.name}

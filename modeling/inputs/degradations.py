@@ -15,6 +15,7 @@ import numpy as np
 from feature_repo.history.history import Histories
 from feature_repo.history.transforms import (
     EMPTY_SKETCH,
+    LIFT,
     OF_USER_VALUE,
     SINCE,
     USER_FEATURES,
@@ -128,6 +129,9 @@ def _of_candidate(encoder: Encoder, lost: Lost, rows: np.ndarray) -> np.ndarray:
         # there is no time since.
         rows[:, sketch] = np.where(np.isnan(rows[:, sketch]), np.nan, EMPTY_SKETCH)
         rows[:, sketch & [name.endswith(SINCE) for name in names]] = np.nan
+        # Nothing was expected, and nothing came.
+        lifts = sketch & [LIFT in name for name in names]
+        rows[:, lifts] = np.where(np.isnan(rows[:, lifts]), np.nan, 0)
     return rows
 
 

@@ -20,6 +20,8 @@ from feature_repo.contract.schema import Kind
 from feature_repo.history import user_stats
 from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories, as_numbers
+from feature_repo.history.shares import Changes, Shares
+from feature_repo.history.sketch import Layout
 from feature_repo.history.transforms import (
     CONTEXT_FIELDS,
     MATCH_FEATURES,
@@ -48,6 +50,8 @@ GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
 ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], Readings]
+# (codes of items for each column that a sketch counts, events of each) → shares, N × `Layout.names`
+ReadShares = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
 # Requests whose histories decide how events are scaled, and which values they have
 SAMPLED_REQUESTS = 4_096
 
@@ -86,10 +90,12 @@ class RequestColumns(RequestInputs):
     Args:
         items: item ids by item key.
         candidate_columns: features and statistics of items, impressions; N.
+        read_shares: of the candidates' values, as of the requests; None: they are not known.
     """
 
     items: pa.Array
     candidate_columns: dict[str, pa.Array]
+    read_shares: ReadShares | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class ItemNumbers:
         stats: float64, N × 3: events, other events, mean value; NaN where one is not known.
         known: bool; whether a store knows the item at all.
         codes: int64, N × values that sketches count: the id, then each remembered column's slots.
+        shares: of everybody's events, N × what sketches count; NaN where it is not known.
     """
 
     vocabulary_row: np.ndarray
@@ -114,6 +121,7 @@ class ItemNumbers:
     stats: np.ndarray
     known: np.ndarray
     codes: np.ndarray
+    shares: np.ndarray
 
     def __len__(self) -> int:
         return len(self.vocabulary_row)
@@ -195,6 +203,7 @@ class Encoder:
         self.own_item = group_of(categorical, vocabularies)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
         self.sketch_names = sketch_names(contract)
+        self._layout = Layout.of(contract)
 
     @property
     def items(self) -> Vocabulary:
@@ -249,12 +258,14 @@ class Encoder:
         candidates = self.item_numbers(
             requests.candidate_columns, requests.items, requests.candidate_keys
         )
+        if requests.read_shares is not None:
+            candidates = self.with_shares(candidates, requests.read_shares)
         return self.encode(requests, candidates, self.items.indices_of(requests.items), chunk)
 
     def item_numbers(
         self, columns: dict[str, pa.Array], ids: pa.Array, keys: np.ndarray | None = None
     ) -> ItemNumbers:
-        """Numbers of items.
+        """Numbers of items; their shares are not known yet (`with_shares`).
 
         Args:
             columns: their features and statistics, N.
@@ -289,7 +300,21 @@ class Encoder:
             stats=np.stack(stats, axis=1),
             known=known,
             codes=np.column_stack([codes, *remembered]),
+            shares=np.full((number, len(self._layout.names)), np.nan, np.float32),
         )
+
+    def with_shares(self, items: ItemNumbers, read: ReadShares) -> ItemNumbers:
+        """The same items with their shares of everybody's events; of an item that nobody knows there is none."""
+        shares = read(_by_column(self.contract, items.codes), items.stats[:, 0])
+        return replace(
+            items, shares=np.where(items.known[:, None], shares, np.nan).astype(np.float32)
+        )
+
+    def shares_among(self, items: ItemNumbers) -> ReadShares:
+        """Shares of values as of now, by the statistics of all items there are."""
+        codes = _by_column(self.contract, items.codes)[1:]
+        shares = Shares(self._layout, Changes.of_items(codes, items.stats[:, 0]))
+        return lambda codes, counts: shares.read(codes, np.zeros(len(counts), np.int64), counts)
 
     def encode(
         self,
@@ -359,7 +384,7 @@ class Encoder:
                 chosen, within_chunk, _by_column(self.contract, candidates.codes[first:last])
             )
             readings = readings.of_known(candidates.known[first:last])
-            dense[first:last, sketch] = sketch_features(readings)
+            dense[first:last, sketch] = sketch_features(readings, candidates.shares[first:last])
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
         return Encoded(

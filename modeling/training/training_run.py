@@ -46,6 +46,7 @@ from modeling.training.trainer import (
 )
 from modeling.training.trees import blended, fit_trees
 from modeling.training.weights import WEIGHTS, read_texts, save_model
+from modeling.training_set.sample import WHOLE, Sample
 from modeling.trees.blend import build_ranker
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class TrainingRun:
 
     Args:
         tokens: version and shape of the stored tokens that it reads.
-        visible: newest events before a request that are known; default: all.
-        every: n and m: each n-th training request is read, each m-th of those that evaluate.
+        sample: which requests are read, and how much of their past.
     """
 
     settings: Settings
@@ -78,8 +78,7 @@ class TrainingRun:
     identity: str
     folder: Path
     tokens: TokenSpec | None = None
-    visible: int | None = None
-    every: tuple[int, int] = (1, 1)
+    sample: Sample = WHOLE
 
     @property
     def state(self) -> dict[str, Any]:
@@ -103,16 +102,10 @@ class TrainingRun:
         # Late: a run that is up to date is found without them, and without what they import.
         from modeling.training_set.encodings import Encodings
 
-        options = (self.recipe.service, self.tokens, self.visible, self.every)
-        return Encodings(self.settings, *options)
+        return Encodings(self.settings, self.recipe.service, self.tokens, self.sample)
 
 
-def open_run(
-    settings: Settings,
-    recipe: Recipe,
-    visible: int | None = None,
-    every: tuple[int, int] = (1, 1),
-) -> TrainingRun:
+def open_run(settings: Settings, recipe: Recipe, sample: Sample = WHOLE) -> TrainingRun:
     """Name the run of a recipe on the tables in force. Reads manifests alone.
 
     Raises:
@@ -130,10 +123,10 @@ def open_run(
         ids["summary_tokens"] = JobFolder(settings.home, "summary_tokens").require(contract).run_id
     code = training_code(recipe, settings.dataset)
     identity = digest_of(
-        [asdict(recipe), ids, tokens and asdict(tokens), contract.fingerprint, code, visible, every]
+        [asdict(recipe), ids, tokens and asdict(tokens), contract.fingerprint, code, asdict(sample)]
     )
     folder = Path(settings.path("runs", recipe.name, identity))
-    return TrainingRun(settings, recipe, identity, folder, tokens, visible, every)
+    return TrainingRun(settings, recipe, identity, folder, tokens, sample)
 
 
 def refuse_if_rebuilt(run: TrainingRun) -> None:
@@ -142,7 +135,7 @@ def refuse_if_rebuilt(run: TrainingRun) -> None:
     Raises:
         RunError: the tables have changed since the run was opened.
     """
-    if open_run(run.settings, run.recipe, run.visible, run.every).identity != run.identity:
+    if open_run(run.settings, run.recipe, run.sample).identity != run.identity:
         raise RunError("tables were rebuilt while they were read: run the same command again")
 
 

@@ -17,11 +17,20 @@ from feature_repo import datasets
 from feature_repo.contract import expectations, limits
 from feature_repo.contract.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.contract.contract import TOKEN_ROW, TOKEN_VERSION, Contract
-from feature_repo.contract.schema import EVENT_TIMESTAMP, Column, DType, Examples, Table
+from feature_repo.contract.schema import (
+    CREATED_TIMESTAMP,
+    EVENT_TIMESTAMP,
+    Column,
+    DType,
+    Examples,
+    Table,
+)
 from feature_repo.errors import ExpectedError
 from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories, HistoryLog
 from feature_repo.history.recall import Recall
+from feature_repo.history.shares import Shares, changes_of
+from feature_repo.history.sketch import Layout
 from feature_repo.history.token_log import TokenLog
 from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.tables import JobFolder, digest_of
@@ -143,6 +152,26 @@ class Warehouse:
             for job in ("events", "user_history", "item_stats", "training_examples")
         }
         self._log: HistoryLog | None = None
+        self._shares: Shares | None = None
+
+    @property
+    def shares(self) -> Shares:
+        """Shares of values over time, made at first use."""
+        if self._shares is None:
+            item = self.contract.item.join_key
+            stats = self.item_stats("count_total")
+            profiles = JobFolder(self.settings.home, "events").read(
+                "item_profile",
+                [
+                    item,
+                    EVENT_TIMESTAMP,
+                    CREATED_TIMESTAMP,
+                    *(c.name for c in self.contract.remembered),
+                ],
+            )
+            changes = changes_of(self.contract, stats, profiles)
+            self._shares = Shares(Layout.of(self.contract), changes)
+        return self._shares
 
     @property
     def log(self) -> HistoryLog:
@@ -150,6 +179,11 @@ class Warehouse:
         if self._log is None:
             self._log = HistoryLog(self.contract, JobFolder(self.settings.home, "user_history"))
         return self._log
+
+    def item_stats(self, name: str) -> pa.Table:
+        """One statistic of all items at all times: item, time and number."""
+        columns = [self.contract.item.join_key, EVENT_TIMESTAMP, name]
+        return JobFolder(self.settings.home, "item_stats").read("item_stats", columns)
 
     @property
     def digest(self) -> str:
@@ -247,6 +281,11 @@ class Warehouse:
         ) -> Readings:
             return recall.read(rows[chosen], ends[chosen], times[chosen], within, codes)
 
+        owner_times = np.repeat(times, np.diff(offsets))
+
+        def read_shares(codes: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
+            return self.shares.read(codes, owner_times, counts)
+
         gather_tokens = None
         token_rows = None
         if tokens is not None:
@@ -278,6 +317,7 @@ class Warehouse:
             labels=np.stack([floats(joined[name]) for name in contract.labels], axis=1),
             gather_tokens=gather_tokens,
             read_sketch=read_sketch,
+            read_shares=read_shares,
         )
         return JoinedRequests(requests, request_ids.take(first), users, log, rows, ends, token_rows)
 

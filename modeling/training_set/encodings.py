@@ -6,6 +6,7 @@ from feature_repo.home.catalogue import TokenSpec
 from feature_repo.settings import Settings
 from modeling.inputs.encoder import Encoder
 from modeling.recipes import Recipe
+from modeling.training_set.sample import WHOLE, Sample
 from modeling.training_set.training_set import (
     Period,
     TrainingSet,
@@ -20,8 +21,7 @@ class Encodings:
     Args:
         service: feature service that they join.
         tokens: version and shape of stored summary tokens, where some recipe reads them.
-        visible: newest events before a request that are known; default: all.
-        every: n and m: each n-th training request, each m-th of those that evaluate.
+        sample: which requests, and how much of their past.
     """
 
     def __init__(
@@ -29,14 +29,12 @@ class Encodings:
         settings: Settings,
         service: str,
         tokens: TokenSpec | None = None,
-        visible: int | None = None,
-        every: tuple[int, int] = (1, 1),
+        sample: Sample = WHOLE,
     ) -> None:
         self._settings = settings
         self._service = service
         self._tokens = tokens
-        self.visible = visible
-        self.every = every
+        self.sample = sample
         # A dict and no cached method, which would refer to this object: each set holds its folder, and nobody may
         # delete that, until the last reference is gone.
         self._opened: dict[int, TrainingSet] = {}
@@ -61,7 +59,5 @@ class Encodings:
         # Feast takes seconds to import, and a run that is up to date needs no training set.
         from feature_repo.store.store import open_store
 
-        options = TrainingSetOptions(
-            self._service, min_item_count, self._tokens, self.visible, self.every
-        )
+        options = TrainingSetOptions(self._service, min_item_count, self._tokens, self.sample)
         return open_training_set(self._settings, open_store(self._settings), options)

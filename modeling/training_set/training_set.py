@@ -45,9 +45,13 @@ from modeling.training_set.dataset import (
     late_gather,
     refuse_nothing_positive,
 )
+from modeling.training_set.never_had import Sales, never_had_examples
+from modeling.training_set.sample import WHOLE, Sample
 from modeling.training_set.simple_baselines import baseline_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from feast import FeatureStore
 
 VOCABULARIES = "vocabularies.json"
@@ -67,16 +71,13 @@ class TrainingSetOptions:
         service: feature service that is joined.
         min_item_count: rarer items share one embedding.
         tokens: version and shape of the stored summary tokens that are read.
-        visible: newest events before a request that are known; default: all.
-        every: n and m: each n-th training request, each m-th of those that evaluate; their
-            histories are whole.
+        sample: which requests, and how much of their past.
     """
 
     service: str
     min_item_count: int
     tokens: TokenSpec | None = None
-    visible: int | None = None
-    every: tuple[int, int] = (1, 1)
+    sample: Sample = WHOLE
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class TrainingSet:
         ends = np.asarray(requests["history_end"])
         # A user whom the log lacks has row -1 and an empty history.
         lengths = np.where(rows < 0, 0, ends)
-        visible = self.options.visible
+        visible = self.options.sample.visible
         encoded = Encoded(
             times=np.asarray(requests["time"]),
             field_BU=requests["field"],
@@ -270,7 +271,7 @@ def _join(
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
     # 1. Join and check piece by piece, so that memory follows a piece, not a period.
-    for split, examples in warehouse.pieces(SHARD_ROWS, options.every):
+    for split, examples in _pieces(warehouse, options):
         found = warehouse.join(store, options.service, split, examples, options.tokens)
         warehouse.refuse_broken(found, split)
         path = folder / f"{split}-{len(pieces[split]):05d}.arrow"
@@ -295,6 +296,20 @@ def _join(
     return pieces
 
 
+def _pieces(warehouse: Warehouse, options: TrainingSetOptions) -> Iterator[tuple[str, pa.Table]]:
+    """Examples in pieces, under the protocol that is asked for."""
+    protocol = options.sample.protocol
+    pieces = warehouse.pieces(SHARD_ROWS, options.sample.every)
+    if protocol is None:
+        yield from pieces
+        return
+    contract = warehouse.contract
+    sales = Sales(contract, warehouse.item_stats(protocol.by), protocol.by)
+    for split, examples in pieces:
+        number = protocol.train_negatives if split == "train" else protocol.negatives
+        yield split, never_had_examples(contract, warehouse.log, sales, protocol, examples, number)
+
+
 def _encode(
     warehouse: Warehouse,
     encoder: Encoder,
@@ -311,7 +326,7 @@ def _encode(
         for number, path in enumerate(paths):
             asked = _assembled(warehouse, _read_table(path), options)
             encoded = encoder.featurise(asked.requests)
-            baselines = {} if split == "train" else baseline_scores(asked, options.visible)
+            baselines = {} if split == "train" else baseline_scores(asked, options.sample.visible)
             names = asked.users.to_pylist()
             _write_encoded(
                 folder,
@@ -363,7 +378,7 @@ def _assembled(
     warehouse: Warehouse, joined: pa.Table, options: TrainingSetOptions
 ) -> JoinedRequests:
     rows = joined.drop_columns("request_id")
-    return warehouse.assemble(rows, joined["request_id"], options.tokens, options.visible)
+    return warehouse.assemble(rows, joined["request_id"], options.tokens, options.sample.visible)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -30,7 +30,7 @@ from feature_repo.errors import ExpectedError
 from feature_repo.history.history import newest_rows
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from modeling.inputs.encoder import Encoder, ItemNumbers
+from modeling.inputs.encoder import Encoder, ItemNumbers, ReadShares
 
 Id = int | str
 ReadItems = Callable[[Sequence[Id]], pa.Table]
@@ -141,9 +141,11 @@ class KnownItems:
     Places count through what was loaded, then through what was looked up since.
     """
 
-    def __init__(self, base: _Rows, added: _Rows) -> None:
+    def __init__(self, base: _Rows, added: _Rows, shares: ReadShares) -> None:
         self.base = base
         self.added = added
+        # As of when the items were loaded; what is looked up since is read with the same ones.
+        self.shares = shares
         self._kind = base.index.keys.type
         # Ids that requests ask for, as they come: a tenth of the cost of hashing them into the index.
         self._hot: dict[Id, int] = {}
@@ -277,7 +279,7 @@ class ItemTable:
         lacking = np.flatnonzero(loaded.base.index.places(added) < 0)
         if len(lacking):
             rows = self._rows(self._read(added.take(pa.array(lacking)).to_pylist()))
-            loaded = KnownItems(loaded.base, rows)
+            loaded = KnownItems(loaded.base, self._shared(rows, loaded.shares), loaded.shares)
         with self._changed:
             self.known = loaded
             self.as_of = as_of
@@ -293,7 +295,7 @@ class ItemTable:
             sought = [key for key, at in zip(sought, known.tolist(), strict=True) if at < 0]
         if not sought:
             return
-        rows = self._rows(self._read(sought))
+        rows = self._shared(self._rows(self._read(sought)), self.known.shares)
         now = time.monotonic()
         found = set(rows.index.keys.to_pylist())
         gone = [key for key in sought if key not in found]
@@ -302,7 +304,7 @@ class ItemTable:
         added = self.known.added
         keys = pa.concat_arrays([added.index.keys, rows.index.keys])
         numbers = ItemNumbers.joined([added.numbers, rows.numbers])
-        known_now = KnownItems(base, _Rows(KeyIndex(keys), numbers))
+        known_now = KnownItems(base, _Rows(KeyIndex(keys), numbers), self.known.shares)
         absent = {key: until for key, until in self._absent.items() if until > now}
         # The bound keeps made-up ids from filling the memory.
         absent |= dict.fromkeys(gone[: MAX_ABSENT - len(absent)], now + ABSENT_S)
@@ -340,9 +342,15 @@ class ItemTable:
             raise LookupError(
                 "no item has any features: run `python -m beam_jobs materialize`; what was loaded before stays in use"
             )
+        shares = self._encoder.shares_among(rows.numbers)
+        rows = self._shared(rows, shares)
         nothing = pa.array([], self._kind)
         added = _Rows(KeyIndex(nothing), rows.numbers.take(np.zeros(0, np.int64)))
-        return KnownItems(rows, added), loaded.as_of
+        return KnownItems(rows, added, shares), loaded.as_of
+
+    def _shared(self, rows: _Rows, shares: ReadShares) -> _Rows:
+        """Rows with the shares of their values."""
+        return _Rows(rows.index, self._encoder.with_shares(rows.numbers, shares))
 
     def _rows(self, table: pa.Table) -> _Rows:
         """Those rows in which anything is known."""

@@ -56,6 +56,45 @@ def test_exact_counts_are_the_truth(seed: int, events: int) -> None:
             np.testing.assert_allclose(read.days_NC[row, column], days)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.sampled_from([0, 10_000]))
+def test_a_pair_is_counted_as_one_value(seed: int, events: int, most_rows: int) -> None:
+    """Exactly and in a sketch of enough cells: as if the two values were written in one column."""
+    layout = replace(EXACTLY, most_rows=most_rows, width=4096, pairs=((0, 1),))
+    codes, times = drawn(seed, events)
+    now = START + 400 * MICROS_PER_DAY
+    keys = wanted()
+    read = counts_of(codes, times, layout).read(keys, now)
+    assert layout.names == ("item_id", "brand", "genres", "item_id_brand")
+    written, asked = (
+        np.where(c[1] == NO_VALUE, NO_VALUE, 1000 * c[0] + c[1]) for c in (codes, keys)
+    )
+    plain = replace(layout, pairs=(), slots=(1, 1, 3, 1), columns=layout.names)
+    other = counts_of([*codes, written], times, plain).read([*keys, asked], now)
+    np.testing.assert_allclose(read.counts_NCK, other.counts_NCK, rtol=1e-9)
+    np.testing.assert_array_equal(read.days_NC, other.days_NC)
+    np.testing.assert_allclose(read.totals_NK[:, 0], events)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.sampled_from([0, 10_000]))
+def test_totals_are_of_all_events(seed: int, events: int, most_rows: int) -> None:
+    """Whole, faded, as stored, and of two parts."""
+    layout = replace(EXACTLY, most_rows=most_rows)
+    codes, times = drawn(seed, events)
+    now = START + 400 * MICROS_PER_DAY
+    counts = counts_of(codes, times, layout)
+    faded = np.exp2(-(now - times[:, None]) / MICROS_PER_DAY / np.array(layout.half_lives_days))
+    expected = np.r_[events, faded.sum(axis=0)]
+    identity = Identity(layout.fingerprint, int(times[-1]), 2, 3, 4)
+    stored, _ = from_bytes(layout, counts.to_bytes(7, identity), 7)
+    half = events // 2
+    merged = counts_of([c[:half] for c in codes], times[:half], layout)
+    merged.merge(counts_of([c[half:] for c in codes], times[half:], layout))
+    for one in (counts, stored, merged):
+        np.testing.assert_allclose(one.read(wanted(), now).totals_NK[0], expected, rtol=1e-5)
+
+
 def test_a_bag_reads_the_mean_of_its_values_and_the_latest_time() -> None:
     codes = [
         np.array([1, 2]),

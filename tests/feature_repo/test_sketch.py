@@ -260,6 +260,7 @@ def open_log(folder: Path, events: pa.Table) -> HistoryLog:
 def assert_alike(one: Readings, other: Readings) -> None:
     np.testing.assert_allclose(one.counts_NCK, other.counts_NCK, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(one.days_NC, other.days_NC, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(one.totals_NK, other.totals_NK, rtol=1e-5, atol=1e-7)
 
 
 @settings(

@@ -510,6 +510,7 @@ def test_numbers_of_the_table_are_those_that_training_makes(
             candidate_columns={
                 name: columns[name].combine_chunks() for name in columns.column_names
             },
+            read_shares=table.known.shares,
         )
     )
     for name in ("field_BU", "dense_BG", "candidate_item", "candidate_category", "candidate_dense"):
