@@ -4,12 +4,14 @@ that closes a day.
 A row appears only where a number changes: a day with events, or one on which events leave a window.
 So a point-in-time join finds the true windowed count at any midnight, and a quiet item costs
 nothing. An event that arrived late counts from the midnight after it arrived; one that was
-replaced, until the midnight after that.
+replaced, until the midnight after that. Beside events stand users: how many have any event of the item, and how many
+since a few days. What sells to new users is not what sells to the same ones again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import apache_beam as beam
@@ -22,7 +24,7 @@ from beam_jobs.engine.partition import Key, sort_by_key_and_time
 from beam_jobs.engine.parts import Built
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.jobs.events import by_item, in_histories, num_partitions
-from feature_repo.contract.arrow import arrow_schema, from_micros, micros
+from feature_repo.contract.arrow import arrow_schema, from_micros, micros, value_codes
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.counts import Counts
 from feature_repo.contract.schema import STAT_WINDOWS_DAYS
@@ -48,85 +50,105 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
     )
 
 
+@dataclass(frozen=True)
+class _Spans:
+    """What holds from a midnight until another; days since 1970.
+
+    Args:
+        item: number of each one's item.
+        start, end: holds at midnights from `start` on and before `end`.
+        midnight: that closes the day on which it happened.
+    """
+
+    item: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    midnight: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> _Spans:
+        return _Spans(
+            self.item[chosen], self.start[chosen], self.end[chosen], self.midnight[chosen]
+        )
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """By how much sums change at midnights.
+
+    Args:
+        delta: sums × changes.
+    """
+
+    item: np.ndarray
+    when: np.ndarray
+    delta: np.ndarray
+
+    @staticmethod
+    def of(item: np.ndarray, when: np.ndarray, rows: dict[int, np.ndarray], sums: int) -> _Changes:
+        """Changes of some rows of all sums."""
+        delta = np.zeros((sums, len(item)), np.int64)
+        for row, values in rows.items():
+            delta[row] = values
+        return _Changes(item, when, delta)
+
+    @staticmethod
+    def joined(parts: Sequence[_Changes]) -> _Changes:
+        return _Changes(
+            np.concatenate([part.item for part in parts]),
+            np.concatenate([part.when for part in parts]),
+            np.concatenate([part.delta for part in parts], axis=1),
+        )
+
+    def take(self, chosen: np.ndarray) -> _Changes:
+        return _Changes(self.item[chosen], self.when[chosen], self.delta[:, chosen])
+
+
 def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Table:
     """Statistics of all items in `events`, a row for each item and midnight at which one changes.
 
     Args:
-        events: item, action, time and the dataset's `stat_value`, in any order.
+        events: user, item, action, time and the dataset's `stat_value`, in any order.
         as_of: rows stamped later are not knowable yet and left out.
     """
-    # 1. The numbers of each event, and the midnights from which its item's statistics count it, and no longer.
+    # 1. From which midnight on each event holds, and until which; what holds at none is in no sum.
     events = sort_by_key_and_time(events, contract.item.join_key)
     item = events[contract.item.join_key].combine_chunks()
     starts = run_starts(item)
-    number = np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts)
-    midnight = micros(events["event_timestamp"]) // MICROS_PER_DAY + 1
-    known = known_from(events) // MICROS_PER_DAY + 1
     replaced = replaced_at(events)
-    until = np.where(replaced == NEVER, FAR, replaced // MICROS_PER_DAY + 1)
-    # What did not hold for a midnight is in no sum.
-    counts = until > known
-    primary = ((events["action"].to_numpy() == 0) & counts).astype(np.int64)
-    other = counts - primary
-    values = stat_values(contract, events)
-    value = Exact.of(np.where(primary, values.numbers, 0))
-    valued = primary * values.there
-
-    # 2. What changes, by item and midnight.
-    # One delta row for each event, and one for each window that it leaves: at the end of its days, unless it is
-    # replaced before; it never enters a window whose days are over when it arrives.
-    nothing = np.zeros_like(primary)
-    leaves = [np.minimum(midnight + days, until) for days in STAT_WINDOWS_DAYS]
-    within = [primary * (leave > known) for leave in leaves]
-    deltas = [np.stack([primary, *within, other, valued, value.high, value.low])]
-    for index in range(len(STAT_WINDOWS_DAYS)):
-        leaving = [nothing] * (5 + len(STAT_WINDOWS_DAYS))
-        leaving[1 + index] = -within[index]
-        deltas.append(np.stack(leaving))
-    whens = [known, *leaves]
-    if (until != FAR).any():
-        # All sums but those of windows lose what was replaced.
-        gone = until != FAR
-        of_windows = [nothing] * len(STAT_WINDOWS_DAYS)
-        lost = [-primary, *of_windows, -other, -valued, -value.high, -value.low]
-        deltas.append(np.stack(lost) * gone)
-        whens.append(until)
-    when = np.concatenate(whens)
-    what = np.tile(number, len(whens))
-    delta = np.concatenate(deltas, axis=1)
-    changes = delta.any(axis=0)
-    if as_of is not None:
-        changes &= when * MICROS_PER_DAY <= as_of
-    when = when[changes]
-    what = what[changes]
-    delta = delta[:, changes]
-
-    # 3. Running sums across all items, less what stood before each item's first row.
-    order = np.lexsort((when, what))
-    when = when[order]
-    what = what[order]
-    delta = delta[:, order]
-    first = np.flatnonzero(np.r_[True, (np.diff(what) != 0) | (np.diff(when) != 0)][: len(when)])
-    running = (
-        np.cumsum(delta, axis=1)[:, np.r_[first[1:], len(when)].astype(np.int64) - 1]
-        if len(when)
-        else delta
+    spans = _Spans(
+        np.repeat(np.arange(len(starts)), run_ends(starts, len(item)) - starts),
+        known_from(events) // MICROS_PER_DAY + 1,
+        np.where(replaced == NEVER, FAR, replaced // MICROS_PER_DAY + 1),
+        micros(events["event_timestamp"]) // MICROS_PER_DAY + 1,
     )
-    owner = what[first]
-    before = np.zeros_like(running)
-    if len(owner):
-        item_first = np.flatnonzero(np.r_[True, np.diff(owner) != 0])
-        base = np.concatenate(
-            [np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1
-        )
-        before = np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
-    counts = running - before
-    # 4. Sums become means, and counts the columns of the table.
+    primary = (events["action"].to_numpy() == 0) & (spans.end > spans.start)
+    other = (events["action"].to_numpy() != 0) & (spans.end > spans.start)
+    users = value_codes(events[contract.user.join_key])
+    # 2. What changes: events and users, with their windows; other events; sums of values. In this order the sums stand.
+    windows = 1 + len(STAT_WINDOWS_DAYS)
+    sums = 2 * windows + 4
+    held = spans.take(primary)
+    parts = [
+        *_windowed(held, 0, sums),
+        *_windowed(_holders(held, users[primary]), windows, sums),
+        *_whole(spans.take(other), {2 * windows: np.ones(int(other.sum()), np.int64)}, sums),
+    ]
+    values = stat_values(contract, events)
+    there = primary & values.there
+    value = Exact.of(values.numbers[there])
+    valued = {2 * windows + 1: np.ones(int(there.sum()), np.int64)}
+    parts += _whole(spans.take(there), valued | {sums - 2: value.high, sums - 1: value.low}, sums)
+    changes = _Changes.joined(parts)
+    if as_of is not None:
+        changes = changes.take(changes.when * MICROS_PER_DAY <= as_of)
+    # 3. Sums become means, and counts the columns of the table.
+    owner, when, counts = _running(changes)
     number = counts[-3]
-    sums = Exact(counts[-2], counts[-1]).floats()
-    mean = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    mean = np.where(
+        number > 0, Exact(counts[-2], counts[-1]).floats() / np.maximum(number, 1), np.nan
+    )
     means = [pa.array(mean.astype(np.float32), from_pandas=True)]
-    known = from_micros(when[first] * MICROS_PER_DAY)
+    known = from_micros(when * MICROS_PER_DAY)
     ids = item.take(pa.array(starts)).take(pa.array(owner)) if len(starts) else item
     columns = [
         ids,
@@ -136,6 +158,103 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
         known,
     ]
     return pa.table(columns, schema=arrow_schema(contract.table("item_stats")))
+
+
+def _whole(spans: _Spans, rows: dict[int, np.ndarray], sums: int) -> list[_Changes]:
+    """What spans add to some sums from their start, and take away at their end."""
+    ends = np.flatnonzero(spans.end != FAR)
+    lost = {row: -values[ends] for row, values in rows.items()}
+    return [
+        _Changes.of(spans.item, spans.start, rows, sums),
+        _Changes.of(spans.item[ends], spans.end[ends], lost, sums),
+    ]
+
+
+def _windowed(spans: _Spans, first: int, sums: int) -> list[_Changes]:
+    """How many spans there are, and how many whose day lies within each window: it leaves at the end of its days, unless
+    it ends before, and never enters one whose days are over when it starts.
+
+    Args:
+        first: sum of all; those of the windows come behind.
+    """
+    parts = _whole(spans, {first: np.ones(len(spans.item), np.int64)}, sums)
+    for number, days in enumerate(STAT_WINDOWS_DAYS, first + 1):
+        leaves = np.minimum(spans.midnight + days, spans.end)
+        within = np.flatnonzero(leaves > spans.start)
+        some = spans.take(within)
+        one = np.ones(len(within), np.int64)
+        parts.append(_Changes.of(some.item, some.start, {number: one}, sums))
+        parts.append(_Changes.of(some.item, leaves[within], {number: -one}, sums))
+    return parts
+
+
+def _holders(spans: _Spans, users: np.ndarray) -> _Spans:
+    """From when until when each user has any event of an item; the day is that of the first one that holds.
+
+    Args:
+        spans: of events, sorted by item and time.
+        users: a code of each event's user.
+    """
+    # 1. All events of a user and an item together, oldest first.
+    order = np.lexsort((users, spans.item))
+    spans = spans.take(order)
+    users = users[order]
+    new = np.r_[True, (np.diff(spans.item) != 0) | (np.diff(users) != 0)][: len(users)]
+    first = np.flatnonzero(new)
+    if not len(first):
+        return spans
+    # 2. Of most pairs the first event is the first to be known, and holds for ever.
+    lasting = np.logical_and.reduceat(spans.end == FAR, first)
+    simple = lasting & (np.minimum.reduceat(spans.start, first) == spans.start[first])
+    found = [spans.take(first[simple])]
+    # 3. Of the others, whose events came late or were replaced, the first one changes.
+    last = np.r_[first[1:], len(users)]
+    for start, stop in zip(first[~simple].tolist(), last[~simple].tolist(), strict=True):
+        found.append(_firsts(spans.take(np.arange(start, stop))))
+    return _Spans(
+        np.concatenate([part.item for part in found]),
+        np.concatenate([part.start for part in found]),
+        np.concatenate([part.end for part in found]),
+        np.concatenate([part.midnight for part in found]),
+    )
+
+
+def _firsts(spans: _Spans) -> _Spans:
+    """Which of a user's events of one item is the first that holds, from when until when."""
+    moments = np.unique(np.r_[spans.start, spans.end])
+    # A day that no event has: at such a moment nothing holds.
+    days = [
+        spans.midnight[(spans.start <= moment) & (moment < spans.end)].min(initial=FAR)
+        for moment in moments.tolist()
+    ]
+    day = np.array(days)
+    change = np.flatnonzero(np.r_[True, np.diff(day) != 0])
+    start = moments[change]
+    end = np.r_[start[1:], FAR]
+    held = day[change] != FAR
+    return _Spans(spans.item[:1].repeat(int(held.sum())), start[held], end[held], day[change][held])
+
+
+def _running(changes: _Changes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items, midnights and sums of each row at which a sum changes."""
+    order = np.lexsort((changes.when, changes.item))
+    changes = changes.take(order)
+    item, when = changes.item, changes.when
+    first = np.flatnonzero(np.r_[True, (np.diff(item) != 0) | (np.diff(when) != 0)][: len(when)])
+    if not len(first):
+        return item, when, changes.delta
+    # Running sums across all items, less what stood before each item's first row.
+    step = np.add.reduceat(changes.delta, first, axis=1)
+    running = np.cumsum(step, axis=1)
+    owner = item[first]
+    item_first = np.flatnonzero(np.r_[True, np.diff(owner) != 0])
+    base = np.concatenate(
+        [np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1
+    )
+    counts = running - np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
+    # What comes and goes on one midnight is no change.
+    kept = step.any(axis=0)
+    return owner[kept], when[first][kept], counts[:, kept]
 
 
 class ItemStatsJob(Job):

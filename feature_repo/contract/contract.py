@@ -404,6 +404,11 @@ def item_stat_columns(spec: DatasetSpec) -> tuple[Column, ...]:
             count(f"count_{days}d", f"events '{primary}' in {days} days")
             for days in STAT_WINDOWS_DAYS
         ),
+        count("users_total", f"users with '{primary}' to date"),
+        *(
+            count(f"users_{days}d", f"users whose first '{primary}' was in {days} days")
+            for days in STAT_WINDOWS_DAYS
+        ),
         count("other_total", "events of any other action to date"),
         *(
             [Column(f"mean_{spec.stat_value}", DType.FLOAT32, mean_doc, nullable=True)]

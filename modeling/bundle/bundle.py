@@ -1,6 +1,6 @@
 """Bundle: all that serving reads of a run, in one folder, named by its digest.
 
-`weights.safetensors`, `vocabularies.json`, `trees-0.txt` and so on where there are trees, in LightGBM's text format,
+`weights.safetensors`, `vocabularies.json`, `relations.arrow` (`inputs/relations.py`), `trees-0.txt` and so on where there are trees, in LightGBM's text format,
 and `bundle.json`, which holds the config, the feature services, the contract that it was trained under, the metrics and the sha256 of every file. A bundle
 is served under its own contract, for as long as the one in force has all that it reads. The
 bundle's digest is the sha256 of `bundle.json`.
@@ -26,13 +26,14 @@ from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
 from modeling.bundle.token_identity import token_fingerprint
 from modeling.inputs.encoder import Encoder
+from modeling.inputs.relations import RELATIONS, Relations, read_relations, write_relations
 from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.training.weights import read_texts, save_weights
 from modeling.trees.blend import build_ranker
 
-LAYOUT = 3
+LAYOUT = 4
 ENTRIES = (
     "dataset",
     "contract",
@@ -49,7 +50,7 @@ ENTRIES = (
     "trees",
     "files",
 )
-FILES = ("weights.safetensors", "vocabularies.json")
+FILES = ("weights.safetensors", "vocabularies.json", RELATIONS)
 
 
 class BundleError(ExpectedError, ValueError):
@@ -112,6 +113,7 @@ def export(
     draft.mkdir(parents=True)
     save_weights(model.state_dict(), draft / "weights.safetensors")
     write_vocabularies(encoder, draft / "vocabularies.json")
+    write_relations(encoder.relations, draft / RELATIONS)
     for name, written in model.texts.items():
         (draft / name).write_text(written)
     # The manifest names and digests everything; the bundle's own digest is the manifest's.
@@ -179,7 +181,8 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     vocabularies = read_vocabularies(own, path / "vocabularies.json")
     tokens = manifest["tokens"] or {"made_here": True, "version": None}
     read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
-    encoder = Encoder(own, vocabularies, manifest["history_length"], read)
+    relations = _relations_of(path)
+    encoder = Encoder(own, vocabularies, manifest["history_length"], read, relations)
     features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
     if (trained := {name: manifest[name] for name in features}) != features:
         raise BundleError(
@@ -248,6 +251,18 @@ def _check_files(path: Path, listed: dict[str, str]) -> None:
             raise BundleError(
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
+
+
+def _relations_of(path: Path) -> Relations:
+    """The relations of items that a bundle carries.
+
+    Raises:
+        BundleError: they cannot be read.
+    """
+    try:
+        return read_relations(path / RELATIONS)
+    except (ValueError, OSError, KeyError) as error:
+        raise BundleError(f"{path}: relations.arrow cannot be read: {error}") from error
 
 
 def _load_weights(model: Ranker, path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from feature_repo.history.history import Histories
-from feature_repo.history.transforms import CONTEXT_FIELDS, MATCH_FEATURES, USER_FEATURES
+from feature_repo.history.transforms import CONTEXT_FIELDS, USER_FEATURES
 from modeling.inputs.columns import ColumnGroup, within
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.tasks import ranking_logits
@@ -72,7 +72,7 @@ def inputs(
     # Dense numbers of a candidate, in order: statistics, matches, sketches, its columns.
     stats = len(encoder.stat_columns)
     columns = encoder.request.sizes.num_slots
-    matches = stats + len(MATCH_FEATURES) + len(encoder.sketch_names)
+    matches = stats + len(encoder.between_names)
 
     # Each function exchanges one input between requests, or between candidates of all requests.
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from feature_repo.contract.contract import Contract
 from feature_repo.history.transforms import (
     EMPTY_SKETCH,
-    MATCH_FEATURES,
     OF_ITEM_STATS,
     USER_FEATURES,
     WITHOUT_EVENTS,
@@ -25,6 +24,7 @@ from feature_repo.history.transforms import (
 from modeling.inputs.batch import Batch, TrainingSample
 from modeling.inputs.columns import ColumnGroup, Index
 from modeling.inputs.encoder import Encoded, Encoder, events_of
+from modeling.inputs.relations import Relations
 from modeling.inputs.shards import Rows
 
 # How often a positive is made unknown in training, for each negative
@@ -204,17 +204,18 @@ class AblatedEncoder(Encoder):
         vocabularies: dict[str, Index],
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
+        relations: Relations | None = None,
         ablated: tuple[str, ...] = (),
     ) -> None:
         if unknown := set(ablated) - set(ABLATED):
             raise ValueError(f"no inputs {sorted(unknown)} to withhold; there are {ABLATED}")
-        super().__init__(contract, vocabularies, history_length, tokens)
+        super().__init__(contract, vocabularies, history_length, tokens, relations)
         self.ablated = ablated
 
     @cached_property
     def ablation(self) -> Ablation:
         """The inputs that no batch shows."""
-        between = {*MATCH_FEATURES, *self.sketch_names} if "matches" in self.ablated else set()
+        between = set(self.between_names) if "matches" in self.ablated else set()
         dense = np.array([name in between for name in self.dense_names])
         return Ablation(dense, "user" in self.ablated)
 
@@ -239,12 +240,13 @@ def encoder_of(
     vocabularies: dict[str, Index],
     history_length: int,
     tokens: tuple[int, int] = (0, 0),
+    relations: Relations | None = None,
     ablated: tuple[str, ...] = (),
 ) -> Encoder:
     """Return the encoder of a recipe, which withholds what the recipe says."""
     if not ablated:
-        return Encoder(contract, vocabularies, history_length, tokens)
-    return AblatedEncoder(contract, vocabularies, history_length, tokens, ablated)
+        return Encoder(contract, vocabularies, history_length, tokens, relations)
+    return AblatedEncoder(contract, vocabularies, history_length, tokens, relations, ablated)
 
 
 def ablation_of(encoder: Encoder) -> Ablation:

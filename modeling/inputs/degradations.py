@@ -22,6 +22,7 @@ from feature_repo.history.transforms import (
     WITHOUT_EVENTS,
 )
 from modeling.inputs.encoder import Encoded, Encoder, GatherHistories, GatherTokens
+from modeling.inputs.relations import RELATION_FEATURES
 from modeling.inputs.shards import DerivedRows
 
 
@@ -119,6 +120,7 @@ def _of_candidate(encoder: Encoder, lost: Lost, rows: np.ndarray) -> np.ndarray:
     if lost.events:
         for name, value in WITHOUT_EVENTS.items():
             rows[:, names.index(name)] = value
+        rows[:, [name in RELATION_FEATURES for name in names]] = np.nan
     if lost.statistics:
         rows[:, [name in OF_USER_VALUE for name in names]] = np.nan
     sketch = np.array([name in encoder.sketch_names for name in names])

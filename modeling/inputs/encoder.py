@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from feature_repo.contract.arrow import value_codes
+from feature_repo.contract.arrow import arrow_type, value_codes
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Kind
 from feature_repo.history import user_stats
@@ -43,6 +43,7 @@ from modeling.inputs.columns import (
     group_of,
     within,
 )
+from modeling.inputs.relations import RELATION_FEATURES, Relations
 from modeling.inputs.shards import Rows
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
@@ -105,6 +106,7 @@ class ItemNumbers:
 
     Args:
         vocabulary_row: int64; 0 where the vocabulary has no such item.
+        relation_row: int64; 0 where nothing is known of its relations.
         category: int32 slots, N × K.
         dense: float32, N × (statistics, then the columns' own); ages are the request's to fill in.
         moments: int64 microseconds, N × columns that count as ages.
@@ -115,6 +117,7 @@ class ItemNumbers:
     """
 
     vocabulary_row: np.ndarray
+    relation_row: np.ndarray
     category: np.ndarray
     dense: np.ndarray
     moments: np.ndarray
@@ -182,6 +185,7 @@ class Encoder:
             columns under `event_key`.
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
+        relations: of items; default: nothing is known of them.
     """
 
     def __init__(
@@ -190,8 +194,10 @@ class Encoder:
         vocabularies: dict[str, Index],
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
+        relations: Relations | None = None,
     ) -> None:
         self.contract = contract
+        self.relations = relations or Relations.none(arrow_type(contract.item.dtype))
         self.vocabularies = vocabularies
         self.history_length = history_length
         self.tokens = tokens
@@ -218,14 +224,14 @@ class Encoder:
         return (*USER_FEATURES, *self.request.dense_names)
 
     @property
+    def between_names(self) -> tuple[str, ...]:
+        """Names of the numbers between a history and a candidate."""
+        return (*MATCH_FEATURES, *self.sketch_names, *RELATION_FEATURES)
+
+    @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense candidate features, in order."""
-        return (
-            *self.stat_columns,
-            *MATCH_FEATURES,
-            *self.sketch_names,
-            *self.candidate.dense_names,
-        )
+        return (*self.stat_columns, *self.between_names, *self.candidate.dense_names)
 
     @property
     def sizes(self) -> FeatureSizes:
@@ -260,7 +266,13 @@ class Encoder:
         )
         if requests.read_shares is not None:
             candidates = self.with_shares(candidates, requests.read_shares)
-        return self.encode(requests, candidates, self.items.indices_of(requests.items), chunk)
+        return self.encode(
+            requests,
+            candidates,
+            self.items.indices_of(requests.items),
+            self.relations.rows_of(requests.items),
+            chunk,
+        )
 
     def item_numbers(
         self, columns: dict[str, pa.Array], ids: pa.Array, keys: np.ndarray | None = None
@@ -272,10 +284,12 @@ class Encoder:
             ids: item ids; by `keys`, N of them, where these are given.
         """
         rows = self.items.indices_of(ids)
+        relation_rows = self.relations.rows_of(ids)
         codes = value_codes(ids)
         # Each id is looked up once, however many candidates it stands for.
         if keys is not None:
             rows = rows[keys]
+            relation_rows = relation_rows[keys]
             codes = codes[keys]
         number = len(rows)
         dense = np.empty((number, len(self.stat_columns) + self.candidate.sizes.dense), np.float32)
@@ -294,6 +308,7 @@ class Encoder:
         remembered = [as_numbers(c, columns[c.name]) for c in self.contract.remembered]
         return ItemNumbers(
             vocabulary_row=rows,
+            relation_row=relation_rows,
             category=self.candidate.categories(columns, number).astype(np.int32),
             dense=dense,
             moments=np.stack(moments, axis=1) if moments else np.zeros((number, 0), np.int64),
@@ -321,6 +336,7 @@ class Encoder:
         requests: RequestInputs,
         candidates: ItemNumbers,
         item_of_key: np.ndarray,
+        relation_of_key: np.ndarray,
         chunk: int = 1024,
     ) -> Encoded:
         """Numbers for all requests at once; what reads histories goes chunk by chunk, so that they
@@ -329,6 +345,7 @@ class Encoder:
         Args:
             candidates: of all requests, N.
             item_of_key: row of the vocabulary of each item key.
+            relation_of_key: row of the relations of each item key.
         """
         number = len(requests)
         offsets = requests.candidate_offsets
@@ -348,14 +365,15 @@ class Encoder:
         stats = len(self.stat_columns)
         match = slice(stats, stats + len(MATCH_FEATURES))
         sketch = slice(match.stop, match.stop + len(self.sketch_names))
+        relation = slice(sketch.stop, sketch.stop + len(RELATION_FEATURES))
         dense[:, :stats] = candidates.dense[:, :stats]
-        dense[:, sketch.stop :] = candidates.dense[:, stats:]
+        dense[:, relation.stop :] = candidates.dense[:, stats:]
         if self.candidate.aging:
             owner_times = np.repeat(requests.times, np.diff(offsets))
             for place, moments in zip(
                 self.candidate.aging_places, candidates.moments.T, strict=True
             ):
-                dense[:, sketch.stop + place] = ages(moments, owner_times)
+                dense[:, relation.stop + place] = ages(moments, owner_times)
 
         # 2. What is between a request's history and its candidates.
         user = self._user_stats(requests)
@@ -377,6 +395,14 @@ class Encoder:
                 known[-1],
             )
             dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
+            for place, request in enumerate(chosen.tolist()):
+                events = histories.offsets[place : place + 2]
+                rows = slice(offsets[request], offsets[request + 1])
+                dense[rows, relation] = self.relations.features(
+                    int(requests.times[request]),
+                    relation_of_key[histories.item_keys[events[0] : events[1]]],
+                    candidates.relation_row[rows],
+                )
             if requests.read_sketch is None:
                 dense[first:last, sketch] = np.nan
                 continue

@@ -31,6 +31,7 @@ from modeling.errors import NotTrainedError, RunError
 from modeling.inputs.augment import encoder_of, training_sample
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.relations import RELATIONS, read_relations, write_relations
 from modeling.models.base import Ranker
 from modeling.recipes import Recipe
 from modeling.registry import training_code
@@ -247,6 +248,7 @@ def _train(run: TrainingRun, encodings: Encodings, device: str) -> dict[str, Any
     learned = _learned(run, encoder, train, validation, device)
     best = learned.model
     write_vocabularies(encoder, run.folder / "vocabularies.json")
+    write_relations(encoder.relations, run.folder / RELATIONS)
     return write_result(
         run,
         {
@@ -316,6 +318,7 @@ def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
         vocabularies,
         run.recipe.history_length,
         run.tokens.shape if run.tokens else (0, 0),
+        read_relations(run.folder / RELATIONS),
         run.recipe.ablated,
     )
     recipe = run.recipe

@@ -18,7 +18,6 @@ from feature_repo.contract import expectations, limits
 from feature_repo.contract.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.contract.contract import TOKEN_ROW, TOKEN_VERSION, Contract
 from feature_repo.contract.schema import (
-    CREATED_TIMESTAMP,
     EVENT_TIMESTAMP,
     Column,
     DType,
@@ -158,18 +157,8 @@ class Warehouse:
     def shares(self) -> Shares:
         """Shares of values over time, made at first use."""
         if self._shares is None:
-            item = self.contract.item.join_key
             stats = self.item_stats("count_total")
-            profiles = JobFolder(self.settings.home, "events").read(
-                "item_profile",
-                [
-                    item,
-                    EVENT_TIMESTAMP,
-                    CREATED_TIMESTAMP,
-                    *(c.name for c in self.contract.remembered),
-                ],
-            )
-            changes = changes_of(self.contract, stats, profiles)
+            changes = changes_of(self.contract, stats, self.profiles())
             self._shares = Shares(Layout.of(self.contract), changes)
         return self._shares
 
@@ -179,6 +168,10 @@ class Warehouse:
         if self._log is None:
             self._log = HistoryLog(self.contract, JobFolder(self.settings.home, "user_history"))
         return self._log
+
+    def profiles(self) -> pa.Table:
+        """Rows of `item_profile`."""
+        return JobFolder(self.settings.home, "events").read("item_profile")
 
     def item_stats(self, name: str) -> pa.Table:
         """One statistic of all items at all times: item, time and number."""

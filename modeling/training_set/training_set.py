@@ -30,11 +30,12 @@ from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of, held, locked
 from feature_repo.settings import Settings
-from modeling.console import ProgressLines
+from modeling.console import ProgressLines, console
 from modeling.errors import DataError, RunError
 from modeling.inputs.augment import encoder_of
 from modeling.inputs.columns import Index
 from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.relations import RELATIONS, Relations, read_relations, write_relations
 from modeling.inputs.shards import MANIFEST, open_shards, write_shard
 from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
 from modeling.training_set.dataset import (
@@ -45,6 +46,7 @@ from modeling.training_set.dataset import (
     late_gather,
     refuse_nothing_positive,
 )
+from modeling.training_set.item_relations import fit_relations
 from modeling.training_set.never_had import Sales, never_had_examples
 from modeling.training_set.sample import WHOLE, Sample
 from modeling.training_set.simple_baselines import baseline_scores
@@ -108,6 +110,7 @@ class TrainingSet:
     identity: str
     folder: Path
     vocabularies: dict[str, Index]
+    relations: Relations
     # By period: requests, candidates, shards
     counts: dict[str, dict[str, int]]
     # While this lives, no other process removes the shards
@@ -124,7 +127,9 @@ class TrainingSet:
         """
         shape = self.options.tokens.shape if tokens and self.options.tokens else (0, 0)
         contract = self.warehouse.contract
-        return encoder_of(contract, self.vocabularies, history_length, shape, ablated)
+        return encoder_of(
+            contract, self.vocabularies, history_length, shape, self.relations, ablated
+        )
 
     def period(self, name: str, *, tokens: bool = False) -> Period:
         """A period's requests, memory-mapped.
@@ -229,7 +234,8 @@ def open_training_set(
     (folder / MANIFEST).touch()
     vocabularies = read_vocabularies(warehouse.contract, folder / VOCABULARIES)
     counts = manifest["periods"]
-    return TrainingSet(warehouse, options, identity, folder, vocabularies, counts, hold)
+    relations = read_relations(folder / RELATIONS)
+    return TrainingSet(warehouse, options, identity, folder, vocabularies, relations, counts, hold)
 
 
 def _build(
@@ -241,8 +247,12 @@ def _build(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     fitting = Fitting(warehouse.contract, options.min_item_count)
     joined = _join(warehouse, store, options, folder / "joined", fitting)
-    encoder = Encoder(warehouse.contract, fitting.found(), 1)
+    console.print("training set: which items go together", highlight=False)
+    relations = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+    encoder = Encoder(warehouse.contract, fitting.found(), 1, relations=relations)
     write_vocabularies(encoder, folder / VOCABULARIES)
+    # Who reads the set later asks about its end, and not about its past.
+    write_relations(relations.newest(), folder / RELATIONS)
     periods = _encode(warehouse, encoder, options, folder, joined)
     shutil.rmtree(folder / "joined")
     with atomic_write(folder / MANIFEST) as draft:

@@ -36,11 +36,13 @@ class Prepared:
     Args:
         numbers: of the candidates.
         item_of_key: row of the vocabulary of each item key.
+        relation_of_key: row of the relations of each item key.
     """
 
     requests: RequestInputs
     numbers: ItemNumbers
     item_of_key: np.ndarray
+    relation_of_key: np.ndarray
 
 
 class RequestEncoder:
@@ -67,7 +69,9 @@ class RequestEncoder:
     ) -> Encoded:
         """This one request as training encodes it; see `prepared`."""
         made = self.prepared(user, candidates, at, items, context)
-        return self._encoder.encode(made.requests, made.numbers, made.item_of_key)
+        return self._encoder.encode(
+            made.requests, made.numbers, made.item_of_key, made.relation_of_key
+        )
 
     def prepared(
         self,
@@ -113,7 +117,7 @@ class RequestEncoder:
             gather_tokens=self._tokens_of(user),
             read_sketch=self._sketch_of(user, micros),
         )
-        return Prepared(requests, items.numbers, keyed.item_of_key)
+        return Prepared(requests, items.numbers, keyed.item_of_key, keyed.relation_of_key)
 
     def _keyed(
         self, history: pa.RecordBatch | None, candidates: Sequence[Id], items: Taken
@@ -130,22 +134,23 @@ class RequestEncoder:
                 np.zeros(2, np.int64), np.zeros(0, np.int64), event_columns(contract, nothing)
             )
             keys = np.arange(len(candidates))
-            return _Keyed(empty, keys, items.numbers.vocabulary_row)
+            numbers = items.numbers
+            return _Keyed(empty, keys, numbers.vocabulary_row, numbers.relation_row)
         events = history[contract.item.join_key]
         places = items.known.places(events.to_pylist())
         # Places serve as keys only where every item has one; otherwise the ids are compared.
         if items.unknown or places.min(initial=0) < 0:
             ids = pa.array(candidates, arrow_type(contract.item.dtype))
             histories, keys = from_batches(contract, [history], ids)
-            item_of_key = np.zeros(
-                max(histories.item_keys.max(initial=-1), keys.max()) + 1, np.int64
-            )
-            item_of_key[histories.item_keys] = vocabulary.indices_of(events)
-            item_of_key[keys] = items.numbers.vocabulary_row
-            return _Keyed(histories, keys, item_of_key)
+            rows = np.zeros((2, max(histories.item_keys.max(initial=-1), keys.max()) + 1), np.int64)
+            rows[0, histories.item_keys] = vocabulary.indices_of(events)
+            rows[1, histories.item_keys] = self._encoder.relations.rows_of(events)
+            rows[:, keys] = items.numbers.vocabulary_row, items.numbers.relation_row
+            return _Keyed(histories, keys, rows[0], rows[1])
         columns = event_columns(contract, pa.Table.from_batches([history]))
         histories = Histories(np.array([0, len(places)]), places, columns)
-        return _Keyed(histories, items.places, items.known.vocabulary_row)
+        known = items.known
+        return _Keyed(histories, items.places, known.vocabulary_row, known.relation_row)
 
     def _sketch_of(self, user: UserRow, micros: int) -> ReadSketch | None:
         """Read the user's sketch for candidates at the request's time; nothing where it counts
@@ -180,11 +185,12 @@ class RequestEncoder:
 
 
 class _Keyed(NamedTuple):
-    """A request's history and candidates by item key, and each key's row of the vocabulary."""
+    """A request's history and candidates by item key, and each key's rows of vocabulary and relations."""
 
     histories: Histories
     candidate_keys: np.ndarray
     item_of_key: np.ndarray
+    relation_of_key: np.ndarray
 
 
 def why_unfit(user: UserRow, at: int) -> Degraded | None:

@@ -181,9 +181,16 @@ class KnownItems:
     @cached_property
     def vocabulary_row(self) -> np.ndarray:
         """Row of the vocabulary of each item, by place."""
-        rows = self.base.numbers.vocabulary_row
-        added = self.added.numbers.vocabulary_row
-        return np.concatenate([rows, added]) if len(added) else rows
+        return _one_behind_the_other(
+            self.base.numbers.vocabulary_row, self.added.numbers.vocabulary_row
+        )
+
+    @cached_property
+    def relation_row(self) -> np.ndarray:
+        """Row of the relations of each item, by place."""
+        return _one_behind_the_other(
+            self.base.numbers.relation_row, self.added.numbers.relation_row
+        )
 
     def _indexed(self, ids: pa.Array) -> np.ndarray:
         places = self.base.index.places(ids)
@@ -192,6 +199,10 @@ class KnownItems:
             later = self.added.index.places(ids.take(pa.array(lacking)))
             places[lacking] = np.where(later >= 0, later + len(self.base.index), -1)
         return places
+
+
+def _one_behind_the_other(rows: np.ndarray, added: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows, added]) if len(added) else rows
 
 
 @dataclass(frozen=True)

@@ -24,19 +24,21 @@ EVENTS = st.lists(
         st.integers(0, 1),
         st.integers(0, 60 * MICROS_PER_DAY - 1),
         st.sampled_from([0.5, 1.0, 2.25]),
+        st.integers(1, 3),
     ),
     max_size=30,
 )
 
 
 def events_table(rows: list[Any]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) if rows else [[]] * 4
+    columns = list(zip(*rows, strict=True)) if rows else [[]] * 5
     return pa.table(
         {
             "item_id": pa.array(columns[0], pa.string()),
             "action": pa.array(columns[1], pa.int8()),
             "event_timestamp": from_micros(np.array(columns[2], np.int64)),
             "unit_price": pa.array(columns[3], pa.float32()),
+            "user_id": pa.array(columns[4], pa.int64()),
         }
     )
 
@@ -45,14 +47,21 @@ def known_at(rows: list[Any], item: str, midnight: int) -> dict[str, Any]:
     """What an item's statistics are at a midnight: whole days before it."""
     now = midnight * MICROS_PER_DAY
     bought = [
-        (at, price) for i, action, at, price in rows if i == item and action == 0 and at < now
+        (at, price) for i, action, at, price, _ in rows if i == item and action == 0 and at < now
     ]
+    first: dict[int, int] = {}
+    for i, action, at, _, user in rows:
+        if i == item and action == 0 and at < now:
+            first[user] = min(at, first.get(user, at))
     truth: dict[str, Any] = {
         "count_total": len(bought),
-        "other_total": sum(i == item and a == 1 and at < now for i, a, at, _ in rows),
+        "users_total": len(first),
+        "other_total": sum(i == item and a == 1 and at < now for i, a, at, _, _ in rows),
     }
     for days in STAT_WINDOWS_DAYS:
-        truth[f"count_{days}d"] = sum(at >= now - days * MICROS_PER_DAY for at, _ in bought)
+        begin = now - days * MICROS_PER_DAY
+        truth[f"users_{days}d"] = sum(at >= begin for at in first.values())
+        truth[f"count_{days}d"] = sum(at >= begin for at, _ in bought)
     truth["mean_unit_price"] = (
         float(np.float32(sum(price for _, price in bought) / len(bought))) if bought else None
     )
@@ -95,7 +104,7 @@ def test_means_of_values_whose_sums_pass_every_machine_integer_are_right() -> No
         ("float32", DType.FLOAT32, 1e12),
     ):
         spec = replace(CONTRACT.spec, event_features=(Column("unit_price", dtype, ""),))
-        rows = [("a", 0, n * MICROS_PER_DAY, 1.0) for n in range(50)]
+        rows = [("a", 0, n * MICROS_PER_DAY, 1.0, 1) for n in range(50)]
         events = events_table(rows).set_column(3, "unit_price", pa.array([value] * 50, kind))
         found = stat_rows(contract(spec), events, None)
         assert found["count_total"].to_pylist()[-1] == 50

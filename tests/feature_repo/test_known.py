@@ -257,6 +257,13 @@ def test_counts_of_items_are_those_of_the_lines_that_had_arrived(
                         line for line in bought if line.time // MICROS_PER_DAY + 1 + days > day
                     ]
                     assert row[f"count_{days}d"] == len(recent)
+                first: dict[int, int] = {}
+                for line in bought:
+                    first[line.user] = min(line.time, first.get(line.user, line.time))
+                assert row["users_total"] == len(first)
+                for days in STAT_WINDOWS_DAYS:
+                    new = [at for at in first.values() if at // MICROS_PER_DAY + 1 + days > day]
+                    assert row[f"users_{days}d"] == len(new)
 
 
 @QUICK

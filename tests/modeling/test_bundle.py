@@ -70,7 +70,7 @@ def test_the_bundle_says_what_it_is(exported: Path) -> None:
     manifest = bundle.load(exported, CONTRACT).manifest
     assert manifest["fingerprint"] == CONTRACT.fingerprint
     assert manifest["service"] == "ranking_v1"
-    assert set(manifest["files"]) == {"weights.safetensors", "vocabularies.json"}
+    assert set(manifest["files"]) == set(bundle.FILES)
     assert {"ndcg@10", "gauc", "auc", "calibration_error"} <= set(manifest["metrics"])
 
 
@@ -81,7 +81,7 @@ def rewrite(exported: Path, **changes: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "vocabularies.json"])
+@pytest.mark.parametrize("name", bundle.FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "link"])
 def test_a_damaged_file_is_refused(exported: Path, name: str, damage: str) -> None:
     file = exported / name

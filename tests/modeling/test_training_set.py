@@ -32,6 +32,8 @@ from modeling.training.trainer import Trainer, read_metrics
 from modeling.training.training_run import build_model
 from modeling.training_set import training_set
 from modeling.training_set.dataset import SPLITS
+from modeling.training_set.item_relations import fit_relations
+from modeling.training_set.sample import Sample
 from modeling.training_set.simple_baselines import FREQUENCY, baseline_scores
 from modeling.training_set.training_set import TrainingSet, TrainingSetOptions, open_training_set
 from tests.periods import examples_of, joined_period, vocabularies
@@ -94,7 +96,9 @@ def test_shards_hold_what_one_table_in_memory_does(shop: Any, made: TrainingSet)
     assert {n: i.plain() for n, i in made.vocabularies.items()} == {
         n: i.plain() for n, i in plain.items()
     }
-    encoder = Encoder(warehouse.contract, plain, RECIPE.history_length)
+    relations = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+    encoder = Encoder(warehouse.contract, plain, RECIPE.history_length, relations=relations)
+    assert made.relations.to_bytes() == relations.newest().to_bytes()
     for name in SPLITS:
         period, split = made.period(name), whole[name]
         expected = encoder.featurise(split.requests)
@@ -126,8 +130,12 @@ def test_training_from_disk_is_training_from_memory_to_the_bit(
     shop: Any, made: TrainingSet, tmp_path: Path
 ) -> None:
     encoder = made.encoder(RECIPE.history_length)
+    warehouse = made.warehouse
+    # Of training requests, only what was known by then
+    over_time = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+    plain = Encoder(warehouse.contract, made.vocabularies, 1, relations=over_time)
     in_memory = [
-        encoder.featurise(joined_period(made.warehouse, shop.store, RECIPE.service, name).requests)
+        plain.featurise(joined_period(made.warehouse, shop.store, RECIPE.service, name).requests)
         for name in ("train", "validation")
     ]
     on_disk = [made.period(name).encoded for name in ("train", "validation")]
@@ -142,7 +150,7 @@ def test_training_from_disk_is_training_from_memory_to_the_bit(
 
 def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet) -> None:
     """Features of the newest two events are those of a past that has no others."""
-    few = open_training_set(shop.settings, shop.store, replace(OPTIONS, visible=2))
+    few = open_training_set(shop.settings, shop.store, replace(OPTIONS, sample=Sample(visible=2)))
     encoder, period = few.encoder(16), few.period("test")
     names = list(encoder.dense_names)
     dense = np.asarray(period.encoded.candidate_dense)
@@ -163,7 +171,10 @@ def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> N
     whole = made.encoder(16).collate(encoded, chosen)
     names = made.encoder(16).dense_names
     between = torch.tensor(
-        [name.startswith(("match_", "life_", "value_ratio", "item_other")) for name in names]
+        [
+            name.startswith(("match_", "life_", "near_", "value_ratio", "item_other"))
+            for name in names
+        ]
     )
     some = made.encoder(16, ablated=("matches",)).collate(encoded, chosen)
     assert some.candidates.dense_BCF[..., between].isnan().all()

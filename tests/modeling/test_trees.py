@@ -212,7 +212,7 @@ def test_a_bundle_of_trees_scores_as_the_run(shop_of_trees: Road, tmp_path: Path
         with pytest.raises(BundleError, match="trees-0"):
             bundle.load(copy, contract)
     manifest = json.loads((settings.path(live.path) / "bundle.json").read_text())
-    assert set(manifest["files"]) == {"weights.safetensors", "vocabularies.json", "trees-0.txt"}
+    assert set(manifest["files"]) == {*bundle.FILES, "trees-0.txt"}
 
 
 def test_effects_of_columns_sum_to_the_logit(shop_of_trees: Road) -> None:

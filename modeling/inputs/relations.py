@@ -1,0 +1,185 @@
+"""What items have to do with each other, and what that says of a candidate beside a history.
+
+Neighbours are the items that the same users have more often than chance has it, by positive pointwise mutual
+information (Church and Hanks, 1990; Levy and Goldberg, 2014); vectors are the leading eigenvectors of that matrix;
+text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. They know only what
+lies before the requests that read them: a training set is cut into slices of time, a bundle has the newest.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo.contract.key_index import KeyIndex
+
+RELATION_FEATURES = (
+    # log1p: strength of all neighbours of the candidate that are in the history
+    "near_all",
+    # log1p: of the strongest
+    "near_most",
+    # Cosine to the history's items, the mean
+    "near_taste",
+    # Cosine of the text to the item of the history that is most like it
+    "near_text",
+)
+# File beside a run, a training set, in a bundle
+RELATIONS = "relations.arrow"
+# A time before all others
+ALWAYS = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Who goes with whom, by what was known until a time. Row 0 is an unknown item.
+
+    Args:
+        known_from: microseconds; requests from then on may read it.
+        neighbours_IK: rows of items; 0 where there are fewer.
+        strengths_IK: float32.
+        vectors_ID: float32, of length 1; zeros of an item without neighbours.
+    """
+
+    known_from: int
+    neighbours_IK: np.ndarray
+    strengths_IK: np.ndarray
+    vectors_ID: np.ndarray
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Relations of items, over time.
+
+    Args:
+        ids: of the items; row n + 1 is item n.
+        text_IE: text vectors, float32, of length 1; zeros of an item without words.
+        slices: oldest first.
+
+    Example:
+        >>> relations = Relations.none(pa.string())
+        >>> relations.features(0, np.array([3]), np.array([4])).tolist()
+        [[nan, nan, nan, nan]]
+    """
+
+    ids: pa.Array
+    text_IE: np.ndarray
+    slices: Sequence[Slice]
+    _index: KeyIndex = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", KeyIndex(self.ids))
+
+    @staticmethod
+    def none(kind: pa.DataType) -> Relations:
+        """Of no item."""
+        return Relations(pa.array([], kind), np.zeros((1, 0), np.float32), ())
+
+    def newest(self) -> Relations:
+        """With the newest slice alone, for any time."""
+        kept = [replace(one, known_from=ALWAYS) for one in self.slices[-1:]]
+        return Relations(self.ids, self.text_IE, kept)
+
+    def rows_of(self, ids: pa.Array) -> np.ndarray:
+        """Row of each item, int64; 0 of one that is not known here."""
+        return self._index.places(ids) + 1
+
+    def features(self, time: int, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """What the relations say of one request's candidates, float32, N × `RELATION_FEATURES`.
+
+        NaN where nothing is known: of an unknown candidate, without a known event, or before the first slice.
+
+        Args:
+            time: of the request, microseconds.
+            history: rows of the events' items, in any order.
+            candidates: rows of N items.
+        """
+        found = np.full((len(candidates), len(RELATION_FEATURES)), np.nan, np.float32)
+        known = candidates > 0
+        rows = np.unique(history)
+        rows = rows[rows > 0]
+        if not len(rows) or not known.any():
+            return found
+        asked = candidates[known]
+        now = [one for one in self.slices if one.known_from <= time][-1:]
+        for one in now:
+            there = np.zeros(len(one.neighbours_IK), np.float32)
+            there[rows] = 1
+            strengths = there[one.neighbours_IK[asked]] * one.strengths_IK[asked]
+            found[known, 0] = np.log1p(strengths.sum(axis=1))
+            found[known, 1] = np.log1p(strengths.max(axis=1, initial=0))
+            taste = one.vectors_ID[rows].mean(axis=0)
+            found[known, 2] = one.vectors_ID[asked] @ taste
+        if self.text_IE.shape[1]:
+            # An item is like itself; what matters is which others are.
+            alike = self.text_IE[asked] @ self.text_IE[rows].T
+            alike[asked[:, None] == rows] = -1
+            found[known, 3] = alike.max(axis=1)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """As an Arrow file; equal relations give equal bytes."""
+        columns: dict[str, pa.Array] = {"id": self.ids, "text": _lists(self.text_IE)}
+        for number, one in enumerate(self.slices):
+            columns |= {
+                f"neighbours_{number}": _lists(one.neighbours_IK),
+                f"strengths_{number}": _lists(one.strengths_IK),
+                f"vectors_{number}": _lists(one.vectors_ID),
+            }
+        times = ",".join(str(one.known_from) for one in self.slices)
+        table = pa.table(columns).replace_schema_metadata({"known_from": times})
+        sink = io.BytesIO()
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+            writer.write_table(table)
+        return sink.getvalue()
+
+
+def write_relations(relations: Relations, path: Path) -> None:
+    """Write relations as one file."""
+    path.write_bytes(relations.to_bytes())
+
+
+def read_relations(path: Path) -> Relations:
+    """The relations that `write_relations` wrote.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all().combine_chunks()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Arrow file: {error}") from error
+    times = (table.schema.metadata or {}).get(b"known_from")
+    if times is None or table.column_names[:2] != ["id", "text"]:
+        raise ValueError(f"{path} holds no relations of items")
+    slices = [
+        Slice(
+            int(time),
+            _rows(table[f"neighbours_{number}"]),
+            _rows(table[f"strengths_{number}"]),
+            _rows(table[f"vectors_{number}"]),
+        )
+        for number, time in enumerate(filter(None, times.decode().split(",")))
+    ]
+    return Relations(table["id"].combine_chunks(), _rows(table["text"]), slices)
+
+
+def _lists(rows: np.ndarray) -> pa.Array:
+    """All rows but that of the unknown item; rows of no number are null."""
+    if not rows.shape[1]:
+        return pa.nulls(len(rows) - 1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows[1:].ravel()), rows.shape[1])
+
+
+def _rows(column: pa.ChunkedArray) -> np.ndarray:
+    lists = column.combine_chunks()
+    if pa.types.is_null(lists.type):
+        return np.zeros((len(lists) + 1, 0), np.float32)
+    width = lists.type.list_size
+    values = lists.flatten().to_numpy().reshape(len(lists), width)
+    return np.concatenate([np.zeros((1, width), values.dtype), values])

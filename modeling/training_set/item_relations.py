@@ -1,0 +1,238 @@
+"""Relations of items, fitted on what lies before the validation period: who goes with whom by the histories of all
+users, slice by slice of time, and what the words of items say.
+
+A request must not read what came of itself: a pair of items that one user had counts for little among many users, and
+for much among few. So requests of a slice of the training period read what was known before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_repo.contract.arrow import arrow_type, iso_micros
+from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP, DType
+from feature_repo.history.history import HistoryLog
+from modeling.inputs.relations import Relations, Slice
+
+# Shares of the events before the validation period at which a slice begins
+SLICES = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+# Users of an item, and of a pair of items, without which it is no evidence
+LEAST_USERS = 5
+LEAST_TOGETHER = 3
+# Of each item: kept for candidates, and for vectors
+NEIGHBOURS = 64
+STRONGEST = 200
+# Numbers of a vector
+WIDTH = 64
+TEXT_WIDTH = 32
+# Pairs of items in histories; of more, users are sampled
+MOST_PAIRS = 1 << 32
+# Items whose pairs are in memory at a time
+BLOCK = 4_096
+# Events of the log read at a time
+EVENTS = 1 << 22
+# Of the largest singular value
+FAINTEST = 1e-6
+WORD = re.compile(r"[^\W_]+")
+
+
+def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Relations:
+    """Relations of the items that have any by the validation period.
+
+    Args:
+        profiles: rows of `item_profile`.
+    """
+    until = iso_micros(contract.spec.requests.validation_from)
+    # 1. Which items have users or words enough to be a row.
+    text = _text_vectors(contract, profiles, log.items, until)
+    _, item = _had(log, until)
+    users_of = np.bincount(item, minlength=len(log.items))
+    kept = np.flatnonzero((users_of >= LEAST_USERS) | (np.abs(text).sum(axis=1) > 0))
+    row = np.zeros(len(log.items), np.int64)
+    row[kept] = np.arange(1, len(kept) + 1)
+    # 2. At each cut, who goes with whom by what was known then.
+    slices = []
+    for cut in _cuts(log, until):
+        user, item = _had(log, cut)
+        slices.append(_slice(cut, user, row[item], len(kept) + 1))
+    text_IE = np.concatenate([np.zeros((1, text.shape[1]), np.float32), text[kept]])
+    ids = log.items.take(pa.array(kept)).cast(arrow_type(contract.item.dtype))
+    return Relations(ids, text_IE, slices)
+
+
+def _cuts(log: HistoryLog, until: int) -> list[int]:
+    """When slices begin: after equal shares of the events, the last at the end."""
+    every = -(-int(log.lengths.sum()) // EVENTS) or 1
+    rows = np.arange(0, len(log.users), every)
+    times = log.gather(rows, log.lengths[rows], columns=[EVENT_TIMESTAMP]).times
+    times = times[times < until]
+    if not len(times):
+        return []
+    cuts = {int(np.quantile(times, share)) for share in SLICES if share < 1}
+    return [*sorted(cuts), until]
+
+
+def _had(log: HistoryLog, cut: int) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of each pair with an event of the first action that was known by then, each once; of a sample of
+    users where all have too many pairs of items.
+    """
+    found = [np.zeros(0, np.int64)]
+    for rows in _users_at_a_time(log):
+        times = np.full(len(rows), cut)
+        histories = log.gather(rows, log.number_known(rows, times), columns=["action"], times=times)
+        users = np.repeat(rows, histories.lengths)
+        chosen = histories.columns["action"] == 0
+        found.append(np.unique(users[chosen] * len(log.items) + histories.item_keys[chosen]))
+    user, item = np.divmod(np.concatenate(found), max(len(log.items), 1))
+    together = np.bincount(user, minlength=len(log.users)).astype(np.float64) ** 2
+    if together.sum() <= MOST_PAIRS:
+        return user, item
+    order = np.random.default_rng(0).permutation(len(together))
+    sampled = np.zeros(len(together), bool)
+    sampled[order[np.cumsum(together[order]) <= MOST_PAIRS]] = True
+    return user[sampled[user]], item[sampled[user]]
+
+
+def _users_at_a_time(log: HistoryLog) -> Iterator[np.ndarray]:
+    bounds = np.cumsum(log.lengths) // EVENTS
+    for number in np.unique(bounds):
+        yield np.flatnonzero(bounds == number)
+
+
+def _slice(cut: int, user: np.ndarray, item: np.ndarray, items: int) -> Slice:
+    """Neighbours and vectors by which users had which items.
+
+    Args:
+        user, item: each pair once; item 0 is none.
+        items: how many there are.
+    """
+    from scipy import sparse
+
+    users_I = np.bincount(item, minlength=items)
+    often = (users_I >= LEAST_USERS) & (np.arange(items) > 0)
+    user = user[often[item]]
+    item = item[often[item]]
+    everybody, user = np.unique(user, return_inverse=True)
+    had = sparse.csr_matrix(
+        (np.ones(len(user), np.float32), (user, item)), shape=(len(everybody), items)
+    )
+    neighbours = np.zeros((items, NEIGHBOURS), np.int32)
+    strengths = np.zeros((items, NEIGHBOURS), np.float32)
+    rows: list[np.ndarray] = [np.zeros(0, np.int64)]
+    columns: list[np.ndarray] = [np.zeros(0, np.int64)]
+    values: list[np.ndarray] = [np.zeros(0, np.float32)]
+    # A block of items at a time: all pairs at once may be a million times a million.
+    for start in range(0, items, BLOCK):
+        together = (had[:, start : start + BLOCK].T @ had).tocsr()
+        for place in np.flatnonzero(often[start : start + BLOCK]):
+            entries = slice(together.indptr[place], together.indptr[place + 1])
+            own = start + int(place)
+            others, strength = _related(
+                own, together.indices[entries], together.data[entries], users_I, len(everybody)
+            )
+            number = min(len(others), NEIGHBOURS)
+            neighbours[own, :number] = others[:number]
+            strengths[own, :number] = strength[:number]
+            rows.append(np.full(len(others), own))
+            columns.append(others)
+            values.append(strength)
+    places = (np.concatenate(rows), np.concatenate(columns))
+    matrix = sparse.csr_matrix((np.concatenate(values), places), shape=(items, items))
+    return Slice(cut, neighbours, strengths, _leading(matrix.maximum(matrix.T), WIDTH))
+
+
+def _related(
+    own: int, others: np.ndarray, together: np.ndarray, users_I: np.ndarray, users: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The items that one goes with, strongest first, at most `STRONGEST`, and how strongly: positive pointwise mutual
+    information, with one user added to what was seen and what was expected.
+    """
+    some = (together >= LEAST_TOGETHER) & (others != own)
+    others = others[some]
+    expected = users_I[own] * users_I[others] / users
+    strength = np.log((together[some] + 1) / (expected + 1)).astype(np.float32)
+    # Ties by number, so that equal data gives equal neighbours
+    order = np.lexsort((others, -strength))[:STRONGEST]
+    order = order[strength[order] > 0]
+    return others[order].astype(np.int64), strength[order]
+
+
+def _leading(matrix: Any, width: int) -> np.ndarray:
+    """Rows of length 1 along the leading eigenvectors of a symmetric sparse matrix; zeros of an empty row."""
+    from scipy.sparse.linalg import eigsh
+
+    some = np.flatnonzero(np.diff(matrix.indptr))
+    found = np.zeros((matrix.shape[0], width), np.float32)
+    number = min(width, len(some) - 1)
+    if number < 1:
+        return found
+    within = matrix[some][:, some].astype(np.float64)
+    size, vectors = eigsh(
+        within, number, which="LA", v0=np.ones(len(some)), rng=np.random.default_rng(0)
+    )
+    rows = vectors * np.sqrt(np.maximum(size, 0))
+    found[some, :number] = _unit(rows)
+    return found
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, size, out=np.zeros_like(rows), where=size > 1e-9).astype(np.float32)
+
+
+def _text_vectors(
+    contract: Contract, profiles: pa.Table, items: pa.Array, until: int
+) -> np.ndarray:
+    """A vector of each item's words, float32: TF-IDF along its leading singular vectors; no column where items have no
+    text.
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import svds
+
+    names = [
+        c.name for c in contract.spec.item_features if c.dtype in (DType.STRING, DType.STRING_LIST)
+    ]
+    nothing = np.zeros((len(items), 0), np.float32)
+    if not names:
+        return nothing
+    # 1. The words of each item, each once.
+    known = profiles.filter(pc.less(profiles[EVENT_TIMESTAMP].cast(pa.int64()), until))
+    place = pc.index_in(known[contract.item.join_key].combine_chunks(), items)
+    words: dict[str, int] = {}
+    pairs = set[tuple[int, int]]()
+    for at, *texts in zip(
+        place.to_pylist(), *(known[name].to_pylist() for name in names), strict=True
+    ):
+        if at is None:
+            continue
+        for text in texts:
+            joined = text if isinstance(text, str) else " ".join(text or [])
+            pairs |= {
+                (at, words.setdefault(word, len(words))) for word in WORD.findall(joined.lower())
+            }
+    rows, columns = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+    # 2. Words of two items or more, the rarer the heavier.
+    items_of = np.bincount(columns, minlength=len(words))
+    shared = items_of[columns] > 1
+    weight = np.log((1 + len(items)) / (1 + items_of)) + 1
+    matrix = sparse.csr_matrix(
+        (weight[columns[shared]], (rows[shared], columns[shared])), shape=(len(items), len(words))
+    )
+    number = min(TEXT_WIDTH, min(matrix.shape) - 1)
+    if number < 1:
+        return nothing
+    size = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1))).ravel()
+    scaled = sparse.diags(1 / np.maximum(size, 1e-9)) @ matrix
+    left, values, _ = svds(
+        scaled, number, v0=np.ones(min(scaled.shape)), rng=np.random.default_rng(0)
+    )
+    # Fewer directions than were asked for: the rest is rounding.
+    told = values > FAINTEST * values.max()
+    return _unit(left[:, told] * values[told])
