@@ -168,6 +168,19 @@ def compare(
 
 
 @app.command
+def memory(*, quick: bool = False, threads: Threads = 1) -> None:
+    """Say what a long history is worth on the dataset in force, and how many events to keep.
+
+    Args:
+        quick: fewer lengths and requests.
+    """
+    from modeling.commands.memory import run_memory
+
+    _refuse_below_one(threads=threads)
+    run_memory(quick, threads)
+
+
+@app.command
 def recipes(*, all: bool = False) -> None:
     """Say which recipe to begin with, and list those for one's own data.
 

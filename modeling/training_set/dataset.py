@@ -184,12 +184,15 @@ class Warehouse:
         views = datasets.load(self.settings.dataset).views_digest(self.settings.data)
         return digest_of([views, {job: m.run_id for job, m in self.manifests.items()}])
 
-    def pieces(self, most: int, every: tuple[int, int] = (1, 1)) -> Iterator[tuple[str, pa.Table]]:
+    def pieces(
+        self, most: int, every: tuple[int, int] = (1, 1), of_user: int | None = None
+    ) -> Iterator[tuple[str, pa.Table]]:
         """Yield the examples of all periods in pieces, each of one period: whole requests, at most so many rows, or
         one request's. A period's pieces come in the order of its examples.
 
         Args:
             every: n and m: each n-th training request, each m-th of those that evaluate.
+            of_user: requests of one user in a period at most, spread evenly over all of theirs.
         """
         folder = JobFolder(self.settings.home, "training_examples")
         waiting: dict[str, pa.Table] = {}
@@ -197,7 +200,9 @@ class Warehouse:
             rows = folder.read_path(path)
             for split in SPLITS:
                 own = rows.filter(pc.equal(rows["split"], split)).combine_chunks()
-                for piece in _cut(_each(own, every[split != "train"]), most):
+                # A user's requests stand in one part.
+                chosen = _capped(own, self.contract.user.join_key, of_user)
+                for piece in _cut(_each(chosen, every[split != "train"]), most):
                     before = waiting.pop(split, piece.slice(0, 0))
                     if len(before) and len(before) + len(piece) > most:
                         yield split, before
@@ -360,7 +365,7 @@ def late_gather(
     """
 
     def gather(chosen: np.ndarray, length: int) -> Histories:
-        newest = min(length, visible or length)
+        newest = length if visible is None else min(length, visible)
         return log.gather(rows[chosen], ends[chosen], newest, times=times[chosen])
 
     return gather
@@ -383,6 +388,24 @@ def _each(rows: pa.Table, every: int) -> pa.Table:
     starts = _request_starts(rows["request_id"])
     number = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
     return rows.filter(pa.array(number % every == 0)).combine_chunks()
+
+
+def _capped(rows: pa.Table, user: str, most: int | None) -> pa.Table:
+    """At most so many requests of each user, spread evenly."""
+    if most is None or not len(rows):
+        return rows
+    starts = _request_starts(rows["request_id"])
+    owner = whole(rows[user]).dictionary_encode().indices.to_numpy()[starts]
+    number = np.bincount(owner)[owner]
+    order = np.argsort(owner, kind="stable")
+    first = np.searchsorted(owner[order], owner)
+    place = np.empty(len(starts), np.int64)
+    place[order] = np.arange(len(starts))
+    rank = place - first
+    kept = (rank + 1) * most // number > rank * most // number
+    kept |= number <= most
+    lengths = np.diff(np.r_[starts, len(rows)])
+    return rows.filter(pa.array(kept.repeat(lengths))).combine_chunks()
 
 
 def _request_starts(request_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:

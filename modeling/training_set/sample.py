@@ -31,6 +31,7 @@ class Sample:
         every: n and m: each n-th training request, each m-th of those that evaluate; their histories
             are whole.
         protocol: default: requests as the dataset declares them.
+        of_user: requests of one user in a period at most; default: all.
 
     Example:
         >>> Sample(visible=50, every=(4, 2), protocol=NeverHad())
@@ -39,6 +40,7 @@ class Sample:
     visible: int | None = None
     every: tuple[int, int] = (1, 1)
     protocol: NeverHad | None = None
+    of_user: int | None = None
 
 
 # All requests as they are declared, of users of whom all is known

@@ -246,9 +246,8 @@ def _build(
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     fitting = Fitting(warehouse.contract, options.min_item_count)
-    joined = _join(warehouse, store, options, folder / "joined", fitting)
-    console.print("training set: which items go together", highlight=False)
-    relations = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+    joined = join_periods(warehouse, store, options, folder / "joined", fitting)
+    relations = relations_of(warehouse)
     encoder = Encoder(warehouse.contract, fitting.found(), 1, relations=relations)
     write_vocabularies(encoder, folder / VOCABULARIES)
     # Who reads the set later asks about its end, and not about its past.
@@ -260,14 +259,18 @@ def _build(
     _forget_others(folder)
 
 
-def _join(
+def join_periods(
     warehouse: Warehouse,
     store: FeatureStore,
     options: TrainingSetOptions,
     folder: Path,
     fitting: Fitting,
+    most: int = SHARD_ROWS,
 ) -> dict[str, list[Path]]:
     """Features as of each request, in pieces on disk; and what the training period says of values.
+
+    Args:
+        most: rows of a piece, or one request's.
 
     Raises:
         JoinError: the offline store lost or moved rows.
@@ -281,7 +284,7 @@ def _join(
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     positives = {name: np.zeros(len(contract.labels), np.int64) for name in SPLITS}
     # 1. Join and check piece by piece, so that memory follows a piece, not a period.
-    for split, examples in _pieces(warehouse, options):
+    for split, examples in _pieces(warehouse, options, most):
         found = warehouse.join(store, options.service, split, examples, options.tokens)
         warehouse.refuse_broken(found, split)
         path = folder / f"{split}-{len(pieces[split]):05d}.arrow"
@@ -293,7 +296,7 @@ def _join(
         ]
         # Vocabularies and quantiles of the training period alone: later periods would leak.
         if split == "train":
-            fitting.add(_assembled(warehouse, found, options).requests)
+            fitting.add(assembled(warehouse, found, options).requests)
         progress(f"training set: {sum(map(sum, rows.values())):,} candidates joined")
     # 2. Refuse periods without a positive; evaluation itself refuses the test period.
     for split in ("train", "validation"):
@@ -302,14 +305,33 @@ def _join(
     for split in SPLITS:
         sampled = expectations.spread(pieces[split], rows[split])
         if sampled:
-            warehouse.gate((_read_table(path) for path in sampled), split)
+            warehouse.gate((read_joined(path) for path in sampled), split)
     return pieces
 
 
-def _pieces(warehouse: Warehouse, options: TrainingSetOptions) -> Iterator[tuple[str, pa.Table]]:
+def relations_of(warehouse: Warehouse) -> Relations:
+    """Relations of items over time, fitted once for all training sets of the same log."""
+    tables = {job: warehouse.manifests[job].run_id for job in ("events", "user_history")}
+    code = code_digest("modeling.training_set.item_relations")
+    identity = digest_of([tables, warehouse.contract.fingerprint, code])
+    path = Path(warehouse.settings.path("relations", f"{identity}.arrow"))
+    if not path.exists():
+        console.print("training set: which items go together", highlight=False)
+        found = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for older in path.parent.glob("*.arrow"):
+            older.unlink(missing_ok=True)
+        with atomic_write(path) as draft:
+            write_relations(found, draft)
+    return read_relations(path)
+
+
+def _pieces(
+    warehouse: Warehouse, options: TrainingSetOptions, most: int
+) -> Iterator[tuple[str, pa.Table]]:
     """Examples in pieces, under the protocol that is asked for."""
     protocol = options.sample.protocol
-    pieces = warehouse.pieces(SHARD_ROWS, options.sample.every)
+    pieces = warehouse.pieces(most, options.sample.every, options.sample.of_user)
     if protocol is None:
         yield from pieces
         return
@@ -334,7 +356,7 @@ def _encode(
     for split, paths in joined.items():
         counts = {"requests": 0, "candidates": 0, "shards": len(paths)}
         for number, path in enumerate(paths):
-            asked = _assembled(warehouse, _read_table(path), options)
+            asked = assembled(warehouse, read_joined(path), options)
             encoded = encoder.featurise(asked.requests)
             baselines = {} if split == "train" else baseline_scores(asked, options.sample.visible)
             names = asked.users.to_pylist()
@@ -384,9 +406,10 @@ def _write_encoded(
     write_shard(folder / name.format("candidates"), candidates)
 
 
-def _assembled(
+def assembled(
     warehouse: Warehouse, joined: pa.Table, options: TrainingSetOptions
 ) -> JoinedRequests:
+    """Joined rows of whole requests, ready to encode."""
     rows = joined.drop_columns("request_id")
     return warehouse.assemble(rows, joined["request_id"], options.tokens, options.sample.visible)
 
@@ -400,7 +423,8 @@ def _write_table(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-def _read_table(path: Path) -> pa.Table:
+def read_joined(path: Path) -> pa.Table:
+    """A piece that `join_periods` wrote."""
     with pa.OSFile(str(path), "rb") as source:
         return pa.ipc.open_file(source).read_all()
 

@@ -1,0 +1,173 @@
+"""What memory is worth, in words, as tables and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling.comparison.memory_worth import MOST_LOST, Measured, Worth, recommended
+from modeling.console import print_table, say
+from modeling.evaluation.report import BLUE, GREY, Section, plots, png_of, write_sections
+
+METRIC = "ndcg@10"
+
+
+def tell(measured: Measured) -> None:
+    """Print it: what any history is worth, what lengths keep of it, what to do."""
+    whole = _whole(measured)
+    say(
+        f"Any history over none: {_worth(whole)}, {whole.requests:,} requests of {measured.dataset}."
+    )
+    print_table(kept_rows(measured))
+    print_table(reader_rows(measured))
+    for line in sentences(measured):
+        say(line)
+
+
+def sentences(measured: Measured) -> list[str]:
+    """What follows from the figures: the noise, the traps, and what is recommended."""
+    noise = ", ".join(f"{_upper(name)} {value:.4f}" for name, value in measured.noise.items())
+    lines = [f"Two trainings on the same events differ by {noise}: less than that is noise."]
+    lines += [f"Mind {trap.name}: {trap.says}." for trap in measured.traps]
+    return [*lines, recommendation(measured)]
+
+
+def recommendation(measured: Measured) -> str:
+    """One sentence: a length, a recipe, and tokens or not."""
+    whole = _whole(measured)
+    if whole.low <= 0:
+        return (
+            "Recommended: cannot tell. A history is not surely worth anything to these requests "
+            f"({_worth(whole)}): rank by what is known of items, and measure again with more of them."
+        )
+    length = recommended(measured)
+    if length is None:
+        said = "cannot tell how many events: keep all of them"
+    elif length == "all":
+        said = f"keep all events: every shorter history may lose more than {MOST_LOST:.0%} of that"
+    else:
+        low = whole.kept[length].low
+        said = f"the newest {length} events: they keep {low:.0%} of it at least"
+    value, low, high = measured.network[METRIC]
+    if low > 0:
+        reads = f"a network that reads every event adds {value:+.4f} [{low:+.4f}, {high:+.4f}] to trees: `vista_trees`, with summary tokens"
+    else:
+        reads = f"a network that reads every event adds nothing that is clear to trees ({value:+.4f} [{low:+.4f}, {high:+.4f}]): `trees`, without summary tokens"
+    return f"Recommended: {said}; {reads}."
+
+
+def kept_rows(measured: Measured) -> list[list[str]]:
+    """For each kind of requests what a history is worth, and the share that each length keeps."""
+    lengths = list(_whole(measured).kept)
+    rows = [
+        [
+            "requests",
+            "number",
+            "any history over none",
+            *(f"newest {n}" if n != "all" else n for n in lengths),
+        ]
+    ]
+    for one in measured.worth:
+        if one.metric == METRIC:
+            shares = [
+                ""
+                if np.isnan(kept.share)
+                else f"{kept.share:.0%} [{kept.low:.0%}, {kept.high:.0%}]"
+                for kept in one.kept.values()
+            ]
+            rows.append([one.kind, f"{one.requests:,}", _worth(one), *shares])
+    return rows
+
+
+def reader_rows(measured: Measured) -> list[list[str]]:
+    """Metrics of each reader by length, and what a length costs."""
+    lengths = list(measured.cost)
+    rows = [["reader", *lengths]]
+    for reader, found in measured.readers.items():
+        cells = [
+            f"{found[n][METRIC]:.4f} / {found[n]['gauc']:.4f}" if n in found else ""
+            for n in lengths
+        ]
+        rows.append([f"{reader}, NDCG@10 / GAUC", *cells])
+    rows.append(["CPU ms a request", *(f"{measured.cost[n]['ms']:.2f}" for n in lengths)])
+    rows.append(
+        ["bytes of the median user", *(f"{measured.cost[n]['bytes']:,.0f}" for n in lengths)]
+    )
+    return rows
+
+
+def write_page(measured: Measured, folder: Path) -> Path:
+    """`memory.html`, `memory.md` and the picture; returns the page's path."""
+    whole = _whole(measured)
+    sections = [
+        Section(
+            "What lengths keep",
+            "Share of what all events are worth over none, with the 95 % interval over users, of trees.",
+            kept_rows(measured),
+            {"memory": picture(measured)},
+        ),
+        Section("Readers and costs", "On the same requests.", reader_rows(measured)),
+    ]
+    about = [
+        f"{measured.dataset}: {whole.requests:,} test requests with a positive; the median user has {measured.median_events:,.0f} events.",
+        f"Any history over none: {_worth(whole)}.",
+        *sentences(measured),
+    ]
+    return write_sections(folder, "memory", "What memory is worth", about, sections)
+
+
+def picture(measured: Measured) -> bytes:
+    """The share that each length keeps, for all requests and for the kinds that say something."""
+    plt = plots()
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    shown = [one for one in measured.worth if one.metric == METRIC and not np.isnan(_last(one))]
+    names = list(_whole(measured).kept)
+    places = np.arange(len(names))
+    for one in shown:
+        first = one.kind == "all requests"
+        if not first and one.kind.startswith("users of"):
+            continue
+        values = np.array([kept.share for kept in one.kept.values()])
+        low, high = (
+            np.array([getattr(kept, end) for kept in one.kept.values()]) for end in ("low", "high")
+        )
+        style: dict[str, Any] = (
+            {"color": BLUE, "linewidth": 2.5} if first else {"linewidth": 1, "alpha": 0.8}
+        )
+        axes.errorbar(
+            places,
+            values,
+            yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)] if first else None,
+            capsize=3,
+            marker="o",
+            label=one.kind,
+            **style,
+        )
+    axes.axhline(1 - MOST_LOST, color=GREY, linewidth=1, linestyle=":")
+    axes.set_xticks(places, names)
+    axes.set(
+        xlabel="newest events that are known",
+        ylabel="share of what all events are worth",
+        title=f"What memory is worth: {measured.dataset}",
+    )
+    if shown:
+        axes.legend(frameon=False, fontsize=8)
+    return png_of(plt, figure)
+
+
+def _whole(measured: Measured) -> Worth:
+    return next(one for one in measured.worth if (one.kind, one.metric) == ("all requests", METRIC))
+
+
+def _last(one: Worth) -> float:
+    return list(one.kept.values())[-1].share
+
+
+def _worth(one: Worth) -> str:
+    return f"{_upper(one.metric)} {one.all_events:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+
+
+def _upper(metric: str) -> str:
+    return "NDCG@10" if metric == "ndcg@10" else metric.upper()

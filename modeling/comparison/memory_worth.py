@@ -1,0 +1,521 @@
+"""What a long memory is worth on one's own data: the same trees, trained anew with the newest 0, 10, 50, … and all
+events of each user known, and what the ranking loses.
+
+Trees read counts that fade, lifts and relations, so that a longer history can never hurt them by being old, and no
+length has an easier task than another. Beside them stands a regression on the same numbers, and a network that reads
+every event on top of the trees, which says whether there is more in a history than its counts. Differences are paired
+over users. What is stored of a length is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from feature_repo.atomic import atomic_write
+from feature_repo.history.counts import UserCounts
+from feature_repo.history.envelope import Identity
+from feature_repo.history.history import HistoryLog, remembered_name
+from feature_repo.history.sketch import MICROS_PER_DAY, Layout
+from feature_repo.home.code import code_digest
+from feature_repo.home.tables import JobFolder, digest_of
+from feature_repo.settings import Settings
+from modeling.claims import difference
+from modeling.console import say
+from modeling.evaluation.classic import QUICK_TREES, Classic, classic_scores
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.shards import read_shard, write_shard
+from modeling.inputs.tasks import primary_number
+from modeling.metrics import PerUser, defined, per_user
+from modeling.recipes import SERVICE, Recipe, Training
+from modeling.training.trainer import Trainer, predict
+from modeling.training.training_run import build_model
+from modeling.training_set.dataset import SPLITS, Warehouse
+from modeling.training_set.lengths import Lengths
+from modeling.training_set.sample import Sample
+
+if TYPE_CHECKING:
+    from feature_repo.contract.contract import Contract
+
+METRICS = ("ndcg@10", "gauc")
+# Newest events that are known; None: all
+LENGTHS: tuple[int | None, ...] = (0, 10, 50, 200, 500, None)
+QUICK_LENGTHS: tuple[int | None, ...] = (0, 10, 50, None)
+# Requests of the sample, in training and in each period that evaluates
+REQUESTS = (8_000, 4_000)
+QUICK_REQUESTS = (2_000, 1_000)
+# Requests of one user, where a few users have most of them
+OF_USER = 50
+# Days between the newest event and a request that begins anew
+PAUSE_DAYS = 1.0
+# Requests of a kind without which nothing is said of it
+LEAST = 50
+# Of what any history is worth, a recommended length may lose so much
+MOST_LOST = 0.1
+RESAMPLES = 1_000
+READERS = ("trees", "regression", "trees and a network")
+# A network that reads every event there is
+NETWORK = Recipe(
+    "memory_network",
+    "mean_pool",
+    SERVICE,
+    {"width": 32, "dropout": 0.2},
+    100_000,
+    training=Training(epochs=2, learning_rate=4e-3),
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one length keeps of what all events are worth over none, on one kind of requests.
+
+    Args:
+        value: of the metric at this length.
+        share: of the worth; NaN where all events are worth nothing.
+        low, high: 95 % of resamples of users.
+    """
+
+    value: float
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a history is worth on one kind of requests.
+
+    Args:
+        requests: how many have a positive.
+        all_events, low, high: metric with all events less that with none, and its 95 % interval.
+        kept: by length, as `name_of` spells it.
+    """
+
+    kind: str
+    metric: str
+    requests: int
+    all_events: float
+    low: float
+    high: float
+    kept: dict[str, Kept]
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Something in a log that makes lengths mislead."""
+
+    name: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that is measured.
+
+    Args:
+        readers: metrics of each reader at each length.
+        noise: of two trainings on the same events, the greater distance by metric.
+        network: what a network that reads every event adds to the trees, by metric: value, low, high.
+        cost: by length: CPU milliseconds of a request, and bytes of the median user online.
+    """
+
+    dataset: str
+    requests: dict[str, int]
+    worth: list[Worth]
+    readers: dict[str, dict[str, dict[str, float]]]
+    noise: dict[str, float]
+    network: dict[str, tuple[float, float, float]]
+    cost: dict[str, dict[str, float]]
+    median_events: float
+    traps: list[Trap]
+
+
+def name_of(length: int | None) -> str:
+    """A length as tables spell it."""
+    return "all" if length is None else "none" if length == 0 else f"{length:,}"
+
+
+def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
+    """Measure, or read what is stored of each length.
+
+    Args:
+        quick: fewer lengths and requests: two minutes at half a million events.
+
+    Raises:
+        TableNotBuiltError: a Beam job has not run.
+        DataError: a period has no positive.
+    """
+    from feature_repo.store.store import open_store
+
+    warehouse = Warehouse(settings)
+    lengths = QUICK_LENGTHS if quick else LENGTHS
+    sample = _sample(settings, QUICK_REQUESTS if quick else REQUESTS)
+    folder = Path(
+        settings.path(
+            "memory",
+            digest_of(
+                [
+                    warehouse.digest,
+                    warehouse.contract.fingerprint,
+                    asdict(sample),
+                    code_digest(
+                        "modeling.comparison.memory_worth",
+                        f"feature_repo.datasets.{settings.dataset}",
+                    ),
+                ]
+            ),
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [_Run(reader, length, seed) for reader, length, seed in _runs(lengths)]
+    missing = [run for run in wanted if not (folder / run.file).exists()]
+    about = folder / "requests.arrow"
+    if missing or not about.exists():
+        with Lengths(settings, open_store(settings), SERVICE, sample) as opened:
+            if not about.exists():
+                write_shard(about, _about_requests(warehouse, opened))
+            _measure_runs(opened, missing, folder)
+    return _decided(settings, warehouse, folder, lengths, sample)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One training."""
+
+    reader: str
+    length: int | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.reader.replace(' ', '_')}-{name_of(self.length).replace(',', '')}-{self.seed}.arrow"
+
+
+def _runs(lengths: Sequence[int | None]) -> Iterator[tuple[str, int | None, int]]:
+    """Every reader at every length; with all events the trees twice, and the network."""
+    for length in lengths:
+        yield "trees", length, 1
+        yield "regression", length, 1
+    yield "trees", None, 2
+    yield "trees and a network", None, 1
+
+
+def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
+    """So many requests at most, evenly spread; of each user few, where a few users have most of them."""
+    found = JobFolder(settings.home, "training_examples").require().counts
+    train, test = most
+    every = (
+        max(1, round(found["requests_train"] / train)),
+        max(1, round(found["requests_test"] / test)),
+    )
+    users = JobFolder(settings.home, "user_history").require().counts["users"]
+    # More than the cap on average: then some have far more.
+    capped = found["requests_train"] > OF_USER * max(users, 1)
+    return Sample(every=(1, 1) if capped else every, of_user=OF_USER if capped else None)
+
+
+def _about_requests(warehouse: Warehouse, opened: Lengths) -> dict[str, np.ndarray]:
+    """What the tables say of the test requests beside their scores."""
+    joined = opened.requests("test")
+    encoded = opened.encoded("test")
+    names = list(opened.encoder.dense_names)
+    number = primary_number(warehouse.contract.spec)
+    sizes = np.diff(joined.requests.candidate_offsets)
+    _, users = np.unique(joined.log_rows, return_inverse=True)
+    days = np.asarray(encoded.dense_BG)[:, list(opened.encoder.user_dense_names).index("days_ago")]
+    dense = np.asarray(encoded.candidate_dense)
+    ever = dense[:, names.index("life_item_days_ago")]
+    recent = opened.requests("test", 50)
+    newest = np.asarray(opened.encoder.featurise(recent.requests).candidate_dense)
+    return {
+        "labels": np.asarray(encoded.labels)[:, number],
+        "request": np.repeat(np.arange(len(sizes)), sizes),
+        "user": users.repeat(sizes),
+        "days": np.expm1(days).repeat(sizes),
+        "events": joined.history_lengths.repeat(sizes),
+        "never_had": np.isnan(ever).astype(np.int8),
+        "not_lately": np.isnan(newest[:, names.index("life_item_days_ago")]).astype(np.int8),
+    }
+
+
+def _measure_runs(opened: Lengths, runs: Sequence[_Run], folder: Path) -> None:
+    """Train and score what is missing, length by length."""
+    for length in dict.fromkeys(run.length for run in runs):
+        say(f"memory: {name_of(length)} events of each user")
+        started = time.process_time()
+        periods = opened.all_encoded(length)
+        spent = time.process_time() - started
+        each = 1000 * spent / sum(len(period) for period in periods.values())
+        for run in runs:
+            if run.length == length:
+                scores = _scores(opened, run, periods, folder)
+                write_shard(
+                    folder / run.file,
+                    {
+                        "scores": scores.astype(np.float32),
+                        "ms": np.full(len(scores), each, np.float32),
+                    },
+                )
+
+
+def _scores(opened: Lengths, run: _Run, periods: Mapping[str, Encoded], folder: Path) -> np.ndarray:
+    """Scores of all test candidates."""
+    train, validation, test = (periods[name] for name in SPLITS)
+    spec = opened.encoder.contract.spec
+    number = primary_number(spec)
+    if run.reader == "trees and a network":
+        return _with_network(opened, periods, folder, run.seed)
+    kind: Classic = "trees" if run.reader == "trees" else "logistic regression"
+    return classic_scores(
+        kind, opened.encoder, train, validation, test, number, run.seed, QUICK_TREES
+    )
+
+
+def _with_network(
+    opened: Lengths, periods: Mapping[str, Encoded], folder: Path, seed: int
+) -> np.ndarray:
+    """A network that reads every event, blended with the trees by the validation period."""
+    from modeling.trees.blend import order_weights
+
+    train, validation, test = (periods[name] for name in SPLITS)
+    encoder: Encoder = opened.encoder_of(NETWORK.history_length)
+    number = primary_number(encoder.contract.spec)
+    network = build_model(NETWORK, encoder, train)
+    Trainer(network, encoder, NETWORK.training, folder / "network", "memory").fit(train, validation)
+    both = {}
+    for name, period in (("validation", validation), ("test", test)):
+        trees = classic_scores(
+            "trees", opened.encoder, train, validation, period, number, seed, QUICK_TREES
+        )
+        both[name] = np.stack([predict(network, encoder, period)[:, number], trees], axis=1)
+    known = defined(np.asarray(validation.labels)[:, number], validation.candidate_offsets)
+    scores = both["validation"].astype(np.float64)[known.rows]
+    return both["test"] @ order_weights(scores, known.labels, known.offsets)
+
+
+def _decided(
+    settings: Settings,
+    warehouse: Warehouse,
+    folder: Path,
+    lengths: Sequence[int | None],
+    sample: Sample,
+) -> Measured:
+    """What the stored scores come to."""
+    about = read_shard(folder / "requests.arrow")
+    scores = {run: read_shard(folder / run.file) for run in (_Run(*one) for one in _runs(lengths))}
+    of_trees = {length: scores[_Run("trees", length, 1)]["scores"] for length in lengths}
+    worth = [
+        found for kind, chosen in _kinds(about) for found in _worths(kind, about, chosen, of_trees)
+    ]
+    everything = np.ones(len(about["labels"]), bool)
+    readers: dict[str, dict[str, dict[str, float]]] = {}
+    for run, stored in scores.items():
+        if run.seed == 1:
+            sums = _sums(about, stored["scores"], everything)
+            readers.setdefault(run.reader, {})[name_of(run.length)] = {
+                metric: sums[metric].value for metric in METRICS
+            }
+    one = _sums(about, of_trees[None], everything)
+    again = _sums(about, scores[_Run("trees", None, 2)]["scores"], everything)
+    network = _sums(about, scores[_Run("trees and a network", None, 1)]["scores"], everything)
+    added = {
+        metric: difference("network", metric, network[metric], one[metric]) for metric in METRICS
+    }
+    bytes_of = _bytes_of_users(warehouse.contract, warehouse.log, lengths)
+    return Measured(
+        warehouse.contract.spec.title,
+        {"test": len(np.unique(about["request"])), "of_user": sample.of_user or 0},
+        worth,
+        readers,
+        {metric: abs(one[metric].value - again[metric].value) for metric in METRICS},
+        {metric: (found.value, found.low, found.high) for metric, found in added.items()},
+        {
+            name_of(length): {
+                "ms": float(scores[_Run("trees", length, 1)]["ms"][0]),
+                "bytes": bytes_of[name_of(length)],
+            }
+            for length in lengths
+        },
+        float(np.median(warehouse.log.lengths)),
+        list(_traps(warehouse.log, about, sample)),
+    )
+
+
+def _kinds(about: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Kinds of requests, or of candidates: which of all candidates each one asks about, bool."""
+    yield "all requests", np.ones(len(about["labels"]), bool)
+    yield "what comes next", about["days"] <= PAUSE_DAYS
+    yield "the first after a pause", about["days"] > PAUSE_DAYS
+    yield "items not among the newest 50", about["not_lately"] == 1
+    yield "items never had", about["never_had"] == 1
+    bounds = np.quantile(about["events"], [0, 0.25, 0.5, 0.75, 1])
+    quarter = np.clip(np.searchsorted(bounds, about["events"], side="right") - 1, 0, 3)
+    for number in range(4):
+        low, high = bounds[number], bounds[number + 1]
+        yield f"users of {low:,.0f} to {high:,.0f} events", quarter == number
+
+
+def _worths(
+    kind: str,
+    about: Mapping[str, np.ndarray],
+    chosen: np.ndarray,
+    scores: Mapping[int | None, np.ndarray],
+) -> Iterator[Worth]:
+    """What a history is worth on candidates of a kind; nothing where they are too few."""
+    if not chosen.any():
+        return
+    sums = {length: _sums(about, found, chosen) for length, found in scores.items()}
+    requests = int(sums[None]["ndcg@10"].weight.sum())
+    if requests < LEAST:
+        return
+    for metric in METRICS:
+        drawn = _resampled({length: found[metric] for length, found in sums.items()})
+        none, whole = drawn[0], drawn[None]
+        gain = whole - none
+        value = sums[None][metric].value - sums[0][metric].value
+        kept = {}
+        for length, found in sums.items():
+            if length == 0:
+                continue
+            at = found[metric].value
+            # Shares of what is not clear of nothing are no shares.
+            clear = np.percentile(gain, 2.5) > 0
+            shares = (drawn[length] - none) / np.where(gain > 0, gain, np.nan)
+            low, high = np.nanpercentile(shares, [2.5, 97.5]) if clear else (np.nan, np.nan)
+            share = (at - sums[0][metric].value) / value if clear else np.nan
+            kept[name_of(length)] = Kept(at, float(share), float(low), float(high))
+        low, high = np.percentile(gain, [2.5, 97.5])
+        yield Worth(kind, metric, requests, value, float(low), float(high), kept)
+
+
+def _resampled(sums: Mapping[int | None, PerUser]) -> dict[int | None, np.ndarray]:
+    """The metric of resamples of users, the same ones for every length."""
+    rng = np.random.default_rng(0)
+    first = next(iter(sums.values()))
+    users = first.total.shape[1]
+    times = rng.multinomial(users, np.full(users, 1 / users), RESAMPLES).astype(np.float64)
+    # A draw of users none of whom has weight is left out by a tiny one.
+    return {
+        length: (times @ one.total[0]) / np.maximum(times @ one.weight[0], 1e-9)
+        for length, one in sums.items()
+    }
+
+
+def _sums(
+    about: Mapping[str, np.ndarray], scores: np.ndarray, chosen: np.ndarray
+) -> dict[str, PerUser]:
+    """Metrics by user over chosen candidates."""
+    chosen = chosen & ~np.isnan(about["labels"])
+    request = about["request"][chosen]
+    starts = np.flatnonzero(np.r_[True, np.diff(request) != 0][: len(request)])
+    offsets = np.r_[starts, len(request)]
+    _, users = np.unique(about["user"][chosen][starts], return_inverse=True)
+    return per_user(about["labels"][chosen], scores[chosen].astype(np.float64), offsets, users)
+
+
+def _bytes_of_users(
+    contract: Contract, log: HistoryLog, lengths: Sequence[int | None], most: int = 200
+) -> dict[str, float]:
+    """Bytes that the median user's events and counts take online, by length."""
+    layout = Layout.of(contract)
+    rows = np.unique(np.linspace(0, len(log.users) - 1, most).astype(np.int64))
+    names = ["action", "event_timestamp", *map(remembered_name, layout.columns[1:])]
+    item_codes = _codes(log)
+    an_event = 4 + 8 * len(contract.history_columns)
+    found: dict[str, list[float]] = {name_of(length): [] for length in lengths}
+    for row in rows.tolist():
+        history = log.gather(np.array([row]), log.lengths[[row]], columns=names)
+        for length in lengths:
+            kept = len(history.times) if length is None else min(length, len(history.times))
+            first = len(history.times) - kept
+            primary = first + np.flatnonzero(history.columns["action"][first:] == 0)
+            counts = UserCounts(layout)
+            codes = [item_codes[history.item_keys], *(history.columns[n] for n in names[2:])]
+            counts.add([c[primary] for c in codes], history.times[primary])
+            identity = Identity(layout.fingerprint, int(history.times.max(initial=0)), 0, kept, 0)
+            packed = min(kept, contract.spec.num_history_online) * an_event
+            found[name_of(length)].append(packed + len(counts.to_bytes(row, identity)))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _codes(log: HistoryLog) -> np.ndarray:
+    from feature_repo.contract.arrow import value_codes
+
+    return value_codes(log.items)
+
+
+def _traps(log: HistoryLog, about: Mapping[str, np.ndarray], sample: Sample) -> Iterator[Trap]:
+    """What in this log makes a length say something else than it seems to."""
+    rows = np.unique(np.linspace(0, len(log.users) - 1, 2_000).astype(np.int64))
+    history = log.gather(rows, log.lengths[rows], columns=["event_timestamp"])
+    owner = np.repeat(rows, history.lengths)
+    together = (owner[1:] == owner[:-1])[: max(len(owner) - 1, 0)]
+    if not together.any():
+        return
+    # 1. Runs of one item.
+    same = (history.item_keys[1:] == history.item_keys[:-1])[together].mean()
+    if same > 0.1:
+        yield Trap(
+            "runs of one item",
+            f"{same:.0%} of events are of the item before: the newest 50 events are about {50 * (1 - same):.0f} decisions",
+        )
+    # 2. Time behind a length.
+    days = (history.times[1:] - history.times[:-1])[together] / MICROS_PER_DAY
+    yield Trap("days", f"50 events are {50 * days.mean():,.0f} days of a user, on average")
+    # 3. Ties in time.
+    tied = (history.times[1:] == history.times[:-1])[together].mean()
+    if tied > 0.1:
+        yield Trap(
+            "ties in time",
+            f"{tied:.0%} of events have the time of the event before: which of them are the newest follows from the order of the file",
+        )
+    # 4. Few users who have most of the log.
+    lengths = np.sort(log.lengths)[::-1]
+    top = lengths[: max(len(lengths) // 100, 1)].sum() / max(lengths.sum(), 1)
+    if top > 0.2 or sample.of_user:
+        capped = (
+            f"; of each user {sample.of_user} requests at most are looked at"
+            if sample.of_user
+            else ""
+        )
+        yield Trap("few users", f"1 % of the users have {top:.0%} of the events{capped}")
+    # 5. What was known of the same day.
+    today = float((about["days"] < 1).mean())
+    if today > 0.2:
+        yield Trap(
+            "histories of the same day",
+            f"{today:.0%} of the requests have an event of the day before them: see whether it would be known in time",
+        )
+    # 6. A log that arrives late.
+    late = float(np.mean([log.any_late(np.array([row])) for row in rows.tolist()]))
+    if late > 0.01:
+        yield Trap(
+            "late events",
+            f"{late:.0%} of the users have events that arrived late or were corrected",
+        )
+
+
+def write_measured(measured: Measured, path: Path) -> None:
+    """All figures as JSON."""
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(asdict(measured), indent=1))
+
+
+def recommended(measured: Measured, metric: str = "ndcg@10") -> str | None:
+    """The shortest length that surely loses at most a tenth of what all events are worth; None: cannot tell."""
+    whole = next(
+        one for one in measured.worth if (one.kind, one.metric) == ("all requests", metric)
+    )
+    if whole.low <= 0:
+        return None
+    for name, kept in whole.kept.items():
+        if kept.low >= 1 - MOST_LOST:
+            return name
+    return None
