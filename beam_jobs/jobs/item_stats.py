@@ -52,7 +52,7 @@ def build(plan: RunPlan, key: Key, events: pa.Table) -> Iterator[Built]:
 
 @dataclass(frozen=True)
 class _Spans:
-    """What holds from a midnight until another; days since 1970.
+    """Spans that hold from a midnight until another; days since 1970.
 
     Args:
         item: number of each one's item.
@@ -161,7 +161,7 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
 
 
 def _whole(spans: _Spans, rows: dict[int, np.ndarray], sums: int) -> list[_Changes]:
-    """What spans add to some sums from their start, and take away at their end."""
+    """Changes of some sums: what spans add from their start, and take away at their end."""
     ends = np.flatnonzero(spans.end != FAR)
     lost = {row: -values[ends] for row, values in rows.items()}
     return [

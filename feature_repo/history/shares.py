@@ -23,7 +23,7 @@ from feature_repo.history.sketch import Layout, mean_of_slots
 
 
 @dataclass(frozen=True)
-class Changes:
+class ItemEvents:
     """By how much the events of items changed, row by row.
 
     Args:
@@ -37,13 +37,13 @@ class Changes:
     numbers: np.ndarray
 
     @staticmethod
-    def of_items(codes: Sequence[np.ndarray], counts: np.ndarray) -> Changes:
+    def now(codes: Sequence[np.ndarray], counts: np.ndarray) -> ItemEvents:
         """Items as they are now, whatever was before.
 
         Args:
             counts: events of each item; NaN where it has no statistics.
         """
-        return Changes(codes, np.zeros(len(counts), np.int64), np.nan_to_num(counts))
+        return ItemEvents(codes, np.zeros(len(counts), np.int64), np.nan_to_num(counts))
 
 
 class Shares:
@@ -55,12 +55,12 @@ class Shares:
 
     Example:
         >>> layout = Layout(("item_id", "brand"), (1, 1), (7.0,), width=64)
-        >>> shares = Shares(layout, Changes.of_items([np.array([3, 3, 4])], np.array([5.0, 1.0, 2.0])))
+        >>> shares = Shares(layout, ItemEvents.now([np.array([3, 3, 4])], np.array([5.0, 1.0, 2.0])))
         >>> shares.read([np.array([17]), np.array([3])], np.array([9]), np.array([5.0]))
         array([[0.625, 0.75 ]])
     """
 
-    def __init__(self, layout: Layout, changes: Changes) -> None:
+    def __init__(self, layout: Layout, changes: ItemEvents) -> None:
         self._layout = layout
         whole = np.zeros(len(changes.times), np.int64)
         self._all = _Running.of(whole, changes.times, changes.numbers)
@@ -135,7 +135,7 @@ class _Running:
         return np.where(known & held, np.r_[self.sums, 0.0][place], 0.0)
 
 
-def changes_of(contract: Contract, stats: pa.Table, profiles: pa.Table) -> Changes:
+def changes_of(contract: Contract, stats: pa.Table, profiles: pa.Table) -> ItemEvents:
     """What changed of items' events and values, by the statistics and profiles of all times.
 
     An item that gets another value takes its events along.
@@ -175,4 +175,4 @@ def changes_of(contract: Contract, stats: pa.Table, profiles: pa.Table) -> Chang
         for column in contract.remembered
     ]
     numbers = np.r_[-before[changed], count[changed]]
-    return Changes(codes, np.tile(times[changed], 2), numbers)
+    return ItemEvents(codes, np.tile(times[changed], 2), numbers)

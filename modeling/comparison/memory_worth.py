@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from feature_repo.atomic import atomic_write
+from feature_repo.contract.arrow import value_codes
 from feature_repo.history.counts import UserCounts
 from feature_repo.history.envelope import Identity
 from feature_repo.history.history import HistoryLog, remembered_name
@@ -73,8 +74,8 @@ NETWORK = Recipe(
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What one length keeps of what all events are worth over none, on one kind of requests.
+class ShareKept:
+    """The share that one length keeps of what all events are worth over none, on one kind of requests.
 
     Args:
         value: of the metric at this length.
@@ -90,7 +91,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Worth:
-    """What a history is worth on one kind of requests.
+    """The worth of a history on one kind of requests.
 
     Args:
         requests: how many have a positive.
@@ -104,7 +105,7 @@ class Worth:
     all_events: float
     low: float
     high: float
-    kept: dict[str, Kept]
+    kept: dict[str, ShareKept]
 
 
 @dataclass(frozen=True)
@@ -157,32 +158,29 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
     warehouse = Warehouse(settings)
     lengths = QUICK_LENGTHS if quick else LENGTHS
     sample = _sample(settings, QUICK_REQUESTS if quick else REQUESTS)
-    folder = Path(
-        settings.path(
-            "memory",
-            digest_of(
-                [
-                    warehouse.digest,
-                    warehouse.contract.fingerprint,
-                    asdict(sample),
-                    code_digest(
-                        "modeling.comparison.memory_worth",
-                        f"feature_repo.datasets.{settings.dataset}",
-                    ),
-                ]
-            ),
-        )
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = [_Run(reader, length, seed) for reader, length, seed in _runs(lengths)]
-    missing = [run for run in wanted if not (folder / run.file).exists()]
+    folder = _folder(settings, warehouse, sample)
+    # 1. What is not stored yet.
+    missing = [run for run in _runs(lengths) if not (folder / run.file).exists()]
     about = folder / "requests.arrow"
     if missing or not about.exists():
         with Lengths(settings, open_store(settings), SERVICE, sample) as opened:
             if not about.exists():
                 write_shard(about, _about_requests(warehouse, opened))
             _measure_runs(opened, missing, folder)
-    return _decided(settings, warehouse, folder, lengths, sample)
+    # 2. What it comes to.
+    scores = {run: read_shard(folder / run.file) for run in _runs(lengths)}
+    return _decided(warehouse, read_shard(about), scores, sample)
+
+
+def _folder(settings: Settings, warehouse: Warehouse, sample: Sample) -> Path:
+    """Where scores of this sample of these tables are kept, by this code."""
+    code = code_digest(
+        "modeling.comparison.memory_worth", f"feature_repo.datasets.{settings.dataset}"
+    )
+    made_of = [warehouse.digest, warehouse.contract.fingerprint, asdict(sample), code]
+    folder = Path(settings.path("memory", digest_of(made_of)))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -198,13 +196,15 @@ class _Run:
         return f"{self.reader.replace(' ', '_')}-{name_of(self.length).replace(',', '')}-{self.seed}.arrow"
 
 
-def _runs(lengths: Sequence[int | None]) -> Iterator[tuple[str, int | None, int]]:
+# Trees of another seed on the same events, and what reads every event
+AGAIN = _Run("trees", None, 2)
+NETWORK_TOO = _Run("trees and a network", None, 1)
+
+
+def _runs(lengths: Sequence[int | None]) -> list[_Run]:
     """Every reader at every length; with all events the trees twice, and the network."""
-    for length in lengths:
-        yield "trees", length, 1
-        yield "regression", length, 1
-    yield "trees", None, 2
-    yield "trees and a network", None, 1
+    each = [_Run(reader, length, 1) for length in lengths for reader in ("trees", "regression")]
+    return [*each, AGAIN, NETWORK_TOO]
 
 
 def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
@@ -222,7 +222,7 @@ def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
 
 
 def _about_requests(warehouse: Warehouse, opened: Lengths) -> dict[str, np.ndarray]:
-    """What the tables say of the test requests beside their scores."""
+    """The test requests, as far as kinds are made of them."""
     joined = opened.requests("test")
     encoded = opened.encoded("test")
     names = list(opened.encoder.dense_names)
@@ -301,48 +301,50 @@ def _with_network(
 
 
 def _decided(
-    settings: Settings,
     warehouse: Warehouse,
-    folder: Path,
-    lengths: Sequence[int | None],
+    about: Mapping[str, np.ndarray],
+    scores: Mapping[_Run, Mapping[str, np.ndarray]],
     sample: Sample,
 ) -> Measured:
-    """What the stored scores come to."""
-    about = read_shard(folder / "requests.arrow")
-    scores = {run: read_shard(folder / run.file) for run in (_Run(*one) for one in _runs(lengths))}
-    of_trees = {length: scores[_Run("trees", length, 1)]["scores"] for length in lengths}
+    """Compare the stored scores."""
+    trees = {
+        run.length: found
+        for run, found in scores.items()
+        if run.reader == "trees" and run.seed == 1
+    }
+    of_trees = {length: found["scores"] for length, found in trees.items()}
     worth = [
         found for kind, chosen in _kinds(about) for found in _worths(kind, about, chosen, of_trees)
     ]
+    # 1. Each reader on all requests.
     everything = np.ones(len(about["labels"]), bool)
+    sums = {run: _sums(about, found["scores"], everything) for run, found in scores.items()}
     readers: dict[str, dict[str, dict[str, float]]] = {}
-    for run, stored in scores.items():
+    for run, found in sums.items():
         if run.seed == 1:
-            sums = _sums(about, stored["scores"], everything)
-            readers.setdefault(run.reader, {})[name_of(run.length)] = {
-                metric: sums[metric].value for metric in METRICS
-            }
-    one = _sums(about, of_trees[None], everything)
-    again = _sums(about, scores[_Run("trees", None, 2)]["scores"], everything)
-    network = _sums(about, scores[_Run("trees and a network", None, 1)]["scores"], everything)
+            figures = {metric: found[metric].value for metric in METRICS}
+            readers.setdefault(run.reader, {})[name_of(run.length)] = figures
+    # 2. Two trainings on the same events, and what a network adds to the first.
+    one = sums[_Run("trees", None, 1)]
+    noise = {metric: abs(one[metric].value - sums[AGAIN][metric].value) for metric in METRICS}
     added = {
-        metric: difference("network", metric, network[metric], one[metric]) for metric in METRICS
+        metric: difference("network", metric, sums[NETWORK_TOO][metric], one[metric])
+        for metric in METRICS
     }
-    bytes_of = _bytes_of_users(warehouse.contract, warehouse.log, lengths)
+    # 3. What lengths cost.
+    bytes_of = _bytes_of_users(warehouse.contract, warehouse.log, list(trees))
+    cost = {
+        name_of(length): {"ms": float(found["ms"][0]), "bytes": bytes_of[name_of(length)]}
+        for length, found in trees.items()
+    }
     return Measured(
         warehouse.contract.spec.title,
         {"test": len(np.unique(about["request"])), "of_user": sample.of_user or 0},
         worth,
         readers,
-        {metric: abs(one[metric].value - again[metric].value) for metric in METRICS},
+        noise,
         {metric: (found.value, found.low, found.high) for metric, found in added.items()},
-        {
-            name_of(length): {
-                "ms": float(scores[_Run("trees", length, 1)]["ms"][0]),
-                "bytes": bytes_of[name_of(length)],
-            }
-            for length in lengths
-        },
+        cost,
         float(np.median(warehouse.log.lengths)),
         list(_traps(warehouse.log, about, sample)),
     )
@@ -368,7 +370,7 @@ def _worths(
     chosen: np.ndarray,
     scores: Mapping[int | None, np.ndarray],
 ) -> Iterator[Worth]:
-    """What a history is worth on candidates of a kind; nothing where they are too few."""
+    """The worth of a history on candidates of a kind; nothing where they are too few."""
     if not chosen.any():
         return
     sums = {length: _sums(about, found, chosen) for length, found in scores.items()}
@@ -390,7 +392,7 @@ def _worths(
             shares = (drawn[length] - none) / np.where(gain > 0, gain, np.nan)
             low, high = np.nanpercentile(shares, [2.5, 97.5]) if clear else (np.nan, np.nan)
             share = (at - sums[0][metric].value) / value if clear else np.nan
-            kept[name_of(length)] = Kept(at, float(share), float(low), float(high))
+            kept[name_of(length)] = ShareKept(at, float(share), float(low), float(high))
         low, high = np.percentile(gain, [2.5, 97.5])
         yield Worth(kind, metric, requests, value, float(low), float(high), kept)
 
@@ -427,7 +429,7 @@ def _bytes_of_users(
     layout = Layout.of(contract)
     rows = np.unique(np.linspace(0, len(log.users) - 1, most).astype(np.int64))
     names = ["action", "event_timestamp", *map(remembered_name, layout.columns[1:])]
-    item_codes = _codes(log)
+    item_codes = value_codes(log.items)
     an_event = 4 + 8 * len(contract.history_columns)
     found: dict[str, list[float]] = {name_of(length): [] for length in lengths}
     for row in rows.tolist():
@@ -445,14 +447,8 @@ def _bytes_of_users(
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def _codes(log: HistoryLog) -> np.ndarray:
-    from feature_repo.contract.arrow import value_codes
-
-    return value_codes(log.items)
-
-
 def _traps(log: HistoryLog, about: Mapping[str, np.ndarray], sample: Sample) -> Iterator[Trap]:
-    """What in this log makes a length say something else than it seems to."""
+    """Find what makes a length say something else in this log than it seems to."""
     rows = np.unique(np.linspace(0, len(log.users) - 1, 2_000).astype(np.int64))
     history = log.gather(rows, log.lengths[rows], columns=["event_timestamp"])
     owner = np.repeat(rows, history.lengths)

@@ -72,7 +72,7 @@ def inputs(
     # Dense numbers of a candidate, in order: statistics, matches, sketches, its columns.
     stats = len(encoder.stat_columns)
     columns = encoder.request.sizes.num_slots
-    matches = stats + len(encoder.between_names)
+    matches = stats + len(encoder.between.names)
 
     # Each function exchanges one input between requests, or between candidates of all requests.
     def of_requests(slots: list[int], dense: list[int]) -> Callable[..., Encoded]:

@@ -72,7 +72,7 @@ def spread_rows(rows: Rows, most: int) -> np.ndarray:
 def unknown_dense(encoder: Encoder) -> np.ndarray:
     """Return dense features of an unknown item: no statistics, and no event of the user's with it."""
     of_item = 1 + len(encoder.contract.spec.memory.half_lives_days)
-    known = WITHOUT_EVENTS | dict.fromkeys(encoder.sketch_names[:of_item], EMPTY_SKETCH)
+    known = WITHOUT_EVENTS | dict.fromkeys(encoder.between.sketch_names[:of_item], EMPTY_SKETCH)
     return np.array([known.get(name, np.nan) for name in encoder.dense_names], np.float32)
 
 
@@ -132,7 +132,7 @@ def forget(encoder: Encoder, batch: Batch, rng: np.random.Generator) -> Batch:
         return torch.from_numpy(rng.random(number) < share).to(device)[:, None]
 
     # 1. The sketch: numbers of candidates.
-    of_sketch = torch.tensor([name in encoder.sketch_names for name in encoder.dense_names])
+    of_sketch = torch.tensor([name in encoder.between.sketch_names for name in encoder.dense_names])
     unread = drawn(SKETCH_FORGOTTEN)[..., None] & of_sketch.to(device)
     candidates = replace(candidates, dense_BCF=candidates.dense_BCF.masked_fill(unread, torch.nan))
     # 2. Features of impressions: columns of candidates.
@@ -215,7 +215,7 @@ class AblatedEncoder(Encoder):
     @cached_property
     def ablation(self) -> Ablation:
         """The inputs that no batch shows."""
-        between = set(self.between_names) if "matches" in self.ablated else set()
+        between = set(self.between.names) if "matches" in self.ablated else set()
         dense = np.array([name in between for name in self.dense_names])
         return Ablation(dense, "user" in self.ablated)
 

@@ -123,7 +123,7 @@ def _of_candidate(encoder: Encoder, lost: Lost, rows: np.ndarray) -> np.ndarray:
         rows[:, [name in RELATION_FEATURES for name in names]] = np.nan
     if lost.statistics:
         rows[:, [name in OF_USER_VALUE for name in names]] = np.nan
-    sketch = np.array([name in encoder.sketch_names for name in names])
+    sketch = np.array([name in encoder.between.sketch_names for name in names])
     if lost.sketch == "absent":
         rows[:, sketch] = np.nan
     elif lost.sketch == "empty":

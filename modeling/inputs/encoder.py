@@ -7,7 +7,7 @@ What a kind of column becomes is said in `columns.py`; shape letters in `batch.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,25 +16,20 @@ from torch import Tensor
 
 from feature_repo.contract.arrow import arrow_type, value_codes
 from feature_repo.contract.contract import Contract
-from feature_repo.contract.schema import Kind
 from feature_repo.history import user_stats
 from feature_repo.history.counts import Readings
 from feature_repo.history.history import Histories, as_numbers
-from feature_repo.history.shares import Changes, Shares
 from feature_repo.history.sketch import Layout
 from feature_repo.history.transforms import (
     CONTEXT_FIELDS,
-    MATCH_FEATURES,
     USER_FEATURES,
     context_fields,
     event_ages,
-    match_features,
-    sketch_features,
-    sketch_names,
     squash,
     user_features,
 )
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.between import Between, Compared
 from modeling.inputs.columns import (
     Index,
     Vocabulary,
@@ -43,7 +38,8 @@ from modeling.inputs.columns import (
     group_of,
     within,
 )
-from modeling.inputs.relations import RELATION_FEATURES, Relations
+from modeling.inputs.items import ItemNumbers, ReadShares, by_column, with_shares
+from modeling.inputs.relations import Relations
 from modeling.inputs.shards import Rows
 
 GatherHistories = Callable[[np.ndarray, int], Histories]
@@ -51,8 +47,6 @@ GatherTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (request numbers, offsets of their candidates, the candidates' codes for each column that a sketch
 # counts) → what each user's sketch says of them, N × columns × counts
 ReadSketch = Callable[[np.ndarray, np.ndarray, Sequence[np.ndarray]], Readings]
-# (codes of items for each column that a sketch counts, events of each) → shares, N × `Layout.names`
-ReadShares = Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
 # Requests whose histories decide how events are scaled, and which values they have
 SAMPLED_REQUESTS = 4_096
 
@@ -97,55 +91,6 @@ class RequestColumns(RequestInputs):
     items: pa.Array
     candidate_columns: dict[str, pa.Array]
     read_shares: ReadShares | None = None
-
-
-@dataclass(frozen=True)
-class ItemNumbers:
-    """Items as numbers, a row for each: all that no request changes. Training makes them of its
-    candidates, a server once of all items that it knows.
-
-    Args:
-        vocabulary_row: int64; 0 where the vocabulary has no such item.
-        relation_row: int64; 0 where nothing is known of its relations.
-        category: int32 slots, N × K.
-        dense: float32, N × (statistics, then the columns' own); ages are the request's to fill in.
-        moments: int64 microseconds, N × columns that count as ages.
-        stats: float64, N × 3: events, other events, mean value; NaN where one is not known.
-        known: bool; whether a store knows the item at all.
-        codes: int64, N × values that sketches count: the id, then each remembered column's slots.
-        shares: of everybody's events, N × what sketches count; NaN where it is not known.
-    """
-
-    vocabulary_row: np.ndarray
-    relation_row: np.ndarray
-    category: np.ndarray
-    dense: np.ndarray
-    moments: np.ndarray
-    stats: np.ndarray
-    known: np.ndarray
-    codes: np.ndarray
-    shares: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.vocabulary_row)
-
-    def take(self, rows: np.ndarray) -> ItemNumbers:
-        """Some of them, in this order."""
-        return ItemNumbers(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    def with_rows(self, rows: np.ndarray, of: ItemNumbers) -> ItemNumbers:
-        """A copy in which these rows are those of others."""
-        copies = [getattr(self, f.name).copy() for f in fields(self)]
-        for copy, f in zip(copies, fields(self), strict=True):
-            copy[rows] = getattr(of, f.name)
-        return ItemNumbers(*copies)
-
-    @staticmethod
-    def joined(parts: Sequence[ItemNumbers]) -> ItemNumbers:
-        """Rows of several, one behind the other."""
-        return ItemNumbers(
-            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(parts[0]))
-        )
 
 
 @dataclass(frozen=True)
@@ -198,6 +143,7 @@ class Encoder:
     ) -> None:
         self.contract = contract
         self.relations = relations or Relations.none(arrow_type(contract.item.dtype))
+        self.between = Between(contract, self.relations)
         self.vocabularies = vocabularies
         self.history_length = history_length
         self.tokens = tokens
@@ -208,8 +154,6 @@ class Encoder:
         categorical = [c for c in contract.item_columns if c.kind and c.is_categorical]
         self.own_item = group_of(categorical, vocabularies)
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
-        self.sketch_names = sketch_names(contract)
-        self._layout = Layout.of(contract)
 
     @property
     def items(self) -> Vocabulary:
@@ -224,14 +168,9 @@ class Encoder:
         return (*USER_FEATURES, *self.request.dense_names)
 
     @property
-    def between_names(self) -> tuple[str, ...]:
-        """Names of the numbers between a history and a candidate."""
-        return (*MATCH_FEATURES, *self.sketch_names, *RELATION_FEATURES)
-
-    @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense candidate features, in order."""
-        return (*self.stat_columns, *self.between_names, *self.candidate.dense_names)
+        return (*self.stat_columns, *self.between.names, *self.candidate.dense_names)
 
     @property
     def sizes(self) -> FeatureSizes:
@@ -265,7 +204,7 @@ class Encoder:
             requests.candidate_columns, requests.items, requests.candidate_keys
         )
         if requests.read_shares is not None:
-            candidates = self.with_shares(candidates, requests.read_shares)
+            candidates = with_shares(self.contract, candidates, requests.read_shares)
         return self.encode(
             requests,
             candidates,
@@ -315,21 +254,8 @@ class Encoder:
             stats=np.stack(stats, axis=1),
             known=known,
             codes=np.column_stack([codes, *remembered]),
-            shares=np.full((number, len(self._layout.names)), np.nan, np.float32),
+            shares=np.full((number, len(Layout.of(self.contract).names)), np.nan, np.float32),
         )
-
-    def with_shares(self, items: ItemNumbers, read: ReadShares) -> ItemNumbers:
-        """The same items with their shares of everybody's events; of an item that nobody knows there is none."""
-        shares = read(_by_column(self.contract, items.codes), items.stats[:, 0])
-        return replace(
-            items, shares=np.where(items.known[:, None], shares, np.nan).astype(np.float32)
-        )
-
-    def shares_among(self, items: ItemNumbers) -> ReadShares:
-        """Shares of values as of now, by the statistics of all items there are."""
-        codes = _by_column(self.contract, items.codes)[1:]
-        shares = Shares(self._layout, Changes.of_items(codes, items.stats[:, 0]))
-        return lambda codes, counts: shares.read(codes, np.zeros(len(counts), np.int64), counts)
 
     def encode(
         self,
@@ -363,54 +289,38 @@ class Encoder:
         dense_BG[:, len(USER_FEATURES) :] = own_BG
         dense = np.empty((len(keys), len(self.dense_names)), np.float32)
         stats = len(self.stat_columns)
-        match = slice(stats, stats + len(MATCH_FEATURES))
-        sketch = slice(match.stop, match.stop + len(self.sketch_names))
-        relation = slice(sketch.stop, sketch.stop + len(RELATION_FEATURES))
+        between = slice(stats, stats + len(self.between.names))
         dense[:, :stats] = candidates.dense[:, :stats]
-        dense[:, relation.stop :] = candidates.dense[:, stats:]
+        dense[:, between.stop :] = candidates.dense[:, stats:]
         if self.candidate.aging:
             owner_times = np.repeat(requests.times, np.diff(offsets))
             for place, moments in zip(
                 self.candidate.aging_places, candidates.moments.T, strict=True
             ):
-                dense[:, relation.stop + place] = ages(moments, owner_times)
+                dense[:, between.stop + place] = ages(moments, owner_times)
 
         # 2. What is between a request's history and its candidates.
-        user = self._user_stats(requests)
-        item = candidates.stats.T
+        user = _user_stats(self.contract, requests)
         for start in range(0, number, chunk):
             chosen = np.arange(start, min(start + chunk, number))
-            first = offsets[start]
-            last = offsets[chosen[-1] + 1]
-            histories = requests.gather(chosen, self.contract.spec.num_history_online)
-            within_chunk = offsets[start : chosen[-1] + 2] - first
-            times = requests.times[chosen]
-            known = [row[chosen] for row in user]
-            dense[first:last, match] = match_features(
-                histories,
-                within_chunk,
-                keys[first:last],
-                times,
-                [row[first:last] for row in item],
-                known[-1],
+            rows = slice(offsets[start], offsets[chosen[-1] + 1])
+            asked = Compared(
+                times=requests.times[chosen],
+                histories=requests.gather(chosen, self.contract.spec.num_history_online),
+                offsets=offsets[start : chosen[-1] + 2] - offsets[start],
+                keys=keys[rows],
+                candidates=candidates.take(rows),
+                user_mean=user[-1][chosen],
+                relation_of_key=relation_of_key,
             )
-            dense_BG[chosen, : len(USER_FEATURES)] = user_features(histories, times, *known)
-            for place, request in enumerate(chosen.tolist()):
-                events = histories.offsets[place : place + 2]
-                rows = slice(offsets[request], offsets[request + 1])
-                dense[rows, relation] = self.relations.features(
-                    int(requests.times[request]),
-                    relation_of_key[histories.item_keys[events[0] : events[1]]],
-                    candidates.relation_row[rows],
-                )
-            if requests.read_sketch is None:
-                dense[first:last, sketch] = np.nan
-                continue
-            readings = requests.read_sketch(
-                chosen, within_chunk, _by_column(self.contract, candidates.codes[first:last])
+            readings = None
+            if requests.read_sketch is not None:
+                codes = by_column(self.contract, asked.candidates.codes)
+                readings = requests.read_sketch(chosen, asked.offsets, codes)
+            dense[rows, between] = self.between.numbers(asked, readings)
+            dense_BG[chosen, : len(USER_FEATURES)] = user_features(
+                asked.histories, asked.times, *(row[chosen] for row in user)
             )
-            readings = readings.of_known(candidates.known[first:last])
-            dense[first:last, sketch] = sketch_features(readings, candidates.shares[first:last])
         tasks = len(self.contract.spec.tasks)
         labels = np.zeros((len(keys), tasks)) if requests.labels is None else requests.labels
         return Encoded(
@@ -426,12 +336,6 @@ class Encoder:
             gather=requests.gather,
             gather_tokens=requests.gather_tokens,
         )
-
-    def _user_stats(self, requests: RequestInputs) -> list[np.ndarray]:
-        """First event, events, other events, mean value of each request's user; NaN where unknown."""
-        unknown = np.full(len(requests), np.nan)
-        names = user_stats.read_names(self.contract)
-        return [floats(requests.user_columns[name]) if name else unknown for name in names]
 
     def events_read(self, encoded: Encoded) -> np.ndarray:
         """How many events a model reads of each request's history."""
@@ -516,12 +420,11 @@ class Encoder:
         )
 
 
-def _by_column(contract: Contract, codes: np.ndarray) -> list[np.ndarray]:
-    """Codes of each column that sketches count: N, or N × slots of a bag."""
-    bags = [c.kind is Kind.BAG for c in contract.remembered]
-    ends = np.cumsum([1, *(c.slots for c in contract.remembered)])
-    parts = np.split(codes, ends[:-1], axis=1)
-    return [part if bag else part[:, 0] for part, bag in zip(parts, [False, *bags], strict=True)]
+def _user_stats(contract: Contract, requests: RequestInputs) -> list[np.ndarray]:
+    """First event, events, other events, mean value of each request's user; NaN where unknown."""
+    unknown = np.full(len(requests), np.nan)
+    names = user_stats.read_names(contract)
+    return [floats(requests.user_columns[name]) if name else unknown for name in names]
 
 
 def events_of(gather: GatherHistories, requests: int, length: int) -> Histories:

@@ -21,7 +21,8 @@ from feature_repo.history.history import (
     from_batches,
 )
 from modeling.bundle.bundle import Bundle
-from modeling.inputs.encoder import Encoded, GatherTokens, ItemNumbers, ReadSketch, RequestInputs
+from modeling.inputs.encoder import Encoded, GatherTokens, ReadSketch, RequestInputs
+from modeling.inputs.items import ItemNumbers
 from serving.api.degraded import Degraded
 from serving.api.messages import RankContext
 from serving.stores.features import UserRow

@@ -30,7 +30,8 @@ from feature_repo.errors import ExpectedError
 from feature_repo.history.history import newest_rows
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-from modeling.inputs.encoder import Encoder, ItemNumbers, ReadShares
+from modeling.inputs.encoder import Encoder
+from modeling.inputs.items import ItemNumbers, ReadShares, shares_among, with_shares
 
 Id = int | str
 ReadItems = Callable[[Sequence[Id]], pa.Table]
@@ -353,7 +354,7 @@ class ItemTable:
             raise LookupError(
                 "no item has any features: run `python -m beam_jobs materialize`; what was loaded before stays in use"
             )
-        shares = self._encoder.shares_among(rows.numbers)
+        shares = shares_among(self._encoder.contract, rows.numbers)
         rows = self._shared(rows, shares)
         nothing = pa.array([], self._kind)
         added = _Rows(KeyIndex(nothing), rows.numbers.take(np.zeros(0, np.int64)))
@@ -361,7 +362,7 @@ class ItemTable:
 
     def _shared(self, rows: _Rows, shares: ReadShares) -> _Rows:
         """Rows with the shares of their values."""
-        return _Rows(rows.index, self._encoder.with_shares(rows.numbers, shares))
+        return _Rows(rows.index, with_shares(self._encoder.contract, rows.numbers, shares))
 
     def _rows(self, table: pa.Table) -> _Rows:
         """Those rows in which anything is known."""

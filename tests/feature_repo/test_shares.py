@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from feature_repo.contract.arrow import NO_VALUE, arrow_schema, from_micros, value_codes
 from feature_repo.history.counts import Readings
-from feature_repo.history.shares import Changes, Shares, changes_of
+from feature_repo.history.shares import ItemEvents, Shares, changes_of
 from feature_repo.history.sketch import Layout
 from feature_repo.history.transforms import sketch_features, sketch_names
 from tests.feature_repo.test_sketch import BRANDED, MICROS_PER_DAY, START
@@ -133,7 +133,7 @@ def test_items_as_they_are_now_give_what_their_past_gives(
     for row, own_words in enumerate(words):
         spelt = value_codes(pa.array(own_words or [], pa.string()))
         bags[row, : len(spelt)] = spelt
-    held = Changes.of_items([value_codes(pa.array(brands, pa.string())), bags], own)
+    held = ItemEvents.now([value_codes(pa.array(brands, pa.string())), bags], own)
     at_once = Shares(LAYOUT, held).read(candidates(), np.zeros(4, np.int64), own)
     np.testing.assert_allclose(at_once, over_time.read(candidates(), now, own))
 
