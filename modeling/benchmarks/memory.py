@@ -3,6 +3,7 @@
 Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
 events all inputs, features and baselines among them, know so many newest events and no more. Then, of all
 events, two further arms: without match features, and without anything of users but their history.
+Then requests for items that a user never had, where counting the item says nothing (`training_set/never_had.py`).
 Users are parted by how long their histories are. Requests are thinned out, events never are. Every
 row stands beside baselines that need no training, and trees on the same numbers; differences are paired
 over users and seeds (`modeling/claims.py`).
@@ -31,7 +32,7 @@ from modeling.metrics import PerUser, defined
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.training_set.encodings import Encodings
-from modeling.training_set.sample import Sample
+from modeling.training_set.sample import NeverHad, Sample
 from modeling.training_set.simple_baselines import baselines_of
 
 EVERY = (4, 2)  # each fourth training request, each second test request
@@ -72,6 +73,31 @@ OF_HISTORY = (
     "vista_stream",
     "vista_addressed",
 )
+# Requests for items never had: each sixteenth in training, each fourth of the others; with --quick fewer
+NEVER_HAD_EVERY = (16, 4)
+NEVER_HAD_QUICK = (200, 60)
+NEVER_HAD_VISIBLE: tuple[int | None, ...] = (50, 500, None)
+NEVER_HAD_RANKERS = {
+    "trees": Recipe("memory_trees", "trees", SERVICE, {}, 1),
+    "amortised and trees": Recipe(
+        "memory_amortised_trees",
+        "amortised_dlrm",
+        SERVICE,
+        {
+            **COMMON,
+            "num_layers": 1,
+            "num_heads": 2,
+            "interaction": "cross",
+            "cross_rank": 64,
+            "bags": True,
+        },
+        1000,
+        training=TRAINING,
+        trees={},
+    ),
+}
+# Events of a user with a long history
+LONG = 1000
 Place = tuple[str, int | None]  # a ranker, and how many events it saw
 
 
@@ -84,7 +110,14 @@ def main() -> None:
         type=int,
         help="of visible numbers between the ends, and of rankers of whose curve nothing is claimed",
     )
-    flags.add_argument("--part", choices=("curve", "arms", "cost", "all"), default="all")
+    flags.add_argument(
+        "--part", choices=("curve", "arms", "never_had", "cost", "all"), default="all"
+    )
+    flags.add_argument(
+        "--drawn_by",
+        default=NeverHad().by,
+        help="statistic of items that negatives of `never_had` are drawn by",
+    )
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
@@ -98,6 +131,9 @@ def main() -> None:
         rows += curve(settings, every, visible, rankers, seeds, between)
     if arguments.part in ("arms", "all"):
         rows += _arms(settings, every, seeds)
+    if arguments.part in ("never_had", "all"):
+        once = NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY
+        rows += never_had(settings, once, NeverHad(by=arguments.drawn_by), seeds)
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
     config = {
@@ -173,17 +209,54 @@ def curve(
             claims.append(
                 difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
             )
-    lengths = _user_lengths(Encodings(settings, SERVICE, sample=Sample(every=every)))
+    lengths = _user_lengths(
+        Encodings(settings, SERVICE, sample=Sample(every=every)),
+        recipe_of(CURVE[0], "all features"),
+    )
     claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
     claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
     return rows + _claimed("curve", claims)
 
 
-def _user_lengths(encodings: Encodings) -> np.ndarray:
+def never_had(
+    settings: Settings, every: tuple[int, int], protocol: NeverHad, seeds: int
+) -> list[dict[str, Any]]:
+    """Quality on items that the user never had, by visible events; and what a longer history is worth there."""
+    rows: list[dict[str, Any]] = []
+    sums: dict[Place, Sums] = {}
+    # 1. Each ranker at each length.
+    for number in NEVER_HAD_VISIBLE:
+        encodings = Encodings(settings, SERVICE, sample=Sample(number, every, protocol))
+        for name, one in _baselines(encodings).items():
+            rows.append(_row("never had", number, name, one))
+        for name, recipe in NEVER_HAD_RANKERS.items():
+            found, cost = _runs(settings, encodings, recipe, seeds)
+            sums[name, number] = found
+            rows.append(_row("never had", number, name, found, cost))
+    # 2. What longer histories are worth, for all users and for those of a thousand events.
+    whole = Encodings(settings, SERVICE, sample=Sample(None, every, protocol))
+    lengths = _user_lengths(whole, next(iter(NEVER_HAD_RANKERS.values())))
+    long = np.flatnonzero(lengths >= LONG)
+    claims = []
+    for metric in PAIRED:
+        for name in NEVER_HAD_RANKERS:
+            for number in NEVER_HAD_VISIBLE[:-1]:
+                ours, theirs = sums[name, None][metric], sums[name, number][metric]
+                said = f"{name}: all − {number} events"
+                claims.append(difference(said, metric, ours, theirs))
+                if len(long):
+                    of_long = f"{said}, users of {LONG:,} and more"
+                    few = _of_users(ours, long), _of_users(theirs, long)
+                    claims.append(difference(of_long, metric, *few))
+        ours, theirs = (sums[name, None][metric] for name in ("amortised and trees", "trees"))
+        claims.append(difference("amortised and trees − trees", metric, ours, theirs))
+    return rows + _claimed("never had", claims)
+
+
+def _user_lengths(encodings: Encodings, recipe: Recipe) -> np.ndarray:
     """Events that each user of the test period has, mean over requests; users as `sums_by_user`
     numbers them.
     """
-    recipe = recipe_of(CURVE[0], "all features")
     test = encodings.period(recipe, "test")
     spec = encodings.encoder_of(recipe).contract.spec
     labels = np.asarray(test.encoded.labels)[:, primary_number(spec)]
@@ -263,13 +336,21 @@ def _baselines(encodings: Encodings) -> dict[str, Sums]:
 def _trained(
     settings: Settings, encodings: Encodings, name: str, arm: str, seeds: int
 ) -> tuple[Sums, float]:
-    """Runs of a ranker over seeds, and the CPU seconds of one."""
+    """Runs of a ranker in an arm over seeds, and the CPU seconds of one."""
+    console.print(f"memory: {arm}", highlight=False)
+    return _runs(settings, encodings, recipe_of(name, arm), seeds)
+
+
+def _runs(
+    settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int
+) -> tuple[Sums, float]:
+    """Runs of a recipe over seeds, and the CPU seconds of one."""
     found = []
     spent = []
     for seed in range(1, seeds + 1):
-        recipe = recipe_of(name, arm, seed)
-        console.print(f"memory: {name}, {arm}, seed {seed}", highlight=False)
-        run = finish(settings, encodings, recipe)
+        console.print(f"memory: {recipe.name}, seed {seed}", highlight=False)
+        training = replace(recipe.training, seed=seed)
+        run = finish(settings, encodings, replace(recipe, training=training))
         spent.append(run.result["summary"]["cpu_seconds"])
         found.append(run.sums)
     return of_seeds(found), statistics.mean(spent)
