@@ -26,6 +26,7 @@ from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
 from modeling.comparison.ranking import finish
 from modeling.console import console
+from modeling.evaluation.item_graphs import graph_baselines
 from modeling.evaluation.trained_baselines import sums_by_user, trained_baselines
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import PerUser, defined
@@ -330,6 +331,8 @@ def _baselines(encodings: Encodings) -> dict[str, Sums]:
     number = primary_number(spec)
     labels = np.asarray(test.encoded.labels)[:, number]
     scores = baselines_of(test.baselines, labels, test.encoded.candidate_offsets)
+    found = encodings.set_of(recipe)
+    scores |= graph_baselines(found.warehouse, found.relations, test)
     return {name: sums_by_user(test, values, number) for name, values in scores.items()}
 
 

@@ -52,7 +52,7 @@ def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Re
     until = iso_micros(contract.spec.requests.validation_from)
     # 1. Which items have users or words enough to be a row.
     text = _text_vectors(contract, profiles, log.items, until)
-    _, item = _had(log, until)
+    _, item = items_by_user(log, until)
     users_of = np.bincount(item, minlength=len(log.items))
     kept = np.flatnonzero((users_of >= LEAST_USERS) | (np.abs(text).sum(axis=1) > 0))
     row = np.zeros(len(log.items), np.int64)
@@ -60,7 +60,7 @@ def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Re
     # 2. At each cut, who goes with whom by what was known then.
     slices = []
     for cut in _cuts(log, until):
-        user, item = _had(log, cut)
+        user, item = items_by_user(log, cut)
         slices.append(_slice(cut, user, row[item], len(kept) + 1))
     text_IE = np.concatenate([np.zeros((1, text.shape[1]), np.float32), text[kept]])
     ids = log.items.take(pa.array(kept)).cast(arrow_type(contract.item.dtype))
@@ -79,7 +79,7 @@ def _cuts(log: HistoryLog, until: int) -> list[int]:
     return [*sorted(cuts), until]
 
 
-def _had(log: HistoryLog, cut: int) -> tuple[np.ndarray, np.ndarray]:
+def items_by_user(log: HistoryLog, cut: int) -> tuple[np.ndarray, np.ndarray]:
     """User and item of each pair with an event of the first action that was known by then, each once; of a sample of
     users where all have too many pairs of items.
     """

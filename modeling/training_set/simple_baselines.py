@@ -11,6 +11,8 @@ from feature_repo.contract.arrow import value_codes
 from feature_repo.contract.schema import STAT_WINDOWS_DAYS
 from feature_repo.history.recall import Recall
 from feature_repo.history.sketch import Layout
+from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.relations import RELATION_FEATURES
 from modeling.metrics import defined, mean_ndcg
 from modeling.training_set.dataset import JoinedRequests
 
@@ -20,6 +22,11 @@ TREES = "trees"
 POPULARITY = "popularity, best window"
 FREQUENCY = "own frequency"
 FADED = "own frequency, fading"
+# Own frequency, items of equal frequency by popularity: personalised popularity (
+# arXiv 2409.04329)
+PERSONAL = "own frequency, then popularity"
+# An item graph that nothing trained (arXiv 2605.07125), one step from the newest events: `near_all` of the relations
+GRAPH = "item graph"
 # Events that own frequencies are counted over, beside all
 NEWEST = (50, 500)
 HALF_LIFE_DAYS = 30.0
@@ -52,7 +59,16 @@ def baseline_scores(joined: JoinedRequests, visible: int | None = None) -> dict[
         name = "" if newest == visible else f", last {newest}"
         found[FREQUENCY + name] = counts.counts_NCK[:, 0, 0]
         found[FADED + name] = counts.counts_NCK[:, 0, 1]
-    return {name: scores.astype(np.float32) for name, scores in found.items()}
+    popularity = found[f"{_WINDOW}count_total"]
+    # Below 1, so that it decides between equal frequencies alone
+    found[PERSONAL] = found[FREQUENCY] + popularity / (1 + popularity.max(initial=0))
+    return {name: scores.astype(np.float64) for name, scores in found.items()}
+
+
+def graph_scores(encoder: Encoder, encoded: Encoded) -> np.ndarray:
+    """How near each candidate is to the history along the item graph; 0 where nothing is known."""
+    column = list(encoder.dense_names).index(RELATION_FEATURES[0])
+    return np.nan_to_num(np.asarray(encoded.candidate_dense)[:, column])
 
 
 def baselines_of(

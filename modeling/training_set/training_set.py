@@ -36,7 +36,7 @@ from modeling.inputs.augment import encoder_of
 from modeling.inputs.columns import Index
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.relations import RELATIONS, Relations, read_relations, write_relations
-from modeling.inputs.shards import MANIFEST, open_shards, write_shard
+from modeling.inputs.shards import MANIFEST, Rows, open_shards, write_shard
 from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
 from modeling.training_set.dataset import (
     SPLITS,
@@ -49,7 +49,7 @@ from modeling.training_set.dataset import (
 from modeling.training_set.item_relations import fit_relations
 from modeling.training_set.never_had import Sales, never_had_examples
 from modeling.training_set.sample import WHOLE, Sample
-from modeling.training_set.simple_baselines import baseline_scores
+from modeling.training_set.simple_baselines import GRAPH, baseline_scores, graph_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +92,7 @@ class Period:
         history_lengths: events known before each request.
         baselines: scores of all candidates that need no training, by name; none of the training
             period.
+        relation_rows: row of the relations of each candidate.
     """
 
     encoded: Encoded
@@ -99,6 +100,7 @@ class Period:
     log_rows: np.ndarray
     history_lengths: np.ndarray
     baselines: dict[str, np.ndarray]
+    relation_rows: Rows
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class TrainingSet:
             )
         names = [key for key in candidates if key.startswith(BASELINE)]
         baselines = {key.removeprefix(BASELINE): np.asarray(candidates[key]) for key in names}
-        return Period(encoded, np.asarray(requests["user"]), rows, lengths, baselines)
+        users = np.asarray(requests["user"])
+        return Period(encoded, users, rows, lengths, baselines, candidates["relation"])
 
     def describe(self) -> str:
         """The dataset and its counts in a line."""
@@ -358,7 +361,10 @@ def _encode(
         for number, path in enumerate(paths):
             asked = assembled(warehouse, read_joined(path), options)
             encoded = encoder.featurise(asked.requests)
-            baselines = {} if split == "train" else baseline_scores(asked, options.sample.visible)
+            baselines: dict[str, np.ndarray] = {}
+            if split != "train":
+                graph = graph_scores(encoder, encoded)
+                baselines = {**baseline_scores(asked, options.sample.visible), GRAPH: graph}
             names = asked.users.to_pylist()
             _write_encoded(
                 folder,
@@ -367,6 +373,7 @@ def _encode(
                 asked,
                 np.array([users.setdefault(name, len(users)) for name in names], np.int64),
                 baselines,
+                encoder.relations.rows_of(asked.requests.items)[asked.requests.candidate_keys],
             )
             counts["requests"] += len(encoded)
             counts["candidates"] += len(encoded.candidate_item)
@@ -382,6 +389,7 @@ def _write_encoded(
     asked: JoinedRequests,
     users: np.ndarray,
     baselines: dict[str, np.ndarray],
+    relation_rows: np.ndarray,
 ) -> None:
     """A shard of requests, and one of their candidates."""
     requests = {
@@ -400,6 +408,7 @@ def _write_encoded(
         "category": encoded.candidate_category,
         "dense": encoded.candidate_dense,
         "labels": encoded.labels,
+        "relation": relation_rows.astype(np.int32),
     }
     candidates |= {f"{BASELINE}{key}": scores for key, scores in baselines.items()}
     write_shard(folder / name.format("requests"), requests)

@@ -207,11 +207,11 @@ def test_of_too_many_pairs_users_are_sampled(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     until = iso_micros(warehouse.contract.spec.requests.validation_from)
-    whole, _ = item_relations._had(warehouse.log, until)
+    whole, _ = item_relations.items_by_user(warehouse.log, until)
     number = np.bincount(whole).astype(float)
     most = int((number**2).sum()) // 3
     monkeypatch.setattr(item_relations, "MOST_PAIRS", most)
-    users, _ = item_relations._had(warehouse.log, until)
+    users, _ = item_relations.items_by_user(warehouse.log, until)
     kept = np.bincount(users, minlength=len(number))
     # Whole users
     assert ((kept == 0) | (kept == number)).all()
