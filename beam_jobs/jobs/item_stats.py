@@ -73,34 +73,36 @@ class _Spans:
 
 @dataclass(frozen=True)
 class _Changes:
-    """By how much sums change at midnights.
+    """By how much sums change at midnights: a row for each item, midnight and sum, not one for all sums.
 
     Args:
-        delta: sums × changes.
+        sum: number of the sum.
+        by: how much it changes, int64.
     """
 
     item: np.ndarray
     when: np.ndarray
-    delta: np.ndarray
+    sum: np.ndarray
+    by: np.ndarray
 
     @staticmethod
-    def of(item: np.ndarray, when: np.ndarray, rows: dict[int, np.ndarray], sums: int) -> _Changes:
-        """Changes of some rows of all sums."""
-        delta = np.zeros((sums, len(item)), np.int64)
-        for row, values in rows.items():
-            delta[row] = values
-        return _Changes(item, when, delta)
+    def of(item: np.ndarray, when: np.ndarray, number: int, by: np.ndarray | int) -> _Changes:
+        """Changes of one sum."""
+        return _Changes(
+            item, when, np.full(len(item), number, np.int8), np.broadcast_to(by, len(item))
+        )
 
     @staticmethod
     def joined(parts: Sequence[_Changes]) -> _Changes:
         return _Changes(
             np.concatenate([part.item for part in parts]),
             np.concatenate([part.when for part in parts]),
-            np.concatenate([part.delta for part in parts], axis=1),
+            np.concatenate([part.sum for part in parts]),
+            np.concatenate([part.by for part in parts]),
         )
 
     def take(self, chosen: np.ndarray) -> _Changes:
-        return _Changes(self.item[chosen], self.when[chosen], self.delta[:, chosen])
+        return _Changes(self.item[chosen], self.when[chosen], self.sum[chosen], self.by[chosen])
 
 
 def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Table:
@@ -128,21 +130,24 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     windows = 1 + len(STAT_WINDOWS_DAYS)
     sums = 2 * windows + 4
     held = spans.take(primary)
-    parts = [
-        *_windowed(held, 0, sums),
-        *_windowed(_holders(held, users[primary]), windows, sums),
-        *_whole(spans.take(other), {2 * windows: np.ones(int(other.sum()), np.int64)}, sums),
-    ]
     values = stat_values(contract, events)
     there = primary & values.there
+    valued = spans.take(there)
     value = Exact.of(values.numbers[there])
-    valued = {2 * windows + 1: np.ones(int(there.sum()), np.int64)}
-    parts += _whole(spans.take(there), valued | {sums - 2: value.high, sums - 1: value.low}, sums)
-    changes = _Changes.joined(parts)
+    changes = _Changes.joined(
+        [
+            *_windowed(held, 0),
+            *_windowed(_holders(held, users[primary]), windows),
+            *_whole(spans.take(other), 2 * windows, 1),
+            *_whole(valued, 2 * windows + 1, 1),
+            *_whole(valued, 2 * windows + 2, value.high),
+            *_whole(valued, 2 * windows + 3, value.low),
+        ]
+    )
     if as_of is not None:
         changes = changes.take(changes.when * MICROS_PER_DAY <= as_of)
     # 3. Sums become means, and counts the columns of the table.
-    owner, when, counts = _running(changes)
+    owner, when, counts = _running(changes, sums)
     number = counts[-3]
     mean = np.where(
         number > 0, Exact(counts[-2], counts[-1]).floats() / np.maximum(number, 1), np.nan
@@ -160,31 +165,26 @@ def stat_rows(contract: Contract, events: pa.Table, as_of: int | None) -> pa.Tab
     return pa.table(columns, schema=arrow_schema(contract.table("item_stats")))
 
 
-def _whole(spans: _Spans, rows: dict[int, np.ndarray], sums: int) -> list[_Changes]:
-    """Changes of some sums: what spans add from their start, and take away at their end."""
+def _whole(spans: _Spans, number: int, by: np.ndarray | int) -> list[_Changes]:
+    """Changes of a sum: what spans add from their start, and take away at their end."""
+    added = _Changes.of(spans.item, spans.start, number, by)
     ends = np.flatnonzero(spans.end != FAR)
-    lost = {row: -values[ends] for row, values in rows.items()}
-    return [
-        _Changes.of(spans.item, spans.start, rows, sums),
-        _Changes.of(spans.item[ends], spans.end[ends], lost, sums),
-    ]
+    return [added, _Changes.of(spans.item[ends], spans.end[ends], number, -added.by[ends])]
 
 
-def _windowed(spans: _Spans, first: int, sums: int) -> list[_Changes]:
+def _windowed(spans: _Spans, first: int) -> list[_Changes]:
     """How many spans there are, and how many whose day lies within each window: it leaves at the end of its days, unless
     it ends before, and never enters one whose days are over when it starts.
 
     Args:
         first: sum of all; those of the windows come behind.
     """
-    parts = _whole(spans, {first: np.ones(len(spans.item), np.int64)}, sums)
+    parts = _whole(spans, first, 1)
     for number, days in enumerate(STAT_WINDOWS_DAYS, first + 1):
         leaves = np.minimum(spans.midnight + days, spans.end)
         within = np.flatnonzero(leaves > spans.start)
-        some = spans.take(within)
-        one = np.ones(len(within), np.int64)
-        parts.append(_Changes.of(some.item, some.start, {number: one}, sums))
-        parts.append(_Changes.of(some.item, leaves[within], {number: -one}, sums))
+        parts.append(_Changes.of(spans.item[within], spans.start[within], number, 1))
+        parts.append(_Changes.of(spans.item[within], leaves[within], number, -1))
     return parts
 
 
@@ -235,22 +235,22 @@ def _firsts(spans: _Spans) -> _Spans:
     return _Spans(spans.item[:1].repeat(int(held.sum())), start[held], end[held], day[change][held])
 
 
-def _running(changes: _Changes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _running(changes: _Changes, sums: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Items, midnights and sums of each row at which a sum changes."""
     order = np.lexsort((changes.when, changes.item))
-    changes = changes.take(order)
-    item, when = changes.item, changes.when
-    first = np.flatnonzero(np.r_[True, (np.diff(item) != 0) | (np.diff(when) != 0)][: len(when)])
+    item, when = changes.item[order], changes.when[order]
+    new = np.r_[True, (np.diff(item) != 0) | (np.diff(when) != 0)][: len(when)]
+    first = np.flatnonzero(new)
+    step = np.zeros((sums, len(first)), np.int64)
     if not len(first):
-        return item, when, changes.delta
+        return item, when, step
+    # Whole numbers, so that sums are exact whatever their order
+    np.add.at(step, (changes.sum[order], np.cumsum(new) - 1), changes.by[order])
     # Running sums across all items, less what stood before each item's first row.
-    step = np.add.reduceat(changes.delta, first, axis=1)
     running = np.cumsum(step, axis=1)
     owner = item[first]
     item_first = np.flatnonzero(np.r_[True, np.diff(owner) != 0])
-    base = np.concatenate(
-        [np.zeros((len(running), 1), np.int64), running[:, item_first[1:] - 1]], axis=1
-    )
+    base = np.concatenate([np.zeros((sums, 1), np.int64), running[:, item_first[1:] - 1]], axis=1)
     counts = running - np.repeat(base, np.diff(np.r_[item_first, len(owner)]), axis=1)
     # What comes and goes on one midnight is no change.
     kept = step.any(axis=0)

@@ -172,6 +172,9 @@ def _wrong_memory(spec: DatasetSpec) -> Iterator[str]:
             yield f"memory.pairs has {pair}; expected two different categories among memory.by, of {single}"
     if len(set(map(frozenset, memory.pairs))) < len(memory.pairs):
         yield f"memory.pairs are {memory.pairs}; name each pair once"
+    for pair in memory.pairs:
+        if "_".join(pair) in memory.by:
+            yield f"memory.pairs has {pair}, whose name {'_'.join(pair)!r} is a column of memory.by: rename the column"
     if not all(0 < days < math.inf for days in memory.half_lives_days):
         yield f"memory.half_lives_days is {memory.half_lives_days}; expected days, each more than 0"
     if not 1 <= memory.kibibytes <= 1024:

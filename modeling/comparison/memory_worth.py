@@ -30,6 +30,7 @@ from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
 from modeling.claims import difference
 from modeling.console import say
+from modeling.errors import DataError
 from modeling.evaluation.classic import QUICK_TREES, Classic, classic_scores
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.shards import read_shard, write_shard
@@ -151,7 +152,7 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
 
     Raises:
         TableNotBuiltError: a Beam job has not run.
-        DataError: a period has no positive.
+        DataError: a period has no positive, or the test period too few.
     """
     from feature_repo.store.store import open_store
 
@@ -168,6 +169,13 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
                 write_shard(about, _about_requests(warehouse, opened))
             _measure_runs(opened, missing, folder)
     # 2. What it comes to.
+    positives = read_shard(about)
+    number = len(np.unique(positives["request"][positives["labels"] == 1]))
+    if number < LEAST:
+        raise DataError(
+            f"the test period has {number} requests with a positive, too few to say anything of {LEAST} or more: move test_from "
+            f"({warehouse.contract.spec.requests.test_from}) to an earlier time in the dataset module"
+        )
     scores = {run: read_shard(folder / run.file) for run in _runs(lengths)}
     return _decided(warehouse, read_shard(about), scores, sample)
 
@@ -210,15 +218,15 @@ def _runs(lengths: Sequence[int | None]) -> list[_Run]:
 def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
     """So many requests at most, evenly spread; of each user few, where a few users have most of them."""
     found = JobFolder(settings.home, "training_examples").require().counts
-    train, test = most
-    every = (
-        max(1, round(found["requests_train"] / train)),
-        max(1, round(found["requests_test"] / test)),
-    )
     users = JobFolder(settings.home, "user_history").require().counts["users"]
     # More than the cap on average: then some have far more.
     capped = found["requests_train"] > OF_USER * max(users, 1)
-    return Sample(every=(1, 1) if capped else every, of_user=OF_USER if capped else None)
+    left = {
+        period: min(found[f"requests_{period}"], OF_USER * users if capped else np.inf)
+        for period in ("train", "test")
+    }
+    every = tuple(max(1, round(left[period] / n)) for period, n in zip(left, most, strict=True))
+    return Sample(every=(every[0], every[1]), of_user=OF_USER if capped else None)
 
 
 def _about_requests(warehouse: Warehouse, opened: Lengths) -> dict[str, np.ndarray]:
@@ -228,7 +236,7 @@ def _about_requests(warehouse: Warehouse, opened: Lengths) -> dict[str, np.ndarr
     names = list(opened.encoder.dense_names)
     number = primary_number(warehouse.contract.spec)
     sizes = np.diff(joined.requests.candidate_offsets)
-    _, users = np.unique(joined.log_rows, return_inverse=True)
+    users = joined.users.dictionary_encode().indices.to_numpy()
     days = np.asarray(encoded.dense_BG)[:, list(opened.encoder.user_dense_names).index("days_ago")]
     dense = np.asarray(encoded.candidate_dense)
     ever = dense[:, names.index("life_item_days_ago")]
@@ -371,7 +379,7 @@ def _worths(
     scores: Mapping[int | None, np.ndarray],
 ) -> Iterator[Worth]:
     """The worth of a history on candidates of a kind; nothing where they are too few."""
-    if not chosen.any():
+    if not (chosen & ~np.isnan(about["labels"])).any():
         return
     sums = {length: _sums(about, found, chosen) for length, found in scores.items()}
     requests = int(sums[None]["ndcg@10"].weight.sum())

@@ -60,9 +60,10 @@ def _steps(relations: Relations) -> Any:
     from scipy import sparse
 
     [one] = relations.newest().slices
-    items, most = one.neighbours_IK.shape
+    items = len(relations.ids) + 1
+    most = one.neighbours_IK.shape[1]
     there = one.neighbours_IK.ravel() > 0
-    rows = np.arange(items).repeat(most)[there]
+    rows = np.arange(len(one.neighbours_IK)).repeat(most)[there]
     strengths = one.strengths_IK.ravel()[there].astype(np.float32)
     total = np.bincount(rows, strengths, items)
     return sparse.csr_matrix(

@@ -30,6 +30,8 @@ RELATION_FEATURES = (
 )
 # File beside a run, a training set, in a bundle
 RELATIONS = "relations.arrow"
+# Fields of a slice that are columns there
+SLICE_COLUMNS = ("neighbours_IK", "strengths_IK", "vectors_ID")
 # A time before all others
 ALWAYS = np.iinfo(np.int64).min
 
@@ -40,7 +42,7 @@ class Slice:
 
     Args:
         known_from: microseconds; requests from then on may read it.
-        neighbours_IK: rows of items; 0 where there are fewer.
+        neighbours_IK: rows of items; 0 where there are fewer. Items behind the last row have none.
         strengths_IK: float32.
         vectors_ID: float32, of length 1; zeros of an item without neighbours.
     """
@@ -107,13 +109,17 @@ class Relations:
         asked = candidates[known]
         now = [one for one in self.slices if one.known_from <= time][-1:]
         for one in now:
-            there = np.zeros(len(one.neighbours_IK), np.float32)
-            there[rows] = 1
-            strengths = there[one.neighbours_IK[asked]] * one.strengths_IK[asked]
+            # Row 0, which has no neighbour, stands for items behind the last.
+            many = len(one.neighbours_IK)
+            own = np.where(asked < many, asked, 0)
+            others = np.where(rows < many, rows, 0)
+            there = np.zeros(many, np.float32)
+            there[others] = 1
+            there[0] = 0
+            strengths = there[one.neighbours_IK[own]] * one.strengths_IK[own]
             found[known, 0] = np.log1p(strengths.sum(axis=1))
             found[known, 1] = np.log1p(strengths.max(axis=1, initial=0))
-            taste = one.vectors_ID[rows].mean(axis=0)
-            found[known, 2] = one.vectors_ID[asked] @ taste
+            found[known, 2] = one.vectors_ID[own] @ one.vectors_ID[others].mean(axis=0)
         if self.text_IE.shape[1]:
             # An item is like itself; what matters is which others are.
             alike = self.text_IE[asked] @ self.text_IE[rows].T
@@ -123,13 +129,10 @@ class Relations:
 
     def to_bytes(self) -> bytes:
         """As an Arrow file; equal relations give equal bytes."""
-        columns: dict[str, pa.Array] = {"id": self.ids, "text": _lists(self.text_IE)}
+        columns: dict[str, pa.Array] = {"id": self.ids, "text": _lists(self.text_IE, len(self.ids))}
         for number, one in enumerate(self.slices):
-            columns |= {
-                f"neighbours_{number}": _lists(one.neighbours_IK),
-                f"strengths_{number}": _lists(one.strengths_IK),
-                f"vectors_{number}": _lists(one.vectors_ID),
-            }
+            for name in SLICE_COLUMNS:
+                columns[f"{name}_{number}"] = _lists(getattr(one, name), len(self.ids))
         times = ",".join(str(one.known_from) for one in self.slices)
         table = pa.table(columns).replace_schema_metadata({"known_from": times})
         sink = io.BytesIO()
@@ -158,28 +161,25 @@ def read_relations(path: Path) -> Relations:
     if times is None or table.column_names[:2] != ["id", "text"]:
         raise ValueError(f"{path} holds no relations of items")
     slices = [
-        Slice(
-            int(time),
-            _rows(table[f"neighbours_{number}"]),
-            _rows(table[f"strengths_{number}"]),
-            _rows(table[f"vectors_{number}"]),
-        )
+        Slice(int(time), *(_rows(table[f"{name}_{number}"]) for name in SLICE_COLUMNS))
         for number, time in enumerate(filter(None, times.decode().split(",")))
     ]
     return Relations(table["id"].combine_chunks(), _rows(table["text"]), slices)
 
 
-def _lists(rows: np.ndarray) -> pa.Array:
-    """All rows but that of the unknown item; rows of no number are null."""
+def _lists(rows: np.ndarray, items: int) -> pa.Array:
+    """All rows but that of the unknown item; null behind the last, and where a row has no number."""
     if not rows.shape[1]:
-        return pa.nulls(len(rows) - 1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows[1:].ravel()), rows.shape[1])
+        return pa.nulls(items)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(rows[1:].ravel()), rows.shape[1])
+    return pa.concat_arrays([lists, pa.nulls(items - len(lists), lists.type)])
 
 
 def _rows(column: pa.ChunkedArray) -> np.ndarray:
     lists = column.combine_chunks()
     if pa.types.is_null(lists.type):
         return np.zeros((len(lists) + 1, 0), np.float32)
+    lists = lists.slice(0, len(lists) - lists.null_count)
     width = lists.type.list_size
     values = lists.flatten().to_numpy().reshape(len(lists), width)
     return np.concatenate([np.zeros((1, width), values.dtype), values])

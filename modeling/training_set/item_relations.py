@@ -1,23 +1,26 @@
 """Relations of items, fitted on what lies before the validation period: who goes with whom by the histories of all
 users, slice by slice of time, and what the words of items say.
 
+Texts are as they were known by the validation period, whatever the time of a training request: words say nothing of
+what came of it.
+
 A request must not read what came of itself: a pair of items that one user had counts for little among many users, and
 for much among few. So requests of a slice of the training period read what was known before it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_repo.contract.arrow import arrow_type, iso_micros
+from feature_repo.contract.arrow import arrow_type, iso_micros, micros
 from feature_repo.contract.contract import Contract
-from feature_repo.contract.schema import EVENT_TIMESTAMP, DType
+from feature_repo.contract.key_index import KeyIndex
+from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, DType
 from feature_repo.history.history import HistoryLog
 from modeling.inputs.relations import Relations, Slice
 
@@ -40,7 +43,8 @@ BLOCK = 4_096
 EVENTS = 1 << 22
 # Of the largest singular value
 FAINTEST = 1e-6
-WORD = re.compile(r"[^\W_]+")
+# Between two words
+NO_WORD = r"[^\pL\pN]+"
 
 
 def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Relations:
@@ -54,14 +58,20 @@ def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Re
     text = _text_vectors(contract, profiles, log.items, until)
     _, item = items_by_user(log, until)
     users_of = np.bincount(item, minlength=len(log.items))
-    kept = np.flatnonzero((users_of >= LEAST_USERS) | (np.abs(text).sum(axis=1) > 0))
+    together = np.flatnonzero(users_of >= LEAST_USERS)
+    described = np.flatnonzero((users_of < LEAST_USERS) & text.any(axis=1))
+    # Those that may have neighbours stand first: slices hold nothing of the others.
+    kept = np.r_[together, described]
     row = np.zeros(len(log.items), np.int64)
     row[kept] = np.arange(1, len(kept) + 1)
     # 2. At each cut, who goes with whom by what was known then.
     slices = []
     for cut in _cuts(log, until):
         user, item = items_by_user(log, cut)
-        slices.append(_slice(cut, user, row[item], len(kept) + 1))
+        place = row[item]
+        slices.append(
+            _slice(cut, user, np.where(place > len(together), 0, place), len(together) + 1)
+        )
     text_IE = np.concatenate([np.zeros((1, text.shape[1]), np.float32), text[kept]])
     ids = log.items.take(pa.array(kept)).cast(arrow_type(contract.item.dtype))
     return Relations(ids, text_IE, slices)
@@ -196,34 +206,23 @@ def _text_vectors(
     from scipy import sparse
     from scipy.sparse.linalg import svds
 
-    names = [
-        c.name for c in contract.spec.item_features if c.dtype in (DType.STRING, DType.STRING_LIST)
+    columns = [
+        c for c in contract.spec.item_features if c.dtype in (DType.STRING, DType.STRING_LIST)
     ]
     nothing = np.zeros((len(items), 0), np.float32)
-    if not names:
-        return nothing
     # 1. The words of each item, each once.
-    known = profiles.filter(pc.less(profiles[EVENT_TIMESTAMP].cast(pa.int64()), until))
-    place = pc.index_in(known[contract.item.join_key].combine_chunks(), items)
-    words: dict[str, int] = {}
-    pairs = set[tuple[int, int]]()
-    for at, *texts in zip(
-        place.to_pylist(), *(known[name].to_pylist() for name in names), strict=True
-    ):
-        if at is None:
-            continue
-        for text in texts:
-            joined = text if isinstance(text, str) else " ".join(text or [])
-            pairs |= {
-                (at, words.setdefault(word, len(words))) for word in WORD.findall(joined.lower())
-            }
-    rows, columns = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+    made = np.maximum(micros(profiles[EVENT_TIMESTAMP]), micros(profiles[CREATED_TIMESTAMP]))
+    known = profiles.filter(pa.array(made < until))
+    place = KeyIndex(items).places(known[contract.item.join_key])
+    rows, words, number_of_words = _words_of(known, [c.name for c in columns], place)
     # 2. Words of two items or more, the rarer the heavier.
-    items_of = np.bincount(columns, minlength=len(words))
-    shared = items_of[columns] > 1
+    items_of = np.bincount(words, minlength=number_of_words)
+    shared = items_of[words] > 1
+    if not shared.any():
+        return nothing
     weight = np.log((1 + len(items)) / (1 + items_of)) + 1
     matrix = sparse.csr_matrix(
-        (weight[columns[shared]], (rows[shared], columns[shared])), shape=(len(items), len(words))
+        (weight[words[shared]], (rows[shared], words[shared])), shape=(len(items), number_of_words)
     )
     number = min(TEXT_WIDTH, min(matrix.shape) - 1)
     if number < 1:
@@ -236,3 +235,35 @@ def _text_vectors(
     # Fewer directions than were asked for: the rest is rounding.
     told = values > FAINTEST * values.max()
     return _unit(left[:, told] * values[told])
+
+
+def _words_of(
+    table: pa.Table, names: Sequence[str], place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Item and word of each pair, each once, and how many words there are.
+
+    Args:
+        names: of the columns, texts or lists of texts.
+        place: of each row's item; -1 for none.
+    """
+    owners = [np.zeros(0, np.int64)]
+    spelt = [pa.array([], pa.string())]
+    for name in names:
+        texts = table[name].combine_chunks()
+        owner = place
+        if pa.types.is_list(texts.type):
+            owner = place[pc.list_parent_indices(texts).to_numpy()]
+            texts = pc.list_flatten(texts)
+        parts = pc.split_pattern_regex(pc.fill_null(pc.utf8_lower(texts), ""), NO_WORD)
+        owners.append(owner[pc.list_parent_indices(parts).to_numpy()])
+        spelt.append(pc.list_flatten(parts))
+    owner = np.concatenate(owners)
+    coded = pa.concat_arrays(spelt).dictionary_encode()
+    word = coded.indices.to_numpy()
+    # What lies between two marks may be nothing.
+    some = (owner >= 0) & ~np.isin(
+        word, np.flatnonzero(pc.equal(coded.dictionary, "").to_numpy(zero_copy_only=False))
+    )
+    number = len(coded.dictionary)
+    pairs = np.unique(owner[some] * max(number, 1) + word[some])
+    return pairs // max(number, 1), pairs % max(number, 1), number

@@ -88,12 +88,21 @@ def never_had_examples(
     positive = pc.fill_null(pc.equal(label, 1), False).to_numpy(zero_copy_only=False) & (
         places >= 0
     )
+    # Of several tasks: no item that came to anything in a request is drawn as its negative.
+    anything = np.logical_or.reduce(
+        [
+            pc.fill_null(pc.equal(examples[name], 1), False).to_numpy(zero_copy_only=False)
+            for name in contract.labels
+        ]
+    )
+    anything &= places >= 0
     seeds = hash_keys(users)
     # 2. Of each request the positives that stay, and negatives beside them.
     chosen: dict[int, _Chosen] = {}
     taken = np.zeros(len(sales.items), bool)
     for request, now in sales.at(times):
         own = np.arange(starts[request], ends[request])
+        acted = places[own[anything[own]]]
         own = own[positive[own]]
         history = log.gather(rows[[request]], known[[request]], columns=[], times=times[[request]])
         had = place_of_key[history.item_keys]
@@ -101,10 +110,10 @@ def never_had_examples(
         new = own[~taken[places[own]] & (now[places[own]] > 0)]
         if len(new):
             rng = np.random.default_rng([int(seeds[request]), int(times[request])])
-            taken[places[own]] = True
+            taken[acted] = True
             new = rng.permutation(new)[: protocol.most]
             chosen[request] = _Chosen.of(rng, new, _drawn(rng, now, taken, negatives))
-            taken[places[own]] = False
+            taken[acted] = False
         taken[had[had >= 0]] = False
     return _as_rows(contract, examples, sales.items, chosen)
 

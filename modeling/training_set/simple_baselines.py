@@ -61,7 +61,7 @@ def baseline_scores(joined: JoinedRequests, visible: int | None = None) -> dict[
         found[FADED + name] = counts.counts_NCK[:, 0, 1]
     popularity = found[f"{_WINDOW}count_total"]
     # Below 1, so that it decides between equal frequencies alone
-    found[PERSONAL] = found[FREQUENCY] + popularity / (1 + popularity.max(initial=0))
+    found[PERSONAL] = found[FREQUENCY] + popularity / (1 + popularity)
     return {name: scores.astype(np.float64) for name, scores in found.items()}
 
 

@@ -249,7 +249,7 @@ def _build(
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     fitting = Fitting(warehouse.contract, options.min_item_count)
-    joined = join_periods(warehouse, store, options, folder / "joined", fitting)
+    joined = join_periods(warehouse, store, options, folder / "joined", fitting, SHARD_ROWS)
     relations = relations_of(warehouse)
     encoder = Encoder(warehouse.contract, fitting.found(), 1, relations=relations)
     write_vocabularies(encoder, folder / VOCABULARIES)
@@ -268,7 +268,7 @@ def join_periods(
     options: TrainingSetOptions,
     folder: Path,
     fitting: Fitting,
-    most: int = SHARD_ROWS,
+    most: int,
 ) -> dict[str, list[Path]]:
     """Features as of each request, in pieces on disk; and what the training period says of values.
 
@@ -313,20 +313,31 @@ def join_periods(
 
 
 def relations_of(warehouse: Warehouse) -> Relations:
-    """Relations of items over time, fitted once for all training sets of the same log."""
+    """Relations of items over time, fitted once for all training sets of the same log.
+
+    Raises:
+        RunError: another process fits them.
+    """
     tables = {job: warehouse.manifests[job].run_id for job in ("events", "user_history")}
     code = code_digest("modeling.training_set.item_relations")
     identity = digest_of([tables, warehouse.contract.fingerprint, code])
     path = Path(warehouse.settings.path("relations", f"{identity}.arrow"))
-    if not path.exists():
-        console.print("training set: which items go together", highlight=False)
-        found = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for older in path.parent.glob("*.arrow"):
-            older.unlink(missing_ok=True)
-        with atomic_write(path) as draft:
-            write_relations(found, draft)
-    return read_relations(path)
+    try:
+        with locked(path.parent):
+            if path.exists():
+                return read_relations(path)
+            console.print("training set: which items go together", highlight=False)
+            found = fit_relations(warehouse.contract, warehouse.log, warehouse.profiles())
+            with atomic_write(path) as draft:
+                write_relations(found, draft)
+            for other in path.parent.glob("*.arrow"):
+                if other != path:
+                    other.unlink()
+            return found
+    except BlockingIOError as error:
+        raise RunError(
+            f"another process fits the relations of items in {path.parent}: wait for it"
+        ) from error
 
 
 def _pieces(

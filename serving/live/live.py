@@ -21,6 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from feature_repo import datasets
 from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
@@ -145,7 +148,9 @@ class BundleSource:
         items_of = FeastReader(
             store_of_items, contract, service, now=lambda: end or datetime.now(UTC)
         )
-        known = bundle.encoder.items.values.to_pylist()
+        # Without the tables, every item that training knew anything of: shares are of all of their events.
+        ids = pa.concat_arrays([bundle.encoder.items.values, bundle.encoder.relations.ids])
+        known = pc.unique(ids).to_pylist()
 
         from_tables = False
 

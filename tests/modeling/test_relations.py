@@ -71,7 +71,7 @@ def test_strengths_are_those_of_plain_counting(
         for own in users:
             for pair in combinations(sorted(own), 2):
                 together[frozenset(pair)] = together.get(frozenset(pair), 0) + 1
-        for place in range(0, len(ids), 5):
+        for place in range(0, len(one.neighbours_IK) - 1, 5):
             others, strengths = one.neighbours_IK[place + 1], one.strengths_IK[place + 1]
             found = {
                 ids[row - 1]: s for row, s in zip(others.tolist(), strengths, strict=True) if row
@@ -228,11 +228,23 @@ def test_words_that_two_items_share_make_them_alike(
         {
             "item_id": warehouse.log.items.take(pa.array([0, 1, 2, 3])),
             "event_timestamp": pa.array([0] * 4, pa.timestamp("us", "UTC")),
+            "created_timestamp": pa.array([0] * 4, pa.timestamp("us", "UTC")),
             "description": ["red tea cup", "blue tea cup", "garden gnome", "red garden gnome"],
             "description_tokens": pa.nulls(4, pa.list_(pa.string())),
         }
     )
     text = item_relations._text_vectors(warehouse.contract, profiles, warehouse.log.items, 2**62)
+    later = profiles.set_column(
+        2, "created_timestamp", pa.array([9] * 4, pa.timestamp("us", "UTC"))
+    )
+    assert not item_relations._text_vectors(
+        warehouse.contract, later, warehouse.log.items, 9
+    ).shape[1]
+    # Codes that no two items share say nothing, and stop nothing.
+    alone = profiles.set_column(3, "description", pa.array(["x1", "x2", "x3", None]))
+    assert not item_relations._text_vectors(
+        warehouse.contract, alone, warehouse.log.items, 9
+    ).shape[1]
     alike = text[:4] @ text[:4].T
     assert alike[0, 1] > 0.5 > alike[1, 2]
     assert alike[2, 3] > alike[0, 3] > alike[1, 2]
