@@ -37,6 +37,7 @@ from feature_repo.settings import Settings
 from modeling.errors import DataError
 from modeling.inputs.columns import Index, Vocabulary, event_key, fitted, floats, whole
 from modeling.inputs.encoder import GatherHistories, RequestColumns, events_of
+from modeling.training_set.visible import visible_stats
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -249,7 +250,8 @@ class Warehouse:
 
         Args:
             joined: keys and time, labels, context, and features of users, items and impressions.
-            visible: events before a request that anything may be read of; default: all.
+            visible: events before a request that anything may be read of, statistics of the user
+                among it; default: all.
         """
         contract = self.contract
         log = self.log
@@ -304,9 +306,12 @@ class Warehouse:
         # 3. Columns: once for each request, or for each candidate.
         of_request = (*contract.user_columns, *contract.spec.context_features)
         of_item = (*contract.item_columns, *contract.spec.shown_features)
+        user_columns = {c.name: _stored(joined[c.name], c).take(first) for c in of_request}
+        if visible is not None:
+            user_columns |= visible_stats(log, rows, ends, times, visible)
         requests = RequestColumns(
             times=times,
-            user_columns={c.name: _stored(joined[c.name], c).take(first) for c in of_request},
+            user_columns=user_columns,
             items=items,
             candidate_offsets=offsets,
             candidate_keys=keys,

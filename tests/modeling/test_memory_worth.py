@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from feature_repo.history import user_stats
 from modeling.comparison import memory_worth
 from modeling.comparison.memory_page import kept_rows, recommendation, tell, write_page
 from modeling.comparison.memory_worth import (
@@ -142,9 +143,23 @@ def test_nothing_is_known_of_a_history_of_no_events(shop: Any) -> None:
     with Lengths(shop.settings, shop.store, "ranking_v1", Sample()) as lengths:
         none = lengths.encoded("test", 0)
         names = list(lengths.encoder.dense_names)
+        of_user = list(lengths.encoder.user_dense_names)
+        whole = lengths.requests("test")
+        every = lengths.requests("test", 10_000)
+    user = np.asarray(none.dense_BG)
+    for name in ("tenure_days", "mean_value", "days_ago"):
+        assert np.isnan(user[:, of_user.index(name)]).all()
+    assert (user[:, of_user.index("events")] == 0).all()
+    # As many as there are: the statistics that Feast joins.
+    for name in user_stats.read_names(whole.log.contract):
+        one, other = (
+            found.requests.user_columns[name].to_numpy(zero_copy_only=False)
+            for found in (whole, every)
+        )
+        np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=1e-6)
     dense = np.asarray(none.candidate_dense)
     assert (dense[:, names.index("match_times")] == 0).all()
-    for name in ("life_item_days_ago", "near_all", "near_text"):
+    for name in ("life_item_days_ago", "near_all", "near_text", "value_ratio"):
         assert np.isnan(dense[:, names.index(name)]).all()
     assert (dense[:, names.index("life_item_lift")] == 0)[
         ~np.isnan(dense[:, names.index("count_total")])
