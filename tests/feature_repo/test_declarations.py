@@ -24,6 +24,7 @@ from feature_repo.contract.schema import (
     DType,
     Examples,
     Kind,
+    Memory,
     OwnView,
     Source,
     Task,
@@ -52,6 +53,13 @@ RATED = replace(SPEC.requests, examples=Examples.RATINGS)
 
 def features(*columns: Column) -> dict[str, Any]:
     return {"item_features": (*SPEC.item_features, *columns)}
+
+
+def remembering(by: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    categories = [
+        Column(name, DType.STRING, "", kind=CATEGORY) for name in ("type", "brand", "type_brand")
+    ]
+    return {**features(*categories), "memory": Memory(by, pairs=pairs)}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,17 @@ def features(*columns: Column) -> dict[str, Any]:
         ),
         ({"requests": DRAWN}, "examples of actions want 1 or more"),
         ({"requests": RATED}, "nothing is drawn"),
+        ({"memory": Memory(("description",))}, "memory.by names 'description'"),
+        (remembering(("type", "brand"), (("type", "type"),)), "two different categories"),
+        (remembering(("type",), (("type", "brand"),)), "among memory.by, of ['type']"),
+        (
+            remembering(("type", "brand"), (("type", "brand"), ("brand", "type"))),
+            "name each pair once",
+        ),
+        (
+            remembering(("type", "brand", "type_brand"), (("type", "brand"),)),
+            "'type_brand' is a column of memory.by",
+        ),
     ],
 )
 def test_each_slip_is_named(change: dict[str, Any], says: str) -> None:
