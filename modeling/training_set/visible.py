@@ -26,6 +26,7 @@ def visible_stats(
         times: of the requests, microseconds.
         visible: events that are known at most.
     """
+    # 1. First event, events, other events, mean value of each request; NaN where nothing is known.
     contract = log.contract
     first, events, others, mean = user_stats.read_names(contract)
     value = contract.spec.stat_value
@@ -50,6 +51,7 @@ def visible_stats(
                 total, number, out=np.full(len(lengths), np.nan), where=number > 0
             )
     found[:, rows < 0] = np.nan
+    # 2. As the columns that they stand for.
     types = {c.name: arrow_type(c.dtype) for c in contract.table("user_stats").columns}
     return {
         name: pa.array(values, from_pandas=True).cast(types[name])
