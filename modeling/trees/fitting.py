@@ -14,7 +14,7 @@ from modeling.errors import DataError
 from modeling.inputs.augment import forget, hide
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
-from modeling.trees.columns import TreeColumns, column_names
+from modeling.trees.columns import PLAIN, TreeColumns, column_names
 from modeling.trees.forest import Forest
 
 Objective = Literal["binary", "lambdarank", "rank_xendcg"]
@@ -179,6 +179,13 @@ def fit_forest(
         "seed": seed,
         "verbose": -1,
     }
+    # What counts say of a category's values, trees read as counts: the values themselves are then memorised.
+    counted = {PLAIN.sub("_", f"{column.name}_id") for column in encoder.contract.remembered}
+    names = column_names(encoder)
+    if counted & set(names):
+        parameters["interaction_constraints"] = [
+            [place for place, column in enumerate(names) if column not in counted]
+        ]
     # 1. What each task's label is defined for.
     data = _dataset(parameters, encoder, train, task, ranks, name)
     held_out = _dataset(parameters, encoder, validation, task, ranks, name, data)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightgbm
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import datasets
+from feature_repo.contract.contract import Contract
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder
 from modeling import recipes
@@ -25,9 +27,17 @@ from modeling.errors import DataError, RecipeError
 from modeling.metrics import mean_ndcg
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
+from modeling.training_set.encodings import Encodings
 from modeling.trees.blend import Blend, order_weights, tree_effects, trees_of
-from modeling.trees.columns import column_names
-from modeling.trees.fitting import TreeRows, TreesConfig, calibrated, fit_forests, tree_rows
+from modeling.trees.columns import TreeColumns, column_names
+from modeling.trees.fitting import (
+    TreeRows,
+    TreesConfig,
+    calibrated,
+    fit_forest,
+    fit_forests,
+    tree_rows,
+)
 from modeling.trees.forest import Forest
 from modeling.trees.text import ForestError
 from modeling.trees.trees import Trees
@@ -329,3 +339,26 @@ def bundle_of(catalogue: Catalogue, recipe: str) -> str:
     """Digest of a recipe's bundle."""
     [row] = [one for one in catalogue.bundles("online_retail") if one.recipe == recipe]
     return str(row.digest)
+
+
+def test_trees_read_no_category_that_is_counted(shop: Any) -> None:
+    """Its counts say more, and its values would be memorised; other categories are read."""
+    encodings = Encodings(shop.settings, "ranking_v1")
+    recipe = recipes.load("trees_tiny")
+    encoder = encodings.encoder_of(recipe)
+    rows = tree_rows(encoder, encodings.period(recipe, "train").encoded)
+    # The label, as a category: whoever may read it reads nothing else.
+    place = TreeColumns.of(encoder.sizes).categories[0]
+    name = column_names(encoder)[place]
+    told = rows.rows_NF.copy()
+    told[:, place] = 1 + rows.labels_NT[:, 0]
+    rows = replace(rows, rows_NF=told)
+    config = TreesConfig("binary", num_trees=4, num_leaves=6, smallest_leaf=5)
+    read = {}
+    for counted in ((), (SimpleNamespace(name=name.removesuffix("_id")),)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Contract, "remembered", counted)
+            forest = lightgbm.Booster(model_str=fit_forest(config, encoder, rows, rows, 0, 1))
+        read[bool(counted)] = forest.feature_importance()[place]
+    assert read[False] > 0
+    assert read[True] == 0
