@@ -17,7 +17,14 @@ from modeling.errors import DataError
 from modeling.inputs.augment import ablation_of
 from modeling.inputs.columns import within
 from modeling.inputs.encoder import Encoded, Encoder
-from modeling.trees.fitting import FEWEST, TreesConfig, fit_forest, forest_scores, tree_rows
+from modeling.trees.fitting import (
+    FEWEST,
+    TreesConfig,
+    calibrated,
+    fit_forest,
+    forest_scores,
+    tree_rows,
+)
 from modeling.trees.forest import Forest
 
 if TYPE_CHECKING:
@@ -47,13 +54,13 @@ def classic_scores(
     seed: int,
     trees: TreesConfig = FULL_TREES,
 ) -> np.ndarray:
-    """Scores of all test candidates: logits of the regression, sums of the trees. Columns with hardly any known value
+    """Scores of all test candidates: logits, the trees' by the validation period. Columns with hardly any known value
     are left out and said; where there is nothing to learn from, all scores are 0, which is said too.
 
     Args:
         encoder: says which inputs are withheld.
         train: requests are taken evenly from all of it, up to `MOST_ROWS` candidates of the kind.
-        validation: on which trees stop to grow; the regression has no use for it.
+        validation: on which trees stop to grow and become logits; the regression has no use for it.
         task: number of the label.
 
     Raises:
@@ -83,7 +90,12 @@ def _tree_scores(
         text = fit_forest(config, encoder, rows, held_out, task, seed)
     except DataError:
         return _nothing("trees", test)
-    return forest_scores(Forest(text), encoder, test)
+    forest = Forest(text)
+    # Sums that order requests are no logits yet.
+    scale, shift = calibrated(
+        forest_scores(forest, encoder, validation), held_out.labels_NT[:, task]
+    )
+    return forest_scores(forest, encoder, test) * (scale or 1.0) + shift
 
 
 def _regression_scores(

@@ -204,6 +204,9 @@ def test_a_trained_baseline_learns_from_what_is_not_withheld(made: TrainingSet, 
     for without in ((), ("matches", "user")):
         scores = classic_scores(kind, made.encoder(16, ablated=without), *periods, 0, 1)
         quality[without] = mean_ndcg(labels, scores, test.candidate_offsets)
+        if kind == "trees":
+            # Logits, by a period of as many negatives, whatever order they were fitted to
+            assert abs((1 / (1 + np.exp(-scores))).mean() - labels.mean()) < 0.02
     assert quality[()] > quality["matches", "user"] + 0.05
 
 
