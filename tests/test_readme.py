@@ -109,7 +109,11 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
             assert [line.rsplit("'", 2)[1] for line in said] == ["large_share"]
             continue
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    # Of the jobs that build tables the first stands for all, which one class drives.
+    alike = ("user_history", "item_stats", "training_examples")
     for command in told:
+        if any(f"beam_jobs {job}" in command for job in alike):
+            continue
         if "--runner" in command or "-m modeling" in command and "recipes" not in command:  # noqa: RUF021
             _, *arguments = shlex.split(command)
             arguments = ["vista_tiny" if a == "vista" else a for a in arguments]

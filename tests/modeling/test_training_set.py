@@ -47,7 +47,7 @@ OPTIONS = TrainingSetOptions(
 @pytest.fixture(scope="module")
 def made(shop: Any, monkeypatch_module: pytest.MonkeyPatch) -> TrainingSet:
     """The shop's training set, in many shards."""
-    monkeypatch_module.setattr(training_set, "SHARD_ROWS", 500)
+    monkeypatch_module.setattr(training_set, "SHARD_ROWS", 2_500)
     return open_training_set(shop.settings, shop.store, OPTIONS)
 
 
