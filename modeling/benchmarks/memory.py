@@ -133,8 +133,8 @@ def main() -> None:
     if arguments.part in ("arms", "all"):
         rows += _arms(settings, every, seeds)
     if arguments.part in ("never_had", "all"):
-        once = NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY
-        rows += never_had(settings, once, NeverHad(by=arguments.drawn_by), seeds)
+        thinned = NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY
+        rows += never_had(settings, thinned, NeverHad(by=arguments.drawn_by), seeds)
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
     config = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling.comparison.memory_worth import MOST_LOST, Measured, Worth, recommended
+from modeling.comparison.memory_worth import ALL_REQUESTS, MOST_LOST, Measured, Worth, recommended
 from modeling.console import print_table, say
 from modeling.evaluation.report import BLUE, GREY, Section, plots, png_of, write_sections
 
@@ -16,7 +16,7 @@ METRIC = "ndcg@10"
 
 def tell(measured: Measured) -> None:
     """Print it: what any history is worth, what lengths keep of it, what to do."""
-    whole = _whole(measured)
+    whole = measured.of_all(METRIC)
     say(
         f"Any history over none: {_worth(whole)}, {whole.requests:,} requests of {measured.dataset}."
     )
@@ -36,7 +36,8 @@ def sentences(measured: Measured) -> list[str]:
 
 def recommendation(measured: Measured) -> str:
     """One sentence: a length, a recipe, and tokens or not."""
-    whole = _whole(measured)
+    whole = measured.of_all(METRIC)
+    # A share of what may be nothing would recommend a length by noise.
     if whole.low <= 0:
         return (
             "Recommended: cannot tell. A history is not surely worth anything to these requests "
@@ -60,7 +61,7 @@ def recommendation(measured: Measured) -> str:
 
 def kept_rows(measured: Measured) -> list[list[str]]:
     """For each kind of requests what a history is worth, and the share that each length keeps."""
-    lengths = list(_whole(measured).kept)
+    lengths = list(measured.of_all(METRIC).kept)
     rows = [
         [
             "requests",
@@ -100,7 +101,7 @@ def reader_rows(measured: Measured) -> list[list[str]]:
 
 def write_page(measured: Measured, folder: Path) -> Path:
     """`memory.html`, `memory.md` and the picture; returns the page's path."""
-    whole = _whole(measured)
+    whole = measured.of_all(METRIC)
     sections = [
         Section(
             "What lengths keep",
@@ -123,10 +124,11 @@ def picture(measured: Measured) -> bytes:
     plt = plots()
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     shown = [one for one in measured.worth if one.metric == METRIC and not np.isnan(_last(one))]
-    names = list(_whole(measured).kept)
+    names = list(measured.of_all(METRIC).kept)
     places = np.arange(len(names))
     for one in shown:
-        first = one.kind == "all requests"
+        first = one.kind == ALL_REQUESTS
+        # Users by length are four further lines that cross all others: the table has them.
         if not first and one.kind.startswith("users of"):
             continue
         values = np.array([kept.share for kept in one.kept.values()])
@@ -155,10 +157,6 @@ def picture(measured: Measured) -> bytes:
     if shown:
         axes.legend(frameon=False, fontsize=8)
     return png_of(plt, figure)
-
-
-def _whole(measured: Measured) -> Worth:
-    return next(one for one in measured.worth if (one.kind, one.metric) == ("all requests", METRIC))
 
 
 def _last(one: Worth) -> float:

@@ -10,43 +10,36 @@ over users. What is stored of a length is not measured again.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from feature_repo.atomic import atomic_write
-from feature_repo.contract.arrow import value_codes
-from feature_repo.history.counts import UserCounts
-from feature_repo.history.envelope import Identity
-from feature_repo.history.history import HistoryLog, remembered_name
-from feature_repo.history.sketch import MICROS_PER_DAY, Layout
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
 from modeling.claims import difference
+from modeling.comparison.memory_costs import Trap, bytes_of_users, name_of, traps_of
 from modeling.console import say
 from modeling.errors import DataError
 from modeling.evaluation.classic import QUICK_TREES, Classic, classic_scores
-from modeling.inputs.encoder import Encoded, Encoder
+from modeling.inputs.encoder import Encoded
 from modeling.inputs.shards import read_shard, write_shard
 from modeling.inputs.tasks import primary_number
-from modeling.metrics import PerUser, defined, per_user
+from modeling.metrics import PerUser, per_user
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.training.trainer import Trainer, predict
 from modeling.training.training_run import build_model
+from modeling.training.trees import blended, fit_trees
 from modeling.training_set.dataset import SPLITS, Warehouse
-from modeling.training_set.lengths import Lengths
+from modeling.training_set.lengths import Lengths, lengths_of
 from modeling.training_set.sample import Sample
 
-if TYPE_CHECKING:
-    from feature_repo.contract.contract import Contract
-
 METRICS = ("ndcg@10", "gauc")
+ALL_REQUESTS = "all requests"
 # Newest events that are known; None: all
 LENGTHS: tuple[int | None, ...] = (0, 10, 50, 200, 500, None)
 QUICK_LENGTHS: tuple[int | None, ...] = (0, 10, 50, None)
@@ -62,7 +55,6 @@ LEAST = 50
 # Of what any history is worth, a recommended length may lose so much
 MOST_LOST = 0.1
 RESAMPLES = 1_000
-READERS = ("trees", "regression", "trees and a network")
 # A network that reads every event there is
 NETWORK = Recipe(
     "memory_network",
@@ -110,14 +102,6 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class Trap:
-    """Something in a log that makes lengths mislead."""
-
-    name: str
-    says: str
-
-
-@dataclass(frozen=True)
 class Measured:
     """All that is measured.
 
@@ -138,10 +122,9 @@ class Measured:
     median_events: float
     traps: list[Trap]
 
-
-def name_of(length: int | None) -> str:
-    """A length as tables spell it."""
-    return "all" if length is None else "none" if length == 0 else f"{length:,}"
+    def of_all(self, metric: str) -> Worth:
+        """The worth of a history on all requests."""
+        return next(one for one in self.worth if (one.kind, one.metric) == (ALL_REQUESTS, metric))
 
 
 def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
@@ -164,20 +147,20 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
     missing = [run for run in _runs(lengths) if not (folder / run.file).exists()]
     about = folder / "requests.arrow"
     if missing or not about.exists():
-        with Lengths(settings, open_store(settings), SERVICE, sample) as opened:
+        with lengths_of(settings, open_store(settings), SERVICE, sample) as opened:
             if not about.exists():
                 write_shard(about, _about_requests(warehouse, opened))
             _measure_runs(opened, missing, folder)
     # 2. What it comes to.
-    positives = read_shard(about)
-    number = len(np.unique(positives["request"][positives["labels"] == 1]))
+    asked = read_shard(about)
+    number = len(np.unique(asked["request"][asked["labels"] == 1]))
     if number < LEAST:
         raise DataError(
             f"the test period has {number} requests with a positive, too few to say anything of {LEAST} or more: move test_from "
             f"({warehouse.contract.spec.requests.test_from}) to an earlier time in the dataset module"
         )
     scores = {run: read_shard(folder / run.file) for run in _runs(lengths)}
-    return _decided(warehouse, read_shard(about), scores, sample)
+    return _decided(warehouse, asked, scores, sample)
 
 
 def _folder(settings: Settings, warehouse: Warehouse, sample: Sample) -> Path:
@@ -289,23 +272,18 @@ def _scores(opened: Lengths, run: _Run, periods: Mapping[str, Encoded], folder: 
 def _with_network(
     opened: Lengths, periods: Mapping[str, Encoded], folder: Path, seed: int
 ) -> np.ndarray:
-    """A network that reads every event, blended with the trees by the validation period."""
-    from modeling.trees.blend import order_weights
-
+    """A network that reads every event, blended with the trees, as a recipe would have it."""
     train, validation, test = (periods[name] for name in SPLITS)
-    encoder: Encoder = opened.encoder_of(NETWORK.history_length)
-    number = primary_number(encoder.contract.spec)
+    encoder = opened.encoder_of(NETWORK.history_length)
+    training = replace(NETWORK.training, seed=seed)
     network = build_model(NETWORK, encoder, train)
-    Trainer(network, encoder, NETWORK.training, folder / "network", "memory").fit(train, validation)
-    both = {}
-    for name, period in (("validation", validation), ("test", test)):
-        trees = classic_scores(
-            "trees", opened.encoder, train, validation, period, number, seed, QUICK_TREES
-        )
-        both[name] = np.stack([predict(network, encoder, period)[:, number], trees], axis=1)
-    known = defined(np.asarray(validation.labels)[:, number], validation.candidate_offsets)
-    scores = both["validation"].astype(np.float64)[known.rows]
-    return both["test"] @ order_weights(scores, known.labels, known.offsets)
+    trainer = Trainer(network, encoder, training, folder / "network", "memory")
+    summary = trainer.fit(train, validation)
+    trees = fit_trees(asdict(QUICK_TREES), encoder, training, train, validation)
+    both = blended(network, summary, trees, encoder, train, validation)
+    number = primary_number(encoder.contract.spec)
+    found: np.ndarray = predict(both.blend, encoder, test)[:, number]
+    return found
 
 
 def _decided(
@@ -340,7 +318,7 @@ def _decided(
         for metric in METRICS
     }
     # 3. What lengths cost.
-    bytes_of = _bytes_of_users(warehouse.contract, warehouse.log, list(trees))
+    bytes_of = bytes_of_users(warehouse.contract, warehouse.log, list(trees))
     cost = {
         name_of(length): {"ms": float(found["ms"][0]), "bytes": bytes_of[name_of(length)]}
         for length, found in trees.items()
@@ -354,13 +332,13 @@ def _decided(
         {metric: (found.value, found.low, found.high) for metric, found in added.items()},
         cost,
         float(np.median(warehouse.log.lengths)),
-        list(_traps(warehouse.log, about, sample)),
+        list(traps_of(warehouse.log, about["days"], sample)),
     )
 
 
 def _kinds(about: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Kinds of requests, or of candidates: which of all candidates each one asks about, bool."""
-    yield "all requests", np.ones(len(about["labels"]), bool)
+    yield ALL_REQUESTS, np.ones(len(about["labels"]), bool)
     yield "what comes next", about["days"] <= PAUSE_DAYS
     yield "the first after a pause", about["days"] > PAUSE_DAYS
     yield "items not among the newest 50", about["not_lately"] == 1
@@ -430,82 +408,6 @@ def _sums(
     return per_user(about["labels"][chosen], scores[chosen].astype(np.float64), offsets, users)
 
 
-def _bytes_of_users(
-    contract: Contract, log: HistoryLog, lengths: Sequence[int | None], most: int = 200
-) -> dict[str, float]:
-    """Bytes that the median user's events and counts take online, by length."""
-    layout = Layout.of(contract)
-    rows = np.unique(np.linspace(0, len(log.users) - 1, most).astype(np.int64))
-    names = ["action", "event_timestamp", *map(remembered_name, layout.columns[1:])]
-    item_codes = value_codes(log.items)
-    an_event = 4 + 8 * len(contract.history_columns)
-    found: dict[str, list[float]] = {name_of(length): [] for length in lengths}
-    for row in rows.tolist():
-        history = log.gather(np.array([row]), log.lengths[[row]], columns=names)
-        for length in lengths:
-            kept = len(history.times) if length is None else min(length, len(history.times))
-            first = len(history.times) - kept
-            primary = first + np.flatnonzero(history.columns["action"][first:] == 0)
-            counts = UserCounts(layout)
-            codes = [item_codes[history.item_keys], *(history.columns[n] for n in names[2:])]
-            counts.add([c[primary] for c in codes], history.times[primary])
-            identity = Identity(layout.fingerprint, int(history.times.max(initial=0)), 0, kept, 0)
-            packed = min(kept, contract.spec.num_history_online) * an_event
-            found[name_of(length)].append(packed + len(counts.to_bytes(row, identity)))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def _traps(log: HistoryLog, about: Mapping[str, np.ndarray], sample: Sample) -> Iterator[Trap]:
-    """Find what makes a length say something else in this log than it seems to."""
-    rows = np.unique(np.linspace(0, len(log.users) - 1, 2_000).astype(np.int64))
-    history = log.gather(rows, log.lengths[rows], columns=["event_timestamp"])
-    owner = np.repeat(rows, history.lengths)
-    together = (owner[1:] == owner[:-1])[: max(len(owner) - 1, 0)]
-    if not together.any():
-        return
-    # 1. Runs of one item.
-    same = (history.item_keys[1:] == history.item_keys[:-1])[together].mean()
-    if same > 0.1:
-        yield Trap(
-            "runs of one item",
-            f"{same:.0%} of events are of the item before: the newest 50 events are about {50 * (1 - same):.0f} decisions",
-        )
-    # 2. Time behind a length.
-    days = (history.times[1:] - history.times[:-1])[together] / MICROS_PER_DAY
-    yield Trap("days", f"50 events are {50 * days.mean():,.0f} days of a user, on average")
-    # 3. Ties in time.
-    tied = (history.times[1:] == history.times[:-1])[together].mean()
-    if tied > 0.1:
-        yield Trap(
-            "ties in time",
-            f"{tied:.0%} of events have the time of the event before: which of them are the newest follows from the order of the file",
-        )
-    # 4. Few users who have most of the log.
-    lengths = np.sort(log.lengths)[::-1]
-    top = lengths[: max(len(lengths) // 100, 1)].sum() / max(lengths.sum(), 1)
-    if top > 0.2 or sample.of_user:
-        capped = (
-            f"; of each user {sample.of_user} requests at most are looked at"
-            if sample.of_user
-            else ""
-        )
-        yield Trap("few users", f"1 % of the users have {top:.0%} of the events{capped}")
-    # 5. What was known of the same day.
-    today = float((about["days"] < 1).mean())
-    if today > 0.2:
-        yield Trap(
-            "histories of the same day",
-            f"{today:.0%} of the requests have an event of the day before them: see whether it would be known in time",
-        )
-    # 6. A log that arrives late.
-    late = float(np.mean([log.any_late(np.array([row])) for row in rows.tolist()]))
-    if late > 0.01:
-        yield Trap(
-            "late events",
-            f"{late:.0%} of the users have events that arrived late or were corrected",
-        )
-
-
 def write_measured(measured: Measured, path: Path) -> None:
     """All figures as JSON."""
     with atomic_write(path) as draft:
@@ -514,9 +416,7 @@ def write_measured(measured: Measured, path: Path) -> None:
 
 def recommended(measured: Measured, metric: str = "ndcg@10") -> str | None:
     """The shortest length that surely loses at most a tenth of what all events are worth; None: cannot tell."""
-    whole = next(
-        one for one in measured.worth if (one.kind, one.metric) == ("all requests", metric)
-    )
+    whole = measured.of_all(metric)
     if whole.low <= 0:
         return None
     for name, kept in whole.kept.items():

@@ -2,8 +2,9 @@
 
 Neighbours are the items that the same users have more often than chance has it, by positive pointwise mutual
 information (Church and Hanks, 1990; Levy and Goldberg, 2014); vectors are the leading eigenvectors of that matrix;
-text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. They know only what
-lies before the requests that read them: a training set is cut into slices of time, a bundle has the newest.
+text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. Neighbours and their
+vectors know only what lies before the requests that read them: a training set is cut into slices of time, a bundle has
+the newest. Texts are as they were known when training ended.
 """
 
 from __future__ import annotations

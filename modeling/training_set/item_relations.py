@@ -24,8 +24,8 @@ from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, DTy
 from feature_repo.history.history import HistoryLog
 from modeling.inputs.relations import Relations, Slice
 
-# Shares of the events before the validation period at which a slice begins
-SLICES = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+# Shares of the events before the validation period behind which a slice begins; the last begins with that period
+SLICES = (0.15, 0.3, 0.5, 0.7, 0.85)
 # Users of an item, and of a pair of items, without which it is no evidence
 LEAST_USERS = 5
 LEAST_TOGETHER = 3
@@ -56,8 +56,8 @@ def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Re
     until = iso_micros(contract.spec.requests.validation_from)
     # 1. Which items have users or words enough to be a row.
     text = _text_vectors(contract, profiles, log.items, until)
-    _, item = items_by_user(log, until)
-    users_of = np.bincount(item, minlength=len(log.items))
+    by_then = items_by_user(log, until)
+    users_of = np.bincount(by_then[1], minlength=len(log.items))
     together = np.flatnonzero(users_of >= LEAST_USERS)
     described = np.flatnonzero((users_of < LEAST_USERS) & text.any(axis=1))
     # Those that may have neighbours stand first: slices hold nothing of the others.
@@ -67,7 +67,7 @@ def fit_relations(contract: Contract, log: HistoryLog, profiles: pa.Table) -> Re
     # 2. At each cut, who goes with whom by what was known then.
     slices = []
     for cut in _cuts(log, until):
-        user, item = items_by_user(log, cut)
+        user, item = by_then if cut == until else items_by_user(log, cut)
         place = row[item]
         slices.append(
             _slice(cut, user, np.where(place > len(together), 0, place), len(together) + 1)
@@ -85,7 +85,7 @@ def _cuts(log: HistoryLog, until: int) -> list[int]:
     times = times[times < until]
     if not len(times):
         return []
-    cuts = {int(np.quantile(times, share)) for share in SLICES if share < 1}
+    cuts = {int(np.quantile(times, share)) for share in SLICES}
     return [*sorted(cuts), until]
 
 
@@ -206,15 +206,14 @@ def _text_vectors(
     from scipy import sparse
     from scipy.sparse.linalg import svds
 
-    columns = [
-        c for c in contract.spec.item_features if c.dtype in (DType.STRING, DType.STRING_LIST)
-    ]
+    texts = (DType.STRING, DType.STRING_LIST)
+    names = [c.name for c in contract.spec.item_features if c.dtype in texts]
     nothing = np.zeros((len(items), 0), np.float32)
     # 1. The words of each item, each once.
     made = np.maximum(micros(profiles[EVENT_TIMESTAMP]), micros(profiles[CREATED_TIMESTAMP]))
     known = profiles.filter(pa.array(made < until))
     place = KeyIndex(items).places(known[contract.item.join_key])
-    rows, words, number_of_words = _words_of(known, [c.name for c in columns], place)
+    rows, words, number_of_words = _words_of(known, names, place)
     # 2. Words of two items or more, the rarer the heavier.
     items_of = np.bincount(words, minlength=number_of_words)
     shared = items_of[words] > 1

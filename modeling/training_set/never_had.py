@@ -84,18 +84,10 @@ def never_had_examples(
     known = log.number_known(rows, times)
     place_of_key = sales.index.places(log.items)
     places = sales.index.places(examples[item])
-    label = examples[contract.labels[primary_number(contract.spec)]]
-    positive = pc.fill_null(pc.equal(label, 1), False).to_numpy(zero_copy_only=False) & (
-        places >= 0
-    )
+    ones = [_is_one(examples[name]) & (places >= 0) for name in contract.labels]
+    positive = ones[primary_number(contract.spec)]
     # Of several tasks: no item that came to anything in a request is drawn as its negative.
-    anything = np.logical_or.reduce(
-        [
-            pc.fill_null(pc.equal(examples[name], 1), False).to_numpy(zero_copy_only=False)
-            for name in contract.labels
-        ]
-    )
-    anything &= places >= 0
+    anything = np.logical_or.reduce(ones)
     seeds = hash_keys(users)
     # 2. Of each request the positives that stay, and negatives beside them.
     chosen: dict[int, _Chosen] = {}
@@ -116,6 +108,11 @@ def never_had_examples(
             taken[acted] = False
         taken[had[had >= 0]] = False
     return _as_rows(contract, examples, sales.items, chosen)
+
+
+def _is_one(label: pa.ChunkedArray) -> np.ndarray:
+    """Bool; not where a label is undefined."""
+    return pc.fill_null(pc.equal(label, 1), False).to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)

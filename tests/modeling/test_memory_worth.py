@@ -12,6 +12,7 @@ import pytest
 
 from feature_repo.history import user_stats
 from modeling.comparison import memory_worth
+from modeling.comparison.memory_costs import traps_of
 from modeling.comparison.memory_page import kept_rows, recommendation, tell, write_page
 from modeling.comparison.memory_worth import (
     Measured,
@@ -21,7 +22,7 @@ from modeling.comparison.memory_worth import (
     recommended,
 )
 from modeling.training_set.dataset import Warehouse, _capped
-from modeling.training_set.lengths import Lengths
+from modeling.training_set.lengths import lengths_of
 from modeling.training_set.sample import Sample
 
 
@@ -72,7 +73,7 @@ def test_what_is_measured_is_not_measured_again(
     def refuse(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(memory_worth, "Lengths", refuse)
+    monkeypatch.setattr(memory_worth, "lengths_of", refuse)
     again = measure_memory(shop.settings, quick=True)
     assert again.worth == measured.worth
     assert again.readers == measured.readers
@@ -140,7 +141,7 @@ def test_a_network_that_adds_something_asks_for_tokens() -> None:
 
 
 def test_nothing_is_known_of_a_history_of_no_events(shop: Any) -> None:
-    with Lengths(shop.settings, shop.store, "ranking_v1", Sample()) as lengths:
+    with lengths_of(shop.settings, shop.store, "ranking_v1", Sample()) as lengths:
         none = lengths.encoded("test", 0)
         names = list(lengths.encoder.dense_names)
         of_user = list(lengths.encoder.user_dense_names)
@@ -192,11 +193,11 @@ def test_requests_of_one_user_are_capped_evenly(shop: Any) -> None:
 
 def test_traps_are_named_where_they_are(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     warehouse = Warehouse(shop.settings)
-    about = {"days": np.array([0.1, 0.2, 9.0])}
-    found = {trap.name: trap.says for trap in memory_worth._traps(warehouse.log, about, Sample())}
+    days = np.array([0.1, 0.2, 9.0])
+    found = {trap.name: trap.says for trap in traps_of(warehouse.log, days, Sample())}
     # Lines of an invoice share a time, and nobody owns the shop.
     assert "ties in time" in found
     assert "few users" not in found
     assert "67%" in found["histories of the same day"]
-    capped = memory_worth._traps(warehouse.log, about, Sample(of_user=7))
+    capped = traps_of(warehouse.log, days, Sample(of_user=7))
     assert "of each user 7 requests" in {t.name: t.says for t in capped}["few users"]
