@@ -34,7 +34,7 @@ from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, Recipe
 from modeling.training.trainer import predict
-from modeling.training.training_run import build_model, open_run
+from modeling.training.training_run import load_trained, open_run
 from modeling.training_set.encodings import Encodings
 
 METRICS = ("ndcg@10", "gauc", "auc", "log_loss")
@@ -252,12 +252,8 @@ def _ablation(
 def _trained(
     settings: Settings, encodings: Encodings, recipe: Recipe
 ) -> tuple[Ranker, Encoder, Encoded]:
-    from safetensors.torch import load_file
-
-    encoder = encodings.encoder_of(recipe)
-    model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded)
-    folder = open_run(settings, recipe, encodings.sample).folder
-    model.load_state_dict(load_file(folder / "best.safetensors"))
+    model, encoder = load_trained(open_run(settings, recipe, encodings.sample))
+    # Rounding of tokens is compared, not what dropout draws.
     return model.eval(), encoder, encodings.period(recipe, "test").encoded
 
 
