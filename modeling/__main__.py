@@ -168,16 +168,20 @@ def compare(
 
 
 @app.command
-def memory(*, quick: bool = False, threads: Threads = 1) -> None:
+def memory(
+    *, effort: Literal["full", "quick", "small"] = "full", quick: bool = False, threads: Threads = 1
+) -> None:
     """Say what a long history is worth on the dataset in force, and how many events to keep.
 
     Args:
-        quick: fewer lengths and requests.
+        effort: full takes ten minutes at a million events, quick two at half of them; small is the picture that ends
+            `make demo`.
+        quick: the same as `--effort quick`.
     """
     from modeling.commands.memory import run_memory
 
     _refuse_below_one(threads=threads)
-    run_memory(quick, threads)
+    run_memory("quick" if quick else effort, threads)
 
 
 @app.command

@@ -45,6 +45,7 @@ STAGES = (
     "apply",
     "materialize",
     "summary_tokens",
+    "memory",
 )
 RECIPE_STAGES = ("train", "evaluate", "export")
 NUM_CANDIDATES = 500
@@ -251,7 +252,11 @@ def summary(settings: Settings, started_s: float) -> None:
     ]
     print(f"ndcg@10: {', '.join(figures)} (the whole table stands above, by evaluate)")
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
-    # 3. What to try next.
+    # 3. What memory is worth, whatever that is.
+    if measured := runs.get("memory"):
+        print("\n" + "\n".join(measured.details["picture"]))
+        print(f"page: {measured.details['page']}")
+    # 4. What to try next.
     print(
         "\ngo on:\n"
         "  make serve     rank over HTTP on port 8000\n"

@@ -153,10 +153,11 @@ def tables_elsewhere(settings: Settings) -> list[str]:
 
 def foreign_tables(registry: Path, online: Path) -> list[str]:
     """Files of SQLite tables that a registry file names, without `online`."""
-    from feast.protos.feast.core.Registry_pb2 import Registry
-
     if not registry.exists():
         return []
+    # Feast takes seconds to import: not where there is nothing to read.
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
     known = Registry.FromString(registry.read_bytes())
     files = {
         table.sqlite_table.path

@@ -12,6 +12,8 @@ from modeling.console import print_table, say
 from modeling.evaluation.report import BLUE, GREY, Section, plots, png_of, write_sections
 
 METRIC = "ndcg@10"
+# Characters of a bar that stands for everything
+BAR = 40
 
 
 def tell(measured: Measured) -> None:
@@ -51,6 +53,8 @@ def recommendation(measured: Measured) -> str:
     else:
         low = whole.kept[length].low
         said = f"the newest {length} events: they keep {low:.0%} of it at least"
+    if METRIC not in measured.network:
+        return f"Recommended: {said}; `python -m modeling memory` says whether a network beside trees pays."
     value, low, high = measured.network[METRIC]
     if low > 0:
         reads = f"a network that reads every event adds {value:+.4f} [{low:+.4f}, {high:+.4f}] to trees: `vista_trees`, with summary tokens"
@@ -117,6 +121,22 @@ def write_page(measured: Measured, folder: Path) -> Path:
         *sentences(measured),
     ]
     return write_sections(folder, "memory", "What memory is worth", about, sections)
+
+
+def text_picture(measured: Measured) -> list[str]:
+    """The picture for a terminal: a bar for each length, and what is recommended."""
+    whole = measured.of_all(METRIC)
+    lines = [f"what memory is worth, any history over none: {_worth(whole)}"]
+    for name, kept in whole.kept.items():
+        label = f"  {'all' if name == 'all' else f'newest {name}':<12}"
+        if np.isnan(kept.share):
+            lines.append(f"{label}{_upper(METRIC)} {kept.value:.3f}")
+            continue
+        bar = "█" * round(BAR * min(max(kept.share, 0), 1))
+        lines.append(
+            f"{label}{bar:<{BAR}} {kept.share:4.0%} of it [{kept.low:.0%}, {kept.high:.0%}]"
+        )
+    return [*lines, recommendation(measured)]
 
 
 def picture(measured: Measured) -> bytes:

@@ -40,12 +40,9 @@ from modeling.training_set.sample import Sample
 
 METRICS = ("ndcg@10", "gauc")
 ALL_REQUESTS = "all requests"
-# Newest events that are known; None: all
-LENGTHS: tuple[int | None, ...] = (0, 10, 50, 200, 500, None)
-QUICK_LENGTHS: tuple[int | None, ...] = (0, 10, 50, None)
-# Requests of the sample, in training and in each period that evaluates
-REQUESTS = (8_000, 4_000)
-QUICK_REQUESTS = (2_000, 1_000)
+TREES = "trees"
+REGRESSION = "regression"
+BOTH = "trees and a network"
 # Requests of one user, where a few users have most of them
 OF_USER = 50
 # Days between the newest event and a request that begins anew
@@ -64,6 +61,31 @@ NETWORK = Recipe(
     100_000,
     training=Training(epochs=2, learning_rate=4e-3),
 )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        lengths: newest events that are known; None: all.
+        requests: of the sample, in training and in each period that evaluates.
+        readers: trained at every length; with all events trees are trained twice.
+        network: whether a network that reads every event is trained too.
+    """
+
+    lengths: tuple[int | None, ...]
+    requests: tuple[int, int]
+    readers: tuple[str, ...] = (TREES, REGRESSION)
+    network: bool = True
+
+
+# Ten minutes at a million events; two minutes; half a minute, for a picture
+EFFORTS = {
+    "full": Effort((0, 10, 50, 200, 500, None), (8_000, 4_000)),
+    "quick": Effort((0, 10, 50, None), (2_000, 1_000)),
+    "small": Effort((0, 10, 50, None), (1_000, 600), readers=(TREES,), network=False),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,8 @@ class Measured:
     Args:
         readers: metrics of each reader at each length.
         noise: of two trainings on the same events, the greater distance by metric.
-        network: what a network that reads every event adds to the trees, by metric: value, low, high.
+        network: what a network that reads every event adds to the trees, by metric: value, low, high; empty where none
+            was trained.
         cost: by length: CPU milliseconds of a request, and bytes of the median user online.
     """
 
@@ -127,11 +150,8 @@ class Measured:
         return next(one for one in self.worth if (one.kind, one.metric) == (ALL_REQUESTS, metric))
 
 
-def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
+def measure_memory(settings: Settings, effort: Effort = EFFORTS["full"]) -> Measured:
     """Measure, or read what is stored of each length.
-
-    Args:
-        quick: fewer lengths and requests: two minutes at half a million events.
 
     Raises:
         TableNotBuiltError: a Beam job has not run.
@@ -140,11 +160,11 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
     from feature_repo.store.store import open_store
 
     warehouse = Warehouse(settings)
-    lengths = QUICK_LENGTHS if quick else LENGTHS
-    sample = _sample(settings, QUICK_REQUESTS if quick else REQUESTS)
+    sample = _sample(settings, effort.requests)
+    runs = _runs(effort)
     folder = _folder(settings, warehouse, sample)
     # 1. What is not stored yet.
-    missing = [run for run in _runs(lengths) if not (folder / run.file).exists()]
+    missing = [run for run in runs if not (folder / run.file).exists()]
     about = folder / "requests.arrow"
     if missing or not about.exists():
         with lengths_of(settings, open_store(settings), SERVICE, sample) as opened:
@@ -159,7 +179,7 @@ def measure_memory(settings: Settings, *, quick: bool = False) -> Measured:
             f"the test period has {number} requests with a positive, too few to say anything of {LEAST} or more: move test_from "
             f"({warehouse.contract.spec.requests.test_from}) to an earlier time in the dataset module"
         )
-    scores = {run: read_shard(folder / run.file) for run in _runs(lengths)}
+    scores = {run: read_shard(folder / run.file) for run in runs}
     return _decided(warehouse, asked, scores, sample)
 
 
@@ -188,14 +208,14 @@ class _Run:
 
 
 # Trees of another seed on the same events, and what reads every event
-AGAIN = _Run("trees", None, 2)
-NETWORK_TOO = _Run("trees and a network", None, 1)
+AGAIN = _Run(TREES, None, 2)
+NETWORK_TOO = _Run(BOTH, None, 1)
 
 
-def _runs(lengths: Sequence[int | None]) -> list[_Run]:
+def _runs(effort: Effort) -> list[_Run]:
     """Every reader at every length; with all events the trees twice, and the network."""
-    each = [_Run(reader, length, 1) for length in lengths for reader in ("trees", "regression")]
-    return [*each, AGAIN, NETWORK_TOO]
+    each = [_Run(reader, length, 1) for length in effort.lengths for reader in effort.readers]
+    return [*each, AGAIN, *([NETWORK_TOO] if effort.network else [])]
 
 
 def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
@@ -261,9 +281,9 @@ def _scores(opened: Lengths, run: _Run, periods: Mapping[str, Encoded], folder: 
     train, validation, test = (periods[name] for name in SPLITS)
     spec = opened.encoder.contract.spec
     number = primary_number(spec)
-    if run.reader == "trees and a network":
+    if run.reader == BOTH:
         return _with_network(opened, periods, folder, run.seed)
-    kind: Classic = "trees" if run.reader == "trees" else "logistic regression"
+    kind: Classic = "trees" if run.reader == TREES else "logistic regression"
     return classic_scores(
         kind, opened.encoder, train, validation, test, number, run.seed, QUICK_TREES
     )
@@ -294,9 +314,7 @@ def _decided(
 ) -> Measured:
     """Compare the stored scores."""
     trees = {
-        run.length: found
-        for run, found in scores.items()
-        if run.reader == "trees" and run.seed == 1
+        run.length: found for run, found in scores.items() if run.reader == TREES and run.seed == 1
     }
     of_trees = {length: found["scores"] for length, found in trees.items()}
     worth = [
@@ -311,11 +329,11 @@ def _decided(
             figures = {metric: found[metric].value for metric in METRICS}
             readers.setdefault(run.reader, {})[name_of(run.length)] = figures
     # 2. Two trainings on the same events, and what a network adds to the first.
-    one = sums[_Run("trees", None, 1)]
+    one = sums[_Run(TREES, None, 1)]
     noise = {metric: abs(one[metric].value - sums[AGAIN][metric].value) for metric in METRICS}
     added = {
         metric: difference("network", metric, sums[NETWORK_TOO][metric], one[metric])
-        for metric in METRICS
+        for metric in (METRICS if NETWORK_TOO in sums else ())
     }
     # 3. What lengths cost.
     bytes_of = bytes_of_users(warehouse.contract, warehouse.log, list(trees))

@@ -28,6 +28,7 @@ from modeling.evaluation.report import plots, write_page
 from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
 from modeling.inputs.tasks import primary_number
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
+from modeling.recipes.trees import TRIALS
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import open_run, train
 from modeling.training_set.dataset import refuse_nothing_positive
@@ -46,7 +47,8 @@ def compare(settings: Settings, asked: Comparison) -> None:
     """Run what is not finished, then write and print the comparison.
 
     With several learning rates, each recipe gets the same trials: seed 1 at every rate, and the
-    rate of the best validation NDCG@10 for all its seeds.
+    rate of the best validation NDCG@10 for all its seeds. Trees, which have no such rate, try as many
+    configurations (`recipes/trees.py`).
 
     Raises:
         RecipeError: a recipe is no ranking recipe, or recipes read different feature services.
@@ -122,30 +124,57 @@ def finish(
     return FinishedRun(result, sums_of(run))
 
 
-def label_of(name: str, epochs: int | None = None, learning_rate: float | None = None) -> str:
-    """A recipe's name with what a comparison changed: `onetrans@3@0.004`."""
-    changes = ([] if epochs is None else [f"{epochs}"]) + (
-        [] if learning_rate is None else [f"{learning_rate:g}"]
-    )
-    return "@".join([name, *changes])
+def label_of(name: str, epochs: int | None = None) -> str:
+    """A recipe's name with the epochs that a comparison gives it: `onetrans@3`; a trial stands behind it."""
+    return name if epochs is None else f"{name}@{epochs}"
 
 
 def _runs_of(
     settings: Settings, encodings: Encodings, recipe: Recipe, asked: Comparison
 ) -> list[FinishedRun]:
-    """All seeds of a recipe, at the learning rate that is best for the first."""
+    """All seeds of a recipe, as the trial has it that is best for the first."""
 
-    def run(seed: int, rate: float | None) -> FinishedRun:
-        rates = () if rate is None else (f"training.learning_rate={rate!r}",)
-        one = changed(recipe, Changes(seed, asked.epochs, rates))
-        label = label_of(recipe.name, asked.epochs, rate)
+    def run(seed: int, trial: Trial) -> FinishedRun:
+        one = changed(recipe, Changes(seed, asked.epochs, trial.changes))
+        label = "@".join([label_of(recipe.name, asked.epochs), *trial.label])
         console.print(f"compare: {label}, seed {seed}", highlight=False)
         return finish(settings, encodings, one, asked.device, label)
 
-    rates: tuple[float | None, ...] = asked.learning_rates or (None,)
-    trials = [run(1, rate) for rate in rates]
-    best = int(np.argmax([trial.result["summary"]["best_validation_ndcg@10"] for trial in trials]))
-    return [trials[best], *(run(seed, rates[best]) for seed in range(2, asked.seeds + 1))]
+    trials = trials_of(recipe, asked.learning_rates)
+    tried = [run(1, trial) for trial in trials]
+    best = int(np.argmax([one.result["summary"]["best_validation_ndcg@10"] for one in tried]))
+    return [tried[best], *(run(seed, trials[best]) for seed in range(2, asked.seeds + 1))]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a recipe that a comparison tries.
+
+    Args:
+        changes: as `--set` has them.
+        label: what is added to the recipe's name.
+    """
+
+    changes: tuple[str, ...] = ()
+    label: tuple[str, ...] = ()
+
+
+def trials_of(recipe: Recipe, learning_rates: Sequence[float]) -> list[Trial]:
+    """A trial for each learning rate; of trees, as many configurations.
+
+    Raises:
+        RecipeError: more rates than trees have configurations.
+    """
+    if not learning_rates:
+        return [Trial()]
+    if recipe.model != "trees":
+        return [Trial((f"training.learning_rate={r!r}",), (f"{r:g}",)) for r in learning_rates]
+    if len(learning_rates) > len(TRIALS):
+        raise RecipeError(
+            f"trees try {len(TRIALS)} configurations at most, not as many as {len(learning_rates)} learning rates"
+        )
+    chosen = TRIALS[: len(learning_rates)]
+    return [Trial((c,), (c.removeprefix("model."),)) if c else Trial() for c in chosen]
 
 
 def _write(

@@ -49,6 +49,7 @@ def training_sample(encoder: Encoder, train: Encoded) -> TrainingSample:
         torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
         torch.from_numpy(encoder.event.event_dense(events.columns, events.times)),
         torch.from_numpy(_item_categories(encoder, train)),
+        torch.from_numpy(encoder.items.row_of_index),
     )
 
 

@@ -98,6 +98,59 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class ItemVocabulary(Vocabulary):
+    """Items of the training period. A frequent one has an embedding row of its own; rare ones of the same categories share one.
+
+    Args:
+        rows: of each item, int64, from 1 on; 0 of a rare item without a category: the row of unknown items.
+
+    Example:
+        >>> items = ItemVocabulary(pa.array(["milk", "oat milk", "rye milk"]), pa.array([1, 2, 2]))
+        >>> items.size, items.num_rows, items.row_of_index.tolist()
+        (4, 3, [0, 1, 2, 2])
+    """
+
+    rows: pa.Array
+
+    @cached_property
+    def row_of_index(self) -> np.ndarray:
+        """The embedding row of each index, int64; the unknown item's is 0."""
+        return np.r_[0, self.rows.to_numpy()]
+
+    @property
+    def num_rows(self) -> int:
+        """Embedding rows, that of unknown items among them."""
+        return int(self.row_of_index.max()) + 1
+
+    def plain(self) -> Any:
+        return {"items": super().plain(), "rows": self.rows.to_pylist()}
+
+    @staticmethod
+    def distinct(items: pa.Array) -> ItemVocabulary:
+        """Every item with a row of its own."""
+        return ItemVocabulary(items, pa.array(np.arange(1, len(items) + 1)))
+
+    @staticmethod
+    def counted(
+        items: pa.Array, number: np.ndarray, category: np.ndarray, least: int
+    ) -> ItemVocabulary:
+        """Rows of their own for items that occur at least so often.
+
+        Args:
+            items: each once, in the order of their indices.
+            number: how often each occurs.
+            category: code of each one's categories together, `NO_VALUE` without any.
+        """
+        often = number >= least
+        rows = np.zeros(len(items), np.int64)
+        rows[often] = 1 + np.arange(often.sum())
+        shared = ~often & (category != NO_VALUE)
+        _, group = np.unique(category[shared], return_inverse=True)
+        rows[shared] = 1 + often.sum() + group
+        return ItemVocabulary(items, pa.array(rows))
+
+
+@dataclass(frozen=True)
 class Hashed:
     """So many rows that values share by their hash; 0 is nothing."""
 
@@ -156,6 +209,9 @@ Index = Vocabulary | Hashed | Quantiles
 def index_of(stored: Any, kind: pa.DataType) -> Index:
     """The index that `plain` stored, its values of an Arrow type."""
     if isinstance(stored, dict):
+        if "items" in stored:
+            rows = pa.array(stored["rows"], pa.int64())
+            return ItemVocabulary(pa.array(stored["items"], kind), rows)
         return Hashed(stored["hashed"]) if "hashed" in stored else Quantiles(tuple(stored["edges"]))
     return Vocabulary(pa.array(stored, kind))
 
@@ -323,7 +379,8 @@ def within(lengths: np.ndarray) -> np.ndarray:
 def nothing_known(contract: Contract) -> dict[str, Index]:
     """Vocabularies of every column without a value, for models that are measured without data."""
     item = contract.item
-    found: dict[str, Index] = {item.join_key: Vocabulary(pa.array([], arrow_type(item.dtype)))}
+    no_items = ItemVocabulary.distinct(pa.array([], arrow_type(item.dtype)))
+    found: dict[str, Index] = {item.join_key: no_items}
     for column in (*contract.request_features, *contract.candidate_features):
         if column.is_categorical:
             found[column.name] = fitted(column, pa.array([], stored_type(column)))

@@ -105,8 +105,7 @@ class FeatureTokens(nn.Module):
 
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Take the scales of dense features from the training period."""
-        if sample.item_IK is not None:
-            self.item.codes.item_IK.copy_(sample.item_IK)
+        self.item.codes.know(sample)
         self.candidate_dense.fit(sample.candidate_NF)
         self.user_dense.fit(sample.request_BG)
         self.events.fit(sample.event_ME)

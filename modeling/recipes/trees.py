@@ -18,6 +18,17 @@ RECIPES = (
     "vista_addressed_trees",
     "vista_trees_tiny",
 )
+# What trees try where a network tries learning rates, in this order; the first is what they are
+TRIALS = (
+    "",
+    "model.num_leaves=80",
+    "model.objective=rank_xendcg",
+    "model.smallest_leaf=400",
+    "model.column_share=0.5",
+    "model.num_leaves=20",
+    "model.objective=binary",
+    "model.learning_rate=0.05",
+)
 # Trees of the tests: seconds on any machine
 TINY: dict[str, Any] = {"num_trees": 8, "num_leaves": 6, "smallest_leaf": 5, "objective": "binary"}
 
@@ -33,8 +44,18 @@ def trees_binary() -> Recipe:
 
 
 def vista_trees() -> Recipe:
-    """VISTA, its logits blended with those of trees."""
-    return replace(vista(), name="vista_trees", trees={})
+    """The default: what `make demo` trains. VISTA, its logits blended with those of trees: the network reads less and
+    shorter than alone.
+    """
+    alone = vista()
+    return replace(
+        alone,
+        name="vista_trees",
+        config={**alone.config, "summary_layers": 1, "ranking_layers": 1},
+        history_length=128,
+        training=replace(alone.training, epochs=1),
+        trees={},
+    )
 
 
 def vista_addressed_trees() -> Recipe:

@@ -35,9 +35,7 @@ SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_st
 
 
 def vista() -> Recipe:
-    """The default: what `make demo` trains. Its summary tokens take new events
-    one by one.
-    """
+    """VISTA, whose summary tokens take new events one by one."""
     config = {
         **STREAM,
         "width": 32,

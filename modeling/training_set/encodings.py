@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from feature_repo.home.catalogue import TokenSpec
 from feature_repo.settings import Settings
+from feature_repo.store.store import open_store
 from modeling.inputs.encoder import Encoder
 from modeling.recipes import Recipe
 from modeling.training_set.sample import WHOLE, Sample
@@ -56,8 +57,5 @@ class Encodings:
         return self.set_of(recipe).period(name, tokens=recipe.tokens is not None)
 
     def _open(self, min_item_count: int) -> TrainingSet:
-        # Feast takes seconds to import, and a run that is up to date needs no training set.
-        from feature_repo.store.store import open_store
-
         options = TrainingSetOptions(self._service, min_item_count, self._tokens, self.sample)
-        return open_training_set(self._settings, open_store(self._settings), options)
+        return open_training_set(self._settings, open_store, options)

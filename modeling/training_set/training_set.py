@@ -52,7 +52,7 @@ from modeling.training_set.sample import WHOLE, Sample
 from modeling.training_set.simple_baselines import GRAPH, baseline_scores, graph_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from feast import FeatureStore
 
@@ -71,7 +71,7 @@ class TrainingSetOptions:
 
     Args:
         service: feature service that is joined.
-        min_item_count: rarer items share one embedding.
+        min_item_count: rarer items of the same categories share an embedding row.
         tokens: version and shape of the stored summary tokens that are read.
         sample: which requests, and how much of their past.
     """
@@ -190,9 +190,12 @@ class TrainingSet:
 
 
 def open_training_set(
-    settings: Settings, store: FeatureStore, options: TrainingSetOptions
+    settings: Settings, store: Callable[[Settings], FeatureStore], options: TrainingSetOptions
 ) -> TrainingSet:
     """The training set that these options ask for, made where it is not there.
+
+    Args:
+        store: opens what features are joined from, where the set must be made: Feast takes seconds to import.
 
     Raises:
         TableNotBuiltError: a Beam job has not run.
@@ -226,7 +229,7 @@ def open_training_set(
             # The shared lock of this very process would keep `locked` out as well.
             hold.close()
             with locked(folder):
-                _build(warehouse, store, options, folder)
+                _build(warehouse, store(settings), options, folder)
             hold = held(folder)
     except BlockingIOError as error:
         raise RunError(

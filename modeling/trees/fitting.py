@@ -43,21 +43,21 @@ class TreesConfig:
         column_share: of the columns that each tree may read; `row_share` of the requests' candidates likewise.
         category_smooth: candidates by which a rare category is drawn to the mean.
         categories_left: most categories that a split sends to one side: large sets memorise.
-        rank_positions: places from the top that lambdarank looks at.
+        rank_positions: places from the top that lambdarank looks at: its time follows them.
     """
 
     objective: Objective = "lambdarank"
     num_trees: int = 300
     num_leaves: int = 40
-    learning_rate: float = 0.06
+    learning_rate: float = 0.1
     smallest_leaf: int = 100
     column_share: float = 0.8
     row_share: float = 0.8
     l2: float = 1.0
     category_smooth: float = 20.0
     categories_left: int = 8
-    rank_positions: int = 100
-    patience: int = 30
+    rank_positions: int = 30
+    patience: int = 20
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.inputs.batch import FeatureSizes
-from modeling.inputs.columns import GroupSizes
+from feature_repo.contract.arrow import NO_VALUE
+from modeling.inputs.batch import FeatureSizes, TrainingSample
+from modeling.inputs.columns import GroupSizes, ItemVocabulary, index_of
 from modeling.layers.attention import HistoryAttentionLayer
-from modeling.layers.codes import ItemRows
+from modeling.layers.codes import ItemCodes, ItemRows
 from modeling.layers.embedding import QUANTILES, GaussianRank
 from modeling.layers.matching import Matching
 
@@ -54,6 +56,33 @@ def test_an_item_that_nobody_knows_has_the_row_of_its_categories() -> None:
     alike = torch.tensor([[0], [0]])
     one, other = made(alike, torch.tensor([[[3, 1, 0, 0]], [[4, 1, 0, 0]]]))
     assert not torch.allclose(one, other)
+
+
+def test_rare_items_share_the_row_of_their_category_and_keep_their_categories() -> None:
+    items = ItemVocabulary.counted(
+        pa.array(["bread", "milk", "oat milk", "rye milk", "salt"]),
+        number=np.array([9, 5, 1, 2, 1]),
+        category=np.array([7, 8, 8, 8, NO_VALUE]),
+        least=5,
+    )
+    # Two of their own, one shared, and the salt has no category: the unknown item's.
+    assert items.row_of_index.tolist() == [0, 1, 2, 3, 3, 0]
+    assert (items.size, items.num_rows) == (6, 4)
+    assert index_of(items.plain(), pa.string()) == items
+
+    torch.manual_seed(0)
+    sizes = replace(SIZES, items=items.size, item_rows=items.num_rows)
+    codes = ItemCodes(sizes, WIDTH)
+    assert codes.item.num_embeddings == 4
+    slots = torch.tensor([[0] * 4, [1, 0, 0, 0], [2, 1, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0], [0] * 4])
+    numbers = torch.zeros(0)
+    codes.know(
+        TrainingSample(numbers, numbers, numbers, slots, torch.from_numpy(items.row_of_index))
+    )
+    of_item = codes.parts(torch.arange(items.size))
+    assert torch.equal(of_item[3, 0], of_item[4, 0])
+    assert not torch.allclose(of_item[3, 2], of_item[4, 2])
+    assert not torch.allclose(of_item[2, 0], of_item[3, 0])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -21,9 +21,13 @@ from modeling import models, recipes
 from modeling.benchmarks import shapes
 from modeling.benchmarks.shapes import shaped
 from modeling.comparison import comparison
+from modeling.comparison.ranking import Trial, trials_of
+from modeling.errors import RecipeError
 from modeling.inputs.batch import FeatureSizes
 from modeling.inputs.columns import GroupSizes
-from modeling.recipes import NextItemRecipe
+from modeling.recipes import NextItemRecipe, load
+from modeling.recipes.trees import TRIALS
+from modeling.training.changes import Changes, changed
 from modeling.training.training_run import dense_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +210,23 @@ def test_ranking_recipes_are_compared_on_the_same_join(
     assert run("evaluate", *same) == 0
     assert run("export", *same, "--not_live") == 0
     assert "is recorded, not live" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_trees_try_as_many_configurations_as_networks_try_learning_rates() -> None:
+    rates = (1e-3, 4e-3, 1e-2)
+    network, trees = (trials_of(load(name), rates) for name in ("vista", "trees"))
+    assert len(network) == len(trees) == 3
+    assert [trial.label for trial in network] == [("0.001",), ("0.004",), ("0.01",)]
+    # The first is what they are; each other one is something else.
+    configs = [changed(load("trees"), Changes(assignments=trial.changes)).config for trial in trees]
+    assert configs[0] == load("trees").config
+    assert configs[1] != configs[0] != configs[2] != configs[1]
+    # Whatever is tried is a field that trees have.
+    for trial in trials_of(load("trees"), [1e-3] * len(TRIALS)):
+        changed(load("trees"), Changes(assignments=trial.changes))
+    with pytest.raises(RecipeError, match="configurations at most"):
+        trials_of(load("trees"), [1e-3] * (len(TRIALS) + 1))
+    assert trials_of(load("vista"), ()) == [Trial()]
 
 
 def test_next_item_training_reads_the_log_that_the_beam_job_built(

@@ -13,8 +13,15 @@ import pytest
 from feature_repo.history import user_stats
 from modeling.comparison import memory_worth
 from modeling.comparison.memory_costs import traps_of
-from modeling.comparison.memory_page import kept_rows, recommendation, tell, write_page
+from modeling.comparison.memory_page import (
+    kept_rows,
+    recommendation,
+    tell,
+    text_picture,
+    write_page,
+)
 from modeling.comparison.memory_worth import (
+    EFFORTS,
     Measured,
     ShareKept,
     Worth,
@@ -25,13 +32,14 @@ from modeling.training_set.dataset import Warehouse, _capped
 from modeling.training_set.lengths import lengths_of
 from modeling.training_set.sample import Sample
 
+EFFORT = replace(EFFORTS["quick"], lengths=(0, 3, None))
+
 
 @pytest.fixture(scope="module")
 def measured(shop: Any) -> Measured:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_worth, "QUICK_LENGTHS", (0, 3, None))
         patch.setattr(memory_worth, "LEAST", 10)
-        return measure_memory(shop.settings, quick=True)
+        return measure_memory(shop.settings, EFFORT)
 
 
 def test_habits_of_the_shop_are_worth_much_and_a_length_keeps_a_part(measured: Measured) -> None:
@@ -64,17 +72,28 @@ def test_kinds_are_parts_of_all_requests(measured: Measured) -> None:
     assert len(quarters) >= 2
 
 
+def test_the_picture_of_the_terminal_has_a_bar_for_each_length(measured: Measured) -> None:
+    first, few, everything, last = text_picture(replace(measured, network={}))
+    whole = measured.of_all("ndcg@10")
+    assert f"{whole.all_events:+.3f}" in first
+    assert few.split()[:2] == ["newest", "3"]
+    assert few.count("█") == round(40 * whole.kept["3"].share)
+    assert everything.count("█") == 40
+    # Without a network nothing is said of tokens.
+    assert "tokens" not in last
+    assert "python -m modeling memory" in last
+
+
 def test_what_is_measured_is_not_measured_again(
     shop: Any, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_worth, "QUICK_LENGTHS", (0, 3, None))
     monkeypatch.setattr(memory_worth, "LEAST", 10)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(memory_worth, "lengths_of", refuse)
-    again = measure_memory(shop.settings, quick=True)
+    again = measure_memory(shop.settings, EFFORT)
     assert again.worth == measured.worth
     assert again.readers == measured.readers
 

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from feature_repo import datasets
 from feature_repo.contract.schema import Examples
+from modeling import metrics
 from modeling.errors import ScoresError
 from modeling.evaluation.evaluate import (
     degraded_line,
@@ -248,3 +249,19 @@ def test_an_order_of_one_candidate_tells_nothing() -> None:
     plain = {name: plain_metrics(row) for name, row in found.items()}
     assert "nothing to rank" in undefined(plain)
     assert degraded_line({"degraded": plain}).endswith("do without something: undefined")
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_the_auc_of_a_resample_is_that_of_its_weights(
+    decimals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    owner = np.sort(rng.integers(0, 40, 5_000))
+    scores = rng.normal(size=5_000).round(decimals)
+    labels = (scores + rng.normal(size=5_000) > 1).astype(np.float64)
+    weights = rng.multinomial(40, np.full(40, 1 / 40), 8).astype(np.float64)
+    monkeypatch.setattr(metrics, "AUC_USERS", 7)
+    found = metrics.auc_of_resamples(labels, scores, owner, weights)
+    plain = [metrics.auc(labels, scores, weight[owner]) for weight in weights]
+    # Where scores are few, no bin holds two of them.
+    np.testing.assert_allclose(found, plain, atol=1e-12 if decimals == 1 else 2e-4)

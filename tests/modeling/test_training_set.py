@@ -48,7 +48,7 @@ OPTIONS = TrainingSetOptions(
 def made(shop: Any, monkeypatch_module: pytest.MonkeyPatch) -> TrainingSet:
     """The shop's training set, in many shards."""
     monkeypatch_module.setattr(training_set, "SHARD_ROWS", 2_500)
-    return open_training_set(shop.settings, shop.store, OPTIONS)
+    return open_training_set(shop.settings, lambda settings: shop.store, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,12 @@ def test_shards_hold_what_one_table_in_memory_does(shop: Any, made: TrainingSet)
                 assert np.array_equal(period.baselines[baseline], scores), baseline
 
 
+def _never(settings: Any) -> Any:
+    raise AssertionError("a set that is there needs no store")
+
+
 def test_what_is_there_is_not_made_again(shop: Any, made: TrainingSet) -> None:
-    again = open_training_set(shop.settings, None, OPTIONS)  # type: ignore[arg-type]
+    again = open_training_set(shop.settings, _never, OPTIONS)
     assert again.folder == made.folder
     assert again.counts == made.counts
 
@@ -150,7 +154,9 @@ def test_training_from_disk_is_training_from_memory_to_the_bit(
 
 def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet) -> None:
     """Features of the newest two events are those of a past that has no others."""
-    few = open_training_set(shop.settings, shop.store, replace(OPTIONS, sample=Sample(visible=2)))
+    few = open_training_set(
+        shop.settings, lambda settings: shop.store, replace(OPTIONS, sample=Sample(visible=2))
+    )
     encoder, period = few.encoder(16), few.period("test")
     names = list(encoder.dense_names)
     dense = np.asarray(period.encoded.candidate_dense)
