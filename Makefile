@@ -1,7 +1,7 @@
 # Two commands do all set-up: `make demo` walks the whole road, `make check` is all that CI runs.
 PYTHON ?= python3.11
 VENV ?= .venv
-RECIPE ?= vista
+RECIPE ?= vista_trees
 RUNNER ?= FnApiRunner
 PORT ?= 8000
 PAGE ?= .memoir/reliability.md
@@ -45,6 +45,7 @@ demo: setup  ## the whole road: raw rows in, a ranked list out
 ifneq ($(filter vista%,$(RECIPE)),)
 	$(RUN) -m beam_jobs summary_tokens --bundle $(RECIPE) --runner=$(RUNNER)
 endif
+	$(RUN) -m modeling memory --effort small
 	$(RUN) -m serving demo --recipe $(RECIPE)
 
 refresh: setup  ## new raw rows into tables, online store and summary tokens

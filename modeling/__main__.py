@@ -36,7 +36,7 @@ Set = Annotated[
         name="--set", help="change a field, such as model.width=64; may be repeated", negative=()
     ),
 ]
-DEFAULT = "vista"
+DEFAULT = "vista_trees"
 
 
 @app.command

@@ -72,7 +72,7 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
         if line.startswith(".venv/bin/python -m") and " pip " not in line
     ]
     assert [step for step in steps if step in told] == told
-    assert steps[-1] == ".venv/bin/python -m serving demo --recipe vista"
+    assert steps[-1] == ".venv/bin/python -m serving demo --recipe vista_trees"
 
 
 @pytest.mark.slow

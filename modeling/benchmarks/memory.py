@@ -1,9 +1,8 @@
 """What a long memory is worth: rankers with the first 10, 50, … and all events of each user visible.
 
 Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
-events all inputs, features and baselines among them, know so many newest events and no more. Then, of all
-events, two further arms: without match features, and without anything of users but their history.
-Then requests for items that a user never had, where counting the item says nothing (`training_set/never_had.py`).
+events all inputs, features and baselines among them, know so many newest events and no more. (What readers of a
+history are worth without features that count is `reading.py`.) Then requests for items that a user never had, where counting the item says nothing (`training_set/never_had.py`).
 Users are parted by how long their histories are. Requests are thinned out, events never are. Every
 row stands beside baselines that need no training, and trees on the same numbers; differences are paired
 over users and seeds (`modeling/claims.py`).
@@ -24,7 +23,7 @@ from feature_repo.benchmarks import parser, report
 from feature_repo.settings import Settings
 from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
-from modeling.comparison.ranking import finish
+from modeling.comparison.ranking import finish, ranking_recipe
 from modeling.console import console
 from modeling.evaluation.item_graphs import graph_baselines
 from modeling.evaluation.trained_baselines import sums_by_user, trained_baselines
@@ -64,6 +63,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "all features": (),
     "no match features": ("matches",),
     "history alone": ("matches", "user"),
+    "own counts": ("all but own counts",),
 }
 OF_HISTORY = (
     "mean_pool",
@@ -78,25 +78,7 @@ OF_HISTORY = (
 NEVER_HAD_EVERY = (16, 4)
 NEVER_HAD_QUICK = (200, 60)
 NEVER_HAD_VISIBLE: tuple[int | None, ...] = (50, 500, None)
-NEVER_HAD_RANKERS = {
-    "trees": Recipe("memory_trees", "trees", SERVICE, {}, 1),
-    "amortised and trees": Recipe(
-        "memory_amortised_trees",
-        "amortised_dlrm",
-        SERVICE,
-        {
-            **COMMON,
-            "num_layers": 1,
-            "num_heads": 2,
-            "interaction": "cross",
-            "cross_rank": 64,
-            "bags": True,
-        },
-        1000,
-        training=TRAINING,
-        trees={},
-    ),
-}
+NEVER_HAD_RANKERS = ("trees", "amortised_trees")
 # Events of a user with a long history
 LONG = 1000
 Place = tuple[str, int | None]  # a ranker, and how many events it saw
@@ -111,8 +93,12 @@ def main() -> None:
         type=int,
         help="of visible numbers between the ends, and of rankers of whose curve nothing is claimed",
     )
+    flags.add_argument("--part", choices=("curve", "never_had", "cost", "all"), default="all")
     flags.add_argument(
-        "--part", choices=("curve", "arms", "never_had", "cost", "all"), default="all"
+        "--every",
+        type=int,
+        nargs=2,
+        help="each n-th training request, each m-th of those that evaluate; default: of each part its own",
     )
     flags.add_argument(
         "--drawn_by",
@@ -122,7 +108,8 @@ def main() -> None:
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
-    every = QUICK if arguments.quick else EVERY
+    asked = tuple(arguments.every) if arguments.every else None
+    every = asked or (QUICK if arguments.quick else EVERY)
     visible: tuple[int | None, ...] = (50, None) if arguments.quick else VISIBLE
     rankers = CURVE if arguments.quick else OF_HISTORY
     seeds = 1 if arguments.quick else arguments.seeds
@@ -130,10 +117,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if arguments.part in ("curve", "all"):
         rows += curve(settings, every, visible, rankers, seeds, between)
-    if arguments.part in ("arms", "all"):
-        rows += _arms(settings, every, seeds)
     if arguments.part in ("never_had", "all"):
-        thinned = NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY
+        thinned = asked or (NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY)
         rows += never_had(settings, thinned, NeverHad(by=arguments.drawn_by), seeds)
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
@@ -176,20 +161,20 @@ def curve(
     for number in visible:
         encodings = Encodings(settings, SERVICE, sample=Sample(number, every))
         runs = seeds if number in ends else between
-        for name, one in _baselines(encodings).items():
-            rows.append(_row("curve", number, name, one))
+        for name, one in untrained(encodings).items():
+            rows.append(row_of("curve", number, name, one))
         trees = trained_baselines(
             settings, encodings, recipe_of(CURVE[0], "all features"), min(runs, 3)
         )
         for baseline in trees:
-            rows.append(_row("curve", number, baseline.name, baseline.sums, baseline.cpu_seconds))
+            rows.append(row_of("curve", number, baseline.name, baseline.sums, baseline.cpu_seconds))
             if baseline.name == "trees":
                 sums["trees", number] = baseline.sums
         for name in rankers:
             many = runs if name in CURVE else between
             found, cost = _trained(settings, encodings, name, "all features", many)
             sums[name, number] = found
-            rows.append(_row("curve", number, name, found, cost))
+            rows.append(row_of("curve", number, name, found, cost))
     # 2. What is claimed of two of them, decided as one table.
     claims = []
     for metric in PAIRED:
@@ -216,7 +201,7 @@ def curve(
     )
     claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
     claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
-    return rows + _claimed("curve", claims)
+    return rows + claimed("curve", claims)
 
 
 def never_had(
@@ -228,15 +213,15 @@ def never_had(
     # 1. Each ranker at each length.
     for number in NEVER_HAD_VISIBLE:
         encodings = Encodings(settings, SERVICE, sample=Sample(number, every, protocol))
-        for name, one in _baselines(encodings).items():
-            rows.append(_row("never had", number, name, one))
-        for name, recipe in NEVER_HAD_RANKERS.items():
-            found, cost = _runs(settings, encodings, recipe, seeds)
+        for name, one in untrained(encodings).items():
+            rows.append(row_of("never had", number, name, one))
+        for name in NEVER_HAD_RANKERS:
+            found, cost = runs_of(settings, encodings, ranking_recipe(name), seeds)
             sums[name, number] = found
-            rows.append(_row("never had", number, name, found, cost))
+            rows.append(row_of("never had", number, name, found, cost))
     # 2. What longer histories are worth, for all users and for those of a thousand events.
     whole = Encodings(settings, SERVICE, sample=Sample(None, every, protocol))
-    lengths = _user_lengths(whole, next(iter(NEVER_HAD_RANKERS.values())))
+    lengths = _user_lengths(whole, ranking_recipe(NEVER_HAD_RANKERS[0]))
     long = np.flatnonzero(lengths >= LONG)
     claims = []
     for metric in PAIRED:
@@ -249,9 +234,9 @@ def never_had(
                     of_long = f"{said}, users of {LONG:,} and more"
                     few = _of_users(ours, long), _of_users(theirs, long)
                     claims.append(difference(of_long, metric, *few))
-        ours, theirs = (sums[name, None][metric] for name in ("amortised and trees", "trees"))
-        claims.append(difference("amortised and trees − trees", metric, ours, theirs))
-    return rows + _claimed("never had", claims)
+        ours, theirs = (sums[name, None][metric] for name in ("amortised_trees", "trees"))
+        claims.append(difference("amortised_trees − trees", metric, ours, theirs))
+    return rows + claimed("never had", claims)
 
 
 def _user_lengths(encodings: Encodings, recipe: Recipe) -> np.ndarray:
@@ -290,29 +275,6 @@ def _of_users(sums: PerUser, chosen: np.ndarray) -> PerUser:
     return PerUser(sums.total[:, chosen], sums.weight[:, chosen])
 
 
-def _arms(settings: Settings, every: tuple[int, int], seeds: int) -> list[dict[str, Any]]:
-    """What each reading of the history is worth where features do not say it."""
-    rows: list[dict[str, Any]] = []
-    claims = []
-    encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
-    for arm in ("no match features", "history alone"):
-        trees = trained_baselines(settings, encodings, recipe_of("mean_pool", arm))
-        for baseline in trees:
-            rows.append(_row(arm, None, baseline.name, baseline.sums, baseline.cpu_seconds))
-        sums: dict[str, Sums] = {}
-        names = OF_HISTORY if arm == "no match features" else ("mean_pool", "vista_addressed")
-        for name in names:
-            sums[name], cost = _trained(settings, encodings, name, arm, seeds)
-            rows.append(_row(arm, None, name, sums[name], cost))
-        for metric in PAIRED:
-            for name in names[1:]:
-                said = f"{name} − mean_pool, {arm}"
-                claims.append(
-                    difference(said, metric, sums[name][metric], sums["mean_pool"][metric])
-                )
-    return rows + _claimed("arms", claims)
-
-
 def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
     """What each reading of the history costs."""
     encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
@@ -323,9 +285,9 @@ def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _baselines(encodings: Encodings) -> dict[str, Sums]:
+def untrained(encodings: Encodings, recipe: Recipe | None = None) -> dict[str, Sums]:
     """Scorings without training on the test requests."""
-    recipe = recipe_of(CURVE[0], "all features")
+    recipe = recipe or recipe_of(CURVE[0], "all features")
     test = encodings.period(recipe, "test")
     spec = encodings.encoder_of(recipe).contract.spec
     number = primary_number(spec)
@@ -341,10 +303,10 @@ def _trained(
 ) -> tuple[Sums, float]:
     """Runs of a ranker in an arm over seeds, and the CPU seconds of one."""
     console.print(f"memory: {arm}", highlight=False)
-    return _runs(settings, encodings, recipe_of(name, arm), seeds)
+    return runs_of(settings, encodings, recipe_of(name, arm), seeds)
 
 
-def _runs(
+def runs_of(
     settings: Settings, encodings: Encodings, recipe: Recipe, seeds: int
 ) -> tuple[Sums, float]:
     """Runs of a recipe over seeds, and the CPU seconds of one."""
@@ -359,10 +321,10 @@ def _runs(
     return of_seeds(found), statistics.mean(spent)
 
 
-def _row(
+def row_of(
     case: str, visible: int | None, name: str, sums: Sums, cost: float | None = None
 ) -> dict[str, Any]:
-    """A line of the table: each metric's mean over seeds, and its deviation."""
+    """A line of a table: each metric's mean over seeds, and its deviation."""
     row: dict[str, Any] = {"case": case, "visible": visible or "all", "ranker": name}
     for metric in PAIRED:
         of_seed = sums[metric].values
@@ -373,7 +335,7 @@ def _row(
     return row | ({} if cost is None else {"train_cpu_s": round(cost)})
 
 
-def _claimed(case: str, claims: list[Difference]) -> list[dict[str, Any]]:
+def claimed(case: str, claims: list[Difference]) -> list[dict[str, Any]]:
     """Lines of the differences, after Holm's correction over all of this table."""
     return [
         {

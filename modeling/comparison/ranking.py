@@ -84,7 +84,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
     # Trees first: what is missing for them shows before hours of training, not after.
     baselines = trained_baselines(settings, encodings, chosen[0])
     # 3. Train and test every recipe and seed, unless the result is stored.
-    runs = [run for recipe in chosen for run in _runs_of(settings, encodings, recipe, asked)]
+    runs = [run for recipe in chosen for run in seeds_of(settings, encodings, recipe, asked)]
     claims = claims_of(runs, baselines)
     # 4. Write the page and print the tables.
     baseline_rows = baseline_lines(contract.spec, test) + classic_lines(baselines)
@@ -129,7 +129,7 @@ def label_of(name: str, epochs: int | None = None) -> str:
     return name if epochs is None else f"{name}@{epochs}"
 
 
-def _runs_of(
+def seeds_of(
     settings: Settings, encodings: Encodings, recipe: Recipe, asked: Comparison
 ) -> list[FinishedRun]:
     """All seeds of a recipe, as the trial has it that is best for the first."""

@@ -38,7 +38,7 @@ SKETCH_FORGOTTEN = 0.05
 # Candidates whose numbers decide how all are scaled
 SAMPLED_ROWS = 1 << 18
 # Inputs that a comparison may withhold
-ABLATED = ("matches", "user")
+ABLATED = ("matches", "all but own counts", "user")
 
 
 def training_sample(encoder: Encoder, train: Encoded) -> TrainingSample:
@@ -216,7 +216,14 @@ class AblatedEncoder(Encoder):
     @cached_property
     def ablation(self) -> Ablation:
         """The inputs that no batch shows."""
-        between = set(self.between.names) if "matches" in self.ablated else set()
+        between: set[str] = set()
+        if {"matches", "all but own counts"} & set(self.ablated):
+            between = set(self.between.names)
+        if "all but own counts" in self.ablated:
+            # Counts of the item, the fading ones, and the days since: what a plain counter knows.
+            between -= set(
+                self.between.sketch_names[: 2 + len(self.contract.spec.memory.half_lives_days)]
+            )
         dense = np.array([name in between for name in self.dense_names])
         return Ablation(dense, "user" in self.ablated)
 

@@ -180,8 +180,8 @@ def grouped() -> dict[str, dict[str, str]]:
 # DECISIONS, 2026-11-29: one seed.
 ADVICE = """Where to begin:
   trees        minutes to train, and the bar: above every network here on Online Retail (NDCG@10 0.682)
-  vista        the default: whole histories as summary tokens, which a server reads and events refresh
-  vista_trees  both in one bundle, their scores blended
+  vista_trees  the default: trees, and histories as summary tokens, which a server reads and events refresh
+  vista        the same without trees, and a larger network
   mean_pool    the quickest network, in seconds, and what a sequence model has to beat
 Trees on the same numbers stand beside every `evaluate`."""
 # Groups that are listed unasked

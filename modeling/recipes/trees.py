@@ -16,8 +16,11 @@ RECIPES = (
     "trees_tiny",
     "vista_trees",
     "vista_addressed_trees",
+    "amortised_trees",
     "vista_trees_tiny",
 )
+# Trees cross features; a network beside them has to read the history.
+ONE_LAYER = {"summary_layers": 1, "ranking_layers": 1, "cross_layers": 1}
 # What trees try where a network tries learning rates, in this order; the first is what they are
 TRIALS = (
     "",
@@ -44,14 +47,14 @@ def trees_binary() -> Recipe:
 
 
 def vista_trees() -> Recipe:
-    """The default: what `make demo` trains. VISTA, its logits blended with those of trees: the network reads less and
-    shorter than alone.
+    """The default: what `make demo` trains. VISTA, its logits blended with those of trees: a smaller network than alone,
+    which reads fewer events.
     """
     alone = vista()
     return replace(
         alone,
         name="vista_trees",
-        config={**alone.config, "summary_layers": 1, "ranking_layers": 1},
+        config={**alone.config, "width": 24, **ONE_LAYER},
         history_length=128,
         training=replace(alone.training, epochs=1),
         trees={},
@@ -61,6 +64,29 @@ def vista_trees() -> Recipe:
 def vista_addressed_trees() -> Recipe:
     """Summary tokens of a whole history, blended with trees."""
     return replace(vista_addressed(), name="vista_addressed_trees", trees={})
+
+
+def amortised_trees() -> Recipe:
+    """The amortised DLRM over a thousand events, blended with trees."""
+    config = {
+        "width": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "interaction": "cross",
+        "cross_rank": 64,
+        "bags": True,
+        "dropout": 0.1,
+    }
+    training = Training(epochs=1, learning_rate=4e-3)
+    return Recipe(
+        "amortised_trees",
+        "amortised_dlrm",
+        SERVICE,
+        config,
+        history_length=1000,
+        training=training,
+        trees={},
+    )
 
 
 def trees_tiny() -> Recipe:

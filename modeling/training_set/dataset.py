@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -246,6 +246,7 @@ class Warehouse:
         request_ids: pa.Array | pa.ChunkedArray,
         tokens: TokenSpec | None = None,
         visible: int | None = None,
+        counts: int | Literal["exact"] | None = None,
     ) -> JoinedRequests:
         """Group joined rows by request; rows of a request stand together.
 
@@ -253,6 +254,7 @@ class Warehouse:
             joined: keys and time, labels, context, and features of users, items and impressions.
             visible: events before a request that anything may be read of, statistics of the user
                 among it; default: all.
+            counts: as `Sample` has them.
         """
         contract = self.contract
         log = self.log
@@ -275,7 +277,8 @@ class Warehouse:
 
         # 2. Histories, sketches and tokens are read late, of the requests of a batch alone.
         gather = late_gather(log, rows, ends, times, visible)
-        recall = Recall(log, newest=visible)
+        layout = Layout.of(contract, None if counts == "exact" else counts)
+        recall = Recall(log, layout, newest=visible, exact=counts == "exact")
 
         def read_sketch(
             chosen: np.ndarray, within: np.ndarray, codes: Sequence[np.ndarray]

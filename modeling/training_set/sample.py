@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Sample:
             are whole.
         protocol: default: requests as the dataset declares them.
         of_user: requests of one user in a period at most; default: all.
+        counts: KiB of a user's counts, or "exact" for counts without collisions, which no store of a fixed size can
+            serve; default: as the dataset declares.
 
     Example:
         >>> Sample(visible=50, every=(4, 2), protocol=NeverHad())
@@ -41,6 +44,7 @@ class Sample:
     every: tuple[int, int] = (1, 1)
     protocol: NeverHad | None = None
     of_user: int | None = None
+    counts: int | Literal["exact"] | None = None
 
 
 # All requests as they are declared, of users of whom all is known

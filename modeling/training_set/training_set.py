@@ -434,7 +434,10 @@ def assembled(
 ) -> JoinedRequests:
     """Joined rows of whole requests, ready to encode."""
     rows = joined.drop_columns("request_id")
-    return warehouse.assemble(rows, joined["request_id"], options.tokens, options.sample.visible)
+    sample = options.sample
+    return warehouse.assemble(
+        rows, joined["request_id"], options.tokens, sample.visible, sample.counts
+    )
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
