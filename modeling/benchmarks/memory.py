@@ -13,6 +13,7 @@ Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same comma
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -101,6 +102,17 @@ def main() -> None:
         help="each n-th training request, each m-th of those that evaluate; default: of each part its own",
     )
     flags.add_argument(
+        "--blocks",
+        action="store_true",
+        help="`never_had` of the ends of all users' histories, for logs whose late users are new",
+    )
+    flags.add_argument(
+        "--visible", type=int, nargs="+", help="newest events of `never_had`, beside all of them"
+    )
+    flags.add_argument(
+        "--rankers", nargs="+", default=NEVER_HAD_RANKERS, help="recipes of `never_had`"
+    )
+    flags.add_argument(
         "--drawn_by",
         default=NeverHad().by,
         help="statistic of items that negatives of `never_had` are drawn by",
@@ -119,7 +131,9 @@ def main() -> None:
         rows += curve(settings, every, visible, rankers, seeds, between)
     if arguments.part in ("never_had", "all"):
         thinned = asked or (NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY)
-        rows += never_had(settings, thinned, NeverHad(by=arguments.drawn_by), seeds)
+        protocol = NeverHad(by=arguments.drawn_by, blocks=arguments.blocks)
+        lengths = NEVER_HAD_VISIBLE if arguments.visible is None else (*arguments.visible, None)
+        rows += never_had(settings, thinned, protocol, seeds, lengths, arguments.rankers)
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
     config = {
@@ -205,28 +219,39 @@ def curve(
 
 
 def never_had(
-    settings: Settings, every: tuple[int, int], protocol: NeverHad, seeds: int
+    settings: Settings,
+    every: tuple[int, int],
+    protocol: NeverHad,
+    seeds: int,
+    visible: Sequence[int | None],
+    rankers: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Quality on items that the user never had, by visible events; and what a longer history is worth there."""
+    """Quality on items that the user never had, by visible events; and what a longer history is worth there.
+
+    Args:
+        visible: the last are all.
+        rankers: recipes; all after the first are claimed against it.
+    """
     rows: list[dict[str, Any]] = []
     sums: dict[Place, Sums] = {}
+    recipes = {name: ranking_recipe(name) for name in rankers}
     # 1. Each ranker at each length.
-    for number in NEVER_HAD_VISIBLE:
+    for number in visible:
         encodings = Encodings(settings, SERVICE, sample=Sample(number, every, protocol))
         for name, one in untrained(encodings).items():
             rows.append(row_of("never had", number, name, one))
-        for name in NEVER_HAD_RANKERS:
-            found, cost = runs_of(settings, encodings, ranking_recipe(name), seeds)
+        for name, recipe in recipes.items():
+            found, cost = runs_of(settings, encodings, recipe, seeds)
             sums[name, number] = found
             rows.append(row_of("never had", number, name, found, cost))
     # 2. What longer histories are worth, for all users and for those of a thousand events.
     whole = Encodings(settings, SERVICE, sample=Sample(None, every, protocol))
-    lengths = _user_lengths(whole, ranking_recipe(NEVER_HAD_RANKERS[0]))
+    lengths = _user_lengths(whole, recipes[rankers[0]])
     long = np.flatnonzero(lengths >= LONG)
     claims = []
     for metric in PAIRED:
-        for name in NEVER_HAD_RANKERS:
-            for number in NEVER_HAD_VISIBLE[:-1]:
+        for name in rankers:
+            for number in visible[:-1]:
                 ours, theirs = sums[name, None][metric], sums[name, number][metric]
                 said = f"{name}: all − {number} events"
                 claims.append(difference(said, metric, ours, theirs))
@@ -234,8 +259,10 @@ def never_had(
                     of_long = f"{said}, users of {LONG:,} and more"
                     few = _of_users(ours, long), _of_users(theirs, long)
                     claims.append(difference(of_long, metric, *few))
-        ours, theirs = (sums[name, None][metric] for name in ("amortised_trees", "trees"))
-        claims.append(difference("amortised_trees − trees", metric, ours, theirs))
+        first = sums[rankers[0], None][metric]
+        for name in rankers[1:]:
+            said = f"{name} − {rankers[0]}"
+            claims.append(difference(said, metric, sums[name, None][metric], first))
     return rows + claimed("never had", claims)
 
 

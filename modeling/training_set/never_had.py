@@ -4,6 +4,9 @@ nothing.
 Positives are those of a training example that its user had in no earlier event and that somebody had in the last
 weeks; beside them stand items drawn by how often everybody had them in those weeks, none of which the user had. A
 request without such a positive has no part. What is on offer is known from the statistics of the midnight before.
+
+Where the users of the last weeks are all new, as on MovieLens, requests are made of each user's own end instead
+(`block_examples`).
 """
 
 from __future__ import annotations
@@ -108,6 +111,79 @@ def never_had_examples(
             taken[acted] = False
         taken[had[had >= 0]] = False
     return _as_rows(contract, examples, sales.items, chosen)
+
+
+def block_examples(
+    contract: Contract, log: HistoryLog, schema: pa.Schema, most: int, every: tuple[int, int]
+) -> Iterator[tuple[str, pa.Table]]:
+    """Training, validation and test requests of each user's events of the primary action, in blocks of `most` from the
+    end: rows of positives, for `never_had_examples`.
+
+    A request is asked at the time of its block's first event; what happened at that very time belongs to it, and only
+    what came earlier is known. A user's first block has no past and is left out.
+
+    Args:
+        schema: of `training_examples`.
+        every: each n-th training request, each m-th of those that evaluate.
+    """
+    rows = np.arange(len(log.users))
+    events = log.gather(rows, log.lengths, columns=["action", EVENT_TIMESTAMP])
+    owner = np.repeat(rows, events.lengths)
+    primary = np.flatnonzero(events.columns["action"] == 0)
+    owner, keys, times = owner[primary], events.item_keys[primary], events.times[primary]
+    # 1. Blocks, counted from each user's end; incomplete ones at the beginning are left out.
+    number = np.bincount(owner, minlength=len(rows))
+    behind = np.cumsum(number)[owner] - 1 - np.arange(len(owner))
+    block = behind // most
+    whole = block < number[owner] // most
+    # 2. An event at the very time at which the next block begins belongs to that block.
+    first = np.flatnonzero(np.r_[True, (np.diff(owner) != 0) | (np.diff(block) != 0)][: len(block)])
+    begins = times[np.append(first[1:], first[:1])] if len(first) else times[:0]
+    next_begins = np.repeat(begins, np.diff(np.append(first, len(block))))
+    block = np.where((block > 0) & (times == next_begins), block - 1, block)
+    (user, _), begun = np.unique(np.stack([owner, -block]), axis=1, return_inverse=True)
+    begun = begun.ravel()
+    asked = np.full(len(user), np.iinfo(np.int64).max)
+    np.minimum.at(asked, begun, times)
+    # 3. Requests with a past, each item of one once; the last one of a user is the test, and so on.
+    from_end = np.searchsorted(user, user, side="right") - 1 - np.arange(len(user))
+    _, once = np.unique(np.stack([begun, keys]), axis=1, return_index=True)
+    once = np.sort(once)
+    past = asked[begun] > events.times[events.offsets[:-1]][owner]
+    kept = once[(whole & past)[once]]
+    for place, name in ((2, "train"), (1, "validation"), (0, "test")):
+        step = every[0] if name == "train" else every[1]
+        own = kept[np.minimum(from_end[begun[kept]], 2) == place]
+        _, order = np.unique(begun[own], return_inverse=True)
+        own = own[order % step == 0]
+        times_of = asked[begun[own]]
+        yield name, _positives(contract, log, schema, begun[own], owner[own], keys[own], times_of)
+
+
+def _positives(
+    contract: Contract,
+    log: HistoryLog,
+    schema: pa.Schema,
+    request: np.ndarray,
+    owner: np.ndarray,
+    keys: np.ndarray,
+    times: np.ndarray,
+) -> pa.Table:
+    """Rows of `training_examples` that came to the primary action; of whatever else a row says nothing is known."""
+    known = {
+        "request_id": pa.array(request),
+        contract.user.join_key: log.users.take(pa.array(owner)),
+        contract.item.join_key: log.items.take(pa.array(keys)),
+        EVENT_TIMESTAMP: pa.array(times),
+        contract.labels[primary_number(contract.spec)]: pa.array(np.ones(len(request), np.int8)),
+    }
+    columns = []
+    for field in schema:
+        values = known.get(field.name)
+        columns.append(
+            pa.nulls(len(request), field.type) if values is None else values.cast(field.type)
+        )
+    return pa.table(columns, schema=pa.schema([pa.field(f.name, f.type) for f in schema]))
 
 
 def _is_one(label: pa.ChunkedArray) -> np.ndarray:

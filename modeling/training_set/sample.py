@@ -15,12 +15,15 @@ class NeverHad:
         negatives: of each request that is evaluated.
         train_negatives: of each training request.
         by: the statistic of items by which negatives are drawn; positives have some of it.
+        blocks: ask for each user's events of the primary action in blocks of `most` instead: the last block is the
+            test, the one before it validation, earlier ones are training. For logs whose late users are all new.
     """
 
     most: int = 10
     negatives: int = 100
     train_negatives: int = 50
     by: str = "count_28d"
+    blocks: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from feature_repo.contract.arrow import micros
 from modeling import recipes
 from modeling.training_set.dataset import Warehouse
 from modeling.training_set.encodings import Encodings
-from modeling.training_set.never_had import Sales, never_had_examples
+from modeling.training_set.never_had import Sales, block_examples, never_had_examples
 from modeling.training_set.sample import NeverHad, Sample
 
 PROTOCOL = NeverHad(most=3, negatives=7, train_negatives=5)
@@ -142,3 +142,47 @@ def test_encoded_requests_of_the_protocol_know_no_match(shop: Any) -> None:
     assert np.isnan(dense[:, names.index("life_item_days_ago")]).all()
     plain = Encodings(shop.settings, recipe.service).set_of(recipe)
     assert plain.identity != encodings.set_of(recipe).identity
+
+
+def test_blocks_ask_for_the_end_of_each_user(warehouse: Warehouse) -> None:
+    declared = next(iter(warehouse.pieces(10_000)))[1]
+    log = warehouse.log
+    made = dict(block_examples(warehouse.contract, log, declared.schema, 3, (1, 1)))
+    assert list(made) == ["train", "validation", "test"]
+    asked: dict[str, dict[str, list[int]]] = {}
+    for split, rows in made.items():
+        assert rows.schema.equals(declared.schema)
+        assert pc.all(pc.equal(rows["label_purchase"], 1)).as_py()
+        for user, time in zip(
+            rows["user_id"].to_pylist(), micros(rows["event_timestamp"]), strict=True
+        ):
+            asked.setdefault(user, {}).setdefault(split, []).append(int(time))
+    everybody = np.arange(len(log.users))
+    events = log.gather(everybody, log.lengths, columns=["action", "event_timestamp"])
+    for row, user in enumerate(log.users.to_pylist()):
+        own = slice(events.offsets[row], events.offsets[row + 1])
+        bought = events.times[own][events.columns["action"][own] == 0]
+        found = asked.get(user, {})
+        # Few purchases make no block, and the first basket of a user has no past.
+        if len(bought) < 3 or bought[-3] == events.times[own][0]:
+            assert not found
+            continue
+        [time] = set(found["test"])
+        # All of a basket is in one request.
+        assert time == bought[-3]
+        items = events.item_keys[own][events.columns["action"][own] == 0]
+        assert len(found["test"]) == len(set(items[bought >= time].tolist()))
+        if "validation" in found:
+            assert max(found["validation"]) < time
+        # Blocks part all that is asked for in order.
+        assert max(found.get("train", [0])) <= min(found.get("validation", [time]))
+
+
+def test_blocks_are_thinned_by_requests(warehouse: Warehouse) -> None:
+    declared = next(iter(warehouse.pieces(10_000)))[1]
+    log = warehouse.log
+    parts = (warehouse.contract, log, declared.schema, 3)
+    whole, few = (dict(block_examples(*parts, every)) for every in ((1, 1), (2, 3)))
+    for split, step in (("train", 2), ("test", 3)):
+        requests = whole[split]["request_id"].unique()
+        assert len(few[split]["request_id"].unique()) == -(-len(requests) // step)
