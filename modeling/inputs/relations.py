@@ -28,7 +28,12 @@ RELATION_FEATURES = (
     "near_taste",
     # Cosine of the text to the item of the history that is most like it
     "near_text",
+    # The first and the third of the newest events alone: what somebody is at just now
+    "near_lately",
+    "near_taste_lately",
 )
+# Newest events that are "lately"
+LATELY = 20
 # File beside a run, a training set, in a bundle
 RELATIONS = "relations.arrow"
 # Fields of a slice that are columns there
@@ -53,6 +58,22 @@ class Slice:
     strengths_IK: np.ndarray
     vectors_ID: np.ndarray
 
+    def near(self, own_N: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each candidate the strengths of its neighbours that are there, N × K, 0 of others; and the mean cosine to
+        what is there, N.
+
+        Args:
+            own_N: rows of candidates, within this slice.
+            rows: of what is there, each once.
+        """
+        many = len(self.neighbours_IK)
+        others = np.where(rows < many, rows, 0)
+        there = np.zeros(many, np.float32)
+        there[others] = 1
+        there[0] = 0
+        strengths = there[self.neighbours_IK[own_N]] * self.strengths_IK[own_N]
+        return strengths, self.vectors_ID[own_N] @ self.vectors_ID[others].mean(axis=0)
+
 
 @dataclass(frozen=True)
 class Relations:
@@ -66,7 +87,7 @@ class Relations:
     Example:
         >>> relations = Relations.none(pa.string())
         >>> relations.features(0, np.array([3]), np.array([4])).tolist()
-        [[nan, nan, nan, nan]]
+        [[nan, nan, nan, nan, nan, nan]]
     """
 
     ids: pa.Array
@@ -98,29 +119,26 @@ class Relations:
 
         Args:
             time: of the request, microseconds.
-            history: rows of the events' items, in any order.
+            history: rows of the events' items, oldest first.
             candidates: rows of N items.
         """
         found = np.full((len(candidates), len(RELATION_FEATURES)), np.nan, np.float32)
         known = candidates > 0
-        rows = np.unique(history)
-        rows = rows[rows > 0]
+        rows = np.unique(history[history > 0])
         if not len(rows) or not known.any():
             return found
         asked = candidates[known]
         now = [one for one in self.slices if one.known_from <= time][-1:]
         for one in now:
             # Row 0, which has no neighbour, stands for items behind the last.
-            many = len(one.neighbours_IK)
-            own = np.where(asked < many, asked, 0)
-            others = np.where(rows < many, rows, 0)
-            there = np.zeros(many, np.float32)
-            there[others] = 1
-            there[0] = 0
-            strengths = there[one.neighbours_IK[own]] * one.strengths_IK[own]
+            own = np.where(asked < len(one.neighbours_IK), asked, 0)
+            strengths, found[known, 2] = one.near(own, rows)
             found[known, 0] = np.log1p(strengths.sum(axis=1))
             found[known, 1] = np.log1p(strengths.max(axis=1, initial=0))
-            found[known, 2] = one.vectors_ID[own] @ one.vectors_ID[others].mean(axis=0)
+            newest = history[-LATELY:]
+            if (newest > 0).any():
+                strengths, found[known, 5] = one.near(own, np.unique(newest[newest > 0]))
+                found[known, 4] = np.log1p(strengths.sum(axis=1))
         if self.text_IE.shape[1]:
             # An item is like itself; what matters is which others are.
             alike = self.text_IE[asked] @ self.text_IE[rows].T

@@ -49,15 +49,15 @@ class TreesConfig:
     objective: Objective = "lambdarank"
     num_trees: int = 300
     num_leaves: int = 40
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     smallest_leaf: int = 100
-    column_share: float = 0.8
+    column_share: float = 0.5
     row_share: float = 0.8
     l2: float = 1.0
     category_smooth: float = 20.0
     categories_left: int = 8
     rank_positions: int = 30
-    patience: int = 20
+    patience: int = 30
 
 
 @dataclass(frozen=True)

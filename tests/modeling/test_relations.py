@@ -13,6 +13,7 @@ import pytest
 from feature_repo.contract.arrow import iso_micros
 from modeling.inputs.relations import (
     ALWAYS,
+    LATELY,
     RELATION_FEATURES,
     Relations,
     Slice,
@@ -23,7 +24,9 @@ from modeling.training_set import item_relations
 from modeling.training_set.dataset import Warehouse
 from modeling.training_set.item_relations import fit_relations
 
-NEAR_ALL, NEAR_MOST, NEAR_TASTE, NEAR_TEXT = range(len(RELATION_FEATURES))
+NEAR_ALL, NEAR_MOST, NEAR_TASTE, NEAR_TEXT, NEAR_LATELY, TASTE_LATELY = range(
+    len(RELATION_FEATURES)
+)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +154,27 @@ def test_features_of_a_candidate_beside_a_history() -> None:
     relations = small()
     a, b, c = relations.rows_of(pa.array(["a", "b", "c"]))
     found = relations.features(0, np.array([a, a, 0]), np.array([b, c, 0, a]))
-    assert found[0] == pytest.approx([np.log1p(1.5), np.log1p(1.5), 0.0, 0.6], rel=1e-6)
-    assert found[1] == pytest.approx([0.0, 0.0, 0.0, 0.6], rel=1e-6)
+    strong = np.log1p(1.5)
+    assert found[0] == pytest.approx([strong, strong, 0.0, 0.6, strong, 0.0], rel=1e-6)
+    assert found[1] == pytest.approx([0.0, 0.0, 0.0, 0.6, 0.0, 0.0], rel=1e-6)
     assert np.isnan(found[2]).all()
     # An item of the history is not compared with itself.
-    assert found[3] == pytest.approx([0.0, 0.0, 1.0, -1.0], rel=1e-6)
+    assert found[3] == pytest.approx([0.0, 0.0, 1.0, -1.0, 0.0, 1.0], rel=1e-6)
+
+
+def test_what_was_done_lately_stands_apart() -> None:
+    relations = small()
+    a, b, c = relations.rows_of(pa.array(["a", "b", "c"]))
+    strong = np.log1p(1.5)
+    for later, lately in ((LATELY - 1, strong), (LATELY, 0.0)):
+        history = np.r_[a, np.full(later, c)]
+        [found] = relations.features(0, history, np.array([b]))
+        assert found[NEAR_ALL] == pytest.approx(strong)
+        assert found[NEAR_LATELY] == pytest.approx(lately)
+    # Nothing is known of the newest events alone.
+    [found] = relations.features(0, np.r_[a, np.zeros(LATELY, np.int64)], np.array([b]))
+    assert np.isnan(found[[NEAR_LATELY, TASTE_LATELY]]).all()
+    assert found[NEAR_ALL] == pytest.approx(strong)
 
 
 @pytest.mark.parametrize("history", [[], [0, 0]])

@@ -25,6 +25,7 @@ from modeling.bundle import bundle
 from modeling.bundle.bundle import BundleError
 from modeling.errors import DataError, RecipeError
 from modeling.metrics import mean_ndcg
+from modeling.recipes.trees import QUICK
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
 from modeling.training_set.encodings import Encodings
@@ -286,7 +287,7 @@ def test_training_without_a_positive_says_so(shop_of_trees: Road) -> None:
 
 def test_fields_of_trees_are_set_by_name() -> None:
     blend = changed(recipes.load("vista_trees"), Changes(assignments=("trees.num_leaves=20",)))
-    assert blend.trees == {"num_leaves": 20}
+    assert blend.trees == {**QUICK, "num_leaves": 20}
     alone = changed(recipes.load("trees"), Changes(assignments=("model.objective=binary",)))
     assert alone.config == {"objective": "binary"}
     with pytest.raises(RecipeError, match="no such field"):
