@@ -154,6 +154,20 @@ class ColumnEffect(Struct):
     effect: float
 
 
+class ScoreParts(Struct):
+    """What a logit, as it is ranked, rests on.
+
+    `item` is the logit of the same candidate for a user of whom nothing is known. The others are by how much the
+    logit would be lower with summary tokens of zeros, without the counts of the whole past, and without the newest
+    events; what only several of them say together is in none.
+    """
+
+    item: float
+    tokens: float
+    counts: float
+    events: float
+
+
 class ExplainResponse(Struct):
     """Why a candidate is where it is.
 
@@ -172,6 +186,7 @@ class ExplainResponse(Struct):
     tokens: list[float]
     # Empty where the bundle has no trees
     columns: list[ColumnEffect]
+    parts: ScoreParts
     bundle: str
     degraded: list[Degraded]
 

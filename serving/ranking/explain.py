@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +22,11 @@ from serving.api.messages import (
     HistoryResponse,
     PastEvent,
     RankRequest,
+    ScoreParts,
 )
 from serving.ranking.ranker import Clock, RankService
 from serving.ranking.request import context_columns, why_unfit
 from serving.stores.features import UserRow, as_known
-from serving.stores.items import Taken
 
 
 def explain(
@@ -38,8 +39,15 @@ def explain(
     user = as_known(ranker.contract, user, (at - EPOCH) // timedelta(microseconds=1))
     context = context_columns(ranker.contract, request.context)
     items = ranker.items.take(request.candidates)
-    # 1. With stored tokens: what each token is worth.
-    of_tokens = _effects_of_tokens(ranker, request, user, at, items, context)
+
+    def logit_of(seen: UserRow) -> float:
+        return _logit(ranker, ranker.requests.encoded(seen, request.candidates, at, items, context))
+
+    # 1. As it is ranked: its parts, and with stored tokens what each token is worth.
+    fit = why_unfit(user, (at - EPOCH) // timedelta(microseconds=1)) is None
+    ranked = user if fit else replace(user, tokens=None)
+    parts = _parts(ranker, ranked, logit_of)
+    of_tokens = _effects_of_tokens(ranked, logit_of)
     # 2. Without: the candidate's numbers, and what each event is worth.
     user = replace(user, tokens=None)
     encoded = ranker.requests.encoded(user, request.candidates, at, items, context)
@@ -53,9 +61,7 @@ def explain(
         assert user.history is not None
         kept = pa.array(np.delete(np.arange(len(events)), row))
         without = replace(user, history=user.history.take(kept))
-        lacking = _logit(
-            ranker, ranker.requests.encoded(without, request.candidates, at, items, context)
-        )
+        lacking = logit_of(without)
         effects.append(
             EventEffect(
                 events[row][ranker.contract.item.join_key],
@@ -73,39 +79,45 @@ def explain(
         events=effects,
         tokens=of_tokens,
         columns=_effects_of_columns(ranker, encoded),
+        parts=parts,
         bundle=ranker.bundle.name,
         degraded=list(user.problems),
     )
 
 
-def _effects_of_tokens(
-    ranker: RankService,
-    request: RankRequest,
-    user: UserRow,
-    at: datetime,
-    items: Taken,
-    context: dict[str, pa.Array],
-) -> list[float]:
+def _parts(ranker: RankService, user: UserRow, logit_of: Callable[[UserRow], float]) -> ScoreParts:
+    """What the logit of a user rests on, by ranking without each part."""
+    whole = logit_of(user)
+    return ScoreParts(
+        item=logit_of(ranker.nobody()),
+        tokens=whole - logit_of(_with_tokens(user, np.zeros_like)),
+        counts=whole - logit_of(replace(user, sketch=None)),
+        events=whole - logit_of(replace(user, history=None)),
+    )
+
+
+def _effects_of_tokens(user: UserRow, logit_of: Callable[[UserRow], float]) -> list[float]:
     """By how much the logit would be lower if a stored token were all zeros, token by token."""
-    stored = user.tokens
-    if (
-        stored is None
-        or stored.tokens_SD is None
-        or why_unfit(user, (at - EPOCH) // timedelta(microseconds=1)) is not None
-    ):
+    if user.tokens is None or user.tokens.tokens_SD is None:
         return []
+    base = logit_of(user)
 
-    def logit_with(tokens_SD: np.ndarray) -> float:
-        seen = replace(user, tokens=replace(stored, tokens_SD=tokens_SD))
-        return _logit(ranker, ranker.requests.encoded(seen, request.candidates, at, items, context))
+    def without(token: int) -> UserRow:
+        def lacking(tokens_SD: np.ndarray) -> np.ndarray:
+            kept = tokens_SD.copy()
+            kept[token] = 0.0
+            return kept
 
-    base = logit_with(stored.tokens_SD)
-    effects = []
-    for token in range(len(stored.tokens_SD)):
-        lacking_SD = stored.tokens_SD.copy()
-        lacking_SD[token] = 0.0
-        effects.append(base - logit_with(lacking_SD))
-    return effects
+        return _with_tokens(user, lacking)
+
+    return [base - logit_of(without(token)) for token in range(len(user.tokens.tokens_SD))]
+
+
+def _with_tokens(user: UserRow, change: Callable[[np.ndarray], np.ndarray]) -> UserRow:
+    """A user with other tokens, where they have some."""
+    if user.tokens is None or user.tokens.tokens_SD is None:
+        return user
+    return replace(user, tokens=replace(user.tokens, tokens_SD=change(user.tokens.tokens_SD)))
 
 
 def _effects_of_columns(ranker: RankService, encoded: Encoded) -> list[ColumnEffect]:

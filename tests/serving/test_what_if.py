@@ -88,6 +88,35 @@ def test_an_event_left_out_is_worth_what_explain_says(ranker: RankService, user:
         assert logit(untouched) - logit(seen) == pytest.approx(event.effect, abs=1e-4)
 
 
+def test_the_parts_of_a_score_are_what_it_loses_without_them(
+    ranker: RankService, user: Any
+) -> None:
+    row = ranker.reader.read_user(user)
+    candidate = candidates_of(ranker)[:1]
+    parts = explain(ranker, RankRequest(user, candidate), row, 0).parts
+
+    def logit(seen: UserRow) -> float:
+        score = ranker.answer(RankRequest(user, candidate), seen, Clock()).response.scores[0]
+        return float(np.log(score / (1 - score)))
+
+    whole = logit(row)
+    assert row.tokens is not None
+    assert row.tokens.tokens_SD is not None
+    zeros = replace(row.tokens, tokens_SD=np.zeros_like(row.tokens.tokens_SD))
+    expected = {
+        "tokens": whole - logit(replace(row, tokens=zeros)),
+        "counts": whole - logit(replace(row, sketch=None)),
+        "events": whole - logit(replace(row, history=None)),
+        "item": logit(ranker.nobody()),
+    }
+    for name, value in expected.items():
+        assert getattr(parts, name) == pytest.approx(value, abs=1e-4), name
+    assert parts.tokens
+    # Of tokens that are not fit nothing is said, and nothing rests on them.
+    late = replace(row, tokens=replace(row.tokens, digest=row.tokens.digest + 1))
+    assert explain(ranker, RankRequest(user, candidate), late, 0).parts.tokens == 0
+
+
 def test_an_event_added_is_the_newest_and_counted(ranker: RankService, user: Any) -> None:
     row = ranker.reader.read_user(user)
     assert row.history is not None
