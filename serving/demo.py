@@ -253,7 +253,8 @@ def summary(settings: Settings, started_s: float) -> None:
     print(f"ndcg@10: {', '.join(figures)} (the whole table stands above, by evaluate)")
     print(f"report: {evaluation['report']}\ndata docs: {runs['events'].details['docs']}")
     # 3. What memory is worth, whatever that is.
-    if measured := runs.get("memory"):
+    measured = runs.get("memory")
+    if measured and "picture" in measured.details:
         print("\n" + "\n".join(measured.details["picture"]))
         print(f"page: {measured.details['page']}")
     # 4. What to try next.

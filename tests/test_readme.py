@@ -65,7 +65,7 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
         and "dictionary" not in c
         and not c.endswith(("tokens", "check"))
     ]
-    assert len(told) == 9
+    assert len(told) == 10
     steps = [
         line
         for line in shown.splitlines()
@@ -91,10 +91,10 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
         ".venv/bin/feast": str(Path(sys.executable).parent / "feast"),
     }
     told = [c for c in commands() if c.startswith(".venv/")]
-    assert len(told) == 15
+    assert len(told) == 16
     for command in told:
         program, *arguments = shlex.split(command)
-        arguments = ["vista_tiny" if a == "vista" else a for a in arguments]
+        arguments = ["vista_trees_tiny" if a == "vista_trees" else a for a in arguments]
         done = subprocess.run(
             [replaced[program], *arguments],
             capture_output=True,
@@ -116,7 +116,7 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
             continue
         if "--runner" in command or "-m modeling" in command and "recipes" not in command:  # noqa: RUF021
             _, *arguments = shlex.split(command)
-            arguments = ["vista_tiny" if a == "vista" else a for a in arguments]
+            arguments = ["vista_trees_tiny" if a == "vista_trees" else a for a in arguments]
             done = subprocess.run(
                 [sys.executable, *arguments],
                 capture_output=True,

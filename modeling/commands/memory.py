@@ -20,15 +20,28 @@ def run_memory(effort: str, threads: int) -> None:
     Raises:
         TableNotBuiltError: a Beam job has not run.
         DataError: a period has no positive.
+        TooFewError: the test period has too few; with the least effort that is only said.
     """
     from modeling.comparison.memory_page import tell, text_picture, write_page
-    from modeling.comparison.memory_worth import EFFORTS, measure_memory, write_measured
+    from modeling.comparison.memory_worth import (
+        EFFORTS,
+        TooFewError,
+        measure_memory,
+        write_measured,
+    )
 
     torch.set_num_threads(threads)
     settings = Settings.from_env()
     catalogue = Catalogue(settings.catalogue_url)
     with catalogue.stage(settings.dataset, "memory", effort) as stage:
-        measured = measure_memory(settings, EFFORTS[effort])
+        try:
+            measured = measure_memory(settings, EFFORTS[effort])
+        except TooFewError as error:
+            # `make demo` goes on without its picture, and says why.
+            if effort != "small":
+                raise
+            console.print(f"memory: cannot tell: {error}", highlight=False, style="yellow")
+            return
         folder = Path(settings.path("memory"))
         write_measured(measured, folder / "memory.json")
         page = write_page(measured, folder)

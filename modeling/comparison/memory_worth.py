@@ -63,6 +63,10 @@ NETWORK = Recipe(
 )
 
 
+class TooFewError(DataError):
+    """There are too few requests to say anything."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much is measured.
@@ -155,7 +159,8 @@ def measure_memory(settings: Settings, effort: Effort = EFFORTS["full"]) -> Meas
 
     Raises:
         TableNotBuiltError: a Beam job has not run.
-        DataError: a period has no positive, or the test period too few.
+        DataError: a period has no positive.
+        TooFewError: the test period has too few.
     """
     from feature_repo.store.store import open_store
 
@@ -171,11 +176,13 @@ def measure_memory(settings: Settings, effort: Effort = EFFORTS["full"]) -> Meas
             if not about.exists():
                 write_shard(about, _about_requests(warehouse, opened))
             _measure_runs(opened, missing, folder)
+    else:
+        say("memory: up to date")
     # 2. What it comes to.
     asked = read_shard(about)
     number = len(np.unique(asked["request"][asked["labels"] == 1]))
     if number < LEAST:
-        raise DataError(
+        raise TooFewError(
             f"the test period has {number} requests with a positive, too few to say anything of {LEAST} or more: move test_from "
             f"({warehouse.contract.spec.requests.test_from}) to an earlier time in the dataset module"
         )
