@@ -140,7 +140,7 @@ def compare(
 
     Args:
         seeds: seeds 1 … N of each recipe.
-        learning_rates: ranking recipes: try each with seed 1, go on with the best on validation.
+        learning_rates: ranking recipes: try each with seed 1, go on with the best on validation; trees try as many configurations.
         no_scaling: leave out speed and memory against length.
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
@@ -181,6 +181,8 @@ def memory(
     from modeling.commands.memory import run_memory
 
     _refuse_below_one(threads=threads)
+    if quick and effort == "small":
+        raise UsageError("--quick and --effort small contradict one another: give one of them")
     run_memory("quick" if quick else effort, threads)
 
 

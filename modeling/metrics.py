@@ -288,7 +288,8 @@ def auc_of_resamples(
     rank = np.empty(len(scores), np.int64)
     by_score = np.argsort(scores, kind="stable")
     # Equal scores share a bin: that of the first of them.
-    first = np.flatnonzero(np.r_[True, np.diff(scores[by_score]) != 0])
+    group = _tie_groups(scores[by_score])
+    first = np.searchsorted(group, np.arange(group[-1] + 1 if len(group) else 0))
     rank[by_score] = np.repeat(first, np.diff(np.r_[first, len(scores)]))
     cell = owner * AUC_BINS + rank * AUC_BINS // max(len(scores), 1)
     positive_RB = np.zeros((len(weight_RU), AUC_BINS))

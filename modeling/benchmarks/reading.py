@@ -84,13 +84,14 @@ ATTENTION = (
     "onetrans",
 )
 READERS = ("mean_pool", "vista_addressed", *ATTENTION)
+QUICK_READERS = ("mean_pool", "amortised")
 
 
 def main() -> None:
     """Run."""
     flags = parser("modeling.benchmarks.reading", __doc__)
     flags.add_argument("--seeds", type=int, default=5, help="of each run (default 5)")
-    flags.add_argument("--readers", nargs="+", choices=READERS, default=READERS)
+    flags.add_argument("--readers", nargs="+", choices=READERS, help="default: all")
     flags.add_argument(
         "--before", action="store_true", help="the papers' attention too, one seed, both arms"
     )
@@ -98,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = Settings.from_env()
     every = QUICK if arguments.quick else EVERY
-    readers = ("mean_pool", "amortised") if arguments.quick else tuple(arguments.readers)
+    readers = tuple(arguments.readers or (QUICK_READERS if arguments.quick else READERS))
     seeds = 1 if arguments.quick else arguments.seeds
     rows = without_matches(settings, every, readers, seeds)
     if arguments.before:
@@ -139,6 +140,7 @@ def without_matches(
         difference(f"{name} − {beside}", metric, sums[name][metric], sums[beside][metric])
         for metric in PAIRED
         for beside in ("mean_pool", HASHED)
+        if beside in sums
         for name in readers
         if name != beside
     ]

@@ -43,8 +43,10 @@ def run_memory(effort: str, threads: int) -> None:
             console.print(f"memory: cannot tell: {error}", highlight=False, style="yellow")
             return
         folder = Path(settings.path("memory"))
-        write_measured(measured, folder / "memory.json")
-        page = write_page(measured, folder)
+        # A picture replaces no page of more.
+        name = "memory" if effort == "full" else f"memory_{effort}"
+        write_measured(measured, folder / f"{name}.json")
+        page = write_page(measured, folder, name)
         stage.details = {"picture": text_picture(measured), "page": str(page)}
     tell(measured)
     console.print(f"memory: {page}", highlight=False, soft_wrap=True)

@@ -103,8 +103,8 @@ def reader_rows(measured: Measured) -> list[list[str]]:
     return rows
 
 
-def write_page(measured: Measured, folder: Path) -> Path:
-    """`memory.html`, `memory.md` and the picture; returns the page's path."""
+def write_page(measured: Measured, folder: Path, name: str = "memory") -> Path:
+    """`memory.html`, `memory.md` and the picture, under a name; returns the page's path."""
     whole = measured.of_all(METRIC)
     sections = [
         Section(
@@ -120,7 +120,7 @@ def write_page(measured: Measured, folder: Path) -> Path:
         f"Any history over none: {_worth(whole)}.",
         *sentences(measured),
     ]
-    return write_sections(folder, "memory", "What memory is worth", about, sections)
+    return write_sections(folder, name, "What memory is worth", about, sections)
 
 
 def text_picture(measured: Measured) -> list[str]:

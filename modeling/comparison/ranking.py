@@ -58,6 +58,9 @@ def compare(settings: Settings, asked: Comparison) -> None:
     # 1. Recipes, which must read the same inputs to be compared.
     alike = Changes(assignments=asked.assignments)
     chosen = [changed(ranking_recipe(name), alike) for name in asked.recipes]
+    # What cannot be tried shows before hours of training, not after.
+    for recipe in chosen:
+        trials_of(recipe, asked.learning_rates)
     services = {r.service for r in chosen}
     made_by = sorted({r.tokens for r in chosen if r.tokens})
     if (
@@ -263,9 +266,11 @@ def claims_of(
     sums = {name: of_seeds(found) for name, found in by_name.items()}
     first = next(iter(sums))
     trees = next(baseline.sums for baseline in baselines if baseline.name == "trees")
-    pairs = [(name, "trees") for name in sums]
+    # Trees may be a recipe of the comparison too, tuned as all of them are.
+    beside = "trees" if "trees" not in sums else "trees as a baseline"
+    pairs = [(name, beside) for name in sums]
     pairs += [(name, first) for name in sums if name != first]
-    return differences(pairs, {**sums, "trees": trees})
+    return differences(pairs, {**sums, beside: trees})
 
 
 def claim_lines(claims: Sequence[Difference]) -> list[list[str]]:

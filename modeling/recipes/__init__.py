@@ -88,7 +88,7 @@ class Recipe:
     # The recipe whose stored summary tokens it reads; its service must join them
     tokens: str | None = None
     training: Training = field(default_factory=Training)
-    # Inputs withheld in a comparison: "matches", "user"
+    # Inputs withheld in a comparison: see `inputs/augment.py`
     ablated: tuple[str, ...] = ()
     # Config of trees whose logits are blended with the model's; None: the model alone
     trees: dict[str, Any] | None = None

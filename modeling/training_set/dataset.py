@@ -212,6 +212,17 @@ class Warehouse:
                     waiting[split] = pa.concat_tables([before, piece])
         yield from waiting.items()
 
+    def examples_schema(self) -> pa.Schema:
+        """Columns of `training_examples`.
+
+        Raises:
+            DataError: the job found no example.
+        """
+        folder = JobFolder(self.settings.home, "training_examples")
+        for path in folder.paths("training_examples"):
+            return folder.read_path(path).schema
+        raise DataError("training_examples holds no request: look at the dataset's declaration")
+
     def join(
         self,
         store: FeatureStore,
@@ -346,7 +357,7 @@ class Warehouse:
             )
 
     def gate(self, joined: Iterable[pa.Table], split: str) -> None:
-        """Great Expectations over pieces of a joined period.
+        """Great Expectations over rows of a joined period.
 
         Raises:
             GateError: joined features break the contract.

@@ -23,7 +23,9 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.key_index import KeyIndex
 from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.history.history import HistoryLog, run_ends, run_starts
+from modeling.errors import DataError
 from modeling.inputs.tasks import primary_number
+from modeling.training_set.dataset import SPLITS
 from modeling.training_set.sample import NeverHad
 
 # Draws for one request, each of as many items as are missing and some more
@@ -125,22 +127,32 @@ def block_examples(
     Args:
         schema: of `training_examples`.
         every: each n-th training request, each m-th of those that evaluate.
+
+    Raises:
+        DataError: the dataset has several tasks, of all but one of which nothing would be known.
     """
+    if len(contract.labels) > 1:
+        raise DataError(
+            f"requests for the ends of users' histories have one label, this dataset has {len(contract.labels)}: leave out --blocks"
+        )
     rows = np.arange(len(log.users))
     events = log.gather(rows, log.lengths, columns=["action", EVENT_TIMESTAMP])
     owner = np.repeat(rows, events.lengths)
     primary = np.flatnonzero(events.columns["action"] == 0)
     owner, keys, times = owner[primary], events.item_keys[primary], events.times[primary]
-    # 1. Blocks, counted from each user's end; incomplete ones at the beginning are left out.
+    if not len(primary):
+        for name in SPLITS:
+            yield name, schema.empty_table()
+        return
+    # 1. Blocks, counted from each user's end. Events of one time are in one block: that of the last of them.
     number = np.bincount(owner, minlength=len(rows))
     behind = np.cumsum(number)[owner] - 1 - np.arange(len(owner))
-    block = behind // most
+    _, moment = np.unique(np.stack([owner, times]), axis=1, return_inverse=True)
+    least = np.full(len(owner), len(owner))
+    np.minimum.at(least, moment.ravel(), behind // most)
+    block = least[moment.ravel()]
+    # 2. Requests; the oldest events of a user make no whole block.
     whole = block < number[owner] // most
-    # 2. An event at the very time at which the next block begins belongs to that block.
-    first = np.flatnonzero(np.r_[True, (np.diff(owner) != 0) | (np.diff(block) != 0)][: len(block)])
-    begins = times[np.append(first[1:], first[:1])] if len(first) else times[:0]
-    next_begins = np.repeat(begins, np.diff(np.append(first, len(block))))
-    block = np.where((block > 0) & (times == next_begins), block - 1, block)
     (user, _), begun = np.unique(np.stack([owner, -block]), axis=1, return_inverse=True)
     begun = begun.ravel()
     asked = np.full(len(user), np.iinfo(np.int64).max)

@@ -356,8 +356,8 @@ def _pieces(
         return
     contract = warehouse.contract
     if protocol.blocks:
-        _, declared = next(warehouse.pieces(1))
-        pieces = block_examples(contract, warehouse.log, declared.schema, protocol.most, every)
+        schema = warehouse.examples_schema()
+        pieces = block_examples(contract, warehouse.log, schema, protocol.most, every)
     sales = Sales(contract, warehouse.item_stats(protocol.by), protocol.by)
     for split, examples in pieces:
         number = protocol.train_negatives if split == "train" else protocol.negatives

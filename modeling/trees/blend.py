@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modeling import models
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, TrainingSample, UserInputs
-from modeling.metrics import ndcg_at, per_user
+from modeling.metrics import auc_by_user, ndcg_at
 from modeling.models import base
 from modeling.models.base import Ranker, TokenMaker
 from modeling.trees.trees import Trees
@@ -190,10 +190,18 @@ def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarr
     lost_MR = ndcg_MR[ndcg_MR.mean(1).argmax()] - ndcg_MR
     error_M = lost_MR.std(1) / np.sqrt(lost_MR.shape[1])
     near = lost_MR.mean(1) <= 2 * error_M
-    requests = np.arange(len(offsets) - 1)
     whole = [
-        per_user(labels_N, scores @ mixture, offsets, requests)["gauc"].value if kept else -np.inf
+        _gauc(labels_N, scores @ mixture, offsets) if kept else -np.inf
         for mixture, kept in zip(mixtures, near, strict=True)
     ]
     weights: np.ndarray = mixtures[int(np.argmax(whole))] / deviation
     return weights
+
+
+def _gauc(labels_N: np.ndarray, scores_N: np.ndarray, offsets: np.ndarray) -> float:
+    """AUC within requests, each by its candidates; 0 where none has both labels."""
+    sizes = np.diff(offsets)
+    found, weight = auc_by_user(
+        labels_N, scores_N, np.repeat(np.arange(len(sizes)), sizes), len(sizes)
+    )
+    return float(np.nansum(found * weight) / max(weight.sum(), 1.0))

@@ -25,7 +25,7 @@ from serving.api.messages import (
     ScoreParts,
 )
 from serving.ranking.ranker import Clock, RankService
-from serving.ranking.request import context_columns, why_unfit
+from serving.ranking.request import as_of, context_columns, why_unfit
 from serving.stores.features import UserRow, as_known
 
 
@@ -36,7 +36,8 @@ def explain(
     and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
     """
     at = ranker.time_of(request, user)
-    user = as_known(ranker.contract, user, (at - EPOCH) // timedelta(microseconds=1))
+    moment = (at - EPOCH) // timedelta(microseconds=1)
+    user = as_known(ranker.contract, user, moment)
     context = context_columns(ranker.contract, request.context)
     items = ranker.items.take(request.candidates)
 
@@ -44,10 +45,11 @@ def explain(
         return _logit(ranker, ranker.requests.encoded(seen, request.candidates, at, items, context))
 
     # 1. As it is ranked: its parts, and with stored tokens what each token is worth.
-    fit = why_unfit(user, (at - EPOCH) // timedelta(microseconds=1)) is None
-    ranked = user if fit else replace(user, tokens=None)
-    parts = _parts(ranker, ranked, logit_of)
-    of_tokens = _effects_of_tokens(ranked, logit_of)
+    fit = why_unfit(user, moment) is None
+    ranked = as_of(ranker.contract, user if fit else replace(user, tokens=None), moment)
+    whole = logit_of(ranked)
+    parts = _parts(ranker, ranked, logit_of, whole)
+    of_tokens = _effects_of_tokens(ranked, logit_of, whole)
     # 2. Without: the candidate's numbers, and what each event is worth.
     user = replace(user, tokens=None)
     encoded = ranker.requests.encoded(user, request.candidates, at, items, context)
@@ -85,9 +87,10 @@ def explain(
     )
 
 
-def _parts(ranker: RankService, user: UserRow, logit_of: Callable[[UserRow], float]) -> ScoreParts:
+def _parts(
+    ranker: RankService, user: UserRow, logit_of: Callable[[UserRow], float], whole: float
+) -> ScoreParts:
     """What the logit of a user rests on, by ranking without each part."""
-    whole = logit_of(user)
     return ScoreParts(
         item=logit_of(ranker.nobody()),
         tokens=whole - logit_of(_with_tokens(user, np.zeros_like)),
@@ -96,11 +99,12 @@ def _parts(ranker: RankService, user: UserRow, logit_of: Callable[[UserRow], flo
     )
 
 
-def _effects_of_tokens(user: UserRow, logit_of: Callable[[UserRow], float]) -> list[float]:
+def _effects_of_tokens(
+    user: UserRow, logit_of: Callable[[UserRow], float], whole: float
+) -> list[float]:
     """By how much the logit would be lower if a stored token were all zeros, token by token."""
     if user.tokens is None or user.tokens.tokens_SD is None:
         return []
-    base = logit_of(user)
 
     def without(token: int) -> UserRow:
         def lacking(tokens_SD: np.ndarray) -> np.ndarray:
@@ -110,7 +114,7 @@ def _effects_of_tokens(user: UserRow, logit_of: Callable[[UserRow], float]) -> l
 
         return _with_tokens(user, lacking)
 
-    return [base - logit_of(without(token)) for token in range(len(user.tokens.tokens_SD))]
+    return [whole - logit_of(without(token)) for token in range(len(user.tokens.tokens_SD))]
 
 
 def _with_tokens(user: UserRow, change: Callable[[np.ndarray], np.ndarray]) -> UserRow:

@@ -5,15 +5,16 @@ candidates' numbers from the item table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from feature_repo.contract.arrow import EPOCH, arrow_type, history_schema
+from feature_repo.contract.arrow import EPOCH, arrow_type, history_schema, micros
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.history import user_stats
 from feature_repo.history.history import (
     Histories,
@@ -202,6 +203,16 @@ def why_unfit(user: UserRow, at: int) -> Degraded | None:
         # They know what comes after the request
         return Degraded.NEWER_TOKENS
     return Degraded.TOKENS_OF_ANOTHER_HISTORY if user.tokens_know_another_history else None
+
+
+def as_of(contract: Contract, user: UserRow, at: int) -> UserRow:
+    """The user with the history and the statistics of before a time, microseconds."""
+    if user.history is None:
+        return user
+    times = micros(user.history[EVENT_TIMESTAMP])
+    kept = int(np.searchsorted(times, at, side="left"))
+    columns = user.columns | _stats_before(contract, user.columns, user.history, kept)
+    return replace(user, columns=columns, history=user.history.slice(0, kept))
 
 
 def _stats_before(

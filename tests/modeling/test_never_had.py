@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from feature_repo.contract.arrow import micros
+from feature_repo.history.history import Histories
 from modeling import recipes
 from modeling.training_set.dataset import Warehouse
 from modeling.training_set.encodings import Encodings
@@ -176,6 +178,41 @@ def test_blocks_ask_for_the_end_of_each_user(warehouse: Warehouse) -> None:
             assert max(found["validation"]) < time
         # Blocks part all that is asked for in order.
         assert max(found.get("train", [0])) <= min(found.get("validation", [time]))
+
+
+@pytest.mark.parametrize(
+    ("times", "validation", "test"),
+    [
+        # An event at the time of the block's first belongs to it, though it makes no block of its own.
+        ([1, 5, 5, 6, 7], [], [11, 12, 13, 14]),
+        # A basket larger than two blocks is one request.
+        ([1, 2, *[9] * 9], [], list(range(12, 21))),
+        ([1, 2, 3, 4, 5, 6, 7], [11, 12, 13], [14, 15, 16]),
+        # Nothing is known before the first.
+        ([1, 2, 3], [], []),
+        ([], [], []),
+    ],
+)
+def test_what_happened_at_one_time_is_in_one_block(
+    warehouse: Warehouse, times: list[int], validation: list[int], test: list[int]
+) -> None:
+    contract = warehouse.contract
+    items = pa.array([str(10 + place) for place in range(len(times))], pa.string())
+    events = Histories(
+        np.array([0, len(times)]),
+        np.arange(len(times)),
+        {"action": np.zeros(len(times), np.int8), "event_timestamp": np.array(times, np.int64)},
+    )
+    log = SimpleNamespace(
+        users=pa.array([7], pa.int64()),
+        items=items,
+        lengths=np.array([len(times)]),
+        gather=lambda *_, **__: events,
+    )
+    schema = warehouse.examples_schema()
+    made = dict(block_examples(contract, log, schema, 3, (1, 1)))  # type: ignore[arg-type]
+    found = {name: [int(i) for i in rows["item_id"].to_pylist()] for name, rows in made.items()}
+    assert found == {"train": [], "validation": validation, "test": test}
 
 
 def test_blocks_are_thinned_by_requests(warehouse: Warehouse) -> None:
