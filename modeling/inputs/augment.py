@@ -190,8 +190,8 @@ class AblatedEncoder(Encoder):
     """An encoder whose batches withhold inputs, to see what a model makes of the others.
 
     Args:
-        ablated: "matches" between candidate and history, sketch included; "user", all of users but
-            their history.
+        ablated: "matches" between candidate and history, counts and relations included; "all but own counts": the same
+            without the candidate's own counts; "user", all of users but their history.
 
     Example:
         >>> encoder = AblatedEncoder(contract, vocabularies, 128, ablated=("matches",))

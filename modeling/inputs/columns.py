@@ -99,7 +99,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ItemVocabulary(Vocabulary):
-    """Items of the training period. A frequent one has an embedding row of its own; rare ones of the same categories share one.
+    """Items of the training period. A frequent item owns an embedding row; rare items of the same categories share one row.
 
     Args:
         rows: of each item, int64, from 1 on; 0 of a rare item without a category: the row of unknown items.
@@ -127,18 +127,19 @@ class ItemVocabulary(Vocabulary):
 
     @staticmethod
     def distinct(items: pa.Array) -> ItemVocabulary:
-        """Every item with a row of its own."""
+        """Each item owns a row."""
         return ItemVocabulary(items, pa.array(np.arange(1, len(items) + 1)))
 
     @staticmethod
     def counted(
         items: pa.Array, number: np.ndarray, category: np.ndarray, least: int
     ) -> ItemVocabulary:
-        """Rows of their own for items that occur at least so often.
+        """Frequent items own a row, rare ones share rows.
 
         Args:
             items: each once, in the order of their indices.
             number: how often each occurs.
+            least: occurrences of a frequent item.
             category: code of each one's categories together, `NO_VALUE` without any.
         """
         often = number >= least

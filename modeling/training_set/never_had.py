@@ -129,7 +129,7 @@ def block_examples(
         every: each n-th training request, each m-th of those that evaluate.
 
     Raises:
-        DataError: the dataset has several tasks, of all but one of which nothing would be known.
+        DataError: the dataset has several tasks; requests like these have one label.
     """
     if len(contract.labels) > 1:
         raise DataError(

@@ -1,5 +1,5 @@
-"""A network and trees as one ranker: a weighted sum of their logits, the weights those that rank the validation period
-best.
+"""A network and trees as one ranker: a weighted sum of their logits, with the weights under which the validation period
+is ranked best.
 
 Trees read counts and no event; a network reads the history. Whether their sum ranks above either is
 the data's to say: `evaluate` shows the trees beside it.
