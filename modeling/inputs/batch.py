@@ -119,7 +119,7 @@ class FeatureSizes:
     items: int
     actions: int
     history_length: int
-    # Rows of embeddings that items have, rare ones together; 0: each item its own
+    # Embedding rows of items, of which rare ones share one; 0: each item its own
     item_rows: int = 0
     # Columns of user and context
     request: GroupSizes = NO_COLUMNS

@@ -99,15 +99,16 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ItemVocabulary(Vocabulary):
-    """Items of the training period. A frequent item owns an embedding row; rare items of the same categories share one row.
+    """Items of the training period. A frequent item owns an embedding row; rare ones share the row of unknown items, and
+    are told apart by the rows of their categories, which an index stands for too.
 
     Args:
-        rows: of each item, int64, from 1 on; 0 of a rare item without a category: the row of unknown items.
+        rows: of each item, int64, from 1 on; 0 of a rare item.
 
     Example:
-        >>> items = ItemVocabulary(pa.array(["milk", "oat milk", "rye milk"]), pa.array([1, 2, 2]))
+        >>> items = ItemVocabulary(pa.array(["milk", "oat milk", "rye milk"]), pa.array([1, 0, 0]))
         >>> items.size, items.num_rows, items.row_of_index.tolist()
-        (4, 3, [0, 1, 2, 2])
+        (4, 2, [0, 1, 0, 0])
     """
 
     rows: pa.Array
@@ -131,24 +132,16 @@ class ItemVocabulary(Vocabulary):
         return ItemVocabulary(items, pa.array(np.arange(1, len(items) + 1)))
 
     @staticmethod
-    def counted(
-        items: pa.Array, number: np.ndarray, category: np.ndarray, least: int
-    ) -> ItemVocabulary:
-        """Frequent items own a row, rare ones share rows.
+    def counted(items: pa.Array, number: np.ndarray, least: int) -> ItemVocabulary:
+        """Frequent items own a row, rare ones share that of unknown items.
 
         Args:
             items: each once, in the order of their indices.
             number: how often each occurs.
             least: occurrences of a frequent item.
-            category: code of each one's categories together, `NO_VALUE` without any.
         """
         often = number >= least
-        rows = np.zeros(len(items), np.int64)
-        rows[often] = 1 + np.arange(often.sum())
-        shared = ~often & (category != NO_VALUE)
-        _, group = np.unique(category[shared], return_inverse=True)
-        rows[shared] = 1 + often.sum() + group
-        return ItemVocabulary(items, pa.array(rows))
+        return ItemVocabulary(items, pa.array(np.where(often, np.cumsum(often), 0)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ categories, each made of unit length.
 Attention looks for events like a candidate. Where item rows begin small, what else an event
 carries drowns them (DECISIONS, 2026-11-29, has the figures). So rows begin at random and at full
 length, equal items are equal from the first step on, and an item that training hardly saw has a
-code by its categories: such items of the same categories share a row.
+code by its categories: such items share one row of their own.
 """
 
 from __future__ import annotations

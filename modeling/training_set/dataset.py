@@ -15,14 +15,13 @@ import pyarrow.compute as pc
 
 from feature_repo import datasets
 from feature_repo.contract import expectations, limits
-from feature_repo.contract.arrow import NO_VALUE, arrow_type, micros, value_codes
+from feature_repo.contract.arrow import NO_VALUE, arrow_type, micros
 from feature_repo.contract.contract import TOKEN_ROW, TOKEN_VERSION, Contract
 from feature_repo.contract.schema import (
     EVENT_TIMESTAMP,
     Column,
     DType,
     Examples,
-    Kind,
     Table,
 )
 from feature_repo.errors import ExpectedError
@@ -488,7 +487,7 @@ class Fitting:
     alone, piece by piece.
 
     Args:
-        min_item_count: rarer items of the same categories share an embedding row.
+        min_item_count: rarer items share one embedding row.
 
     Example:
         >>> fitting = Fitting(contract, min_item_count=5)
@@ -514,12 +513,11 @@ class Fitting:
         keys = requests.candidate_keys
         positive = keys[(labels == 1).any(axis=1)] if drawn else keys
         number = np.bincount(positive, minlength=len(requests.items))
-        seen = {"item": requests.items, "number": number, "category": self._categories(requests)}
-        counted = pa.table(seen).filter(pa.array(number > 0))
+        counted = pa.table({"item": requests.items, "number": number}).filter(pa.array(number > 0))
         # Merged with the counts so far, so that memory follows items, not rows.
         both = counted if self._items is None else pa.concat_tables([self._items, counted])
-        sums = both.group_by("item").aggregate([("number", "sum"), ("category", "max")])
-        self._items = sums.select(["item", "number_sum", "category_max"]).rename_columns([*seen])
+        sums = both.group_by("item").aggregate([("number", "sum")])
+        self._items = sums.select(["item", "number_sum"]).rename_columns(["item", "number"])
         for columns, values in (
             (contract.request_features, requests.user_columns),
             (contract.candidate_features, requests.candidate_columns),
@@ -541,10 +539,10 @@ class Fitting:
         contract = self.contract
         assert self._items is not None
         items = self._items.sort_by("item")
-        number, category = (items[name].to_numpy() for name in ("number", "category"))
+        number = items["number"].to_numpy()
         indices: dict[str, Index] = {
             contract.item.join_key: ItemVocabulary.counted(
-                whole(items["item"]), number, category, self.min_item_count
+                whole(items["item"]), number, self.min_item_count
             )
         }
         for column in (*contract.request_features, *contract.candidate_features):
@@ -555,20 +553,6 @@ class Fitting:
                 key = event_key(column.name)
                 indices[key] = fitted(column, self._values[key])
         return indices
-
-    def _categories(self, requests: RequestColumns) -> np.ndarray:
-        """A code of each item's categories together; `NO_VALUE` of an item without any."""
-        mixed = np.zeros(len(requests.candidate_keys), np.uint64)
-        known = np.zeros(len(mixed), bool)
-        for column in self.contract.item_columns:
-            if column.kind is Kind.CATEGORY:
-                codes = value_codes(requests.candidate_columns[column.name])
-                known |= codes != NO_VALUE
-                with np.errstate(over="ignore"):
-                    mixed = (mixed ^ codes.view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        found = np.full(len(requests.items), NO_VALUE)
-        found[requests.candidate_keys] = np.where(known, mixed.view(np.int64), NO_VALUE)
-        return found
 
     def _collect(self, column: Column, key: str, values: pa.Array) -> None:
         """Collect each value of a category once, and an evenly spread sample of numbers in buckets."""

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.contract.arrow import NO_VALUE
 from modeling.inputs.batch import FeatureSizes, TrainingSample
 from modeling.inputs.columns import GroupSizes, ItemVocabulary, index_of
 from modeling.layers.attention import HistoryAttentionLayer
@@ -58,31 +57,27 @@ def test_an_item_that_nobody_knows_has_the_row_of_its_categories() -> None:
     assert not torch.allclose(one, other)
 
 
-def test_rare_items_share_the_row_of_their_category_and_keep_their_categories() -> None:
+def test_rare_items_share_a_row_and_keep_their_categories() -> None:
     items = ItemVocabulary.counted(
-        pa.array(["bread", "milk", "oat milk", "rye milk", "salt"]),
-        number=np.array([9, 5, 1, 2, 1]),
-        category=np.array([7, 8, 8, 8, NO_VALUE]),
-        least=5,
+        pa.array(["bread", "milk", "oat milk", "rye milk"]), np.array([9, 2, 5, 1]), least=5
     )
-    # Two of their own, one shared, and the salt has no category: the unknown item's.
-    assert items.row_of_index.tolist() == [0, 1, 2, 3, 3, 0]
-    assert (items.size, items.num_rows) == (6, 4)
+    assert items.row_of_index.tolist() == [0, 1, 0, 2, 0]
+    assert (items.size, items.num_rows) == (5, 3)
     assert index_of(items.plain(), pa.string()) == items
 
     torch.manual_seed(0)
-    sizes = replace(SIZES, items=items.size, item_rows=items.num_rows)
-    codes = ItemCodes(sizes, WIDTH)
-    assert codes.item.num_embeddings == 4
-    slots = torch.tensor([[0] * 4, [1, 0, 0, 0], [2, 1, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0], [0] * 4])
-    numbers = torch.zeros(0)
-    codes.know(
-        TrainingSample(numbers, numbers, numbers, slots, torch.from_numpy(items.row_of_index))
-    )
-    of_item = codes.parts(torch.arange(items.size))
-    assert torch.equal(of_item[3, 0], of_item[4, 0])
-    assert not torch.allclose(of_item[3, 2], of_item[4, 2])
-    assert not torch.allclose(of_item[2, 0], of_item[3, 0])
+    codes = ItemCodes(replace(SIZES, items=items.size, item_rows=items.num_rows), WIDTH)
+    assert codes.item.num_embeddings == 3
+    slots = torch.tensor([[0] * 4, [1, 0, 0, 0], [2, 1, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0]])
+    nothing = torch.zeros(0)
+    rows = torch.from_numpy(items.row_of_index)
+    codes.know(TrainingSample(nothing, nothing, nothing, slots, rows))
+    parts = codes.parts(torch.arange(items.size))
+    # The own row is that of unknown items; what stands beside it is the item's.
+    assert torch.equal(parts[2, 0], parts[4, 0])
+    assert torch.equal(parts[2, 0], parts[0, 0])
+    assert not torch.allclose(parts[2, 2], parts[4, 2])
+    assert not torch.allclose(parts[3, 0], parts[4, 0])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

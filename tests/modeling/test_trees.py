@@ -24,7 +24,7 @@ from modeling import recipes
 from modeling.bundle import bundle
 from modeling.bundle.bundle import BundleError
 from modeling.errors import DataError, RecipeError
-from modeling.metrics import auc_by_user, mean_ndcg
+from modeling.metrics import mean_ndcg, ndcg_at
 from modeling.recipes.trees import QUICK
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
@@ -172,32 +172,26 @@ def test_weights_of_two_scores_order_better_than_either() -> None:
     assert blended > max(mean_ndcg(labels, column, offsets) for column in scores.T)
 
 
-def test_of_mixtures_that_rank_the_top_alike_the_best_whole_order_is_taken() -> None:
+def test_the_whole_order_decides_and_not_its_top() -> None:
     """The first score knows the top and nothing else, the second all that is below."""
     rng = np.random.default_rng(4)
     number, size = 300, 60
     offsets = np.arange(0, number * size + 1, size)
     appeal = rng.normal(size=(number, size))
-    labels = (appeal + rng.normal(size=appeal.shape) > 1.2).astype(np.float64)
+    labels = ((appeal + rng.normal(size=appeal.shape)) > 1.2).astype(np.float64).ravel()
     top = np.where(appeal > 1.0, appeal, 1.0 + 0.01 * rng.normal(size=appeal.shape))
     scores = np.stack([top.ravel(), (appeal + 0.8 * rng.normal(size=appeal.shape)).ravel()], axis=1)
-    labels = labels.ravel()
-    weights = order_weights(scores, labels, offsets)
 
     def of(mixed: np.ndarray) -> tuple[float, float]:
-        of_request = np.repeat(np.arange(number), size)
-        found, weight = auc_by_user(labels, mixed, of_request, number)
-        return mean_ndcg(labels, mixed, offsets), float(np.nansum(found * weight) / weight.sum())
+        found = (np.nanmean(ndcg_at(labels, mixed, offsets, places)) for places in (10, size))
+        at_ten, whole = (float(one) for one in found)
+        return at_ten, whole
 
-    ndcg, gauc = of(scores @ weights)
-    mixtures = [
-        of(scores / scores.std(0) @ np.array([share, 1 - share])) for share in np.linspace(0, 1, 21)
-    ]
-    by_ndcg = max(mixtures)
-    by_gauc = max(mixtures, key=lambda one: one[1])
-    # Not the best top, which is hardly better, nor the best order, whose top is clearly worse.
-    assert by_ndcg[0] - 0.01 < ndcg < by_ndcg[0]
-    assert by_ndcg[1] < gauc < by_gauc[1]
+    at_ten, whole = of(scores @ order_weights(scores, labels, offsets))
+    shares = np.linspace(0, 1, 21)
+    mixtures = [of(scores / scores.std(0) @ np.array([one, 1 - one])) for one in shares]
+    assert whole == pytest.approx(max(one[1] for one in mixtures))
+    assert at_ten < max(one[0] for one in mixtures)
 
 
 def test_a_score_that_misleads_has_no_weight() -> None:
