@@ -60,8 +60,9 @@ def _item_categories(encoder: Encoder, train: Encoded) -> np.ndarray:
     for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
         rows = slice(start, start + SAMPLED_ROWS)
         found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
-    # An unknown item has no categories either
-    found[0] = 0
+    # Nor has an unknown item categories, nor a rare one: DIN counts events that are like a candidate, and finds none
+    # among so many that are a little like it (DECISIONS, 2026-11-29).
+    found[encoder.items.row_of_index == 0] = 0
     return found
 
 

@@ -100,7 +100,7 @@ class Vocabulary:
 @dataclass(frozen=True)
 class ItemVocabulary(Vocabulary):
     """Items of the training period. A frequent item owns an embedding row; rare ones share the row of unknown items, and
-    are told apart by the rows of their categories, which an index stands for too.
+    a candidate among them is told apart by its categories.
 
     Args:
         rows: of each item, int64, from 1 on; 0 of a rare item.
