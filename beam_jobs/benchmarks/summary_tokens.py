@@ -182,14 +182,12 @@ def export_bundle(settings: Settings) -> None:
 
     from modeling import models
     from modeling.bundle import bundle
-    from modeling.inputs.columns import ItemVocabulary, nothing_known
+    from modeling.inputs.columns import Vocabulary, nothing_known
     from modeling.inputs.encoder import Encoder
     from modeling.recipes import SERVICE, Recipe
 
     items = pa.array([f"{20000 + item}" for item in range(ITEMS)])
-    vocabularies = nothing_known(CONTRACT) | {
-        CONTRACT.item.join_key: ItemVocabulary.distinct(items)
-    }
+    vocabularies = nothing_known(CONTRACT) | {CONTRACT.item.join_key: Vocabulary(items)}
     encoder = Encoder(CONTRACT, vocabularies, 256)
     torch.manual_seed(0)
     model = models.build("vista", CONFIG, encoder.sizes)

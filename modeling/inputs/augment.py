@@ -49,7 +49,6 @@ def training_sample(encoder: Encoder, train: Encoded) -> TrainingSample:
         torch.from_numpy(spread_rows(train.dense_BG, SAMPLED_ROWS)),
         torch.from_numpy(encoder.event.event_dense(events.columns, events.times)),
         torch.from_numpy(_item_categories(encoder, train)),
-        torch.from_numpy(encoder.items.row_of_index),
     )
 
 
@@ -60,9 +59,8 @@ def _item_categories(encoder: Encoder, train: Encoded) -> np.ndarray:
     for start in range(0, len(train.candidate_item), SAMPLED_ROWS):
         rows = slice(start, start + SAMPLED_ROWS)
         found[train.candidate_item[rows]] = train.candidate_category[rows][:, :width]
-    # Nor has an unknown item categories, nor a rare one: DIN counts events that are like a candidate, and finds none
-    # among so many that are a little like it (DECISIONS, 2026-11-29).
-    found[encoder.items.row_of_index == 0] = 0
+    # An unknown item has no categories either
+    found[0] = 0
     return found
 
 

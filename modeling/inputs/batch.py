@@ -115,12 +115,9 @@ class Batch(_Tensors):
 class FeatureSizes:
     """Sizes that a model is built for; they follow from contract and vocabularies."""
 
-    # Indices of items, that of unknown ones among them
     items: int
     actions: int
     history_length: int
-    # Embedding rows of items, of which rare ones share one; 0: each item its own
-    item_rows: int = 0
     # Columns of user and context
     request: GroupSizes = NO_COLUMNS
     candidate: GroupSizes = NO_COLUMNS
@@ -140,11 +137,9 @@ class TrainingSample:
         candidate_NF, request_BG, event_ME: dense numbers, from which their scales come.
         item_IK: int64 category slots of every item of the vocabulary, for events, which carry an
             item and not its columns.
-        row_I: int64 embedding row of each of them.
     """
 
     candidate_NF: Tensor
     request_BG: Tensor
     event_ME: Tensor
     item_IK: Tensor | None = None
-    row_I: Tensor | None = None

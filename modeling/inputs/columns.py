@@ -98,53 +98,6 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class ItemVocabulary(Vocabulary):
-    """Items of the training period. A frequent item owns an embedding row; rare ones share the row of unknown items, and
-    a candidate among them is told apart by its categories.
-
-    Args:
-        rows: of each item, int64, from 1 on; 0 of a rare item.
-
-    Example:
-        >>> items = ItemVocabulary(pa.array(["milk", "oat milk", "rye milk"]), pa.array([1, 0, 0]))
-        >>> items.size, items.num_rows, items.row_of_index.tolist()
-        (4, 2, [0, 1, 0, 0])
-    """
-
-    rows: pa.Array
-
-    @cached_property
-    def row_of_index(self) -> np.ndarray:
-        """The embedding row of each index, int64; the unknown item's is 0."""
-        return np.r_[0, self.rows.to_numpy()]
-
-    @property
-    def num_rows(self) -> int:
-        """Embedding rows, that of unknown items among them."""
-        return int(self.row_of_index.max()) + 1
-
-    def plain(self) -> Any:
-        return {"items": super().plain(), "rows": self.rows.to_pylist()}
-
-    @staticmethod
-    def distinct(items: pa.Array) -> ItemVocabulary:
-        """Each item owns a row."""
-        return ItemVocabulary(items, pa.array(np.arange(1, len(items) + 1)))
-
-    @staticmethod
-    def counted(items: pa.Array, number: np.ndarray, least: int) -> ItemVocabulary:
-        """Frequent items own a row, rare ones share that of unknown items.
-
-        Args:
-            items: each once, in the order of their indices.
-            number: how often each occurs.
-            least: occurrences of a frequent item.
-        """
-        often = number >= least
-        return ItemVocabulary(items, pa.array(np.where(often, np.cumsum(often), 0)))
-
-
-@dataclass(frozen=True)
 class Hashed:
     """So many rows that values share by their hash; 0 is nothing."""
 
@@ -203,9 +156,6 @@ Index = Vocabulary | Hashed | Quantiles
 def index_of(stored: Any, kind: pa.DataType) -> Index:
     """The index that `plain` stored, its values of an Arrow type."""
     if isinstance(stored, dict):
-        if "items" in stored:
-            rows = pa.array(stored["rows"], pa.int64())
-            return ItemVocabulary(pa.array(stored["items"], kind), rows)
         return Hashed(stored["hashed"]) if "hashed" in stored else Quantiles(tuple(stored["edges"]))
     return Vocabulary(pa.array(stored, kind))
 
@@ -373,8 +323,7 @@ def within(lengths: np.ndarray) -> np.ndarray:
 def nothing_known(contract: Contract) -> dict[str, Index]:
     """Vocabularies of every column without a value, for models that are measured without data."""
     item = contract.item
-    no_items = ItemVocabulary.distinct(pa.array([], arrow_type(item.dtype)))
-    found: dict[str, Index] = {item.join_key: no_items}
+    found: dict[str, Index] = {item.join_key: Vocabulary(pa.array([], arrow_type(item.dtype)))}
     for column in (*contract.request_features, *contract.candidate_features):
         if column.is_categorical:
             found[column.name] = fitted(column, pa.array([], stored_type(column)))

@@ -32,7 +32,7 @@ from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.inputs.between import Between, Compared
 from modeling.inputs.columns import (
     Index,
-    ItemVocabulary,
+    Vocabulary,
     ages,
     floats,
     group_of,
@@ -156,10 +156,10 @@ class Encoder:
         self.stat_columns = tuple(c.name for c in contract.table("item_stats").columns)
 
     @property
-    def items(self) -> ItemVocabulary:
-        """Items that training saw."""
+    def items(self) -> Vocabulary:
+        """Items that have a row of their own."""
         found = self.vocabularies[self.item_key]
-        assert isinstance(found, ItemVocabulary)
+        assert isinstance(found, Vocabulary)
         return found
 
     @property
@@ -180,7 +180,6 @@ class Encoder:
         context = tuple(CONTEXT_FIELDS.values())
         return FeatureSizes(
             items=self.items.size,
-            item_rows=self.items.num_rows,
             actions=len(self.contract.spec.actions),
             history_length=self.history_length,
             request=replace(

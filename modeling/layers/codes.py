@@ -4,7 +4,7 @@ categories, each made of unit length.
 Attention looks for events like a candidate. Where item rows begin small, what else an event
 carries drowns them (DECISIONS, 2026-11-29, has the figures). So rows begin at random and at full
 length, equal items are equal from the first step on, and an item that training hardly saw has a
-code by its categories: such items share one row of their own.
+code by its categories.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, normalize
 
-from modeling.inputs.batch import FeatureSizes, TrainingSample
+from modeling.inputs.batch import FeatureSizes
 
 
 class Items(NamedTuple):
@@ -37,12 +37,11 @@ class ItemCodes(nn.Module):
     """
 
     item_IK: Tensor
-    row_I: Tensor
 
     def __init__(self, sizes: FeatureSizes, width: int) -> None:
         super().__init__()
         self.slots = sizes.item.slots
-        self.item = nn.Embedding(sizes.item_rows or sizes.items, width)
+        self.item = nn.Embedding(sizes.items, width)
         self.categories = nn.ModuleList(
             nn.Embedding(size, width, padding_idx=0) for size in sizes.item.categories
         )
@@ -50,16 +49,6 @@ class ItemCodes(nn.Module):
         self.register_buffer(
             "item_IK", torch.zeros(sizes.items, sizes.item.num_slots, dtype=torch.long)
         )
-        # Until it is told, every item has a row of its own, as far as there are some.
-        itself = torch.arange(sizes.items).clamp(max=self.item.num_embeddings - 1)
-        self.register_buffer("row_I", itself)
-
-    def know(self, sample: TrainingSample) -> None:
-        """Take what training knows of items: their categories, and which share a row."""
-        if sample.item_IK is not None:
-            self.item_IK.copy_(sample.item_IK)
-        if sample.row_I is not None:
-            self.row_I.copy_(sample.row_I)
 
     @property
     def num_parts(self) -> int:
@@ -76,7 +65,7 @@ class ItemCodes(nn.Module):
         # Not `CategorySlots`: its learned row of nothing begins at zero, where a vector has no
         # direction and a normalised one no gradient; here an absent category adds nothing.
         slots = self.item_IK[item] if category_K is None else category_K
-        found = [self.item(self.row_I[item])]
+        found = [self.item(item)]
         groups = slots[..., : sum(self.slots)].split(self.slots, dim=-1) if self.slots else ()
         for table, group in zip(self.categories, groups, strict=True):
             if group.shape[-1] == 1:

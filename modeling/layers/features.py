@@ -105,7 +105,8 @@ class FeatureTokens(nn.Module):
 
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Take the scales of dense features from the training period."""
-        self.item.codes.know(sample)
+        if sample.item_IK is not None:
+            self.item.codes.item_IK.copy_(sample.item_IK)
         self.candidate_dense.fit(sample.candidate_NF)
         self.user_dense.fit(sample.request_BG)
         self.events.fit(sample.event_ME)

@@ -261,7 +261,8 @@ class AddressedVISTA(TokenMaker):
     def fit_statistics(self, sample: TrainingSample) -> None:
         """Scales of dense features, and the categories of items."""
         super().fit_statistics(sample)
-        self.stage_1.codes.know(sample)
+        if sample.item_IK is not None:
+            self.stage_1.codes.item_IK.copy_(sample.item_IK)
 
     @property
     def can_extend(self) -> bool:

@@ -83,7 +83,7 @@ class Recipe:
     config: dict[str, Any]
     # Events that the encoder reads
     history_length: int
-    # Rarer items share one embedding row
+    # Rarer items share one embedding
     min_item_count: int = 5
     # The recipe whose stored summary tokens it reads; its service must join them
     tokens: str | None = None

@@ -35,7 +35,7 @@ from feature_repo.home.catalogue import TokenSpec
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
 from modeling.errors import DataError
-from modeling.inputs.columns import Index, ItemVocabulary, event_key, fitted, floats, whole
+from modeling.inputs.columns import Index, Vocabulary, event_key, fitted, floats, whole
 from modeling.inputs.encoder import GatherHistories, RequestColumns, events_of
 from modeling.training_set.visible import visible_stats
 
@@ -487,7 +487,7 @@ class Fitting:
     alone, piece by piece.
 
     Args:
-        min_item_count: rarer items share one embedding row.
+        min_item_count: rarer items share one embedding.
 
     Example:
         >>> fitting = Fitting(contract, min_item_count=5)
@@ -538,12 +538,9 @@ class Fitting:
         """An index for the items, and for each categorical column."""
         contract = self.contract
         assert self._items is not None
-        items = self._items.sort_by("item")
-        number = items["number"].to_numpy()
+        often = self._items.filter(pc.greater_equal(self._items["number"], self.min_item_count))
         indices: dict[str, Index] = {
-            contract.item.join_key: ItemVocabulary.counted(
-                whole(items["item"]), number, self.min_item_count
-            )
+            contract.item.join_key: Vocabulary(whole(often["item"]).sort())
         }
         for column in (*contract.request_features, *contract.candidate_features):
             if column.is_categorical:

@@ -72,7 +72,7 @@ class TrainingSetOptions:
 
     Args:
         service: feature service that is joined.
-        min_item_count: rarer items share one embedding row.
+        min_item_count: rarer items share one embedding.
         tokens: version and shape of the stored summary tokens that are read.
         sample: which requests, and how much of their past.
     """

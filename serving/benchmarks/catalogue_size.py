@@ -25,7 +25,7 @@ from feature_repo.contract.key_index import KeyIndex
 from feature_repo.datasets import load_contract
 from modeling import models
 from modeling.bundle.bundle import Bundle
-from modeling.inputs.columns import Index, ItemVocabulary, Vocabulary
+from modeling.inputs.columns import Index, Vocabulary
 from modeling.inputs.encoder import Encoder
 from serving.api.messages import RankContext, RankRequest, RankResponse
 from serving.ranking.ranker import Clock, RankService
@@ -81,7 +81,7 @@ def service(number: int) -> tuple[RankService, RankRequest]:
     ids = pa.array(np.arange(number)).cast(pa.string())
     ids = pa.compute.binary_join_element_wise(pa.scalar("item"), ids, "-")
     vocabularies: dict[str, Index] = {
-        "item_id": ItemVocabulary.distinct(ids.sort()),
+        "item_id": Vocabulary(ids.sort()),
         "country": Vocabulary(pa.array(["France"])),
         "description_tokens": Vocabulary(pa.array(["word"])),
     }

@@ -31,7 +31,7 @@ from feature_repo.store.online_rows import write_rows
 from feature_repo.store.store import note_epoch, open_store
 from modeling import models, recipes
 from modeling.bundle import bundle as bundles
-from modeling.inputs.columns import Index, ItemVocabulary, Vocabulary
+from modeling.inputs.columns import Index, Vocabulary
 from modeling.inputs.encoder import Encoder
 from serving.benchmarks.faults import Redis
 from serving.command import listenable
@@ -141,7 +141,7 @@ def fill(settings: Settings, length: int) -> None:
 
 def _encoder(contract: Contract, length: int) -> Encoder:
     vocabularies: dict[str, Index] = {
-        "item_id": ItemVocabulary.distinct(pa.array(ITEMS, arrow_type(contract.item.dtype)).sort()),
+        "item_id": Vocabulary(pa.array(ITEMS, arrow_type(contract.item.dtype)).sort()),
         "country": Vocabulary(pa.array(["France"])),
         "description_tokens": Vocabulary(pa.array(["word"])),
     }

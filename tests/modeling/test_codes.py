@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling.inputs.batch import FeatureSizes, TrainingSample
-from modeling.inputs.columns import GroupSizes, ItemVocabulary, index_of
+from modeling.inputs.batch import FeatureSizes
+from modeling.inputs.columns import GroupSizes
 from modeling.layers.attention import HistoryAttentionLayer
-from modeling.layers.codes import ItemCodes, ItemRows
+from modeling.layers.codes import ItemRows
 from modeling.layers.embedding import QUANTILES, GaussianRank
 from modeling.layers.matching import Matching
 
@@ -55,29 +54,6 @@ def test_an_item_that_nobody_knows_has_the_row_of_its_categories() -> None:
     alike = torch.tensor([[0], [0]])
     one, other = made(alike, torch.tensor([[[3, 1, 0, 0]], [[4, 1, 0, 0]]]))
     assert not torch.allclose(one, other)
-
-
-def test_rare_items_share_a_row_and_keep_their_categories() -> None:
-    items = ItemVocabulary.counted(
-        pa.array(["bread", "milk", "oat milk", "rye milk"]), np.array([9, 2, 5, 1]), least=5
-    )
-    assert items.row_of_index.tolist() == [0, 1, 0, 2, 0]
-    assert (items.size, items.num_rows) == (5, 3)
-    assert index_of(items.plain(), pa.string()) == items
-
-    torch.manual_seed(0)
-    codes = ItemCodes(replace(SIZES, items=items.size, item_rows=items.num_rows), WIDTH)
-    assert codes.item.num_embeddings == 3
-    slots = torch.tensor([[0] * 4, [1, 0, 0, 0], [2, 1, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0]])
-    nothing = torch.zeros(0)
-    rows = torch.from_numpy(items.row_of_index)
-    codes.know(TrainingSample(nothing, nothing, nothing, slots, rows))
-    parts = codes.parts(torch.arange(items.size))
-    # The own row is that of unknown items; what stands beside it is the item's.
-    assert torch.equal(parts[2, 0], parts[4, 0])
-    assert torch.equal(parts[2, 0], parts[0, 0])
-    assert not torch.allclose(parts[2, 2], parts[4, 2])
-    assert not torch.allclose(parts[3, 0], parts[4, 0])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

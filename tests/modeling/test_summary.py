@@ -24,7 +24,7 @@ from modeling.bundle.summary import (
     stored_summary,
     token_fingerprint,
 )
-from modeling.inputs.columns import ItemVocabulary, nothing_known
+from modeling.inputs.columns import Vocabulary, nothing_known
 from modeling.inputs.encoder import Encoder
 from modeling.models.vista import VISTA
 
@@ -48,7 +48,7 @@ def summariser(seed: int = 1, history_length: int = 64, **config: Any) -> Summar
 
 
 def ranker(seed: int = 1, history_length: int = 64, **config: Any) -> tuple[VISTA, Encoder]:
-    items = ItemVocabulary.distinct(pa.array([str(item) for item in range(ITEMS)]))
+    items = Vocabulary(pa.array([str(item) for item in range(ITEMS)]))
     vocabularies = nothing_known(CONTRACT) | {"item_id": items}
     encoder = Encoder(CONTRACT, vocabularies, history_length)
     torch.manual_seed(seed)

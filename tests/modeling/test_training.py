@@ -23,7 +23,7 @@ from modeling import models, recipes
 from modeling.evaluation.evaluate import EMPTY_HISTORY
 from modeling.inputs.augment import training_sample
 from modeling.inputs.batch import Batch
-from modeling.inputs.columns import ItemVocabulary, Vocabulary
+from modeling.inputs.columns import Vocabulary
 from modeling.inputs.degradations import without
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
@@ -234,7 +234,7 @@ def joined_rows(settings: Any, store: Any, request: pa.Table) -> tuple[pa.Table,
     joined = joined.append_column("label_purchase", request["label_purchase"])
     split = warehouse.assemble(joined, request["request_id"].combine_chunks())
     vocabulary = {
-        "item_id": ItemVocabulary.distinct(
+        "item_id": Vocabulary(
             pa.array(sorted({f"{20000 + i}{'' if i % 3 else 'A'}" for i in range(220)}))
         ),
         "country": Vocabulary(pa.array(["France"])),
