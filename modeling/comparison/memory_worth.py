@@ -33,7 +33,7 @@ from modeling.metrics import PerUser, per_user
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.training.trainer import Trainer, predict
 from modeling.training.training_run import build_model
-from modeling.training.trees import blended, fit_trees
+from modeling.training.trees import fit_blend
 from modeling.training_set.dataset import SPLITS, Warehouse
 from modeling.training_set.lengths import Lengths, lengths_of
 from modeling.training_set.sample import Sample
@@ -306,8 +306,8 @@ def _with_network(
     network = build_model(NETWORK, encoder, train)
     trainer = Trainer(network, encoder, training, folder / "network", "memory")
     summary = trainer.fit(train, validation)
-    trees = fit_trees(asdict(QUICK_TREES), encoder, training, train, validation)
-    both = blended(network, summary, trees, encoder, train, validation)
+    trees = asdict(QUICK_TREES)
+    both = fit_blend(network, summary, trees, encoder, training, train, validation)
     number = primary_number(encoder.contract.spec)
     found: np.ndarray = predict(both.blend, encoder, test)[:, number]
     return found

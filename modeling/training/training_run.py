@@ -45,7 +45,7 @@ from modeling.training.trainer import (
     read_metrics,
     write_metrics,
 )
-from modeling.training.trees import blended, fit_trees
+from modeling.training.trees import fit_blend, fit_trees
 from modeling.training.weights import WEIGHTS, read_texts, save_model
 from modeling.training_set.sample import WHOLE, Sample
 from modeling.trees.blend import build_ranker
@@ -293,9 +293,8 @@ def _learned(
     if recipe.trees is None:
         return _Learned(best, summary)
     # 3. Trees beside it, and the weights of both.
-    fitted = fit_trees(recipe.trees, encoder, recipe.training, *periods)
-    both = blended(best, summary, fitted, encoder, *periods)
-    write_metrics(run.folder, [*read_metrics(folder), *fitted.metrics])
+    both = fit_blend(best, summary, recipe.trees, encoder, recipe.training, *periods)
+    write_metrics(run.folder, [*read_metrics(folder), *both.metrics])
     save_model(both.blend, run.folder)
     return _Learned(both.blend, both.summary)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,16 @@ class FittedTrees:
 
 @dataclass(frozen=True)
 class FittedBlend:
-    """A blend, and what `run.json` says of it: what it reaches, and what both cost."""
+    """A blend, and what is said of its training.
+
+    Args:
+        summary: for `run.json`: what the blend reaches, and what both cost.
+        metrics: a line for each tree, for `metrics.jsonl`.
+    """
 
     blend: Blend
     summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
 
 
 def fit_trees(
@@ -51,11 +57,13 @@ def fit_trees(
     training: Training,
     train: Encoded,
     validation: Encoded,
+    stopping: Encoded | None = None,
 ) -> FittedTrees:
     """Fit a forest for each task and calibrate it on the validation period.
 
     Args:
         training: its seed, and the share of candidates that it hides.
+        stopping: requests on which trees stop to grow; default: the validation period.
 
     Raises:
         DataError: a task has not two labels of each kind.
@@ -75,7 +83,7 @@ def fit_trees(
     started = time.process_time()
     hidden = share_hidden(training, train)
     rows = tree_rows(encoder, train, hidden, training.seed)
-    held_out = tree_rows(encoder, validation)
+    held_out = tree_rows(encoder, validation if stopping is None else stopping)
     texts = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell)
     trees.take_texts(dict(zip(trees.text_names, texts, strict=True)))
     # 2. Sums as logits, of the share of positives that training has, as a network's are.
@@ -106,20 +114,30 @@ def fit_trees(
     )
 
 
-def blended(
+def fit_blend(
     network: Ranker,
     summary: dict[str, Any],
-    fitted: FittedTrees,
+    config: dict[str, Any],
     encoder: Encoder,
+    training: Training,
     train: Encoded,
     validation: Encoded,
 ) -> FittedBlend:
-    """Weigh a network and trees on the validation period, for each task.
+    """Fit trees beside a trained network, and weigh both, for each task.
+
+    Trees stop to grow on one half of the validation requests, and the other half weighs them: by the requests that
+    stopped them they seem better than they are, and the network would hardly have a say.
 
     Args:
         summary: of the network's training.
+        config: of the trees.
+
+    Raises:
+        DataError: a task has not two labels of each kind, in training or in the half that stops the trees.
     """
     spec = encoder.contract.spec
+    first, second = _halves(validation)
+    fitted = fit_trees(config, encoder, training, train, validation, stopping=first)
     blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
     shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
@@ -127,7 +145,7 @@ def blended(
     logits_NT = np.empty(both.shape[:2])
     for task, shift in enumerate(shift_T):
         scores = both[:, task].astype(np.float64)
-        known = defined(labels[:, task], validation.candidate_offsets)
+        known = defined(np.asarray(second.labels)[:, task], validation.candidate_offsets)
         # First the order within requests, then probabilities, which leave it as it is.
         weights = order_weights(scores[known.rows], known.labels, known.offsets)
         scale, moved = calibrated(scores @ weights, labels[:, task])
@@ -146,4 +164,16 @@ def blended(
             "weights": blend.weight_T2.tolist(),
             "cpu_seconds": summary["cpu_seconds"] + fitted.summary["cpu_seconds"],
         },
+        fitted.metrics,
+    )
+
+
+def _halves(validation: Encoded) -> tuple[Encoded, Encoded]:
+    """The period twice, each time with the labels of one half of its requests alone."""
+    labels = np.asarray(validation.labels)
+    middle = validation.candidate_offsets[len(validation) // 2]
+    first = np.arange(len(labels))[:, None] < middle
+    return (
+        replace(validation, labels=np.where(first, labels, np.float32(np.nan))),
+        replace(validation, labels=np.where(first, np.float32(np.nan), labels)),
     )

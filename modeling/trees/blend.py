@@ -167,13 +167,10 @@ def build_ranker(
 
 def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The weights of two scores under which requests are ranked best: of `SHARES` mixtures, each score taken for its
-    deviation, the one of the best NDCG over all places.
-
-    Trees have stopped to grow by NDCG@10 of these very requests, which flatters their top; the whole order is hardly
-    touched by that. Likelihood is no guide: trees that learn an order are no probabilities, and the likeliest mixture
-    on Online Retail ranks below its trees.
+    deviation, the one of the best NDCG@10. Likelihood is no guide: trees that learn an order are no probabilities.
 
     Args:
+        labels_N: of requests that neither score was fitted or stopped by.
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
     """
     deviation = scores_N2.std(0)
@@ -181,9 +178,6 @@ def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarr
     deviation = np.where(deviation > 0, deviation, 1.0)
     first = np.linspace(0, 1, SHARES)
     mixtures = np.stack([first, 1 - first], axis=1) / deviation
-    places = int(np.diff(offsets).max(initial=1))
-    found = [
-        np.nansum(ndcg_at(labels_N, scores_N2 @ mixture, offsets, places)) for mixture in mixtures
-    ]
+    found = [np.nansum(ndcg_at(labels_N, scores_N2 @ mixture, offsets)) for mixture in mixtures]
     best: np.ndarray = mixtures[int(np.argmax(found))]
     return best

@@ -228,7 +228,7 @@ def _dataset(
     if min(positive.sum(), (~positive).sum()) < FEWEST:
         raise DataError(
             f"trees need {FEWEST} positives and {FEWEST} negatives of {name}; there are {positive.sum()} and "
-            f"{(~positive).sum()}"
+            f"{(~positive).sum()}: give training and validation more requests, or train a recipe without trees"
         )
     group = None
     if ranks:

@@ -13,6 +13,7 @@ from typing import Any
 import lightgbm
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +25,9 @@ from modeling import recipes
 from modeling.bundle import bundle
 from modeling.bundle.bundle import BundleError
 from modeling.errors import DataError, RecipeError
-from modeling.metrics import mean_ndcg, ndcg_at
-from modeling.recipes.trees import QUICK
+from modeling.metrics import mean_ndcg
+from modeling.recipes.trees import QUICK, TINY
+from modeling.training import trees as of_training
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
 from modeling.training_set.encodings import Encodings
@@ -172,28 +174,6 @@ def test_weights_of_two_scores_order_better_than_either() -> None:
     assert blended > max(mean_ndcg(labels, column, offsets) for column in scores.T)
 
 
-def test_the_whole_order_decides_and_not_its_top() -> None:
-    """The first score knows the top and nothing else, the second all that is below."""
-    rng = np.random.default_rng(4)
-    number, size = 300, 60
-    offsets = np.arange(0, number * size + 1, size)
-    appeal = rng.normal(size=(number, size))
-    labels = ((appeal + rng.normal(size=appeal.shape)) > 1.2).astype(np.float64).ravel()
-    top = np.where(appeal > 1.0, appeal, 1.0 + 0.01 * rng.normal(size=appeal.shape))
-    scores = np.stack([top.ravel(), (appeal + 0.8 * rng.normal(size=appeal.shape)).ravel()], axis=1)
-
-    def of(mixed: np.ndarray) -> tuple[float, float]:
-        found = (np.nanmean(ndcg_at(labels, mixed, offsets, places)) for places in (10, size))
-        at_ten, whole = (float(one) for one in found)
-        return at_ten, whole
-
-    at_ten, whole = of(scores @ order_weights(scores, labels, offsets))
-    shares = np.linspace(0, 1, 21)
-    mixtures = [of(scores / scores.std(0) @ np.array([one, 1 - one])) for one in shares]
-    assert whole == pytest.approx(max(one[1] for one in mixtures))
-    assert at_ten < max(one[0] for one in mixtures)
-
-
 def test_a_score_that_misleads_has_no_weight() -> None:
     rng = np.random.default_rng(2)
     offsets = np.arange(0, 4001, 20)
@@ -222,6 +202,42 @@ def shop_of_trees(shop: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
 
 def trained(road: Road, name: str) -> Any:
     return load_trained(refuse_untrained(open_run(road.settings, recipes.load(name))))
+
+
+def test_requests_that_stop_trees_have_no_say_in_their_weight(
+    shop_of_trees: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(shop_of_trees.settings, recipes.load("vista_trees_tiny"))
+    model, encoder = load_trained(refuse_untrained(run))
+    assert isinstance(model, Blend)
+    train, validation = (
+        run.encodings().period(run.recipe, name).encoded for name in ("train", "validation")
+    )
+    labels = np.asarray(validation.labels)
+    middle = int(validation.candidate_offsets[len(validation) // 2])
+    asked: dict[str, np.ndarray] = {}
+
+    def stop(config: Any, encoder: Any, train: Any, held_out: TreeRows, *rest: Any) -> list[str]:
+        asked["stopping"] = held_out.labels_NT
+        return fit_forests(config, encoder, train, held_out, *rest)
+
+    def weigh(scores: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        asked["weighing"] = labels_N
+        return order_weights(scores, labels_N, offsets)
+
+    monkeypatch.setattr(of_training, "fit_forests", stop)
+    monkeypatch.setattr(of_training, "order_weights", weigh)
+    summary = {"best_validation_ndcg@10": 0.0, "cpu_seconds": 0.0}
+    again = of_training.fit_blend(
+        model.network, summary, TINY, encoder, run.recipe.training, train, validation
+    )
+    known = ~np.isnan(asked["stopping"][:, 0])
+    assert known[:middle].all()
+    assert not known[middle:].any()
+    np.testing.assert_array_equal(asked["weighing"], labels[middle:, 0])
+    # The same trees and weights as the run's.
+    assert again.blend.trees.texts == model.trees.texts
+    torch.testing.assert_close(again.blend.weight_T2, model.weight_T2)
 
 
 def test_a_bundle_of_trees_scores_as_the_run(shop_of_trees: Road, tmp_path: Path) -> None:
