@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +33,6 @@ from feature_repo.history.history import HistoryLog, newest_rows
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 STAGES = (
     "events",

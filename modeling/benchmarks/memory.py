@@ -1,8 +1,10 @@
 """What a long memory is worth: rankers with the first 10, 50, … and all events of each user visible.
 
 Of the dataset in force (The Complete Journey is where long histories pay). For each number of visible
-events all inputs, features and baselines among them, know so many newest events and no more. (What readers of a
-history are worth without features that count is `reading.py`.) Then requests for items that a user never had, where counting the item says nothing (`training_set/never_had.py`).
+events all inputs, features and baselines among them, know so many newest events and no more. Then requests
+for items that a user never had, where counting the item says nothing (`training_set/never_had.py`). What
+readers of a history are worth without features that count is `reading.py`.
+
 Users are parted by how long their histories are. Requests are thinned out, events never are. Every
 row stands beside baselines that need no training, and trees on the same numbers; differences are paired
 over users and seeds (`modeling/claims.py`).

@@ -3,7 +3,7 @@
 Match features, counts and relations are withheld, so that a history is known by what a ranker reads of it alone;
 statistics of items and users stay, or those of users go too. Beside the readers stand counters: trees, a regression
 and a mean pool that are given exact counts of the candidate in its user's history, and a mean pool with counts in as
-many bytes as summary tokens have. With `--before` the eight that look for events like the candidate are trained with
+many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond). With `--before` the eight that look for events like the candidate are trained with
 the papers' attention as well (`matching=False`).
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
