@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modeling import models
-from modeling.console import ProgressLines
+from modeling.console import ProgressLines, say
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.tasks import sampling_shift
 from modeling.metrics import defined
@@ -148,6 +148,11 @@ def fit_blend(
         known = defined(np.asarray(second.labels)[:, task], validation.candidate_offsets)
         # First the order within requests, then probabilities, which leave it as it is.
         weights = order_weights(scores[known.rows], known.labels, known.offsets)
+        if weights[0] == 0:
+            say(
+                f"{spec.tasks[task].name}: the network has no weight, trees alone rank as well: the recipe `trees` serves the same without it",
+                style="yellow",
+            )
         scale, moved = calibrated(scores @ weights, labels[:, task])
         blend.weight_T2[task] = blend.weight_T2.new_tensor(scale * weights)
         blend.shift_T[task] = moved - shift
