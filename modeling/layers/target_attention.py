@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, prelu
 
-from modeling.layers.matching import SHARPNESS
-
+# Two items that share four of five categories are 2/3 alike: a thousand such events weigh about as much as one equal one
+SHARPNESS = 20.0
 # Hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
 BLOCK = 1 << 18
 
@@ -27,9 +27,10 @@ class TargetAttention(nn.Module):
     on a CPU block by block, and again in the backward pass. PReLU with slope s is s x + (1 - s)
     max(x, 0), whose linear half needs no hidden units at all.
 
-    With `matching` an event's weight is a(e_j, c) + exp(τ (î_j · ĉ - 1)) for its item's code i_j, and what the weights
-    add up to is read beside: a network of pairs alone has not found after a quarter of an epoch that equal items
-    are equal, where their codes say so from the first step on (`codes.py`).
+    With `matching` a candidate reads three things: the mean of a(e_j, c) e_j; the mean of the events like it, where
+    m_j = exp(τ (î_j · ĉ - 1)) of its item's code i_j weighs an event; and log(1 + Σ_j m_j), how many these are. A
+    network of pairs alone has not found after a quarter of an epoch that equal items are equal, where their
+    codes say so from the first step on (`codes.py`). The paper's sum over a thousand events would drown them.
 
     Differs: PReLU, not Dice, whose batch statistics would make a candidate's score depend on its
     batch; matching, which the paper has not.
@@ -69,23 +70,33 @@ class TargetAttention(nn.Module):
             candidate = candidate_BCD.to(kind)
             rows = rows_BLD.to(kind)
             weight = self._weights(rows, candidate)
-            if self.matching:
-                weight = weight + self._likeness(items_BLD.to(kind), candidate)
-            return self._summed(weight * mask_BL[..., None], rows)
+            return self._read(rows, items_BLD.to(kind), mask_BL, candidate, weight)
 
     def _likeness(self, items_BLD: Tensor, candidate_BCD: Tensor) -> Tensor:
         """exp(τ (î · ĉ - 1)), B × L × C."""
         alike = normalize(items_BLD, dim=-1) @ normalize(candidate_BCD, dim=-1).transpose(1, 2)
         return (self.sharpness * (alike - 1)).exp()
 
-    def _summed(self, weight_BLC: Tensor, rows: Tensor) -> Tensor:
-        read = weight_BLC.transpose(1, 2) @ rows
+    def _read(
+        self,
+        rows: Tensor,
+        items: Tensor,
+        mask_BL: Tensor,
+        candidate_BCD: Tensor,
+        weight_BLC: Tensor,
+    ) -> Tensor:
+        """What candidates read of the rows by the network's weights, and by likeness."""
+        mask = mask_BL[..., None].to(rows.dtype)
+        weight = weight_BLC * mask
         if not self.matching:
-            return read
-        total = weight_BLC.sum(1)[..., None]
-        # A mean, and how much it is a mean of
-        much = total.sign() * torch.log1p(total.abs())
-        return read / (1 + total.abs()) + much * self.sum
+            return weight.transpose(1, 2) @ rows
+        like = self._likeness(items, candidate_BCD) * mask
+        total = like.sum(1, keepdim=True)
+        # Both means in one product
+        weight = weight / mask.sum(1, keepdim=True).clamp(min=1) + like / (1 + total)
+        return torch.addcmul(
+            weight.transpose(1, 2) @ rows, torch.log1p(total).transpose(1, 2), self.sum
+        )
 
     def _weights(self, rows: Tensor, candidate_BCD: Tensor) -> Tensor:
         event = self.event.weight.T
@@ -117,9 +128,7 @@ class TargetAttention(nn.Module):
         first = torch.cat([self.event.weight.T, self.candidate.weight.T, nothing, self.pair])
         hidden = prelu((joined @ first + self.event.bias).flatten(0, -2), self.slope)
         weight = self.out(hidden).view(joined.shape[:-1]).transpose(1, 2)
-        if self.matching:
-            weight = weight + self._likeness(items_BLD, candidate_BCD)
-        return self._summed(weight * mask_BL[..., None], rows_BLD)
+        return self._read(rows_BLD, items_BLD, mask_BL, candidate_BCD, weight)
 
 
 class _RectifiedPairs(torch.autograd.Function):

@@ -98,6 +98,31 @@ def test_target_attention_keeps_its_precision_under_autocast() -> None:
         torch.testing.assert_close(mixed, plain)
 
 
+def test_a_long_history_does_not_drown_the_events_like_a_candidate() -> None:
+    """However sure the network is of every event, its read does not grow with their number; what one
+    event of the candidate's own item adds does not shrink with it.
+    """
+    torch.manual_seed(0)
+    attention = TargetAttention(WIDTH, 12)
+    torch.nn.init.ones_(attention.out.bias)
+    candidate = torch.nn.functional.one_hot(torch.tensor([[0]]), WIDTH).float()
+    other = torch.nn.functional.one_hot(torch.tensor([1]), WIDTH).float()
+    added = []
+    with torch.inference_mode():
+        for number in (10, 1000):
+            rows = torch.ones(1, number, WIDTH)
+            mask = torch.ones(1, number, dtype=torch.bool)
+            items = other.expand(1, number, -1).clone()
+            without = attention(rows, items, mask, candidate)
+            torch.testing.assert_close(without[0, 0], torch.ones(WIDTH), atol=1e-4, rtol=0)
+            items[:, 0] = candidate[0, 0]
+            added.append(attention(rows, items, mask, candidate) - without)
+    torch.testing.assert_close(*added, atol=1e-4, rtol=0)
+    # A mean of one like event and as much of nothing, and log(1 + 1) of how many there are
+    expected = 0.5 + torch.log(torch.tensor(2.0)) * attention.sum
+    torch.testing.assert_close(added[0][0, 0], expected, atol=1e-4, rtol=0)
+
+
 def test_one_category_slot_is_read_as_several_with_the_rest_empty() -> None:
     sizes = GroupSizes((7, 7), (1, 3))
     one, several = tables = CategorySlots(sizes, WIDTH).tables
