@@ -62,7 +62,7 @@ MORE: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
     "onetrans": (
         "onetrans",
-        500,
+        1000,
         {
             "num_heads": 2,
             "num_layers": 2,

@@ -27,6 +27,7 @@ class Matching(nn.Module):
     """What a head's attention is beside its maps.
 
     Args:
+        sharpness: τ at the start.
         plain: products divided by √K and no row of nothing, as in Vaswani et al. (arXiv
             1706.03762) and the papers: what matching is measured against.
 
@@ -36,13 +37,20 @@ class Matching(nn.Module):
         nothing_HK: what is read of nothing.
     """
 
-    def __init__(self, num_heads: int, head_width: int, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_width: int,
+        *,
+        sharpness: float = SHARPNESS,
+        plain: bool = False,
+    ) -> None:
         super().__init__()
         self.plain = plain
         if plain:
             return
-        self.sharpness_H = nn.Parameter(torch.full((num_heads,), SHARPNESS))
-        self.nothing_H = nn.Parameter(torch.full((num_heads,), SHARPNESS))
+        self.sharpness_H = nn.Parameter(torch.full((num_heads,), sharpness))
+        self.nothing_H = nn.Parameter(torch.full((num_heads,), sharpness))
         self.nothing_HK = nn.Parameter(torch.randn(num_heads, head_width) * 0.5)
 
     def queries(self, heads: Tensor) -> Tensor:

@@ -31,6 +31,12 @@ class PerTokenLinear(nn.Module):
             mapped = mapped + self.bias[first : first + number]
         return mapped.reshape(*tokens.shape[:-1], self.weight.shape[-1])
 
+    def shrink(self, size: float) -> None:
+        """Multiply every map by a number."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(size)
+
     def chosen(self, rows: Tensor, which: Tensor) -> Tensor:
         """… × D → … × E, each row through the one map that is its own.
 

@@ -22,8 +22,8 @@ read every final NS state, each normalised by itself. The depth of Auto-Split's 
 stated: two layers and a GELU by default, one projection with `split_layers=1`. Numbers go through a
 network together, where the paper cuts them into buckets (`numbers="buckets"`). Attention finds
 events like the candidate (`layers/matching.py`; `matching=False` is the paper's): the item's row
-goes past the tokenisers, beside an event's network and into a candidate's first NS token, places
-begin at a tenth of its size, and NS tokens may read nothing.
+goes past the tokenisers, beside an event's network and into a candidate's first NS token; what
+stands beside it, places and the tokenisers' own rows, begins small; NS tokens may read nothing.
 
 **Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a
 cache is then not what a new forward would give. Here the tails' starts stay where the last full
@@ -53,6 +53,10 @@ from modeling.models.base import CannotExtendError, Ranker
 
 # Rows; tails are multiples of it, and may grow by as many before a refresh
 ROUND_TO = 32
+# Twice that of other models: a head here is narrow, and a few of many rows are like a candidate by chance
+SHARPNESS = 20.0
+# What stands beside an item's row begins so much smaller than it could
+BESIDE_ITEM = 0.1
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,10 @@ class MixedLayer(nn.Module):
         self.key_value = MixedLinear(width, 2 * width, own)
         self.out = MixedLinear(width, width, own if config.own_output else 0)
         self.matching = Matching(
-            config.num_heads, width // config.num_heads, plain=not config.matching
+            config.num_heads,
+            width // config.num_heads,
+            sharpness=SHARPNESS,
+            plain=not config.matching,
         )
         if config.matching:
             self._begin_alike(width)
@@ -223,8 +230,7 @@ class OneTrans(Ranker):
         )
         self.event_down = PerTokenLinear(sizes.actions, width, width, bias=True)
         self.sequence_type = nn.Embedding(sizes.actions, width)
-        # Places begin small beside items, which are looked for
-        self.place_size = nn.Parameter(torch.tensor(0.1))
+        self.place_size = nn.Parameter(torch.tensor(BESIDE_ITEM))
         self.separator = (
             nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
         )
@@ -243,6 +249,9 @@ class OneTrans(Ranker):
         for table in (self.sequence_type, self.separator):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.05)
+        if config.matching:
+            self.event_down.shrink(BESIDE_ITEM)
+            self.candidate_nodes.shrink_first(BESIDE_ITEM)
 
     @property
     def can_extend(self) -> bool:
@@ -541,6 +550,13 @@ class AutoSplit(nn.Module):
         tokens: Tensor = self.network(features.flatten(-2)).unflatten(-1, (self.num_tokens, -1))
         return tokens
 
+    def shrink_first(self, size: float) -> None:
+        """Multiply the first token by a number."""
+        last = self.network[-1]
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter[: len(parameter) // self.num_tokens].mul_(size)
+
 
 class GroupWise(nn.Module):
     """A network and a token for each semantic group of features (arXiv 2510.26104, section 3.2)."""
@@ -560,6 +576,13 @@ class GroupWise(nn.Module):
             [network(part.flatten(-2)) for network, part in zip(self.networks, parts, strict=True)],
             dim=-2,
         )
+
+    def shrink_first(self, size: float) -> None:
+        """Multiply the first token by a number."""
+        last = self.networks[0][-1]  # type: ignore[index]
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.mul_(size)
 
 
 def _read_plain(

@@ -21,8 +21,6 @@ RECIPES = (
 )
 # Trees cross features; a network beside them has to read the history.
 ONE_LAYER = {"summary_layers": 1, "ranking_layers": 1, "cross_layers": 1}
-# Half the time, and as good where there are many requests
-QUICK = {"learning_rate": 0.1, "column_share": 0.8, "patience": 20}
 # What trees try where a network tries learning rates, in this order; the first is what they are
 TRIALS = (
     "",
@@ -59,7 +57,7 @@ def vista_trees() -> Recipe:
         config={**alone.config, "width": 24, **ONE_LAYER},
         history_length=128,
         training=replace(alone.training, epochs=1),
-        trees=QUICK,
+        trees={},
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import models
 from modeling.benchmarks.worlds import flops
-from modeling.inputs.batch import Batch, FeatureSizes, UserInputs
+from modeling.inputs.batch import Batch, FeatureSizes, GroupSizes, UserInputs
 from modeling.layers.features import BucketTokens
 from modeling.layers.per_token import PerTokenLinear
 from modeling.models.onetrans import ROUND_TO, MixedLayer, OneTrans, UserState, tail_lengths
@@ -62,6 +62,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pooled sequences": {"pooled_sequences": True},
     "buckets": {"numbers": "buckets"},
 }
+
+
+@pytest.mark.parametrize("tokeniser", ["auto_split", "group_wise"])
+def test_a_fresh_model_finds_the_candidates_own_event(tokeniser: str) -> None:
+    """What stands beside an item, in an event and in a candidate, does not hide that both are of one item."""
+    torch.manual_seed(1)
+    sizes = replace(LONG, items=200, item=GroupSizes())
+    config = {"width": 32, "num_layers": 1, "num_heads": 2, "tokeniser": tokeniser}
+    model = models.build("onetrans", config, sizes).eval()
+    user = replace(user_inputs([100], 0), item_BL=torch.arange(1, 101)[None])
+    asked = replace(candidates(1, 2, 0), item_BC=torch.tensor([[7, 150]]))
+    with torch.no_grad():
+        state = model.encode_user(user)
+        layer = model.layers[0]
+        query, *_ = layer.project(model._candidate_tokens(asked, None), model.num_request)
+        # H × candidates × events, of the first NS token
+        scores = (query[0, :, :, 0] @ state.keys[0][0, :, :100].transpose(-1, -2)).exp()
+    found, absent = (scores / layer.matching.nothing_H.exp().view(-1, 1, 1)).mean(0)
+    assert found.argmax() == 6
+    assert found[6] > 0.4
+    assert found.sum() < 1.5 * found[6]
+    assert absent.sum() < 0.5 * found[6]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -26,7 +26,7 @@ from modeling.bundle import bundle
 from modeling.bundle.bundle import BundleError
 from modeling.errors import DataError, RecipeError
 from modeling.metrics import mean_ndcg
-from modeling.recipes.trees import QUICK, TINY
+from modeling.recipes.trees import TINY
 from modeling.training import trees as of_training
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
@@ -189,6 +189,14 @@ def test_a_score_that_misleads_has_no_weight() -> None:
     assert weights[1] == 0
 
 
+def test_where_no_request_tells_trees_rank_alone() -> None:
+    weights = order_weights(
+        np.random.default_rng(3).normal(size=(40, 2)), np.zeros(40), np.arange(0, 41, 20)
+    )
+    assert weights[0] == 0
+    assert weights[1] > 0
+
+
 @pytest.fixture(scope="module")
 def shop_of_trees(shop: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
     """A shop with trees trained, evaluated and live; and a blend, which is not live before its summary tokens are
@@ -325,7 +333,7 @@ def test_training_without_a_positive_says_so(shop_of_trees: Road) -> None:
 
 def test_fields_of_trees_are_set_by_name() -> None:
     blend = changed(recipes.load("vista_trees"), Changes(assignments=("trees.num_leaves=20",)))
-    assert blend.trees == {**QUICK, "num_leaves": 20}
+    assert blend.trees == {"num_leaves": 20}
     alone = changed(recipes.load("trees"), Changes(assignments=("model.objective=binary",)))
     assert alone.config == {"objective": "binary"}
     with pytest.raises(RecipeError, match="no such field"):
