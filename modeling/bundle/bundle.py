@@ -33,7 +33,7 @@ from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
 from modeling.training.weights import read_texts, save_weights
 from modeling.trees.blend import build_ranker
 
-LAYOUT = 5
+LAYOUT = 6
 ENTRIES = (
     "dataset",
     "contract",

@@ -1,9 +1,9 @@
 """What items have to do with each other, and what that says of a candidate beside a history.
 
 Neighbours are the items that the same users have more often than chance has it, by positive pointwise mutual
-information (Church and Hanks, 1990; Levy and Goldberg, 2014); vectors are the leading eigenvectors of that matrix;
-text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. Neighbours and their
-vectors know only what lies before the requests that read them: a training set is cut into slices of time, a bundle has
+information (Church and Hanks, 1990; Levy and Goldberg, 2014), those first that say it of most users; vectors are the leading eigenvectors of that matrix;
+factors are the leading singular vectors of who had what (PureSVD: Cremonesi, Koren and Turrin, 2010); text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. Neighbours,
+vectors and factors know only what lies before the requests that read them: a training set is cut into slices of time, a bundle has
 the newest. Texts are as they were known when training ended.
 """
 
@@ -13,6 +13,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,15 +32,32 @@ RELATION_FEATURES = (
     # The first and the third of the newest events alone: what somebody is at just now
     "near_lately",
     "near_taste_lately",
+    # How far the factors of the history's items, taken together, hold the candidate too; and of the newest events alone
+    "near_factors",
+    "near_factors_lately",
 )
 # Newest events that are "lately"
 LATELY = 20
 # File beside a run, a training set, in a bundle
 RELATIONS = "relations.arrow"
 # Fields of a slice that are columns there
-SLICE_COLUMNS = ("neighbours_IK", "strengths_IK", "vectors_ID")
+SLICE_COLUMNS = ("neighbours_IK", "strengths_IK", "vectors_ID", "factors_IF")
 # A time before all others
 ALWAYS = np.iinfo(np.int64).min
+
+
+class Near(NamedTuple):
+    """How near N candidates are to some items.
+
+    Args:
+        strengths_NK: of each candidate's neighbours that are there, 0 of others.
+        taste_N: the mean cosine of vectors.
+        factors_N: the product of factors with their sum there, over √(number of items).
+    """
+
+    strengths_NK: np.ndarray
+    taste_N: np.ndarray
+    factors_N: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -51,16 +69,17 @@ class Slice:
         neighbours_IK: rows of items; 0 where there are fewer. Items behind the last row have none.
         strengths_IK: float32.
         vectors_ID: float32, of length 1; zeros of an item without neighbours.
+        factors_IF: float32, columns orthonormal over the items.
     """
 
     known_from: int
     neighbours_IK: np.ndarray
     strengths_IK: np.ndarray
     vectors_ID: np.ndarray
+    factors_IF: np.ndarray
 
-    def near(self, own_N: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each candidate the strengths of its neighbours that are there, N × K, 0 of others; and the mean cosine to
-        what is there, N.
+    def near(self, own_N: np.ndarray, rows: np.ndarray) -> Near:
+        """How near candidates are to what is there.
 
         Args:
             own_N: rows of candidates, within this slice.
@@ -72,7 +91,13 @@ class Slice:
         there[others] = 1
         there[0] = 0
         strengths = there[self.neighbours_IK[own_N]] * self.strengths_IK[own_N]
-        return strengths, self.vectors_ID[own_N] @ self.vectors_ID[others].mean(axis=0)
+        together = self.factors_IF[others].sum(axis=0) / np.sqrt(np.float32(len(others)))
+        return Near(
+            strengths,
+            self.vectors_ID[own_N] @ self.vectors_ID[others].mean(axis=0),
+            # Not a product of matrices, whose last digit is a matter of where they lie in memory
+            (self.factors_IF[own_N] * together).sum(axis=1),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ class Relations:
     Example:
         >>> relations = Relations.none(pa.string())
         >>> relations.features(0, np.array([3]), np.array([4])).tolist()
-        [[nan, nan, nan, nan, nan, nan]]
+        [[nan, nan, nan, nan, nan, nan, nan, nan]]
     """
 
     ids: pa.Array
@@ -132,13 +157,17 @@ class Relations:
         for one in now:
             # Row 0, which has no neighbour, stands for items behind the last.
             own = np.where(asked < len(one.neighbours_IK), asked, 0)
-            strengths, found[known, 2] = one.near(own, rows)
-            found[known, 0] = np.log1p(strengths.sum(axis=1))
-            found[known, 1] = np.log1p(strengths.max(axis=1, initial=0))
+            near = one.near(own, rows)
+            found[known, 0] = np.log1p(near.strengths_NK.sum(axis=1))
+            found[known, 1] = np.log1p(near.strengths_NK.max(axis=1, initial=0))
+            found[known, 2] = near.taste_N
+            found[known, 6] = near.factors_N
             newest = history[-LATELY:]
             if (newest > 0).any():
-                strengths, found[known, 5] = one.near(own, np.unique(newest[newest > 0]))
-                found[known, 4] = np.log1p(strengths.sum(axis=1))
+                lately = one.near(own, np.unique(newest[newest > 0]))
+                found[known, 4] = np.log1p(lately.strengths_NK.sum(axis=1))
+                found[known, 5] = lately.taste_N
+                found[known, 7] = lately.factors_N
         if self.text_IE.shape[1]:
             # An item is like itself; what matters is which others are.
             alike = self.text_IE[asked] @ self.text_IE[rows].T

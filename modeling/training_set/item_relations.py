@@ -11,7 +11,7 @@ for much among few. So requests of a slice of the training period read what was 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,9 @@ LEAST_TOGETHER = 3
 # Of each item: kept for candidates, and for vectors
 NEIGHBOURS = 64
 STRONGEST = 200
-# Numbers of a vector
+# Numbers of a vector, and of an item's factors
 WIDTH = 64
+FACTORS = 32
 TEXT_WIDTH = 32
 # Pairs of items in histories; of more, users are sampled
 MOST_PAIRS = 1 << 32
@@ -117,7 +118,7 @@ def _users_at_a_time(log: HistoryLog) -> Iterator[np.ndarray]:
 
 
 def _slice(cut: int, user: np.ndarray, item: np.ndarray, items: int) -> Slice:
-    """Neighbours and vectors by which users had which items.
+    """Neighbours, vectors and factors by which users had which items.
 
     Args:
         user, item: each pair once; item 0 is none.
@@ -144,34 +145,48 @@ def _slice(cut: int, user: np.ndarray, item: np.ndarray, items: int) -> Slice:
         for place in np.flatnonzero(often[start : start + BLOCK]):
             entries = slice(together.indptr[place], together.indptr[place + 1])
             own = start + int(place)
-            others, strength = _related(
+            found = _related(
                 own, together.indices[entries], together.data[entries], users_I, len(everybody)
             )
-            number = min(len(others), NEIGHBOURS)
-            neighbours[own, :number] = others[:number]
-            strengths[own, :number] = strength[:number]
-            rows.append(np.full(len(others), own))
-            columns.append(others)
-            values.append(strength)
+            # For candidates those that say most of most users: the strongest of a few are in hardly any history.
+            told = np.lexsort((found.others, -found.strength * found.together))[:NEIGHBOURS]
+            neighbours[own, : len(told)] = found.others[told]
+            strengths[own, : len(told)] = found.strength[told]
+            strongest = found.others[:STRONGEST]
+            rows.append(np.full(len(strongest), own))
+            columns.append(strongest)
+            values.append(found.strength[:STRONGEST])
     places = (np.concatenate(rows), np.concatenate(columns))
     matrix = sparse.csr_matrix((np.concatenate(values), places), shape=(items, items))
-    return Slice(cut, neighbours, strengths, _leading(matrix.maximum(matrix.T), WIDTH))
+    vectors = _leading(matrix.maximum(matrix.T), WIDTH)
+    return Slice(cut, neighbours, strengths, vectors, _factors(had))
+
+
+class Related(NamedTuple):
+    """The items that one goes with, strongest first.
+
+    Args:
+        strength: positive pointwise mutual information, with one user added to what was seen and what was expected.
+        together: users who have both.
+    """
+
+    others: np.ndarray
+    strength: np.ndarray
+    together: np.ndarray
 
 
 def _related(
     own: int, others: np.ndarray, together: np.ndarray, users_I: np.ndarray, users: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The items that one goes with, strongest first, at most `STRONGEST`, and how strongly: positive pointwise mutual
-    information, with one user added to what was seen and what was expected.
-    """
+) -> Related:
     some = (together >= LEAST_TOGETHER) & (others != own)
     others = others[some]
+    together = together[some]
     expected = users_I[own] * users_I[others] / users
-    strength = np.log((together[some] + 1) / (expected + 1)).astype(np.float32)
+    strength = np.log((together + 1) / (expected + 1)).astype(np.float32)
     # Ties by number, so that equal data gives equal neighbours
-    order = np.lexsort((others, -strength))[:STRONGEST]
+    order = np.lexsort((others, -strength))
     order = order[strength[order] > 0]
-    return others[order].astype(np.int64), strength[order]
+    return Related(others[order].astype(np.int64), strength[order], together[order])
 
 
 def _leading(matrix: Any, width: int) -> np.ndarray:
@@ -190,6 +205,25 @@ def _leading(matrix: Any, width: int) -> np.ndarray:
     rows = vectors * np.sqrt(np.maximum(size, 0))
     found[some, :number] = _unit(rows)
     return found
+
+
+def _factors(had: Any) -> np.ndarray:
+    """The leading right singular vectors of who had what, items × at most `FACTORS`, float32."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    items = had.shape[1]
+    number = min(FACTORS, min(had.shape) - 1)
+    if number < 1:
+        return np.zeros((items, 0), np.float32)
+    had = had.astype(np.float64)
+    # Not `svds`, whose dense products differ in their last digit from run to run.
+    together = LinearOperator((items, items), matvec=lambda x: had.T @ (had @ x), dtype=np.float64)
+    size, vectors = eigsh(
+        together, number, which="LA", v0=np.ones(items), rng=np.random.default_rng(0)
+    )
+    # Fewer directions than were asked for: the rest is rounding.
+    told = size > FAINTEST**2 * size.max()
+    return np.ascontiguousarray(vectors[:, told], dtype=np.float32)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

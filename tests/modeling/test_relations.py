@@ -24,9 +24,16 @@ from modeling.training_set import item_relations
 from modeling.training_set.dataset import Warehouse
 from modeling.training_set.item_relations import fit_relations
 
-NEAR_ALL, NEAR_MOST, NEAR_TASTE, NEAR_TEXT, NEAR_LATELY, TASTE_LATELY = range(
-    len(RELATION_FEATURES)
-)
+(
+    NEAR_ALL,
+    NEAR_MOST,
+    NEAR_TASTE,
+    NEAR_TEXT,
+    NEAR_LATELY,
+    TASTE_LATELY,
+    NEAR_FACTORS,
+    FACTORS_LATELY,
+) = range(len(RELATION_FEATURES))
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +97,12 @@ def test_strengths_are_those_of_plain_counting(
             assert set(found) == set(expected)
             for other, strength in expected.items():
                 assert found[other] == pytest.approx(strength, rel=1e-5)
-            assert (np.diff(strengths[: len(found)]) <= 0).all()
+            # Those first that say most of most users
+            weight = [s * together[frozenset((ids[place], other))] for other, s in found.items()]
+            assert (np.diff(weight) <= 1e-5).all()
 
 
-def test_only_the_strongest_neighbours_stay(fitted: Relations, all_neighbours: Relations) -> None:
+def test_only_the_first_neighbours_stay(fitted: Relations, all_neighbours: Relations) -> None:
     for one, whole in zip(fitted.slices, all_neighbours.slices, strict=True):
         kept = one.neighbours_IK.shape[1]
         assert kept == item_relations.NEIGHBOURS
@@ -118,6 +127,21 @@ def test_vectors_are_the_leading_directions(all_neighbours: Relations) -> None:
     assert not one.vectors_ID[~some].any()
 
 
+def test_factors_are_the_leading_singular_vectors(warehouse: Warehouse, fitted: Relations) -> None:
+    one = fitted.slices[-1]
+    ids = fitted.ids.to_pylist()
+    users = baskets(warehouse, one.known_from)
+    had = np.zeros((len(users), len(one.factors_IF)))
+    for row, item in enumerate(ids[: len(one.factors_IF) - 1], start=1):
+        had[:, row] = [item in own for own in users]
+    had[:, had.sum(axis=0) < item_relations.LEAST_USERS] = 0
+    _, values, right = np.linalg.svd(had, full_matrices=False)
+    number = one.factors_IF.shape[1]
+    assert number == min(item_relations.FACTORS, (values > 1e-6 * values[0]).sum())
+    ours = one.factors_IF @ one.factors_IF.T
+    np.testing.assert_allclose(ours, right[:number].T @ right[:number], atol=1e-4)
+
+
 def test_no_slice_knows_what_comes_after_it(warehouse: Warehouse, fitted: Relations) -> None:
     until = iso_micros(warehouse.contract.spec.requests.validation_from)
     times = [one.known_from for one in fitted.slices]
@@ -125,7 +149,7 @@ def test_no_slice_knows_what_comes_after_it(warehouse: Warehouse, fitted: Relati
     assert times[-1] == until
     row = fitted.rows_of(fitted.ids)
     before = fitted.features(times[0] - 1, row[:9], row[9:12])
-    assert np.isnan(before[:, [NEAR_ALL, NEAR_MOST, NEAR_TASTE]]).all()
+    assert np.isnan(before[:, [NEAR_ALL, NEAR_MOST, NEAR_TASTE, NEAR_FACTORS]]).all()
     assert not np.isnan(before[:, NEAR_TEXT]).any()
     for at, one in zip(times, fitted.slices, strict=True):
         alone = Relations(fitted.ids, fitted.text_IE, [one])
@@ -145,9 +169,9 @@ def small() -> Relations:
     strengths = np.array([[0, 0], [1.5, 0], [1.5, 0], [0, 0]], np.float32)
     vectors = np.array([[0, 0], [1, 0], [0, 1], [0, 0]], np.float32)
     text = np.array([[0, 0], [1, 0], [0.6, 0.8], [0.6, 0.8]], np.float32)
-    return Relations(
-        pa.array(["a", "b", "c"]), text, [Slice(ALWAYS, neighbours, strengths, vectors)]
-    )
+    factors = np.array([[0], [0.8], [0.6], [0]], np.float32)
+    one = Slice(ALWAYS, neighbours, strengths, vectors, factors)
+    return Relations(pa.array(["a", "b", "c"]), text, [one])
 
 
 def test_features_of_a_candidate_beside_a_history() -> None:
@@ -155,11 +179,14 @@ def test_features_of_a_candidate_beside_a_history() -> None:
     a, b, c = relations.rows_of(pa.array(["a", "b", "c"]))
     found = relations.features(0, np.array([a, a, 0]), np.array([b, c, 0, a]))
     strong = np.log1p(1.5)
-    assert found[0] == pytest.approx([strong, strong, 0.0, 0.6, strong, 0.0], rel=1e-6)
-    assert found[1] == pytest.approx([0.0, 0.0, 0.0, 0.6, 0.0, 0.0], rel=1e-6)
+    assert found[0] == pytest.approx([strong, strong, 0.0, 0.6, strong, 0.0, 0.48, 0.48], rel=1e-6)
+    assert found[1] == pytest.approx([0.0, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0], rel=1e-6)
     assert np.isnan(found[2]).all()
     # An item of the history is not compared with itself.
-    assert found[3] == pytest.approx([0.0, 0.0, 1.0, -1.0, 0.0, 1.0], rel=1e-6)
+    assert found[3] == pytest.approx([0.0, 0.0, 1.0, -1.0, 0.0, 1.0, 0.64, 0.64], rel=1e-6)
+    # Of two items in the history: what each adds, over √2
+    [both] = relations.features(0, np.array([b, a]), np.array([b]))
+    assert both[NEAR_FACTORS] == pytest.approx((0.6 * 0.6 + 0.6 * 0.8) / 2**0.5, rel=1e-6)
 
 
 def test_what_was_done_lately_stands_apart() -> None:
@@ -173,7 +200,7 @@ def test_what_was_done_lately_stands_apart() -> None:
         assert found[NEAR_LATELY] == pytest.approx(lately)
     # Nothing is known of the newest events alone.
     [found] = relations.features(0, np.r_[a, np.zeros(LATELY, np.int64)], np.array([b]))
-    assert np.isnan(found[[NEAR_LATELY, TASTE_LATELY]]).all()
+    assert np.isnan(found[[NEAR_LATELY, TASTE_LATELY, FACTORS_LATELY]]).all()
     assert found[NEAR_ALL] == pytest.approx(strong)
 
 
