@@ -1,10 +1,11 @@
 """What items have to do with each other, and what that says of a candidate beside a history.
 
 Neighbours are the items that the same users have more often than chance has it, by positive pointwise mutual
-information (Church and Hanks, 1990; Levy and Goldberg, 2014), those first that say it of most users; vectors are the leading eigenvectors of that matrix;
-factors are the leading singular vectors of who had what (PureSVD: Cremonesi, Koren and Turrin, 2010); text vectors come of the words that describe an item. `training_set/item_relations.py` fits them. Neighbours,
-vectors and factors know only what lies before the requests that read them: a training set is cut into slices of time, a bundle has
-the newest. Texts are as they were known when training ended.
+information (Church and Hanks, 1990; Levy and Goldberg, 2014), those first that say it of most users; vectors are the
+leading eigenvectors of that matrix; factors are the leading singular vectors of who had what (PureSVD: Cremonesi, Koren
+and Turrin, 2010); text vectors come of the words that describe an item. `training_set/item_relations.py` fits them.
+Neighbours, vectors and factors know only what lies before the requests that read them: a training set is cut into
+slices of time, a bundle has the newest. Texts are as they were known when training ended.
 """
 
 from __future__ import annotations

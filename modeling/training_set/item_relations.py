@@ -148,7 +148,7 @@ def _slice(cut: int, user: np.ndarray, item: np.ndarray, items: int) -> Slice:
             found = _related(
                 own, together.indices[entries], together.data[entries], users_I, len(everybody)
             )
-            # For candidates those that say most of most users: the strongest of a few are in hardly any history.
+            # For candidates those that say most of many users: the strongest of a few are in hardly any history.
             told = np.lexsort((found.others, -found.strength * found.together))[:NEIGHBOURS]
             neighbours[own, : len(told)] = found.others[told]
             strengths[own, : len(told)] = found.strength[told]
