@@ -50,7 +50,7 @@ def test_two_steps_are_a_walk_along_the_neighbours() -> None:
     for row in range(1, items):
         neighbours[row] = rng.choice([n for n in range(1, items) if n != row], 3, replace=False)
         strengths[row] = rng.random(3) + 0.1
-    one = Slice(ALWAYS, neighbours, strengths, np.zeros((items, 2), np.float32))
+    one = Slice(ALWAYS, neighbours, strengths, *np.zeros((2, items, 2), np.float32))
     relations = Relations(
         pa.array([str(n) for n in range(1, items)]), np.zeros((items, 0), np.float32), [one]
     )
