@@ -96,8 +96,7 @@ class Slice:
         return Near(
             strengths,
             self.vectors_ID[own_N] @ self.vectors_ID[others].mean(axis=0),
-            # Not a product of matrices, whose last digit is a matter of where they lie in memory
-            (self.factors_IF[own_N] * together).sum(axis=1),
+            self.factors_IF[own_N] @ together,
         )
 
 

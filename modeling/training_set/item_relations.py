@@ -208,22 +208,25 @@ def _leading(matrix: Any, width: int) -> np.ndarray:
 
 
 def _factors(had: Any) -> np.ndarray:
-    """The leading right singular vectors of who had what, items × at most `FACTORS`, float32."""
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    """The leading right singular vectors of who had what, items × at most `FACTORS`, float32; zeros of an item that
+    nobody had.
+    """
+    from scipy.sparse.linalg import svds
 
-    items = had.shape[1]
-    number = min(FACTORS, min(had.shape) - 1)
+    # What nobody had would be rounding, and another one at each fit.
+    some = np.flatnonzero(had.getnnz(axis=0))
+    within = had[:, some].astype(np.float64)
+    number = min(FACTORS, min(within.shape) - 1)
     if number < 1:
-        return np.zeros((items, 0), np.float32)
-    had = had.astype(np.float64)
-    # Not `svds`, whose dense products differ in their last digit from run to run.
-    together = LinearOperator((items, items), matvec=lambda x: had.T @ (had @ x), dtype=np.float64)
-    size, vectors = eigsh(
-        together, number, which="LA", v0=np.ones(items), rng=np.random.default_rng(0)
+        return np.zeros((had.shape[1], 0), np.float32)
+    _, values, right = svds(
+        within, number, v0=np.ones(min(within.shape)), rng=np.random.default_rng(0)
     )
     # Fewer directions than were asked for: the rest is rounding.
-    told = size > FAINTEST**2 * size.max()
-    return np.ascontiguousarray(vectors[:, told], dtype=np.float32)
+    told = values > FAINTEST * values.max()
+    found = np.zeros((had.shape[1], int(told.sum())), np.float32)
+    found[some] = right[told].T
+    return found
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
