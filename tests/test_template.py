@@ -25,7 +25,7 @@ from feature_repo import datasets
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.scaffold.preview import preview
 from modeling import recipes
-from modeling.evaluation.evaluate import AS_RANKED, MODEL, read
+from modeling.evaluation.evaluate import AS_RANKED, MODEL, beside_trees, read
 from modeling.training import training_run
 from modeling.training_set.simple_baselines import TREES
 from serving.command import open_ranker
@@ -103,7 +103,7 @@ def test_undefined_labels_are_left_out_of_every_metric_and_baseline(walked: Any)
         assert rows["random"]["ndcg@10"]["value"] < 0.9
         assert AS_RANKED in rows
     assert evaluation["metrics"][TREES]["gauc"]["value"] > 0.4
-    assert "trees on the same numbers" in evaluation["beside_trees"]
+    assert "trees on the same numbers" in beside_trees(evaluation)
     assert evaluation["shift"] == 0  # the log says what was shown
     report = (run.folder / "report.html").read_text()
     assert "trees on the same numbers" in report

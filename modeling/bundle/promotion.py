@@ -58,14 +58,15 @@ def reasons_against(
     ]
     hold, warn = ([], below) if live is None else (below, [])
     same_test = live is not None and catalogue.test_of(live.digest) == test
-    for name, estimate in model.items():
-        trees = metrics.get(TREES, {}).get(name)
-        if trees is None or estimate.value >= trees["value"]:
+    for name, paired in evaluation["against_trees"].items():
+        # What may be chance is no reason.
+        if paired["high"] >= 0:
             continue
-        reason = f"trees on the same numbers are better on {name} ({trees['value']:.4f} against {estimate.value:.4f})"
+        trees = metrics[TREES][name]["value"]
+        reason = f"trees on the same numbers are better on {name} ({trees:.4f} against {model[name].value:.4f})"
         now = live.metrics.get(name) if live is not None and same_test else None
         # A live one that is below trees itself is no reason to wait.
-        (hold if now and now["value"] >= trees["value"] else warn).append(reason)
+        (hold if now and now["value"] >= trees else warn).append(reason)
     if not model.get("ndcg@10"):
         undefined = "how well it ranks is not known: its NDCG@10 is undefined"
         (warn if live is None else hold).append(undefined)

@@ -21,6 +21,7 @@ from modeling.recipes import NextItemRecipe
 from modeling.training.changes import Changes, changed
 
 if TYPE_CHECKING:
+    from modeling.claims import Difference
     from modeling.evaluation.evaluate import Evaluation
     from modeling.training.training_run import TrainingRun
 
@@ -45,6 +46,7 @@ def run_evaluate(
 def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
     """Metrics on the test period, baselines, report."""
     from modeling.evaluation.evaluate import (
+        beside_trees,
         calibration_line,
         contract_line,
         degraded_line,
@@ -79,7 +81,7 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
             about = [
                 contract_line(contract, evaluation["counts"]),
                 *_about(run),
-                evaluation["beside_trees"],
+                beside_trees(evaluation),
                 f"Calibration: {calibration_line(evaluation)}.",
             ]
             say("evaluate: writing the report")
@@ -102,7 +104,7 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
         if note := undefined(rows):
             say(f"  {task}: {note}", style="yellow")
     say(f"calibration: {calibration_line(evaluation)}")
-    if verdict := evaluation["beside_trees"]:
+    if verdict := beside_trees(evaluation):
         better = verdict.startswith("the model ranks better")
         say(verdict, style="" if better else "yellow")
     say(f"report: {report}", soft_wrap=True)
@@ -114,9 +116,8 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     The training set is open in here alone: it holds its folder, and matplotlib, which draws the report, keeps
     the frames that called it alive until the next garbage collection.
     """
-    from modeling.claims import difference
+    from modeling.claims import PAIRED, difference
     from modeling.evaluation.evaluate import (
-        beside_trees,
         estimates,
         evaluate_run,
         measure,
@@ -146,7 +147,6 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     found = evaluate_run(model, encoder, test, sampling_shift(spec, *labels), say)
     say("evaluate: trees on the same numbers")
     number = primary_number(spec)
-    scores = found.logits
     own = trees_of(model)
     if own is None:
         trees = quick_trees(run.settings, encodings, run.recipe)
@@ -157,16 +157,13 @@ def _evaluated(run: TrainingRun) -> Evaluation:
         of_trees = predict(own, encoder, test.encoded)[:, number]
         rows = found.metrics | {TREES: measure(test.encoded, test.users, of_trees, number)}
         theirs = sums_by_user(test, of_trees, number)
-    paired = difference(
-        "model − trees",
-        "ndcg@10",
-        sums_by_user(test, scores, number)["ndcg@10"],
-        theirs["ndcg@10"],
-    )
+    against: list[Difference] = []
     if found.nothing_to_rank:
         rows[TREES] = without_ranking(rows[TREES])
-    sentence = "" if found.nothing_to_rank or own is model else beside_trees(paired)
-    return replace(found, tasks={**found.tasks, found.primary: rows}, beside_trees=sentence)
+    elif own is not model:
+        ours = sums_by_user(test, found.logits, number)
+        against = [difference("model − trees", m, ours[m], theirs[m]) for m in PAIRED]
+    return replace(found, tasks={**found.tasks, found.primary: rows}, against_trees=against)
 
 
 def _about(run: TrainingRun) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ class Evaluation:
     counts: dict[str, int]
     unknown: UnknownFirst
     degraded: dict[str, dict[str, Estimate]]
-    beside_trees: str = ""  # a sentence
+    # The model less trees on the same numbers, a difference for each metric; none of trees alone
+    against_trees: Sequence[Difference] = ()
     # On the primary task's logits, before they are taken for probabilities
     shift: float = 0.0
     # Of all candidates, for the primary task; not written
@@ -272,12 +273,15 @@ def best_baselines(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
-def beside_trees(difference: Difference) -> str:
-    """How a model stands beside trees, in a sentence."""
-    line = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    if difference.low > 0:
+def beside_trees(evaluation: dict[str, Any]) -> str:
+    """How a model stands beside trees, in a sentence from `evaluation.json`; "" where there is nothing to compare."""
+    found = evaluation["against_trees"].get("ndcg@10")
+    if found is None:
+        return ""
+    line = f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    if found["low"] > 0:
         return f"the model ranks better than trees on the same numbers: NDCG@10 {line}"
-    if difference.high < 0:
+    if found["high"] < 0:
         return f"trees on the same numbers rank better than the model: NDCG@10 {line}"
     return f"the model and trees on the same numbers cannot be told apart: NDCG@10 {line}"
 
@@ -342,7 +346,11 @@ def write(folder: Path, identity: str, found: Evaluation) -> None:
         "unknown": asdict(found.unknown),
         "degraded": {name: plain_metrics(row) for name, row in found.degraded.items()},
         "shift": found.shift,
-        "beside_trees": found.beside_trees,
+        "against_trees": {
+            paired.metric: {"value": paired.value, "low": paired.low, "high": paired.high}
+            for paired in found.against_trees
+            if not math.isnan(paired.value)
+        },
     }
     with atomic_write(folder / "evaluation.json") as draft:
         draft.write_text(json.dumps(content, indent=1, allow_nan=False))

@@ -64,7 +64,16 @@ def evaluation(model: float, baseline: float = 0.5, first: float = 0.0) -> dict[
     return {
         "metrics": metrics,
         "unknown": {"first": first, "chance": 0.01, "most": 0.02, "percentile": 0.4},
+        "against_trees": {},
     }
+
+
+def beside_trees(value: float, trees: float, low: float, high: float) -> dict[str, Any]:
+    """An evaluation of `value`, and how far below or above trees it surely is."""
+    found = evaluation(value)
+    paired = {"value": value - trees, "low": low, "high": high}
+    found["metrics"]["trees"] = {"ndcg@10": estimate(trees), "gauc": estimate(trees)}
+    return found | {"against_trees": {"ndcg@10": paired}}
 
 
 @pytest.fixture
@@ -99,6 +108,11 @@ def catalogue(tmp_path: Path) -> Catalogue:
         ),  # measured on other requests: the figures say nothing about each other
         (evaluation(0.45), "t2", ["own frequency is better"]),
         (evaluation(0.65, first=0.5), "t1", ["nobody knows comes first"]),
+        (beside_trees(0.595, 0.6, -0.009, -0.001), "t1", ["trees on the same numbers are better"]),
+        (beside_trees(0.595, 0.6, -0.011, 0.001), "t1", []),  # may be chance
+        (beside_trees(0.605, 0.6, 0.001, 0.009), "t1", []),
+        # The live one is below trees itself.
+        (beside_trees(0.64, 0.65, -0.015, -0.005), "t1", []),
     ],
 )
 def test_a_bundle_is_held_back_where_it_ranks_worse(
@@ -121,6 +135,13 @@ def test_where_nothing_is_live_a_poor_model_is_said_to_be_one_and_goes_live(
     reasons = promotion.reasons_against(evaluation(0.4), None, catalogue, "b" * 64, "t1")
     assert reasons.hold == []
     assert "own frequency is better" in reasons.warn[0]
+    behind = promotion.reasons_against(
+        beside_trees(0.6, 0.61, -0.02, -0.001), None, catalogue, "b" * 64, "t1"
+    )
+    assert behind.hold == []
+    assert behind.warn == [
+        "trees on the same numbers are better on ndcg@10 (0.6100 against 0.6000)"
+    ]
     unknown = promotion.reasons_against(evaluation(0.9, first=0.5), None, catalogue, "b" * 64, "t1")
     assert "nobody knows" in unknown.hold[0]
 
