@@ -183,7 +183,7 @@ def one_dataset(
     sums = {name: of_seeds([runs[name, seed].sums for seed in numbers]) for name in whole}
     later = [name for name in HYDRAREC.recipes if all((name, seed) in runs for seed in numbers)]
     of_later = {name: of_seeds([runs[name, seed].sums for seed in numbers]) for name in later}
-    visible = (50, None) if asked.every == QUICK else memory.VISIBLE
+    visible = memory.CURVE_QUICK if asked.every == QUICK else memory.CURVE_VISIBLE
     return Found(
         asked,
         title,
@@ -192,7 +192,9 @@ def one_dataset(
         less_baselines(sums, baselines),
         of_papers(PAPERS, sums, PAIRED),
         {name: cost_of(encodings, recipes_of[name]) for name in whole},
-        memory.curve(settings, asked.every, visible, memory.CURVE, seeds, 1) if curve else [],
+        memory.curve(settings, asked.every, visible, memory.CURVE, memory.CURVE, seeds, 1)
+        if curve
+        else [],
         of_papers((HYDRAREC,), of_later, ("ndcg@10", "hr@10")),
         failed,
     )

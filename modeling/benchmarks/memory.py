@@ -29,7 +29,7 @@ from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_se
 from modeling.comparison.ranking import finish, ranking_recipe
 from modeling.console import console
 from modeling.evaluation.item_graphs import graph_baselines
-from modeling.evaluation.trained_baselines import sums_by_user, trained_baselines
+from modeling.evaluation.trained_baselines import TrainedBaseline, sums_by_user, trained_baselines
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import PerUser, defined
 from modeling.recipes import SERVICE, Recipe, Training
@@ -40,7 +40,8 @@ from modeling.training_set.simple_baselines import baselines_of
 
 EVERY = (4, 2)  # each fourth training request, each second test request
 QUICK = (120, 60)  # the same with --quick
-VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
+CURVE_VISIBLE: tuple[int | None, ...] = (10, 50, 200, 500, 1000, None)
+CURVE_QUICK: tuple[int | None, ...] = (50, None)
 TRAINING = Training(epochs=1, learning_rate=4e-3)
 COMMON: dict[str, Any] = {"width": 32, "dropout": 0.1}
 RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, config
@@ -61,7 +62,8 @@ RANKERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # model, events read, c
     ),
     "din_256": ("din", 256, {}),
 }
-CURVE = ("vista_addressed", "mean_pool")  # of whose curve something is claimed, with all seeds
+# Of whose curve something is claimed, with all seeds
+CURVE = ("vista_addressed", "mean_pool")
 ARMS: dict[str, tuple[str, ...]] = {
     "all features": (),
     "no match features": ("matches",),
@@ -109,10 +111,15 @@ def main() -> None:
         help="`never_had` of the ends of all users' histories, for logs whose late users are new",
     )
     flags.add_argument(
-        "--visible", type=int, nargs="+", help="newest events of `never_had`, beside all of them"
+        "--visible",
+        type=int,
+        nargs="+",
+        help="newest events, beside all of them (default: of each part its own)",
     )
     flags.add_argument(
-        "--rankers", nargs="+", default=NEVER_HAD_RANKERS, help="recipes of `never_had`"
+        "--rankers",
+        nargs="+",
+        help="recipes, and of `curve` its own too (default: of each part its own)",
     )
     flags.add_argument(
         "--drawn_by",
@@ -124,18 +131,21 @@ def main() -> None:
     settings = Settings.from_env()
     asked = tuple(arguments.every) if arguments.every else None
     every = asked or (QUICK if arguments.quick else EVERY)
-    visible: tuple[int | None, ...] = (50, None) if arguments.quick else VISIBLE
-    rankers = CURVE if arguments.quick else OF_HISTORY
+    visible = (*arguments.visible, None) if arguments.visible else None
     seeds = 1 if arguments.quick else arguments.seeds
     between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
     rows: list[dict[str, Any]] = []
     if arguments.part in ("curve", "all"):
-        rows += curve(settings, every, visible, rankers, seeds, between)
+        lengths = visible or (CURVE_QUICK if arguments.quick else CURVE_VISIBLE)
+        rankers = tuple(arguments.rankers or (CURVE if arguments.quick else OF_HISTORY))
+        of_whom = tuple(arguments.rankers or CURVE)
+        rows += curve(settings, every, lengths, rankers, of_whom, seeds, between)
     if arguments.part in ("never_had", "all"):
         thinned = asked or (NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY)
         protocol = NeverHad(by=arguments.drawn_by, blocks=arguments.blocks)
-        lengths = NEVER_HAD_VISIBLE if arguments.visible is None else (*arguments.visible, None)
-        rows += never_had(settings, thinned, protocol, seeds, lengths, arguments.rankers)
+        lengths = visible or NEVER_HAD_VISIBLE
+        rankers = tuple(arguments.rankers or NEVER_HAD_RANKERS)
+        rows += never_had(settings, thinned, protocol, seeds, lengths, rankers)
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
     config = {
@@ -166,10 +176,18 @@ def curve(
     every: tuple[int, int],
     visible: tuple[int | None, ...],
     rankers: tuple[str, ...],
+    of_whom: tuple[str, ...],
     seeds: int,
     between: int,
 ) -> list[dict[str, Any]]:
-    """Quality against the events that are visible, and what is claimed of it."""
+    """Quality against the events that are visible, and what is claimed of it.
+
+    Args:
+        visible: the last are all.
+        rankers: of this bench, or recipes; among the latter, `trees` stand in for those beside every evaluation.
+        of_whom: rankers of which something is claimed, with all seeds.
+        between: seeds of the others, and of lengths of which nothing is claimed.
+    """
     rows: list[dict[str, Any]] = []
     sums: dict[Place, Sums] = {}
     # 1. Every ranker at every length; all seeds only where something is claimed.
@@ -179,44 +197,43 @@ def curve(
         runs = seeds if number in ends else between
         for name, one in untrained(encodings).items():
             rows.append(row_of("curve", number, name, one))
-        trees = trained_baselines(
-            settings, encodings, recipe_of(CURVE[0], "all features"), min(runs, 3)
-        )
-        for baseline in trees:
+        beside: list[TrainedBaseline] = []
+        if "trees" not in rankers:
+            pool = recipe_of(CURVE[0], "all features")
+            beside = trained_baselines(settings, encodings, pool, min(runs, 3))
+        for baseline in beside:
             rows.append(row_of("curve", number, baseline.name, baseline.sums, baseline.cpu_seconds))
             if baseline.name == "trees":
                 sums["trees", number] = baseline.sums
         for name in rankers:
-            many = runs if name in CURVE else between
+            many = runs if name in of_whom else between
             found, cost = _trained(settings, encodings, name, "all features", many)
             sums[name, number] = found
             rows.append(row_of("curve", number, name, found, cost))
-    # 2. What is claimed of two of them, decided as one table.
+    # 2. What is claimed of some, decided as one table.
+    networks = [name for name in of_whom if name != "trees"]
     claims = []
     for metric in PAIRED:
-        for name in CURVE:
+        for name in (*networks, "trees"):
             pairs: list[tuple[str, Place, Place]] = [
-                (f"{name} − trees, all events", (name, None), ("trees", None))
-            ]
-            pairs += [
                 (f"{name}: all − {number} events", (name, None), (name, number))
                 for number in (50, 500)
                 if number in visible
             ]
+            if name != "trees":
+                pairs.insert(0, (f"{name} − trees, all events", (name, None), ("trees", None)))
             claims += [
                 difference(said, metric, sums[a][metric], sums[b][metric]) for said, a, b in pairs
             ]
-        said = "trees: all − 500 events"
-        if 500 in visible:
-            claims.append(
-                difference(said, metric, sums["trees", None][metric], sums["trees", 500][metric])
-            )
+    first = of_whom[0]
     lengths = _user_lengths(
         Encodings(settings, SERVICE, sample=Sample(every=every)),
         recipe_of(CURVE[0], "all features"),
     )
-    claims += _by_length(lengths, sums[CURVE[0], None], sums[CURVE[0], 50], "all − 50 events")
-    claims += _by_length(lengths, sums[CURVE[0], None], sums["trees", None], "− trees")
+    if 50 in visible:
+        claims += _by_length(lengths, first, sums[first, None], sums[first, 50], "all − 50 events")
+    if first != "trees":
+        claims += _by_length(lengths, first, sums[first, None], sums["trees", None], "− trees")
     return rows + claimed("curve", claims)
 
 
@@ -282,7 +299,9 @@ def _user_lengths(encodings: Encodings, recipe: Recipe) -> np.ndarray:
     return np.bincount(numbered, known[requests]) / np.bincount(numbered)
 
 
-def _by_length(lengths: np.ndarray, ours: Sums, theirs: Sums, said: str) -> list[Difference]:
+def _by_length(
+    lengths: np.ndarray, ranker: str, ours: Sums, theirs: Sums, said: str
+) -> list[Difference]:
     """A difference for each quarter of the users, from short histories to long ones."""
     bounds = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
     quarter = np.clip(np.searchsorted(bounds, lengths, side="right") - 1, 0, 3)
@@ -291,9 +310,7 @@ def _by_length(lengths: np.ndarray, ours: Sums, theirs: Sums, said: str) -> list
         chosen = np.flatnonzero(quarter == number)
         if not len(chosen):
             continue
-        name = (
-            f"{CURVE[0]}, users of {bounds[number]:.0f} to {bounds[number + 1]:.0f} events: {said}"
-        )
+        name = f"{ranker}, users of {bounds[number]:.0f} to {bounds[number + 1]:.0f} events: {said}"
         for metric in PAIRED:
             a, b = (_of_users(one[metric], chosen) for one in (ours, theirs))
             found.append(difference(name, metric, a, b))
@@ -333,9 +350,10 @@ def untrained(encodings: Encodings, recipe: Recipe | None = None) -> dict[str, S
 def _trained(
     settings: Settings, encodings: Encodings, name: str, arm: str, seeds: int
 ) -> tuple[Sums, float]:
-    """Runs of a ranker in an arm over seeds, and the CPU seconds of one."""
+    """Runs of a ranker in an arm, or of a recipe, over seeds, and the CPU seconds of one."""
     console.print(f"memory: {arm}", highlight=False)
-    return runs_of(settings, encodings, recipe_of(name, arm), seeds)
+    recipe = recipe_of(name, arm) if name in RANKERS else ranking_recipe(name)
+    return runs_of(settings, encodings, recipe, seeds)
 
 
 def runs_of(
