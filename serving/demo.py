@@ -253,7 +253,8 @@ def summary(settings: Settings, started_s: float) -> None:
     measured = runs.get("memory")
     if measured and "picture" in measured.details:
         print("\n" + "\n".join(measured.details["picture"]))
-        print(f"page: {measured.details['page']}")
+        if "page" in measured.details:
+            print(f"page: {measured.details['page']}")
     # 4. What to try next.
     print(
         "\ngo on:\n"

@@ -25,10 +25,13 @@ from feature_repo import cli, datasets
 from feature_repo.__main__ import app
 from feature_repo.contract.arrow import arrow_type
 from feature_repo.contract.schema import Examples, Kind
+from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from modeling import models
+from modeling.__main__ import app as modeling_app
 from modeling.bundle.bundle import Bundle
+from modeling.comparison import memory_worth
 from modeling.inputs.augment import forget, training_sample
 from modeling.inputs.encoder import Encoded, Encoder, RequestColumns
 from modeling.inputs.tasks import probabilities
@@ -344,6 +347,47 @@ def world(shop_on_the_road: Shop) -> World:
         bodies,
         encoder.featurise(asked.requests),
     )
+
+
+def test_a_strangers_log_gets_a_recommendation(
+    shop_on_the_road: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = shop_on_the_road.settings
+    monkeypatch.setenv("MEMOIR_DATASET", NAME)
+    monkeypatch.setenv("MEMOIR_HOME", settings.root)
+    monkeypatch.setenv("MEMOIR_DATA", str(settings.data))
+
+    def told(*words: str) -> str:
+        assert cli.run(lambda: modeling_app(["memory", *words])) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    # 1. Figures, kinds of requests, and what to do.
+    first = told("--quick")
+    for part in (
+        "Any history over none: NDCG@10",
+        "what comes next",
+        "items never had",
+        "days of the median user",
+        "Two trainings on the same events differ by",
+        "Recommended:",
+    ):
+        assert part in first
+    # 2. The same again is read, not trained.
+    assert "memory: up to date" in told("--quick")
+    # 3. Of a length that is gone, that length alone is trained.
+    [stored] = Path(settings.path("memory")).glob("*/trees-50-1.arrow")
+    stored.unlink()
+    again = told("--quick")
+    assert "memory: 50 events of each user" in again
+    assert "memory: all events" not in again
+    # 4. The picture with which the demo ends, or why there is none.
+    told("--effort", "small")
+    catalogue = Catalogue(settings.catalogue_url)
+    assert catalogue.last_run(NAME, "memory").details["picture"][-1].startswith("Recommended:")
+    monkeypatch.setattr(memory_worth, "LEAST", 1_000_000)
+    told("--effort", "small")
+    [said] = catalogue.last_run(NAME, "memory").details["picture"]
+    assert said.startswith("what memory is worth: cannot tell: the test period has")
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

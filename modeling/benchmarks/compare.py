@@ -128,8 +128,8 @@ def main() -> None:
     page = write(found, seeds)
     rows = [row for one in found for row in _rows(one)]
     config = {"datasets": arguments.datasets, "seeds": seeds, "epochs": epochs, "page": page.name}
-    report("compare", config, rows, arguments.json)
     console.print(f"comparison: {page}", highlight=False, soft_wrap=True)
+    report("compare", config, rows, arguments.json)
 
 
 def of_dataset(settings: Settings, dataset: str) -> Settings:
@@ -188,10 +188,10 @@ def one_dataset(
         asked,
         title,
         [runs[name, seed].result for name in whole for seed in numbers],
-        baseline_lines(contract.spec, test) + classic_lines(baselines),
+        baseline_lines(encodings, first) + classic_lines(baselines),
         less_baselines(sums, baselines),
         of_papers(PAPERS, sums, PAIRED),
-        {name: cost_of(encodings, recipes_of[name]) for name in whole},
+        {name: cost_of(settings, encodings, _as_asked(asked, name, 1)) for name in whole},
         memory.curve(settings, asked.every, visible, memory.CURVE, memory.CURVE, seeds, 1)
         if curve
         else [],
@@ -249,13 +249,16 @@ def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:
     """One run, or what is stored of it."""
     if name in HYDRAREC.recipes:
         return _next_item(asked, name, seed)
+    encodings = _encodings(asked.settings, asked.every)
+    return finish(asked.settings, encodings, _as_asked(asked, name, seed))
+
+
+def _as_asked(asked: Asked, name: str, seed: int) -> Recipe:
     recipe = recipe_of(name, asked.settings.dataset)
     training = replace(recipe.training, seed=seed)
     if asked.epochs is not None:
         training = replace(training, epochs=asked.epochs)
-    recipe = replace(recipe, training=training)
-    encodings = _encodings(asked.settings, asked.every)
-    return finish(asked.settings, encodings, recipe)
+    return replace(recipe, training=training)
 
 
 def recipe_of(name: str, dataset: str) -> Recipe:

@@ -28,15 +28,14 @@ from modeling.benchmarks.request_cost import cost_of
 from modeling.claims import PAIRED, Difference, Sums, decided, difference, of_seeds
 from modeling.comparison.ranking import finish, ranking_recipe
 from modeling.console import console
-from modeling.evaluation.item_graphs import graph_baselines
 from modeling.evaluation.trained_baselines import TrainedBaseline, sums_by_user, trained_baselines
+from modeling.evaluation.untrained import untrained_scores
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import PerUser, defined
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.vista import FOREVER, STREAM, WHOLE_HISTORY
 from modeling.training_set.encodings import Encodings
 from modeling.training_set.sample import NeverHad, Sample
-from modeling.training_set.simple_baselines import baselines_of
 
 EVERY = (4, 2)  # each fourth training request, each second test request
 QUICK = (120, 60)  # the same with --quick
@@ -326,7 +325,7 @@ def _costs(settings: Settings, every: tuple[int, int]) -> list[dict[str, Any]]:
     encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
     rows = []
     for name in OF_HISTORY:
-        cost = cost_of(encodings, recipe_of(name, "no match features"))
+        cost = cost_of(settings, encodings, recipe_of(name, "no match features"))
         rows.append({"case": "cost", "ranker": name, **asdict(cost)})
     return rows
 
@@ -335,16 +334,11 @@ def untrained(encodings: Encodings, recipe: Recipe | None = None) -> dict[str, S
     """Scorings without training on the test requests."""
     recipe = recipe or recipe_of(CURVE[0], "all features")
     test = encodings.period(recipe, "test")
-    spec = encodings.encoder_of(recipe).contract.spec
-    number = primary_number(spec)
-    labels = np.asarray(test.encoded.labels)[:, number]
-    scores = baselines_of(test.baselines, labels, test.encoded.candidate_offsets)
-    protocol = encodings.sample.protocol
-    # Item graphs are fitted until the validation period, which the ends of users' histories mostly lie before.
-    if protocol is None or not protocol.blocks:
-        found = encodings.set_of(recipe)
-        scores |= graph_baselines(found.warehouse, found.relations, test)
-    return {name: sums_by_user(test, values, number) for name, values in scores.items()}
+    number = primary_number(encodings.encoder_of(recipe).contract.spec)
+    return {
+        name: sums_by_user(test, scores, number)
+        for name, scores in untrained_scores(encodings, recipe).items()
+    }
 
 
 def _trained(

@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from feature_repo.settings import Settings
 from modeling.inputs.batch import Batch
 from modeling.models.base import Ranker
 from modeling.recipes import Recipe
-from modeling.training.training_run import build_model
+from modeling.training.training_run import (
+    build_model,
+    load_trained,
+    open_run,
+    refuse_untrained,
+)
 from modeling.training_set.encodings import Encodings
 
 REQUESTS = 20  # of the longest histories
@@ -42,13 +48,20 @@ class Cost:
     events: float
 
 
-def cost_of(encodings: Encodings, recipe: Recipe) -> Cost:
-    """Of requests with long histories and a hundred candidates; weights do not matter and are those
-    that training begins with.
+def cost_of(settings: Settings, encodings: Encodings, recipe: Recipe) -> Cost:
+    """Of requests with long histories and a hundred candidates. A network's weights do not matter and are those that
+    training begins with; trees are the trained run's.
+
+    Raises:
+        NotTrainedError: a recipe with trees has no trained run.
     """
     encoder = encodings.encoder_of(recipe)
     test = encodings.period(recipe, "test").encoded
-    model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
+    if recipe.model == "trees" or recipe.trees is not None:
+        run = open_run(settings, recipe, encodings.sample)
+        model, _ = load_trained(refuse_untrained(run))
+    else:
+        model = build_model(recipe, encoder, encodings.period(recipe, "train").encoded).eval()
     known = test.history_lengths
     assert known is not None
     longest = np.argsort(known, kind="stable")[-10 * REQUESTS :][::10]

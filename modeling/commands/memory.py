@@ -40,7 +40,9 @@ def run_memory(effort: str, threads: int) -> None:
             # `make demo` goes on without its picture, and says why.
             if effort != "small":
                 raise
-            console.print(f"memory: cannot tell: {error}", highlight=False, style="yellow")
+            told = f"what memory is worth: cannot tell: {error}"
+            stage.details = {"picture": [told]}
+            console.print(told, highlight=False, style="yellow")
             return
         folder = Path(settings.path("memory"))
         # A picture replaces no page of more.

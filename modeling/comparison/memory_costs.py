@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from feature_repo.contract.arrow import value_codes
-from feature_repo.contract.contract import Contract
+from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.history.counts import UserCounts
 from feature_repo.history.envelope import Identity
-from feature_repo.history.history import HistoryLog, remembered_name
+from feature_repo.history.history import HistoryLog, pack, remembered_name, unpack
 from feature_repo.history.sketch import MICROS_PER_DAY, Layout
+from feature_repo.home.tables import JobFolder
+from modeling.training_set.dataset import Warehouse
 from modeling.training_set.sample import Sample
+
+# Of all events, had by 1 % of the users: a few own a log with more
+FEW_OWN = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,36 +35,93 @@ def name_of(length: int | None) -> str:
     return "all" if length is None else "none" if length == 0 else f"{length:,}"
 
 
-def bytes_of_users(
-    contract: Contract, log: HistoryLog, lengths: Sequence[int | None], most: int = 200
-) -> dict[str, float]:
-    """Bytes that the median user's events and counts take online, by length."""
+@dataclass(frozen=True)
+class LengthCost:
+    """What so many newest events of each user cost, and how much of a life they are.
+
+    Args:
+        request_ms: CPU milliseconds of a request: its numbers, and the trees' score.
+        user_bytes: of the median user online: events as they are packed there, and counts.
+        days: between the first and the last of the median user's.
+        decisions: of the median user's: events whose item is not that of the event before.
+    """
+
+    request_ms: float
+    user_bytes: float
+    days: float
+    decisions: float
+
+
+def costs_of(
+    warehouse: Warehouse, request_ms: Mapping[int | None, float], most: int = 200
+) -> dict[str, LengthCost]:
+    """Costs of each length, of users spread over a part of the log.
+
+    Args:
+        request_ms: by length.
+    """
+    users = JobFolder(warehouse.settings.home, "user_history")
+    parts = (users.read_path(path) for path in users.paths("user_history"))
+    part = next(part for part in parts if part.num_rows)
+    chosen = np.unique(np.linspace(0, part.num_rows - 1, most).astype(np.int64))
+    stored = part.take(pa.array(chosen))
+    ids = stored[warehouse.contract.user.join_key]
+    item_codes = value_codes(warehouse.log.items)
+    medians = {}
+    for length in request_ms:
+        found = [
+            _of_user(warehouse, item_codes, user, packed, length)
+            for user, packed in zip(ids.to_pylist(), stored["history"].to_pylist(), strict=True)
+        ]
+        medians[length] = np.median(np.array(found, np.float64), axis=0).tolist()
+    return {name_of(length): LengthCost(ms, *medians[length]) for length, ms in request_ms.items()}
+
+
+def _of_user(
+    warehouse: Warehouse,
+    item_codes: np.ndarray,
+    user: int | str,
+    packed: bytes,
+    length: int | None,
+) -> tuple[float, float, float]:
+    """Bytes, days and decisions of a user's newest events."""
+    contract = warehouse.contract
     layout = Layout.of(contract)
-    rows = np.unique(np.linspace(0, len(log.users) - 1, most).astype(np.int64))
-    names = ["action", "event_timestamp", *map(remembered_name, layout.columns[1:])]
-    item_codes = value_codes(log.items)
-    an_event = 4 + 8 * len(contract.history_columns)
-    found: dict[str, list[float]] = {name_of(length): [] for length in lengths}
-    for row in rows.tolist():
-        history = log.gather(np.array([row]), log.lengths[[row]], columns=names)
-        for length in lengths:
-            kept = len(history.times) if length is None else min(length, len(history.times))
-            first = len(history.times) - kept
-            primary = first + np.flatnonzero(history.columns["action"][first:] == 0)
-            counts = UserCounts(layout)
-            codes = [item_codes[history.item_keys], *(history.columns[n] for n in names[2:])]
-            counts.add([c[primary] for c in codes], history.times[primary])
-            identity = Identity(layout.fingerprint, int(history.times.max(initial=0)), 0, kept, 0)
-            packed = min(kept, contract.spec.num_history_online) * an_event
-            found[name_of(length)].append(packed + len(counts.to_bytes(row, identity)))
-    return {name: statistics.median(values) for name, values in found.items()}
+    log = warehouse.log
+    # 1. What is known of the newest.
+    row = log.rows_of(pa.array([user], log.users.type))
+    names = ["action", EVENT_TIMESTAMP, *map(remembered_name, layout.columns[1:])]
+    history = log.gather(row, log.lengths[row], length, names)
+    # 2. What is stored of it: events as far as they are kept, counts of them all.
+    events = unpack(contract, user, packed)
+    newest = events.slice(max(events.num_rows - len(history.times), 0))
+    primary = history.columns["action"] == 0
+    codes = [item_codes[history.item_keys], *(history.columns[name] for name in names[2:])]
+    counts = UserCounts(layout)
+    counts.add([column[primary] for column in codes], history.times[primary])
+    as_of = int(history.times.max(initial=0))
+    identity = Identity(layout.fingerprint, as_of, 0, len(history.times), 0)
+    size = len(pack(contract, user, pa.Table.from_batches([newest])))
+    size += len(counts.to_bytes(user, identity))
+    # 3. How much of a life it is.
+    if not len(history.times):
+        return size, 0.0, 0.0
+    days = float(history.times[-1] - history.times[0]) / MICROS_PER_DAY
+    decisions = 1.0 + float((np.diff(history.item_keys) != 0).sum())
+    return size, days, decisions
+
+
+def share_of_few(log: HistoryLog) -> float:
+    """The share of all events that 1 % of the users have, those of the longest histories."""
+    lengths = np.sort(log.lengths)[::-1]
+    return float(lengths[: max(len(lengths) // 100, 1)].sum() / max(lengths.sum(), 1))
 
 
 def traps_of(log: HistoryLog, days: np.ndarray, sample: Sample) -> Iterator[Trap]:
     """Find what makes a length say something else in this log than it seems to.
 
     Args:
-        days: between each test candidate's request and the newest event before it; NaN without one.
+        days: between each test request and the newest event before it; NaN without one.
         sample: which requests were looked at.
     """
     rows = np.unique(np.linspace(0, len(log.users) - 1, 2_000).astype(np.int64))
@@ -86,9 +148,8 @@ def traps_of(log: HistoryLog, days: np.ndarray, sample: Sample) -> Iterator[Trap
             f"{tied:.0%} of events have the time of the event before: which of them are the newest follows from the order of the file",
         )
     # 4. Few users who have most of the log.
-    lengths = np.sort(log.lengths)[::-1]
-    top = lengths[: max(len(lengths) // 100, 1)].sum() / max(lengths.sum(), 1)
-    if top > 0.2 or sample.of_user:
+    top = share_of_few(log)
+    if top > FEW_OWN or sample.of_user:
         capped = (
             f"; of each user {sample.of_user} requests at most are looked at"
             if sample.of_user
@@ -100,7 +161,8 @@ def traps_of(log: HistoryLog, days: np.ndarray, sample: Sample) -> Iterator[Trap
     if today > 0.2:
         yield Trap(
             "histories of the same day",
-            f"{today:.0%} of the requests have an event of the day before them: see whether it would be known in time",
+            f"{today:.0%} of the requests have an event of the day before them: would it be known in time? The row `what comes next` "
+            "says what is at stake",
         )
     # 6. A log that arrives late.
     late = float(np.mean([log.any_late(np.array([row])) for row in rows.tolist()]))

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from modeling.comparison.memory_worth import ALL_REQUESTS, MOST_LOST, Measured, Worth, recommended
+from modeling.comparison.memory_worth import (
+    ALL_REQUESTS,
+    MOST_LOST,
+    WITH_TOKENS,
+    Measured,
+    Worth,
+    may_do,
+    recommended,
+)
 from modeling.console import print_table, say
 from modeling.evaluation.report import BLUE, GREY, Section, plots, png_of, write_sections
 
@@ -47,20 +55,34 @@ def recommendation(measured: Measured) -> str:
         )
     length = recommended(measured)
     if length is None:
-        said = "cannot tell how many events: keep all of them"
+        said = f"cannot tell: {_undecided(measured)}; keep all events meanwhile"
     elif length == "all":
-        said = f"keep all events: every shorter history may lose more than {MOST_LOST:.0%} of that"
+        said = (
+            f"keep all events: every shorter history surely loses more than {MOST_LOST:.0%} of that"
+        )
     else:
         low = whole.kept[length].low
         said = f"the newest {length} events: they keep {low:.0%} of it at least"
-    if METRIC not in measured.network:
+    added = measured.network
+    if added is None:
         return f"Recommended: {said}; `python -m modeling memory` says whether a network beside trees pays."
-    value, low, high = measured.network[METRIC]
-    if low > 0:
-        reads = f"a network that reads every event adds {value:+.4f} [{low:+.4f}, {high:+.4f}] to trees: `vista_trees`, with summary tokens"
+    value, low, high = added.by_metric[METRIC]
+    worth = f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
+    cost = f"{added.token_bytes:,} bytes of tokens a user, {added.request_ms:.1f} CPU ms a request"
+    if low > measured.noise[METRIC]:
+        reads = f"summary tokens of all events add {worth} to trees: `{WITH_TOKENS}` ({cost})"
+    elif high < 0:
+        reads = f"a network with summary tokens takes something from trees ({worth}): `trees`, without tokens"
     else:
-        reads = f"a network that reads every event adds nothing that is clear to trees ({value:+.4f} [{low:+.4f}, {high:+.4f}]): `trees`, without summary tokens"
+        reads = f"summary tokens of all events add nothing to trees that is clear ({worth}): `trees`, without tokens"
     return f"Recommended: {said}; {reads}."
+
+
+def _undecided(measured: Measured) -> str:
+    """The shortest length that may do, and what is not known of it."""
+    name = may_do(measured)[0]
+    kept = measured.of_all(METRIC).kept[name]
+    return f"whether the newest {name} events do ({kept.share:.0%} [{kept.low:.0%}, {kept.high:.0%}] of it) is not decided"
 
 
 def kept_rows(measured: Measured) -> list[list[str]]:
@@ -96,11 +118,14 @@ def reader_rows(measured: Measured) -> list[list[str]]:
             for n in lengths
         ]
         rows.append([f"{reader}, NDCG@10 / GAUC", *cells])
-    rows.append(["CPU ms a request", *(f"{measured.cost[n]['ms']:.2f}" for n in lengths)])
-    rows.append(
-        ["bytes of the median user", *(f"{measured.cost[n]['bytes']:,.0f}" for n in lengths)]
-    )
-    return rows
+    costs = [measured.cost[n] for n in lengths]
+    return [
+        *rows,
+        ["trees: CPU ms a request", *(f"{cost.request_ms:.2f}" for cost in costs)],
+        ["bytes of the median user", *(f"{cost.user_bytes:,.0f}" for cost in costs)],
+        ["days of the median user", *(f"{cost.days:,.0f}" for cost in costs)],
+        ["decisions in them", *(f"{cost.decisions:,.0f}" for cost in costs)],
+    ]
 
 
 def write_page(measured: Measured, folder: Path, name: str = "memory") -> Path:

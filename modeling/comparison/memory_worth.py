@@ -3,17 +3,18 @@ events of each user known, and what the ranking loses.
 
 Trees read counts that fade, lifts and relations, so that a longer history can never hurt them by being old, and no
 length has an easier task than another. Beside them stands a regression on the same numbers, and a network that reads
-every event on top of the trees, which says whether there is more in a history than its counts. Differences are paired
-over users. What is stored of a length is not measured again.
+every event through summary tokens on top of the trees, which says whether there is more in a history than its counts.
+Differences are paired over users. What is stored of a length is not measured again.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +23,25 @@ from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, digest_of
 from feature_repo.settings import Settings
 from modeling.claims import difference
-from modeling.comparison.memory_costs import Trap, bytes_of_users, name_of, traps_of
+from modeling.comparison.memory_costs import (
+    FEW_OWN,
+    LengthCost,
+    Trap,
+    costs_of,
+    name_of,
+    share_of_few,
+    traps_of,
+)
 from modeling.console import say
 from modeling.errors import DataError
-from modeling.evaluation.classic import QUICK_TREES, Classic, classic_scores
+from modeling.evaluation.classic import QUICK_TREES, Classic, classic_scores, fit_trees
 from modeling.inputs.encoder import Encoded
 from modeling.inputs.shards import read_shard, write_shard
 from modeling.inputs.tasks import primary_number
 from modeling.metrics import PerUser, per_user
-from modeling.recipes import SERVICE, Recipe, Training
+from modeling.recipes import SERVICE
+from modeling.recipes.trees import vista_addressed_trees
+from modeling.recipes.vista import vista_addressed
 from modeling.training.trainer import Trainer, predict
 from modeling.training.training_run import build_model
 from modeling.training.trees import fit_blend
@@ -52,15 +63,10 @@ LEAST = 50
 # Of what any history is worth, a recommended length may lose so much
 MOST_LOST = 0.1
 RESAMPLES = 1_000
-# A network that reads every event there is
-NETWORK = Recipe(
-    "memory_network",
-    "mean_pool",
-    SERVICE,
-    {"width": 32, "dropout": 0.2},
-    100_000,
-    training=Training(epochs=2, learning_rate=4e-3),
-)
+# The network whose tokens are asked about
+NETWORK = vista_addressed()
+# What makes and reads them
+WITH_TOKENS = vista_addressed_trees().name
 
 
 class TooFewError(DataError):
@@ -128,15 +134,29 @@ class Worth:
 
 
 @dataclass(frozen=True)
+class NetworkGain:
+    """What a network adds to trees.
+
+    Args:
+        by_metric: value, and the ends of its 95 % interval over users.
+        request_ms: CPU milliseconds of the numbers and the score of a request, trees included.
+        token_bytes: of summary tokens, of a user.
+    """
+
+    by_metric: dict[str, tuple[float, float, float]]
+    request_ms: float
+    token_bytes: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """All that is measured.
 
     Args:
         readers: metrics of each reader at each length.
         noise: of two trainings on the same events, the greater distance by metric.
-        network: what a network that reads every event adds to the trees, by metric: value, low, high; empty where none
-            was trained.
-        cost: by length: CPU milliseconds of a request, and bytes of the median user online.
+        network: what a network that reads every event adds to the trees, by metric; None where none was trained.
+        cost: by length.
     """
 
     dataset: str
@@ -144,8 +164,8 @@ class Measured:
     worth: list[Worth]
     readers: dict[str, dict[str, dict[str, float]]]
     noise: dict[str, float]
-    network: dict[str, tuple[float, float, float]]
-    cost: dict[str, dict[str, float]]
+    network: NetworkGain | None
+    cost: dict[str, LengthCost]
     median_events: float
     traps: list[Trap]
 
@@ -165,7 +185,7 @@ def measure_memory(settings: Settings, effort: Effort = EFFORTS["full"]) -> Meas
     from feature_repo.store.store import open_store
 
     warehouse = Warehouse(settings)
-    sample = _sample(settings, effort.requests)
+    sample = _sample(warehouse, effort.requests)
     runs = _runs(effort)
     folder = _folder(settings, warehouse, sample)
     # 1. What is not stored yet.
@@ -225,12 +245,13 @@ def _runs(effort: Effort) -> list[_Run]:
     return [*each, AGAIN, *([NETWORK_TOO] if effort.network else [])]
 
 
-def _sample(settings: Settings, most: tuple[int, int]) -> Sample:
+def _sample(warehouse: Warehouse, most: tuple[int, int]) -> Sample:
     """So many requests at most, evenly spread; of each user few, where a few users have most of them."""
-    found = JobFolder(settings.home, "training_examples").require().counts
-    users = JobFolder(settings.home, "user_history").require().counts["users"]
-    # More than the cap on average: then some have far more.
-    capped = found["requests_train"] > OF_USER * max(users, 1)
+    found = JobFolder(warehouse.settings.home, "training_examples").require().counts
+    users = len(warehouse.log.users)
+    # More than the cap on average, or most of them of a few: then some have far more.
+    everybody = found["requests_train"] > OF_USER * max(users, 1)
+    capped = everybody or share_of_few(warehouse.log) > FEW_OWN
     left = {
         period: min(found[f"requests_{period}"], OF_USER * users if capped else np.inf)
         for period in ("train", "test")
@@ -270,36 +291,59 @@ def _measure_runs(opened: Lengths, runs: Sequence[_Run], folder: Path) -> None:
         started = time.process_time()
         periods = opened.all_encoded(length)
         spent = time.process_time() - started
-        each = 1000 * spent / sum(len(period) for period in periods.values())
+        numbers_ms = 1000 * spent / sum(len(period) for period in periods.values())
         for run in runs:
             if run.length == length:
-                scores = _scores(opened, run, periods, folder)
+                found = _scored(opened, run, periods, folder)
+                each = numbers_ms + found.request_ms
                 write_shard(
                     folder / run.file,
                     {
-                        "scores": scores.astype(np.float32),
-                        "ms": np.full(len(scores), each, np.float32),
+                        "scores": found.scores_N.astype(np.float32),
+                        "ms": np.full(len(found.scores_N), each, np.float32),
+                        "token_bytes": np.full(len(found.scores_N), found.token_bytes, np.int32),
                     },
                 )
 
 
-def _scores(opened: Lengths, run: _Run, periods: Mapping[str, Encoded], folder: Path) -> np.ndarray:
-    """Scores of all test candidates."""
+class _Scored(NamedTuple):
+    """Scores of all test candidates.
+
+    Args:
+        request_ms: CPU milliseconds of scoring a request.
+        token_bytes: of a user's summary tokens.
+    """
+
+    scores_N: np.ndarray
+    request_ms: float = 0.0
+    token_bytes: int = 0
+
+
+def _scored(opened: Lengths, run: _Run, periods: Mapping[str, Encoded], folder: Path) -> _Scored:
     train, validation, test = (periods[name] for name in SPLITS)
-    spec = opened.encoder.contract.spec
-    number = primary_number(spec)
+    number = primary_number(opened.encoder.contract.spec)
     if run.reader == BOTH:
         return _with_network(opened, periods, folder, run.seed)
-    kind: Classic = "trees" if run.reader == TREES else "logistic regression"
-    return classic_scores(
-        kind, opened.encoder, train, validation, test, number, run.seed, QUICK_TREES
-    )
+    if run.reader == REGRESSION:
+        kind: Classic = "logistic regression"
+        return _Scored(
+            classic_scores(kind, opened.encoder, train, validation, test, number, run.seed)
+        )
+    score = fit_trees(QUICK_TREES, opened.encoder, train, validation, number, run.seed)
+    return _timed(score, test)
+
+
+def _timed(score: Callable[[Encoded], np.ndarray], test: Encoded, token_bytes: int = 0) -> _Scored:
+    started = time.process_time()
+    scores = score(test)
+    spent = time.process_time() - started
+    return _Scored(scores, 1000 * spent / max(len(test), 1), token_bytes)
 
 
 def _with_network(
     opened: Lengths, periods: Mapping[str, Encoded], folder: Path, seed: int
-) -> np.ndarray:
-    """A network that reads every event, blended with the trees, as a recipe would have it."""
+) -> _Scored:
+    """A network that reads every event through tokens, blended with the trees, as a recipe would have it."""
     train, validation, test = (periods[name] for name in SPLITS)
     encoder = opened.encoder_of(NETWORK.history_length)
     training = replace(NETWORK.training, seed=seed)
@@ -309,8 +353,12 @@ def _with_network(
     trees = asdict(QUICK_TREES)
     both = fit_blend(network, summary, trees, encoder, training, train, validation)
     number = primary_number(encoder.contract.spec)
-    found: np.ndarray = predict(both.blend, encoder, test)[:, number]
-    return found
+    assert network.token_shape is not None
+    tokens, width = network.token_shape
+    # As they are stored, in half precision
+    return _timed(
+        lambda period: predict(both.blend, encoder, period)[:, number], test, 2 * tokens * width
+    )
 
 
 def _decided(
@@ -338,26 +386,33 @@ def _decided(
     # 2. Two trainings on the same events, and what a network adds to the first.
     one = sums[_Run(TREES, None, 1)]
     noise = {metric: abs(one[metric].value - sums[AGAIN][metric].value) for metric in METRICS}
-    added = {
-        metric: difference("network", metric, sums[NETWORK_TOO][metric], one[metric])
-        for metric in (METRICS if NETWORK_TOO in sums else ())
-    }
+    added = None
+    if NETWORK_TOO in sums:
+        by_metric = {
+            metric: difference("network", metric, sums[NETWORK_TOO][metric], one[metric])
+            for metric in METRICS
+        }
+        stored = scores[NETWORK_TOO]
+        added = NetworkGain(
+            {metric: (found.value, found.low, found.high) for metric, found in by_metric.items()},
+            float(stored["ms"][0]),
+            int(stored["token_bytes"][0]),
+        )
     # 3. What lengths cost.
-    bytes_of = bytes_of_users(warehouse.contract, warehouse.log, list(trees))
-    cost = {
-        name_of(length): {"ms": float(found["ms"][0]), "bytes": bytes_of[name_of(length)]}
-        for length, found in trees.items()
-    }
+    cost = costs_of(warehouse, {length: float(found["ms"][0]) for length, found in trees.items()})
+    # 4. What misleads.
+    first = np.flatnonzero(np.diff(about["request"], prepend=-1))
+    traps = traps_of(warehouse.log, about["days"][first], sample)
     return Measured(
         warehouse.contract.spec.title,
         {"test": len(np.unique(about["request"])), "of_user": sample.of_user or 0},
         worth,
         readers,
         noise,
-        {metric: (found.value, found.low, found.high) for metric, found in added.items()},
+        added,
         cost,
         float(np.median(warehouse.log.lengths)),
-        list(traps_of(warehouse.log, about["days"], sample)),
+        list(traps),
     )
 
 
@@ -440,11 +495,31 @@ def write_measured(measured: Measured, path: Path) -> None:
 
 
 def recommended(measured: Measured, metric: str = "ndcg@10") -> str | None:
-    """The shortest length that surely loses at most a tenth of what all events are worth; None: cannot tell."""
+    """The shortest length that surely loses at most a tenth of what all events are worth; all events where each shorter
+    length surely loses more. None: cannot tell.
+
+    A share is sure where neither resampled users nor the noise between two trainings would change it.
+    """
     whole = measured.of_all(metric)
     if whole.low <= 0:
         return None
-    for name, kept in whole.kept.items():
-        if kept.low >= 1 - MOST_LOST:
+    for name in _shorter(whole):
+        if whole.kept[name].low - _noise(measured, metric) >= 1 - MOST_LOST:
             return name
-    return None
+    return None if may_do(measured, metric) else name_of(None)
+
+
+def may_do(measured: Measured, metric: str = "ndcg@10") -> list[str]:
+    """Lengths below all that do not surely lose more than a tenth."""
+    whole = measured.of_all(metric)
+    noise = _noise(measured, metric)
+    return [name for name in _shorter(whole) if whole.kept[name].high + noise >= 1 - MOST_LOST]
+
+
+def _shorter(whole: Worth) -> list[str]:
+    return [name for name in whole.kept if name != name_of(None)]
+
+
+def _noise(measured: Measured, metric: str) -> float:
+    """Of two trainings on the same events, as a share of what all events are worth."""
+    return measured.noise[metric] / measured.of_all(metric).all_events

@@ -26,6 +26,7 @@ from modeling.evaluation.evaluate import measure
 from modeling.evaluation.measured import measured, sums_of
 from modeling.evaluation.report import plots, write_page
 from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
+from modeling.evaluation.untrained import untrained_scores
 from modeling.inputs.tasks import primary_number
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.recipes.trees import TRIALS
@@ -33,8 +34,6 @@ from modeling.training.changes import Changes, changed
 from modeling.training.training_run import open_run, train
 from modeling.training_set.dataset import refuse_nothing_positive
 from modeling.training_set.encodings import Encodings
-from modeling.training_set.simple_baselines import baselines_of
-from modeling.training_set.training_set import Period
 
 if TYPE_CHECKING:
     from feature_repo.contract.schema import DatasetSpec
@@ -90,7 +89,7 @@ def compare(settings: Settings, asked: Comparison) -> None:
     runs = [run for recipe in chosen for run in seeds_of(settings, encodings, recipe, asked)]
     claims = claims_of(runs, baselines)
     # 4. Write the page and print the tables.
-    baseline_rows = baseline_lines(contract.spec, test) + classic_lines(baselines)
+    baseline_rows = baseline_lines(encodings, chosen[0]) + classic_lines(baselines)
     folder = comparison_folder(
         Path(settings.path("comparison")).parent, [run.result for run in runs]
     )
@@ -288,13 +287,12 @@ def claim_lines(claims: Sequence[Difference]) -> list[list[str]]:
     ]
 
 
-def baseline_lines(spec: DatasetSpec, test: Period) -> list[list[str]]:
-    """Rows of the scorings that need no training, on the same candidates."""
-    number = primary_number(spec)
-    labels = np.asarray(test.encoded.labels)[:, number]
-    offsets = test.encoded.candidate_offsets
+def baseline_lines(encodings: Encodings, recipe: Recipe) -> list[list[str]]:
+    """Rows of the scorings that need no training, on the test candidates that the recipe is asked about."""
+    test = encodings.period(recipe, "test")
+    number = primary_number(encodings.encoder_of(recipe).contract.spec)
     rows = []
-    for name, scores in baselines_of(test.baselines, labels, offsets).items():
+    for name, scores in untrained_scores(encodings, recipe).items():
         found = measure(test.encoded, test.users, scores, number, calibrated=False)
         cells = [f"{found[m].value:.4f}" if m in found else "–" for m in METRICS]
         rows.append([name, "–", *cells, "–", "0", "0", "0", "0"])

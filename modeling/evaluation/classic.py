@@ -28,7 +28,7 @@ from modeling.trees.fitting import (
 from modeling.trees.forest import Forest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 Classic = Literal["trees", "logistic regression"]
 CLASSICS: tuple[Classic, ...] = ("trees", "logistic regression")
@@ -67,19 +67,19 @@ def classic_scores(
         DataError: scikit-learn is not installed.
     """
     if kind == "trees":
-        return _tree_scores(trees, encoder, train, validation, test, task, seed)
+        return fit_trees(trees, encoder, train, validation, task, seed)(test)
     return _regression_scores(encoder, train, test, task, seed)
 
 
-def _tree_scores(
+def fit_trees(
     config: TreesConfig,
     encoder: Encoder,
     train: Encoded,
     validation: Encoded,
-    test: Encoded,
     task: int,
     seed: int,
-) -> np.ndarray:
+) -> Callable[[Encoded], np.ndarray]:
+    """Trees that make logits of all candidates of a period; zeros where there is nothing to learn from."""
     rows = tree_rows(encoder, train, seed=seed, most=MOST_ROWS["trees"])
     held_out = tree_rows(encoder, validation)
     width = len(encoder.dense_names) + len(encoder.user_dense_names)
@@ -89,13 +89,13 @@ def _tree_scores(
     try:
         text = fit_forest(config, encoder, rows, held_out, task, seed)
     except DataError:
-        return _nothing("trees", test)
+        return lambda period: _nothing("trees", period)
     forest = Forest(text)
     # Sums that order requests are no logits yet.
     scale, shift = calibrated(
         forest_scores(forest, encoder, validation), held_out.labels_NT[:, task]
     )
-    return forest_scores(forest, encoder, test) * (scale or 1.0) + shift
+    return lambda period: forest_scores(forest, encoder, period) * (scale or 1.0) + shift
 
 
 def _regression_scores(

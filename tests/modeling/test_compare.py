@@ -65,22 +65,31 @@ def test_a_page_of_tiny_recipes(
     monkeypatch.setenv("MEMOIR_HOME", shop.settings.root)
     monkeypatch.setattr(compare, "PAPERS", (*PAPERS[:1],))
     stored = tmp_path / "found.json"
-    ask = ["compare", "--recipes", "onetrans_tiny", "vista_addressed_tiny", "--seeds", "2"]
+    names = ["onetrans_tiny", "vista_addressed_tiny", "vista_trees_tiny", "trees_tiny"]
+    ask = ["compare", "--recipes", *names, "--seeds", "2"]
     monkeypatch.setattr(
         sys, "argv", [*ask, "--epochs", "1", "--workers", "1", "--json", str(stored)]
     )
     compare.main()
     said = capsys.readouterr().out
-    assert said.count("NDCG@10 0.") == 4
+    assert said.count("NDCG@10 0.") == 8
+    assert json.loads(said.splitlines()[-1]) == json.loads(stored.read_text())
     told = next(line for line in said.splitlines() if line.startswith("comparison: "))
     page = Path(told.removeprefix("comparison: "))
     assert page.parent.parent == Path(shop.settings.root, "comparisons")
     text = page.with_suffix(".md")
     rows = json.loads(stored.read_text())["rows"]
     named = [row["recipe"] for row in rows]
-    assert named[:4] == ["onetrans_tiny"] * 2 + ["vista_addressed_tiny"] * 2
+    assert named[:8] == [name for name in names for _ in range(2)]
     assert named.count("vista_addressed_tiny − trees") == 2
-    for name in ("onetrans_tiny − trees", "own frequency", "popularity, best window", "not run"):
+    for name in (
+        "onetrans_tiny − trees",
+        "own frequency",
+        "popularity, best window",
+        "item graph, two steps",
+        "EASE",
+        "not run",
+    ):
         assert name in page.read_text()
         assert name in text.read_text()
     assert f"{shop.settings.dataset}_frontier.png" in text.read_text()

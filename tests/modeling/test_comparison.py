@@ -334,6 +334,8 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
         "planted",
         "token_quality",
         "memory",
+        "reading",
+        "bundles",
         "trees",
         "compare",
         "ablation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from feature_repo.history import user_stats
 from modeling.comparison import memory_worth
-from modeling.comparison.memory_costs import traps_of
+from modeling.comparison.memory_costs import LengthCost, traps_of
 from modeling.comparison.memory_page import (
     kept_rows,
     recommendation,
@@ -22,6 +23,7 @@ from modeling.comparison.memory_page import (
 )
 from modeling.comparison.memory_worth import (
     EFFORTS,
+    NetworkGain,
     Measured,
     ShareKept,
     Worth,
@@ -58,9 +60,14 @@ def test_habits_of_the_shop_are_worth_much_and_a_length_keeps_a_part(measured: M
         whole["ndcg@10"].all_events
     )
     assert set(measured.readers) == {"trees", "regression", "trees and a network"}
-    assert (
-        measured.cost["none"]["bytes"] < measured.cost["3"]["bytes"] < measured.cost["all"]["bytes"]
-    )
+    none, few, everything = (measured.cost[name] for name in ("none", "3", "all"))
+    assert none.user_bytes < few.user_bytes < everything.user_bytes
+    assert (none.days, none.decisions, few.decisions) == (0, 0, 3)
+    assert few.days < everything.days
+    assert min(none.request_ms, few.request_ms) > 0
+    assert measured.network is not None
+    assert measured.network.request_ms > everything.request_ms
+    assert measured.network.token_bytes == 2 * 64 * 65
     assert max(measured.noise.values()) < whole["ndcg@10"].all_events
 
 
@@ -73,7 +80,7 @@ def test_kinds_are_parts_of_all_requests(measured: Measured) -> None:
 
 
 def test_the_picture_of_the_terminal_has_a_bar_for_each_length(measured: Measured) -> None:
-    first, few, everything, last = text_picture(replace(measured, network={}))
+    first, few, everything, last = text_picture(replace(measured, network=None))
     whole = measured.of_all("ndcg@10")
     assert f"{whole.all_events:+.3f}" in first
     assert few.split()[:2] == ["newest", "3"]
@@ -122,8 +129,8 @@ def made(kept: dict[str, tuple[float, float, float]], low: float = 0.1) -> Measu
         [worth],
         {"trees": {name: {"ndcg@10": 0.5, "gauc": 0.7} for name in kept}},
         {"ndcg@10": 0.001},
-        {"ndcg@10": (0.001, -0.002, 0.004)},
-        {name: {"ms": 1.0, "bytes": 100.0} for name in kept},
+        NetworkGain({"ndcg@10": (0.001, -0.002, 0.004)}, 3.0, 8_320),
+        {name: LengthCost(1.0, 100.0, 5.0, 9.0) for name in kept},
         40.0,
         [],
     )
@@ -134,7 +141,7 @@ def made(kept: dict[str, tuple[float, float, float]], low: float = 0.1) -> Measu
     [
         ({"10": (0.97, 0.93, 1.02), "50": (1.0, 0.98, 1.01), "all": (1.0, 1.0, 1.0)}, "10"),
         ({"10": (0.95, 0.85, 1.05), "50": (0.99, 0.95, 1.01), "all": (1.0, 1.0, 1.0)}, "50"),
-        ({"10": (0.5, 0.4, 0.6), "50": (0.8, 0.7, 0.92), "all": (1.0, 1.0, 1.0)}, "all"),
+        ({"10": (0.5, 0.4, 0.6), "50": (0.8, 0.7, 0.88), "all": (1.0, 1.0, 1.0)}, "all"),
     ],
 )
 def test_the_shortest_length_that_surely_loses_at_most_a_tenth(
@@ -144,7 +151,26 @@ def test_the_shortest_length_that_surely_loses_at_most_a_tenth(
     assert recommended(measured) == length
     said = recommendation(measured)
     assert ("all events" if length == "all" else f"newest {length} events") in said
-    assert "`trees`, without summary tokens" in said
+    assert "`trees`, without tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("kept", "noise"),
+    [
+        # Fifty events may keep 92 %, or 70 %.
+        ({"10": (0.5, 0.4, 0.6), "50": (0.8, 0.7, 0.92), "all": (1.0, 1.0, 1.0)}, 0.001),
+        # Two trainings on the same events differ by a tenth of what is measured.
+        ({"10": (0.5, 0.4, 0.6), "50": (0.95, 0.93, 0.97), "all": (1.0, 1.0, 1.0)}, 0.02),
+    ],
+)
+def test_what_is_not_sure_is_not_recommended(
+    kept: dict[str, tuple[float, float, float]], noise: float
+) -> None:
+    measured = replace(made(kept), noise={"ndcg@10": noise})
+    assert recommended(measured) is None
+    said = recommendation(measured)
+    assert "cannot tell: whether the newest 50 events do" in said
+    assert "keep all events meanwhile" in said
 
 
 def test_where_history_is_worth_nothing_clear_nothing_is_recommended() -> None:
@@ -155,8 +181,14 @@ def test_where_history_is_worth_nothing_clear_nothing_is_recommended() -> None:
 
 def test_a_network_that_adds_something_asks_for_tokens() -> None:
     kept = {"10": (0.97, 0.93, 1.02), "all": (1.0, 1.0, 1.0)}
-    measured = replace(made(kept), network={"ndcg@10": (0.006, 0.002, 0.01)})
-    assert "with summary tokens" in recommendation(measured)
+    adds = NetworkGain({"ndcg@10": (0.006, 0.002, 0.01)}, 3.0, 8_320)
+    said = recommendation(replace(made(kept), network=adds))
+    assert "`vista_addressed_trees` (8,320 bytes of tokens a user, 3.0 CPU ms a request)" in said
+    # Less than two trainings differ by is noise.
+    measured = replace(made(kept), network=adds, noise={"ndcg@10": 0.003})
+    assert "`trees`, without tokens" in recommendation(measured)
+    takes = NetworkGain({"ndcg@10": (-0.006, -0.01, -0.002)}, 3.0, 8_320)
+    assert "takes something" in recommendation(replace(made(kept), network=takes))
 
 
 def test_nothing_is_known_of_a_history_of_no_events(shop: Any) -> None:
@@ -220,3 +252,55 @@ def test_traps_are_named_where_they_are(shop: Any, monkeypatch: pytest.MonkeyPat
     assert "67%" in found["histories of the same day"]
     capped = traps_of(warehouse.log, days, Sample(of_user=7))
     assert "of each user 7 requests" in {t.name: t.says for t in capped}["few users"]
+
+
+class Log:
+    """Two hundred users; the first has half of the events, all of one item and in runs of three a second."""
+
+    def __init__(self) -> None:
+        self.users = list(range(200))
+        self.lengths = np.array([1_990, *[10] * 199])
+        self.late = {1, 2, 3, 4}
+
+    def gather(self, rows: np.ndarray, ends: np.ndarray, columns: Any) -> SimpleNamespace:
+        day = 86_400_000_000
+        times = [np.arange(n) // 3 * day for n in ends]
+        keys = [
+            np.zeros(n, np.int64) if row == 0 else np.arange(n)
+            for row, n in zip(rows, ends, strict=True)
+        ]
+        return SimpleNamespace(
+            times=np.concatenate(times), item_keys=np.concatenate(keys), lengths=ends
+        )
+
+    def any_late(self, rows: np.ndarray) -> bool:
+        return bool(self.late & set(rows.tolist()))
+
+
+def test_every_trap_has_its_figure() -> None:
+    log: Any = Log()
+    found = {trap.name: trap.says for trap in traps_of(log, np.array([0.5, 3.0]), Sample())}
+    assert set(found) == {
+        "runs of one item",
+        "days",
+        "ties in time",
+        "few users",
+        "histories of the same day",
+        "late events",
+    }
+    # All 1,989 pairs of the first user, of 1,989 + 199 × 9
+    assert "53% of events are of the item before" in found["runs of one item"]
+    assert "50 events are 17 days of a user" in found["days"]
+    # 1 % are two users.
+    assert "1 % of the users have 50% of the events" in found["few users"]
+    assert "50% of the requests" in found["histories of the same day"]
+    assert "2% of the users" in found["late events"]
+
+
+def test_requests_of_a_user_are_capped_where_a_few_own_the_log(
+    shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse = Warehouse(shop.settings)
+    assert memory_worth._sample(warehouse, (100, 50)).of_user is None
+    monkeypatch.setattr(memory_worth, "share_of_few", lambda log: 0.3)
+    assert memory_worth._sample(warehouse, (100, 50)).of_user == memory_worth.OF_USER

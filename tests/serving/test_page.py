@@ -123,7 +123,14 @@ def test_pointing_at_a_candidate_lights_up_what_it_rests_on(tab: Tab, address: s
     assert "logit" not in tab.text("main")
     name = tab.run("document.querySelector('#list li[aria-selected=true] .name').textContent")
     assert told.startswith(f"{name}: ")
-    assert "summary token" in told
+    # What the item, the tokens, the counts and the events are worth
+    for part in (
+        "nothing is known the item's odds are",
+        "Without summary tokens the odds were ×",
+        "without counts of the whole past ×",
+        "without the newest events ×",
+    ):
+        assert part in told
     # Every event is as tall as it counts: one at least is taller than it was.
     tab.until(f"Math.max(...{tall}) > {at_rest}")
 
