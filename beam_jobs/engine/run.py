@@ -193,7 +193,7 @@ def _received(plan: RunPlan, units: Sequence[Unit]) -> int:
 
 def _received_before(plan: RunPlan, as_of: str | None) -> int:
     """Microseconds at or after which a run knows no acknowledged event of the files that it has read; `NEVER` where
-    nobody asked for a time.
+    no time was asked for.
     """
     asked = iso_micros(as_of) if as_of else NEVER
     return min([asked, *(manifest.received_before for manifest in plan.pinned.values())])

@@ -23,8 +23,8 @@ from modeling.comparison.memory_page import (
 )
 from modeling.comparison.memory_worth import (
     EFFORTS,
-    NetworkGain,
     Measured,
+    NetworkGain,
     ShareKept,
     Worth,
     measure_memory,
