@@ -3,8 +3,9 @@
 Match features, counts and relations are withheld, so that a history is known by what a ranker reads of it alone;
 statistics of items and users stay, or those of users go too. Beside the readers stand counters: trees, a regression
 and a mean pool that are given exact counts of the candidate in its user's history, and a mean pool with counts in as
-many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond). With `--before` the eight that look for events like the candidate are trained with
-the papers' attention as well (`matching=False`).
+many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond). With
+`--before` the eight that look for events like the candidate are trained with the papers' attention as well
+(`matching=False`), over the same rows of items as ours: what those rows are worth is not in that difference.
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
 """
@@ -39,7 +40,7 @@ NO_MATCHES = "no match features"
 OWN_COUNTS = "own counts"
 # KiB of counts that are as large as 64 summary tokens of 65 numbers in half precision
 AS_TOKENS = 8
-HASHED = f"mean pool, counts in {AS_TOKENS} KiB"
+HASHED = f"mean pool, counts in {AS_TOKENS} KiB, hashed where they are more"
 # Of events, beside `memory.RANKERS`: model, events read, config
 MORE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "amortised": (
