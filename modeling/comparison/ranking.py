@@ -162,21 +162,27 @@ class Trial:
 
 
 def trials_of(recipe: Recipe, learning_rates: Sequence[float]) -> list[Trial]:
-    """A trial for each learning rate; of trees, as many configurations.
+    """A trial for each learning rate; of trees as many configurations. A blend's network learns at the first rate, and
+    its trees try what trees try.
 
     Raises:
         RecipeError: more rates than trees have configurations.
     """
     if not learning_rates:
         return [Trial()]
-    if recipe.model != "trees":
-        return [Trial((f"training.learning_rate={r!r}",), (f"{r:g}",)) for r in learning_rates]
+    rates = [Trial((f"training.learning_rate={r!r}",), (f"{r:g}",)) for r in learning_rates]
+    if recipe.model != "trees" and recipe.trees is None:
+        return rates
     if len(learning_rates) > len(TRIALS):
         raise RecipeError(
             f"trees try {len(TRIALS)} configurations at most, not as many as {len(learning_rates)} learning rates"
         )
-    chosen = TRIALS[: len(learning_rates)]
-    return [Trial((c,), (c.removeprefix("model."),)) if c else Trial() for c in chosen]
+    group = "model" if recipe.model == "trees" else "trees"
+    first = Trial() if group == "model" else rates[0]
+    return [
+        Trial((*first.changes, f"{group}.{change}"), (*first.label, change)) if change else first
+        for change in TRIALS[: len(learning_rates)]
+    ]
 
 
 def _write(

@@ -21,16 +21,16 @@ RECIPES = (
 )
 # Trees cross features; a network beside them has to read the history.
 ONE_LAYER = {"summary_layers": 1, "ranking_layers": 1, "cross_layers": 1}
-# What trees try where a network tries learning rates, in this order; the first is what they are
+# What trees try where a network tries learning rates, alone or in a blend, in this order; the first is what they are
 TRIALS = (
     "",
-    "model.num_leaves=80",
-    "model.objective=rank_xendcg",
-    "model.smallest_leaf=400",
-    "model.column_share=0.9",
-    "model.num_leaves=20",
-    "model.objective=binary",
-    "model.learning_rate=0.1",
+    "num_leaves=80",
+    "objective=rank_xendcg",
+    "smallest_leaf=400",
+    "column_share=0.9",
+    "num_leaves=20",
+    "objective=binary",
+    "learning_rate=0.1",
 )
 # Trees of the tests: seconds on any machine
 TINY: dict[str, Any] = {"num_trees": 8, "num_leaves": 6, "smallest_leaf": 5, "objective": "binary"}

@@ -169,9 +169,10 @@ def build_ranker(
 
 def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The weights of two scores under which requests are ranked best: of `SHARES` mixtures, each score taken for its
-    deviation, the one of the best NDCG@10 and AUC within requests together. It is the mean over resamples of the
-    requests, so that of mixtures as good as one another the middle is taken and not an end; the second score alone
-    where no request tells. Likelihood is no guide: trees that learn an order are no probabilities.
+    deviation, the one of the best NDCG@10 and AUC within requests together, each over how far the two scores' own
+    differ from request to request: NDCG@10, which varies four times as much, would else decide alone. It is the mean
+    over resamples of the requests, so that of mixtures as good as one another the middle is taken and not an end; the
+    second score alone where no request tells. Likelihood is no guide: trees that learn an order are no probabilities.
 
     Args:
         labels_N: of requests that neither score was fitted or stopped by.
@@ -183,16 +184,23 @@ def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarr
     first = np.linspace(0, 1, SHARES)
     requests = len(offsets) - 1
     owner = np.repeat(np.arange(requests), np.diff(offsets))
-    quality_SB = np.empty((SHARES, requests))
+    metrics_2SB = np.empty((2, SHARES, requests))
     for row, share in enumerate(first):
         mixed = scores_N2 @ ([share, 1 - share] / deviation)
-        within, _ = auc_by_user(labels_N, mixed, owner, requests)
-        quality_SB[row] = ndcg_at(labels_N, mixed, offsets) + within
-    told = quality_SB[:, ~np.isnan(quality_SB).any(axis=0)]
+        metrics_2SB[0, row] = ndcg_at(labels_N, mixed, offsets)
+        metrics_2SB[1, row], _ = auc_by_user(labels_N, mixed, owner, requests)
+    metrics_2SB = metrics_2SB[:, :, ~np.isnan(metrics_2SB).any(axis=(0, 1))]
     share = 0.0
-    if number := told.shape[1]:
+    if number := metrics_2SB.shape[2]:
+        varies = [_varies(metric[-1] - metric[0]) for metric in metrics_2SB]
+        told = metrics_2SB[0] / varies[0] + metrics_2SB[1] / varies[1]
         alike = np.full(number, 1 / number)
         drawn = np.random.default_rng(0).multinomial(number, alike, RESAMPLES)
         share = first[(drawn @ told.T).argmax(axis=1)].mean()
     weights: np.ndarray = np.array([share, 1 - share]) / deviation
     return weights
+
+
+def _varies(difference_B: np.ndarray) -> float:
+    """Deviation over requests; 1 where there is none."""
+    return float(difference_B.std()) or 1.0

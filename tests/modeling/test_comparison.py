@@ -221,9 +221,16 @@ def test_trees_try_as_many_configurations_as_networks_try_learning_rates() -> No
     configs = [changed(load("trees"), Changes(assignments=trial.changes)).config for trial in trees]
     assert configs[0] == load("trees").config
     assert configs[1] != configs[0] != configs[2] != configs[1]
+    # A blend's trees try the same, beside a network that learns at the first rate.
+    blends = trials_of(load("vista_trees"), rates)
+    assert [trial.label for trial in blends] == [("0.001", *trial.label) for trial in trees]
+    second = changed(load("vista_trees"), Changes(assignments=blends[1].changes))
+    assert second.training.learning_rate == 1e-3
+    assert {**load("trees").config, **second.trees} == configs[1]
     # Whatever is tried is a field that trees have.
-    for trial in trials_of(load("trees"), [1e-3] * len(TRIALS)):
-        changed(load("trees"), Changes(assignments=trial.changes))
+    for name in ("trees", "vista_trees"):
+        for trial in trials_of(load(name), [1e-3] * len(TRIALS)):
+            changed(load(name), Changes(assignments=trial.changes))
     with pytest.raises(RecipeError, match="configurations at most"):
         trials_of(load("trees"), [1e-3] * (len(TRIALS) + 1))
     assert trials_of(load("vista"), ()) == [Trial()]
