@@ -140,7 +140,7 @@ def compare(
 
     Args:
         seeds: seeds 1 … N of each recipe.
-        learning_rates: ranking recipes: try each with seed 1, go on with the best on validation; trees try as many configurations.
+        learning_rates: ranking recipes: try each with seed 1, go on with the best NDCG@10 and GAUC on validation; trees, alone or in a blend, try as many configurations.
         no_scaling: leave out speed and memory against length.
         split: next-item recipes: the last item of each user, or periods of time for all users alike.
     """
