@@ -202,5 +202,5 @@ def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarr
 
 
 def _varies(difference_B: np.ndarray) -> float:
-    """Deviation over requests; 1 where there is none."""
+    """Deviation over requests; 1 where all gain the same."""
     return float(difference_B.std()) or 1.0
