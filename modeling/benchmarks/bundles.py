@@ -1,8 +1,8 @@
 """What can be served, beside tuned trees: each recipe over seeds on the dataset in force.
 
 Every recipe gets as many trials, chosen on the validation period with seed 1: trees configurations
-(`recipes/trees.py`), alone and in a blend; a network without trees learning rates. Differences to the trees are paired over users and seeds, and corrected by Holm's
-method; scorings that need no training stand beside.
+(`recipes/trees.py`), alone and in a blend; a network without trees learning rates. Differences to the trees are paired
+over users and seeds, and corrected by Holm's method; scorings that need no training stand beside.
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
 """

@@ -254,6 +254,7 @@ def run_one(asked: Asked, name: str, seed: int) -> FinishedRun:
 
 
 def _as_asked(asked: Asked, name: str, seed: int) -> Recipe:
+    """The recipe that a run of this comparison trains."""
     recipe = recipe_of(name, asked.settings.dataset)
     training = replace(recipe.training, seed=seed)
     if asked.epochs is not None:

@@ -57,6 +57,7 @@ def cost_of(settings: Settings, encodings: Encodings, recipe: Recipe) -> Cost:
     """
     encoder = encodings.encoder_of(recipe)
     test = encodings.period(recipe, "test").encoded
+    # How long trees take follows their number and depth, which only training decides.
     if recipe.model == "trees" or recipe.trees is not None:
         run = open_run(settings, recipe, encodings.sample)
         model, _ = load_trained(refuse_untrained(run))
