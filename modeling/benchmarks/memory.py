@@ -134,25 +134,23 @@ def main() -> None:
     seeds = 1 if arguments.quick else arguments.seeds
     between = seeds if arguments.curve_seeds is None else arguments.curve_seeds
     rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {"dataset": settings.dataset, "seeds": seeds}
     if arguments.part in ("curve", "all"):
         lengths = visible or (CURVE_QUICK if arguments.quick else CURVE_VISIBLE)
         rankers = tuple(arguments.rankers or (CURVE if arguments.quick else OF_HISTORY))
         of_whom = tuple(arguments.rankers or CURVE)
         rows += curve(settings, every, lengths, rankers, of_whom, seeds, between)
+        config["curve"] = {"every": every, "seeds_between": between, "epochs": TRAINING.epochs}
     if arguments.part in ("never_had", "all"):
         thinned = asked or (NEVER_HAD_QUICK if arguments.quick else NEVER_HAD_EVERY)
         protocol = NeverHad(by=arguments.drawn_by, blocks=arguments.blocks)
         lengths = visible or NEVER_HAD_VISIBLE
         rankers = tuple(arguments.rankers or NEVER_HAD_RANKERS)
         rows += never_had(settings, thinned, protocol, seeds, lengths, rankers)
+        config["never_had"] = {"every": thinned, **asdict(protocol)}
     if arguments.part in ("cost", "all"):
         rows += _costs(settings, every)
-    config = {
-        "dataset": settings.dataset,
-        "every": every,
-        "seeds": seeds,
-        "epochs": TRAINING.epochs,
-    }
+        config["cost"] = {"every": every}
     report("memory", config, rows, arguments.json)
 
 
