@@ -350,12 +350,15 @@ class _Leaves:
         planes = np.bitwise_or.reduceat(reached.take(self.members, axis=0), self.start, axis=0)
         bits = np.unpackbits(planes.view(np.uint8), axis=1, bitorder="little", count=None)
         bits = bits.reshape(self.bits, trees, -1)
-        leaf = bits[0].astype(np.int32)
-        for bit in range(1, self.bits):
-            leaf |= bits[bit].astype(np.int32) << bit
-        leaf += numbers * np.arange(trees, dtype=np.int32)[:, None]
+        # A leaf's number from its highest bit down, by doubling: numpy shifts small integers one at a time.
+        leaf = bits[-1].astype(np.uint8 if self.bits <= 8 else np.int32)
+        for lower in bits[-2::-1]:
+            leaf += leaf
+            leaf |= lower
+        place = leaf.astype(np.intp)
+        place += numbers * np.arange(trees)[:, None]
         # Tree by tree, as LightGBM adds
-        total: np.ndarray = self.value.reshape(-1).take(leaf).sum(0)[:number]
+        total: np.ndarray = self.value.reshape(-1).take(place).sum(0)[:number]
         return total
 
 

@@ -84,6 +84,8 @@ def texts() -> dict[str, str]:
         "one split": forest_on(trained, labels, CATEGORIES, num_leaves=2),
         "one leaf": forest_on(trained[:10], labels[:10], CATEGORIES, min_data_in_leaf=50),
         "one tree": forest_on(trained, labels, CATEGORIES, num_trees=1),
+        # More leaves than a byte has numbers for
+        "wide": forest_on(trained, labels, CATEGORIES, num_leaves=400, min_data_in_leaf=1),
     }
 
 
