@@ -87,10 +87,10 @@ def fit_trees(
     known = ~np.isnan(rows.rows_NF[:, :width])
     _say_unknown("trees", names[(known.sum(0) < LEAST_KNOWN) & ~_withheld(encoder)])
     try:
-        text = fit_forest(config, encoder, rows, held_out, task, seed)
+        fitted = fit_forest(config, encoder, rows, held_out, task, seed)
     except DataError:
         return lambda period: _nothing("trees", period)
-    forest = Forest(text)
+    forest = Forest(fitted.text)
     # Sums that order requests are no logits yet.
     scale, shift = calibrated(
         forest_scores(forest, encoder, validation), held_out.labels_NT[:, task]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,15 @@ class FittedTrees:
         summary: for `run.json`.
         metrics: a line for each tree, for `metrics.jsonl`.
         logits_NT: of the validation period's candidates.
+        apart_NT: the same where each half of the requests had no say in when its trees stopped
+            (`FittedForest.apart_N`); None where it was not asked for.
     """
 
     trees: Trees
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     logits_NT: np.ndarray
+    apart_NT: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,13 @@ def fit_trees(
     training: Training,
     train: Encoded,
     validation: Encoded,
-    stopping: Encoded | None = None,
+    apart: bool = False,
 ) -> FittedTrees:
-    """Fit a forest for each task and calibrate it on the validation period.
+    """Fit a forest for each task, stop it by the validation period and calibrate it there.
 
     Args:
         training: its seed, and the share of candidates that it hides.
-        stopping: requests on which trees stop to grow; default: the validation period.
+        apart: whether `FittedTrees.apart_NT` is asked for.
 
     Raises:
         DataError: a task has not two labels of each kind.
@@ -83,8 +86,9 @@ def fit_trees(
     started = time.process_time()
     hidden = share_hidden(training, train)
     rows = tree_rows(encoder, train, hidden, training.seed)
-    held_out = tree_rows(encoder, validation if stopping is None else stopping)
-    texts = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell)
+    held_out = tree_rows(encoder, validation)
+    forests = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell, apart)
+    texts = [forest.text for forest in forests]
     trees.take_texts(dict(zip(trees.text_names, texts, strict=True)))
     # 2. Sums as logits, of the share of positives that training has, as a network's are.
     sums = predict(trees, encoder, validation)
@@ -94,7 +98,9 @@ def fit_trees(
         scale, moved = calibrated(sums[:, task], labels[:, task])
         trees.scale_T[task] = scale
         trees.shift_T[task] = moved - shift
-    logits_NT = sums * trees.scale_T.numpy() + trees.shift_T.numpy()
+    logits_NT = _logits(trees, sums)
+    parts = [forest.apart_N for forest in forests if forest.apart_N is not None]
+    apart_NT = _logits(trees, np.stack(parts, axis=-1)) if parts else None
     found = quality(encoder.contract.spec, validation, logits_NT)
     spent = time.process_time() - started
     number = sum(forest.num_trees for forest in trees.forests)
@@ -111,7 +117,13 @@ def fit_trees(
         },
         metrics,
         logits_NT,
+        apart_NT,
     )
+
+
+def _logits(trees: Trees, sums_NT: np.ndarray) -> np.ndarray:
+    logits_NT: np.ndarray = sums_NT * trees.scale_T.numpy() + trees.shift_T.numpy()
+    return logits_NT
 
 
 def fit_blend(
@@ -125,29 +137,32 @@ def fit_blend(
 ) -> FittedBlend:
     """Fit trees beside a trained network, and weigh both, for each task.
 
-    Trees stop to grow on one half of the validation requests, and the other half weighs them: by the requests that
-    stopped them they seem better than they are, and the network would hardly have a say.
+    The trees are those that the same settings make alone, to the bit. Where they are weighed, each half of the validation requests
+    is ranked by as many of them as the other half would have stopped at: by the requests that stopped them they
+    seem better than they are, and the network would hardly have a say.
 
     Args:
         summary: of the network's training.
         config: of the trees.
 
     Raises:
-        DataError: a task has not two labels of each kind, in training or in the half that stops the trees.
+        DataError: a task has not two labels of each kind, in training or in a half of the validation period.
     """
     spec = encoder.contract.spec
-    first, second = _halves(validation)
-    fitted = fit_trees(config, encoder, training, train, validation, stopping=first)
+    fitted = fit_trees(config, encoder, training, train, validation, apart=True)
+    assert fitted.apart_NT is not None
     blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
     shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
-    both = np.stack([predict(network, encoder, validation), fitted.logits_NT], axis=-1)
+    of_network_NT = predict(network, encoder, validation)
+    apart = np.stack([of_network_NT, fitted.apart_NT], axis=-1).astype(np.float64)
+    both = np.stack([of_network_NT, fitted.logits_NT], axis=-1).astype(np.float64)
     logits_NT = np.empty(both.shape[:2])
     for task, shift in enumerate(shift_T):
-        scores = both[:, task].astype(np.float64)
-        known = defined(np.asarray(second.labels)[:, task], validation.candidate_offsets)
+        scores = both[:, task]
+        known = defined(labels[:, task], validation.candidate_offsets)
         # First the order within requests, then probabilities, which leave it as it is.
-        weights = order_weights(scores[known.rows], known.labels, known.offsets)
+        weights = order_weights(apart[known.rows, task], known.labels, known.offsets)
         if weights[0] == 0:
             say(
                 f"{spec.tasks[task].name}: the network has no weight, trees alone rank as well: the recipe `trees` serves the same without it",
@@ -170,15 +185,4 @@ def fit_blend(
             "cpu_seconds": summary["cpu_seconds"] + fitted.summary["cpu_seconds"],
         },
         fitted.metrics,
-    )
-
-
-def _halves(validation: Encoded) -> tuple[Encoded, Encoded]:
-    """The period twice, each time with the labels of one half of its requests alone."""
-    labels = np.asarray(validation.labels)
-    middle = validation.candidate_offsets[len(validation) // 2]
-    first = np.arange(len(labels))[:, None] < middle
-    return (
-        replace(validation, labels=np.where(first, labels, np.float32(np.nan))),
-        replace(validation, labels=np.where(first, np.float32(np.nan), labels)),
     )

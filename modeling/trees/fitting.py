@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +75,21 @@ class TreeRows:
     candidates_R: np.ndarray
 
 
+@dataclass(frozen=True)
+class FittedForest:
+    """Trees of one task.
+
+    Args:
+        text: LightGBM's.
+        apart_N: sums of the held-out candidates as they are worth beside another score: each half of the requests is
+            summed by as many trees as the other half would have stopped at, for by the requests that stopped them
+            trees seem better than they are. None where it was not asked for.
+    """
+
+    text: str
+    apart_N: np.ndarray | None = None
+
+
 def tree_rows(
     encoder: Encoder,
     encoded: Encoded,
@@ -116,17 +131,19 @@ def fit_forests(
     validation: TreeRows,
     seed: int,
     tell: Callable[[int, float], None] = lambda tree, quality: None,
-) -> list[str]:
-    """A LightGBM text for each task.
+    apart: bool = False,
+) -> list[FittedForest]:
+    """A forest for each task.
 
     Args:
         tell: takes each tree's number and the validation period's figure behind it.
+        apart: whether `FittedForest.apart_N` is asked for.
 
     Raises:
         DataError: a task has no two labels of each kind to learn from.
     """
     return [
-        fit_forest(config, encoder, train, validation, task, seed, tell)
+        fit_forest(config, encoder, train, validation, task, seed, tell, apart)
         for task in range(train.labels_NT.shape[1])
     ]
 
@@ -149,11 +166,13 @@ def fit_forest(
     task: int,
     seed: int,
     tell: Callable[[int, float], None] = lambda tree, quality: None,
-) -> str:
-    """A LightGBM text for one task.
+    apart: bool = False,
+) -> FittedForest:
+    """A forest for one task.
 
     Raises:
-        DataError: the task has no two labels of each kind to learn from.
+        DataError: the task has no two labels of each kind to learn from; or, if `apart`, in a half of the
+            validation period.
     """
     import lightgbm
 
@@ -161,6 +180,7 @@ def fit_forest(
     ranks = config.objective != "binary"
     parameters: dict[str, Any] = {
         "objective": config.objective,
+        "num_iterations": config.num_trees,
         "metric": "ndcg" if ranks else "binary_logloss",
         "eval_at": [10],
         "num_leaves": config.num_leaves,
@@ -186,24 +206,48 @@ def fit_forest(
         parameters["interaction_constraints"] = [
             [place for place, column in enumerate(names) if column not in counted]
         ]
-    # 1. What each task's label is defined for.
+    # 1. What each task's label is defined for; the whole validation period first, which stops the trees.
     data = _dataset(parameters, encoder, train, task, ranks, name)
-    held_out = _dataset(parameters, encoder, validation, task, ranks, name, data)
-
-    def progress(environment: Any) -> None:
-        [(_, _, quality, _)] = environment.evaluation_result_list
-        tell(environment.iteration + 1, float(quality))
-
+    first = _of_first_half(validation)
+    halves = [_of_candidates(validation, part) for part in (first, ~first)] if apart else []
+    held_out = [
+        _dataset(parameters, encoder, rows, task, ranks, name, data)
+        for rows in (validation, *halves)
+    ]
+    booster = lightgbm.Booster(parameters, data)
+    for number, one in enumerate(held_out):
+        booster.add_valid(one, str(number))
     # 2. Tree by tree, until the validation period gains nothing.
-    booster = lightgbm.train(
-        parameters,
-        data,
-        config.num_trees,
-        valid_sets=[held_out],
-        callbacks=[lightgbm.early_stopping(config.patience, verbose=False), progress],
-    )
-    text: str = booster.model_to_string(num_iteration=booster.best_iteration)
-    return text
+    figures: list[list[float]] = []
+    best = [0] * len(held_out)
+    while len(figures) < config.num_trees and len(figures) < best[0] + config.patience:
+        booster.update()
+        figures.append([result[2] for result in booster.eval_valid()])
+        tell(len(figures), figures[-1][0])
+        # How many trees each set is ranked best by
+        gained = np.array(figures) if ranks else -np.array(figures)
+        best = (1 + gained.argmax(axis=0)).tolist()
+    text: str = booster.model_to_string(num_iteration=best[0])
+    if not apart:
+        return FittedForest(text)
+    # 3. Each half by the trees that the other one stopped.
+    apart_N = np.empty(len(validation.rows_NF))
+    for part, other in ((first, best[2]), (~first, best[1])):
+        apart_N[part] = booster.predict(
+            validation.rows_NF[part], raw_score=True, num_iteration=other
+        )
+    return FittedForest(text, apart_N)
+
+
+def _of_first_half(rows: TreeRows) -> np.ndarray:
+    """Which candidates are of the first half of the requests, N."""
+    candidates = rows.candidates_R[: len(rows.candidates_R) // 2].sum()
+    return np.arange(len(rows.rows_NF)) < candidates
+
+
+def _of_candidates(rows: TreeRows, part_N: np.ndarray) -> TreeRows:
+    """The same rows with the labels of some candidates alone."""
+    return replace(rows, labels_NT=np.where(part_N[:, None], rows.labels_NT, np.float32(np.nan)))
 
 
 def _dataset(

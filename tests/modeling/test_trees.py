@@ -214,37 +214,58 @@ def trained(road: Road, name: str) -> Any:
     return load_trained(refuse_untrained(open_run(road.settings, recipes.load(name))))
 
 
-def test_requests_that_stop_trees_have_no_say_in_their_weight(
+def test_each_half_is_summed_by_the_trees_that_the_other_half_stops(shop_of_trees: Road) -> None:
+    run = open_run(shop_of_trees.settings, recipes.load("trees_tiny"))
+    encodings = run.encodings()
+    encoder = encodings.encoder_of(run.recipe)
+    train, rows = (
+        tree_rows(encoder, encodings.period(run.recipe, name).encoded)
+        for name in ("train", "validation")
+    )
+    # As many trees in every run: where each set is best is found among the same ones.
+    config = TreesConfig(num_trees=30, num_leaves=5, smallest_leaf=5, learning_rate=0.3)
+    config = replace(config, patience=config.num_trees)
+    whole = fit_forest(config, encoder, train, rows, 0, 1, apart=True)
+    assert whole.apart_N is not None
+    middle = int(rows.candidates_R[: len(rows.candidates_R) // 2].sum())
+    first = np.arange(len(rows.rows_NF)) < middle
+    stopped = []
+    for half in (first, ~first):
+        labels = np.where(half[:, None], rows.labels_NT, np.nan)
+        forest = Forest(
+            fit_forest(config, encoder, train, replace(rows, labels_NT=labels), 0, 1).text
+        )
+        np.testing.assert_array_equal(
+            whole.apart_N[~half], forest.scores(rows.rows_NF[~half].astype(np.float32))
+        )
+        stopped.append(forest.num_trees)
+    # Else this says nothing.
+    assert stopped[0] != stopped[1]
+
+
+def test_a_blend_has_the_trees_that_stand_alone_and_weighs_them_apart(
     shop_of_trees: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(shop_of_trees.settings, recipes.load("vista_trees_tiny"))
     model, encoder = load_trained(refuse_untrained(run))
     assert isinstance(model, Blend)
-    train, validation = (
-        run.encodings().period(run.recipe, name).encoded for name in ("train", "validation")
-    )
-    labels = np.asarray(validation.labels)
-    middle = int(validation.candidate_offsets[len(validation) // 2])
+    periods = [run.encodings().period(run.recipe, name).encoded for name in ("train", "validation")]
     asked: dict[str, np.ndarray] = {}
 
-    def stop(config: Any, encoder: Any, train: Any, held_out: TreeRows, *rest: Any) -> list[str]:
-        asked["stopping"] = held_out.labels_NT
-        return fit_forests(config, encoder, train, held_out, *rest)
-
     def weigh(scores: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        asked["weighing"] = labels_N
+        asked["scores"], asked["labels"] = scores, labels_N
         return order_weights(scores, labels_N, offsets)
 
-    monkeypatch.setattr(of_training, "fit_forests", stop)
     monkeypatch.setattr(of_training, "order_weights", weigh)
     summary = {"best_validation_ndcg@10": 0.0, "cpu_seconds": 0.0}
     again = of_training.fit_blend(
-        model.network, summary, TINY, encoder, run.recipe.training, train, validation
+        model.network, summary, TINY, encoder, run.recipe.training, *periods
     )
-    known = ~np.isnan(asked["stopping"][:, 0])
-    assert known[:middle].all()
-    assert not known[middle:].any()
-    np.testing.assert_array_equal(asked["weighing"], labels[middle:, 0])
+    alone = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods, apart=True)
+    assert alone.apart_NT is not None
+    assert again.blend.trees.texts == alone.trees.texts
+    np.testing.assert_array_equal(asked["labels"], np.asarray(periods[1].labels)[:, 0])
+    np.testing.assert_array_equal(asked["scores"][:, 1], alone.apart_NT[:, 0])
     # The same trees and weights as the run's.
     assert again.blend.trees.texts == model.trees.texts
     torch.testing.assert_close(again.blend.weight_T2, model.weight_T2)
@@ -319,7 +340,7 @@ def test_the_same_seed_gives_the_same_trees(shop_of_trees: Road) -> None:
     config = TreesConfig(num_trees=3, num_leaves=5, smallest_leaf=5)
     [one], [again] = (fit_forests(config, encoder, *rows, seed=1) for _ in range(2))
     [other] = fit_forests(config, encoder, *rows, seed=2)
-    assert one == again != other
+    assert one.text == again.text != other.text
 
 
 def test_training_without_a_positive_says_so(shop_of_trees: Road) -> None:
@@ -407,7 +428,7 @@ def test_trees_read_no_category_that_is_counted(shop: Any) -> None:
     for counted in ((), (SimpleNamespace(name=name.removesuffix("_id")),)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Contract, "remembered", counted)
-            forest = lightgbm.Booster(model_str=fit_forest(config, encoder, rows, rows, 0, 1))
+            forest = lightgbm.Booster(model_str=fit_forest(config, encoder, rows, rows, 0, 1).text)
         read[bool(counted)] = forest.feature_importance()[place]
     assert read[False] > 0
     assert read[True] == 0
