@@ -11,7 +11,7 @@ class Counts:
     """The counts of a part of a run, or of a whole run.
 
     Args:
-        numbers: by name; `counts["rows_read"]` is 0 where nobody counted.
+        numbers: by name; `counts["rows_read"]` is 0 where no job counted.
         dead: dead letters by reason.
         cut: values of a list beyond those that are read, by column.
         lost: values that could not be read and are missing, by column.
