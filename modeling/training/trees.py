@@ -137,9 +137,9 @@ def fit_blend(
 ) -> FittedBlend:
     """Fit trees beside a trained network, and weigh both, for each task.
 
-    The trees are those that the same settings make alone, to the bit. Where they are weighed, each half of the validation requests
-    is ranked by as many of them as the other half would have stopped at: by the requests that stopped them they
-    seem better than they are, and the network would hardly have a say.
+    The trees are those that the same settings make alone, to the bit. Where they are weighed, each half of the
+    validation requests is ranked by as many of them as the other half would have stopped at: by the requests that
+    stopped them they seem better than they are, and the network would hardly have a say.
 
     Args:
         summary: of the network's training.
