@@ -29,15 +29,15 @@ class FittedTrees:
         summary: for `run.json`.
         metrics: a line for each tree, for `metrics.jsonl`.
         logits_NT: of the validation period's candidates.
-        apart_NT: the same where each half of the requests had no say in when its trees stopped
-            (`FittedForest.apart_N`); None where it was not asked for.
+        out_of_fold_NT: the same where each half of the requests had no say in when its trees stopped
+            (`FittedForest.out_of_fold_N`); None where it was not asked for.
     """
 
     trees: Trees
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     logits_NT: np.ndarray
-    apart_NT: np.ndarray | None
+    out_of_fold_NT: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def fit_trees(
     training: Training,
     train: Encoded,
     validation: Encoded,
-    apart: bool = False,
+    out_of_fold: bool = False,
 ) -> FittedTrees:
     """Fit a forest for each task, stop it by the validation period and calibrate it there.
 
     Args:
         training: its seed, and the share of candidates that it hides.
-        apart: whether `FittedTrees.apart_NT` is asked for.
+        out_of_fold: whether `FittedTrees.out_of_fold_NT` is asked for.
 
     Raises:
         DataError: a task has not two labels of each kind.
@@ -87,7 +87,7 @@ def fit_trees(
     hidden = share_hidden(training, train)
     rows = tree_rows(encoder, train, hidden, training.seed)
     held_out = tree_rows(encoder, validation)
-    forests = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell, apart)
+    forests = fit_forests(trees.config, encoder, rows, held_out, training.seed, tell, out_of_fold)
     texts = [forest.text for forest in forests]
     trees.take_texts(dict(zip(trees.text_names, texts, strict=True)))
     # 2. Sums as logits, of the share of positives that training has, as a network's are.
@@ -99,8 +99,8 @@ def fit_trees(
         trees.scale_T[task] = scale
         trees.shift_T[task] = moved - shift
     logits_NT = _logits(trees, sums)
-    parts = [forest.apart_N for forest in forests if forest.apart_N is not None]
-    apart_NT = _logits(trees, np.stack(parts, axis=-1)) if parts else None
+    parts = [forest.out_of_fold_N for forest in forests if forest.out_of_fold_N is not None]
+    out_of_fold_NT = _logits(trees, np.stack(parts, axis=-1)) if parts else None
     found = quality(encoder.contract.spec, validation, logits_NT)
     spent = time.process_time() - started
     number = sum(forest.num_trees for forest in trees.forests)
@@ -117,7 +117,7 @@ def fit_trees(
         },
         metrics,
         logits_NT,
-        apart_NT,
+        out_of_fold_NT,
     )
 
 
@@ -149,20 +149,20 @@ def fit_blend(
         DataError: a task has not two labels of each kind, in training or in a half of the validation period.
     """
     spec = encoder.contract.spec
-    fitted = fit_trees(config, encoder, training, train, validation, apart=True)
-    assert fitted.apart_NT is not None
+    fitted = fit_trees(config, encoder, training, train, validation, out_of_fold=True)
+    assert fitted.out_of_fold_NT is not None
     blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
     shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
     of_network_NT = predict(network, encoder, validation)
-    apart = np.stack([of_network_NT, fitted.apart_NT], axis=-1).astype(np.float64)
+    weighed = np.stack([of_network_NT, fitted.out_of_fold_NT], axis=-1).astype(np.float64)
     both = np.stack([of_network_NT, fitted.logits_NT], axis=-1).astype(np.float64)
     logits_NT = np.empty(both.shape[:2])
     for task, shift in enumerate(shift_T):
         scores = both[:, task]
         known = defined(labels[:, task], validation.candidate_offsets)
         # First the order within requests, then probabilities, which leave it as it is.
-        weights = order_weights(apart[known.rows, task], known.labels, known.offsets)
+        weights = order_weights(weighed[known.rows, task], known.labels, known.offsets)
         if weights[0] == 0:
             say(
                 f"{spec.tasks[task].name}: the network has no weight, trees alone rank as well: the recipe `trees` serves the same without it",

@@ -81,13 +81,13 @@ class FittedForest:
 
     Args:
         text: LightGBM's.
-        apart_N: sums of the held-out candidates as they are worth beside another score: each half of the requests is
-            summed by as many trees as the other half would have stopped at, for by the requests that stopped them
-            trees seem better than they are. None where it was not asked for.
+        out_of_fold_N: sums of the held-out candidates, each half of the requests by as many trees as the other half
+            would have stopped at: by the requests that stopped them trees seem better than they are. None where it
+            was not asked for.
     """
 
     text: str
-    apart_N: np.ndarray | None = None
+    out_of_fold_N: np.ndarray | None = None
 
 
 def tree_rows(
@@ -131,19 +131,19 @@ def fit_forests(
     validation: TreeRows,
     seed: int,
     tell: Callable[[int, float], None] = lambda tree, quality: None,
-    apart: bool = False,
+    out_of_fold: bool = False,
 ) -> list[FittedForest]:
     """A forest for each task.
 
     Args:
         tell: takes each tree's number and the validation period's figure behind it.
-        apart: whether `FittedForest.apart_N` is asked for.
+        out_of_fold: whether `FittedForest.out_of_fold_N` is asked for.
 
     Raises:
         DataError: a task has no two labels of each kind to learn from.
     """
     return [
-        fit_forest(config, encoder, train, validation, task, seed, tell, apart)
+        fit_forest(config, encoder, train, validation, task, seed, tell, out_of_fold)
         for task in range(train.labels_NT.shape[1])
     ]
 
@@ -166,12 +166,12 @@ def fit_forest(
     task: int,
     seed: int,
     tell: Callable[[int, float], None] = lambda tree, quality: None,
-    apart: bool = False,
+    out_of_fold: bool = False,
 ) -> FittedForest:
     """A forest for one task.
 
     Raises:
-        DataError: the task has no two labels of each kind to learn from; or, if `apart`, in a half of the
+        DataError: the task has no two labels of each kind to learn from; or, if `out_of_fold`, in a half of the
             validation period.
     """
     import lightgbm
@@ -210,7 +210,7 @@ def fit_forest(
     # 1. What each task's label is defined for; the whole validation period first, which stops the trees.
     data = _dataset(parameters, encoder, train, task, ranks, name)
     first = _of_first_half(validation)
-    halves = [_of_candidates(validation, part) for part in (first, ~first)] if apart else []
+    halves = [_of_candidates(validation, part) for part in (first, ~first)] if out_of_fold else []
     held_out = [
         _dataset(parameters, encoder, rows, task, ranks, name, data)
         for rows in (validation, *halves)
@@ -229,15 +229,15 @@ def fit_forest(
         gained = np.array(figures) if ranks else -np.array(figures)
         best = (1 + gained.argmax(axis=0)).tolist()
     text: str = booster.model_to_string(num_iteration=best[0])
-    if not apart:
+    if not out_of_fold:
         return FittedForest(text)
     # 3. Each half by the trees that the other one stopped.
-    apart_N = np.empty(len(validation.rows_NF))
+    out_of_fold_N = np.empty(len(validation.rows_NF))
     for part, other in ((first, best[2]), (~first, best[1])):
-        apart_N[part] = booster.predict(
+        out_of_fold_N[part] = booster.predict(
             validation.rows_NF[part], raw_score=True, num_iteration=other
         )
-    return FittedForest(text, apart_N)
+    return FittedForest(text, out_of_fold_N)
 
 
 def _of_first_half(rows: TreeRows) -> np.ndarray:

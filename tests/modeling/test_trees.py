@@ -225,8 +225,8 @@ def test_each_half_is_summed_by_the_trees_that_the_other_half_stops(shop_of_tree
     # As many trees in every run: where each set is best is found among the same ones.
     config = TreesConfig(num_trees=30, num_leaves=5, smallest_leaf=5, learning_rate=0.3)
     config = replace(config, patience=config.num_trees)
-    whole = fit_forest(config, encoder, train, rows, 0, 1, apart=True)
-    assert whole.apart_N is not None
+    whole = fit_forest(config, encoder, train, rows, 0, 1, out_of_fold=True)
+    assert whole.out_of_fold_N is not None
     middle = int(rows.candidates_R[: len(rows.candidates_R) // 2].sum())
     first = np.arange(len(rows.rows_NF)) < middle
     stopped = []
@@ -236,14 +236,14 @@ def test_each_half_is_summed_by_the_trees_that_the_other_half_stops(shop_of_tree
             fit_forest(config, encoder, train, replace(rows, labels_NT=labels), 0, 1).text
         )
         np.testing.assert_array_equal(
-            whole.apart_N[~half], forest.scores(rows.rows_NF[~half].astype(np.float32))
+            whole.out_of_fold_N[~half], forest.scores(rows.rows_NF[~half].astype(np.float32))
         )
         stopped.append(forest.num_trees)
     # Else this says nothing.
     assert stopped[0] != stopped[1]
 
 
-def test_a_blend_has_the_trees_that_stand_alone_and_weighs_them_apart(
+def test_a_blend_has_the_trees_that_stand_alone_and_weighs_them_out_of_fold(
     shop_of_trees: Road, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(shop_of_trees.settings, recipes.load("vista_trees_tiny"))
@@ -261,11 +261,11 @@ def test_a_blend_has_the_trees_that_stand_alone_and_weighs_them_apart(
     again = of_training.fit_blend(
         model.network, summary, TINY, encoder, run.recipe.training, *periods
     )
-    alone = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods, apart=True)
-    assert alone.apart_NT is not None
+    alone = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods, out_of_fold=True)
+    assert alone.out_of_fold_NT is not None
     assert again.blend.trees.texts == alone.trees.texts
     np.testing.assert_array_equal(asked["labels"], np.asarray(periods[1].labels)[:, 0])
-    np.testing.assert_array_equal(asked["scores"][:, 1], alone.apart_NT[:, 0])
+    np.testing.assert_array_equal(asked["scores"][:, 1], alone.out_of_fold_NT[:, 0])
     # The same trees and weights as the run's.
     assert again.blend.trees.texts == model.trees.texts
     torch.testing.assert_close(again.blend.weight_T2, model.weight_T2)
