@@ -5,6 +5,7 @@ line.
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -348,11 +349,15 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
         "ablation",
     ],
 )
-def test_benchmarks_explain_themselves(name: str) -> None:
-    command = [sys.executable, "-m", f"modeling.benchmarks.{name}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--json" in done.stdout
-    assert "--quick" in done.stdout
+def test_benchmarks_explain_themselves(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(f"modeling.benchmarks.{name}", run_name="__main__")
+    said = capsys.readouterr().out
+    assert "--json" in said
+    assert "--quick" in said
 
 
 def test_next_item_benchmark_prints_rows_and_one_json_line(lines: Path, tmp_path: Path) -> None:
