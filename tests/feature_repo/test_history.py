@@ -155,8 +155,10 @@ def test_an_event_at_the_request_time_is_not_in_its_history() -> None:
     assert index["history_end"].to_pylist() == [1, 2]
 
 
-def packed_example() -> bytes:
-    events = events_table([(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)])
+def packed_example(more: int = 0) -> bytes:
+    """Two events, and so many more."""
+    rows = [(1, "10001", 0, 5, 1), (1, "10003", 1, 7, 2)]
+    events = events_table(rows + [(1, "10002", 0, 8 + number, 3) for number in range(more)])
     newest = packed_rows(CONTRACT, events, user_stats.build(CONTRACT, events))
     return newest["history"][0].as_py()
 
@@ -175,11 +177,13 @@ def test_every_truncation_and_bit_flip_of_a_packed_history_is_noticed() -> None:
                 history.unpack(CONTRACT, 1, bytes(broken))
 
 
-def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless() -> None:
+# So few that nothing is worth compressing, and so many that all columns are compressed
+@pytest.mark.parametrize("more", [0, 60])
+def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless(more: int) -> None:
     """The checksum tells damage, not malice: whatever the bytes say, they decode to events or to
     the one declared error.
     """
-    data = packed_example()
+    data = packed_example(more)
     schema = history_schema(CONTRACT)
     for position in range(len(data) - 4):
         for value in (0x00, 0x7F, 0xFF):
@@ -193,6 +197,19 @@ def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless() -> No
             assert batch.schema == schema
             assert np.isfinite(batch["unit_price"].to_numpy()).all()
             batch.to_pylist()
+
+
+def test_a_history_that_was_packed_before_compression_is_read() -> None:
+    data = packed_example(60)
+    whole = history.unpack(CONTRACT, 1, data)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, whole.schema) as writer:
+        writer.write_batch(whole)
+    header = struct.calcsize(history._HEADER.format)
+    body = data[:header] + sink.getvalue().to_pybytes()
+    plain = body + struct.pack("<I", history.checksum(1, body))
+    assert history.unpack(CONTRACT, 1, plain).equals(whole)
+    assert len(data) < 0.7 * len(plain)
 
 
 def test_a_history_of_a_wider_contract_is_read_by_name() -> None:

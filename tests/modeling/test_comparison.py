@@ -5,7 +5,6 @@ line.
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -326,38 +325,6 @@ def test_the_models_of_a_comparison_have_equal_parameters(dataset: str) -> None:
         r.name: dense_parameters(models.build(r.model, r.config, SIZES[dataset])) for r in made
     }
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sequence",
-        "next_item",
-        "amortised",
-        "kv_cache",
-        "grouped_training",
-        "ctr",
-        "precision",
-        "vista",
-        "planted",
-        "token_quality",
-        "memory",
-        "reading",
-        "bundles",
-        "trees",
-        "compare",
-        "ablation",
-    ],
-)
-def test_benchmarks_explain_themselves(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_module(f"modeling.benchmarks.{name}", run_name="__main__")
-    said = capsys.readouterr().out
-    assert "--json" in said
-    assert "--quick" in said
 
 
 def test_next_item_benchmark_prints_rows_and_one_json_line(lines: Path, tmp_path: Path) -> None:

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-NAMES = ("catalogue_size", "events", "faults", "load", "naive", "readers", "states")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_benchmarks_explain_themselves(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_module(f"serving.benchmarks.{name}", run_name="__main__")
-    said = capsys.readouterr().out
-    assert "--json" in said
-    assert "--quick" in said
 
 
 def test_the_size_of_a_catalogue_is_measured_without_a_store(tmp_path: Path) -> None:
