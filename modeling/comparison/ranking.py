@@ -18,21 +18,20 @@ import torch
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.settings import Settings
 from modeling import recipes
-from modeling.claims import PAIRED, Difference, Sums, differences, of_seeds
+from modeling.claims import Difference, Sums, differences, of_seeds
 from modeling.comparison.comparison import by_recipe, comparison_folder, quality_by_cost, spread
 from modeling.console import console, print_table
 from modeling.errors import RecipeError
 from modeling.evaluation.evaluate import measure
-from modeling.evaluation.measured import measured, sums_of
+from modeling.evaluation.measured import measured, sums_of, validated
 from modeling.evaluation.report import plots, write_page
-from modeling.evaluation.trained_baselines import TrainedBaseline, sums_by_user, trained_baselines
+from modeling.evaluation.trained_baselines import TrainedBaseline, trained_baselines
 from modeling.evaluation.untrained import untrained_scores
 from modeling.inputs.tasks import primary_number
 from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe
 from modeling.recipes.trees import TRIALS
 from modeling.training.changes import Changes, changed
-from modeling.training.trainer import predict
-from modeling.training.training_run import load_trained, open_run, train
+from modeling.training.training_run import open_run, train
 from modeling.training_set.dataset import refuse_nothing_positive
 from modeling.training_set.encodings import Encodings
 
@@ -149,19 +148,11 @@ def seeds_of(
     tried = [run(1, trial) for trial in trials]
     best = 0
     if len(trials) > 1:
-        found = [_of_validation(settings, encodings, of(1, trial)) for trial in trials]
+        tried_runs = [open_run(settings, of(1, trial), encodings.sample) for trial in trials]
+        # The sum of what is claimed later, in the units that it is claimed in
+        found = [sum(validated(one, encodings, asked.device).values()) for one in tried_runs]
         best = int(np.argmax(found))
     return [tried[best], *(run(seed, trials[best]) for seed in range(2, asked.seeds + 1))]
-
-
-def _of_validation(settings: Settings, encodings: Encodings, recipe: Recipe) -> float:
-    """NDCG@10 and GAUC of the validation period, summed, by a trained run: what is claimed later is chosen by."""
-    model, encoder = load_trained(open_run(settings, recipe, encodings.sample))
-    validation = encodings.period(recipe, "validation")
-    number = primary_number(encoder.contract.spec)
-    scores = predict(model, encoder, validation.encoded)[:, number]
-    sums = sums_by_user(validation, scores, number)
-    return sum(sums[metric].value for metric in PAIRED)
 
 
 @dataclass(frozen=True)

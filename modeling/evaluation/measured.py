@@ -1,11 +1,11 @@
-"""Test metrics of a trained run, measured once and kept in its `run.json`."""
+"""Metrics of a trained run, measured once and kept in its `run.json`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from feature_repo.home.code import code_digest
-from modeling.claims import Sums, read_sums, write_sums
+from modeling.claims import PAIRED, Sums, read_sums, write_sums
 from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.evaluation.trained_baselines import sums_by_user
 from modeling.inputs.tasks import primary_number, primary_task
@@ -46,6 +46,27 @@ def _measured(
     write_sums(run.folder / PER_USER, sums_by_user(period, logits[:, primary], primary))
     found = {"tested_by": code, "test": by_task[primary_task(spec)], "tasks": by_task}
     return write_result(run, state | found)
+
+
+def validated(run: TrainingRun, encodings: Encodings, device: str = "cpu") -> dict[str, float]:
+    """The claimed metrics of a trained run on the validation period, measured once: trials are chosen by them.
+
+    Raises:
+        RunError: another process works on this very run.
+    """
+    state = run.state
+    code = code_digest("modeling.metrics")
+    if state.get("validated_by") != code:
+        with locked_run(run.folder):
+            model, encoder = load_trained(run)
+            period = encodings.period(run.recipe, "validation")
+            number = primary_number(encoder.contract.spec)
+            scores = predict(model.to(device), encoder, period.encoded)[:, number]
+            sums = sums_by_user(period, scores, number)
+            found = {metric: sums[metric].value for metric in PAIRED}
+            state = write_result(run, state | {"validated_by": code, "validation": found})
+    kept: dict[str, float] = state["validation"]
+    return kept
 
 
 def sums_of(run: TrainingRun) -> Sums:

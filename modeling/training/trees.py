@@ -16,7 +16,7 @@ from modeling.metrics import defined
 from modeling.models.base import Ranker
 from modeling.recipes import Training
 from modeling.training.trainer import predict, quality, share_hidden
-from modeling.trees.blend import Blend, order_weights
+from modeling.trees.blend import Blend, best_share, deviations
 from modeling.trees.fitting import calibrated, fit_forests, tree_rows
 from modeling.trees.trees import Trees
 
@@ -29,15 +29,15 @@ class FittedTrees:
         summary: for `run.json`.
         metrics: a line for each tree, for `metrics.jsonl`.
         logits_NT: of the validation period's candidates.
-        out_of_fold_NT: the same where each half of the requests had no say in when its trees stopped
-            (`FittedForest.out_of_fold_N`); None where it was not asked for.
+        out_of_fold_NT: the same, each half by the trees that the other half stopped
+            (`FittedForest.out_of_fold_N`); NaN for a task where there is none.
     """
 
     trees: Trees
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     logits_NT: np.ndarray
-    out_of_fold_NT: np.ndarray | None
+    out_of_fold_NT: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,9 @@ def fit_trees(
         trees.scale_T[task] = scale
         trees.shift_T[task] = moved - shift
     logits_NT = _logits(trees, sums)
-    parts = [forest.out_of_fold_N for forest in forests if forest.out_of_fold_N is not None]
-    out_of_fold_NT = _logits(trees, np.stack(parts, axis=-1)) if parts else None
+    unknown_N = np.full(len(sums), np.nan)
+    parts = [unknown_N if one.out_of_fold_N is None else one.out_of_fold_N for one in forests]
+    out_of_fold_NT = _logits(trees, np.stack(parts, axis=-1))
     found = quality(encoder.contract.spec, validation, logits_NT)
     spent = time.process_time() - started
     number = sum(forest.num_trees for forest in trees.forests)
@@ -138,19 +139,19 @@ def fit_blend(
     """Fit trees beside a trained network, and weigh both, for each task.
 
     The trees are those that the same settings make alone, to the bit. Where they are weighed, each half of the
-    validation requests is ranked by as many of them as the other half would have stopped at: by the requests that
-    stopped them they seem better than they are, and the network would hardly have a say.
+    validation requests is ranked by as many of them as rank the other half best: by the requests that stopped them
+    they seem better than they are, and the network would hardly have a say. Where a half has too few labels for that,
+    trees rank alone.
 
     Args:
         summary: of the network's training.
         config: of the trees.
 
     Raises:
-        DataError: a task has not two labels of each kind, in training or in a half of the validation period.
+        DataError: a task has not two labels of each kind.
     """
     spec = encoder.contract.spec
     fitted = fit_trees(config, encoder, training, train, validation, out_of_fold=True)
-    assert fitted.out_of_fold_NT is not None
     blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
     shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
@@ -162,8 +163,11 @@ def fit_blend(
         scores = both[:, task]
         known = defined(labels[:, task], validation.candidate_offsets)
         # First the order within requests, then probabilities, which leave it as it is.
-        weights = order_weights(weighed[known.rows, task], known.labels, known.offsets)
-        if weights[0] == 0:
+        share = 0.0
+        if not np.isnan(weighed[:, task]).any():
+            share = best_share(weighed[known.rows, task], known.labels, known.offsets)
+        weights = np.array([share, 1 - share]) / deviations(scores[known.rows])
+        if share == 0:
             say(
                 f"{spec.tasks[task].name}: the network has no weight, trees alone rank as well: the recipe `trees` serves the same without it",
                 style="yellow",

@@ -23,6 +23,8 @@ from modeling.models.base import Ranker, TokenMaker
 from modeling.trees.trees import Trees
 
 START = "(all alike)"
+# Deviations below it are rounding
+ROUNDING = 1e-9
 # Mixtures that are tried
 SHARES = 21
 # Of requests, over which the best mixture is a mean
@@ -167,20 +169,18 @@ def build_ranker(
     return Blend(network, beside)
 
 
-def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The weights of two scores under which requests are ranked best: of `SHARES` mixtures, each score taken for its
-    deviation, the one of the best NDCG@10 and AUC within requests together, each over how far the two scores' own
+def best_share(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> float:
+    """The share of the first of two scores, each taken for its deviation, under which requests are ranked best: of
+    `SHARES` mixtures the one of the best NDCG@10 and AUC within requests together, each over how far the two scores' own
     differ from request to request: NDCG@10, which varies four times as much, would else decide alone. It is the mean
-    over resamples of the requests, so that of mixtures as good as one another the middle is taken and not an end; the
-    second score alone where no request tells. Likelihood is no guide: trees that learn an order are no probabilities.
+    over resamples of the requests, so that of mixtures as good as one another the middle is taken and not an end; 0
+    where no request tells. Likelihood is no guide: trees that learn an order are no probabilities.
 
     Args:
-        labels_N: of requests that neither score was fitted or stopped by.
+        labels_N: of requests that neither score was fitted by, nor the second stopped by.
         offsets: request b's candidates are `[offsets[b], offsets[b + 1])`.
     """
-    deviation = scores_N2.std(0)
-    # A score that tells nothing adds nothing.
-    deviation = np.where(deviation > 0, deviation, 1.0)
+    deviation = deviations(scores_N2)
     first = np.linspace(0, 1, SHARES)
     requests = len(offsets) - 1
     owner = np.repeat(np.arange(requests), np.diff(offsets))
@@ -190,17 +190,19 @@ def order_weights(scores_N2: np.ndarray, labels_N: np.ndarray, offsets: np.ndarr
         metrics_2SB[0, row] = ndcg_at(labels_N, mixed, offsets)
         metrics_2SB[1, row], _ = auc_by_user(labels_N, mixed, owner, requests)
     metrics_2SB = metrics_2SB[:, :, ~np.isnan(metrics_2SB).any(axis=(0, 1))]
-    share = 0.0
-    if number := metrics_2SB.shape[2]:
-        varies = [_varies(metric[-1] - metric[0]) for metric in metrics_2SB]
-        told = metrics_2SB[0] / varies[0] + metrics_2SB[1] / varies[1]
-        alike = np.full(number, 1 / number)
-        drawn = np.random.default_rng(0).multinomial(number, alike, RESAMPLES)
-        share = first[(drawn @ told.T).argmax(axis=1)].mean()
-    weights: np.ndarray = np.array([share, 1 - share]) / deviation
-    return weights
+    number = metrics_2SB.shape[2]
+    if not number:
+        return 0.0
+    varies_2 = deviations((metrics_2SB[:, -1] - metrics_2SB[:, 0]).T)
+    told_SB = metrics_2SB[0] / varies_2[0] + metrics_2SB[1] / varies_2[1]
+    alike = np.full(number, 1 / number)
+    drawn = np.random.default_rng(0).multinomial(number, alike, RESAMPLES)
+    return float(first[(drawn @ told_SB.T).argmax(axis=1)].mean())
 
 
-def _varies(difference_B: np.ndarray) -> float:
-    """Deviation over requests; 1 where all gain the same."""
-    return float(difference_B.std()) or 1.0
+def deviations(values_NK: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column, K; 1 where all are alike but for rounding, so that to divide by it changes
+    nothing.
+    """
+    deviation = values_NK.std(axis=0)
+    return np.where(deviation > ROUNDING, deviation, 1.0)

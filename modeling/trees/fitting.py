@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from modeling.errors import DataError
+from modeling.errors import DataError, RecipeError
 from modeling.inputs.augment import forget, hide
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
@@ -59,6 +59,11 @@ class TreesConfig:
     rank_positions: int = 30
     patience: int = 30
 
+    def __post_init__(self) -> None:
+        for name in ("num_trees", "patience"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} of trees is at least 1, not {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class TreeRows:
@@ -81,9 +86,10 @@ class FittedForest:
 
     Args:
         text: LightGBM's.
-        out_of_fold_N: sums of the held-out candidates, each half of the requests by as many trees as the other half
-            would have stopped at: by the requests that stopped them trees seem better than they are. None where it
-            was not asked for.
+        out_of_fold_N: sums of the held-out candidates, each half of the requests by as many of the trees as rank the
+            other half best: by the requests that stopped them trees seem better than they are. Each half has the
+            deviation that all trees give it, so that what is fitted on these sums holds for those. None where it was
+            not asked for, or a half has not two labels of each kind.
     """
 
     text: str
@@ -171,8 +177,7 @@ def fit_forest(
     """A forest for one task.
 
     Raises:
-        DataError: the task has no two labels of each kind to learn from; or, if `out_of_fold`, in a half of the
-            validation period.
+        DataError: the task has no two labels of each kind to learn from.
     """
     import lightgbm
 
@@ -211,6 +216,8 @@ def fit_forest(
     data = _dataset(parameters, encoder, train, task, ranks, name)
     first = _of_first_half(validation)
     halves = [_of_candidates(validation, part) for part in (first, ~first)] if out_of_fold else []
+    if min((_fewest(half, task) for half in halves), default=0) < FEWEST:
+        halves = []
     held_out = [
         _dataset(parameters, encoder, rows, task, ranks, name, data)
         for rows in (validation, *halves)
@@ -229,14 +236,17 @@ def fit_forest(
         gained = np.array(figures) if ranks else -np.array(figures)
         best = (1 + gained.argmax(axis=0)).tolist()
     text: str = booster.model_to_string(num_iteration=best[0])
-    if not out_of_fold:
+    if not halves:
         return FittedForest(text)
     # 3. Each half by the trees that the other one stopped.
     out_of_fold_N = np.empty(len(validation.rows_NF))
     for part, other in ((first, best[2]), (~first, best[1])):
-        out_of_fold_N[part] = booster.predict(
-            validation.rows_NF[part], raw_score=True, num_iteration=other
+        by_all, by_some = (
+            np.asarray(booster.predict(validation.rows_NF[part], raw_score=True, num_iteration=n))
+            for n in (best[0], other)
         )
+        deviation = by_some.std()
+        out_of_fold_N[part] = by_some * (by_all.std() / deviation if deviation > 0 else 1.0)
     return FittedForest(text, out_of_fold_N)
 
 
@@ -244,6 +254,12 @@ def _of_first_half(rows: TreeRows) -> np.ndarray:
     """Which candidates are of the first half of the requests, N."""
     candidates = rows.candidates_R[: len(rows.candidates_R) // 2].sum()
     return np.arange(len(rows.rows_NF)) < candidates
+
+
+def _fewest(rows: TreeRows, task: int) -> int:
+    """Labels of the rarer kind."""
+    labels = rows.labels_NT[:, task]
+    return int(min((labels > 0).sum(), (labels <= 0).sum()))
 
 
 def _of_candidates(rows: TreeRows, part_N: np.ndarray) -> TreeRows:
@@ -270,7 +286,7 @@ def _dataset(
     labels = rows.labels_NT[:, task]
     known = ~np.isnan(labels)
     positive = labels[known] > 0
-    if min(positive.sum(), (~positive).sum()) < FEWEST:
+    if _fewest(rows, task) < FEWEST:
         raise DataError(
             f"trees need {FEWEST} positives and {FEWEST} negatives of {name}; there are {positive.sum()} and "
             f"{(~positive).sum()}: give training and validation more requests, or train a recipe without trees"

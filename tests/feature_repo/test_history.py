@@ -177,7 +177,7 @@ def test_every_truncation_and_bit_flip_of_a_packed_history_is_noticed() -> None:
                 history.unpack(CONTRACT, 1, bytes(broken))
 
 
-# So few that nothing is worth compressing, and so many that all columns are compressed
+# Plain columns, and compressed ones
 @pytest.mark.parametrize("more", [0, 60])
 def test_every_wrong_byte_behind_a_right_checksum_is_refused_or_harmless(more: int) -> None:
     """The checksum tells damage, not malice: whatever the bytes say, they decode to events or to

@@ -31,7 +31,7 @@ from modeling.training import trees as of_training
 from modeling.training.changes import Changes, changed
 from modeling.training.training_run import load_trained, open_run, refuse_untrained
 from modeling.training_set.encodings import Encodings
-from modeling.trees.blend import Blend, order_weights, tree_effects, trees_of
+from modeling.trees.blend import Blend, best_share, deviations, tree_effects, trees_of
 from modeling.trees.columns import TreeColumns, column_names
 from modeling.trees.fitting import (
     TreeRows,
@@ -169,10 +169,10 @@ def test_weights_of_two_scores_order_better_than_either() -> None:
     appeal = one + other + 0.5 * rng.gumbel(size=20_000)
     labels[offsets[:-1] + appeal.reshape(-1, 20).argmax(1)] = 1
     scores = np.stack([one, 5 * other, -noise * 0 - one], axis=1)[:, :2]
-    weights = order_weights(scores, labels, offsets)
+    share = best_share(scores, labels, offsets)
     # The second is five times as large and says as much
-    assert weights[0] == pytest.approx(5 * weights[1], rel=0.15)
-    blended = mean_ndcg(labels, scores @ weights, offsets)
+    assert share == pytest.approx(0.5, abs=0.04)
+    blended = mean_ndcg(labels, scores @ ([share, 1 - share] / deviations(scores)), offsets)
     assert blended > max(mean_ndcg(labels, column, offsets) for column in scores.T)
 
 
@@ -182,21 +182,21 @@ def test_a_score_that_misleads_has_no_weight() -> None:
     good = rng.normal(size=4000)
     labels = np.zeros(4000)
     labels[offsets[:-1] + good.reshape(-1, 20).argmax(1)] = 1
-    weights = order_weights(
-        np.stack([good + rng.normal(size=4000), good * 0 - good + rng.normal(size=4000)], axis=1),
-        labels,
-        offsets,
-    )
-    assert weights[0] > 0
-    assert weights[1] == 0
+    scores = np.stack([good, -good], axis=1) + rng.normal(size=(4000, 2))
+    assert best_share(scores, labels, offsets) == 1
 
 
 def test_where_no_request_tells_trees_rank_alone() -> None:
-    weights = order_weights(
-        np.random.default_rng(3).normal(size=(40, 2)), np.zeros(40), np.arange(0, 41, 20)
-    )
-    assert weights[0] == 0
-    assert weights[1] > 0
+    scores = np.random.default_rng(3).normal(size=(40, 2))
+    assert best_share(scores, np.zeros(40), np.arange(0, 41, 20)) == 0
+
+
+def test_a_metric_that_all_requests_gain_alike_by_has_no_say_beyond_its_size() -> None:
+    """Its deviation is rounding, and divided by that it would decide alone."""
+    alike = np.full((100, 1), 1 / np.log2(3))
+    assert 0 < alike.std() < 1e-12
+    assert deviations(alike).tolist() == [1.0]
+    assert deviations(np.array([[0.0, 5.0], [2.0, 5.0]])).tolist() == [1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_each_half_is_summed_by_the_trees_that_the_other_half_stops(shop_of_tree
         tree_rows(encoder, encodings.period(run.recipe, name).encoded)
         for name in ("train", "validation")
     )
-    # As many trees in every run: where each set is best is found among the same ones.
+    # As many trees in every run: where each set is ranked best is found among the same ones.
     config = TreesConfig(num_trees=30, num_leaves=5, smallest_leaf=5, learning_rate=0.3)
     config = replace(config, patience=config.num_trees)
     whole = fit_forest(config, encoder, train, rows, 0, 1, out_of_fold=True)
@@ -235,8 +235,11 @@ def test_each_half_is_summed_by_the_trees_that_the_other_half_stops(shop_of_tree
         forest = Forest(
             fit_forest(config, encoder, train, replace(rows, labels_NT=labels), 0, 1).text
         )
-        np.testing.assert_array_equal(
-            whole.out_of_fold_N[~half], forest.scores(rows.rows_NF[~half].astype(np.float32))
+        other = rows.rows_NF[~half].astype(np.float32)
+        by_other = forest.scores(other)
+        by_all = Forest(whole.text).scores(other)
+        np.testing.assert_allclose(
+            whole.out_of_fold_N[~half], by_other * (by_all.std() / by_other.std()), rtol=1e-12
         )
         stopped.append(forest.num_trees)
     # Else this says nothing.
@@ -252,20 +255,21 @@ def test_a_blend_has_the_trees_that_stand_alone_and_weighs_them_out_of_fold(
     periods = [run.encodings().period(run.recipe, name).encoded for name in ("train", "validation")]
     asked: dict[str, np.ndarray] = {}
 
-    def weigh(scores: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    def weigh(scores: np.ndarray, labels_N: np.ndarray, offsets: np.ndarray) -> float:
         asked["scores"], asked["labels"] = scores, labels_N
-        return order_weights(scores, labels_N, offsets)
+        return best_share(scores, labels_N, offsets)
 
-    monkeypatch.setattr(of_training, "order_weights", weigh)
+    monkeypatch.setattr(of_training, "best_share", weigh)
     summary = {"best_validation_ndcg@10": 0.0, "cpu_seconds": 0.0}
     again = of_training.fit_blend(
         model.network, summary, TINY, encoder, run.recipe.training, *periods
     )
-    alone = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods, out_of_fold=True)
-    assert alone.out_of_fold_NT is not None
+    alone = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods)
     assert again.blend.trees.texts == alone.trees.texts
+    assert np.isnan(alone.out_of_fold_NT).all()
+    apart = of_training.fit_trees(TINY, encoder, run.recipe.training, *periods, out_of_fold=True)
     np.testing.assert_array_equal(asked["labels"], np.asarray(periods[1].labels)[:, 0])
-    np.testing.assert_array_equal(asked["scores"][:, 1], alone.out_of_fold_NT[:, 0])
+    np.testing.assert_array_equal(asked["scores"][:, 1], apart.out_of_fold_NT[:, 0])
     # The same trees and weights as the run's.
     assert again.blend.trees.texts == model.trees.texts
     torch.testing.assert_close(again.blend.weight_T2, model.weight_T2)
@@ -352,6 +356,36 @@ def test_training_without_a_positive_says_so(shop_of_trees: Road) -> None:
     assert isinstance(nothing, TreeRows)
     with pytest.raises(DataError, match="2 positives and 2 negatives of label_purchase"):
         fit_forests(TreesConfig(), encoder, nothing, rows, seed=1)
+
+
+def test_where_half_of_the_validation_period_has_no_positive_trees_rank_alone(
+    shop_of_trees: Road,
+) -> None:
+    run = open_run(shop_of_trees.settings, recipes.load("vista_trees_tiny"))
+    model, encoder = load_trained(refuse_untrained(run))
+    assert isinstance(model, Blend)
+    train, validation = (
+        run.encodings().period(run.recipe, name).encoded for name in ("train", "validation")
+    )
+    labels = np.array(validation.labels)
+    labels[validation.candidate_offsets[len(validation) // 2] :] = 0
+    fitted = of_training.fit_blend(
+        model.network,
+        {"best_validation_ndcg@10": 0.0, "cpu_seconds": 0.0},
+        TINY,
+        encoder,
+        run.recipe.training,
+        train,
+        replace(validation, labels=labels),
+    )
+    assert fitted.blend.weight_T2[0, 0] == 0
+    assert fitted.blend.weight_T2[0, 1] > 0
+
+
+@pytest.mark.parametrize("name", ["num_trees", "patience"])
+def test_a_forest_without_trees_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} of trees is at least 1, not 0"):
+        TreesConfig(**{name: 0})
 
 
 def test_fields_of_trees_are_set_by_name() -> None:
