@@ -3,9 +3,11 @@
 Match features, counts and relations are withheld, so that a history is known by what a ranker reads of it alone;
 statistics of items and users stay, or those of users go too. Beside the readers stand counters: trees, a regression
 and a mean pool that are given exact counts of the candidate in its user's history, and a mean pool with counts in as
-many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond). With
-`--before` the eight that look for events like the candidate are trained with the papers' attention as well
-(`matching=False`), over the same rows of items as ours: what those rows are worth is not in that difference.
+many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond).
+
+`--part attention` instead trains those that look for events like the candidate with the papers' attention and with
+ours (`matching=False` and `True`), without match features and with all, over the same rows of items: what those rows
+are worth is not in that difference.
 
 Each run is kept below MEMOIR_HOME and not repeated: stop it, and the same command goes on.
 """
@@ -93,20 +95,26 @@ def main() -> None:
     flags = parser("modeling.benchmarks.reading", __doc__)
     flags.add_argument("--seeds", type=int, default=5, help="of each run (default 5)")
     flags.add_argument("--readers", nargs="+", choices=READERS, help="default: all")
+    flags.add_argument("--part", choices=("readers", "attention"), default="readers")
     flags.add_argument(
-        "--before", action="store_true", help="the papers' attention too, one seed, both arms"
+        "--every",
+        type=int,
+        nargs=2,
+        default=EVERY,
+        help="each n-th training request, each m-th of those that evaluate (default: %(default)s)",
     )
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     settings = Settings.from_env()
-    every = QUICK if arguments.quick else EVERY
+    every = QUICK if arguments.quick else tuple(arguments.every)
     readers = tuple(arguments.readers or (QUICK_READERS if arguments.quick else READERS))
     seeds = 1 if arguments.quick else arguments.seeds
-    rows = without_matches(settings, every, readers, seeds)
-    if arguments.before:
+    if arguments.part == "attention":
         attention = tuple(name for name in readers if name in ATTENTION)
-        rows += before_and_after(settings, every, attention)
-    config = {"dataset": settings.dataset, "every": every, "seeds": seeds}
+        rows = by_attention(settings, every, attention, seeds)
+    else:
+        rows = without_matches(settings, every, readers, seeds)
+    config = {"dataset": settings.dataset, "every": every, "seeds": seeds, "part": arguments.part}
     report("reading", config, rows, arguments.json)
 
 
@@ -148,10 +156,10 @@ def without_matches(
     return rows + claimed("reading", claims)
 
 
-def before_and_after(
-    settings: Settings, every: tuple[int, int], readers: tuple[str, ...]
+def by_attention(
+    settings: Settings, every: tuple[int, int], readers: tuple[str, ...], seeds: int
 ) -> list[dict[str, Any]]:
-    """Readers with the papers' attention and with ours, of one seed, without match features and with all."""
+    """Readers with the papers' attention and with ours, without match features and with all."""
     encodings = Encodings(settings, SERVICE, sample=Sample(every=every))
     rows = []
     claims = []
@@ -159,14 +167,17 @@ def before_and_after(
         for name in readers:
             ours = _recipe(name, arm)
             papers = replace(ours, config={**ours.config, "matching": False})
-            after, cost = runs_of(settings, encodings, ours, 1)
-            before, papers_cost = runs_of(settings, encodings, papers, 1)
-            rows.append(row_of(arm, None, f"{name}, papers' attention", before, papers_cost))
-            rows.append(row_of(arm, None, name, after, cost))
+            sums, cost = runs_of(settings, encodings, ours, seeds)
+            of_papers, papers_cost = runs_of(settings, encodings, papers, seeds)
+            rows.append(row_of(arm, None, f"{name}, papers' attention", of_papers, papers_cost))
+            rows.append(row_of(arm, None, name, sums, cost))
             claims += [
-                difference(f"{name}: after − before, {arm}", m, after[m], before[m]) for m in PAIRED
+                difference(
+                    f"{name}: ours − papers', {arm}", metric, sums[metric], of_papers[metric]
+                )
+                for metric in PAIRED
             ]
-    return rows + claimed("codes", claims)
+    return rows + claimed("attention", claims)
 
 
 def _recipe(name: str, arm: str) -> Recipe:
