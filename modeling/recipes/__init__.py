@@ -177,9 +177,9 @@ def grouped() -> dict[str, dict[str, str]]:
     return groups
 
 
-# DECISIONS, 2026-11-29: one seed.
+# benchmarks/bundles_xeon2_2026-11-30.md
 ADVICE = """Where to begin:
-  trees        minutes to train, and the bar: above every network here on Online Retail (NDCG@10 0.682)
+  trees        minutes to train, and the bar: above every network here on Online Retail (NDCG@10 0.684)
   vista_trees  the default: trees, and histories as summary tokens, which a server reads and events refresh
   vista        the same without trees, and a larger network
   mean_pool    the quickest network, in seconds, and what a sequence model has to beat
