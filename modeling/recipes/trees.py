@@ -24,7 +24,7 @@ ONE_LAYER = {"summary_layers": 1, "ranking_layers": 1, "cross_layers": 1}
 # What trees try where a network tries learning rates, alone or in a blend, in this order; the first is what they are
 TRIALS = (
     "",
-    "num_leaves=80",
+    "num_leaves=40",
     "objective=rank_xendcg",
     "smallest_leaf=400",
     "column_share=0.9",

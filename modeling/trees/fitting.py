@@ -48,7 +48,7 @@ class TreesConfig:
 
     objective: Objective = "lambdarank"
     num_trees: int = 300
-    num_leaves: int = 40
+    num_leaves: int = 80
     learning_rate: float = 0.05
     smallest_leaf: int = 100
     column_share: float = 0.5
