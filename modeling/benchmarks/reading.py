@@ -5,7 +5,7 @@ statistics of items and users stay, or those of users go too. Beside the readers
 and a mean pool that are given exact counts of the candidate in its user's history, and a mean pool with counts in as
 many bytes as summary tokens have (exact too where a history's items are few enough, and a hashed sketch beyond).
 
-`--part attention` instead trains those that look for events like the candidate with the papers' attention and with
+`--part attention` instead trains the readers that look for events like the candidate with the papers' attention and with
 ours (`matching=False` and `True`), without match features and with all, over the same rows of items: what those rows
 are worth is not in that difference.
 

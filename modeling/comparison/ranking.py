@@ -1,6 +1,6 @@
 """Ranking recipes × seeds side by side.
 
-The training set is made once and shared by all runs (`training_run.py`), of which none is repeated.
+The training set is made once and shared by all runs (`training_run.py`); no run is repeated.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class FittedTrees:
         metrics: a line for each tree, for `metrics.jsonl`.
         logits_NT: of the validation period's candidates.
         out_of_fold_NT: the same, each half by the trees that the other half stopped
-            (`FittedForest.out_of_fold_N`); NaN for a task where there is none.
+            (`FittedForest.out_of_fold_N`); NaN for a task whose halves have too few labels.
     """
 
     trees: Trees
@@ -138,7 +138,7 @@ def fit_blend(
 ) -> FittedBlend:
     """Fit trees beside a trained network, and weigh both, for each task.
 
-    The trees are those that the same settings make alone, to the bit. Where they are weighed, each half of the
+    The trees are the very ones that the same settings make alone, to the bit. Where they are weighed, each half of the
     validation requests is ranked by as many of them as rank the other half best: by the requests that stopped them
     they seem better than they are, and the network would hardly have a say. Where a half has too few labels for that,
     trees rank alone.

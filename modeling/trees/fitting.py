@@ -88,8 +88,8 @@ class FittedForest:
         text: LightGBM's.
         out_of_fold_N: sums of the held-out candidates, each half of the requests by as many of the trees as rank the
             other half best: by the requests that stopped them trees seem better than they are. Each half has the
-            deviation that all trees give it, so that what is fitted on these sums holds for those. None where it was
-            not asked for, or a half has not two labels of each kind.
+            deviation that all trees give it, so that a weight found on such sums is right for the sums of all trees. None
+            where out-of-fold sums were not asked for, or a half has not two labels of each kind.
     """
 
     text: str
