@@ -130,6 +130,9 @@ class Matching(nn.Module):
                 else read + to_own @ own_values
             )
         if self.plain:
+            # Who may read nothing reads zeros, however many rows of padding stand there.
+            if mask_BL is not None and own_keys is None:
+                read = read * _of_requests(mask_BL.any(-1), read)
             return read
         return torch.addcmul(read, weights[..., -1:], self.nothing_HK[:, None, None].to(read.dtype))
 
@@ -146,6 +149,11 @@ def _own_scores(query: Tensor, own_keys: Tensor) -> Tensor:
 def _of_heads(values_H: Tensor, like: Tensor) -> Tensor:
     """A number for each head, to be multiplied with B × H × …."""
     return values_H.view(-1, *(1,) * (like.dim() - 2))
+
+
+def _of_requests(values_B: Tensor, like: Tensor) -> Tensor:
+    """A number for each request, to be multiplied with B × …."""
+    return values_B.view(-1, *(1,) * (like.dim() - 1))
 
 
 def begin_alike(query: Tensor, key: Tensor) -> None:

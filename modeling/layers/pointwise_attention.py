@@ -48,6 +48,7 @@ class PointwiseAttentionLayer(nn.Module):
         self.gate_query = nn.Linear(width, 2 * width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
         self.matching = matching
         if not matching:
             return
@@ -56,7 +57,6 @@ class PointwiseAttentionLayer(nn.Module):
         begin_alike(self.gate_query.weight[width:], self.key_value.weight[:width])
         for linear in (self.gate_query, self.key_value):
             nn.init.zeros_(linear.bias)
-        self.dropout = nn.Dropout(dropout)
 
     def keys_values(self, history_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of history rows, each B × H × L × (D / H)."""

@@ -190,6 +190,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "ranking_layers": 2,
         },
     ),
+    # Attention as the papers have it
+    "amortised_papers": ("amortised_dlrm", {"width": 16, "matching": False}),
+    "amortised_pointwise_papers_extendable": (
+        "amortised_dlrm",
+        {
+            "width": 16,
+            "attention": "pointwise",
+            "fusion": "append_self",
+            "causal": True,
+            "positions": "from_oldest",
+            "matching": False,
+        },
+    ),
+    "onetrans_papers_extendable": (
+        "onetrans",
+        {"width": 16, "num_layers": 2, "pyramid": False, "matching": False},
+    ),
+    "baseline_din_papers": ("din", {"width": 16, "matching": False}),
+    "baseline_twin_papers": (
+        "two_stage",
+        {"width": 16, "rank": 8, "search": "score", "retrieved": 3, "matching": False},
+    ),
+    "baseline_persrec_papers": (
+        "persrec",
+        {"width": 16, "rank": 8, "segment": 3, "num_tokens": 2, "recent": 2, "matching": False},
+    ),
+    "vista_papers": ("vista", {"width": 16, "num_seeds": 5, "matching": False}),
     "sasrec": ("sasrec", {"width": 16, "num_heads": 2}),
     "sasrec_extendable": (
         "sasrec",
