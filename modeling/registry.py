@@ -20,6 +20,7 @@ CLASSES = {
     "hiformer": ("models", "Hiformer"),
     "hstu": ("models", "HSTU"),
     "hydrarec": ("models", "HydraRec"),
+    "hydrarec_ranker": ("models", "HydraRecRanker"),
     "linrec": ("models", "LinRec"),
     "mean_pool": ("baselines", "MeanPool"),
     "onetrans": ("models", "OneTrans"),

@@ -106,8 +106,8 @@ HYDRAREC = Paper(
     "HydraRec (arXiv 2501.01242)",
     "Next item, leave one out; only the abstract is public. Here on the dataset's own log.",
     (
-        Claim("as good as dot-product attention", "hydrarec", "sasrec", "no worse"),
-        Claim("with decay, ours", "hydrarec_decayed", "hydrarec"),
+        Claim("as good as dot-product attention", "hydrarec_next", "sasrec", "no worse"),
+        Claim("with decay, ours", "hydrarec_decayed", "hydrarec_next"),
     ),
 )
 PAPERS = (HIFORMER, AMORTISED, VISTA, ONETRANS)

@@ -111,10 +111,23 @@ class Block(nn.Module):
         mixed, state = self.operator.extend(state, query, key, value, mask_BT)
         return self._after(rows_BTD, mixed, place.count), state
 
-    def _after(self, rows: Tensor, mixed: Tensor, count: Tensor) -> Tensor:
+    def read(self, rows_BCD: Tensor, state: State) -> Tensor:
+        """Rows that each read what the state has seen, and that nobody reads: candidates behind a history.
+
+        Raises:
+            TypeError: the operator's state is not read so.
+            ValueError: the block divides by the number of rows read, which the state does not know.
+        """
+        if self.mixed_scale == "count":
+            raise ValueError("a state does not know how many rows it has seen: scale by 'norm'")
+        query = self.query_key_value(self.norm(rows_BCD)).chunk(3, dim=-1)[0]
+        return self._after(rows_BCD, self.operator.read(state, query), None)
+
+    def _after(self, rows: Tensor, mixed: Tensor, count: Tensor | None) -> Tensor:
         if self.mixed_norm is not None:
             mixed = self.mixed_norm(mixed)
         elif self.mixed_scale == "count":
+            assert count is not None
             mixed = mixed / count[..., None]
         rows = rows + self._gated(0, rows, self.dropout(self.out(mixed)))
         return rows + self._gated(

@@ -152,6 +152,10 @@ class Hydra(Operator):
         sums = state[0][:, None] + prefix_sum(_update(key, value, mask_BT))
         return (unit_rows(query) * sums).to(query.dtype), (sums[:, -1],)
 
+    def read(self, state: State, query: Tensor) -> Tensor:
+        """φ(Q) ⊙ G: O(D) a row."""
+        return (unit_rows(query) * state[0][:, None]).to(query.dtype)
+
 
 class DecayedHydra(Operator):
     """Hydra whose sums forget with distance: temporal context inside the operator (HydraRec; the
@@ -194,6 +198,10 @@ class DecayedHydra(Operator):
         sums = decayed_prefix_sum(update, self.decay_D)
         last = sums[torch.arange(len(sums), device=sums.device), mask_BT.sum(1)]
         return (unit_rows(query) * sums[:, 1:]).to(query.dtype), (last,)
+
+    def read(self, state: State, query: Tensor) -> Tensor:
+        """φ(Q) ⊙ G: O(D) a row. To stand behind the newest row fades nothing."""
+        return (unit_rows(query) * state[0][:, None]).to(query.dtype)
 
 
 def _update(key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -42,3 +42,12 @@ class Operator(nn.Module, ABC):
         """`forward` for rows that follow those the state has seen, and the state after them; causal
         operators only.
         """
+
+    def read(self, state: State, query: Tensor) -> Tensor:
+        """What rows behind those that the state has seen read of them, B × C × D; they read neither themselves nor
+        one another.
+
+        Raises:
+            TypeError: this operator's state is not read so.
+        """
+        raise TypeError(f"{type(self).__name__} has no state that candidates read")

@@ -48,9 +48,9 @@ def gated() -> NextItemRecipe:
     return replace(_recipe("gated", "sasrec", **net), training=replace(TRAINING, averaging=0.998))
 
 
-def hydrarec() -> NextItemRecipe:
+def hydrarec_next() -> NextItemRecipe:
     """HydraRec-causal, temporal context by learned positions."""
-    return _recipe("hydrarec", "hydrarec")
+    return _recipe("hydrarec_next", "hydrarec")
 
 
 def hydrarec_decayed() -> NextItemRecipe:
@@ -90,9 +90,9 @@ def sasrec_tiny() -> NextItemRecipe:
     return _tiny("sasrec_tiny", "sasrec")
 
 
-def hydrarec_tiny() -> NextItemRecipe:
+def hydrarec_next_tiny() -> NextItemRecipe:
     """Seconds on any machine."""
-    return _tiny("hydrarec_tiny", "hydrarec", operators=("hydra", "decayed_hydra"))
+    return _tiny("hydrarec_next_tiny", "hydrarec", operators=("hydra", "decayed_hydra"))
 
 
 def bert4rec_tiny() -> NextItemRecipe:
@@ -126,11 +126,11 @@ RECIPES = (
     "gated",
     "gsasrec",
     "hstu",
-    "hydrarec",
     "hydrarec_decayed",
     "hydrarec_gaps",
+    "hydrarec_next",
     "hydrarec_streaming",
-    "hydrarec_tiny",
+    "hydrarec_next_tiny",
     "linrec",
     "sasrec",
     "sasrec_tiny",

@@ -38,6 +38,7 @@ VISTA: dict[str, Any] = {
     "ranking_layers": 2,
     "cross_rank": 64,
 }
+HYDRAREC: dict[str, Any] = {"interaction": "cross", "cross_rank": 64}
 STREAM: dict[str, Any] = {**VISTA, "causal": True, "seed_role": "target"}
 
 
@@ -86,6 +87,11 @@ def amortised_self() -> Recipe:
 def concat() -> Recipe:
     """The same DLRM with CONCAT, not amortised."""
     return _ranker("concat", "amortised_dlrm", {**AMORTISED, "fusion": "concat"})
+
+
+def hydrarec() -> Recipe:
+    """HydraRec as a ranker: a decayed sum a layer, which takes new events exactly."""
+    return _ranker("hydrarec", "hydrarec_ranker", HYDRAREC)
 
 
 def hiformer() -> Recipe:
@@ -221,6 +227,11 @@ def onetrans_tiny() -> Recipe:
     return _tiny("onetrans_tiny", "onetrans", {**ONETRANS, "width": 16, "num_layers": 2})
 
 
+def hydrarec_tiny() -> Recipe:
+    """Seconds on any machine."""
+    return _tiny("hydrarec_tiny", "hydrarec_ranker", {**HYDRAREC, "width": 16})
+
+
 def hiformer_tiny() -> Recipe:
     """Seconds on any machine, for tests."""
     return _tiny("hiformer_tiny", "hiformer", {**HIFORMER, "width": 16})
@@ -246,6 +257,8 @@ RECIPES = (
     "hiformer_full_rank",
     "hiformer_tiny",
     "hstu_rank",
+    "hydrarec",
+    "hydrarec_tiny",
     "mean_pool",
     "onetrans",
     "onetrans_agnostic",

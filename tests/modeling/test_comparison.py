@@ -53,16 +53,18 @@ def run(*arguments: str | Path) -> int:
 def test_train_and_evaluate_show_the_test_metrics(
     lines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("train", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
+    assert run("train", "hydrarec_next_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
     trained = "".join(capsys.readouterr())
     assert "walks.txt, 150 users, 130 items" in trained
-    assert "hydrarec_tiny@1, seed 4, test targets" in trained
+    assert "hydrarec_next_tiny@1, seed 4, test targets" in trained
     assert all(name in trained for name in ("FULL", "U100", "P100", "ndcg@10", "mrr@20"))
-    assert run("evaluate", "hydrarec_tiny", "--data", lines) == 1  # another seed, other epochs
+    assert run("evaluate", "hydrarec_next_tiny", "--data", lines) == 1  # another seed, other epochs
     assert "is not trained to its end on walks.txt: train it first" in " ".join(
         "".join(capsys.readouterr()).split()
     )
-    assert run("evaluate", "hydrarec_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
+    assert (
+        run("evaluate", "hydrarec_next_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
+    )
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(
@@ -103,7 +105,7 @@ def test_refusals_say_what_to_do(
 def test_a_next_item_recipe_says_that_nothing_is_served(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for words in (("about", "hydrarec_tiny"), ("export", "hydrarec_tiny")):
+    for words in (("about", "hydrarec_next_tiny"), ("export", "hydrarec_next_tiny")):
         assert run(*words) == 0
         assert "nothing is exported or served" in " ".join(capsys.readouterr().out.split())
 
@@ -249,7 +251,7 @@ def test_next_item_training_reads_the_log_that_the_beam_job_built(
     assert counts["other_actions_dropped"] > 0  # returns
     logged = JobFolder(shop.settings.home, "user_history").require().counts["events"]
     assert counts["events"] + counts["repeats_dropped"] + counts["other_actions_dropped"] == logged
-    recipe = recipes.load("hydrarec_tiny")
+    recipe = recipes.load("hydrarec_next_tiny")
     assert isinstance(recipe, NextItemRecipe)
     timed = recipes.replace_config(recipe, time_gaps=True)
     # Slices that begin later than the event before them: the gap before a slice is no gap within

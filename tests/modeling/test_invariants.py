@@ -43,6 +43,7 @@ RANKING = (
     "onetrans",
     "hiformer",
     "baseline",
+    "ranker",
 )
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "trees": ("trees", {}),
@@ -242,6 +243,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_heads": 2,
             "positions": "from_oldest",
         },
+    ),
+    "ranker_hydrarec_extendable": ("hydrarec_ranker", {"width": 16, "expansion": 1}),
+    "ranker_hydrarec_cross_extendable": (
+        "hydrarec_ranker",
+        {"width": 16, "operators": ("hydra",), "interaction": "cross", "cross_rank": 8},
     ),
     "linrec_extendable": ("linrec", {"width": 16, "num_heads": 4, "positions": "none"}),
     "hstu": ("hstu", {"width": 16, "num_heads": 2}),

@@ -409,7 +409,7 @@ def test_sampled_protocols_need_enough_unknown_items(tmp_path: Path) -> None:
         leave_one_out.evaluate(Fixed(sequences, scores), sequences, "test", "U100")
 
 
-@pytest.mark.parametrize("name", ["sasrec_tiny", "hydrarec_tiny", "bert4rec_tiny"])
+@pytest.mark.parametrize("name", ["sasrec_tiny", "hydrarec_next_tiny", "bert4rec_tiny"])
 def test_an_interrupted_run_gives_the_same_weights(tmp_path: Path, name: str) -> None:
     """Stopped between checkpoints, dropout, negatives, masks, windows and averages included."""
     sequences = planted(tmp_path)
@@ -472,7 +472,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path: Path, objective
         ("sasrec_tiny", "softmax"),
         ("sasrec_tiny", "sampled_softmax"),
         ("sasrec_tiny", "gbce"),
-        ("hydrarec_tiny", "softmax"),
+        ("hydrarec_next_tiny", "softmax"),
     ],
 )
 def test_training_finds_the_planted_order(tmp_path: Path, name: str, objective: Any) -> None:
@@ -507,7 +507,7 @@ def test_cloze_training_learns_too(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["sasrec_tiny", "hydrarec_tiny", "bert4rec_tiny"])
+@pytest.mark.parametrize("name", ["sasrec_tiny", "hydrarec_next_tiny", "bert4rec_tiny"])
 def test_a_gpu_gives_the_same_losses(tmp_path: Path, name: str) -> None:
     """Without dropout and draws: the first steps agree with the CPU's."""
     sequences = planted(tmp_path)
@@ -555,7 +555,7 @@ def test_a_run_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
 
 def test_time_gaps_need_times(tmp_path: Path) -> None:
     sequences = planted(tmp_path)
-    some = recipe("hydrarec_tiny")
+    some = recipe("hydrarec_next_tiny")
     for timed in (
         recipes.replace_config(some, time_gaps=True),
         replace(some, model="hstu", config={"width": 16, "time_bias": True}),

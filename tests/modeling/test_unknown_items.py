@@ -26,6 +26,7 @@ STEPS = 90
 # One of each model and fusion; what differs in size or kernel alone is left out.
 NAMES = (
     *("amortised", "onetrans", "hiformer", "vista", "vista_stream", "sasrec_rank", "hstu_rank"),
+    "hydrarec",
     *("transformer", "din", "dcnv2", "dlrm", "autoint", "rankmixer", "wukong"),
 )
 RECIPES = {name: shaped(name, "any data") for name in NAMES}
