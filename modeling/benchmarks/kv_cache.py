@@ -1,7 +1,7 @@
 """The same user again with a few new events: cached keys and values extended, beside encoding
 everything anew.
 
-Scores of both are compared. `refresh` says whether OneTrans's pinned tails would ask for a new
+Scores of both are compared. `refresh` says whether one of OneTrans's tails has moved and asks for a new
 encoding; `cache_kb` is the state at fp32. The floor is the FLOP ratio of the two.
 """
 
@@ -72,12 +72,9 @@ def _measure(
     extended = model.extend_user(cached, late)
     sliding = isinstance(model, OneTrans) and model.config.pyramid
     expected = anew()
-    if (
-        isinstance(model, OneTrans) and sliding
-    ):  # exact against its pinned tails, which a new encoding moves
-        starts = torch.tensor(
-            [[max(length - new - tail, 0) for tail in model.tails]], device=arguments.device
-        )
+    # Exact against tails that stay where they were, which a new encoding may move.
+    if isinstance(model, OneTrans) and sliding:
+        starts = model.starts(torch.tensor([length - new], device=arguments.device))
         expected = model.forward_plain(
             type(batch)(batch.user, batch.candidates.select(slice(0, 2)), batch.labels_BCT), starts
         )

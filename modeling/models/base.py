@@ -49,9 +49,7 @@ class Ranker(nn.Module, ABC):
         `must_refresh` does not ask for encoding anew.
 
         The longer history is every event that the state has seen and the new ones, without a bound:
-        `encode_user` on the newest L of them is the same only while there are no more than L. For
-        OneTrans, whose layers read tails, it is the encoding with tails where the last full one put
-        them.
+        `encode_user` on the newest L of them is the same only while there are no more than L.
 
         Args:
             new_events: only the new events, padded on the right; its features of user and context
@@ -113,13 +111,6 @@ class Ranker(nn.Module, ABC):
     def can_extend(self) -> bool:
         """True if `extend_user` is exact in this configuration."""
         return False
-
-    @property
-    def grows_exactly(self) -> bool:
-        """Return whether extending by new events, too, is what encoding anew would give while the history fits
-        the window; a model that pins something at the last full encoding says no.
-        """
-        return self.can_extend
 
     def forward(self, batch: Batch) -> Tensor:
         """Both steps in a row, as training does: logits_BCT."""

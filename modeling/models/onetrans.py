@@ -25,12 +25,11 @@ events like the candidate (`layers/matching.py`; `matching=False` is the paper's
 goes past the tokenisers, beside an event's network and into a candidate's first NS token; what
 stands beside it, places and the tokenisers' own rows, begins small; NS tokens may read nothing.
 
-**Pinned tails.** A tail that slides with new events drops keys that cached rows have read, and a
-cache is then not what a new forward would give. Here the tails' starts stay where the last full
-encoding put them, and extension is exact with respect to them; `must_refresh` says when a tail has
-grown by 32 rows and the user is to be encoded again. Training lengthens every tail but the first by
-0 to 31 rows at random, so that both situations are known to the model; the first is the history
-itself, which is as long as the data makes it.
+**Tails that move by 32.** A tail that slides with each new event drops keys that cached rows have read, and a
+cache is then not what a new forward would give. Here a tail starts at a multiple of 32 rows: it holds its
+nominal number and 0 to 31 more, and its start follows from the number of rows alone. So an extended cache is
+what encoding anew gives, whichever process encodes; once in 32 events a start moves, which `must_refresh`
+says. In training histories end anywhere, so that every length of a tail is known to the model.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
-# Rows; tails are multiples of it, and may grow by as many before a refresh
+# Rows; tails are multiples of it, and their starts move by as many
 ROUND_TO = 32
 # Twice that of other models: a head here is narrow, and a few of many rows are like a candidate by chance
 SHARPNESS = 20.0
@@ -259,29 +258,38 @@ class OneTrans(Ranker):
         return self.config.merge == "timestamp_aware"
 
     @property
-    def grows_exactly(self) -> bool:
-        """Tails stay where the last full encoding put them, so with a pyramid they grow meanwhile."""
-        return self.can_extend and not self.config.pyramid
-
-    @property
     def tails(self) -> tuple[int, ...]:
-        """S rows of each layer's input for a full history, before any extension."""
+        """S rows of each layer's input, at least, where there are as many."""
         length = self.sizes.history_length + (self.sizes.actions - 1 if self._has_separators else 0)
         length += self.sizes.tokens[0]
         return tail_lengths(
             length, min(self.num_ns, length), self.config.num_layers, self.config.pyramid
         )
 
+    def starts(self, rows_B: Tensor) -> Tensor:
+        """The first S row of each layer's input, B × n: a multiple of 32.
+
+        Args:
+            rows_B: S rows of each user.
+        """
+        tails = torch.tensor(self.tails, device=rows_B.device)
+        beyond = (rows_B[:, None] - tails).clamp(min=0)
+        return beyond.div(ROUND_TO, rounding_mode="floor") * ROUND_TO
+
     def encode_user(self, user: UserInputs) -> UserState:
         """Stage I: every S row and the request's NS tokens through all layers."""
         rows, mask = self._sequence(user)
-        # In training the tails vary in length, as extension makes them vary in serving.
-        longer = int(torch.randint(ROUND_TO, ())) if self.training and self.config.pyramid else 0
+        # Rows stand on the right; a place counts from the user's oldest.
+        number_B = mask.sum(1)
+        starts_Bn = self.starts(number_B)
+        place_BL = torch.arange(mask.shape[1], device=mask.device) - (
+            mask.shape[1] - number_B[:, None]
+        )
         cache = []
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
             # Queries only of rows that the next layer keeps; of the last layer only keys are read.
-            keep = 0 if last else min(rows.shape[1], self.tails[number + 1] + longer)
+            keep = 0 if last else max(int((number_B - starts_Bn[:, number + 1]).max()), 1)
             query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]
             cache.append((keys, values, mask))
             if not last:
@@ -289,15 +297,14 @@ class OneTrans(Ranker):
                     query, keys, values, attn_mask=_causal(mask, keep), scale=1.0
                 )
                 rows = layer.finish(rows[:, -keep:], read)  # type: ignore[operator]
-                mask = mask[:, -keep:]
+                mask = mask[:, -keep:] & (place_BL[:, -keep:] >= starts_Bn[:, number + 1, None])
         length = user.mask_BL.sum(1)
         full = bool(user.mask_BL.all())
         bags = self.features.bag(user) if self.config.pooled_sequences else None
         return self._with_request(cache, user, bags, length, torch.zeros_like(length), full)
 
     def extend_user(self, user_state: UserState, new_events: UserInputs) -> UserState:
-        """Only the new events' rows, against cached keys and values; exact with respect to the
-        pinned tails.
+        """Only the new events' rows, against cached keys and values; exact while no tail's start has moved.
 
         The request's features are those of `new_events`.
         """
@@ -334,12 +341,9 @@ class OneTrans(Ranker):
         )
 
     def must_refresh(self, user_state: UserState) -> Tensor:
-        """Users, bool B, whose tails have outgrown their nominal lengths by 32 rows."""
-        before = user_state.length_B - user_state.added_B + self.sizes.tokens[0]
-        grown = torch.stack(
-            [before.clamp(max=tail) + user_state.added_B - tail for tail in self.tails]
-        )
-        return (grown >= ROUND_TO).any(0)
+        """Users, bool B, with a tail whose start has moved since they were encoded."""
+        now = user_state.length_B + self.sizes.tokens[0]
+        return (self.starts(now) != self.starts(now - user_state.added_B)).any(1)
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Stage II: each candidate's NS tokens against the cache; candidates never see one another.
@@ -384,9 +388,7 @@ class OneTrans(Ranker):
         length = rows_S.shape[1]
         place = torch.arange(length, device=rows_S.device) - (length - mask_S.sum(1, keepdim=True))
         if starts_Bn is None:
-            starts_Bn = torch.stack(
-                [(mask_S.sum(1) - tail).clamp(min=0) for tail in self.tails], dim=1
-            )
+            starts_Bn = self.starts(mask_S.sum(1))
         # One candidate at a time, so that no candidate can read another.
         for index in range(batch.candidates.item_BC.shape[1]):
             one = batch.candidates.select(slice(index, index + 1))

@@ -82,10 +82,6 @@ class Blend(Ranker):
     def can_extend(self) -> bool:
         return self.network.can_extend
 
-    @property
-    def grows_exactly(self) -> bool:
-        return self.network.grows_exactly
-
     def encode_user(self, user: UserInputs) -> UserState:
         return UserState(self.network.encode_user(user), self.trees.encode_user(user))
 

@@ -3,8 +3,8 @@ came.
 
 A kept state is never believed: what the model would read of the user now is compared, event by event, with
 what it was made from. Where a model's states grow (`can_extend`), the same events with another request's
-features cost an extension by nothing, and new events are added where that is what encoding anew would give
-(`grows_exactly`); otherwise only a user who is the very same in every number is known again. All else is
+features cost an extension by nothing, and new events are added unless that is no longer what encoding anew would
+give (`must_refresh`); otherwise only a user who is the very same in every number is known again. All else is
 encoded anew. As one thread runs the model, two requests of a user at the same moment are one encoding.
 """
 
@@ -107,8 +107,6 @@ class UserStates:
         before = kept.user.item_BL.shape[1]
         now = user.item_BL.shape[1]
         if not self._extends or now < before or not bool(kept.user.mask_BL.all()):
-            return None
-        if now > before and not self._model.grows_exactly:
             return None
         # Behind a full window the oldest event falls out: then these differ from the first on.
         if not _equal(kept.user, user.events(0, before), EVENTS):

@@ -93,17 +93,24 @@ def test_what_can_be_taken_further_is_and_nothing_else(name: str) -> None:
     assert outcome(gone) == "known"  # what is missing is as missing as before
 
 
-def test_a_pyramid_is_not_grown_by_events() -> None:
-    """Its tails are where the last full encoding put them, which another process would not know."""
+def test_a_pyramid_grows_until_a_tail_moves() -> None:
+    """Then what is cached is no longer what another process would encode."""
     config = {"width": 16, "num_layers": 2, "pyramid": True}
-    model = models.build("onetrans", config, worlds.SIZES).eval()
-    assert model.can_extend
-    assert not model.grows_exactly
-    states, whole = UserStates(model, most_bytes=1 << 24), worlds.user_inputs([12], 5)
+    model = models.build("onetrans", config, replace(worlds.SIZES, history_length=96)).eval()
+    # The second layer reads 64 rows of 95, and of 96 the same from the 32nd on.
+    assert model.tails == (96, 64)
+    states, whole = UserStates(model, most_bytes=1 << 24), worlds.user_inputs([96], 5)
+    counts = []
     with torch.inference_mode():
-        for user in (whole.events(0, 6), later(whole).events(0, 6), whole.events(0, 9)):
-            states.of(1, user)
-    assert states.counts == {"encoded": 2, "extended": 1}
+        for length in (60, 70, 95, 96):
+            states.of(1, whole.events(0, length))
+            counts.append(dict(states.counts))
+    assert counts == [
+        {"encoded": 1},
+        {"encoded": 1, "extended": 1},
+        {"encoded": 1, "extended": 2},
+        {"encoded": 2, "extended": 2},
+    ]
 
 
 def test_bytes_are_bounded_and_the_least_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
