@@ -388,8 +388,8 @@ class Histories:
         before = np.r_[0, running][self.offsets[:-1]]
         return running - np.repeat(before, self.lengths)
 
-    def newest(self, length: int) -> Histories:
-        """The newest `length` events of each request."""
+    def newest(self, length: int | np.ndarray) -> Histories:
+        """The newest `length` events of each request, one number for all or one for each."""
         return self.take(np.maximum(self.offsets[1:] - length, self.offsets[:-1]), self.offsets[1:])
 
     def take(self, starts: np.ndarray, ends: np.ndarray) -> Histories:

@@ -129,6 +129,7 @@ def export(
         "model": recipe.model,
         "config": recipe.config,
         "history_length": recipe.history_length,
+        "history_block": recipe.history_block,
         "service": recipe.service,
         "online_service": f"{SERVICE_WITH_TOKENS if accepted else recipe.service}_online",
         "tokens": {"version": accepted, "shape": shape, "made_here": tokens is None}
@@ -182,7 +183,15 @@ def load(path: Path, contract: Contract, expected_digest: str | None = None) -> 
     tokens = manifest["tokens"] or {"made_here": True, "version": None}
     read = (0, 0) if tokens["made_here"] else tuple(tokens["shape"])
     relations = _relations_of(path)
-    encoder = Encoder(own, vocabularies, manifest["history_length"], read, relations)
+    encoder = Encoder(
+        own,
+        vocabularies,
+        manifest["history_length"],
+        read,
+        relations,
+        # A bundle of before has none.
+        manifest.get("history_block", 1),
+    )
     features = {"dense_features": list(encoder.dense_names), "transforms": TRANSFORMS_VERSION}
     if (trained := {name: manifest[name] for name in features}) != features:
         raise BundleError(

@@ -206,10 +206,11 @@ class AblatedEncoder(Encoder):
         tokens: tuple[int, int] = (0, 0),
         relations: Relations | None = None,
         ablated: tuple[str, ...] = (),
+        history_block: int = 1,
     ) -> None:
         if unknown := set(ablated) - set(ABLATED):
             raise ValueError(f"no inputs {sorted(unknown)} to withhold; there are {ABLATED}")
-        super().__init__(contract, vocabularies, history_length, tokens, relations)
+        super().__init__(contract, vocabularies, history_length, tokens, relations, history_block)
         self.ablated = ablated
 
     @cached_property
@@ -249,11 +250,14 @@ def encoder_of(
     tokens: tuple[int, int] = (0, 0),
     relations: Relations | None = None,
     ablated: tuple[str, ...] = (),
+    history_block: int = 1,
 ) -> Encoder:
     """Return the encoder of a recipe, which withholds what the recipe says."""
     if not ablated:
-        return Encoder(contract, vocabularies, history_length, tokens, relations)
-    return AblatedEncoder(contract, vocabularies, history_length, tokens, relations, ablated)
+        return Encoder(contract, vocabularies, history_length, tokens, relations, history_block)
+    return AblatedEncoder(
+        contract, vocabularies, history_length, tokens, relations, ablated, history_block
+    )
 
 
 def ablation_of(encoder: Encoder) -> Ablation:

@@ -131,6 +131,7 @@ class Encoder:
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
         relations: of items; default: nothing is known of them.
+        history_block: what is read of a history of more than `history_length` events begins at a multiple of it.
     """
 
     def __init__(
@@ -140,12 +141,18 @@ class Encoder:
         history_length: int,
         tokens: tuple[int, int] = (0, 0),
         relations: Relations | None = None,
+        history_block: int = 1,
     ) -> None:
+        if not 1 <= history_block <= history_length:
+            raise ValueError(
+                f"history_block is {history_block}: it is at least 1, and at most history_length, {history_length}"
+            )
         self.contract = contract
         self.relations = relations or Relations.none(arrow_type(contract.item.dtype))
         self.between = Between(contract, self.relations)
         self.vocabularies = vocabularies
         self.history_length = history_length
+        self.history_block = history_block
         self.tokens = tokens
         self.item_key = contract.item.join_key
         self.request = group_of(contract.request_features, vocabularies)
@@ -341,7 +348,12 @@ class Encoder:
         """How many events a model reads of each request's history."""
         if encoded.history_lengths is None:
             return np.zeros(len(encoded), np.int64)
-        return np.minimum(encoded.history_lengths, self.history_length)
+        return self.window(encoded.history_lengths)
+
+    def window(self, known_B: np.ndarray) -> np.ndarray:
+        """How many of the newest events are read of histories of so many."""
+        beyond = np.maximum(known_B - self.history_length, 0)
+        return known_B + -beyond // self.history_block * self.history_block
 
     def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
         """Pad the chosen requests into a Batch.
@@ -351,6 +363,11 @@ class Encoder:
         """
         # 1. Users: histories, fields, and stored tokens where these are read.
         histories = encoded.gather(chosen, self.history_length)
+        if self.history_block > 1:
+            known = histories.lengths
+            if encoded.history_lengths is not None:
+                known = np.maximum(known, encoded.history_lengths[chosen])
+            histories = histories.newest(self.window(known))
         user = self.user_inputs(
             histories,
             encoded.times[chosen],

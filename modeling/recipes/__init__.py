@@ -92,6 +92,9 @@ class Recipe:
     ablated: tuple[str, ...] = ()
     # Config of trees whose logits are blended with the model's; None: the model alone
     trees: dict[str, Any] | None = None
+    # What is read of a longer history begins at a multiple of so many events, so that a kept state can take new ones
+    # until it moves; 1 reads the newest `history_length`
+    history_block: int = 1
 
     def __post_init__(self) -> None:
         if self.model == "trees" and self.trees is not None:

@@ -15,6 +15,8 @@ from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 WIDTH = 32
 # Events that are read
 LENGTH = 128
+# Of recipes whose kept states take new events: what is read of longer histories begins at a multiple of it
+BLOCK = 32
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 2,
@@ -91,7 +93,7 @@ def concat() -> Recipe:
 
 def hydrarec() -> Recipe:
     """HydraRec as a ranker: a decayed sum a layer, which takes new events exactly."""
-    return _ranker("hydrarec", "hydrarec_ranker", HYDRAREC)
+    return replace(_ranker("hydrarec", "hydrarec_ranker", HYDRAREC), history_block=BLOCK)
 
 
 def hiformer() -> Recipe:
@@ -230,8 +232,7 @@ def onetrans_tiny() -> Recipe:
 def hydrarec_tiny() -> Recipe:
     """Seconds on any machine."""
     recipe = _tiny("hydrarec_tiny", "hydrarec_ranker", {**HYDRAREC, "width": 16})
-    # Its sums cost the same whatever they hold
-    return replace(recipe, history_length=64)
+    return replace(recipe, history_block=8)
 
 
 def hiformer_tiny() -> Recipe:

@@ -319,6 +319,7 @@ def load_trained(run: TrainingRun) -> tuple[Ranker, Encoder]:
         run.tokens.shape if run.tokens else (0, 0),
         read_relations(run.folder / RELATIONS),
         run.recipe.ablated,
+        run.recipe.history_block,
     )
     recipe = run.recipe
     model = build_ranker(recipe.model, recipe.config, encoder.sizes, recipe.trees)

@@ -50,7 +50,10 @@ class Encodings:
     def encoder_of(self, recipe: Recipe) -> Encoder:
         tokens = recipe.tokens is not None
         return self.set_of(recipe).encoder(
-            recipe.history_length, tokens=tokens, ablated=recipe.ablated
+            recipe.history_length,
+            tokens=tokens,
+            ablated=recipe.ablated,
+            history_block=recipe.history_block,
         )
 
     def period(self, recipe: Recipe, name: str) -> Period:

@@ -120,18 +120,30 @@ class TrainingSet:
     hold: TextIO = field(repr=False)
 
     def encoder(
-        self, history_length: int, *, tokens: bool = False, ablated: tuple[str, ...] = ()
+        self,
+        history_length: int,
+        *,
+        tokens: bool = False,
+        ablated: tuple[str, ...] = (),
+        history_block: int = 1,
     ) -> Encoder:
         """The encoder of a ranker that reads so many events.
 
         Args:
             tokens: whether it reads stored summary tokens.
             ablated: inputs that are withheld from it.
+            history_block: see `Encoder`.
         """
         shape = self.options.tokens.shape if tokens and self.options.tokens else (0, 0)
         contract = self.warehouse.contract
         return encoder_of(
-            contract, self.vocabularies, history_length, shape, self.relations, ablated
+            contract,
+            self.vocabularies,
+            history_length,
+            shape,
+            self.relations,
+            ablated,
+            history_block,
         )
 
     def period(self, name: str, *, tokens: bool = False) -> Period:

@@ -39,12 +39,14 @@ class Prepared:
         numbers: of the candidates.
         item_of_key: row of the vocabulary of each item key.
         relation_of_key: row of the relations of each item key.
+        history_length: events of the user that are known, packed or not.
     """
 
     requests: RequestInputs
     numbers: ItemNumbers
     item_of_key: np.ndarray
     relation_of_key: np.ndarray
+    history_length: int
 
 
 class RequestEncoder:
@@ -71,9 +73,10 @@ class RequestEncoder:
     ) -> Encoded:
         """This one request as training encodes it; see `prepared`."""
         made = self.prepared(user, candidates, at, items, context)
-        return self._encoder.encode(
+        encoded = self._encoder.encode(
             made.requests, made.numbers, made.item_of_key, made.relation_of_key
         )
+        return replace(encoded, history_lengths=np.array([made.history_length]))
 
     def prepared(
         self,
@@ -119,7 +122,14 @@ class RequestEncoder:
             gather_tokens=self._tokens_of(user),
             read_sketch=self._sketch_of(user, micros),
         )
-        return Prepared(requests, items.numbers, keyed.item_of_key, keyed.relation_of_key)
+        packed = int(histories.lengths[0])
+        return Prepared(
+            requests,
+            items.numbers,
+            keyed.item_of_key,
+            keyed.relation_of_key,
+            max(packed, known["history_end"] or 0),
+        )
 
     def _keyed(
         self, history: pa.RecordBatch | None, candidates: Sequence[Id], items: Taken

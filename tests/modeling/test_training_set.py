@@ -172,6 +172,30 @@ def test_nothing_beyond_the_visible_events_is_known(shop: Any, made: TrainingSet
     assert known >= len(log.users)
 
 
+def test_a_longer_history_is_read_from_a_multiple_of_the_block(made: TrainingSet) -> None:
+    encoded = made.period("test").encoded
+    chosen = np.arange(len(encoded))
+    whole = made.encoder(512).collate(encoded, chosen).user
+    encoder = made.encoder(10, history_block=4)
+    read = encoder.collate(encoded, chosen).user
+    number = read.mask_BL.sum(1)
+    assert encoded.history_lengths is not None
+    known = torch.from_numpy(encoded.history_lengths)
+    assert (known > 10).any()
+    assert number.tolist() == encoder.events_read(encoded).tolist()
+    assert (number[known <= 10] == known[known <= 10]).all()
+    assert ((known - number)[known > 10] % 4 == 0).all()
+    assert ((number > 6) & (number <= 10))[known > 10].all()
+    for request, events in enumerate(number.tolist()):
+        all_of_them = int(whole.mask_BL[request].sum())
+        assert torch.equal(
+            read.item_BL[request, :events],
+            whole.item_BL[request, all_of_them - events : all_of_them],
+        )
+    with pytest.raises(ValueError, match="history_block is 11"):
+        made.encoder(10, history_block=11)
+
+
 def test_what_is_withheld_is_missing_and_the_rest_is_not(made: TrainingSet) -> None:
     encoded, chosen = made.period("test").encoded, np.arange(5)
     whole = made.encoder(16).collate(encoded, chosen)
