@@ -39,12 +39,8 @@ demo: setup  ## the whole road: raw rows in, a ranked list out
 	$(RUN) -m beam_jobs training_examples --runner=$(RUNNER)
 	$(RUN) -m feature_repo apply
 	$(RUN) -m beam_jobs materialize --runner=$(RUNNER)
-	$(RUN) -m modeling train $(RECIPE)
-	$(RUN) -m modeling evaluate $(RECIPE)
-	$(RUN) -m modeling export $(RECIPE)
-ifneq ($(filter vista%,$(RECIPE)),)
-	$(RUN) -m beam_jobs summary_tokens --bundle $(RECIPE) --runner=$(RUNNER)
-endif
+	@set -e; $(RUN) -m modeling road $(RECIPE) --runner=$(RUNNER) | while read -r command; do \
+		echo "$(RUN) -m $$command"; $(RUN) -m $$command < /dev/null; done
 	$(RUN) -m modeling memory --effort small
 	$(RUN) -m serving demo --recipe $(RECIPE)
 

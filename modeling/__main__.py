@@ -1,4 +1,4 @@
-"""`python -m modeling train | evaluate | export | compare | bundles | recipes | about`: options only."""
+"""`python -m modeling train | evaluate | export | compare | bundles | recipes | about | road`: options only."""
 
 from __future__ import annotations
 
@@ -213,6 +213,19 @@ def about(recipe: str = DEFAULT) -> None:
     from modeling import recipes as found
 
     print(found.about(found.load(recipe)))
+
+
+@app.command
+def road(recipe: str = DEFAULT, *, runner: str = "FnApiRunner") -> None:
+    """Say which commands lead from built tables to a recipe that can be served, one a line; `make demo` runs them.
+
+    Args:
+        runner: of Beam, for the jobs among them.
+    """
+    from modeling import recipes as found
+
+    for command in found.road(found.load(recipe), runner):
+        print(command)
 
 
 def _refuse_below_one(**options: int) -> None:

@@ -35,6 +35,8 @@ CLASSES = {
     "wukong": ("baselines", "Wukong"),
 }
 NAMES = tuple(CLASSES)
+# Those whose stage 1 makes summary tokens of histories
+TOKEN_MAKERS = ("vista", "vista_addressed")
 
 
 def module_of(name: str) -> str:

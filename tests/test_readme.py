@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 
 from feature_repo.home.tables import JobFolder
+from modeling import recipes
+from modeling.models import model_class
+from modeling.models.base import TokenMaker
+from modeling.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,13 +70,33 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
         and not c.endswith(("tokens", "check"))
     ]
     assert len(told) == 10
-    steps = [
-        line
-        for line in shown.splitlines()
-        if line.startswith(".venv/bin/python -m") and " pip " not in line
-    ]
+    steps = []
+    for line in shown.splitlines():
+        if "modeling road" in line:
+            found = recipes.road(recipes.load("vista_trees"), "FnApiRunner")
+            steps += [f".venv/bin/python -m {command}" for command in found]
+        elif line.startswith(".venv/bin/python -m") and " pip " not in line:
+            steps.append(line)
     assert [step for step in steps if step in told] == told
     assert steps[-1] == ".venv/bin/python -m serving demo --recipe vista_trees"
+
+
+def test_the_road_to_a_recipe_that_reads_tokens_makes_them_first() -> None:
+    assert recipes.road(recipes.load("amortised_tokens"), "FnApiRunner") == [
+        "modeling train vista",
+        "modeling evaluate vista",
+        "modeling export vista --not_live",
+        "beam_jobs summary_tokens --bundle vista --runner=FnApiRunner --every_days 7",
+        "modeling train amortised_tokens",
+        "modeling evaluate amortised_tokens",
+        "modeling export amortised_tokens",
+    ]
+    # Whether a model makes tokens is said where torch is not imported, and is so.
+    for name in recipes.all_recipes():
+        recipe = recipes.load(name)
+        if isinstance(recipe, Recipe):
+            made = issubclass(model_class(recipe.model), TokenMaker) and recipe.tokens is None
+            assert recipes.makes_tokens(recipe) == made, name
 
 
 @pytest.mark.slow
