@@ -41,12 +41,13 @@ def train_next_item(
 def show_next_item(
     settings: Settings, recipe: NextItemRecipe, data: Path | None, changes: Changes
 ) -> None:
-    """Test metrics of a finished next-item run.
+    """Test metrics of a finished next-item run, baselines beside it.
 
     Raises:
         NotTrainedError: it is not finished.
     """
-    from modeling.comparison.comparison import metric_lines
+    from modeling.comparison.comparison import baseline_lines, metric_lines
+    from modeling.next_item.baselines import baseline_metrics
     from modeling.next_item.next_item import finished, named, open_source
 
     source = open_source(settings, data)
@@ -59,3 +60,5 @@ def show_next_item(
         )
     say(f"{recipe.name}, seed {result['seed']}, test targets of {source.title}")
     print_table(metric_lines(result))
+    say("beside it, on the whole catalogue (FULL), without training")
+    print_table(baseline_lines(baseline_metrics(source.sequences)))

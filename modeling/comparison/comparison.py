@@ -102,10 +102,18 @@ def next_item_recipe(name: str) -> NextItemRecipe:
 
 def metric_lines(result: dict[str, Any]) -> list[list[str]]:
     """All metrics of one run: a row for each protocol."""
+    return _lines("protocol", result["test"])
+
+
+def baseline_lines(found: dict[str, dict[str, float]]) -> list[list[str]]:
+    """All metrics of scorings that need no training: a row for each."""
+    return _lines("baseline", found)
+
+
+def _lines(head: str, found: dict[str, dict[str, float]]) -> list[list[str]]:
     names = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in CUTOFFS]
-    return [["protocol", *names]] + [
-        [protocol, *(f"{found[name]:.4f}" for name in names)]
-        for protocol, found in result["test"].items()
+    return [[head, *names]] + [
+        [row, *(f"{metrics[name]:.4f}" for name in names)] for row, metrics in found.items()
     ]
 
 

@@ -15,6 +15,7 @@ the seed, as SASRec did.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import numpy as np
@@ -40,8 +41,39 @@ class ScoreError(ArithmeticError):
     """Scores that cannot be ranked."""
 
 
+class Scorer(ABC):
+    """Gives every item of the catalogue a score for each of some histories."""
+
+    # Newest events that it reads of a history; None: all of them
+    history_length: int | None = None
+
+    @abstractmethod
+    def scores(self, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:
+        """Scores, B × items.
+
+        Args:
+            starts, stops: of each history in `sequences.items`; none is empty.
+        """
+
+
+class ModelScorer(Scorer):
+    """History vectors times the catalogue."""
+
+    def __init__(self, model: SequenceRanker) -> None:
+        self.history_length = model.sizes.history_length
+        self._model = model
+
+    def scores(self, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:
+        model = self._model
+        was_training = model.training
+        model.eval()
+        found: Tensor = history_vectors(model, sequences, starts, stops) @ model.catalogue.T
+        model.train(was_training)
+        return found
+
+
 def evaluate(
-    model: SequenceRanker,
+    model: SequenceRanker | Scorer,
     sequences: Sequences,
     target: Target,
     protocol: Protocol = "FULL",
@@ -57,7 +89,7 @@ def evaluate(
 
 
 def evaluated_ranks(
-    model: SequenceRanker,
+    model: SequenceRanker | Scorer,
     sequences: Sequences,
     target: Target,
     protocol: Protocol = "FULL",
@@ -109,7 +141,7 @@ def sums_of_ranks(ranks: np.ndarray) -> dict[str, PerUser]:
 
 
 def target_ranks(
-    model: SequenceRanker,
+    model: SequenceRanker | Scorer,
     sequences: Sequences,
     users: np.ndarray,
     target: Target,
@@ -119,8 +151,11 @@ def target_ranks(
     """Rank of each user's target among the protocol's candidates, from 0, in the order of
     `users`.
     """
+    scorer = ModelScorer(model) if isinstance(model, SequenceRanker) else model
     stops = sequences.target_rows(users, target)
-    starts = np.maximum(stops - model.sizes.history_length, sequences.offsets[users])
+    starts = sequences.offsets[users]
+    if scorer.history_length is not None:
+        starts = np.maximum(stops - scorer.history_length, starts)
     sampled = (
         None if protocol == "FULL" else sample_negatives(sequences, users, target, protocol, rng)
     )
@@ -128,17 +163,14 @@ def target_ranks(
     ranks = np.empty(len(users), np.int64)
     order = np.argsort(starts - stops, kind="stable")
     most = max(1, SCORES // sequences.num_items)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     with torch.inference_mode():
         first = 0
         while first < len(order):
             longest = int(stops[order[first]] - starts[order[first]])
             chosen = order[first : first + min(most, max(1, ROWS // longest))]
             first += len(chosen)
-            history = history_vectors(model, sequences, starts[chosen], stops[chosen])
-            scores = history @ model.catalogue.T
+            scores = scorer.scores(sequences, starts[chosen], stops[chosen])
+            device = scores.device
             if not torch.isfinite(scores).all():
                 raise ScoreError(
                     "scores hold NaN or infinity: the model's weights are damaged or its training diverged"
@@ -170,7 +202,6 @@ def target_ranks(
                 candidates = torch.cat([wanted[:, None], candidates], 1)
                 column = torch.zeros_like(wanted)
             ranks[chosen] = ranks_of(scores, candidates, column).cpu().numpy()
-    model.train(was_training)
     return ranks
 
 

@@ -65,6 +65,10 @@ def test_train_and_evaluate_show_the_test_metrics(
     assert (
         run("evaluate", "hydrarec_next_tiny", "--data", lines, "--epochs", "1", "--seed", "4") == 0
     )
+    said = "".join(capsys.readouterr())
+    assert all(
+        name in said for name in ("FULL", "popularity", "what followed the last item", "EASE")
+    )
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(

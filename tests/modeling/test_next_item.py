@@ -20,8 +20,16 @@ from hypothesis import strategies as st
 from feature_repo.raw.sequence_file import sequence_contract, write_log
 from modeling import recipes
 from modeling.errors import DataError
+from modeling.evaluation.item_graphs import EASE
 from modeling.models.sequence import SequenceRanker
 from modeling.next_item import leave_one_out, next_item
+from modeling.next_item.baselines import (
+    FOLLOWERS,
+    POPULARITY,
+    Followers,
+    Popularity,
+    baseline_metrics,
+)
 from modeling.next_item.leave_one_out import (
     ScoreError,
     metrics_of_ranks,
@@ -352,6 +360,27 @@ def test_full_protocol_removes_seen_items_and_reads_the_validation_item(tmp_path
     )
     assert sorted(model.asked) == [[1, 2], [5, 6], [9, 10]]
     assert ranks.tolist() == [0, 0, 0]  # at validation time the test item is one among the others
+
+
+def test_baselines_are_what_their_names_say(tmp_path: Path) -> None:
+    """Counts of training events, without the two held-out items of each user."""
+    users = [[1, 2, 3, 4, 5], [2, 3, 6, 4, 1], [3, 2, 1, 6, 4], [5, 2, 3, 1, 6]]
+    sequences = sequences_of(users, tmp_path)
+    of_item = {int(item): place for place, item in enumerate(sequences.item_ids.to_pylist())}
+    stops = sequences.target_rows(np.arange(4), "test")
+    starts = sequences.offsets[:-1]
+    popular = Popularity(sequences).scores(sequences, starts, stops)
+    assert [float(popular[0, of_item[item]]) for item in (1, 2, 3, 4, 5, 6)] == [2, 4, 4, 0, 1, 1]
+    followed = Followers(sequences).scores(sequences, starts, stops)
+    # Behind 4, the first user's last item, nothing came in training; behind 6 neither.
+    assert followed[0].max() < 0.001
+    # Of a history that ends in 2, 3 followed three times and 1 once.
+    ending_in_2 = Followers(sequences).scores(sequences, starts[:1], starts[:1] + 2)[0]
+    assert float(ending_in_2[of_item[3]]) == pytest.approx(3, abs=0.001)
+    assert float(ending_in_2[of_item[1]]) == pytest.approx(1, abs=0.001)
+    found = baseline_metrics(sequences)
+    assert set(found) == {POPULARITY, FOLLOWERS, EASE}
+    assert all(0 < metrics["hr@20"] <= 1 for metrics in found.values())
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
