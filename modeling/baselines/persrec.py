@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from modeling.baselines import base, dcnv2
 from modeling.inputs.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
+from modeling.layers.host import at_most
 from modeling.layers.interaction import Interaction
 from modeling.layers.reader import History
 
@@ -121,7 +122,7 @@ class PerSRec(base.Baseline):
         """
         segment = self.config.segment
         kept = self.config.num_tokens
-        number = -(-int(older_B1.max()) // segment)
+        number = -(-at_most(older_B1, rows_BLD.shape[1]) // segment)
         batch = len(rows_BLD)
         width = rows_BLD.shape[-1]
         if not number:

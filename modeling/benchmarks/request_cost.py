@@ -100,7 +100,7 @@ def _measured(model: Ranker, batch: Batch) -> _Measured:
     stage_1 = None if model.token_maker is None else model.token_maker.stage_1
     if stage_1 is not None and stage_1.streams:
         tokens, streams = stage_1.stream([user])
-        given = replace(user.events(-1), tokens_BSX=tokens, has_tokens_B=torch.tensor([True]))
+        given = replace(user.events(-1), tokens_BSX=tokens)
         one_event_ms = _ms(lambda: stage_1.stream([user.events(-1)], streams))
         state_bytes = 2 * tokens[0].numel() + 4 * stage_1.stored_streams(streams)[0].numel()
     state = model.encode_user(given)

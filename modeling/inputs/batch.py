@@ -62,7 +62,8 @@ class UserInputs(_Tensors):
     event_category_BLJ: Tensor | None = None
     # float32 summary tokens from a store, zeros where a user has none
     tokens_BSX: Tensor | None = None
-    has_tokens_B: Tensor | None = None  # bool
+    # Bool; None: every user has some, or the batch has none
+    has_tokens_B: Tensor | None = None
 
     def events(self, start: int, stop: int | None = None) -> UserInputs:
         """The same users with only the events `[start, stop)` of the padded history."""

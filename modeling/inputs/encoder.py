@@ -378,7 +378,9 @@ class Encoder:
         if encoded.gather_tokens is not None:
             tokens, has = encoded.gather_tokens(chosen)
             user = replace(
-                user, tokens_BSX=torch.from_numpy(tokens), has_tokens_B=torch.from_numpy(has)
+                user,
+                tokens_BSX=torch.from_numpy(tokens),
+                has_tokens_B=None if has.all() else torch.from_numpy(has),
             )
         # 2. Candidates: the flat rows of the chosen requests, padded to B × C.
         lengths = encoded.num_candidates[chosen]

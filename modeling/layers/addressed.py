@@ -62,6 +62,7 @@ class SlotMemory(nn.Module):
         self.gate = nn.Linear(event_size, 1, bias=False) if event_size else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
+        self.half_lives_days = half_lives_days
         self.register_buffer("half_lives", torch.tensor(half_lives_days), persistent=False)
 
     @property
@@ -109,7 +110,7 @@ class SlotMemory(nn.Module):
             address_BLA, code_BLW = of_event.split([address.shape[1], code.shape[1]], dim=-1)
             totals = []
             masses = []
-            for half_life in self.half_lives.tolist():
+            for half_life in self.half_lives_days:
                 faded = weight * torch.exp2(-age / half_life)
                 totals.append((address_BLA * faded[..., None]).transpose(1, 2) @ code_BLW)
                 masses.append((faded.abs()[:, None] @ address_BLA)[:, 0])

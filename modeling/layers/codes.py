@@ -77,8 +77,17 @@ class ItemCodes(nn.Module):
         return normalize(torch.stack(found, dim=-2), dim=-1)
 
     def of_events(self, item_BL: Tensor) -> Items:
+        """Codes of each different item once; on an accelerator, where their number would have to be waited for, of each
+        event.
+        """
+        if item_BL.device.type != "cpu":
+            return self._of_each(item_BL)
         items, which = torch.unique(item_BL, return_inverse=True)
         return Items(self(self.parts(items)), which)
+
+    def _of_each(self, item_BL: Tensor) -> Items:
+        each = torch.arange(item_BL.numel(), device=item_BL.device)
+        return Items(self(self.parts(item_BL.flatten())), each.view_as(item_BL))
 
     def forward(self, parts: Tensor) -> Tensor:
         """Codes, … × W."""

@@ -43,6 +43,8 @@ class PerTokenLinear(nn.Module):
         Args:
             which: the map of each row, int64, shaped as rows without their last axis.
         """
+        if which.device.type != "cpu":
+            return self._chosen_of_all(rows, which)
         flat = rows.reshape(-1, rows.shape[-1])
         which = which.reshape(-1)
         order = which.argsort(stable=True)
@@ -54,6 +56,21 @@ class PerTokenLinear(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return torch.cat(found)[back].reshape(*rows.shape[:-1], self.weight.shape[-1])
+
+    def _chosen_of_all(self, rows: Tensor, which: Tensor) -> Tensor:
+        """The same by every map for every row, where how many rows a map has would have to be waited for."""
+        found: Tensor | None = None
+        for number, weight in enumerate(self.weight):
+            mapped = rows @ weight
+            if self.bias is not None:
+                mapped = mapped + self.bias[number]
+            found = (
+                mapped
+                if found is None
+                else torch.where((which == number)[..., None], mapped, found)
+            )
+        assert found is not None
+        return found
 
 
 class PerTokenLayerNorm(nn.Module):

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
+from modeling.layers.host import maybe_any
+
 
 class Stream(NamedTuple):
     """All that a layer keeps of the rows so far; its size does not depend on their number."""
@@ -142,7 +144,7 @@ class QuasiLinearLayer(nn.Module):
         block_count = torch.where(full, count, stream.block_number)
         # 3. Each row reads the blocks before its own, and itself.
         read = query @ old.to(query.dtype)
-        if bool(later.any()):
+        if maybe_any(later):
             new = self.matrix(block_total, block_count).to(query.dtype)
             read = torch.where(within[:, None, :, None], read, query @ new)
         read = read + (query * keys).sum(-1, keepdim=True) * values
@@ -223,7 +225,7 @@ class QuasiLinearLayer(nn.Module):
         block_total = stream.block_total
         block_number = stream.block_number
         full = filled == self.block
-        if bool(full.any()):
+        if maybe_any(full):
             block_total = torch.where(full[:, None, None, None], total, block_total)
             block_number = torch.where(full, count, block_number)
             filled = torch.where(full, 0, filled)

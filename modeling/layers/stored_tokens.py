@@ -29,10 +29,11 @@ class StoredTokens(nn.Module):
             ValueError: the batch has no tokens, or tokens of the wrong shape.
         """
         tokens = user.tokens_BSX
-        has = user.has_tokens_B
-        if tokens is None or has is None or tokens.shape[1:] != self.shape:
+        if tokens is None or tokens.shape[1:] != self.shape:
             found = None if tokens is None else tuple(tokens.shape[1:])
             raise ValueError(
                 f"this model reads stored summary tokens of shape {self.shape}, the batch has {found}"
             )
-        return torch.where(has[:, None, None], self.project(tokens), self.nobody)
+        rows: Tensor = self.project(tokens)
+        has = user.has_tokens_B
+        return rows if has is None else torch.where(has[:, None, None], rows, self.nobody)

@@ -37,6 +37,7 @@ from modeling.inputs.batch import Candidates, FeatureSizes, UserInputs
 from modeling.layers.attention import HistoryAttentionLayer, causal_mask
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens
+from modeling.layers.host import surely_all
 from modeling.layers.interaction import CrossNetwork, Interaction, ReadDotInteraction, TaskHeads
 from modeling.layers.pointwise_attention import PointwiseAttentionLayer
 from modeling.layers.stored_tokens import StoredTokens
@@ -86,7 +87,7 @@ class UserState:
     values: tuple[Tensor, ...]
     rows_BLD: Tensor | None
     mask_BL: Tensor
-    # No padding in any row
+    # Surely no padding in any row
     full: bool
     # Events so far, padding not counted
     length_B: Tensor
@@ -173,7 +174,7 @@ class AmortisedDLRM(Ranker):
         items = self.features.item(user.item_BL)
         bags = self.features.bag(user, items_BLD=items) if self.config.bags else None
         rows = self._events(user, items, mask.new_zeros(len(mask), dtype=torch.long))
-        full = bool(mask.all())
+        full = surely_all(mask)
         length = mask.sum(1)
         # Stored tokens stand before the events: more history, already summarised.
         if self.stored is not None:
@@ -197,7 +198,7 @@ class AmortisedDLRM(Ranker):
         items = self.features.item(new_events.item_BL)
         rows = self._events(new_events, items, user_state.length_B)
         keys, values = self._through_layers(rows, causal_mask(mask, rows.shape[1]), user_state)
-        full = user_state.full and bool(new_events.mask_BL.all())
+        full = user_state.full and surely_all(new_events.mask_BL)
         bags = self.features.bag(new_events, user_state.bags, items) if self.config.bags else None
         request = self.features.request(new_events, bags)
         length = user_state.length_B + new_events.mask_BL.sum(1)

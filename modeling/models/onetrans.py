@@ -44,6 +44,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
 from modeling.layers.embedding import sinusoids
 from modeling.layers.features import Bags, FeatureTokens, Numbers
+from modeling.layers.host import at_most, surely_all
 from modeling.layers.interaction import TaskHeads
 from modeling.layers.matching import Matching, begin_alike
 from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
@@ -103,7 +104,7 @@ class UserState:
     masks: tuple[Tensor, ...]
     # Final states of the request's NS tokens; with request_tokens 0 its features, as they are
     request_BRD: Tensor
-    # No padding in any row
+    # Surely no padding in any row
     full: bool
     # Kept with pooled_sequences
     bags: Bags | None
@@ -189,6 +190,8 @@ class MixedLayer(nn.Module):
 class OneTrans(Ranker):
     """See the module docstring."""
 
+    tails_n: Tensor
+
     def __init__(self, config: Config, sizes: FeatureSizes) -> None:
         super().__init__()
         self.config = config
@@ -234,6 +237,7 @@ class OneTrans(Ranker):
             nn.Embedding(max(sizes.actions - 1, 1), width) if self._has_separators else None
         )
         self.stored = StoredTokens(sizes, width) if sizes.tokens[0] else None
+        self.register_buffer("tails_n", torch.tensor(self.tails), persistent=False)
         self.layers = nn.ModuleList(
             MixedLayer(config, self.num_ns) for _ in range(config.num_layers)
         )
@@ -272,8 +276,7 @@ class OneTrans(Ranker):
         Args:
             rows_B: S rows of each user.
         """
-        tails = torch.tensor(self.tails, device=rows_B.device)
-        beyond = (rows_B[:, None] - tails).clamp(min=0)
+        beyond = (rows_B[:, None] - self.tails_n).clamp(min=0)
         return beyond.div(ROUND_TO, rounding_mode="floor") * ROUND_TO
 
     def encode_user(self, user: UserInputs) -> UserState:
@@ -289,7 +292,11 @@ class OneTrans(Ranker):
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
             # Queries only of rows that the next layer keeps; of the last layer only keys are read.
-            keep = 0 if last else max(int((number_B - starts_Bn[:, number + 1]).max()), 1)
+            keep = 0
+            if not last:
+                beyond = self.tails[number + 1] + ROUND_TO - 1
+                kept_B = number_B - starts_Bn[:, number + 1]
+                keep = max(at_most(kept_B, min(rows.shape[1], beyond)), 1)
             query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]
             cache.append((keys, values, mask))
             if not last:
@@ -299,7 +306,7 @@ class OneTrans(Ranker):
                 rows = layer.finish(rows[:, -keep:], read)  # type: ignore[operator]
                 mask = mask[:, -keep:] & (place_BL[:, -keep:] >= starts_Bn[:, number + 1, None])
         length = user.mask_BL.sum(1)
-        full = bool(user.mask_BL.all())
+        full = surely_all(user.mask_BL)
         bags = self.features.bag(user) if self.config.pooled_sequences else None
         return self._with_request(cache, user, bags, length, torch.zeros_like(length), full)
 
@@ -335,7 +342,7 @@ class OneTrans(Ranker):
         added = new.sum(1)
         bags = user_state.bags
         bags = None if bags is None else self.features.bag(new_events, bags)
-        full = user_state.full and bool(new.all())
+        full = user_state.full and surely_all(new)
         return self._with_request(
             cache, new_events, bags, user_state.length_B + added, user_state.added_B + added, full
         )

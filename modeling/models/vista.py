@@ -128,17 +128,15 @@ class VISTA(TokenMaker):
         """
         if self.stored is not None:
             return self.state_of(self.stored(user), user)
-        if user.tokens_BSX is not None and user.has_tokens_B is not None:
-            has = user.has_tokens_B
-            tokens = user.tokens_BSX
-            if not bool(has.all()):
+        if (tokens := user.tokens_BSX) is not None:
+            if (has := user.has_tokens_B) is not None:
                 unstored = replace(user, tokens_BSX=None, has_tokens_B=None)
                 tokens = torch.where(
                     has[:, None, None], tokens, self.encode_user(unstored).tokens_BSD
                 )
             return self.state_of(tokens, user)
         if isinstance(self.stage_1, StreamingStage1):
-            return self._advance(self.stage_1.start(len(user.item_BL)), user)
+            return self._advance(self.stage_1.start(len(user.item_BL)), user, fresh=True)
         assert self.stage_1 is not None
         return self.state_of(self.stage_1(user), user)
 
@@ -156,9 +154,9 @@ class VISTA(TokenMaker):
             )
         return self._advance(user_state.streams, new_events)
 
-    def _advance(self, streams: Streams, user: UserInputs) -> UserState:
+    def _advance(self, streams: Streams, user: UserInputs, *, fresh: bool = False) -> UserState:
         assert isinstance(self.stage_1, StreamingStage1)
-        tokens, streams = self.stage_1.advance(streams, user)
+        tokens, streams = self.stage_1.advance(streams, user, fresh=fresh)
         return self.state_of(tokens, user, streams)
 
     def state_of(self, tokens_BSD: Tensor, user: UserInputs, streams: Streams = ()) -> UserState:

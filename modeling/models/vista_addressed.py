@@ -274,12 +274,11 @@ class AddressedVISTA(TokenMaker):
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Sums of the user's events, or the tokens of a store, where given."""
-        if user.tokens_BSX is None or user.has_tokens_B is None:
+        if user.tokens_BSX is None:
             started = self.stage_1.start(len(user.item_BL))
             return self._state(self.stage_1.advance(started, user), user)
-        has = user.has_tokens_B
         stored = user.tokens_BSX
-        if not bool(has.all()):
+        if (has := user.has_tokens_B) is not None:
             fresh = self.encode_user(replace(user, tokens_BSX=None, has_tokens_B=None)).tokens_BSD
             stored = torch.where(has[:, None, None], stored, fresh)
         return self._of_tokens(stored, user)

@@ -17,6 +17,7 @@ from modeling.inputs.batch import UserInputs
 from modeling.layers.attention import HistoryAttentionLayer
 from modeling.layers.codes import ItemRows
 from modeling.layers.features import EventInputs, FeatureTokens
+from modeling.layers.host import maybe_any
 from modeling.layers.quasi_linear import QuasiLinearLayer, Stream
 from modeling.models.base import Stage1
 
@@ -280,7 +281,7 @@ class StreamingStage1(QuasiLinearStage1):
 
     def forward(self, user: UserInputs) -> Tensor:
         """Tokens of whole histories, B × S × D."""
-        return self.advance(self.start(len(user.item_BL)), user)[0]
+        return self.advance(self.start(len(user.item_BL)), user, fresh=True)[0]
 
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
         """Tokens of histories of any length; `chunks` is called once.
@@ -317,15 +318,19 @@ class StreamingStage1(QuasiLinearStage1):
         """Return the streams of users without events."""
         return tuple(layer.start(batch, self.seeds) for layer in self._units)
 
-    def advance(self, streams: Streams, user: UserInputs) -> tuple[Tensor, Streams]:
+    def advance(
+        self, streams: Streams, user: UserInputs, *, fresh: bool = False
+    ) -> tuple[Tensor, Streams]:
         """Tokens behind the user's events, and the streams: in one pass where the events fit into
         the current block.
+
+        Args:
+            fresh: the streams are those of `start`.
         """
         mask = user.mask_BL
-        if mask.shape[1] > self.config.block or bool(
-            (streams[0].filled + mask.sum(1) > self.config.block).any()
-        ):
-            streams = self._take(streams, user)
+        beyond = mask.shape[1] > self.config.block
+        if beyond or (not fresh and maybe_any(streams[0].filled + mask.sum(1) > self.config.block)):
+            streams = self._take(streams, user, fresh=fresh)
             return self._read(streams), streams
         rows = self.rows(user)
         seeds = self._seeds_for(len(mask))
@@ -358,12 +363,12 @@ class StreamingStage1(QuasiLinearStage1):
             for layer in range(len(self.layers))
         )
 
-    def _take(self, streams: Streams, user: UserInputs) -> Streams:
+    def _take(self, streams: Streams, user: UserInputs, *, fresh: bool = False) -> Streams:
         """Every layer's stream behind the user's events: all at once from the beginning of a block,
         else block by block.
         """
         found = list(streams)
-        if not bool(streams[0].filled.any()):
+        if fresh or not maybe_any(streams[0].filled):
             rows = self.rows(user)
             for number, layer in enumerate(self._units):
                 rows, found[number] = layer.advance_blocks(rows, user.mask_BL, found[number])

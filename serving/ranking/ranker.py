@@ -265,7 +265,7 @@ class RankService:
             user = batch.user.with_events(self.bundle.encoder.history_length)
             if self.bundle.tokens is not None:
                 stored = torch.zeros(1, *self.bundle.token_shape)
-                user = replace(user, tokens_BSX=stored, has_tokens_B=torch.tensor([True]))
+                user = replace(user, tokens_BSX=stored, has_tokens_B=None)
             with self._model_lock, torch.inference_mode():
                 state = self.bundle.model.encode_user(user)
                 self.bundle.model.score(state, batch.candidates)
