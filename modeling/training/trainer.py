@@ -248,6 +248,15 @@ def share_hidden(training: Training, train: Encoded) -> float:
     return max(training.hidden, few) if training.hidden else 0.0
 
 
+class _Untold(NamedTuple):
+    """A step that was taken, its loss where it was computed."""
+
+    step: int
+    epoch: int
+    loss: Tensor
+    samples: int
+
+
 class Loop(ABC):
     """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping,
     progress.
@@ -280,6 +289,8 @@ class Loop(ABC):
         # CPU seconds and NDCG@10, at each validation
         self.curve: list[list[float]] = []
         self.stopped = False
+        # Steps that were taken and are not logged yet
+        self._untold: deque[_Untold] = deque()
 
     @abstractmethod
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -329,26 +340,22 @@ class Loop(ABC):
                 # `plan` gives an epoch the same batches again, so a resumed one skips those done.
                 for loaded in ahead(self.load, self.plan(self.epoch)[self.next_batch :]):
                     if budget is not None and budget <= 0:
+                        self._tell(advance)
                         return self._summary()
                     started = time.process_time()
                     loss, samples = self._train_step(loaded, total)
                     self.cpu_seconds += time.process_time() - started
                     self.next_batch += 1
                     self.step += 1
+                    self._untold.append(_Untold(self.step, self.epoch, loss, samples))
+                    # An accelerator works on this step while that before it is told.
+                    self._tell(advance, all_but=0 if self.device.type == "cpu" else 1)
                     budget = None if budget is None else budget - 1
-                    # Log before saving: a checkpoint must not be ahead of the log.
-                    self._log(
-                        {
-                            "kind": "step",
-                            "step": self.step,
-                            "epoch": self.epoch,
-                            "loss": loss,
-                            "samples": samples,
-                        }
-                    )
-                    advance(self.step, f"loss {loss:.4f}", samples)
                     if self.step % self.training.checkpoint_steps == 0:
+                        # A checkpoint must not be ahead of the log, nor hold weights behind a loss that is no number.
+                        self._tell(advance)
                         self._save()
+                self._tell(advance)
                 # Validate, then save, so that a resumed run does not validate the epoch again.
                 self._end_epoch()
                 self._save()
@@ -359,7 +366,35 @@ class Loop(ABC):
         self.model.load_state_dict(load_file(self.folder / "best.safetensors"))
         return self.model
 
-    def _train_step(self, loaded: Any, total: int) -> tuple[float, int]:
+    def _tell(self, advance: Callable[..., None], all_but: int = 0) -> None:
+        """Log steps that were taken, oldest first, but for the newest so many.
+
+        Raises:
+            LossError: the loss of one is no finite number.
+        """
+        while len(self._untold) > all_but:
+            told = self._untold.popleft()
+            loss = float(told.loss)
+            self._refuse_no_number(loss, told.step - 1, told.epoch)
+            self._log(
+                {
+                    "kind": "step",
+                    "step": told.step,
+                    "epoch": told.epoch,
+                    "loss": loss,
+                    "samples": told.samples,
+                }
+            )
+            advance(told.step, f"loss {loss:.4f}", told.samples)
+
+    def _refuse_no_number(self, loss: float, step: int, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise LossError(
+                f"loss is {loss} at step {step} (epoch {epoch}): lower learning_rate (now {self.training.learning_rate}) "
+                f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
+            )
+
+    def _train_step(self, loaded: Any, total: int) -> tuple[Tensor, int]:
         self.model.train()
         self.optimizer.set_rate(
             _schedule(
@@ -368,18 +403,16 @@ class Loop(ABC):
         )
         self.optimizer.zero_grad()
         # 1. The gradients of all parts add up to the batch's.
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = 0
         for part, number in self.losses(loaded):
             part.backward()
-            loss = loss + float(part.detach())
+            loss = loss + part.detach()
             samples = samples + number
-        # 2. Refuse before the optimizer's step, while the weights are still finite.
-        if not math.isfinite(loss):
-            raise LossError(
-                f"loss is {loss} at step {self.step} (epoch {self.epoch}): lower learning_rate (now {self.training.learning_rate}) "
-                f"or clip_norm (now {self.training.clip_norm}); the newest checkpoint is {self.folder / 'checkpoint.pt'}"
-            )
+        # 2. Refuse before the optimizer's step, while the weights are still finite, where nobody has to wait for that;
+        # elsewhere when the step is told.
+        if self.device.type == "cpu":
+            self._refuse_no_number(float(loss), self.step, self.epoch)
         # 3. Step, then move the averaged weights.
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
         self.optimizer.step()
@@ -539,6 +572,8 @@ class Trainer(Loop):
     ) -> None:
         super().__init__(model, training, folder, identity, device)
         self.encoder = encoder
+        weights = [task.weight for task in encoder.contract.spec.tasks]
+        self._weights_T = torch.tensor(weights, device=self.device)
 
     def fit(
         self, train: Encoded, validation: Encoded, stop_after: int | None = None
@@ -557,17 +592,21 @@ class Trainer(Loop):
 
     def losses(self, loaded: Batch) -> Iterator[tuple[Tensor, int]]:
         """Binary cross-entropy over the candidates of a batch, in one part."""
-        batch: Batch = loaded.to(self.device)
-        # Of the step, so that a resumed run draws alike.
+        # 1. On the host: what is hidden, of the step, so that a resumed run draws alike.
+        batch = loaded
         rng = np.random.default_rng([self.training.seed, self.step])
         if self.hidden:
             batch = hide(self.encoder, batch, self.hidden, rng)
         batch = forget(self.encoder, batch, rng)
+        samples = int(batch.candidates.mask_BC.sum())
+        # 2. On the device, in one move.
+        batch = batch.to(self.device)
         logits, further = cast(Ranker, self.model).training_forward(batch)
-        weights = logits.new_tensor([task.weight for task in self.encoder.contract.spec.tasks])
-        loss = masked_bce(logits, batch.labels_BCT, batch.candidates.mask_BC, weights)
+        loss = masked_bce(
+            logits, batch.labels_BCT, batch.candidates.mask_BC, self._weights_T.to(logits.dtype)
+        )
         loss = loss if further is None else loss + further
-        yield loss, int(batch.candidates.mask_BC.sum())
+        yield loss, samples
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Log loss and NDCG@10 of the validation period: of each task where there are several, and
