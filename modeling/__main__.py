@@ -26,7 +26,7 @@ Seed = Annotated[
 ]
 Epochs = Annotated[int | None, Parameter(help="epochs at most; default: the recipe's")]
 Force = Annotated[bool, Parameter(help="start again, even if the result is up to date")]
-Device = Annotated[str, Parameter(help="device to train on, such as cuda")]
+Device = Annotated[str, Parameter(help="where the model runs, such as cuda")]
 Threads = Annotated[
     int, Parameter(help="threads of torch and scikit-learn; one is safest beside other load")
 ]
@@ -65,6 +65,7 @@ def evaluate(
     data: Data = None,
     seed: Seed = None,
     epochs: Epochs = None,
+    device: Device = "cpu",
     threads: Threads = 1,
     changes: Set = (),
     force: Force = False,
@@ -75,7 +76,7 @@ def evaluate(
     from modeling.commands.evaluate import run_evaluate
 
     _refuse_below_one(threads=threads)
-    run_evaluate(recipe, data, _changes(seed, epochs, changes), force, threads)
+    run_evaluate(recipe, data, _changes(seed, epochs, changes), device, force, threads)
 
 
 @app.command

@@ -4,6 +4,7 @@ feature_repo.errors.ExpectedError
 ├── RecipeError            no such recipe, model or field, or a value that it does not take
 ├── DataError              the data holds nothing to learn, choose or measure from, or does not fit the recipe
 ├── NotTrainedError        a run was asked for that was not trained, or not evaluated, on the tables in force
+├── DeviceError            a device that this machine or this build of torch does not have
 ├── RunError               another process holds the run's folder, its tables were rebuilt meanwhile, a checkpoint is damaged
 ├── ScoresError            scores that are no finite numbers, or a period without requests
 ├── dataset.JoinError      the point-in-time join lost, added or moved rows
@@ -35,6 +36,10 @@ class RunError(ExpectedError, RuntimeError):
     """A run that cannot go on: its folder is held, its tables were rebuilt, or what it left is
     damaged.
     """
+
+
+class DeviceError(ExpectedError, ValueError):
+    """A device that torch cannot use on this machine."""
 
 
 class ScoresError(ExpectedError, ValueError):

@@ -25,6 +25,7 @@ def serve(
     port: int | None = None,
     processes: int | None = None,
     bundle: str | None = None,
+    device: str | None = None,
     replay: bool | None = None,
     repair: bool | None = None,
     item_refresh_s: float | None = None,
@@ -37,6 +38,7 @@ def serve(
         port: port to listen on, by default 8000; 0 for any free one.
         processes: server processes, by default one; each holds the model and all items.
         bundle: folder of a bundle; by default the live one of the catalogue, which is followed.
+        device: where the model runs, by default cpu; cuda needs a GPU.
         replay: requests without a time are taken as made at the end of the data, for samples of the
             past.
         repair: fill an online store that was emptied again, from the tables.
@@ -47,6 +49,7 @@ def serve(
         "port": port,
         "processes": processes,
         "bundle": bundle,
+        "device": device,
         "replay": replay,
         "repair": repair,
         "item_refresh_s": item_refresh_s,

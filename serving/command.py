@@ -257,6 +257,7 @@ def app() -> Any:
         settings.stale_days,
         settings.state_mib << 20,
         settings.deadline_ms,
+        settings.device,
     )
     live = Live(
         source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None

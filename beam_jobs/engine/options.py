@@ -133,6 +133,7 @@ class TokenOptions(RunOptions):
         refill: send all stored tokens online, such as to an emptied store.
         computed_at: ISO time to stamp the tokens with; by default the clock, or the time of a killed run.
         not_live: build tokens without making the bundle live.
+        device: where stage 1 runs, such as cuda; a worker needs one.
     """
 
     bundle: str | None = None
@@ -142,6 +143,7 @@ class TokenOptions(RunOptions):
     refill: bool = False
     computed_at: str | None = None
     not_live: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.every_days is not None and not 0 <= self.every_days < 36_525:

@@ -141,8 +141,9 @@ def summariser_of(plan: RunPlan) -> Summariser:
     from modeling.bundle.summary import load_summariser
 
     torch.set_num_threads(1)
-    assert prepared(plan).bundle is not None
-    return load_summariser(prepared(plan).path, plan.contract, str(prepared(plan).bundle))
+    options = prepared(plan)
+    assert options.bundle is not None
+    return load_summariser(options.path, plan.contract, options.bundle, options.device)
 
 
 def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:

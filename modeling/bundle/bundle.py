@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ class Bundle:
     def makes_tokens(self) -> bool:
         """True if its own stage 1 makes the tokens that it accepts."""
         return self.model.token_shape is not None
+
+    def on(self, device: torch.device) -> Bundle:
+        """The same bundle, its model moved to a device."""
+        return replace(self, model=self.model.to(device))
 
 
 def export(

@@ -27,6 +27,7 @@ from modeling.bundle import bundle
 from modeling.bundle.token_identity import token_fingerprint
 from modeling.inputs.batch import UserInputs
 from modeling.inputs.encoder import Encoder
+from modeling.layers.host import device_named, device_of
 from modeling.models.base import Ranker
 
 # Events, padding counted, that stage 1 reads at a time
@@ -80,6 +81,7 @@ class Summariser:
         self.encoder = encoder
         self.fingerprint = fingerprint
         self.streams = self.stage_1.streams
+        self._device = device_of(self.stage_1)
         self._lock = Lock()
 
     def bytes_of_user(self, snapshots: int = 1) -> int:
@@ -98,7 +100,7 @@ class Summariser:
         """
         number = histories.lengths.astype(np.int64)
         if not self.streams:
-            histories = histories.newest(self.encoder.history_length)
+            histories = histories.newest(self.encoder.window(histories.lengths))
         return replace(self._run(histories, item_of_key, at, None), num_events=number)
 
     def extended(self, before: Summary, new_events: Histories, item_of_key: np.ndarray) -> Summary:
@@ -130,10 +132,10 @@ class Summariser:
             with self._lock, torch.inference_mode():
                 seen = None if before is None else before.select(chosen)
                 found, streams = self._batch(part, item_of_key, at[chosen], seen)
-            tokens[chosen] = found.numpy()
+            tokens[chosen] = found.cpu().numpy()
             if streams is not None:
                 kept = np.empty((number, *streams.shape[1:]), np.float32) if kept is None else kept
-                kept[chosen] = streams.numpy()
+                kept[chosen] = streams.cpu().numpy()
         newest = np.zeros(number, np.int64) if before is None else before.as_of.copy()
         some = events.lengths > 0
         newest[some] = events.times[events.offsets[1:][some] - 1]
@@ -168,8 +170,8 @@ class Summariser:
         # 3. With streams: go on from the stored ones, where there are some.
         restored = None
         if before is not None and before.streams_BRK is not None:
-            streams_BRK = torch.from_numpy(before.streams_BRK)
-            seen = torch.from_numpy(before.num_events)
+            streams_BRK = torch.from_numpy(before.streams_BRK).to(self._device)
+            seen = torch.from_numpy(before.num_events).to(self._device)
             restored = self.stage_1.restored_streams(streams_BRK, seen)
         tokens, streams = self.stage_1.stream(chunks(), restored)
         return tokens, self.stage_1.stored_streams(streams)
@@ -179,9 +181,10 @@ class Summariser:
     ) -> UserInputs:
         """Events without a request: no fields, no dense features."""
         none = np.zeros((len(at), 0))
-        return self.encoder.user_inputs(
+        inputs = self.encoder.user_inputs(
             events, at, none.astype(np.int64), none.astype(np.float32), item_of_key, before
         )
+        return inputs.to(self._device)
 
 
 def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -235,19 +238,20 @@ def stored_summary(tokens: Envelope, state: Envelope) -> Summary:
     return Summary(tokens.tokens_SD[None], state.tokens_SD[None].copy(), number, as_of)
 
 
-_loaded: dict[tuple[str, str], Summariser] = {}
+_loaded: dict[tuple[str, str, str], Summariser] = {}
 _loading = Lock()
 
 
-def load_summariser(path: str, contract: Contract, digest: str) -> Summariser:
-    """The summariser of a bundle, loaded once for each process, however many threads ask.
+def load_summariser(path: str, contract: Contract, digest: str, device: str = "cpu") -> Summariser:
+    """The summariser of a bundle, loaded once for each process and device, however many threads ask.
 
     Raises:
+        DeviceError: there is no such device.
         BundleError: the bundle must not be used.
         ValueError: it makes no tokens.
     """
     with _loading:
-        if (path, digest) not in _loaded:
-            loaded = bundle.load(Path(path), contract, digest)
-            _loaded[path, digest] = Summariser(loaded.model, loaded.encoder)
-        return _loaded[path, digest]
+        if (path, digest, device) not in _loaded:
+            loaded = bundle.load(Path(path), contract, digest).on(device_named(device))
+            _loaded[path, digest, device] = Summariser(loaded.model, loaded.encoder)
+        return _loaded[path, digest, device]

@@ -16,6 +16,13 @@ from modeling.models.base import Ranker
 VERSION = 1
 
 
+def _window(encoder: Encoder) -> int | tuple[int, int]:
+    """Which events of a longer history are read."""
+    if encoder.history_block == 1:
+        return encoder.history_length
+    return encoder.history_length, encoder.history_block
+
+
 def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
     """32 hexadecimal digits over all that summary tokens depend on; None for a model that makes
     none.
@@ -31,7 +38,7 @@ def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:
         "versions": [VERSION, TRANSFORMS_VERSION, envelope.LAYOUT],
         "contract": encoder.contract.fingerprint,
         "config": stage_1.token_config,
-        "history_length": None if stage_1.streams else encoder.history_length,
+        "history_length": None if stage_1.streams else _window(encoder),
         "items": encoder.items.plain(),
         "events": {name: index.plain() for name, index in encoder.event.indices.items()},
     }

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from feature_repo.settings import Settings
 from modeling import recipes
 from modeling.errors import RecipeError
 from modeling.recipes import Recipe
 from modeling.training.changes import Comparison
 
-if TYPE_CHECKING:
-    pass
-
 
 def run_compare(asked: Comparison) -> None:
     """Recipes × seeds side by side.
 
     Raises:
+        DeviceError: there is no such device.
         RecipeError: recipes of two kinds, or options of the other kind.
     """
+    from modeling.layers.host import device_named
+
+    device_named(asked.device)
     settings = Settings.from_env()
     if {type(recipes.load(name)) for name in asked.recipes} == {Recipe}:
         if asked.data is not None:

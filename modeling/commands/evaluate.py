@@ -21,18 +21,27 @@ from modeling.recipes import NextItemRecipe
 from modeling.training.changes import Changes, changed
 
 if TYPE_CHECKING:
+    import torch
+
     from modeling.claims import Difference
     from modeling.evaluation.evaluate import Evaluation
     from modeling.training.training_run import TrainingRun
 
 
 def run_evaluate(
-    name: str, data: Path | None, changes: Changes, force: bool = False, threads: int = 1
+    name: str,
+    data: Path | None,
+    changes: Changes,
+    device: str,
+    force: bool = False,
+    threads: int = 1,
 ) -> None:
     """Metrics of a trained recipe."""
+    from modeling.layers.host import device_named
     from modeling.training.training_run import trained_run
 
     use_threads(threads)
+    device_named(device)
     settings = Settings.from_env()
     recipe = recipes.load(name)
     if isinstance(recipe, NextItemRecipe):
@@ -40,11 +49,17 @@ def run_evaluate(
         return
     refuse_data(recipe, data, settings)
     run = trained_run(settings, recipe, changes)
-    evaluate(run, Catalogue(settings.catalogue_url), force=force)
+    evaluate(run, Catalogue(settings.catalogue_url), device, force=force)
 
 
-def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> None:
-    """Metrics on the test period, baselines, report."""
+def evaluate(
+    run: TrainingRun, catalogue: Catalogue, device: str = "cpu", *, force: bool = False
+) -> None:
+    """Metrics on the test period, baselines, report.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
     from modeling.evaluation.evaluate import (
         beside_trees,
         calibration_line,
@@ -69,12 +84,13 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     # 1. Evaluate, unless the run and the code that evaluates it are the same.
     if not done:
         from modeling.evaluation.report import write_report
+        from modeling.layers.host import device_named
 
         with catalogue.stage(
             run.settings.dataset, f"evaluate {run.recipe.name}", identity
         ) as stage:
             say("evaluate: opening the test period")
-            found = _evaluated(run)
+            found = _evaluated(run, device_named(device))
             write(run.folder, identity, found)
             evaluation = read(run.folder)
             title = f"{run.recipe.name} on {contract.spec.title}"
@@ -110,7 +126,7 @@ def evaluate(run: TrainingRun, catalogue: Catalogue, *, force: bool = False) -> 
     say(f"report: {report}", soft_wrap=True)
 
 
-def _evaluated(run: TrainingRun) -> Evaluation:
+def _evaluated(run: TrainingRun, device: torch.device) -> Evaluation:
     """The evaluation of a run, with trees on the same numbers beside it.
 
     The training set is open in here alone: it holds its folder, and matplotlib, which draws the report, keeps
@@ -134,6 +150,7 @@ def _evaluated(run: TrainingRun) -> Evaluation:
     # 1. The periods as they were trained on: shards on disk.
     encodings = run.encodings()
     model, encoder = load_trained(run)
+    model = model.to(device)
     spec = encoder.contract.spec
     labels = [
         np.asarray(encodings.period(run.recipe, name).encoded.labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from feature_repo.settings import Settings
 from modeling import recipes
@@ -11,9 +10,6 @@ from modeling.console import print_table, say
 from modeling.errors import NotTrainedError
 from modeling.recipes import NextItemRecipe
 from modeling.training.changes import Changes
-
-if TYPE_CHECKING:
-    pass
 
 
 def train_next_item(

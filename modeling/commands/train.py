@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.settings import Settings
@@ -12,9 +11,6 @@ from modeling.commands.next_item import train_next_item
 from modeling.commands.options import refuse_data, use_threads
 from modeling.recipes import NextItemRecipe
 from modeling.training.changes import Changes, changed
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_train(
@@ -26,9 +22,11 @@ def run_train(
     threads: int = 1,
 ) -> None:
     """Train a recipe to its end; with `force` from the beginning, trained or not."""
+    from modeling.layers.host import device_named
     from modeling.training.training_run import note_newest, open_run, train
 
     use_threads(threads)
+    device_named(device)
     settings = Settings.from_env()
     recipe = changed(recipes.load(name), changes)
     if isinstance(recipe, NextItemRecipe):

@@ -4,7 +4,35 @@ stalls it; there the cautious answer is given, and code that asks is right with 
 
 from __future__ import annotations
 
-from torch import Tensor
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from modeling.errors import DeviceError
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, such as `cpu` or `cuda`.
+
+    Raises:
+        DeviceError: torch knows none, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise DeviceError(
+            f"device {name!r} cannot be used here: {why}. `cpu` works everywhere; `cuda` needs a GPU and torch built for it"
+        ) from error
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next(held, torch.empty(0)).device
 
 
 def surely_all(mask: Tensor) -> bool:

@@ -145,7 +145,7 @@ class AddressedStage1(Stage1):
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
         return self.stream(chunks())[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stream(
         self, chunks: Iterable[UserInputs], streams: Streams | None = None
     ) -> tuple[Tensor, Streams]:

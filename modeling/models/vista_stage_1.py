@@ -218,7 +218,7 @@ class QuasiLinearStage1(SeedStage1):
                 rows = layer(rows, matrix, target=False)
         return self._tokens(seeds)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def summarise(self, chunks: Callable[[], Iterable[UserInputs]]) -> Tensor:
         """Tokens of histories of any length, in the memory of one chunk: the same as of the whole at once.
 
@@ -291,7 +291,7 @@ class StreamingStage1(QuasiLinearStage1):
         """
         return self.stream(chunks())[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stream(
         self, chunks: Iterable[UserInputs], streams: Streams | None = None
     ) -> tuple[Tensor, Streams]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.layers.host import device_of
 from modeling.metrics import PerUser
 from modeling.models.sequence import SequenceRanker
 from modeling.next_item.sequences import Sequences, Target
@@ -223,7 +224,7 @@ def history_vectors(
 ) -> Tensor:
     """History vectors of slices, B × D: the last row, or [MASK]'s in a bidirectional model."""
     events, _, order = sequences.packed(starts, stops)
-    encoded = model.encode_histories(events.to(next(model.parameters()).device))
+    encoded = model.encode_histories(events.to(device_of(model)))
     return encoded[torch.from_numpy(np.argsort(order)).to(encoded.device)]
 
 

@@ -9,7 +9,6 @@ continues from the newest checkpoint and writes the same lines as a run that was
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import shutil
@@ -40,6 +39,7 @@ from modeling.inputs.augment import forget, hide
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.tasks import sigmoid, weighted
+from modeling.layers.host import device_of
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
@@ -208,7 +208,7 @@ def predict(
     sizes = encoded.num_candidates
     offsets = encoded.candidate_offsets
     order = np.argsort(sizes, kind="stable")
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    device = device_of(model)
     model.eval()
     plan = list(grouped(order, sizes, encoder.events_read(encoded), most))
     with torch.inference_mode():
@@ -573,7 +573,7 @@ class Trainer(Loop):
         super().__init__(model, training, folder, identity, device)
         self.encoder = encoder
         weights = [task.weight for task in encoder.contract.spec.tasks]
-        self._weights_T = torch.tensor(weights, device=self.device)
+        self._weights_T = torch.tensor(weights).to(self.device)
 
     def fit(
         self, train: Encoded, validation: Encoded, stop_after: int | None = None

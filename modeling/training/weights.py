@@ -18,7 +18,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights as safetensors, with the permissions of the files beside them: the library's
     writer keeps them from everybody else.
     """
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+    path.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in weights.items()}))
 
 
 def save_model(model: Ranker, folder: Path) -> None:

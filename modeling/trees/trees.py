@@ -100,11 +100,12 @@ class Trees(Ranker):
         return scaled
 
     def encode_user(self, user: UserInputs) -> UserState:
-        return UserState(user)
+        """Trees read no events, and are walked on the host."""
+        return UserState(user.events(0, 0).to("cpu"))
 
     def score(self, user_state: UserState, candidates: Candidates) -> Tensor:
         """Score candidates of a request together. logits_BCT."""
-        rows_BCF = self.columns.rows(user_state.user, candidates).cpu()
+        rows_BCF = self.columns.rows(user_state.user, candidates.to("cpu"))
         flat = rows_BCF.flatten(0, 1).numpy()
         sums_NT = np.stack([forest.scores(flat) for forest in self.forests], axis=1)
         sums = torch.from_numpy(sums_NT).to(self.scale_T.device)

@@ -41,6 +41,8 @@ class ServeSettings(BaseSettings):
     hosts: tuple[str, ...] = ()
     # Each holds the model and all items
     processes: Annotated[int, Field(ge=1, le=256)] = 1
+    # Where the model runs, such as cuda
+    device: str = "cpu"
     # Default: the live one of the catalogue, which is followed
     bundle: Path | None = None
     # Requests without a time are as of the end of the data

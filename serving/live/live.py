@@ -31,6 +31,7 @@ from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store.store import close_store, held_epoch, open_store
 from modeling.bundle import bundle as bundles
+from modeling.layers.host import device_named
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
@@ -93,6 +94,8 @@ class BundleSource:
     # Bytes of encoded users that are kept between requests
     state_bytes: int = 0
     deadline_ms: float = math.inf
+    # Where the model runs
+    device: str = "cpu"
 
     @cached_property
     def _catalogue(self) -> Catalogue:
@@ -112,11 +115,12 @@ class BundleSource:
         """The bundle alone, checked; arguments and errors as in `load`."""
         contract = datasets.load_contract(self.settings.dataset)
         if self.bundle is not None:
-            return bundles.load(self.bundle, contract)
+            return bundles.load(self.bundle, contract).on(device_named(self.device))
         live = self._catalogue.live_bundle(self.settings.dataset)
         if digest is not None and live.digest != digest:
             raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
-        return bundles.load(self.settings.path(live.path), contract, live.digest)
+        path = self.settings.path(live.path)
+        return bundles.load(path, contract, live.digest).on(device_named(self.device))
 
     def load(self, digest: str | None = None) -> Serving:
         """The bundle over the online store, warm, its scores tried.

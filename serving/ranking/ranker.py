@@ -22,6 +22,7 @@ from feature_repo.history.transforms import MICROS_PER_DAY
 from modeling.bundle.bundle import Bundle
 from modeling.inputs.encoder import Encoded
 from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid
+from modeling.layers.host import device_of
 from serving.api.degraded import Degraded
 from serving.api.messages import (
     RankRequest,
@@ -93,6 +94,7 @@ class RankService:
     ) -> None:
         self.states = UserStates(bundle.model, state_bytes) if state_bytes else None
         self.bundle = bundle
+        self.device = device_of(bundle.model)
         self.reader = reader
         self.items = items
         self.replay_from = replay_from
@@ -267,8 +269,8 @@ class RankService:
                 stored = torch.zeros(1, *self.bundle.token_shape)
                 user = replace(user, tokens_BSX=stored, has_tokens_B=None)
             with self._model_lock, torch.inference_mode():
-                state = self.bundle.model.encode_user(user)
-                self.bundle.model.score(state, batch.candidates)
+                state = self.bundle.model.encode_user(user.to(self.device))
+                self.bundle.model.score(state, batch.candidates.to(self.device)).cpu()
             times.append(1000 * (time.perf_counter() - began))
         self.ms_of_500 = round(min(times), 2)
         return self.ms_of_500
@@ -295,20 +297,21 @@ class RankService:
         clock.lap("features")
         with self._model_lock, torch.inference_mode():
             if user_id is None or self.states is None:
-                state = model.encode_user(batch.user)
+                state = model.encode_user(batch.user.to(self.device))
             else:
                 state = self.states.of(user_id, batch.user)
             clock.lap("encode_user")
-        total = batch.candidates.item_BC.shape[1]
+        candidates = batch.candidates.to(self.device)
+        total = candidates.item_BC.shape[1]
         pieces = []
         # The lock is free between pieces, so that a short request need not wait for a long one.
         for start in range(0, total, PIECE):
             if start:
                 go_on(-(-(total - start) // PIECE))
-            chosen = batch.candidates.select(slice(start, start + PIECE))
+            chosen = candidates.select(slice(start, start + PIECE))
             with self._model_lock, torch.inference_mode():
                 pieces.append(model.score(state, chosen)[0])
-        logits: np.ndarray[Any, Any] = torch.cat(pieces).numpy()
+        logits: np.ndarray[Any, Any] = torch.cat(pieces).cpu().numpy()
         clock.lap("score")
         return logits
 

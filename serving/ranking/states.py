@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from modeling.inputs.batch import UserInputs
+from modeling.layers.host import device_of
 from modeling.models.base import CannotExtendError, Ranker, UserState
 
 Outcome = Literal["encoded", "extended", "known"]
@@ -55,6 +56,7 @@ class UserStates:
 
     def __init__(self, model: Ranker, most_bytes: int, most_s: float = STATE_S) -> None:
         self._model = model
+        self._device = device_of(model)
         self._most_bytes = most_bytes
         self._most_s = most_s
         # How each state came about
@@ -72,7 +74,7 @@ class UserStates:
 
         Args:
             key: whose; states of other keys are never looked at.
-            user: one user's inputs.
+            user: one user's inputs, on the host, where they are compared.
         """
         kept = self._kept.get(key)
         if kept is not None and time.monotonic() - kept.made >= self._most_s:
@@ -100,7 +102,7 @@ class UserStates:
                 return "known", kept.state
             if (state := self._extended(kept, user)) is not None:
                 return "extended", state
-        return "encoded", self._model.encode_user(user)
+        return "encoded", self._model.encode_user(user.to(self._device))
 
     def _extended(self, kept: Kept, user: UserInputs) -> UserState | None:
         """The kept state with what is new; None where the user must be encoded anew."""
@@ -114,7 +116,8 @@ class UserStates:
         if not _equal(kept.user, user, ("tokens_BSX", "has_tokens_B")):
             return None
         try:
-            state = self._model.extend_user(kept.state, user.events(before, now))
+            new = user.events(before, now).to(self._device)
+            state = self._model.extend_user(kept.state, new)
         except CannotExtendError:
             # This configuration cannot extend, whatever it says.
             self._extends = False

@@ -1,133 +1,102 @@
-"""On an accelerator a forward waits for nothing: run on a device that does not exist, under fake tensors, every read of
-a number by the host is caught.
+"""On an accelerator a model gives what it gives on the CPU, and a step waits for nothing: run on a device that
+does not exist (`tests/elsewhere.py`), every read of a number by the host is caught.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling.errors import DeviceError
 from modeling.layers.codes import ItemCodes
-from modeling.layers.host import at_most, maybe_any, surely_all
+from modeling.layers.host import at_most, device_named, maybe_any, surely_all
 from modeling.layers.per_token import PerTokenLinear
+from tests.elsewhere import ELSEWHERE, elsewhere
 from tests.modeling import test_invariants as worlds
 
-DEVICE = "nowhere"
-# What makes the host wait for a number, or for a size that follows from numbers
-WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount")
 # Trees are walked on the host; sequence models pack their rows by length there, which `encode_user` alone has to ask for.
-EXCEPTIONS = ("trees", "blend", "sasrec", "bert4rec", "hydrarec", "hydrarec_bidirectional", "hstu")
-NAMES = [name for name in worlds.CONFIGS if name not in EXCEPTIONS and not name.startswith("blend")]
+WAIT = ("trees", "blend", "sasrec", "bert4rec", "hydrarec", "hydrarec_bidirectional", "hstu")
 
 
-class _Module(backend_registration._DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
+def waits_by_design(name: str) -> bool:
+    return name in WAIT or name.startswith("blend")
 
 
-@pytest.fixture(scope="module")
-def device() -> str:
-    """A device without memory or kernels."""
-    if torch._C._get_privateuse1_backend_name() != DEVICE:
-        backend_registration._setup_privateuseone_for_python_backend(
-            DEVICE, backend_module=_Module()
-        )
-    return DEVICE
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait, and lets a forward go on behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        there = any(isinstance(a, Tensor) and a.device.type == DEVICE for a in args)
-        to = kwargs.get("device")
-        copied = (
-            name == "_to_copy" and to is not None and (torch.device(to).type == DEVICE) != there
-        )
-        if (there and name in WAITS) or copied:
-            self.found[name] += 1
-        if there and name == "_local_scalar_dense":
-            return args[0].dtype.is_floating_point or 1
-        return func(*args, **kwargs)
-
-
-def moved(held: Any) -> Any:
-    """The same shapes on the device."""
-    if isinstance(held, Tensor):
-        return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=DEVICE)
-    if dataclasses.is_dataclass(held):
-        names = [field.name for field in dataclasses.fields(held)]
-        return dataclasses.replace(held, **{name: moved(getattr(held, name)) for name in names})  # type: ignore[type-var]
-    return held
-
-
-def move(model: nn.Module) -> None:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(moved(parameter.detach()))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = moved(buffer)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_forward_waits_for_nothing(name: str, device: str) -> None:
+@pytest.mark.parametrize("name", list(worlds.CONFIGS))
+def test_a_step_gives_the_same_and_waits_for_nothing(name: str) -> None:
     model = worlds.make(name)
     user = worlds.user_inputs([9, 5], 1)
     some = worlds.candidates(2, 4, 1)
-    waits = Waits()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        move(model)
-        user, some = moved(user), moved(some)
-        with waits:
-            scores = model.score(model.encode_user(user), some)
+    here = model.score(model.encode_user(user), some)
+    if here.requires_grad:
+        here.sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with elsewhere() as device:
+        model = worlds.make(name).to(ELSEWHERE)
+        user, some = user.to(ELSEWHERE), some.to(ELSEWHERE)
+        device.waits.clear()
+        scores = model.score(model.encode_user(user), some)
+        if scores.requires_grad:
             scores.sum().backward()
-    assert scores.device.type == device
-    assert scores.shape[:2] == (2, 4)
-    assert not waits.found
+        waits = device.waits.copy()
+        far = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        assert scores.device.type == ELSEWHERE
+        scores = scores.detach().cpu()
+    torch.testing.assert_close(scores, here.detach(), rtol=1e-4, atol=1e-5)
+    assert set(far) == set(grads)
+    for parameter, grad in grads.items():
+        torch.testing.assert_close(far[parameter], grad, rtol=1e-3, atol=1e-4)
+    assert waits_by_design(name) or not waits
 
 
-def test_a_wait_is_caught(device: str) -> None:
-    """Else the test above says nothing."""
+@pytest.mark.parametrize("name", [name for name in worlds.CONFIGS if name.endswith("extendable")])
+def test_a_state_is_extended_elsewhere(name: str) -> None:
+    model = worlds.make(name)
+    user = worlds.user_inputs([9], 1)
+    some = worlds.candidates(1, 4, 1)
+    with torch.no_grad():
+        here = model.score(model.encode_user(user), some)
+        with elsewhere():
+            model = model.to(ELSEWHERE)
+            far = user.to(ELSEWHERE)
+            state = model.extend_user(model.encode_user(far.events(0, 7)), far.events(7, 9))
+            scores = model.score(state, some.to(ELSEWHERE)).cpu()
+    torch.testing.assert_close(scores, here, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wait_is_caught() -> None:
+    """Else the tests above say nothing."""
     for ask in (
         lambda rows: bool((rows > 0).all()),
         lambda rows: rows.sum().item(),
         lambda rows: rows.cpu(),
-        lambda rows: rows + torch.ones(3).to(device),
+        lambda rows: rows + torch.ones(3).to(ELSEWHERE),
     ):
-        waits = Waits()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            rows = torch.empty(3, device=device)
-            with waits:
-                ask(rows)
-        assert waits.found
+        with elsewhere() as device:
+            rows = torch.ones(3).to(ELSEWHERE)
+            device.waits.clear()
+            ask(rows)
+            assert device.waits
+    with elsewhere(), pytest.raises(RuntimeError, match="are not"):
+        torch.ones(3).to(ELSEWHERE) + torch.ones(3)
 
 
-def test_the_host_knows_on_the_cpu_and_is_cautious_elsewhere(device: str) -> None:
+def test_the_host_knows_on_the_cpu_and_is_cautious_elsewhere() -> None:
     some = torch.tensor([True, False])
     assert (surely_all(some), surely_all(some[:1])) == (False, True)
     assert (maybe_any(some), maybe_any(some[1:])) == (True, False)
     assert at_most(torch.tensor([3, 5]), 9) == 5
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        far = torch.empty(2, dtype=torch.bool, device=device)
-        assert not surely_all(far)
-        assert maybe_any(far)
-        assert at_most(torch.empty(2, dtype=torch.int64, device=device), 9) == 9
+    with elsewhere():
+        assert not surely_all(some[:1].to(ELSEWHERE))
+        assert maybe_any(some[1:].to(ELSEWHERE))
+        assert at_most(torch.tensor([3, 5]).to(ELSEWHERE), 9) == 9
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    assert device_named("cpu") == torch.device("cpu")
+    for name in ("gpu", "cuda:7", ""):
+        with pytest.raises(DeviceError, match="cannot be used here"):
+            device_named(name)
 
 
 def test_the_ways_that_wait_for_nothing_give_the_same() -> None:

@@ -27,6 +27,7 @@ from modeling.bundle.summary import (
 from modeling.inputs.columns import Vocabulary, nothing_known
 from modeling.inputs.encoder import Encoder
 from modeling.models.vista import VISTA
+from tests.elsewhere import ELSEWHERE, elsewhere
 
 CONTRACT = datasets.load_contract("online_retail")
 ITEMS = 30
@@ -192,3 +193,20 @@ def test_stage_2_alone_wants_tokens_of_its_shape() -> None:
         models.build("vista", STREAM, sizes)
     with pytest.raises(ValueError, match="has no stage 1"):
         models.build("vista", {**STREAM, "stored": True}, sizes)
+
+
+def test_tokens_made_on_another_device_are_the_same() -> None:
+    """Whole ones, and those of a stored state with more events."""
+    made = []
+    found, none = drawn([9, 30, 70]), np.zeros(3, np.int64)
+    cut = np.array([4, 30, 41])
+    starts, ends = found.offsets[:-1], found.offsets[1:]
+    with elsewhere():
+        for device in ("cpu", ELSEWHERE):
+            model, encoder = ranker()
+            one = Summariser(model.to(device), encoder)
+            before = one.whole(found.take(starts, starts + cut), CODES, none)
+            after = one.extended(before, found.take(starts + cut, ends), CODES)
+            made.append((one.whole(found, CODES, none).tokens_BSD, after.tokens_BSD))
+    for here, there in zip(*made, strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-5)

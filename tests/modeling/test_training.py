@@ -43,6 +43,7 @@ from modeling.training_set.dataset import (
     check_rows,
     refuse_nothing_positive,
 )
+from tests.elsewhere import ELSEWHERE, elsewhere
 from tests.periods import examples_of, joined_period, vocabularies
 
 RECIPE = recipes.load("amortised_dlrm_tiny")
@@ -211,6 +212,29 @@ def test_training_learns(encoded: Any, tmp_path: Path) -> None:
     trainer.fit(train, validation)
     losses = [line["loss"] for line in read_metrics(tmp_path) if line["kind"] == "step"]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_training_on_another_device_learns_the_same(
+    encoded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps and validations; what it left is loaded on the CPU."""
+    # torch itself writes checkpoints, and knows nothing of a device that does not exist.
+    monkeypatch.setattr(Trainer, "_save", lambda self: None)
+    encoder, train, validation = encoded
+    training = replace(RECIPE.training, epochs=1)
+    losses = []
+    scores = []
+    with elsewhere():
+        for device in ("cpu", ELSEWHERE):
+            folder = tmp_path / device
+            model = fresh_model(encoder, train, dropout=0.0)
+            trainer = Trainer(model, encoder, training, folder, "somewhere", device)
+            trainer.fit(train, validation)
+            losses.append([one["loss"] for one in read_metrics(folder) if one["kind"] == "step"])
+            best = trainer.load_best()
+            scores.append(predict(best.to("cpu"), encoder, validation))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-2)
 
 
 def test_prediction_in_batches_equals_prediction_alone(encoded: Any) -> None:

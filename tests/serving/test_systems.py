@@ -12,10 +12,14 @@ import pyarrow.compute as pc
 import pytest
 
 from feature_repo.home.tables import JobFolder
+from feature_repo.settings import Settings
+from serving.api.messages import RankRequest
 from serving.api.settings import ServeSettings
 from serving.live.live import BundleSource, Live
+from serving.ranking.ranker import Clock
 from serving.routes.app import app_of
 from serving.routes.server import Server
+from tests.elsewhere import ELSEWHERE, elsewhere
 
 MOST_CANDIDATES = 500
 # Recipe → how an encoded user is had after one more event
@@ -32,6 +36,7 @@ SYSTEMS = {
 class World:
     """A server of one system, and whom and what it is asked about."""
 
+    settings: Settings
     recipe: str
     server: Server
     user: int
@@ -81,7 +86,7 @@ def world(request: pytest.FixtureRequest, road: Any, helpers: Any) -> World:
     end = ranker.end_of_data()
     assert end is not None
     candidates = ranker.bundle.encoder.items.values.to_pylist()[:MOST_CANDIDATES]
-    return World(request.param, server, short[number], candidates, end)
+    return World(road.settings, request.param, server, short[number], candidates, end)
 
 
 def test_answers_are_whole_explained_and_know_the_next_event(world: World) -> None:
@@ -118,3 +123,25 @@ def test_answers_are_whole_explained_and_know_the_next_event(world: World) -> No
         for name in after
         if after[name] != before.get(name, 0)
     } == {SYSTEMS[world.recipe]: 1}
+
+
+def test_a_model_on_another_device_ranks_the_same(world: World) -> None:
+    """Also from a kept state, and for a user who has tokens."""
+    request = RankRequest(user_id=world.user, candidates=world.candidates, k=len(world.candidates))
+    answers = []
+    with elsewhere():
+        for device in ("cpu", ELSEWHERE):
+            ranker = (
+                BundleSource(world.settings, replay=True, state_bytes=1 << 24, device=device)
+                .load()
+                .ranker
+            )
+            assert ranker.device.type == device
+            user = ranker.reader.read_user(world.user)
+            for _ in range(2):
+                response = ranker.answer(request, user, Clock(), keep=True).response
+                assert response.degraded == []
+                by_item = dict(zip(response.item_ids, response.scores, strict=True))
+                answers.append([by_item[item] for item in world.candidates])
+    for answer in answers[1:]:
+        assert answer == pytest.approx(answers[0], abs=1e-5)
