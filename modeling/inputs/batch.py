@@ -7,7 +7,7 @@ dense features, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -100,6 +100,11 @@ class Candidates(_Tensors):
     def select(self, index: Tensor | slice) -> Candidates:
         """Some candidates of every request, in the given order."""
         return self._map(lambda tensor: tensor[:, index])
+
+    def micro_batches(self, size: int) -> Iterator[Candidates]:
+        """At most so many candidates at a time, to be scored against the same encoded users: M-FALCON, arXiv 2402.17152."""
+        for start in range(0, self.item_BC.shape[1], size):
+            yield self.select(slice(start, start + size))
 
 
 @dataclass(frozen=True)

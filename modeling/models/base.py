@@ -122,21 +122,6 @@ class Ranker(nn.Module, ABC):
         """
         return self(batch), None
 
-    def score_in_micro_batches(
-        self, user_state: UserState, candidates: Candidates, size: int
-    ) -> Tensor:
-        """`score`, at most `size` candidates at a time against the same state (M-FALCON, arXiv
-        2402.17152).
-        """
-        total = candidates.item_BC.shape[1]
-        return torch.cat(
-            [
-                self.score(user_state, candidates.select(slice(i, i + size)))
-                for i in range(0, total, size)
-            ],
-            dim=1,
-        )
-
 
 class Stage1(nn.Module, ABC):
     """A user's events → a few summary tokens, which a job makes of whole histories and a store keeps. It reads

@@ -35,7 +35,7 @@ from serving.stores.features import Reader, UserRow, as_known
 from serving.stores.items import Id, ItemTable
 
 LOGIT_DIGITS = 5
-# Candidates that are scored at a time; between pieces others come to the model
+# Candidates in a micro-batch: more are scored piece by piece, and between pieces others come to the model
 PIECE = 512
 # Candidates of the ranking by which a bundle is timed
 TIMED = 500
@@ -301,17 +301,15 @@ class RankService:
             else:
                 state = self.states.of(user_id, batch.user)
             clock.lap("encode_user")
-        candidates = batch.candidates.to(self.device)
-        total = candidates.item_BC.shape[1]
-        pieces = []
+        pieces = list(batch.candidates.to(self.device).micro_batches(PIECE))
+        scored = []
         # The lock is free between pieces, so that a short request need not wait for a long one.
-        for start in range(0, total, PIECE):
-            if start:
-                go_on(-(-(total - start) // PIECE))
-            chosen = candidates.select(slice(start, start + PIECE))
+        for number, piece in enumerate(pieces):
+            if number:
+                go_on(len(pieces) - number)
             with self._model_lock, torch.inference_mode():
-                pieces.append(model.score(state, chosen)[0])
-        logits: np.ndarray[Any, Any] = torch.cat(pieces).cpu().numpy()
+                scored.append(model.score(state, piece)[0])
+        logits: np.ndarray[Any, Any] = torch.cat(scored).cpu().numpy()
         clock.lap("score")
         return logits
 

@@ -460,9 +460,8 @@ def test_micro_batches_of_any_size_give_the_same_scores(name: str, world: Any, s
     some = candidates(len(lengths), number, seed)
     with torch.inference_mode():
         state = model.encode_user(user)
-        assert_equal_scores(
-            model.score_in_micro_batches(state, some, size), model.score(state, some)
-        )
+        pieces = [model.score(state, piece) for piece in some.micro_batches(size)]
+        assert_equal_scores(torch.cat(pieces, dim=1), model.score(state, some))
 
 
 @every_model
