@@ -17,6 +17,7 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Task
 from modeling.claims import Difference
 from modeling.errors import NotTrainedError
+from modeling.evaluation.as_served import as_served
 from modeling.evaluation.importance import permutation_importance
 from modeling.inputs.augment import unknown_candidates
 from modeling.inputs.degradations import Lost, degraded, without
@@ -38,7 +39,7 @@ MODEL = "model"
 EMPTY = "same network, empty history"
 # Name of the row of the score that several tasks make
 AS_RANKED = "model, as ranked"
-EMPTY_HISTORY = Lost(events=True, statistics=True, sketch="empty")
+EMPTY_HISTORY = Lost(events=True, statistics=True, sketch="empty", tokens=True)
 # NDCG@10 of a random order, from where on the figure tells nothing
 RANDOM_TELLS = 0.9
 HISTORY_BINS = (0, 1, 5, 20, 50, 100, 250, 1_000_000_000)
@@ -98,7 +99,8 @@ def evaluate_run(
     shift_T: np.ndarray | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Everything that is measured of a model on the test period, task by task.
+    """Everything that is measured of a model on the test period, task by task, as a server would rank its requests
+    (`as_served.py`).
 
     Each task's scores are its own logits, on the candidates with a defined label; where there are
     several tasks, what requests are ranked by is measured beside them.
@@ -111,7 +113,7 @@ def evaluate_run(
     Raises:
         ScoresError: the model gives NaN.
     """
-    encoded = test.encoded
+    encoded = as_served(model, encoder, test.encoded, tell)
     spec = encoder.contract.spec
     shift_T = np.zeros(len(spec.tasks)) if shift_T is None else shift_T
     labels = np.asarray(encoded.labels)
@@ -153,6 +155,8 @@ def evaluate_run(
         tell(f"evaluate: answers by {name}")
         scores = predict(model, encoder, lacking)[:, number]
         worth[name] = measure(encoded, test.users, scores, number, shift=float(shift_T[number]))
+    if encoded is not test.encoded:
+        found[primary][f"model, newest {encoder.history_length:,} events"] = worth["no_tokens"]
     counts = {"requests": len(encoded), "candidates": len(encoded.candidate_item)}
     return Evaluation(
         found,

@@ -6,6 +6,7 @@ from typing import Any
 
 from feature_repo.home.code import code_digest
 from modeling.claims import PAIRED, Sums, read_sums, write_sums
+from modeling.evaluation.as_served import as_served
 from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.evaluation.trained_baselines import sums_by_user
 from modeling.inputs.tasks import primary_number, primary_task
@@ -15,7 +16,7 @@ from modeling.training_set.encodings import Encodings
 
 
 def measured(run: TrainingRun, encodings: Encodings, device: str = "cpu") -> dict[str, Any]:
-    """Measure a trained run on the test period, once, for comparisons: `run.json` then holds the
+    """Measure a trained run on the test period as it would be served, once, for comparisons: `run.json` then holds the
     metrics of the primary task as `test` and of each as `tasks`, and `sums_of` reads them by user.
 
     `evaluate` measures more: baselines, calibration, degraded answers.
@@ -24,7 +25,7 @@ def measured(run: TrainingRun, encodings: Encodings, device: str = "cpu") -> dic
         RunError: another process works on this very run.
     """
     state = run.state
-    code = code_digest("modeling.metrics")
+    code = code_digest("modeling.metrics", "modeling.evaluation.as_served")
     if state.get("tested_by") == code and (run.folder / PER_USER).exists():
         return state
     with locked_run(run.folder):
@@ -36,7 +37,8 @@ def _measured(
 ) -> dict[str, Any]:
     model, encoder = load_trained(run)
     period = encodings.period(run.recipe, "test")
-    logits = predict(model.to(device), encoder, period.encoded)
+    model = model.to(device)
+    logits = predict(model, encoder, as_served(model, encoder, period.encoded))
     spec = encoder.contract.spec
     by_task = {
         task.name: plain_metrics(measure(period.encoded, period.users, logits[:, number], number))

@@ -61,8 +61,7 @@ REASONS = {
 def degraded(encoder: Encoder, encoded: Encoded) -> dict[str, Encoded]:
     """By the name of a reason: the same requests without what it lacks.
 
-    `no_tokens` is there only where requests carry tokens of a store; a model that makes its own is
-    measured from the history that it reads anyway.
+    `no_tokens` is there only where requests carry tokens of a store.
     """
     reasons = dict(REASONS)
     if encoded.gather_tokens is not None:
