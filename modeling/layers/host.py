@@ -30,7 +30,7 @@ def device_named(name: str) -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are."""
+    """Return the device that holds a model's weights."""
     held = itertools.chain(model.parameters(), model.buffers())
     return next(held, torch.empty(0)).device
 

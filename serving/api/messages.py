@@ -171,8 +171,8 @@ class ScoreParts(Struct):
 class ExplainResponse(Struct):
     """Why a candidate is where it is.
 
-    `score` is from the newest events that the store holds, without summary tokens, which no event can be
-    taken out of. `features` are the numbers that the model was given of the candidate, null where one is
+    `score` is the one that a ranking gives. `events` are effects on the logit of the newest events that the store holds; where
+    a bundle's own summary tokens stand for these, without them, since no event can be taken out of a token. `features` are the numbers that the model was given of the candidate, null where one is
     missing. `tokens` are the effects of the stored summary tokens: by how much the logit that is ranked
     with all of them would be lower without each. `columns` are what each column adds to the logit by the
     bundle's trees, the largest effects first; with the effect of `(all alike)`, what every candidate starts from,

@@ -31,6 +31,7 @@ from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store.store import close_store, held_epoch, open_store
 from modeling.bundle import bundle as bundles
+from modeling.bundle.summary import Summariser
 from modeling.layers.host import device_named
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
@@ -122,6 +123,33 @@ class BundleSource:
         path = self.settings.path(live.path)
         return bundles.load(path, contract, live.digest).on(device_named(self.device))
 
+    def token_maker(self, bundle: bundles.Bundle) -> Summariser | None:
+        """Stage 1 of the tokens that a bundle reads: its own, or that of the newest bundle that made them; None where
+        it reads none, or its maker cannot be loaded, which is logged.
+        """
+        if bundle.makes_tokens:
+            return Summariser(bundle.model, bundle.encoder)
+        if bundle.tokens is None:
+            return None
+        contract = datasets.load_contract(self.settings.dataset)
+        device = device_named(self.device)
+        for row in self._catalogue.bundles(self.settings.dataset):
+            path = self.settings.path(row.path)
+            try:
+                if (
+                    row.tokens == bundle.tokens
+                    and bundles.read_manifest(path)["tokens"]["made_here"]
+                ):
+                    maker = bundles.load(path, contract, row.digest).on(device)
+                    return Summariser(maker.model, maker.encoder)
+            except (bundles.BundleError, OSError) as error:
+                logger.warning("the maker of tokens %s cannot be loaded: %s", row.tokens, error)
+        logger.warning(
+            "no bundle here makes the tokens that %s reads: after an event they are stale until the job has run",
+            bundle.name,
+        )
+        return None
+
     def load(self, digest: str | None = None) -> Serving:
         """The bundle over the online store, warm, its scores tried.
 
@@ -193,7 +221,7 @@ class BundleSource:
                 # The first read sets up connections and Feast's caches: not within a request's time.
                 reader.read_user("nobody" if contract.user.dtype is DType.STRING else 0)
                 users = ThreadedReader(reader)
-            events = EventTaker(stores[2], contract, bundle, settings.home)
+            events = EventTaker(stores[2], contract, self.token_maker(bundle), settings.home)
         except BaseException:
             items.close()
             for opened in stores:

@@ -25,7 +25,7 @@ from serving.api.messages import (
     ScoreParts,
 )
 from serving.ranking.ranker import Clock, RankService
-from serving.ranking.request import as_of, context_columns, why_unfit
+from serving.ranking.request import as_of, context_columns
 from serving.stores.features import UserRow, as_known
 
 
@@ -33,7 +33,8 @@ def explain(
     ranker: RankService, request: RankRequest, user: UserRow, num_events: int
 ) -> ExplainResponse:
     """Why the request's one candidate is where it is: its numbers, and what each of the newest events
-    and each stored token is worth, by ranking without it. Statistics and the sketch keep an event.
+    and each stored token is worth, by ranking without it. Statistics and the sketch keep an event. Tokens that stand for
+    the events themselves are left out where an event is: none can be taken out of them.
     """
     at = ranker.time_of(request, user)
     moment = (at - EPOCH) // timedelta(microseconds=1)
@@ -44,26 +45,24 @@ def explain(
     def logit_of(seen: UserRow) -> float:
         return _logit(ranker, ranker.requests.encoded(seen, request.candidates, at, items, context))
 
-    # 1. As it is ranked: its parts, and with stored tokens what each token is worth.
-    fit = why_unfit(user, moment) is None
-    ranked = as_of(ranker.contract, user if fit else replace(user, tokens=None), moment)
-    whole = logit_of(ranked)
+    # 1. As it is ranked: its numbers and parts, and with stored tokens what each token is worth.
+    fit, reasons = ranker.with_fit_tokens(user, moment)
+    ranked = as_of(ranker.contract, fit, moment)
+    encoded = ranker.requests.encoded(ranked, request.candidates, at, items, context)
+    whole = _logit(ranker, encoded)
     parts = _parts(ranker, ranked, logit_of, whole)
     of_tokens = _effects_of_tokens(ranked, logit_of, whole)
-    # 2. Without: the candidate's numbers, and what each event is worth.
-    user = replace(user, tokens=None)
-    encoded = ranker.requests.encoded(user, request.candidates, at, items, context)
-    base = _logit(ranker, encoded)
     numbers = np.asarray(encoded.candidate_dense)[0]
     names = ranker.bundle.encoder.dense_names
+    # 2. What each event is worth.
+    read = replace(ranked, tokens=None) if ranker.bundle.makes_tokens else ranked
+    base = logit_of(read)
     effects = []
-    events = [] if user.history is None else user.history.to_pylist()
-    known = [row for row, event in enumerate(events) if event["event_timestamp"] < at]
-    for row in known[::-1][:num_events]:
-        assert user.history is not None
+    events = [] if read.history is None else read.history.to_pylist()
+    for row in range(len(events))[::-1][:num_events]:
+        assert read.history is not None
         kept = pa.array(np.delete(np.arange(len(events)), row))
-        without = replace(user, history=user.history.take(kept))
-        lacking = logit_of(without)
+        lacking = logit_of(replace(read, history=read.history.take(kept)))
         effects.append(
             EventEffect(
                 events[row][ranker.contract.item.join_key],
@@ -73,7 +72,7 @@ def explain(
             )
         )
     return ExplainResponse(
-        score=float(sigmoid(np.array([base]))[0]),
+        score=float(sigmoid(np.array([whole]))[0]),
         features={
             name: None if np.isnan(value) else float(value)
             for name, value in zip(names, numbers, strict=True)
@@ -83,7 +82,7 @@ def explain(
         columns=_effects_of_columns(ranker, encoded),
         parts=parts,
         bundle=ranker.bundle.name,
-        degraded=list(user.problems),
+        degraded=[*user.problems, *reasons],
     )
 
 

@@ -98,6 +98,11 @@ class RankService:
         self.reader = reader
         self.items = items
         self.replay_from = replay_from
+        # A stage 1 of the bundle's own that reads the newest events makes the job's tokens of the history at hand.
+        maker = bundle.model.token_maker
+        self._encodes_as_well = (
+            maker is not None and maker.stage_1 is not None and not maker.stage_1.streams
+        )
         # See `time_a_ranking`
         self.ms_of_500: float | None = None
         self.contract: Contract = bundle.encoder.contract
@@ -141,11 +146,8 @@ class RankService:
             and user.history["event_timestamp"][-1].as_py() >= at
         ):
             degraded.append(Degraded.NEWER_FEATURES)
-        if (unfit := why_unfit(user, micros)) is not None:
-            degraded.append(unfit)
-            user = replace(user, tokens=None)
-        elif user.events_behind:
-            degraded.append(Degraded.STALE_TOKENS)
+        user, stale = self.with_fit_tokens(user, micros)
+        degraded += stale
         if self._items_are_stale(request, at):
             degraded.append(Degraded.STALE_FEATURES)
         # 2. Numbers, then logits.
@@ -180,6 +182,16 @@ class RankService:
             task_scores=each,
         )
         return Ranked(response, at, encoded)
+
+    def with_fit_tokens(self, user: UserRow, at: int) -> tuple[UserRow, list[Degraded]]:
+        """The user with the stored tokens that may be ranked with at a time, microseconds; and what is to be said of it."""
+        if (unfit := why_unfit(user, at)) is not None:
+            return replace(user, tokens=None), [unfit]
+        if not user.events_behind:
+            return user, []
+        if self._encodes_as_well:
+            return replace(user, tokens=None), []
+        return user, [Degraded.STALE_TOKENS]
 
     def end_of_data(self) -> datetime | None:
         """As of when requests without a time are ranked, but for what is newer of their user; None: of

@@ -23,7 +23,6 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Table
 from feature_repo.home.erased import ErasedList
 from feature_repo.store.online_tokens import OnlineTokens
-from modeling.bundle.bundle import Bundle
 from modeling.bundle.summary import Summariser
 from serving.api.errors import ErasedUserError, InvalidRequestError, StoreAwayError
 from serving.api.messages import EventsResponse
@@ -42,18 +41,20 @@ class EventTaker:
 
     Args:
         store: apart from the ranking path's, so that no ranking request waits for it.
-        bundle: its streaming tokens, if it makes some, take the events in.
+        summariser: stage 1 of the tokens that are served; where it streams, they take the events in.
         home: the users on its list of erased users are refused; default: no list.
     """
 
     def __init__(
-        self, store: FeatureStore, contract: Contract, bundle: Bundle, home: str | None = None
+        self,
+        store: FeatureStore,
+        contract: Contract,
+        summariser: Summariser | None,
+        home: str | None = None,
     ) -> None:
         refresher = None
-        if bundle.makes_tokens:
-            summariser = Summariser(bundle.model, bundle.encoder)
-            if summariser.streams:
-                refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
+        if summariser is not None and summariser.streams:
+            refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
         self._memory = UserMemory(store, contract, refresher)
         if not self._memory.has_log:
             logger.warning(

@@ -130,7 +130,7 @@ def test_later_runs_and_events_keep_them_out_until_they_are_allowed(
     user = users_in(road)[0]
     erase(settings, [user], [], lambda name: helpers.run_jobs(settings, name, num_partitions=3))
     ranker = open_ranker(settings, replay=True)
-    taker = EventTaker(road.store, contract, ranker.bundle, settings.home)
+    taker = EventTaker(road.store, contract, None, settings.home)
     event = {
         "item_id": ranker.bundle.encoder.items.values[0].as_py(),
         "event_timestamp": datetime(2011, 12, 20, tzinfo=UTC),

@@ -29,6 +29,9 @@ SYSTEMS = {
     "vista_tiny": "encoded",
     "hydrarec_tiny": "extended",
     "onetrans_tiny": "encoded",
+    # The paper's stage 1, which reads every event anew, and a reader of the tokens of one that streams
+    "vista_bidirectional_tiny": "encoded",
+    "amortised_tokens_tiny": "encoded",
 }
 
 
@@ -70,6 +73,9 @@ def road(shop: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> A
 
 @pytest.fixture(scope="module", params=sorted(SYSTEMS))
 def world(request: pytest.FixtureRequest, road: Any, helpers: Any) -> World:
+    if request.param == "amortised_tokens_tiny":
+        helpers.train_road(road, "vista_tiny")
+        helpers.run_jobs(road.settings, "summary_tokens", bundle="vista_tiny", every_days=7.0)
     helpers.train_road(road, request.param)
     if request.param.startswith("vista"):
         helpers.run_jobs(road.settings, "summary_tokens", bundle=request.param)
