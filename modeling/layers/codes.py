@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, normalize
 
 from modeling.inputs.batch import FeatureSizes
+from modeling.layers.embedding import item_table
 
 
 class Items(NamedTuple):
@@ -41,7 +42,7 @@ class ItemCodes(nn.Module):
     def __init__(self, sizes: FeatureSizes, width: int) -> None:
         super().__init__()
         self.slots = sizes.item.slots
-        self.item = nn.Embedding(sizes.items, width)
+        self.item = item_table(sizes.items, width)
         self.categories = nn.ModuleList(
             nn.Embedding(size, width, padding_idx=0) for size in sizes.item.categories
         )

@@ -10,6 +10,8 @@ from torch.nn.functional import embedding, embedding_bag
 
 from modeling.inputs.columns import GroupSizes
 
+# A table of more rows learns lazily (`training/optimizers.py`): a step costs what it touches of it
+LAZY_ROWS = 1 << 17
 # Quantiles of a number that are kept
 QUANTILES = 129
 # Share of training at each end that is told apart no further
@@ -18,6 +20,11 @@ RAREST = 5e-4
 FINEST = 1e-3
 # Where numbers end that were never fitted
 WIDEST = 5.0
+
+
+def item_table(rows: int, width: int) -> nn.Embedding:
+    """A table of items, whose gradients are sparse where it is large."""
+    return nn.Embedding(rows, width, sparse=rows > LAZY_ROWS)
 
 
 class CategorySlots(nn.Module):

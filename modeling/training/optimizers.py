@@ -1,4 +1,9 @@
-"""Optimisers of training: AdamW by default, RMSProp with Adagrad as OneTrans trains."""
+"""Optimisers of training: AdamW by default, RMSProp with Adagrad as OneTrans trains.
+
+Tables with sparse gradients (`layers/embedding.py`) are lazy under both: a step changes the rows that it touched, so
+that its cost does not grow with the catalogue. Lazy Adam keeps the moments of other rows as they are, and weights of such
+tables do not decay.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modeling.layers.per_token import MixedRMSNorm, PerTokenLayerNorm
 from modeling.recipes import Fit
@@ -86,12 +91,14 @@ def optimizer_of(model: nn.Module, training: Fit) -> Optimizer:
     if training.optimizer != "adamw":
         raise ValueError(f"optimizer must be adamw or rmsprop_adagrad, not {training.optimizer!r}")
     kept = undecayed(model)
+    lazy = lazy_tables(model)
     groups = [
-        {"params": _without(kept, model), "weight_decay": training.weight_decay},
+        {"params": _without([*kept, *lazy], model), "weight_decay": training.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
     betas = (0.9, training.beta2)
-    return Optimizer([torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)])
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    return Optimizer([adamw, *([torch.optim.SparseAdam(lazy, rate, betas)] if lazy else [])])
 
 
 def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
@@ -101,6 +108,31 @@ def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, nn.Embedding):
             found.append(module.get_parameter("weight"))
     return found
+
+
+def lazy_tables(model: nn.Module) -> list[nn.Parameter]:
+    """List the tables whose gradients are sparse."""
+    return [
+        module.get_parameter("weight")
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.sparse
+    ]
+
+
+def clip_gradients(model: nn.Module, most: float) -> None:
+    """Scale all gradients down to a norm of at most `most` together; of sparse ones what was touched counts."""
+    values: list[Tensor] = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            # A row that several samples touched has several parts until they are added up.
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad._values())
+        else:
+            values.append(parameter.grad)
+    norm = torch.nn.utils.get_total_norm(values)
+    torch._foreach_mul_(values, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def undecayed(model: nn.Module) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ from modeling.layers.host import device_of
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
-from modeling.training.optimizers import optimizer_of
+from modeling.training.optimizers import clip_gradients, optimizer_of
 from modeling.training.weights import save_weights
 
 # What torch.load raises
@@ -414,7 +414,7 @@ class Loop(ABC):
         if self.device.type == "cpu":
             self._refuse_no_number(float(loss), self.step, self.epoch)
         # 3. Step, then move the averaged weights.
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        clip_gradients(self.model, self.training.clip_norm)
         self.optimizer.step()
         if self.averaged is not None:
             # A short memory at first, so that the average forgets the initial weights.

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from modeling import models
+from modeling.layers import embedding
+from modeling.layers.embedding import item_table
 from modeling.recipes import Training
 from modeling.training import optimizers
-from modeling.training.optimizers import optimizer_of, undecayed
-from tests.modeling.test_invariants import SIZES
+from modeling.training.optimizers import clip_gradients, optimizer_of, undecayed
+from tests.modeling.test_invariants import SIZES, candidates, user_inputs
 
 
 class Network(nn.Module):
@@ -115,3 +117,89 @@ def test_what_an_optimiser_does_not_know_is_refused() -> None:
         optimizer_of(Network(), Training(optimizer="adamW"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no weight decay"):
         optimizer_of(Network(), Training(optimizer="rmsprop_adagrad", weight_decay=0.1))
+
+
+@pytest.fixture
+def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table of items is a large one."""
+    monkeypatch.setattr(embedding, "LAZY_ROWS", 0)
+
+
+class Shop(nn.Module):
+    """A table of items and a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.map = item_table(5, 3), nn.Linear(3, 1)
+
+    def loss(self, items: list[int]) -> torch.Tensor:
+        """Of the items."""
+        found: torch.Tensor = self.map(self.table(torch.tensor(items))).square().sum()
+        return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop_adagrad"])
+def test_a_step_changes_what_it_touched_of_a_large_table(name: str, lazy: None) -> None:
+    network = Shop()
+    training = Training(optimizer=name, learning_rate=0.1, weight_decay=0.0)  # type: ignore[arg-type]
+    optimizer = optimizer_of(network, training)
+    before = network.table.weight.detach().clone()
+    network.loss([1, 3, 3]).backward()
+    assert network.table.weight.grad is not None
+    assert network.table.weight.grad.is_sparse
+    optimizer.step()
+    changed = (network.table.weight != before).any(1)
+    assert changed.tolist() == [False, True, False, True, False]
+
+
+def test_lazy_adam_is_adam_where_every_row_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = []
+    for rows in (0, 1 << 20):
+        monkeypatch.setattr(embedding, "LAZY_ROWS", rows)
+        network = Shop()
+        optimizer = optimizer_of(network, Training(weight_decay=0.0))
+        for _ in range(5):
+            optimizer.zero_grad()
+            network.loss([0, 1, 2, 3, 4, 4]).backward()
+            clip_gradients(network, 0.5)
+            optimizer.step()
+        assert network.table.sparse == (rows == 0)
+        tables.append(network.table.weight.detach())
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped_alike_whether_sparse_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+    for rows in (0, 1 << 20):
+        monkeypatch.setattr(embedding, "LAZY_ROWS", rows)
+        network = Shop()
+        network.loss([1, 3, 3]).backward()
+        network.loss([3, 4]).backward()  # a second part of the batch
+        clip_gradients(network, 0.1)
+        grads.append([p.grad.to_dense() for p in network.parameters() if p.grad is not None])
+    for sparse, dense in zip(*grads, strict=True):
+        torch.testing.assert_close(sparse, dense)
+    norm = torch.cat([grad.flatten() for grad in grads[0]]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.1), rtol=1e-4, atol=0)
+
+
+def test_every_model_trains_with_a_large_table(lazy: None) -> None:
+    """None asks for the whole table, whose gradient would then be as large."""
+    for name in (
+        "hiformer",
+        "onetrans",
+        "amortised_dlrm",
+        "vista",
+        "vista_addressed",
+        "hydrarec_ranker",
+        "din",
+    ):
+        model = models.build(name, {"width": 16}, SIZES)
+        optimizer = optimizer_of(model, Training())
+        user, some = user_inputs([9, 5], 1), candidates(2, 4, 1)
+        model.score(model.encode_user(user), some).sum().backward()
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
+        assert tables
