@@ -74,6 +74,8 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.kv_cache
 	$(RUN) -m modeling.benchmarks.grouped_training
 	$(RUN) -m modeling.benchmarks.sequence
+	$(RUN) -m modeling.benchmarks.operators
+	$(RUN) -m modeling.benchmarks.catalogue
 	$(RUN) -m modeling.benchmarks.ctr
 	$(RUN) -m modeling.benchmarks.precision
 	$(RUN) -m modeling.benchmarks.vista

@@ -89,7 +89,7 @@ def _row(name: str, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Means over seeds, and the deviation of the AUC."""
     means = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
     spread = statistics.stdev([run["auc"] for run in runs]) if len(runs) > 1 else 0.0
-    return {"ranker": name, **means, "auc_deviation": spread}
+    return {"ranker": name, **means, "auc_deviation": spread, "seeds": len(runs)}
 
 
 def _run(name: str, spec: Crosses, steps: int, epochs: int, seed: int) -> dict[str, float]:
