@@ -103,7 +103,7 @@ def refresh(
     What is up to date is skipped, so it may run as often as there is something new, as by cron:
     `17 * * * * cd /srv/memoir && .venv/bin/python -m beam_jobs refresh >> refresh.log 2>&1`
     """
-    from beam_jobs.command import live_bundle_makes_tokens
+    from beam_jobs.command import tokens_to_refresh
     from feature_repo.settings import Settings
 
     jobs: dict[str, RunOptions] = {
@@ -115,9 +115,10 @@ def refresh(
     for job, options in jobs.items():
         _tell_time(f"refresh: {job}")
         _run(job, options, common, beam)
-    if live_bundle_makes_tokens(Settings.from_env()):
+    of_tokens = tokens_to_refresh(Settings.from_env())
+    if of_tokens is not None:
         _tell_time("refresh: summary_tokens")
-        _run("summary_tokens", TokenOptions(), common, beam)
+        _run("summary_tokens", of_tokens, common, beam)
     _tell_time("refresh: done")
     return 0
 

@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 from beam_jobs.engine.inputs import current_inputs, output_is_there, why_anew
-from beam_jobs.engine.options import Common, RunOptions
+from beam_jobs.engine.options import Common, RunOptions, TokenOptions, naming
 from beam_jobs.registry import MODULES, load_job
 from feature_repo import datasets
 from feature_repo.errors import UsageError, nearest
@@ -187,11 +187,11 @@ def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settin
     manifest = JobFolder(settings.home, name).manifest()
     if last is None or manifest is None:
         return False
-    asked = (asdict(options), common.as_of)
+    asked = (naming(asdict(options)), common.as_of)
     details = last.details
     if last.inputs != manifest.run_id or "options" not in details:
         return False
-    if asked != (details["options"], details["common"]["as_of"]):
+    if asked != (naming(details["options"]), details["common"]["as_of"]):
         return False
     if manifest.fingerprint != datasets.load_contract(settings.dataset).fingerprint:
         return False
@@ -206,19 +206,31 @@ def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settin
     return True
 
 
-def live_bundle_makes_tokens(settings: Settings) -> bool:
-    """Return whether servers rank from summary tokens that the live bundle's own stage 1 makes; said where
-    there are none to refresh.
+def tokens_to_refresh(settings: Settings) -> TokenOptions | None:
+    """The options of a run that refreshes the summary tokens which servers rank from: of the live bundle, or of the
+    newest one that makes what the live one reads. None, and said, where there are none to refresh.
     """
     catalogue = Catalogue(settings.catalogue_url)
     live = catalogue.live_or_none(settings.dataset)
     if live is None:
         console.print("summary_tokens: no bundle is live, so there are no tokens to refresh")
-        return False
-    if catalogue.accepted_tokens(live.digest) is None:
+        return None
+    if live.tokens is None:
         console.print(f"summary_tokens: {live.recipe} reads none", highlight=False)
-        return False
-    return True
+        return None
+    from modeling.bundle.makers import maker_among
+
+    maker = maker_among(settings, [live, *catalogue.bundles(settings.dataset)], live.tokens)
+    if maker is None:
+        console.print(
+            f"summary_tokens: no bundle here makes the tokens that {live.recipe} reads, so they stay as they are",
+            style="yellow",
+        )
+        return None
+    if maker.digest == live.digest:
+        return TokenOptions()
+    # The maker's tokens are wanted, and not the maker itself.
+    return TokenOptions(bundle=maker.digest, not_live=True)
 
 
 def run_again(name: str, settings: Settings) -> None:

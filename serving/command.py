@@ -133,6 +133,7 @@ def serve(settings: ServeSettings) -> int:
 
     Raises:
         PortTakenError: the address cannot be listened on.
+        DeviceError: there is no such device.
     """
     # What a worker would end with, again and again, is said once, here.
     home = Settings.from_env()
@@ -149,6 +150,10 @@ def serve(settings: ServeSettings) -> int:
             "(MEMOIR_SERVE_API_KEYS, SECURITY.md)",
             style="yellow",
         )
+    if settings.device != "cpu":
+        from modeling.layers.host import device_named
+
+        device_named(settings.device)
     # First, so that nobody waits for a bundle to load to hear of it.
     port = listenable(settings.host, settings.port)
     settings = settings.model_copy(update={"port": port})

@@ -1,6 +1,6 @@
 """A device that does not exist, on which torch computes all the same: its tensors hold others, on the CPU, and the
 host's code cannot see these. A model that runs there, and gives what it gives here, would run on an accelerator: it
-leaves no tensor behind, and every read of a number by the host is counted.
+leaves no tensor behind, and what makes the host wait for a number is counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ELSEWHERE = "elsewhere"
 # What makes the host wait for a number, or for a size that follows from numbers
-WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "equal")
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+    "repeat_interleave",
+)
+# These too, where an index is a mask
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -47,7 +59,7 @@ class Far(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The backward runs in a thread of its own, which no mode reaches.
+        # Where no `Device` is on.
         return _computed(func, args, kwargs or {}, None)
 
 
@@ -95,7 +107,8 @@ def _computed(func: Any, args: Any, kwargs: Any, waits: Counter[str] | None) -> 
         if near:
             raise RuntimeError(f"{name}: some tensors are elsewhere, those of {near} are not")
     moved = name == "_to_copy" and to is not None and wanted != bool(far)
-    if waits is not None and (moved or (far and name in WAITS)):
+    by_mask = name in INDEXED and any(tensor.dtype is torch.bool for tensor in far[1:])
+    if waits is not None and (moved or by_mask or (far and name in WAITS)):
         waits[name] += 1
     if wanted:
         kwargs = {**kwargs, "device": torch.device("cpu")}

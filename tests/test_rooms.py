@@ -28,7 +28,7 @@ ORDER = {
     ),
     "beam_jobs": "errors erase engine registry command jobs summary_tokens __main__",
     "modeling": (
-        "console errors metrics recipes registry inputs claims layers models baselines trees training_set training "
+        "console errors metrics recipes registry inputs claims layers models baselines trees training_set summaries training "
         "evaluation next_item bundle comparison commands __main__"
     ),
     "serving": "api demo stores ranking served live routes command __main__",

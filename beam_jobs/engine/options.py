@@ -74,6 +74,15 @@ class RunOptions:
         return True
 
 
+# Where a run computes is no part of what it computes
+NO_PART_OF_A_NAME = ("device",)
+
+
+def naming(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by which runs are told apart."""
+    return {name: value for name, value in options.items() if name not in NO_PART_OF_A_NAME}
+
+
 @dataclass(frozen=True)
 class OnlineOptions(RunOptions):
     """Options of `materialize`.

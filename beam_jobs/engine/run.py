@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from beam_jobs.engine.inputs import current_inputs, output_is_there
 from beam_jobs.engine.job import Job
-from beam_jobs.engine.options import RunOptions
+from beam_jobs.engine.options import RunOptions, naming
 from beam_jobs.engine.parts import add_empty_tables, collect
 from beam_jobs.engine.pipeline import pipeline_of, run_pipeline, threads_of
 from beam_jobs.engine.plan import InputPart, RunPlan, Unit
@@ -94,7 +94,7 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
     if as_of:
         as_of_micros = iso_micros(as_of)
     run_id = digest_of(
-        [job.name, settings.dataset, contract.fingerprint, asdict(options), as_of, inputs]
+        [job.name, settings.dataset, contract.fingerprint, naming(asdict(options)), as_of, inputs]
     )
     plan = RunPlan(
         job=job.name,

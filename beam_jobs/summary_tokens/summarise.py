@@ -28,7 +28,7 @@ from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.home.tables import parquet_bytes
 
 if TYPE_CHECKING:
-    from modeling.bundle.summary import Summariser, Summary
+    from modeling.summaries.summariser import Summariser, Summary
 
 # Bytes of tokens and states that a piece of a part may hold
 PIECE_BYTES = 64 << 20
@@ -387,7 +387,7 @@ def extended_summary(
     rows: list[int],
 ) -> Summary:
     """Extend stored states by the events since."""
-    from modeling.bundle.summary import Summary
+    from modeling.summaries.summariser import Summary
 
     which = np.array(rows)
     starts = users.histories.offsets[which]

@@ -43,7 +43,7 @@ from feature_repo.settings import Settings
 from feature_repo.store.store import note_epoch, store_digest
 
 if TYPE_CHECKING:
-    from modeling.bundle.summary import Summariser
+    from modeling.summaries.summariser import Summariser
 
 CARRIED = ("token_log", "token_rows", "summary_tokens")
 

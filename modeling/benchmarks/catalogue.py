@@ -2,8 +2,8 @@
 twin).
 
 The same requests are drawn from catalogues of different sizes: of as many different items as the smallest has ("few"), or
-of all items alike ("all"), whose rows are then mostly read once. The floor is a step without any table: the smallest
-catalogue's, whose tables are dense.
+of all items alike ("all"), whose rows are then mostly read once. The floor is the step of the smallest catalogue, with a
+dense table.
 """
 
 from __future__ import annotations

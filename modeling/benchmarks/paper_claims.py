@@ -28,6 +28,7 @@ from modeling.benchmarks.published_costs import COSTS, Cost, Judged
 from modeling.claims import PAIRED, Difference, pair_name
 from modeling.console import console
 from modeling.evaluation.report import Section, write_sections
+from modeling.registry import NAMES, module_of
 
 NOT_RUN = "not run"
 
@@ -94,7 +95,9 @@ def _rows_of(settings: Settings, benchmark: str, *, quick: bool) -> list[dict[st
     """The rows of a benchmark, kept for as long as its code stays the same."""
     module, *given = shlex.split(benchmark)
     name = "-".join([module.rpartition(".")[2], *given, *(["quick"] if quick else [])])
-    file = Path(settings.root) / "costs" / f"{name}-{code_digest(module)[:12]}.json"
+    # Models are found by name, which the digest of a module's imports does not see.
+    code = code_digest(module, *(module_of(model) for model in NAMES))
+    file = Path(settings.root) / "costs" / f"{name}-{code[:12]}.json"
     if not file.exists():
         console.print(f"paper claims: {benchmark}", highlight=False)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +167,7 @@ def write(settings: Settings, lines: Sequence[Line], seeds: int) -> Path:
     """Write the page; returns its path."""
     sections = []
     for title in dict.fromkeys(line.paper for line in lines):
-        about = next((p.about for p in (*PAPERS, HYDRAREC) if p.title == title), "")
+        setting = next((p.about for p in (*PAPERS, HYDRAREC) if p.title == title), "")
         rows = [["claim", "measured by", "figure", "verdict"]]
         # One claim's data stand together.
         own = sorted(
@@ -172,7 +175,7 @@ def write(settings: Settings, lines: Sequence[Line], seeds: int) -> Path:
             key=lambda line: [one.says for one in lines].index(line.says),
         )
         rows += [[line.says, line.measured_by, line.figure, line.verdict] for line in own]
-        sections.append(Section(title, about, rows))
+        sections.append(Section(title, setting, rows))
     about = [
         f"Commit {commit()}, {hardware()}. Quality: {seeds} seeds, differences paired over users and seeds, 95 % intervals, decided after "
         f"Holm's correction over all claims of a dataset; “no worse” where the interval, uncorrected, excludes a loss of {MARGIN}. "

@@ -140,6 +140,9 @@ def _made_crosses(ours: str, theirs: str) -> Callable[[Rows], Judged]:
         (one,) = _where(rows, ranker=ours)
         (other,) = _where(rows, ranker=theirs)
         (bound,) = _where(rows, ranker="bound")
+        if one["seeds"] < 2:
+            # Of one seed nothing is claimed.
+            return Judged("–", holds=False)
         gain = one["auc"] - other["auc"]
         error = math.hypot(one["auc_deviation"], other["auc_deviation"]) / math.sqrt(one["seeds"])
         figure = (

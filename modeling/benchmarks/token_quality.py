@@ -26,13 +26,13 @@ from feature_repo.history.history import HistoryLog
 from feature_repo.history.transforms import MICROS_PER_DAY
 from feature_repo.settings import Settings
 from modeling.benchmarks.shapes import shaped
-from modeling.bundle.summary import Summariser
 from modeling.comparison.ranking import finish
 from modeling.evaluation.evaluate import measure
 from modeling.evaluation.report import BLUE, GREY, ORANGE, plots, png_of
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE, Recipe
+from modeling.summaries.summariser import Summariser
 from modeling.training.trainer import predict
 from modeling.training.training_run import load_trained, open_run
 from modeling.training_set.encodings import Encodings

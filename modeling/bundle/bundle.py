@@ -24,12 +24,12 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.declarations import lacks, plain, spec_of
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
-from modeling.bundle.token_identity import token_fingerprint
 from modeling.inputs.encoder import Encoder
 from modeling.inputs.relations import RELATIONS, Relations, read_relations, write_relations
 from modeling.inputs.vocabularies import read_vocabularies, write_vocabularies
 from modeling.models.base import Ranker
 from modeling.recipes import SERVICE_WITH_TOKENS, Recipe
+from modeling.summaries.token_identity import token_fingerprint
 from modeling.training.weights import read_texts, save_weights
 from modeling.trees.blend import build_ranker
 

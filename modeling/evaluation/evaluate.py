@@ -17,7 +17,6 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Task
 from modeling.claims import Difference
 from modeling.errors import NotTrainedError
-from modeling.evaluation.as_served import as_served
 from modeling.evaluation.importance import permutation_importance
 from modeling.inputs.augment import unknown_candidates
 from modeling.inputs.degradations import Lost, degraded, without
@@ -25,6 +24,7 @@ from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.tasks import primary_number, primary_task, ranking_logits, sigmoid
 from modeling.metrics import PROBABILITY, RANKING, Estimate, defined, evaluate, ndcg_at
 from modeling.models.base import Ranker
+from modeling.summaries.as_served import as_served
 from modeling.training.trainer import predict
 from modeling.training_set.simple_baselines import (
     FREQUENCY,
@@ -156,7 +156,8 @@ def evaluate_run(
         scores = predict(model, encoder, lacking)[:, number]
         worth[name] = measure(encoded, test.users, scores, number, shift=float(shift_T[number]))
     if encoded is not test.encoded:
-        found[primary][f"model, newest {encoder.history_length:,} events"] = worth["no_tokens"]
+        newest = {f"model, newest {encoder.history_length:,} events": worth["no_tokens"]}
+        found[primary] |= without_telling_nothing(newest, random[primary])
     counts = {"requests": len(encoded), "candidates": len(encoded.candidate_item)}
     return Evaluation(
         found,

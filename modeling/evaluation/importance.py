@@ -110,7 +110,13 @@ def inputs(
 
         gather_tokens = sample.gather_tokens
         tokens = gather_tokens and (lambda requests: gather_tokens(order[requests]))
-        return replace(sample, gather=gather, gather_tokens=tokens)
+        lengths = sample.history_lengths
+        return replace(
+            sample,
+            gather=gather,
+            gather_tokens=tokens,
+            history_lengths=None if lengths is None else lengths[order],
+        )
 
     # The hour and the weekday stand behind the slots of the request's columns.
     context = list(range(columns, columns + len(CONTEXT_FIELDS)))

@@ -6,10 +6,10 @@ from typing import Any
 
 from feature_repo.home.code import code_digest
 from modeling.claims import PAIRED, Sums, read_sums, write_sums
-from modeling.evaluation.as_served import as_served
 from modeling.evaluation.evaluate import measure, plain_metrics
 from modeling.evaluation.trained_baselines import sums_by_user
 from modeling.inputs.tasks import primary_number, primary_task
+from modeling.summaries.as_served import as_served
 from modeling.training.trainer import PER_USER, locked_run, predict
 from modeling.training.training_run import TrainingRun, load_trained, write_result
 from modeling.training_set.encodings import Encodings
@@ -25,7 +25,7 @@ def measured(run: TrainingRun, encodings: Encodings, device: str = "cpu") -> dic
         RunError: another process works on this very run.
     """
     state = run.state
-    code = code_digest("modeling.metrics", "modeling.evaluation.as_served")
+    code = code_digest("modeling.metrics", "modeling.summaries.as_served")
     if state.get("tested_by") == code and (run.folder / PER_USER).exists():
         return state
     with locked_run(run.folder):

@@ -150,7 +150,7 @@ class VISTA(TokenMaker):
         if not user_state.streams:
             raise CannotExtendError(
                 "this state was made of stored tokens, which do not say what the streams hold. Encode the user again, or go on "
-                "from the stored streams (modeling/bundle/summary.py)"
+                "from the stored streams (modeling/summaries/summariser.py)"
             )
         return self._advance(user_state.streams, new_events)
 

@@ -288,7 +288,7 @@ class AddressedVISTA(TokenMaker):
         if user_state.streams is None:
             raise CannotExtendError(
                 "this state was made of stored tokens, which are rounded. Encode the user again, or go on from the stored "
-                "streams (modeling/bundle/summary.py)"
+                "streams (modeling/summaries/summariser.py)"
             )
         return self._state(self.stage_1.advance(user_state.streams, new_events), new_events)
 

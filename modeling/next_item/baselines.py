@@ -50,9 +50,10 @@ class Followers(Scorer):
         rows = rows[~np.isin(rows, sequences.offsets[:-1])]
         before = sequences.items[rows - 1] - 1
         behind = sequences.items[rows] - 1
-        count = np.ones(len(rows), np.float32)
+        # Doubles: beside a large count the share of the popular one would be lost in single precision.
+        count = np.ones(len(rows), np.float64)
         self._followed = sparse.csr_matrix((count, (before, behind)), shape=(items, items))
-        popular = Popularity(sequences).count_I
+        popular = Popularity(sequences).count_I.double()
         self._tie_I = TIE * popular / popular.max().clamp(min=1)
 
     def scores(self, sequences: Sequences, starts: np.ndarray, stops: np.ndarray) -> Tensor:

@@ -97,6 +97,11 @@ class Recipe:
     history_block: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.history_block <= self.history_length:
+            raise RecipeError(
+                f"{self.name}: history_block is {self.history_block}; it is at least 1, and at most history_length, "
+                f"{self.history_length}"
+            )
         if self.model == "trees" and self.trees is not None:
             raise RecipeError(f"{self.name}: trees are blended with a network, not with trees")
 

@@ -15,7 +15,7 @@ from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 WIDTH = 32
 # Events that are read
 LENGTH = 128
-# Of recipes whose kept states take new events: what is read of longer histories begins at a multiple of it
+# Where what is read of a longer history begins: at a multiple of it, so that a kept state can take events meanwhile
 BLOCK = 32
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,

@@ -403,7 +403,7 @@ class Loop(ABC):
         )
         self.optimizer.zero_grad()
         # 1. The gradients of all parts add up to the batch's.
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), device=self.device)
         samples = 0
         for part, number in self.losses(loaded):
             part.backward()

@@ -15,6 +15,7 @@ from modeling.inputs.tasks import sampling_shift
 from modeling.metrics import defined
 from modeling.models.base import Ranker
 from modeling.recipes import Training
+from modeling.summaries.as_served import as_served
 from modeling.training.trainer import predict, quality, share_hidden
 from modeling.trees.blend import Blend, best_share, deviations
 from modeling.trees.fitting import calibrated, fit_forests, tree_rows
@@ -155,7 +156,8 @@ def fit_blend(
     blend = Blend(network, fitted.trees)
     labels = np.asarray(validation.labels)
     shift_T = sampling_shift(spec, np.asarray(train.labels), labels)
-    of_network_NT = predict(network, encoder, validation)
+    # As it is served: where tokens are of all events, so are those that it is weighed by.
+    of_network_NT = predict(network, encoder, as_served(network, encoder, validation))
     weighed = np.stack([of_network_NT, fitted.out_of_fold_NT], axis=-1).astype(np.float64)
     both = np.stack([of_network_NT, fitted.logits_NT], axis=-1).astype(np.float64)
     logits_NT = np.empty(both.shape[:2])

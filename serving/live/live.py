@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from sqlalchemy.exc import SQLAlchemyError
 
 from feature_repo import datasets
 from feature_repo.contract.schema import DType
@@ -31,8 +32,9 @@ from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store.store import close_store, held_epoch, open_store
 from modeling.bundle import bundle as bundles
-from modeling.bundle.summary import Summariser
+from modeling.bundle.makers import maker_among
 from modeling.layers.host import device_named
+from modeling.summaries.summariser import Summariser
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
@@ -114,14 +116,15 @@ class BundleSource:
 
     def open_bundle(self, digest: str | None = None) -> bundles.Bundle:
         """The bundle alone, checked; arguments and errors as in `load`."""
+        device = device_named(self.device)
         contract = datasets.load_contract(self.settings.dataset)
         if self.bundle is not None:
-            return bundles.load(self.bundle, contract).on(device_named(self.device))
+            return bundles.load(self.bundle, contract).on(device)
         live = self._catalogue.live_bundle(self.settings.dataset)
         if digest is not None and live.digest != digest:
             raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
         path = self.settings.path(live.path)
-        return bundles.load(path, contract, live.digest).on(device_named(self.device))
+        return bundles.load(path, contract, live.digest).on(device)
 
     def token_maker(self, bundle: bundles.Bundle) -> Summariser | None:
         """Stage 1 of the tokens that a bundle reads: its own, or that of the newest bundle that made them; None where
@@ -132,21 +135,21 @@ class BundleSource:
         if bundle.tokens is None:
             return None
         contract = datasets.load_contract(self.settings.dataset)
-        device = device_named(self.device)
-        for row in self._catalogue.bundles(self.settings.dataset):
-            path = self.settings.path(row.path)
-            try:
-                if (
-                    row.tokens == bundle.tokens
-                    and bundles.read_manifest(path)["tokens"]["made_here"]
-                ):
-                    maker = bundles.load(path, contract, row.digest).on(device)
-                    return Summariser(maker.model, maker.encoder)
-            except (bundles.BundleError, OSError) as error:
-                logger.warning("the maker of tokens %s cannot be loaded: %s", row.tokens, error)
+        try:
+            rows = self._catalogue.bundles(self.settings.dataset)
+            row = maker_among(self.settings, rows, bundle.tokens)
+            if row is not None:
+                maker = bundles.load(self.settings.path(row.path), contract, row.digest)
+                maker = maker.on(device_named(self.device))
+                return Summariser(maker.model, maker.encoder)
+            why = "no bundle here makes them"
+        except (bundles.BundleError, SQLAlchemyError, OSError) as error:
+            # To rank, a server needs no catalogue but for this.
+            why = str(error)
         logger.warning(
-            "no bundle here makes the tokens that %s reads: after an event they are stale until the job has run",
+            "after an event the tokens that %s reads are stale until the job has run: %s",
             bundle.name,
+            why,
         )
         return None
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 
-from feature_repo.contract.arrow import EPOCH
+from feature_repo.contract.arrow import EPOCH, micros
 from feature_repo.contract.contract import Contract
-from feature_repo.contract.schema import DType
+from feature_repo.contract.schema import EVENT_TIMESTAMP, DType
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import MICROS_PER_DAY
 from modeling.bundle.bundle import Bundle
@@ -138,15 +138,15 @@ class RankService:
         items = self.items.take(request.candidates)
         clock.lap("item_read")
         at = self.time_of(request, user)
-        micros = (at - EPOCH) // timedelta(microseconds=1)
-        user = as_known(self.contract, user, micros)
+        moment = (at - EPOCH) // timedelta(microseconds=1)
+        user = as_known(self.contract, user, moment)
         if (
             user.history is not None
             and user.history.num_rows
             and user.history["event_timestamp"][-1].as_py() >= at
         ):
             degraded.append(Degraded.NEWER_FEATURES)
-        user, stale = self.with_fit_tokens(user, micros)
+        user, stale = self.with_fit_tokens(user, moment)
         degraded += stale
         if self._items_are_stale(request, at):
             degraded.append(Degraded.STALE_FEATURES)
@@ -189,9 +189,17 @@ class RankService:
             return replace(user, tokens=None), [unfit]
         if not user.events_behind:
             return user, []
-        if self._encodes_as_well:
+        if self._encodes_as_well and self._holds_what_is_read(user, at):
             return replace(user, tokens=None), []
         return user, [Degraded.STALE_TOKENS]
+
+    def _holds_what_is_read(self, user: UserRow, at: int) -> bool:
+        """Return whether the stored history has all events that the model reads before a time."""
+        if user.history is None:
+            return False
+        before = int(np.searchsorted(micros(user.history[EVENT_TIMESTAMP]), at, side="left"))
+        known = (user.columns["history_end"] or 0) - (user.history.num_rows - before)
+        return before >= int(self.bundle.encoder.window(np.array([known]))[0])
 
     def end_of_data(self) -> datetime | None:
         """As of when requests without a time are ranked, but for what is newer of their user; None: of
@@ -217,8 +225,8 @@ class RankService:
             return False
         replayed = request.context is None or request.context.request_timestamp is None
         end = self.end_of_data() if replayed else None
-        micros = ((end or at) - EPOCH) // timedelta(microseconds=1)
-        return micros - self.items.as_of > self.stale_micros
+        moment = ((end or at) - EPOCH) // timedelta(microseconds=1)
+        return moment - self.items.as_of > self.stale_micros
 
     def in_order(
         self,

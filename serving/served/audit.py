@@ -7,7 +7,7 @@ requests with a different bundle and says how far its lists part from those that
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from feature_repo.store.store import open_store
 from modeling.bundle.bundle import Bundle
 from modeling.inputs.encoder import Encoded
 from modeling.inputs.tasks import ranking_logits
+from modeling.summaries.as_served import as_served
 from modeling.training.trainer import predict
 from modeling.training_set.dataset import Warehouse
 from serving.api.degraded import Degraded
@@ -111,7 +112,7 @@ def replay(settings: Settings, log: pa.Table, bundle: Bundle) -> Replay:
         NothingToAuditError: no request can be ranked anew.
     """
     chosen = comparable(log, None)
-    encoded = recomputed(settings, chosen, bundle)
+    encoded = as_served(bundle.model, bundle.encoder, recomputed(settings, chosen, bundle))
     logits = ranking_logits(
         bundle.encoder.contract.spec, predict(bundle.model, bundle.encoder, encoded)
     )
@@ -181,7 +182,8 @@ def recomputed(settings: Settings, log: pa.Table, bundle: Bundle) -> Encoded:
     joined = warehouse.join(store, service, "test", examples)
     # The request's id is no feature: it only says which rows belong together.
     split = warehouse.assemble(joined.drop_columns("request_id"), joined["request_id"])
-    return encoder.featurise(split.requests)
+    # How many events were known decides which of them are read.
+    return replace(encoder.featurise(split.requests), history_lengths=split.history_lengths)
 
 
 def flat(lists: pa.ChunkedArray) -> np.ndarray:

@@ -23,7 +23,7 @@ from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Table
 from feature_repo.home.erased import ErasedList
 from feature_repo.store.online_tokens import OnlineTokens
-from modeling.bundle.summary import Summariser
+from modeling.summaries.summariser import Summariser
 from serving.api.errors import ErasedUserError, InvalidRequestError, StoreAwayError
 from serving.api.messages import EventsResponse
 from serving.stores.items import Id

@@ -37,7 +37,8 @@ from feature_repo.store.online_users import (
     UserRecord,
     user_records,
 )
-from modeling.bundle.summary import Summariser, envelopes, stored_summary
+from modeling.bundle.summary import envelopes, stored_summary
+from modeling.summaries.summariser import Summariser
 from serving.stores.items import item_columns
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from feature_repo.home.tables import JobFolder
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.bundle import bundle as bundles
 from modeling.bundle.bundle import Bundle
-from modeling.bundle.summary import Summariser
 from modeling.models.vista import VISTA
+from modeling.summaries.summariser import Summariser
 from tests.periods import joined_period
 from tests.ranking import ranked
 
@@ -626,6 +626,27 @@ def test_a_bundle_that_reads_anothers_tokens_makes_none(fresh: Any, helpers: Any
             build(fresh, helpers, bundle=bundle)
     with pytest.raises(OptionsError, match="no bundle 'nothing'"):
         build(fresh, helpers, bundle="nothing")
+
+
+def test_a_refresh_makes_the_tokens_that_the_live_bundle_reads(
+    fresh: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own, or those of their maker, which does not go live for that."""
+    from beam_jobs.command import tokens_to_refresh
+    from beam_jobs.engine.options import TokenOptions
+
+    build(fresh, helpers)
+    assert tokens_to_refresh(fresh.settings) == TokenOptions()
+    maker = live(fresh)
+    helpers.train_road(fresh, "amortised_tokens_tiny")
+    assert live(fresh).manifest["recipe"] == "amortised_tokens_tiny"
+    wanted = tokens_to_refresh(fresh.settings)
+    assert wanted == TokenOptions(bundle=maker.digest, not_live=True)
+    assert build(fresh, helpers, **vars(wanted)).manifest.options["version"] == maker.tokens
+    assert live(fresh).manifest["recipe"] == "amortised_tokens_tiny"
+    # A maker whose manifest is damaged makes nothing, and keeps no server from ranking.
+    (maker.path / "bundle.json").write_text("{")
+    assert tokens_to_refresh(fresh.settings) is None
 
 
 def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from modeling import recipes
-from modeling.evaluation.as_served import as_served
 from modeling.evaluation.evaluate import evaluate_run
 from modeling.models.base import Ranker
+from modeling.summaries.as_served import as_served
 from modeling.training import training_run
 from modeling.training.trainer import predict
 from modeling.training.training_run import TrainingRun

@@ -16,17 +16,13 @@ from feature_repo import datasets
 from feature_repo.history.envelope import from_bytes
 from feature_repo.history.history import Histories
 from modeling import models
-from modeling.bundle import summary
-from modeling.bundle.summary import (
-    Summariser,
-    Summary,
-    envelopes,
-    stored_summary,
-    token_fingerprint,
-)
+from modeling.bundle.summary import envelopes, stored_summary
 from modeling.inputs.columns import Vocabulary, nothing_known
 from modeling.inputs.encoder import Encoder
 from modeling.models.vista import VISTA
+from modeling.summaries import summariser as summaries
+from modeling.summaries.summariser import Summariser, Summary
+from modeling.summaries.token_identity import token_fingerprint
 from tests.elsewhere import ELSEWHERE, elsewhere
 
 CONTRACT = datasets.load_contract("online_retail")
@@ -101,7 +97,7 @@ def test_who_else_is_summarised_changes_nothing(
     found, times = drawn(lengths), np.full(7, 10**15)
     together = one.whole(found, CODES, times)
     monkeypatch.setattr(
-        summary, "PADDED_EVENTS", 24
+        summaries, "PADDED_EVENTS", 24
     )  # small batches, and chunks for the longer ones
     if config.get("attention") != "softmax":
         np.testing.assert_allclose(

@@ -27,7 +27,7 @@ from feature_repo.store.online_users import (
     _SqliteRecords,
     user_records,
 )
-from modeling.bundle.summary import Summariser
+from modeling.summaries.summariser import Summariser
 from serving.api.degraded import Degraded
 from serving.api.settings import ServeSettings
 from serving.live.live import BundleSource, Live

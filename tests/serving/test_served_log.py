@@ -36,9 +36,12 @@ def log(
     trained_shop: Any, ranker: RankService, tmp_path_factory: pytest.TempPathFactory
 ) -> pa.Table:
     """Forty requests of a server, just after the end of the data, one of a user nobody knows."""
+    return served(trained_shop, ranker, tmp_path_factory.mktemp("served"))
+
+
+def served(trained_shop: Any, ranker: RankService, folder: Path) -> pa.Table:
     import asyncio
 
-    folder = tmp_path_factory.mktemp("served")
     live = Live(load=lambda digest: pytest.fail("nothing is loaded here"))
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
     server = Server(
@@ -102,6 +105,20 @@ def test_the_same_bundle_ranks_what_was_served_as_it_was(
     assert found.same_first == 1.0
     assert found.rank_correlation > 0.999  # logits that round to the same keep the request's order
     assert found.overlap_10 == 1.0
+
+
+def test_a_window_that_moves_by_blocks_is_the_same_in_a_replay(
+    shop: Any, helpers: Any, tmp_path: Path
+) -> None:
+    road = helpers.copied(shop, tmp_path / "home")
+    helpers.train_road(road, "hydrarec_tiny")
+    ranker = open_ranker(road.settings, replay=True)
+    log = served(road, ranker, tmp_path / "log")
+    lengths = JobFolder(road.settings.home, "user_history").read("user_stats")["history_end"]
+    assert max(lengths.to_pylist()) > 2 * ranker.bundle.encoder.history_length
+    found = replay(road.settings, log, ranker.bundle)
+    assert found.same_first == 1.0
+    assert found.rank_correlation > 0.999
 
 
 def test_a_log_of_another_bundle_is_said_to_be_one(

@@ -97,7 +97,7 @@ def test_a_pyramid_grows_until_a_tail_moves() -> None:
     """Then what is cached is no longer what another process would encode."""
     config = {"width": 16, "num_layers": 2, "pyramid": True}
     model = models.build("onetrans", config, replace(worlds.SIZES, history_length=96)).eval()
-    # The second layer reads 64 rows of 95, and of 96 the same from the 32nd on.
+    # The second layer reads all of 95 rows, and of 96 those from the 32nd on.
     assert model.tails == (96, 64)
     states, whole = UserStates(model, most_bytes=1 << 24), worlds.user_inputs([96], 5)
     counts = []

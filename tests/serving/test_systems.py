@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -131,6 +131,45 @@ def test_answers_are_whole_explained_and_know_the_next_event(world: World) -> No
     } == {SYSTEMS[world.recipe]: 1}
 
 
+def test_a_kept_state_takes_events_behind_a_full_window(road: Any, helpers: Any) -> None:
+    """Until the window moves by a block; then as before, from its new first event."""
+    helpers.train_road(road, "hydrarec_tiny")
+    source = BundleSource(road.settings, replay=True, state_bytes=1 << 24)
+    serving = source.load()
+    ranker = serving.ranker
+    encoder = ranker.bundle.encoder
+    assert encoder.history_block == 8
+    stats = JobFolder(road.settings.home, "user_history").read("user_stats").to_pylist()
+    # So many that the second event moves the window.
+    user = next(
+        row["user_id"]
+        for row in stats
+        if (beyond := row["history_end"] - encoder.history_length) > 8 and beyond % 8 == 7
+    )
+    items = encoder.items.values.to_pylist()[:20]
+    request = RankRequest(user_id=user, candidates=items, k=len(items))
+    assert ranker.states is not None
+    assert serving.events is not None
+    end = ranker.end_of_data()
+    assert end is not None
+    for number, outcome in enumerate(("encoded", "extended", "encoded")):
+        if number:
+            event = {
+                "item_id": items[number],
+                "action": 0,
+                "event_timestamp": end + timedelta(seconds=60 * number),
+                "quantity": 2.0,
+                "unit_price": 1.5,
+            }
+            assert serving.events.take(user, [event]).added == 1
+        before = ranker.states.counts.copy()
+        kept = ranker.answer(request, ranker.reader.read_user(user), Clock(), keep=True).response
+        assert ranker.states.counts - before == {outcome: 1}
+        anew = ranker.answer(request, ranker.reader.read_user(user), Clock()).response
+        assert kept.scores == pytest.approx(anew.scores, abs=1e-5)
+        assert kept.degraded == []
+
+
 def test_a_model_on_another_device_ranks_the_same(world: World) -> None:
     """Also from a kept state, and for a user who has tokens."""
     request = RankRequest(user_id=world.user, candidates=world.candidates, k=len(world.candidates))
@@ -151,3 +190,21 @@ def test_a_model_on_another_device_ranks_the_same(world: World) -> None:
                 answers.append([by_item[item] for item in world.candidates])
     for answer in answers[1:]:
         assert answer == pytest.approx(answers[0], abs=1e-5)
+
+
+def test_lagging_tokens_serve_where_the_history_is_not_at_hand(road: Any, helpers: Any) -> None:
+    """Of a stage 1 that would read the newest events, if they were there."""
+    recipe = "vista_bidirectional_tiny"
+    helpers.train_road(road, recipe)
+    helpers.run_jobs(road.settings, "summary_tokens", bundle=recipe)
+    ranker = BundleSource(road.settings, replay=True).load().ranker
+    stats = JobFolder(road.settings.home, "user_history").read("user_stats").to_pylist()
+    user = ranker.reader.read_user(stats[-1]["user_id"])
+    assert user.tokens is not None
+    lagging = replace(user, tokens=replace(user.tokens, num_events=user.tokens.num_events - 1))
+    items = ranker.bundle.encoder.items.values.to_pylist()[:20]
+    request = RankRequest(user_id=stats[-1]["user_id"], candidates=items, k=len(items))
+    whole = ranker.answer(request, lagging, Clock()).response
+    assert (whole.degraded, whole.tokens) == ([], None)
+    without = ranker.answer(request, replace(lagging, history=None), Clock()).response
+    assert (without.degraded, without.tokens) == (["stale_tokens"], ranker.bundle.tokens)

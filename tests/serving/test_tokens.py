@@ -277,7 +277,7 @@ def test_one_more_event_refreshes_tokens_as_if_the_job_had_seen_it(
     token_shop: Any, ranker: RankService, online: OnlineTokens, world: Any
 ) -> None:
     from feature_repo.history.history import HistoryLog
-    from modeling.bundle.summary import Summariser
+    from modeling.summaries.summariser import Summariser
 
     user, version = world[0][11], ranker.bundle.tokens or ""
     ((stored, state),) = online.read(version, [user])

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from modeling.bundle.summary import Summariser
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.models.base import Ranker
+from modeling.summaries.summariser import Summariser
 
 # Events of the histories that are read at a time; one longer history is read alone
 EVENTS = 1 << 20
