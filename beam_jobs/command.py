@@ -208,7 +208,7 @@ def _up_to_date(name: str, options: RunOptions, common: Common, settings: Settin
 
 def tokens_to_refresh(settings: Settings) -> TokenOptions | None:
     """The options of a run that refreshes the summary tokens which servers rank from: of the live bundle, or of the
-    newest one that makes what the live one reads. None, and said, where there are none to refresh.
+    newest one that made what the live one reads. None, and said, where there are none to refresh.
     """
     catalogue = Catalogue(settings.catalogue_url)
     live = catalogue.live_or_none(settings.dataset)
@@ -218,16 +218,8 @@ def tokens_to_refresh(settings: Settings) -> TokenOptions | None:
     if live.tokens is None:
         console.print(f"summary_tokens: {live.recipe} reads none", highlight=False)
         return None
-    from modeling.bundle.makers import maker_among
-
-    maker = maker_among(settings, [live, *catalogue.bundles(settings.dataset)], live.tokens)
-    if maker is None:
-        console.print(
-            f"summary_tokens: no bundle here makes the tokens that {live.recipe} reads, so they stay as they are",
-            style="yellow",
-        )
-        return None
-    if maker.digest == live.digest:
+    maker = catalogue.maker_of(settings.dataset, live.tokens)
+    if maker is None or maker.recipe == live.recipe:
         return TokenOptions()
     # The maker's tokens are wanted, and not the maker itself.
     return TokenOptions(bundle=maker.digest, not_live=True)

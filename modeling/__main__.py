@@ -224,8 +224,9 @@ def road(recipe: str = DEFAULT, *, runner: str = "FnApiRunner") -> None:
         runner: of Beam, for the jobs among them.
     """
     from modeling import recipes as found
+    from modeling.commands import road as roads
 
-    for command in found.road(found.load(recipe), runner):
+    for command in roads.road(found.load(recipe), runner):
         print(command)
 
 

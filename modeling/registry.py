@@ -7,7 +7,7 @@ from __future__ import annotations
 from feature_repo.errors import nearest
 from feature_repo.home.code import code_digest
 from modeling.errors import RecipeError
-from modeling.recipes import Recipe
+from modeling.recipes import AnyRecipe, Recipe
 
 # Model → room and class; its module is `<room>.<model>`, the module's config is `Config`
 CLASSES = {
@@ -48,6 +48,11 @@ def module_of(name: str) -> str:
     if name not in NAMES:
         raise RecipeError(f"no model {name!r}; there are {NAMES}{nearest(name, NAMES)}")
     return f"modeling.{CLASSES[name][0]}.{name}"
+
+
+def makes_tokens(recipe: AnyRecipe) -> bool:
+    """Return whether a job makes summary tokens with a recipe's model."""
+    return isinstance(recipe, Recipe) and recipe.model in TOKEN_MAKERS and recipe.tokens is None
 
 
 def training_code(recipe: Recipe, dataset: str) -> str:

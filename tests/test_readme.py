@@ -17,9 +17,11 @@ import pytest
 
 from feature_repo.home.tables import JobFolder
 from modeling import recipes
+from modeling.commands.road import road
 from modeling.models import model_class
 from modeling.models.base import TokenMaker
 from modeling.recipes import Recipe
+from modeling.registry import makes_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,7 +75,7 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
     steps = []
     for line in shown.splitlines():
         if "modeling road" in line:
-            found = recipes.road(recipes.load("vista_trees"), "FnApiRunner")
+            found = road(recipes.load("vista_trees"), "FnApiRunner")
             steps += [f".venv/bin/python -m {command}" for command in found]
         elif line.startswith(".venv/bin/python -m") and " pip " not in line:
             steps.append(line)
@@ -82,7 +84,7 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
 
 
 def test_the_road_to_a_recipe_that_reads_tokens_makes_them_first() -> None:
-    assert recipes.road(recipes.load("amortised_tokens"), "FnApiRunner") == [
+    assert road(recipes.load("amortised_tokens"), "FnApiRunner") == [
         "modeling train vista",
         "modeling evaluate vista",
         "modeling export vista --not_live",
@@ -96,7 +98,7 @@ def test_the_road_to_a_recipe_that_reads_tokens_makes_them_first() -> None:
         recipe = recipes.load(name)
         if isinstance(recipe, Recipe):
             made = issubclass(model_class(recipe.model), TokenMaker) and recipe.tokens is None
-            assert recipes.makes_tokens(recipe) == made, name
+            assert makes_tokens(recipe) == made, name
 
 
 @pytest.mark.slow

@@ -368,6 +368,16 @@ class Catalogue:
             query = select(TokenVersion).where(TokenVersion.dataset == dataset)
             return list(session.scalars(query.order_by(TokenVersion.built_at.desc())))
 
+    def maker_of(self, dataset: str, tokens: str) -> BundleRow | None:
+        """The newest bundle of the recipe by which tokens of a version were built; None where none were, or it is not
+        recorded any more.
+        """
+        built_by = {row.fingerprint: row.recipe for row in self.token_versions(dataset)}
+        for row in self.bundles(dataset):
+            if row.tokens == tokens and row.recipe == built_by.get(tokens):
+                return row
+        return None
+
     def tokens_of_recipe(self, dataset: str, recipe: str) -> TokenSpec:
         """Return the newest token version that a recipe's bundles made.
 

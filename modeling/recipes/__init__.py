@@ -196,39 +196,6 @@ Trees on the same numbers stand beside every `evaluate`."""
 FOR_ANYBODY = 1
 
 
-def road(recipe: AnyRecipe, runner: str) -> list[str]:
-    """The commands, behind `python -m`, that lead from built tables to a recipe that can be served: a recipe that reads
-    another's summary tokens comes behind that one, whose tokens are then kept as they were at each week's end.
-    """
-    commands = []
-    if isinstance(recipe, Recipe) and recipe.tokens is not None:
-        commands += _trained(recipe.tokens, "--not_live")
-        commands.append(_tokens_of(recipe.tokens, runner, "--every_days", "7"))
-    commands += _trained(recipe.name)
-    if makes_tokens(recipe):
-        commands.append(_tokens_of(recipe.name, runner))
-    return commands
-
-
-def makes_tokens(recipe: AnyRecipe) -> bool:
-    """Return whether a job makes summary tokens with a recipe's model."""
-    from modeling.registry import TOKEN_MAKERS
-
-    return isinstance(recipe, Recipe) and recipe.model in TOKEN_MAKERS and recipe.tokens is None
-
-
-def _trained(name: str, *options: str) -> list[str]:
-    return [
-        f"modeling train {name}",
-        f"modeling evaluate {name}",
-        " ".join((f"modeling export {name}", *options)),
-    ]
-
-
-def _tokens_of(name: str, runner: str, *options: str) -> str:
-    return " ".join((f"beam_jobs summary_tokens --bundle {name} --runner={runner}", *options))
-
-
 def about(recipe: AnyRecipe) -> str:
     """Say in a line what training a recipe leads to."""
     if isinstance(recipe, NextItemRecipe):

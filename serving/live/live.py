@@ -32,7 +32,6 @@ from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store.store import close_store, held_epoch, open_store
 from modeling.bundle import bundle as bundles
-from modeling.bundle.makers import maker_among
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
@@ -136,8 +135,7 @@ class BundleSource:
             return None
         contract = datasets.load_contract(self.settings.dataset)
         try:
-            rows = self._catalogue.bundles(self.settings.dataset)
-            row = maker_among(self.settings, rows, bundle.tokens)
+            row = self._catalogue.maker_of(self.settings.dataset, bundle.tokens)
             if row is not None:
                 maker = bundles.load(self.settings.path(row.path), contract, row.digest)
                 maker = maker.on(device_named(self.device))

@@ -628,12 +628,11 @@ def test_a_bundle_that_reads_anothers_tokens_makes_none(fresh: Any, helpers: Any
         build(fresh, helpers, bundle="nothing")
 
 
-def test_a_refresh_makes_the_tokens_that_the_live_bundle_reads(
-    fresh: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refresh_makes_the_tokens_that_the_live_bundle_reads(fresh: Any, helpers: Any) -> None:
     """Its own, or those of their maker, which does not go live for that."""
     from beam_jobs.command import tokens_to_refresh
     from beam_jobs.engine.options import TokenOptions
+    from serving.live.live import BundleSource
 
     build(fresh, helpers)
     assert tokens_to_refresh(fresh.settings) == TokenOptions()
@@ -644,9 +643,10 @@ def test_a_refresh_makes_the_tokens_that_the_live_bundle_reads(
     assert wanted == TokenOptions(bundle=maker.digest, not_live=True)
     assert build(fresh, helpers, **vars(wanted)).manifest.options["version"] == maker.tokens
     assert live(fresh).manifest["recipe"] == "amortised_tokens_tiny"
-    # A maker whose manifest is damaged makes nothing, and keeps no server from ranking.
+    # A maker that is damaged keeps no server from ranking.
     (maker.path / "bundle.json").write_text("{")
-    assert tokens_to_refresh(fresh.settings) is None
+    assert BundleSource(fresh.settings).token_maker(live(fresh)) is None
+    assert BundleSource(fresh.settings).load().name.startswith("amortised_tokens_tiny")
 
 
 def test_going_back_to_an_earlier_bundle_is_one_command(fresh: Any, helpers: Any) -> None:

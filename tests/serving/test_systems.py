@@ -138,13 +138,14 @@ def test_a_kept_state_takes_events_behind_a_full_window(road: Any, helpers: Any)
     serving = source.load()
     ranker = serving.ranker
     encoder = ranker.bundle.encoder
-    assert encoder.history_block == 8
-    stats = JobFolder(road.settings.home, "user_history").read("user_stats").to_pylist()
-    # So many that the second event moves the window.
+    assert (encoder.history_length, encoder.history_block) == (16, 8)
+    stats = JobFolder(road.settings.home, "user_history").read("user_stats")
+    # So many events that the second one more moves the window.
     user = next(
-        row["user_id"]
-        for row in stats
-        if (beyond := row["history_end"] - encoder.history_length) > 8 and beyond % 8 == 7
+        user
+        for user in sorted(set(stats["user_id"].to_pylist()))
+        if (beyond := ranker.reader.read_user(user).columns["history_end"] - 16) > 8
+        and beyond % 8 == 7
     )
     items = encoder.items.values.to_pylist()[:20]
     request = RankRequest(user_id=user, candidates=items, k=len(items))
