@@ -85,10 +85,10 @@ def test_the_demo_runs_the_commands_that_are_told_step_by_step() -> None:
 
 def test_the_road_to_a_recipe_that_reads_tokens_makes_them_first() -> None:
     assert road(recipes.load("amortised_tokens"), "FnApiRunner") == [
-        "modeling train vista",
-        "modeling evaluate vista",
-        "modeling export vista --not_live",
-        "beam_jobs summary_tokens --bundle vista --runner=FnApiRunner --every_days 7",
+        "modeling train vista_stream",
+        "modeling evaluate vista_stream",
+        "modeling export vista_stream --not_live",
+        "beam_jobs summary_tokens --bundle vista_stream --runner=FnApiRunner --every_days 7",
         "modeling train amortised_tokens",
         "modeling evaluate amortised_tokens",
         "modeling export amortised_tokens",

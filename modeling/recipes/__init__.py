@@ -189,7 +189,7 @@ def grouped() -> dict[str, dict[str, str]]:
 ADVICE = """Where to begin:
   trees        minutes to train, and the bar: above every network here on Online Retail (NDCG@10 0.684)
   vista_trees  the default: trees, and histories as summary tokens, which a server reads and events refresh
-  vista        the same without trees, and a larger network
+  vista_stream the same without trees, and a larger network; vista is the paper's, whose tokens a job makes
   mean_pool    the quickest network, in seconds, and what a sequence model has to beat
 Trees on the same numbers stand beside every `evaluate`."""
 # Groups that are listed unasked

@@ -51,9 +51,13 @@ def _ranker(name: str, model: str, config: dict[str, Any]) -> Recipe:
 
 
 def _reading_tokens(recipe: Recipe, name: str, **changes: Any) -> Recipe:
-    """A ranker that reads the stored summary tokens of `vista` beside its own inputs."""
+    """A ranker that reads the stored summary tokens of `vista_stream`, which take events as they come, beside its own
+    inputs.
+    """
     config = {**recipe.config, **changes}
-    return replace(recipe, name=name, service=SERVICE_WITH_TOKENS, tokens="vista", config=config)
+    return replace(
+        recipe, name=name, service=SERVICE_WITH_TOKENS, tokens="vista_stream", config=config
+    )
 
 
 def onetrans() -> Recipe:

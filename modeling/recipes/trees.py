@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from modeling.recipes import SERVICE, Recipe, Training
-from modeling.recipes.vista import vista, vista_addressed, vista_tiny
+from modeling.recipes.vista import vista_addressed, vista_stream, vista_tiny
 
 RECIPES = (
     "trees",
@@ -47,10 +47,10 @@ def trees_binary() -> Recipe:
 
 
 def vista_trees() -> Recipe:
-    """The default: what `make demo` trains. VISTA, its logits blended with those of trees: a smaller network than alone,
-    which reads fewer events.
+    """The default: what `make demo` trains. VISTA as a stream, its logits blended with those of trees: a smaller network
+    than alone, which reads fewer events.
     """
-    alone = vista()
+    alone = vista_stream()
     return replace(
         alone,
         name="vista_trees",

@@ -10,6 +10,7 @@ from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 
 RECIPES = (
     "vista",
+    "vista_stream",
     "vista_addressed",
     "vista_addressed_tiny",
     "vista_tiny",
@@ -19,13 +20,10 @@ RECIPES = (
     "onetrans_tokens_tiny",
 )
 
-STREAM: dict[str, Any] = {
-    "causal": True,
-    "seed_role": "target",
-    "num_heads": 2,
-    "summary_layers": 2,
-    "ranking_layers": 2,
-}
+LAYERS: dict[str, Any] = {"num_heads": 2, "summary_layers": 2, "ranking_layers": 2}
+STREAM: dict[str, Any] = {**LAYERS, "causal": True, "seed_role": "target"}
+# Events that `vista` reads and reconstructs
+LENGTH = 256
 # Days: a half-life that fades nothing
 FOREVER = 1e6
 # Events: what a recipe reads whose state is kept as events come
@@ -35,18 +33,35 @@ SECONDS = Training(epochs=2, max_requests=16, max_candidates=1024, checkpoint_st
 
 
 def vista() -> Recipe:
-    """VISTA, whose summary tokens take new events one by one."""
+    """VISTA as its paper has it: every event reads every other, 128 summary tokens, the whole history reconstructed."""
+    config = {
+        **LAYERS,
+        "width": 32,
+        "num_seeds": 128,
+        "cross_rank": 64,
+        "dropout": 0.1,
+        "reconstructed": LENGTH,
+    }
+    return _large("vista", config)
+
+
+def vista_stream() -> Recipe:
+    """VISTA, whose summary tokens take new events one by one: events read the blocks before their own."""
     config = {
         **STREAM,
         "width": 32,
         "num_seeds": 32,
         "cross_rank": 64,
         "dropout": 0.1,
-        "block": 128,
+        "block": 16,
         "reconstructed": 32,
     }
+    return _large("vista_stream", config)
+
+
+def _large(name: str, config: dict[str, Any]) -> Recipe:
     training = Training(epochs=2, learning_rate=4e-3)
-    return Recipe("vista", "vista", SERVICE, config, history_length=256, training=training)
+    return Recipe(name, "vista", SERVICE, config, history_length=LENGTH, training=training)
 
 
 def vista_addressed() -> Recipe:
