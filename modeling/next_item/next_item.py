@@ -38,6 +38,7 @@ from modeling.next_item.sequences import (
     training_windows,
 )
 from modeling.recipes import NextItemRecipe, SplitName
+from modeling.training.accelerator import autocast
 from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import PER_USER, Loop, forget_run, locked_run
 
@@ -118,7 +119,8 @@ class NextItemTrainer(Loop):
             )
         # 3. The loss of each part, weighed by its share of the targets.
         for events, at, targets in parts:
-            rows = model.encode(events.to(self.device))
+            with autocast(self.device, self.training.precision):
+                rows = model.encode(events.to(self.device)).float()
             rows = rows if at is None else rows[at.to(self.device)]
             targets = targets.to(self.device)
             if drawn is None:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from feature_repo.errors import nearest
 from modeling.errors import RecipeError
@@ -14,6 +14,10 @@ from modeling.errors import RecipeError
 # Feature services that rankers train on.
 SERVICE = "ranking_v1"
 SERVICE_WITH_TOKENS = "ranking_v1_tokens"
+
+
+# Of products of matrices: see modeling/training/accelerator.py
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,20 @@ class Fit:
     # Decay of the moving average of weights that is validated and kept; 0 keeps the weights
     averaging: float = 0.0
     checkpoint_steps: int = 100
+    precision: Precision = "fp32"
+    # Layers are computed again in the backward pass instead of kept: less memory, a third more time
+    recompute: bool = False
+    # Threads that make batches ahead
+    loaders: int = 1
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise RecipeError(
+                f"precision is one of {', '.join(get_args(Precision))}, not {self.precision!r}"
+            )
+        if self.loaders < 1:
+            raise RecipeError(f"loaders is at least 1, not {self.loaders}")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from modeling.layers.host import device_of
 from modeling.metrics import defined, log_loss, mean_ndcg
 from modeling.models.base import Ranker
 from modeling.recipes import Fit, Training
+from modeling.training.accelerator import autocast, recompute_layers, use_products
 from modeling.training.optimizers import clip_gradients, optimizer_of
 from modeling.training.weights import save_weights
 
@@ -178,16 +179,18 @@ def grouped(
         yield order[first:]
 
 
-def ahead(load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray]) -> Iterator[Any]:
-    """Yield what `load` makes of each batch of a plan, in order; the next ones are made meanwhile.
+def ahead(
+    load: Callable[[np.ndarray], Any], plan: Sequence[np.ndarray], loaders: int = 1
+) -> Iterator[Any]:
+    """Yield what `load` makes of each batch of a plan, in order; the next ones are made meanwhile, by so many threads.
 
     Nothing random may happen in `load`: how far it is ahead differs from run to run.
     """
     waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(1, "load") as thread:
+    with ThreadPoolExecutor(loaders, "load") as threads:
         for chosen in plan:
-            waiting.append(thread.submit(load, chosen))
-            if len(waiting) > LOADED_AHEAD:
+            waiting.append(threads.submit(load, chosen))
+            if len(waiting) > LOADED_AHEAD * loaders:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -281,6 +284,8 @@ class Loop(ABC):
         self.averaged = (
             copy.deepcopy(self.model).requires_grad_(False) if training.averaging else None
         )
+        if training.recompute:
+            recompute_layers(self.model)
         self.step = self.epoch = self.next_batch = 0
         self.best = -math.inf
         self.epochs_since_best = 0
@@ -297,8 +302,8 @@ class Loop(ABC):
         """Batches of an epoch, in order; the same for every call."""
 
     def load(self, chosen: np.ndarray) -> Any:
-        """Load what `losses` takes of a batch, from memory or disk; called ahead of it, on a separate
-        thread.
+        """Load what `losses` takes of a batch, from memory or disk; called ahead of it, on one of several
+        threads.
         """
         return chosen
 
@@ -329,6 +334,7 @@ class Loop(ABC):
         Raises:
             LossError: the loss became NaN or infinite.
         """
+        use_products(self.training.precision)
         # Seed first: a checkpoint's random state replaces the seeded one.
         torch.manual_seed(self.training.seed)
         self._resume()
@@ -338,7 +344,8 @@ class Loop(ABC):
             advance(self.step, "")
             while self.epoch < self.training.epochs and not self.stopped:
                 # `plan` gives an epoch the same batches again, so a resumed one skips those done.
-                for loaded in ahead(self.load, self.plan(self.epoch)[self.next_batch :]):
+                left = self.plan(self.epoch)[self.next_batch :]
+                for loaded in ahead(self.load, left, self.training.loaders):
                     if budget is not None and budget <= 0:
                         self._tell(advance)
                         return self._summary()
@@ -601,11 +608,12 @@ class Trainer(Loop):
         samples = int(batch.candidates.mask_BC.sum())
         # 2. On the device, in one move.
         batch = batch.to(self.device)
-        logits, further = cast(Ranker, self.model).training_forward(batch)
+        with autocast(self.device, self.training.precision):
+            logits, further = cast(Ranker, self.model).training_forward(batch)
         loss = masked_bce(
-            logits, batch.labels_BCT, batch.candidates.mask_BC, self._weights_T.to(logits.dtype)
+            logits.float(), batch.labels_BCT, batch.candidates.mask_BC, self._weights_T
         )
-        loss = loss if further is None else loss + further
+        loss = loss if further is None else loss + further.float()
         yield loss, samples
 
     def validate(self, model: nn.Module) -> dict[str, float]:
