@@ -78,6 +78,7 @@ bench: setup  ## fast paths beside their plain twins
 	$(RUN) -m modeling.benchmarks.catalogue
 	$(RUN) -m modeling.benchmarks.ctr
 	$(RUN) -m modeling.benchmarks.precision
+	$(RUN) -m modeling.benchmarks.systems
 	$(RUN) -m modeling.benchmarks.vista
 	$(RUN) -m modeling.benchmarks.planted
 	$(RUN) -m modeling.benchmarks.trees
@@ -88,6 +89,7 @@ bench-gpu: setup  ## the same on a GPU
 	$(RUN) -m modeling.benchmarks.amortised --device cuda
 	$(RUN) -m modeling.benchmarks.kv_cache --device cuda
 	$(RUN) -m modeling.benchmarks.precision --device cuda
+	$(RUN) -m modeling.benchmarks.systems --device cuda
 
 reliability: setup  ## what make check samples, whole: schemas, faults, loads, a soak; over an hour, leaves PAGE
 	$(RUN) -m pytest -m whole tests --page $(PAGE)
