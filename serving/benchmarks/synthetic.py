@@ -148,8 +148,12 @@ def _encoder(contract: Contract, length: int) -> Encoder:
     return Encoder(contract, vocabularies, length)
 
 
-def bundle_of(settings: Settings, size: Size) -> Path:
-    """A bundle of that size with random weights."""
+def bundle_of(settings: Settings, size: Size, **changes: Any) -> Path:
+    """A bundle of that size with random weights.
+
+    Args:
+        changes: of the model's config.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -157,7 +161,7 @@ def bundle_of(settings: Settings, size: Size) -> Path:
     encoder = _encoder(contract, size.length)
     recipe = recipes.load("amortised_dlrm")
     assert isinstance(recipe, recipes.Recipe)
-    config = {"width": size.width, "num_layers": size.layers, "num_heads": 4}
+    config = {"width": size.width, "num_layers": size.layers, "num_heads": 4, **changes}
     folder, _ = bundles.export(
         settings.path("bundles"),
         model=models.build(recipe.model, config, encoder.sizes).eval(),
