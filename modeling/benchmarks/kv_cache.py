@@ -1,7 +1,7 @@
 """The same user again with a few new events: cached keys and values extended, beside encoding
 everything anew.
 
-Scores of both are compared. `refresh` says whether one of OneTrans's tails has moved, as it does once in 32 events, and asks
+Scores of both are compared. `refresh` says whether one of OneTrans's tails has moved, as it does once in a block of events, and asks
 for a new encoding; `cache_kb` is the state at fp32. The floor is the FLOP ratio of the two.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = flags.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    # One short of where a tail's start moves, which is at multiples of 32: a state is extended up to there.
+    # One short of where a tail's start moves, which is at a multiple of its block: a state is extended up to there.
     shapes = [(511, 64)] if arguments.quick else [(1023, 256), (4095, 256)]
     width = {"width": 128, "num_layers": 4, "num_heads": 4, "dropout": 0.0}
     amortised = {**width, "causal": True, "positions": "from_oldest"}

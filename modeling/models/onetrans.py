@@ -25,10 +25,10 @@ events like the candidate (`layers/matching.py`; `matching=False` is the paper's
 goes past the tokenisers, beside an event's network and into a candidate's first NS token; what
 stands beside it, places and the tokenisers' own rows, begins small; NS tokens may read nothing.
 
-**Tails that move by 32.** A tail that slides with each new event drops keys that cached rows have read, and a
-cache is then not what a new forward would give. Here a tail starts at a multiple of 32 rows: it holds its
-nominal number and 0 to 31 more, and its start follows from the number of rows alone. So an extended cache is
-what encoding anew gives, whichever process encodes; once in 32 events a start moves, which `must_refresh`
+**Tails that move by blocks.** A tail that slides with each new event drops keys that cached rows have read, and a
+cache is then not what a new forward would give. Here a tail starts at a multiple of `tail_block` rows: it holds its
+nominal number and up to a block more, and its start follows from the number of rows alone. So an extended cache is
+what encoding anew gives, whichever process encodes; once in a block of events a start moves, which `must_refresh`
 says. In training histories end anywhere, so that every length of a tail is known to the model.
 """
 
@@ -51,7 +51,7 @@ from modeling.layers.per_token import MixedLinear, MixedRMSNorm, PerTokenLinear
 from modeling.layers.stored_tokens import StoredTokens
 from modeling.models.base import CannotExtendError, Ranker
 
-# Rows; tails are multiples of it, and their starts move by as many
+# Rows; nominal tails are multiples of it
 ROUND_TO = 32
 # Twice that of other models: a head here is narrow, and a few of many rows are like a candidate by chance
 SHARPNESS = 20.0
@@ -84,6 +84,8 @@ class Config:
     # Learned rows between the sequences of a timestamp-agnostic merge
     separators: bool = True
     pyramid: bool = True
+    # Rows by which the start of a tail moves: more of them keep a state for more events, and cost more
+    tail_block: int = 32
     # Each NS token has its own; False shares those of S
     own_weights: bool = True
     own_output: bool = False  # W_O too
@@ -271,13 +273,14 @@ class OneTrans(Ranker):
         )
 
     def starts(self, rows_B: Tensor) -> Tensor:
-        """The first S row of each layer's input, B × n: a multiple of 32.
+        """The first S row of each layer's input, B × n: a multiple of `tail_block`.
 
         Args:
             rows_B: S rows of each user.
         """
         beyond = (rows_B[:, None] - self.tails_n).clamp(min=0)
-        return beyond.div(ROUND_TO, rounding_mode="floor") * ROUND_TO
+        block = self.config.tail_block
+        return beyond.div(block, rounding_mode="floor") * block
 
     def encode_user(self, user: UserInputs) -> UserState:
         """Stage I: every S row and the request's NS tokens through all layers."""
@@ -294,7 +297,7 @@ class OneTrans(Ranker):
             # Queries only of rows that the next layer keeps; of the last layer only keys are read.
             keep = 0
             if not last:
-                beyond = self.tails[number + 1] + ROUND_TO - 1
+                beyond = self.tails[number + 1] + self.config.tail_block - 1
                 kept_B = number_B - starts_Bn[:, number + 1]
                 keep = max(at_most(kept_B, min(rows.shape[1], beyond)), 1)
             query, keys, values = layer.project(rows, None, keep)  # type: ignore[operator]

@@ -168,13 +168,14 @@ def test_a_tail_whose_start_moves_asks_for_a_refresh() -> None:
         ]
 
 
-def test_a_tail_holds_its_rows_and_up_to_31_more() -> None:
-    model = build()
+@pytest.mark.parametrize("block", [32, 64])
+def test_a_tail_holds_its_rows_and_up_to_a_block_more(block: int) -> None:
+    model = build(tail_block=block)
     for length in (96, 97, 127, 128, 160):
         with torch.inference_mode():
             state = model.encode_user(user_inputs([length], 1))
         rows = [keys.shape[2] - model.num_request for keys in state.keys]
-        expected = [min(length, tail + (length - tail) % ROUND_TO) for tail in model.tails]
+        expected = [min(length, tail + (length - tail) % block) for tail in model.tails]
         assert rows == expected
 
 
