@@ -210,10 +210,13 @@ def recipes(*, all: bool = False) -> None:
 
 @app.command
 def about(recipe: str = DEFAULT) -> None:
-    """Say what training a recipe leads to, before it is trained."""
+    """Say what training a recipe leads to, and which paper it walks, before it is trained."""
     from modeling import recipes as found
 
-    print(found.about(found.load(recipe)))
+    chosen = found.load(recipe)
+    print(found.about(chosen))
+    if line := found.walks(chosen):
+        print(line)
 
 
 @app.command

@@ -101,6 +101,18 @@ def test_the_road_to_a_recipe_that_reads_tokens_makes_them_first() -> None:
             assert makes_tokens(recipe) == made, name
 
 
+def test_a_recipe_says_which_paper_it_walks_and_where_it_departs() -> None:
+    said = {name: recipes.walks(recipes.load(name)) for name in recipes.all_recipes()}
+    assert "which is ours" in said["vista_trees"]
+    assert said["vista"].startswith("it walks VISTA (arXiv 2510.22049); what else")
+    assert "stage 2 alone" in said["vista_stage_2"]
+    assert said["trees"] == said["din"] == ""
+    for name, line in said.items():
+        if line:
+            file = ROOT / line.rpartition(" ")[2]
+            assert "Differs" in file.read_text(), name
+
+
 @pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
     """All of them, in order, in processes of their own, from raw rows to a live bundle; then once

@@ -213,6 +213,40 @@ Trees on the same numbers stand beside every `evaluate`."""
 FOR_ANYBODY = 1
 
 
+# Model → the paper that it is of
+PAPERS = {
+    "amortised_dlrm": "amortised history inference (arXiv 2412.06924)",
+    "hiformer": "Hiformer (arXiv 2311.05884)",
+    "hydrarec": "HydraRec (arXiv 2501.01242)",
+    "hydrarec_ranker": "HydraRec (arXiv 2501.01242)",
+    "onetrans": "OneTrans (arXiv 2510.26104)",
+    "vista": "VISTA (arXiv 2510.22049)",
+}
+
+
+def walks(recipe: AnyRecipe) -> str:
+    """Say in a line which of the five papers a recipe walks, and where it departs from it; "" for none of them."""
+    if recipe.model not in PAPERS:
+        return ""
+    departs = {
+        "hydrarec_ranker": "as a ranker beside feature tokens, which is ours",
+        "vista": _of_vista(recipe.config),
+    }.get(recipe.model, "")
+    comma = f", {departs}" if departs else ""
+    return (
+        f"it walks {PAPERS[recipe.model]}{comma}; what else differs from the paper stands at the head of "
+        f"modeling/models/{recipe.model}.py"
+    )
+
+
+def _of_vista(config: dict[str, Any]) -> str:
+    if config.get("stored"):
+        return "stage 2 alone"
+    if config.get("causal"):
+        return "as a stream, which is ours: events read the blocks before their own, so that tokens take new ones"
+    return ""
+
+
 def about(recipe: AnyRecipe) -> str:
     """Say in a line what training a recipe leads to."""
     if isinstance(recipe, NextItemRecipe):
@@ -225,4 +259,5 @@ def about(recipe: AnyRecipe) -> str:
         if recipe.tokens
         else ""
     )
-    return f"{recipe.name} ranks candidates with model {recipe.model}, {recipe.history_length} events of each user{tokens}"
+    trees = "" if recipe.trees is None else ", its logits blended with those of trees"
+    return f"{recipe.name} ranks candidates with model {recipe.model}, {recipe.history_length} events of each user{tokens}{trees}"
