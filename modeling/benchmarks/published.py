@@ -58,7 +58,21 @@ AMORTISED = Paper(
     "Amortised history inference (arXiv 2412.06924)",
     "A professional network's feed and advertisements; the abstract and what others say of the body are public.",
     (
-        Claim("the appended candidate is on par with CONCAT", "amortised", "concat", "no worse"),
+        Claim(
+            "appended, with cross-attention, on par with CONCAT", "amortised", "concat", "no worse"
+        ),
+        Claim(
+            "appended, with self-attention of candidates, on par with CONCAT",
+            "amortised_self",
+            "concat",
+            "no worse",
+        ),
+        Claim(
+            "appended, with self-attention as it stands, on par with CONCAT",
+            "amortised_self_plain",
+            "concat",
+            "no worse",
+        ),
         Claim(
             "cross-attention is on par with self-attention",
             "amortised",
@@ -82,6 +96,11 @@ VISTA = Paper(
             "vista_softmax",
             "no worse",
         ),
+        Claim(
+            "with the reconstruction loss above without (table 3)", "vista", "vista_unreconstructed"
+        ),
+        Claim("more seeds help (figure): 32 above 8", "vista", "vista_8_seeds"),
+        Claim("a stage 1 above none (section 4)", "vista", "mean_pool"),
         Claim(
             "ours: the stream costs little against both ways", "vista_stream", "vista", "no worse"
         ),

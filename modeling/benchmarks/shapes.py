@@ -19,7 +19,10 @@ HISTORY = {"online_retail": 96, "movielens_1m": 128}  # events that are read
 # Models that no recipe for any data has under this name.
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised": ("amortised_dlrm", AMORTISED),
+    "amortised_self_plain": ("amortised_dlrm", {**AMORTISED, "fusion": "append_self_plain"}),
     "vista": ("vista", VISTA),
+    "vista_unreconstructed": ("vista", {**VISTA, "reconstruction": 0.0}),
+    "vista_8_seeds": ("vista", {**VISTA, "num_seeds": 8}),
     "vista_stream": ("vista", STREAM),
 }
 SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,137 and 244,321
@@ -27,8 +30,11 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,1
     "online_retail": {
         "amortised": {"head_hidden": 224},
         "amortised_self": {"head_hidden": 224},
+        "amortised_self_plain": {"head_hidden": 224},
         "concat": {"head_hidden": 192},
         "vista": {"head_hidden": 228},
+        "vista_unreconstructed": {"head_hidden": 228},
+        "vista_8_seeds": {"head_hidden": 228},
         "vista_softmax": {"head_hidden": 236},
         "vista_stream": {"head_hidden": 228},
         "sasrec_rank": {"head_hidden": 312},
@@ -46,8 +52,11 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {  # within 5 % of OneTrans: 235,1
     "movielens_1m": {
         "amortised": {"head_hidden": 152},
         "amortised_self": {"head_hidden": 152},
+        "amortised_self_plain": {"head_hidden": 152},
         "concat": {"head_hidden": 128},
         "vista": {"head_hidden": 144},
+        "vista_unreconstructed": {"head_hidden": 144},
+        "vista_8_seeds": {"head_hidden": 144},
         "vista_softmax": {"head_hidden": 152},
         "vista_stream": {"head_hidden": 144},
         "sasrec_rank": {"head_hidden": 212},
