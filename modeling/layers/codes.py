@@ -17,6 +17,7 @@ from torch.nn.functional import embedding, embedding_bag, normalize
 
 from modeling.inputs.batch import FeatureSizes
 from modeling.layers.embedding import item_table
+from modeling.layers.host import on_host
 
 
 class Items(NamedTuple):
@@ -81,7 +82,7 @@ class ItemCodes(nn.Module):
         """Codes of each different item once; on an accelerator, where their number would have to be waited for, of each
         event.
         """
-        if item_BL.device.type != "cpu":
+        if not on_host(item_BL):
             return self._of_each(item_BL)
         items, which = torch.unique(item_BL, return_inverse=True)
         return Items(self(self.parts(items)), which)

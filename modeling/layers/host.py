@@ -35,14 +35,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next(held, torch.empty(0)).device
 
 
+# Where numbers are at hand
+HOST = "cpu"
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for it."""
+    return tensor.device.type == HOST
+
+
 def surely_all(mask: Tensor) -> bool:
     """Whether all are true; on an accelerator False."""
-    return mask.device.type == "cpu" and bool(mask.all())
+    return on_host(mask) and bool(mask.all())
 
 
 def maybe_any(mask: Tensor) -> bool:
     """Whether any is true; on an accelerator True."""
-    return mask.device.type != "cpu" or bool(mask.any())
+    return not on_host(mask) or bool(mask.any())
 
 
 def at_most(numbers: Tensor, bound: int) -> int:
@@ -51,4 +60,4 @@ def at_most(numbers: Tensor, bound: int) -> int:
     Args:
         numbers: not empty.
     """
-    return int(numbers.max()) if numbers.device.type == "cpu" else bound
+    return int(numbers.max()) if on_host(numbers) else bound

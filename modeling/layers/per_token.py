@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
+from modeling.layers.host import on_host
+
 
 class PerTokenLinear(nn.Module):
     """T linear maps, D → E, one for each token of a list.
@@ -43,7 +45,7 @@ class PerTokenLinear(nn.Module):
         Args:
             which: the map of each row, int64, shaped as rows without their last axis.
         """
-        if which.device.type != "cpu":
+        if not on_host(which):
             return self._chosen_of_all(rows, which)
         flat = rows.reshape(-1, rows.shape[-1])
         which = which.reshape(-1)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, prelu
 
+from modeling.layers.host import on_host
+
 # Two items that share four of five categories are 2/3 alike: a thousand such events weigh about as much as one equal one
 SHARPNESS = 20.0
 # Hidden units of pairs made at a time on a CPU: a megabyte, which its cache keeps
@@ -214,7 +216,7 @@ def _hidden(events: Tensor, matrix: Tensor) -> Tensor:
 def _blocks(rows: Tensor, shift: Tensor) -> Iterator[tuple[slice, slice]]:
     """Requests and candidates of each block; on an accelerator all in one."""
     number, candidates, hidden = shift.shape
-    if rows.device.type != "cpu":
+    if not on_host(rows):
         yield slice(None), slice(None)
         return
     # Hidden units, or the candidate's matrix

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from modeling.errors import DeviceError
+from modeling.inputs.batch import Candidates, UserInputs
+from modeling.layers import host
 from modeling.layers.codes import ItemCodes
 from modeling.layers.host import at_most, device_named, maybe_any, surely_all
 from modeling.layers.per_token import PerTokenLinear
@@ -70,6 +73,34 @@ def test_a_state_is_extended_elsewhere(name: str) -> None:
             state = model.extend_user(model.encode_user(far.events(0, 7)), far.events(7, 9))
             scores = model.score(state, some.to(ELSEWHERE)).cpu()
     torch.testing.assert_close(scores, here, rtol=1e-4, atol=1e-5)
+
+
+# The five systems, and what others read a history by
+COMPILED = (
+    "hiformer",
+    "amortised_dlrm",
+    "vista",
+    "vista_extendable",
+    "ranker_hydrarec_extendable",
+    "onetrans_extendable",
+    "baseline_din",
+)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_forward_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ways that an accelerator takes, walked here: `fullgraph` refuses whatever would break it."""
+    monkeypatch.setattr(host, "HOST", "nowhere")
+    model = worlds.make(name)
+    user, some = worlds.user_inputs([9, 5], 1), worlds.candidates(2, 4, 1)
+
+    def forward(user: UserInputs, some: Candidates) -> Tensor:
+        scores: Tensor = model.score(model.encode_user(user), some)
+        return scores
+
+    torch._dynamo.reset()
+    whole = torch.compile(forward, backend="eager", fullgraph=True)(user, some)
+    torch.testing.assert_close(whole, forward(user, some), rtol=1e-4, atol=1e-5)
 
 
 def test_a_wait_is_caught() -> None:
