@@ -1,4 +1,4 @@
-"""What a training step costs against the number of items: with lazy tables, and with dense gradients beside (the plain
+"""The cost of a training step against the number of items: with lazy tables, and with dense gradients beside (the plain
 twin).
 
 The same requests are drawn from catalogues of different sizes: of as many different items as the smallest has ("few"), or

@@ -21,7 +21,7 @@ PAIRS = ((0, 4), (1, 5), (6, 7), (8, 9), (2, 8), (3, 7))
 
 
 class Bound(NamedTuple):
-    """What nobody can beat, and who knows the crosses reaches."""
+    """The figures that nobody can beat, and that a scorer reaches who knows the crosses."""
 
     auc: float
     log_loss: float
@@ -87,7 +87,7 @@ class Crosses:
 
     @property
     def bound(self) -> Bound:
-        """Of a scorer that knows the signs: their sum is binomial."""
+        """The figures of a scorer that knows the signs: their sum is binomial."""
         number = len(self.pairs)
         weight = np.array([comb(number, k) for k in range(number + 1)]) / 2**number
         chance = np.array(

@@ -1,4 +1,4 @@
-"""What sequence operators cost against the history and against the width, alone: without projections and feed-forward, which
+"""The cost of sequence operators against the history and against the width, alone: without projections and feed-forward, which
 all of them have and whose cost is of second degree in the width.
 
 A row says how a time grows: the slope of its logarithm, 1 where it is linear. The floor is reading and writing the same

@@ -112,7 +112,7 @@ def _rows_of(settings: Settings, benchmark: str, *, quick: bool) -> list[dict[st
 
 
 def quality_lines(settings: Settings, arguments: Any) -> list[Line]:
-    """What every dataset says of every claim."""
+    """A line for each claim and dataset."""
     found = []
     named = [name for paper in PAPERS for name in paper.recipes]
     quick = arguments.quick

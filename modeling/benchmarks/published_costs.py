@@ -1,4 +1,4 @@
-"""What the five papers claim about cost, and about data of which the answer is known: each claim is read off a benchmark
+"""The five papers' claims about cost, and about data of which the answer is known: each claim is read off a benchmark
 that measures both ways in one run.
 """
 
@@ -25,7 +25,7 @@ SLOPE = 1.15
 
 @dataclass(frozen=True)
 class Judged:
-    """What a benchmark says of a claim."""
+    """The figure by which a benchmark judges a claim, and whether it holds."""
 
     figure: str
     holds: bool

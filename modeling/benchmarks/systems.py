@@ -188,7 +188,7 @@ def _calls(
 
 def _median(call: Callable[[], Any]) -> float:
     """Seconds of a call, the median of those that fit into two."""
-    taken = []
+    taken: list[float] = []
     until = time.perf_counter() + 2
     while len(taken) < 3 or time.perf_counter() < until:
         started = time.perf_counter()

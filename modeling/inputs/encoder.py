@@ -120,18 +120,45 @@ class Encoded:
     def num_candidates(self) -> np.ndarray:
         return np.diff(self.candidate_offsets)
 
+    @property
+    def events_known(self) -> np.ndarray:
+        """Events known at each request; 0 where that is not known."""
+        none = np.zeros(len(self), np.int64)
+        return none if self.history_lengths is None else self.history_lengths
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which events of a history are read: the newest `length`, but that the first one's place is a multiple of `block`.
+
+    >>> Window(4, block=2)(np.array([3, 4, 5, 6, 7]))
+    array([3, 4, 3, 4, 3])
+    """
+
+    length: int
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block <= self.length:
+            raise ValueError(
+                f"history_block is {self.block}: it is at least 1, and at most history_length, {self.length}"
+            )
+
+    def __call__(self, known_B: np.ndarray) -> np.ndarray:
+        """How many of the newest events are read of histories of so many."""
+        beyond = np.maximum(known_B - self.length, 0)
+        return known_B + -beyond // self.block * self.block
+
 
 class Encoder:
     """Turns stored columns into model inputs, the same way for training and serving.
 
     Args:
-        contract: the dataset's contract.
-        vocabularies: by column name; the item id's is under the item's join key, those of event
-            columns under `event_key`.
+        vocabularies: by column name; the item id's under the item's join key, event columns' under `event_key`.
         history_length: events that the model reads; match features read all that are kept online.
         tokens: number and width of stored summary tokens, where the model reads some.
         relations: of items; default: nothing is known of them.
-        history_block: what is read of a history of more than `history_length` events begins at a multiple of it.
+        history_block: see `Window`.
     """
 
     def __init__(
@@ -143,16 +170,12 @@ class Encoder:
         relations: Relations | None = None,
         history_block: int = 1,
     ) -> None:
-        if not 1 <= history_block <= history_length:
-            raise ValueError(
-                f"history_block is {history_block}: it is at least 1, and at most history_length, {history_length}"
-            )
         self.contract = contract
         self.relations = relations or Relations.none(arrow_type(contract.item.dtype))
         self.between = Between(contract, self.relations)
         self.vocabularies = vocabularies
         self.history_length = history_length
-        self.history_block = history_block
+        self.window = Window(history_length, history_block)
         self.tokens = tokens
         self.item_key = contract.item.join_key
         self.request = group_of(contract.request_features, vocabularies)
@@ -346,14 +369,7 @@ class Encoder:
 
     def events_read(self, encoded: Encoded) -> np.ndarray:
         """How many events a model reads of each request's history."""
-        if encoded.history_lengths is None:
-            return np.zeros(len(encoded), np.int64)
-        return self.window(encoded.history_lengths)
-
-    def window(self, known_B: np.ndarray) -> np.ndarray:
-        """How many of the newest events are read of histories of so many."""
-        beyond = np.maximum(known_B - self.history_length, 0)
-        return known_B + -beyond // self.history_block * self.history_block
+        return self.window(encoded.events_known)
 
     def collate(self, encoded: Encoded, chosen: np.ndarray) -> Batch:
         """Pad the chosen requests into a Batch.
@@ -363,11 +379,8 @@ class Encoder:
         """
         # 1. Users: histories, fields, and stored tokens where these are read.
         histories = encoded.gather(chosen, self.history_length)
-        if self.history_block > 1:
-            known = histories.lengths
-            if encoded.history_lengths is not None:
-                known = np.maximum(known, encoded.history_lengths[chosen])
-            histories = histories.newest(self.window(known))
+        if self.window.block > 1 and encoded.history_lengths is not None:
+            histories = histories.newest(self.window(encoded.history_lengths[chosen]))
         user = self.user_inputs(
             histories,
             encoded.times[chosen],

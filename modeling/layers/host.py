@@ -1,4 +1,4 @@
-"""What the host asks of tensors to choose a shorter way. On an accelerator an answer has to be waited for, which
+"""Questions of the host to tensors, to choose a shorter way. On an accelerator an answer has to be waited for, which
 stalls it; there the cautious answer is given, and code that asks is right with it.
 """
 
@@ -40,17 +40,17 @@ HOST = "cpu"
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether the host can read a tensor without waiting for it."""
+    """Return whether the host can read a tensor without waiting for it."""
     return tensor.device.type == HOST
 
 
 def surely_all(mask: Tensor) -> bool:
-    """Whether all are true; on an accelerator False."""
+    """Return whether all are true; on an accelerator False."""
     return on_host(mask) and bool(mask.all())
 
 
 def maybe_any(mask: Tensor) -> bool:
-    """Whether any is true; on an accelerator True."""
+    """Return whether any is true; on an accelerator True."""
     return not on_host(mask) or bool(mask.any())
 
 

@@ -44,8 +44,8 @@ class Operator(nn.Module, ABC):
         """
 
     def read(self, state: State, query: Tensor) -> Tensor:
-        """What rows behind those that the state has seen read of them, B × C × D; they read neither themselves nor
-        one another.
+        """Read the state for rows behind those that it has seen, B × C × D: they read neither themselves nor one
+        another.
 
         Raises:
             TypeError: this operator's state is not read so.

@@ -1,4 +1,4 @@
-"""What needs no training by gradients, on the same targets as a next-item model: how often an item was taken,
+"""Scorers that need no training by gradients, on the same targets as a next-item model: how often an item was taken,
 what followed the last one, and EASE.
 
 All are fitted on training events alone; a history is every event before the target, as for a model.

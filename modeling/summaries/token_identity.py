@@ -18,9 +18,8 @@ VERSION = 1
 
 def _window(encoder: Encoder) -> int | tuple[int, int]:
     """Which events of a longer history are read."""
-    if encoder.history_block == 1:
-        return encoder.history_length
-    return encoder.history_length, encoder.history_block
+    window = encoder.window
+    return window.length if window.block == 1 else (window.length, window.block)
 
 
 def token_fingerprint(model: Ranker, encoder: Encoder) -> str | None:

@@ -1,4 +1,4 @@
-"""What a recipe may ask of an accelerator: cheaper products, and layers that are computed again instead of kept."""
+"""A recipe's wishes of an accelerator: cheaper products, and layers that are computed again instead of kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def recompute_layers(model: nn.Module) -> None:
     """Let each layer of a stack keep its input alone, and compute the rest again in the backward pass (Chen et al., 2016,
-    arXiv 1604.06174). A layer is called in more ways than `forward`; those keep what they keep.
+    arXiv 1604.06174). Only `forward` is computed again: a layer's other methods keep what autograd asks of them.
     """
     for module in model.modules():
         if isinstance(module, nn.ModuleList):

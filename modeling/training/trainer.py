@@ -261,8 +261,7 @@ class _Untold(NamedTuple):
 
 
 class Loop(ABC):
-    """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping,
-    progress.
+    """One run of one model, whatever it is trained on: schedule, checkpoints, early stopping, progress.
 
     Args:
         model: fresh; its weights are set from the checkpoint where the folder has one.

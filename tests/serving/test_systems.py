@@ -13,6 +13,7 @@ import pytest
 
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
+from modeling.inputs.encoder import Window
 from serving.api.messages import RankRequest
 from serving.api.settings import ServeSettings
 from serving.live.live import BundleSource, Live
@@ -138,7 +139,7 @@ def test_a_kept_state_takes_events_behind_a_full_window(road: Any, helpers: Any)
     serving = source.load()
     ranker = serving.ranker
     encoder = ranker.bundle.encoder
-    assert (encoder.history_length, encoder.history_block) == (16, 8)
+    assert encoder.window == Window(16, 8)
     stats = JobFolder(road.settings.home, "user_history").read("user_stats")
     # So many events that the second one more moves the window.
     user = next(
