@@ -29,7 +29,7 @@ class _Tensors:
     """Dataclasses of tensors: move and slice all at once."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device. To a GPU they go from pinned memory, so that nobody waits for the copy."""
+        """The same on a device. To a GPU they go from pinned memory, and the copy is not waited for."""
         if torch.device(device).type == "cuda":
             return self._map(
                 lambda tensor: (

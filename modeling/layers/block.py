@@ -112,7 +112,7 @@ class Block(nn.Module):
         return self._after(rows_BTD, mixed, place.count), state
 
     def read(self, rows_BCD: Tensor, state: State) -> Tensor:
-        """Rows that each read what the state has seen, and that nobody reads: candidates behind a history.
+        """Rows that each read what the state has seen, and that no other row reads: candidates behind a history.
 
         Raises:
             TypeError: the operator's state is not read so.

@@ -44,7 +44,7 @@ class Operator(nn.Module, ABC):
         """
 
     def read(self, state: State, query: Tensor) -> Tensor:
-        """Read the state for rows behind those that it has seen, B × C × D: they read neither themselves nor one
+        """Read the state for rows behind the rows it has seen, B × C × D: they read neither themselves nor one
         another.
 
         Raises:

@@ -1,7 +1,7 @@
 """HydraRec as a ranker: a history in time linear in its length and in the width, beside all other features.
 
 Source: as `models/hydrarec.py`, which ranks a whole catalogue by items alone; the candidate reads the history
-as in the amortised DLRM (arXiv 2412.06924): appended to it, and read by nobody.
+as in the amortised DLRM (arXiv 2412.06924): appended to it, and read by no event.
 
 | paper | here |
 |---|---|
