@@ -23,7 +23,9 @@ stated: two layers and a GELU by default, one projection with `split_layers=1`. 
 network together, where the paper cuts them into buckets (`numbers="buckets"`). Attention finds
 events like the candidate (`layers/matching.py`; `matching=False` is the paper's): the item's row
 goes past the tokenisers, beside an event's network and into a candidate's first NS token; what
-stands beside it, places and the tokenisers' own rows, begins small; NS tokens may read nothing.
+stands beside it, places and the tokenisers' own rows, begins small; NS tokens may read nothing. An S token holds its
+item's code, categories among it, and what the dataset declares of events; statistics and vectors of items are the
+candidate's alone. There are as many sequences as declared actions, and none that is searched for a candidate.
 
 **Tails that move by blocks.** A tail that slides with each new event drops keys that cached rows have read, and a
 cache is then not what a new forward would give. Here a tail starts at a multiple of `tail_block` rows: it holds its

@@ -22,7 +22,8 @@ RMSNorms have gains (TransNormerLLM, which the gate is from, has none); stage 2 
 with LayerNorm and a GELU feed-forward of twice the width.
 
 Ours: `causal=True` streams. Events read the blocks before their own; each layer's state has a fixed
-size; `extend_user` is exact at a cost that does not depend on the history.
+size; `extend_user` is exact at a cost that does not depend on the history. It is trained on the newest events, and served
+as tokens of all, which `evaluate` reads too.
 """
 
 from __future__ import annotations
