@@ -5,23 +5,24 @@ arXiv 2209.07484; used for sequential recommendation in Mushtaque, "HydraRec", a
 
 | paper | here |
 |---|---|
-| φ(x) = x / ‖x‖₂, over all D features of a row | `unit_rows` |
+| φ(x) = x / ‖x‖₂, over all D features of a row | `feature_map="unit"` |
 | O_t = φ(Q)_t ⊙ Σ_s φ(K)_s ⊙ V_s | `Hydra(causal=False)` |
 | the same, s ≤ t | `Hydra(causal=True)`: a prefix sum; the state is one D-vector |
 | – | `DecayedHydra`: Σ_s λ^|t - s| ⊙ φ(K)_s ⊙ V_s with learned λ in (0, 1)^D; causally, a recurrence |
 
-Differs: the causal and the decayed form are ours (the body of HydraRec is not public). Sums are
-taken in float32, whatever the rows' dtype.
+Differs: the causal and the decayed form are ours (the body of HydraRec is not public), and so are feature maps that
+make no number negative before they scale a row. Sums are taken in float32, whatever the rows' dtype.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import elu, normalize, pad, relu
 
 from modeling.layers.operator import Operator, State
 
@@ -38,8 +39,22 @@ def unit_rows(rows: Tensor) -> Tensor:
     return normalize(rows, dim=-1, eps=EPSILON)
 
 
+FeatureMap = Literal["unit", "elu", "relu"]
+MAPS: dict[FeatureMap, Callable[[Tensor], Tensor]] = {
+    "unit": unit_rows,
+    "elu": lambda rows: unit_rows(elu(rows) + 1),
+    "relu": lambda rows: unit_rows(relu(rows)),
+}
+
+
 def hydra_plain(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, decay_D: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    decay_D: Tensor | None = None,
+    feature_map: FeatureMap = "unit",
 ) -> Tensor:
     """The formula written down: one T × T matrix for each of the D heads. The twin that fast paths
     are held to.
@@ -48,7 +63,8 @@ def hydra_plain(
         query, key, value: B × T × D without padding.
         decay_D: λ of the decayed form.
     """
-    weight = torch.einsum("btd,bsd->btsd", unit_rows(query), unit_rows(key))
+    mapped = MAPS[feature_map]
+    weight = torch.einsum("btd,bsd->btsd", mapped(query), mapped(key))
     rows = torch.arange(query.shape[1], device=query.device)
     age = (rows[:, None] - rows)[..., None]
     if decay_D is not None:
@@ -131,15 +147,17 @@ class _DecayedPrefixSum(torch.autograd.Function):
 class Hydra(Operator):
     """Plain Hydra; the causal form streams with one D-vector."""
 
-    def __init__(self, *, causal: bool) -> None:
+    def __init__(self, *, causal: bool, feature_map: FeatureMap = "unit") -> None:
         super().__init__()
         self.causal = self.can_extend = causal
+        self.feature_map = feature_map
+        self.mapped = MAPS[feature_map]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Mix rows; T × T appears nowhere."""
-        update = _update(key, value, mask_BT if not self.causal else None)
+        update = _update(self.mapped(key), value, mask_BT if not self.causal else None)
         sums = prefix_sum(update) if self.causal else update.sum(1, keepdim=True)
-        return (unit_rows(query) * sums).to(query.dtype)
+        return (self.mapped(query) * sums).to(query.dtype)
 
     def initial_state(self, like_BD: Tensor) -> State:
         """Zeros, B × D."""
@@ -149,12 +167,12 @@ class Hydra(Operator):
         self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
     ) -> tuple[Tensor, State]:
         """Continue the prefix sum: O(D) a row, whatever came before."""
-        sums = state[0][:, None] + prefix_sum(_update(key, value, mask_BT))
-        return (unit_rows(query) * sums).to(query.dtype), (sums[:, -1],)
+        sums = state[0][:, None] + prefix_sum(_update(self.mapped(key), value, mask_BT))
+        return (self.mapped(query) * sums).to(query.dtype), (sums[:, -1],)
 
     def read(self, state: State, query: Tensor) -> Tensor:
         """φ(Q) ⊙ G: O(D) a row."""
-        return (unit_rows(query) * state[0][:, None]).to(query.dtype)
+        return (self.mapped(query) * state[0][:, None]).to(query.dtype)
 
 
 class DecayedHydra(Operator):
@@ -165,11 +183,21 @@ class DecayedHydra(Operator):
         width: D.
         causal: sum what came before, or both directions.
         initial_decay: λ at the start, of every feature.
+        feature_map: φ.
     """
 
-    def __init__(self, width: int, *, causal: bool = True, initial_decay: float = 0.99) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        causal: bool = True,
+        initial_decay: float = 0.99,
+        feature_map: FeatureMap = "unit",
+    ) -> None:
         super().__init__()
         self.causal = self.can_extend = causal
+        self.feature_map = feature_map
+        self.mapped = MAPS[feature_map]
         self.decay_logit = nn.Parameter(
             torch.full((width,), math.log(initial_decay / (1 - initial_decay)))
         )
@@ -179,12 +207,12 @@ class DecayedHydra(Operator):
         return torch.sigmoid(self.decay_logit.float())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
-        update = _update(key, value, None if self.causal else mask_BT)
+        update = _update(self.mapped(key), value, None if self.causal else mask_BT)
         sums = decayed_prefix_sum(update, self.decay_D)
         # The same from the other end; a row's own part would count twice
         if not self.causal:
             sums = sums + decayed_prefix_sum(update.flip(1), self.decay_D).flip(1) - update
-        return (unit_rows(query) * sums).to(query.dtype)
+        return (self.mapped(query) * sums).to(query.dtype)
 
     def initial_state(self, like_BD: Tensor) -> State:
         """Zeros, B × D."""
@@ -194,17 +222,17 @@ class DecayedHydra(Operator):
         self, state: State, query: Tensor, key: Tensor, value: Tensor, mask_BT: Tensor
     ) -> tuple[Tensor, State]:
         """Continue the decayed sum; rows of padding neither add nor let time pass."""
-        update = torch.cat([state[0][:, None], _update(key, value, mask_BT)], dim=1)
+        update = torch.cat([state[0][:, None], _update(self.mapped(key), value, mask_BT)], dim=1)
         sums = decayed_prefix_sum(update, self.decay_D)
         last = sums[torch.arange(len(sums), device=sums.device), mask_BT.sum(1)]
-        return (unit_rows(query) * sums[:, 1:]).to(query.dtype), (last,)
+        return (self.mapped(query) * sums[:, 1:]).to(query.dtype), (last,)
 
     def read(self, state: State, query: Tensor) -> Tensor:
         """φ(Q) ⊙ G: O(D) a row. To stand behind the newest row fades nothing."""
-        return (unit_rows(query) * state[0][:, None]).to(query.dtype)
+        return (self.mapped(query) * state[0][:, None]).to(query.dtype)
 
 
-def _update(key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
+def _update(mapped_key: Tensor, value: Tensor, mask_BT: Tensor | None) -> Tensor:
     """φ(K) ⊙ V in float32, zero for padding."""
-    update = unit_rows(key).float() * value.float()
+    update = mapped_key.float() * value.float()
     return update if mask_BT is None else update * mask_BT[..., None]

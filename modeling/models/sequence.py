@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from modeling.inputs.batch import Candidates, FeatureSizes, TrainingSample, UserInputs
 from modeling.layers.block import Activation, Block, MixedScale, Place
 from modeling.layers.embedding import sinusoids
-from modeling.layers.hydra import DecayedHydra, Hydra
+from modeling.layers.hydra import DecayedHydra, FeatureMap, Hydra
 from modeling.layers.linear_attention import LinearAttention, LinRecAttention
 from modeling.layers.operator import Operator, State
 from modeling.layers.packing import Packing
@@ -65,6 +65,9 @@ class SequenceConfig:
     time_bias: bool = False
     # For operators without a denominator
     mixed_scale: MixedScale = "norm"
+    # Of Hydra's operators
+    feature_map: FeatureMap = "unit"
+    initial_decay: float = 0.99
 
     def __post_init__(self) -> None:
         """Configs read from JSON bring lists."""
@@ -359,13 +362,18 @@ def make_operator(name: OperatorName, config: SequenceConfig) -> Operator:
     if name == "softmax":
         return Softmax(config.num_heads, causal=causal)
     if name == "hydra":
-        return Hydra(causal=causal)
+        return Hydra(causal=causal, feature_map=config.feature_map)
     if name == "linrec":
         return LinRecAttention(config.num_heads, causal=causal)
     if name == "kernel_linear":
         return LinearAttention(config.num_heads, causal=causal, denominator=True)
     if name == "decayed_hydra":
-        return DecayedHydra(config.width, causal=causal)
+        return DecayedHydra(
+            config.width,
+            causal=causal,
+            initial_decay=config.initial_decay,
+            feature_map=config.feature_map,
+        )
     raise ValueError(
         f"no operator {name!r}; there are softmax, hydra, decayed_hydra, linrec, kernel_linear"
     )

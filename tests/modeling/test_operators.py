@@ -53,6 +53,8 @@ def operators() -> dict[str, Operator]:
         "softmax": Softmax(4, causal=False),
         "hydra causal": Hydra(causal=True),
         "hydra": Hydra(causal=False),
+        "hydra of elu causal": Hydra(causal=True, feature_map="elu"),
+        "decayed hydra of relu": DecayedHydra(WIDTH, feature_map="relu"),
         "decayed hydra": decayed,
         "decayed hydra both ways": both_ways,
         "linrec causal": LinRecAttention(4, causal=True),
@@ -77,7 +79,15 @@ def plain(operator: Operator, query: Tensor, key: Tensor, value: Tensor) -> Tens
             query, key, value, causal=causal, denominator=operator.denominator
         )
         return twin.transpose(1, 2).flatten(2) * operator.scale(query.shape[-1])
-    return hydra_plain(query, key, value, causal=causal, decay_D=getattr(operator, "decay_D", None))
+    assert isinstance(operator, Hydra | DecayedHydra)
+    return hydra_plain(
+        query,
+        key,
+        value,
+        causal=causal,
+        decay_D=getattr(operator, "decay_D", None),
+        feature_map=operator.feature_map,
+    )
 
 
 every = pytest.mark.parametrize("name", operators())
