@@ -39,6 +39,11 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.float16, torch.bfloat16]
 
 
+# When this module is imported, that is before any test runs: the first backward of a process counts the devices there
+# are, and never again.
+backend_registration._setup_privateuseone_for_python_backend(ELSEWHERE, backend_module=_Module())
+
+
 class Far(Tensor):
     """A tensor that is elsewhere."""
 
@@ -81,10 +86,6 @@ class Device(TorchDispatchMode):
 @contextmanager
 def elsewhere() -> Iterator[Device]:
     """The device, for as long as the block runs."""
-    if torch._C._get_privateuse1_backend_name() != ELSEWHERE:
-        backend_registration._setup_privateuseone_for_python_backend(
-            ELSEWHERE, backend_module=_Module()
-        )
     # What a class in Python makes of a view is no tensor that inference mode knows.
     with Device() as device, mock.patch.object(torch, "inference_mode", torch.no_grad):
         yield device
