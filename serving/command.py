@@ -265,7 +265,11 @@ def app() -> Any:
         settings.device,
     )
     live = Live(
-        source.load, source.live_digest, epoch_of(home), Repair(home) if settings.repair else None
+        source.load,
+        source.live_digest,
+        epoch_of(home),
+        Repair(home) if settings.repair else None,
+        source.held_columns,
     )
     # A bundle that cannot be loaded does not end the worker: `follow` tries again.
     live.load_now()

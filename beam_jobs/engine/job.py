@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import apache_beam as beam
 
@@ -88,6 +88,10 @@ class Job(ABC):
 
     def carried(self, plan: RunPlan, published: Manifest | None) -> dict[str, list[Part]]:
         """Name the parts of the published run that stay, by table."""
+        return {}
+
+    def columns(self, plan: RunPlan, tables: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+        """Say what the columns of the built tables mean, as the manifest holds it (`contract/meaning.py`)."""
         return {}
 
     def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:

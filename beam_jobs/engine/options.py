@@ -89,7 +89,7 @@ class OnlineOptions(RunOptions):
 
     Args:
         break_live: write although the live bundle reads features that the contract in force does
-            not have.
+            not have, or learned from columns that mean something else by now.
     """
 
     break_live: bool = False

@@ -178,6 +178,7 @@ def run(
             tables=tables,
             received=_received(plan, units),
             received_before=_received_before(plan, as_of),
+            columns=job.columns(plan, tables),
         )
         plan.folder.publish(manifest)
         lines = job.finish(plan, manifest.counts, settings)

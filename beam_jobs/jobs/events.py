@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import apache_beam as beam
 import numpy as np
@@ -38,11 +38,12 @@ from feature_repo.contract import limits
 from feature_repo.contract.arrow import arrow_schema, micros, micros_iso
 from feature_repo.contract.contract import REPLACED, Contract
 from feature_repo.contract.counts import Counts
+from feature_repo.contract.meaning import meanings_of, to_json
 from feature_repo.contract.schema import DatasetSpec, Table
 from feature_repo.history.history import run_starts
 from feature_repo.history.known import known_before, known_from
 from feature_repo.home.erased import REDACTED, Erased, erased_of
-from feature_repo.home.tables import parquet_bytes
+from feature_repo.home.tables import Part, parquet_bytes
 from feature_repo.raw import lines
 from feature_repo.raw.acknowledged import joined_by_content, joined_by_identity, parse_acknowledged
 from feature_repo.raw.parse import NOT_BAD, user_columns, wanted
@@ -532,6 +533,18 @@ class EventsJob(Job):
         """Return the time just after the last event happened or arrived, unless another was asked for."""
         assert counts.latest is not None
         return counts.latest + 1 if plan.as_of is None else plan.as_of
+
+    def columns(self, plan: RunPlan, tables: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+        """Say what columns mean, by a sample of the parts that is the same for every run of a size."""
+        from feature_repo.contract import expectations
+
+        def read(table: str, columns: list[str]) -> pa.Table:
+            parts = expectations.spread(tables[table], [part.rows for part in tables[table]])
+            sampled = (plan.folder.read_path(plan.folder.verified(p), columns) for p in parts)
+            return pa.concat_tables(sampled)
+
+        dataset = datasets.load(plan.dataset)
+        return to_json(meanings_of(plan.contract, dataset.code, read))
 
     def finish(self, plan: RunPlan, counts: Counts | None, settings: Settings) -> list[str]:
         """Drop the acknowledged events that the published run has from the online store's log."""

@@ -9,7 +9,6 @@ so that a killed run's keys are known too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from beam_jobs.engine.bundles import TrainedBundle, bundle_at
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import OnlineOptions
 from beam_jobs.engine.partition import to_ipc
 from beam_jobs.engine.parts import Built, write_built
 from beam_jobs.engine.plan import RunPlan, Unit
 from beam_jobs.engine.steps import Each
-from beam_jobs.errors import BreaksLiveError
 from beam_jobs.jobs.user_records import (
     RECORDS,
     WriteOnline,
@@ -39,9 +38,7 @@ from beam_jobs.jobs.user_records import (
 )
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_schema, micros
-from feature_repo.contract.contract import contract
 from feature_repo.contract.counts import Counts
-from feature_repo.contract.declarations import lacks, spec_of
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history.history import newest_rows
 from feature_repo.home.catalogue import Catalogue
@@ -51,7 +48,7 @@ from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.online_users import HISTORY, STATS
 from feature_repo.store.received import Received
-from feature_repo.store.store import note_epoch, open_store
+from feature_repo.store.store import note_columns, note_epoch, open_store
 
 # A table for each run: which keys it sends online
 KEYS = "online_keys"
@@ -200,28 +197,25 @@ def _note(plan: RunPlan, view: str, rows: int, what: str) -> str:
 
 
 def refuse_to_break_the_live_bundle(plan: RunPlan, settings: Settings) -> None:
-    """Refuse to replace what servers read with rows that lack some of it.
+    """Refuse to replace what servers read with rows that lack some of it, or mean something else.
 
     Raises:
         BreaksLiveError: the live bundle was trained on features that the contract in force does not
-            have.
+            have, or on columns that are declared otherwise by now and whose values moved.
     """
     assert isinstance(plan.options, OnlineOptions)
+    live = live_bundle(plan, settings)
+    if live is not None and not plan.options.break_live:
+        live.refuse_lacking(plan.contract)
+        live.refuse_other_meaning(settings)
+
+
+def live_bundle(plan: RunPlan, settings: Settings) -> TrainedBundle | None:
+    """The live bundle of a run's dataset; None where there is none that a server could load."""
     live = Catalogue(settings.catalogue_url).live_or_none(plan.dataset)
-    if live is None or plan.options.break_live:
-        return
-    stored = settings.path(live.path) / "bundle.json"
-    try:
-        needed = contract(spec_of(json.loads(stored.read_text())["contract"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        # A bundle that no server can load reads nothing
-        return
-    if lacking := lacks(needed, plan.contract):
-        raise BreaksLiveError(
-            f"the live bundle {live.recipe}@{live.digest[:12]} reads {', '.join(lacking)}, which the contract in force does not "
-            "have: its servers would rank from nothing. Train and export a bundle without it first; training needs no "
-            "materialize. Or pass --break_live"
-        )
+    if live is None:
+        return None
+    return bundle_at(settings.path(live.path), f"{live.recipe}@{live.digest[:12]}")
 
 
 def write_own_views(plan: RunPlan, settings: Settings) -> None:
@@ -282,6 +276,12 @@ def _sent_file(plan: RunPlan, view: str) -> str:
     return f"{plan.folder.root}/sent-{view}.parquet"
 
 
+def _drift(live: TrainedBundle | None, settings: Settings) -> list[str]:
+    """A line on the columns whose values moved since a bundle learned from them; none where none did."""
+    since = [] if live is None else [str(m) for m in live.moved(settings) if m.worth_saying]
+    return [f"since {live.name} learned: {'; '.join(since)}"] if live and since else []
+
+
 class MaterializeJob(Job):
     """Newest rows → online store; every view is written."""
 
@@ -326,13 +326,11 @@ class MaterializeJob(Job):
         if counts is None:
             return []
         write_own_views(plan, settings)
+        note_columns(plan.settings, plan.pinned["events"].columns)
         note_epoch(plan.settings, "materialize", plan.run_id)
         gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
-        return (
-            [f"{gone:,} keys that the tables no longer have lost their values online"]
-            if gone
-            else []
-        )
+        lost = f"{gone:,} keys that the tables no longer have lost their values online"
+        return [*([lost] if gone else []), *_drift(live_bundle(plan, settings), settings)]
 
 
 JOB = MaterializeJob()

@@ -17,11 +17,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import apache_beam as beam
 import pyarrow.compute as pc
 
+from beam_jobs.engine.bundles import bundle_at
 from beam_jobs.engine.inputs import output_is_there
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import RunOptions, TokenOptions
@@ -361,6 +363,15 @@ class SummaryTokensJob(Job):
     def prepare(self, plan: RunPlan, published: Manifest | None) -> RunPlan:
         """Give the run its number and its time."""
         return prepare(plan, published)
+
+    def gate(self, plan: RunPlan, units: Sequence[Unit], settings: Settings) -> str | None:
+        """Refuse to summarise events that mean something else than what stage 1 learned from."""
+        options = prepared(plan)
+        name = f"{options.recipe}@{str(options.bundle)[:12]}"
+        maker = bundle_at(Path(options.path), name)
+        if maker is not None:
+            maker.refuse_other_meaning(settings, "Train and export it again")
+        return None
 
     def steps(self, plan: RunPlan) -> beam.PTransform:
         """Log parts → tokens, offline, then online."""

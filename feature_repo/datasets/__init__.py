@@ -33,6 +33,7 @@ from feature_repo.contract.contract import Contract, contract
 from feature_repo.contract.declarations import problems
 from feature_repo.contract.schema import FILE_TIME, DatasetSpec, OwnView, Source
 from feature_repo.errors import DeclarationError, RawDataError, nearest
+from feature_repo.home.code import own_digest
 from feature_repo.raw import parse, sources
 from feature_repo.raw.parse import Derive, Derived, Parsed
 from feature_repo.raw.sources import RawBlock, RawUnit
@@ -56,6 +57,13 @@ class Dataset:
     spec: DatasetSpec
     derive: Derive | None = None
     shipped: bool = False
+
+    @property
+    def code(self) -> str:
+        """Digest of what the module does beside declaring `SPEC`; "" where that is nothing."""
+        if self.derive is None:
+            return ""
+        return own_digest(f"feature_repo.datasets.{self.spec.name}", without=("SPEC", "SHIPPED"))
 
     @property
     def contract(self) -> Contract:

@@ -8,6 +8,7 @@ and layout do not count; what only talks to people does not either.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import sys
 from collections.abc import Iterable
@@ -37,6 +38,35 @@ def code_digest(*modules: str) -> str:
     for module in sorted(found):
         content.update(f"{module} {_digest(module)}\n".encode())
     return content.hexdigest()[:16]
+
+
+def own_digest(module: str, without: tuple[str, ...] = ()) -> str:
+    """16 hex digits over one module alone, and nothing that it imports; "" where nothing but imports is left.
+
+    Args:
+        without: names whose assignments at the top do not count.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    if _file(module) is None:
+        raise ModuleNotFoundError(f"no module {module} in {CHECKOUT}")
+    tree = _undocumented(_tree(module))
+    left = [
+        node
+        for node in tree.body
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) and not _assigns(node, without)
+    ]
+    if not left:
+        return ""
+    dumped = "\n".join(ast.dump(node) for node in left)
+    return hashlib.sha256(dumped.encode()).hexdigest()[:16]
+
+
+def _assigns(node: ast.stmt, names: tuple[str, ...]) -> bool:
+    """Whether a statement assigns one of these names."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(isinstance(target, ast.Name) and target.id in names for target in targets)
 
 
 def _closure(modules: Iterable[str]) -> set[str]:
@@ -88,10 +118,15 @@ def _imports(module: str) -> tuple[str, ...]:
 
 @cache
 def _digest(module: str) -> str:
-    tree = _tree(module)
-    for node in ast.walk(tree):
+    return hashlib.sha256(ast.dump(_undocumented(_tree(module))).encode()).hexdigest()
+
+
+def _undocumented(tree: ast.Module) -> ast.Module:
+    """A copy of a module without docstrings."""
+    bare = copy.deepcopy(tree)
+    for node in ast.walk(bare):
         if isinstance(
             node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         ) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return bare

@@ -83,6 +83,8 @@ class Manifest:
     received: int = 0
     # Microseconds; of these files they know no event that became known at or after it
     received_before: int = 0
+    # What columns mean and how their values are spread (contract/meaning.py), of the job `events`
+    columns: dict[str, Any] = field(default_factory=dict)
     layout: int = LAYOUT
 
     @property

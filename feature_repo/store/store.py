@@ -14,6 +14,7 @@ epoch, or none.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sqlite3
@@ -21,12 +22,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from feature_repo.atomic import atomic_write
+from feature_repo.contract import meaning
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
+from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import CHECKOUT, Settings, declared_dataset
@@ -42,6 +45,8 @@ PROJECT = "memoir"
 REGISTRY = "registry.pb"
 ONLINE = "online_store.db"
 SPILL = "spill"
+# The note in the view of epochs that says what columns mean
+COLUMNS = "columns"
 
 
 class StoreError(ExpectedError, RuntimeError):
@@ -204,12 +209,30 @@ def held_epoch(settings: Settings, job: str) -> str | None:
 
 def note_epoch(settings: Settings, job: str, run_id: str) -> None:
     """Leave the id of a finished run in the online store."""
+    _note(settings, job, run_id)
+
+
+def note_columns(settings: Settings, columns: dict[str, Any]) -> None:
+    """Leave in the online store what the columns of its rows mean (`contract/meaning.py`)."""
+    _note(settings, COLUMNS, json.dumps(columns))
+
+
+def held_columns(store: FeatureStore) -> dict[str, Meaning]:
+    """What the columns mean of the rows that an online store holds, as it says itself; empty where it does not."""
+    found = store.get_online_features(
+        [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: COLUMNS}]
+    ).to_dict()
+    text = found[EPOCH_RUN.name][0]
+    return {} if text is None else meaning.from_json(json.loads(text))
+
+
+def _note(settings: Settings, part: str, text: str) -> None:
     from feature_repo.store.online_rows import write_rows
 
     stamp = pa.array([datetime.now(UTC)], pa.timestamp("us", "UTC"))
     row = {
-        STORE_PART.join_key: [job],
-        EPOCH_RUN.name: [run_id],
+        STORE_PART.join_key: [part],
+        EPOCH_RUN.name: [text],
         EVENT_TIMESTAMP: stamp,
         CREATED_TIMESTAMP: stamp,
     }

@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from feature_repo.contract import contract as contracts
+from feature_repo.contract import meaning
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.declarations import lacks, plain, spec_of
+from feature_repo.contract.meaning import Meaning
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import VERSION as TRANSFORMS_VERSION
 from modeling.inputs.encoder import Encoder
@@ -89,6 +91,11 @@ class Bundle:
         """True if its own stage 1 makes the tokens that it accepts."""
         return self.model.token_shape is not None
 
+    @property
+    def learned(self) -> dict[str, Meaning]:
+        """What the columns meant that it learned from; empty of a bundle of before that was kept."""
+        return meaning.from_json(self.manifest.get("columns", {}))
+
     def on(self, device: torch.device) -> Bundle:
         """The same bundle, its model moved to a device."""
         return replace(self, model=self.model.to(device))
@@ -104,6 +111,7 @@ def export(
     trained_on: str,
     data_as_of: str,
     tokens: str | None = None,
+    columns: dict[str, Any] | None = None,
 ) -> tuple[Path, str]:
     """Write a bundle under `folder/<recipe>-<digest>`; returns its path and digest. The same run
     gives the same digest.
@@ -111,6 +119,7 @@ def export(
     Args:
         tokens: the token version that the model was trained on, if a different model
             makes them.
+        columns: what the columns meant that it learned from, as the tables' manifest says it.
     """
     draft = folder / f".{recipe.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -142,6 +151,7 @@ def export(
         "tasks": list(contract.labels),
         "trained_on": trained_on,
         "data_as_of": data_as_of,
+        "columns": columns or {},
         "metrics": metrics,
         "dense_features": list(encoder.dense_names),
         "transforms": TRANSFORMS_VERSION,

@@ -160,6 +160,8 @@ def _write_bundle(
         trained_on=run.identity,
         data_as_of=JobFolder(run.settings.home, "user_history").require().as_of,
         tokens=run.tokens.version if run.tokens else None,
+        # A run is of the tables in force: its name has theirs.
+        columns=JobFolder(run.settings.home, "events").require().columns,
     )
     # Loaded as a server would: a bundle that cannot be read is not recorded.
     loaded = bundle.load(path, encoder.contract, digest)

@@ -61,6 +61,10 @@ class Degraded(StrEnum):
         "stale_features",
         "item features are older than the server is told to take for fresh",
     )
+    CHANGED_FEATURES = (
+        "changed_features",
+        "stored features are declared otherwise, and their values moved, since the bundle learned from them: /v1/models names them",
+    )
     NO_SCORES = (
         "no_scores",
         "the model gave numbers that are none: candidates are in the request's order, without scores",

@@ -58,6 +58,12 @@ class Metrics:
         self.under_way = gauge("requests_under_way", "requests being answered", "livesum")
         self.swaps = gauge("bundle_swaps", "bundles swapped in since the start", "livesum")
         self.refused = gauge("bundles_refused", "bundles that could not be served", "livemax")
+        self.moved = gauge(
+            "feature_moved",
+            "how far the stored values of a column are from those that the live bundle learned from, 0 to 1",
+            "livemax",
+            "column",
+        )
         self.logged = gauge("served_logged", "requests in the served-feature log", "livesum")
         self.log_dropped = gauge("served_log_dropped", "requests it had no room for", "livesum")
         self.states = gauge(

@@ -26,11 +26,12 @@ import pyarrow.compute as pc
 from sqlalchemy.exc import SQLAlchemyError
 
 from feature_repo import datasets
+from feature_repo.contract.meaning import Meanings
 from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
 from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.store.store import close_store, held_epoch, open_store
+from feature_repo.store.store import close_store, held_columns, held_epoch, open_store
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
@@ -151,6 +152,14 @@ class BundleSource:
         )
         return None
 
+    def held_columns(self) -> Meanings:
+        """What the columns mean that the online store holds."""
+        store = open_pinned(self.settings)
+        try:
+            return held_columns(store)
+        finally:
+            close_store(store)
+
     def load(self, digest: str | None = None) -> Serving:
         """The bundle over the online store, warm, its scores tried.
 
@@ -208,6 +217,7 @@ class BundleSource:
                 self.state_bytes,
             )
             # Scores that are no numbers, or late, must not be found out by a client's request.
+            ranker.compare_columns(held_columns(store))
             ranker.warm_up()
             took = ranker.time_a_ranking()
             if took > self.deadline_ms:
@@ -278,6 +288,7 @@ class Live:
         live_digest: returns the digest of the bundle that should rank; None if that never changes.
         epoch: returns the run that the online store says it holds; None if it holds none.
         repair: called when the store holds nothing; default: no repair.
+        columns: returns what the store's columns mean, asked for after each run that fills it.
     """
 
     def __init__(
@@ -286,7 +297,9 @@ class Live:
         live_digest: Callable[[], str | None] = lambda: None,
         epoch: Callable[[], Awaitable[str | None]] | None = None,
         repair: Callable[[], None] | None = None,
+        columns: Callable[[], Meanings] | None = None,
     ) -> None:
+        self._columns = columns
         self._load = load
         self._live_digest = live_digest
         self._epoch = epoch
@@ -392,7 +405,21 @@ class Live:
             for one in (self.current, self.previous):
                 if one is not None:
                     one.ranker.items.refresh_soon()
+            await asyncio.to_thread(self._compare_columns)
         self._held = held
+
+    def _compare_columns(self) -> None:
+        """Let each bundle know what the store's columns mean by now; what cannot be read is asked for with the next run."""
+        if self._columns is None:
+            return
+        try:
+            held = self._columns()
+        except Exception:
+            logger.exception("what the store's columns mean could not be read")
+            return
+        for one in (self.current, self.previous):
+            if one is not None:
+                one.ranker.compare_columns(held)
 
     @property
     def retired(self) -> list[Serving]:

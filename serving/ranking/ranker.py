@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from feature_repo.contract.arrow import EPOCH, micros
 from feature_repo.contract.contract import Contract
+from feature_repo.contract.meaning import Meanings, Moved, moved
 from feature_repo.contract.schema import EVENT_TIMESTAMP, DType
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import MICROS_PER_DAY
@@ -103,6 +104,8 @@ class RankService:
         self._encodes_as_well = (
             maker is not None and maker.stage_1 is not None and not maker.stage_1.streams
         )
+        # What became of the columns that the bundle learned from, in the store: see `compare_columns`
+        self.moved: list[Moved] = []
         # See `time_a_ranking`
         self.ms_of_500: float | None = None
         self.contract: Contract = bundle.encoder.contract
@@ -150,6 +153,8 @@ class RankService:
         degraded += stale
         if self._items_are_stale(request, at):
             degraded.append(Degraded.STALE_FEATURES)
+        if any(column.means_otherwise for column in self.moved):
+            degraded.append(Degraded.CHANGED_FEATURES)
         # 2. Numbers, then logits.
         context = context_columns(self.contract, request.context)
         encoded = self.requests.encoded(user, request.candidates, at, items, context)
@@ -245,6 +250,17 @@ class RankService:
             unknown_items=list(unknown),
             timings_ms=Timings(**clock.laps),
         )
+
+    def compare_columns(self, held: Meanings) -> None:
+        """Find out whether the store's columns mean what they meant when the bundle learned from them.
+
+        Args:
+            held: as the store says it; empty where it does not.
+        """
+        self.moved = moved(self.bundle.learned, held)
+        for column in self.moved:
+            if column.means_otherwise:
+                logger.error("%s ranks from what it did not learn: %s", self.bundle.name, column)
 
     def forget_old_users(self) -> None:
         """Let go of encoded users that were kept for too long."""

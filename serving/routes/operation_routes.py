@@ -67,4 +67,13 @@ def _described(serving: Serving) -> dict[str, Any]:
         "tokens": bundle.tokens,
         "items": len(serving.ranker.items),
         "ms_of_500": serving.ranker.ms_of_500,
+        "moved": [
+            {
+                "column": one.column,
+                "distance": round(one.distance, 3),
+                "redeclared": one.redeclared,
+                "means_otherwise": one.means_otherwise,
+            }
+            for one in serving.ranker.moved
+        ],
     }

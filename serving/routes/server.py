@@ -246,6 +246,8 @@ class Server:
         for outcome in OUTCOMES:
             metrics.states.labels(outcome).set(0 if kept is None else kept.counts[outcome])
         metrics.state_bytes.set(0 if kept is None else kept.bytes)
+        for column in [] if live.current is None else live.current.ranker.moved:
+            metrics.moved.labels(column.column).set(column.distance)
         written, dropped = self._closed_logs
         metrics.logged.set(written + sum(log.written for log in self.logs))
         metrics.log_dropped.set(dropped + sum(log.dropped for log in self.logs))

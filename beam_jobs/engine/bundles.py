@@ -1,0 +1,75 @@
+"""What jobs read of a bundle, without its model: the contract that it was trained under, and what its columns
+meant.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from beam_jobs.errors import BreaksLiveError
+from feature_repo.contract import meaning
+from feature_repo.contract.contract import Contract, contract
+from feature_repo.contract.declarations import lacks, spec_of
+from feature_repo.contract.meaning import Meaning, Moved
+from feature_repo.home.tables import JobFolder
+from feature_repo.settings import Settings
+
+GOES_ON = (
+    "Train and export a bundle first; training needs no materialize. Or pass --break_live, where servers are to rank "
+    "all the same"
+)
+
+
+@dataclass(frozen=True)
+class TrainedBundle:
+    """A bundle as a job sees it.
+
+    Args:
+        name: recipe and digest, as answers show it.
+        learned: what the columns meant that it learned from.
+    """
+
+    name: str
+    contract: Contract
+    learned: dict[str, Meaning]
+
+    def moved(self, settings: Settings) -> list[Moved]:
+        """What became of these columns in the tables of a home, the farthest first."""
+        now = meaning.from_json(JobFolder(settings.home, "events").require().columns)
+        return meaning.moved(self.learned, now)
+
+    def refuse_lacking(self, found: Contract) -> None:
+        """Refuse a contract that lacks some of what the bundle reads.
+
+        Raises:
+            BreaksLiveError: it does.
+        """
+        if lacking := lacks(self.contract, found):
+            raise BreaksLiveError(
+                f"the live bundle {self.name} reads {', '.join(lacking)}, which the contract in force does not have: its "
+                f"servers would rank from nothing. {GOES_ON}"
+            )
+
+    def refuse_other_meaning(self, settings: Settings, how_on: str = GOES_ON) -> None:
+        """Refuse tables whose columns mean something else than what the bundle learned from.
+
+        Raises:
+            BreaksLiveError: a column is declared or made otherwise by now, and its values moved.
+        """
+        if otherwise := [str(one) for one in self.moved(settings) if one.means_otherwise]:
+            raise BreaksLiveError(
+                f"bundle {self.name} learned from columns that mean something else by now: {'; '.join(otherwise)}. It "
+                f"would rank from numbers that it does not understand. {how_on}"
+            )
+
+
+def bundle_at(path: Path, name: str) -> TrainedBundle | None:
+    """The bundle in a folder; None where no server could load it."""
+    try:
+        manifest = json.loads((path / "bundle.json").read_text())
+        needed = contract(spec_of(manifest["contract"]))
+        return TrainedBundle(name, needed, meaning.from_json(manifest.get("columns", {})))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
