@@ -1,5 +1,5 @@
-"""What jobs read of a bundle, without its model: the contract that it was trained under, and what its columns
-meant.
+"""Bundles as jobs read them, without their model: the contract that one was trained under, and what its
+columns meant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TrainedBundle:
     learned: dict[str, Meaning]
 
     def moved(self, settings: Settings) -> list[Moved]:
-        """What became of these columns in the tables of a home, the farthest first."""
+        """Compare these columns with those of the tables in a home, the farthest first."""
         now = meaning.from_json(JobFolder(settings.home, "events").require().columns)
         return meaning.moved(self.learned, now)
 

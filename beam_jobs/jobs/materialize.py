@@ -277,7 +277,7 @@ def _sent_file(plan: RunPlan, view: str) -> str:
 
 
 def _drift(live: TrainedBundle | None, settings: Settings) -> list[str]:
-    """A line on the columns whose values moved since a bundle learned from them; none where none did."""
+    """A line on the columns whose values moved since a bundle learned from them; no line where nothing moved."""
     since = [] if live is None else [str(m) for m in live.moved(settings) if m.worth_saying]
     return [f"since {live.name} learned: {'; '.join(since)}"] if live and since else []
 

@@ -78,10 +78,10 @@ class Distribution:
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> Distribution:
-        """What `to_json` made.
+        """Read the result of `to_json`.
 
         Raises:
-            TypeError, KeyError, ValueError: it is none.
+            TypeError, KeyError, ValueError: the object is no such thing.
         """
         known = {name: tuple(map(float, stored.get(name, ()))) for name in _LISTS}
         return Distribution(float(stored["missing"]), **known)

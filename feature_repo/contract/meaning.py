@@ -1,4 +1,4 @@
-"""What the columns of a dataset mean: by column a digest of how it is declared and made, and how its
+"""Meanings of a dataset's columns: by column a digest of how it is declared and made, and how its
 values are spread.
 
 A name and a type stay when a price turns from pounds to pence; the numbers that a model learned from do
@@ -60,12 +60,12 @@ class Moved:
 
     @property
     def means_otherwise(self) -> bool:
-        """Whether a model that learned from the former values must not rank from these."""
+        """True if a model that learned from the former values must not rank from these."""
         return self.redeclared and self.distance > MOVED
 
     @property
     def worth_saying(self) -> bool:
-        """Whether a person wants to know."""
+        """True if a person wants to know of it."""
         return self.distance > WORTH_SAYING
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ def meanings_of(
 
 
 def moved(learned: Meanings, now: Meanings) -> list[Moved]:
-    """What became of each column that a bundle learned from, the farthest first; of those that both know."""
+    """Compare each column that a bundle learned from with the same one now, the farthest first; columns that only one knows are left out."""
     every = [
         Moved(name, then.values.distance(now[name].values), then.declared != now[name].declared)
         for name, then in learned.items()
@@ -112,10 +112,10 @@ def to_json(meanings: Meanings) -> dict[str, Any]:
 
 
 def from_json(stored: Mapping[str, Any]) -> dict[str, Meaning]:
-    """What `to_json` made.
+    """Read the result of `to_json`.
 
     Raises:
-        TypeError, KeyError, ValueError: it is none.
+        TypeError, KeyError, ValueError: the text is no such thing.
     """
     return {
         name: Meaning(str(one["declared"]), Distribution.from_json(one["values"]))

@@ -64,7 +64,7 @@ def own_digest(module: str, without: tuple[str, ...] = ()) -> str:
 
 
 def _assigns(node: ast.stmt, names: tuple[str, ...]) -> bool:
-    """Whether a statement assigns one of these names."""
+    """True if a statement assigns one of these names."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return any(isinstance(target, ast.Name) and target.id in names for target in targets)
 

@@ -218,7 +218,7 @@ def note_columns(settings: Settings, columns: dict[str, Any]) -> None:
 
 
 def held_columns(store: FeatureStore) -> dict[str, Meaning]:
-    """What the columns mean of the rows that an online store holds, as it says itself; empty where it does not."""
+    """Read from an online store what the columns of its rows mean; empty where no job left that."""
     found = store.get_online_features(
         [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: COLUMNS}]
     ).to_dict()

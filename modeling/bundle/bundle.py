@@ -93,7 +93,7 @@ class Bundle:
 
     @property
     def learned(self) -> dict[str, Meaning]:
-        """What the columns meant that it learned from; empty of a bundle of before that was kept."""
+        """Meanings of the columns that it learned from; empty of a bundle that was exported before these were kept."""
         return meaning.from_json(self.manifest.get("columns", {}))
 
     def on(self, device: torch.device) -> Bundle:

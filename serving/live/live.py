@@ -153,7 +153,7 @@ class BundleSource:
         return None
 
     def held_columns(self) -> Meanings:
-        """What the columns mean that the online store holds."""
+        """Read from the online store what its columns mean."""
         store = open_pinned(self.settings)
         try:
             return held_columns(store)
