@@ -242,7 +242,8 @@ def app() -> Any:
     import sys
 
     from serving.api.tracing import tracing_from_env
-    from serving.live.live import BundleSource, Live, Repair, epoch_of
+    from serving.live.live import BundleSource, Live, Repair
+    from serving.live.store_watch import look_of, may_lose_keys
     from serving.routes.app import app_of
     from serving.routes.server import Server
 
@@ -267,7 +268,7 @@ def app() -> Any:
     live = Live(
         source.load,
         source.live_digest,
-        epoch_of(home),
+        look_of(home),
         Repair(home) if settings.repair else None,
         source.held_columns,
     )
@@ -281,6 +282,8 @@ def app() -> Any:
         )
     else:
         console.print(f"not ready: {live.not_loaded}", highlight=False)
+    if warning := may_lose_keys(home):
+        console.print(warning, highlight=False, style="yellow")
     stopping = os.environ.get(STOPPING)
     shadow = None
     if settings.shadow is not None:

@@ -400,6 +400,12 @@ class Redis:
         self._process.wait()
         self.start()
 
+    def kill_with(self, dump: Path, place: Path) -> None:
+        """End it as a failing machine would, and start it again from a copy of some time before."""
+        self.stop()
+        shutil.copy(dump, place)
+        self.start()
+
     def stop(self) -> None:
         assert self._process is not None
         self._process.kill()

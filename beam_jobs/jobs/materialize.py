@@ -48,10 +48,12 @@ from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.online_users import HISTORY, STATS
 from feature_repo.store.received import Received
-from feature_repo.store.store import note_columns, note_epoch, open_store
+from feature_repo.store.store import note_columns, note_epoch, open_store, store_digest
 
 # A table for each run: which keys it sends online
 KEYS = "online_keys"
+# Users whom the catalogue names of a run
+NUM_NAMED = 64
 ViewRows = tuple[str, bytes]  # view, Arrow IPC
 
 
@@ -276,6 +278,26 @@ def _sent_file(plan: RunPlan, view: str) -> str:
     return f"{plan.folder.root}/sent-{view}.parquet"
 
 
+def some_users(plan: RunPlan) -> list[int | str]:
+    """Users whom this run sent, from all over the table, by whom a server sees whether its store lost any."""
+    folder = plan.folder
+    files = pafs.FileSelector(f"{folder.root}/{plan.run_id}/{KEYS}", allow_not_found=True)
+    paths = sorted(
+        info.path
+        for info in folder.filesystem.get_file_info(files)
+        if info.base_name.startswith(f"{STATS}-") and info.path.endswith(".parquet")
+    )
+    chosen = [paths[at] for at in np.unique(np.linspace(0, len(paths) - 1, NUM_NAMED).astype(int))]
+    key = plan.contract.user.join_key
+    found: list[int | str] = []
+    for path in chosen:
+        keys = folder.read_path(path, [key])[key]
+        each = -(-NUM_NAMED // len(chosen))
+        places = np.unique(np.linspace(0, len(keys) - 1, min(each, len(keys))).astype(int))
+        found += keys.take(pa.array(places, pa.int64())).to_pylist()
+    return found[:NUM_NAMED]
+
+
 def _drift(live: TrainedBundle | None, settings: Settings) -> list[str]:
     """A line on the columns whose values moved since a bundle learned from them; no line where nothing moved."""
     since = [] if live is None else [str(m) for m in live.moved(settings) if m.worth_saying]
@@ -327,7 +349,11 @@ class MaterializeJob(Job):
             return []
         write_own_views(plan, settings)
         note_columns(plan.settings, plan.pinned["events"].columns)
-        note_epoch(plan.settings, "materialize", plan.run_id)
+        # Elsewhere too: a store that comes back from an older copy says nothing of it.
+        Catalogue(plan.catalogue_url).note_sent(
+            plan.dataset, store_digest(settings), self.name, plan.run_id, some_users(plan)
+        )
+        note_epoch(plan.settings, self.name, plan.run_id)
         gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
         lost = f"{gone:,} keys that the tables no longer have lost their values online"
         return [*([lost] if gone else []), *_drift(live_bundle(plan, settings), settings)]

@@ -61,6 +61,10 @@ class Degraded(StrEnum):
         "stale_features",
         "item features are older than the server is told to take for fresh",
     )
+    OLDER_STORE = (
+        "older_store",
+        "the online store holds an older run of the jobs than was sent last, such as a copy that was restored",
+    )
     CHANGED_FEATURES = (
         "changed_features",
         "stored features are declared otherwise, and their values moved, since the bundle learned from them: /v1/models names them",

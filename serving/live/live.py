@@ -14,9 +14,9 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,29 +31,28 @@ from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
 from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
-from feature_repo.store.store import close_store, held_columns, held_epoch, open_store
+from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
+from serving.live.store_watch import FILLS_ONLINE, LookAtStore, StoreState
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
 from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
 from serving.stores.items import ItemTable, Loaded, NotYetError, published_rows
-from serving.stores.redis_reader import RedisEpoch, RedisReader, WrongStoreError
+from serving.stores.opened import open_events_store, open_pinned
+from serving.stores.redis_reader import RedisReader, WrongStoreError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 logger = logging.getLogger(__name__)
-EVENT_STORE_S = 2.0
 LONGEST_PAUSE_S = 600.0
 # Seconds until a bundle that was refused is tried again
 REFUSED_AGAIN_S = 60.0
 # For requests that are under way with a state that ranks no longer
 RETIRED_S = 60.0
-# The job whose epoch says that the store holds anything
-FILLS_ONLINE = "materialize"
 
 
 @dataclass(frozen=True)
@@ -251,27 +250,6 @@ def freeze_once() -> None:
         gc.freeze()
 
 
-def open_pinned(settings: Settings) -> FeatureStore:
-    """A store whose registry is read now and never again: Feast reads one that is older than its time to
-    live anew in the middle of whatever request comes then, and waits for it.
-    """
-    store = open_store(settings)
-    if hasattr(store.registry, "cached_registry_proto_ttl"):
-        store.registry.cached_registry_proto_ttl = timedelta(0)  # for ever
-    return store
-
-
-def open_events_store(settings: Settings) -> FeatureStore:
-    """Open a separate store for events, on Redis with a limit to each answer, so that one that stands
-    still is an error and not a thread for ever.
-    """
-    store = open_pinned(settings)
-    online = store.config.online_store
-    if online.type.startswith("redis"):
-        online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
-    return store
-
-
 @dataclass(frozen=True)
 class _Retired:
     """A state that ranks no longer, and since when, as `time.monotonic` has it."""
@@ -286,8 +264,8 @@ class Live:
     Args:
         load: makes a serving state of the bundle of a digest; raises where it cannot.
         live_digest: returns the digest of the bundle that should rank; None if that never changes.
-        epoch: returns the run that the online store says it holds; None if it holds none.
-        repair: called when the store holds nothing; default: no repair.
+        look: looks at what the online store holds; default: nobody looks.
+        repair: called when the store holds nothing, or with True when it holds less than was sent; default: no repair.
         columns: returns what the store's columns mean, asked for after each run that fills it.
     """
 
@@ -295,14 +273,14 @@ class Live:
         self,
         load: Callable[[str | None], Serving],
         live_digest: Callable[[], str | None] = lambda: None,
-        epoch: Callable[[], Awaitable[str | None]] | None = None,
-        repair: Callable[[], None] | None = None,
+        look: LookAtStore | None = None,
+        repair: Callable[[bool], None] | None = None,
         columns: Callable[[], Meanings] | None = None,
     ) -> None:
         self._columns = columns
         self._load = load
         self._live_digest = live_digest
-        self._epoch = epoch
+        self._look = look
         self._repair = repair
         self.current: Serving | None = None
         self.previous: Serving | None = None
@@ -313,8 +291,10 @@ class Live:
         self.not_loaded = "no bundle is loaded yet"
         self.store_problem: str | None = None
         self.swaps = 0
-        # The run that the store was last seen to hold
-        self._held: str | None = None
+        # Whether the store holds an older run than was sent last
+        self.store_is_older = False
+        # As the store was last seen
+        self._seen: StoreState | None = None
         self._retired: list[_Retired] = []
 
     @property
@@ -383,30 +363,54 @@ class Live:
         self.swaps += 1
 
     async def look_at_store(self) -> None:
-        """Ask the store what it holds; where that is nothing, have it repaired."""
-        if self._epoch is None:
+        """Look at what the store holds; where that is nothing, or less than was sent, have it repaired."""
+        if self._look is None:
             return
         try:
-            held = await self._epoch()
+            state = await self._look()
         except Exception as error:
             self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
             return
-        if held is None:
+        # 1. A store that came back empty, or has lost users, is not ready.
+        if state.held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
-            if self._repair is not None:
-                try:
-                    self._repair()
-                except OSError:
-                    logger.exception("the store could not be repaired")
+            self._have_it_repaired(force=False)
+            return
+        if state.missing:
+            self.store_problem = (
+                f"{state.missing} of {state.looked_for} users who were sent are not in the online store: it lost a shard, or evicts "
+                "keys. Run `python -m beam_jobs materialize --force`, and let it evict nothing (maxmemory-policy noeviction)"
+            )
+            self._have_it_repaired(force=True)
             return
         self.store_problem = None
-        if self._held is not None and held != self._held:
-            # Somebody sent other tables online: items follow now, and not when they are next due.
-            for one in (self.current, self.previous):
-                if one is not None:
-                    one.ranker.items.refresh_soon()
+        # 2. An older copy ranks, and each answer says so. The job notes its run in two places, one after the other.
+        older = state.is_older and self._seen == state
+        if older and not self.store_is_older:
+            logger.error(
+                "the online store holds run %s of %s, sent last was %s: run `python -m beam_jobs %s --force`",
+                *(state.held, FILLS_ONLINE, state.sent, FILLS_ONLINE),
+            )
+        self.store_is_older = older
+        for one in self._loaded():
+            one.ranker.store_is_older = older
+        # 3. Somebody sent other tables online: items follow now, and not when they are next due.
+        if self._seen is not None and self._seen.held not in (None, state.held):
+            for one in self._loaded():
+                one.ranker.items.refresh_soon()
             await asyncio.to_thread(self._compare_columns)
-        self._held = held
+        self._seen = state
+
+    def _loaded(self) -> list[Serving]:
+        return [one for one in (self.current, self.previous) if one is not None]
+
+    def _have_it_repaired(self, force: bool) -> None:
+        if self._repair is None:
+            return
+        try:
+            self._repair(force)
+        except OSError:
+            logger.exception("the store could not be repaired")
 
     def _compare_columns(self) -> None:
         """Let each bundle know what the store's columns mean by now; what cannot be read is asked for with the next run."""
@@ -417,9 +421,8 @@ class Live:
         except Exception:
             logger.exception("what the store's columns mean could not be read")
             return
-        for one in (self.current, self.previous):
-            if one is not None:
-                one.ranker.compare_columns(held)
+        for one in self._loaded():
+            one.ranker.compare_columns(held)
 
     @property
     def retired(self) -> list[Serving]:
@@ -436,9 +439,8 @@ class Live:
 
     async def close(self) -> None:
         await self.close_retired(0.0)
-        for one in (self.current, self.previous):
-            if one is not None:
-                await one.close()
+        for one in self._loaded():
+            await one.close()
 
     async def follow(self, every_s: float) -> None:
         """Load, and keep up with the catalogue, for ever; a failed load is tried again."""
@@ -460,20 +462,6 @@ class Live:
             await asyncio.sleep(every_s)
 
 
-def epoch_of(settings: Settings) -> Callable[[], Awaitable[str | None]]:
-    """Reads which run of `materialize` the online store holds."""
-
-    async def through_feast() -> str | None:
-        return await asyncio.to_thread(held_epoch, settings, FILLS_ONLINE)
-
-    if settings.profile != "production":
-        return through_feast
-    try:
-        return RedisEpoch(open_pinned(settings), FILLS_ONLINE)
-    except WrongStoreError:
-        return through_feast
-
-
 class Repair:
     """Runs the job that fills an emptied online store from the tables: one at a time, and after one that
     failed only in a while, twice as long each time.
@@ -488,8 +476,8 @@ class Repair:
         self._next = 0.0
         self._running: subprocess.Popen[bytes] | None = None
 
-    def __call__(self) -> None:
-        """Start it, unless it runs or failed just now."""
+    def __call__(self, force: bool = False) -> None:
+        """Start it, unless it runs or failed just now; with `force` although the store says that it holds the run."""
         if self._running is not None:
             ended = self._running.poll()
             if ended is None:
@@ -503,9 +491,10 @@ class Repair:
             self._running = None
         if time.monotonic() < self._next:
             return
-        logger.warning("the online store is empty: it is filled again from the tables")
-        self._running = self._start()
+        logger.warning("the online store lacks what was sent: it is filled again from the tables")
+        self._running = self._start(force)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "beam_jobs", "materialize", "--runner=FnApiRunner"]
+    def _start(self, force: bool) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "beam_jobs", FILLS_ONLINE, "--runner=FnApiRunner"]
+        command += ["--force"] if force else []
         return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)

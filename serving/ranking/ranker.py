@@ -106,6 +106,8 @@ class RankService:
         )
         # What became of the columns that the bundle learned from, in the store: see `compare_columns`
         self.moved: list[Moved] = []
+        # Whether the store holds an older run of the jobs than was sent last
+        self.store_is_older = False
         # See `time_a_ranking`
         self.ms_of_500: float | None = None
         self.contract: Contract = bundle.encoder.contract
@@ -153,6 +155,8 @@ class RankService:
         degraded += stale
         if self._items_are_stale(request, at):
             degraded.append(Degraded.STALE_FEATURES)
+        if self.store_is_older:
+            degraded.append(Degraded.OLDER_STORE)
         if any(column.means_otherwise for column in self.moved):
             degraded.append(Degraded.CHANGED_FEATURES)
         # 2. Numbers, then logits.

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract.contract import (
-    EPOCH_RUN,
-    STORE_EPOCH,
-    STORE_PART,
     TOKEN_VERSION,
     Contract,
 )
@@ -279,36 +276,6 @@ class RedisReader:
         """
         keys = self._key(user_id, self._token_version)
         return await self.hashes.read(keys, self._plan.fields, timeout_s)
-
-
-class RedisEpoch:
-    """Which run of a job the store says it holds.
-
-    Args:
-        job: that fills the store.
-    """
-
-    def __init__(self, store: FeatureStore, job: str, timeout_s: float = 0.2) -> None:
-        from feast.infra.online_stores.helpers import _mmh3, _redis_key
-        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-        from feast.protos.feast.types.Value_pb2 import Value
-
-        self.hashes = RedisHashes(store)
-        self._timeout_s = timeout_s
-        part = EntityKey(join_keys=[STORE_PART.join_key], entity_values=[Value(string_val=job)])
-        version = store.config.entity_key_serialization_version
-        self._key = _redis_key(store.config.project, part, entity_key_serialization_version=version)
-        self._field = _mmh3(f"{STORE_EPOCH}:{EPOCH_RUN.name}")
-
-    async def __call__(self) -> str | None:
-        """The run's id; None where the store holds none.
-
-        Raises:
-            StoreReadError: the store did not answer in its time.
-        """
-        ((data,),) = await self.hashes.read([self._key], [[self._field]], self._timeout_s)
-        found: str | None = decoded(EPOCH_RUN.name, data)
-        return found
 
 
 def decoded(name: str, data: bytes | None, kind: str = "") -> Any:

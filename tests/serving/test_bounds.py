@@ -33,6 +33,7 @@ from serving.api.settings import ServeSettings, settings_from
 from serving.benchmarks.faults import memory_mib
 from serving.command import environment_of, open_ranker
 from serving.live.live import BundleSource, Live, Repair, Serving
+from serving.live.store_watch import StoreState
 from serving.ranking.ranker import Clock, NotFiniteError, OutOfTimeError, RankService
 from serving.routes.admission import Admission, Weight
 from serving.routes.app import app_of
@@ -434,14 +435,14 @@ def test_a_server_without_a_bundle_says_why_and_tries_again(ranker: RankService)
 
 def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> None:
     held: list[str | None] = ["run-1"]
-    repaired: list[int] = []
+    repaired: list[bool] = []
 
-    async def epoch() -> str | None:
+    async def look() -> StoreState:
         if held[0] == "away":
             raise StoreReadError("away")
-        return held[0]
+        return StoreState(held[0])
 
-    live = Live(lambda digest: pytest.fail("no"), epoch=epoch, repair=lambda: repaired.append(1))
+    live = Live(lambda digest: pytest.fail("no"), look=look, repair=repaired.append)
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
     for store, problem in (
         ("run-1", None),
@@ -453,7 +454,7 @@ def test_an_emptied_store_is_not_ready_and_is_repaired(ranker: RankService) -> N
         asyncio.run(live.look_at_store())
         assert (live.why_not_ready is None) == (problem is None)
         assert problem is None or problem in (live.why_not_ready or "")
-    assert repaired == [1]
+    assert repaired == [False]
 
 
 def test_settings_reach_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1159,10 +1160,10 @@ def test_look_ups_of_made_up_ids_take_turns_with_everything_else(ranker: RankSer
 def test_a_store_that_was_filled_anew_is_followed_at_once(ranker: RankService) -> None:
     held, asked = ["run-1"], []
 
-    async def epoch() -> str | None:
-        return held[0]
+    async def look() -> StoreState:
+        return StoreState(held[0])
 
-    live = Live(lambda digest: pytest.fail("no"), epoch=epoch)
+    live = Live(lambda digest: pytest.fail("no"), look=look)
     live.current = Serving(ranker, GuardedReader(ThreadedReader(ranker.reader)))
     soon = ranker.items.refresh_soon
     try:

@@ -1,0 +1,35 @@
+"""Feast stores as a server opens them: no request ever waits for a registry, no event for ever for Redis."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from feature_repo.settings import Settings
+from feature_repo.store.store import open_store
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+EVENT_STORE_S = 2.0
+
+
+def open_pinned(settings: Settings) -> FeatureStore:
+    """A store whose registry is read now and never again: Feast reads one that is older than its time to
+    live anew in the middle of whatever request comes then, and waits for it.
+    """
+    store = open_store(settings)
+    if hasattr(store.registry, "cached_registry_proto_ttl"):
+        store.registry.cached_registry_proto_ttl = timedelta(0)  # for ever
+    return store
+
+
+def open_events_store(settings: Settings) -> FeatureStore:
+    """Open a separate store for events, on Redis with a limit to each answer, so that one that stands
+    still is an error and not a thread for ever.
+    """
+    store = open_pinned(settings)
+    online = store.config.online_store
+    if online.type.startswith("redis"):
+        online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
+    return store
