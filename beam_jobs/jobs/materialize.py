@@ -43,6 +43,7 @@ from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history.history import newest_rows
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.erased import erased_of
+from feature_repo.home.sent import note_sent
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
@@ -350,9 +351,9 @@ class MaterializeJob(Job):
         write_own_views(plan, settings)
         note_columns(plan.settings, plan.pinned["events"].columns)
         # Elsewhere too: a store that comes back from an older copy says nothing of it.
-        Catalogue(plan.catalogue_url).note_sent(
-            plan.dataset, store_digest(settings), self.name, plan.run_id, some_users(plan)
-        )
+        catalogue = Catalogue(plan.catalogue_url)
+        store = store_digest(settings)
+        note_sent(catalogue, plan.dataset, store, self.name, plan.run_id, some_users(plan))
         note_epoch(plan.settings, self.name, plan.run_id)
         gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
         lost = f"{gone:,} keys that the tables no longer have lost their values online"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -351,26 +351,6 @@ class Catalogue:
         with Session(self.engine) as session:
             row = session.get(BundleRow, digest)
             return None if row is None else row.tokens
-
-    def note_sent(
-        self, dataset: str, store: str, job: str, run_id: str, users: Sequence[int | str]
-    ) -> None:
-        """Note which run of a job an online store holds from now on, and some of its users."""
-        with Session(self.engine) as session, session.begin():
-            row = SentRun(
-                dataset=dataset,
-                store=store,
-                job=job,
-                run_id=run_id,
-                users=list(users),
-                sent_at=datetime.now(UTC),
-            )
-            session.merge(row)
-
-    def sent_run(self, dataset: str, store: str, job: str) -> SentRun | None:
-        """Return the run that a job sent last to an online store; None where none is noted."""
-        with Session(self.engine) as session:
-            return session.get(SentRun, (dataset, store, job))
 
     def record_tokens(
         self,

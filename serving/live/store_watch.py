@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.home.catalogue import Catalogue, SentRun
+from feature_repo.home.sent import sent_run
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
 from feature_repo.store.redis_writer import key_of_user
@@ -82,8 +83,9 @@ class SentRuns:
             try:
                 if self._catalogue is None:
                     self._catalogue = Catalogue(self._settings.catalogue_url)
-                self._newest = self._catalogue.sent_run(
-                    self._settings.dataset, store_digest(self._settings), FILLS_ONLINE
+                store = store_digest(self._settings)
+                self._newest = sent_run(
+                    self._catalogue, self._settings.dataset, store, FILLS_ONLINE
                 )
             except (SQLAlchemyError, OSError) as error:
                 logger.info("the catalogue could not be asked what was sent last: %s", error)

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.sent import sent_run
 from feature_repo.settings import Settings
 from feature_repo.store.store import store_digest
 from serving.api.messages import RankRequest
@@ -64,9 +65,8 @@ def degraded_of(serving: Serving) -> list[str]:
 
 def test_a_store_as_it_was_sent(watched: tuple[Settings, Serving]) -> None:
     settings, _ = watched
-    sent = Catalogue(settings.catalogue_url).sent_run(
-        settings.dataset, store_digest(settings), "materialize"
-    )
+    catalogue = Catalogue(settings.catalogue_url)
+    sent = sent_run(catalogue, settings.dataset, store_digest(settings), "materialize")
     assert sent is not None
     assert len(set(sent.users)) == len(sent.users) >= 50
     state = looked(settings)
