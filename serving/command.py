@@ -203,6 +203,13 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
             time.sleep(settings.unready_s)
             super().signal_handler_interrupt(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+        def signal_handler_reload(self, *args: Any, **kwargs: Any) -> None:
+            """Granian would start its workers anew, all at once, each without a bundle for seconds."""
+            console.print(
+                "SIGHUP is ignored: bundles, tables and items are followed as they change; for other settings, start anew",
+                highlight=False,
+            )
+
     password = settings.tls_key_password
     return Stoppable(
         "serving.command:app",

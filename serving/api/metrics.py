@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from prometheus_client import (
@@ -121,9 +122,35 @@ class Metrics:
             return generate_latest(self.registry)
         from prometheus_client.multiprocess import MultiProcessCollector
 
+        forget_dead_processes(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
         whole = CollectorRegistry()
         whole.register(_Loaded(MultiProcessCollector(CollectorRegistry())))  # type: ignore[no-untyped-call]
         return generate_latest(whole)
+
+
+def forget_dead_processes(folder: Path) -> None:
+    """Remove the gauges of processes that have ended, however they did: a dead one is not ready for ever, and has no
+    bundle and no bytes. What was counted stays counted.
+
+    Args:
+        folder: in which prometheus_client keeps a file for each process and kind of number.
+    """
+    from prometheus_client.multiprocess import mark_process_dead
+
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        if not _is_alive(pid):
+            mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another account's
+    return True
 
 
 class _Loaded(Collector):
