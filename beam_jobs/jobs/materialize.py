@@ -46,6 +46,7 @@ from feature_repo.home.erased import erased_of
 from feature_repo.home.sent import note_sent
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.settings import Settings
+from feature_repo.store.known_users import KNOWN_USERS, codes_file
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.online_users import HISTORY, STATS
 from feature_repo.store.received import Received
@@ -111,6 +112,8 @@ def newest_of_part(plan: RunPlan, unit: Unit) -> Iterator[ViewRows]:
     if unit.table != STATS:
         yield unit.table, to_ipc(newest)
         return
+    codes = codes_file(keys[table.join_keys[0]])
+    write_built(plan, Built(KNOWN_USERS, f"{unit.number:05d}.arrow", codes, keys.num_rows))
     histories = plan.input_folder("user_history").read_path(_beside(plan, unit))
     records = records_of(plan.contract, newest, _newest(plan, HISTORY, histories))
     yield RECORDS, to_ipc(records)
@@ -334,8 +337,8 @@ class MaterializeJob(Job):
         return Received(plan.home, plan.contract).merging()
 
     def num_parts(self, plan: RunPlan, units: int) -> int:
-        """Keys of each unit, and a note of each view."""
-        return units + 1 + sum(len(tables) for tables in self.reads.values())
+        """Keys of each unit, twice of users, and a note of each view."""
+        return 2 * units + 1 + sum(len(tables) for tables in self.reads.values())
 
     def account(self, plan: RunPlan, units: Sequence[Unit], counts: Counts) -> None:
         """Check that every view was written."""

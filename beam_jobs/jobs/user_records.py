@@ -20,14 +20,13 @@ from beam_jobs.engine.partition import from_ipc
 from beam_jobs.engine.plan import ReadOnce, RunPlan
 from beam_jobs.engine.steps import WriteView
 from beam_jobs.jobs.user_history import item_profiles, remembered_codes
-from feature_repo.contract import limits
 from feature_repo.contract.arrow import EPOCH, arrow_schema, from_micros, micros
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history import user_stats
-from feature_repo.history.record import ARRIVED, Extended, Record, extended
+from feature_repo.history.record import Extended, Record, extended
 from feature_repo.home.erased import erased_of
-from feature_repo.raw.acknowledged import EVENT, NUMBER, POSITIONS, parse_acknowledged
+from feature_repo.raw.acknowledged import history_events
 from feature_repo.store.event_log import Entry, UserId
 from feature_repo.store.online_users import HISTORY, STATS, Logged, ManyRows, user_records
 from feature_repo.store.received import Beyond, Received, open_log
@@ -194,20 +193,8 @@ def _extended_row(plan: RunPlan, row: Row, entries: Sequence[Entry]) -> Row:
 
 def _extended(plan: RunPlan, user_id: UserId, record: Record, entries: Sequence[Entry]) -> Extended:
     contract = plan.contract
-    user = contract.user.join_key
-    rows = pa.table(
-        {
-            user: pa.array([user_id] * len(entries)),
-            NUMBER: pa.array([entry.number for entry in entries]),
-            EVENT: pa.array([entry.event for entry in entries]),
-        }
-    )
-    # What the next run of `events` will set aside is no event here either.
-    parsed = parse_acknowledged(contract, rows, "log").events
-    kept = limits.check(contract.table("events"), parsed).kept
-    events = kept.select([column.name for column in contract.history_columns])
-    number = kept["source_position"].to_numpy() - POSITIONS
-    events = events.append_column(ARRIVED, pa.array(number))
+    numbers = [entry.number for entry in entries]
+    events = history_events(contract, user_id, numbers, [entry.event for entry in entries])
 
     def remembered(fresh: pa.Table) -> Sequence[np.ndarray]:
         if not contract.remembered:

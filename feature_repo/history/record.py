@@ -45,6 +45,27 @@ class Record:
     sketch: bytes | None
     stats: Mapping[str, Any]
 
+    @property
+    def is_absent(self) -> bool:
+        """True where nothing is stored of the user's events."""
+        return self.history is None and self.stats[user_stats.END] is None
+
+    @property
+    def is_incomplete(self) -> bool:
+        """True where the history holds only what came since the record was lost: it has no statistics and no sketch,
+        which would say that this is all.
+        """
+        return past_was_lost(self.history, self.sketch, self.stats[user_stats.END])
+
+
+def past_was_lost(history: bytes | None, sketch: bytes | None, end: int | None) -> bool:
+    """Whether a stored history begins after a past that the store has lost.
+
+    Args:
+        end: how many events the statistics know.
+    """
+    return history is not None and sketch is None and end is None
+
 
 @dataclass(frozen=True)
 class Extended:
@@ -74,10 +95,14 @@ def extended(
     record: Record,
     events: pa.Table,
     remembered: Remembered,
+    *,
+    is_lost: bool = False,
 ) -> Extended:
-    """A user's record with events that came since.
+    """A user's record with events that came since. Of a user whose past is not there (`is_incomplete`) the history
+    alone is extended: statistics and sketch of a part would say too little.
 
     Args:
+        is_lost: there ought to be a record, and there is none.
         events: columns of a history and the moment at which each arrived (`with_arrival`), in that order;
             impressions among them are left out, and so is what the history has already: the same item, action
             and time.
@@ -89,12 +114,14 @@ def extended(
     schema = history_schema(contract)
     batches = [] if record.history is None else [unpack(contract, user_id, record.history)]
     packed = pa.Table.from_batches(batches, schema)
-    past = _Past.of(contract, user_id, record)
+    is_lost = is_lost or record.is_incomplete
+    nothing = _Past(None, packed.num_rows, 0, 0)
+    past = nothing if is_lost else _Past.of(contract, user_id, record)
     counted = past.counted
     # 1. Statistics that an interrupted writer left behind; if they lag further, they are the jobs' to mend.
     stats = record.stats
     behind = counted - (stats[user_stats.END] or 0)
-    if 0 < behind <= packed.num_rows:
+    if not is_lost and 0 < behind <= packed.num_rows:
         stats = user_stats.add(contract, stats, packed.slice(packed.num_rows - behind))
     # 2. What is not in the history yet, without what may have left it at its older end.
     fresh = _fresh(contract, packed, events)
@@ -113,7 +140,7 @@ def extended(
     order = np.argsort(micros(both[EVENT_TIMESTAMP]), kind="stable")
     newest = order[-contract.spec.num_history_online :]
     packed = both.take(pa.array(newest)).combine_chunks()
-    if (stats[user_stats.END] or 0) == counted:
+    if not is_lost and (stats[user_stats.END] or 0) == counted:
         stats = user_stats.add(contract, stats, added)
     after = Record(pack(contract, user_id, packed), sketch, stats)
     return Extended(after, packed, counted + added.num_rows, added, waiting, known)

@@ -12,6 +12,7 @@ more. It is known from whichever came first. Two lines tell of the same event
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_repo.contract import limits
 from feature_repo.contract.arrow import TIMESTAMP, arrow_schema, from_micros
 from feature_repo.contract.contract import ARRIVAL, Contract
 from feature_repo.contract.counts import Counts
@@ -117,6 +119,30 @@ def joined_by_identity(contract: Contract, lines: pa.Table) -> Joined:
     said = [column.name for column in contract.history_columns]
     columns = list(dict.fromkeys([*identity, contract.user.join_key, *said]))
     return _joined(lines, columns, _acknowledged(lines) & ~lacks_identity(contract, lines))
+
+
+def history_events(
+    contract: Contract, user_id: int | str, numbers: Sequence[int], texts: Sequence[str]
+) -> pa.Table:
+    """Acknowledged events of a user as columns of a history and the moment at which each arrived (`ARRIVED`),
+    without those that the next run of `events` will set aside.
+
+    Args:
+        numbers: microseconds at which they arrived.
+        texts: as the log holds them.
+    """
+    rows = pa.table(
+        {
+            contract.user.join_key: pa.array([user_id] * len(numbers)),
+            NUMBER: pa.array(numbers, pa.int64()),
+            EVENT: pa.array(texts, pa.string()),
+        }
+    )
+    parsed = parse_acknowledged(contract, rows, "log").events
+    kept = limits.check(contract.table("events"), parsed).kept
+    events = kept.select([column.name for column in contract.history_columns])
+    arrived = kept["source_position"].to_numpy() - POSITIONS
+    return events.append_column(ARRIVED, pa.array(arrived))
 
 
 def joined_by_content(contract: Contract, events: pa.Table) -> Joined:

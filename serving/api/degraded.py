@@ -27,6 +27,10 @@ class Degraded(StrEnum):
         "history_unreadable",
         "the user's stored history is damaged, or lacks what the bundle reads",
     )
+    HISTORY_INCOMPLETE = (
+        "history_incomplete",
+        "the store had lost what it knew of the user: only events since are known, until the jobs have run",
+    )
     NO_SKETCH = "no_sketch", "the store has no sketch of the user's whole history"
     SKETCH_UNREADABLE = (
         "sketch_unreadable",

@@ -22,12 +22,13 @@ from feature_repo.contract.arrow import history_schema
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Table
 from feature_repo.home.erased import ErasedList
+from feature_repo.store.known_users import KnownUsers
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.summaries.summariser import Summariser
 from serving.api.errors import ErasedUserError, InvalidRequestError, StoreAwayError
 from serving.api.messages import EventsResponse
 from serving.stores.items import Id
-from serving.stores.refresh import BusyUserError, Refresher, UserMemory
+from serving.stores.refresh import BusyUserError, CannotTellError, Refresher, UserMemory
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -55,7 +56,8 @@ class EventTaker:
         refresher = None
         if summariser is not None and summariser.streams:
             refresher = Refresher(summariser, OnlineTokens(store, contract), contract)
-        self._memory = UserMemory(store, contract, refresher)
+        known = KnownUsers(home, contract.user)
+        self._memory = UserMemory(store, contract, refresher, known)
         if not self._memory.has_log:
             logger.warning(
                 "an online store of type %s keeps no log of events: the next batch forgets those that are in no file",
@@ -81,14 +83,14 @@ class EventTaker:
         Raises:
             InvalidRequestError: one breaks a limit of the contract: the next batch would set it aside.
             ErasedUserError: the user was erased.
-            StoreAwayError: whether they were cannot be told.
+            StoreAwayError: whether they were, or whether a user without a record is new, cannot be told.
             HistoryError: what is stored of the user is damaged.
         """
         self._refuse_broken(events)
         with self._one_at_a_time:
             try:
                 taken = self._memory.add(user_id, events, lambda: self._refuse_erased(user_id))
-            except BusyUserError as error:
+            except (BusyUserError, CannotTellError) as error:
                 raise StoreAwayError(f"{error}: send them again") from error
         known = len(events) - taken.added - taken.waiting
         return EventsResponse(taken.added, known, taken.waiting)

@@ -21,6 +21,7 @@ from feature_repo.history.counts import UserCounts
 from feature_repo.history.counts import from_bytes as counts_of
 from feature_repo.history.envelope import Envelope, EnvelopeError, from_bytes
 from feature_repo.history.history import HistoryError, unpack
+from feature_repo.history.record import past_was_lost
 from feature_repo.history.sketch import Layout, SketchError
 from serving.api.degraded import Degraded
 from serving.stores.items import Id, item_columns
@@ -174,6 +175,8 @@ class UserDecoder:
                 )
             return UserRow(columns, None, (Degraded.NO_HISTORY, *problems), tokens, nothing)
         sketch, unread = self._sketch(user_id, values["sketch"])
+        if past_was_lost(packed, values["sketch"], columns["history_end"]):
+            unread = (Degraded.HISTORY_INCOMPLETE,)
         problems = (*problems, *unread)
         if sketch is not None and _is_mixed(columns, sketch):
             problems = (*problems, Degraded.MIXED_HISTORY)

@@ -27,7 +27,10 @@ from feature_repo.history import user_stats
 from feature_repo.history.envelope import Envelope, EnvelopeError, Kind, from_bytes
 from feature_repo.history.history import as_numbers, extended_digest, from_batches
 from feature_repo.history.record import ARRIVED, Record, extended, with_arrival
+from feature_repo.home.tables import DamagedPartError, StaleTableError
+from feature_repo.raw.acknowledged import history_events
 from feature_repo.store.event_log import Entry, to_text
+from feature_repo.store.known_users import KnownUsers
 from feature_repo.store.online_tokens import OnlineTokens
 from feature_repo.store.online_users import (
     HISTORY,
@@ -59,6 +62,10 @@ class NoStateError(ExpectedError, LookupError):
 
 class RefusedError(ExpectedError, RuntimeError):
     """The store holds newer tokens by now."""
+
+
+class CannotTellError(ExpectedError, RuntimeError):
+    """Whether a user without a record is new, or the store lost them, cannot be read: nothing was added."""
 
 
 class BusyUserError(ExpectedError, RuntimeError):
@@ -224,11 +231,17 @@ class UserMemory:
 
     Args:
         refresher: of the summary tokens; without one these are left as they are, and are stale.
+        known: says whether a user without a record ought to have one; default: each is taken for new.
     """
 
     def __init__(
-        self, store: FeatureStore, contract: Contract, refresher: Refresher | None = None
+        self,
+        store: FeatureStore,
+        contract: Contract,
+        refresher: Refresher | None = None,
+        known: KnownUsers | None = None,
     ) -> None:
+        self._known = known
         self._store = store
         self._contract = contract
         self._refresher = refresher
@@ -256,7 +269,8 @@ class UserMemory:
     ) -> Added:
         """Add a user's new events, in any order, to history, sketch, statistics and tokens at once, and to the log
         of what is acknowledged; what an interrupted writer left behind is made whole on the way. One that is
-        there already, the same item, action and time, is not added.
+        there already, the same item, action and time, is not added. Of a user whose record the store has lost, the
+        history begins anew, and says that it is incomplete.
 
         Args:
             new_events: columns of `contract.history_columns`, and what else the log is to hold; impressions among
@@ -266,6 +280,7 @@ class UserMemory:
         Raises:
             HistoryError: the stored history is damaged.
             BusyUserError: others changed the user for `ADD_S` seconds; nothing was added.
+            CannotTellError: whether a user without a record is new cannot be read; nothing was added.
         """
         until = time.monotonic() + ADD_S
         while True:
@@ -289,7 +304,13 @@ class UserMemory:
         before = Record(record[HISTORY]["history"], record[HISTORY]["sketch"], stats)
         numbers = range(first, first + len(new_events))
         events = with_arrival(self._contract, new_events, numbers)
-        found = extended(self._contract, record.user_id, before, events, self._remembered)
+        is_lost = before.is_absent and self._ought_to_exist(record.user_id)
+        if before.is_absent and not is_lost and record.last:
+            # A new user, all of whose events are in the log: the record is gone, and is made of these.
+            events = pa.concat_tables([self._logged_events(record.user_id), events])
+        found = extended(
+            self._contract, record.user_id, before, events, self._remembered, is_lost=is_lost
+        )
         rows: dict[str, NewRow] = {}
         if found.added.num_rows:
             values = {"history": found.record.history, "sketch": found.record.sketch}
@@ -298,15 +319,34 @@ class UserMemory:
             last = int(micros(found.packed[EVENT_TIMESTAMP])[-1]) + 1
             rows[STATS] = NewRow(found.record.stats, max(found.known, last))
         digest = found.record.stats[user_stats.DIGEST]
-        made = self._tokens_after(record, found.packed, found.counted, digest)
-        if made is not None:
-            rows[TOKENS] = made.row
-        logged = [*found.added[ARRIVED].to_pylist(), *found.waiting[ARRIVED].to_pylist()]
+        if not found.record.is_incomplete:
+            made = self._tokens_after(record, found.packed, found.counted, digest)
+            if made is not None:
+                rows[TOKENS] = made.row
+        # Of these events alone: others may have come out of the log.
+        added = [n for n in found.added[ARRIVED].to_pylist() if n >= first]
+        waiting = [n for n in found.waiting[ARRIVED].to_pylist() if n >= first]
         entries = [
             Entry(record.user_id, number, to_text(new_events[number - first]))
-            for number in sorted(logged)
+            for number in sorted([*added, *waiting])
         ]
-        return _After(rows, entries, Added(found.added.num_rows, found.waiting.num_rows))
+        return _After(rows, entries, Added(len(added), len(waiting)))
+
+    def _ought_to_exist(self, user_id: int | str) -> bool:
+        """Return whether the jobs sent a record of a user of whom there is none, or nothing says that they did not."""
+        try:
+            return self._known is not None and self._known.has(user_id) is not False
+        except (OSError, DamagedPartError, StaleTableError) as error:
+            raise CannotTellError(
+                f"whether a user without a record is new cannot be read ({error}); nothing was added"
+            ) from error
+
+    def _logged_events(self, user_id: int | str) -> pa.Table:
+        """A user's events that no batch knows yet, as `extended` takes them."""
+        (logged,) = self._records.logged([user_id])
+        numbers = [entry.number for entry in logged.entries]
+        texts = [entry.event for entry in logged.entries]
+        return history_events(self._contract, user_id, numbers, texts)
 
     def _tokens_after(
         self, record: UserRecord, packed: pa.Table, counted: int, digest: int | None

@@ -1,0 +1,86 @@
+"""Who has ever been sent online by the run that counts: what a store that lost a user cannot say itself.
+
+Each part of users that `materialize` sends leaves their codes, sorted; a server that is told of an event and finds
+no record looks here whether there should be one.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pyarrow as pa
+
+from feature_repo.contract.arrow import arrow_type, value_codes
+from feature_repo.contract.schema import Entity
+from feature_repo.home.tables import JobFolder, Manifest
+
+# The table of codes, in the folder of the job that sends users
+KNOWN_USERS = "known_users"
+JOB = "materialize"
+# Seconds for which the manifest that was read counts as the newest
+FRESH_S = 5.0
+
+
+def codes_file(users: pa.Array | pa.ChunkedArray) -> pa.Buffer:
+    """The sorted codes of users as one file, which is searched where it lies."""
+    table = pa.table({"code": np.sort(value_codes(users))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+class KnownUsers:
+    """The users whom a home's newest run of `materialize` sent.
+
+    Args:
+        home: the folder of the tables; None: there are none here.
+
+    Example:
+        >>> KnownUsers(home, contract.user).has(12680)
+        True
+    """
+
+    def __init__(self, home: str | None, user: Entity) -> None:
+        self._folder = None if home is None else JobFolder(home, JOB)
+        self._type = arrow_type(user.dtype)
+        self._read_at = -FRESH_S
+        self._manifest: Manifest | None = None
+        self._codes: list[np.ndarray] = []
+
+    def has(self, user_id: int | str) -> bool | None:
+        """Whether the user was sent; None where nothing says it.
+
+        Raises:
+            OSError, DamagedPartError: the home cannot be read now.
+        """
+        self._refresh()
+        if self._manifest is None or KNOWN_USERS not in self._manifest.tables:
+            return None
+        (code,) = value_codes(pa.array([user_id], self._type))
+        return any(_holds(codes, code) for codes in self._codes)
+
+    def _refresh(self) -> None:
+        """Read the parts of a newer run, if there is one."""
+        if self._folder is None or time.monotonic() < self._read_at + FRESH_S:
+            return
+        found = self._folder.manifest()
+        if found is not None and found != self._manifest:
+            paths = self._folder.paths(KNOWN_USERS, found) if KNOWN_USERS in found.tables else []
+            self._codes = [_codes_of(self._folder, path) for path in paths]
+        self._manifest = found
+        self._read_at = time.monotonic()
+
+
+def _codes_of(folder: JobFolder, path: str) -> np.ndarray:
+    """The codes of a file; of a local one they stay there until they are asked for."""
+    with folder.open(path) as source:
+        column = pa.ipc.open_file(source).read_all()["code"].combine_chunks()
+    codes: np.ndarray = column.to_numpy(zero_copy_only=False)
+    return codes
+
+
+def _holds(codes: np.ndarray, code: np.int64) -> bool:
+    place = int(np.searchsorted(codes, code))
+    return place < len(codes) and bool(codes[place] == code)
