@@ -43,10 +43,10 @@ from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history.history import newest_rows
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.erased import erased_of
+from feature_repo.home.known_users import KNOWN_USERS, codes_file
 from feature_repo.home.sent import note_sent
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.settings import Settings
-from feature_repo.store.known_users import KNOWN_USERS, codes_file
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.online_users import HISTORY, STATS
 from feature_repo.store.received import Received
@@ -217,7 +217,7 @@ def refuse_to_break_the_live_bundle(plan: RunPlan, settings: Settings) -> None:
 
 
 def live_bundle(plan: RunPlan, settings: Settings) -> TrainedBundle | None:
-    """The live bundle of a run's dataset; None where there is none that a server could load."""
+    """The live bundle of a run's dataset; None where no server could load a bundle."""
     live = Catalogue(settings.catalogue_url).live_or_none(plan.dataset)
     if live is None:
         return None

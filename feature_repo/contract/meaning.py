@@ -46,7 +46,7 @@ Meanings = Mapping[str, Meaning]  # by table and column, such as `events.unit_pr
 
 @dataclass(frozen=True)
 class Moved:
-    """How far the values of a column are from those that a bundle learned from.
+    """How far the values of a column are from the values that a bundle learned from.
 
     Args:
         column: such as `events.unit_price`.

@@ -59,7 +59,7 @@ class Record:
 
 
 def past_was_lost(history: bytes | None, sketch: bytes | None, end: int | None) -> bool:
-    """Whether a stored history begins after a past that the store has lost.
+    """Return whether a stored history begins after a past that the store has lost.
 
     Args:
         end: how many events the statistics know.

@@ -22,7 +22,7 @@ from feature_repo.contract.arrow import history_schema
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import Table
 from feature_repo.home.erased import ErasedList
-from feature_repo.store.known_users import KnownUsers
+from feature_repo.home.known_users import KnownUsers
 from feature_repo.store.online_tokens import OnlineTokens
 from modeling.summaries.summariser import Summariser
 from serving.api.errors import ErasedUserError, InvalidRequestError, StoreAwayError

@@ -27,10 +27,10 @@ from feature_repo.history import user_stats
 from feature_repo.history.envelope import Envelope, EnvelopeError, Kind, from_bytes
 from feature_repo.history.history import as_numbers, extended_digest, from_batches
 from feature_repo.history.record import ARRIVED, Record, extended, with_arrival
+from feature_repo.home.known_users import KnownUsers
 from feature_repo.home.tables import DamagedPartError, StaleTableError
 from feature_repo.raw.acknowledged import history_events
 from feature_repo.store.event_log import Entry, to_text
-from feature_repo.store.known_users import KnownUsers
 from feature_repo.store.online_tokens import OnlineTokens
 from feature_repo.store.online_users import (
     HISTORY,

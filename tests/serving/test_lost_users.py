@@ -14,8 +14,8 @@ import pytest
 from feature_repo import datasets
 from feature_repo.contract.contract import Contract
 from feature_repo.contract.schema import DType, Entity
+from feature_repo.home.known_users import KnownUsers, codes_file
 from feature_repo.home.tables import JobFolder
-from feature_repo.store.known_users import KnownUsers, codes_file
 from feature_repo.store.store import open_store
 from serving.api.errors import StoreAwayError
 from serving.stores.events import EventTaker
@@ -146,7 +146,7 @@ def test_a_home_that_cannot_be_read_takes_no_event_of_them(
 def test_known_users_of_a_newer_run_are_known(
     shop: Any, tmp_path: Path, kind: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("feature_repo.store.known_users.FRESH_S", 0.0)
+    monkeypatch.setattr("feature_repo.home.known_users.FRESH_S", 0.0)
     make: Callable[[int], Any] = int if kind is DType.INT64 else "user {}".format
     known = KnownUsers(str(tmp_path), Entity("user", "user_id", kind, ""))
     assert known.has(make(1)) is None

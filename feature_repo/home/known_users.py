@@ -1,4 +1,4 @@
-"""Who has ever been sent online by the run that counts: what a store that lost a user cannot say itself.
+"""Users whom the newest run of `materialize` sent online: a store that lost one cannot say it itself.
 
 Each part of users that `materialize` sends leaves their codes, sorted; a server that is told of an event and finds
 no record looks here whether there should be one.
@@ -50,7 +50,7 @@ class KnownUsers:
         self._codes: list[np.ndarray] = []
 
     def has(self, user_id: int | str) -> bool | None:
-        """Whether the user was sent; None where nothing says it.
+        """True if the user was sent; None where nothing says it.
 
         Raises:
             OSError, DamagedPartError: the home cannot be read now.
