@@ -341,7 +341,7 @@ def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     export(training_run.refuse_untrained(run), catalogue, live=True)
 
 
-def _missing(what: str) -> None:
+def missing(what: str) -> None:
     if os.environ.get("MEMOIR_REQUIRE_SERVICES") == "1":
         pytest.fail(f"{what} is not installed, and MEMOIR_REQUIRE_SERVICES=1 makes that a failure")
     pytest.skip(f"{what} is not installed")
@@ -383,7 +383,7 @@ class Redis:
 
     def __init__(self, folder: Path, *options: str) -> None:
         if not shutil.which("redis-server"):
-            _missing("redis-server")
+            missing("redis-server")
         self.port = free_port()
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         self._command = [*command, "--dir", str(folder), *options]
@@ -421,14 +421,14 @@ class Postgres:
 
     def __init__(self, initdb: Path, folder: Path) -> None:
         self.port, self._folder = free_port(), folder
-        self._as_user: list[str] = []
+        self.as_user: list[str] = []
         if os.getuid() == 0:
             shutil.chown(folder, "postgres")
-            self._as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+            self.as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         self._binary = initdb.with_name("postgres")
         subprocess.run(
             [
-                *self._as_user,
+                *self.as_user,
                 str(initdb),
                 "-D",
                 str(folder / "data"),
@@ -450,7 +450,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start it."""
-        command = [*self._as_user, str(self._binary), "-D", str(self._folder / "data")]
+        command = [*self.as_user, str(self._binary), "-D", str(self._folder / "data")]
         command += ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self._folder
@@ -486,7 +486,7 @@ def postgres() -> Iterator[Postgres]:
     )
     binary = Path(shutil.which("initdb") or (found[-1] if found else ""))
     if not binary.name:
-        _missing("postgresql")
+        missing("postgresql")
     folder = Path(tempfile.mkdtemp(prefix="memoir-pg-"))
     made = Postgres(binary, folder)
     yield made

@@ -28,6 +28,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from feature_repo.errors import ExpectedError
+from feature_repo.home import engines  # noqa: F401  # settings of every engine
 
 # Share of users with a history who must have tokens before a bundle that reads them goes live.
 COVERAGE_TO_GO_LIVE = 0.99

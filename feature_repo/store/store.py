@@ -32,6 +32,7 @@ from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError, SettingsError
+from feature_repo.home import engines  # noqa: F401  # settings of every engine, Feast's too
 from feature_repo.settings import CHECKOUT, Settings, declared_dataset
 
 if TYPE_CHECKING:
