@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         >>> with atomic_write(folder / "run.json") as draft:
         ...     draft.write_text("{}")
     """
-    draft = path.with_name(f".{path.name}.draft")
+    # A name for each writer: two that shared a draft would move each other's half.
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     try:
         yield draft
         draft.replace(path)

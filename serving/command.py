@@ -250,7 +250,7 @@ def app() -> Any:
 
     from serving.api.tracing import tracing_from_env
     from serving.live.live import BundleSource, Live, Repair
-    from serving.live.store_watch import look_of, may_lose_keys
+    from serving.live.store_watch import look_of
     from serving.routes.app import app_of
     from serving.routes.server import Server
 
@@ -278,6 +278,7 @@ def app() -> Any:
         look_of(home),
         Repair(home) if settings.repair else None,
         source.held_columns,
+        lambda: source.catalogue.problem,
     )
     # A bundle that cannot be loaded does not end the worker: `follow` tries again.
     live.load_now()
@@ -289,8 +290,6 @@ def app() -> Any:
         )
     else:
         console.print(f"not ready: {live.not_loaded}", highlight=False)
-    if warning := may_lose_keys(home):
-        console.print(warning, highlight=False, style="yellow")
     stopping = os.environ.get(STOPPING)
     shadow = None
     if settings.shadow is not None:

@@ -421,6 +421,7 @@ class Postgres:
 
     def __init__(self, initdb: Path, folder: Path) -> None:
         self.port, self._folder = free_port(), folder
+        self.initdb = initdb
         self.as_user: list[str] = []
         if os.getuid() == 0:
             shutil.chown(folder, "postgres")

@@ -17,6 +17,8 @@ from sqlalchemy.engine import Engine
 
 from feature_repo.errors import SettingsError
 
+# Seconds in which a database must take a connection; libpq waits for minutes
+CONNECT_S = 5
 TRUTH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 
 
@@ -28,9 +30,9 @@ def typed_parameters(given: dict[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> typed_parameters({"host": "db", "prepare_threshold": "5"})
-        {'host': 'db', 'prepare_threshold': 5}
+        {'prepare_threshold': 5, 'connect_timeout': 5, 'host': 'db'}
     """
-    typed = {"prepare_threshold": None, **given}
+    typed = {"prepare_threshold": None, "connect_timeout": CONNECT_S, **given}
     threshold, autocommit = typed["prepare_threshold"], typed.get("autocommit")
     if isinstance(threshold, str):
         if threshold.lower() != "none" and not threshold.isdecimal():

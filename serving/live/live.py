@@ -29,18 +29,20 @@ from feature_repo import datasets
 from feature_repo.contract.meaning import Meanings
 from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
-from feature_repo.home.catalogue import Catalogue, NoLiveBundleError
+from feature_repo.home.catalogue import NoLiveBundleError
 from feature_repo.settings import CHECKOUT, Settings
 from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
+from serving.live.seen_catalogue import SeenCatalogue
 from serving.live.store_watch import FILLS_ONLINE, LookAtStore, StoreState
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
 from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
 from serving.stores.items import ItemTable, Loaded, NotYetError, published_rows
+from serving.stores.last_seen import is_of_database, keep
 from serving.stores.opened import open_events_store, open_pinned
 from serving.stores.redis_reader import RedisReader, WrongStoreError
 
@@ -100,8 +102,9 @@ class BundleSource:
     device: str = "cpu"
 
     @cached_property
-    def _catalogue(self) -> Catalogue:
-        return Catalogue(self.settings.catalogue_url)
+    def catalogue(self) -> SeenCatalogue:
+        """Says which bundle is live, also while its database is away."""
+        return SeenCatalogue(self.settings)
 
     def live_digest(self) -> str | None:
         """Return the digest of the bundle that should rank now; None for one given by its folder.
@@ -109,9 +112,7 @@ class BundleSource:
         Raises:
             NoLiveBundleError: no bundle is live.
         """
-        if self.bundle is not None:
-            return None
-        return self._catalogue.live_bundle(self.settings.dataset).digest
+        return None if self.bundle is not None else self.catalogue.live_bundle().digest
 
     def open_bundle(self, digest: str | None = None) -> bundles.Bundle:
         """The bundle alone, checked; arguments and errors as in `load`."""
@@ -119,7 +120,7 @@ class BundleSource:
         contract = datasets.load_contract(self.settings.dataset)
         if self.bundle is not None:
             return bundles.load(self.bundle, contract).on(device)
-        live = self._catalogue.live_bundle(self.settings.dataset)
+        live = self.catalogue.live_bundle()
         if digest is not None and live.digest != digest:
             raise NoLiveBundleError("another bundle became live meanwhile: it is loaded next")
         path = self.settings.path(live.path)
@@ -135,7 +136,7 @@ class BundleSource:
             return None
         contract = datasets.load_contract(self.settings.dataset)
         try:
-            row = self._catalogue.maker_of(self.settings.dataset, bundle.tokens)
+            row = self.catalogue.opened.maker_of(self.settings.dataset, bundle.tokens)
             if row is not None:
                 maker = bundles.load(self.settings.path(row.path), contract, row.digest)
                 maker = maker.on(device_named(self.device))
@@ -237,6 +238,12 @@ class BundleSource:
             for opened in stores:
                 close_store(opened)
             raise
+        if self.bundle is None and settings.profile == "production":
+            live = self.catalogue.live_bundle()
+            # What was itself read from the copy would make it look younger than it is.
+            if self.catalogue.problem is None and is_of_database(store):
+                registry = store.registry.cached_registry_proto.SerializeToString()
+                keep(settings, registry, live)
         freeze_once()
         return Serving(ranker, GuardedReader(users), events, stores)
 
@@ -267,6 +274,7 @@ class Live:
         look: looks at what the online store holds; default: nobody looks.
         repair: called when the store holds nothing, or with True when it holds less than was sent; default: no repair.
         columns: returns what the store's columns mean, asked for after each run that fills it.
+        problem: returns what else an operator wants to know.
     """
 
     def __init__(
@@ -276,7 +284,9 @@ class Live:
         look: LookAtStore | None = None,
         repair: Callable[[bool], None] | None = None,
         columns: Callable[[], Meanings] | None = None,
+        problem: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self._problem = problem
         self._columns = columns
         self._load = load
         self._live_digest = live_digest
@@ -301,6 +311,16 @@ class Live:
     def why_not_ready(self) -> str | None:
         """Why no request should come here; None where they may."""
         return self.not_loaded if self.current is None else self.store_problem
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should mend, although answers go on."""
+        found = [self._problem()]
+        if self.store_is_older:
+            found.append(
+                f"the online store holds an older run than was sent last: run `python -m beam_jobs {FILLS_ONLINE} --force`"
+            )
+        return [one for one in found if one is not None]
 
     def load_now(self) -> None:
         """Load what should rank, try it, and swap it in; what ranked before is kept beside.

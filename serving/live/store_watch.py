@@ -23,7 +23,7 @@ from feature_repo.home.sent import sent_run
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
 from feature_repo.store.redis_writer import key_of_user
-from feature_repo.store.store import close_store, held_epoch, store_digest
+from feature_repo.store.store import held_epoch, store_digest
 from serving.stores.opened import open_pinned
 from serving.stores.redis_reader import RedisHashes, WrongStoreError, decoded
 
@@ -158,25 +158,21 @@ def why_it_may_lose_keys(store: FeatureStore) -> str | None:
     )
 
 
-def may_lose_keys(settings: Settings) -> str | None:
-    """Why the online store of these settings may throw keys away; None where it does not, or cannot be asked now."""
-    if settings.profile != "production":
-        return None
-    try:
-        store = open_pinned(settings)
-    except (SQLAlchemyError, OSError) as error:
-        logger.info("the online store could not be asked for its eviction policy: %s", error)
-        return None
-    try:
-        return why_it_may_lose_keys(store)
-    finally:
-        close_store(store)
-
-
 def look_of(settings: Settings) -> LookAtStore:
     """Looks at the store of these settings: at one Redis by its own reader, at any other through Feast, which tells
-    its run alone.
+    its run alone. It is opened at the first look, and again where that fails.
     """
+    made: list[LookAtStore] = []
+
+    async def look() -> StoreState:
+        if not made:
+            made.append(await asyncio.to_thread(_opened, settings))
+        return await made[0]()
+
+    return look
+
+
+def _opened(settings: Settings) -> LookAtStore:
     sent = SentRuns(settings)
 
     def ask() -> StoreState:
@@ -187,8 +183,11 @@ def look_of(settings: Settings) -> LookAtStore:
 
     if settings.profile != "production":
         return through_feast
+    store = open_pinned(settings)
+    if why := why_it_may_lose_keys(store):
+        logger.warning(why)
     try:
-        return RedisLook(open_pinned(settings), sent.newest)
+        return RedisLook(store, sent.newest)
     except WrongStoreError:
         return through_feast
 

@@ -12,7 +12,6 @@ from serving.api.errors import NotReadyError
 from serving.api.messages import JSON
 from serving.api.openapi import openapi_document
 from serving.live.live import Serving
-from serving.live.store_watch import FILLS_ONLINE
 from serving.routes.server import server_of
 
 
@@ -28,11 +27,12 @@ async def readyz(request: Request) -> Response:
         raise NotReadyError(reason)
     serving = server.serving()
     items = len(serving.ranker.items)
-    ready = {"status": "ready", "bundle": serving.name, "items": items}
-    if server.live.store_is_older:
-        ready["warning"] = (
-            f"the online store holds an older run than was sent last: run `python -m beam_jobs {FILLS_ONLINE} --force`"
-        )
+    ready = {
+        "status": "ready",
+        "bundle": serving.name,
+        "items": items,
+        "warnings": server.live.warnings,
+    }
     return Response(msgspec.json.encode(ready), media_type=JSON)
 
 
@@ -52,7 +52,7 @@ async def models(request: Request) -> Response:
         "previous": None if live.previous is None else _described(live.previous),
         "refused": live.refused,
         "not_ready": server.why_not_ready(),
-        "store_is_older": live.store_is_older,
+        "warnings": live.warnings,
     }
     return Response(msgspec.json.encode(described), media_type=JSON)
 

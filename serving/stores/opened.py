@@ -5,8 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from feature_repo.settings import Settings
 from feature_repo.store.store import open_store
+from serving.stores.last_seen import NothingSeenError, store_from_copy
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -17,8 +20,22 @@ EVENT_STORE_S = 2.0
 def open_pinned(settings: Settings) -> FeatureStore:
     """A store whose registry is read now and never again: Feast reads one that is older than its time to
     live anew in the middle of whatever request comes then, and waits for it.
+
+    Where the registry's database is away, it is the one that a server of this home saw last.
+
+    Raises:
+        NothingSeenError: it is away, and none was seen.
     """
-    store = open_store(settings)
+    try:
+        store = open_store(settings)
+        store.registry  # noqa: B018  # connects
+    except SQLAlchemyError as error:
+        try:
+            return store_from_copy(settings)
+        except NothingSeenError as nothing:
+            raise NothingSeenError(
+                f"the registry's database is away, and no server of this home has kept a copy ({nothing}): {error}"
+            ) from error
     if hasattr(store.registry, "cached_registry_proto_ttl"):
         store.registry.cached_registry_proto_ttl = timedelta(0)  # for ever
     return store

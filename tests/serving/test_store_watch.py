@@ -13,10 +13,10 @@ import redis
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.sent import sent_run
 from feature_repo.settings import Settings
-from feature_repo.store.store import store_digest
+from feature_repo.store.store import open_store, store_digest
 from serving.api.messages import RankRequest
 from serving.live.live import BundleSource, Live, Serving
-from serving.live.store_watch import StoreState, look_of, may_lose_keys
+from serving.live.store_watch import StoreState, look_of, why_it_may_lose_keys
 from serving.ranking.ranker import Clock
 from tests.conftest import Redis
 
@@ -72,7 +72,7 @@ def test_a_store_as_it_was_sent(watched: tuple[Settings, Serving]) -> None:
     state = looked(settings)
     assert state.held == state.sent == sent.run_id
     assert (state.looked_for, state.missing) == (16, 0)
-    assert may_lose_keys(settings) is None
+    assert why_it_may_lose_keys(open_store(settings)) is None
 
 
 def test_an_older_dump_is_named(
@@ -127,7 +127,7 @@ def test_a_store_that_throws_users_away_is_not_ready(
     held = {key: client.dump(key) for key in epoch}
     client.config_set("maxmemory-policy", "allkeys-random")
     client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 0.97))
-    assert "allkeys-random" in (may_lose_keys(settings) or "")
+    assert "allkeys-random" in (why_it_may_lose_keys(open_store(settings)) or "")
     try:
         # The next write makes room, by whatever keys chance names. The epoch is spared here, as it was by chance.
         while client.dbsize() > 0.7 * keys:
