@@ -173,7 +173,7 @@ class WriteOnline(WriteView):
 
 
 def _extended_row(plan: RunPlan, row: Row, entries: Sequence[Entry]) -> Row:
-    """What changes in a record by the events that came."""
+    """Columns of a record that change by the events that came."""
     contract = plan.contract
     user_id = row[contract.user.join_key]
     if erased(plan) and erased(plan).hash_of(user_id) in erased(plan).users:

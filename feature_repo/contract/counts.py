@@ -34,7 +34,7 @@ class Counts:
         return self.numbers.get(name, 0)
 
     def __add__(self, other: Counts) -> Counts:
-        """Add up everything but the instants, of which the earliest and the latest stay."""
+        """Add up everything but the instants: the earliest and the latest stay."""
         groups = ("numbers", "dead", "cut", "lost")
         added = {name: _sums(getattr(self, name), getattr(other, name)) for name in groups}
         return Counts(
@@ -49,7 +49,7 @@ class Counts:
         return [f"{n:>9,}  {reason}" for n, reason in most_first]
 
     def left_out(self) -> list[str]:
-        """A line for each column of which values were left out."""
+        """A line for each column whose values were left out."""
         return [
             f"{n:,}  values of {column} {why}"
             for group, why in (

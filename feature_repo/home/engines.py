@@ -51,6 +51,6 @@ def typed_parameters(given: dict[str, Any]) -> dict[str, Any]:
 
 @event.listens_for(Engine, "do_connect")
 def _use_typed(dialect: Any, record: Any, args: Any, parameters: dict[str, Any]) -> None:
-    """What SQLAlchemy calls before each new connection of any engine."""
+    """Give each new connection its parameters; SQLAlchemy calls this for any engine."""
     if dialect.driver == "psycopg":
         parameters.update(typed_parameters(parameters))

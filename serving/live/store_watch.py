@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoreState:
-    """What a look at the store found.
+    """The result of a look at the store.
 
     Args:
         held: the run that the store says it holds; None where it holds none.

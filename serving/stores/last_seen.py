@@ -53,7 +53,7 @@ class LiveBundle:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a server saw.
+    """Registry and live bundle at one time.
 
     Args:
         registry: Feast's, as its protobuf is written.
