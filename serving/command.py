@@ -20,13 +20,12 @@ from feature_repo import datasets
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import Settings
 from feature_repo.store.store import yaml_path
+from serving.api.logs import of_http_server
 from serving.api.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
 from serving.ranking.ranker import RankService
 
 console = Console()
 SWITCH_S = 0.0005
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-LOG_TIME = "%Y-%m-%dT%H:%M:%SZ"
 # Connections of a process with a request under way; admission refuses long before
 MAX_CONNECTIONS = 4_096
 
@@ -227,13 +226,7 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
         backpressure=MAX_CONNECTIONS,
         http1_settings=HTTP1Settings(header_read_timeout=1000 * settings.header_s),
         log_level=LogLevels.warning,
-        # Granian's lines take the format of the server's lines, so that one parser reads both.
-        log_dictconfig={
-            "formatters": {
-                name: {"()": "logging.Formatter", "fmt": LOG_FORMAT, "datefmt": LOG_TIME}
-                for name in ("generic", "access")
-            }
-        },
+        log_dictconfig=of_http_server(settings.log_format),
         ssl_cert=settings.tls_certificate,
         ssl_key=settings.tls_key,
         ssl_key_password=None if password is None else password.get_secret_value(),
@@ -245,22 +238,20 @@ def _granian(settings: ServeSettings, stopping: Path) -> Any:
 
 def app() -> Any:
     """The ASGI app of a worker process, from the environment."""
-    import logging
     import sys
 
+    from serving.api.logs import configure
     from serving.api.tracing import tracing_from_env
     from serving.live.live import BundleSource, Live, Repair
     from serving.live.store_watch import look_of
     from serving.routes.app import app_of
     from serving.routes.server import Server
 
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt=LOG_TIME)
-    logging.Formatter.converter = time.gmtime
-    logging.getLogger("serving.access").setLevel(logging.INFO)
+    settings = settings_from()
+    configure(settings.log_format)
     # The event loop and the model's thread share an interpreter: refusals and store reads must not wait
     # for five milliseconds each time the model's thread holds it.
     sys.setswitchinterval(SWITCH_S)
-    settings = settings_from()
     home = Settings.from_env()
     source = BundleSource(
         home,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Metric,
+    ProcessCollector,
     generate_latest,
 )
 from prometheus_client.registry import Collector
@@ -33,10 +34,59 @@ STAGES = (
 )
 
 
-class Metrics:
-    """Counters and histograms of one process; labels never carry ids."""
+# Buckets of a request's time, in deadlines: finest where it matters whether an answer came in time
+SHARES_OF_DEADLINE = (
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+    0.25,
+    0.4,
+    0.6,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+    1.5,
+    2,
+    4,
+    20,
+)
+STORE_ERRORS = ("no_time", "timeout", "connection", "refused", "damaged", "other")
+EVENT_OUTCOMES = ("added", "known", "waiting", "rejected", "failed")
+# As Prometheus' own libraries name them; of several processes together
+PROCESS = {
+    "process_resident_memory_bytes": "resident memory",
+    "process_cpu_seconds_total": "CPU time, of users and of the system",
+    "process_open_fds": "open files and connections",
+    "process_start_time_seconds": "start of the oldest process, since 1970",
+}
+OUTCOMES = ("answered", "rejected", "refused", "failed")
 
-    def __init__(self) -> None:
+
+def outcome_of(status: int) -> str:
+    """What became of a request: answered; rejected, as it was wrong; refused, as there was no place or no bundle;
+    failed.
+
+    >>> outcome_of(503)
+    'refused'
+    """
+    if status == 503:
+        return "refused"
+    if status >= 500 or not status:
+        return "failed"
+    return "rejected" if status >= 400 else "answered"
+
+
+class Metrics:
+    """Counters and histograms of one process; labels never carry ids.
+
+    Args:
+        deadline_s: of a request, around which its times are told apart.
+    """
+
+    def __init__(self, deadline_s: float = 0.25) -> None:
         self.registry = CollectorRegistry()
         # Of several processes each answers for all: their counters lie in files that all read.
         self.shared = SHARED in os.environ
@@ -53,11 +103,31 @@ class Metrics:
             "requests that another bundle was asked beside: compared, same_first, dropped, failed",
             "outcome",
         )
+        self.store_errors = count(
+            "store_errors", "reads of a user that failed, by why the store gave none", "kind"
+        )
+        self.events = count("events", "events that were sent, by what became of them", "outcome")
+        # Totals that others count: `advance` brings them here.
+        self.swaps = count("bundle_swaps", "bundles swapped in since the start")
+        self.logged = count("served_logged", "requests in the served-feature log")
+        self.log_dropped = count("served_log_dropped", "requests it had no room for")
+        self.states = count("user_states", "users by how their encoding came about", "outcome")
+        self.events_without_tokens = count(
+            "events_without_tokens",
+            "events that summary tokens do not know until the job has run",
+            "reason",
+        )
+        self._advanced: dict[Counter, float] = {}
         # 2. Gauges, each with how the values of several processes become one.
         self.bundle = gauge("bundle_info", "processes that rank with a bundle", "livesum", "bundle")
         self.ready = gauge("ready", "whether every process takes requests", "livemin")
         self.under_way = gauge("requests_under_way", "requests being answered", "livesum")
-        self.swaps = gauge("bundle_swaps", "bundles swapped in since the start", "livesum")
+        self.most_under_way = gauge(
+            "requests_most", "requests under way for which there is a place", "livesum"
+        )
+        self.events_under_way = gauge(
+            "events_under_way", "callers whose events are being taken", "livesum"
+        )
         self.refused = gauge("bundles_refused", "bundles that could not be served", "livemax")
         self.moved = gauge(
             "feature_moved",
@@ -65,24 +135,32 @@ class Metrics:
             "livemax",
             "column",
         )
-        self.logged = gauge("served_logged", "requests in the served-feature log", "livesum")
-        self.log_dropped = gauge("served_log_dropped", "requests it had no room for", "livesum")
-        self.states = gauge(
-            "user_states", "users by how their encoding came about", "livesum", "outcome"
-        )
         self.state_bytes = gauge("user_state_bytes", "of encoded users that are kept", "livesum")
-        self.events_without_tokens = gauge(
-            "events_without_tokens",
-            "events that summary tokens do not know until the job has run",
-            "livesum",
-            "reason",
+        self.items_as_of = gauge(
+            "items_timestamp_seconds", "as of when the newest features of items are", "livemin"
         )
+        self.materialized = gauge(
+            "materialized_timestamp_seconds", "when the tables were sent online last", "livemax"
+        )
+        self.tokens_built = gauge(
+            "tokens_built_timestamp_seconds",
+            "when the job built the summary tokens that the live bundle reads",
+            "livemax",
+        )
+        self._of_process = {name: self._of_this_process(name) for name in PROCESS}
         # 3. Histograms of stage times and of the shadow's lists.
         self.seconds = Histogram(
             "memoir_stage_seconds",
             "time by stage",
             ["stage"],
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+            registry=self.registry,
+        )
+        self.whole = Histogram(
+            "memoir_request_seconds",
+            "time of a whole request, by route and what became of it",
+            ["route", "outcome"],
+            buckets=[round(share * deadline_s, 6) for share in SHARES_OF_DEADLINE],
             registry=self.registry,
         )
         self.shadow_correlation = Histogram(
@@ -93,6 +171,39 @@ class Metrics:
             registry=self.registry,
         )
 
+    def prepare(self, routes: Iterable[str], reasons: Iterable[str]) -> None:
+        """Let every series exist from the start, at 0: a rate of one that appears with its first value is lost."""
+        for route in routes:
+            self.requests.labels(route, "200")
+            for outcome in OUTCOMES:
+                self.whole.labels(route, outcome)
+        series = (
+            (self.degraded, reasons),
+            (self.store_errors, STORE_ERRORS),
+            (self.events, EVENT_OUTCOMES),
+            (self.shadow, ("compared", "same_first", "dropped", "failed")),
+            (self.seconds, STAGES),
+        )
+        for metric, labels in series:
+            for label in labels:
+                metric.labels(label)
+
+    def advance(self, counter: Counter, total: float) -> None:
+        """Bring a counter up to what somebody else has counted."""
+        counter.inc(max(total - self._advanced.get(counter, 0.0), 0.0))
+        self._advanced[counter] = total
+
+    def observe_process(self) -> None:
+        """Take memory, CPU time and open files of this process."""
+        for metric in ProcessCollector(registry=None).collect():
+            for sample in metric.samples:
+                if sample.name in self._of_process:
+                    self._of_process[sample.name].set(sample.value)
+
+    def _of_this_process(self, name: str) -> Gauge:
+        mode: Mode = "livemin" if name == "process_start_time_seconds" else "livesum"
+        return Gauge(name, PROCESS[name], registry=self.registry, multiprocess_mode=mode)
+
     def count(self, asked: RankRequest, answer: RankResponse) -> None:
         """Count an answer of a ranking."""
         for reason in answer.degraded:
@@ -101,6 +212,11 @@ class Metrics:
         self.candidates.inc(len(asked.candidates))
         for stage in STAGES:
             self.seconds.labels(stage).observe(getattr(answer.timings_ms, stage) / 1000)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that ended, however it did."""
+        self.requests.labels(route, str(status)).inc()
+        self.whole.labels(route, outcome_of(status)).observe(seconds)
 
     def forget_bundle(self, name: str) -> None:
         """Show nothing any more of a bundle that is loaded no longer."""

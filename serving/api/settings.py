@@ -14,6 +14,7 @@ from pydantic_settings import SettingsError as SourceError
 
 from feature_repo.errors import SettingsError, nearest
 from feature_repo.settings import is_of_kubernetes
+from serving.api.logs import LogFormat
 from serving.api.messages import MAX_BODY_BYTES
 
 PREFIX = "MEMOIR_SERVE_"
@@ -92,6 +93,8 @@ class ServeSettings(BaseSettings):
     tls_client_ca: Path | None = None
 
     access_log: bool = False
+    # Each line of the log as text, or as a JSON object
+    log_format: LogFormat = "text"
     # A bundle's folder: asked beside the one that ranks
     shadow: Path | None = None
     shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.01  # of the requests

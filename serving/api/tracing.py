@@ -62,6 +62,10 @@ class Tracing:
         )
         return span
 
+    def trace_id(self, span: Any) -> str:
+        """The id of a span's trace, as W3C writes it."""
+        return f"{span.get_span_context().trace_id:032x}"
+
     def end(self, span: Any, status: int, timings: dict[str, float]) -> None:
         """Close the span of a request.
 

@@ -35,6 +35,7 @@ from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
+from serving.api.logs import LIFECYCLE
 from serving.live.seen_catalogue import SeenCatalogue
 from serving.live.store_watch import FILLS_ONLINE, LookAtStore, StoreState
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 logger = logging.getLogger(__name__)
+lifecycle = logging.getLogger(LIFECYCLE)
 LONGEST_PAUSE_S = 600.0
 # Seconds until a bundle that was refused is tried again
 REFUSED_AGAIN_S = 60.0
@@ -65,6 +67,8 @@ class Serving:
     reader: GuardedReader
     events: EventTaker | None = None
     stores: tuple[FeatureStore, ...] = ()  # that it opened
+    # When the job built the tokens that the bundle reads, seconds since 1970; None where it reads none
+    tokens_built_at: float | None = None
 
     @property
     def name(self) -> str:
@@ -245,7 +249,8 @@ class BundleSource:
                 registry = store.registry.cached_registry_proto.SerializeToString()
                 keep(settings, registry, live)
         freeze_once()
-        return Serving(ranker, GuardedReader(users), events, stores)
+        built = self.catalogue.tokens_built_at(bundle.tokens)
+        return Serving(ranker, GuardedReader(users), events, stores, built)
 
 
 def freeze_once() -> None:
@@ -303,6 +308,8 @@ class Live:
         self.swaps = 0
         # Whether the store holds an older run than was sent last
         self.store_is_older = False
+        # When the tables were sent online last, seconds since 1970, as the catalogue says
+        self.sent_at: float | None = None
         # As the store was last seen
         self._seen: StoreState | None = None
         self._retired: list[_Retired] = []
@@ -358,7 +365,7 @@ class Live:
         self.current = made
         self.refused.pop(name, None)
         self.swaps += 1
-        logger.info("%s ranks now", made.name)
+        lifecycle.info("%s ranks now", made.name)
 
     def _ranks(self, digest: str | None) -> bool:
         """Return whether the bundle that should rank does."""
@@ -381,6 +388,7 @@ class Live:
             raise NoLiveBundleError("no bundle ranked here before this one")
         self.current, self.previous = self.previous, self.current
         self.swaps += 1
+        lifecycle.info("%s ranks again", self.current.name)
 
     async def look_at_store(self) -> None:
         """Look at what the store holds; where that is nothing, or less than was sent, have it repaired."""
@@ -391,6 +399,7 @@ class Live:
         except Exception as error:
             self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
             return
+        self.sent_at = state.sent_at
         # 1. A store that came back empty, or has lost users, is not ready.
         if state.held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC
 from functools import cached_property
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -51,6 +52,18 @@ class SeenCatalogue:
             return self._seen(error)
         self.problem = None
         return LiveBundle(row.digest, row.path)
+
+    def tokens_built_at(self, version: str | None) -> float | None:
+        """When the job built tokens of a version, seconds since 1970; None where that is not known now."""
+        if version is None:
+            return None
+        try:
+            versions = self.opened.token_versions(self._settings.dataset)
+        except SQLAlchemyError:
+            return None
+        # SQLite gives times without their zone, which is UTC.
+        built = [row.built_at for row in versions if row.fingerprint == version]
+        return built[0].replace(tzinfo=built[0].tzinfo or UTC).timestamp() if built else None
 
     def _seen(self, error: SQLAlchemyError) -> LiveBundle:
         """The live bundle of the copy."""

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,6 +48,7 @@ class StoreState:
     Args:
         held: the run that the store says it holds; None where it holds none.
         sent: the run that was sent last, as the catalogue says; None where it says nothing.
+        sent_at: when, seconds since 1970.
         looked_for, missing: users who were sent, and how many of them are not there.
     """
 
@@ -54,6 +56,7 @@ class StoreState:
     sent: str | None = None
     looked_for: int = 0
     missing: int = 0
+    sent_at: float | None = None
 
     @property
     def is_older(self) -> bool:
@@ -134,7 +137,7 @@ class RedisLook:
         (epoch, *found) = await self.hashes.read(keys, fields, TIMEOUT_S)
         held: str | None = decoded(EPOCH_RUN.name, epoch[0])
         missing = sum(stamp is None for (stamp,) in found)
-        return StoreState(held, _run_of(sent), len(users), missing)
+        return StoreState(held, _run_of(sent), len(users), missing, _time_of(sent))
 
 
 def why_it_may_lose_keys(store: FeatureStore) -> str | None:
@@ -176,7 +179,9 @@ def _opened(settings: Settings) -> LookAtStore:
     sent = SentRuns(settings)
 
     def ask() -> StoreState:
-        return StoreState(held_epoch(settings, FILLS_ONLINE), _run_of(sent.newest()))
+        newest = sent.newest()
+        held = held_epoch(settings, FILLS_ONLINE)
+        return StoreState(held, _run_of(newest), sent_at=_time_of(newest))
 
     async def through_feast() -> StoreState:
         return await asyncio.to_thread(ask)
@@ -194,3 +199,8 @@ def _opened(settings: Settings) -> LookAtStore:
 
 def _run_of(sent: SentRun | None) -> str | None:
     return None if sent is None else sent.run_id
+
+
+def _time_of(sent: SentRun | None) -> float | None:
+    # SQLite gives times without their zone, which is UTC.
+    return None if sent is None else sent.sent_at.replace(tzinfo=UTC).timestamp()

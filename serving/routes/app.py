@@ -15,6 +15,8 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
+from serving.api.degraded import Degraded
+from serving.api.logs import LIFECYCLE
 from serving.api.settings import Scope, ServeSettings
 from serving.live.live import Live, Serving
 from serving.ranking.ranker import RankService
@@ -27,6 +29,7 @@ from serving.stores.guarded import GuardedReader, ThreadedReader
 # Seconds left before the process would be killed
 LEAVE_S = 1.0
 logger = logging.getLogger(__name__)
+lifecycle = logging.getLogger(LIFECYCLE)
 
 
 class Endpoint(NamedTuple):
@@ -82,7 +85,9 @@ def app_of(
             ]
         if keep_up and server.stopping is not None:
             tasks.append(asyncio.create_task(_leave_in_time(server)))
+        lifecycle.info("process %d answers", os.getpid())
         yield
+        lifecycle.info("process %d stops", os.getpid())
         # Tasks end before the pools and stores that they use are closed.
         for task in tasks:
             task.cancel()
@@ -91,6 +96,7 @@ def app_of(
     # Refusing comes before everything else, because a full server must refuse cheaply.
     paths = frozenset(endpoint.path for endpoint in ENDPOINTS)
     rankings = frozenset(endpoint.path for endpoint in RANKINGS)
+    server.metrics.prepare(paths, Degraded)
     app = Starlette(
         routes=[_route(endpoint) for endpoint in ENDPOINTS],
         middleware=[

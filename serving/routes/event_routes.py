@@ -40,8 +40,10 @@ async def take_events(request: Request) -> Response:
         try:
             async with asyncio.timeout(settings.events_s):
                 taken = await taking
-        except ServingError:
+        except ServingError as error:
             # This error carries its status and its message already.
+            outcome = "failed" if error.status >= 500 else "rejected"
+            server.metrics.events.labels(outcome).inc(len(events))
             raise
         except HistoryError as error:
             raise InvalidRequestError(
@@ -49,9 +51,16 @@ async def take_events(request: Request) -> Response:
             ) from error
         except Exception as error:
             # Whatever a store's client raises
+            server.metrics.events.labels("failed").inc(len(events))
             logger.warning("events could not be taken: %s: %s", type(error).__name__, error)
             raise StoreAwayError(
                 f"the online store did not take the events within {settings.events_s:g} s "
                 f"({type(error).__name__}); some may be there: send them again, which adds none twice"
             ) from error
+    for outcome, number in (
+        ("added", taken.added),
+        ("known", taken.known),
+        ("waiting", taken.waiting),
+    ):
+        server.metrics.events.labels(outcome).inc(number)
     return answered_with(request, taken)

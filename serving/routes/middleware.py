@@ -16,12 +16,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import ServingError
+from serving.api.logs import ACCESS, HEADER, request_id, request_id_of, trace_id
 from serving.routes.bodies import error_response
 from serving.routes.callers import why_refused
 from serving.routes.server import Server, server_of
 
 logger = logging.getLogger(__name__)
-access = logging.getLogger("serving.access")
+# Asked every few seconds by machines: no spans of theirs
+PROBES = ("/livez", "/readyz", "/metrics")
+access = logging.getLogger(ACCESS)
 
 
 class RefusesFirst:
@@ -49,10 +52,12 @@ class RefusesFirst:
         if error is None and self._server.admission.full and scope["path"] in self._rankings:
             error = self._server.admission.error()
         if error is not None:
+            began = time.perf_counter()
             response = error_response(error.status, error.kind, str(error))
+            response.headers[HEADER.decode()] = request_id_of(scope["headers"])
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._server.metrics.requests.labels(path, str(error.status)).inc()
             await response(scope, receive, send)
+            self._server.metrics.answered(path, error.status, time.perf_counter() - began)
             return
         await self._app(scope, receive, send)
 
@@ -77,15 +82,22 @@ class Observed:
         server = self._server
         began = time.perf_counter()
         status = 0
+        named = request_id_of(scope["headers"])
+        id_header = (HEADER, named.encode())
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], id_header]
             await send(message)
 
         # Whatever happens inside, the request is counted, logged and traced.
-        span = None if server.tracing is None else server.tracing.begin(scope)
+        request_id.set(named)
+        traced = server.tracing is not None and scope["path"] not in PROBES
+        span = server.tracing.begin(scope) if traced and server.tracing is not None else None
+        if server.tracing is not None and span is not None:
+            trace_id.set(server.tracing.trace_id(span))
         try:
             await self._app(scope, receive, sent)
         except Exception:
@@ -101,18 +113,23 @@ class Observed:
             timings = scope.get("state", {}).get("timings", {})
             if server.tracing is not None and span is not None:
                 server.tracing.end(span, status, timings)
-            if scope["method"] == "POST":
-                server.metrics.requests.labels(scope["path"], str(status)).inc()
+            seconds = time.perf_counter() - began
+            server.metrics.answered(scope["path"], status, seconds)
             if server.settings.access_log:
-                line = {
-                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status,
-                    "ms": round(1000 * (time.perf_counter() - began), 2),
-                    "timings": server_timing(timings),
-                }
-                access.info(msgspec.json.encode(line).decode())
+                self._log(scope, status, seconds, timings)
+
+    def _log(self, scope: Scope, status: int, seconds: float, timings: dict[str, float]) -> None:
+        """A line of the access log; in a log of text, a JSON object as well."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": round(1000 * seconds, 2),
+            "request_id": request_id.get(),
+            "timings": server_timing(timings),
+        }
+        access.info(msgspec.json.encode(line).decode(), extra={"fields": line})
 
 
 def server_timing(timings: dict[str, float]) -> str:

@@ -75,7 +75,7 @@ class Server:
         self.live = live
         self.settings = settings
         self.stopping = stopping
-        self.metrics = Metrics()
+        self.metrics = Metrics(settings.deadline_ms / 1000)
         self.overview = Overview(home)
         patience_s = PATIENCE * settings.deadline_ms / 1000
         self.admission = Admission(settings.max_in_flight, patience_s=patience_s)
@@ -185,12 +185,14 @@ class Server:
         left = min(full, deadline - time.perf_counter())
         try:
             if left < LEAST_S:
-                raise StoreReadError("no time is left to ask the store")
+                raise NoTimeError("no time is left to ask the store")
             return await serving.reader.read_user(asked.user_id, left, counts=left >= full)
         except DamagedValueError as error:
+            self.metrics.store_errors.labels("damaged").inc()
             logger.warning("what is stored of a user could not be read: %s", error)
             return serving.ranker.nobody(Degraded.HISTORY_UNREADABLE)
         except StoreReadError as error:
+            self.metrics.store_errors.labels(kind_of(error)).inc()
             if not serving.reader.open:
                 logger.warning("ranking without a user: %s", error)
             return serving.ranker.nobody(Degraded.STORE_UNAVAILABLE)
@@ -240,21 +242,30 @@ class Server:
             metrics.bundle.labels(name).set(ranks)
         metrics.ready.set(self.why_not_ready() is None)
         metrics.under_way.set(self.admission.under_way)
-        metrics.swaps.set(live.swaps)
+        metrics.most_under_way.set(self.settings.max_in_flight)
+        metrics.events_under_way.set(self.event_admission.under_way)
+        metrics.advance(metrics.swaps, live.swaps)
         metrics.refused.set(len(live.refused))
         kept = None if live.current is None else live.current.ranker.states
         for outcome in OUTCOMES:
-            metrics.states.labels(outcome).set(0 if kept is None else kept.counts[outcome])
+            metrics.advance(
+                metrics.states.labels(outcome), 0 if kept is None else kept.counts[outcome]
+            )
         metrics.state_bytes.set(0 if kept is None else kept.bytes)
         for column in [] if live.current is None else live.current.ranker.moved:
             metrics.moved.labels(column.column).set(column.distance)
         written, dropped = self._closed_logs
-        metrics.logged.set(written + sum(log.written for log in self.logs))
-        metrics.log_dropped.set(dropped + sum(log.dropped for log in self.logs))
+        metrics.advance(metrics.logged, written + sum(log.written for log in self.logs))
+        metrics.advance(metrics.log_dropped, dropped + sum(log.dropped for log in self.logs))
         current = None if live.current is None else live.current.events
         for reason in WITHOUT_TOKENS:
             number = 0 if current is None else current.without_tokens.get(reason, 0)
-            metrics.events_without_tokens.labels(reason).set(number)
+            metrics.advance(metrics.events_without_tokens.labels(reason), number)
+        if live.current is not None:
+            metrics.items_as_of.set((live.current.ranker.items.as_of or 0) / 1e6)
+            metrics.tokens_built.set(live.current.tokens_built_at or 0.0)
+        metrics.materialized.set(live.sent_at or 0.0)
+        metrics.observe_process()
 
     async def observe_for_ever(self) -> None:
         """Set the gauges of each process, since a scrape of all meets one of them."""
@@ -277,6 +288,28 @@ class Server:
         if self.beside is not None:
             await self.beside.close()
         self.pools.close()
+
+
+class NoTimeError(StoreReadError):
+    """A request had too little time left to ask the store."""
+
+
+def kind_of(error: StoreReadError) -> str:
+    """Why a store gave no user, as the metric says it."""
+    if isinstance(error, NoTimeError):
+        return "no_time"
+    cause = error.__cause__
+    if isinstance(cause, TimeoutError):
+        return "timeout"
+    name = type(cause).__name__
+    # Redis' client has classes of its own beside the system's.
+    if isinstance(cause, ConnectionError) or name in ("ConnectionError", "BusyLoadingError"):
+        return "connection"
+    return (
+        "refused"
+        if name in ("ResponseError", "NoPermissionError", "ReadOnlyError", "AuthenticationError")
+        else "other"
+    )
 
 
 def server_of(request: Request) -> Server:

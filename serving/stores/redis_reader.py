@@ -160,7 +160,7 @@ class RedisHashes:
             # What follows on these connections may be the rest of such an answer.
             await self._connected().connection_pool.disconnect(inuse_connections=False)
             raise StoreReadError(
-                f"what answers is no Redis: to HMGET of {len(keys)} hashes came {str(found)[:80]!r}"
+                f"what answers is no Redis: to HMGET of {len(keys)} hashes came {type(found).__name__}"
             )
         hashes: list[list[bytes | None]] = found
         return hashes

@@ -789,7 +789,7 @@ def test_a_repair_that_fails_waits_longer_each_time(monkeypatch: pytest.MonkeyPa
         def poll(self) -> int:
             return 1
 
-    def start(self: Repair) -> Any:
+    def start(self: Repair, force: bool) -> Any:
         started.append(1)
         return Failed()
 

@@ -334,6 +334,7 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
         "status": "ready",
         "bundle": ranker.bundle.name,
         "items": len(ranker.items),
+        "warnings": [],
     }
     client.rank({"user_id": 5, "candidates": ["NOPE"]})
     metrics = client.request("GET", "/metrics").text
