@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from feature_repo import cli
 from feature_repo.errors import UsageError
-from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.settings import CHECKOUT, IS_INSTALLED, WORK, Settings
 
 if TYPE_CHECKING:
     from feature_repo.home.catalogue import Catalogue
@@ -81,7 +81,8 @@ def new(
     # 1. Refuse before any file is read.
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(f"NAME expects small letters, digits and underscores, not {name!r}")
-    path = Path(datasets.__path__[-1]) / f"{name}.py"
+    # Of an installed package, nothing is written among other packages.
+    path = (WORK if IS_INSTALLED else Path(datasets.__path__[-1])) / f"{name}.py"
     if path.exists() and not force:
         raise UsageError(f"{path} is there already: choose another name, or pass --force")
     # 2. Look at the files.
@@ -107,9 +108,9 @@ def new(
         return 1
     print(
         f"wrote {path}\ncorrect it, then:\n"
-        f"  export MEMOIR_DATASET={name} MEMOIR_DATA={folder}\n"
+        f"  export MEMOIR_DATASET={path if IS_INSTALLED else name} MEMOIR_DATA={folder}\n"
         "  python -m feature_repo check\n"
-        "  make demo"
+        f"  {'python -m beam_jobs refresh' if IS_INSTALLED else 'make demo'}"
     )
     return 0
 

@@ -15,6 +15,41 @@ from rich.console import Console
 
 from feature_repo.errors import ExpectedError
 
+# Modules that each extra brings, beside those of `features`
+EXTRAS = {
+    "features": (
+        "feast",
+        "duckdb",
+        "ibis",
+        "sqlglot",
+        "great_expectations",
+        "pandas",
+        "google",
+        "grpc",
+    ),
+    "beam": ("apache_beam",),
+    "train": (
+        "torch",
+        "safetensors",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "lightgbm",
+        "threadpoolctl",
+    ),
+    "serve": (
+        "torch",
+        "safetensors",
+        "lightgbm",
+        "starlette",
+        "granian",
+        "pydantic_settings",
+        "msgspec",
+        "prometheus_client",
+    ),
+    "production": ("redis", "hiredis", "psycopg"),
+    "tracing": ("opentelemetry",),
+}
 # The exit code that a shell gives a process which SIGINT ended
 INTERRUPTED = 130
 
@@ -69,8 +104,8 @@ def run(command: Callable[[], Any]) -> int:
         if top in ("feature_repo", "beam_jobs", "modeling", "serving", ""):
             raise
         complain(
-            f"{top} is not installed in this Python ({sys.executable}): `make setup` installs everything, then "
-            ".venv/bin/python -m …; or install the extra of pyproject.toml that names it"
+            f"{top} is not installed in this Python ({sys.executable}): pip install 'memoir-rec[{extra_of(top)}]', or in a checkout "
+            "`make setup`, then .venv/bin/python -m …"
         )
         return 1
     except KeyboardInterrupt:
@@ -89,6 +124,17 @@ def run(command: Callable[[], Any]) -> int:
             f"the disk is full{f', writing {error.filename}' if error.filename else ''}: nothing was published"
         )
         return 1
+
+
+def extra_of(module: str) -> str:
+    """The extra of the package that brings a module: of several the one of the room that runs.
+
+    >>> extra_of("apache_beam")
+    'beam'
+    """
+    named = [extra for extra, modules in EXTRAS.items() if module in modules]
+    running = "serve" if "serving.__main__" in sys.argv[0] or "serving" in sys.modules else "train"
+    return running if running in named else named[0] if named else running
 
 
 def complain(error: object) -> None:

@@ -5,7 +5,7 @@ Standard library only.
 |---|---|---|
 | `MEMOIR_DATASET` | dataset module under `feature_repo/datasets/`; or a module of yours, `my_package.my_module`, or a file, `/srv/shop/my_module.py` | `online_retail` |
 | `MEMOIR_DATA` | its raw data, a folder | the shipped sample, where the dataset has one |
-| `MEMOIR_HOME` | built tables, runs, bundles, catalogue | `.memoir` in the checkout |
+| `MEMOIR_HOME` | built tables, runs, bundles, catalogue | `.memoir` in the checkout; of an installed package, in the working folder |
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
 | `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
@@ -23,7 +23,11 @@ from pathlib import Path
 
 from feature_repo.errors import SettingsError, nearest
 
+# Where the code lies; of an installed package, among all others.
 CHECKOUT = Path(__file__).resolve().parent.parent
+IS_INSTALLED = not (CHECKOUT / "pyproject.toml").is_file()
+# Where a person works, and where what they make lies unless they say otherwise
+WORK = Path.cwd() if IS_INSTALLED else CHECKOUT
 DEFAULT_DATASET = "online_retail"
 PROFILES = ("local", "production")
 # Prefix of the server's own settings: serving/api/settings.py
@@ -70,7 +74,7 @@ class Settings:
         """
         refuse_unknown_variables()
         dataset = declared_dataset().name
-        root = os.environ.get("MEMOIR_HOME") or str(CHECKOUT / ".memoir")
+        root = os.environ.get("MEMOIR_HOME") or str(WORK / ".memoir")
         if "://" not in root:
             root = str(Path(root).resolve())
         profile = os.environ.get("MEMOIR_PROFILE") or "local"
@@ -170,4 +174,4 @@ def refuse_unknown_variables() -> None:
 
 
 def _local(home: str, dataset: str) -> str:
-    return str(CHECKOUT / ".memoir" / dataset) if "://" in home else home
+    return str(WORK / ".memoir" / dataset) if "://" in home else home

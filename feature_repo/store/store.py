@@ -265,9 +265,14 @@ def feast_apply(settings: Settings) -> str:
     # One that names the same dataset by its file or package says more than the name.
     same = declared_dataset().name == settings.dataset
     named = (os.environ.get("MEMOIR_DATASET") if same else None) or settings.dataset
+    if named.endswith(".py"):
+        # The command works in a folder of its own.
+        named = str(Path(named).expanduser().resolve())
     environment = {**os.environ, "MEMOIR_DATASET": named, "MEMOIR_HOME": settings.root}
     command = [
-        str(Path(sys.executable).parent / "feast"),
+        sys.executable,
+        "-c",
+        "from feast.cli.cli import cli; cli()",
         "-c",
         str(REPO),
         "-f",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from feature_repo.settings import CHECKOUT
+from feature_repo.settings import WORK
 
 
 def wait_passively() -> None:
@@ -44,7 +44,7 @@ def ask_command(command: list[str], question: dict[str, Any]) -> dict[str, Any]:
         input=json.dumps(question),
         capture_output=True,
         text=True,
-        cwd=CHECKOUT,
+        cwd=WORK,
         env=environment,
         check=False,
     )

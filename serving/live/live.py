@@ -30,7 +30,7 @@ from feature_repo.contract.meaning import Meanings
 from feature_repo.contract.schema import DType
 from feature_repo.errors import ExpectedError
 from feature_repo.home.catalogue import NoLiveBundleError
-from feature_repo.settings import CHECKOUT, Settings
+from feature_repo.settings import WORK, Settings
 from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
@@ -526,4 +526,4 @@ class Repair:
     def _start(self, force: bool) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "beam_jobs", FILLS_ONLINE, "--runner=FnApiRunner"]
         command += ["--force"] if force else []
-        return subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=WORK, stdout=subprocess.DEVNULL)
