@@ -243,7 +243,8 @@ def app() -> Any:
     from serving.api.logs import configure
     from serving.api.tracing import tracing_from_env
     from serving.live.live import BundleSource, Live, Repair
-    from serving.live.store_watch import look_of
+    from serving.live.notes import Notes
+    from serving.live.store_watch import FILLS_ONLINE, look_of
     from serving.routes.app import app_of
     from serving.routes.server import Server
 
@@ -263,13 +264,15 @@ def app() -> Any:
         settings.deadline_ms,
         settings.device,
     )
+    notes = Notes(home, FILLS_ONLINE)
     live = Live(
         source.load,
         source.live_digest,
-        look_of(home),
+        look_of(home, notes),
         Repair(home) if settings.repair else None,
         source.held_columns,
         lambda: source.catalogue.problem,
+        notes,
     )
     # A bundle that cannot be loaded does not end the worker: `follow` tries again.
     live.load_now()

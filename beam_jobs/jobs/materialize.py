@@ -43,19 +43,15 @@ from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.history.history import newest_rows
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.erased import erased_of
-from feature_repo.home.known_users import KNOWN_USERS, codes_file
+from feature_repo.home.known_users import KEYS, KNOWN_USERS, codes_file
 from feature_repo.home.sent import note_sent
 from feature_repo.home.tables import parquet_bytes
 from feature_repo.settings import Settings
 from feature_repo.store.online_rows import write_rows
 from feature_repo.store.online_users import HISTORY, STATS
 from feature_repo.store.received import Received
-from feature_repo.store.store import note_columns, note_epoch, open_store, store_digest
+from feature_repo.store.store import id_of_store, note_columns, note_epoch, open_store
 
-# A table for each run: which keys it sends online
-KEYS = "online_keys"
-# Users whom the catalogue names of a run
-NUM_NAMED = 64
 ViewRows = tuple[str, bytes]  # view, Arrow IPC
 
 
@@ -282,26 +278,6 @@ def _sent_file(plan: RunPlan, view: str) -> str:
     return f"{plan.folder.root}/sent-{view}.parquet"
 
 
-def some_users(plan: RunPlan) -> list[int | str]:
-    """Users whom this run sent, from all over the table, by whom a server sees whether its store lost any."""
-    folder = plan.folder
-    files = pafs.FileSelector(f"{folder.root}/{plan.run_id}/{KEYS}", allow_not_found=True)
-    paths = sorted(
-        info.path
-        for info in folder.filesystem.get_file_info(files)
-        if info.base_name.startswith(f"{STATS}-") and info.path.endswith(".parquet")
-    )
-    chosen = [paths[at] for at in np.unique(np.linspace(0, len(paths) - 1, NUM_NAMED).astype(int))]
-    key = plan.contract.user.join_key
-    found: list[int | str] = []
-    for path in chosen:
-        keys = folder.read_path(path, [key])[key]
-        each = -(-NUM_NAMED // len(chosen))
-        places = np.unique(np.linspace(0, len(keys) - 1, min(each, len(keys))).astype(int))
-        found += keys.take(pa.array(places, pa.int64())).to_pylist()
-    return found[:NUM_NAMED]
-
-
 def _drift(live: TrainedBundle | None, settings: Settings) -> list[str]:
     """A line on the columns whose values moved since a bundle learned from them; no line where nothing moved."""
     since = [] if live is None else [str(m) for m in live.moved(settings) if m.worth_saying]
@@ -355,8 +331,8 @@ class MaterializeJob(Job):
         note_columns(plan.settings, plan.pinned["events"].columns)
         # Elsewhere too: a store that comes back from an older copy says nothing of it.
         catalogue = Catalogue(plan.catalogue_url)
-        store = store_digest(settings)
-        note_sent(catalogue, plan.dataset, store, self.name, plan.run_id, some_users(plan))
+        store = id_of_store(plan.settings)
+        note_sent(catalogue, plan.dataset, store, self.name, plan.run_id)
         note_epoch(plan.settings, self.name, plan.run_id)
         gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
         lost = f"{gone:,} keys that the tables no longer have lost their values online"

@@ -84,16 +84,15 @@ class LiveSince(Base):
 
 
 class SentRun(Base):
-    """The run that a job sent last to an online store, and some of the users that it sent."""
+    """The run that a job sent last to an online store."""
 
-    __tablename__ = "sent_runs"
+    __tablename__ = "sent_to_stores"
     dataset: Mapped[str] = mapped_column(String(64), primary_key=True)
     store: Mapped[str] = mapped_column(
-        String(64), primary_key=True, doc="digest of the configuration that names it"
+        String(64), primary_key=True, doc="the store's id, as it says itself"
     )
     job: Mapped[str] = mapped_column(String(64), primary_key=True)
     run_id: Mapped[str] = mapped_column(String(64))
-    users: Mapped[list[Any]] = mapped_column(JSON)
     sent_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 

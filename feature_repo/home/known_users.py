@@ -13,10 +13,15 @@ import pyarrow as pa
 
 from feature_repo.contract.arrow import arrow_type, value_codes
 from feature_repo.contract.schema import Entity
-from feature_repo.home.tables import JobFolder, Manifest
+from feature_repo.home.erased import ErasedList
+from feature_repo.home.tables import DamagedPartError, JobFolder, Manifest, StaleTableError
 
-# The table of codes, in the folder of the job that sends users
+# Tables of the job that sends users: which keys a run sends, and the codes of users among them
+KEYS = "online_keys"
 KNOWN_USERS = "known_users"
+STATS = "user_stats"
+# Users by whom one sees whether any are lost
+NUM_SOME = 64
 JOB = "materialize"
 # Seconds for which the manifest that was read counts as the newest
 FRESH_S = 5.0
@@ -29,6 +34,55 @@ def codes_file(users: pa.Array | pa.ChunkedArray) -> pa.Buffer:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
+
+
+class SentUsers:
+    """Some of the users whom a home's newest run of `materialize` sent, by whom one sees whether a store lost any.
+    Erased ones are not among them.
+
+    Args:
+        home: the folder of the tables.
+
+    Example:
+        >>> SentUsers(home, contract.user).some()
+        [12346, 12680, …]
+    """
+
+    def __init__(self, home: str, user: Entity) -> None:
+        self._folder = JobFolder(home, JOB)
+        self._key = user.join_key
+        self._read_at = -FRESH_S
+        self._run: str | None = None
+        self._users: list[int | str] = []
+        self._erased = ErasedList(home)
+
+    def some(self) -> list[int | str]:
+        """`NUM_SOME` of them, from all over the table; none where the home cannot be read now."""
+        try:
+            if time.monotonic() >= self._read_at + FRESH_S:
+                self._read_at = time.monotonic()
+                self._read()
+            erased = self._erased.now()
+        except (OSError, ValueError, KeyError, DamagedPartError, StaleTableError):
+            return []
+        return [user for user in self._users if erased.hash_of(user) not in erased.users]
+
+    def _read(self) -> None:
+        """Read the parts of a newer run, if there is one."""
+        found = self._folder.manifest()
+        if found is None or found.run_id == self._run:
+            return
+        parts = [part for part in found.tables.get(KEYS, []) if f"/{STATS}-" in part.path]
+        rows = np.cumsum([0, *(part.rows for part in parts)])
+        chosen = np.unique(np.linspace(0, max(rows[-1] - 1, 0), NUM_SOME).astype(np.int64))
+        users: list[int | str] = []
+        for part, first, end in zip(parts, rows, rows[1:], strict=False):
+            places = chosen[(chosen >= first) & (chosen < end)] - first
+            if len(places):
+                keys = self._folder.read_path(self._folder.verified(part), [self._key])[self._key]
+                users += keys.take(pa.array(places)).to_pylist()
+        self._users = users
+        self._run = found.run_id
 
 
 class KnownUsers:

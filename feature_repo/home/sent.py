@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
@@ -10,18 +9,11 @@ from sqlalchemy.orm import Session
 from feature_repo.home.catalogue import Catalogue, SentRun
 
 
-def note_sent(
-    catalogue: Catalogue,
-    dataset: str,
-    store: str,
-    job: str,
-    run_id: str,
-    users: Sequence[int | str],
-) -> None:
-    """Note which run of a job an online store holds from now on, and some of its users.
+def note_sent(catalogue: Catalogue, dataset: str, store: str, job: str, run_id: str) -> None:
+    """Note which run of a job an online store holds from now on.
 
     Args:
-        store: digest of the configuration that names the store.
+        store: its id, as it says itself.
     """
     with Session(catalogue.engine) as session, session.begin():
         row = SentRun(
@@ -29,7 +21,6 @@ def note_sent(
             store=store,
             job=job,
             run_id=run_id,
-            users=list(users),
             sent_at=datetime.now(UTC),
         )
         session.merge(row)

@@ -20,6 +20,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ PROJECT = "memoir"
 REGISTRY = "registry.pb"
 ONLINE = "online_store.db"
 SPILL = "spill"
-# The note in the view of epochs that says what columns mean
+# Notes in the view of epochs: what columns mean, and an id that the store keeps as long as it keeps anything
 COLUMNS = "columns"
+STORE_ID = "store_id"
 
 
 class StoreError(ExpectedError, RuntimeError):
@@ -196,12 +198,7 @@ def held_epoch(settings: Settings, job: str) -> str | None:
     Of the local profile it is read without Feast, so that a skip costs nothing.
     """
     if settings.profile == "production":
-        store = open_store(settings)
-        found = store.get_online_features(
-            [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: job}]
-        ).to_dict()
-        epoch: str | None = found[EPOCH_RUN.name][0]
-        return epoch
+        return noted(open_store(settings), job)
     query = f"SELECT value FROM {PROJECT}_{STORE_EPOCH} WHERE feature_name = ? AND instr(entity_key, CAST(? AS BLOB)) > 0"
     for (value,) in _query(settings, query, (EPOCH_RUN.name, job)):
         # A Value's string, field 2: its length in a byte, then its text
@@ -222,11 +219,27 @@ def note_columns(settings: Settings, columns: dict[str, Any]) -> None:
 
 def held_columns(store: FeatureStore) -> dict[str, Meaning]:
     """Read from an online store what the columns of its rows mean; empty where no job left that."""
-    found = store.get_online_features(
-        [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: COLUMNS}]
-    ).to_dict()
-    text = found[EPOCH_RUN.name][0]
+    text = noted(store, COLUMNS)
     return {} if text is None else meaning.from_json(json.loads(text))
+
+
+def id_of_store(settings: Settings) -> str:
+    """The id of the online store; given to it where it has none, as one that is new or was emptied."""
+    held = held_epoch(settings, STORE_ID)
+    if held is not None:
+        return held
+    made = uuid.uuid4().hex
+    _note(settings, STORE_ID, made)
+    return made
+
+
+def noted(store: FeatureStore, part: str) -> str | None:
+    """Read a note that a job left in an online store."""
+    found = store.get_online_features(
+        [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: part}]
+    ).to_dict()
+    text: str | None = found[EPOCH_RUN.name][0]
+    return text
 
 
 def _note(settings: Settings, part: str, text: str) -> None:

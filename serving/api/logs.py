@@ -54,13 +54,27 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
+class TextFormatter(logging.Formatter):
+    """A line as text, with the request behind it where there is one.
+
+    Example:
+        >>> handler.setFormatter(TextFormatter(TEXT, TIME))
+    """
+
+    def formatTime(
+        self, record: logging.LogRecord, datefmt: str | None = None
+    ) -> str:  # logging's name
+        return time.strftime(datefmt or TIME, time.gmtime(record.created))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
+        line = super().formatMessage(record)
+        named = request_id.get()
+        return f"{line} (request {named})" if named and record.name != ACCESS else line
+
+
 def formatter_of(kind: LogFormat) -> logging.Formatter:
     """The formatter of all lines of a process."""
-    if kind == "json":
-        return JsonFormatter()
-    made = logging.Formatter(TEXT, TIME)
-    made.converter = time.gmtime
-    return made
+    return JsonFormatter() if kind == "json" else TextFormatter(TEXT, TIME)
 
 
 def configure(kind: LogFormat) -> None:

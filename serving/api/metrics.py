@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,6 @@ EVENT_OUTCOMES = ("added", "known", "waiting", "rejected", "failed")
 # As Prometheus' own libraries name them; of several processes together
 PROCESS = {
     "process_resident_memory_bytes": "resident memory",
-    "process_cpu_seconds_total": "CPU time, of users and of the system",
     "process_open_fds": "open files and connections",
     "process_start_time_seconds": "start of the oldest process, since 1970",
 }
@@ -118,7 +118,7 @@ class Metrics:
             "events that summary tokens do not know until the job has run",
             "reason",
         )
-        self._advanced: dict[Counter, float] = {}
+        self._advanced: dict[tuple[Counter, str], float] = {}
         # 2. Gauges, each with how the values of several processes become one.
         self.bundle = gauge("bundle_info", "processes that rank with a bundle", "livesum", "bundle")
         self.ready = gauge("ready", "whether every process takes requests", "livemin")
@@ -147,6 +147,9 @@ class Metrics:
             "tokens_built_timestamp_seconds",
             "when the job built the summary tokens that the live bundle reads",
             "livemax",
+        )
+        self._cpu = Counter(
+            "process_cpu_seconds", "CPU time, of users and of the system", registry=self.registry
         )
         self._of_process = {name: self._of_this_process(name) for name in PROCESS}
         # 3. Histograms of stage times and of the shadow's lists.
@@ -189,16 +192,24 @@ class Metrics:
             for label in labels:
                 metric.labels(label)
 
-    def advance(self, counter: Counter, total: float) -> None:
-        """Bring a counter up to what somebody else has counted."""
-        counter.inc(max(total - self._advanced.get(counter, 0.0), 0.0))
-        self._advanced[counter] = total
+    def advance(self, counter: Counter, total: float, whose: str = "") -> None:
+        """Bring a counter up to what somebody else has counted.
+
+        Args:
+            whose: which of several that count it, such as a bundle.
+        """
+        key = (counter, whose)
+        counter.inc(max(total - self._advanced.get(key, 0.0), 0.0))
+        self._advanced[key] = total
 
     def observe_process(self) -> None:
         """Take memory, CPU time and open files of this process."""
         for metric in ProcessCollector(registry=None).collect():
             for sample in metric.samples:
-                if sample.name in self._of_process:
+                if sample.name == "process_cpu_seconds_total":
+                    # What a worker used stays used when it has ended.
+                    self.advance(self._cpu, sample.value)
+                elif sample.name in self._of_process:
                     self._of_process[sample.name].set(sample.value)
 
     def _of_this_process(self, name: str) -> Gauge:
@@ -257,7 +268,9 @@ def forget_dead_processes(folder: Path) -> None:
     for file in folder.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         if not is_alive(pid):
-            mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+            # Another process may be at it.
+            with suppress(FileNotFoundError):
+                mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
 class _Loaded(Collector):

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -36,14 +37,15 @@ from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
 from modeling.summaries.summariser import Summariser
 from serving.api.logs import LIFECYCLE
+from serving.live.notes import Notes
 from serving.live.seen_catalogue import SeenCatalogue
-from serving.live.store_watch import FILLS_ONLINE, LookAtStore, StoreState
+from serving.live.store_watch import FILLS_ONLINE, LookAtStore
 from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
 from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
 from serving.stores.items import ItemTable, Loaded, NotYetError, published_rows
-from serving.stores.last_seen import is_of_database, keep
+from serving.stores.last_seen import keep_registry
 from serving.stores.opened import open_events_store, open_pinned
 from serving.stores.redis_reader import RedisReader, WrongStoreError
 
@@ -67,8 +69,6 @@ class Serving:
     reader: GuardedReader
     events: EventTaker | None = None
     stores: tuple[FeatureStore, ...] = ()  # that it opened
-    # When the job built the tokens that the bundle reads, seconds since 1970; None where it reads none
-    tokens_built_at: float | None = None
 
     @property
     def name(self) -> str:
@@ -242,15 +242,10 @@ class BundleSource:
             for opened in stores:
                 close_store(opened)
             raise
-        if self.bundle is None and settings.profile == "production":
-            live = self.catalogue.live_bundle()
-            # What was itself read from the copy would make it look younger than it is.
-            if self.catalogue.problem is None and is_of_database(store):
-                registry = store.registry.cached_registry_proto.SerializeToString()
-                keep(settings, registry, live)
+        if settings.profile == "production":
+            keep_registry(settings, store)
         freeze_once()
-        built = self.catalogue.tokens_built_at(bundle.tokens)
-        return Serving(ranker, GuardedReader(users), events, stores, built)
+        return Serving(ranker, GuardedReader(users), events, stores)
 
 
 def freeze_once() -> None:
@@ -280,6 +275,7 @@ class Live:
         repair: called when the store holds nothing, or with True when it holds less than was sent; default: no repair.
         columns: returns what the store's columns mean, asked for after each run that fills it.
         problem: returns what else an operator wants to know.
+        notes: of the catalogue, for the metrics.
     """
 
     def __init__(
@@ -290,7 +286,9 @@ class Live:
         repair: Callable[[bool], None] | None = None,
         columns: Callable[[], Meanings] | None = None,
         problem: Callable[[], str | None] = lambda: None,
+        notes: Notes | None = None,
     ) -> None:
+        self.notes = notes
         self._problem = problem
         self._columns = columns
         self._load = load
@@ -308,10 +306,11 @@ class Live:
         self.swaps = 0
         # Whether the store holds an older run than was sent last
         self.store_is_older = False
-        # When the tables were sent online last, seconds since 1970, as the catalogue says
-        self.sent_at: float | None = None
-        # As the store was last seen
-        self._seen: StoreState | None = None
+        # Since when store and catalogue name different runs, as `time.monotonic` has it
+        self._differs_since: float | None = None
+        # The run that the store was last seen to hold
+        self._held: str | None = None
+        self._comparing: asyncio.Task[None] | None = None
         self._retired: list[_Retired] = []
 
     @property
@@ -399,7 +398,6 @@ class Live:
         except Exception as error:
             self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
             return
-        self.sent_at = state.sent_at
         # 1. A store that came back empty, or has lost users, is not ready.
         if state.held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
@@ -413,8 +411,13 @@ class Live:
             self._have_it_repaired(force=True)
             return
         self.store_problem = None
-        # 2. An older copy ranks, and each answer says so. The job notes its run in two places, one after the other.
-        older = state.is_older and self._seen == state
+        # 2. An older copy ranks, and each answer says so: where the catalogue was asked after the two were first seen to
+        #    differ, for the job notes its run in two places, one after the other.
+        if not state.differs:
+            self._differs_since = None
+        elif self._differs_since is None:
+            self._differs_since = time.monotonic()
+        older = self._differs_since is not None and state.heard_at > self._differs_since
         if older and not self.store_is_older:
             logger.error(
                 "the online store holds run %s of %s, sent last was %s: run `python -m beam_jobs %s --force`",
@@ -424,11 +427,12 @@ class Live:
         for one in self._loaded():
             one.ranker.store_is_older = older
         # 3. Somebody sent other tables online: items follow now, and not when they are next due.
-        if self._seen is not None and self._seen.held not in (None, state.held):
+        if self._held is not None and self._held != state.held:
             for one in self._loaded():
                 one.ranker.items.refresh_soon()
-            await asyncio.to_thread(self._compare_columns)
-        self._seen = state
+            # Behind the look, which has a time in which it must end.
+            self._comparing = asyncio.create_task(asyncio.to_thread(self._compare_columns))
+        self._held = state.held
 
     def _loaded(self) -> list[Serving]:
         return [one for one in (self.current, self.previous) if one is not None]
@@ -506,24 +510,27 @@ class Repair:
         self._running: subprocess.Popen[bytes] | None = None
 
     def __call__(self, force: bool = False) -> None:
-        """Start it, unless it runs or failed just now; with `force` although the store says that it holds the run."""
+        """Start it, unless it runs or ran just now; with `force` although the store says that it holds the run."""
         if self._running is not None:
             ended = self._running.poll()
             if ended is None:
                 return
-            if ended == 0:
-                self._pause_s = self._first_s
-            else:
+            if ended:
                 logger.error("the job that fills the store ended with %d", ended)
-                self._next = time.monotonic() + self._pause_s
-                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            # After one that succeeded as well: a store that goes on losing keys would have it run for ever.
+            self._next = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._running = None
         if time.monotonic() < self._next:
             return
+        if time.monotonic() > self._next + LONGEST_PAUSE_S:
+            self._pause_s = self._first_s
         logger.warning("the online store lacks what was sent: it is filled again from the tables")
         self._running = self._start(force)
 
     def _start(self, force: bool) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "beam_jobs", FILLS_ONLINE, "--runner=FnApiRunner"]
         command += ["--force"] if force else []
-        return subprocess.Popen(command, cwd=WORK, stdout=subprocess.DEVNULL)
+        # The job is no process of the server's, whose folder of metrics Feast would look for.
+        environment = {n: v for n, v in os.environ.items() if not n.startswith("PROMETHEUS_MULTI")}
+        return subprocess.Popen(command, cwd=WORK, env=environment, stdout=subprocess.DEVNULL)

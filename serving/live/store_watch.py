@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
-from feature_repo.home.catalogue import Catalogue, SentRun
-from feature_repo.home.sent import sent_run
+from feature_repo.datasets import load_contract
+from feature_repo.home.known_users import SentUsers
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
 from feature_repo.store.redis_writer import key_of_user
-from feature_repo.store.store import held_epoch, store_digest
+from feature_repo.store.store import STORE_ID, held_epoch, noted
+from serving.live.notes import Notes
 from serving.stores.opened import open_pinned
 from serving.stores.redis_reader import RedisHashes, WrongStoreError, decoded
 
@@ -33,10 +29,6 @@ if TYPE_CHECKING:
 
 # The job whose run says that the store holds anything
 FILLS_ONLINE = "materialize"
-# How many users are looked for at a time, of those that the catalogue names
-LOOKED_FOR = 16
-# Seconds for which what the catalogue says is taken as it is
-CATALOGUE_S = 5.0
 TIMEOUT_S = 0.2
 logger = logging.getLogger(__name__)
 
@@ -48,80 +40,45 @@ class StoreState:
     Args:
         held: the run that the store says it holds; None where it holds none.
         sent: the run that was sent last, as the catalogue says; None where it says nothing.
-        sent_at: when, seconds since 1970.
+        heard_at: when the catalogue was asked that, as `time.monotonic` has it.
         looked_for, missing: users who were sent, and how many of them are not there.
     """
 
     held: str | None
     sent: str | None = None
+    heard_at: float = 0.0
     looked_for: int = 0
     missing: int = 0
-    sent_at: float | None = None
 
     @property
-    def is_older(self) -> bool:
-        """True if the store holds another run than the one that was sent last."""
+    def differs(self) -> bool:
+        """True if the store holds another run than the one that was sent last, as far as is known."""
         return None not in (self.held, self.sent) and self.held != self.sent
 
 
 LookAtStore = Callable[[], Awaitable[StoreState]]
 
 
-class SentRuns:
-    """The run that a job sent last, asked of the catalogue now and then; a catalogue that is away is asked again.
-
-    Example:
-        >>> SentRuns(Settings.from_env()).newest()
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._catalogue: Catalogue | None = None
-        self._newest: SentRun | None = None
-        self._ask_at = 0.0
-
-    def newest(self) -> SentRun | None:
-        """The run, and some users that it sent; None where the catalogue has none."""
-        if time.monotonic() >= self._ask_at:
-            try:
-                if self._catalogue is None:
-                    self._catalogue = Catalogue(self._settings.catalogue_url)
-                store = store_digest(self._settings)
-                self._newest = sent_run(
-                    self._catalogue, self._settings.dataset, store, FILLS_ONLINE
-                )
-            except (SQLAlchemyError, OSError) as error:
-                logger.info("the catalogue could not be asked what was sent last: %s", error)
-            self._ask_at = time.monotonic() + CATALOGUE_S
-        return self._newest
-
-
 class RedisLook:
     """A look at one Redis, in one round trip.
 
     Args:
-        sent: says what was sent last.
+        notes: of the catalogue.
+        users: those who were sent.
 
     Raises:
         WrongStoreError: the store is not one Redis.
     """
 
-    def __init__(self, store: FeatureStore, sent: Callable[[], SentRun | None]) -> None:
-        from feast.infra.online_stores.helpers import _mmh3, _redis_key
-        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-        from feast.protos.feast.types.Value_pb2 import Value
+    def __init__(self, store: FeatureStore, notes: Notes, users: SentUsers) -> None:
+        from feast.infra.online_stores.helpers import _mmh3
 
         self.hashes = RedisHashes(store)
-        self._sent = sent
-        version = store.config.entity_key_serialization_version
-        part = EntityKey(
-            join_keys=[STORE_PART.join_key], entity_values=[Value(string_val=FILLS_ONLINE)]
-        )
-        self._epoch_key = _redis_key(
-            store.config.project, part, entity_key_serialization_version=version
-        )
-        self._epoch_field = _mmh3(f"{STORE_EPOCH}:{EPOCH_RUN.name}")
+        self._notes = notes
+        self._users = users
         self._config = store.config
+        self._parts = [self._key_of_part(name) for name in (FILLS_ONLINE, STORE_ID)]
+        self._field = _mmh3(f"{STORE_EPOCH}:{EPOCH_RUN.name}")
 
     async def __call__(self) -> StoreState:
         """Look.
@@ -129,15 +86,26 @@ class RedisLook:
         Raises:
             StoreReadError: the store did not answer in its time.
         """
-        sent = await asyncio.to_thread(self._sent)
-        named = [] if sent is None else sent.users
-        users = random.sample(named, min(LOOKED_FOR, len(named)))
-        keys = [self._epoch_key, *(key_of_user(self._config, user) for user in users)]
-        fields = [[self._epoch_field], *([f"_ts:{STATS}".encode()] for _ in users)]
-        (epoch, *found) = await self.hashes.read(keys, fields, TIMEOUT_S)
-        held: str | None = decoded(EPOCH_RUN.name, epoch[0])
+        users = await asyncio.to_thread(self._users.some)
+        keys = [*self._parts, *(key_of_user(self._config, user) for user in users)]
+        fields = [[self._field]] * 2 + [[f"_ts:{STATS}".encode()]] * len(users)
+        (run,), (store_id,), *found = await self.hashes.read(keys, fields, TIMEOUT_S)
+        held: str | None = decoded(EPOCH_RUN.name, run)
+        sent = self._notes.sent(decoded(EPOCH_RUN.name, store_id), held)
         missing = sum(stamp is None for (stamp,) in found)
-        return StoreState(held, _run_of(sent), len(users), missing, _time_of(sent))
+        return StoreState(held, sent.run, sent.heard_at, len(users), missing)
+
+    def _key_of_part(self, name: str) -> bytes:
+        from feast.infra.online_stores.helpers import _redis_key
+        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+        from feast.protos.feast.types.Value_pb2 import Value
+
+        part = EntityKey(join_keys=[STORE_PART.join_key], entity_values=[Value(string_val=name)])
+        version = self._config.entity_key_serialization_version
+        key: bytes = _redis_key(
+            self._config.project, part, entity_key_serialization_version=version
+        )
+        return key
 
 
 def why_it_may_lose_keys(store: FeatureStore) -> str | None:
@@ -161,7 +129,7 @@ def why_it_may_lose_keys(store: FeatureStore) -> str | None:
     )
 
 
-def look_of(settings: Settings) -> LookAtStore:
+def look_of(settings: Settings, notes: Notes) -> LookAtStore:
     """Looks at the store of these settings: at one Redis by its own reader, at any other through Feast, which tells
     its run alone. It is opened at the first look, and again where that fails.
     """
@@ -169,38 +137,33 @@ def look_of(settings: Settings) -> LookAtStore:
 
     async def look() -> StoreState:
         if not made:
-            made.append(await asyncio.to_thread(_opened, settings))
+            made.append(await asyncio.to_thread(_opened, settings, notes))
         return await made[0]()
 
     return look
 
 
-def _opened(settings: Settings) -> LookAtStore:
-    sent = SentRuns(settings)
-
-    def ask() -> StoreState:
-        newest = sent.newest()
-        held = held_epoch(settings, FILLS_ONLINE)
-        return StoreState(held, _run_of(newest), sent_at=_time_of(newest))
-
-    async def through_feast() -> StoreState:
-        return await asyncio.to_thread(ask)
-
+def _opened(settings: Settings, notes: Notes) -> LookAtStore:
     if settings.profile != "production":
-        return through_feast
+
+        async def at_the_file() -> StoreState:
+            held = await asyncio.to_thread(held_epoch, settings, FILLS_ONLINE)
+            sent = notes.sent(await asyncio.to_thread(held_epoch, settings, STORE_ID), held)
+            return StoreState(held, sent.run, sent.heard_at)
+
+        return at_the_file
     store = open_pinned(settings)
     if why := why_it_may_lose_keys(store):
         logger.warning(why)
     try:
-        return RedisLook(store, sent.newest)
+        users = SentUsers(settings.home, load_contract(settings.dataset).user)
+        return RedisLook(store, notes, users)
     except WrongStoreError:
-        return through_feast
+        pass
 
+    async def through_feast() -> StoreState:
+        held = await asyncio.to_thread(noted, store, FILLS_ONLINE)
+        sent = notes.sent(await asyncio.to_thread(noted, store, STORE_ID), held)
+        return StoreState(held, sent.run, sent.heard_at)
 
-def _run_of(sent: SentRun | None) -> str | None:
-    return None if sent is None else sent.run_id
-
-
-def _time_of(sent: SentRun | None) -> float | None:
-    # SQLite gives times without their zone, which is UTC.
-    return None if sent is None else sent.sent_at.replace(tzinfo=UTC).timestamp()
+    return through_feast

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from feature_repo.history.history import HistoryError
 from serving.api.errors import InvalidRequestError, NotReadyError, ServingError, StoreAwayError
 from serving.api.messages import decode_events
+from serving.api.pools import run_in
 from serving.routes.bodies import answered_with, media_of
 from serving.routes.server import server_of
 
@@ -34,9 +35,7 @@ async def take_events(request: Request) -> Response:
             )
     # The take goes on in its thread after a timeout, so that some events may be stored.
     with server.event_admission.admitted():
-        taking = asyncio.get_running_loop().run_in_executor(
-            server.pools.events, serving.events.take, user_id, events
-        )
+        taking = run_in(server.pools.events, serving.events.take, user_id, events)
         try:
             async with asyncio.timeout(settings.events_s):
                 taken = await taking
@@ -46,6 +45,7 @@ async def take_events(request: Request) -> Response:
             server.metrics.events.labels(outcome).inc(len(events))
             raise
         except HistoryError as error:
+            server.metrics.events.labels("rejected").inc(len(events))
             raise InvalidRequestError(
                 f"what is stored of this user is damaged, and takes no events until the jobs ran: {error}"
             ) from error

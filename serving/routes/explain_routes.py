@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from serving.api.errors import NotReadyError
 from serving.api.messages import JSON, RankRequest, decode_explain, decode_history
+from serving.api.pools import run_in
 from serving.ranking.explain import explain as explained_by
 from serving.ranking.explain import history_of
 from serving.ranking.what_if import as_asked
@@ -37,7 +38,7 @@ async def explain(request: Request) -> Response:
         user = await server.read_user(serving, asked, server.deadline(time.perf_counter()))
         user = as_asked(serving.ranker.contract, user, asked)
         # Beside the model's thread, which ranks; event by event it waits its turn there.
-        explained = await asyncio.get_running_loop().run_in_executor(
+        explained = await run_in(
             server.pools.explain, explained_by, serving.ranker, asked, user, number
         )
     return answered_with(request, explained)
@@ -79,7 +80,7 @@ async def _in_thread(server: Server, read: Callable[..., T], *about: Any) -> T:
     """
     most_s = server.settings.events_s
     with server.look_admission.admitted():
-        looking = asyncio.get_running_loop().run_in_executor(server.pools.tables, read, *about)
+        looking = run_in(server.pools.tables, read, *about)
         try:
             async with asyncio.timeout(most_s):
                 return await looking

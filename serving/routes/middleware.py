@@ -28,7 +28,7 @@ access = logging.getLogger(ACCESS)
 
 
 class RefusesFirst:
-    """Refuses before any routing, with a tenth of what the way through the routes costs, so that refusing
+    """Gives each request its id, and refuses before any routing, with a tenth of what the way through the routes costs, so that refusing
     three times the load leaves time to answer what was taken on.
 
     Args:
@@ -48,18 +48,26 @@ class RefusesFirst:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        named = request_id_of(scope["headers"])
+        request_id.set(named)
+        id_header = (HEADER, named.encode())
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], id_header]
+            await send(message)
+
         error = why_refused(scope, self._server.settings)
         if error is None and self._server.admission.full and scope["path"] in self._rankings:
             error = self._server.admission.error()
         if error is not None:
             began = time.perf_counter()
             response = error_response(error.status, error.kind, str(error))
-            response.headers[HEADER.decode()] = request_id_of(scope["headers"])
             path = scope["path"] if scope["path"] in self._paths else "other"
-            await response(scope, receive, send)
+            await response(scope, receive, sent)
             self._server.metrics.answered(path, error.status, time.perf_counter() - began)
             return
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, sent)
 
 
 class Observed:
@@ -82,18 +90,14 @@ class Observed:
         server = self._server
         began = time.perf_counter()
         status = 0
-        named = request_id_of(scope["headers"])
-        id_header = (HEADER, named.encode())
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], id_header]
             await send(message)
 
         # Whatever happens inside, the request is counted, logged and traced.
-        request_id.set(named)
         traced = server.tracing is not None and scope["path"] not in PROBES
         span = server.tracing.begin(scope) if traced and server.tracing is not None else None
         if server.tracing is not None and span is not None:

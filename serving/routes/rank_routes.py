@@ -19,6 +19,7 @@ from serving.api.messages import (
     decode_request,
 )
 from serving.api.metrics import STAGES
+from serving.api.pools import run_in
 from serving.live.live import Serving
 from serving.ranking.ranker import PIECE, Clock, OutOfTimeError
 from serving.ranking.what_if import NO_SCORES, as_asked
@@ -134,7 +135,7 @@ async def _answer(
         return answer
 
     pool = server.pools.large if len(asked.candidates) > PIECE else server.pools.model
-    computing = asyncio.get_running_loop().run_in_executor(pool, compute)
+    computing = run_in(pool, compute)
     try:
         async with asyncio.timeout(max(deadline - time.perf_counter(), 0)):
             answer = await asyncio.shield(computing)

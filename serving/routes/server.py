@@ -91,6 +91,8 @@ class Server:
         self._closed_logs = [0, 0]
         # Bundles of which a gauge tells
         self._shown_bundles: set[str] = set()
+        # Columns of which a gauge tells
+        self._shown_columns: set[str] = set()
 
     # --- bundles
 
@@ -222,10 +224,12 @@ class Server:
         states = [*self.loaded().values(), *self.live.retired]
         used = {one.ranker.bundle.digest for one in states}
         for digest in [digest for digest in self._logs if digest not in used]:
-            log = self._logs.pop(digest)
+            log = self._logs[digest]
             await asyncio.to_thread(log.close)
+            # Between these lines nobody counts.
             self._closed_logs[0] += log.written
             self._closed_logs[1] += log.dropped
+            del self._logs[digest]
 
     # --- gauges, and the end
 
@@ -245,26 +249,32 @@ class Server:
         metrics.most_under_way.set(self.settings.max_in_flight)
         metrics.events_under_way.set(self.event_admission.under_way)
         metrics.advance(metrics.swaps, live.swaps)
+        ranking = "" if live.current is None else live.current.name
         metrics.refused.set(len(live.refused))
         kept = None if live.current is None else live.current.ranker.states
         for outcome in OUTCOMES:
-            metrics.advance(
-                metrics.states.labels(outcome), 0 if kept is None else kept.counts[outcome]
-            )
+            total = 0 if kept is None else kept.counts[outcome]
+            metrics.advance(metrics.states.labels(outcome), total, ranking)
         metrics.state_bytes.set(0 if kept is None else kept.bytes)
-        for column in [] if live.current is None else live.current.ranker.moved:
-            metrics.moved.labels(column.column).set(column.distance)
+        moved = [] if live.current is None else live.current.ranker.moved
+        distances = dict.fromkeys(self._shown_columns, 0.0)
+        distances |= {column.column: column.distance for column in moved}
+        self._shown_columns = set(distances)
+        for column, distance in distances.items():
+            metrics.moved.labels(column).set(distance)
         written, dropped = self._closed_logs
         metrics.advance(metrics.logged, written + sum(log.written for log in self.logs))
         metrics.advance(metrics.log_dropped, dropped + sum(log.dropped for log in self.logs))
         current = None if live.current is None else live.current.events
         for reason in WITHOUT_TOKENS:
             number = 0 if current is None else current.without_tokens.get(reason, 0)
-            metrics.advance(metrics.events_without_tokens.labels(reason), number)
+            metrics.advance(metrics.events_without_tokens.labels(reason), number, ranking)
         if live.current is not None:
             metrics.items_as_of.set((live.current.ranker.items.as_of or 0) / 1e6)
-            metrics.tokens_built.set(live.current.tokens_built_at or 0.0)
-        metrics.materialized.set(live.sent_at or 0.0)
+            if live.notes is not None:
+                version = live.current.ranker.bundle.tokens
+                metrics.tokens_built.set(live.notes.tokens_built_at(version))
+                metrics.materialized.set(live.notes.sent_at)
         metrics.observe_process()
 
     async def observe_for_ever(self) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from typing import Protocol
 
-from serving.api.pools import one_thread
+from serving.api.pools import one_thread, run_in
 from serving.stores.features import Reader, UserRow
 from serving.stores.items import Id
 from serving.stores.redis_reader import DamagedValueError, StoreReadError
@@ -36,9 +36,8 @@ class ThreadedReader:
         self._thread = one_thread("store")
 
     async def read_user(self, user_id: Id, timeout_s: float) -> UserRow:
-        loop = asyncio.get_running_loop()
         try:
-            reading = loop.run_in_executor(self._thread, self._reader.read_user, user_id)
+            reading = run_in(self._thread, self._reader.read_user, user_id)
             async with asyncio.timeout(timeout_s):
                 return await reading
         except Exception as error:

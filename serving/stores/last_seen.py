@@ -19,6 +19,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 FOLDER = "last_seen"
 KEY_BYTES = 32
+# A copy of the same content is signed anew after so long, so that "as of" says when it was last right.
+RENEWED_S = 600.0
 logger = logging.getLogger(__name__)
 
 
@@ -52,60 +55,39 @@ class LiveBundle:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Registry and live bundle at one time.
+class Copy:
+    """Something as it was at one time.
 
     Args:
-        registry: Feast's, as its protobuf is written.
-        live: None where no bundle was live.
+        content: of JSON.
         at: when, as an ISO time.
     """
 
-    registry: bytes
-    live: LiveBundle | None
+    content: dict[str, Any]
     at: str
 
 
-def keep(settings: Settings, registry: bytes, live: LiveBundle | None) -> None:
-    """Keep a copy for servers that start later; a home that cannot be written keeps none, which is logged."""
-    content = {
-        "registry": base64.b64encode(registry).decode(),
-        "live": None if live is None else asdict(live),
-    }
-    file = settings.path(FOLDER, f"{settings.profile}.json")
-    try:
-        with suppress(NothingSeenError):
-            before = last_seen(settings)
-            if (before.registry, before.live) == (registry, live):
-                return
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        signed = {"content": content, "at": at, "signature": _signature(settings, content, at)}
-        with atomic_write(file) as draft:
-            draft.write_text(json.dumps(signed))
-    except OSError as error:
-        logger.info(
-            "no copy of registry and catalogue is kept, the home cannot be written: %s", error
-        )
+def keep_live(settings: Settings, live: LiveBundle) -> None:
+    """Keep which bundle is live."""
+    _keep(settings, "live", asdict(live))
 
 
-def last_seen(settings: Settings) -> Seen:
-    """Read the copy.
+def keep_registry(settings: Settings, store: FeatureStore) -> None:
+    """Keep a store's registry, where it is that of the database."""
+    # What was itself read from the copy would make it look younger than it is.
+    if store.config.registry.registry_type == "sql":
+        proto = store.registry.cached_registry_proto.SerializeToString()
+        _keep(settings, "registry", {"proto": base64.b64encode(proto).decode()})
+
+
+def last_live(settings: Settings) -> tuple[LiveBundle, str]:
+    """The bundle that was live when a server of this home saw the catalogue last, and when that was.
 
     Raises:
-        NothingSeenError: there is none, or not as a server of this home wrote it.
+        NothingSeenError: see `last_seen`.
     """
-    file = settings.path(FOLDER, f"{settings.profile}.json")
-    try:
-        stored = json.loads(file.read_text())
-        content, at = stored["content"], stored["at"]
-        right = hmac.compare_digest(stored["signature"], _signature(settings, content, at))
-        live = content["live"] and LiveBundle(**content["live"])
-        registry = base64.b64decode(content["registry"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NothingSeenError(f"{file} cannot be read: {error}") from error
-    if not right:
-        raise NothingSeenError(f"{file} is not as a server of this home wrote it")
-    return Seen(registry, live, at)
+    seen = last_seen(settings, "live")
+    return LiveBundle(**seen.content), seen.at
 
 
 def store_from_copy(settings: Settings) -> FeatureStore:
@@ -118,26 +100,68 @@ def store_from_copy(settings: Settings) -> FeatureStore:
     from feast import FeatureStore
     from feast.repo_config import RepoConfig
 
-    seen = last_seen(settings)
+    seen = last_seen(settings, "registry")
     raw = yaml.safe_load(os.path.expandvars(yaml_path(settings).read_text()))
-    # Feast may write to a file of its own; the copy stays as it was signed.
-    file = Path(tempfile.mkdtemp(prefix="memoir-registry-"), "registry.pb")
-    file.write_bytes(seen.registry)
-    raw["registry"] = {"registry_type": "file", "path": str(file), "cache_ttl_seconds": 0}
     logger.error(
         "the registry's database is away: its tables and features are read from the copy of %s",
         seen.at,
     )
+    # Feast reads the file again and again, and may write to it: one of this process, and not the copy.
+    file = Path(_own_folder().name, "registry.pb")
+    with atomic_write(file) as draft:
+        draft.write_bytes(base64.b64decode(seen.content["proto"]))
+    raw["registry"] = {"registry_type": "file", "path": str(file), "cache_ttl_seconds": 0}
     return FeatureStore(config=RepoConfig(**raw, repo_path=REPO))
 
 
-def is_of_database(store: FeatureStore) -> bool:
-    """Return whether a store's registry is read from its database, and not from a copy."""
-    return bool(store.config.registry.registry_type == "sql")
+@cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that ends with the process."""
+    return tempfile.TemporaryDirectory(prefix="memoir-registry-")
 
 
-def _signature(settings: Settings, content: dict[str, Any], at: str) -> str:
-    text = json.dumps([settings.dataset, content, at], sort_keys=True)
+def last_seen(settings: Settings, name: str) -> Copy:
+    """Read a copy.
+
+    Raises:
+        NothingSeenError: there is none, or not as a server of this home wrote it.
+    """
+    file = _file(settings, name)
+    try:
+        stored = json.loads(file.read_text())
+        made = Copy(stored["content"], stored["at"])
+        right = hmac.compare_digest(stored["signature"], _signature(settings, name, made))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NothingSeenError(f"{file} cannot be read: {error}") from error
+    if not right:
+        raise NothingSeenError(f"{file} is not as a server of this home wrote it")
+    return made
+
+
+def _keep(settings: Settings, name: str, content: dict[str, Any]) -> None:
+    """Keep a copy for servers that start later; a home that cannot be written keeps none, which is logged."""
+    file = _file(settings, name)
+    now = datetime.now(UTC)
+    try:
+        with suppress(NothingSeenError):
+            before = last_seen(settings, name)
+            age = now - datetime.fromisoformat(before.at)
+            if before.content == content and age.total_seconds() < RENEWED_S:
+                return
+        made = Copy(content, now.isoformat(timespec="seconds"))
+        signed = {**asdict(made), "signature": _signature(settings, name, made)}
+        with atomic_write(file) as draft:
+            draft.write_text(json.dumps(signed))
+    except OSError as error:
+        logger.info("no copy of the %s is kept, the home cannot be written: %s", name, error)
+
+
+def _file(settings: Settings, name: str) -> Path:
+    return settings.path(FOLDER, f"{settings.profile}-{name}.json")
+
+
+def _signature(settings: Settings, name: str, made: Copy) -> str:
+    text = json.dumps([settings.dataset, name, made.content, made.at], sort_keys=True)
     return hmac.new(_key(settings), text.encode(), hashlib.sha256).hexdigest()
 
 

@@ -9,6 +9,7 @@ the jobs would build (`feature_repo/history/record.py`), but for the last digits
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections import Counter
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
+logger = logging.getLogger(__name__)
 # Why tokens do not know an event
 WITHOUT_TOKENS = ("no_state", "damaged", "late")
 # How long a call goes on where others change the same user
@@ -242,6 +244,7 @@ class UserMemory:
         known: KnownUsers | None = None,
     ) -> None:
         self._known = known
+        self._said_unknown = False
         self._store = store
         self._contract = contract
         self._refresher = refresher
@@ -334,12 +337,21 @@ class UserMemory:
 
     def _ought_to_exist(self, user_id: int | str) -> bool:
         """Return whether the jobs sent a record of a user of whom there is none, or nothing says that they did not."""
+        if self._known is None:
+            return False
         try:
-            return self._known is not None and self._known.has(user_id) is not False
+            known = self._known.has(user_id)
         except (OSError, DamagedPartError, StaleTableError) as error:
             raise CannotTellError(
                 f"whether a user without a record is new cannot be read ({error}); nothing was added"
             ) from error
+        if known is None and not self._said_unknown:
+            self._said_unknown = True
+            logger.warning(
+                "no tables here say which users there are: histories of users without a record begin with history_incomplete until "
+                "`python -m beam_jobs materialize` has run in a home that this server reads"
+            )
+        return known is not False
 
     def _logged_events(self, user_id: int | str) -> pa.Table:
         """A user's events that no batch knows yet, as `extended` takes them."""

@@ -16,9 +16,10 @@ from feature_repo.settings import Settings
 from serving.api.messages import RankRequest
 from serving.command import app
 from serving.live.live import BundleSource, Live
-from serving.live.store_watch import look_of
+from serving.live.notes import Notes
+from serving.live.store_watch import FILLS_ONLINE, look_of
 from serving.ranking.ranker import Clock
-from serving.stores.last_seen import NothingSeenError, last_seen
+from serving.stores.last_seen import LiveBundle, NothingSeenError, keep_live, last_seen
 from tests.conftest import Postgres
 
 
@@ -94,14 +95,14 @@ def test_it_starts_from_what_was_seen_last(site: Site) -> None:
         source = BundleSource(site.settings, replay=True)
         assert ranked(source) == before
         live = Live(source.load, source.live_digest, problem=lambda: source.catalogue.problem)
-        assert live.warnings == [
-            f"the catalogue's database is away: which bundle is live is as of {last_seen(site.settings).at}"
-        ]
+        (warning,) = live.warnings
+        seen = last_seen(site.settings, "live").at
+        assert warning == f"the catalogue's database is away: which bundle is live is as of {seen}"
         # 2. So does the app that each process makes; the store is looked at all the same.
         served = app().state.server
         assert served.live.current is not None
         assert served.live.current.name == before[1]
-        state = asyncio.run(look_of(site.settings)())
+        state = asyncio.run(look_of(site.settings, Notes(site.settings, FILLS_ONLINE))())
         assert state.held is not None
         assert (state.sent, state.missing) == (None, 0)
         asyncio.run(served.close())
@@ -110,20 +111,28 @@ def test_it_starts_from_what_was_seen_last(site: Site) -> None:
     # 3. Once the database is back, nothing is to be said.
     assert ranked(source) == before
     assert live.warnings == []
+    # 4. A process that has heard of the live bundle goes on with that one, whatever the copy says.
+    keep_live(site.settings, LiveBundle("0" * 64, "bundles/other"))
+    site.database.stop()
+    try:
+        assert source.live_digest() == source.catalogue.live_bundle().digest != "0" * 64
+        assert live.warnings == ["the catalogue's database is away: what ranks ranks on"]
+    finally:
+        site.database.start()
 
 
 def test_without_a_copy_it_says_what_is_away(site: Site, tmp_path: Path) -> None:
     ranked(BundleSource(site.settings, replay=True))
-    file = Path(site.settings.home, "last_seen", "production.json")
+    file = Path(site.settings.home, "last_seen", "production-live.json")
     kept = file.read_text()
     site.database.stop()
     try:
         # A copy that somebody changed is none.
         changed = json.loads(kept)
-        changed["content"]["live"]["path"] = "bundles/mine"
+        changed["content"]["path"] = "bundles/mine"
         file.write_text(json.dumps(changed))
         with pytest.raises(NothingSeenError, match="is not as a server of this home wrote it"):
-            last_seen(site.settings)
+            last_seen(site.settings, "live")
         file.unlink()
         live = Live(BundleSource(site.settings).load, BundleSource(site.settings).live_digest)
         live.load_now()

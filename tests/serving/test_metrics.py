@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.api.metrics import Metrics
 from serving.api.settings import SHARED
 
 WORKER = """
@@ -58,3 +59,15 @@ def test_ten_workers_that_were_killed_are_neither_ready_nor_counted(
     assert "memoir_user_state_bytes 2000.0" in told
     # What they answered was answered.
     assert 'memoir_requests_total{route="rank",status="200"} 84.0' in told
+
+
+def test_a_counter_follows_totals_of_several_bundles() -> None:
+    metrics = Metrics()
+    for bundle, total in (("a", 60), ("a", 100), ("b", 5), ("a", 100), ("a", 103), ("b", 6)):
+        metrics.advance(metrics.states.labels("encoded"), total, bundle)
+    assert metrics.states.labels("encoded")._value.get() == 103 + 6
+    # A total that begins anew counts on from there.
+    metrics.advance(metrics.swaps, 3)
+    metrics.advance(metrics.swaps, 1)
+    metrics.advance(metrics.swaps, 2)
+    assert metrics.swaps._value.get() == 4
