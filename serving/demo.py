@@ -32,7 +32,7 @@ from feature_repo.contract.schema import EVENT_TIMESTAMP
 from feature_repo.history.history import HistoryLog, newest_rows
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder
-from feature_repo.settings import Settings
+from feature_repo.settings import IS_INSTALLED, Settings
 
 STAGES = (
     "events",
@@ -256,12 +256,14 @@ def summary(settings: Settings, started_s: float) -> None:
         if "page" in measured.details:
             print(f"page: {measured.details['page']}")
     # 4. What to try next.
-    print(
-        "\ngo on:\n"
-        "  make serve     rank over HTTP on port 8000\n"
-        "  make check     lint, types, tests\n"
-        "  bring your own data: python -m feature_repo new, see README.md"
-    )
+    steps = {
+        "python -m serving --replay"
+        if IS_INSTALLED
+        else "make serve": "rank over HTTP on port 8000",
+        **({} if IS_INSTALLED else {"make check": "lint, types, tests"}),
+    }
+    listed = "\n".join(f"  {command:<14} {what}" for command, what in steps.items())
+    print(f"\ngo on:\n{listed}\n  bring your own data: python -m feature_repo new, see README.md")
 
 
 def choose_user(
