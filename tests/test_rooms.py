@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # Inside a room a package, or a file beside the packages, imports only what stands before it.
 ORDER = {
     "feature_repo": (
-        "errors atomic cli settings contract home history raw datasets feature_definitions scaffold store __main__"
+        "errors atomic cli script settings contract home history raw datasets feature_definitions scaffold store __main__"
     ),
     "beam_jobs": "errors erase engine registry command jobs summary_tokens __main__",
     "modeling": (
