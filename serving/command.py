@@ -160,6 +160,8 @@ def serve(settings: ServeSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="memoir-serving-") as folder:
         os.environ[STOPPING] = str(Path(folder, "stopping"))
         os.environ |= environment_of(settings)
+        # Feast makes a folder of metrics for each process that finds none, which a killed one leaves behind.
+        os.environ["PROMETHEUS_MULTIPROCESS_DIR"] = folder
         # prometheus_client reads this variable once, when a worker imports it.
         if settings.processes > 1:
             os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, SHARED: "1"}

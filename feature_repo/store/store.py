@@ -34,7 +34,6 @@ from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.home import engines  # noqa: F401  # settings of every engine, Feast's too
-from feature_repo.home.abandoned import remove_abandoned
 from feature_repo.settings import CHECKOUT, Settings, declared_dataset
 
 if TYPE_CHECKING:
@@ -128,7 +127,6 @@ def open_store(settings: Settings) -> FeatureStore:
     """
     from feast import FeatureStore
 
-    remove_abandoned()
     if settings.profile == "local" and (elsewhere := tables_elsewhere(settings)):
         raise StoreError(
             f"the registry {local_file(settings, REGISTRY)} is of a home that lies elsewhere: its tables are in {elsewhere[0]}. "

@@ -19,7 +19,6 @@ from prometheus_client import (
 )
 from prometheus_client.registry import Collector
 
-from feature_repo.home.abandoned import is_alive
 from serving.api.messages import RankRequest, RankResponse
 from serving.api.settings import SHARED
 
@@ -267,10 +266,20 @@ def forget_dead_processes(folder: Path) -> None:
 
     for file in folder.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
-        if not is_alive(pid):
+        if not _is_alive(pid):
             # Another process may be at it.
             with suppress(FileNotFoundError):
                 mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another account's
+    return True
 
 
 class _Loaded(Collector):

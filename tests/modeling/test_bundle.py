@@ -62,8 +62,10 @@ def test_the_same_run_exports_the_same_digest(
         metrics=m["metrics"],
         trained_on=m["trained_on"],
         data_as_of=m["data_as_of"],
+        columns=m["columns"],
     )
     assert digest == loaded.digest
+    assert loaded.learned["events.unit_price"].values.quantiles
 
 
 def test_the_bundle_says_what_it_is(exported: Path) -> None:

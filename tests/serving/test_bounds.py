@@ -995,7 +995,7 @@ def test_bundles_that_were_loaded_and_left_leave_nothing(trained_shop: Any) -> N
     grown = grown_by_loads(trained_shop, warm_up=3, loads=4)
     assert grown.descriptors <= 0
     assert grown.threads <= 0
-    assert grown.frozen == 0
+    assert grown.frozen <= 0
     assert grown.objects < 2_000  # of the 4,500 that each load left behind
 
 
