@@ -122,6 +122,8 @@ def test_the_readmes_commands_run(tmp_path: Path, shop_data: Path) -> None:
     ignore = shutil.ignore_patterns("*.db", "*.pb", "__pycache__", "*.parquet")
     for room in ("feature_repo", "beam_jobs", "modeling", "serving"):
         shutil.copytree(ROOT / room, copy / room, ignore=ignore)
+    # What tells a checkout from an installed package
+    shutil.copy(ROOT / "pyproject.toml", copy)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMOIR_")}
     environment |= {"PYTHONPATH": str(copy), "MEMOIR_DATA": str(shop_data)}
     replaced = {
