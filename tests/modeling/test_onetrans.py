@@ -119,7 +119,8 @@ def test_extension_equals_recomputation_while_no_tail_moves(
         again = replace(batch, user=whole)
         assert_close(scores, model.forward_plain(again, model.starts(torch.tensor(cuts))))
         fresh = ~model.must_refresh(extended)
-        assert_close(scores[fresh], model(again)[fresh])
+        if fresh.any():
+            assert_close(scores[fresh], model(again)[fresh])
     assert extended.length_B.tolist() == (torch.tensor(cuts) + added).tolist()
     assert extended.added_B.tolist() == added.tolist()
 
