@@ -38,10 +38,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, work: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`memoir …` in a folder of its own; the wheel comes before this checkout."""
+    """`memoir …` in a folder of its own."""
+    return python(site, work, MEMOIR, *words, **variables)
+
+
+def python(
+    site: Path, work: Path, program: str, *words: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A program with the wheel, which comes before this checkout."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        [sys.executable, "-c", MEMOIR, *words],
+        [sys.executable, "-c", program, *words],
         cwd=work,
         env=environment,
         capture_output=True,
@@ -106,14 +113,7 @@ def test_the_command_loads_the_room_that_it_calls(site: Path, tmp_path: Path) ->
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded & {'torch', 'apache_beam', 'feast', 'serving', 'modeling', 'beam_jobs'}))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = python(site, tmp_path, program)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -122,14 +122,7 @@ def test_a_missing_extra_is_named(site: Path, tmp_path: Path) -> None:
         "import sys; sys.modules['apache_beam'] = None; sys.argv = ['memoir', 'jobs', 'events']\n"
         "from feature_repo.script import main\nsys.exit(main())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = python(site, tmp_path, program)
     assert done.returncode == 1
     assert "pip install 'memoir-rec[beam]'" in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr

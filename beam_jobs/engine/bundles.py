@@ -5,16 +5,16 @@ columns meant.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from beam_jobs.errors import BreaksLiveError
 from feature_repo.contract import meaning
 from feature_repo.contract.contract import Contract, contract
 from feature_repo.contract.declarations import lacks, spec_of
 from feature_repo.contract.meaning import Meaning, Moved
-from feature_repo.home.tables import JobFolder
-from feature_repo.settings import Settings
 
 GOES_ON = (
     "Train and export a bundle first; training needs no materialize. Or pass --break_live, where servers are to rank "
@@ -35,10 +35,9 @@ class TrainedBundle:
     contract: Contract
     learned: dict[str, Meaning]
 
-    def moved(self, settings: Settings) -> list[Moved]:
-        """Compare these columns with those of the tables in a home, the farthest first."""
-        now = meaning.from_json(JobFolder(settings.home, "events").require().columns)
-        return meaning.moved(self.learned, now)
+    def moved(self, columns: Mapping[str, Any]) -> list[Moved]:
+        """Compare these columns with the ones in a manifest of `events`, the farthest first."""
+        return meaning.moved(self.learned, meaning.from_json(columns))
 
     def refuse_lacking(self, found: Contract) -> None:
         """Refuse a contract that lacks some of what the bundle reads.
@@ -52,13 +51,16 @@ class TrainedBundle:
                 f"servers would rank from nothing. {GOES_ON}"
             )
 
-    def refuse_other_meaning(self, settings: Settings, how_on: str = GOES_ON) -> None:
+    def refuse_other_meaning(self, columns: Mapping[str, Any], how_on: str = GOES_ON) -> None:
         """Refuse tables whose columns mean something else than what the bundle learned from.
+
+        Args:
+            columns: as their manifest says it.
 
         Raises:
             BreaksLiveError: a column is declared or made otherwise by now, and its values moved.
         """
-        if otherwise := [str(one) for one in self.moved(settings) if one.means_otherwise]:
+        if otherwise := [str(one) for one in self.moved(columns) if one.means_otherwise]:
             raise BreaksLiveError(
                 f"bundle {self.name} learned from columns that mean something else by now: {'; '.join(otherwise)}. It "
                 f"would rank from numbers that it does not understand. {how_on}"

@@ -9,10 +9,10 @@ so that a killed run's keys are known too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import apache_beam as beam
 import numpy as np
@@ -209,7 +209,7 @@ def refuse_to_break_the_live_bundle(plan: RunPlan, settings: Settings) -> None:
     live = live_bundle(plan, settings)
     if live is not None and not plan.options.break_live:
         live.refuse_lacking(plan.contract)
-        live.refuse_other_meaning(settings)
+        live.refuse_other_meaning(plan.pinned["events"].columns)
 
 
 def live_bundle(plan: RunPlan, settings: Settings) -> TrainedBundle | None:
@@ -278,9 +278,9 @@ def _sent_file(plan: RunPlan, view: str) -> str:
     return f"{plan.folder.root}/sent-{view}.parquet"
 
 
-def _drift(live: TrainedBundle | None, settings: Settings) -> list[str]:
+def _drift(live: TrainedBundle | None, columns: Mapping[str, Any]) -> list[str]:
     """A line on the columns whose values moved since a bundle learned from them; no line where nothing moved."""
-    since = [] if live is None else [str(m) for m in live.moved(settings) if m.worth_saying]
+    since = [] if live is None else [str(m) for m in live.moved(columns) if m.worth_saying]
     return [f"since {live.name} learned: {'; '.join(since)}"] if live and since else []
 
 
@@ -328,7 +328,8 @@ class MaterializeJob(Job):
         if counts is None:
             return []
         write_own_views(plan, settings)
-        note_columns(plan.settings, plan.pinned["events"].columns)
+        columns = plan.pinned["events"].columns
+        note_columns(plan.settings, columns)
         # Elsewhere too: a store that comes back from an older copy says nothing of it.
         catalogue = Catalogue(plan.catalogue_url)
         store = id_of_store(plan.settings)
@@ -336,7 +337,7 @@ class MaterializeJob(Job):
         note_epoch(plan.settings, self.name, plan.run_id)
         gone = sum(rows for name, rows in counts.numbers.items() if name.startswith("gone_"))
         lost = f"{gone:,} keys that the tables no longer have lost their values online"
-        return [*([lost] if gone else []), *_drift(live_bundle(plan, settings), settings)]
+        return [*([lost] if gone else []), *_drift(live_bundle(plan, settings), columns)]
 
 
 JOB = MaterializeJob()

@@ -40,7 +40,7 @@ from feature_repo.history import token_log
 from feature_repo.history.envelope import from_bytes
 from feature_repo.history.token_log import PartName
 from feature_repo.home.catalogue import COVERAGE_TO_GO_LIVE, Catalogue
-from feature_repo.home.tables import Manifest, Part, digest_of
+from feature_repo.home.tables import JobFolder, Manifest, Part, digest_of
 from feature_repo.settings import Settings
 from feature_repo.store.store import note_epoch, store_digest
 
@@ -370,7 +370,8 @@ class SummaryTokensJob(Job):
         name = f"{options.recipe}@{str(options.bundle)[:12]}"
         maker = bundle_at(Path(options.path), name)
         if maker is not None:
-            maker.refuse_other_meaning(settings, "Train and export it again")
+            columns = JobFolder(plan.home, "events").require().columns
+            maker.refuse_other_meaning(columns, "Train and export it again")
         return None
 
     def steps(self, plan: RunPlan) -> beam.PTransform:

@@ -52,7 +52,8 @@ class SentUsers:
         self._folder = JobFolder(home, JOB)
         self._key = user.join_key
         self._read_at = -FRESH_S
-        self._run: str | None = None
+        # Whose users they are; a home may serve several stores, which hold different runs
+        self.run: str | None = None
         self._users: list[int | str] = []
         self._erased = ErasedList(home)
 
@@ -70,7 +71,7 @@ class SentUsers:
     def _read(self) -> None:
         """Read the parts of a newer run, if there is one."""
         found = self._folder.manifest()
-        if found is None or found.run_id == self._run:
+        if found is None or found.run_id == self.run:
             return
         parts = [part for part in found.tables.get(KEYS, []) if f"/{STATS}-" in part.path]
         rows = np.cumsum([0, *(part.rows for part in parts)])
@@ -82,7 +83,7 @@ class SentUsers:
                 keys = self._folder.read_path(self._folder.verified(part), [self._key])[self._key]
                 users += keys.take(pa.array(places)).to_pylist()
         self._users = users
-        self._run = found.run_id
+        self.run = found.run_id
 
 
 class KnownUsers:

@@ -93,8 +93,8 @@ def of_http_server(kind: LogFormat) -> dict[str, Any]:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The id that a caller gave a request by `X-Request-Id`, or a new one where there is none that can stand in a
-    log.
+    """The id that a caller gave a request by `X-Request-Id`, or a new one where the caller gave nothing that can
+    stand in a log.
     """
     for name, value in headers:
         if name == HEADER and REQUEST_ID.fullmatch(value):

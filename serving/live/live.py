@@ -271,7 +271,7 @@ class Live:
     Args:
         load: makes a serving state of the bundle of a digest; raises where it cannot.
         live_digest: returns the digest of the bundle that should rank; None if that never changes.
-        look: looks at what the online store holds; default: nobody looks.
+        look: looks at what the online store holds; default: no look.
         repair: called when the store holds nothing, or with True when it holds less than was sent; default: no repair.
         columns: returns what the store's columns mean, asked for after each run that fills it.
         problem: returns what else an operator wants to know.

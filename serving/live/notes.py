@@ -46,7 +46,7 @@ class _Heard:
 
 
 class Notes:
-    """The catalogue's notes, as they were heard last; nobody waits for an answer.
+    """The catalogue's notes, as they were heard last; no caller waits for an answer.
 
     Args:
         job: whose runs fill the store.
@@ -73,7 +73,7 @@ class Notes:
         """
         heard = self._heard
         known = heard.sent if heard.store_id == store_id else Sent()
-        if time.monotonic() >= self._ask_at or known.run != held:
+        if time.monotonic() >= self._ask_at or known.run not in (None, held):
             self._ask(store_id)
         if (
             known.heard_at
@@ -91,15 +91,15 @@ class Notes:
 
     @property
     def sent_at(self) -> float:
-        """When tables were sent to the store last, seconds since 1970; 0 where nobody noted it."""
+        """When tables were sent to the store last, seconds since 1970; 0 where no job noted it."""
         return self._heard.sent.at
 
     def tokens_built_at(self, version: str | None) -> float:
-        """When the job built summary tokens of a version last, seconds since 1970; 0 where nobody noted it."""
+        """When the job built summary tokens of a version last, seconds since 1970; 0 where no job noted it."""
         return self._heard.tokens.get(version or "", 0.0)
 
     def _ask(self, store_id: str | None) -> None:
-        """Ask in a thread of its own, unless one is asking."""
+        """Ask in a separate thread, unless one is asking."""
         if self._asking.acquire(blocking=False):
             self._ask_at = time.monotonic() + ASKED_EVERY_S
             threading.Thread(target=self._asked, args=(store_id,), daemon=True).start()

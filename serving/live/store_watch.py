@@ -92,8 +92,10 @@ class RedisLook:
         (run,), (store_id,), *found = await self.hashes.read(keys, fields, TIMEOUT_S)
         held: str | None = decoded(EPOCH_RUN.name, run)
         sent = self._notes.sent(decoded(EPOCH_RUN.name, store_id), held)
-        missing = sum(stamp is None for (stamp,) in found)
-        return StoreState(held, sent.run, sent.heard_at, len(users), missing)
+        # Of another run nobody knows who must be there.
+        looked_for = found if self._users.run == held else []
+        missing = sum(stamp is None for (stamp,) in looked_for)
+        return StoreState(held, sent.run, sent.heard_at, len(looked_for), missing)
 
     def _key_of_part(self, name: str) -> bytes:
         from feast.infra.online_stores.helpers import _redis_key

@@ -28,8 +28,8 @@ access = logging.getLogger(ACCESS)
 
 
 class RefusesFirst:
-    """Gives each request its id, and refuses before any routing, with a tenth of what the way through the routes costs, so that refusing
-    three times the load leaves time to answer what was taken on.
+    """Gives each request its id, and refuses before any routing, with a tenth of what the way through the
+    routes costs, so that refusing three times the load leaves time to answer what was taken on.
 
     Args:
         paths: of all routes.
@@ -98,10 +98,10 @@ class Observed:
             await send(message)
 
         # Whatever happens inside, the request is counted, logged and traced.
-        traced = server.tracing is not None and scope["path"] not in PROBES
-        span = server.tracing.begin(scope) if traced and server.tracing is not None else None
-        if server.tracing is not None and span is not None:
-            trace_id.set(server.tracing.trace_id(span))
+        tracing = None if scope["path"] in PROBES else server.tracing
+        span = None if tracing is None else tracing.begin(scope)
+        if tracing is not None:
+            trace_id.set(tracing.trace_id(span))
         try:
             await self._app(scope, receive, sent)
         except Exception:
@@ -115,8 +115,8 @@ class Observed:
             await response(scope, receive, sent)
         finally:
             timings = scope.get("state", {}).get("timings", {})
-            if server.tracing is not None and span is not None:
-                server.tracing.end(span, status, timings)
+            if tracing is not None:
+                tracing.end(span, status, timings)
             seconds = time.perf_counter() - began
             server.metrics.answered(scope["path"], status, seconds)
             if server.settings.access_log:

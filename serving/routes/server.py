@@ -46,6 +46,12 @@ MARGIN_S = 0.002
 # it names events, and as there are stored tokens.
 MOST_EXPLAINED = 2
 MOST_LOOKED_UP = 8
+# Kinds of faults of a store, in order, by the classes of their causes
+STORE_FAULTS = {
+    "timeout": {"TimeoutError"},
+    "refused": {"ResponseError", "AuthenticationError"},
+    "connection": {"ConnectionError"},
+}
 logger = logging.getLogger(__name__)
 
 
@@ -308,18 +314,9 @@ def kind_of(error: StoreReadError) -> str:
     """Why a store gave no user, as the metric says it."""
     if isinstance(error, NoTimeError):
         return "no_time"
-    cause = error.__cause__
-    if isinstance(cause, TimeoutError):
-        return "timeout"
-    name = type(cause).__name__
-    # Redis' client has classes of its own beside the system's.
-    if isinstance(cause, ConnectionError) or name in ("ConnectionError", "BusyLoadingError"):
-        return "connection"
-    return (
-        "refused"
-        if name in ("ResponseError", "NoPermissionError", "ReadOnlyError", "AuthenticationError")
-        else "other"
-    )
+    # Redis' client has classes of its own, of the same names as Python's.
+    classes = {one.__name__ for one in type(error.__cause__).__mro__}
+    return next((kind for kind, names in STORE_FAULTS.items() if classes & names), "other")
 
 
 def server_of(request: Request) -> Server:

@@ -124,15 +124,15 @@ def last_seen(settings: Settings, name: str) -> Copy:
     """Read a copy.
 
     Raises:
-        NothingSeenError: there is none, or not as a server of this home wrote it.
+        NothingSeenError: there is no copy, or not as a server of this home wrote it.
     """
-    file = _file(settings, name)
     try:
+        file = _file(settings, name)
         stored = json.loads(file.read_text())
         made = Copy(stored["content"], stored["at"])
         right = hmac.compare_digest(stored["signature"], _signature(settings, name, made))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NothingSeenError(f"{file} cannot be read: {error}") from error
+        raise NothingSeenError(f"the copy of the {name} cannot be read: {error}") from error
     if not right:
         raise NothingSeenError(f"{file} is not as a server of this home wrote it")
     return made
@@ -140,9 +140,9 @@ def last_seen(settings: Settings, name: str) -> Copy:
 
 def _keep(settings: Settings, name: str, content: dict[str, Any]) -> None:
     """Keep a copy for servers that start later; a home that cannot be written keeps none, which is logged."""
-    file = _file(settings, name)
     now = datetime.now(UTC)
     try:
+        file = _file(settings, name)
         with suppress(NothingSeenError):
             before = last_seen(settings, name)
             age = now - datetime.fromisoformat(before.at)
@@ -153,7 +153,7 @@ def _keep(settings: Settings, name: str, content: dict[str, Any]) -> None:
         with atomic_write(file) as draft:
             draft.write_text(json.dumps(signed))
     except OSError as error:
-        logger.info("no copy of the %s is kept, the home cannot be written: %s", name, error)
+        logger.info("no copy of %s is kept, the home cannot be written: %s", name, error)
 
 
 def _file(settings: Settings, name: str) -> Path:
@@ -166,7 +166,7 @@ def _signature(settings: Settings, name: str, made: Copy) -> str:
 
 
 def _key(settings: Settings) -> bytes:
-    """The home's key, made by whoever needs it first."""
+    """The home's key, made by the first process that needs it."""
     file = settings.path(FOLDER, "key")
     if not file.exists():
         draft = file.with_name(f".key.{uuid.uuid4().hex}")

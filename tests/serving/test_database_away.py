@@ -17,6 +17,7 @@ from serving.api.messages import RankRequest
 from serving.command import app
 from serving.live.live import BundleSource, Live
 from serving.live.notes import Notes
+from serving.live.seen_catalogue import SeenCatalogue
 from serving.live.store_watch import FILLS_ONLINE, look_of
 from serving.ranking.ranker import Clock
 from serving.stores.last_seen import LiveBundle, NothingSeenError, keep_live, last_seen
@@ -153,3 +154,18 @@ def test_no_live_bundle_is_none_from_the_copy(site: Site) -> None:
         replace(
             BundleSource(site.settings), settings=replace(site.settings, dataset="movielens_1m")
         ).live_digest()
+
+
+def test_a_home_that_cannot_be_written_keeps_no_copy_and_serves(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = replace(site.settings, home=str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "last_seen").write_text("no folder")
+    with caplog.at_level("INFO"):
+        keep_live(home, LiveBundle("0" * 64, "bundles/x"))
+    assert "no copy of live is kept" in caplog.text
+    with pytest.raises(NothingSeenError, match="cannot be read"):
+        last_seen(home, "live")
+    catalogue = SeenCatalogue(home)
+    assert catalogue.live_bundle().digest == BundleSource(site.settings).live_digest()

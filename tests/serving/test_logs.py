@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import redis.exceptions
 
 from serving.api.logs import ACCESS, JsonFormatter, LogFormat, configure, formatter_of, request_id
 from serving.api.metrics import outcome_of
@@ -18,6 +19,8 @@ from serving.api.settings import ServeSettings
 from serving.command import open_ranker
 from serving.ranking.ranker import RankService
 from serving.routes.app import create_app
+from serving.routes.server import NoTimeError, kind_of
+from serving.stores.redis_reader import StoreReadError
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,24 @@ def test_configured_once_for_the_process(monkeypatch: pytest.MonkeyPatch) -> Non
         assert isinstance(handler.formatter, JsonFormatter)
     finally:
         root.handlers[:] = before
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (TimeoutError(), "timeout"),
+        (redis.exceptions.TimeoutError(), "timeout"),
+        (redis.exceptions.BusyLoadingError(), "connection"),
+        (ConnectionResetError(), "connection"),
+        (redis.exceptions.NoPermissionError(), "refused"),
+        (redis.exceptions.ReadOnlyError(), "refused"),
+        (redis.exceptions.AuthenticationError(), "refused"),
+        (ValueError(), "other"),
+        (None, "other"),
+    ],
+)
+def test_kinds_of_store_errors(cause: Exception | None, kind: str) -> None:
+    error = StoreReadError("away")
+    error.__cause__ = cause
+    assert kind_of(error) == kind
+    assert kind_of(NoTimeError("late")) == "no_time"
