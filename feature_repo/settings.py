@@ -9,6 +9,8 @@ Standard library only.
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
 | `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
+| `MEMOIR_REDIS_TYPE` | of the production profile: `redis`, `redis_cluster` or `redis_sentinel` | `redis` |
+| `MEMOIR_REDIS_MASTER` | what Sentinels call the master | `mymaster` |
 | `MEMOIR_SERVE_…` | of the server: `serving/api/settings.py` | |
 | `MEMOIR_REQUIRE_SERVICES` | tests: a missing service is a failure | |
 """
@@ -46,6 +48,8 @@ VARIABLES = frozenset(
         "CATALOGUE",
         "REGISTRY_URL",
         "REDIS",
+        "REDIS_TYPE",
+        "REDIS_MASTER",
         "REQUIRE_SERVICES",
     )
 )

@@ -23,11 +23,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from feature_repo.contract.arrow import EPOCH
+from feature_repo.store.redis_client import client_of, is_cluster, slot_of, tag_of_slot
 from feature_repo.store.redis_writer import key_of_user, queue_script
 
 UserId = int | str
@@ -193,41 +193,18 @@ class LogKeys:
 
 def _set_of(project: str, slot: int | None) -> bytes:
     """The name of the set of users: of a project, or of a slot of a cluster."""
-    tag = "" if slot is None else f"{{{_tags()[slot]}}}"
+    tag = "" if slot is None else f"{{{tag_of_slot(slot)}}}"
     return f"log:{tag}{project}".encode()
-
-
-def slot_of(key: bytes) -> int:
-    """The slot of a cluster that holds a key."""
-    from redis.crc import key_slot
-
-    return int(key_slot(key))
-
-
-@cache
-def _tags() -> list[str]:
-    """A short tag for each slot of a cluster."""
-    from redis.crc import REDIS_CLUSTER_HASH_SLOTS
-
-    found: dict[int, str] = {}
-    number = 0
-    while len(found) < REDIS_CLUSTER_HASH_SLOTS:
-        tag = f"{number:x}"
-        found.setdefault(slot_of(tag.encode()), tag)
-        number += 1
-    return [found[slot] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
 
 
 class RedisEventLog:
     """A log on Redis."""
 
     def __init__(self, config: Any) -> None:
-        from feast.infra.online_stores.redis import RedisOnlineStore
-
         self._config = config
         self._project = config.project
-        self._cluster = config.online_store.redis_type.value == "redis_cluster"
-        self._client = RedisOnlineStore()._get_client(config.online_store)
+        self._cluster = is_cluster(config.online_store)
+        self._client = client_of(config.online_store)
 
     def users(self) -> Iterator[UserId]:
         from redis.crc import REDIS_CLUSTER_HASH_SLOTS

@@ -21,6 +21,7 @@ from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Tab
 from feature_repo.history.lists import MADE_OF
 from feature_repo.store.event_log import EventLog, log_of
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.redis_client import client_of
 from feature_repo.store.redis_writer import split_key
 
 if TYPE_CHECKING:
@@ -177,9 +178,7 @@ class OnlineEraser:
         return key[-(8 + len(value)) :]
 
     def _redis(self) -> Any:
-        from feast.infra.online_stores.redis import RedisOnlineStore
-
-        return RedisOnlineStore()._get_client(self._store.config.online_store)
+        return client_of(self._store.config.online_store)
 
     def _sqlite(self) -> sqlite3.Connection:
         config = self._store.config

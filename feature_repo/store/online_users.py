@@ -43,9 +43,9 @@ from feature_repo.store.event_log import (
     entries_of,
     has_log,
     last_of_sqlite,
-    slot_of,
 )
 from feature_repo.store.online_rows import write_rows
+from feature_repo.store.redis_client import client_of, is_cluster, slot_of
 from feature_repo.store.redis_writer import expire, key_of_user, queue_script
 
 if TYPE_CHECKING:
@@ -287,7 +287,6 @@ class _RedisRecords:
 
     def __init__(self, store: FeatureStore, definitions: _Definitions) -> None:
         from feast.infra.online_stores.helpers import _mmh3
-        from feast.infra.online_stores.redis import RedisOnlineStore
 
         config = store.config
         self._definitions = definitions
@@ -296,10 +295,10 @@ class _RedisRecords:
         self._fields = {pair: _mmh3(f"{pair[0]}:{pair[1]}") for pair in definitions.kinds}
         self._config = config
         self._online = config.online_store
-        self._client = RedisOnlineStore()._get_client(config.online_store)
+        self._client = client_of(config.online_store)
         self._script = self._client.register_script(SWAP)
         # One transaction of a cluster has one slot: there each hash is compared and set alone.
-        self._apart = config.online_store.redis_type.value == "redis_cluster"
+        self._apart = is_cluster(config.online_store)
 
     def read(self, user_id: int | str) -> UserRecord:
         hashes = self._hashes(user_id)

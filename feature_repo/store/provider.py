@@ -60,6 +60,17 @@ class MemoirProvider(PassthroughProvider):
         else:
             super().online_write_batch(config, table, data, progress)
 
+    _online_store: Any
+
+    @property
+    def online_store(self) -> Any:
+        """Feast's own store; of Redis one whose clients are those of Memoir's settings."""
+        if self._online_store is None and self.repo_config.online_store.type == "redis":
+            from feature_repo.store.redis_store import RedisStore
+
+            self._online_store = RedisStore()
+        return super().online_store
+
     @property
     def batch_engine(self) -> Any:
         """Feast's engine, by which `feast materialize` writes; what it writes replaces nothing newer."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_repo.store.redis_client import client_of
+
 if TYPE_CHECKING:
     from feast import FeatureStore
 
@@ -72,10 +74,9 @@ def write_newest(
     One that is older than what is stored changes nothing.
     """
     from feast.infra.online_stores.helpers import _mmh3, _redis_key
-    from feast.infra.online_stores.redis import RedisOnlineStore
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    client = RedisOnlineStore()._get_client(config.online_store)
+    client = client_of(config.online_store)
     version = config.entity_key_serialization_version
     for start in range(0, len(rows), PIECE):
         with client.pipeline(transaction=False) as pipe:
@@ -123,7 +124,7 @@ class RedisWriter:
 
     def __init__(self, store: FeatureStore, view: str) -> None:
         from feast.infra.online_stores.helpers import _mmh3
-        from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
+        from feast.infra.online_stores.redis import RedisOnlineStoreConfig
 
         config = store.config
         if not isinstance(config.online_store, RedisOnlineStoreConfig):
@@ -142,7 +143,7 @@ class RedisWriter:
         self._online = config.online_store
         self._project = config.project
         self._version = config.entity_key_serialization_version
-        self._client = RedisOnlineStore()._get_client(config.online_store)
+        self._client = client_of(config.online_store)
 
     def write(
         self,

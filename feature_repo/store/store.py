@@ -8,7 +8,7 @@ that home, so that Feast's own commands work there too: `feast -c feature_repo -
 
 What an online store holds is asked of the store: each job that writes there leaves its run's id in
 the view `store_epoch` once it is done. A store that was emptied, deleted or replaced has another
-epoch, or none.
+epoch, or none. On a Redis Cluster the same note stands in many slots, so that each shard says it for itself.
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ from feature_repo.contract import meaning
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
-from feature_repo.errors import ExpectedError, SettingsError
+from feature_repo.errors import ExpectedError, SettingsError, nearest
 from feature_repo.home import engines  # noqa: F401  # settings of every engine, Feast's too
 from feature_repo.settings import CHECKOUT, Settings, declared_dataset
+from feature_repo.store.redis_client import (
+    KINDS,
+    SENTINEL,
+    RedisAddress,
+    is_cluster,
+    tag_of_slot,
+)
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -50,6 +57,8 @@ SPILL = "spill"
 # Notes in the view of epochs: what columns mean, and an id that the store keeps as long as it keeps anything
 COLUMNS = "columns"
 STORE_ID = "store_id"
+# Notes of a kind on a cluster: a shard with as many slots in a row as lie between two has one
+PLACES = 64
 
 
 class StoreError(ExpectedError, RuntimeError):
@@ -74,10 +83,11 @@ def yaml_path(settings: Settings) -> Path:
 
 
 def _production_yaml(settings: Settings) -> Path:
-    """The production profile; where `MEMOIR_DATASET` is no plain name, a copy with the dataset's.
+    """The production profile; where `MEMOIR_DATASET` is no plain name, or Redis is a cluster or behind Sentinels, a copy
+    that says so.
 
     Raises:
-        SettingsError: a variable that it reads is not set.
+        SettingsError: a variable that it reads is not set, or `MEMOIR_REDIS_TYPE` is no kind of Redis.
     """
     text = PRODUCTION_YAML.read_text()
     wanted = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - {"MEMOIR_DATASET"})
@@ -86,10 +96,20 @@ def _production_yaml(settings: Settings) -> Path:
         raise SettingsError(
             f"MEMOIR_PROFILE=production needs {' and '.join(missing)}; {PRODUCTION_YAML} says what they are"
         )
-    if os.environ.get("MEMOIR_DATASET") == settings.dataset:
+    kind = os.environ.get("MEMOIR_REDIS_TYPE") or KINDS[0]
+    if kind not in KINDS:
+        raise SettingsError(
+            f"MEMOIR_REDIS_TYPE must be one of {KINDS}, not {kind!r}{nearest(kind, KINDS)}"
+        )
+    RedisAddress.parse(os.environ["MEMOIR_REDIS"])
+    if os.environ.get("MEMOIR_DATASET") == settings.dataset and kind == KINDS[0]:
         return PRODUCTION_YAML
     path = settings.path("feature_store.yaml")
-    _write_changed(path, text.replace("${MEMOIR_DATASET}", settings.dataset))
+    more = "" if kind == KINDS[0] else f"  redis_type: {kind}\n"
+    if kind == SENTINEL:
+        more += f"  sentinel_master: {os.environ.get('MEMOIR_REDIS_MASTER') or 'mymaster'}\n"
+    text = text.replace("${MEMOIR_DATASET}", settings.dataset)
+    _write_changed(path, text.replace("  type: redis\n", f"  type: redis\n{more}"))
     return path
 
 
@@ -222,7 +242,7 @@ def held_columns(store: FeatureStore) -> dict[str, Meaning]:
 
 
 def id_of_store(settings: Settings) -> str:
-    """The id of the online store; given to it where it has none, as one that is new or was emptied."""
+    """The id of the online store; given to it where it, or a part of it, has none, as one that is new or was emptied."""
     held = held_epoch(settings, STORE_ID)
     if held is not None:
         return held
@@ -232,25 +252,38 @@ def id_of_store(settings: Settings) -> str:
 
 
 def noted(store: FeatureStore, part: str) -> str | None:
-    """Read a note that a job left in an online store."""
+    """Read a note that a job left in an online store; None where a part of a cluster lacks it, or has another."""
+    names = names_of_note(store.config.online_store, part)
     found = store.get_online_features(
-        [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: part}]
-    ).to_dict()
-    text: str | None = found[EPOCH_RUN.name][0]
-    return text
+        [f"{STORE_EPOCH}:{EPOCH_RUN.name}"], [{STORE_PART.join_key: name} for name in names]
+    ).to_dict()[EPOCH_RUN.name]
+    text: str | None = found[0]
+    return text if all(one == text for one in found) else None
+
+
+def names_of_note(online: Any, part: str) -> list[str]:
+    """Names under which an online store has a note: one, or on a cluster one in each of `PLACES` stretches of slots."""
+    if not is_cluster(online):
+        return [part]
+    from redis.crc import REDIS_CLUSTER_HASH_SLOTS
+
+    slots = range(0, REDIS_CLUSTER_HASH_SLOTS, REDIS_CLUSTER_HASH_SLOTS // PLACES)
+    return [f"{part}{{{tag_of_slot(slot)}}}" for slot in slots]
 
 
 def _note(settings: Settings, part: str, text: str) -> None:
     from feature_repo.store.online_rows import write_rows
 
-    stamp = pa.array([datetime.now(UTC)], pa.timestamp("us", "UTC"))
-    row = {
-        STORE_PART.join_key: [part],
-        EPOCH_RUN.name: [text],
+    store = open_store(settings)
+    names = names_of_note(store.config.online_store, part)
+    stamp = pa.array([datetime.now(UTC)] * len(names), pa.timestamp("us", "UTC"))
+    rows = {
+        STORE_PART.join_key: names,
+        EPOCH_RUN.name: [text] * len(names),
         EVENT_TIMESTAMP: stamp,
         CREATED_TIMESTAMP: stamp,
     }
-    write_rows(open_store(settings), STORE_EPOCH, pa.table(row))
+    write_rows(store, STORE_EPOCH, pa.table(rows))
 
 
 def _query(settings: Settings, query: str, values: tuple[str, ...]) -> list[tuple]:

@@ -2,7 +2,7 @@
 dataset.
 
 Width, batch, epochs, learning rate and features are common to all; only history length and what `SIZES` names
-differ. Only the Transformer stays small: every token of a candidate would go through all of as many shared
+differ; all read the newest events alike, without the blocks by which a server's states grow. Only the Transformer stays small: every token of a candidate would go through all of as many shared
 weights, at twenty times the cost.
 """
 
@@ -15,7 +15,10 @@ from modeling import recipes
 from modeling.recipes import SERVICE, Recipe, Training
 from modeling.recipes.ranking import AMORTISED, STREAM, VISTA, WIDTH
 
-HISTORY = {"online_retail": 96, "movielens_1m": 128}  # events that are read
+# Events that are read
+HISTORY = {"online_retail": 96, "movielens_1m": 128, "complete_journey": 128}
+# OneTrans without the recipe's longer blocks
+TAIL_BLOCK = 32
 # Models that no recipe for any data has under this name.
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "amortised": ("amortised_dlrm", AMORTISED),
@@ -90,5 +93,7 @@ def shaped(name: str, dataset: str) -> Recipe:
         recipe = found
     if dataset not in HISTORY:
         return recipe
-    sizes = SIZES[dataset].get(name, {})
-    return replace(recipe, history_length=HISTORY[dataset], config={**recipe.config, **sizes})
+    config = {**recipe.config, **SIZES.get(dataset, {}).get(name, {})}
+    if "tail_block" in config:
+        config["tail_block"] = TAIL_BLOCK
+    return replace(recipe, history_length=HISTORY[dataset], history_block=1, config=config)

@@ -8,13 +8,23 @@ RECIPES = ("amortised_dlrm", "amortised_dlrm_tiny")
 
 
 def amortised_dlrm() -> Recipe:
-    """Amortised DLRM, cross-attention."""
+    """Amortised DLRM, cross-attention; causal, its places counted from the oldest event, so that a kept state takes new
+    events.
+    """
     return Recipe(
         name="amortised_dlrm",
         model="amortised_dlrm",
         service="ranking_v1",
-        config={"width": 48, "num_layers": 2, "num_heads": 4, "dropout": 0.1},
-        history_length=96,
+        config={
+            "width": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout": 0.1,
+            "causal": True,
+            "positions": "from_oldest",
+        },
+        history_length=256,
+        history_block=64,
     )
 
 

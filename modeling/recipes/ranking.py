@@ -15,8 +15,8 @@ from modeling.recipes import SERVICE, SERVICE_WITH_TOKENS, Recipe, Training
 WIDTH = 32
 # Events that are read
 LENGTH = 128
-# Where what is read of a longer history begins: at a multiple of it, so that a kept state can take events meanwhile
-BLOCK = 32
+# Events that are read where a kept state is to take new ones
+LONGER = 256
 ONETRANS: dict[str, Any] = {
     "num_layers": 3,
     "num_heads": 2,
@@ -50,6 +50,11 @@ def _ranker(name: str, model: str, config: dict[str, Any]) -> Recipe:
     return Recipe(name, model, SERVICE, config, LENGTH, training=Training(epochs=2))
 
 
+def _growing(recipe: Recipe, block: int) -> Recipe:
+    """A ranker with a longer window that begins at a multiple of so many events, so that a kept state takes new ones."""
+    return replace(recipe, history_length=LONGER, history_block=block)
+
+
 def _reading_tokens(recipe: Recipe, name: str, **changes: Any) -> Recipe:
     """A ranker that reads the stored summary tokens of `vista_stream`, which take events as they come, beside its own
     inputs.
@@ -61,8 +66,8 @@ def _reading_tokens(recipe: Recipe, name: str, **changes: Any) -> Recipe:
 
 
 def onetrans() -> Recipe:
-    """OneTrans, pyramid, Auto-Split."""
-    return _ranker("onetrans", "onetrans", ONETRANS)
+    """OneTrans, pyramid, Auto-Split; its window and its tails stay for 128 events, so that a kept state takes these."""
+    return _growing(_ranker("onetrans", "onetrans", {**ONETRANS, "tail_block": 128}), block=128)
 
 
 def onetrans_group_wise() -> Recipe:
@@ -97,7 +102,7 @@ def concat() -> Recipe:
 
 def hydrarec() -> Recipe:
     """HydraRec as a ranker: a decayed sum a layer, which takes new events exactly."""
-    return replace(_ranker("hydrarec", "hydrarec_ranker", HYDRAREC), history_block=BLOCK)
+    return _growing(_ranker("hydrarec", "hydrarec_ranker", HYDRAREC), block=64)
 
 
 def hiformer() -> Recipe:

@@ -47,7 +47,8 @@ from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
 from serving.stores.items import ItemTable, Loaded, NotYetError, published_rows
 from serving.stores.last_seen import keep_registry
 from serving.stores.opened import open_events_store, open_pinned
-from serving.stores.redis_reader import RedisReader, WrongStoreError
+from serving.stores.redis_hashes import WrongStoreError
+from serving.stores.redis_reader import RedisReader
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -402,6 +403,13 @@ class Live:
         if state.held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"
             self._have_it_repaired(force=False)
+            return
+        if state.empty_parts:
+            self.store_problem = (
+                f"{state.empty_parts} of {state.parts} parts of the online store hold nothing that a job wrote: a shard of the cluster "
+                "came back empty. Run `python -m beam_jobs materialize --force`, then `summary_tokens`"
+            )
+            self._have_it_repaired(force=True)
             return
         if state.missing:
             self.store_problem = (

@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.datasets import load_contract
 from feature_repo.home.known_users import SentUsers
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
+from feature_repo.store.redis_client import client_of
 from feature_repo.store.redis_writer import key_of_user
-from feature_repo.store.store import STORE_ID, held_epoch, noted
+from feature_repo.store.store import STORE_ID, held_epoch, names_of_note, noted
 from serving.live.notes import Notes
 from serving.stores.opened import open_pinned
-from serving.stores.redis_reader import RedisHashes, WrongStoreError, decoded
+from serving.stores.redis_hashes import WrongStoreError, hashes_of
+from serving.stores.redis_reader import decoded
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -42,6 +45,7 @@ class StoreState:
         sent: the run that was sent last, as the catalogue says; None where it says nothing.
         heard_at: when the catalogue was asked that, as `time.monotonic` has it.
         looked_for, missing: users who were sent, and how many of them are not there.
+        parts, empty_parts: where a note of the run must stand, and how many of these have none: one, or many of a cluster.
     """
 
     held: str | None
@@ -49,6 +53,8 @@ class StoreState:
     heard_at: float = 0.0
     looked_for: int = 0
     missing: int = 0
+    parts: int = 1
+    empty_parts: int = 0
 
     @property
     def differs(self) -> bool:
@@ -60,24 +66,26 @@ LookAtStore = Callable[[], Awaitable[StoreState]]
 
 
 class RedisLook:
-    """A look at one Redis, in one round trip.
+    """A look at a Redis, in one round trip of each of its nodes.
 
     Args:
         notes: of the catalogue.
         users: those who were sent.
 
     Raises:
-        WrongStoreError: the store is not one Redis.
+        WrongStoreError: the store is not Redis.
     """
 
     def __init__(self, store: FeatureStore, notes: Notes, users: SentUsers) -> None:
         from feast.infra.online_stores.helpers import _mmh3
 
-        self.hashes = RedisHashes(store)
+        self.hashes = hashes_of(store)
         self._notes = notes
         self._users = users
         self._config = store.config
-        self._parts = [self._key_of_part(name) for name in (FILLS_ONLINE, STORE_ID)]
+        online = store.config.online_store
+        names = [names_of_note(online, note) for note in (FILLS_ONLINE, STORE_ID)]
+        self._runs, self._ids = ([self._key_of_part(name) for name in of] for of in names)
         self._field = _mmh3(f"{STORE_EPOCH}:{EPOCH_RUN.name}")
 
     async def __call__(self) -> StoreState:
@@ -87,15 +95,27 @@ class RedisLook:
             StoreReadError: the store did not answer in its time.
         """
         users = await asyncio.to_thread(self._users.some)
-        keys = [*self._parts, *(key_of_user(self._config, user) for user in users)]
-        fields = [[self._field]] * 2 + [[f"_ts:{STATS}".encode()]] * len(users)
-        (run,), (store_id,), *found = await self.hashes.read(keys, fields, TIMEOUT_S)
-        held: str | None = decoded(EPOCH_RUN.name, run)
-        sent = self._notes.sent(decoded(EPOCH_RUN.name, store_id), held)
+        notes = [*self._runs, *self._ids]
+        keys = [*notes, *(key_of_user(self._config, user) for user in users)]
+        fields = [[self._field]] * len(notes) + [[f"_ts:{STATS}".encode()]] * len(users)
+        found = await self.hashes.read(keys, fields, TIMEOUT_S)
+        texts: list[str | None] = [decoded(EPOCH_RUN.name, one) for (one,) in found[: len(notes)]]
+        runs = [run for run in texts[: len(self._runs)] if run is not None]
+        store_id = next((one for one in texts[len(self._runs) :] if one is not None), None)
+        sent = self._notes.sent(store_id, runs[0] if runs else None)
+        # A cluster is as old as its oldest part.
+        held = next((run for run in runs if run != sent.run), runs[0] if runs else None)
         # Of another run nobody knows who must be there.
-        looked_for = found if self._users.run == held else []
-        missing = sum(stamp is None for (stamp,) in looked_for)
-        return StoreState(held, sent.run, sent.heard_at, len(looked_for), missing)
+        looked_for = found[len(notes) :] if self._users.run == held else []
+        return StoreState(
+            held,
+            sent.run,
+            sent.heard_at,
+            len(looked_for),
+            sum(stamp is None for (stamp,) in looked_for),
+            len(self._runs),
+            len(self._runs) - len(runs),
+        )
 
     def _key_of_part(self, name: str) -> bytes:
         from feast.infra.online_stores.helpers import _redis_key
@@ -114,25 +134,37 @@ def why_it_may_lose_keys(store: FeatureStore) -> str | None:
     """Why a Redis may throw keys away; None of one that does not, that does not say, and of any other store."""
     import redis
 
-    online = store._get_provider().online_store
-    if not hasattr(online, "_get_client"):
+    online = store.config.online_store
+    if online.type != "redis":
         return None
     try:
-        memory = online._get_client(store.config.online_store).info("memory")
+        with closing(client_of(online)) as client:
+            if isinstance(client, redis.RedisCluster):
+                by_node: Any = client.info("memory", target_nodes=client.PRIMARIES)
+                nodes = list(by_node.values())
+            else:
+                nodes = [client.info("memory")]
     except redis.RedisError as error:
         logger.info("Redis does not say what it does when its memory is full: %s", error)
         return None
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy == "noeviction" or not memory.get("maxmemory"):
+    memory = next((one for one in nodes if _throws_away(one)), None)
+    if memory is None:
         return None
+    policy = memory["maxmemory_policy"]
     return (
         f"Redis has maxmemory {memory['maxmemory']:,} bytes and maxmemory-policy {policy}: once they are full it throws users and "
         "items away, and nobody is told. Set maxmemory-policy noeviction, under which writers are refused instead"
     )
 
 
+def _throws_away(memory: dict[str, Any]) -> bool:
+    """Return whether a server whose memory is full throws keys away, by what it says of itself."""
+    policy = memory.get("maxmemory_policy", "noeviction")
+    return policy != "noeviction" and bool(memory.get("maxmemory"))
+
+
 def look_of(settings: Settings, notes: Notes) -> LookAtStore:
-    """Looks at the store of these settings: at one Redis by its own reader, at any other through Feast, which tells
+    """Looks at the store of these settings: at Redis by our own reader, at any other through Feast, which tells
     its run alone. It is opened at the first look, and again where that fails.
     """
     made: list[LookAtStore] = []

@@ -33,7 +33,8 @@ from serving.routes.bodies import read_body
 from serving.routes.overview import Overview
 from serving.served.served_log import ServedLog
 from serving.stores.features import UserRow
-from serving.stores.redis_reader import DamagedValueError, StoreReadError
+from serving.stores.redis_hashes import StoreReadError
+from serving.stores.redis_reader import DamagedValueError
 from serving.stores.refresh import WITHOUT_TOKENS
 
 # With fewer seconds left, the store is not asked

@@ -11,7 +11,8 @@ from typing import Protocol
 from serving.api.pools import one_thread, run_in
 from serving.stores.features import Reader, UserRow
 from serving.stores.items import Id
-from serving.stores.redis_reader import DamagedValueError, StoreReadError
+from serving.stores.redis_hashes import ShardReadError, StoreReadError
+from serving.stores.redis_reader import DamagedValueError
 
 
 class AsyncReader(Protocol):
@@ -87,7 +88,8 @@ class GuardedReader:
             self._next_try = now + self._pause_s
         try:
             row = await self._reader.read_user(user_id, timeout_s)
-        except DamagedValueError:
+        except (DamagedValueError, ShardReadError):
+            # The store is well: of one user something is damaged, or one shard of many is away.
             raise
         except StoreReadError:
             if counts:

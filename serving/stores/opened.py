@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from feature_repo.settings import Settings
+from feature_repo.store.redis_client import with_socket_timeout
 from feature_repo.store.store import open_store
 from serving.stores.last_seen import NothingSeenError, store_from_copy
 
@@ -48,5 +49,5 @@ def open_events_store(settings: Settings) -> FeatureStore:
     store = open_pinned(settings)
     online = store.config.online_store
     if online.type.startswith("redis"):
-        online.connection_string += f",socket_timeout={EVENT_STORE_S:g}"
+        online.connection_string = with_socket_timeout(online.connection_string, EVENT_STORE_S)
     return store

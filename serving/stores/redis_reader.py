@@ -11,8 +11,7 @@ mmh3("view:feature") holds a Value.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,30 +20,21 @@ from feature_repo.contract.contract import (
     Contract,
 )
 from feature_repo.contract.schema import DType
-from feature_repo.errors import ExpectedError
 from feature_repo.store.online_users import plain_value
 from serving.stores.features import UserDecoder, UserRow
 from serving.stores.items import Id
+from serving.stores.redis_hashes import StoreReadError, WrongStoreError, hashes_of
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-    from redis.asyncio import Redis
 
 
 # The kind of a stored time, which is no value of Feast's
 TIME = "time"
 
 
-class StoreReadError(Exception):
-    """The online store did not answer in its time, or not as a store does."""
-
-
 class DamagedValueError(StoreReadError):
     """A stored value of one user is damaged; the store itself is well."""
-
-
-class WrongStoreError(ExpectedError, ValueError):
-    """The online store is not one Redis."""
 
 
 @dataclass(frozen=True)
@@ -99,129 +89,16 @@ def plan_of(store: FeatureStore, online_service: str) -> Plan:
     )
 
 
-class RedisHashes:
-    """Fields of hashes, in one round trip within its time; nothing is tried twice. Belongs to the event
-    loop that first reads with it.
-
-    Args:
-        store: whose online store is one Redis.
-        connect_s: how long a new connection may take.
-
-    Raises:
-        WrongStoreError: the online store is not Redis, or a Redis Cluster.
-    """
-
-    def __init__(self, store: FeatureStore, connect_s: float = 0.05) -> None:
-        from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
-
-        online = store.config.online_store
-        if not isinstance(online, RedisOnlineStoreConfig) or online.redis_type.value != "redis":
-            raise WrongStoreError(
-                f"expected one Redis, the online store is {online.type!r}: read it through Feast (FeastReader)"
-            )
-        nodes, given = RedisOnlineStore._parse_connection_string(online.connection_string)
-        self.options: dict[str, Any] = {
-            **nodes[0],
-            **given,
-            "socket_connect_timeout": connect_s,
-            "retry": None,
-            "retry_on_error": [],
-        }
-        self._client: Redis | None = None
-        self._connection_class = _sharing_tls(self.options) if self.options.get("ssl") else None
-
-    async def read(
-        self, keys: Sequence[bytes], fields: Sequence[Sequence[bytes]], timeout_s: float
-    ) -> list[list[bytes | None]]:
-        """One HMGET for each key, all of one moment.
-
-        Raises:
-            StoreReadError: there was no answer within `timeout_s` seconds, or none of a Redis that
-                holds hashes there.
-        """
-        import redis.exceptions
-
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._connected().pipeline(len(keys) > 1) as pipe,
-            ):
-                for key, names in zip(keys, fields, strict=True):
-                    pipe.hmget(key, list(names))  # type: ignore[arg-type]  # keys are bytes
-                found: Any = await pipe.execute()
-        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
-            raise StoreReadError(
-                f"Redis did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
-            ) from error
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            # The client's own parsers meet a shape that no Redis sends.
-            found = error
-        if not _are_hashes(found, fields):
-            # What follows on these connections may be the rest of such an answer.
-            await self._connected().connection_pool.disconnect(inuse_connections=False)
-            raise StoreReadError(
-                f"what answers is no Redis: to HMGET of {len(keys)} hashes came {type(found).__name__}"
-            )
-        hashes: list[list[bytes | None]] = found
-        return hashes
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
-
-    def _connected(self) -> Redis:
-        if self._client is None:
-            from redis.asyncio import Redis
-
-            self._client = Redis(**self.options)
-            if self._connection_class is not None:
-                self._client.connection_pool.connection_class = self._connection_class
-        return self._client
-
-
-def _are_hashes(found: Any, fields: Sequence[Sequence[bytes]]) -> bool:
-    """Return whether an answer holds a value or nothing for each requested field."""
-    return (
-        isinstance(found, list)
-        and len(found) == len(fields)
-        and all(
-            isinstance(values, list)
-            and len(values) == len(names)
-            and all(value is None or isinstance(value, bytes) for value in values)
-            for values, names in zip(found, fields, strict=True)
-        )
-    )
-
-
-def _sharing_tls(options: Mapping[str, Any]) -> type:
-    """Connections that share one TLS context, made here: to make one takes longer than a connection
-    may take to be made.
-    """
-    from redis.asyncio import Redis, SSLConnection
-
-    pool: Any = Redis(**options).connection_pool
-    context = pool.make_connection().ssl_context
-    context.get()
-
-    class Shared(SSLConnection):
-        def __init__(self, **given: Any) -> None:
-            super().__init__(**given)
-            self.ssl_context = context
-
-    return Shared
-
-
 class RedisReader:
     """See the module docstring.
 
     Args:
-        store: whose online store is one Redis.
+        store: whose online store is Redis.
         online_service: a feature service of users.
         token_version: the only version of summary tokens that is ever returned.
 
     Raises:
-        WrongStoreError: the online store is another one, or a Redis Cluster.
+        WrongStoreError: the online store is another one.
     """
 
     def __init__(
@@ -231,7 +108,7 @@ class RedisReader:
         online_service: str,
         token_version: str | None = None,
     ) -> None:
-        self.hashes = RedisHashes(store)
+        self.hashes = hashes_of(store)
         self._decoder = UserDecoder(contract, token_version)
         self._plan = plan_of(store, online_service)
         self._key = _key_maker(

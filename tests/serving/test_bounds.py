@@ -42,7 +42,8 @@ from serving.routes.server import Server
 from serving.stores.features import UserRow
 from serving.stores.guarded import GuardedReader, ThreadedReader
 from serving.stores.items import ItemTable, Loaded
-from serving.stores.redis_reader import DamagedValueError, StoreReadError
+from serving.stores.redis_hashes import StoreReadError
+from serving.stores.redis_reader import DamagedValueError
 from tests.promises import Promises
 from tests.ranking import ranked
 

@@ -20,7 +20,7 @@ from serving.command import open_ranker
 from serving.ranking.ranker import RankService
 from serving.routes.app import create_app
 from serving.routes.server import NoTimeError, kind_of
-from serving.stores.redis_reader import StoreReadError
+from serving.stores.redis_hashes import StoreReadError
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,8 @@ import pytest
 from feature_repo import datasets
 from serving.benchmarks.faultproxy import Fault, FaultProxy
 from serving.stores.features import FeastReader
-from serving.stores.redis_reader import (
-    DamagedValueError,
-    RedisReader,
-    StoreReadError,
-    WrongStoreError,
-    decoded,
-)
+from serving.stores.redis_hashes import StoreReadError, WrongStoreError
+from serving.stores.redis_reader import DamagedValueError, RedisReader, decoded
 
 CONTRACT = datasets.load_contract("online_retail")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -379,7 +374,7 @@ def test_over_tls_the_first_read_of_each_connection_is_in_its_time(
             return len(found)
 
         assert asyncio.run(read_at_once()) == 4
-        made = reader.hashes._connection_class
+        made = reader.hashes._shared_tls
         assert made is not None
         first, second = made(ssl_ca_certs=str(tmp_path / "ca.pem")), made()
         assert first.ssl_context is second.ssl_context  # made once, and not within a read's time
