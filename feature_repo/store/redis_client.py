@@ -201,6 +201,8 @@ def _of_list(text: str) -> RedisAddress:
         name, equals, value = part.partition("=")
         if equals:
             options[name] = _value(name, value)
+        elif options and ":" not in part:
+            raise _no_node()
         else:
             nodes.append(_node(part))
     if not nodes:
@@ -215,12 +217,16 @@ def _node(text: str) -> tuple[str, int]:
         host, port = text, str(PORT)
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdigit():
-        # It may be the rest of a password with a comma, so it is not shown.
-        raise SettingsError(
-            "MEMOIR_REDIS has a part that is neither host:port nor option=value. A password that holds a comma is said in a "
-            "URL: redis://user:first%2Csecond@host:6379"
-        )
+        raise _no_node()
     return host, int(port)
+
+
+def _no_node() -> SettingsError:
+    """The error for a part of an address; it may be the rest of a password, so it is not shown."""
+    return SettingsError(
+        "MEMOIR_REDIS has a part that is neither host:port nor option=value. A password that holds a comma is said in a "
+        "URL: redis://user:first%2Csecond@host:6379"
+    )
 
 
 def _value(name: str, text: str) -> Any:
