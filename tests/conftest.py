@@ -385,7 +385,6 @@ class Redis:
         if not shutil.which("redis-server"):
             missing("redis-server")
         self.port = free_port()
-        self.options = options
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         self._command = [*command, "--dir", str(folder), *options]
         self._process: subprocess.Popen[bytes] | None = None

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from feature_repo.datasets import load_contract
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import CHECKOUT, Settings
 from serving.benchmarks.openloop import Outcome, Target, open_loop, poisson
+from serving.benchmarks.redises import Redis, connects, wait_for
 from serving.command import listenable
 
 DEADLINE_MS = 400.0
@@ -54,28 +54,6 @@ SERVE = {
     "MEMOIR_SERVE_WATCH_S": "0.2",
     "MEMOIR_SERVE_BODY_S": "2",
 }
-
-
-@dataclass
-class Redis:
-    """A Redis that may be killed."""
-
-    port: int
-    folder: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--appendonly", "no", "--dir", str(self.folder)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_for(lambda: connects(self.port))
-
-    def send(self, number: signal.Signals) -> None:
-        if self.process is None:
-            raise RuntimeError("it was not started")
-        self.process.send_signal(number)
-        if number == signal.SIGKILL:
-            self.process.wait(timeout=10)
 
 
 @dataclass
@@ -115,22 +93,6 @@ class Site:
 
     def load(self, seconds: float) -> Outcome:
         return asyncio.run(open_loop(self.target, poisson(RATE, seconds, seed=1), keep=True))
-
-
-def connects(port: int) -> bool:
-    """Whether anybody listens."""
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> float:
-    """Wait until something holds; returns the seconds that it took."""
-    began = time.monotonic()
-    while not true():
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"it did not come within {seconds} s")
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def main() -> None:
             "of it: 500 items": items_alone,
             "floor: the same HMGET, undecoded": bare,
         }
-        spent = await _interleaved(calls, len(asked))
+        spent = await interleaved_calls(calls, len(asked))
         await fast.hashes.close()
         ours_ms = spent["ours: user and 500 items"][0]
         return [
@@ -112,7 +112,7 @@ def main() -> None:
     report("readers", config, asyncio.run(run()), arguments.json)
 
 
-async def _interleaved(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
+async def interleaved_calls(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
     """Median CPU and wall milliseconds of each call, in turns of `TURN` calls, so that load spares none
     and none pays for the garbage of another; after a round of all requests that warms up.
     """

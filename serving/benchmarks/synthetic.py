@@ -33,7 +33,7 @@ from modeling import models, recipes
 from modeling.bundle import bundle as bundles
 from modeling.inputs.columns import Index, Vocabulary
 from modeling.inputs.encoder import Encoder
-from serving.benchmarks.faults import Redis
+from serving.benchmarks.redises import Redis
 from serving.command import listenable
 
 ITEMS = tuple(f"item-{number}" for number in range(3_000))

@@ -29,16 +29,14 @@ from serving.benchmarks.faults import (
     DEADLINE_MS,
     FAULTS,
     SERVE,
-    Redis,
     Site,
     Weathered,
-    connects,
     degraded_of,
-    wait_for,
     weather,
     withstand,
 )
 from serving.benchmarks.openloop import Outcome
+from serving.benchmarks.redises import Redis, connects, wait_for
 
 SLACK_MS = 150.0  # client and server share two cores
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from feature_repo.store.online_erase import OnlineEraser
 from feature_repo.store.redis_client import slot_of
 from feature_repo.store.redis_writer import key_of_user
 from feature_repo.store.store import close_store, open_store
+from serving.benchmarks.redises import Cluster, Sentinels
 from serving.live.live import BundleSource, Live, Serving
 from serving.live.notes import Notes
 from serving.live.store_watch import FILLS_ONLINE, StoreState, look_of, why_it_may_lose_keys
@@ -31,7 +34,7 @@ from serving.stores.guarded import GuardedReader
 from serving.stores.opened import open_events_store
 from serving.stores.redis_hashes import ClusterHashes, ShardReadError, StoreReadError
 from serving.stores.redis_reader import RedisReader
-from tests.redises import Cluster, Sentinels, wait_until
+from tests.conftest import missing
 
 CONTRACT = load_contract("online_retail")
 SERVICE = "ranking_v1_tokens_online"
@@ -102,6 +105,8 @@ def sent(settings: Settings, helpers: Any, **environ: str) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three masters."""
+    if not shutil.which("redis-server"):
+        missing("redis-server")
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     made.start()
     yield made
@@ -182,9 +187,6 @@ def test_users_are_read_while_their_slot_moves(on_cluster: World, cluster: Clust
         for client in (clients[target], clients[source], clients[3 - source - target]):
             client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", names[target])
         found.append(await read())
-        wait_until(
-            lambda: reader.hashes._node_of[slot][1] == cluster.nodes[target].port
-        ) if False else None
         for _ in range(20):
             found.append(await read())
             await asyncio.sleep(0.05)
@@ -284,7 +286,7 @@ def test_users_of_other_shards_are_read_while_one_is_away(
         dump = Path(redis.Redis(port=lost.port).config_get("dir")["dir"], "dump.rdb")
         redis.Redis(port=lost.port).save()
         assert dump.exists()
-        lost.stop()
+        lost.send(signal.SIGKILL)
         failed, slowest = 0, 0.0
         for user in (of_lost * 20)[:60]:
             began = time.perf_counter()
@@ -316,6 +318,8 @@ def test_users_of_other_shards_are_read_while_one_is_away(
 @pytest.fixture(scope="module")
 def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
     """A master and a replica."""
+    if not shutil.which("redis-sentinel"):
+        missing("redis-sentinel")
     made = Sentinels(tmp_path_factory.mktemp("sentinels"), "watch-word")
     made.start()
     yield made
@@ -351,7 +355,7 @@ def test_a_failover_loses_no_event_that_was_replicated_and_stops_no_reader(
 
     async def through_failover() -> None:
         before = await read_all(reader, users)
-        sentinels.stores[0].stop()
+        sentinels.stores[0].send(signal.SIGKILL)
         until = time.monotonic() + 30
         while True:
             try:

@@ -1,27 +1,68 @@
-"""A Redis Cluster and a Redis behind Sentinels, of our own, on free loopback ports."""
+"""Redis servers of our own on free loopback ports: one, a cluster of masters, or one that Sentinels watch over."""
 
 from __future__ import annotations
 
-import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import redis
-
-from tests.conftest import Redis, free_port, missing, wait_for_port
+from serving.command import listenable
 
 SLOTS = 16_384
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for something that must come true."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not true within {seconds} s"
-        time.sleep(0.05)
+@dataclass
+class Redis:
+    """A Redis that may be killed.
+
+    Args:
+        folder: where it works.
+        options: further ones of `redis-server`.
+
+    Example:
+        >>> redis = Redis(6400, Path("/tmp"))
+        >>> redis.start()
+        >>> redis.send(signal.SIGKILL)
+    """
+
+    port: int
+    folder: Path
+    options: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--save", "", "--appendonly", "no", "--dir", str(self.folder), *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_for(lambda: connects(self.port))
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process is None:
+            raise RuntimeError("it was not started")
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait(timeout=10)
+
+
+def connects(port: int) -> bool:
+    """Whether anybody listens."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> float:
+    """Wait until something holds; returns the seconds that it took."""
+    began = time.monotonic()
+    while not true():
+        if time.monotonic() - began > seconds:
+            raise TimeoutError(f"it did not come within {seconds} s")
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 class Cluster:
@@ -32,14 +73,17 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, masters: int = 3) -> None:
-        self.nodes = []
+        self.nodes: list[Redis] = []
+        self._buses: list[int] = []
         for number in range(masters):
             own = folder / f"node-{number}"
             own.mkdir(parents=True)
-            options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+            bus = listenable("127.0.0.1", 0)
+            options = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
             # The others go on where one is lost, as a store of features should.
             options += ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"]
-            self.nodes.append(Redis(own, *options))
+            self.nodes.append(Redis(listenable("127.0.0.1", 0), own, tuple(options)))
+            self._buses.append(bus)
 
     def start(self) -> None:
         for node in self.nodes:
@@ -50,13 +94,14 @@ class Cluster:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         first_node = self.clients()[0]
-        for node in self.nodes[1:]:
-            bus = node.options[node.options.index("--cluster-port") + 1]
+        for node, bus in zip(self.nodes[1:], self._buses[1:], strict=True):
             first_node.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
-        wait_until(lambda: all(self._is_whole(client) for client in self.clients()))
+        wait_for(lambda: all(self._is_whole(client) for client in self.clients()))
 
-    def clients(self) -> list[redis.Redis]:
+    def clients(self) -> list[Any]:
         """A client of each node."""
+        import redis
+
         return [redis.Redis(port=node.port) for node in self.nodes]
 
     @property
@@ -65,9 +110,9 @@ class Cluster:
 
     def stop(self) -> None:
         for node in self.nodes:
-            node.stop()
+            node.send(signal.SIGKILL)
 
-    def _is_whole(self, client: redis.Redis) -> bool:
+    def _is_whole(self, client: Any) -> bool:
         said = client.execute_command("CLUSTER", "INFO").decode().split()
         known = dict(line.split(":") for line in said)
         whole = known["cluster_known_nodes"] == str(len(self.nodes))
@@ -85,26 +130,26 @@ class Sentinels:
     NAME = "shop"
 
     def __init__(self, folder: Path, password: str) -> None:
-        if not shutil.which("redis-sentinel"):
-            missing("redis-sentinel")
         self._password = password
-        self.stores = []
+        self.stores: list[Redis] = []
         for name in ("master", "replica"):
             (folder / name).mkdir(parents=True)
-            self.stores.append(Redis(folder / name))
+            self.stores.append(Redis(listenable("127.0.0.1", 0), folder / name))
         self._folder = folder
         self.ports: list[int] = []
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
+        import redis
+
         master, replica = self.stores
         master.start()
         replica.start()
-        client = redis.Redis(port=replica.port)
+        client: Any = redis.Redis(port=replica.port)
         client.replicaof("127.0.0.1", master.port)
-        wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+        wait_for(lambda: client.info("replication")["master_link_status"] == "up")
         for number in range(3):
-            port = free_port()
+            port = listenable("127.0.0.1", 0)
             file = self._folder / f"sentinel-{number}.conf"
             file.write_text(
                 f"port {port}\nbind 127.0.0.1\nrequirepass {self._password}\nsentinel sentinel-pass {self._password}\n"
@@ -115,8 +160,8 @@ class Sentinels:
             process = subprocess.Popen(["redis-sentinel", str(file)], stdout=subprocess.DEVNULL)
             self._processes.append(process)
             self.ports.append(port)
-            wait_for_port(port, process)
-        wait_until(lambda: all(self._watches(port) for port in self.ports))
+            wait_for(lambda port=port: connects(port))  # type: ignore[misc]
+        wait_for(lambda: all(self._watches(port) for port in self.ports))
 
     @property
     def address(self) -> str:
@@ -125,13 +170,15 @@ class Sentinels:
 
     def stop(self) -> None:
         for process in self._processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.wait(timeout=10)
         for store in self.stores:
-            store.stop()
+            store.send(signal.SIGKILL)
 
     def _watches(self, port: int) -> bool:
         """Whether a Sentinel knows the replica and the other Sentinels."""
-        client = redis.Redis(port=port, password=self._password)
+        import redis
+
+        client: Any = redis.Redis(port=port, password=self._password)
         state = client.sentinel_masters()[self.NAME]
         return bool(state["num-slaves"] == 1 and state["num-other-sentinels"] == 2)
