@@ -14,6 +14,7 @@ from cyclopts import App
 from rich.console import Console
 
 from feature_repo.errors import ExpectedError
+from feature_repo.store.redis_client import advice_on
 
 # Modules that each extra brings, beside those of `features`
 EXTRAS = {
@@ -78,8 +79,8 @@ def run(command: Callable[[], Any]) -> int:
     """Run a command line to its exit code: 0 done, 1 refused with a reason, 2 called wrongly, 130
     interrupted.
 
-    An `ExpectedError` becomes one line. Any other error is a fault of ours, and its traceback is
-    shown.
+    An `ExpectedError` becomes one line, and so does a service that is away or refuses. Any other error is a fault of
+    ours, and its traceback is shown.
     """
     from cyclopts import CycloptsError
 
@@ -124,6 +125,26 @@ def run(command: Callable[[], Any]) -> int:
             f"the disk is full{f', writing {error.filename}' if error.filename else ''}: nothing was published"
         )
         return 1
+    except Exception as error:
+        said = advice_on(error) or _said_by_database(error)
+        if said is None:
+            raise
+        complain(said)
+        return 1
+
+
+def _said_by_database(error: BaseException) -> str | None:
+    """A line for people on a database that is away or refuses; None of any other error."""
+    if "sqlalchemy" not in sys.modules:
+        return None
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    if not isinstance(error, InterfaceError | OperationalError):
+        return None
+    return (
+        f"the database of the registry or the catalogue did not do it, {str(error.orig).strip()}; look at MEMOIR_REGISTRY_URL and "
+        "MEMOIR_CATALOGUE, and run the command again"
+    )
 
 
 def extra_of(module: str) -> str:

@@ -157,7 +157,9 @@ class Sentinels:
                 f"sentinel down-after-milliseconds {self.NAME} 500\n"
                 f"sentinel failover-timeout {self.NAME} 3000\n"
             )
-            process = subprocess.Popen(["redis-sentinel", str(file)], stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                ["redis-server", str(file), "--sentinel"], stdout=subprocess.DEVNULL
+            )
             self._processes.append(process)
             self.ports.append(port)
             wait_for(lambda port=port: connects(port))  # type: ignore[misc]

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from feature_repo.history.history import HistoryError
+from feature_repo.store.redis_client import advice_on
 from serving.api.errors import InvalidRequestError, NotReadyError, ServingError, StoreAwayError
 from serving.api.messages import decode_events
 from serving.api.pools import run_in
@@ -52,7 +53,7 @@ async def take_events(request: Request) -> Response:
         except Exception as error:
             # Whatever a store's client raises
             server.metrics.events.labels("failed").inc(len(events))
-            logger.warning("events could not be taken: %s: %s", type(error).__name__, error)
+            logger.warning("events could not be taken: %s", advice_on(error) or error)
             raise StoreAwayError(
                 f"the online store did not take the events within {settings.events_s:g} s "
                 f"({type(error).__name__}); some may be there: send them again, which adds none twice"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +16,7 @@ from feature_repo.store.redis_client import (
     RedisAddress,
     async_client_of,
     kind_of,
+    said_by_redis,
     slot_of,
 )
 
@@ -28,8 +28,6 @@ Node = tuple[str, int]
 Fields = Sequence[Sequence[bytes]]
 Hash = list[bytes | None]
 CONNECT_S = 0.05
-# What a client puts before what Redis said, with the key in it
-PIPELINE = re.compile(r"^Command # \d+ .* of pipeline caused error: ", re.DOTALL)
 logger = logging.getLogger(__name__)
 
 
@@ -310,7 +308,7 @@ async def _within(timeout_s: float, reading: Awaitable[list[Hash]]) -> list[Hash
         async with asyncio.timeout(timeout_s):
             return await reading
     except (redis.exceptions.ResponseError, redis.exceptions.AuthenticationError) as error:
-        raise StoreReadError(f"Redis refused to answer: {PIPELINE.sub('', str(error))}") from error
+        raise StoreReadError(f"Redis refused to answer: {said_by_redis(error)}") from error
     except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
         raise StoreReadError(
             f"Redis did not answer within {1000 * timeout_s:.0f} ms: {type(error).__name__}: {error}"
