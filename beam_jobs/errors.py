@@ -4,6 +4,7 @@ feature_repo.errors.ExpectedError
 ├── OptionsError             options that do not go together, or name what is not there (exit code 2)
 ├── RunnerError              a runner cannot run here
 ├── OtherCodeError           a worker has other code than the machine that started the run
+├── OtherPlaceError          a worker would read or write another place than is meant
 ├── NotEnoughItemsError      an evaluation request cannot get its fixed number of negatives
 └── BreaksLiveError          the live bundle reads what would no longer be online
 
@@ -25,6 +26,10 @@ class RunnerError(ExpectedError, RuntimeError):
 
 class OtherCodeError(ExpectedError, RuntimeError):
     """A worker has other code than the machine that started the run."""
+
+
+class OtherPlaceError(ExpectedError, RuntimeError):
+    """A worker would read or write another place than is meant."""
 
 
 class NotEnoughItemsError(ExpectedError, ValueError):

@@ -8,7 +8,7 @@ Standard library only.
 | `MEMOIR_HOME` | built tables, runs, bundles, catalogue | `.memoir` in the checkout; of an installed package, in the working folder |
 | `MEMOIR_PROFILE` | Feast profile: `local` or `production` | `local` |
 | `MEMOIR_CATALOGUE` | SQLAlchemy URL of the catalogue | SQLite under the home |
-| `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile | |
+| `MEMOIR_REGISTRY_URL`, `MEMOIR_REDIS` | of the production profile; as `MEMOIR_CATALOGUE`, a value or where it is kept: `file:///run/secrets/redis`, `gs://…` | |
 | `MEMOIR_REDIS_TYPE` | of the production profile: `redis`, `redis_cluster` or `redis_sentinel` | `redis` |
 | `MEMOIR_REDIS_MASTER` | what Sentinels call the master | `mymaster` |
 | `MEMOIR_SERVE_…` | of the server: `serving/api/settings.py` | |
@@ -38,6 +38,10 @@ OF_THE_SERVER = "MEMOIR_SERVE_"
 LINK = re.compile(
     r"MEMOIR(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
+# What they hold shows to nobody: no log, no plan of a run
+SECRETS = ("MEMOIR_REDIS", "MEMOIR_REGISTRY_URL")
+# A variable that begins so says where a secret is kept
+KEPT = ("file:///", "gs://", "s3://")
 VARIABLES = frozenset(
     f"MEMOIR_{name}"
     for name in (
@@ -93,9 +97,7 @@ class Settings:
                 f"MEMOIR_DATA must name the folder that holds the raw data; {data} is {what}"
             )
         home = f"{root}/{dataset}"
-        catalogue = (
-            os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
-        )
+        catalogue = secret("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
         default = root == str(CHECKOUT / ".memoir") and dataset == DEFAULT_DATASET
         return Settings(dataset, data, home, profile, catalogue, default)
 
@@ -148,6 +150,32 @@ def declared_dataset() -> Declared:
             "on PYTHONPATH"
         )
     return Declared(value.rpartition(".")[2], str(Path(found.origin).parent))
+
+
+def is_reference(text: str) -> bool:
+    """Return whether a variable says where a secret is kept: a file, or an object of a store that Arrow reads."""
+    return text.startswith(KEPT)
+
+
+def secret(name: str) -> str | None:
+    """The value of a variable that holds a secret, or that says where it is kept; None where it is not set.
+
+    Raises:
+        SettingsError: there is nothing to read.
+    """
+    text = os.environ.get(name) or None
+    if text is None or not is_reference(text):
+        return text
+    from pyarrow.fs import FileSystem
+
+    try:
+        filesystem, path = FileSystem.from_uri(text)
+        with filesystem.open_input_stream(path) as stream:
+            return str(stream.read().decode().strip())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{name} says that it is kept in {text}, which cannot be read: {error}"
+        ) from error
 
 
 def is_of_kubernetes(name: str, value: str) -> bool:

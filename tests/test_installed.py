@@ -3,11 +3,14 @@
 import csv
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,14 +60,14 @@ def python(
     )
 
 
-def write_log(folder: Path) -> None:
+def write_log(folder: Path, events: int = 6000) -> None:
     rng = random.Random(0)
     first = datetime(2026, 1, 1)
     folder.mkdir()
     with open(folder / "log.csv", "w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["customer", "product", "time", "price"])
-        for _ in range(6000):
+        for _ in range(events):
             user = rng.randrange(60)
             item = (3 * user + int(rng.expovariate(0.2))) % 120
             at = first + timedelta(minutes=rng.randrange(90 * 1440))
@@ -92,6 +95,99 @@ def test_from_a_csv_to_a_ranked_list(site: Path, tmp_path: Path) -> None:
     assert (tmp_path / ".memoir" / "my_shop" / "catalogue.db").is_file()
     assert sorted(site.rglob("*.py")) == before
     assert not (site / ".memoir").exists()
+
+
+# Every job in one process, on workers of a portable runner
+ELSEWHERE = """
+import sys
+from beam_jobs.__main__ import app as jobs
+from feature_repo import cli
+from feature_repo.__main__ import app as features
+from modeling.__main__ import app as models
+
+FLAGS = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=EXTERNAL", f"--environment_config=localhost:{sys.argv[1]}"]
+
+def run(app, *words):
+    code = cli.run(lambda: app(list(words)))
+    print("==", words[0], code, flush=True)
+    if code:
+        sys.exit(code)
+
+for job in ("events", "user_history", "item_stats", "training_examples"):
+    run(jobs, job, *FLAGS)
+run(features, "apply")
+run(jobs, "materialize", *FLAGS)
+run(models, "train", "vista_tiny", "--set", "training.epochs=1")
+run(models, "evaluate", "vista_tiny", "--set", "training.epochs=1")
+run(models, "export", "vista_tiny", "--set", "training.epochs=1")
+run(jobs, "summary_tokens", "--bundle=vista_tiny", *FLAGS)
+"""
+
+
+@pytest.mark.slow
+def test_every_job_runs_on_a_worker_in_another_place(
+    site: Path, tmp_path: Path, redis_address: str, helpers: Any
+) -> None:
+    """Which has the wheel and an empty environment: tables and bundle come from the home, the declaration with the run, and
+    secrets from where the launcher's variables say that they are kept.
+    """
+    for name in ("launcher", "worker", "bucket"):
+        (tmp_path / name).mkdir()
+    other = tmp_path / "site"
+    shutil.copytree(site, other)
+    write_log(tmp_path / "bucket" / "raw", 2000)
+    made = run(
+        site,
+        tmp_path / "launcher",
+        "features",
+        "new",
+        "my_shop",
+        "--events",
+        "../bucket/raw/log.csv",
+    )
+    assert made.returncode == 0, made.stderr
+    bucket = (tmp_path / "bucket").as_uri()
+    secrets = {"REDIS": redis_address, "REGISTRY_URL": f"sqlite:///{tmp_path}/registry.db"}
+    for name, value in secrets.items():
+        (tmp_path / name).write_text(value)
+    port = helpers.free_port()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    pool = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "apache_beam.runners.worker.worker_pool_main",
+            f"--service_port={port}",
+        ],
+        cwd=tmp_path / "worker",
+        env={"PATH": path, "PYTHONPATH": str(other)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        helpers.wait_for_port(port, pool)
+        done = python(
+            site,
+            tmp_path / "launcher",
+            ELSEWHERE,
+            str(port),
+            MEMOIR_DATASET="./my_shop.py",
+            MEMOIR_DATA=f"{bucket}/raw",
+            MEMOIR_HOME=bucket,
+            MEMOIR_PROFILE="production",
+            **{f"MEMOIR_{name}": (tmp_path / name).as_uri() for name in secrets},
+        )
+    finally:
+        os.killpg(pool.pid, signal.SIGKILL)
+        pool.wait()
+    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-3000:])
+    assert "60 of 60 users covered" in done.stdout
+    assert "is live" in done.stdout
+    home = tmp_path / "bucket" / "my_shop"
+    assert (home / "summary_tokens" / "manifest.json").is_file()
+    assert list((home / "bundles").rglob("bundle.json"))
+    assert not list((tmp_path / "worker").iterdir())
 
 
 def test_the_wheel_has_what_it_runs_with_and_no_more(site: Path) -> None:

@@ -77,7 +77,7 @@ class PlanThreads(ThreadMap):
 
     def setup(self) -> None:
         """Refuse to work beside other code."""
-        self.plan.refuse_other_code()
+        self.plan.begin()
 
 
 class ReadUnit(PlanThreads):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -49,7 +50,9 @@ def pipeline_of(
         raise OptionsError(
             f"Beam takes no such options ({' '.join(beam_args)}): {message}"
         ) from error
-    _ = made | "List inputs" >> beam.Create(units) | job.name >> job.steps(plan)
+    # Workers do not ask the catalogue, whose address may hold a password.
+    steps = job.steps(replace(plan, catalogue_url=""))
+    _ = made | "List inputs" >> beam.Create(units) | job.name >> steps
     return made
 
 

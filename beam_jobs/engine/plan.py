@@ -6,17 +6,21 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from beam_jobs.engine.options import RunOptions
-from beam_jobs.errors import OtherCodeError
+from beam_jobs.engine.surroundings import Surroundings
+from beam_jobs.errors import OtherCodeError, OtherPlaceError
 from feature_repo import datasets
 from feature_repo.contract.contract import Contract
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, Manifest, Part
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 CORES = os.cpu_count() or 1
 Found = TypeVar("Found")
@@ -51,6 +55,8 @@ class RunPlan:
             the run.
         max_bad_fraction: share of bad rows; None is the dataset's for raw rows, 0 for built tables.
         num_threads: threads of one worker that work on elements side by side.
+        surroundings: of the machine that planned the run.
+        online_file: the online store where that is a file.
     """
 
     job: str
@@ -66,6 +72,8 @@ class RunPlan:
     num_threads: int = 1
     code_of: str = ""
     code: str = ""
+    surroundings: Surroundings | None = field(default=None, repr=False)
+    online_file: str = ""
 
     @property
     def contract(self) -> Contract:
@@ -116,6 +124,35 @@ class RunPlan:
                 f"a worker of job {self.job!r} has other code ({here}) than the machine that started it ({self.code}): "
                 "nothing was published. Install one version of Memoir and of the dataset's module on both"
             )
+
+    def begin(self) -> None:
+        """Make this process one that can work for the run.
+
+        Raises:
+            OtherCodeError: see `refuse_other_code`.
+        """
+        if self.surroundings is not None:
+            self.surroundings.take_place()
+        # Finds the module where it lies elsewhere
+        datasets.load(self.dataset)
+        self.refuse_other_code()
+
+    def open_store(self) -> FeatureStore:
+        """The Feast store of the run.
+
+        Raises:
+            OtherPlaceError: it is a file, and on this machine another one.
+        """
+        from feature_repo.store.store import ONLINE, local_file, open_store
+
+        settings = self.settings
+        if self.online_file and str(local_file(settings, ONLINE)) != self.online_file:
+            raise OtherPlaceError(
+                f"the online store of the local profile is the file {self.online_file} of the machine that started the run; a worker "
+                f"in another place would write {local_file(settings, ONLINE)}. Set MEMOIR_PROFILE=production, or MEMOIR_HOME to a folder "
+                "that both share"
+            )
+        return open_store(settings)
 
     def read_input(self, job: str, table: str) -> pa.Table:
         """Read that table, parts in order."""

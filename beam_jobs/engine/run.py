@@ -16,6 +16,7 @@ from beam_jobs.engine.options import RunOptions, naming
 from beam_jobs.engine.parts import add_empty_tables, collect
 from beam_jobs.engine.pipeline import pipeline_of, run_pipeline, threads_of
 from beam_jobs.engine.plan import InputPart, RunPlan, Unit
+from beam_jobs.engine.surroundings import Surroundings
 from feature_repo import datasets
 from feature_repo.contract.arrow import iso_micros, micros_iso
 from feature_repo.history.known import NEVER
@@ -23,6 +24,7 @@ from feature_repo.home.erased import erased_of
 from feature_repo.home.tables import JobFolder, Manifest, Part, StaleTableError, digest_of
 from feature_repo.settings import Settings
 from feature_repo.store.received import Received
+from feature_repo.store.store import ONLINE, local_file
 
 # Inputs that no job builds
 SOURCES = ("raw", "received", "views", "erased")
@@ -108,6 +110,8 @@ def plan_run(job: Job, settings: Settings, options: RunOptions, as_of: str | Non
         pinned=pinned,
         code_of=type(job).__module__,
         code=inputs["code"],
+        surroundings=Surroundings.here(settings.dataset),
+        online_file=str(local_file(settings, ONLINE)) if settings.profile == "local" else "",
     )
     return Planned(plan, units, inputs)
 

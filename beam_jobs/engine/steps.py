@@ -18,8 +18,8 @@ class PlanDoFn(beam.DoFn):
         self.plan = plan
 
     def setup(self) -> None:
-        """Refuse to work beside other code."""
-        self.plan.refuse_other_code()
+        """Take the run's surroundings, and refuse to work beside other code."""
+        self.plan.begin()
 
 
 class Each(PlanDoFn):
@@ -51,9 +51,7 @@ class WriteView(PlanDoFn):
     def setup(self) -> None:
         """Open the store once for each worker process."""
         super().setup()
-        from feature_repo.store.store import open_store
-
-        self._store = open_store(self.plan.settings)
+        self._store = self.plan.open_store()
 
     def process(self, element: tuple[str, bytes]) -> Iterator[tuple[str, int]]:
         from feature_repo.store.online_rows import write_rows

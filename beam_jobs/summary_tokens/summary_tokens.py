@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import apache_beam as beam
 import pyarrow.compute as pc
 
-from beam_jobs.engine.bundles import bundle_at
+from beam_jobs.engine.bundles import bundle_at, bundle_folder, keep_bundle
 from beam_jobs.engine.inputs import output_is_there
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.options import RunOptions, TokenOptions
@@ -106,9 +106,8 @@ class WriteTokens(PlanDoFn):
         """Open the store once for each worker process."""
         super().setup()
         from feature_repo.store.online_tokens import OnlineTokens
-        from feature_repo.store.store import open_store
 
-        self._tokens = OnlineTokens(open_store(self.plan.settings), self.plan.contract)
+        self._tokens = OnlineTokens(self.plan.open_store(), self.plan.contract)
 
     def process(self, piece: Piece) -> Iterator[str]:
         """Writes, each value at the time at which it was computed, and notes how many were newer
@@ -145,7 +144,8 @@ def summariser_of(plan: RunPlan) -> Summariser:
     torch.set_num_threads(1)
     options = prepared(plan)
     assert options.bundle is not None
-    return load_summariser(options.path, plan.contract, options.bundle, options.device)
+    folder = bundle_folder(plan.home, Path(options.path), options.kept)
+    return load_summariser(str(folder), plan.contract, options.bundle, options.device)
 
 
 def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
@@ -168,7 +168,7 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     # 1. A version keeps the kind and the snapshots that it was begun with.
     full = asked.full or (begun is not None and begun["code"] != code)
     wanted = {n: value for n in ("every_days", "kind") if (value := getattr(asked, n)) is not None}
-    kept = (
+    as_begun = (
         {n: begun[n] for n in ("every_days", "kind")}
         if begun
         else {"every_days": 0.0, "kind": "fp16"}
@@ -176,12 +176,12 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     if (
         begun is not None
         and not full
-        and (other := {n: v for n, v in wanted.items() if v != kept[n]})
+        and (other := {n: v for n, v in wanted.items() if v != as_begun[n]})
     ):
         raise OptionsError(
-            f"tokens of version {version} were built with {kept}, asked for are {other}: pass --full to build them anew"
+            f"tokens of version {version} were built with {as_begun}, asked for are {other}: pass --full to build them anew"
         )
-    chosen = {**kept, **wanted}
+    chosen = {**as_begun, **wanted}
     # 2. Tokens go online again where the store is new or was emptied.
     settings = plan.settings
     lost = published is not None and (
@@ -196,13 +196,12 @@ def prepare(plan: RunPlan, published: Manifest | None) -> RunPlan:
     runs = [name.run for part in parts if (name := PartName.of(part.path))]
     ended = () if begun is None or full else tuple(begun.get("as_of", ()))
     ends = sorted({*ended, plan.as_of})
+    kept = Catalogue(plan.catalogue_url).bundle(plan.dataset, str(asked.bundle)).path
+    keep_bundle(plan.home, settings.path(kept), kept)
     options = PreparedOptions(
         **{**asdict(asked), **chosen, "full": full, "refill": asked.refill or lost},
-        path=str(
-            settings.path(
-                Catalogue(plan.catalogue_url).bundle(plan.dataset, str(asked.bundle)).path
-            )
-        ),
+        path=str(settings.path(kept)),
+        kept=kept,
         versions={**before.get("versions", {}), version: {**chosen, "code": code, "as_of": ends}},
         run_number=max(runs, default=0) + 1,
         computed_at_micros=_claim(plan, asked, before.get("computed_at_micros", 0)),

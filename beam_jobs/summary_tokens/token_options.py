@@ -23,7 +23,8 @@ class PreparedOptions(ResolvedOptions):
     """All that a worker must know; made once the run holds its folder.
 
     Args:
-        path: of the bundle.
+        path: of the bundle, on the machine that planned the run.
+        kept: where it is below a home that is an object store.
         versions: how each version in the manifest was begun: kind, snapshots, code, and the runs'
             `as_of` so far.
         run_number: of the run, in the names of its parts.
@@ -32,6 +33,7 @@ class PreparedOptions(ResolvedOptions):
     """
 
     path: str = ""
+    kept: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
     run_number: int = 0
     computed_at_micros: int = 0

@@ -22,7 +22,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +84,10 @@ class Dataset:
             columns = parse.theirs(self.spec, kind)
             optional = parse.optional(self.spec, kind)
             units += sources.units_of(source, self._folder(data), kind, columns, optional)
+        if data is None and self.shipped:
+            # A worker may have them elsewhere.
+            shown = len(f"{SHIPPED}/")
+            units = [replace(u, file=f"{sources.SHIPPED}{u.file[shown:]}") for u in units]
         return units
 
     @property

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -40,6 +41,8 @@ BATCH_ROWS = 16_384
 LONG_ROW = 4_096
 # `raw.texts` says which texts are too long
 csv.field_size_limit(sys.maxsize)
+# Before the name of a file that lies in this package, wherever that is installed
+SHIPPED = "shipped:"
 BOM = b"\xef\xbb\xbf"
 FORMATS = {
     ".csv": "csv",
@@ -772,7 +775,9 @@ def _text_of(value: Any) -> str | None:
 
 
 def located(file: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a path or a URI."""
+    """File system and path of a path, a URI, or a file that is shipped with this package."""
+    if file.startswith(SHIPPED):
+        file = str(Path(__file__).resolve().parent.parent / "data" / file.removeprefix(SHIPPED))
     if "://" in file:
         filesystem, path = pafs.FileSystem.from_uri(file)
         return filesystem, path

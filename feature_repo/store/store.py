@@ -21,6 +21,8 @@ import sqlite3
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,7 @@ from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError, SettingsError, nearest
 from feature_repo.home import engines  # noqa: F401  # settings of every engine, Feast's too
-from feature_repo.settings import CHECKOUT, Settings, declared_dataset
+from feature_repo.settings import CHECKOUT, SECRETS, Settings, declared_dataset, secret
 from feature_repo.store.redis_client import (
     KINDS,
     SENTINEL,
@@ -45,6 +47,7 @@ from feature_repo.store.redis_client import (
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+    from feast.repo_config import RepoConfig
 
 REPO = CHECKOUT / "feature_repo"
 LOCAL_YAML = REPO / "feature_store.yaml"
@@ -83,8 +86,19 @@ def yaml_path(settings: Settings) -> Path:
 
 
 def _production_yaml(settings: Settings) -> Path:
-    """The production profile; where `MEMOIR_DATASET` is no plain name, or Redis is a cluster or behind Sentinels, a copy
-    that says so.
+    """The production profile as Feast's own commands read it; where it must say more than the one in the checkout, a copy
+    in the home.
+    """
+    text = _production_text(settings)
+    if text == PRODUCTION_YAML.read_text():
+        return PRODUCTION_YAML
+    path = settings.path("feature_store.yaml")
+    _write_changed(path, text)
+    return path
+
+
+def _production_text(settings: Settings) -> str:
+    """The production profile: with the dataset's name where `MEMOIR_DATASET` is no plain one, and the kind of Redis.
 
     Raises:
         SettingsError: a variable that it reads is not set, or `MEMOIR_REDIS_TYPE` is no kind of Redis.
@@ -101,16 +115,13 @@ def _production_yaml(settings: Settings) -> Path:
         raise SettingsError(
             f"MEMOIR_REDIS_TYPE must be one of {KINDS}, not {kind!r}{nearest(kind, KINDS)}"
         )
-    RedisAddress.parse(os.environ["MEMOIR_REDIS"])
-    if os.environ.get("MEMOIR_DATASET") == settings.dataset and kind == KINDS[0]:
-        return PRODUCTION_YAML
-    path = settings.path("feature_store.yaml")
+    RedisAddress.parse(secret("MEMOIR_REDIS") or "")
+    if os.environ.get("MEMOIR_DATASET") != settings.dataset:
+        text = text.replace("${MEMOIR_DATASET}", settings.dataset)
     more = "" if kind == KINDS[0] else f"  redis_type: {kind}\n"
     if kind == SENTINEL:
         more += f"  sentinel_master: {os.environ.get('MEMOIR_REDIS_MASTER') or 'mymaster'}\n"
-    text = text.replace("${MEMOIR_DATASET}", settings.dataset)
-    _write_changed(path, text.replace("  type: redis\n", f"  type: redis\n{more}"))
-    return path
+    return text.replace("  type: redis\n", f"  type: redis\n{more}")
 
 
 def _write_changed(path: Path, text: str) -> None:
@@ -134,9 +145,7 @@ def store_digest(settings: Settings) -> str:
     """
     if settings.profile == "local":
         return "local"
-    return hashlib.sha256(os.path.expandvars(yaml_path(settings).read_text()).encode()).hexdigest()[
-        :16
-    ]
+    return hashlib.sha256(os.path.expandvars(_production_text(settings)).encode()).hexdigest()[:16]
 
 
 def open_store(settings: Settings) -> FeatureStore:
@@ -152,7 +161,32 @@ def open_store(settings: Settings) -> FeatureStore:
             f"the registry {local_file(settings, REGISTRY)} is of a home that lies elsewhere: its tables are in {elsewhere[0]}. "
             "Run `python -m feature_repo apply`, which makes this home's own"
         )
-    return FeatureStore(repo_path=str(REPO), fs_yaml_file=yaml_path(settings))
+    if settings.profile == "local":
+        return FeatureStore(repo_path=str(REPO), fs_yaml_file=yaml_path(settings))
+    return FeatureStore(config=_production_config(settings))
+
+
+def _production_config(settings: Settings) -> RepoConfig:
+    """What Feast makes of the production profile, with the secrets themselves where variables say where they are kept."""
+    import yaml
+    from feast.repo_config import RepoConfig
+
+    with _secrets():
+        text = os.path.expandvars(_production_text(settings))
+    config = RepoConfig(**yaml.safe_load(text))
+    config.repo_path = REPO
+    return config
+
+
+@contextmanager
+def _secrets() -> Iterator[None]:
+    """The environment with secrets in place of where they are kept."""
+    before = {name: os.environ[name] for name in SECRETS if name in os.environ}
+    os.environ |= {name: secret(name) or "" for name in before}
+    try:
+        yield
+    finally:
+        os.environ |= before
 
 
 def close_store(store: FeatureStore) -> None:
@@ -313,6 +347,7 @@ def feast_apply(settings: Settings) -> str:
         # The command works in a folder of its own.
         named = str(Path(named).expanduser().resolve())
     environment = {**os.environ, "MEMOIR_DATASET": named, "MEMOIR_HOME": settings.root}
+    environment |= {name: secret(name) or "" for name in SECRETS if name in os.environ}
     command = [
         sys.executable,
         "-c",

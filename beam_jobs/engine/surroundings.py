@@ -1,0 +1,70 @@
+"""What a run's workers need of the launcher's environment, wherever they are: variables that are no secret, and the
+declaration of a dataset that lies in a file of one's own.
+
+A secret (`MEMOIR_REDIS`, `MEMOIR_REGISTRY_URL`) never travels. Where the launcher's variable says where it is kept,
+`file:///run/secrets/redis` or `gs://…`, workers look there; else they have a variable of that name of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from feature_repo import datasets
+from feature_repo.errors import SettingsError
+from feature_repo.settings import SECRETS, declared_dataset, is_reference
+
+PLAIN = ("MEMOIR_DATASET", "MEMOIR_REDIS_TYPE", "MEMOIR_REDIS_MASTER")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """See the module docstring.
+
+    Args:
+        dataset: its name.
+        variables: that workers take unless they have their own.
+        module: text of the dataset's module, where that is none of this package's.
+
+    Example:
+        >>> Surroundings.here("online_retail").variables
+        {'MEMOIR_REDIS': 'file:///run/secrets/redis'}
+    """
+
+    dataset: str
+    variables: Mapping[str, str] = field(default_factory=dict)
+    module: str = field(default="", repr=False)
+
+    @staticmethod
+    def here(dataset: str) -> Surroundings:
+        """What this process has."""
+        given = {name: value for name in (*PLAIN, *SECRETS) if (value := os.environ.get(name))}
+        variables = {n: text for n, text in given.items() if n in PLAIN or is_reference(text)}
+        declared = declared_dataset()
+        module = ""
+        if declared.folder and declared.name == dataset:
+            module = Path(declared.folder, f"{dataset}.py").read_text()
+        return Surroundings(dataset, variables, module)
+
+    def take_place(self) -> None:
+        """Make them this process's own; where it has them already nothing changes."""
+        if "MEMOIR_DATASET" not in os.environ and self.module and not self._is_here():
+            folder = tempfile.mkdtemp(prefix="memoir-dataset-")
+            file = Path(folder, f"{self.dataset}.py")
+            file.write_text(self.module)
+            os.environ["MEMOIR_DATASET"] = str(file)
+        for name, value in self.variables.items():
+            os.environ.setdefault(name, value)
+
+    def _is_here(self) -> bool:
+        """Whether the variable alone leads to the module, as where its package is installed."""
+        os.environ["MEMOIR_DATASET"] = self.variables["MEMOIR_DATASET"]
+        try:
+            return self.dataset in datasets.names()
+        except SettingsError:
+            return False
+        finally:
+            del os.environ["MEMOIR_DATASET"]
