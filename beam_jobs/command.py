@@ -31,6 +31,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from beam_jobs.engine.dask import with_dask
 from beam_jobs.engine.inputs import current_inputs, output_is_there, why_anew
 from beam_jobs.engine.options import Common, RunOptions, TokenOptions, naming
 from beam_jobs.registry import MODULES, load_job
@@ -81,13 +82,13 @@ def run_command(
     # Beam need not print it too.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
+    arguments = with_dask([f"--runner={common.runner}", *beam_args])
     refuse_unknown(beam_args, name, options, common)
     from beam_jobs.engine.describe import describe
     from beam_jobs.engine.run import plan_run, run
 
     # 3. Name the run by its inputs and options.
     job = load_job(name)
-    arguments = [f"--runner={common.runner}", *beam_args]
     resolved = job.resolve(settings, options)
     planned = plan_run(job, settings, resolved, common.as_of)
     plan = planned.plan

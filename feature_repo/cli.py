@@ -29,6 +29,7 @@ EXTRAS = {
         "grpc",
     ),
     "beam": ("apache_beam",),
+    "dask": ("distributed",),
     "train": (
         "torch",
         "safetensors",

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from feature_repo.settings import Settings
 
 Kind = Literal["fp32", "fp16", "int8"]
-# As Beam knows them; a test holds the two equal.
+# As Beam knows them, a test holds the two equal; and Dask's, which it knows by its full name alone
 RUNNERS = (
     "FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner", "PrismRunner",
     "PortableRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "KafkaStreamsRunner",
-    "InteractiveRunner", "TestDirectRunner", "TestDataflowRunner",
+    "InteractiveRunner", "TestDirectRunner", "TestDataflowRunner", "DaskRunner",
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class Common:
     Args:
         runner: Beam runner by name. FnApiRunner and DirectRunner run here; PrismRunner wants
             --prism_location, PortableRunner --job_endpoint, FlinkRunner and SparkRunner Java and
-            their jar, DataflowRunner the extra `gcp` and a project.
+            their jar, DataflowRunner the extra `gcp` and a project, DaskRunner the extra `dask` and
+            --dask_client_address.
         dry_run: print graph, inputs and estimated rows; write nothing.
         as_of: ISO time (UTC): build as if now were then; the default is the end of the data.
         force: build again, even if the result is up to date.

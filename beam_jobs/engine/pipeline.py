@@ -19,6 +19,7 @@ from typing import IO
 
 import apache_beam as beam
 
+from beam_jobs.engine.dask import with_dask
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.plan import CORES, RunPlan, Unit
 from beam_jobs.errors import OptionsError, RunnerError
@@ -44,7 +45,7 @@ def pipeline_of(
     from apache_beam.options.pipeline_options import PipelineOptions
 
     try:
-        made = beam.Pipeline(options=PipelineOptions(list(beam_args)))
+        made = beam.Pipeline(options=PipelineOptions(with_dask(beam_args)))
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise OptionsError(

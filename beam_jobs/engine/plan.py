@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
 
+from beam_jobs.engine.dask import refuse_own_hashes
 from beam_jobs.engine.options import RunOptions
 from beam_jobs.engine.surroundings import Surroundings
 from beam_jobs.errors import OtherCodeError, OtherPlaceError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CORES = os.cpu_count() or 1
 Found = TypeVar("Found")
+_OF_THREAD = local()
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,17 @@ class RunPlan:
 
         Raises:
             OtherCodeError: see `refuse_other_code`.
+            OtherPlaceError: see `refuse_own_hashes`.
         """
         if self.surroundings is not None:
             self.surroundings.take_place()
+        refuse_own_hashes()
         # Finds the module where it lies elsewhere
         datasets.load(self.dataset)
         self.refuse_other_code()
 
     def open_store(self) -> FeatureStore:
-        """The Feast store of the run.
+        """The Feast store of the run, opened once by each thread that works for it.
 
         Raises:
             OtherPlaceError: it is a file, and on this machine another one.
@@ -152,7 +156,12 @@ class RunPlan:
                 f"in another place would write {local_file(settings, ONLINE)}. Set MEMOIR_PROFILE=production, or MEMOIR_HOME to a folder "
                 "that both share"
             )
-        return open_store(settings)
+        # Some runners set up a step anew for each piece of work.
+        opened: dict[str, FeatureStore] = getattr(_OF_THREAD, "stores", {})
+        if self.run_id not in opened:
+            opened = {self.run_id: open_store(settings)}
+            _OF_THREAD.stores = opened
+        return opened[self.run_id]
 
     def read_input(self, job: str, table: str) -> pa.Table:
         """Read that table, parts in order."""

@@ -509,7 +509,7 @@ def test_runners_are_those_that_beam_knows() -> None:
 
     from feature_repo.errors import UsageError
 
-    assert set(RUNNERS) == set(StandardOptions.KNOWN_RUNNER_NAMES)
+    assert set(RUNNERS) == {*StandardOptions.KNOWN_RUNNER_NAMES, "DaskRunner"}
     assert Common(runner="directrunner").runner == "directrunner"  # as Beam takes it
     assert Common(runner="fnapi").runner == "fnapi"
     with pytest.raises(UsageError, match="did you mean FlinkRunner"):
