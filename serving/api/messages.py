@@ -29,6 +29,20 @@ MSGPACK = "application/msgpack"
 MAX_BODY_BYTES = 1 << 20
 # Values of a bag in a request's context
 MAX_LIST = 1_000
+# Messages that callers write
+ASKED = frozenset(
+    {
+        "Event",
+        "EventsRequest",
+        "ExplainRequest",
+        "HistoryRequest",
+        "RankBatch",
+        "RankContext",
+        "RankRequest",
+        "WhatIf",
+    }
+)
+BEYOND_DOUBLES = "Beyond 2^53 a client that reads numbers as doubles, as JavaScript does, changes an id: let the dataset declare such ids as text"
 INT64 = range(-(2**63), 2**63)
 EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST = datetime(2262, 1, 1, tzinfo=UTC)
@@ -636,10 +650,38 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
     )
     if contract is not None:
         _ids_of(contract, components)
+    _lists_of_tuples(components)
+    for name in ASKED & set(components):
+        _say_defaults(components[name])
     components["Degraded"]["description"] = "; ".join(
         f"`{reason}`: {reason.meaning}" for reason in Degraded
     )
     return components
+
+
+def _say_defaults(schema: dict[str, Any]) -> None:
+    """Leave out the defaults of what a caller may leave out, and say those that are values: generators of clients take a
+    field with a default for one that is always there.
+    """
+    for field in schema["properties"].values():
+        default = field.pop("default", None)
+        if default is not None:
+            said = f"Default: {json.dumps(default)}."
+            field["description"] = f"{field.get('description', '')} {said}".strip()
+
+
+def _lists_of_tuples(schema: Any) -> None:
+    """Write tuples of one kind as lists of a fixed length: generators of clients know no `prefixItems`."""
+    if isinstance(schema, list):
+        for each in schema:
+            _lists_of_tuples(each)
+    if not isinstance(schema, dict):
+        return
+    if kinds := schema.pop("prefixItems", None):
+        assert all(kind == kinds[0] for kind in kinds), kinds
+        schema["items"] = kinds[0]
+    for each in schema.values():
+        _lists_of_tuples(each)
 
 
 def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
@@ -647,7 +689,13 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
     user, item = (
         {"type": "string", "minLength": 1, "maxLength": MAX_ID_BYTES}
         if entity.dtype is DType.STRING
-        else {"type": "integer", "minimum": INT64.start, "maximum": INT64.stop - 1}
+        else {
+            "type": "integer",
+            "format": "int64",
+            "minimum": INT64.start,
+            "maximum": INT64.stop - 1,
+            "description": BEYOND_DOUBLES,
+        }
         for entity in (contract.user, contract.item)
     )
     for name in ("RankRequest", "EventsRequest", "ExplainRequest", "HistoryRequest"):
@@ -657,4 +705,7 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
     components["HistoryRequest"]["properties"]["items"]["items"] = item
     components["ExplainRequest"]["properties"]["candidate"] = item
     for name in ("item_ids", "unknown_items"):
-        components["RankResponse"]["properties"][name]["items"] = {"type": item["type"]}
+        kept = ("type", "format", "description")
+        components["RankResponse"]["properties"][name]["items"] = {
+            key: item[key] for key in kept if key in item
+        }

@@ -66,27 +66,36 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "events", "Remember a user's new events", "EventsRequest", "EventsResponse", **erased
         )
     # 2. The routes that only answer.
-    plain = {
-        path: {"get": {"summary": text, "responses": {"200": {"description": "ok"}, **extra}}}
-        for path, text, extra in (
-            ("/livez", "the process runs", {}),
+    some_json = {"description": "ok", "content": {JSON: {"schema": {"type": "object"}}}}
+    text = {"description": "ok", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    not_ready = {"503": reply("not ready", "ErrorBody")}
+    plain: dict[str, dict[str, dict[str, Any]]] = {
+        path: {"get": {"operationId": operation, "summary": summary, "responses": responses}}
+        for path, operation, summary, responses in (
+            ("/livez", "live", "the process runs", {"200": some_json}),
             (
                 "/readyz",
+                "ready",
                 "a bundle is loaded and warm, and the online store holds something",
-                {"503": reply("not ready", "ErrorBody")},
+                {"200": some_json, **not_ready},
             ),
-            ("/metrics", "Prometheus metrics", {}),
-            ("/v1/models", "what ranks, what ranked before, what was refused", {}),
+            ("/metrics", "metrics", "Prometheus metrics", {"200": text}),
+            (
+                "/v1/models",
+                "models",
+                "what ranks, what ranked before, what was refused",
+                {"200": some_json},
+            ),
             (
                 "/v1/overview",
+                "overview",
                 "some users and items, how fresh the tables are, the last report",
-                {
-                    "200": reply("done", "OverviewResponse"),
-                    "503": reply("not ready", "ErrorBody"),
-                },
+                {"200": reply("done", "OverviewResponse"), **not_ready},
             ),
         )
     }
+    # Orchestrators and scrapers that have no key may ask for the first.
+    plain["/livez"]["get"]["security"] = []
     # 3. The document, with a schema of every message.
     return {
         "openapi": "3.1.0",
@@ -95,6 +104,19 @@ def openapi_document(contract: Contract | None) -> dict[str, Any]:
             "version": "0.1.0",
             "description": "Ranks candidates with a user's whole history in view.",
         },
+        # Wherever the document was read from
+        "servers": [{"url": "/"}],
+        # Where no keys are configured, none is asked for.
+        "security": [{}, {"api_key": []}],
         "paths": {**{path: {"post": described} for path, described in posts.items()}, **plain},
-        "components": {"schemas": schemas(contract)},
+        "components": {
+            "schemas": schemas(contract),
+            "securitySchemes": {
+                "api_key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "one of MEMOIR_SERVE_API_KEYS, with the scope of the route",
+                }
+            },
+        },
     }
