@@ -131,6 +131,7 @@ def serve(settings: ServeSettings) -> int:
     """Serve until stopped; without a bundle that can be served, not ready, and says why.
 
     Raises:
+        SettingsError: a setting cannot be.
         PortTakenError: the address cannot be listened on.
         DeviceError: there is no such device.
     """
@@ -138,6 +139,10 @@ def serve(settings: ServeSettings) -> int:
     home = Settings.from_env()
     datasets.load_contract(home.dataset)
     yaml_path(home)
+    if settings.bundle is not None and not (settings.bundle / "bundle.json").is_file():
+        raise SettingsError(
+            f"bundle (--bundle or MEMOIR_SERVE_BUNDLE) names {settings.bundle}, which is no folder of a bundle: expected bundle.json in it"
+        )
     if settings.stop_s <= max(settings.header_s, settings.body_s):
         raise SettingsError(
             f"stop_s is {settings.stop_s}, and a head or body may take {max(settings.header_s, settings.body_s):g} s: a "

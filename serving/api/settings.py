@@ -53,6 +53,8 @@ class ServeSettings(BaseSettings):
     deadline_ms: Positive = 250.0
     # Milliseconds of these for the online store
     store_ms: Positive = 50.0
+    # Bytes of an answer from which on it is compressed, for callers who read gzip; 0: never
+    compress_bytes: Annotated[int, Field(ge=0)] = 8_192
     # Requests of a process under way; more are refused at once
     max_in_flight: Annotated[int, Field(ge=1)] = 16
     # The same of `POST /v1/events`

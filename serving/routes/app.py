@@ -22,7 +22,7 @@ from serving.live.live import Live, Serving
 from serving.ranking.ranker import RankService
 from serving.routes import event_routes, explain_routes, operation_routes, rank_routes
 from serving.routes.auth import Handler, requires
-from serving.routes.middleware import EXCEPTION_HANDLERS, Observed, RefusesFirst
+from serving.routes.middleware import EXCEPTION_HANDLERS, Compressed, Observed, RefusesFirst
 from serving.routes.server import Server
 from serving.stores.guarded import GuardedReader, ThreadedReader
 
@@ -102,6 +102,7 @@ def app_of(
         middleware=[
             Middleware(RefusesFirst, server=server, paths=paths, rankings=rankings),
             Middleware(Observed, server=server, paths=paths),
+            Middleware(Compressed, smallest=server.settings.compress_bytes),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,

@@ -5,12 +5,15 @@ is counted, logged and traced; errors become readable bodies.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Collection
 from datetime import UTC, datetime
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -134,6 +137,26 @@ class Observed:
             "timings": server_timing(timings),
         }
         access.info(msgspec.json.encode(line).decode(), extra={"fields": line})
+
+
+class Compressed:
+    """Compresses answers for callers who say that they read gzip (`Accept-Encoding`).
+
+    Args:
+        smallest: bytes of an answer, from where on it is worth its time; 0: none is.
+    """
+
+    def __init__(self, app: ASGIApp, smallest: int) -> None:
+        self._plain = app
+        # The first level: the others take three times as long for a tenth fewer bytes.
+        self._packs = GZipMiddleware(app, minimum_size=smallest, compresslevel=1)
+        self._smallest = smallest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = Headers(scope=scope).get("accept-encoding", "") if scope["type"] == "http" else ""
+        refuses = re.search(r"gzip\s*;\s*q=0(\.0*)?\s*(,|$)", asked) is not None
+        app = self._packs if self._smallest and not refuses else self._plain
+        await app(scope, receive, send)
 
 
 def server_timing(timings: dict[str, float]) -> str:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from feature_repo import datasets
 from feature_repo.contract.arrow import arrow_type
 from feature_repo.contract.schema import MAX_ID_BYTES
+from feature_repo.errors import SettingsError
 from feature_repo.history.history import from_batches
 from feature_repo.home.tables import JobFolder
 from modeling.inputs.encoder import RequestColumns
@@ -36,10 +37,12 @@ from serving.api.messages import (
     RankRequest,
     decode_request,
 )
-from serving.command import open_ranker
+from serving.api.settings import ServeSettings
+from serving.command import open_ranker, serve
 from serving.ranking.ranker import RankService
 from serving.routes.app import create_app
 from serving.routes.bodies import read_body
+from serving.routes.page import PAGE
 from serving.stores.features import UserRow
 from serving.stores.items import ItemTable, Loaded, published_rows
 from tests.ranking import ranked
@@ -734,3 +737,26 @@ def test_a_port_that_is_taken_is_said_in_a_line() -> None:
         taken.listen()
         with pytest.raises(PortTakenError, match="Choose another --port"):
             listenable("127.0.0.1", taken.getsockname()[1])
+
+
+def test_long_answers_are_compressed_for_who_reads_that(client: Client) -> None:
+    def asked(path: str, encoding: str) -> Any:
+        return client.request("GET", path, headers={"accept-encoding": encoding})
+
+    for accepted in ("gzip", "br, gzip;q=0.5"):
+        page = asked("/", accepted)
+        assert page.headers["content-encoding"] == "gzip"
+        assert page.headers["vary"] == "Accept-Encoding"
+        assert int(page.headers["content-length"]) < len(page.content) / 2
+        assert page.content == PAGE.body
+    for refused in ("identity", "gzip;q=0", "gzip; q=0.0, br"):
+        plain = asked("/", refused)
+        assert "content-encoding" not in plain.headers
+        assert plain.content == PAGE.body
+    assert "content-encoding" not in asked("/livez", "gzip").headers
+
+
+def test_a_bundle_that_is_not_there_ends_the_command(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MEMOIR_HOME", str(tmp_path))
+    with pytest.raises(SettingsError, match="which is no folder of a bundle"):
+        serve(ServeSettings(bundle=tmp_path / "none", port=0))
