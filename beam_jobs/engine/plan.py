@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from threading import Lock, local
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CORES = os.cpu_count() or 1
 Found = TypeVar("Found")
-_OF_THREAD = local()
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class RunPlan:
         self.refuse_other_code()
 
     def open_store(self) -> FeatureStore:
-        """The Feast store of the run, opened once by each thread that works for it.
+        """The Feast store of the run.
 
         Raises:
             OtherPlaceError: it is a file, and on this machine another one.
@@ -156,12 +155,7 @@ class RunPlan:
                 f"in another place would write {local_file(settings, ONLINE)}. Set MEMOIR_PROFILE=production, or MEMOIR_HOME to a folder "
                 "that both share"
             )
-        # Some runners set up a step anew for each piece of work.
-        opened: dict[str, FeatureStore] = getattr(_OF_THREAD, "stores", {})
-        if self.run_id not in opened:
-            opened = {self.run_id: open_store(settings)}
-            _OF_THREAD.stores = opened
-        return opened[self.run_id]
+        return open_store(settings)
 
     def read_input(self, job: str, table: str) -> pa.Table:
         """Read that table, parts in order."""

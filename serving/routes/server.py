@@ -25,6 +25,7 @@ from serving.api.metrics import Metrics
 from serving.api.pools import Pools
 from serving.api.settings import ServeSettings
 from serving.api.tracing import Tracing
+from serving.live import systemd
 from serving.live.live import Live, Serving
 from serving.ranking.shadow import Shadow
 from serving.ranking.states import OUTCOMES
@@ -286,8 +287,12 @@ class Server:
 
     async def observe_for_ever(self) -> None:
         """Set the gauges of each process, since a scrape of all meets one of them."""
+        said = False
         while True:
             self.observe()
+            if not said and self.why_not_ready() is None:
+                systemd.notify(systemd.READY)
+                said = True
             for serving in self.loaded().values():
                 await asyncio.to_thread(serving.ranker.forget_old_users)
             await self.close_unused_logs()
@@ -295,6 +300,7 @@ class Server:
 
     async def close(self) -> None:
         """Write what is to be written, and let go of threads and connections."""
+        systemd.notify(systemd.STOPPING)
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
         for log in self.logs:
