@@ -31,7 +31,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from beam_jobs.engine.dask import with_dask
 from beam_jobs.engine.inputs import current_inputs, output_is_there, why_anew
 from beam_jobs.engine.options import Common, RunOptions, TokenOptions, naming
 from beam_jobs.registry import MODULES, load_job
@@ -82,6 +81,8 @@ def run_command(
     # Beam need not print it too.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     logging.getLogger().setLevel(logging.ERROR)
+    from beam_jobs.engine.pipeline import with_dask
+
     arguments = with_dask([f"--runner={common.runner}", *beam_args])
     refuse_unknown(beam_args, name, options, common)
     from beam_jobs.engine.describe import describe

@@ -13,8 +13,7 @@ from typing import Any
 from cyclopts import App
 from rich.console import Console
 
-from feature_repo.errors import ExpectedError
-from feature_repo.store.redis_client import advice_on
+from feature_repo.errors import ExpectedError, advice_on
 
 # Modules that each extra brings, beside those of `features`
 EXTRAS = {

@@ -24,7 +24,24 @@ Decoders of stored bytes have errors of their own (`history.HistoryError`,
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What clients put around what Redis said, with the key in it, and what Beam puts behind it
+AROUND = re.compile(
+    r"^Command # \d+ .* of pipeline caused error: (\(['\"])?|['\"],\)$| \[while running '[^']*'\]$",
+    re.DOTALL,
+)
+# What to do by the error's class
+ADVICE = {
+    "AuthenticationError": "look at user and password in MEMOIR_REDIS",
+    "NoPermissionError": "the user in MEMOIR_REDIS needs more rights: docs/production.md lists the commands",
+    "ReadOnlyError": "MEMOIR_REDIS names a replica: name the master, or its Sentinels (MEMOIR_REDIS_TYPE=redis_sentinel)",
+    "MovedError": "this is a node of a cluster: MEMOIR_REDIS_TYPE=redis_cluster",
+    "OutOfMemoryError": "its memory is full: raise maxmemory, and run the command again",
+    "ConnectionError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
+    "TimeoutError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
+}
 
 
 class ExpectedError(Exception):
@@ -66,3 +83,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def said_by_redis(error: BaseException) -> str:
+    """What Redis said, without the keys and values that clients put around it."""
+    text = AROUND.sub("", str(error)).removesuffix(".")
+    return f"{type(error).__name__}: {text}"
+
+
+def advice_on(error: BaseException) -> str | None:
+    """A line for people on an error of a Redis client, wherever in the chain of causes it is; None of any other error."""
+    found: BaseException | None = error
+    while found is not None and not type(found).__module__.startswith("redis."):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return None
+    names = [one.__name__ for one in type(found).__mro__]
+    advice = next((ADVICE[name] for name in names if name in ADVICE), "run the command again")
+    return f"the online store's Redis did not do it, {said_by_redis(found)}; {advice}"

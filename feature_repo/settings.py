@@ -97,7 +97,9 @@ class Settings:
                 f"MEMOIR_DATA must name the folder that holds the raw data; {data} is {what}"
             )
         home = f"{root}/{dataset}"
-        catalogue = secret("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
+        catalogue = (
+            os.environ.get("MEMOIR_CATALOGUE") or f"sqlite:///{_local(home, dataset)}/catalogue.db"
+        )
         default = root == str(CHECKOUT / ".memoir") and dataset == DEFAULT_DATASET
         return Settings(dataset, data, home, profile, catalogue, default)
 
@@ -155,27 +157,6 @@ def declared_dataset() -> Declared:
 def is_reference(text: str) -> bool:
     """Return whether a variable says where a secret is kept: a file, or an object of a store that Arrow reads."""
     return text.startswith(KEPT)
-
-
-def secret(name: str) -> str | None:
-    """The value of a variable that holds a secret, or that says where it is kept; None where it is not set.
-
-    Raises:
-        SettingsError: there is nothing to read.
-    """
-    text = os.environ.get(name) or None
-    if text is None or not is_reference(text):
-        return text
-    from pyarrow.fs import FileSystem
-
-    try:
-        filesystem, path = FileSystem.from_uri(text)
-        with filesystem.open_input_stream(path) as stream:
-            return str(stream.read().decode().strip())
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{name} says that it is kept in {text}, which cannot be read: {error}"
-        ) from error
 
 
 def is_of_kubernetes(name: str, value: str) -> bool:

@@ -19,7 +19,6 @@ from typing import IO
 
 import apache_beam as beam
 
-from beam_jobs.engine.dask import with_dask
 from beam_jobs.engine.job import Job
 from beam_jobs.engine.plan import CORES, RunPlan, Unit
 from beam_jobs.errors import OptionsError, RunnerError
@@ -27,6 +26,12 @@ from feature_repo.errors import ExpectedError
 
 # Runners whose workers are this process or its children
 HERE = ("fnapirunner", "directrunner", "")
+# Beam (2.77) does not know its own runner on Dask by a short name, registers none of its options, and puts 128 elements
+# of a source into one task.
+DASK = ("dask", "daskrunner")
+FULL_NAME = "apache_beam.runners.dask.dask_runner.DaskRunner"
+# A unit of work is a task
+PARTITIONS = ("--dask_npartitions", "--dask_partition_size")
 # Beam's name of a thread that waits for a worker, and the module that such a worker runs
 WORKER_THREAD = "run_worker"
 WORKER_MODULE = b"apache_beam.runners.worker.sdk_worker_main"
@@ -55,6 +60,33 @@ def pipeline_of(
     steps = job.steps(replace(plan, catalogue_url=""))
     _ = made | "List inputs" >> beam.Create(units) | job.name >> steps
     return made
+
+
+def is_dask(runner: str) -> bool:
+    """Return whether a name of a runner means Beam's on Dask."""
+    return runner.lower() in (*DASK, FULL_NAME.lower())
+
+
+def with_dask(beam_args: Sequence[str]) -> list[str]:
+    """Arguments as Beam takes them; others than Dask's stay as they are.
+
+    Raises:
+        OptionsError: Dask's scheduler is not installed.
+    """
+    named = [a for a in beam_args if a.startswith("--runner=") and is_dask(a.partition("=")[2])]
+    if not named:
+        return list(beam_args)
+    try:
+        import distributed  # noqa: F401
+        from apache_beam.runners.dask import dask_runner  # noqa: F401  # registers its options
+    except ImportError as error:
+        raise OptionsError(
+            f"--runner=dask needs the extra `dask`, pip install 'memoir-rec[dask]': {error}"
+        ) from error
+    found = [a for a in beam_args if a not in named]
+    if not any(a.startswith(PARTITIONS) for a in found):
+        found.append("--dask_partition_size=1")
+    return [f"--runner={FULL_NAME}", *found]
 
 
 def run_pipeline(made: beam.Pipeline, beam_args: Sequence[str]) -> None:

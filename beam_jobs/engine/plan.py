@@ -6,22 +6,18 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
-from beam_jobs.engine.dask import refuse_own_hashes
 from beam_jobs.engine.options import RunOptions
-from beam_jobs.engine.surroundings import Surroundings
+from beam_jobs.engine.surroundings import Surroundings, refuse_own_hashes
 from beam_jobs.errors import OtherCodeError, OtherPlaceError
 from feature_repo import datasets
 from feature_repo.contract.contract import Contract
 from feature_repo.home.code import code_digest
 from feature_repo.home.tables import JobFolder, Manifest, Part
 from feature_repo.settings import CHECKOUT, DEFAULT_DATASET, Settings
-
-if TYPE_CHECKING:
-    from feast import FeatureStore
 
 CORES = os.cpu_count() or 1
 Found = TypeVar("Found")
@@ -140,7 +136,7 @@ class RunPlan:
         datasets.load(self.dataset)
         self.refuse_other_code()
 
-    def open_store(self) -> FeatureStore:
+    def open_store(self) -> Any:
         """The Feast store of the run.
 
         Raises:

@@ -8,11 +8,13 @@ A secret (`MEMOIR_REDIS`, `MEMOIR_REGISTRY_URL`) never travels. Where the launch
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from beam_jobs.errors import OtherPlaceError
 from feature_repo import datasets
 from feature_repo.errors import SettingsError
 from feature_repo.settings import SECRETS, declared_dataset, is_reference
@@ -68,3 +70,25 @@ class Surroundings:
             return False
         finally:
             del os.environ["MEMOIR_DATASET"]
+
+
+def refuse_own_hashes() -> None:
+    """Refuse to work in a process of Dask's whose hashes of texts are its own: Dask gathers what belongs together by
+    them, and would part it without a word.
+
+    Raises:
+        OtherPlaceError: this is one.
+    """
+    if "distributed.worker" not in sys.modules:
+        return
+    from distributed.worker import get_worker
+
+    try:
+        get_worker()
+    except ValueError:
+        return
+    if os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise OtherPlaceError(
+            "a Dask worker hashes texts by a seed of its own, so that rows which belong together would be parted: start workers by "
+            "`dask worker`, whose nanny sets PYTHONHASHSEED alike for all, or set it yourself"
+        )

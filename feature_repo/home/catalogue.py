@@ -29,6 +29,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from feature_repo.errors import ExpectedError
 from feature_repo.home import engines  # noqa: F401  # settings of every engine
+from feature_repo.home.secrets import revealed
 
 # Share of users with a history who must have tokens before a bundle that reads them goes live.
 COVERAGE_TO_GO_LIVE = 0.99
@@ -158,6 +159,7 @@ class Catalogue:
     """Open (and, the first time, create) the catalogue at a SQLAlchemy URL."""
 
     def __init__(self, url: str) -> None:
+        url = revealed(url, "MEMOIR_CATALOGUE")
         parsed = make_url(url)
         if (
             parsed.get_backend_name() == "sqlite"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from feature_repo.contract.arrow import EPOCH
-from feature_repo.store.redis_client import client_of, is_cluster, slot_of, tag_of_slot
+from feature_repo.home.redis_client import client_of, is_cluster, slot_of, tag_of_slot
 from feature_repo.store.redis_writer import key_of_user, queue_script
 
 UserId = int | str

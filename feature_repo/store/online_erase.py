@@ -19,9 +19,9 @@ from feature_repo.contract.arrow import arrow_schema
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP, Table
 from feature_repo.history.lists import MADE_OF
+from feature_repo.home.redis_client import client_of
 from feature_repo.store.event_log import EventLog, log_of
 from feature_repo.store.online_rows import write_rows
-from feature_repo.store.redis_client import client_of
 from feature_repo.store.redis_writer import split_key
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from feature_repo.contract.arrow import EPOCH, NO_VALUE, arrow_schema, from_micros
 from feature_repo.contract.contract import TOKEN_VERSION, Contract
+from feature_repo.home.redis_client import client_of, is_cluster, slot_of
 from feature_repo.store.event_log import (
     LAST,
     Entry,
@@ -45,7 +46,6 @@ from feature_repo.store.event_log import (
     last_of_sqlite,
 )
 from feature_repo.store.online_rows import write_rows
-from feature_repo.store.redis_client import client_of, is_cluster, slot_of
 from feature_repo.store.redis_writer import expire, key_of_user, queue_script
 
 if TYPE_CHECKING:

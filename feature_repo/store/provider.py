@@ -32,6 +32,7 @@ from feature_repo import datasets
 from feature_repo.history import lists
 from feature_repo.history.envelope import from_bytes
 from feature_repo.history.lists import MADE_OF
+from feature_repo.home.redis_client import async_client_of, client_of
 from feature_repo.store.event_log import log_of
 from feature_repo.store.online_users import HISTORY as HISTORY_OF
 from feature_repo.store.online_users import STATS, TOKENS, plain_value, upsert_sqlite
@@ -66,9 +67,7 @@ class MemoirProvider(PassthroughProvider):
     def online_store(self) -> Any:
         """Feast's own store; of Redis one whose clients are those of Memoir's settings."""
         if self._online_store is None and self.repo_config.online_store.type == "redis":
-            from feature_repo.store.redis_store import RedisStore
-
-            self._online_store = RedisStore()
+            self._online_store = _redis_store()
         return super().online_store
 
     @property
@@ -105,6 +104,31 @@ class MemoirProvider(PassthroughProvider):
     ) -> list[Read]:
         store = MadeWhenRead(self.online_store)
         return await store.online_read_async(config, table, entity_keys, requested_features)
+
+
+def _redis_store() -> OnlineStore:
+    """Feast's Redis store with clients of Memoir's settings (`home/redis_client.py`): an address may be a URL, a password is
+    what it is, and Sentinels have users of their own. Layout and every answer are Feast's.
+    """
+    # An extra: not where another store is in use
+    from feast.infra.online_stores.redis import RedisOnlineStore
+
+    class RedisStore(RedisOnlineStore):
+        _client: Any = None
+        _client_async: Any = None
+
+        def _get_client(self, online_store_config: Any) -> Any:
+            if self._client is None:
+                self._client = client_of(online_store_config)
+            return self._client
+
+        async def _get_client_async(self, online_store_config: Any) -> Any:
+            if self._client_async is None:
+                self._client_async = async_client_of(online_store_config)
+            return self._client_async
+
+    store: OnlineStore = RedisStore()
+    return store
 
 
 class MadeWhenRead(OnlineStore):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_repo.store.redis_client import client_of
+from feature_repo.home.redis_client import client_of
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -36,14 +36,15 @@ from feature_repo.contract.meaning import Meaning
 from feature_repo.contract.schema import CREATED_TIMESTAMP, EVENT_TIMESTAMP
 from feature_repo.errors import ExpectedError, SettingsError, nearest
 from feature_repo.home import engines  # noqa: F401  # settings of every engine, Feast's too
-from feature_repo.settings import CHECKOUT, SECRETS, Settings, declared_dataset, secret
-from feature_repo.store.redis_client import (
+from feature_repo.home.redis_client import (
     KINDS,
     SENTINEL,
     RedisAddress,
     is_cluster,
     tag_of_slot,
 )
+from feature_repo.home.secrets import secret
+from feature_repo.settings import CHECKOUT, SECRETS, Settings, declared_dataset
 
 if TYPE_CHECKING:
     from feast import FeatureStore

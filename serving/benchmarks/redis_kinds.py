@@ -15,8 +15,8 @@ from typing import Any
 
 from feature_repo.benchmarks import parser, report
 from feature_repo.datasets import load_contract
+from feature_repo.home.redis_client import CLUSTER, KINDS, SENTINEL
 from feature_repo.settings import Settings
-from feature_repo.store.redis_client import CLUSTER, KINDS, SENTINEL
 from feature_repo.store.store import open_store
 from serving.benchmarks.readers import interleaved_calls
 from serving.benchmarks.redises import Cluster, Sentinels

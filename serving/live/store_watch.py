@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.datasets import load_contract
 from feature_repo.home.known_users import SentUsers
+from feature_repo.home.redis_client import client_of
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
-from feature_repo.store.redis_client import client_of
 from feature_repo.store.redis_writer import key_of_user
 from feature_repo.store.store import STORE_ID, held_epoch, names_of_note, noted
 from serving.live.notes import Notes

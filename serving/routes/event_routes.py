@@ -8,8 +8,8 @@ import logging
 from starlette.requests import Request
 from starlette.responses import Response
 
+from feature_repo.errors import advice_on
 from feature_repo.history.history import HistoryError
-from feature_repo.store.redis_client import advice_on
 from serving.api.errors import InvalidRequestError, NotReadyError, ServingError, StoreAwayError
 from serving.api.messages import decode_events
 from serving.api.pools import run_in

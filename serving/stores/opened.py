@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from feature_repo.home.redis_client import with_socket_timeout
 from feature_repo.settings import Settings
-from feature_repo.store.redis_client import with_socket_timeout
 from feature_repo.store.store import open_store
 from serving.stores.last_seen import NothingSeenError, store_from_copy
 

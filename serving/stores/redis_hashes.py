@@ -10,13 +10,12 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from feature_repo.errors import ExpectedError
-from feature_repo.store.redis_client import (
+from feature_repo.errors import ExpectedError, said_by_redis
+from feature_repo.home.redis_client import (
     CLUSTER,
     RedisAddress,
     async_client_of,
     kind_of,
-    said_by_redis,
     slot_of,
 )
 

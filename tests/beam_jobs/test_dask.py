@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from beam_jobs.engine.dask import FULL_NAME, is_dask, refuse_own_hashes, with_dask
 from beam_jobs.engine.options import Common
+from beam_jobs.engine.pipeline import FULL_NAME, is_dask, with_dask
 from beam_jobs.engine.run import run
+from beam_jobs.engine.surroundings import refuse_own_hashes
 from beam_jobs.errors import OtherPlaceError
 from beam_jobs.registry import load_job
 from feature_repo.settings import CHECKOUT, Settings

@@ -18,8 +18,10 @@ from beam_jobs.errors import OtherPlaceError
 from beam_jobs.registry import load_job
 from feature_repo import datasets
 from feature_repo.errors import SettingsError
+from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.secrets import secret
 from feature_repo.raw.sources import located
-from feature_repo.settings import Settings, secret
+from feature_repo.settings import Settings
 
 
 def test_no_secret_travels(monkeypatch: pytest.MonkeyPatch, shop: Any) -> None:
@@ -65,7 +67,10 @@ def test_a_secret_is_read_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "kept").write_text("postgresql://me:hush@db/catalogue\n")
     monkeypatch.setenv("MEMOIR_CATALOGUE", (tmp_path / "kept").as_uri())
     assert secret("MEMOIR_CATALOGUE") == "postgresql://me:hush@db/catalogue"
-    assert Settings.from_env().catalogue_url == "postgresql://me:hush@db/catalogue"
+    # A catalogue looks there itself.
+    (tmp_path / "kept").write_text(f"sqlite:///{tmp_path}/elsewhere.db\n")
+    assert Catalogue(Settings.from_env().catalogue_url).bundles("shop") == []
+    assert (tmp_path / "elsewhere.db").is_file()
     monkeypatch.setenv("MEMOIR_CATALOGUE", "file:///no/such/file")
     with pytest.raises(SettingsError, match="MEMOIR_CATALOGUE says that it is kept in"):
         secret("MEMOIR_CATALOGUE")

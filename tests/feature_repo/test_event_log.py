@@ -14,9 +14,9 @@ import redis
 
 from feature_repo.contract.arrow import EPOCH
 from feature_repo.datasets import load_contract
+from feature_repo.home.redis_client import slot_of
 from feature_repo.store.event_log import Entry, log_of, to_text
 from feature_repo.store.online_users import HISTORY, STATS, ManyRows, NewRow, user_records
-from feature_repo.store.redis_client import slot_of
 from feature_repo.store.redis_writer import RedisWriter, key_of_user
 from feature_repo.store.store import open_store
 from tests.conftest import Redis, free_port

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from feature_repo.errors import SettingsError
-from feature_repo.store.redis_client import (
+from feature_repo.home.redis_client import (
     RedisAddress,
     client_of,
     slot_of,

@@ -17,11 +17,11 @@ import pytest
 import redis
 
 from feature_repo.datasets import load_contract
+from feature_repo.home.redis_client import slot_of
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from feature_repo.store.event_log import log_of
 from feature_repo.store.online_erase import OnlineEraser
-from feature_repo.store.redis_client import slot_of
 from feature_repo.store.redis_writer import key_of_user
 from feature_repo.store.store import close_store, open_store
 from serving.benchmarks.redises import Cluster, Sentinels

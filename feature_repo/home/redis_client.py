@@ -13,7 +13,6 @@ Several hosts are the nodes of a cluster (`MEMOIR_REDIS_TYPE=redis_cluster`) or 
 from __future__ import annotations
 
 import json
-import re
 from binascii import crc_hqx
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,21 +26,6 @@ SENTINEL = "redis_sentinel"
 KINDS = ("redis", CLUSTER, SENTINEL)
 SCHEMES = {"redis": False, "rediss": True}
 PORT = 6379
-# What clients put around what Redis said, with the key in it, and what Beam puts behind it
-AROUND = re.compile(
-    r"^Command # \d+ .* of pipeline caused error: (\(['\"])?|['\"],\)$| \[while running '[^']*'\]$",
-    re.DOTALL,
-)
-# What to do by the error's class
-ADVICE = {
-    "AuthenticationError": "look at user and password in MEMOIR_REDIS",
-    "NoPermissionError": "the user in MEMOIR_REDIS needs more rights: docs/production.md lists the commands",
-    "ReadOnlyError": "MEMOIR_REDIS names a replica: name the master, or its Sentinels (MEMOIR_REDIS_TYPE=redis_sentinel)",
-    "MovedError": "this is a node of a cluster: MEMOIR_REDIS_TYPE=redis_cluster",
-    "OutOfMemoryError": "its memory is full: raise maxmemory, and run the command again",
-    "ConnectionError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
-    "TimeoutError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
-}
 # Options that are what they are, also where they read as a number or as true
 TEXTS = frozenset({"username", "password", "sentinel_username", "sentinel_password"})
 
@@ -148,24 +132,6 @@ def _made(package: Any, online: Any, changes: dict[str, Any]) -> Any:
         raise SettingsError(
             f"MEMOIR_REDIS has an option that redis-py does not know: {error}"
         ) from error
-
-
-def said_by_redis(error: BaseException) -> str:
-    """What Redis said, without the keys and values that clients put around it."""
-    text = AROUND.sub("", str(error)).removesuffix(".")
-    return f"{type(error).__name__}: {text}"
-
-
-def advice_on(error: BaseException) -> str | None:
-    """A line for people on an error of a Redis client, wherever in the chain of causes it is; None of any other error."""
-    found: BaseException | None = error
-    while found is not None and not type(found).__module__.startswith("redis."):
-        found = found.__cause__ or found.__context__
-    if found is None:
-        return None
-    names = [one.__name__ for one in type(found).__mro__]
-    advice = next((ADVICE[name] for name in names if name in ADVICE), "run the command again")
-    return f"the online store's Redis did not do it, {said_by_redis(found)}; {advice}"
 
 
 def slot_of(key: bytes) -> int:
