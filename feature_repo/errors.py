@@ -86,7 +86,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def said_by_redis(error: BaseException) -> str:
-    """What Redis said, without the keys and values that clients put around it."""
+    """Return what Redis said, without the keys and values that clients put around it."""
     text = AROUND.sub("", str(error)).removesuffix(".")
     return f"{type(error).__name__}: {text}"
 

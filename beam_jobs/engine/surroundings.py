@@ -1,5 +1,5 @@
-"""What a run's workers need of the launcher's environment, wherever they are: variables that are no secret, and the
-declaration of a dataset that lies in a file of one's own.
+"""The part of the launcher's environment that a run's workers need, wherever they are: variables that are no secret, and
+the declaration of a dataset that lies in a person's own file.
 
 A secret (`MEMOIR_REDIS`, `MEMOIR_REGISTRY_URL`) never travels. Where the launcher's variable says where it is kept,
 `file:///run/secrets/redis` or `gs://…`, workers look there; else they have a variable of that name of their own.
@@ -29,7 +29,7 @@ class Surroundings:
     Args:
         dataset: its name.
         variables: that workers take unless they have their own.
-        module: text of the dataset's module, where that is none of this package's.
+        module: text of the dataset's module, where that lies outside of this package.
 
     Example:
         >>> Surroundings.here("online_retail").variables
@@ -42,7 +42,7 @@ class Surroundings:
 
     @staticmethod
     def here(dataset: str) -> Surroundings:
-        """What this process has."""
+        """Return the surroundings of this process."""
         given = {name: value for name in (*PLAIN, *SECRETS) if (value := os.environ.get(name))}
         variables = {n: text for n, text in given.items() if n in PLAIN or is_reference(text)}
         declared = declared_dataset()
@@ -62,7 +62,7 @@ class Surroundings:
             os.environ.setdefault(name, value)
 
     def _is_here(self) -> bool:
-        """Whether the variable alone leads to the module, as where its package is installed."""
+        """Return whether the variable alone leads to the module, as where its package is installed."""
         os.environ["MEMOIR_DATASET"] = self.variables["MEMOIR_DATASET"]
         try:
             return self.dataset in datasets.names()

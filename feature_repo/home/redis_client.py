@@ -1,4 +1,4 @@
-"""Where the Redis of the online store is, and clients of it: of one server, of a cluster, or of the master that Sentinels
+"""The address of the online store's Redis, and clients: of one server, of a cluster, or of the master that Sentinels
 name.
 
 `MEMOIR_REDIS` is an address as Feast writes it or a URL, in which every character of a password can be said:
@@ -32,7 +32,7 @@ TEXTS = frozenset({"username", "password", "sentinel_username", "sentinel_passwo
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """Where a Redis is.
+    """The address of a Redis.
 
     Args:
         nodes: host and port of the server, of nodes of the cluster, or of Sentinels.
