@@ -69,7 +69,7 @@ class RedisAddress:
 
     @property
     def of_data(self) -> dict[str, Any]:
-        """Options of connections to whoever holds the data."""
+        """Options of connections to the servers that hold the data."""
         return {k: value for k, value in self.options.items() if not k.startswith("sentinel_")}
 
 
@@ -89,7 +89,7 @@ def client_of(online: Any) -> Any:
     say text where bytes go as well.
 
     Raises:
-        SettingsError: its address is none, or has an option that redis-py does not know.
+        SettingsError: its address cannot be read, or has an option that redis-py does not know.
     """
     import redis.cluster
     import redis.sentinel
