@@ -139,7 +139,12 @@ def _said_by_database(error: BaseException) -> str | None:
         return None
     from sqlalchemy.exc import InterfaceError, OperationalError
 
-    if not isinstance(error, InterfaceError | OperationalError):
+    # SQLite calls a wrong statement of ours an operational error as well.
+    of_a_file = "sqlite3" in type(getattr(error, "orig", None)).__module__
+    away = ("unable to open", "locked", "readonly")
+    if not isinstance(error, InterfaceError | OperationalError) or (
+        of_a_file and not any(word in str(error.orig) for word in away)
+    ):
         return None
     return (
         f"the database of the registry or the catalogue did not do it, {str(error.orig).strip()}; look at MEMOIR_REGISTRY_URL and "

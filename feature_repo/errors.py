@@ -38,6 +38,7 @@ ADVICE = {
     "NoPermissionError": "the user in MEMOIR_REDIS needs more rights: docs/production.md lists the commands",
     "ReadOnlyError": "MEMOIR_REDIS names a replica: name the master, or its Sentinels (MEMOIR_REDIS_TYPE=redis_sentinel)",
     "MovedError": "this is a node of a cluster: MEMOIR_REDIS_TYPE=redis_cluster",
+    "ClusterDownError": "a part of the cluster is away; run the command again once it is there",
     "OutOfMemoryError": "its memory is full: raise maxmemory, and run the command again",
     "ConnectionError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
     "TimeoutError": "it is away, or MEMOIR_REDIS names another place; run the command again once it is there",
@@ -92,12 +93,16 @@ def said_by_redis(error: BaseException) -> str:
 
 
 def advice_on(error: BaseException) -> str | None:
-    """A line for people on an error of a Redis client, wherever in the chain of causes it is; None of any other error."""
+    """A line for people on a Redis that is away or refuses, where that is what an error comes from; None of any other
+    error, which keeps its traceback.
+    """
     found: BaseException | None = error
     while found is not None and not type(found).__module__.startswith("redis."):
-        found = found.__cause__ or found.__context__
+        found = found.__cause__
     if found is None:
         return None
     names = [one.__name__ for one in type(found).__mro__]
-    advice = next((ADVICE[name] for name in names if name in ADVICE), "run the command again")
+    advice = next((ADVICE[name] for name in names if name in ADVICE), None)
+    if advice is None:
+        return None
     return f"the online store's Redis did not do it, {said_by_redis(found)}; {advice}"

@@ -128,13 +128,16 @@ class Declared:
     folder: str = ""
 
 
-def declared_dataset() -> Declared:
+def declared_dataset(value: str | None = None) -> Declared:
     """The dataset that `MEMOIR_DATASET` names: one of this checkout, a module, or a file.
+
+    Args:
+        value: in place of the variable's own.
 
     Raises:
         SettingsError: there is no such module or file.
     """
-    value = os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
+    value = value or os.environ.get("MEMOIR_DATASET") or DEFAULT_DATASET
     if value.endswith(".py") or "/" in value:
         file = Path(value).expanduser().resolve()
         if not file.is_file():

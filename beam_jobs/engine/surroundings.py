@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from beam_jobs.errors import OtherPlaceError
-from feature_repo import datasets
 from feature_repo.errors import SettingsError
 from feature_repo.settings import SECRETS, declared_dataset, is_reference
 
+_TAKING = Lock()
 PLAIN = ("MEMOIR_DATASET", "MEMOIR_REDIS_TYPE", "MEMOIR_REDIS_MASTER")
 
 
@@ -53,23 +54,22 @@ class Surroundings:
 
     def take_place(self) -> None:
         """Make them this process's own; where it has them already nothing changes."""
-        if "MEMOIR_DATASET" not in os.environ and self.module and not self._is_here():
-            folder = tempfile.mkdtemp(prefix="memoir-dataset-")
-            file = Path(folder, f"{self.dataset}.py")
-            file.write_text(self.module)
-            os.environ["MEMOIR_DATASET"] = str(file)
-        for name, value in self.variables.items():
-            os.environ.setdefault(name, value)
+        # Threads of a worker set up their steps side by side.
+        with _TAKING:
+            if "MEMOIR_DATASET" not in os.environ and self.module and not self._is_here():
+                file = Path(tempfile.mkdtemp(prefix="memoir-dataset-"), f"{self.dataset}.py")
+                file.write_text(self.module)
+                os.environ["MEMOIR_DATASET"] = str(file)
+            for name, value in self.variables.items():
+                os.environ.setdefault(name, value)
 
     def _is_here(self) -> bool:
         """Return whether the variable alone leads to the module, as where its package is installed."""
-        os.environ["MEMOIR_DATASET"] = self.variables["MEMOIR_DATASET"]
         try:
-            return self.dataset in datasets.names()
+            declared = declared_dataset(self.variables["MEMOIR_DATASET"])
         except SettingsError:
             return False
-        finally:
-            del os.environ["MEMOIR_DATASET"]
+        return bool(declared.folder) and Path(declared.folder, f"{self.dataset}.py").is_file()
 
 
 def refuse_own_hashes() -> None:

@@ -24,6 +24,7 @@ from feature_repo.errors import SettingsError
 CLUSTER = "redis_cluster"
 SENTINEL = "redis_sentinel"
 KINDS = ("redis", CLUSTER, SENTINEL)
+SLOTS = 16_384  # of a cluster
 SCHEMES = {"redis": False, "rediss": True}
 PORT = 6379
 # Options that are what they are, also where they read as a number or as true
@@ -112,12 +113,30 @@ def async_client_of(online: Any, **changes: Any) -> Any:
     return _made(redis.asyncio, online, changes)
 
 
+def node_client(node: tuple[str, int], options: dict[str, Any]) -> Any:
+    """A client of one server for an event loop.
+
+    Raises:
+        SettingsError: an option that redis-py does not know.
+    """
+    import redis.asyncio
+
+    try:
+        made: Any = redis.asyncio.Redis(**{**options, "host": node[0], "port": node[1]})
+        made.connection_pool.make_connection()
+        return made
+    except TypeError as error:
+        raise _unknown_option(error) from error
+
+
 def _made(package: Any, online: Any, changes: dict[str, Any]) -> Any:
     """A client of a package of redis-py's, which has the same names twice."""
     address = RedisAddress.parse(online.connection_string)
     options = {**address.of_data, **changes}
     try:
         if kind_of(online) == CLUSTER:
+            if options.pop("db", 0):
+                raise SettingsError("MEMOIR_REDIS names a database, and a cluster has none but 0")
             nodes = [package.cluster.ClusterNode(host, port) for host, port in address.nodes]
             return package.cluster.RedisCluster(startup_nodes=nodes, **options)
         if kind_of(online) == SENTINEL:
@@ -129,9 +148,11 @@ def _made(package: Any, online: Any, changes: dict[str, Any]) -> Any:
         host, port = address.nodes[0]
         return package.Redis(**{"host": host, "port": port, **options})
     except TypeError as error:
-        raise SettingsError(
-            f"MEMOIR_REDIS has an option that redis-py does not know: {error}"
-        ) from error
+        raise _unknown_option(error) from error
+
+
+def _unknown_option(error: TypeError) -> SettingsError:
+    return SettingsError(f"MEMOIR_REDIS has an option that redis-py does not know: {error}")
 
 
 def slot_of(key: bytes) -> int:
@@ -148,16 +169,14 @@ def tag_of_slot(slot: int) -> str:
 
 @cache
 def _tags() -> list[str]:
-    from redis.crc import REDIS_CLUSTER_HASH_SLOTS
-
     found: dict[int, str] = {}
     number = 0
-    while len(found) < REDIS_CLUSTER_HASH_SLOTS:
+    while len(found) < SLOTS:
         tag = f"{number:x}"
         # As `slot_of`, of a text without braces
-        found.setdefault(crc_hqx(tag.encode(), 0) % REDIS_CLUSTER_HASH_SLOTS, tag)
+        found.setdefault(crc_hqx(tag.encode(), 0) % SLOTS, tag)
         number += 1
-    return [found[slot] for slot in range(REDIS_CLUSTER_HASH_SLOTS)]
+    return [found[slot] for slot in range(SLOTS)]
 
 
 def with_socket_timeout(text: str, seconds: float) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from feature_repo.contract.arrow import EPOCH
-from feature_repo.home.redis_client import client_of, is_cluster, slot_of, tag_of_slot
+from feature_repo.home.redis_client import SLOTS, client_of, is_cluster, slot_of, tag_of_slot
 from feature_repo.store.redis_writer import key_of_user, queue_script
 
 UserId = int | str
@@ -207,9 +207,7 @@ class RedisEventLog:
         self._client = client_of(config.online_store)
 
     def users(self) -> Iterator[UserId]:
-        from redis.crc import REDIS_CLUSTER_HASH_SLOTS
-
-        slots = range(REDIS_CLUSTER_HASH_SLOTS) if self._cluster else [None]
+        slots = range(SLOTS) if self._cluster else [None]
         sets = [_set_of(self._project, slot) for slot in slots]
         for start in range(0, len(sets), PIECE):
             with self._client.pipeline(transaction=False) as pipe:

@@ -21,8 +21,6 @@ import sqlite3
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +37,7 @@ from feature_repo.home import engines  # noqa: F401  # settings of every engine,
 from feature_repo.home.redis_client import (
     KINDS,
     SENTINEL,
+    SLOTS,
     RedisAddress,
     is_cluster,
     tag_of_slot,
@@ -61,6 +60,7 @@ SPILL = "spill"
 # Notes in the view of epochs: what columns mean, and an id that the store keeps as long as it keeps anything
 COLUMNS = "columns"
 STORE_ID = "store_id"
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Notes of a kind on a cluster: a shard with as many slots in a row as lie between two has one
 PLACES = 64
 
@@ -105,7 +105,7 @@ def _production_text(settings: Settings) -> str:
         SettingsError: a variable that it reads is not set, or `MEMOIR_REDIS_TYPE` is no kind of Redis.
     """
     text = PRODUCTION_YAML.read_text()
-    wanted = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - {"MEMOIR_DATASET"})
+    wanted = sorted(set(VARIABLE.findall(text)) - {"MEMOIR_DATASET"})
     missing = [name for name in wanted if not os.environ.get(name)]
     if missing:
         raise SettingsError(
@@ -169,25 +169,35 @@ def open_store(settings: Settings) -> FeatureStore:
 
 def _production_config(settings: Settings) -> RepoConfig:
     """What Feast makes of the production profile, with the secrets themselves where variables say where they are kept."""
-    import yaml
     from feast.repo_config import RepoConfig
 
-    with _secrets():
-        text = os.path.expandvars(_production_text(settings))
-    config = RepoConfig(**yaml.safe_load(text))
+    config = RepoConfig(**production_values(settings))
     config.repo_path = REPO
     return config
 
 
-@contextmanager
-def _secrets() -> Iterator[None]:
-    """The environment with secrets in place of where they are kept."""
-    before = {name: os.environ[name] for name in SECRETS if name in os.environ}
-    os.environ |= {name: secret(name) or "" for name in before}
-    try:
-        yield
-    finally:
-        os.environ |= before
+def production_values(settings: Settings) -> dict[str, Any]:
+    """The production profile with its variables filled in.
+
+    Raises:
+        SettingsError: a variable that it reads is not set, or a secret is not where it is said to be kept.
+    """
+    import yaml
+
+    # What a variable holds is a value, whatever it reads as: the text is YAML before it is filled in.
+    raw: dict[str, Any] = _filled(yaml.safe_load(_production_text(settings)))
+    return raw
+
+
+def _filled(value: Any) -> Any:
+    """A value of YAML with `${NAME}` replaced by what the variable holds, or says where it is kept."""
+    if isinstance(value, dict):
+        return {name: _filled(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return VARIABLE.sub(lambda found: secret(found[1]) or found[0], value)
 
 
 def close_store(store: FeatureStore) -> None:
@@ -300,9 +310,7 @@ def names_of_note(online: Any, part: str) -> list[str]:
     """Names under which an online store has a note: one, or on a cluster one in each of `PLACES` stretches of slots."""
     if not is_cluster(online):
         return [part]
-    from redis.crc import REDIS_CLUSTER_HASH_SLOTS
-
-    slots = range(0, REDIS_CLUSTER_HASH_SLOTS, REDIS_CLUSTER_HASH_SLOTS // PLACES)
+    slots = range(0, SLOTS, SLOTS // PLACES)
     return [f"{part}{{{tag_of_slot(slot)}}}" for slot in slots]
 
 

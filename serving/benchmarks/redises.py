@@ -137,7 +137,7 @@ class Sentinels:
             self.stores.append(Redis(listenable("127.0.0.1", 0), folder / name))
         self._folder = folder
         self.ports: list[int] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         import redis
@@ -160,7 +160,7 @@ class Sentinels:
             process = subprocess.Popen(
                 ["redis-server", str(file), "--sentinel"], stdout=subprocess.DEVNULL
             )
-            self._processes.append(process)
+            self.processes.append(process)
             self.ports.append(port)
             wait_for(lambda port=port: connects(port))  # type: ignore[misc]
         wait_for(lambda: all(self._watches(port) for port in self.ports))
@@ -171,7 +171,7 @@ class Sentinels:
         return f"redis://{nodes}?sentinel_password={self._password}"
 
     def stop(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.wait(timeout=10)
         for store in self.stores:

@@ -307,6 +307,7 @@ class Live:
         self.swaps = 0
         # Whether the store holds an older run than was sent last
         self.store_is_older = False
+        self.store_warning: str | None = None
         # Since when store and catalogue name different runs, as `time.monotonic` has it
         self._differs_since: float | None = None
         # The run that the store was last seen to hold
@@ -322,7 +323,7 @@ class Live:
     @property
     def warnings(self) -> list[str]:
         """What an operator should mend, although answers go on."""
-        found = [self._problem()]
+        found = [self._problem(), self.store_warning]
         if self.store_is_older:
             found.append(
                 f"the online store holds an older run than was sent last: run `python -m beam_jobs {FILLS_ONLINE} --force`"
@@ -399,6 +400,10 @@ class Live:
         except Exception as error:
             self.store_problem = f"the online store cannot be read: {type(error).__name__}: {error}"
             return
+        self.store_warning = None
+        if state.unread_parts:
+            # Its users are ranked without their histories; all others as ever, so that nobody is sent away.
+            self.store_warning = f"{state.unread_parts} of {state.parts} parts of the online store did not answer: a node of the cluster is away"
         # 1. A store that came back empty, or has lost users, is not ready.
         if state.held is None:
             self.store_problem = "the online store holds nothing that a job wrote: run `python -m beam_jobs materialize`"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from feature_repo.contract.contract import EPOCH_RUN, STORE_EPOCH, STORE_PART
 from feature_repo.datasets import load_contract
 from feature_repo.home.known_users import SentUsers
-from feature_repo.home.redis_client import client_of
+from feature_repo.home.redis_client import client_of, with_socket_timeout
 from feature_repo.settings import Settings
 from feature_repo.store.online_users import STATS
 from feature_repo.store.redis_writer import key_of_user
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # The job whose run says that the store holds anything
 FILLS_ONLINE = "materialize"
 TIMEOUT_S = 0.2
+INFO_S = 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +47,7 @@ class StoreState:
         heard_at: when the catalogue was asked that, as `time.monotonic` has it.
         looked_for, missing: users who were sent, and how many of them are not there.
         parts, empty_parts: where a note of the run must stand, and how many of these have none: one, or many of a cluster.
+        unread_parts: how many lie on a node that is away.
     """
 
     held: str | None
@@ -55,6 +57,7 @@ class StoreState:
     missing: int = 0
     parts: int = 1
     empty_parts: int = 0
+    unread_parts: int = 0
 
     @property
     def differs(self) -> bool:
@@ -98,23 +101,28 @@ class RedisLook:
         notes = [*self._runs, *self._ids]
         keys = [*notes, *(key_of_user(self._config, user) for user in users)]
         fields = [[self._field]] * len(notes) + [[f"_ts:{STATS}".encode()]] * len(users)
-        found = await self.hashes.read(keys, fields, TIMEOUT_S)
-        texts: list[str | None] = [decoded(EPOCH_RUN.name, one) for (one,) in found[: len(notes)]]
-        runs = [run for run in texts[: len(self._runs)] if run is not None]
-        store_id = next((one for one in texts[len(self._runs) :] if one is not None), None)
+        found = await self.hashes.read_what_answers(keys, fields, TIMEOUT_S)
+        said = found[: len(self._runs)]
+        runs = [run for (run,) in _decoded(said) if run is not None]
+        ids = _decoded(found[len(self._runs) : len(notes)])
+        store_id = next((one for (one,) in ids if one is not None), None)
         sent = self._notes.sent(store_id, runs[0] if runs else None)
         # A cluster is as old as its oldest part.
         held = next((run for run in runs if run != sent.run), runs[0] if runs else None)
         # Of another run nobody knows who must be there.
-        looked_for = found[len(notes) :] if self._users.run == held else []
+        looked_for = [one for one in found[len(notes) :] if one is not None]
+        if self._users.run != held:
+            looked_for = []
+        unread = sum(one is None for one in said)
         return StoreState(
             held,
             sent.run,
             sent.heard_at,
             len(looked_for),
             sum(stamp is None for (stamp,) in looked_for),
-            len(self._runs),
-            len(self._runs) - len(runs),
+            len(said),
+            len(said) - len(runs) - unread,
+            unread,
         )
 
     def _key_of_part(self, name: str) -> bytes:
@@ -130,6 +138,11 @@ class RedisLook:
         return key
 
 
+def _decoded(found: Sequence[Sequence[bytes | None] | None]) -> list[list[str | None]]:
+    """Notes of those that could be read."""
+    return [[decoded(EPOCH_RUN.name, one) for one in of] for of in found if of is not None]
+
+
 def why_it_may_lose_keys(store: FeatureStore) -> str | None:
     """Why a Redis may throw keys away; None of one that does not, that does not say, and of any other store."""
     import redis
@@ -138,13 +151,16 @@ def why_it_may_lose_keys(store: FeatureStore) -> str | None:
     if online.type != "redis":
         return None
     try:
+        # A node that hangs holds up no look.
+        limited = with_socket_timeout(online.connection_string, INFO_S)
+        online = online.model_copy(update={"connection_string": limited})
         with closing(client_of(online)) as client:
             if isinstance(client, redis.RedisCluster):
                 by_node: Any = client.info("memory", target_nodes=client.PRIMARIES)
                 nodes = list(by_node.values())
             else:
                 nodes = [client.info("memory")]
-    except redis.RedisError as error:
+    except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
         logger.info("Redis does not say what it does when its memory is full: %s", error)
         return None
     memory = next((one for one in nodes if _throws_away(one)), None)

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
 import tempfile
 import uuid
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 from feature_repo.settings import Settings
-from feature_repo.store.store import REPO, yaml_path
+from feature_repo.store.store import REPO, production_values
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -96,12 +95,11 @@ def store_from_copy(settings: Settings) -> FeatureStore:
     Raises:
         NothingSeenError: see `last_seen`.
     """
-    import yaml
     from feast import FeatureStore
     from feast.repo_config import RepoConfig
 
     seen = last_seen(settings, "registry")
-    raw = yaml.safe_load(os.path.expandvars(yaml_path(settings).read_text()))
+    raw = production_values(settings)
     logger.error(
         "the registry's database is away: its tables and features are read from the copy of %s",
         seen.at,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,20 @@ def test_a_file_of_the_launcher_is_no_store_of_a_worker_elsewhere(shop: Any) -> 
     moved = replace(plan, online_file="/srv/launcher/feature_repo/data/online_store.db")
     with pytest.raises(OtherPlaceError, match="MEMOIR_PROFILE=production"):
         moved.open_store()
+
+
+def test_threads_of_a_worker_take_them_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A path of the launcher's, which is nowhere here."""
+    text = Path(datasets.__file__).with_name("online_retail.py").read_text()
+    here = Surroundings("their_shop", {"MEMOIR_DATASET": "/nowhere/their_shop.py"}, text)
+    for _ in range(20):
+        monkeypatch.delenv("MEMOIR_DATASET", raising=False)
+        with ThreadPoolExecutor(8) as pool:
+            taken = [pool.submit(here.take_place) for _ in range(8)]
+            found = {pool.submit(datasets.names).result() is not None for _ in taken}
+        assert found == {True}
+        assert all(one.exception() is None for one in taken)
+        assert Path(os.environ["MEMOIR_DATASET"]).is_file()
+    monkeypatch.delenv("MEMOIR_DATASET")

@@ -288,7 +288,8 @@ def test_a_users_requests_go_to_one_server(
         before = encoded()
         for _ in range(4):
             for user in asked.users[:20]:
-                body = {**asked.body(0), "user_id": user}
+                # Behind a list that is longer than a balancer reads at first
+                body = {"candidates": asked.body(0)["candidates"] * 500, "user_id": user}
                 headers = {"X-User-Id": str(user)} if named else {}
                 assert client.post("/v1/rank", json=body, headers=headers).status_code == 200
         time.sleep(1.5)

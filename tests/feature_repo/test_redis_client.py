@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from feature_repo.errors import SettingsError
+from feature_repo.errors import SettingsError, advice_on
 from feature_repo.home.redis_client import (
     RedisAddress,
     client_of,
@@ -78,6 +78,44 @@ def test_an_option_that_nobody_knows_is_named() -> None:
         client_of(RedisOnlineStoreConfig(connection_string="a:1,no_such=1"))
 
 
+def test_tls_that_is_off_is_off() -> None:
+    from serving.stores.redis_hashes import ClusterHashes, RedisHashes
+
+    plain = RedisAddress.parse("a:1,ssl=false")
+    assert RedisHashes(plain)._shared_tls is None
+    assert ClusterHashes(plain)._shared_tls is None
+    with pytest.raises(SettingsError, match="no_such"):
+        ClusterHashes(RedisAddress.parse("a:1,no_such=1"))
+
+
+def test_a_cluster_has_one_database() -> None:
+    from feast.infra.online_stores.redis import RedisOnlineStoreConfig
+
+    online = RedisOnlineStoreConfig(redis_type="redis_cluster", connection_string="redis://a:1/3")
+    with pytest.raises(SettingsError, match="a cluster has none but 0"):
+        client_of(online)
+
+
 def test_a_tag_puts_a_key_into_its_slot() -> None:
     for slot in (0, 1, 5_000, 16_383):
         assert slot_of(f"anything{{{tag_of_slot(slot)}}}else".encode()) == slot
+
+
+def test_what_is_our_own_fault_keeps_its_traceback() -> None:
+    import redis
+
+    away = redis.ConnectionError("Error 111 connecting")
+    ours = KeyError("user_id")
+    try:
+        try:
+            raise away
+        except redis.ConnectionError:
+            raise ours  # noqa: B904  # in a handler, and of no cause
+    except KeyError:
+        pass
+    assert advice_on(ours) is None
+    assert advice_on(redis.DataError("Invalid input of type: 'dict'")) is None
+    assert advice_on(redis.ResponseError("wrong number of arguments")) is None
+    caused = RuntimeError("a step failed")
+    caused.__cause__ = away
+    assert "Redis did not do it, ConnectionError: Error 111" in (advice_on(caused) or "")

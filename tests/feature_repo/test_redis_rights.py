@@ -112,6 +112,18 @@ def test_the_rights_on_the_page_are_enough(as_user: Any, server: Redis, helpers:
     assert refused(server) == []
 
 
+def test_on_a_cluster_each_may_follow_its_slots(as_user: Any, server: Redis) -> None:
+    page = (CHECKOUT / "docs" / "production.md").read_text()
+    found = re.search(r"needs `([^`]+)` beside the commands below", page)
+    assert found is not None
+    client = redis.Redis(port=server.port, decode_responses=True)
+    client.execute_command(
+        "ACL", "SETUSER", "follows", "on", ">pw", "~*", *rights("ranks"), *found[1].split()
+    )
+    for command in (("ASKING",), ("CLUSTER", "SLOTS"), ("CLUSTER", "SHARDS"), ("READONLY",)):
+        assert client.execute_command("ACL", "DRYRUN", "follows", *command) == "OK", command
+
+
 def test_a_server_that_only_ranks_may_write_nothing(as_user: Any, server: Redis) -> None:
     settings = as_user("ranks")
     taker = EventTaker(open_store(settings), CONTRACT, None, settings.home)
