@@ -660,7 +660,7 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
 
 
 def _say_defaults(schema: dict[str, Any]) -> None:
-    """Leave out the defaults of what a caller may leave out, and say those that are values: generators of clients take a
+    """Leave out the defaults of what a caller may leave out, and say defaults that are values: generators of clients take a
     field with a default for one that is always there.
     """
     for field in schema["properties"].values():

@@ -139,7 +139,7 @@ class RedisLook:
 
 
 def _decoded(found: Sequence[Sequence[bytes | None] | None]) -> list[list[str | None]]:
-    """Notes of those that could be read."""
+    """Notes of the parts that could be read."""
     return [[decoded(EPOCH_RUN.name, one) for one in of] for of in found if of is not None]
 
 

@@ -1,5 +1,5 @@
-"""Tells systemd that a server takes requests (`Type=notify`), over the socket that it names in `NOTIFY_SOCKET`; where
-nobody asks, nothing is sent.
+"""Tells systemd that a server takes requests (`Type=notify`), over the socket that it names in `NOTIFY_SOCKET`; without
+one nothing is sent.
 
 Source: sd_notify(3).
 """

@@ -1,7 +1,7 @@
 """Fields of hashes on Redis in one round trip, within its time; nothing is tried twice. Of one server, of the master that
 Sentinels name, or of a cluster.
 
-Who holds what is learned behind the reads: a Sentinel or a node that hangs takes nobody's time but its own.
+Which server holds what is learned behind the reads: a Sentinel or a node that hangs takes no read's time.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class _Learning(ABC):
         """Ask who holds what.
 
         Raises:
-            StoreReadError: nobody says it.
+            StoreReadError: no node says it.
         """
 
     async def close(self) -> None:
@@ -203,7 +203,7 @@ class _Learning(ABC):
         return self._clients[node]
 
     async def _close_unused(self, kept: set[Node]) -> None:
-        """Let go of nodes that hold nothing and that nobody has asked for long."""
+        """Let go of nodes that hold nothing and were not asked for long."""
         late = time.monotonic() - self.UNUSED_S
         for node in [
             node for node in self._clients if node not in kept and self._used[node] < late
@@ -274,7 +274,7 @@ class SentinelHashes(_Learning):
 
 
 class ClusterHashes(_Learning):
-    """Hashes of a Redis Cluster: each node is asked for those that it holds, all at once. Hashes of two nodes are not of
+    """Hashes of a Redis Cluster: each node is asked for its own, all at once. Hashes of two nodes are not of
     one moment.
 
     Which slots a node holds is asked of the cluster at first, and again whenever a node says that a slot has moved or
@@ -313,7 +313,7 @@ class ClusterHashes(_Learning):
     async def _read(
         self, keys: Sequence[bytes], fields: Fields, timeout_s: float
     ) -> list[Hash | StoreReadError]:
-        """Each hash, or why there is none."""
+        """Each hash, or the error in its place."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         if not self._node_of:
             await self._learned(deadline)
@@ -464,7 +464,7 @@ async def _first_answers(
 
 
 def _heard(learning: asyncio.Task[None]) -> None:
-    """Say what nobody waits for."""
+    """Say an error that no read waits for."""
     if not learning.cancelled() and (error := learning.exception()):
         logger.info("%s", error)
 
