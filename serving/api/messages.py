@@ -666,6 +666,8 @@ def _say_defaults(schema: dict[str, Any]) -> None:
     for field in schema["properties"].values():
         default = field.pop("default", None)
         if default is not None:
+            # The page begins with it.
+            field["x-default"] = default
             said = f"Default: {json.dumps(default)}."
             field["description"] = f"{field.get('description', '')} {said}".strip()
 
