@@ -326,6 +326,20 @@ def copied(road: Road, folder: Path) -> Road:
     return copy
 
 
+def server_environment(road: Road, **more: str) -> dict[str, str]:
+    """Of a server process over a road, with time enough for a busy machine."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MEMOIR_")}
+    return {
+        **own,
+        "MEMOIR_HOME": road.settings.root,
+        "MEMOIR_DATASET": road.settings.dataset,
+        "MEMOIR_DATA": str(road.data),
+        "MEMOIR_SERVE_DEADLINE_MS": "10000",
+        "MEMOIR_SERVE_STORE_MS": "5000",
+        **more,
+    }
+
+
 def train_road(road: Road, recipe: str = "amortised_dlrm_tiny") -> None:
     """Train, evaluate and export a recipe, as the commands do."""
     from feature_repo.home.catalogue import Catalogue

@@ -107,10 +107,9 @@ def bundle_folder(home: str, folder: Path, kept: str) -> Path:
         )
     copy = Path(tempfile.mkdtemp(prefix="memoir-bundle-"), folder.name)
     for one in files:
-        target = (
-            copy
-            / one.path[one.path.index(store.root.strip("/")) + len(store.root.strip("/")) + 1 :]
-        )
+        # Some file systems give paths without the first slash.
+        _, _, below = one.path.partition(f"{store.root.strip('/')}/")
+        target = copy / below
         target.parent.mkdir(parents=True, exist_ok=True)
         data = store.read_bytes(one.path)
         assert data is not None, one.path

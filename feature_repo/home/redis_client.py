@@ -95,14 +95,11 @@ def client_of(online: Any) -> Any:
     import redis.cluster
     import redis.sentinel
 
-    return _made(redis, online, {})
+    return _made(redis, online)
 
 
-def async_client_of(online: Any, **changes: Any) -> Any:
+def async_client_of(online: Any) -> Any:
     """The same for an event loop, to which the client belongs from its first command on.
-
-    Args:
-        changes: of options.
 
     Raises:
         SettingsError: see `client_of`.
@@ -110,7 +107,7 @@ def async_client_of(online: Any, **changes: Any) -> Any:
     import redis.asyncio.cluster
     import redis.asyncio.sentinel
 
-    return _made(redis.asyncio, online, changes)
+    return _made(redis.asyncio, online)
 
 
 def node_client(node: tuple[str, int], options: dict[str, Any]) -> Any:
@@ -123,16 +120,17 @@ def node_client(node: tuple[str, int], options: dict[str, Any]) -> Any:
 
     try:
         made: Any = redis.asyncio.Redis(**{**options, "host": node[0], "port": node[1]})
+        # Options are looked at by a connection alone, and the first is made within a read's time.
         made.connection_pool.make_connection()
         return made
     except TypeError as error:
         raise _unknown_option(error) from error
 
 
-def _made(package: Any, online: Any, changes: dict[str, Any]) -> Any:
+def _made(package: Any, online: Any) -> Any:
     """A client of a package of redis-py's, which has the same names twice."""
     address = RedisAddress.parse(online.connection_string)
-    options = {**address.of_data, **changes}
+    options = address.of_data
     try:
         if kind_of(online) == CLUSTER:
             if options.pop("db", 0):
@@ -140,13 +138,12 @@ def _made(package: Any, online: Any, changes: dict[str, Any]) -> Any:
             nodes = [package.cluster.ClusterNode(host, port) for host, port in address.nodes]
             return package.cluster.RedisCluster(startup_nodes=nodes, **options)
         if kind_of(online) == SENTINEL:
-            of_sentinels = {**address.of_sentinels, **changes}
             watchers = package.sentinel.Sentinel(
-                list(address.nodes), sentinel_kwargs=of_sentinels, **options
+                list(address.nodes), sentinel_kwargs=address.of_sentinels, **options
             )
             return watchers.master_for(online.sentinel_master)
         host, port = address.nodes[0]
-        return package.Redis(**{"host": host, "port": port, **options})
+        return package.Redis(host=host, port=port, **options)
     except TypeError as error:
         raise _unknown_option(error) from error
 

@@ -555,11 +555,9 @@ def _shared_tls(options: dict[str, Any]) -> type | None:
         SettingsError: an option that redis-py does not know.
     """
     pool = node_client((options["host"], options["port"]), options).connection_pool
-    # Made once, so that an option that nobody knows is named now, and not by each read.
-    connection = pool.make_connection()
     if not options.get("ssl"):
         return None
-    context = connection.ssl_context
+    context = pool.make_connection().ssl_context
     context.get()
     kind: Any = pool.connection_class
 

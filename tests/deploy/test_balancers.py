@@ -26,7 +26,7 @@ import pytest
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import CHECKOUT
-from tests.conftest import missing
+from tests.conftest import missing, server_environment
 
 CALLERS = 6
 # Requests of each balancer: a sample here, all with `make reliability`
@@ -43,17 +43,13 @@ class Instance:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        environment = {
-            **os.environ,
-            "MEMOIR_HOME": self.road.settings.root,
-            "MEMOIR_DATASET": self.road.settings.dataset,
-            "MEMOIR_DATA": str(self.road.data),
-            "MEMOIR_SERVE_DEADLINE_MS": "20000",
-            "MEMOIR_SERVE_STORE_MS": "5000",
-            "MEMOIR_SERVE_WATCH_S": "0.3",
-            "MEMOIR_SERVE_UNREADY_S": "2",
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = server_environment(
+            self.road,
+            MEMOIR_SERVE_DEADLINE_MS="20000",
+            MEMOIR_SERVE_WATCH_S="0.3",
+            MEMOIR_SERVE_UNREADY_S="2",
+            OMP_NUM_THREADS="1",
+        )
         command = [sys.executable, "-m", "serving", "--port", str(self.port), "--replay"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from feature_repo.datasets import load_contract
 from serving.api.messages import ASKED
 from serving.api.openapi import openapi_document
+from tests.conftest import server_environment
 
 CONTRACT = load_contract("online_retail")
 # The same request through `openapi-fetch`, which checks it against the types that were generated
@@ -42,14 +42,7 @@ def address(
 ) -> Iterator[str]:
     """A server over the shop."""
     port = helpers.free_port()
-    environment = {
-        **os.environ,
-        "MEMOIR_HOME": trained_shop.settings.root,
-        "MEMOIR_DATASET": trained_shop.settings.dataset,
-        "MEMOIR_DATA": str(trained_shop.data),
-        "MEMOIR_SERVE_DEADLINE_MS": "10000",
-        "MEMOIR_SERVE_STORE_MS": "5000",
-    }
+    environment = server_environment(trained_shop)
     command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     process = subprocess.Popen(

@@ -16,6 +16,7 @@ import pytest
 
 from serving.routes.page import FILE, PAGE
 from tests.browser import Tab, chromium, open_tab
+from tests.conftest import server_environment
 
 LIST = "[...document.querySelectorAll('#list .name')].map(e => e.textContent).join()"
 BARS = "[...document.querySelectorAll('#list .bar i')].map(e => e.style.width).join()"
@@ -35,15 +36,7 @@ def serve(road: Any, helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def start(**more: str) -> str:
         port = helpers.free_port()
-        environment = {
-            **{name: v for name, v in os.environ.items() if not name.startswith("MEMOIR_")},
-            "MEMOIR_HOME": road.settings.root,
-            "MEMOIR_DATASET": road.settings.dataset,
-            "MEMOIR_DATA": str(road.data),
-            "MEMOIR_SERVE_DEADLINE_MS": "10000",
-            "MEMOIR_SERVE_STORE_MS": "5000",
-            **more,
-        }
+        environment = server_environment(road, **more)
         command = [sys.executable, "-m", "serving", "--port", str(port), "--replay"]
         log = tmp_path_factory.mktemp("log") / "server.log"
         process = subprocess.Popen(

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,10 @@ from serving.stores.opened import open_events_store
 from serving.stores.redis_hashes import ClusterHashes, ShardReadError, StoreReadError
 from serving.stores.redis_reader import RedisReader
 from tests.conftest import missing
+from tests.feature_repo.test_redis_rights import EVENT
 
 CONTRACT = load_contract("online_retail")
 SERVICE = "ranking_v1_tokens_online"
-EVENT: dict[str, Any] = {
-    "item_id": "20001",
-    "action": 0,
-    "event_timestamp": datetime(2011, 12, 9, 12, tzinfo=UTC),
-    "quantity": 1.0,
-    "unit_price": 1.0,
-}
 
 
 @dataclass
