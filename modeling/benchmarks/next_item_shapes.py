@@ -68,6 +68,12 @@ def linrec_ml1m() -> NextItemRecipe:
     return _ml1m("linrec_ml1m", "linrec", num_heads=8)
 
 
+def kernel_linear_ml1m() -> NextItemRecipe:
+    """Linear attention with a denominator (1 + ELU), causal."""
+    operators = ("kernel_linear", "kernel_linear")
+    return _ml1m("kernel_linear_ml1m", "hydrarec", operators=operators)
+
+
 def hstu_ml1m() -> NextItemRecipe:
     """HSTU with position bias; the file has no times."""
     return _ml1m("hstu_ml1m", "hstu")
@@ -144,6 +150,7 @@ SHAPES = {
         hydrarec_hybrid_ml1m,
         hydrarec_ml1m,
         hydrarec_streaming_ml1m,
+        kernel_linear_ml1m,
         linrec_ml1m,
         sasrec_beauty,
         sasrec_ml1m,
