@@ -102,6 +102,32 @@ def impressions(log: str, file: str, *, top: int | None = None) -> None:
     command.run_impressions(log, file, top)
 
 
+@app.command
+def size(
+    *,
+    bundle: str | None = None,
+    candidates: int = 500,
+    sample: int = 200,
+    users: int | None = None,
+    requests_per_s: float | None = None,
+    replay: bool = False,
+) -> None:
+    """Measure what a bundle takes on this machine, over its own store: memory of a process, bytes a user and an item, ms a
+    request; and what that makes of so many users and requests.
+
+    Args:
+        bundle: folder of a bundle; by default the live one.
+        candidates: of a request.
+        sample: users who are measured.
+        users: to plan for; by default those that the tables have.
+        requests_per_s: to plan for, at the peak.
+        replay: as of the end of the data.
+    """
+    from serving.size import run_size
+
+    run_size(bundle, candidates, sample, users, requests_per_s, replay=replay)
+
+
 @app.command(show=False)
 def erase(*users: str) -> None:
     """Say where this command went.

@@ -38,6 +38,11 @@ class KeyIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and of their index."""
+        return int(self.keys.nbytes + self._place.nbytes + self._hash.nbytes + self._start.nbytes)
+
     def places(self, wanted: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Place of each wanted key, int64; -1 where there is no such key."""
         if isinstance(wanted, pa.ChunkedArray):

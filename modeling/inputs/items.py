@@ -46,6 +46,10 @@ class ItemNumbers:
     def __len__(self) -> int:
         return len(self.vocabulary_row)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(int(getattr(self, f.name).nbytes) for f in fields(self))
+
     def take(self, rows: np.ndarray | slice) -> ItemNumbers:
         """Some of them, in this order."""
         return ItemNumbers(*(getattr(self, f.name)[rows] for f in fields(self)))

@@ -154,6 +154,12 @@ class KnownItems:
     def __len__(self) -> int:
         return len(self.base.index) + len(self.added.index)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the items' numbers, ids and index; not of ids that were asked for lately."""
+        rows = (self.base, self.added)
+        return sum(one.numbers.nbytes + one.index.nbytes for one in rows)
+
     def places(self, item_ids: Sequence[Id]) -> np.ndarray:
         """Return the places of items, int64; -1 for one that is not here."""
         hot = self._hot

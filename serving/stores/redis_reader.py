@@ -151,8 +151,11 @@ class RedisReader:
         Raises:
             StoreReadError: see `read_user`.
         """
-        keys = self._key(user_id, self._token_version)
-        return await self.hashes.read(keys, self._plan.fields, timeout_s)
+        return await self.hashes.read(self.keys_of(user_id), self._plan.fields, timeout_s)
+
+    def keys_of(self, user_id: Id) -> list[bytes]:
+        """The keys of a user's hashes, in the order of the plan."""
+        return self._key(user_id, self._token_version)
 
 
 def decoded(name: str, data: bytes | None, kind: str = "") -> Any:

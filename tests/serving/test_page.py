@@ -188,6 +188,42 @@ def test_a_simulated_degradation_is_named_and_another_customer_has_another_list(
     assert tab.complaints == []
 
 
+TARGETS = """[...document.querySelectorAll("a, button, input, select, textarea, summary, #list li")]
+  .filter(one => one.checkVisibility()).map(one => [one, one.getBoundingClientRect()])
+  .filter(([one, box]) => Math.min(box.width, box.height) < 24).map(([one]) => one.outerHTML)"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_that_can_be_pressed_is_too_small(tab: Tab, address: str, width: int) -> None:
+    tab.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=844,
+        deviceScaleFactor=1,
+        mobile=False,
+    )
+    opened(tab, address)
+    assert tab.run("document.querySelectorAll('#strip button').length") > 3
+    tab.run("document.querySelector('#circumstances').open = true")
+    tab.run("pick(2)")
+    tab.until("document.querySelectorAll('#strip .up, #strip .down').length > 0")
+    assert tab.run(TARGETS) == []
+
+
+def test_the_tab_key_goes_around_the_page_in_few_steps(tab: Tab, address: str) -> None:
+    """However many events and candidates there are: each of the two is one stop, in which arrows go on."""
+    opened(tab, address)
+    stops = []
+    while len(stops) < 60:
+        tab.key("Tab")
+        stops.append(tab.run("document.activeElement.id || document.activeElement.outerHTML"))
+        if stops[-1].startswith("<body"):
+            break
+    assert len(stops) < 25, stops
+    assert "list" in stops
+    assert len(stops) == len(set(stops))
+
+
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(tab: Tab, address: str) -> None:
     tab.size(390, 844, phone=True)
     opened(tab, address)
