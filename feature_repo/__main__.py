@@ -1,4 +1,4 @@
-"""`python -m feature_repo new | check | apply | store_config | dictionary | tokens`."""
+"""`python -m feature_repo new | check | apply | back_up | store_config | dictionary | tokens`."""
 
 from __future__ import annotations
 
@@ -223,6 +223,20 @@ def _forget_foreign_registry(settings: Settings) -> None:
             f"feast apply: the registry was copied from a home with tables in {elsewhere[0]}; it is made anew here"
         )
         local_file(settings, REGISTRY).unlink()
+
+
+@app.command
+def back_up(target: str) -> None:
+    """Copy the home of the dataset in force, whole, while jobs, training and servers go on. What acknowledged events the
+    online store alone holds is not in it: `python -m beam_jobs events` brings them first.
+
+    Args:
+        target: a folder that is not there yet.
+    """
+    from feature_repo.home import back_up as copying
+
+    settings = Settings.from_env()
+    print(f"{target}: {copying.back_up(settings, Path(target))}")
 
 
 @app.command
