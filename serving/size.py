@@ -1,4 +1,4 @@
-"""What a bundle takes on this machine, over its own online store, and what that makes of more users and more requests."""
+"""The memory and time that a bundle takes on this machine, over its own online store, and a plan for more users and more requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Size:
-    """What was measured.
+    """The measurements of a bundle.
 
     Args:
         bundle: its name.
@@ -139,7 +139,7 @@ async def _measured(source: BundleSource, candidates: int, sample: int) -> Size:
 def _stored_bytes(
     settings: Settings, serving: Serving, ids: Sequence[Any], users: int
 ) -> float | None:
-    """Of a user in the online store: by Redis' own word, or a share of SQLite's file."""
+    """Bytes of a user in the online store: by Redis' own word, or a share of SQLite's file."""
     if settings.profile == "local":
         return local_file(settings, ONLINE).stat().st_size / users
     store = serving.stores[0]

@@ -31,7 +31,7 @@ ORDER = {
         "console errors metrics recipes registry inputs claims layers models baselines trees training_set summaries training "
         "evaluation next_item bundle comparison commands __main__"
     ),
-    "serving": "api demo stores ranking served live routes command __main__",
+    "serving": "api demo stores ranking served live size routes command __main__",
 }
 MOST_FILES = 14  # of a package; layers may have more
 # Packages that may import a library; a room stands for all of its packages.

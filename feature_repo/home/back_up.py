@@ -31,7 +31,7 @@ class RestlessHomeError(ExpectedError, RuntimeError):
 
 @dataclass
 class BackUp:
-    """What was copied."""
+    """A count of all that was copied."""
 
     jobs: list[str] = field(default_factory=list)
     files: int = 0

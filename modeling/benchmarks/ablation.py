@@ -35,7 +35,7 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Change:
-    """What a run of a study trains.
+    """One change of a study: the recipe that its runs train.
 
     Args:
         shape: of `next_item_shapes.py`.

@@ -19,6 +19,8 @@ from feature_repo.store.store import held_columns, open_store
 from serving.api.messages import RankRequest
 from serving.live.live import BundleSource
 from serving.ranking.ranker import Clock
+from tests.promises import Promises
+from tests.silent import lists_of, note_silent
 
 NAME = "changing_shop"
 BEFORE_ONLINE = ("events", "user_history", "item_stats")
@@ -142,6 +144,36 @@ def test_values_that_move_by_themselves_are_said(
     assert "changed_features" not in answer.degraded
     assert moved[0].column == "events.unit_price"
     assert moved[0].worth_saying
+
+
+@pytest.mark.whole
+def test_no_list_differs_without_a_word_when_pounds_become_pence(
+    trained: Any, rebuilt: Callable[[str], None], helpers: Any, promises: Promises
+) -> None:
+    rebuilt(POUNDS)
+    helpers.run_jobs(trained.settings, "materialize", force=True)
+    stats = JobFolder(trained.settings.home, "user_history").read("user_stats")
+    users = stats["user_id"].unique().to_pylist()
+
+    def lists() -> dict[Any, Any]:
+        serving = BundleSource(trained.settings, replay=True).load()
+        try:
+            # Tokens are of the run before, in either state.
+            return lists_of(serving, users)
+        finally:
+            serving.ranker.items.close()
+
+    before = lists()
+    rebuilt(PENCE)
+    with pytest.raises(BreaksLiveError):
+        helpers.run_jobs(trained.settings, "materialize")
+    refused = lists()
+    assert [one.item_ids for one in refused.values()] == [one.item_ids for one in before.values()]
+    helpers.run_jobs(trained.settings, "materialize", break_live=True)
+    what = "a price declared in pence, and materialize made to send it"
+    note_silent(promises, what, before, lists(), said=False)
+    rebuilt(POUNDS)
+    helpers.run_jobs(trained.settings, "materialize", break_live=True, force=True)
 
 
 def test_pounds_that_become_pence_are_refused(

@@ -21,6 +21,7 @@ import pytest
 from feature_repo.settings import CHECKOUT
 from tests.conftest import missing
 from tests.deploy.test_containers import COMPOSE, Parts, fresh_database, parts, resolved
+from tests.promises import Promises
 
 __all__ = ["parts"]
 pytestmark = pytest.mark.whole
@@ -108,7 +109,12 @@ def test_an_image_runs_as_an_account_that_writes_its_home_alone(
 
 
 def test_the_road_of_compose_in_images(
-    images: dict[str, str], parts: Parts, postgres: Any, helpers: Any, tmp_path: Path
+    images: dict[str, str],
+    parts: Parts,
+    postgres: Any,
+    helpers: Any,
+    tmp_path: Path,
+    promises: Promises,
 ) -> None:
     fresh_database(postgres)
     home = tmp_path / "home"
@@ -153,6 +159,12 @@ def test_the_road_of_compose_in_images(
             time.sleep(0.5)
         body = {"user_id": 13000, "candidates": ["S001", "S002"]}
         answer = httpx.post(f"{address}/v1/rank", json=body, timeout=20)
+        promises.note(
+            "images built of the Dockerfile, the road of compose.yaml walked in them",
+            "from raw rows to a ranked list, as an account that writes its home alone",
+            f"{answer.status_code}, {len(answer.json()['item_ids'])} items ranked",
+            held=answer.status_code == 200,
+        )
         assert answer.status_code == 200, answer.text
     finally:
         process.terminate()

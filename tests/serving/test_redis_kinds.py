@@ -36,6 +36,8 @@ from serving.stores.redis_hashes import ClusterHashes, ShardReadError, StoreRead
 from serving.stores.redis_reader import RedisReader
 from tests.conftest import missing
 from tests.feature_repo.test_redis_rights import EVENT
+from tests.promises import Promises
+from tests.silent import lists_of, note_silent
 
 CONTRACT = load_contract("online_retail")
 SERVICE = "ranking_v1_tokens_online"
@@ -254,6 +256,23 @@ def test_a_shard_that_comes_back_empty_is_not_ready(
     helpers.run_jobs(on_cluster.settings, "materialize")
     assert on_cluster.look().empty_parts == 0
     assert looked().why_not_ready is None
+
+
+@pytest.mark.whole
+def test_no_list_differs_without_a_word_when_a_shard_is_lost(
+    on_cluster: World, cluster: Cluster, helpers: Any, promises: Promises
+) -> None:
+    helpers.run_jobs(on_cluster.settings, "materialize", force=True)
+    helpers.run_jobs(on_cluster.settings, "summary_tokens", bundle="vista_tiny", force=True)
+    serving = BundleSource(on_cluster.settings, replay=True).load()
+    before = lists_of(serving, on_cluster.users)
+    cluster.clients()[0].flushall()
+    after = lists_of(serving, on_cluster.users)
+    # By the answers alone, before any look
+    note_silent(promises, "one of three shards comes back empty", before, after, said=False)
+    helpers.run_jobs(on_cluster.settings, "materialize", force=True)
+    helpers.run_jobs(on_cluster.settings, "summary_tokens", bundle="vista_tiny", force=True)
+    serving.ranker.items.close()
 
 
 def test_a_shard_that_throws_keys_away_is_named(on_cluster: World, cluster: Cluster) -> None:

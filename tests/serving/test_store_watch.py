@@ -13,6 +13,7 @@ import redis
 
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.sent import sent_run
+from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from feature_repo.store.store import id_of_store, open_store
 from serving.api.messages import RankRequest
@@ -27,6 +28,8 @@ from serving.live.store_watch import (
 )
 from serving.ranking.ranker import Clock
 from tests.conftest import Redis
+from tests.promises import Promises
+from tests.silent import lists_of, note_silent
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +165,8 @@ def test_a_job_that_sends_other_tables_is_no_older_copy(
     helpers.run_jobs(settings, "materialize", force=True)
 
 
-def test_a_store_that_throws_users_away_is_not_ready(
-    watched: tuple[Settings, Serving], server: Redis, helpers: Any
-) -> None:
-    settings, serving = watched
-    helpers.run_jobs(settings, "materialize", force=True)
-    client = redis.Redis(port=server.port)
+def throw_users_away(settings: Settings, client: redis.Redis) -> None:
+    """Let Redis evict a third of its keys, whichever chance names, but for the epoch."""
     epoch = [key for key in client.scan_iter() if b"store_part" in key]
     assert epoch
     keys = client.dbsize()
@@ -186,6 +185,14 @@ def test_a_store_that_throws_users_away_is_not_ready(
         client.config_set("maxmemory-policy", "noeviction")
     for key, dump in held.items():
         client.restore(key, 0, dump, replace=True)
+
+
+def test_a_store_that_throws_users_away_is_not_ready(
+    watched: tuple[Settings, Serving], server: Redis, helpers: Any
+) -> None:
+    settings, serving = watched
+    helpers.run_jobs(settings, "materialize", force=True)
+    throw_users_away(settings, redis.Redis(port=server.port))
     repaired: list[bool] = []
     live = live_on(settings, serving, repair=repaired.append)
     asyncio.run(live.look_at_store())
@@ -233,3 +240,42 @@ def test_a_catalogue_that_hangs_holds_up_no_look(
     asyncio.run(live.look_at_store())
     assert time.monotonic() - began < 2
     assert live.why_not_ready is None
+
+
+def users_of(settings: Settings) -> list[Any]:
+    stats = JobFolder(settings.home, "user_history").read("user_stats")
+    found: list[Any] = stats["user_id"].unique().to_pylist()
+    return found
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("what", ["an old RDB under newer tables", "eviction, the epoch spared"])
+def test_no_list_differs_without_a_word(
+    what: str,
+    watched: tuple[Settings, Serving],
+    server: Redis,
+    helpers: Any,
+    tmp_path: Path,
+    promises: Promises,
+) -> None:
+    settings, _ = watched
+    client = redis.Redis(port=server.port)
+    users = users_of(settings)
+    if what.startswith("an old"):
+        helpers.run_jobs(settings, "materialize", as_of="2011-11-10T00:00:00+00:00")
+        client.save()
+        dump = Path(client.config_get("dir")["dir"], "dump.rdb")
+        shutil.copy(dump, tmp_path)
+    helpers.run_jobs(settings, "materialize", force=True)
+    serving = BundleSource(settings, replay=True).load()
+    before = lists_of(serving, users)
+    if what.startswith("an old"):
+        server.kill_with(tmp_path / "dump.rdb", dump)
+    else:
+        throw_users_away(settings, client)
+    live = live_on(settings, serving)
+    asyncio.run(watched_for(live, 0.5))
+    after = lists_of(serving, users)
+    note_silent(promises, what, before, after, said=live.why_not_ready is not None)
+    helpers.run_jobs(settings, "materialize", force=True)
+    serving.ranker.items.close()
