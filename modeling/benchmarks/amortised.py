@@ -14,7 +14,7 @@ import torch
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
 from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
-from modeling.training.memory import keep_freed_memory
+from modeling.layers.memory import keep_freed_memory
 
 NAIVE_SAMPLE = 8  # candidates that the plain twin scores; its time for all is their mean times C
 

@@ -20,9 +20,9 @@ from modeling import models
 from modeling.benchmarks.worlds import requests, sizes_of
 from modeling.inputs.batch import Batch
 from modeling.layers import embedding
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import Training
-from modeling.training.memory import keep_freed_memory
 from modeling.training.optimizers import clip_gradients, optimizer_of
 from modeling.training.trainer import masked_bce
 

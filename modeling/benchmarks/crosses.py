@@ -26,8 +26,8 @@ from modeling import models
 from modeling.benchmarks.crosses_data import Crosses
 from modeling.inputs.batch import Batch
 from modeling.inputs.tasks import sigmoid
+from modeling.layers.memory import keep_freed_memory
 from modeling.metrics import auc, log_loss
-from modeling.training.memory import keep_freed_memory
 from modeling.trees.columns import TreeColumns
 
 WIDTH = 32

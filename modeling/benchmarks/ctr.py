@@ -198,8 +198,8 @@ def _ours(asked: dict[str, Any]) -> dict[str, Any]:
     from modeling.benchmarks.worlds import flops, gemm_rate
     from modeling.inputs.columns import nothing_known
     from modeling.inputs.encoder import Encoder
+    from modeling.layers.memory import keep_freed_memory
     from modeling.recipes import Training
-    from modeling.training.memory import keep_freed_memory
     from modeling.training.trainer import Trainer, predict
 
     torch.set_num_threads(asked["threads"])

@@ -166,7 +166,7 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of one batch, again and again."""
     import torch
 
-    from modeling.training.memory import keep_freed_memory
+    from modeling.layers.memory import keep_freed_memory
 
     torch.set_num_threads(case["threads"])
     keep_freed_memory()

@@ -16,8 +16,8 @@ from torch import Tensor
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
 from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.onetrans import OneTrans
-from modeling.training.memory import keep_freed_memory
 
 
 def main() -> None:

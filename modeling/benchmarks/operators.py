@@ -18,9 +18,9 @@ from torch import Tensor
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling.layers.hydra import DecayedHydra, Hydra
 from modeling.layers.linear_attention import LinRecAttention
+from modeling.layers.memory import keep_freed_memory
 from modeling.layers.operator import Operator
 from modeling.layers.softmax import Softmax
-from modeling.training.memory import keep_freed_memory
 
 # Rows and width where the other grows
 ROWS, WIDTH = 2048, 64

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def keep_freed_memory() -> None:
-    """As `modeling.training.memory.keep_freed_memory`, which ours uses: glibc keeps what was freed."""
+    """As `modeling.layers.memory.keep_freed_memory`, which ours uses: glibc keeps what was freed."""
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -27,9 +27,9 @@ from feature_repo.benchmarks import parser, report
 from modeling import models
 from modeling.benchmarks.planted_data import Planted, PlantedPairs
 from modeling.inputs.batch import Batch
+from modeling.layers.memory import keep_freed_memory
 from modeling.metrics import auc
 from modeling.models.base import Ranker
-from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import masked_bce
 
 Spec = Planted | PlantedPairs

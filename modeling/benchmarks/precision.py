@@ -18,7 +18,7 @@ from torch import Tensor
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
 from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
-from modeling.training.memory import keep_freed_memory
+from modeling.layers.memory import keep_freed_memory
 from modeling.training.trainer import masked_bce
 
 MODELS: dict[str, dict[str, Any]] = {

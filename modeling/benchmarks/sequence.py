@@ -212,10 +212,10 @@ def _training(question: dict[str, Any]) -> dict[str, Any]:
 
     from feature_repo.home.tables import JobFolder
     from feature_repo.raw.sequence_file import JOB, sequence_contract
+    from modeling.layers.memory import keep_freed_memory
     from modeling.next_item.next_item import NextItemTrainer, build_model
     from modeling.next_item.sequences import Sequences
     from modeling.recipes import NextItemRecipe, NextItemTraining
-    from modeling.training.memory import keep_freed_memory
 
     torch.set_num_threads(question["threads"])
     folder = JobFolder(f"{question['home']}/log", JOB)

@@ -21,10 +21,10 @@ from modeling import models
 from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
 from modeling.inputs.batch import Batch
 from modeling.layers.host import device_named
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import Precision, Training
 from modeling.training.accelerator import autocast, recompute_layers, use_products
-from modeling.training.memory import keep_freed_memory
 from modeling.training.optimizers import clip_gradients, optimizer_of
 from modeling.training.trainer import masked_bce
 

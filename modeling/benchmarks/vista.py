@@ -29,9 +29,9 @@ from modeling import models
 from modeling.benchmarks.worlds import flops, gemm_rate, requests, sizes_of
 from modeling.comparison.processes import ask, peak_mb
 from modeling.inputs.batch import FeatureSizes, UserInputs
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.vista import VISTA
 from modeling.models.vista_stage_1 import StreamingStage1
-from modeling.training.memory import keep_freed_memory
 
 WIDTH = 128
 SEEDS = 128

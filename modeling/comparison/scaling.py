@@ -38,9 +38,9 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
 
     from modeling import models
     from modeling.inputs.batch import FeatureSizes
+    from modeling.layers.memory import keep_freed_memory
     from modeling.layers.packing import Packing
     from modeling.models.sequence import PackedEvents, SequenceRanker
-    from modeling.training.memory import keep_freed_memory
 
     torch.set_num_threads(question["threads"])
     keep_freed_memory()

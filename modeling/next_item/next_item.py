@@ -27,6 +27,7 @@ from feature_repo.settings import Settings
 from modeling import models
 from modeling.claims import Sums, read_sums, write_sums
 from modeling.errors import DataError
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.sequence import PackedEvents, SequenceRanker
 from modeling.next_item import leave_one_out, losses
 from modeling.next_item.leave_one_out import PROTOCOLS
@@ -39,7 +40,6 @@ from modeling.next_item.sequences import (
 )
 from modeling.recipes import NextItemRecipe, SplitName
 from modeling.training.accelerator import autocast
-from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import PER_USER, Loop, forget_run, locked_run
 
 # Rows of a training step on a CPU, which bound its activations

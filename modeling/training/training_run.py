@@ -32,11 +32,11 @@ from modeling.inputs.augment import encoder_of, training_sample
 from modeling.inputs.batch import Batch
 from modeling.inputs.encoder import Encoded, Encoder
 from modeling.inputs.relations import RELATIONS, read_relations, write_relations
+from modeling.layers.memory import keep_freed_memory
 from modeling.models.base import Ranker
 from modeling.recipes import Recipe
 from modeling.registry import training_code
 from modeling.training.changes import Changes, changed
-from modeling.training.memory import keep_freed_memory
 from modeling.training.trainer import (
     NETWORK,
     Trainer,

@@ -35,6 +35,7 @@ from feature_repo.settings import WORK, Settings
 from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
 from modeling.layers.host import device_named
+from modeling.layers.memory import keep_freed_memory
 from modeling.summaries.summariser import Summariser
 from serving.api.logs import LIFECYCLE
 from serving.live.notes import Notes
@@ -181,6 +182,7 @@ class BundleSource:
         import torch
 
         torch.set_num_threads(1)
+        keep_freed_memory()
         settings = self.settings
         bundle = self.open_bundle(digest)
         # The bundle's own: what it was trained under, the one in force has.
