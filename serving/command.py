@@ -19,7 +19,7 @@ from rich.table import Table
 from feature_repo import datasets
 from feature_repo.errors import ExpectedError, SettingsError
 from feature_repo.settings import Settings
-from feature_repo.store.store import yaml_path
+from feature_repo.store.store import check_profile
 from serving.api.logs import of_http_server
 from serving.api.settings import PREFIX, SHARED, STOPPING, ServeSettings, settings_from
 from serving.ranking.ranker import RankService
@@ -138,7 +138,7 @@ def serve(settings: ServeSettings) -> int:
     # What a worker would end with, again and again, is said once, here.
     home = Settings.from_env()
     datasets.load_contract(home.dataset)
-    yaml_path(home)
+    check_profile(home)
     if settings.bundle is not None and not (settings.bundle / "bundle.json").is_file():
         raise SettingsError(
             f"bundle (--bundle or MEMOIR_SERVE_BUNDLE) names {settings.bundle}, which is no folder of a bundle: expected bundle.json in it"

@@ -7,9 +7,10 @@ import math
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
 from feature_repo.store.store import ONLINE, local_file
 from serving.api.messages import RankRequest
+from serving.api.settings import ServeSettings
 from serving.live.live import BundleSource, Serving
 from serving.ranking.ranker import Clock
 from serving.ranking.states import UserStates
@@ -39,6 +41,9 @@ HEADROOM = 1.5
 MOST_BYTES = 1 << 40
 TIMEOUT_S = 10.0
 MIB = 1 << 20
+# In memory at once, at most: live, previous, retired, next
+BUNDLES = 4
+STATES_BYTES = int(ServeSettings.model_fields["state_mib"].default) * MIB
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Size:
     Args:
         bundle: its name.
         process_bytes: of a server process with the bundle and all items, nobody encoded.
+        bundle_bytes: what a bundle takes beside another: weights, items, connections.
         items: that it knows.
         item_bytes: of an item in it.
         users: that the tables have.
@@ -59,6 +65,7 @@ class Size:
 
     bundle: str
     process_bytes: int
+    bundle_bytes: int
     items: int
     item_bytes: float
     users: int
@@ -66,6 +73,11 @@ class Size:
     state_bytes: float
     first_ms: list[float]
     again_ms: list[float]
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a process that keeps the bundle before, and loads the next one while a retired one's last requests end."""
+        return self.process_bytes + (BUNDLES - 1) * self.bundle_bytes + STATES_BYTES
 
     def processes(self, requests_per_s: float) -> int:
         """How many processes so many requests a second want, if no user's encoding is kept."""
@@ -99,20 +111,38 @@ def run_size(
 
 async def _measured(source: BundleSource, candidates: int, sample: int) -> Size:
     serving = source.load()
-    process_bytes = _resident()
+    try:
+        process_bytes = _resident()
+        # Once more, as at a swap: what the first load imported is there by now.
+        another = source.load()
+        bundle_bytes = _resident() - process_bytes
+        await another.close()
+        found = await _of_serving(source.settings, serving, candidates, sample)
+        return replace(found, process_bytes=process_bytes, bundle_bytes=bundle_bytes)
+    finally:
+        await serving.close()
+
+
+async def _of_serving(settings: Settings, serving: Serving, candidates: int, sample: int) -> Size:
     ranker = serving.ranker
-    # Every state is kept, so that a second request finds its user's.
-    states = ranker.states = UserStates(ranker.bundle.model, MOST_BYTES)
     # 1. The same users and candidates at each call
-    table = JobFolder(source.settings.home, "user_history").read("user_stats")
-    known = pc.unique(table[ranker.contract.user.join_key].combine_chunks())
+    key = ranker.contract.user.join_key
+    table = JobFolder(settings.home, "user_history").read("user_stats", [key])
+    known = pc.unique(table[key].combine_chunks())
+    items = ranker.bundle.encoder.items.values.to_pylist()
+    if not len(known) or not items:
+        raise UsageError(
+            f"there are {len(known)} users in the tables and {len(items)} items in the bundle: nobody to rank for, or nothing to rank"
+        )
     rng = np.random.default_rng(0)
     chosen = rng.choice(len(known), min(sample, len(known)), replace=False)
     ids = known.take(pa.array(chosen)).to_pylist()
-    items = ranker.bundle.encoder.items.values.to_pylist()
-    # 2. A request of each, twice
+    # 2. A request of each, twice; every state is kept, so that a second request finds its user's.
+    states = ranker.states = UserStates(ranker.bundle.model, MOST_BYTES)
     first_ms: list[float] = []
     again_ms: list[float] = []
+    # The first of all pays for connections.
+    await serving.reader.read_user(ids[0], TIMEOUT_S)
     for user_id in ids:
         asked = [items[at] for at in rng.integers(0, len(items), candidates)]
         request = RankRequest(user_id=user_id, candidates=asked)
@@ -121,19 +151,18 @@ async def _measured(source: BundleSource, candidates: int, sample: int) -> Size:
             user = await serving.reader.read_user(user_id, TIMEOUT_S)
             ranker.answer(request, user, Clock(), keep=True)
             times.append(1000 * (time.perf_counter() - began))
-    found = Size(
+    return Size(
         serving.name,
-        process_bytes,
+        0,
+        0,
         len(ranker.items),
         ranker.items.known.nbytes / len(ranker.items),
         len(known),
-        _stored_bytes(source.settings, serving, ids, len(known)),
+        _stored_bytes(settings, serving, ids, len(known)),
         states.bytes / len(ids),
         first_ms,
         again_ms,
     )
-    await serving.close()
-    return found
 
 
 def _stored_bytes(
@@ -152,7 +181,10 @@ def _stored_bytes(
         return None
     client = client_of(store.config.online_store)
     try:
-        weights = [client.memory_usage(key) or 0 for one in ids for key in reader.keys_of(one)]
+        # Of all fields: of a sample Redis takes the same few of each user.
+        weights = [
+            client.memory_usage(key, samples=0) or 0 for one in ids for key in reader.keys_of(one)
+        ]
     finally:
         client.close()
     return sum(weights) / len(ids)
@@ -161,7 +193,8 @@ def _stored_bytes(
 def _resident() -> int:
     """Bytes of memory that this process holds."""
     if not Path("/proc/self/statm").exists():
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -170,6 +203,7 @@ def _show(found: Size, candidates: int, users: int, requests_per_s: float | None
     table = Table("", "", box=SIMPLE_HEAD, show_header=False)
     rows = [
         (f"a server process with {found.items:,} items", f"{found.process_bytes / MIB:,.0f} MiB"),
+        ("  while one bundle replaces another, at most", f"{found.most_bytes / MIB:,.0f} MiB"),
         ("  an item in it", f"{found.item_bytes:,.0f} bytes"),
         (f"a request of {candidates} candidates, without HTTP", f"{first:.2f} ms"),
         ("  its 95th percentile", f"{np.percentile(found.first_ms, 95):.2f} ms"),
@@ -187,7 +221,7 @@ def _show(found: Size, candidates: int, users: int, requests_per_s: float | None
         processes = found.processes(requests_per_s)
         rows += [
             (f"{requests_per_s:g} requests a second", f"{processes:,} processes, a core each"),
-            ("  their memory", f"{processes * found.process_bytes / MIB:,.0f} MiB"),
+            ("  their memory", f"{processes * found.most_bytes / MIB:,.0f} MiB"),
         ]
     for row in rows:
         table.add_row(*row)

@@ -14,7 +14,7 @@ CANDIDATES = 50
 
 
 def lists_of(serving: Serving, users: Iterable[Any]) -> dict[Any, RankResponse]:
-    """What a server would answer, user by user."""
+    """What a server would answer, user by user, of the store as Feast reads it."""
     ranker = serving.ranker
     items = ranker.bundle.encoder.items.values[:CANDIDATES].to_pylist()
 
@@ -36,13 +36,13 @@ def note_silent(
     """Write down, and hold to, that no list differs of which nothing was said.
 
     Args:
-        said: whether the server is not ready, or warns.
+        said: whether the server is not ready: balancers send nobody there.
     """
     differ = {user for user in before if after[user].item_ids != before[user].item_ids}
     silent = [user for user in differ if not said and not after[user].degraded]
     promises.note(
         what,
-        "0 lists differ without a word",
+        "0 lists differ without a word, once the store was looked at (each second)",
         f"{len(silent)} of {len(before)}; {len(differ)} differ",
         held=not silent,
     )

@@ -86,6 +86,16 @@ def yaml_path(settings: Settings) -> Path:
     return path
 
 
+def check_profile(settings: Settings) -> None:
+    """Look whether the environment has what the profile reads; nothing is written.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if settings.profile == "production":
+        _production_text(settings)
+
+
 def _production_yaml(settings: Settings) -> Path:
     """The production profile as Feast's own commands read it; where it must say more than the one in the checkout, a copy
     in the home.

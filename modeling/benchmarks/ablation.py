@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 AS_SASREC = ("model.gated=False", "model.activation=relu", "model.expansion=1")
 SASREC = (*AS_SASREC, "model.width=64", "model.num_heads=1", "model.dropout=0.1")
 AS_IT_IS = "as it is"
+RATE = "training.learning_rate="
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,10 @@ def _trials(name: str, change: Change, rates: Sequence[float]) -> list[NextItemR
     from modeling.benchmarks.next_item_shapes import shaped
     from modeling.training.changes import Changes, changed
 
+    if rates and any(one.startswith(RATE) for one in change.assignments):
+        raise SystemExit(
+            f"--rates cannot try rates of {name!r}, which is a rate: --only leaves it out"
+        )
     recipe = changed(shaped(change.shape), Changes(assignments=change.assignments))
     if change.assignments:
         recipe = replace(recipe, name=f"{change.shape}-{_word(name)}")

@@ -53,7 +53,7 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/overview", explain_routes.overview, "explain"),
     Endpoint("GET", "/v1/models", operation_routes.models, "models"),
     Endpoint("GET", "/metrics", operation_routes.metrics, "metrics"),
-    Endpoint("GET", "/readyz", operation_routes.readyz, "metrics"),
+    Endpoint("GET", "/readyz", operation_routes.readyz, None),
     Endpoint("GET", "/openapi.json", operation_routes.openapi, "rank"),
     Endpoint("GET", "/livez", operation_routes.livez, None),
     Endpoint("GET", "/", explain_routes.page, None),

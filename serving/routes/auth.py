@@ -38,6 +38,15 @@ def check(request: Request, settings: ServeSettings, scope: Scope) -> None:
         raise ForbiddenError(f"this API key may do {', '.join(found) or 'nothing'}, not {scope}")
 
 
+def may(request: Request, settings: ServeSettings, scope: Scope) -> bool:
+    """Return whether a caller has a scope."""
+    try:
+        check(request, settings, scope)
+    except (UnauthorizedError, ForbiddenError):
+        return False
+    return True
+
+
 def requires(scope: Scope, handler: Handler) -> Handler:
     """The handler, for callers whose API key has a scope."""
 

@@ -131,7 +131,7 @@ def test_nothing_runs_as_root_or_writes_elsewhere(manifests: list[dict[str, Any]
     for name in ("jobs", "train", "serve"):
         assert services[name]["read_only"]
         assert services[name]["cap_drop"] == ["ALL"]
-    assert services["serve"]["volumes"][0].endswith(":ro")
+    assert "docker-entrypoint.sh" in services["redis"]["command"][-1]
 
 
 @dataclass
@@ -164,7 +164,9 @@ def parts(
     script = (
         script.replace("$$", "$")
         .replace("/run/secrets", str(secrets))
-        .replace("redis-server -", f"redis-server - --port {port} --dir {work}")
+        .replace(
+            "docker-entrypoint.sh redis-server -", f"redis-server - --port {port} --dir {work}"
+        )
     )
     process = subprocess.Popen([shell, option, script], stdout=subprocess.DEVNULL)
     helpers.wait_for_port(port, process)
@@ -211,8 +213,14 @@ def walked(steps: list[list[str]], environment: dict[str, str], folder: Path) ->
     return done.stdout
 
 
-def served(words: list[str], environment: dict[str, str], folder: Path, helpers: Any) -> None:
-    """Start a server, rank, and stop it as a container is stopped."""
+def served(
+    words: list[str], environment: dict[str, str], folder: Path, helpers: Any, host: str = ""
+) -> None:
+    """Start a server, rank, and stop it as a container is stopped.
+
+    Args:
+        host: what its callers call it.
+    """
     port = helpers.free_port()
     words = [str(port) if word == "8000" else word for word in words]
     main = "from feature_repo.script import main; raise SystemExit(main())"
@@ -230,9 +238,9 @@ def served(words: list[str], environment: dict[str, str], folder: Path, helpers:
     assert httpx.get(f"{address}/livez").status_code == 200
     ready = httpx.get(f"{address}/readyz", timeout=20)
     assert ready.status_code == 200, ready.text
-    answer = httpx.post(
-        f"{address}/v1/rank", json={"user_id": 13000, "candidates": ["S001", "S002"]}, timeout=20
-    )
+    body = {"user_id": 13000, "candidates": ["S001", "S002"]}
+    headers = {"Host": host} if host else {}
+    answer = httpx.post(f"{address}/v1/rank", json=body, headers=headers, timeout=20)
     assert answer.status_code == 200, answer.text
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -313,4 +321,6 @@ def test_kubernetes_by_hand(
     (serve,) = by_name["memoir-serve"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert serve[probe]["httpGet"]["path"] in ("/livez", "/readyz")
-    served(serve["args"], of(serve), folder, helpers)
+    (service,) = (one for one in manifests if one["kind"] == "Service")
+    named = service["metadata"]
+    served(serve["args"], of(serve), folder, helpers, f"{named['name']}.{named['namespace']}.svc")

@@ -15,7 +15,7 @@ from serving.size import BUSY, Size, _measured, run_size
 
 def size(**fields: Any) -> Size:
     return Size(**{
-        "bundle": "b", "process_bytes": 1 << 30, "items": 10, "item_bytes": 150.0, "users": 4, "user_bytes": 1000.0,
+        "bundle": "b", "process_bytes": 1 << 30, "bundle_bytes": 1 << 28, "items": 10, "item_bytes": 150.0, "users": 4, "user_bytes": 1000.0,
         "state_bytes": 10.0, "first_ms": [8.0, 12.0], "again_ms": [5.0, 5.0], **fields,
     })  # fmt: skip
 
@@ -34,6 +34,7 @@ def test_a_bundle_is_measured_over_its_own_store(trained_shop: Any) -> None:
     assert found.users >= 5
     assert found.state_bytes > 0
     assert found.process_bytes > 100 << 20
+    assert found.most_bytes >= found.process_bytes + (64 << 20)
     # Numbers of an item: codes, categories, statistics; far from a megabyte
     assert 50 < found.item_bytes < 5000
     store = trained_shop.settings.path("online_store.db").stat().st_size
