@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from feature_repo.errors import UsageError
+from feature_repo.errors import ExpectedError, UsageError
 from feature_repo.home.redis_client import client_of
 from feature_repo.home.tables import JobFolder
 from feature_repo.settings import Settings
@@ -31,7 +31,7 @@ from serving.api.settings import ServeSettings
 from serving.live.live import BundleSource, Serving
 from serving.ranking.ranker import Clock
 from serving.ranking.states import UserStates
-from serving.stores.redis_hashes import WrongStoreError
+from serving.stores.redis_hashes import StoreReadError, WrongStoreError
 from serving.stores.redis_reader import RedisReader
 
 # Of a process' time: above this requests queue for each other
@@ -44,6 +44,10 @@ MIB = 1 << 20
 # In memory at once, at most: live, previous, retired, next
 BUNDLES = 4
 STATES_BYTES = int(ServeSettings.model_fields["state_mib"].default) * MIB
+
+
+class UnmeasuredError(ExpectedError, RuntimeError):
+    """The online store was away while a bundle was measured."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def run_size(
     Raises:
         UsageError: a number that is none of a request, a sample or a plan.
         BundleError, NoLiveBundleError: see `BundleSource.load`.
+        UnmeasuredError: the online store did not answer.
     """
     named = {"candidates": candidates, "sample": sample, "users": users}
     for name, value in (named | {"requests_per_s": requests_per_s}).items():
@@ -117,13 +122,25 @@ async def _measured(source: BundleSource, candidates: int, sample: int) -> Size:
         another = source.load()
         bundle_bytes = _resident() - process_bytes
         await another.close()
-        found = await _of_serving(source.settings, serving, candidates, sample)
-        return replace(found, process_bytes=process_bytes, bundle_bytes=bundle_bytes)
+        return await _of_serving(
+            source.settings, serving, candidates, sample, process_bytes, bundle_bytes
+        )
+    except StoreReadError as error:
+        raise UnmeasuredError(
+            f"the online store did not answer, nothing is measured: {error}"
+        ) from error
     finally:
         await serving.close()
 
 
-async def _of_serving(settings: Settings, serving: Serving, candidates: int, sample: int) -> Size:
+async def _of_serving(
+    settings: Settings,
+    serving: Serving,
+    candidates: int,
+    sample: int,
+    process_bytes: int,
+    bundle_bytes: int,
+) -> Size:
     ranker = serving.ranker
     # 1. The same users and candidates at each call
     key = ranker.contract.user.join_key
@@ -153,8 +170,8 @@ async def _of_serving(settings: Settings, serving: Serving, candidates: int, sam
             times.append(1000 * (time.perf_counter() - began))
     return Size(
         serving.name,
-        0,
-        0,
+        process_bytes,
+        bundle_bytes,
         len(ranker.items),
         ranker.items.known.nbytes / len(ranker.items),
         len(known),
