@@ -143,6 +143,12 @@ def serve(settings: ServeSettings) -> int:
         raise SettingsError(
             f"bundle (--bundle or MEMOIR_SERVE_BUNDLE) names {settings.bundle}, which is no folder of a bundle: expected bundle.json in it"
         )
+    for name in ("tls_certificate", "tls_key", "tls_client_ca"):
+        file = getattr(settings, name)
+        if file is not None and not os.access(file, os.R_OK):
+            raise SettingsError(
+                f"{name} (MEMOIR_SERVE_{name.upper()}) names {file}, which is not there or cannot be read"
+            )
     if settings.stop_s <= max(settings.header_s, settings.body_s):
         raise SettingsError(
             f"stop_s is {settings.stop_s}, and a head or body may take {max(settings.header_s, settings.body_s):g} s: a "

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from feature_repo.atomic import atomic_write
 from feature_repo.contract import meaning
@@ -127,12 +129,28 @@ def _production_text(settings: Settings) -> str:
             f"MEMOIR_REDIS_TYPE must be one of {KINDS}, not {kind!r}{nearest(kind, KINDS)}"
         )
     RedisAddress.parse(secret("MEMOIR_REDIS") or "")
+    _look_at_url("MEMOIR_REGISTRY_URL")
     if os.environ.get("MEMOIR_DATASET") != settings.dataset:
         text = text.replace("${MEMOIR_DATASET}", settings.dataset)
     more = "" if kind == KINDS[0] else f"  redis_type: {kind}\n"
     if kind == SENTINEL:
         more += f"  sentinel_master: {os.environ.get('MEMOIR_REDIS_MASTER') or 'mymaster'}\n"
     return text.replace("  type: redis\n", f"  type: redis\n{more}")
+
+
+def _look_at_url(name: str) -> None:
+    """Refuse a database's URL that is none, which would otherwise look like a database that is away.
+
+    Raises:
+        SettingsError: it is none; the message shows nothing of it, as it may hold a password.
+    """
+    try:
+        make_url(secret(name) or "")
+    except (ArgumentError, ValueError):
+        raise SettingsError(
+            f"{name} is no URL of a database: expected postgresql+psycopg://user:password@host:5432/name, any other character "
+            "of a password as %XX"
+        ) from None
 
 
 def _write_changed(path: Path, text: str) -> None:

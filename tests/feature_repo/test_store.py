@@ -236,6 +236,21 @@ def test_the_production_profile_names_the_variables_that_it_lacks(
         yaml_path(production)
 
 
+@pytest.mark.parametrize(
+    "url", ["nonsense", "postgresql+psycopg://memoir:pass@word:x/registry", ":"]
+)
+def test_a_url_that_is_none_is_no_database_that_is_away(
+    shop: Any, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    from feature_repo.store.store import check_profile
+
+    monkeypatch.setenv("MEMOIR_REDIS", "localhost:6379")
+    monkeypatch.setenv("MEMOIR_REGISTRY_URL", url)
+    with pytest.raises(SettingsError, match="MEMOIR_REGISTRY_URL is no URL") as refused:
+        check_profile(replace(shop.settings, profile="production"))
+    assert "pass" not in str(refused.value).replace("password", "")
+
+
 def test_an_apply_says_what_it_did_for_either_registry() -> None:
     plan = (
         "Applying changes\n\x1b[32mCreated entity user\nCreated feature view a\nDeleted entity x\n"

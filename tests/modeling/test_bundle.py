@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,13 @@ def test_another_layout_contract_or_model_is_refused(
     rewrite(exported, **changes)
     with pytest.raises(ValueError, match=reason):
         bundle.load(exported, CONTRACT)
+
+
+def test_another_account_can_read_a_bundle_where_the_umask_allows_it(exported: Path) -> None:
+    """The library that writes weights keeps them from everybody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o666 & ~mask}
 
 
 def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:

@@ -756,6 +756,13 @@ def test_long_answers_are_compressed_for_who_reads_that(client: Client) -> None:
     assert "content-encoding" not in asked("/livez", "gzip").headers
 
 
+@pytest.mark.parametrize("name", ["tls_certificate", "tls_key", "tls_client_ca"])
+def test_a_file_of_tls_that_is_not_there_ends_the_command(tmp_path: Path, name: str) -> None:
+    settings = ServeSettings(port=0).model_copy(update={name: tmp_path / "none.pem"})
+    with pytest.raises(SettingsError, match=f"MEMOIR_SERVE_{name.upper()}.* names .*none.pem"):
+        serve(settings)
+
+
 def test_a_bundle_that_is_not_there_ends_the_command(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("MEMOIR_HOME", str(tmp_path))
     with pytest.raises(SettingsError, match="which is no folder of a bundle"):
