@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,7 @@ def test_the_road_of_compose_in_images(
             inside(images["serve"], ["memoir", "serve", *words], *arguments("serve")),
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
     try:
         helpers.wait_for_port(port, process, 120)
@@ -166,5 +168,6 @@ def test_the_road_of_compose_in_images(
         )
         assert answer.status_code == 200, answer.text
     finally:
-        process.terminate()
+        # The server is a grandchild, to which buildah hands no signal on.
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
