@@ -55,12 +55,12 @@ class Size:
     """The measurements of a bundle.
 
     Args:
-        bundle: its name.
+        bundle: name of the bundle.
         process_bytes: of a server process with the bundle and all items, nobody encoded.
         bundle_bytes: what a bundle takes beside another: weights, items, connections.
-        items: that it knows.
-        item_bytes: of an item in it.
-        users: that the tables have.
+        items: how many items the bundle ranks.
+        item_bytes: bytes of an item in the process.
+        users: how many users the tables have.
         user_bytes: of a user in the online store, mean; None where the store is none whose keys can be weighed.
         state_bytes: of an encoded user that is kept between requests.
         first_ms: of a request of a user who is not kept, each of the sample.

@@ -13,7 +13,7 @@ class Counts:
     Args:
         numbers: by name; `counts["rows_read"]` is 0 where no job counted.
         dead: dead letters by reason.
-        cut: values of a list beyond those that are read, by column.
+        cut: values of a list beyond the bound that is read, by column.
         lost: values that could not be read and are missing, by column.
         earliest, latest: microseconds, of the events or requests that were seen; None of none.
 

@@ -2,7 +2,7 @@
 
 What names other things is read first and written last, so that all it names is in the copy: SQLite's databases, then the
 manifests of all jobs at once, then the parts that they name, each checked by its sha256, then everything else. A manifest's
-parts outlive the next publication; where two came meanwhile, that job is read again.
+parts outlive the next publication; where two came meanwhile, the job is read again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs as pafs
@@ -41,13 +41,18 @@ class RestlessHomeError(ExpectedError, RuntimeError):
     """A job published faster than its tables could be copied."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackUp:
-    """A count of all that was copied."""
+    """A back-up that was made.
 
-    jobs: list[str] = field(default_factory=list)
-    files: int = 0
-    bytes: int = 0
+    Args:
+        jobs: whose tables are in it.
+        files, bytes: in all.
+    """
+
+    jobs: tuple[str, ...]
+    files: int
+    bytes: int
 
     def __str__(self) -> str:
         return f"{self.files:,} files, {self.bytes / 1e6:,.1f} MB, tables of {len(self.jobs)} jobs"
@@ -81,8 +86,9 @@ def back_up(settings: Settings, target: Path) -> BackUp:
     copy.rest(home)
     if str(here) != home.root.rstrip("/"):
         copy.rest(JobFolder(str(here), ""))
+    sizes = [path.stat().st_size for path in draft.rglob("*") if path.is_file()]
     draft.rename(target)
-    return copy.found
+    return BackUp(tuple(copy.jobs), len(sizes), sum(sizes))
 
 
 class _Copy:
@@ -91,14 +97,13 @@ class _Copy:
     def __init__(self, home: str, target: Path) -> None:
         self.home = home
         self.target = target
-        self.found = BackUp()
+        self.jobs: list[str] = []
 
     def database(self, source: Path) -> None:
         """As of one moment, by SQLite's own means: a plain copy may meet a transaction half-written."""
         target = self.target / source.name
         with closing(sqlite3.connect(source)) as here, closing(sqlite3.connect(target)) as there:
             here.backup(there)
-        self._count(target.stat().st_size)
 
     def tables(self) -> None:
         """Everything of the jobs that have published."""
@@ -112,7 +117,7 @@ class _Copy:
     def rest(self, home: JobFolder) -> None:
         """Files that appear whole or not at all; drafts and locks of who writes now are left out."""
         for info in self._listed(home, home.root.rstrip("/")):
-            if info.base_name in (*LEFT_OUT, *self.found.jobs):
+            if info.base_name in (*LEFT_OUT, *self.jobs):
                 continue
             if _is_folder(info) and home.read_bytes(f"{info.path}/{MANIFEST}") is not None:
                 # Its first publication came meanwhile.
@@ -138,17 +143,15 @@ class _Copy:
             raise RestlessHomeError(
                 f"job {job.job!r} published again and again while it was copied: back up when it rests"
             )
-        # Beside the parts: notes, lists of keys that were sent, also of runs that did not end.
-        named = {part.path for parts in manifest.tables.values() for part in parts}
-        tables = {str(PurePosixPath(path).parent) for path in named}
+        # Beside tables: notes of parts, lists of keys that were sent, also of runs that did not end.
         for info in self._listed(job, job.root, recursive=True):
             path = info.path.removeprefix(f"{job.root}/")
-            if str(PurePosixPath(path).parent) not in tables and path != MANIFEST:
+            of_a_table = len(parts := PurePosixPath(path).parts) > 2 and parts[1] in manifest.tables
+            if not of_a_table and path != MANIFEST:
                 self._tree(job, info, job.root, target)
         target.mkdir(parents=True, exist_ok=True)
         (target / MANIFEST).write_text(manifest.to_json())
-        self._count(0)
-        self.found.jobs.append(job.job)
+        self.jobs.append(job.job)
 
     def _parts(self, job: JobFolder, manifest: Manifest, target: Path) -> bool:
         """Copy the parts that a manifest names; False where some of it is gone."""
@@ -192,19 +195,13 @@ class _Copy:
     def _file(self, home: JobFolder, source: str, target: Path) -> str:
         """Copy a file; returns the sha256 of its bytes."""
         digest = hashlib.sha256()
-        number = 0
         with home.filesystem.open_input_stream(source) as stream:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
                 while block := stream.read(READ_BYTES):
                     digest.update(block)
-                    number += file.write(block)
-        self._count(number)
+                    file.write(block)
         return digest.hexdigest()
-
-    def _count(self, number: int) -> None:
-        self.found.files += 1
-        self.found.bytes += number
 
 
 def _is_folder(info: pafs.FileInfo) -> bool:
