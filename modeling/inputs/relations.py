@@ -51,14 +51,25 @@ class Near(NamedTuple):
     """How near N candidates are to some items.
 
     Args:
-        strengths_NK: of each candidate's neighbours that are there, 0 of others.
+        all_N: strength of all of a candidate's neighbours that are there.
+        most_N: of the strongest.
         taste_N: the mean cosine of vectors.
         factors_N: the product of factors with their sum there, over √(number of items).
     """
 
-    strengths_NK: np.ndarray
+    all_N: np.ndarray
+    most_N: np.ndarray
     taste_N: np.ndarray
     factors_N: np.ndarray
+
+
+class Own(NamedTuple):
+    """What a slice holds of N candidates: their rows of its fields."""
+
+    neighbours_NK: np.ndarray
+    strengths_NK: np.ndarray
+    vectors_ND: np.ndarray
+    factors_NF: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,24 +90,35 @@ class Slice:
     vectors_ID: np.ndarray
     factors_IF: np.ndarray
 
-    def near(self, own_N: np.ndarray, rows: np.ndarray) -> Near:
+    def own(self, rows_N: np.ndarray) -> Own:
+        """What is held of candidates; row 0, which has no neighbour, stands for items behind the last."""
+        rows = np.where(rows_N < len(self.neighbours_IK), rows_N, 0)
+        return Own(*(getattr(self, name).take(rows, axis=0) for name in SLICE_COLUMNS))
+
+    def near(self, own: Own, rows: np.ndarray, asked_N: np.ndarray | None = None) -> Near:
         """How near candidates are to what is there.
 
         Args:
-            own_N: rows of candidates, within this slice.
             rows: of what is there, each once.
+            asked_N: candidates that may have a neighbour there; default: all may.
         """
         many = len(self.neighbours_IK)
         others = np.where(rows < many, rows, 0)
         there = np.zeros(many, np.float32)
         there[others] = 1
         there[0] = 0
-        strengths = there[self.neighbours_IK[own_N]] * self.strengths_IK[own_N]
+        asked = slice(None) if asked_N is None else np.flatnonzero(asked_N)
+        strengths_NK = there.take(own.neighbours_NK[asked]) * own.strengths_NK[asked]
+        all_N = np.zeros(len(own.neighbours_NK), np.float32)
+        most_N = np.zeros_like(all_N)
+        all_N[asked] = strengths_NK.sum(axis=1)
+        most_N[asked] = strengths_NK.max(axis=1, initial=0)
         together = self.factors_IF[others].sum(axis=0) / np.sqrt(np.float32(len(others)))
         return Near(
-            strengths,
-            self.vectors_ID[own_N] @ self.vectors_ID[others].mean(axis=0),
-            self.factors_IF[own_N] @ together,
+            all_N,
+            most_N,
+            own.vectors_ND @ self.vectors_ID[others].mean(axis=0),
+            own.factors_NF @ together,
         )
 
 
@@ -155,23 +177,25 @@ class Relations:
         asked = candidates[known]
         now = [one for one in self.slices if one.known_from <= time][-1:]
         for one in now:
-            # Row 0, which has no neighbour, stands for items behind the last.
-            own = np.where(asked < len(one.neighbours_IK), asked, 0)
+            own = one.own(asked)
             near = one.near(own, rows)
-            found[known, 0] = np.log1p(near.strengths_NK.sum(axis=1))
-            found[known, 1] = np.log1p(near.strengths_NK.max(axis=1, initial=0))
+            found[known, 0] = np.log1p(near.all_N)
+            found[known, 1] = np.log1p(near.most_N)
             found[known, 2] = near.taste_N
             found[known, 6] = near.factors_N
             newest = history[-LATELY:]
             if (newest > 0).any():
-                lately = one.near(own, np.unique(newest[newest > 0]))
-                found[known, 4] = np.log1p(lately.strengths_NK.sum(axis=1))
+                # Who has no neighbour in the whole history has none in the newest part of it.
+                lately = one.near(own, np.unique(newest[newest > 0]), near.most_N > 0)
+                found[known, 4] = np.log1p(lately.all_N)
                 found[known, 5] = lately.taste_N
                 found[known, 7] = lately.factors_N
         if self.text_IE.shape[1]:
             # An item is like itself; what matters is which others are.
             alike = self.text_IE[asked] @ self.text_IE[rows].T
-            alike[asked[:, None] == rows] = -1
+            place = np.searchsorted(rows, asked)
+            its = np.flatnonzero(rows[np.minimum(place, len(rows) - 1)] == asked)
+            alike[its, place[its]] = -1
             found[known, 3] = alike.max(axis=1)
         return found
 
