@@ -18,6 +18,7 @@ from rich.table import Table
 
 from feature_repo import datasets
 from feature_repo.errors import ExpectedError, SettingsError
+from feature_repo.home.catalogue import Catalogue
 from feature_repo.settings import Settings
 from feature_repo.store.store import check_profile
 from serving.api.logs import of_http_server
@@ -100,6 +101,38 @@ def run_replay(log: str, bundle_path: str | None) -> None:
         f"{found.rank_correlation:.3f}, {found.overlap_10:.1%} of the ten best in common",
         highlight=False,
     )
+
+
+def run_compile(name: str | None) -> int:
+    """Compile the steps of a bundle for this machine, and say which ones. Returns 1 where none could be."""
+    import torch
+
+    from modeling.bundle import bundle as bundles
+    from modeling.bundle.compiled import STEPS, compile_and_record, recorded, with_compiled
+
+    torch.set_num_threads(1)
+    settings = Settings.from_env()
+    catalogue = Catalogue(settings.catalogue_url)
+    dataset = settings.dataset
+    row = catalogue.live_bundle(dataset) if name is None else catalogue.bundle(dataset, name)
+    contract = datasets.load_contract(dataset)
+    bundle = bundles.load(settings.path(row.path), contract, row.digest)
+    console.print(f"compile {bundle.name}: a minute or two", highlight=False)
+    failed = compile_and_record(bundle, settings, catalogue)
+    for step, why in failed.items():
+        console.print(f"  {step}: {why}; the model takes it as before", style="yellow")
+    if len(failed) == len(STEPS):
+        return 1
+    # Tried as a server tries it
+    found = with_compiled(bundle, recorded(bundle, settings, catalogue))
+    if not found.steps:
+        console.print(f"compile {bundle.name}: not used: {found.why}", style="red")
+        return 1
+    console.print(
+        f"compile {bundle.name}: {' and '.join(found.steps)} for this machine; servers use them from when they next load it",
+        highlight=False,
+    )
+    return 0
 
 
 def run_impressions(log: str, file: str, top: int | None) -> None:
@@ -276,6 +309,7 @@ def app() -> Any:
         settings.state_mib << 20,
         settings.deadline_ms,
         settings.device,
+        settings.compiled,
     )
     notes = Notes(home, FILLS_ONLINE)
     live = Live(

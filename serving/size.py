@@ -155,7 +155,7 @@ async def _of_serving(
     chosen = rng.choice(len(known), min(sample, len(known)), replace=False)
     ids = known.take(pa.array(chosen)).to_pylist()
     # 2. A request of each, twice; every state is kept, so that a second request finds its user's.
-    states = ranker.states = UserStates(ranker.bundle.model, MOST_BYTES)
+    states = ranker.states = UserStates(ranker.model, MOST_BYTES)
     first_ms: list[float] = []
     again_ms: list[float] = []
     # The first of all pays for connections.

@@ -84,6 +84,18 @@ class LiveSince(Base):
     since: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
+class CompiledRow(Base):
+    """A step of a bundle's model compiled for a kind of machine: code, which is run if its hash is this one."""
+
+    __tablename__ = "compiled_steps"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True, doc="of the bundle")
+    machine: Mapped[str] = mapped_column(String(128), primary_key=True)
+    step: Mapped[str] = mapped_column(String(32), primary_key=True)
+    path: Mapped[str] = mapped_column(String(1024))
+    sha256: Mapped[str] = mapped_column(String(64))
+    made_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
 class SentRun(Base):
     """The run that a job sent last to an online store."""
 
@@ -347,6 +359,28 @@ class Catalogue:
         raise NotRecordedError(
             f"no bundle {name!r} of dataset {dataset!r} in the catalogue: run `python -m modeling train`, `evaluate` and `export`"
         )
+
+    def add_compiled(self, *, digest: str, machine: str, step: str, path: str, sha256: str) -> None:
+        """Record a compiled step of a bundle; of the same machine the one before is forgotten."""
+        with Session(self.engine) as session, session.begin():
+            made_at = datetime.now(UTC)
+            row = CompiledRow(
+                digest=digest,
+                machine=machine,
+                step=step,
+                path=path,
+                sha256=sha256,
+                made_at=made_at,
+            )
+            session.merge(row)
+
+    def compiled(self, digest: str, machine: str) -> list[CompiledRow]:
+        """The compiled steps of a bundle for a kind of machine."""
+        with Session(self.engine) as session:
+            query = select(CompiledRow).where(
+                CompiledRow.digest == digest, CompiledRow.machine == machine
+            )
+            return list(session.scalars(query))
 
     def accepted_tokens(self, digest: str) -> str | None:
         """The token version that a bundle accepts, if it reads tokens."""

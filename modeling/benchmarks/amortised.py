@@ -13,7 +13,8 @@ import torch
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
+from modeling.benchmarks.worlds import flops, sizes_of, synchronised
+from modeling.inputs.made_up import requests
 from modeling.layers.memory import keep_freed_memory
 
 NAIVE_SAMPLE = 8  # candidates that the plain twin scores; its time for all is their mean times C

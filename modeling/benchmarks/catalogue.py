@@ -17,8 +17,9 @@ from torch import Tensor
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.benchmarks.worlds import requests, sizes_of
+from modeling.benchmarks.worlds import sizes_of
 from modeling.inputs.batch import Batch
+from modeling.inputs.made_up import requests
 from modeling.layers import embedding
 from modeling.layers.memory import keep_freed_memory
 from modeling.models.base import Ranker

@@ -211,7 +211,8 @@ def _step(case: dict[str, Any]) -> dict[str, Any]:
 
 def _model_case(case: dict[str, Any]) -> tuple[Any, Any, int]:
     from modeling import models
-    from modeling.benchmarks.worlds import one_candidate_per_row, requests, sizes_of
+    from modeling.benchmarks.worlds import one_candidate_per_row, sizes_of
+    from modeling.inputs.made_up import requests
     from modeling.training.trainer import masked_bce
 
     sizes = sizes_of(case["length"])

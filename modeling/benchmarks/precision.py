@@ -17,7 +17,8 @@ from torch import Tensor
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
+from modeling.benchmarks.worlds import flops, sizes_of, synchronised
+from modeling.inputs.made_up import requests
 from modeling.layers.memory import keep_freed_memory
 from modeling.training.trainer import masked_bce
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.benchmarks.worlds import flops, requests, sizes_of, synchronised
+from modeling.benchmarks.worlds import flops, sizes_of, synchronised
 from modeling.inputs.batch import Batch
+from modeling.inputs.made_up import requests
 from modeling.layers.host import device_named
 from modeling.layers.memory import keep_freed_memory
 from modeling.models.base import Ranker

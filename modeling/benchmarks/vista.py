@@ -26,9 +26,10 @@ from torch import Tensor
 from feature_repo.benchmarks import interleaved, parser, report
 from feature_repo.history.envelope import Envelope, from_bytes, to_bytes
 from modeling import models
-from modeling.benchmarks.worlds import flops, gemm_rate, requests, sizes_of
+from modeling.benchmarks.worlds import flops, gemm_rate, sizes_of
 from modeling.comparison.processes import ask, peak_mb
 from modeling.inputs.batch import FeatureSizes, UserInputs
+from modeling.inputs.made_up import requests
 from modeling.layers.memory import keep_freed_memory
 from modeling.models.vista import VISTA
 from modeling.models.vista_stage_1 import StreamingStage1

@@ -1,4 +1,4 @@
-"""Random requests of a given shape, for benchmarks that measure speed and need no data."""
+"""What benchmarks that measure speed and need no data share: sizes, floors, counts of FLOPs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from modeling.inputs.batch import Batch, Candidates, FeatureSizes, UserInputs
+from modeling.inputs.batch import Batch, FeatureSizes
 from modeling.inputs.columns import GroupSizes
 
 
@@ -25,41 +24,6 @@ def sizes_of(history_length: int) -> FeatureSizes:
         candidate=GroupSizes((2_000,), (8,), numbers=13),
         event=GroupSizes(numbers=2),
     )
-
-
-def requests(
-    sizes: FeatureSizes, number: int, length: int, candidates: int, seed: int = 0
-) -> Batch:
-    """Requests with full histories and as many candidates each; labels are random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def whole(limit: int, *shape: int) -> Tensor:
-        return torch.randint(0, limit, shape, generator=generator)
-
-    def real(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    def slots_of(group: GroupSizes, *shape: int) -> Tensor:
-        pairs = zip(group.categories, group.slots, strict=True)
-        return torch.cat([whole(size, *shape, slots) for size, slots in pairs], dim=-1)
-
-    user = UserInputs(
-        item_BL=whole(sizes.items, number, length),
-        action_BL=whole(sizes.actions, number, length),
-        age_BL=real(number, length),
-        gap_BL=real(number, length),
-        event_BLE=real(number, length, sizes.event.dense),
-        mask_BL=torch.ones(number, length, dtype=torch.bool),
-        field_BU=slots_of(sizes.request, number),
-        dense_BG=real(number, sizes.request.dense),
-    )
-    chosen = Candidates(
-        item_BC=whole(sizes.items, number, candidates),
-        category_BCK=slots_of(sizes.candidate, number, candidates),
-        dense_BCF=real(number, candidates, sizes.candidate.dense),
-        mask_BC=torch.ones(number, candidates, dtype=torch.bool),
-    )
-    return Batch(user, chosen, (real(number, candidates, sizes.tasks) < 0.2).float())
 
 
 def one_candidate_per_row(batch: Batch) -> Batch:

@@ -156,7 +156,7 @@ def export(
         "dense_features": list(encoder.dense_names),
         "transforms": TRANSFORMS_VERSION,
         "trees": recipe.trees,
-        "files": {name: _sha256(draft / name) for name in (*FILES, *model.text_names)},
+        "files": {name: sha256_of(draft / name) for name in (*FILES, *model.text_names)},
     }
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (draft / "bundle.json").write_text(text)
@@ -270,7 +270,7 @@ def _check_files(path: Path, listed: dict[str, str]) -> None:
     for name, expected in listed.items():
         if not (path / name).is_file() or (path / name).is_symlink():
             raise BundleError(f"{path}: file {name!r} is missing")
-        if (found := _sha256(path / name)) != expected:
+        if (found := sha256_of(path / name)) != expected:
             raise BundleError(
                 f"{path}: {name} has sha256 {found[:12]}…, bundle.json says {expected[:12]}…: damaged or changed"
             )
@@ -342,6 +342,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Digest of a file, hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

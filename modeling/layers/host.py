@@ -40,8 +40,10 @@ HOST = "cpu"
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Return whether the host can read a tensor without waiting for it."""
-    return tensor.device.type == HOST
+    """Return whether the host can read a tensor without waiting for it: not while a program is written of what becomes of
+    any tensor (`torch.export`).
+    """
+    return tensor.device.type == HOST and not torch.compiler.is_exporting()
 
 
 def surely_all(mask: Tensor) -> bool:

@@ -617,7 +617,7 @@ def check_ids(name: str, values: Sequence[int | str], dtype: DType) -> None:
         # A character has at most four bytes.
         well = kinds <= {str} and 4 * max(map(len, values), default=0) <= MAX_ID_BYTES  # type: ignore[arg-type]
     else:
-        well = kinds <= {int} and (not values or (min(values) in INT64 and max(values) in INT64))  # type: ignore[type-var]
+        well = kinds <= {int} and (not values or (min(values) in INT64 and max(values) in INT64))
     if well:
         return
     for place, value in enumerate(values):

@@ -117,6 +117,12 @@ class Metrics:
             "events that summary tokens do not know until the job has run",
             "reason",
         )
+        self.steps = count(
+            "model_steps",
+            "steps of the model by what took them: compiled code, or the model itself",
+            "step",
+            "by",
+        )
         self._advanced: dict[tuple[Counter, str], float] = {}
         # 2. Gauges, each with how the values of several processes become one.
         self.bundle = gauge("bundle_info", "processes that rank with a bundle", "livesum", "bundle")

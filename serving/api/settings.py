@@ -44,6 +44,8 @@ class ServeSettings(BaseSettings):
     processes: Annotated[int, Field(ge=1, le=256)] = 1
     # Where the model runs, such as cuda
     device: str = "cpu"
+    # Steps of the model that `python -m serving compile` made for this machine are used
+    compiled: bool = True
     # Default: the live one of the catalogue, which is followed
     bundle: Path | None = None
     # Requests without a time are as of the end of the data

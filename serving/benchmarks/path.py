@@ -9,6 +9,7 @@ sort and msgspec alone.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -41,12 +42,14 @@ from serving.ranking.request import context_columns
 from serving.stores.features import UserDecoder, UserRow
 
 REQUESTS = 50
+REST = "order, answer, cold caches"
 
 
 def main() -> None:
     """Run."""
     flags = parser("serving.benchmarks.path", __doc__)
     flags.add_argument("--recipes", nargs="+", default=[], help="that were exported")
+    flags.add_argument("--eager", action="store_true", help="also without compiled steps")
     arguments = flags.parse_args()
     settings = Settings.from_env()
     catalogue = Catalogue(settings.catalogue_url)
@@ -54,11 +57,24 @@ def main() -> None:
         settings.path(catalogue.bundle(settings.dataset, name).path) for name in arguments.recipes
     ]
     rate = gemm_rate()
+    sites = []
+    for bundle, compiled in itertools.product(
+        bundles or [None], (False, True) if arguments.eager else (True,)
+    ):
+        source = BundleSource(settings, bundle, replay=True, compiled=compiled)
+        ranker = source.load().ranker
+        sites.append(_site(_asked(settings, ranker, 5 if arguments.quick else REQUESTS)))
+    # All in turns, so that a slow moment meets all of them.
+    calls = {
+        f"{number} {name}": call
+        for number, site in enumerate(sites)
+        for name, call in site.calls.items()
+    }
+    spent = interleaved(calls, 2 if arguments.quick else arguments.repeats)
     rows = []
-    for bundle in bundles or [None]:
-        ranker = BundleSource(settings, bundle, replay=True).load().ranker
-        asked = _asked(settings, ranker, 5 if arguments.quick else REQUESTS)
-        rows += _measured(asked, rate, 2 if arguments.quick else arguments.repeats)
+    for number, site in enumerate(sites):
+        of_site = {name: spent[f"{number} {name}"]["cpu_s"] for name in site.calls}
+        rows += _rows(site, of_site, rate)
     report("path", {"candidates": CANDIDATES, "gemm_gflop_s": rate / 1e9}, rows, arguments.json)
 
 
@@ -104,10 +120,27 @@ def _numbers(ranker: RankService, request: RankRequest, user: UserRow) -> Encode
     return ranker.requests.encoded(user, request.candidates, at, items, context)
 
 
-def _measured(asked: Asked, rate: float, repeats: int) -> list[dict[str, Any]]:
-    """A row for each stage, and one for the whole."""
+@dataclass(frozen=True)
+class Site:
+    """A ranker's stages, each as a call over all requests.
+
+    Args:
+        calls: stages, `whole`, and floors as `floor: stage`.
+        flop: of the model's products in a request, by stage.
+    """
+
+    ranker: RankService
+    requests: int
+    calls: dict[str, Callable[[], None]]
+    flop: dict[str, float]
+
+
+STAGES = ("decode", "user", "items, features", "collate", "encode_user", "score")
+
+
+def _site(asked: Asked) -> Site:
     ranker = asked.ranker
-    model = ranker.bundle.model
+    model = ranker.model
     contract = ranker.contract
     encoder = ranker.bundle.encoder
     decoder = UserDecoder(contract, ranker.bundle.tokens)
@@ -143,25 +176,34 @@ def _measured(asked: Asked, rate: float, repeats: int) -> list[dict[str, Any]]:
     floors: dict[str, Callable[[int], Any]] = {
         "decode": lambda n: bare.decode(asked.bodies[n]),
         "items, features": lambda n: rows_XF[places[n]],
-        "order, answer": lambda n: (np.argsort(-scores), encoded(answers[n], JSON)),
+        REST: lambda n: (np.argsort(-scores), encoded(answers[n], JSON)),
     }
-    # 3. Times, in turns; counts, apart from them.
     many = range(len(asked.requests))
     calls = {name: _over(call, many) for name, call in stages.items()}
     calls |= {f"floor: {name}": _over(call, many) for name, call in floors.items()}
-    spent = interleaved(calls, repeats)
-    ms = {name: 1000 * found["cpu_s"] / len(many) for name, found in spent.items()}
-    for name in ("encode_user", "score"):
-        ms[f"floor: {name}"] = 1000 * flops(calls[name]) / len(many) / rate
-    ms["order, answer"] = ms["whole"] - sum(ms[name] for name in stages if name != "whole")
-    rows = []
-    for name in (*(name for name in stages if name != "whole"), "order, answer", "whole"):
-        counted = _counts(calls[name], len(many)) if name in stages else {}
+    # 3. The model's products: of the model itself, since compiled code does not say.
+    plain = ranker.bundle.model
+    products: dict[str, Callable[[int], Any]] = {
+        "encode_user": lambda n: plain.encode_user(batches[n].user),
+        "score": lambda n: plain(batches[n]),
+    }
+    flop = {name: flops(_over(call, many)) / len(many) for name, call in products.items()}
+    flop["score"] -= flop["encode_user"]
+    return Site(ranker, len(many), calls, flop)
+
+
+def _rows(site: Site, cpu_s: dict[str, float], rate: float) -> list[dict[str, Any]]:
+    """A row for each stage, and one for the whole."""
+    ms = {name: 1000 * spent / site.requests for name, spent in cpu_s.items()}
+    ms |= {f"floor: {name}": 1000 * number / rate for name, number in site.flop.items()}
+    # What is left: order and answer, and what it costs that one stage throws another out of the cache
+    ms[REST] = ms["whole"] - sum(ms[name] for name in STAGES)
+    about = {"bundle": site.ranker.bundle.name, "compiled": len(site.ranker.compiled.steps)}
+    rows: list[dict[str, Any]] = []
+    for name in (*STAGES, REST, "whole"):
+        counted = _counts(site.calls[name], site.requests) if name in site.calls else {}
         floor = ms.get(f"floor: {name}")
-        rows.append(
-            {"bundle": ranker.bundle.name, "stage": name, "cpu_ms": ms[name], "floor_ms": floor}
-            | counted
-        )
+        rows.append({**about, "stage": name, "cpu_ms": ms[name], "floor_ms": floor, **counted})
     rows[-1]["floor_ms"] = sum(row["floor_ms"] or 0.0 for row in rows[:-1])
     return rows
 
@@ -179,7 +221,7 @@ class _Dispatches(TorchDispatchMode):
     """Counts what torch dispatches."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

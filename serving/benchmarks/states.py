@@ -18,8 +18,9 @@ import torch
 
 from feature_repo.benchmarks import interleaved, parser, report
 from modeling import models
-from modeling.benchmarks.worlds import requests, sizes_of
+from modeling.benchmarks.worlds import sizes_of
 from modeling.inputs.batch import UserInputs
+from modeling.inputs.made_up import requests
 from modeling.models.base import Ranker
 from serving.benchmarks.synthetic import SIZES
 from serving.ranking.states import UserStates

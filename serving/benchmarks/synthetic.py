@@ -178,7 +178,7 @@ def model_ms(settings: Settings, folder: Path, candidates: int) -> float:
     """Milliseconds of the model alone for one request: a floor."""
     import torch
 
-    from modeling.benchmarks.worlds import requests
+    from modeling.inputs.made_up import requests
 
     torch.set_num_threads(1)
     bundle = bundles.load(folder, load_contract(settings.dataset))

@@ -34,6 +34,7 @@ from feature_repo.home.catalogue import NoLiveBundleError
 from feature_repo.settings import WORK, Settings
 from feature_repo.store.store import close_store, held_columns
 from modeling.bundle import bundle as bundles
+from modeling.bundle.compiled import Compiled, recorded, with_compiled
 from modeling.layers.host import device_named
 from modeling.layers.memory import keep_freed_memory
 from modeling.summaries.summariser import Summariser
@@ -106,6 +107,8 @@ class BundleSource:
     deadline_ms: float = math.inf
     # Where the model runs
     device: str = "cpu"
+    # Compiled steps are used, where some are recorded for this machine
+    compiled: bool = True
 
     @cached_property
     def catalogue(self) -> SeenCatalogue:
@@ -157,6 +160,19 @@ class BundleSource:
             why,
         )
         return None
+
+    def _compiled(self, bundle: bundles.Bundle) -> Compiled:
+        """A bundle's model with the steps that were compiled for this machine."""
+        if not self.compiled or self.device != "cpu":
+            return Compiled(bundle.model, why="compiled steps are switched off")
+        try:
+            packages = recorded(bundle, self.settings, self.catalogue.opened)
+        except (SQLAlchemyError, OSError) as error:
+            logger.warning("whether steps of %s are compiled is not known: %s", bundle.name, error)
+            return Compiled(bundle.model, why="the catalogue's database is away")
+        if not packages:
+            return Compiled(bundle.model, why="none was compiled for this machine")
+        return with_compiled(bundle, packages)
 
     def held_columns(self) -> Meanings:
         """Read from the online store what its columns mean."""
@@ -222,6 +238,7 @@ class BundleSource:
                 end,
                 self.stale_days,
                 self.state_bytes,
+                self._compiled(bundle),
             )
             # Scores that are no numbers, or late, must not be found out by a client's request.
             ranker.compare_columns(held_columns(store))

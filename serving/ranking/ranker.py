@@ -21,6 +21,7 @@ from feature_repo.contract.schema import EVENT_TIMESTAMP, DType
 from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import MICROS_PER_DAY
 from modeling.bundle.bundle import Bundle
+from modeling.bundle.compiled import Compiled
 from modeling.inputs.encoder import Encoded
 from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid
 from modeling.layers.host import device_of
@@ -82,6 +83,7 @@ class RankService:
             of the clock.
         stale_days: item features that are older than so many days at a request are said to be stale.
         state_bytes: of encoded users that are kept between requests; 0 for none.
+        compiled: ranks in place of the bundle's model; default: that model does.
     """
 
     def __init__(
@@ -92,8 +94,12 @@ class RankService:
         replay_from: datetime | None = None,
         stale_days: float = STALE_DAYS,
         state_bytes: int = 0,
+        compiled: Compiled | None = None,
     ) -> None:
-        self.states = UserStates(bundle.model, state_bytes) if state_bytes else None
+        self.compiled = compiled or Compiled(bundle.model)
+        # What ranks: the bundle's model, or one whose steps are compiled
+        self.model = self.compiled.model
+        self.states = UserStates(self.model, state_bytes) if state_bytes else None
         self.bundle = bundle
         self.device = device_of(bundle.model)
         self.reader = reader
@@ -309,8 +315,8 @@ class RankService:
                 stored = torch.zeros(1, *self.bundle.token_shape)
                 user = replace(user, tokens_BSX=stored, has_tokens_B=None)
             with self._model_lock, torch.inference_mode():
-                state = self.bundle.model.encode_user(user.to(self.device))
-                self.bundle.model.score(state, batch.candidates.to(self.device)).cpu()
+                state = self.model.encode_user(user.to(self.device))
+                self.model.score(state, batch.candidates.to(self.device)).cpu()
             times.append(1000 * (time.perf_counter() - began))
         self.ms_of_500 = round(min(times), 2)
         return self.ms_of_500
@@ -332,7 +338,7 @@ class RankService:
             go_on: see `answer`.
         """
         encoder = self.bundle.encoder
-        model = self.bundle.model
+        model = self.model
         batch = encoder.collate(encoded, np.array([0]))
         clock.lap("features")
         with self._model_lock, torch.inference_mode():

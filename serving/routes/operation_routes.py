@@ -83,6 +83,10 @@ def _described(serving: Serving) -> dict[str, Any]:
         "tokens": bundle.tokens,
         "items": len(serving.ranker.items),
         "ms_of_500": serving.ranker.ms_of_500,
+        "compiled": {
+            "steps": serving.ranker.compiled.steps,
+            "why_not": serving.ranker.compiled.why,
+        },
         "moved": [
             {
                 "column": one.column,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from feature_repo.settings import Settings
+from modeling.bundle.compiled import STEPS
 from serving.api.degraded import Degraded
 from serving.api.errors import InvalidRequestError, NotReadyError
 from serving.api.messages import RankRequest
@@ -263,6 +265,10 @@ class Server:
         for outcome in OUTCOMES:
             total = 0 if kept is None else kept.counts[outcome]
             metrics.advance(metrics.states.labels(outcome), total, ranking)
+        taken = Counter() if live.current is None else live.current.ranker.compiled.taken
+        for step in STEPS:
+            for by in ("code", "model"):
+                metrics.advance(metrics.steps.labels(step.name, by), taken[step.name, by], ranking)
         metrics.state_bytes.set(0 if kept is None else kept.bytes)
         moved = [] if live.current is None else live.current.ranker.moved
         distances = dict.fromkeys(self._shown_columns, 0.0)
