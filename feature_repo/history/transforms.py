@@ -111,7 +111,7 @@ def sketch_features(readings: Readings, shares_NC: np.ndarray) -> np.ndarray:
         expected = totals_NK[:, None] * shares_NC[..., None]
         lifts = np.log((counts_NCK + HALF) / (expected + HALF))
     each = np.concatenate([counts, days[..., None], lifts], axis=-1)
-    return each.reshape(len(each), -1).astype(np.float32)
+    return each.reshape(len(each), each.shape[1] * each.shape[2]).astype(np.float32)
 
 
 def context_fields(request_times: np.ndarray) -> np.ndarray:

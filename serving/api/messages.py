@@ -36,6 +36,7 @@ ASKED = frozenset(
         "EventsRequest",
         "ExplainRequest",
         "HistoryRequest",
+        "PrepareRequest",
         "RankBatch",
         "RankContext",
         "RankRequest",
@@ -148,6 +149,20 @@ class RankBatchResponse(Struct):
     """The requests' answers, in their order."""
 
     answers: list[RankResponse]
+
+
+class PrepareResponse(Struct):
+    """What became of a user's encoding.
+
+    A ranking finds it by the same user, bundle and time: send `request_timestamp` as its `context.request_timestamp`. `state` is
+    `encoded`, `extended` or `known` where it is kept now, and `not_kept` where nothing is: the user has no history, or the time
+    was up (`degraded` says so), or the server keeps none.
+    """
+
+    bundle: str
+    request_timestamp: datetime
+    state: Literal["encoded", "extended", "known", "not_kept"]
+    degraded: list[Degraded]
 
 
 class EventEffect(Struct):
@@ -346,6 +361,39 @@ def batch_type(request: type[RankRequest]) -> type[RankBatch]:
     )
     made.__doc__ = RankBatch.__doc__
     return cast(type[RankBatch], made)
+
+
+@cache
+def prepare_type(request: type[RankRequest]) -> type[Struct]:
+    """`PrepareRequest` with the context of such requests."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(request)}
+    own = ("context", "deadline_ms", "bundle")
+    made = msgspec.defstruct(
+        "PrepareRequest",
+        [("user_id", Id), *((name, kinds[name], None) for name in own)],
+        forbid_unknown_fields=True,
+    )
+    made.__doc__ = "Encode a user ahead of a ranking whose candidates are not known yet."
+    return made
+
+
+def decode_prepare(body: bytes, contract: Contract, media: str = JSON) -> RankRequest:
+    """The request to be prepared for, without candidates.
+
+    Raises:
+        BadRequestError, InvalidRequestError: as of `decode_request`.
+    """
+    kind = request_of(contract)
+    asked: Any = _decoded(prepare_type(kind), body, media)
+    request = kind(
+        asked.user_id,
+        [],
+        context=asked.context,
+        deadline_ms=asked.deadline_ms,
+        bundle=asked.bundle,
+    )
+    _check_request(request, contract)
+    return request
 
 
 @cache
@@ -655,6 +703,8 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
             RankResponse,
             batch_type(request),
             RankBatchResponse,
+            prepare_type(request),
+            PrepareResponse,
             explain_type(request),
             ExplainResponse,
             HistoryRequest,
@@ -717,7 +767,8 @@ def _ids_of(contract: Contract, components: dict[str, Any]) -> None:
         }
         for entity in (contract.user, contract.item)
     )
-    for name in ("RankRequest", "EventsRequest", "ExplainRequest", "HistoryRequest"):
+    asked = ("RankRequest", "PrepareRequest", "EventsRequest", "ExplainRequest", "HistoryRequest")
+    for name in asked:
         components[name]["properties"]["user_id"] = user
     components["Event"]["properties"][contract.item.join_key] = item
     components["RankRequest"]["properties"]["candidates"]["items"] = item

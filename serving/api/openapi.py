@@ -57,6 +57,9 @@ def _posts(contract: Contract | None) -> dict[str, dict[str, Any]]:
         "/v1/rank:batch": _post(
             "rank_batch", "Rank for several requests", "RankBatch", "RankBatchResponse"
         ),
+        "/v1/prepare": _post(
+            "prepare", "Encode a user ahead of a ranking", "PrepareRequest", "PrepareResponse"
+        ),
         "/v1/explain": _post(
             "explain", "Say why a candidate is where it is", "ExplainRequest", "ExplainResponse"
         ),

@@ -27,6 +27,7 @@ from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid
 from modeling.layers.host import device_of
 from serving.api.degraded import Degraded
 from serving.api.messages import (
+    PrepareResponse,
     RankRequest,
     RankResponse,
     Timings,
@@ -69,6 +70,15 @@ class Ranked:
     response: RankResponse
     at: datetime
     encoded: Encoded
+
+
+@dataclass(frozen=True)
+class KnownNow:
+    """What is known of a user at a request's time, `at`."""
+
+    at: datetime
+    user: UserRow
+    degraded: list[Degraded]
 
 
 class RankService:
@@ -145,26 +155,12 @@ class RankService:
                 raises OutOfTimeError where they cannot be scored in time.
         """
         # 1. What is known at the request's time, and what is not fit to be ranked with.
-        degraded = list(user.problems)
         items = self.items.take(request.candidates)
         clock.lap("item_read")
-        at = self.time_of(request, user)
-        moment = (at - EPOCH) // timedelta(microseconds=1)
-        user = as_known(self.contract, user, moment)
-        if (
-            user.history is not None
-            and user.history.num_rows
-            and user.history["event_timestamp"][-1].as_py() >= at
-        ):
-            degraded.append(Degraded.NEWER_FEATURES)
-        user, stale = self.with_fit_tokens(user, moment)
-        degraded += stale
-        if self._items_are_stale(request, at):
-            degraded.append(Degraded.STALE_FEATURES)
-        if self.store_is_older:
-            degraded.append(Degraded.OLDER_STORE)
-        if any(column.means_otherwise for column in self.moved):
-            degraded.append(Degraded.CHANGED_FEATURES)
+        known_now = self.known_now(request, user)
+        at = known_now.at
+        user = known_now.user
+        degraded = list(known_now.degraded)
         # 2. Numbers, then logits.
         context = context_columns(self.contract, request.context)
         encoded = self.requests.encoded(user, request.candidates, at, items, context)
@@ -197,6 +193,55 @@ class RankService:
             task_scores=each,
         )
         return Ranked(response, at, encoded)
+
+    def known_now(self, request: RankRequest, user: UserRow) -> KnownNow:
+        """What is known of a user at a request's time, and fit to be ranked with."""
+        degraded = list(user.problems)
+        at = self.time_of(request, user)
+        moment = (at - EPOCH) // timedelta(microseconds=1)
+        user = as_known(self.contract, user, moment)
+        if (
+            user.history is not None
+            and user.history.num_rows
+            and user.history["event_timestamp"][-1].as_py() >= at
+        ):
+            degraded.append(Degraded.NEWER_FEATURES)
+        user, stale = self.with_fit_tokens(user, moment)
+        degraded += stale
+        if self._items_are_stale(request, at):
+            degraded.append(Degraded.STALE_FEATURES)
+        if self.store_is_older:
+            degraded.append(Degraded.OLDER_STORE)
+        if any(column.means_otherwise for column in self.moved):
+            degraded.append(Degraded.CHANGED_FEATURES)
+        return KnownNow(at, user, degraded)
+
+    def prepare(self, request: RankRequest, user: UserRow) -> PrepareResponse:
+        """Encode a user and keep it, for a ranking as of the same time that comes with candidates.
+
+        Args:
+            request: without candidates.
+        """
+        known_now = self.known_now(request, user)
+        if self.states is None or known_now.user.history is None:
+            return self.not_kept(request, user, known_now.degraded)
+        context = context_columns(self.contract, request.context)
+        encoded = self.requests.encoded(
+            known_now.user, [], known_now.at, self.items.take([]), context
+        )
+        batch = self.bundle.encoder.collate(encoded, np.array([0]))
+        with self._model_lock, torch.inference_mode():
+            before = self.states.counts.copy()
+            self.states.of(request.user_id, batch.user)
+            (outcome,) = self.states.counts - before
+        return PrepareResponse(self.bundle.name, known_now.at, outcome, known_now.degraded)
+
+    def not_kept(
+        self, request: RankRequest, user: UserRow, degraded: Sequence[Degraded]
+    ) -> PrepareResponse:
+        """The answer to a request to be prepared for of which nothing is kept."""
+        at = self.time_of(request, user)
+        return PrepareResponse(self.bundle.name, at, "not_kept", list(degraded))
 
     def with_fit_tokens(self, user: UserRow, at: int) -> tuple[UserRow, list[Degraded]]:
         """The user with the stored tokens that may be ranked with at a time, microseconds; and what is to be said of it."""

@@ -154,7 +154,8 @@ class RequestEncoder:
         if items.unknown or places.min(initial=0) < 0:
             ids = pa.array(candidates, arrow_type(contract.item.dtype))
             histories, keys = from_batches(contract, [history], ids)
-            rows = np.zeros((2, max(histories.item_keys.max(initial=-1), keys.max()) + 1), np.int64)
+            largest = max(histories.item_keys.max(initial=-1), keys.max(initial=-1))
+            rows = np.zeros((2, largest + 1), np.int64)
             rows[0, histories.item_keys] = vocabulary.indices_of(events)
             rows[1, histories.item_keys] = self._encoder.relations.rows_of(events)
             rows[:, keys] = items.numbers.vocabulary_row, items.numbers.relation_row

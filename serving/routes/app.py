@@ -44,6 +44,7 @@ class Endpoint(NamedTuple):
 RANKINGS = (
     Endpoint("POST", "/v1/rank", rank_routes.rank, "rank"),
     Endpoint("POST", "/v1/rank:batch", rank_routes.rank_batch, "rank"),
+    Endpoint("POST", "/v1/prepare", rank_routes.prepare, "rank"),
 )
 ENDPOINTS = (
     *RANKINGS,

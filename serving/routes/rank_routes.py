@@ -1,4 +1,4 @@
-"""`POST /v1/rank` and `POST /v1/rank:batch`."""
+"""`POST /v1/rank`, `POST /v1/rank:batch` and `POST /v1/prepare`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.api.degraded import Degraded, reason_named
 from serving.api.messages import (
+    PrepareResponse,
     RankBatchResponse,
     RankRequest,
     RankResponse,
     decode_batch,
+    decode_prepare,
     decode_request,
 )
 from serving.api.metrics import STAGES
@@ -31,6 +35,7 @@ from serving.routes.server import Server, server_of
 from serving.served.served_log import Served
 from serving.stores.features import UserRow
 
+Result = TypeVar("Result")
 # Seconds for which a large request leaves the model to others, between its pieces
 YIELD_S = 0.0005
 
@@ -82,6 +87,35 @@ async def rank_batch(request: Request) -> Response:
     return answered_with(request, RankBatchResponse(answers))
 
 
+async def prepare(request: Request) -> Response:
+    """Encode a user while the candidates of a ranking are still being retrieved."""
+    server = server_of(request)
+    arrived = time.perf_counter()
+    serving, body = await server.received(request, server.admission)
+    asked = decode_prepare(body, serving.ranker.contract, media_of(request))
+    _check_inspection(request, server, asked)
+    serving = server.of_bundle(asked, serving)
+    server.refuse_the_future(asked)
+    with server.admission.admitted(Weight.of([0])):
+        deadline = server.deadline(arrived, asked.deadline_ms)
+        answer = await unless_left(request, _prepared(server, serving, asked, deadline))
+    return answered_with(request, answer)
+
+
+async def _prepared(
+    server: Server, serving: Serving, asked: RankRequest, deadline: float
+) -> PrepareResponse:
+    user = await server.read_user(serving, asked, deadline)
+    turn = _Turn(deadline)
+
+    def compute() -> PrepareResponse | None:
+        return None if turn.is_over() else serving.ranker.prepare(asked, user)
+
+    answer = await _in_time(server.pools.model, compute, turn)
+    late = [*user.problems, Degraded.DEADLINE]
+    return answer or serving.ranker.not_kept(asked, user, late)
+
+
 def inspects(asked: RankRequest) -> bool:
     """Return whether a request is an inspection: its answer says nothing about live traffic."""
     return asked.simulate is not None or asked.what_if is not None
@@ -108,20 +142,20 @@ async def _answer(
     if asked.simulate in NO_SCORES:
         return ranker.in_order(asked, [*user.problems, reason_named(asked.simulate)], clock)
     user = as_asked(ranker.contract, user, asked)
-    cancelled = False
     weight = Weight.of([len(asked.candidates)])
+    turn = _Turn(deadline)
 
     # 2. The model, on its thread: nothing is computed for a client that is gone, or too late.
     def compute() -> RankResponse | None:
         clock.lap("model_wait")
-        if cancelled or time.perf_counter() > deadline:
+        if turn.is_over():
             return None
         began = piece_began = time.perf_counter()
 
         def go_on(left: int) -> None:
             nonlocal piece_began
             now = time.perf_counter()
-            if cancelled or now + left * (now - piece_began) > deadline:
+            if turn.is_over(left * (now - piece_began)):
                 raise OutOfTimeError
             # A lock is not fair: who waits for the model comes first
             time.sleep(YIELD_S)
@@ -135,17 +169,7 @@ async def _answer(
         return answer
 
     pool = server.pools.large if len(asked.candidates) > PIECE else server.pools.model
-    computing = run_in(pool, compute)
-    try:
-        async with asyncio.timeout(max(deadline - time.perf_counter(), 0)):
-            answer = await asyncio.shield(computing)
-    except (TimeoutError, asyncio.CancelledError) as ended:
-        cancelled = True
-        # If it runs already, its result is dropped
-        computing.cancel()
-        if isinstance(ended, asyncio.CancelledError):
-            raise
-        answer = None
+    answer = await _in_time(pool, compute, turn)
     # 3. Late: the candidates in the request's order. Else perhaps a second opinion, behind the answer.
     if answer is None:
         late = [*user.problems, Degraded.DEADLINE]
@@ -153,6 +177,35 @@ async def _answer(
     if server.shadow is not None and asked.bundle is None and not inspects(asked):
         server.shadow.consider(asked, user, answer)
     return answer
+
+
+class _Turn:
+    """A request's turn on the model's thread: over once its client is gone, or its time is up."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.cancelled = False
+
+    def is_over(self, needed_s: float = 0.0) -> bool:
+        """Return whether so many seconds more are none that it has."""
+        return self.cancelled or time.perf_counter() + needed_s > self.deadline
+
+
+async def _in_time(
+    pool: ThreadPoolExecutor, compute: Callable[[], Result | None], turn: _Turn
+) -> Result | None:
+    """What is computed on a pool's thread; None where its turn is over before."""
+    computing = run_in(pool, compute)
+    try:
+        async with asyncio.timeout(max(turn.deadline - time.perf_counter(), 0)):
+            return await asyncio.shield(computing)
+    except (TimeoutError, asyncio.CancelledError) as ended:
+        turn.cancelled = True
+        # If it runs already, its result is dropped
+        computing.cancel()
+        if isinstance(ended, asyncio.CancelledError):
+            raise
+        return None
 
 
 def _ranked(

@@ -49,6 +49,7 @@ def operations(trained_shop: Any) -> dict[str, Any]:
 OPERATIONS = (
     "POST /v1/rank",
     "POST /v1/rank:batch",
+    "POST /v1/prepare",
     "POST /v1/explain",
     "POST /v1/history",
     "POST /v1/events",
@@ -88,7 +89,7 @@ def test_what_the_document_allows_is_answered_as_it_says(
     check(operations[label], GenerationMode.POSITIVE, HURRIED)
 
 
-@pytest.mark.parametrize("label", OPERATIONS[:5])
+@pytest.mark.parametrize("label", OPERATIONS[:6])
 def test_what_it_does_not_allow_is_refused_as_it_says(
     operations: dict[str, Any], label: str
 ) -> None:
@@ -97,7 +98,7 @@ def test_what_it_does_not_allow_is_refused_as_it_says(
 
 @pytest.mark.whole
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-@pytest.mark.parametrize("label", OPERATIONS[:5])
+@pytest.mark.parametrize("label", OPERATIONS[:6])
 def test_the_same_many_times_over(
     operations: dict[str, Any], label: str, mode: Any, promises: Any
 ) -> None:

@@ -352,6 +352,7 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
     assert set(document["paths"]) == {
         "/v1/rank",
         "/v1/rank:batch",
+        "/v1/prepare",
         "/v1/explain",
         "/v1/events",
         "/livez",
