@@ -310,6 +310,7 @@ def app() -> Any:
         settings.deadline_ms,
         settings.device,
         settings.compiled,
+        settings.log_folder,
     )
     notes = Notes(home, FILLS_ONLINE)
     live = Live(

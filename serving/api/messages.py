@@ -17,6 +17,7 @@ from feature_repo.contract.contract import EVENT_ID, Contract
 from feature_repo.contract.schema import MAX_ID_BYTES, MAX_TEXT_BYTES, Column, DType
 from serving.api.degraded import Degraded
 from serving.api.errors import BadRequestError, InvalidRequestError
+from serving.api.slow import SlowResponse
 
 MAX_CANDIDATES = 5_000
 # Events of one user at a time
@@ -710,6 +711,7 @@ def schemas(contract: Contract | None) -> dict[str, Any]:
             HistoryRequest,
             HistoryResponse,
             OverviewResponse,
+            SlowResponse,
             ErrorBody,
             *events,
         ),

@@ -99,6 +99,12 @@ def _gets() -> dict[str, dict[str, dict[str, Any]]]:
                 {"200": some_json},
             ),
             (
+                "/v1/slow",
+                "slow",
+                "the slowest requests of the last hour, with their stages, of one process",
+                {"200": _reply("done", "SlowResponse")},
+            ),
+            (
                 "/v1/overview",
                 "overview",
                 "some users and items, how fresh the tables are, the last report",

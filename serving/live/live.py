@@ -39,10 +39,12 @@ from modeling.layers.host import device_named
 from modeling.layers.memory import keep_freed_memory
 from modeling.summaries.summariser import Summariser
 from serving.api.logs import LIFECYCLE
+from serving.api.messages import RankRequest
 from serving.live.notes import Notes
 from serving.live.seen_catalogue import SeenCatalogue
 from serving.live.store_watch import FILLS_ONLINE, LookAtStore
-from serving.ranking.ranker import STALE_DAYS, NotFiniteError, RankService, TooSlowError
+from serving.ranking.ranker import STALE_DAYS, Clock, NotFiniteError, RankService, TooSlowError
+from serving.served.served_log import newest_of
 from serving.stores.events import EventTaker
 from serving.stores.features import FeastReader
 from serving.stores.guarded import AsyncReader, GuardedReader, ThreadedReader
@@ -58,6 +60,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 lifecycle = logging.getLogger(LIFECYCLE)
 LONGEST_PAUSE_S = 600.0
+# Logged requests that are ranked before a bundle is swapped in, and for how many seconds at most
+WARM_UPS = 64
+WARM_UP_S = 1.0
 # Seconds until a bundle that was refused is tried again
 REFUSED_AGAIN_S = 60.0
 # For requests that are under way with a state that ranks no longer
@@ -109,6 +114,8 @@ class BundleSource:
     device: str = "cpu"
     # Compiled steps are used, where some are recorded for this machine
     compiled: bool = True
+    # Of what was served: its newest requests are ranked before the first caller's
+    log_folder: Path | None = None
 
     @cached_property
     def catalogue(self) -> SeenCatalogue:
@@ -173,6 +180,26 @@ class BundleSource:
         if not packages:
             return Compiled(bundle.model, why="none was compiled for this machine")
         return with_compiled(bundle, packages)
+
+    def _rank_as_logged(self, ranker: RankService) -> None:
+        """Rank the newest logged requests, for a second at most: what callers ask for is then in memory, and users who
+        ask again are encoded.
+        """
+        if self.log_folder is None:
+            return
+        key = ranker.contract.user.join_key
+        until = time.monotonic() + WARM_UP_S
+        for row in newest_of(self.log_folder, WARM_UPS):
+            if time.monotonic() > until:
+                return
+            asked = RankRequest(row[key], row["candidates"])
+            try:
+                user = ranker.reader.read_user(asked.user_id)
+            except Exception as error:
+                # Whatever a store's client raises: callers are told by their answers.
+                logger.warning("warming up ends here, a user cannot be read: %s", error)
+                return
+            ranker.answer(asked, user, Clock(), keep=True)
 
     def held_columns(self) -> Meanings:
         """Read from the online store what its columns mean."""
@@ -243,6 +270,7 @@ class BundleSource:
             # Scores that are no numbers, or late, must not be found out by a client's request.
             ranker.compare_columns(held_columns(store))
             ranker.warm_up()
+            self._rank_as_logged(ranker)
             took = ranker.time_a_ranking()
             if took > self.deadline_ms:
                 raise TooSlowError(

@@ -53,6 +53,7 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/history", explain_routes.history, "explain"),
     Endpoint("GET", "/v1/overview", explain_routes.overview, "explain"),
     Endpoint("GET", "/v1/models", operation_routes.models, "models"),
+    Endpoint("GET", "/v1/slow", operation_routes.slow, "metrics"),
     Endpoint("GET", "/metrics", operation_routes.metrics, "metrics"),
     Endpoint("GET", "/readyz", operation_routes.readyz, None),
     Endpoint("GET", "/openapi.json", operation_routes.openapi, "rank"),

@@ -122,6 +122,8 @@ class Observed:
                 tracing.end(span, status, timings)
             seconds = time.perf_counter() - began
             server.metrics.answered(scope["path"], status, seconds)
+            if scope["path"] not in PROBES:
+                server.slowest.add(scope["path"], status, seconds, request_id.get(), timings)
             if server.settings.access_log:
                 self._log(scope, status, seconds, timings)
 

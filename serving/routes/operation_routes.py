@@ -12,6 +12,7 @@ from modeling.layers.memory import keep_freed_memory
 from serving.api.errors import NotReadyError
 from serving.api.messages import JSON
 from serving.api.openapi import openapi_document
+from serving.api.slow import SlowResponse
 from serving.live.live import Serving
 from serving.routes.auth import may
 from serving.routes.server import server_of
@@ -65,6 +66,12 @@ async def models(request: Request) -> Response:
         "keeps_freed_memory": keep_freed_memory(),
     }
     return Response(msgspec.json.encode(described), media_type=JSON)
+
+
+async def slow(request: Request) -> Response:
+    """`GET /v1/slow`: the slowest requests of the last hour, with their stages, of this process."""
+    slowest = SlowResponse(server_of(request).slowest.all())
+    return Response(msgspec.json.encode(slowest), media_type=JSON)
 
 
 async def openapi(request: Request) -> Response:

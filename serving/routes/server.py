@@ -26,6 +26,7 @@ from serving.api.messages import RankRequest
 from serving.api.metrics import Metrics
 from serving.api.pools import Pools
 from serving.api.settings import ServeSettings
+from serving.api.slow import Slowest
 from serving.api.tracing import Tracing
 from serving.live import systemd
 from serving.live.live import Live, Serving
@@ -86,6 +87,7 @@ class Server:
         self.settings = settings
         self.stopping = stopping
         self.metrics = Metrics(settings.deadline_ms / 1000)
+        self.slowest = Slowest()
         self.overview = Overview(home)
         patience_s = PATIENCE * settings.deadline_ms / 1000
         self.admission = Admission(settings.max_in_flight, patience_s=patience_s)

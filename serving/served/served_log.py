@@ -195,6 +195,23 @@ class ServedLog:
             logger.exception("%d served requests could not be logged", len(rows))
 
 
+def newest_of(folder: Path, number: int) -> list[dict[str, Any]]:
+    """The newest logged requests of any bundle, at most so many, as the log has them; none where there is no log that can
+    be read.
+    """
+    parts = folder.rglob("part-*.parquet")
+    try:
+        newest = max(parts, key=lambda part: part.stat().st_mtime, default=None)
+        if newest is None:
+            return []
+        rows = pq.read_table(newest)
+    except (OSError, pa.ArrowException) as error:
+        logger.warning("the newest logged requests cannot be read: %s", error)
+        return []
+    found: list[dict[str, Any]] = rows.slice(max(rows.num_rows - number, 0)).to_pylist()
+    return found
+
+
 def read_log(folder: Path) -> pa.Table:
     """Read all parts of a log.
 

@@ -113,7 +113,9 @@ def test_a_wrong_request_is_refused(ranker: RankService, body: dict[str, Any], s
     assert says in refused.json()["message"]
 
 
-def test_without_the_scope_to_rank_nobody_is_prepared(ranker: RankService, users: list[Any]) -> None:
+def test_without_the_scope_to_rank_nobody_is_prepared(
+    ranker: RankService, users: list[Any]
+) -> None:
     keys = {"k" * 16: ["events"]}
     refused = post(ranker, "/v1/prepare", {"user_id": users[0]}, api_keys=keys)
     assert refused.status_code == 401

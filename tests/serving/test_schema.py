@@ -58,6 +58,7 @@ OPERATIONS = (
     "GET /readyz",
     "GET /metrics",
     "GET /v1/models",
+    "GET /v1/slow",
 )
 
 

@@ -359,6 +359,7 @@ def test_health_readiness_metrics_and_openapi(client: Client, ranker: RankServic
         "/readyz",
         "/metrics",
         "/v1/models",
+        "/v1/slow",
         "/v1/overview",
         "/v1/history",
     }
