@@ -236,6 +236,8 @@ def as_numbers(column: Column, values: pa.Array | pa.ChunkedArray) -> np.ndarray
     """A column of events as `event_columns` says."""
     whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if column.dtype is DType.TIMESTAMP:
+        if not whole.null_count and pa.types.is_timestamp(whole.type):
+            return whole.view(pa.int64()).to_numpy()
         return pc.fill_null(pc.cast(whole, pa.int64()), NO_VALUE).to_numpy(zero_copy_only=False)
     if column.dtype is DType.STRING or column.kind is Kind.CATEGORY:
         return value_codes(whole)

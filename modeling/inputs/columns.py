@@ -309,6 +309,10 @@ def whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A number column as float64, NaN where it is null."""
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        # A tenth of the cost of a cast by Arrow, which a request pays for each column
+        return whole(column).to_numpy(zero_copy_only=False).astype(np.float64)
     return pc.fill_null(pc.cast(column, pa.float64(), safe=False), np.nan).to_numpy(
         zero_copy_only=False
     )

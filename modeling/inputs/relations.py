@@ -169,35 +169,37 @@ class Relations:
             history: rows of the events' items, oldest first.
             candidates: rows of N items.
         """
-        found = np.full((len(candidates), len(RELATION_FEATURES)), np.nan, np.float32)
+        found_FN = np.full((len(RELATION_FEATURES), len(candidates)), np.nan, np.float32)
         known = candidates > 0
         rows = np.unique(history[history > 0])
         if not len(rows) or not known.any():
-            return found
-        asked = candidates[known]
+            return found_FN.T
+        # Nearly always all of them, whose places need not be looked up.
+        at = slice(None) if known.all() else np.flatnonzero(known)
+        asked = candidates[at]
         now = [one for one in self.slices if one.known_from <= time][-1:]
         for one in now:
             own = one.own(asked)
             near = one.near(own, rows)
-            found[known, 0] = np.log1p(near.all_N)
-            found[known, 1] = np.log1p(near.most_N)
-            found[known, 2] = near.taste_N
-            found[known, 6] = near.factors_N
+            found_FN[0, at] = np.log1p(near.all_N)
+            found_FN[1, at] = np.log1p(near.most_N)
+            found_FN[2, at] = near.taste_N
+            found_FN[6, at] = near.factors_N
             newest = history[-LATELY:]
             if (newest > 0).any():
                 # Who has no neighbour in the whole history has none in the newest part of it.
                 lately = one.near(own, np.unique(newest[newest > 0]), near.most_N > 0)
-                found[known, 4] = np.log1p(lately.all_N)
-                found[known, 5] = lately.taste_N
-                found[known, 7] = lately.factors_N
+                found_FN[4, at] = np.log1p(lately.all_N)
+                found_FN[5, at] = lately.taste_N
+                found_FN[7, at] = lately.factors_N
         if self.text_IE.shape[1]:
             # An item is like itself; what matters is which others are.
             alike = self.text_IE[asked] @ self.text_IE[rows].T
             place = np.searchsorted(rows, asked)
             its = np.flatnonzero(rows[np.minimum(place, len(rows) - 1)] == asked)
             alike[its, place[its]] = -1
-            found[known, 3] = alike.max(axis=1)
-        return found
+            found_FN[3, at] = alike.max(axis=1)
+        return found_FN.T
 
     def to_bytes(self) -> bytes:
         """As an Arrow file; equal relations give equal bytes."""

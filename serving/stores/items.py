@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 import pyarrow as pa
@@ -163,7 +163,7 @@ class KnownItems:
     def places(self, item_ids: Sequence[Id]) -> np.ndarray:
         """Return the places of items, int64; -1 for one that is not here."""
         hot = self._hot
-        found = np.array([hot.get(key, -2) for key in item_ids], np.int64)
+        found = np.fromiter(map(hot.get, item_ids, repeat(-2)), np.int64, len(item_ids))
         cold = np.flatnonzero(found == -2)
         if len(cold):
             asked = [item_ids[at] for at in cold.tolist()]
