@@ -360,28 +360,6 @@ class Catalogue:
             f"no bundle {name!r} of dataset {dataset!r} in the catalogue: run `python -m modeling train`, `evaluate` and `export`"
         )
 
-    def add_compiled(self, *, digest: str, machine: str, step: str, path: str, sha256: str) -> None:
-        """Record a compiled step of a bundle; of the same machine the one before is forgotten."""
-        with Session(self.engine) as session, session.begin():
-            made_at = datetime.now(UTC)
-            row = CompiledRow(
-                digest=digest,
-                machine=machine,
-                step=step,
-                path=path,
-                sha256=sha256,
-                made_at=made_at,
-            )
-            session.merge(row)
-
-    def compiled(self, digest: str, machine: str) -> list[CompiledRow]:
-        """The compiled steps of a bundle for a kind of machine."""
-        with Session(self.engine) as session:
-            query = select(CompiledRow).where(
-                CompiledRow.digest == digest, CompiledRow.machine == machine
-            )
-            return list(session.scalars(query))
-
     def accepted_tokens(self, digest: str) -> str | None:
         """The token version that a bundle accepts, if it reads tokens."""
         with Session(self.engine) as session:

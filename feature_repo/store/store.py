@@ -139,10 +139,10 @@ def _production_text(settings: Settings) -> str:
 
 
 def _look_at_url(name: str) -> None:
-    """Refuse a database's URL that is none, which would otherwise look like a database that is away.
+    """Refuse a malformed URL of a database, which would otherwise look like a database that is away.
 
     Raises:
-        SettingsError: it is none; the message shows nothing of it, as it may hold a password.
+        SettingsError: it is malformed; the message shows nothing of it, as it may hold a password.
     """
     try:
         make_url(secret(name) or "")

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ from torch import Tensor, nn
 
 from feature_repo.errors import ExpectedError
 from feature_repo.home.catalogue import Catalogue
-from feature_repo.home.code import code_digest
+from feature_repo.home.compiled_steps import record_step, recorded_steps
 from feature_repo.settings import Settings
 from modeling.bundle.bundle import Bundle, sha256_of
 from modeling.inputs.batch import Batch, Candidates, UserInputs
 from modeling.inputs.made_up import requests
 from modeling.layers.nested import tensors_of, with_tensors
 from modeling.models.base import Ranker, TokenMaker, UserState
-from modeling.registry import module_of
 from modeling.trees.blend import Blend
 from modeling.trees.trees import Trees
 
@@ -82,19 +82,23 @@ STEPS = (
 )
 
 
-def machine(model: str) -> str:
-    """What code is compiled for: torch, the processor with all that it can do, and our own code of a model.
-
-    Args:
-        model: its name.
-    """
+def machine() -> str:
+    """The name of all that code is compiled for: torch, the processor with all that it can do, and our own code of models."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     can = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
     flags = " ".join(sorted(can[1].split())) if can else platform.processor()
-    own = code_digest("modeling.bundle.compiled", module_of(model))
-    kind = hashlib.sha256(f"{flags} {own}".encode()).hexdigest()[:12]
+    kind = hashlib.sha256(f"{flags} {_own_code()}".encode()).hexdigest()[:12]
     return f"{torch.__version__}-{platform.machine()}-{kind}"
+
+
+@cache
+def _own_code() -> str:
+    """Digest of the files of this room, in milliseconds: a server that starts has no second for `code_digest`."""
+    content = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        content.update(path.read_bytes())
+    return content.hexdigest()
 
 
 def network_of(model: Ranker) -> Ranker:
@@ -264,7 +268,7 @@ class CompiledStep:
             raise CompileError(f"{package} cannot be loaded: {why}") from error
 
     def __call__(self, *taken: Any) -> Any | None:
-        """What the step gives; None where it was not compiled for what is asked."""
+        """Return what the step gives; None where it was not compiled for what is asked."""
         # The code reads tensors without looking at their strides.
         tensors = [tensor.contiguous() for tensor in tensors_of(taken)]
         if not self._fits(tensors):
@@ -331,7 +335,7 @@ class CompiledRanker(Ranker):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ranks for a bundle.
+    """The ranker of a bundle.
 
     Args:
         model: the bundle's own, or one whose steps are compiled.
@@ -401,10 +405,10 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
         By step that could not be compiled: why.
 
     Raises:
-        CompileError: the model is none that is compiled.
+        CompileError: the model has no network.
     """
     network_of(bundle.model)
-    kind = machine(bundle.manifest["model"])
+    kind = machine()
     folder = home.path(FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}
@@ -420,7 +424,8 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
             continue
         finally:
             draft.unlink(missing_ok=True)
-        catalogue.add_compiled(
+        record_step(
+            catalogue,
             digest=bundle.digest,
             machine=kind,
             step=step.name,
@@ -433,7 +438,7 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
 def recorded(bundle: Bundle, home: Settings, catalogue: Catalogue) -> dict[str, Path]:
     """The packages of a bundle for this machine by step; one that is not as it was recorded is left, which is logged."""
     found = {}
-    for row in catalogue.compiled(bundle.digest, machine(bundle.manifest["model"])):
+    for row in recorded_steps(catalogue, bundle.digest, machine()):
         path = home.path(row.path)
         if not path.is_file():
             logger.warning("compiled step %s is not there: %s", row.step, path)

@@ -39,6 +39,7 @@ def requests(
         slots = [whole(size, *shape, slots) for size, slots in pairs]
         return torch.cat(slots, dim=-1) if slots else torch.zeros(*shape, 0, dtype=torch.long)
 
+    # 1. Users, each with a full history.
     user = UserInputs(
         item_BL=whole(sizes.items, number, length),
         action_BL=whole(sizes.actions, number, length),
@@ -50,6 +51,7 @@ def requests(
         dense_BG=dense(number, sizes.request.dense),
         event_category_BLJ=slots_of(sizes.event, number, length) if sizes.event.slots else None,
     )
+    # 2. Their candidates.
     chosen = Candidates(
         item_BC=whole(sizes.items, number, candidates),
         category_BCK=slots_of(sizes.candidate, number, candidates),

@@ -153,7 +153,7 @@ class RankBatchResponse(Struct):
 
 
 class PrepareResponse(Struct):
-    """What became of a user's encoding.
+    """The outcome of encoding a user ahead.
 
     A ranking finds it by the same user, bundle and time: send `request_timestamp` as its `context.request_timestamp`. `state` is
     `encoded`, `extended` or `known` where it is kept now, and `not_kept` where nothing is: the user has no history, or the time
@@ -185,7 +185,7 @@ class ColumnEffect(Struct):
 
 
 class ScoreParts(Struct):
-    """What a logit, as it is ranked, rests on.
+    """The parts of a logit, as it is ranked.
 
     `item` is the logit of the same candidate for a user of whom nothing is known. The others are by how much the
     logit would be lower with summary tokens of zeros, without the counts of the whole past, and without the newest

@@ -16,7 +16,7 @@ MINUTES = 60
 
 
 class SlowRequest(Struct):
-    """One request, of nobody by name: its id stands in the log of whoever sent it."""
+    """One request, without its user: its id stands in the caller's log."""
 
     arrived_at: datetime
     route: str

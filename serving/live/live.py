@@ -369,7 +369,7 @@ class Live:
 
     @property
     def warnings(self) -> list[str]:
-        """What an operator should mend, although answers go on."""
+        """Faults that an operator should mend, although answers go on."""
         found = [self._problem(), self.store_warning]
         if self.store_is_older:
             found.append(

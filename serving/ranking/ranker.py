@@ -22,18 +22,18 @@ from feature_repo.errors import ExpectedError
 from feature_repo.history.transforms import MICROS_PER_DAY
 from modeling.bundle.bundle import Bundle
 from modeling.bundle.compiled import Compiled
+from modeling.inputs.batch import UserInputs
 from modeling.inputs.encoder import Encoded
 from modeling.inputs.tasks import probabilities, ranking_logits, sigmoid
 from modeling.layers.host import device_of
 from serving.api.degraded import Degraded
 from serving.api.messages import (
-    PrepareResponse,
     RankRequest,
     RankResponse,
     Timings,
 )
 from serving.ranking.request import RequestEncoder, context_columns, why_unfit
-from serving.ranking.states import UserStates
+from serving.ranking.states import Outcome, UserStates
 from serving.stores.features import Reader, UserRow, as_known
 from serving.stores.items import Id, ItemTable
 
@@ -107,7 +107,6 @@ class RankService:
         compiled: Compiled | None = None,
     ) -> None:
         self.compiled = compiled or Compiled(bundle.model)
-        # What ranks: the bundle's model, or one whose steps are compiled
         self.model = self.compiled.model
         self.states = UserStates(self.model, state_bytes) if state_bytes else None
         self.bundle = bundle
@@ -216,32 +215,14 @@ class RankService:
             degraded.append(Degraded.CHANGED_FEATURES)
         return KnownNow(at, user, degraded)
 
-    def prepare(self, request: RankRequest, user: UserRow) -> PrepareResponse:
-        """Encode a user and keep it, for a ranking as of the same time that comes with candidates.
-
-        Args:
-            request: without candidates.
+    def keep(self, user_id: Id, user: UserInputs) -> Outcome | None:
+        """Encode a user, unless the encoding is known, and keep it. Returns how it came about; None where the server keeps
+        no encoded users.
         """
-        known_now = self.known_now(request, user)
-        if self.states is None or known_now.user.history is None:
-            return self.not_kept(request, user, known_now.degraded)
-        context = context_columns(self.contract, request.context)
-        encoded = self.requests.encoded(
-            known_now.user, [], known_now.at, self.items.take([]), context
-        )
-        batch = self.bundle.encoder.collate(encoded, np.array([0]))
+        if self.states is None:
+            return None
         with self._model_lock, torch.inference_mode():
-            before = self.states.counts.copy()
-            self.states.of(request.user_id, batch.user)
-            (outcome,) = self.states.counts - before
-        return PrepareResponse(self.bundle.name, known_now.at, outcome, known_now.degraded)
-
-    def not_kept(
-        self, request: RankRequest, user: UserRow, degraded: Sequence[Degraded]
-    ) -> PrepareResponse:
-        """The answer to a request to be prepared for of which nothing is kept."""
-        at = self.time_of(request, user)
-        return PrepareResponse(self.bundle.name, at, "not_kept", list(degraded))
+            return self.states.take_in(user_id, user)
 
     def with_fit_tokens(self, user: UserRow, at: int) -> tuple[UserRow, list[Degraded]]:
         """The user with the stored tokens that may be ranked with at a time, microseconds; and what is to be said of it."""
@@ -330,7 +311,7 @@ class RankService:
         Raises:
             NotFiniteError: the model gives NaN or infinity; it must not be served.
         """
-        ids = list(self.bundle.encoder.items.values[:16].to_pylist()) or [self._no_item()]
+        ids = list(self.bundle.encoder.items.values[:16].to_pylist()) or [_no_item(self.contract)]
         context = context_columns(self.contract, None)
         now = datetime.now(UTC)
         encoded = self.requests.encoded(self.nobody(), ids, now, self.items.take(ids), context)
@@ -345,7 +326,7 @@ class RankService:
         """Milliseconds that the model takes for a ranking of 500 with a whole history, and with stored
         tokens where it reads any, the best of three; kept as `ms_of_500`.
         """
-        known = self.bundle.encoder.items.values[:TIMED].to_pylist() or [self._no_item()]
+        known = self.bundle.encoder.items.values[:TIMED].to_pylist() or [_no_item(self.contract)]
         ids = (known * (TIMED // len(known) + 1))[:TIMED]
         context = context_columns(self.contract, None)
         encoded = self.requests.encoded(
@@ -365,9 +346,6 @@ class RankService:
             times.append(1000 * (time.perf_counter() - began))
         self.ms_of_500 = round(min(times), 2)
         return self.ms_of_500
-
-    def _no_item(self) -> Id:
-        return "" if self.contract.item.dtype is DType.STRING else 0
 
     def score(
         self,
@@ -403,6 +381,10 @@ class RankService:
         logits: np.ndarray[Any, Any] = torch.cat(scored).cpu().numpy()
         clock.lap("score")
         return logits
+
+
+def _no_item(contract: Contract) -> Id:
+    return "" if contract.item.dtype is DType.STRING else 0
 
 
 def _newest_of(user: UserRow) -> int:

@@ -76,6 +76,13 @@ class UserStates:
             key: whose; states of other keys are never looked at.
             user: one user's inputs, on the host, where they are compared.
         """
+        return self._taken_in(key, user)[1]
+
+    def take_in(self, key: Any, user: UserInputs) -> Outcome:
+        """Make or find the same state for a later call; returns how it came about."""
+        return self._taken_in(key, user)[0]
+
+    def _taken_in(self, key: Any, user: UserInputs) -> tuple[Outcome, UserState]:
         kept = self._kept.get(key)
         if kept is not None and time.monotonic() - kept.made >= self._most_s:
             kept = None
@@ -84,7 +91,7 @@ class UserStates:
         # What was extended is as old as what it was made from.
         made = time.monotonic() if kept is None or outcome == "encoded" else kept.made
         self._keep(key, state, user, made)
-        return state
+        return outcome, state
 
     def forget_old(self) -> None:
         """Drop states that are too old, of every user; at most every so often."""

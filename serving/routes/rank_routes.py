@@ -25,6 +25,8 @@ from serving.api.messages import (
 from serving.api.metrics import STAGES
 from serving.api.pools import run_in
 from serving.live.live import Serving
+from serving.ranking.prepare import not_kept
+from serving.ranking.prepare import prepare as prepared_by
 from serving.ranking.ranker import PIECE, Clock, OutOfTimeError
 from serving.ranking.what_if import NO_SCORES, as_asked
 from serving.routes.admission import Weight
@@ -109,11 +111,11 @@ async def _prepared(
     turn = _Turn(deadline)
 
     def compute() -> PrepareResponse | None:
-        return None if turn.is_over() else serving.ranker.prepare(asked, user)
+        return None if turn.is_over() else prepared_by(serving.ranker, asked, user)
 
     answer = await _in_time(server.pools.model, compute, turn)
     late = [*user.problems, Degraded.DEADLINE]
-    return answer or serving.ranker.not_kept(asked, user, late)
+    return answer or not_kept(serving.ranker, asked, user, late)
 
 
 def inspects(asked: RankRequest) -> bool:
@@ -194,7 +196,7 @@ class _Turn:
 async def _in_time(
     pool: ThreadPoolExecutor, compute: Callable[[], Result | None], turn: _Turn
 ) -> Result | None:
-    """What is computed on a pool's thread; None where its turn is over before."""
+    """Return the result of a computation on a pool's thread; None where its turn is over before."""
     computing = run_in(pool, compute)
     try:
         async with asyncio.timeout(max(turn.deadline - time.perf_counter(), 0)):

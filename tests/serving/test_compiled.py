@@ -63,6 +63,7 @@ class Recorded:
         self.catalogue = Catalogue(self.settings.catalogue_url)
         self.source = BundleSource(self.settings, replay=True)
         self.bundle: Bundle = self.source.open_bundle()
+        self.kind = machine()
         self.failed = compile_and_record(self.bundle, self.settings, self.catalogue)
 
     def packages(self) -> dict[str, Path]:
@@ -227,10 +228,13 @@ def test_a_damaged_package_leaves_the_model_as_it_is(code: Recorded, tmp_path: P
     assert "cannot be loaded" in found.why
 
 
-def test_the_kind_of_a_machine_is_its_torch_its_processor_and_our_code() -> None:
-    assert machine("vista").startswith(torch.__version__)
-    assert machine("vista") == machine("vista")
-    assert machine("vista") != machine("onetrans")
+def test_the_kind_of_a_machine_is_its_torch_its_processor_and_our_code(code: Recorded) -> None:
+    assert machine().startswith(torch.__version__)
+    with mock.patch.object(compiled, "_own_code", return_value="changed"):
+        assert machine() not in {"", code.kind}
+    with mock.patch.object(Path, "read_text", return_value="flags : fpu sse2"):
+        assert machine() != code.kind
+    assert machine() == code.kind
 
 
 def test_without_a_compiler_it_is_said_and_nothing_is_left(code: Recorded, tmp_path: Path) -> None:
