@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -241,13 +242,13 @@ class CompiledStep:
     """A package in memory, with the weights of a bundle's model.
 
     Args:
-        package: of `compile_step`, of the same bundle, code and machine.
+        package: the bytes of what `compile_step` wrote, of the same bundle, code and machine.
 
     Raises:
         CompileError: it cannot be loaded.
     """
 
-    def __init__(self, bundle: Bundle, step: Step, package: Path) -> None:
+    def __init__(self, bundle: Bundle, step: Step, package: bytes) -> None:
         # Not `torch._inductor`, which takes two seconds to import
         from torch._C._aoti import AOTIModelPackageLoader
 
@@ -260,12 +261,16 @@ class CompiledStep:
         self._result = traced.result
         held = {**dict(traced.module.named_parameters()), **dict(traced.module.named_buffers())}
         try:
-            self._loader = AOTIModelPackageLoader(str(package), "model", True, 1, -1)
+            # A file of this process alone, so that what is loaded is what was looked at
+            with TemporaryDirectory(prefix="memoir-compiled-") as folder:
+                file = Path(folder, f"{step.name}.pt2")
+                file.write_bytes(package)
+                self._loader = AOTIModelPackageLoader(str(file), "model", True, 1, -1)
             lent = {name: held[name] for name in self._loader.get_constant_fqns()}
             self._loader.load_constants(lent, False, True, True)
         except (RuntimeError, KeyError) as error:
             why = str(error).strip().split("\n", 1)[0]
-            raise CompileError(f"{package} cannot be loaded: {why}") from error
+            raise CompileError(f"compiled {step.name} cannot be loaded: {why}") from error
 
     def __call__(self, *taken: Any) -> Any | None:
         """Return what the step gives; None where it was not compiled for what is asked."""
@@ -350,7 +355,7 @@ class Compiled:
     taken: Taken = field(default_factory=Counter)
 
 
-def with_compiled(bundle: Bundle, packages: Mapping[str, Path]) -> Compiled:
+def with_compiled(bundle: Bundle, packages: Mapping[str, bytes]) -> Compiled:
     """A bundle's ranker with these packages, if it passes its trial; else its model as it is, and why.
 
     Args:
@@ -435,15 +440,17 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
     return failed
 
 
-def recorded(bundle: Bundle, home: Settings, catalogue: Catalogue) -> dict[str, Path]:
+def recorded(bundle: Bundle, home: Settings, catalogue: Catalogue) -> dict[str, bytes]:
     """The packages of a bundle for this machine by step; one that is not as it was recorded is left, which is logged."""
     found = {}
     for row in recorded_steps(catalogue, bundle.digest, machine()):
         path = home.path(row.path)
         if not path.is_file():
             logger.warning("compiled step %s is not there: %s", row.step, path)
-        elif sha256_of(path) != row.sha256:
+            continue
+        package = path.read_bytes()
+        if hashlib.sha256(package).hexdigest() != row.sha256:
             logger.error("compiled step %s was changed since and is not used: %s", row.step, path)
-        else:
-            found[row.step] = path
+            continue
+        found[row.step] = package
     return found

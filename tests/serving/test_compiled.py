@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from feature_repo.home.catalogue import Catalogue
+from feature_repo.home.compiled_steps import recorded_steps
 from feature_repo.home.tables import JobFolder
 from modeling.bundle import compiled
 from modeling.bundle.bundle import Bundle
@@ -66,7 +67,13 @@ class Recorded:
         self.kind = machine()
         self.failed = compile_and_record(self.bundle, self.settings, self.catalogue)
 
-    def packages(self) -> dict[str, Path]:
+    def file(self, step: str) -> Path:
+        """Of a package."""
+        rows = recorded_steps(self.catalogue, self.bundle.digest, machine())
+        (path,) = (row.path for row in rows if row.step == step)
+        return self.settings.path(path)
+
+    def packages(self) -> dict[str, bytes]:
         return recorded(self.bundle, self.settings, self.catalogue)
 
 
@@ -201,8 +208,7 @@ def test_code_that_differs_from_the_model_is_not_used(code: Recorded) -> None:
 
 
 def test_code_that_was_changed_or_is_gone_is_never_run(code: Recorded) -> None:
-    packages = code.packages()
-    path = packages["score"]
+    path = code.file("score")
     written = path.read_bytes()
     try:
         path.write_bytes(written + b"\0")
@@ -220,10 +226,8 @@ def test_code_that_was_changed_or_is_gone_is_never_run(code: Recorded) -> None:
     assert set(code.packages()) == {"encode_user", "score"}
 
 
-def test_a_damaged_package_leaves_the_model_as_it_is(code: Recorded, tmp_path: Path) -> None:
-    broken = tmp_path / "score.pt2"
-    broken.write_bytes(b"no package")
-    found = with_compiled(code.bundle, {"score": broken})
+def test_a_damaged_package_leaves_the_model_as_it_is(code: Recorded) -> None:
+    found = with_compiled(code.bundle, {"score": b"no package"})
     assert found.model is code.bundle.model
     assert "cannot be loaded" in found.why
 
