@@ -92,7 +92,7 @@ class CompiledRow(Base):
     machine: Mapped[str] = mapped_column(String(128), primary_key=True)
     step: Mapped[str] = mapped_column(String(32), primary_key=True)
     path: Mapped[str] = mapped_column(String(1024))
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     made_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 

@@ -13,7 +13,7 @@ from feature_repo.home.catalogue import Catalogue, CompiledRow
 def record_step(
     catalogue: Catalogue, *, digest: str, machine: str, step: str, path: str, sha256: str
 ) -> None:
-    """Record a compiled step of a bundle; the one before of the same machine is forgotten."""
+    """Record a compiled step of a bundle."""
     with Session(catalogue.engine) as session, session.begin():
         row = CompiledRow(
             digest=digest,
@@ -27,9 +27,9 @@ def record_step(
 
 
 def recorded_steps(catalogue: Catalogue, digest: str, machine: str) -> list[CompiledRow]:
-    """The compiled steps of a bundle for a kind of machine."""
+    """The compiled steps of a bundle for a kind of machine, the newest first."""
     with Session(catalogue.engine) as session:
         query = select(CompiledRow).where(
             CompiledRow.digest == digest, CompiledRow.machine == machine
         )
-        return list(session.scalars(query))
+        return list(session.scalars(query.order_by(CompiledRow.made_at.desc())))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ from feature_repo.settings import Settings
 from modeling.bundle.bundle import Bundle, sha256_of
 from modeling.inputs.batch import Batch, Candidates, UserInputs
 from modeling.inputs.made_up import requests
-from modeling.layers.nested import tensors_of, with_tensors
+from modeling.layers.nested import others_of, tensors_of, with_tensors
 from modeling.models.base import Ranker, TokenMaker, UserState
 from modeling.trees.blend import Blend
 from modeling.trees.trees import Trees
@@ -43,6 +43,7 @@ EVERY_LENGTH = 40
 LENGTHS = 20
 # Requests by which a package is tried before it ranks, and by how much a logit may differ, as a share of it where it is above 1
 CANARIES = 64
+MOST = 512  # candidates, as many as a server scores at once
 TOLERANCE = 1e-5
 MISSING = 0.2  # of their numbers
 FOLDER = "compiled"  # below the home
@@ -145,12 +146,14 @@ class Traced:
     Args:
         inputs: of an example.
         shapes: of each tensor, None where a size is free.
+        others: what it was given that is no tensor, and is a constant to the code.
         result: what the step gives for the example.
     """
 
     module: _Traced
     inputs: tuple[Tensor, ...]
     shapes: tuple[tuple[int | None, ...], ...]
+    others: list[Any]
     result: Any
 
     @staticmethod
@@ -167,7 +170,7 @@ class Traced:
             for first, second in zip(inputs, tensors_of(other), strict=True)
         )
         module = _Traced(network, step, one).eval()
-        return Traced(module, inputs, shapes, step.call(network, *one))
+        return Traced(module, inputs, shapes, others_of(one), step.call(network, *one))
 
 
 @torch.inference_mode(mode=False)
@@ -259,6 +262,7 @@ class CompiledStep:
             for tensor, shape in zip(traced.inputs, traced.shapes, strict=True)
         ]
         self._result = traced.result
+        self._others = traced.others
         held = {**dict(traced.module.named_parameters()), **dict(traced.module.named_buffers())}
         try:
             # A file of this process alone, so that what is loaded is what was looked at
@@ -266,9 +270,11 @@ class CompiledStep:
                 file = Path(folder, f"{step.name}.pt2")
                 file.write_bytes(package)
                 self._loader = AOTIModelPackageLoader(str(file), "model", True, 1, -1)
-            lent = {name: held[name] for name in self._loader.get_constant_fqns()}
+            # Aliases: torch never lets go of a tensor that it was lent, and would keep a retired bundle's weights.
+            lent = {name: held[name].detach() for name in self._loader.get_constant_fqns()}
+            weakref.finalize(self, _let_go, list(lent.values())).atexit = False
             self._loader.load_constants(lent, False, True, True)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, OSError) as error:
             why = str(error).strip().split("\n", 1)[0]
             raise CompileError(f"compiled {step.name} cannot be loaded: {why}") from error
 
@@ -276,9 +282,13 @@ class CompiledStep:
         """Return what the step gives; None where it was not compiled for what is asked."""
         # The code reads tensors without looking at their strides.
         tensors = [tensor.contiguous() for tensor in tensors_of(taken)]
-        if not self._fits(tensors):
+        if not self._fits(tensors) or others_of(taken) != self._others:
             return None
-        return with_tensors(self._result, self._loader.run(tensors))
+        try:
+            return with_tensors(self._result, self._loader.run(tensors))
+        except RuntimeError as error:
+            logger.error("compiled code failed, and the model takes the step: %s", error)
+            return None
 
     def _fits(self, tensors: list[Tensor]) -> bool:
         if len(tensors) != len(self._shapes):
@@ -291,6 +301,13 @@ class CompiledStep:
                 if size < 2 if compiled is None else size != compiled:
                     return False
         return True
+
+
+def _let_go(lent: list[Tensor]) -> None:
+    """Take the numbers from tensors that were lent."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for tensor in lent:
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 class CompiledRanker(Ranker):
@@ -370,7 +387,9 @@ def with_compiled(bundle: Bundle, packages: Mapping[str, bytes]) -> Compiled:
         }
         faster = CompiledRanker(network, steps).eval()
         differs = largest_difference(bundle, network, faster)
-    except CompileError as error:
+    except Exception as error:
+        # Whatever it is, the model itself ranks.
+        logger.warning("the compiled steps of %s are not used: %s", bundle.name, error)
         return Compiled(bundle.model, why=str(error))
     if not differs <= TOLERANCE:
         why = f"its scores differ from the model's by {differs:.1e}, and {TOLERANCE:.0e} may be"
@@ -382,7 +401,9 @@ def with_compiled(bundle: Bundle, packages: Mapping[str, bytes]) -> Compiled:
         model.weight_T2 = bundle.model.weight_T2
         model.shift_T = bundle.model.shift_T
     faster.taken.clear()
-    return Compiled(model, tuple(steps), taken=faster.taken)
+    lacking = [step.name for step in STEPS if step.name not in steps]
+    why = f"no usable package of {', '.join(lacking)}" if lacking else ""
+    return Compiled(model, tuple(steps), why, faster.taken)
 
 
 @torch.inference_mode()
@@ -393,7 +414,10 @@ def largest_difference(bundle: Bundle, network: Ranker, faster: Ranker) -> float
     window = bundle.encoder.history_length
     largest = torch.zeros(())
     for seed in range(CANARIES):
-        batch = example(bundle, 1 + seed * max(window - 1, 0) // (CANARIES - 1), 1 + seed, seed)
+        length = 1 + seed * max(window - 1, 0) // (CANARIES - 1)
+        # Large ones among them: code may have blocks.
+        candidates = MOST - seed if seed % 8 == 0 else 1 + seed
+        batch = example(bundle, length, candidates, seed)
         if seed % 8 == 7:
             # One whose tokens are not stored
             batch = replace(batch, user=replace(batch.user, tokens_BSX=None))
@@ -418,17 +442,17 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}
     for step in STEPS:
-        name = f"{bundle.digest[:12]}-{kind}-{step.name}.pt2"
-        draft = folder / f".{os.getpid()}-{name}"
-        try:
-            compile_step(bundle, step, draft)
+        with TemporaryDirectory(prefix=".draft-", dir=folder) as drafts:
+            draft = Path(drafts, f"{step.name}.pt2")
+            try:
+                compile_step(bundle, step, draft)
+            except CompileError as error:
+                failed[step.name] = str(error)
+                continue
+            # Two compilations differ: each has its own file, and none is replaced under a server that reads it.
             sha256 = sha256_of(draft)
+            name = f"{bundle.digest[:12]}-{kind}-{step.name}-{sha256[:12]}.pt2"
             draft.replace(folder / name)
-        except CompileError as error:
-            failed[step.name] = str(error)
-            continue
-        finally:
-            draft.unlink(missing_ok=True)
         record_step(
             catalogue,
             digest=bundle.digest,
@@ -442,9 +466,12 @@ def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> 
 
 def recorded(bundle: Bundle, home: Settings, catalogue: Catalogue) -> dict[str, bytes]:
     """The packages of a bundle for this machine by step; one that is not as it was recorded is left, which is logged."""
-    found = {}
+    found: dict[str, bytes] = {}
+    # The newest that is here: of a home that each machine has for itself, the others' are not.
     for row in recorded_steps(catalogue, bundle.digest, machine()):
         path = home.path(row.path)
+        if row.step in found:
+            continue
         if not path.is_file():
             logger.warning("compiled step %s is not there: %s", row.step, path)
             continue

@@ -24,6 +24,21 @@ def tensors_of(held: Any) -> list[Tensor]:
     return []
 
 
+def others_of(held: Any) -> list[Any]:
+    """All that is no tensor, in order, with None in the places of tensors: what code that was traced took for constants.
+
+    >>> others_of((torch.tensor(1), True, [None]))
+    [None, True, 'nothing']
+    """
+    if isinstance(held, Tensor):
+        return [None]
+    if is_dataclass(held):
+        return [other for field in fields(held) for other in others_of(getattr(held, field.name))]
+    if isinstance(held, list | tuple):
+        return [other for one in held for other in others_of(one)]
+    return ["nothing" if held is None else held]
+
+
 def with_tensors(held: Any, tensors: Sequence[Tensor]) -> Any:
     """The same structure with other tensors, in the order of `tensors_of`."""
     left = iter(tensors)

@@ -155,7 +155,8 @@ class RankBatchResponse(Struct):
 class PrepareResponse(Struct):
     """The outcome of encoding a user ahead.
 
-    A ranking finds it by the same user, bundle and time: send `request_timestamp` as its `context.request_timestamp`. `state` is
+    A ranking finds it by the same user, bundle and context, its time among it: send `request_timestamp` as its
+    `context.request_timestamp`, and the other features of the context alike. `state` is
     `encoded`, `extended` or `known` where it is kept now, and `not_kept` where nothing is: the user has no history, or the time
     was up (`degraded` says so), or the server keeps none.
     """

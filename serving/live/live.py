@@ -170,15 +170,20 @@ class BundleSource:
 
     def _compiled(self, bundle: bundles.Bundle) -> Compiled:
         """A bundle's model with the steps that were compiled for this machine."""
-        if not self.compiled or self.device != "cpu":
+        if not self.compiled:
             return Compiled(bundle.model, why="compiled steps are switched off")
+        if self.device != "cpu":
+            return Compiled(bundle.model, why="on another device than a CPU nothing is compiled")
         try:
             packages = recorded(bundle, self.settings, self.catalogue.opened)
         except (SQLAlchemyError, OSError) as error:
             logger.warning("whether steps of %s are compiled is not known: %s", bundle.name, error)
             return Compiled(bundle.model, why="the catalogue's database is away")
         if not packages:
-            return Compiled(bundle.model, why="none was compiled for this machine")
+            return Compiled(
+                bundle.model,
+                why="none was compiled for this machine that is still as it was; the log may say more",
+            )
         return with_compiled(bundle, packages)
 
     def _rank_as_logged(self, ranker: RankService) -> None:
@@ -189,17 +194,16 @@ class BundleSource:
             return
         key = ranker.contract.user.join_key
         until = time.monotonic() + WARM_UP_S
-        for row in newest_of(self.log_folder, WARM_UPS):
-            if time.monotonic() > until:
-                return
-            asked = RankRequest(row[key], row["candidates"])
-            try:
+        try:
+            for row in newest_of(self.log_folder, WARM_UPS, key):
+                if time.monotonic() > until:
+                    return
+                asked = RankRequest(row[key], row["candidates"])
                 user = ranker.reader.read_user(asked.user_id)
-            except Exception as error:
-                # Whatever a store's client raises: callers are told by their answers.
-                logger.warning("warming up ends here, a user cannot be read: %s", error)
-                return
-            ranker.answer(asked, user, Clock(), keep=True)
+                ranker.answer(asked, user, Clock(), keep=True)
+        except Exception as error:
+            # A store that is away, a log of another dataset: callers are told by their answers.
+            logger.warning("warming up by logged requests ends here: %s", error)
 
     def held_columns(self) -> Meanings:
         """Read from the online store what its columns mean."""

@@ -111,7 +111,12 @@ async def _prepared(
     turn = _Turn(deadline)
 
     def compute() -> PrepareResponse | None:
-        return None if turn.is_over() else prepared_by(serving.ranker, asked, user)
+        if turn.is_over():
+            return None
+        began = time.perf_counter()
+        answer = prepared_by(serving.ranker, asked, user)
+        server.admission.took(time.perf_counter() - began, Weight.of([0]).rankings)
+        return answer
 
     answer = await _in_time(server.pools.model, compute, turn)
     late = [*user.problems, Degraded.DEADLINE]

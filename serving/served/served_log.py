@@ -195,16 +195,21 @@ class ServedLog:
             logger.exception("%d served requests could not be logged", len(rows))
 
 
-def newest_of(folder: Path, number: int) -> list[dict[str, Any]]:
-    """The newest logged requests of any bundle, at most so many, as the log has them; none where there is no log that can
+def newest_of(folder: Path, number: int, user_key: str) -> list[dict[str, Any]]:
+    """Users and candidates of the newest logged requests of any bundle, at most so many; none where there is no log that can
     be read.
+
+    Args:
+        user_key: the column of users.
     """
-    parts = folder.rglob("part-*.parquet")
+    # A folder a bundle, in it a folder a day
+    days = sorted(folder.glob("*/*/"), key=lambda day: day.name)
     try:
+        parts = [part for day in days[-3:] for part in day.glob("part-*.parquet")]
         newest = max(parts, key=lambda part: part.stat().st_mtime, default=None)
         if newest is None:
             return []
-        rows = pq.read_table(newest)
+        rows = pq.read_table(newest, columns=[user_key, "candidates"])
     except (OSError, pa.ArrowException) as error:
         logger.warning("the newest logged requests cannot be read: %s", error)
         return []

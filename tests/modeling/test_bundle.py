@@ -149,7 +149,7 @@ def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:
     files = json.loads((exported / "bundle.json").read_text())["files"]
     rewrite(
         exported,
-        files={**files, "weights.safetensors": bundle._sha256(exported / "weights.safetensors")},
+        files={**files, "weights.safetensors": bundle.sha256_of(exported / "weights.safetensors")},
     )
     with pytest.raises(BundleError, match="no finite numbers"):
         bundle.load(exported, CONTRACT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from modeling.bundle.bundle import Bundle
 from modeling.bundle.compiled import (
     STEPS,
     CompiledRanker,
+    CompiledStep,
     CompileError,
     compile_and_record,
     compile_step,
@@ -224,6 +226,42 @@ def test_code_that_was_changed_or_is_gone_is_never_run(code: Recorded) -> None:
     nobody = Catalogue("sqlite://")
     assert recorded(code.bundle, code.settings, nobody) == {}
     assert set(code.packages()) == {"encode_user", "score"}
+
+
+def test_weights_that_were_lent_go_with_the_step(code: Recorded) -> None:
+    """Torch keeps a tensor that it was lent for ever: a retired bundle's weights would stay."""
+    packages = code.packages()
+    with mock.patch.object(compiled, "_let_go", wraps=compiled._let_go) as let_go:
+        step = CompiledStep(code.bundle, STEPS[1], packages["score"])
+        let_go.assert_not_called()
+        del step
+        gc.collect()
+    ((lent,), _) = let_go.call_args
+    assert lent
+    assert all(tensor.numel() == 0 for tensor in lent)
+    # The model has its own still.
+    assert with_compiled(code.bundle, packages).steps == ("encode_user", "score")
+
+
+def test_what_the_code_took_for_a_constant_is_looked_at(code: Recorded) -> None:
+    step = CompiledStep(code.bundle, STEPS[1], code.packages()["score"])
+    batch = example(code.bundle, 5, 9)
+    with torch.inference_mode():
+        state = code.bundle.model.encode_user(batch.user)
+        assert step(state, batch.candidates) is not None
+        assert step((state, True), batch.candidates) is None
+
+
+def test_code_that_fails_leaves_the_step_to_the_model(code: Recorded) -> None:
+    found = with_compiled(code.bundle, code.packages())
+    batch = example(code.bundle, 5, 9)
+    broken = mock.Mock(**{"run.side_effect": RuntimeError("broken")})
+    assert isinstance(found.model, CompiledRanker)
+    for step in found.model.steps.values():
+        step._loader = broken
+    with torch.inference_mode():
+        torch.testing.assert_close(found.model(batch), eager(code.bundle, batch))
+    assert found.taken["score", "model"] == 1
 
 
 def test_a_damaged_package_leaves_the_model_as_it_is(code: Recorded) -> None:

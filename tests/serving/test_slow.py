@@ -11,6 +11,8 @@ from typing import Any
 from unittest import mock
 
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,7 +108,7 @@ def test_a_bundle_ranks_what_was_logged_before_its_first_caller(
     log = JobFolder(trained_shop.settings.home, "user_history").read("user_history")
     users = log["user_id"].to_pylist()[:5]
     logged(open_ranker(trained_shop.settings, replay=True), tmp_path, users)
-    assert [row["user_id"] for row in newest_of(tmp_path, 3)] == users[-3:]
+    assert [row["user_id"] for row in newest_of(tmp_path, 3, "user_id")] == users[-3:]
     source = BundleSource(trained_shop.settings, replay=True, state_bytes=1 << 24)
     with mock.patch.object(RankService, "answer", autospec=True) as answered:
         source.load().ranker.items.close()
@@ -123,10 +125,15 @@ def test_a_log_that_is_damaged_or_a_store_that_is_away_holds_no_bundle_up(
     trained_shop: Any, tmp_path: Path
 ) -> None:
     source = BundleSource(trained_shop.settings, replay=True, log_folder=tmp_path)
-    (tmp_path / "part-1.parquet").write_bytes(b"no Parquet")
-    assert newest_of(tmp_path, 3) == []
+    day = tmp_path / "of_a_bundle" / "2026-12-01"
+    day.mkdir(parents=True)
+    (day / "part-1.parquet").write_bytes(b"no Parquet")
+    assert newest_of(tmp_path, 3, "user_id") == []
     source.load().ranker.items.close()
-    (tmp_path / "part-1.parquet").unlink()
+    # A log of another dataset, whose users stand in a column of theirs
+    pq.write_table(pa.table({"customer": [1], "candidates": [["x"]]}), day / "part-1.parquet")
+    source.load().ranker.items.close()
+    (day / "part-1.parquet").unlink()
     logged(open_ranker(trained_shop.settings, replay=True), tmp_path, [1, 2])
     ranker = source.load().ranker
     with (
