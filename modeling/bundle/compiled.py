@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feature_repo.atomic import atomic_write
 from feature_repo.errors import ExpectedError
 from feature_repo.home.catalogue import Catalogue
 from feature_repo.home.compiled_steps import record_step, recorded_steps
 from feature_repo.settings import Settings
-from modeling.bundle.bundle import Bundle, sha256_of
+from modeling.bundle.bundle import Bundle
 from modeling.inputs.batch import Batch, Candidates, UserInputs
 from modeling.inputs.made_up import requests
 from modeling.layers.nested import others_of, tensors_of, with_tensors
@@ -428,38 +429,42 @@ def largest_difference(bundle: Bundle, network: Ranker, faster: Ranker) -> float
 
 
 def compile_and_record(bundle: Bundle, home: Settings, catalogue: Catalogue) -> dict[str, str]:
-    """Compile every step of a bundle's model, a minute each, and record the packages, which servers then load.
+    """Compile every step of a bundle's model, a minute each, try them as a server does, and record the packages, which
+    servers then load.
 
     Returns:
         By step that could not be compiled: why.
 
     Raises:
-        CompileError: the model has no network.
+        CompileError: the model has no network, or the trial failed; nothing is recorded.
     """
     network_of(bundle.model)
-    kind = machine()
-    folder = home.path(FOLDER)
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = {}
+    made: dict[str, bytes] = {}
+    failed: dict[str, str] = {}
+    # 1. Code.
     for step in STEPS:
-        with TemporaryDirectory(prefix=".draft-", dir=folder) as drafts:
-            draft = Path(drafts, f"{step.name}.pt2")
+        with TemporaryDirectory(prefix="memoir-compile-") as folder:
+            package = Path(folder, f"{step.name}.pt2")
             try:
-                compile_step(bundle, step, draft)
+                compile_step(bundle, step, package)
+                made[step.name] = package.read_bytes()
             except CompileError as error:
                 failed[step.name] = str(error)
-                continue
-            # Two compilations differ: each has its own file, and none is replaced under a server that reads it.
-            sha256 = sha256_of(draft)
-            name = f"{bundle.digest[:12]}-{kind}-{step.name}-{sha256[:12]}.pt2"
-            draft.replace(folder / name)
+    if not made:
+        return failed
+    tried = with_compiled(bundle, made)
+    if not tried.steps:
+        raise CompileError(f"the compiled steps of {bundle.name} are not used: {tried.why}")
+    # 2. Files, each of its own name: two compilations differ, and a server may be reading the one before.
+    kind = machine()
+    for name, content in made.items():
+        sha256 = hashlib.sha256(content).hexdigest()
+        path = f"{FOLDER}/{bundle.digest[:12]}-{kind}-{name}-{sha256[:12]}.pt2"
+        home.path(FOLDER).mkdir(parents=True, exist_ok=True)
+        with atomic_write(home.path(path)) as draft:
+            draft.write_bytes(content)
         record_step(
-            catalogue,
-            digest=bundle.digest,
-            machine=kind,
-            step=step.name,
-            path=f"{FOLDER}/{name}",
-            sha256=sha256,
+            catalogue, digest=bundle.digest, machine=kind, step=name, path=path, sha256=sha256
         )
     return failed
 

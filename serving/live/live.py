@@ -187,8 +187,8 @@ class BundleSource:
         return with_compiled(bundle, packages)
 
     def _rank_as_logged(self, ranker: RankService) -> None:
-        """Rank the newest logged requests, for a second at most: what callers ask for is then in memory, and users who
-        ask again are encoded.
+        """Rank the newest logged requests, for a second at most: what callers ask for is then in memory. Their users are encoded,
+        which a later request finds where the model's states take another request's circumstances.
         """
         if self.log_folder is None:
             return

@@ -684,11 +684,11 @@ def test_the_wait_for_the_model_is_told_as_one(
         return answer_of(self, *given, **options)
 
     monkeypatch.setattr(RankService, "answer", slow)
-    server = server_of(ranker, StillReader(ranker, 0), deadline_ms=450)
+    server = server_of(ranker, StillReader(ranker, 0), deadline_ms=250)
     body = {"user_id": 1, "candidates": items[:2]}
 
     async def many(client: httpx.AsyncClient) -> list[Any]:
-        asked = [client.post("/v1/rank", json=body) for _ in range(7)]
+        asked = [client.post("/v1/rank", json=body) for _ in range(4)]
         return [response.json() for response in await asyncio.gather(*asked)]
 
     answers = talk(server, many)

@@ -289,7 +289,25 @@ def test_without_a_compiler_it_is_said_and_nothing_is_left(code: Recorded, tmp_p
         failed = compile_and_record(code.bundle, home, Catalogue("sqlite://"))
     assert set(failed) == {"encode_user", "score"}
     assert "No working C++ compiler" in failed["score"]
-    assert list((tmp_path / "compiled").iterdir()) == []
+    assert list(tmp_path.rglob("*.pt2")) == []
+
+
+def test_what_fails_its_trial_is_not_recorded(code: Recorded, tmp_path: Path) -> None:
+    package = code.file("score").read_bytes()
+
+    def again(bundle: Bundle, step: Any, file: Path) -> None:
+        file.write_bytes(package)
+
+    home = replace(code.settings, home=str(tmp_path))
+    nobody = Catalogue("sqlite://")
+    with (
+        mock.patch.object(compiled, "compile_step", again),
+        mock.patch.object(compiled, "TOLERANCE", -1.0),
+        pytest.raises(CompileError, match="are not used"),
+    ):
+        compile_and_record(code.bundle, home, nobody)
+    assert recorded_steps(nobody, code.bundle.digest, code.kind) == []
+    assert list(tmp_path.rglob("*.pt2")) == []
 
 
 def test_trees_alone_have_nothing_to_compile(code: Recorded) -> None:

@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 rows, weights = torch.ones(50_000, 96), torch.ones(96, 192)
 
 def faults():
-    for _ in range(3):
+    # The heap grows for at most five calls, until the blocks that it keeps fit.
+    for _ in range(10):
         torch.relu(rows @ weights)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -45,8 +46,7 @@ def test_a_call_faults_in_no_page_anew() -> None:
     kept, given_back, spared = json.loads(done.stdout)
     assert kept
     assert given_back > 1_000
-    # Some fault once more, where the heap has to grow
-    assert spared < 0.5 * given_back
+    assert spared < 10
 
 
 def test_a_server_asks_for_it_before_it_loads_a_bundle(trained_shop: Any) -> None:
